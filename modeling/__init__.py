@@ -1,0 +1,36 @@
+"""The model: what travels inside every Hub repository, registered here with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+)
+
+from .configuration_modular_star_encoder import ModularStarEncoderConfig
+from .modeling_modular_star_encoder import (
+    ModularStarEncoderForPreTraining,
+    ModularStarEncoderForRetrieval,
+    ModularStarEncoderForSequenceClassification,
+    ModularStarEncoderModel,
+    ModularStarEncoderPreTrainedModel,
+)
+
+AutoConfig.register(ModularStarEncoderConfig.model_type, ModularStarEncoderConfig, exist_ok=True)
+# Two classes for one configuration: `config.architectures` chooses, and the first is the default.
+AutoModel.register(ModularStarEncoderConfig, (ModularStarEncoderModel, ModularStarEncoderForRetrieval), exist_ok=True)
+AutoModelForPreTraining.register(ModularStarEncoderConfig, ModularStarEncoderForPreTraining, exist_ok=True)
+AutoModelForMaskedLM.register(ModularStarEncoderConfig, ModularStarEncoderForPreTraining, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    ModularStarEncoderConfig, ModularStarEncoderForSequenceClassification, exist_ok=True
+)
+
+__all__ = [
+    "ModularStarEncoderConfig",
+    "ModularStarEncoderForPreTraining",
+    "ModularStarEncoderForRetrieval",
+    "ModularStarEncoderForSequenceClassification",
+    "ModularStarEncoderModel",
+    "ModularStarEncoderPreTrainedModel",
+]

@@ -6,3 +6,19 @@ without running code from the Hub.
 """
 
 __version__ = "0.1.0.dev0"
+
+from modular_star_encoder.modeling import (
+    ModularStarEncoderConfig,
+    ModularStarEncoderForPreTraining,
+    ModularStarEncoderForRetrieval,
+    ModularStarEncoderForSequenceClassification,
+    ModularStarEncoderModel,
+)
+
+__all__ = [
+    "ModularStarEncoderConfig",
+    "ModularStarEncoderForPreTraining",
+    "ModularStarEncoderForRetrieval",
+    "ModularStarEncoderForSequenceClassification",
+    "ModularStarEncoderModel",
+]

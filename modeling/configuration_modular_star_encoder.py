@@ -1,0 +1,212 @@
+# Copyright 2026 The modular-star-encoder authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of ModularStarEncoder, a bidirectional StarCoder2 encoder with exits at several depths."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# Keys of the published configurations (huggingface.co/modularStarEncoder): read, never written.
+PUBLISHED_ALIASES = {
+    "matryoshka_layers": "exit_layers",
+    "conditional_size": "exit_embedding_size",
+    "layer_norm_eps": "norm_epsilon",
+}
+PUBLISHED_WITHOUT_EFFECT = ("layer_matryoshka_loss", "norm_type", "mlp_type", "sliding_window", "use_cache")
+
+# The paper's exits 4, 9, 18, 27 and 36 as shares of its 36 layers.
+DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
+
+
+@strict
+class ModularStarEncoderConfig(PreTrainedConfig):
+    r"""
+    Shape, exits and heads of a ModularStarEncoder. The defaults are the paper's one-billion-parameter model
+    (arXiv 2503.03008).
+
+    Args:
+        vocab_size (`int`, defaults to 49156): Entries of the token embedding.
+        hidden_size (`int`, defaults to 1024): Width of the hidden states.
+        intermediate_size (`int`, defaults to 12288): Width inside the MLP.
+        num_hidden_layers (`int`, defaults to 36): Layers that this model has; in a slice, those that remain.
+        num_attention_heads (`int`, defaults to 16): Query heads.
+        num_key_value_heads (`int`, defaults to 4): Key and value heads, a divisor of `num_attention_heads`.
+        hidden_act (`str`, defaults to `"gelu_pytorch_tanh"`): Activation of the MLP.
+        max_position_embeddings (`int`, defaults to 2048): Longest input, in tokens.
+        initializer_range (`float`, defaults to 0.018042): Standard deviation of the initial weights.
+        norm_epsilon (`float`, defaults to 1e-5): Epsilon of the layer norms.
+        use_bias (`bool`, defaults to `True`): Biases in attention and MLP.
+        attention_dropout, residual_dropout, embedding_dropout (`float`, default to 0.1): Dropout rates.
+        rope_parameters (`dict`, *optional*): Rotary embedding; the default has base 999999.4420358813.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
+        exit_layers (`Sequence[int]`, *optional*): Trained exits: numbers of layers executed (1-based), ascending, the
+            last equal to `num_hidden_layers`. By default at 1/9, 1/4, 1/2, 3/4 and all of the layers, which gives the
+            paper's 4, 9, 18, 27 and 36.
+        exit_layer (`int`, *optional*): Cuts the model at this exit when it is constructed. The constructed model's own
+            configuration describes what is left and no longer has a value here.
+        exit_norm (`str`, defaults to `"last"`): Where the final norm applies. `"last"`: to the last layer only, as in
+            the published models, whose earlier exits are raw residual states. `"all"`: to every exit. `"none"`: nowhere
+            (a slice of a `"last"` model below its top).
+        exit_embedding_size (`int`, defaults to 4): Size of the learned vector that tells shared heads the exit.
+        projection_size (`int`, *optional*): Size of the retrieval embedding; by default `hidden_size`.
+        projection_act (`str`, defaults to `"leaky_relu"`): Activation inside the projection heads.
+        pooling (`str`, defaults to `"mean"`): Pooling of projected tokens: `"mean"` over all real tokens, or `"cls"`,
+            the last real token.
+        classifier_dropout (`float`, defaults to 0.1): Dropout before the sequence classifier.
+        parent_exit_layers (`Sequence[int]`, *optional*): Exits of the model that this one was cut from; their order
+            gives each exit its row in the exit embedding. By default `exit_layers`.
+        parent_num_hidden_layers (`int`, *optional*): Depth of the model that this one was cut from; loss weights i/36
+            refer to it. By default `num_hidden_layers`.
+
+    Raises:
+        StrictDataclassError: a field has the wrong type, or exits, heads or depths contradict each other. The message
+            says what is allowed.
+    """
+
+    model_type = "ModularStarEncoder"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_hidden_states", "residual_states", "exit_embeddings"]
+    # StarCoder2's own plan (transformers, configuration_starcoder2.py): the blocks are the same.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.c_fc": "colwise",
+        "layers.*.mlp.c_proj": "rowwise",
+    }
+
+    vocab_size: int = 49156
+    hidden_size: int = 1024
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 4
+    hidden_act: str = "gelu_pytorch_tanh"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.018042
+    norm_epsilon: float = 1e-5
+    use_bias: bool = True
+    attention_dropout: float | int = 0.1
+    residual_dropout: float | int = 0.1
+    embedding_dropout: float | int = 0.1
+    rope_parameters: RopeParameters | dict | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    tie_word_embeddings: bool = False
+    exit_layers: list[int] | tuple[int, ...] | None = None
+    exit_layer: int | None = None
+    exit_norm: str = "last"
+    exit_embedding_size: int = 4
+    projection_size: int | None = None
+    projection_act: str = "leaky_relu"
+    pooling: str = "mean"
+    classifier_dropout: float | int = 0.1
+    parent_exit_layers: list[int] | tuple[int, ...] | None = None
+    parent_num_hidden_layers: int | None = None
+
+    default_theta: ClassVar[float] = 999999.4420358813
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for published, ours in PUBLISHED_ALIASES.items():
+            if published in kwargs:
+                setattr(self, ours, kwargs.pop(published))
+        for key in PUBLISHED_WITHOUT_EFFECT:
+            kwargs.pop(key, None)
+        if self.exit_layers is None:
+            self.exit_layers = sorted({max(1, round(s * self.num_hidden_layers)) for s in DEFAULT_EXIT_SHARES})
+        if self.projection_size is None:
+            self.projection_size = self.hidden_size
+        if self.parent_exit_layers is None:
+            self.parent_exit_layers = list(self.exit_layers)
+        if self.parent_num_hidden_layers is None:
+            self.parent_num_hidden_layers = self.num_hidden_layers
+        if self.architectures is None:
+            self.architectures = ["ModularStarEncoderModel"]
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def validate_exits(self) -> None:
+        """Refuse exits that are out of order, out of range, or unknown to the parent."""
+        exits, depth = list(self.exit_layers), self.num_hidden_layers
+        if not exits or exits != sorted(set(exits)) or exits[0] < 1 or exits[-1] != depth:
+            raise ValueError(
+                f"exit_layers {exits} must be ascending numbers of layers between 1 and num_hidden_layers={depth}, "
+                f"the last of them {depth}."
+            )
+        if not set(exits) <= set(self.parent_exit_layers):
+            raise ValueError(f"exit_layers {exits} must all be among parent_exit_layers {self.parent_exit_layers}.")
+        if self.exit_layer is not None:
+            self.check_exit(self.exit_layer)
+        allowed = ("last", "all", "none")
+        if self.exit_norm not in allowed:
+            raise ValueError(f"exit_norm {self.exit_norm!r} must be one of {', '.join(allowed)}.")
+
+    def validate_heads(self) -> None:
+        """Refuse attention heads that do not divide, and unknown poolings."""
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads "
+                f"{self.num_attention_heads}."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}."
+            )
+        if self.pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling {self.pooling!r} must be one of mean, cls.")
+
+    def check_exit(self, exit_layer: int) -> int:
+        """Return `exit_layer` if it is an exit of this model, otherwise raise a `ValueError` that lists the exits."""
+        if exit_layer not in self.exit_layers:
+            exits = ", ".join(map(str, self.exit_layers))
+            raise ValueError(f"exit_layer {exit_layer} is not an exit of this model; its exits are {exits}.")
+        return exit_layer
+
+    def resolve_exits(self, exit_layer: int | None = None, exit_layers: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The exits asked for, ascending; the deepest where none is named.
+
+        Raises:
+            ValueError: both arguments are given, none is listed, or one is not an exit of this model.
+        """
+        if exit_layer is not None and exit_layers is not None:
+            raise ValueError("Give either exit_layer or exit_layers, not both.")
+        if exit_layers is None:
+            exit_layers = (self.num_hidden_layers if exit_layer is None else exit_layer,)
+        if len(exit_layers) == 0:
+            raise ValueError("exit_layers must name at least one exit.")
+        return tuple(self.check_exit(exit_layer) for exit_layer in sorted(set(exit_layers)))
+
+    def exit_index(self, exit_layer: int) -> int:
+        """Row of this exit in the exit embedding: its place among the exits of the parent."""
+        return list(self.parent_exit_layers).index(self.check_exit(exit_layer))
+
+    def exit_weight(self, exit_layer: int) -> float:
+        """Weight of this exit's loss in the paper: layers executed over the depth of the full model (i/36)."""
+        return self.check_exit(exit_layer) / self.parent_num_hidden_layers
+
+    def has_norm_at(self, exit_layer: int) -> bool:
+        """Whether the final norm applies to the states of this exit."""
+        return self.exit_norm == "all" or (self.exit_norm == "last" and exit_layer == self.num_hidden_layers)
+
+    def cut(self, exit_layer: int) -> "ModularStarEncoderConfig":
+        """A copy that describes the first `exit_layer` layers with the exits up to there."""
+        self.check_exit(exit_layer)
+        config = copy.deepcopy(self)
+        config.exit_layer = None
+        if exit_layer < self.num_hidden_layers:
+            config.exit_norm = "all" if self.exit_norm == "all" else "none"
+            config.exit_layers = [exit for exit in self.exit_layers if exit <= exit_layer]
+            config.num_hidden_layers = exit_layer
+        return config
+
+
+__all__ = ["ModularStarEncoderConfig"]
