@@ -67,19 +67,19 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
         loss: scalar, the sum over exits of i/36 (MLM + ICC); i/36 is layers executed over the depth of the full model.
         logits: (B, T, V), tokens predicted at the deepest exit asked for; `None` when `labels` are given, for then they
             are computed at masked positions only and reduced to losses at once.
-        in_context_logits: (E, B, 2), class 1 means "from the same repository".
+        icc_logits: (E, B, 2), class 1 means "from the same repository".
         mlm_losses, mlm_accuracies: (E,), mean over masked tokens; `None` without `labels`.
-        in_context_losses, in_context_accuracies: (E,), mean over the batch; `None` without `in_context_labels`.
+        icc_losses, icc_accuracies: (E,), mean over the batch; `None` without `icc_labels`.
         exit_hidden_states, hidden_states, attentions: as in the trunk's output.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
-    in_context_logits: torch.FloatTensor | None = None
+    icc_logits: torch.FloatTensor | None = None
     mlm_losses: torch.FloatTensor | None = None
     mlm_accuracies: torch.FloatTensor | None = None
-    in_context_losses: torch.FloatTensor | None = None
-    in_context_accuracies: torch.FloatTensor | None = None
+    icc_losses: torch.FloatTensor | None = None
+    icc_accuracies: torch.FloatTensor | None = None
     exit_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -527,7 +527,7 @@ class ModularStarEncoderPreTrainingHeads(nn.Module):
         self.layer_norm = nn.LayerNorm(width, eps=config.norm_epsilon)
         self.decoder = nn.Linear(width, config.vocab_size)
         self.pooler = ModularStarEncoderExitConditionedPooler(config)
-        self.in_context_classifier = nn.Linear(width, 2)
+        self.icc_classifier = nn.Linear(width, 2)
 
     def exit_vector(self, exit_index: int) -> torch.Tensor:
         """The learned vector of one exit."""
@@ -582,7 +582,7 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        in_context_labels: torch.LongTensor | None = None,
+        icc_labels: torch.LongTensor | None = None,
         exit_layer: int | None = None,
         exit_layers: Sequence[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -592,10 +592,10 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: as in the trunk.
             labels: (B, T), the original token at masked positions and -100 elsewhere.
-            in_context_labels: (B,), 1 where both snippets come from the same repository, otherwise 0.
+            icc_labels: (B,), 1 where both snippets come from the same repository, otherwise 0.
             exit_layer, exit_layers: as in the trunk; by default all exits when there are labels, otherwise the deepest.
         """
-        supervised = labels is not None or in_context_labels is not None
+        supervised = labels is not None or icc_labels is not None
         if supervised and exit_layer is None and exit_layers is None:
             exit_layers = self.config.exit_layers
         exits = self.config.resolve_exits(exit_layer, exit_layers)
@@ -613,7 +613,7 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
             for row, states in zip(rows, outputs.exit_hidden_states, strict=True)
         ]
         result = ModularStarEncoderForPreTrainingOutput(
-            in_context_logits=torch.stack([self.heads.in_context_classifier(features) for features in pooled]),
+            icc_logits=torch.stack([self.heads.icc_classifier(features) for features in pooled]),
             exit_hidden_states=outputs.exit_hidden_states,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -632,15 +632,15 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
                 strict=True,
             )
             result.mlm_losses, result.mlm_accuracies = torch.stack(losses), torch.stack(accuracies)
-        if in_context_labels is not None:
-            logits = result.in_context_logits.float()
-            targets = in_context_labels.expand(len(exits), -1)
-            result.in_context_losses = nn.functional.cross_entropy(
+        if icc_labels is not None:
+            logits = result.icc_logits.float()
+            targets = icc_labels.expand(len(exits), -1)
+            result.icc_losses = nn.functional.cross_entropy(
                 logits.transpose(1, 2), targets, reduction="none"
             ).mean(dim=1)
-            result.in_context_accuracies = (logits.argmax(dim=-1) == targets).float().mean(dim=1)
+            result.icc_accuracies = (logits.argmax(dim=-1) == targets).float().mean(dim=1)
         if supervised:
-            losses = sum(part for part in (result.mlm_losses, result.in_context_losses) if part is not None)
+            losses = sum(part for part in (result.mlm_losses, result.icc_losses) if part is not None)
             weights = [self.config.exit_weight(exit_layer) for exit_layer in exits]
             result.loss = (losses * torch.tensor(weights, device=losses.device)).sum()
         return result

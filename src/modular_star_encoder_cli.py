@@ -1,2 +1,137 @@
-def main() -> None:
-    raise SystemExit(0)
+"""The command `mose`: parses, calls one function of a room, prints what it returns.
+
+It lies outside the package, and imports it only in the commands, so that `mose --help` doesn't wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+
+EXPECTED_ERRORS = (ValueError, OSError)
+FULL_POOL = 1000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
+
+    Results go to stdout; progress and errors, one line each, to stderr. Wrong usage leaves through argparse (status 2).
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("mose: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; without this, Python complains once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except EXPECTED_ERRORS as error:
+        print(f"mose: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(prog="mose", description="Multi-exit code encoders: search, evaluate, slice.")
+    parser.add_argument("--version", action="version", version=f"mose {version('modular-star-encoder')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    search = commands.add_parser("search", help="find functions of a code folder by questions in prose")
+    search.add_argument("folder", metavar="FOLDER", help="a folder of source code")
+    search.add_argument("questions", metavar="QUESTION", nargs="+", help='for example "parse an HTTP header"')
+    search.add_argument("--model", metavar="CHECKPOINT", required=True, help="folder or Hub repository")
+    search.add_argument("--exit-layer", metavar="K", type=int, help="exit to embed at (default: the deepest)")
+    search.add_argument("--top-k", metavar="N", type=int, default=5, help="hits per question (default: 5)")
+    search.add_argument("--json", action="store_true", help="print JSON")
+    search.set_defaults(run=run_search)
+
+    evaluate = commands.add_parser("evaluate", help="measure every exit on the documented functions of a code folder")
+    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    evaluate.add_argument("--data", metavar="FOLDER", required=True, help="a folder of source code")
+    evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
+    evaluate.add_argument("--untrained", action="store_true", help="also measure the same model with fresh weights")
+    evaluate.add_argument("--json", metavar="FILE", help="also write the results to FILE")
+    evaluate.set_defaults(run=run_evaluate)
+
+    cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
+    cut.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
+    cut.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
+    cut.set_defaults(run=run_slice)
+    return parser
+
+
+def exit_list(text: str) -> tuple[int, ...] | None:
+    """`"4,9"` → (4, 9), and `"all"` → None; argparse reports anything else."""
+    if text == "all":
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a list of numbers such as 4,9") from None
+
+
+def run_search(arguments: argparse.Namespace) -> None:
+    """`mose search`."""
+    from modular_star_encoder.evaluation.checkpoint import load_checkpoint
+    from modular_star_encoder.search.folder import search_folder
+
+    model, tokenizer = load_checkpoint(arguments.model, arguments.exit_layer)
+    results = search_folder(arguments.folder, arguments.questions, model, tokenizer, top_k=arguments.top_k)
+    if arguments.json:
+        answers = [
+            {"question": question, "hits": [asdict(hit) for hit in hits]}
+            for question, hits in zip(arguments.questions, results, strict=True)
+        ]
+        print(json.dumps(answers, indent=2, ensure_ascii=False))
+        return
+    for question, hits in zip(arguments.questions, results, strict=True):
+        if len(results) > 1:
+            print(f"# {question}")
+        print(*hits, sep="\n")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """`mose evaluate`."""
+    from modular_star_encoder.data.functions import collect_functions
+    from modular_star_encoder.data.repositories import folder_repositories
+    from modular_star_encoder.evaluation.checkpoint import load_checkpoint
+    from modular_star_encoder.evaluation.exits import RetrievalRow, evaluate_exits, format_table
+    from modular_star_encoder.evaluation.files import check_writable, write_json
+
+    if arguments.json:
+        check_writable(arguments.json)
+    deepest = max(arguments.exit_layers) if arguments.exit_layers else None
+    model, tokenizer = load_checkpoint(arguments.checkpoint, deepest)
+    functions = collect_functions(folder_repositories(arguments.data)).functions
+    rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
+    if len(rows) < 2:
+        raise ValueError(
+            f"{arguments.data} holds {len(rows)} documented functions that pass the filters: too few to rank."
+        )
+    if len(rows) < FULL_POOL:
+        print(f"mose: note: only {len(rows)} documented functions, so fewer than 999 distractors", file=sys.stderr)
+    results = evaluate_exits(model, tokenizer, rows, exit_layers=arguments.exit_layers, untrained=arguments.untrained)
+    if arguments.json:
+        write_json(arguments.json, {"checkpoint": arguments.checkpoint, "data": arguments.data, **results.to_dict()})
+    print(format_table(results))
+
+
+def run_slice(arguments: argparse.Namespace) -> None:
+    """`mose slice`."""
+    from modular_star_encoder.hub.slicing import slice_checkpoint
+
+    slice_checkpoint(arguments.checkpoint, arguments.exit_layer, arguments.out)
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

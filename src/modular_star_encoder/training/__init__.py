@@ -1,0 +1,17 @@
+"""Training: the `Trainer` subclass and what belongs to it."""
+
+from modular_star_encoder.training.recipe import Recipe, hub_config_folder, load_config, load_recipe
+from modular_star_encoder.training.stages import Stage, bf16_is_faster, run_stage
+from modular_star_encoder.training.trainer import MultiExitTrainer, last_checkpoint
+
+__all__ = [
+    "MultiExitTrainer",
+    "Recipe",
+    "Stage",
+    "bf16_is_faster",
+    "hub_config_folder",
+    "last_checkpoint",
+    "load_config",
+    "load_recipe",
+    "run_stage",
+]

@@ -1,0 +1,64 @@
+"""The published prompts, the special tokens and the templates that frame a text.
+
+A text enters the encoder as `<sep>{instruction}<sep>{text}<cls>`. The tokenizer's template adds the outer `<sep>` and
+the `<cls>`; a prompt is a prefix of the text and carries the instruction and the inner `<sep>`. Training, evaluation,
+model cards and search all take them from here.
+
+Source: the model cards of modularStarEncoder/ModularStarEncoder-finetuned (instructions and order) and
+bigcode-project/bigcode-encoder (spelling of the special tokens).
+"""
+
+PAD_TOKEN = "<pad>"  # noqa: S105 - a vocabulary entry, not a password
+SEP_TOKEN = "<sep>"  # noqa: S105
+CLS_TOKEN = "<cls>"  # noqa: S105
+MASK_TOKEN = "<mask>"  # noqa: S105
+
+SPECIAL_TOKENS = (PAD_TOKEN, SEP_TOKEN, CLS_TOKEN, MASK_TOKEN)
+"""In the order of their ids, 0 to 3, in a tokenizer that we train."""
+
+SINGLE_TEMPLATE = f"{SEP_TOKEN} $A {CLS_TOKEN}"
+PAIR_TEMPLATE = f"{SEP_TOKEN} $A {SEP_TOKEN} $B {CLS_TOKEN}"
+
+CODE_INSTRUCTION = "Represent this {language} code snippet for retrieval:"
+ANY_CODE_INSTRUCTION = "Represent this code snippet for retrieval:"
+"""Ours, for code whose language is unknown: the published instruction always names the language."""
+TEXT_INSTRUCTION = "Represent this code description for retrieving supporting snippets of code:"
+
+LANGUAGES = ("c", "c++", "go", "java", "javascript", "php", "python", "ruby")
+"""The programming languages that the published model was fine-tuned on, as they are written in a prompt."""
+
+
+def code_prompt(language: str | None = None) -> str:
+    """Return the prefix of a code snippet, `"{instruction}<sep>"`.
+
+    Args:
+        language: Name of the programming language; it is lower-cased, as published. `None` gives the wording for
+            code whose language is unknown.
+
+    Raises:
+        ValueError: If `language` is blank or contains a special token.
+    """
+    if language is None:
+        return ANY_CODE_INSTRUCTION + SEP_TOKEN
+    name = language.strip().lower()
+    if not name or any(token in name for token in SPECIAL_TOKENS):
+        raise ValueError(
+            f"language must be the name of a programming language, such as 'python', or None: {language!r}."
+        )
+    return CODE_INSTRUCTION.format(language=name) + SEP_TOKEN
+
+
+def text_prompt() -> str:
+    """Return the prefix of a natural-language query, `"{instruction}<sep>"`."""
+    return TEXT_INSTRUCTION + SEP_TOKEN
+
+
+def sentence_transformer_prompts() -> dict[str, str]:
+    """Return the `prompts` of a SentenceTransformer, by prompt name.
+
+    `"query"` is for descriptions and `"document"` for code of any language: `encode_query` and `encode_document` pick
+    these two by themselves. `"document_python"`, `"document_c++"` and so on, one for each of `LANGUAGES`, give the
+    published wording, which names the language; use them with `encode(..., prompt_name="document_python")`.
+    """
+    prompts = {"query": text_prompt(), "document": code_prompt()}
+    return prompts | {f"document_{language}": code_prompt(language) for language in LANGUAGES}

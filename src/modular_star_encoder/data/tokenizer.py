@@ -1,0 +1,140 @@
+"""A byte-level BPE tokenizer with StarCoder2's pre-tokenizer, our special tokens and the template of prompts.py.
+
+A special token written in a text is read as that token; this is how a prompt brings its inner `<sep>`. *Content* that
+happens to hold the characters `<sep>` must not: `encode_content` encodes it as ordinary characters.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from modular_star_encoder.data.prompts import (
+    CLS_TOKEN,
+    MASK_TOKEN,
+    PAD_TOKEN,
+    PAIR_TEMPLATE,
+    SEP_TOKEN,
+    SINGLE_TEMPLATE,
+    SPECIAL_TOKENS,
+)
+
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+_TEXTS_PER_BATCH = 256
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, max_length: int = 2048, progress: bool = True
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on `texts`.
+
+    One text is encoded as `<sep> text <cls>`, a pair as `<sep> a <sep> b <cls>`; truncation keeps these tokens. Padding
+    is on the left. The ids of `<pad>`, `<sep>`, `<cls>` and `<mask>` are 0, 1, 2 and 3.
+
+    Args:
+        texts: Source code and descriptions, in any order.
+        vocab_size: Number of entries, special tokens included. A small corpus may fill fewer: size the model by
+            `len(tokenizer)`.
+        max_length: `model_max_length`, in tokens, special tokens included.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If `vocab_size` is below 260 (256 bytes and 4 special tokens), `max_length` leaves no room for
+            text, or there is no text.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special tokens), "
+            f"not {vocab_size}."
+        )
+    if max_length < 4:
+        raise ValueError(f"max_length must be at least 4: a pair alone takes 3 special tokens; not {max_length}.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    tokenizer.train_from_iterator(_at_least_one(texts), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=SINGLE_TEMPLATE,
+        pair=PAIR_TEMPLATE,
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (SEP_TOKEN, CLS_TOKEN)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        sep_token=SEP_TOKEN,
+        cls_token=CLS_TOKEN,
+        mask_token=MASK_TOKEN,
+        padding_side="left",
+        truncation_side="right",
+        model_max_length=max_length,
+    )
+
+
+def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
+    empty = True
+    for text in texts:
+        empty = False
+        yield text
+    if empty:
+        raise ValueError("A tokenizer needs at least one text to train on; `texts` is empty.")
+
+
+class TokenRows(Sequence[np.ndarray]):
+    """Rows of token ids in one flat array: a corpus of 20 million tokens takes 40 MB (vocabularies up to 65,536).
+
+    Row `i` is an integer array of shape (number of tokens,), a view.
+    """
+
+    def __init__(self, flat: np.ndarray, ends: np.ndarray) -> None:
+        self._flat = flat
+        self._bounds = np.concatenate([[0], ends])
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self._flat[self._bounds[index] : self._bounds[index + 1]]
+
+
+def encode_content(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, progress: bool = True, description: str = "Tokenizing"
+) -> TokenRows:
+    """Encode texts as ordinary characters: no template, no truncation, and special tokens written in them are spelled.
+
+    Args:
+        tokenizer: A fast tokenizer. It is not changed.
+        texts: One row each.
+        progress: Whether to show a progress bar.
+        description: Label of the progress bar.
+    """
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+    parts: list[np.ndarray] = []
+    with tqdm(desc=description, total=len(texts), unit=" texts", disable=not progress) as bar:
+        for start in range(0, len(texts), _TEXTS_PER_BATCH):
+            batch = list(texts[start : start + _TEXTS_PER_BATCH])
+            encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
+            parts += [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+            bar.update(len(batch))
+    flat = np.concatenate(parts) if parts else np.empty(0, dtype)
+    return TokenRows(flat, np.cumsum([len(part) for part in parts], dtype=np.int64))

@@ -1,0 +1,75 @@
+"""Load a retrieval checkpoint, and say in one sentence what is wrong with one that can't be loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def load_checkpoint(
+    path: str | Path, exit_layer: int | None = None, device: str | torch.device | None = None
+) -> tuple[ModularStarEncoderForRetrieval, Any]:
+    """The model, ready for inference, and the tokenizer of a local folder or of a Hub repository.
+
+    Args:
+        path: a checkpoint folder, or a repository of the Hub ("owner/name"), of which no code is run.
+        exit_layer: read only the layers up to this exit.
+        device: where the model goes; a GPU if there is one and None is given.
+
+    Raises:
+        FileNotFoundError: no such folder, or one without config.json or weights.
+        NotADirectoryError: `path` is a file.
+        ValueError: not a retrieval checkpoint of ours, damaged weights, or an exit that it doesn't have.
+        OSError: the Hub has no such repository, or can't be reached.
+    """
+    _check_local(path)
+    path = os.path.expanduser(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if not isinstance(config, ModularStarEncoderConfig):
+            raise ValueError(f"{path} holds a model of type {config.model_type!r}, not a ModularStarEncoder.")
+        arguments = {} if exit_layer is None else {"exit_layer": config.check_exit(exit_layer)}
+        model = AutoModel.from_pretrained(path, trust_remote_code=False, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"{path} can't be loaded: {_one_line(error)}") from error
+    except OSError as error:
+        if os.path.isdir(path):
+            raise
+        raise OSError(f"{path} is no folder here and can't be had from the Hub: {_one_line(error)}") from error
+    if not isinstance(model, ModularStarEncoderForRetrieval):
+        raise ValueError(f"{path} is a pre-trained model without projection heads: fine-tune it for retrieval first.")
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
+def _check_local(path: str | Path) -> None:
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if isinstance(path, Path) or not _could_be_on_the_hub(path):
+            raise FileNotFoundError(f"There is no checkpoint folder {path}.")
+        return
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} is a file; a checkpoint is a folder.")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is not a checkpoint: it has no config.json.")
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise FileNotFoundError(f"{path} has no weights: neither {' nor '.join(WEIGHT_FILES)} is there.")
+
+
+def _could_be_on_the_hub(path: str) -> bool:
+    owner, slash, name = path.partition("/")
+    return bool(owner.strip(".~") and slash and name and "/" not in name)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

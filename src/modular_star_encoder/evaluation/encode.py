@@ -1,0 +1,127 @@
+"""Embed texts at every exit in one pass through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+
+def encode_exits(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    exit_layers: Sequence[int] | None = None,
+    prompt: str = "",
+    max_length: int | None = None,
+    tokens_per_batch: int = 8192,
+    progress: bool = True,
+    dtype: torch.dtype | None = None,
+) -> dict[int, np.ndarray]:
+    """Sentence embeddings of `texts` at each exit, the layers up to the deepest exit being computed once.
+
+    Texts are sorted by length and batched so that a batch holds at most `tokens_per_batch` tokens, padding included (a
+    longer text goes alone); the order of the result is that of `texts`. Equal texts are encoded once, so that their
+    embeddings are equal to the last bit and tie.
+
+    Args:
+        model: a `ModularStarEncoderForRetrieval`, on any device; it is put in evaluation mode for the time of the call.
+        exit_layers: which exits; all that the model has if None.
+        prompt: goes before every text.
+        max_length: longer texts are cut to this number of tokens, specials included; the model's
+            `max_position_embeddings` if None.
+        dtype: compute under autocast in this type; the model's own type if None.
+
+    Returns:
+        {exit_layer: (N, D) float32, L2-normalised}, ascending by exit.
+
+    Raises:
+        ValueError: an exit that the model doesn't have, or a tokenizer without a padding token.
+    """
+    config = model.config
+    exits = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of strings, not one string.")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token.")
+    unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
+    token_ids = _tokenize(
+        tokenizer, [prompt + text for text in unique], max_length or config.max_position_embeddings, progress
+    )
+    embeddings: np.ndarray | None = None
+    with (
+        _evaluating(model),
+        _autocast(model, dtype),
+        tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar,
+    ):
+        for rows in _batches([len(ids) for ids in token_ids], tokens_per_batch):
+            stack = _encode_batch(model, tokenizer, [token_ids[row] for row in rows], exits)
+            if embeddings is None:
+                embeddings = np.empty((len(exits), len(unique), stack.shape[-1]), dtype=np.float32)
+            embeddings[:, rows] = stack
+            bar.update(len(rows))
+    if embeddings is None:
+        embeddings = np.empty((len(exits), 0, config.projection_size), dtype=np.float32)
+    order = [unique[text] for text in texts]
+    return {exit_layer: stack[order] for exit_layer, stack in zip(exits, embeddings, strict=True)}
+
+
+def _tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) -> list[list[int]]:
+    token_ids: list[list[int]] = []
+    chunk = 1024  # large enough for the tokenizer's threads, small enough for a bar that moves
+    starts = range(0, len(texts), chunk)
+    for start in tqdm(starts, desc="tokenizing", unit="chunk", disable=not progress, leave=False):
+        batch = tokenizer(texts[start : start + chunk], truncation=True, max_length=max_length)
+        token_ids.extend(batch["input_ids"])
+    return token_ids
+
+
+def _batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Row numbers of each batch, longest first: a batch too large for memory fails at once and not at the end."""
+    rows: list[int] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if rows and longest * (len(rows) + 1) > tokens_per_batch:
+            yield rows
+            rows = []
+        if not rows:
+            longest = lengths[row]
+        rows.append(row)
+    if rows:
+        yield rows
+
+
+def _encode_batch(
+    model: torch.nn.Module, tokenizer: Any, token_ids: list[list[int]], exits: tuple[int, ...]
+) -> np.ndarray:
+    """(E, B, D) float32 embeddings of one batch."""
+    batch = tokenizer.pad({"input_ids": token_ids}, return_tensors="pt")
+    device = next(model.parameters()).device
+    output = model(
+        input_ids=batch["input_ids"].to(device),
+        attention_mask=batch["attention_mask"].to(device),
+        exit_layers=exits,
+    )
+    return output.exit_embeddings.float().cpu().numpy()
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)

@@ -1,0 +1,47 @@
+"""The small files that make a checkpoint folder a SentenceTransformer, too."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from modular_star_encoder.modeling import ModularStarEncoderConfig
+
+# The module paths of sentence-transformers before version 6: version 6 reads them, and so do text-embeddings-inference
+# and older installations, which know no others.
+MODULES = (
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer", "kwargs": ["exit_layer"]},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+)
+
+
+def write_sentence_transformer_files(
+    folder: str | os.PathLike, config: ModularStarEncoderConfig, prompts: Mapping[str, str]
+) -> None:
+    """Write `modules.json` and the modules' settings beside a retrieval checkpoint.
+
+    The model's `last_hidden_state` are the exit's projected tokens, so stock pooling and normalisation follow, and
+    `encode(..., exit_layer=k)` reaches the model.
+
+    Args:
+        folder: the checkpoint's folder.
+        config: its configuration, which says the embedding size and the pooling.
+        prompts: name → prefix, as `SentenceTransformer.encode(prompt_name=…)` takes them.
+    """
+    pooling = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_lasttoken"}[config.pooling]
+    files = {
+        "modules.json": list(MODULES),
+        "sentence_bert_config.json": {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": dict(prompts),
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+        "1_Pooling/config.json": {"word_embedding_dimension": config.projection_size, pooling: True},
+        "2_Normalize/config.json": {},
+    }
+    for name, content in files.items():
+        path = Path(folder, name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

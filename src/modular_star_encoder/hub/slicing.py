@@ -1,0 +1,66 @@
+"""Slices: stand-alone smaller checkpoints, the first layers of a larger one with their heads."""
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer
+
+from modular_star_encoder import modeling
+from modular_star_encoder.evaluation.checkpoint import check_checkpoint_folder
+from modular_star_encoder.hub.staging import staged_folder
+
+SENTENCE_TRANSFORMER_FILES = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+    "2_Normalize/config.json",
+)
+
+
+def slice_checkpoint(
+    checkpoint: str | os.PathLike, exit_layer: int, out: str | os.PathLike, *, only_exit: bool = False
+) -> Path:
+    """Write the first `exit_layer` layers of a checkpoint as a checkpoint of its own.
+
+    The slice holds the same tensors, in the same dtype, so its outputs at each of its exits equal those of the full
+    model bit for bit. Its configuration says what it holds, and keeps the depth and the exits of its parent.
+
+    Args:
+        checkpoint: a folder or Hub id.
+        exit_layer: the slice's depth, an exit of the checkpoint.
+        out: folder to write; it must not exist, or be empty.
+        only_exit: keep the projection head of this exit alone, as the published cut models do.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        ValueError: the checkpoint has no such exit (the message lists those it has), its folder lacks configuration or
+            weights, or `out` is taken. Nothing is written then.
+    """
+    check_checkpoint_folder(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.check_exit(exit_layer)
+    model_class = getattr(modeling, config.architectures[0])
+    with staged_folder(out) as staging:
+        model = model_class.from_pretrained(checkpoint, exit_layer=exit_layer)
+        if only_exit:
+            _keep_only(model, exit_layer)
+        model.save_pretrained(staging)
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(staging)
+        for name in SENTENCE_TRANSFORMER_FILES:
+            source = Path(checkpoint, name)
+            if source.is_file():
+                (staging / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, staging / name)
+    return Path(out)
+
+
+def _keep_only(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
+    """Drop every exit but one, with its projection head."""
+    for other in set(model.config.exit_layers) - {exit_layer}:
+        if hasattr(model, "projection_heads"):
+            del model.projection_heads[str(other)]
+    model.config.exit_layers = [exit_layer]

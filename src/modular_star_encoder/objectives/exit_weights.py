@@ -1,0 +1,41 @@
+"""Weights of the exits' losses in the total loss."""
+
+from collections.abc import Sequence
+
+import torch
+
+WEIGHTINGS = ("paper", "uniform")
+
+
+def exit_weights(
+    weighting: str | Sequence[float], exit_layers: Sequence[int], depth: int, *, normalize: bool = False
+) -> torch.Tensor:
+    """Weight of each exit's loss.
+
+    Args:
+        weighting: `"paper"`: i/depth, where i is the number of layers executed (arXiv 2503.03008, pre-training loss:
+            i/36); `"uniform"`: 1 for every exit; or one non-negative number per exit.
+        exit_layers: the exits, shallowest first.
+        depth: layers of the full model (for a slice: of its parent).
+        normalize: divide by the sum, so that the total has the size of one loss.
+
+    Returns:
+        (E,) float32.
+
+    Raises:
+        ValueError: an unknown name, or explicit weights that are negative, all zero, or not one per exit.
+    """
+    if weighting == "paper":
+        weights = torch.tensor([exit_layer / depth for exit_layer in exit_layers])
+    elif weighting == "uniform":
+        weights = torch.ones(len(exit_layers))
+    elif isinstance(weighting, str):
+        raise ValueError(f"exit weights {weighting!r} must be one of {', '.join(WEIGHTINGS)}, or one number per exit.")
+    else:
+        weights = torch.tensor([float(weight) for weight in weighting])
+        if len(weights) != len(exit_layers) or (weights < 0).any() or weights.sum() == 0:
+            raise ValueError(
+                f"exit weights {list(weighting)} must be {len(exit_layers)} non-negative numbers, not all zero, one "
+                f"for each of the exits {', '.join(map(str, exit_layers))}."
+            )
+    return weights / weights.sum() if normalize else weights

@@ -1,0 +1,28 @@
+"""What every objective returns: one loss per exit, and metrics per exit."""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+@dataclass
+class ObjectiveOutput:
+    """Losses and metrics of one batch.
+
+    Args:
+        losses: (E,) float32 with gradient, one loss per exit, shallowest first.
+        metrics: name → (E,) detached tensor, averaged over batches for the logs.
+    """
+
+    losses: torch.Tensor
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """A training objective: a value given to the trainer, called with the model and one batch."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
+        """Losses (E,) and metrics of `batch` at `exit_layers`."""
+        ...

@@ -1,0 +1,115 @@
+"""Search the functions of a code folder with questions in prose, at one exit of a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import length_hint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from modular_star_encoder.data.functions import SUPPORTED_LANGUAGES, DocumentedFunction, extract_functions
+from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.data.repositories import CHECKOUT_MARKERS, folder_repositories
+from modular_star_encoder.evaluation.encode import encode_exits
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A function that answers a question.
+
+    `path` leads from where the folder was named to the file; `line` is 1-based; `score` is the cosine similarity.
+    """
+
+    path: str
+    line: int
+    name: str
+    score: float
+    exit_layer: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}  {self.score:.3f}  {self.name}  (exit {self.exit_layer})"
+
+
+def search_folder(
+    folder: str | os.PathLike[str],
+    queries: Sequence[str],
+    model: torch.nn.Module,
+    tokenizer: Any,
+    *,
+    exit_layer: int | None = None,
+    top_k: int = 5,
+    progress: bool = True,
+) -> list[list[Hit]]:
+    """The `top_k` functions of `folder` nearest to each query by cosine similarity, best first.
+
+    Every function counts, documented or not. Docstrings are not embedded: what is found is what the code does. Which
+    files are read is told by `data.repositories.folder_repositories` (no tests, no vendored code).
+
+    Args:
+        exit_layer: the exit that embeds functions and queries; the deepest of the model if None.
+
+    Returns:
+        One list per query, shorter than `top_k` where the folder has fewer functions.
+
+    Raises:
+        ValueError: no such folder, no function in it, a blank query, no query, or an exit that the model doesn't have.
+    """
+    if isinstance(queries, str) or not queries or not all(query.strip() for query in queries):
+        raise ValueError("queries must be a list of at least one question, none of them blank.")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}.")
+    (exit_layer,) = model.config.resolve_exits(exit_layer)
+    functions = folder_functions(folder, progress=progress)
+
+    def embed(texts: list[str], prompt: str) -> np.ndarray:
+        options = {"exit_layers": (exit_layer,), "prompt": prompt, "progress": progress}
+        return encode_exits(model, tokenizer, texts, **options)[exit_layer]
+
+    codes = embed([code_prompt(function.language) + function.code for function in functions], prompt="")
+    scores = embed(list(queries), prompt=text_prompt()) @ codes.T
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+    prefix = _prefixes(folder, functions)
+    return [
+        [
+            Hit(
+                prefix[functions[i].repository] + functions[i].path,
+                functions[i].line,
+                functions[i].name,
+                float(scores[row, i]),
+                exit_layer,
+            )
+            for i in columns
+        ]
+        for row, columns in enumerate(best)
+    ]
+
+
+def folder_functions(folder: str | os.PathLike[str], *, progress: bool = True) -> list[DocumentedFunction]:
+    """All functions of a code folder, in the order of its files; those without docstring have an empty description.
+
+    Raises:
+        ValueError: no such folder, or no function in it.
+    """
+    reader = folder_repositories(folder)
+    functions: list[DocumentedFunction] = []
+    files = tqdm(reader, total=length_hint(reader), desc="reading", unit="file", disable=not progress, leave=False)
+    for file in files:
+        if file.language in SUPPORTED_LANGUAGES:
+            functions += extract_functions(file, documented_only=False)
+    if not functions:
+        raise ValueError(f"{os.fspath(folder)!r} holds no function in {', '.join(SUPPORTED_LANGUAGES)}.")
+    return functions
+
+
+def _prefixes(folder: str | os.PathLike[str], functions: Sequence[DocumentedFunction]) -> dict[str, str]:
+    """What goes before a path, for each repository: paths are relative to their repository, not to `folder`."""
+    root = Path(folder)
+    is_repository = any((root.expanduser() / marker).exists() for marker in CHECKOUT_MARKERS)
+    names = {function.repository for function in functions}
+    return {name: os.path.join(root if is_repository or name == "." else root / name, "") for name in names}

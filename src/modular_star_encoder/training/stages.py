@@ -1,0 +1,133 @@
+"""One stage of training: its settings, and running it to the end, from wherever it was interrupted."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, ProgressCallback, TrainingArguments
+
+from modular_star_encoder.objectives import Objective
+from modular_star_encoder.training.progress import ExitProgressCallback
+from modular_star_encoder.training.trainer import MultiExitTrainer, last_checkpoint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Settings of one stage of training.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: rows per step.
+        learning_rate: peak of the schedule: linear warm-up, then linear decay to zero.
+        warmup_steps: steps of the warm-up.
+        weight_decay: AdamW's, on matrices only.
+        logging_steps: steps between two log lines.
+        save_steps: steps between two checkpoints.
+        max_tokens: longest row, in tokens; `None` where the data says it otherwise.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    logging_steps: int = 50
+    save_steps: int = 500
+    max_tokens: int | None = None
+
+
+def run_stage(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    collator: Callable[..., Any],
+    objective: Objective,
+    stage: Stage,
+    folder: str | os.PathLike,
+    *,
+    seed: int = 0,
+    bf16: bool = False,
+    progress: bool = True,
+    eval_dataset: Dataset | None = None,
+) -> dict[str, Any]:
+    """Train `model` in place, resuming from the last whole checkpoint in `folder`, if there is one.
+
+    Args:
+        folder: where checkpoints go; they are removed when the stage is complete and its caller has saved the model.
+        bf16: compute under bfloat16 autocast; weights stay float32.
+
+    Returns:
+        `log_history`: one dict per log line, `steps`, `seconds` of this run, and `resumed_from` (a step, or `None`).
+    """
+    arguments = TrainingArguments(
+        output_dir=os.fspath(folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size,
+        per_device_eval_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        warmup_steps=stage.warmup_steps,
+        weight_decay=stage.weight_decay,
+        lr_scheduler_type="linear",
+        logging_steps=stage.logging_steps,
+        save_steps=stage.save_steps,
+        save_total_limit=2,
+        seed=seed,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=not progress,
+        dataloader_drop_last=True,
+        report_to="none",
+    )
+    trainer = MultiExitTrainer(
+        model, arguments, objective, train_dataset=dataset, eval_dataset=eval_dataset, data_collator=collator
+    )
+    if progress:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ExitProgressCallback())
+    checkpoint = last_checkpoint(folder)
+    _remove_half_written(Path(folder), keep_up_to=checkpoint)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return {
+        "log_history": trainer.state.log_history,
+        "steps": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - start, 1),
+        "resumed_from": int(checkpoint.rpartition("-")[2]) if checkpoint else None,
+    }
+
+
+def _remove_half_written(folder: Path, keep_up_to: str | None) -> None:
+    """Remove checkpoints that an interruption left incomplete: `Trainer` would count them among those to keep."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        whole = keep_up_to is not None and _step(checkpoint) <= _step(Path(keep_up_to))
+        if not whole:
+            shutil.rmtree(checkpoint)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def bf16_is_faster(size: int = 512, repeats: int = 5) -> bool:
+    """Whether matrix products in bfloat16 are at least twice as fast as in float32 on this machine's default device.
+
+    True with AMX or on recent GPUs; on CPUs that only emulate bfloat16, autocast would slow training down.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def fastest(dtype: torch.dtype) -> float:
+        a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return 2 * fastest(torch.bfloat16) < fastest(torch.float32)

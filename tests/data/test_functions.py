@@ -1,0 +1,216 @@
+import ast
+import warnings
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from modular_star_encoder.data import functions
+from modular_star_encoder.data.functions import FILTERS, code_key, collect_functions, description_key, extract_functions
+from tests.data.samples import extract_one, function, source
+
+GOOD = 'def {name}(x):\n    """{doc}"""\n    y = x + {number}\n    return y\n'
+
+
+def good(name, number=1, doc="Add a number to x."):
+    return GOOD.format(name=name, number=number, doc=doc)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'def f(x):\n    """SECRET words."""\n    return x\n',
+        "def f(x):\n    r'''SECRET\n\n    SECRET too\n    '''  # SECRET comment\n\n    return x\n",
+        'def f(x): "SECRET"; return x\n',
+        'def f(x):\n    "SECRET"; return x\n',
+        'def f(x):\n    ("SECRET "\n     "SECRET")\n    return x\n',
+        'def f(x):\r\n    """SECRET\r\n    SECRET"""\r\n    return x\r\n',
+        'def f(x):\r    """SECRET"""\r    return x\r',
+        'def f(x):\n    """SECRET é""" ;\n    return x',
+        'def f(x):\n    """SECRET""" \\\n    ; return x\n',
+        'async def f(x):\n\t"""SECRET."""\n\t@x\n\tdef g(): pass\n\treturn x\n',
+    ],
+)
+def test_a_docstring_never_stays_in_the_code(text):
+    found = extract_one(text)
+    assert "SECRET" in found.description
+    assert "SECRET" not in found.code
+    assert "return x" in found.code
+    assert isinstance(ast.parse(found.code).body[0], ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+@pytest.mark.parametrize("end", ["", "  # noqa: D401", ";", " ; # twice"])
+def test_all_that_follows_a_docstring_stays(end):
+    body = "    # why\n    @cache\n    def g(): pass\n    return g"
+    assert extract_one(f'def f():\n    """Doc."""{end}\n\n{body}\n').code == f"def f():\n{body}"
+
+
+def test_docstrings_of_what_is_defined_inside_leave_too():
+    text = '''
+def outer(x):
+    """Outer."""
+    def only():
+        """SECRET"""
+    class Inner:
+        """SECRET"""
+        def method(self):
+            """SECRET"""
+            return 1
+    return only
+'''
+    found = {f.name: f for f in extract_functions(source(text))}
+    assert set(found) == {"outer", "outer.Inner.method"}
+    assert "SECRET" not in found["outer"].code
+    assert "pass" in found["outer"].code
+    ast.parse(found["outer"].code)
+
+
+def test_spans_are_exact_after_characters_of_several_bytes_and_odd_line_breaks():
+    # \x0c, \x1c and \u2028 break lines for str.splitlines, not for Python.
+    text = (
+        'a = "é\u2028ü"; b = "\x1c"\n\x0c\n'
+        'class Ä:\n\x0c    def ö(self, ß="é"):\n        """Döcument."""\n        return "ö"  # ü\n'
+    )
+    found = extract_one(text)
+    assert found.code == 'def ö(self, ß="é"):\n    return "ö"'
+    assert (found.name, found.line, found.description) == ("Ä.ö", 4, "Döcument.")
+
+
+def test_line_ends_of_any_kind_give_the_same_function():
+    text = good("f")
+    expected = extract_one("\n\n" + text)
+    assert expected.line == 3
+    for end in ("\r\n", "\r"):
+        assert extract_one(("\n\n" + text).replace("\n", end)) == expected
+
+
+def test_a_coding_comment_does_not_shift_the_columns():
+    assert extract_one("# coding: latin-1\ndef f():\n    'Dóc.'\n    é = 'ü'; return é\n").code.endswith("return é")
+
+
+def test_code_begins_with_the_first_decorator_and_so_does_the_line():
+    found = extract_one(
+        "class A:\n    x = 1\n\n    @cache(\n        size=1)\n    @other\n"
+        '    def f(self):\n        "Doc."\n        return 1\n'
+    )
+    assert found.line == 4
+    assert found.code.startswith("@cache(\n    size=1)\n@other\ndef f(self):\n    return 1")
+
+
+def test_dedenting_leaves_the_lines_of_a_string_alone():
+    text = '''class A:
+    def f(self):
+        "Doc."
+        raise ValueError(
+            "one "
+            "two")
+        # it's """
+        return """
+            keep
+    keep too"""
+'''
+    found = extract_one(text)
+    assert ast.literal_eval(ast.parse(found.code).body[0].body[-1].value) == "\n            keep\n    keep too"
+    assert '\n        "two")\n' in found.code
+
+
+def test_the_description_is_the_first_paragraph_in_one_line():
+    found = extract_one(
+        'def f():\n    """\n    First   line\n    and second.\n\n    Args: none\n    """\n    return 1\n'
+    )
+    assert found.description == "First line and second."
+
+
+def test_a_half_surrogate_in_a_docstring_can_still_be_encoded():
+    found = extract_one('def f():\n    "Bad \\ud800 escape."\n    return 1\n')
+    assert found.description.encode()
+    assert found.description.startswith("Bad")
+
+
+def test_functions_without_docstring_or_without_body_are_not_rows():
+    assert extract_functions(source('def f():\n    return 1\ndef g():\n    """Only documentation."""\n')) == []
+
+
+def test_undocumented_functions_are_found_on_request():
+    found = extract_functions(source('def f():\n    return 1\ndef g():\n    """Only."""\n'), documented_only=False)
+    assert [(one.name, one.description) for one in found] == [("f", "")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["def f(:", "x = '\0'", "x = " + "(" * 500, "x = " + "-" * 100_000 + "1", "x = 1" + "+1" * 100_000, "x = '\ud800'"],
+)
+def test_a_file_that_does_not_parse_is_counted_and_not_fatal(text):
+    counts = Counter()
+    assert extract_functions(source(text), counts) == []
+    assert counts == {"files that do not parse": 1}
+
+
+def test_warnings_about_somebody_elses_code_are_silent():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert extract_one('def f():\n    "Doc \\d."\n    return 1 is 1\n').code
+    assert caught == []
+
+
+def test_an_unknown_language_is_refused_with_those_that_are_known():
+    with pytest.raises(ValueError, match="'cobol' is not supported; use one of python"):
+        extract_functions(replace(source("x"), language="cobol"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"description": "Two words."}, "description not of 3 to 256 words"),
+        ({"description": "One -- two --"}, "description not of 3 to 256 words"),
+        ({"description": "word " * 257}, "description not of 3 to 256 words"),
+        ({"description": "Возвращает сумму двух чисел of x"}, "description mostly not ASCII"),
+        ({"code": "def f():\n\n\n    return 1"}, "code of fewer than 3 lines"),
+        ({"name": "A.__len__"}, "special method"),
+        ({"name": "A.runTest"}, "name contains test"),
+    ],
+)
+def test_each_rule_drops_what_it_names(changes, reason):
+    assert all(keeps(function()) for keeps in FILTERS.values())
+    dropped_by = [name for name, keeps in FILTERS.items() if not keeps(replace(function(), **changes))]
+    assert dropped_by == [reason]
+
+
+def test_rules_keep_what_lies_on_their_limits():
+    for description in ("just three words", "word " * 256, "Résumé of the naïve façade"):
+        assert all(keeps(replace(function(), description=description)) for keeps in FILTERS.values())
+    assert all(keeps(replace(function(), name="TestCase.run")) for keeps in FILTERS.values())
+
+
+def test_keys_ignore_layout_and_punctuation_only():
+    assert code_key("a =  1\n\tb") == code_key("a = 1\nb") != code_key("a = 1\nc")
+    assert description_key("Return the Index.") == description_key("return (the) index") != description_key("the index")
+
+
+def test_collecting_filters_drops_repeated_code_and_counts_everything():
+    files = [
+        source(good("a") + good("b", doc="Short.") + "def c(): return 1\n"),
+        source(good("a").replace("    ", "  "), path="copy.py"),
+        source("def f(:", path="broken.py"),
+        replace(source("x"), language="cobol"),
+    ]
+    collection = collect_functions(files, processes=1, progress=False)
+    assert [one.name for one in collection.functions] == ["a"]
+    assert collection.counts == {
+        "files": 4,
+        "files that do not parse": 1,
+        "files in an unsupported language": 1,
+        "documented functions": 3,
+        "dropped: description not of 3 to 256 words": 1,
+        "dropped: same code as an earlier function": 1,
+        "functions kept": 1,
+    }
+
+
+def test_several_processes_give_the_same_functions_in_the_same_order(monkeypatch):
+    monkeypatch.setattr(functions, "_FILES_PER_CHUNK", 2)
+    files = [source(good(f"f{i}", number=i), path=f"{i}.py") for i in range(25)]
+    alone = collect_functions(files, processes=1, progress=False)
+    together = collect_functions(iter(files), processes=2, progress=False)
+    assert [one.name for one in alone.functions] == [f"f{i}" for i in range(25)]
+    assert together == alone

@@ -1,0 +1,187 @@
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
+from tests.data.samples import repository_texts, small_tokenizer
+
+
+def make(tokenizer, texts=None, **changes):
+    arguments = {"length": 2000, "max_tokens": 96, "seed": 0, "progress": False} | changes
+    return InContextPairs(texts or repository_texts(), tokenizer, **arguments)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    dataset = make(tokenizer)
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def original(row):
+    return torch.where(row["labels"] >= 0, row["labels"], row["input_ids"]).tolist()
+
+
+def snippets(row):
+    ids = original(row)
+    middle = ids.index(1, 1)
+    return ids[1:middle], ids[middle + 1 : -1]
+
+
+def origins(tokenizer, row):
+    """The (repository, file) of both snippets, read from the words that every line of a text holds."""
+    decoded = map(tokenizer.decode, snippets(row))
+    return [(re.search(r"repo(\d)", text)[1], re.search(r"file(\d)", text)[1]) for text in decoded]
+
+
+def test_the_label_says_whether_the_repositories_are_the_same(tokenizer, rows):
+    for row in rows[:500]:
+        first, second = origins(tokenizer, row)
+        assert (first[0] == second[0]) == bool(row["icc_label"])
+        assert first != second
+    assert {int(row["icc_label"]) for row in rows[:500]} == {0, 1}
+
+
+def test_both_labels_are_equally_likely(rows):
+    assert 0.46 < np.mean([int(row["icc_label"]) for row in rows]) < 0.54
+
+
+def test_one_snippet_alone_does_not_tell_the_label(tokenizer):
+    # Very different repositories: with a careless draw the large one is commoner in positives.
+    texts = {name: rows * (40 if name == "repo0" else 1) for name, rows in repository_texts(repositories=3).items()}
+    dataset = make(tokenizer, texts, length=6000)
+    drawn = {0: [Counter(), Counter()], 1: [Counter(), Counter()]}
+    for i in range(len(dataset)):
+        row = dataset[i]
+        for position, (repository, _) in enumerate(origins(tokenizer, row)):
+            drawn[int(row["icc_label"])][position][repository] += 1
+    shares = [counter["0"] / counter.total() for label in (0, 1) for counter in drawn[label]]
+    assert 0.4 < shares[0] < 0.6
+    assert max(shares) - min(shares) < 0.05
+
+
+def test_a_row_depends_on_the_seed_and_its_index_only(tokenizer):
+    one, same, other = make(tokenizer), make(tokenizer, length=7), make(tokenizer, seed=1)
+    one[3]
+    for name in ("input_ids", "labels", "icc_label"):
+        assert torch.equal(one[5][name], same[5][name])
+    assert not torch.equal(one[5]["input_ids"], other[5]["input_ids"])
+    assert not torch.equal(one[5]["input_ids"], one[6]["input_ids"])
+
+
+def test_rows_are_framed_like_the_tokenizers_pairs_and_fill_the_room(tokenizer, rows):
+    for row in rows[:200]:
+        first, second = snippets(row)
+        assert original(row) == [1, *first, 1, *second, 2]
+        assert len(row["input_ids"]) == 96
+        assert abs(len(first) - len(second)) <= 1
+        assert not {0, 1, 2, 3} & set(first + second)
+    small = make(tokenizer, max_tokens=4000)[0]
+    assert [len(s) for s in snippets(small)] > [46, 46]
+
+
+def test_a_short_snippet_leaves_its_room_to_the_other(tokenizer):
+    texts = {"a": ["x = 1 # " * 4] * 2, "b": ["x = 1\n" * 200] * 2}
+    dataset = make(tokenizer, texts, length=100)
+    lengths = [sorted(map(len, snippets(dataset[i]))) for i in range(100) if int(dataset[i]["icc_label"]) == 0]
+    assert len(lengths) > 30
+    assert all(short < 46 and short + long == 93 for short, long in lengths)
+
+
+def test_windows_come_from_all_over_a_text(tokenizer):
+    text = "\n".join(f"line {i} of this text" for i in range(500))
+    dataset = make(tokenizer, {"a": [text] * 2, "b": [text] * 2}, length=60)
+    numbers = [int(re.search(r"line (\d+) of", tokenizer.decode(snippets(dataset[i])[0]))[1]) for i in range(60)]
+    assert min(numbers) < 120
+    assert max(numbers) > 380
+
+
+def test_masking_follows_bert(tokenizer, rows):
+    labels = torch.cat([row["labels"] for row in rows])
+    inputs = torch.cat([row["input_ids"] for row in rows])
+    chosen = labels >= 0
+    assert 0.14 < chosen.sum() / (len(labels) - 3 * len(rows)) < 0.16
+    assert 0.78 < (inputs[chosen] == 3).float().mean() < 0.82
+    assert 0.09 < (inputs[chosen] == labels[chosen]).float().mean() < 0.12
+    random = chosen & (inputs != 3) & (inputs != labels)
+    assert random.sum() > 1000
+    assert inputs[random].min() >= 4
+    assert not (inputs[~chosen] == 3).any()
+    assert labels[chosen].min() >= 4
+    assert set(labels[~chosen].tolist()) == {-100}
+
+
+def test_at_least_one_token_is_masked(tokenizer):
+    dataset = make(tokenizer, mask_probability=1e-9, length=20)
+    assert [int((dataset[i]["labels"] >= 0).sum()) for i in range(20)] == [1] * 20
+
+
+def test_special_tokens_written_in_a_text_stay_characters(tokenizer):
+    texts = {name: ["<sep><cls><mask><pad> " * 10] * 2 for name in "ab"}
+    dataset = make(tokenizer, texts, length=10)
+    assert all(original(dataset[i]).count(1) == 2 and original(dataset[i]).count(2) == 1 for i in range(10))
+
+
+def test_texts_that_cannot_form_pairs_are_left_out_and_counted(tokenizer):
+    texts = repository_texts(repositories=2) | {"single": ["long enough " * 30], "short": ["x", "y"]}
+    dataset = make(tokenizer, texts)
+    assert dataset.repositories == ("repo0", "repo1")
+    assert dataset.dropped_texts == 3
+
+
+def test_bad_input_is_refused_in_one_sentence(tokenizer):
+    with pytest.raises(ValueError, match=r"at least two repositories.*1 of 2 qualify"):
+        make(tokenizer, repository_texts(repositories=1) | {"short": ["x", "y"]})
+    with pytest.raises(ValueError, match="max_tokens must be at least 35"):
+        make(tokenizer, max_tokens=34)
+    with pytest.raises(ValueError, match="mask_probability between 0 and 1"):
+        make(tokenizer, mask_probability=0)
+    bare = small_tokenizer()
+    bare.mask_token = None
+    with pytest.raises(ValueError, match="must define sep_token, cls_token and mask_token"):
+        make(bare)
+
+
+def test_iterating_ends_after_the_chosen_length(tokenizer):
+    assert len(list(make(tokenizer, length=5))) == 5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_follows_the_tokenizer_and_is_ignored(tokenizer, side):
+    padded_tokenizer = small_tokenizer()
+    padded_tokenizer.padding_side = side
+    texts = {name: ["x = 1 # " * 4, "y = 2 # " * 12] for name in "ab"}
+    rows = [make(tokenizer, texts)[i] for i in range(8)]
+    batch = PaddingCollator(padded_tokenizer, pad_to_multiple_of=8)(rows)
+    length = batch["input_ids"].shape[1]
+    longest = max(len(row["input_ids"]) for row in rows)
+    assert length % 8 == 0
+    assert longest <= length < longest + 8
+    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
+        "input_ids": (8, length),
+        "attention_mask": (8, length),
+        "labels": (8, length),
+        "icc_labels": (8,),
+    }
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert (batch["attention_mask"] == 0).any()
+    for i, row in enumerate(rows):
+        real = batch["attention_mask"][i].bool()
+        assert torch.equal(batch["input_ids"][i][real], row["input_ids"])
+        assert torch.equal(batch["labels"][i][real], row["labels"])
+        assert set(batch["input_ids"][i][~real].tolist()) <= {0}
+        assert set(batch["labels"][i][~real].tolist()) <= {-100}
+        assert real[-1 if side == "left" else 0]
+        assert batch["icc_labels"][i] == row["icc_label"]
+
+
+def test_worker_processes_make_the_same_batches(tokenizer):
+    dataset, collator = make(tokenizer, length=8), PaddingCollator(tokenizer)
+    alone, worked = (
+        list(DataLoader(dataset, batch_size=4, collate_fn=collator, num_workers=workers)) for workers in (0, 2)
+    )
+    assert len(alone) == 2
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(alone, worked, strict=True) for name in a)

@@ -1,0 +1,96 @@
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from modular_star_encoder.data.prompts import SPECIAL_TOKENS, code_prompt
+from modular_star_encoder.data.tokenizer import encode_content, train_tokenizer
+
+TEXT = "def añb(x):\n\treturn x1234  # 漢字 🙂\r\n"
+
+
+def test_special_tokens_have_the_first_ids_and_padding_is_on_the_left(tokenizer):
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3]
+    assert (tokenizer.pad_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id) == (
+        0,
+        1,
+        2,
+        3,
+    )
+    batch = tokenizer(["a", "a b c d e f"], padding=True)
+    assert batch["input_ids"][0][0] == 0
+    assert batch["attention_mask"][0][-1] == 1
+
+
+def test_a_text_and_a_pair_are_framed_by_the_template(tokenizer):
+    a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("load x", "save y"))
+    assert a
+    assert tokenizer("load x")["input_ids"] == [1, *a, 2]
+    assert tokenizer("load x", "save y")["input_ids"] == [1, *a, 1, *b, 2]
+
+
+def test_truncation_keeps_the_frame(tokenizer):
+    single = tokenizer(TEXT * 50, truncation=True)["input_ids"]
+    pair = tokenizer(TEXT * 50, TEXT * 50, truncation=True, max_length=20)["input_ids"]
+    assert len(single) == tokenizer.model_max_length == 128
+    assert (single[0], single[-1]) == (1, 2)
+    assert (len(pair), pair[0], pair[-1], pair.count(1)) == (20, 1, 2, 2)
+
+
+def test_every_text_comes_back_from_its_ids_and_digits_stand_alone(tokenizer):
+    ids = tokenizer(TEXT)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == TEXT
+    years = train_tokenizer(["1234 years"] * 50, 300, progress=False)
+    ids = years("1234 years", add_special_tokens=False)["input_ids"]
+    assert [years.decode(i) for i in ids[:4]] == list("1234")
+    assert len(ids) < len("1234 years")
+
+
+def test_a_prompt_brings_its_inner_separator(tokenizer):
+    ids = tokenizer(code_prompt("python") + "load x")["input_ids"]
+    assert ids.count(1) == 2
+    assert ids[0] == 1
+
+
+def test_a_reloaded_tokenizer_gives_identical_ids(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    name = json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert name in {"PreTrainedTokenizerFast", "TokenizersBackend"}
+    for texts in [(TEXT,), (TEXT, "load"), (code_prompt() + TEXT,), ("",)]:
+        assert reloaded(*texts)["input_ids"] == tokenizer(*texts)["input_ids"]
+    assert (reloaded.padding_side, reloaded.model_max_length) == ("left", 128)
+
+
+def test_content_cannot_inject_special_tokens(tokenizer):
+    text = "x = '<sep><cls><mask><pad>'"
+    assert set(tokenizer(text, add_special_tokens=False)["input_ids"]) & {0, 1, 2, 3}
+    (row,) = encode_content(tokenizer, [text], progress=False)
+    assert not set(row.tolist()) & {0, 1, 2, 3}
+    assert tokenizer.decode(row) == text
+    assert not tokenizer.backend_tokenizer.encode_special_tokens  # the tokenizer itself is as before
+
+
+def test_rows_of_content_equal_the_tokenizers_ids_and_are_small(tokenizer):
+    texts = [f"{TEXT}{i}" * (i % 3) for i in range(600)]
+    rows = encode_content(tokenizer, texts, progress=False)
+    assert len(rows) == 600
+    assert all(
+        row.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+        for row, text in zip(rows, texts, strict=True)
+    )
+    assert rows[1].dtype == np.uint16
+    assert len(rows[0]) == 0
+    with pytest.raises(IndexError):
+        rows[600]
+
+
+def test_bad_arguments_are_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="vocab_size must be at least 260"):
+        train_tokenizer(["a"], 259)
+    with pytest.raises(ValueError, match="max_length must be at least 4"):
+        train_tokenizer(["a"], 300, max_length=3)
+    with pytest.raises(ValueError, match="at least one text"):
+        train_tokenizer([], 300, progress=False)
+    assert len(train_tokenizer(["a"], 260, progress=False)) == 260

@@ -1,0 +1,156 @@
+import json
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import modular_star_encoder_cli as cli
+from tests.evaluation.tiny import save_tiny_checkpoint
+
+FUNCTION = '''\
+def {verb}_{noun}(value):
+    """{verb} the {noun} of a value."""
+    result = {noun}(value)
+    return {verb}(result)
+
+
+'''
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.set_num_threads(1)
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint")))
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("code")
+    pairs = [(verb, noun) for verb in ("add", "find", "show") for noun in ("file", "name")]
+    (folder / "module.py").write_text("".join(FUNCTION.format(verb=verb, noun=noun) for verb, noun in pairs))
+    return str(folder)
+
+
+def run(capsys, *arguments):
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_and_version_do_not_import_torch():
+    program = "import sys, modular_star_encoder_cli as cli\ntry: cli.main([{!r}])\nexcept SystemExit: pass\n"
+    program += "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    for option in ("--help", "--version"):
+        output = subprocess.run(
+            [sys.executable, "-c", program.format(option)], capture_output=True, text=True, check=True
+        )
+        assert output.stdout.splitlines()[-1] == "[]"
+        assert "mose" in output.stdout
+
+
+def test_search_prints_path_line_score_name_and_exit(capsys, checkpoint, code):
+    status, out, _ = run(capsys, "search", code, "add", "--model", checkpoint, "--exit-layer", "2", "--top-k", "3")
+    assert status == 0
+    assert len(out.splitlines()) == 3
+    assert all(
+        re.fullmatch(rf"{code}/module\.py:\d+  -?\d\.\d\d\d  \w+  \(exit 2\)", line) for line in out.splitlines()
+    )
+
+
+def test_search_prints_json(capsys, checkpoint, code):
+    status, out, _ = run(capsys, "search", code, "add", "find", "--model", checkpoint, "--json")
+    answers = json.loads(out)
+    assert status == 0
+    assert [answer["question"] for answer in answers] == ["add", "find"]
+    assert set(answers[0]["hits"][0]) == {"path", "line", "name", "score", "exit_layer"}
+    assert len(answers[0]["hits"]) == 5
+    assert answers[0]["hits"][0]["exit_layer"] == 4
+
+
+def test_evaluate_prints_the_table_and_writes_the_same_figures(capsys, checkpoint, code, tmp_path):
+    file = tmp_path / "results.json"
+    status, out, err = run(
+        capsys, "evaluate", checkpoint, "--data", code, "--exit-layers", "1,2", "--untrained", "--json", str(file)
+    )
+    assert status == 0
+    results = json.loads(file.read_text())
+    assert list(results["exits"]) == list(results["untrained"]) == ["1", "2"]
+    assert results["bm25"]["distractors"] == 5
+    assert f"{100 * results['exits']['2']['mrr']:.1f}" in next(
+        line for line in out.splitlines() if line.startswith("| exit 2")
+    )
+    assert "only 6 documented functions" in err
+
+
+def test_evaluate_measures_all_exits_by_default(capsys, checkpoint, code):
+    _, out, _ = run(capsys, "evaluate", checkpoint, "--data", code)
+    assert re.findall(r"^\| exit (\d+)", out, re.MULTILINE) == ["1", "2", "4"]
+
+
+def test_slice_hands_over_checkpoint_exit_and_target(capsys, monkeypatch):
+    calls = []
+    slicing = types.ModuleType("slicing")
+    slicing.slice_checkpoint = lambda *arguments: calls.append(arguments)
+    monkeypatch.setitem(sys.modules, "modular_star_encoder.hub.slicing", slicing)
+    status, out, _ = run(capsys, "slice", "checkpoint", "--exit-layer", "4", "out")
+    assert (status, out, calls) == (0, "out\n", [("checkpoint", 4, "out")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("search", "CODE", "add", "--model", "./no-such-folder"), "There is no checkpoint folder"),
+        (("search", "./no-such-folder", "add", "--model", "CHECKPOINT"), "does not exist"),
+        (("search", "CODE", " ", "--model", "CHECKPOINT"), "blank"),
+        (("search", "CODE", "add", "--model", "CHECKPOINT", "--exit-layer", "3"), "its exits are 1, 2, 4"),
+        (("evaluate", "CHECKPOINT", "--data", "CODE", "--exit-layers", "1,3"), "its exits are 1, 2, 4"),
+        (("evaluate", "CHECKPOINT", "--data", "CODE", "--json", "no-such-folder/results.json"), "there is no folder"),
+        (("evaluate", "CHECKPOINT", "--data", "./no-such-folder"), "does not exist"),
+    ],
+)
+def test_mistakes_are_one_line_on_stderr_and_status_2(capsys, checkpoint, code, arguments, message):
+    places = {"CHECKPOINT": checkpoint, "CODE": code}
+    status, out, err = run(capsys, *(places.get(argument, argument) for argument in arguments))
+    assert (status, out) == (2, "")
+    line = err.splitlines()[-1]
+    assert line.startswith("mose: error: ")
+    assert message in line
+    assert "Traceback" not in err
+
+
+def test_nothing_is_written_when_the_evaluation_fails(capsys, checkpoint, tmp_path):
+    (tmp_path / "constants.py").write_text("PI = 3\n")
+    status, _, err = run(
+        capsys, "evaluate", checkpoint, "--data", str(tmp_path), "--json", str(tmp_path / "results.json")
+    )
+    assert status == 2
+    assert "holds 0 documented functions" in err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["constants.py"]
+
+
+def test_ctrl_c_is_one_line_and_status_130(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_slice", interrupted)
+    assert run(capsys, "slice", "checkpoint", "--exit-layer", "4", "out") == (130, "", "mose: interrupted\n")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def mistaken(*_):
+        raise TypeError("a mistake of ours")
+
+    monkeypatch.setattr(cli, "run_slice", mistaken)
+    with pytest.raises(TypeError):
+        cli.main(["slice", "checkpoint", "--exit-layer", "4", "out"])
+
+
+@pytest.mark.parametrize("exits", ["", "4,", "deepest"])
+def test_a_list_of_exits_that_is_none_is_wrong_usage(capsys, exits):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["evaluate", "checkpoint", "--data", ".", "--exit-layers", exits])
+    assert error.value.code == 2
+    assert "neither all nor a list of numbers" in capsys.readouterr().err
