@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -132,7 +132,7 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 def apply_rotary_pos_emb(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys (B, heads, T, head_dim) by the angles of their positions, cos and sin (B, T, head_dim)."""
+    """Rotate queries and keys (B, heads, T, head_dim) by their positions' angles, cos and sin (B, T, head_dim)."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
 
@@ -292,13 +292,16 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     config_class = ModularStarEncoderConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ModularStarEncoderLayer"]
+    _no_split_modules: ClassVar = ["ModularStarEncoderLayer"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": ModularStarEncoderLayer, "attentions": ModularStarEncoderAttention}
+    _can_record_outputs: ClassVar = {
+        "hidden_states": ModularStarEncoderLayer,
+        "attentions": ModularStarEncoderAttention,
+    }
 
     def __init__(self, config: ModularStarEncoderConfig, *inputs: Any, **kwargs: Any) -> None:
         # Values given to `from_pretrained` are set on the configuration after its own validation.
@@ -448,9 +451,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = _positions(attention_mask, inputs_embeds)
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
-        )
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
         hidden_states = inputs_embeds
         if start_layer == 0:
             hidden_states = nn.functional.dropout(hidden_states, p=self.embedding_dropout, training=self.training)
@@ -635,9 +636,9 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
         if icc_labels is not None:
             logits = result.icc_logits.float()
             targets = icc_labels.expand(len(exits), -1)
-            result.icc_losses = nn.functional.cross_entropy(
-                logits.transpose(1, 2), targets, reduction="none"
-            ).mean(dim=1)
+            result.icc_losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(
+                dim=1
+            )
             result.icc_accuracies = (logits.argmax(dim=-1) == targets).float().mean(dim=1)
         if supervised:
             losses = sum(part for part in (result.mlm_losses, result.icc_losses) if part is not None)

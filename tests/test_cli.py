@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import modular_star_encoder_cli as cli
-from tests.evaluation.tiny import save_tiny_checkpoint
+from tests.tiny import save_tiny_checkpoint
 
 FUNCTION = '''\
 def {verb}_{noun}(value):

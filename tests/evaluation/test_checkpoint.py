@@ -8,7 +8,7 @@ import torch
 from modular_star_encoder.evaluation.checkpoint import load_checkpoint
 from modular_star_encoder.evaluation.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderModel
-from tests.evaluation.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

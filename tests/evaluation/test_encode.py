@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from modular_star_encoder.evaluation.encode import encode_exits
-from tests.evaluation.tiny import EXIT_LAYERS, PROJECTION_SIZE
+from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE
 
 TEXTS = ["return x", "def add(first, second):\n    return first + second", "", "x", "return first + second - third"]
 

@@ -5,7 +5,7 @@ import torch
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.evaluation.encode import encode_exits
 from modular_star_encoder.search.folder import Hit, folder_functions, search_folder
-from tests.evaluation.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 SOURCE = '''\
 def documented(first):

@@ -32,7 +32,7 @@ def load_checkpoint(
         ValueError: not a retrieval checkpoint of ours, damaged weights, or an exit that it doesn't have.
         OSError: the Hub has no such repository, or can't be reached.
     """
-    _check_local(path)
+    check_checkpoint(path)
     path = os.path.expanduser(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -52,10 +52,16 @@ def load_checkpoint(
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
-def _check_local(path: str | Path) -> None:
+def check_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Refuse a local path that is no checkpoint folder, before anything is loaded; names of the Hub pass.
+
+    Raises:
+        FileNotFoundError: no such folder, or one without config.json or weights.
+        NotADirectoryError: `path` is a file.
+    """
     folder = Path(path).expanduser()
     if not folder.exists():
-        if isinstance(path, Path) or not _could_be_on_the_hub(path):
+        if not isinstance(path, str) or not _could_be_on_the_hub(path):
             raise FileNotFoundError(f"There is no checkpoint folder {path}.")
         return
     if not folder.is_dir():

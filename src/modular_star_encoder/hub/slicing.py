@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer
 
 from modular_star_encoder import modeling
-from modular_star_encoder.evaluation.checkpoint import check_checkpoint_folder
+from modular_star_encoder.evaluation.checkpoint import check_checkpoint
 from modular_star_encoder.hub.staging import staged_folder
 
 SENTENCE_TRANSFORMER_FILES = (
@@ -40,7 +40,7 @@ def slice_checkpoint(
         ValueError: the checkpoint has no such exit (the message lists those it has), its folder lacks configuration or
             weights, or `out` is taken. Nothing is written then.
     """
-    check_checkpoint_folder(checkpoint)
+    check_checkpoint(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
     config.check_exit(exit_layer)
     model_class = getattr(modeling, config.architectures[0])

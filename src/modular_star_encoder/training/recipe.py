@@ -58,7 +58,9 @@ def load_recipe(path: str | os.PathLike) -> Recipe:
         ValueError: the file is not a mapping, or has unknown or missing keys, which the message names.
     """
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    stages = {name: _build(Stage, (content or {}).get(name), f"{path}: {name}") for name in ("pretraining", "finetuning")}
+    stages = {
+        name: _build(Stage, (content or {}).get(name), f"{path}: {name}") for name in ("pretraining", "finetuning")
+    }
     return _build(Recipe, {**content, **stages}, str(path))
 
 

@@ -17,8 +17,8 @@ from modular_star_encoder.objectives import Objective, exit_weights
 class MultiExitTrainer(Trainer):
     """Train every exit of a model with one objective.
 
-    The total loss is the weighted sum of the objective's losses per exit. Every metric of the objective is averaged over
-    the batches between two log lines, over all processes, and logged as `{metric}_exit_{layer}`.
+    The total loss is the weighted sum of the objective's losses per exit. Every metric of the objective is averaged
+    over the batches between two log lines, over all processes, and logged as `{metric}_exit_{layer}`.
 
     Args:
         model: a ModularStarEncoder model with heads that suit the objective.

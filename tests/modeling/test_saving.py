@@ -1,0 +1,93 @@
+"""Checkpoints: complete, self-contained, and safe to write over."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from modular_star_encoder.modeling import (
+    ModularStarEncoderForPreTraining,
+    ModularStarEncoderForRetrieval,
+    ModularStarEncoderForSequenceClassification,
+    ModularStarEncoderModel,
+)
+from tests.tiny import tiny_batch, tiny_model
+
+CODE_FILES = {"configuration_modular_star_encoder.py", "modeling_modular_star_encoder.py"}
+
+
+class UserModel(ModularStarEncoderForRetrieval):
+    """A subclass defined in somebody's script."""
+
+
+@pytest.mark.parametrize(
+    ("model_class", "auto_class", "auto_model"),
+    [
+        (ModularStarEncoderModel, AutoModel, "ModularStarEncoderModel"),
+        (ModularStarEncoderForRetrieval, AutoModel, "ModularStarEncoderForRetrieval"),
+        (ModularStarEncoderForPreTraining, AutoModelForMaskedLM, "ModularStarEncoderModel"),
+        (ModularStarEncoderForSequenceClassification, AutoModelForSequenceClassification, "ModularStarEncoderModel"),
+        (UserModel, AutoModel, "ModularStarEncoderForRetrieval"),
+    ],
+)
+def test_a_checkpoint_carries_weights_code_and_the_full_auto_map(tmp_path, model_class, auto_class, auto_model):
+    model = tiny_model(model_class).eval()
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == CODE_FILES | {"config.json", "model.safetensors"}
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == f"modeling_modular_star_encoder.{auto_model}"
+    assert {"AutoConfig", "AutoModelForMaskedLM", "AutoModelForPreTraining"} <= set(auto_map)
+    if model_class is not UserModel:
+        again = auto_class.from_pretrained(tmp_path)
+        assert type(again) is model_class
+        with torch.inference_mode():
+            assert torch.equal(model(**tiny_batch())[0], again(**tiny_batch())[0])
+
+
+def test_saving_over_the_files_it_was_loaded_from_is_safe(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.projection_heads["4"].out_proj.bias += 1.0
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(again.projection_heads["4"].out_proj.bias, model.projection_heads["4"].out_proj.bias)
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = tiny_model(initializer_range=0.1)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modular_star_encoder.modeling.modeling_modular_star_encoder.shutil.copyfile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_shards_of_an_earlier_save_do_not_stay_behind(tmp_path):
+    tiny_model().save_pretrained(tmp_path, max_shard_size="50KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    tiny_model().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("model*.safetensors*")] == ["model.safetensors"]
+    AutoModel.from_pretrained(tmp_path)
+
+
+def test_loading_at_an_exit_reads_only_its_tensors(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert any(name.startswith("model.layers.3.") for name in file.keys())  # noqa: SIM118
+    model = AutoModel.from_pretrained(tmp_path, exit_layer=2)
+    assert not any("layers.2." in name or "layers.3." in name for name in model.state_dict())
+    assert set(model.projection_heads) == {"1", "2"}
+
+
+def test_an_exit_given_to_the_configuration_cuts_the_model_too(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, exit_layer=1)
+    assert len(AutoModel.from_config(config).model.layers) == 1

@@ -1,0 +1,43 @@
+"""Weights of the exits."""
+
+import pytest
+import torch
+
+from modular_star_encoder.objectives import exit_weights
+
+PAPER = (4, 9, 18, 27, 36)
+
+
+def test_the_papers_weights_are_exit_over_depth():
+    weights = exit_weights("paper", PAPER, 36)
+    assert [round(weight, 3) for weight in weights.tolist()] == [0.111, 0.25, 0.5, 0.75, 1.0]
+    assert weights.sum().item() == pytest.approx(2.611, abs=1e-3)
+
+
+def test_a_slice_weighs_its_exits_by_its_parents_depth():
+    assert exit_weights("paper", (4, 9), 36).tolist() == pytest.approx([4 / 36, 9 / 36])
+
+
+def test_normalised_weights_keep_their_proportions():
+    weights = exit_weights("paper", PAPER, 36, normalize=True)
+    assert weights.sum().item() == pytest.approx(1.0)
+    torch.testing.assert_close(weights / weights[-1], exit_weights("paper", PAPER, 36))
+
+
+def test_uniform_and_explicit_weights():
+    assert exit_weights("uniform", PAPER, 36).tolist() == [1.0] * 5
+    assert exit_weights([0, 2.5], (1, 2), 2).tolist() == [0.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("weighting", "sentence"),
+    [
+        ("papre", "one of paper, uniform"),
+        ([1.0], "2 non-negative numbers"),
+        ([1, -1], "not all zero"),
+        ([0, 0], "zero"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(weighting, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        exit_weights(weighting, (1, 2), 2)

@@ -1,0 +1,142 @@
+"""The quickstart as a user runs it, on a small folder of repositories."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "examples" / "quickstart.py"
+
+
+def write_repositories(folder, repositories=8, functions=30):
+    """Repositories of small documented functions, each with its own vocabulary."""
+    for repository in range(repositories):
+        path = folder / f"repository{repository}" / "module.py"
+        path.parent.mkdir(parents=True)
+        path.write_text(
+            "\n\n".join(
+                f"def compute_{repository}_{number}(value, factor):\n"
+                f'    """Multiply the value number {number} of kind {repository} by a factor."""\n'
+                f"    result = value * factor + {number}\n"
+                f"    kind_{repository} = [result, {number}]\n"
+                f"    return kind_{repository}\n"
+                for number in range(functions)
+            )
+        )
+    (folder / "repository0" / "latin.py").write_bytes("# caf\xe9\n".encode("latin-1"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    return write_repositories(tmp_path_factory.mktemp("repositories"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    stage = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "logging_steps": 2, "save_steps": 2}
+    content = {
+        "vocab_size": 400,
+        "max_query_tokens": 96,
+        "max_document_tokens": 96,
+        "pretraining": {**stage, "max_tokens": 64},
+        "finetuning": stage,
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def command(*arguments):
+    return [sys.executable, str(SCRIPT), *map(str, arguments)]
+
+
+def run(*arguments, **options):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, **options)
+
+
+@pytest.mark.slow
+def test_it_goes_the_whole_way_and_says_what_it_did(repositories, recipe, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("--data", repositories, "--recipe", recipe, "--out", out, "--question", "multiply by a factor")
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((out / "results.json").read_text())
+    assert report["slice"]["identical"] == {"AutoModel": True, "SentenceTransformer": True}
+    assert set(report["retrieval"]["exits"]) == set(report["retrieval"]["untrained"]) == {"1", "2", "4"}
+    assert not set(report["repositories"]["train"]) & set(report["repositories"]["test"])
+    assert report["functions"]["train"] > 100
+    assert "BM25" in result.stdout
+    assert "skipped 1 files: not UTF-8" in result.stdout
+    (hit, *_) = report["search"][0]["hits"]
+    assert f"{hit['path']}:{hit['line']}" in result.stdout
+    assert Path(hit["path"]).read_text().splitlines()[hit["line"] - 1].startswith("def compute_")
+    assert f"(exit {hit['exit_layer']})" in result.stdout
+    # Once more: everything is there, nothing is trained again.
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    assert run(*arguments).returncode == 0
+    assert (out / "model" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_cleanly_and_the_next_run_ends_in_the_same_weights(repositories, recipe, tmp_path):
+    straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
+    options = ("--data", repositories, "--recipe", recipe, "--question", "multiply")
+    assert run(*options, "--out", straight).returncode == 0
+    process = subprocess.Popen(command(*options, "--out", interrupted), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(interrupted.glob("*/checkpoint-2/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "start it again to continue" in stderr
+    assert "Traceback" not in stderr
+    assert not (interrupted / "model").exists()
+    assert run(*options, "--out", interrupted).returncode == 0
+    for name in ("pretrained", "model"):
+        weights = [(folder / name / "model.safetensors").read_bytes() for folder in (straight, interrupted)]
+        assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--slice-exit-layer", "3"], "exit_layer 3 is not an exit of this model; its exits are 1, 2, 4."),
+        (["--data", "{empty}"], "no Python"),
+        (["--data", "{empty}/missing"], "missing"),
+        (["--recipe", "{empty}/missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2_and_writes_nothing(tmp_path, arguments, sentence):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    out = tmp_path / "out"
+    result = run(*(argument.format(empty=empty) for argument in arguments), "--out", out, env={**os.environ})
+    assert result.returncode == 2
+    assert result.stderr.startswith("quickstart: error: ")
+    assert sentence.lower() in result.stderr.lower()
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path, repositories):
+    (tmp_path / "mine.txt").write_text("mine")
+    result = run("--data", repositories, "--out", tmp_path, "--restart")
+    assert result.returncode == 2
+    assert "holds no quickstart run" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_help_explains_every_option():
+    result = run("--help")
+    assert result.returncode == 0
+    for option in ("--data", "--out", "--recipe", "--slice-exit-layer", "--search-folder", "--question", "--restart"):
+        assert option in result.stdout

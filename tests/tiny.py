@@ -1,0 +1,58 @@
+"""Models and a tokenizer small enough to build in every test."""
+
+from pathlib import Path
+
+import torch
+
+from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.data.tokenizer import train_tokenizer
+from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+
+EXIT_LAYERS = (1, 2, 4)
+PROJECTION_SIZE = 16
+VOCAB_SIZE = 300
+
+
+def tiny_tokenizer():
+    texts = [text_prompt(), code_prompt("python"), "def add(first, second):\n    return first + second\n"]
+    return train_tokenizer(texts, VOCAB_SIZE, progress=False)
+
+
+def tiny_config(**changes):
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "exit_layers": EXIT_LAYERS,
+        "projection_size": PROJECTION_SIZE,
+        "pad_token_id": 0,
+    }
+    return ModularStarEncoderConfig(**(settings | changes))
+
+
+def tiny_model(model_class=ModularStarEncoderForRetrieval, **changes):
+    torch.manual_seed(0)
+    return model_class(tiny_config(**changes))
+
+
+def tiny_batch(padding_side="left", lengths=(12, 7, 3)):
+    """Token ids and attention mask of rows with these lengths; the rows are the same whatever the side."""
+    generator = torch.Generator().manual_seed(1)
+    width = max(lengths)
+    input_ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, length in enumerate(lengths):
+        place = slice(width - length, width) if padding_side == "left" else slice(0, length)
+        input_ids[row, place] = torch.randint(4, VOCAB_SIZE, (length,), generator=generator)
+        attention_mask[row, place] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def save_tiny_checkpoint(folder: Path) -> Path:
+    return save_retrieval_checkpoint(tiny_model(), tiny_tokenizer(), folder)

@@ -1,0 +1,169 @@
+"""The trainer: per-exit logs, the weighted total, and resuming as if nothing had happened."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
+from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
+from modular_star_encoder.objectives import ContrastiveObjective, InContextObjective
+from modular_star_encoder.training import MultiExitTrainer, Stage, last_checkpoint, run_stage
+from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
+
+
+class Pairs(Dataset):
+    """Rows that differ, one batch of them being a whole collated batch."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return torch.randint(4, 300, (2, 8), generator=generator)
+
+
+def collate(rows):
+    sides = torch.stack(rows, dim=1)
+    return {
+        name: {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for name, ids in zip(("query", "document"), sides, strict=True)
+    }
+
+
+def arguments(folder, **changes):
+    settings = {"max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    return TrainingArguments(
+        output_dir=str(folder), use_cpu=True, disable_tqdm=True, report_to="none", **(settings | changes)
+    )
+
+
+def make_trainer(folder, weights="paper", **changes):
+    return MultiExitTrainer(
+        tiny_model(),
+        arguments(folder, **changes),
+        ContrastiveObjective(),
+        weights=weights,
+        train_dataset=Pairs(),
+        eval_dataset=Pairs(),
+        data_collator=collate,
+    )
+
+
+def test_the_total_is_the_weighted_sum_of_the_exits(tmp_path):
+    batch = {"query": tiny_batch(lengths=(5, 3, 4)), "document": tiny_batch()}
+    trainer = make_trainer(tmp_path)
+    trainer.model.eval()
+    losses = ContrastiveObjective()(trainer.model, batch, EXIT_LAYERS).losses
+    total = losses[0] * 1 / 4 + losses[1] * 2 / 4 + losses[2] * 4 / 4
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), total)
+
+
+def test_every_exits_loss_is_logged_and_adds_up_to_the_total(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    for log in trainer.state.log_history[:2]:
+        per_exit = [log[f"clip_loss_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS]
+        total = sum(exit_layer / 4 * loss for exit_layer, loss in zip(EXIT_LAYERS, per_exit, strict=True))
+        assert log["loss"] == pytest.approx(total, rel=1e-4)
+        assert {f"clip_accuracy_exit_{exit_layer}" for exit_layer in EXIT_LAYERS} <= set(log)
+
+
+def test_a_weight_of_zero_trains_nothing_of_that_exit(tmp_path):
+    trainer = make_trainer(tmp_path, weights=[0.0, 0.0, 1.0], weight_decay=0.0)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert not any(name.startswith(("projection_heads.1.", "projection_heads.2.")) for name in changed)
+    assert any(name.startswith("projection_heads.4.") for name in changed)
+
+
+def test_gradient_accumulation_keeps_the_size_of_the_loss(tmp_path):
+    logs = [
+        make_trainer(tmp_path, max_steps=1, logging_steps=1, gradient_accumulation_steps=steps, learning_rate=0.0)
+        for steps in (1, 4)
+    ]
+    losses = []
+    for trainer in logs:
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.3)
+
+
+def test_evaluation_reports_each_exit_and_leaves_the_training_log_alone(tmp_path):
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=1, logging_steps=2, max_steps=2)
+    trainer.train()
+    training = next(log for log in trainer.state.log_history if "loss" in log)
+    evaluation = next(log for log in trainer.state.log_history if "eval_loss" in log)
+    per_exit = [evaluation[f"eval_clip_loss_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS]
+    total = sum(exit_layer / 4 * loss for exit_layer, loss in zip(EXIT_LAYERS, per_exit, strict=True))
+    assert evaluation["eval_loss"] == pytest.approx(total, rel=1e-4)
+    assert training["loss"] == pytest.approx(
+        sum(exit_layer / 4 * training[f"clip_loss_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS), rel=1e-4
+    )
+
+
+def test_an_exit_that_the_model_lacks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
+        MultiExitTrainer(tiny_model(), arguments(tmp_path), ContrastiveObjective(), exit_layers=(3,))
+
+
+def pretraining_stage(tokenizer, folder, monkeypatch=None, stop_after=None):
+    """Six steps of pre-training with dropout; `stop_after` interrupts it as Ctrl-C would."""
+    texts = {f"repository {i}": [f"def f{i}_{j}(x): return x + {i * j} " * 4 for j in range(6)] for i in range(4)}
+    stage = Stage(steps=6, batch_size=4, learning_rate=1e-2, logging_steps=1, save_steps=2, max_tokens=48)
+    rows = InContextPairs(texts, tokenizer, length=24, max_tokens=48, seed=0, progress=False)
+    model = tiny_model(ModularStarEncoderForPreTraining, residual_dropout=0.2)
+    if stop_after is not None:
+
+        class Interrupt(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == stop_after:
+                    raise KeyboardInterrupt
+
+        original = MultiExitTrainer.__init__
+
+        def with_interrupt(self, *args, **kwargs):
+            original(self, *args, callbacks=[Interrupt()], **kwargs)
+
+        monkeypatch.setattr(MultiExitTrainer, "__init__", with_interrupt)
+    log = run_stage(model, rows, PaddingCollator(tokenizer), InContextObjective(), stage, folder, progress=False)
+    return model, log
+
+
+def test_interrupted_training_resumes_to_the_same_losses_and_weights(tmp_path, tokenizer, monkeypatch):
+    straight, straight_log = pretraining_stage(tokenizer, tmp_path / "straight")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        pretraining_stage(tokenizer, tmp_path / "interrupted", patch, stop_after=5)
+    resumed, log = pretraining_stage(tokenizer, tmp_path / "interrupted")
+    assert log["resumed_from"] == 4
+    assert straight_log["resumed_from"] is None
+
+    def losses(log):
+        return {entry["step"]: entry["loss"] for entry in log["log_history"] if "loss" in entry}
+
+    assert losses(log) == losses(straight_log)
+    assert len(set(losses(log).values())) == 6
+    for (name, expected), got in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, got), name
+
+
+def test_a_half_written_checkpoint_is_passed_over_and_removed(tmp_path, tokenizer):
+    pretraining_stage(tokenizer, tmp_path)
+    assert last_checkpoint(tmp_path).endswith("checkpoint-6")
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
+    state = tmp_path / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text()[:50])
+    assert last_checkpoint(tmp_path).endswith("checkpoint-4")
+    _, log = pretraining_stage(tokenizer, tmp_path)
+    assert log["resumed_from"] == 4
+    assert not (tmp_path / "checkpoint-8").exists()
+    assert json.loads(state.read_text())["global_step"] == 6
+
+
+def test_there_is_no_last_checkpoint_in_an_empty_folder(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    assert last_checkpoint(tmp_path / "missing") is None
