@@ -1,8 +1,9 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
-import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def {verb}_{noun}(value):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.set_num_threads(1)
-    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint")))
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +91,36 @@ def test_evaluate_measures_all_exits_by_default(capsys, checkpoint, code):
     assert re.findall(r"^\| exit (\d+)", out, re.MULTILINE) == ["1", "2", "4"]
 
 
-def test_slice_hands_over_checkpoint_exit_and_target(capsys, monkeypatch):
-    calls = []
-    slicing = types.ModuleType("slicing")
-    slicing.slice_checkpoint = lambda *arguments: calls.append(arguments)
-    monkeypatch.setitem(sys.modules, "modular_star_encoder.hub.slicing", slicing)
-    status, out, _ = run(capsys, "slice", "checkpoint", "--exit-layer", "4", "out")
-    assert (status, out, calls) == (0, "out\n", [("checkpoint", 4, "out")])
+def test_slice_writes_a_checkpoint_that_search_reads(capsys, checkpoint, code, tmp_path):
+    out = str(tmp_path / "slice")
+    assert run(capsys, "slice", checkpoint, "--exit-layer", "2", out)[:2] == (0, f"{out}\n")
+    _, full, _ = run(capsys, "search", code, "add", "--model", checkpoint, "--exit-layer", "2")
+    _, sliced, _ = run(capsys, "search", code, "add", "--model", out)
+    assert "(exit 2)" in full
+    assert sliced == full
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("CHECKPOINT", "--exit-layer", "3", "OUT"), "its exits are 1, 2, 4"),
+        (("NO_WEIGHTS", "--exit-layer", "2", "OUT"), "has no weights"),
+        (("EMPTY", "--exit-layer", "2", "OUT"), "has no config.json"),
+        (("CHECKPOINT", "--exit-layer", "2", "NO_WEIGHTS"), "already exists"),
+    ],
+)
+def test_a_slice_that_cannot_be_made_leaves_nothing_behind(capsys, checkpoint, tmp_path, arguments, message):
+    places = {"CHECKPOINT": checkpoint, "OUT": str(tmp_path / "out")}
+    for name in ("NO_WEIGHTS", "EMPTY"):
+        places[name] = str(tmp_path / name)
+        (tmp_path / name).mkdir()
+    shutil.copy(Path(checkpoint, "config.json"), places["NO_WEIGHTS"])
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = run(capsys, "slice", *(places.get(argument, argument) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith("mose: error: ")
+    assert message in err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

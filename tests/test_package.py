@@ -35,20 +35,6 @@ print(modular_star_encoder.__version__)
     assert result.stdout.strip() == modular_star_encoder.__version__
 
 
-def test_help_does_not_import_torch():
-    program = """
-import sys
-from modular_star_encoder_cli import main
-try:
-    main(["--help"])
-except SystemExit as stop:
-    assert stop.code == 0
-assert "torch" not in sys.modules
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "COMMAND" in result.stdout
-
-
 @pytest.mark.slow
 def test_a_wheel_holds_model_code_configurations_and_types(tmp_path):
     # A copy, for building leaves a `build` folder behind, from which a later wheel would take stale files.

@@ -10,7 +10,7 @@ PER_EXIT = re.compile(r"(?P<metric>.+)_exit_(?P<exit>\d+)")
 
 
 def format_log(logs: dict[str, float]) -> str:
-    """`{"loss": 1.2, "clip_loss_exit_4": 1.3, "clip_loss_exit_9": 1.2}` as `loss 1.200 · clip_loss 4: 1.300, 9: 1.200`."""
+    """`{"loss": 1.2, "clip_loss_exit_4": 1.3, "clip_loss_exit_9": 1}` → `loss 1.200 · clip_loss 4: 1.300, 9: 1.000`."""
     single, per_exit = [], defaultdict(list)
     for name, value in logs.items():
         match = PER_EXIT.fullmatch(name)
