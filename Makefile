@@ -1,13 +1,15 @@
 # make quickstart    train, measure, slice and search a small model (about ten minutes on two cores)
 # make test          every test
+# make test-common   transformers' own common tests on our models (fetched from PyPI once)
 # make lint          ruff
+# make lint-modeling transformers' linter of model files
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-common lint lint-modeling clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -15,11 +17,19 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest $(ARGS)
+	$(MAKE) test-common ARGS=
+	$(BIN)/pytest --ignore=tests/common $(ARGS)
+
+test-common: $(INSTALLED)
+	$(BIN)/python -m tests.common.prepare
+	$(BIN)/pytest -q -rs tests/common $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lint-modeling: $(INSTALLED)
+	$(BIN)/python -m tests.common.structure
 
 # The marker file, not the folder: an interrupted installation is repeated.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -29,4 +39,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) .cache/transformers-tests build runs

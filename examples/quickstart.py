@@ -31,7 +31,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from modular_star_encoder import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
 from modular_star_encoder.data.functions import DocumentedFunction, collect_functions
 from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
-from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.data.repositories import folder_repositories, installed_repositories
 from modular_star_encoder.data.retrieval import RetrievalCollator, RetrievalPairs
 from modular_star_encoder.data.splits import Split, drop_near_identical_descriptions, split_by_repository
@@ -42,7 +41,7 @@ from modular_star_encoder.hub.reloading import reload_in_clean_process
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.hub.slicing import slice_checkpoint
 from modular_star_encoder.hub.staging import staged_folder
-from modular_star_encoder.objectives import ContrastiveObjective, InContextObjective
+from modular_star_encoder.objectives import ContrastiveObjective, InContextObjective, start_from_unigrams
 from modular_star_encoder.search.folder import search_folder
 from modular_star_encoder.training import Recipe, bf16_is_faster, hub_config_folder, load_config, load_recipe, run_stage
 
@@ -212,6 +211,7 @@ def pretrain(
         )
         torch.manual_seed(recipe.seed)
         model = ModularStarEncoderForPreTraining(config)
+        start_from_unigrams(model.heads.decoder, pairs.token_counts())
         model.set_attn_implementation(recipe.attn_implementation)
         log = run_stage(
             model,
@@ -245,6 +245,7 @@ def finetune(
             tokenizer,
             max_query_tokens=recipe.max_query_tokens,
             max_document_tokens=recipe.max_document_tokens,
+            prompts=config.instruction_prompts,
         )
         torch.manual_seed(recipe.seed)
         model = ModularStarEncoderForRetrieval.from_pretrained(
@@ -277,7 +278,7 @@ def evaluate(functions: list[DocumentedFunction], tokenizer: PreTrainedTokenizer
     """MRR with 999 distractors at every exit, beside BM25 and the untrained model."""
     model = ModularStarEncoderForRetrieval.from_pretrained(out / "model")
     rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
-    return evaluate_exits(model, tokenizer, rows, untrained=True, max_length=256)
+    return evaluate_exits(model, tokenizer, rows, untrained=True)
 
 
 def slice_and_reload(functions: list[DocumentedFunction], exit_layer: int, out: Path) -> dict[str, Any]:
@@ -287,8 +288,9 @@ def slice_and_reload(functions: list[DocumentedFunction], exit_layer: int, out: 
         slice_checkpoint(out / "model", exit_layer, folder)
     texts = [function.description for function in functions[:16]]
     full = SentenceTransformer(str(out / "model"), device="cpu")
-    expected = full.encode(texts, prompt=text_prompt(), exit_layer=exit_layer, show_progress_bar=False)
-    reloaded = reload_in_clean_process(folder, texts, prompt=text_prompt())
+    prompt = full.prompts["query"]
+    expected = full.encode(texts, prompt=prompt, exit_layer=exit_layer, show_progress_bar=False)
+    reloaded = reload_in_clean_process(folder, texts, prompt=prompt)
     identical = {
         "AutoModel": bool(np.array_equal(expected, reloaded.auto_model)),
         "SentenceTransformer": bool(np.array_equal(expected, reloaded.sentence_transformer)),

@@ -1,4 +1,16 @@
-# Copyright 2026 The modular-star-encoder authors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The modular-star-encoder authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Configuration of ModularStarEncoder, a bidirectional StarCoder2 encoder with exits at several depths."""
 
 import copy
@@ -56,6 +68,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         pooling (`str`, defaults to `"mean"`): Pooling of projected tokens: `"mean"` over all real tokens, or `"cls"`,
             the last real token.
         classifier_dropout (`float`, defaults to 0.1): Dropout before the sequence classifier.
+        instruction_prompts (`bool`, defaults to `True`): Whether texts carry the published instructions. The model
+            itself does not read it; evaluation and search do, to treat a text as fine-tuning did.
         parent_exit_layers (`Sequence[int]`, *optional*): Exits of the model that this one was cut from; their order
             gives each exit its row in the exit embedding. By default `exit_layers`.
         parent_num_hidden_layers (`int`, *optional*): Depth of the model that this one was cut from; loss weights i/36
@@ -105,6 +119,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     projection_act: str = "leaky_relu"
     pooling: str = "mean"
     classifier_dropout: float | int = 0.1
+    instruction_prompts: bool = True
     parent_exit_layers: list[int] | tuple[int, ...] | None = None
     parent_num_hidden_layers: int | None = None
 

@@ -1,4 +1,16 @@
-# Copyright 2026 The modular-star-encoder authors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The modular-star-encoder authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """ModularStarEncoder: a bidirectional StarCoder2 encoder with exits (arXiv 2503.03008).
 
 A forward pass runs the layers up to the deepest exit asked for and no further, and returns the states of every exit
@@ -404,6 +416,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([ModularStarEncoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = None
+        # CODEPATH: a slice of a published model below its top has no final norm; the published models have one.
         if config.exit_norm != "none":
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
         self.rotary_emb = ModularStarEncoderRotaryEmbedding(config)
@@ -468,6 +481,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             )
             if index + 1 in exits:
                 residual_states.append(hidden_states)
+                # CODEPATH: the published models norm their last layer alone; with exit_norm="all", every exit.
                 exit_states.append(self.norm(hidden_states) if self.config.has_norm_at(index + 1) else hidden_states)
         return ModularStarEncoderModelOutput(
             last_hidden_state=exit_states[-1],
@@ -696,6 +710,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             exit_layers=exits,
             **kwargs,
         )
+        # CODEPATH: models trained here pool the mean; the published ones do not say theirs, so `cls` can be set.
         pool = _mean_of_tokens if self.config.pooling == "mean" else _last_token
         embeddings, tokens = [], None
         for exit_layer, states in zip(exits, outputs.exit_hidden_states, strict=True):

@@ -70,7 +70,7 @@ def test_it_goes_the_whole_way_and_says_what_it_did(repositories, recipe, tmp_pa
     assert result.returncode == 0, result.stderr
     report = json.loads((out / "results.json").read_text())
     assert report["slice"]["identical"] == {"AutoModel": True, "SentenceTransformer": True}
-    assert set(report["retrieval"]["exits"]) == set(report["retrieval"]["untrained"]) == {"1", "2", "4"}
+    assert set(report["retrieval"]["exits"]) == set(report["retrieval"]["untrained"]) == {"1", "2", "3"}
     assert not set(report["repositories"]["train"]) & set(report["repositories"]["test"])
     assert report["functions"]["train"] > 100
     assert "BM25" in result.stdout
@@ -109,7 +109,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_ends_in_the_same_weights(reposito
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--slice-exit-layer", "3"], "exit_layer 3 is not an exit of this model; its exits are 1, 2, 4."),
+        (["--slice-exit-layer", "4"], "exit_layer 4 is not an exit of this model; its exits are 1, 2, 3."),
         (["--data", "{empty}"], "no Python"),
         (["--data", "{empty}/missing"], "missing"),
         (["--recipe", "{empty}/missing.yaml"], "missing.yaml"),

@@ -43,3 +43,10 @@ def test_reading_source_code_does_not_need_torch_in_the_module_itself(module):
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "False"]
+
+
+def test_a_model_without_instructions_keeps_the_prompt_names_and_empties_the_prompts():
+    empty = sentence_transformer_prompts(instructions=False)
+    assert set(empty) == set(sentence_transformer_prompts())
+    assert set(empty.values()) == {""}
+    assert text_prompt(instructions=False) == code_prompt("python", instructions=False) == ""

@@ -10,6 +10,7 @@ from transformers import AutoModel
 
 from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.hub.reloading import reload_in_clean_process
+from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.hub.slicing import slice_checkpoint
 from modular_star_encoder.hub.staging import staged_folder
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
@@ -64,6 +65,13 @@ def test_a_slice_is_honest_about_what_it_holds(checkpoint, tmp_path):
     assert (config["num_hidden_layers"], config["exit_layers"], config["exit_norm"]) == (2, [1, 2], "none")
     assert (config["parent_num_hidden_layers"], config["parent_exit_layers"]) == (4, [1, 2, 4])
     assert config["exit_layer"] is None
+
+
+def test_a_model_fine_tuned_without_instructions_says_so(tmp_path):
+    folder = save_retrieval_checkpoint(tiny_model(instruction_prompts=False), tiny_tokenizer(), tmp_path / "model")
+    prompts = load(folder).prompts
+    assert prompts["query"] == prompts["document_python"] == ""
+    assert AutoModel.from_pretrained(folder).config.instruction_prompts is False
 
 
 def test_only_exit_keeps_one_head_and_the_same_embedding(checkpoint, tmp_path):

@@ -79,6 +79,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             raise ValueError("The tokenizer must define sep_token, cls_token and mask_token.")
         self.length, self.max_tokens, self.mask_probability, self.seed = length, max_tokens, mask_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
+        self._vocab_size = len(tokenizer)
         self._ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
         names = sorted(texts_by_repository)
         texts = [text for name in names for text in texts_by_repository[name]]
@@ -100,6 +101,10 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
                 f"{len(usable)} of {len(names)} qualify."
             )
         return tuple(name for name, _ in usable), [rows for _, rows in usable]
+
+    def token_counts(self) -> torch.Tensor:
+        """How often each token occurs in the corpus, int64 (vocabulary size,)."""
+        return torch.from_numpy(self._rows.counts(self._vocab_size))
 
     def __len__(self) -> int:
         return self.length

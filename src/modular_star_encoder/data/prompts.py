@@ -28,16 +28,19 @@ LANGUAGES = ("c", "c++", "go", "java", "javascript", "php", "python", "ruby")
 """The programming languages that the published model was fine-tuned on, as they are written in a prompt."""
 
 
-def code_prompt(language: str | None = None) -> str:
+def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
     """Return the prefix of a code snippet, `"{instruction}<sep>"`.
 
     Args:
         language: Name of the programming language; it is lower-cased, as published. `None` gives the wording for
             code whose language is unknown.
+        instructions: `False` for a model that was fine-tuned without them (`config.instruction_prompts`): no prefix.
 
     Raises:
         ValueError: If `language` is blank or contains a special token.
     """
+    if not instructions:
+        return ""
     if language is None:
         return ANY_CODE_INSTRUCTION + SEP_TOKEN
     name = language.strip().lower()
@@ -48,17 +51,23 @@ def code_prompt(language: str | None = None) -> str:
     return CODE_INSTRUCTION.format(language=name) + SEP_TOKEN
 
 
-def text_prompt() -> str:
-    """Return the prefix of a natural-language query, `"{instruction}<sep>"`."""
-    return TEXT_INSTRUCTION + SEP_TOKEN
+def text_prompt(*, instructions: bool = True) -> str:
+    """Return the prefix of a natural-language query, `"{instruction}<sep>"`, or nothing without `instructions`."""
+    return TEXT_INSTRUCTION + SEP_TOKEN if instructions else ""
 
 
-def sentence_transformer_prompts() -> dict[str, str]:
+def sentence_transformer_prompts(*, instructions: bool = True) -> dict[str, str]:
     """Return the `prompts` of a SentenceTransformer, by prompt name.
 
     `"query"` is for descriptions and `"document"` for code of any language: `encode_query` and `encode_document` pick
     these two by themselves. `"document_python"`, `"document_c++"` and so on, one for each of `LANGUAGES`, give the
-    published wording, which names the language; use them with `encode(..., prompt_name="document_python")`.
+    published wording, which names the language; use them with `encode(..., prompt_name="document_python")`. Without
+    `instructions` the names are the same and every prompt is empty, so that users need not know.
     """
-    prompts = {"query": text_prompt(), "document": code_prompt()}
-    return prompts | {f"document_{language}": code_prompt(language) for language in LANGUAGES}
+    prompts = {
+        "query": text_prompt(instructions=instructions),
+        "document": code_prompt(instructions=instructions),
+    }
+    return prompts | {
+        f"document_{language}": code_prompt(language, instructions=instructions) for language in LANGUAGES
+    }

@@ -112,6 +112,10 @@ class TokenRows(Sequence[np.ndarray]):
             raise IndexError(f"row {index} of {len(self)}")
         return self._flat[self._bounds[index] : self._bounds[index + 1]]
 
+    def counts(self, vocab_size: int) -> np.ndarray:
+        """How often each token occurs, int64 (vocab_size,)."""
+        return np.bincount(self._flat, minlength=vocab_size)
+
 
 def encode_content(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, progress: bool = True, description: str = "Tokenizing"

@@ -73,8 +73,10 @@ def evaluate_exits(
 
     def score(model: torch.nn.Module) -> dict[int, RetrievalScores]:
         options = {"exit_layers": exit_layers, "progress": progress, **encode_options}
-        query_embeddings = encode_exits(model, tokenizer, queries, prompt=text_prompt(), **options)
-        prompted = [code_prompt(row.language) + row.code for row in rows]
+        instructions = model.config.instruction_prompts
+        prompt = text_prompt(instructions=instructions)
+        query_embeddings = encode_exits(model, tokenizer, queries, prompt=prompt, **options)
+        prompted = [code_prompt(row.language, instructions=instructions) + row.code for row in rows]
         code_embeddings = encode_exits(model, tokenizer, prompted, **options)
         return {
             exit_layer: evaluate_with_distractors(embeddings, code_embeddings[exit_layer], **protocol)

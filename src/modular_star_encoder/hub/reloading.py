@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class ReloadedEmbeddings:
 
 
 def reload_in_clean_process(
-    checkpoint: str | os.PathLike, texts: Sequence[str], *, prompt: str = ""
+    checkpoint: str | os.PathLike, texts: Sequence[str], *, prompt: str = "", progress: bool = True
 ) -> ReloadedEmbeddings:
     """Embed `texts` with a checkpoint in a fresh, offline process that runs the checkpoint's own code.
 
@@ -29,6 +30,7 @@ def reload_in_clean_process(
         checkpoint: a retrieval checkpoint's folder.
         texts: what to embed, at the checkpoint's deepest exit, as one padded batch.
         prompt: prefix of every text.
+        progress: show a clock while the process runs.
 
     Raises:
         RuntimeError: the process failed; the message holds the last lines of what it said.
@@ -38,16 +40,32 @@ def reload_in_clean_process(
         request, result = Path(folder, "request.json"), Path(folder, "result.npz")
         request.write_text(json.dumps({"texts": list(texts), "prompt": prompt}), encoding="utf-8")
         offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(folder, "modules"))}
-        process = subprocess.run(  # noqa: S603 - our own script, arguments passed as a list
+        process = subprocess.Popen(  # noqa: S603 - our own script, arguments passed as a list
             [sys.executable, "-P", str(script), os.fspath(checkpoint), str(request), str(result)],
             env={**os.environ, **offline},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
         )
+        errors = _wait(process, progress)
         if process.returncode:
-            tail = "\n".join(process.stderr.strip().splitlines()[-5:])
+            tail = "\n".join(errors.strip().splitlines()[-5:])
             raise RuntimeError(f"{checkpoint} cannot be loaded without this package:\n{tail}")
         with np.load(result, allow_pickle=False) as arrays:
             return ReloadedEmbeddings(arrays["auto_model"], arrays["sentence_transformer"])
+
+
+def _wait(process: subprocess.Popen[str], progress: bool) -> str:
+    """What a process wrote to stderr, once it has ended; it does not outlive an interruption of ours."""
+    clock = "{desc} {elapsed}"
+    with process, tqdm(desc="loading in a clean process", bar_format=clock, disable=not progress, leave=False) as bar:
+        try:
+            while True:
+                try:
+                    return process.communicate(timeout=0.5)[1]
+                except subprocess.TimeoutExpired:
+                    bar.update()
+        except BaseException:
+            process.kill()
+            raise

@@ -25,5 +25,6 @@ def save_retrieval_checkpoint(
     with staged_folder(out) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        write_sentence_transformer_files(staging, model.config, sentence_transformer_prompts())
+        prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
+        write_sentence_transformer_files(staging, model.config, prompts)
     return Path(out)

@@ -71,8 +71,10 @@ def search_folder(
         options = {"exit_layers": (exit_layer,), "prompt": prompt, "progress": progress}
         return encode_exits(model, tokenizer, texts, **options)[exit_layer]
 
-    codes = embed([code_prompt(function.language) + function.code for function in functions], prompt="")
-    scores = embed(list(queries), prompt=text_prompt()) @ codes.T
+    instructions = model.config.instruction_prompts
+    prompted = [code_prompt(function.language, instructions=instructions) + function.code for function in functions]
+    codes = embed(prompted, prompt="")
+    scores = embed(list(queries), prompt=text_prompt(instructions=instructions)) @ codes.T
     best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
     prefix = _prefixes(folder, functions)
     return [

@@ -27,6 +27,7 @@ class Stage:
         learning_rate: peak of the schedule: linear warm-up, then linear decay to zero.
         warmup_steps: steps of the warm-up.
         weight_decay: AdamW's, on matrices only.
+        adam_beta2: decay of AdamW's second moment; 0.999 would remember more steps than a short stage has.
         logging_steps: steps between two log lines.
         save_steps: steps between two checkpoints.
         max_tokens: longest row, in tokens; `None` where the data says it otherwise.
@@ -37,6 +38,7 @@ class Stage:
     learning_rate: float
     warmup_steps: int = 0
     weight_decay: float = 0.01
+    adam_beta2: float = 0.98
     logging_steps: int = 50
     save_steps: int = 500
     max_tokens: int | None = None
@@ -72,6 +74,7 @@ def run_stage(
         learning_rate=stage.learning_rate,
         warmup_steps=stage.warmup_steps,
         weight_decay=stage.weight_decay,
+        adam_beta2=stage.adam_beta2,
         lr_scheduler_type="linear",
         logging_steps=stage.logging_steps,
         save_steps=stage.save_steps,
