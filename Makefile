@@ -1,4 +1,4 @@
-# make quickstart    train, measure, slice and search a small model (about ten minutes on two cores)
+# make quickstart    train, measure, slice and search a small model (under ten minutes on two cores)
 # make test          every test
 # make test-common   transformers' own common tests on our models (fetched from PyPI once)
 # make lint          ruff

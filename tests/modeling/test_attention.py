@@ -54,3 +54,9 @@ def test_backends_agree():
 
 def test_the_poolings_differ():
     assert (embeddings("sdpa", tiny_batch()) - embeddings("sdpa", tiny_batch(), pooling="cls")).abs().max() > 0.1
+
+
+def test_the_order_of_tokens_matters():
+    batch = tiny_batch(lengths=(6,))
+    swapped = {**batch, "input_ids": batch["input_ids"].flip(1)}
+    assert (embeddings("sdpa", batch) - embeddings("sdpa", swapped)).abs().max() > 1e-2
