@@ -40,8 +40,8 @@ class InContextObjective:
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
     """Set the vocabulary projection's bias to the tokens' log frequencies, add-one smoothed.
 
-    Otherwise the first hundreds of steps go into learning them. In a small model, fine-tuning from such a start was much
-    slower than from random weights; from this one it was about as fast.
+    Otherwise the first hundreds of steps go into learning them. In a small model, fine-tuning from such a start was
+    much slower than from random weights; from this one it was about as fast.
 
     Args:
         decoder: (features → V), with a bias.
