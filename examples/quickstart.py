@@ -34,16 +34,25 @@ from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
 from modular_star_encoder.data.repositories import folder_repositories, installed_repositories
 from modular_star_encoder.data.retrieval import RetrievalCollator, RetrievalPairs
 from modular_star_encoder.data.splits import Split, drop_near_identical_descriptions, split_by_repository
-from modular_star_encoder.data.tokenizer import train_tokenizer
+from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.exits import ExitResults, RetrievalRow, evaluate_exits, format_table
 from modular_star_encoder.evaluation.files import write_json
 from modular_star_encoder.hub.reloading import reload_in_clean_process
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.hub.slicing import slice_checkpoint
 from modular_star_encoder.hub.staging import staged_folder
-from modular_star_encoder.objectives import ContrastiveObjective, InContextObjective, start_from_unigrams
+from modular_star_encoder.objectives import ContrastiveObjective, InContextObjective
 from modular_star_encoder.search.folder import search_folder
-from modular_star_encoder.training import Recipe, bf16_is_faster, hub_config_folder, load_config, load_recipe, run_stage
+from modular_star_encoder.training import (
+    Recipe,
+    bf16_is_faster,
+    hub_config_folder,
+    load_config,
+    load_recipe,
+    run_stage,
+    start_from_spellings,
+    start_from_unigrams,
+)
 
 # Never trained on: `transformers` is what later examples search, and the default folder to search here is held out too.
 KEPT_OUT = ("transformers", "huggingface-hub")
@@ -211,6 +220,7 @@ def pretrain(
         )
         torch.manual_seed(recipe.seed)
         model = ModularStarEncoderForPreTraining(config)
+        start_from_spellings(model.get_input_embeddings(), token_spellings(tokenizer), seed=recipe.seed)
         start_from_unigrams(model.heads.decoder, pairs.token_counts())
         model.set_attn_implementation(recipe.attn_implementation)
         log = run_stage(

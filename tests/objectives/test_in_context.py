@@ -3,8 +3,8 @@
 import torch
 
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives import InContextObjective, start_from_unigrams
-from tests.tiny import EXIT_LAYERS, VOCAB_SIZE, tiny_batch, tiny_model
+from modular_star_encoder.objectives import InContextObjective
+from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
 
 def labelled_batch():
@@ -19,10 +19,3 @@ def test_each_exits_loss_is_the_sum_of_both_tasks():
     torch.testing.assert_close(output.losses, own.mlm_losses + own.icc_losses)
     assert set(output.metrics) == {"mlm_loss", "mlm_accuracy", "icc_loss", "icc_accuracy"}
     assert all(values.shape == (3,) and not values.requires_grad for values in output.metrics.values())
-
-
-def test_starting_from_unigrams_predicts_the_tokens_frequencies():
-    decoder = torch.nn.Linear(8, VOCAB_SIZE)
-    counts = torch.arange(VOCAB_SIZE)
-    start_from_unigrams(decoder, counts)
-    torch.testing.assert_close(decoder(torch.zeros(8)).softmax(-1), (counts + 1) / (counts + 1).sum())

@@ -94,6 +94,19 @@ def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
         raise ValueError("A tokenizer needs at least one text to train on; `texts` is empty.")
 
 
+def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Each token's letters and digits in lower case, in the order of ids: "parse" for "parse", " Parse" and "_PARSE".
+
+    Tokens without any (punctuation, parts of characters, special tokens) keep their own form, which no other has.
+    """
+    spellings = []
+    for index, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+        text = "" if index in tokenizer.all_special_ids else tokenizer.decode([index])
+        letters = "".join(character for character in text.lower() if character.isalnum())
+        spellings.append(letters or f"<{index}> {token}")
+    return spellings
+
+
 class TokenRows(Sequence[np.ndarray]):
     """Rows of token ids in one flat array: a corpus of 20 million tokens takes 40 MB (vocabularies up to 65,536).
 

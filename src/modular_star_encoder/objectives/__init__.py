@@ -2,7 +2,7 @@
 
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective, clip_losses
 from modular_star_encoder.objectives.exit_weights import exit_weights
-from modular_star_encoder.objectives.in_context import InContextObjective, start_from_unigrams
+from modular_star_encoder.objectives.in_context import InContextObjective
 from modular_star_encoder.objectives.outputs import Objective, ObjectiveOutput
 
 __all__ = [
@@ -12,5 +12,4 @@ __all__ = [
     "ObjectiveOutput",
     "clip_losses",
     "exit_weights",
-    "start_from_unigrams",
 ]

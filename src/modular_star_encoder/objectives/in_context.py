@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from modular_star_encoder.objectives.outputs import ObjectiveOutput
@@ -34,18 +33,3 @@ class InContextObjective:
             losses=output.mlm_losses + output.icc_losses,
             metrics={name: value.detach() for name, value in metrics.items()},
         )
-
-
-@torch.no_grad()
-def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
-    """Set the vocabulary projection's bias to the tokens' log frequencies, add-one smoothed.
-
-    Otherwise the first hundreds of steps go into learning them. In a small model, fine-tuning from such a start was
-    much slower than from random weights; from this one it was about as fast.
-
-    Args:
-        decoder: (features → V), with a bias.
-        token_counts: (V,) occurrences in the corpus.
-    """
-    counts = token_counts.to(decoder.bias) + 1
-    decoder.bias.copy_((counts / counts.sum()).log())

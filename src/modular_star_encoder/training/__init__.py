@@ -1,5 +1,6 @@
 """Training: the `Trainer` subclass and what belongs to it."""
 
+from modular_star_encoder.training.initialization import start_from_spellings, start_from_unigrams
 from modular_star_encoder.training.recipe import Recipe, hub_config_folder, load_config, load_recipe
 from modular_star_encoder.training.stages import Stage, bf16_is_faster, run_stage
 from modular_star_encoder.training.trainer import MultiExitTrainer, last_checkpoint
@@ -14,4 +15,6 @@ __all__ = [
     "load_config",
     "load_recipe",
     "run_stage",
+    "start_from_spellings",
+    "start_from_unigrams",
 ]
