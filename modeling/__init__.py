@@ -16,6 +16,9 @@ from .modeling_modular_star_encoder import (
     ModularStarEncoderModel,
     ModularStarEncoderPreTrainedModel,
 )
+from .published_checkpoints import read_published_layout
+
+ModularStarEncoderPreTrainedModel._layout_readers.append(read_published_layout)
 
 AutoConfig.register(ModularStarEncoderConfig.model_type, ModularStarEncoderConfig, exist_ok=True)
 # Two classes for one configuration: `config.architectures` chooses, and the first is the default.

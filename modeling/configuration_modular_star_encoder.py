@@ -27,7 +27,23 @@ PUBLISHED_ALIASES = {
     "conditional_size": "exit_embedding_size",
     "layer_norm_eps": "norm_epsilon",
 }
-PUBLISHED_WITHOUT_EFFECT = ("layer_matryoshka_loss", "norm_type", "mlp_type", "sliding_window", "use_cache")
+# `keys_to_ignore_at_inference` is a property of our class; the published files hold a string there.
+PUBLISHED_WITHOUT_EFFECT = (
+    "layer_matryoshka_loss",
+    "norm_type",
+    "mlp_type",
+    "sliding_window",
+    "use_cache",
+    "keys_to_ignore_at_inference",
+)
+
+CHOICES = {
+    "exit_norm": ("last", "all", "none"),
+    "projection_order": ("project_then_pool", "pool_then_project"),
+    "pooling": ("mean", "cls", "legacy"),
+    "embedding_normalization": ("l2", "clip"),
+    "pooler_position": ("last", "first"),
+}
 
 # The paper's exits 4, 9, 18, 27 and 36 as shares of its 36 layers.
 DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
@@ -51,6 +67,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         initializer_range (`float`, defaults to 0.018042): Standard deviation of the initial weights.
         norm_epsilon (`float`, defaults to 1e-5): Epsilon of the layer norms.
         use_bias (`bool`, defaults to `True`): Biases in attention and MLP.
+        is_causal (`bool`, defaults to `False`): Whether a token sees earlier tokens only, instead of all.
         attention_dropout, residual_dropout, embedding_dropout (`float`, default to 0.1): Dropout rates.
         rope_parameters (`dict`, *optional*): Rotary embedding; the default has base 999999.4420358813.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
@@ -65,11 +82,23 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         exit_embedding_size (`int`, defaults to 4): Size of the learned vector that tells shared heads the exit.
         projection_size (`int`, *optional*): Size of the retrieval embedding; by default `hidden_size`.
         projection_act (`str`, defaults to `"leaky_relu"`): Activation inside the projection heads.
-        pooling (`str`, defaults to `"mean"`): Pooling of projected tokens: `"mean"` over all real tokens, or `"cls"`,
-            the last real token.
+        projection_order (`str`, defaults to `"project_then_pool"`): Whether tokens are projected and then pooled, or
+            `"pool_then_project"`. They differ, since the heads are not linear.
+        pooling (`str`, defaults to `"mean"`): Pooling of tokens: `"mean"` over all real tokens; `"cls"`, the last real
+            token; or `"legacy"`, the token at place `attention_mask.sum() - 1` of the row, as in the published models'
+            ancestor: with padding on the left this is not the last token, and depends on the padding.
+        embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides embeddings by their norm; `"clip"` only
+            where the norm is above 1, as in the published models' ancestor.
+        pooler_position (`str`, defaults to `"last"`): Token that classifiers read: the `"last"` real one (`<cls>`) or
+            the `"first"`.
+        output_all_exits (`bool`, defaults to `False`): Whether a forward in which no exit is named returns every exit,
+            as the published fine-tuned model does, instead of the deepest.
         classifier_dropout (`float`, defaults to 0.1): Dropout before the sequence classifier.
         instruction_prompts (`bool`, defaults to `True`): Whether texts carry the published instructions. The model
             itself does not read it; evaluation and search do, to treat a text as fine-tuning did.
+        unpad_inputs (`bool`, defaults to `False`): Whether a padded batch is computed without its padding: layers run
+            on the real tokens alone, attention in groups of texts of similar length. Outputs have the padded shape,
+            with zeros in place of padding. Needs lengths on the host, so not for `torch.compile(fullgraph=True)`.
         parent_exit_layers (`Sequence[int]`, *optional*): Exits of the model that this one was cut from; their order
             gives each exit its row in the exit embedding. By default `exit_layers`.
         parent_num_hidden_layers (`int`, *optional*): Depth of the model that this one was cut from; loss weights i/36
@@ -103,6 +132,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     initializer_range: float = 0.018042
     norm_epsilon: float = 1e-5
     use_bias: bool = True
+    is_causal: bool = False
     attention_dropout: float | int = 0.1
     residual_dropout: float | int = 0.1
     embedding_dropout: float | int = 0.1
@@ -117,9 +147,14 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     exit_embedding_size: int = 4
     projection_size: int | None = None
     projection_act: str = "leaky_relu"
+    projection_order: str = "project_then_pool"
     pooling: str = "mean"
+    embedding_normalization: str = "l2"
+    pooler_position: str = "last"
+    output_all_exits: bool = False
     classifier_dropout: float | int = 0.1
     instruction_prompts: bool = True
+    unpad_inputs: bool = False
     parent_exit_layers: list[int] | tuple[int, ...] | None = None
     parent_num_hidden_layers: int | None = None
 
@@ -129,6 +164,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         for published, ours in PUBLISHED_ALIASES.items():
             if published in kwargs:
                 setattr(self, ours, kwargs.pop(published))
+                if published == "matryoshka_layers":
+                    self._keep_exits_within_depth()
         for key in PUBLISHED_WITHOUT_EFFECT:
             kwargs.pop(key, None)
         if self.exit_layers is None:
@@ -142,6 +179,27 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         if self.architectures is None:
             self.architectures = ["ModularStarEncoderModel"]
         super().__post_init__(**kwargs)
+
+    def _keep_exits_within_depth(self) -> None:
+        """Published slices list the exits of their parent; keep those that they have, and remember the parent."""
+        exits = list(self.exit_layers)
+        if exits and self.num_hidden_layers < exits[-1]:
+            self.parent_exit_layers, self.parent_num_hidden_layers = exits, exits[-1]
+            self.exit_layers = [exit for exit in exits if exit <= self.num_hidden_layers]
+            if self.exit_norm == "last":
+                self.exit_norm = "none"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; numbers and words that a published file wraps in a list of one are unwrapped."""
+        lists = {"architectures", "exit_layers", "matryoshka_layers", "parent_exit_layers", "eos_token_id"}
+
+        def unwrap(key: str, value: Any) -> Any:
+            if isinstance(value, list | tuple) and len(value) == 1 and (key not in lists or isinstance(value[0], list)):
+                return value[0]
+            return value
+
+        return super().from_dict({key: unwrap(key, value) for key, value in config_dict.items()}, **kwargs)
 
     @property
     def head_dim(self) -> int:
@@ -160,12 +218,15 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             raise ValueError(f"exit_layers {exits} must all be among parent_exit_layers {self.parent_exit_layers}.")
         if self.exit_layer is not None:
             self.check_exit(self.exit_layer)
-        allowed = ("last", "all", "none")
-        if self.exit_norm not in allowed:
-            raise ValueError(f"exit_norm {self.exit_norm!r} must be one of {', '.join(allowed)}.")
+
+    def validate_choices(self) -> None:
+        """Refuse words that an option does not know."""
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(allowed)}.")
 
     def validate_heads(self) -> None:
-        """Refuse attention heads that do not divide, and unknown poolings."""
+        """Refuse attention heads that do not divide."""
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads "
@@ -176,8 +237,6 @@ class ModularStarEncoderConfig(PreTrainedConfig):
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}."
             )
-        if self.pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling {self.pooling!r} must be one of mean, cls.")
 
     def check_exit(self, exit_layer: int) -> int:
         """Return `exit_layer` if it is an exit of this model, otherwise raise a `ValueError` that lists the exits."""
@@ -187,7 +246,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return exit_layer
 
     def resolve_exits(self, exit_layer: int | None = None, exit_layers: Sequence[int] | None = None) -> tuple[int, ...]:
-        """The exits asked for, ascending; the deepest where none is named.
+        """The exits asked for, ascending; where none is named the deepest, or all with `output_all_exits`.
 
         Raises:
             ValueError: both arguments are given, none is listed, or one is not an exit of this model.
@@ -195,7 +254,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         if exit_layer is not None and exit_layers is not None:
             raise ValueError("Give either exit_layer or exit_layers, not both.")
         if exit_layers is None:
-            exit_layers = (self.num_hidden_layers if exit_layer is None else exit_layer,)
+            unnamed = self.exit_layers if self.output_all_exits else (self.num_hidden_layers,)
+            exit_layers = unnamed if exit_layer is None else (exit_layer,)
         if len(exit_layers) == 0:
             raise ValueError("exit_layers must name at least one exit.")
         return tuple(self.check_exit(exit_layer) for exit_layer in sorted(set(exit_layers)))

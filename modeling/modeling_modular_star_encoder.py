@@ -29,6 +29,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,19 +37,27 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_modular_star_encoder import ModularStarEncoderConfig
 
 # Logits computed at once by the masked language modelling loss: 2**24 float32 are 64 MiB, whatever the vocabulary.
 LOGITS_PER_CHUNK = 2**24
+
+# Texts share a group of unpadded attention while the shortest has this share of the longest one's tokens.
+SHORTEST_IN_GROUP = 0.8
 
 
 @dataclass
@@ -96,6 +105,16 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
+    @property
+    def prediction_logits(self) -> torch.Tensor | None:
+        """The published model's name of `logits`."""
+        return self.logits
+
+    @property
+    def seq_relationship_logits(self) -> torch.Tensor:
+        """The published model's name of the deepest exit's `icc_logits`, (B, 2)."""
+        return self.icc_logits[-1]
+
 
 @dataclass
 class ModularStarEncoderForRetrievalOutput(ModelOutput):
@@ -115,6 +134,16 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
     residual_states: tuple[torch.FloatTensor, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+
+    @property
+    def projected_pooled_normalized(self) -> list[torch.Tensor] | torch.Tensor:
+        """The published models' name: a list of (B, D), one per exit, or the one tensor of a single exit."""
+        return list(self.exit_embeddings) if len(self.exit_embeddings) > 1 else self.exit_embeddings[0]
+
+    @property
+    def raw_hidden_states(self) -> tuple[torch.Tensor, ...] | None:
+        """The published models' name of `hidden_states`."""
+        return self.hidden_states
 
 
 @dataclass
@@ -170,6 +199,59 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+@dataclass
+class DocumentGroup:
+    """Texts of similar length in a flat batch, padded for attention among themselves.
+
+    Args:
+        tokens: (G, L), the place of each token in the flat batch; padding repeats a text's first token.
+        real: (G, L), False at padding; `None` where there is none.
+        mask: attention mask of the backend in use, as `create_bidirectional_mask` makes it.
+    """
+
+    tokens: torch.LongTensor
+    real: torch.BoolTensor | None
+    mask: Any = None
+
+    def without_padding(self, states: torch.Tensor) -> torch.Tensor:
+        """(G, L, …) to (real tokens, …)."""
+        return states.flatten(0, 1) if self.real is None else states[self.real]
+
+
+@dataclass
+class DocumentGroups:
+    """All texts of a flat batch of N tokens; `order` (N,) brings the groups' tokens back into the batch's order."""
+
+    groups: list[DocumentGroup]
+    order: torch.LongTensor
+
+    @classmethod
+    def of_similar_length(cls, lengths: list[int], device: torch.device) -> "DocumentGroups":
+        """Group texts by length; masks are left to the caller, who knows the backend."""
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        members: list[list[int]] = []
+        for document in sorted(range(len(lengths)), key=lambda document: -lengths[document]):
+            if not members or lengths[document] < SHORTEST_IN_GROUP * lengths[members[-1][0]]:
+                members.append([])
+            members[-1].append(document)
+        groups = []
+        for group in members:
+            offsets = torch.arange(lengths[group[0]])
+            real = offsets < torch.tensor([lengths[document] for document in group])[:, None]
+            tokens = starts[group][:, None] + offsets * real
+            groups.append(DocumentGroup(tokens.to(device), None if bool(real.all()) else real.to(device)))
+        order = torch.cat([group.without_padding(group.tokens) for group in groups]).argsort()
+        return cls(groups, order)
+
+    def attend(self, attention: Callable, *query_key_value: torch.Tensor) -> torch.Tensor:
+        """Attention within each text: (1, heads, N, head_dim) to (1, N, heads, head_dim)."""
+        outputs = []
+        for group in self.groups:
+            parts = (states[0][:, group.tokens].transpose(0, 1) for states in query_key_value)
+            outputs.append(group.without_padding(attention(*parts, group.mask)[0]))
+        return torch.cat(outputs)[self.order].unsqueeze(0)
+
+
 class ModularStarEncoderRotaryEmbedding(nn.Module):
     """Cosines and sines of the rotary position embedding."""
 
@@ -218,7 +300,7 @@ class ModularStarEncoderAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.residual_dropout = config.residual_dropout
-        self.is_causal = False
+        self.is_causal = config.is_causal
         key_value_size = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.use_bias)
@@ -230,6 +312,7 @@ class ModularStarEncoderAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        document_groups: DocumentGroups | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = hidden_states.shape[:-1]
@@ -241,16 +324,17 @@ class ModularStarEncoderAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention(
+        attend = partial(
+            attention,
             self,
-            query,
-            key,
-            value,
-            attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
+        if document_groups is None:
+            output, weights = attend(query, key, value, attention_mask)
+        else:
+            output, weights = document_groups.attend(attend, query, key, value), None
         output = self.o_proj(output.reshape(*shape, -1).contiguous())
         return nn.functional.dropout(output, p=self.residual_dropout, training=self.training), weights
 
@@ -315,6 +399,10 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         "attentions": ModularStarEncoderAttention,
     }
 
+    # Functions (class, path, keyword arguments) → (class, keyword arguments) that recognise a checkpoint in another
+    # layout and prepare its loading. The installed package adds one for the published checkpoints.
+    _layout_readers: ClassVar[list[Callable]] = []
+
     def __init__(self, config: ModularStarEncoderConfig, *inputs: Any, **kwargs: Any) -> None:
         # Values given to `from_pretrained` are set on the configuration after its own validation.
         config.validate()
@@ -322,8 +410,31 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         if full.exit_layer is not None:
             config = full.cut(full.exit_layer)
         super().__init__(config, *inputs, **kwargs)
-        if full.exit_layer is not None:
-            self._keys_to_ignore_on_load_unexpected = _cut_away(full, config)
+        self._keys_to_ignore_on_load_unexpected = _cut_away(full, config)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint; arguments are those of `PreTrainedModel.from_pretrained`, and `exit_layer=k`.
+
+        A trunk is never initialised at random in silence: tensors of the trunk that are missing from the checkpoint,
+        unknown to the model, or of another shape are an error that names them. Heads may be new, with a warning.
+
+        Raises:
+            ValueError: the checkpoint's trunk is not the model's. (Not checked for a `state_dict` given in place of a
+                checkpoint, and shapes not with `ignore_mismatched_sizes`.)
+        """
+        want_loading_info = kwargs.pop("output_loading_info", False)
+        check = kwargs.get("state_dict") is None
+        model_class = cls
+        for reader in cls._layout_readers:
+            model_class, kwargs = reader(model_class, pretrained_model_name_or_path, kwargs)
+        load = super(ModularStarEncoderPreTrainedModel, model_class).from_pretrained
+        model, info = load(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
+        if check:
+            _check_trunk(info, pretrained_model_name_or_path)
+        return (model, info) if want_loading_info else model
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -368,6 +479,20 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
             _move_checkpoint(Path(staging), target)
         if push_to_hub:
             self.push_to_hub(hub_kwargs.pop("repo_id", target.name), token=kwargs.get("token"), **hub_kwargs)
+
+
+def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None:
+    """Refuse a checkpoint whose trunk is not the model's."""
+    trunk = re.compile(r"^(model\.)?(embed_tokens|layers|norm)\.")
+    for problem in ("missing", "unexpected"):
+        names = sorted(name for name in info[f"{problem}_keys"] if trunk.match(name))
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            place = "from" if problem == "missing" else "in"
+            raise ValueError(
+                f"{len(names)} trunk tensors are {problem} {place} {source}: {', '.join(names[:5])}{more}; the "
+                "configuration must describe the checkpoint."
+            )
 
 
 def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) -> set[str]:
@@ -443,17 +568,20 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         Args:
             input_ids: (B, T) token ids.
             attention_mask: (B, T), 1 for real tokens and 0 for padding on either side; or a prepared 4D mask.
-            position_ids: (B, T); by default each row counts its real tokens from 0.
+            position_ids: (B, T); by default each row counts its real tokens from 0. Without `attention_mask`, positions
+                that restart within a row mark packed texts, which do not see each other.
             inputs_embeds: (B, T, H) in place of `input_ids`; with `start_layer`, the `residual_states` to resume from.
             exit_layer: the one exit to run to; by default the deepest.
             exit_layers: several exits to return from one pass.
             start_layer: number of layers already executed on `inputs_embeds`. A resumed pass equals a straight one bit
                 for bit.
             output_residual_states: also return each exit's states before the final norm.
+            **kwargs: among them `cu_seq_lens_q`, (texts + 1,) int32: where the texts of a flat batch (1, N) begin and
+                end, as flash attention's collators give it. Works on every attention backend.
 
         Raises:
             ValueError: an exit that this model does not have (the message lists those it has), an exit not above
-                `start_layer`, or not exactly one of `input_ids` and `inputs_embeds`.
+                `start_layer`, not exactly one of `input_ids` and `inputs_embeds`, or `cu_seq_lens_q` with several rows.
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
         if (input_ids is None) == (inputs_embeds is None):
@@ -462,9 +590,21 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             raise ValueError(f"start_layer {start_layer} needs inputs_embeds, and exits deeper than it; got {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if position_ids is None:
-            position_ids = _positions(attention_mask, inputs_embeds)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+        bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        restore = None
+        # CODEPATH: computing padding is simpler and compiles; leaving it out is faster on batches of mixed lengths.
+        if self.config.unpad_inputs and bounds is None and attention_mask is not None and attention_mask.dim() == 2:
+            inputs_embeds, bounds, restore = _unpad(inputs_embeds, attention_mask)
+            position_ids = None
+        if bounds is not None:
+            if inputs_embeds.shape[0] > 1:
+                raise ValueError("cu_seq_lens_q describes the texts of one row; give a flat batch of shape (1, N).")
+            packing, mask = self._packing(bounds, inputs_embeds, kwargs), None
+            kwargs.update(packing)
+            position_ids = _packed_positions(bounds) if position_ids is None else position_ids
+        else:
+            mask = self._attention_mask(inputs_embeds, attention_mask, position_ids)
+            position_ids = _positions(attention_mask, inputs_embeds) if position_ids is None else position_ids
         hidden_states = inputs_embeds
         if start_layer == 0:
             hidden_states = nn.functional.dropout(hidden_states, p=self.embedding_dropout, training=self.training)
@@ -483,11 +623,99 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
                 residual_states.append(hidden_states)
                 # CODEPATH: the published models norm their last layer alone; with exit_norm="all", every exit.
                 exit_states.append(self.norm(hidden_states) if self.config.has_norm_at(index + 1) else hidden_states)
+        if restore is not None:
+            residual_states, exit_states = map(restore, residual_states), list(map(restore, exit_states))
         return ModularStarEncoderModelOutput(
             last_hidden_state=exit_states[-1],
             exit_hidden_states=tuple(exit_states),
             residual_states=tuple(residual_states) if output_residual_states else None,
         )
+
+    def _attention_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None = None,
+    ) -> Any:
+        """The backend's mask: padding, and texts packed into one row (positions that restart) kept apart."""
+        documents = None
+        if attention_mask is None and position_ids is not None:
+            documents = find_packed_sequence_indices(position_ids)
+        # CODEPATH: ours see all tokens; whether the published SDPA path is causal is not known.
+        create_mask = create_causal_mask if self.config.is_causal else create_bidirectional_mask
+        return create_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            and_mask_function=None if documents is None else packed_sequence_mask_function(documents),
+        )
+
+    def _packing(self, bounds: torch.Tensor, inputs_embeds: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        """What the layers need to keep the texts of a flat batch (1, N) apart."""
+        lengths = bounds.diff()
+        if is_flash_attention_requested(self.config):
+            max_length = given.get("max_length_q") or int(lengths.max())
+            bounds = bounds.to(torch.int32)
+            return {
+                "cu_seq_lens_q": bounds,
+                "cu_seq_lens_k": bounds,
+                "max_length_q": max_length,
+                "max_length_k": max_length,
+            }
+        documents = DocumentGroups.of_similar_length(lengths.tolist(), bounds.device)
+        for group in documents.groups:
+            group.mask = self._attention_mask(inputs_embeds[0][group.tokens], group.real)
+        unused = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
+        return {"document_groups": documents, **unused}
+
+
+def _document_bounds(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, cu_seq_lens: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Where the texts of a flat batch begin and end, (texts + 1,); `None` where rows are not packed."""
+    if cu_seq_lens is not None:
+        return cu_seq_lens.long()
+    if attention_mask is not None or position_ids is None or position_ids.shape[0] > 1:
+        return None
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    documents = find_packed_sequence_indices(position_ids)
+    return None if documents is None else nn.functional.pad(documents[0].bincount().cumsum(0), (1, 0))
+
+
+def _packed_positions(bounds: torch.Tensor) -> torch.LongTensor:
+    """Positions (1, N) that count from 0 in each text of a flat batch."""
+    starts = bounds[:-1].repeat_interleave(bounds.diff())
+    return (torch.arange(starts.shape[0], device=bounds.device) - starts).unsqueeze(0)
+
+
+def _unpad(
+    states: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """The real tokens of (B, T, H) as (1, N, H), their texts' bounds, and the way back, with zeros for padding."""
+    shape = states.shape
+    places = attention_mask.flatten().nonzero().squeeze(-1)
+    lengths = attention_mask.long().sum(dim=-1)
+    bounds = nn.functional.pad(lengths[lengths > 0].cumsum(0), (1, 0))
+
+    def restore(flat: torch.Tensor) -> torch.Tensor:
+        padded = flat.new_zeros(shape[0] * shape[1], flat.shape[-1])
+        return padded.index_copy(0, places, flat[0]).view(*shape[:2], -1)
+
+    return states.flatten(0, 1)[places].unsqueeze(0), bounds, restore
+
+
+def _rows(
+    states: torch.Tensor, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One row per text, and the mask: a flat batch (1, N, H) becomes (texts, longest, H), padded on the right."""
+    if bounds is None:
+        return states, attention_mask
+    lengths = bounds.diff()
+    offsets = torch.arange(int(lengths.max()), device=bounds.device)
+    mask = offsets < lengths[:, None]
+    return states[0][bounds[:-1, None] + offsets * mask], mask.long()
 
 
 def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.LongTensor:
@@ -497,13 +725,17 @@ def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor)
     return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
 
 
-def _last_token(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """The states (B, H) of each row's last real token, which is the template's `<cls>`."""
+def _token_at(states: torch.Tensor, attention_mask: torch.Tensor | None, position: str) -> torch.Tensor:
+    """The states (B, H) of one token per row: the last real one (the template's `<cls>`), the first, or `legacy`."""
+    batch, length = states.shape[:2]
+    rows, places = torch.arange(batch, device=states.device), torch.arange(length, device=states.device)
     if attention_mask is None:
-        return states[:, -1]
-    places = torch.arange(states.shape[1], device=states.device)
-    last = (attention_mask * places).argmax(dim=-1)
-    return states[torch.arange(states.shape[0], device=states.device), last]
+        attention_mask = torch.ones(batch, length, dtype=torch.long, device=states.device)
+    # CODEPATH: where the published models pool is not known; `legacy` is how their ancestor did.
+    if position == "legacy":
+        return states[rows, attention_mask.long().sum(dim=-1) - 1]
+    order = places if position == "last" else places.flip(0)
+    return states[rows, (attention_mask * (order + 1)).argmax(dim=-1)]
 
 
 def _mean_of_tokens(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -517,16 +749,17 @@ def _mean_of_tokens(states: torch.Tensor, attention_mask: torch.Tensor | None) -
 
 
 class ModularStarEncoderExitConditionedPooler(nn.Module):
-    """Pooled features (B, H + exit embedding) for classifiers: tanh(W `<cls>` state), then the exit's vector."""
+    """Pooled features (B, H + exit embedding) for classifiers: tanh(W state of `<cls>`), then the exit's vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.position = config.pooler_position
 
     def forward(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, exit_vector: torch.Tensor
     ) -> torch.Tensor:
-        pooled = torch.tanh(self.dense(_last_token(states, attention_mask)))
+        pooled = torch.tanh(self.dense(_token_at(states, attention_mask, self.position)))
         return torch.cat((pooled, exit_vector.expand(pooled.shape[0], -1)), dim=-1)
 
 
@@ -623,8 +856,9 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
             **kwargs,
         )
         rows = [self.config.exit_index(exit_layer) for exit_layer in exits]
+        bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         pooled = [
-            self.heads.pooler(states, attention_mask, self.heads.exit_vector(row))
+            self.heads.pooler(*_rows(states, attention_mask, bounds), self.heads.exit_vector(row))
             for row, states in zip(rows, outputs.exit_hidden_states, strict=True)
         ]
         result = ModularStarEncoderForPreTrainingOutput(
@@ -685,6 +919,18 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         )
         self.post_init()
 
+    def _pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        # CODEPATH: models trained here pool the mean; the published ones do not say theirs, so it can be set.
+        if self.config.pooling == "mean":
+            return _mean_of_tokens(states, attention_mask)
+        return _token_at(states, attention_mask, "last" if self.config.pooling == "cls" else "legacy")
+
+    def _normalize(self, embeddings: torch.Tensor) -> torch.Tensor:
+        # CODEPATH: `clip` is how the published models' ancestor normalised.
+        if self.config.embedding_normalization == "clip":
+            return embeddings / embeddings.norm(p=2, dim=1, keepdim=True).clamp(min=1.0)
+        return nn.functional.normalize(embeddings, p=2, dim=1)
+
     @can_return_tuple
     def forward(
         self,
@@ -710,12 +956,17 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             exit_layers=exits,
             **kwargs,
         )
-        # CODEPATH: models trained here pool the mean; the published ones do not say theirs, so `cls` can be set.
-        pool = _mean_of_tokens if self.config.pooling == "mean" else _last_token
+        bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         embeddings, tokens = [], None
         for exit_layer, states in zip(exits, outputs.exit_hidden_states, strict=True):
-            tokens = self.projection_heads[str(exit_layer)](states)
-            embeddings.append(nn.functional.normalize(pool(tokens, attention_mask), p=2, dim=1))
+            head = self.projection_heads[str(exit_layer)]
+            tokens = head(states)
+            # CODEPATH: ours project tokens, then pool; the published models probably do, their ancestor does not.
+            if self.config.projection_order == "project_then_pool":
+                pooled = self._pool(*_rows(tokens, attention_mask, bounds))
+            else:
+                pooled = head(self._pool(*_rows(states, attention_mask, bounds)))
+            embeddings.append(self._normalize(pooled))
         return ModularStarEncoderForRetrievalOutput(
             last_hidden_state=tokens,
             sentence_embedding=embeddings[-1],
@@ -769,10 +1020,11 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
             exit_layers=exits,
             **kwargs,
         )
+        bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         rows = torch.tensor([self.config.exit_index(e) for e in exits], device=outputs.last_hidden_state.device)
         exit_logits = torch.stack(
             [
-                self.classifier(self.dropout(self.pooler(states, attention_mask, vector)))
+                self.classifier(self.dropout(self.pooler(*_rows(states, attention_mask, bounds), vector)))
                 for states, vector in zip(outputs.exit_hidden_states, self.exit_embedding(rows), strict=True)
             ]
         )

@@ -1,0 +1,252 @@
+# Copyright 2026 The modular-star-encoder authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Loading of the published repositories (huggingface.co/modularStarEncoder) as they are, without their remote code.
+
+Their configurations do not say whether a checkpoint is fine-tuned, and perhaps not how deep it is; the names of its
+tensors do. `read_published_layout` looks at the header of the safetensors file, completes the configuration, checks
+every name and shape before anything is loaded, and tells transformers how to rename.
+
+Only the package does this: repositories that we write have our own layout, and this file does not travel with them.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+
+from .configuration_modular_star_encoder import ModularStarEncoderConfig
+from .modeling_modular_star_encoder import (
+    ModularStarEncoderForPreTraining,
+    ModularStarEncoderForRetrieval,
+    ModularStarEncoderModel,
+    ModularStarEncoderPreTrainedModel,
+)
+
+logger = logging.get_logger(__name__)
+
+PUBLISHED_ARCHITECTURE = "ModularStarEncoder"
+
+Shapes = dict[str, tuple[int, ...]]
+
+_TRUNK = r"^starEncoder2\.(?:module\.)?"
+_HEADS = r"^(?:cls|head|heads)\."
+# Published names → ours, the first that fits. The sizes of the files fix all shapes, but several spellings of the
+# pre-training heads fit them equally; all are read.
+_RENAMINGS = {
+    rf"{_TRUNK}(?=embed_tokens\.|layers\.|norm\.)": "model.",
+    rf"{_HEADS}predictions\.transform\.dense\.": "heads.transform.",
+    rf"{_HEADS}predictions\.transform\.(?:LayerNorm|layer_norm)\.": "heads.layer_norm.",
+    rf"{_HEADS}predictions\.decoder\.": "heads.decoder.",
+    rf"{_HEADS}predictions\.bias$": "heads.decoder.bias",
+    rf"{_HEADS}seq_relationship\.": "heads.icc_classifier.",
+    rf"{_HEADS}conditional_embeddings\.": "heads.exit_embedding.",
+    r"^(?:cls\.|head\.|heads\.)?pooler\.dense\.": "heads.pooler.dense.",
+}
+_PROJECTION = re.compile(rf"{_TRUNK}projection_heads\.(\d+)\.")
+_LAYER = re.compile(rf"{_TRUNK}layers\.(\d+)\.")
+
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+def read_published_layout(
+    model_class: type[ModularStarEncoderPreTrainedModel],
+    path: str | os.PathLike | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
+    """Prepare the loading of a published checkpoint; anything else is left as it is.
+
+    The Auto classes find the published class name unknown and choose the trunk. Where the file has projection heads,
+    they get the retrieval model instead; a class that is called itself stays.
+
+    Args:
+        model_class: whose `from_pretrained` was called.
+        path: folder or Hub repository.
+        kwargs: its keyword arguments.
+
+    Returns:
+        The class to load, and keyword arguments with a complete `config` and the `key_mapping` to our names.
+
+    Raises:
+        ValueError: the file's tensors are not those of a published checkpoint; the message names them.
+    """
+    kwargs = dict(kwargs)
+    if path is None:
+        return model_class, kwargs
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+    from_auto_class = isinstance(kwargs.get("config"), PreTrainedConfig)
+    config = kwargs["config"] if from_auto_class else _published_config(kwargs.get("config") or path, hub, kwargs)
+    if config is None or config.architectures != [PUBLISHED_ARCHITECTURE]:
+        return model_class, kwargs
+    file = cached_file(path, SAFE_WEIGHTS_NAME, **hub, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return model_class, kwargs
+    shapes = read_shapes(file)
+    checkpoint_class, complete, renamings = describe(shapes, config)
+    check_layout(shapes, checkpoint_class, complete, renamings)
+    complete.exit_layer = config.exit_layer
+    if (
+        from_auto_class
+        and model_class is ModularStarEncoderModel
+        and checkpoint_class is ModularStarEncoderForRetrieval
+    ):
+        model_class = checkpoint_class
+    return model_class, {**kwargs, "config": complete, "key_mapping": renamings}
+
+
+def _published_config(
+    path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
+) -> ModularStarEncoderConfig | None:
+    """The configuration at `path` if it is a published one, with the fields given in `kwargs`, which it takes out."""
+    config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
+    if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
+        return None
+    fields = set(ModularStarEncoderConfig.__dataclass_fields__) - {"dtype"}
+    own = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+    return ModularStarEncoderConfig.from_pretrained(path, **hub, **own)
+
+
+def read_shapes(file: str | os.PathLike) -> Shapes:
+    """Names and shapes of the tensors in a safetensors file; only its header is read."""
+    with safe_open(file, "pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def describe(
+    shapes: Shapes, config: ModularStarEncoderConfig
+) -> tuple[type[ModularStarEncoderPreTrainedModel], ModularStarEncoderConfig, dict[str, str]]:
+    """What a published file holds: the class it fits, its complete configuration, and the renamings to our names.
+
+    Raises:
+        ValueError: its depth is not an exit, or its projection heads are neither one nor one per exit.
+    """
+    layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
+    heads = sorted({int(match[1]) for name in shapes if (match := _PROJECTION.match(name))})
+    depth, exits = max(layers, default=-1) + 1, list(config.parent_exit_layers)
+    if depth not in exits:
+        raise ValueError(f"The checkpoint has {depth} layers; a published one has as many as one of its exits {exits}.")
+    exits = exits[: exits.index(depth) + 1]
+    if len(heads) not in (0, 1, len(exits)):
+        raise ValueError(
+            f"The checkpoint has {len(heads)} projection heads; a published one of {depth} layers has none, one for "
+            f"its last layer, or one for each of the exits {exits}."
+        )
+    complete = ModularStarEncoderConfig.from_dict(config.to_dict() | {"exit_layer": None})
+    complete._attn_implementation = config._attn_implementation
+    parent_depth = config.parent_exit_layers[-1]
+    complete.num_hidden_layers, complete.parent_num_hidden_layers = depth, parent_depth
+    complete.exit_layers = exits[-1:] if len(heads) == 1 else exits
+    complete.output_all_exits = True
+    if depth < parent_depth and config.exit_norm == "last":
+        complete.exit_norm = "none"
+        _warn_about_norm(shapes, depth)
+    checkpoint_class: type[ModularStarEncoderPreTrainedModel] = ModularStarEncoderModel
+    if heads:
+        checkpoint_class = ModularStarEncoderForRetrieval
+    elif any(name.startswith(("cls.", "head.", "heads.")) for name in shapes):
+        checkpoint_class = ModularStarEncoderForPreTraining
+    complete.architectures = [checkpoint_class.__name__]
+    renamings = dict(_RENAMINGS)
+    for index, exit_layer in zip(heads, complete.exit_layers, strict=False):
+        for place, ours in (("0", "dense"), ("2", "out_proj")):
+            pattern = rf"{_TRUNK}projection_heads\.{index}\.{place}\."
+            renamings[pattern] = f"projection_heads.{exit_layer}.{ours}."
+    return checkpoint_class, complete, renamings
+
+
+def _warn_about_norm(shapes: Shapes, depth: int) -> None:
+    if any(re.match(rf"{_TRUNK}norm\.", name) for name in shapes):
+        logger.warning_once(
+            f"This checkpoint of {depth} layers holds a final norm, which the model it was cut from does not apply at "
+            'that exit; neither does this one. If the published code applies it, load with exit_norm="all".'
+        )
+
+
+def check_layout(
+    shapes: Shapes,
+    checkpoint_class: type[ModularStarEncoderPreTrainedModel],
+    config: ModularStarEncoderConfig,
+    renamings: Mapping[str, str],
+) -> None:
+    """Compare a file with the model that it should hold.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, twice there, or of another shape; the message names it.
+    """
+    with torch.device("meta"):
+        model = checkpoint_class(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if checkpoint_class is ModularStarEncoderModel:
+        expected = {f"model.{name}": shape for name, shape in expected.items()}
+    found: Shapes = {}
+    problems = []
+    for name, shape in shapes.items():
+        ours = rename(name, renamings)
+        if ours in found:
+            problems.append(f"{name} is there under two names")
+        elif ours not in expected and not (config.exit_norm == "none" and ours.startswith("model.norm.")):
+            problems.append(f"{name} is unexpected")
+        elif ours in expected and shape != expected[ours]:
+            problems.append(f"{name} has shape {list(shape)} instead of {list(expected[ours])}")
+        found[ours] = shape
+    # The first upload of the pre-trained model has no vocabulary bias, which is the same as a bias of zero.
+    optional = {"heads.decoder.bias"}
+    problems += [f"{name} (our name) is missing" for name in expected if name not in found and name not in optional]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"Not a published ModularStarEncoder checkpoint: {'; '.join(problems[:8])}{more}.")
+
+
+def rename(name: str, renamings: Mapping[str, str]) -> str:
+    """Our name of a published tensor; a name that none of the patterns fits is returned as it is."""
+    for pattern, replacement in renamings.items():
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    return name
+
+
+def published_names(model: ModularStarEncoderForPreTraining | ModularStarEncoderForRetrieval) -> dict[str, str]:
+    """Our tensor names → the published ones; where several spellings fit the published sizes, the likeliest."""
+    replacements = {
+        "model.": "starEncoder2.",
+        "heads.transform.": "cls.predictions.transform.dense.",
+        "heads.layer_norm.": "cls.predictions.transform.LayerNorm.",
+        "heads.decoder.bias": "cls.predictions.bias",
+        "heads.decoder.": "cls.predictions.decoder.",
+        "heads.icc_classifier.": "cls.seq_relationship.",
+        "heads.exit_embedding.": "cls.conditional_embeddings.",
+        "heads.pooler.": "pooler.",
+    }
+    for index, exit_layer in enumerate(model.config.exit_layers):
+        for ours, place in (("dense", "0"), ("out_proj", "2")):
+            published = f"starEncoder2.projection_heads.{index}.{place}."
+            replacements[f"projection_heads.{exit_layer}.{ours}."] = published
+    names = {}
+    for name in model.state_dict():
+        prefix = next(prefix for prefix in replacements if name.startswith(prefix))
+        names[name] = replacements[prefix] + name.removeprefix(prefix)
+    return names
