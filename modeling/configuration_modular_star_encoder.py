@@ -98,7 +98,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             itself does not read it; evaluation and search do, to treat a text as fine-tuning did.
         unpad_inputs (`bool`, defaults to `False`): Whether a padded batch is computed without its padding: layers run
             on the real tokens alone, attention in groups of texts of similar length. Outputs have the padded shape,
-            with zeros in place of padding. Needs lengths on the host, so not for `torch.compile(fullgraph=True)`.
+            with zeros in place of padding. Has no effect where hidden states or attentions of all layers are asked
+            for. Needs lengths on the host, so not for `torch.compile(fullgraph=True)`.
         parent_exit_layers (`Sequence[int]`, *optional*): Exits of the model that this one was cut from; their order
             gives each exit its row in the exit embedding. By default `exit_layers`.
         parent_num_hidden_layers (`int`, *optional*): Depth of the model that this one was cut from; loss weights i/36

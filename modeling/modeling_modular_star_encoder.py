@@ -422,11 +422,12 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         unknown to the model, or of another shape are an error that names them. Heads may be new, with a warning.
 
         Raises:
-            ValueError: the checkpoint's trunk is not the model's. (Not checked for a `state_dict` given in place of a
-                checkpoint, and shapes not with `ignore_mismatched_sizes`.)
+            ValueError: the checkpoint's trunk is not the model's. Not raised where the caller sees to it: with
+                `output_loading_info=True`, which returns the names, or with a `state_dict` in place of a checkpoint.
+                Shapes may differ with `ignore_mismatched_sizes=True`.
         """
         want_loading_info = kwargs.pop("output_loading_info", False)
-        check = kwargs.get("state_dict") is None
+        check = not want_loading_info and kwargs.get("state_dict") is None
         model_class = cls
         for reader in cls._layout_readers:
             model_class, kwargs = reader(model_class, pretrained_model_name_or_path, kwargs)
@@ -592,8 +593,11 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         restore = None
+        recorded = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        two_dimensional = attention_mask is not None and attention_mask.dim() == 2
         # CODEPATH: computing padding is simpler and compiles; leaving it out is faster on batches of mixed lengths.
-        if self.config.unpad_inputs and bounds is None and attention_mask is not None and attention_mask.dim() == 2:
+        # What is recorded inside layers has no way back to the padded shape.
+        if self.config.unpad_inputs and bounds is None and two_dimensional and not recorded:
             inputs_embeds, bounds, restore = _unpad(inputs_embeds, attention_mask)
             position_ids = None
         if bounds is not None:
@@ -726,7 +730,8 @@ def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor)
 
 
 def _token_at(states: torch.Tensor, attention_mask: torch.Tensor | None, position: str) -> torch.Tensor:
-    """The states (B, H) of one token per row: the last real one (the template's `<cls>`), the first, or `legacy`."""
+    """The states (B, H) of one token per row: the last real one (`last`, or `cls`, which it is), the first, or the
+    `legacy` place."""
     batch, length = states.shape[:2]
     rows, places = torch.arange(batch, device=states.device), torch.arange(length, device=states.device)
     if attention_mask is None:
@@ -734,7 +739,7 @@ def _token_at(states: torch.Tensor, attention_mask: torch.Tensor | None, positio
     # CODEPATH: where the published models pool is not known; `legacy` is how their ancestor did.
     if position == "legacy":
         return states[rows, attention_mask.long().sum(dim=-1) - 1]
-    order = places if position == "last" else places.flip(0)
+    order = places.flip(0) if position == "first" else places
     return states[rows, (attention_mask * (order + 1)).argmax(dim=-1)]
 
 
@@ -923,7 +928,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         # CODEPATH: models trained here pool the mean; the published ones do not say theirs, so it can be set.
         if self.config.pooling == "mean":
             return _mean_of_tokens(states, attention_mask)
-        return _token_at(states, attention_mask, "last" if self.config.pooling == "cls" else "legacy")
+        return _token_at(states, attention_mask, self.config.pooling)
 
     def _normalize(self, embeddings: torch.Tensor) -> torch.Tensor:
         # CODEPATH: `clip` is how the published models' ancestor normalised.

@@ -1,0 +1,158 @@
+"""Texts without padding: several in one row, kept apart, on every attention backend."""
+
+import pytest
+import torch
+
+from modular_star_encoder.modeling import (
+    ModularStarEncoderForPreTraining,
+    ModularStarEncoderForSequenceClassification,
+    ModularStarEncoderModel,
+)
+from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
+
+LENGTHS = (12, 7, 11, 3, 12)
+BACKENDS = ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]
+
+
+def packed():
+    """The texts of `tiny_batch` in one row: token ids, positions, and where texts begin and end."""
+    batch = tiny_batch(lengths=LENGTHS)
+    input_ids = batch["input_ids"][batch["attention_mask"].bool()].unsqueeze(0)
+    position_ids = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    return input_ids, position_ids, bounds
+
+
+def by_restarting_positions():
+    input_ids, position_ids, _ = packed()
+    return {"input_ids": input_ids, "position_ids": position_ids}
+
+
+def by_bounds():
+    input_ids, _, bounds = packed()
+    longest = max(LENGTHS)
+    lengths = {"max_length_q": longest, "max_length_k": longest}
+    return {"input_ids": input_ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, **lengths}
+
+
+PACKINGS = [by_restarting_positions, by_bounds]
+
+
+def run(model, **inputs):
+    with torch.inference_mode():
+        return model.eval()(**inputs)
+
+
+def alone(model, **kwargs):
+    """Each text by itself, without padding."""
+    batch = tiny_batch(lengths=LENGTHS)
+    rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    return [run(model, input_ids=ids[mask.bool()].unsqueeze(0), **kwargs) for ids, mask in rows]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_texts_do_not_see_each_other(backend, packing):
+    model = tiny_model(ModularStarEncoderModel)
+    expected = [output.exit_hidden_states for output in alone(model, exit_layers=EXIT_LAYERS)]
+    model.set_attn_implementation(backend)
+    states = run(model, **packing(), exit_layers=EXIT_LAYERS).exit_hidden_states
+    for exit_states, separate in zip(states, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(exit_states, torch.cat(separate, dim=1), atol=1e-5, rtol=1e-5)
+
+
+def test_without_marks_texts_in_one_row_do_see_each_other():
+    model = tiny_model(ModularStarEncoderModel)
+    together = run(model, input_ids=packed()[0]).last_hidden_state
+    separate = torch.cat([output.last_hidden_state for output in alone(model)], dim=1)
+    assert (together - separate).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_each_packed_text_has_its_own_embedding(packing, pooling):
+    model = tiny_model(pooling=pooling)
+    expected = torch.cat([output.exit_embeddings for output in alone(model, exit_layers=EXIT_LAYERS)], dim=1)
+    embeddings = run(model, **packing(), exit_layers=EXIT_LAYERS).exit_embeddings
+    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_each_packed_text_is_classified_by_itself(packing):
+    for model_class, logits in (
+        (ModularStarEncoderForSequenceClassification, "exit_logits"),
+        (ModularStarEncoderForPreTraining, "icc_logits"),
+    ):
+        model = tiny_model(model_class)
+        expected = torch.cat([getattr(output, logits) for output in alone(model, exit_layers=EXIT_LAYERS)], dim=1)
+        outputs = run(model, **packing(), exit_layers=EXIT_LAYERS)
+        torch.testing.assert_close(getattr(outputs, logits), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_several_packed_rows_are_kept_apart_too():
+    model = tiny_model(ModularStarEncoderModel)
+    input_ids, position_ids, _ = packed()
+    one = run(model, input_ids=input_ids, position_ids=position_ids).last_hidden_state
+    two = run(model, input_ids=input_ids.repeat(2, 1), position_ids=position_ids.repeat(2, 1)).last_hidden_state
+    torch.testing.assert_close(two, one.repeat(2, 1, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_bounds_need_one_row():
+    inputs = by_bounds()
+    inputs["input_ids"] = inputs["input_ids"].repeat(2, 1)
+    with pytest.raises(ValueError, match="flat batch"):
+        run(tiny_model(), **inputs)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leaving_padding_out_changes_no_real_token_and_no_embedding(backend, padding_side):
+    batch = tiny_batch(padding_side, lengths=LENGTHS)
+    padded = run(tiny_model(), **batch, exit_layers=EXIT_LAYERS)
+    model = tiny_model(unpad_inputs=True)
+    model.set_attn_implementation(backend)
+    unpadded = run(model, **batch, exit_layers=EXIT_LAYERS)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(unpadded.exit_embeddings, padded.exit_embeddings, atol=1e-5, rtol=1e-5)
+    for ours, expected in zip(unpadded.exit_hidden_states, padded.exit_hidden_states, strict=True):
+        assert ours.shape == expected.shape
+        torch.testing.assert_close(ours[real], expected[real], atol=1e-5, rtol=1e-5)
+        assert not ours[~real].any()
+
+
+def test_token_wise_layers_see_real_tokens_only():
+    model, seen = tiny_model(unpad_inputs=True), []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    run(model, **tiny_batch(lengths=LENGTHS))
+    assert seen == [(1, sum(LENGTHS), 32)]
+
+
+def test_leaving_padding_out_gives_the_same_gradients():
+    gradients = []
+    for unpad_inputs in (False, True):
+        model = tiny_model(unpad_inputs=unpad_inputs, attention_dropout=0, residual_dropout=0, embedding_dropout=0)
+        model.train()
+        embeddings = model(**tiny_batch(lengths=LENGTHS), exit_layers=EXIT_LAYERS).exit_embeddings
+        embeddings[..., 0].sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_a_causal_model_is_causal_in_every_form():
+    model = tiny_model(ModularStarEncoderModel, is_causal=True)
+    expected = torch.cat([output.last_hidden_state for output in alone(model)], dim=1)
+    for packing in PACKINGS:
+        states = run(model, **packing()).last_hidden_state
+        torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
+    changed = by_bounds()
+    changed["input_ids"] = changed["input_ids"].clone()
+    changed["input_ids"][0, 5] = 7
+    difference = (run(model, **changed).last_hidden_state - expected).abs().amax(-1)[0]
+    assert difference[:5].max() < 1e-5 < difference[5:12].min()
+
+
+def test_hidden_states_of_a_batch_without_padding_have_the_padded_shape():
+    batch = tiny_batch(lengths=LENGTHS)
+    outputs = run(tiny_model(ModularStarEncoderModel, unpad_inputs=True), **batch, output_hidden_states=True)
+    assert {states.shape[:2] for states in outputs.hidden_states} == {batch["input_ids"].shape}
