@@ -23,6 +23,7 @@ Shapes: B batch, T tokens, H hidden size, E exits asked for, D projection size, 
 This file and `configuration_modular_star_encoder.py` travel inside every repository; they need torch and transformers.
 """
 
+import copy
 import os
 import re
 import shutil
@@ -436,6 +437,25 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         if check:
             _check_trunk(info, pretrained_model_name_or_path)
         return (model, info) if want_loading_info else model
+
+    def slice(self, exit_layer: int) -> "ModularStarEncoderPreTrainedModel":
+        """The first `exit_layer` layers with the exits up to there, as a model of its own that shares these parameters.
+
+        Its outputs equal those of this model at the same exits bit for bit. `copy.deepcopy` it to separate the two.
+
+        Args:
+            exit_layer: an exit of this model.
+
+        Raises:
+            ValueError: the model has no such exit; the message lists those it has.
+        """
+        with torch.device("meta"):
+            model = type(self)(self.config.cut(exit_layer))
+        parameters = self.state_dict(keep_vars=True)
+        model.load_state_dict({name: parameters[name] for name in model.state_dict()}, assign=True)
+        # Frequencies are computed, not stored.
+        getattr(model, "model", model).rotary_emb = copy.deepcopy(getattr(self, "model", self).rotary_emb)
+        return model.train(self.training)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

@@ -80,7 +80,8 @@ def read_published_layout(
     """Prepare the loading of a published checkpoint; anything else is left as it is.
 
     The Auto classes find the published class name unknown and choose the trunk. Where the file has projection heads,
-    they get the retrieval model instead; a class that is called itself stays.
+    they get the retrieval model instead; a class that is called itself stays, and the common base class stands for
+    whatever the file holds.
 
     Args:
         model_class: whose `from_pretrained` was called.
@@ -108,11 +109,9 @@ def read_published_layout(
     checkpoint_class, complete, renamings = describe(shapes, config)
     check_layout(shapes, checkpoint_class, complete, renamings)
     complete.exit_layer = config.exit_layer
-    if (
-        from_auto_class
-        and model_class is ModularStarEncoderModel
-        and checkpoint_class is ModularStarEncoderForRetrieval
-    ):
+    by_default = from_auto_class and model_class is ModularStarEncoderModel
+    retrieval = checkpoint_class is ModularStarEncoderForRetrieval
+    if model_class is ModularStarEncoderPreTrainedModel or (by_default and retrieval):
         model_class = checkpoint_class
     return model_class, {**kwargs, "config": complete, "key_mapping": renamings}
 

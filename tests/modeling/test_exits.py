@@ -77,6 +77,22 @@ def test_the_final_norm_applies_where_the_configuration_says():
     assert states == {"last": [False, False, True], "all": [True, True, True], "none": [False, False, False]}
 
 
+@pytest.mark.parametrize("exit_norm", ["last", "all"])
+@pytest.mark.parametrize("exit_layer", EXIT_LAYERS)
+@pytest.mark.parametrize("model_class", [ModularStarEncoderModel, ModularStarEncoderForRetrieval])
+def test_a_slice_in_memory_equals_the_full_model_bit_for_bit_and_shares_its_weights(model_class, exit_layer, exit_norm):
+    full = tiny_model(model_class, exit_norm=exit_norm).eval()
+    cut = full.slice(exit_layer)
+    assert cut.config.num_hidden_layers == exit_layer
+    with torch.inference_mode():
+        for shallower in [exit for exit in EXIT_LAYERS if exit <= exit_layer]:
+            expected = full(**tiny_batch(), exit_layer=shallower)[0]
+            assert torch.equal(cut(**tiny_batch(), exit_layer=shallower)[0], expected)
+    assert cut.get_input_embeddings().weight is full.get_input_embeddings().weight
+    with pytest.raises(ValueError, match=r"its exits are 1, 2, 4\."):
+        full.slice(3)
+
+
 @pytest.mark.parametrize(
     "model_class",
     [ModularStarEncoderForPreTraining, ModularStarEncoderForSequenceClassification, ModularStarEncoderModel],

@@ -13,6 +13,7 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
     ModularStarEncoderModel,
+    ModularStarEncoderPreTrainedModel,
 )
 from modular_star_encoder.modeling.published_checkpoints import published_names
 from modular_star_encoder.training import hub_config_folder
@@ -182,6 +183,12 @@ def test_a_class_that_is_called_itself_is_the_one_that_comes(tmp_path):
     trunk = ModularStarEncoderModel.from_pretrained(write_published(tmp_path, ours), exit_layer=2)
     assert type(trunk) is ModularStarEncoderModel
     assert torch.equal(embed(trunk).last_hidden_state, embed(ours, exit_layer=2).exit_hidden_states[-1])
+
+
+@pytest.mark.parametrize("model_class", [ModularStarEncoderForRetrieval, ModularStarEncoderForPreTraining])
+def test_the_base_class_loads_whatever_the_file_holds(tmp_path, model_class):
+    folder = write_published(tmp_path, full_model(model_class))
+    assert type(ModularStarEncoderPreTrainedModel.from_pretrained(folder, exit_layer=2)) is model_class
 
 
 def test_a_pre_trained_checkpoint_takes_a_new_head(tmp_path):

@@ -43,7 +43,7 @@ def slice_checkpoint(
     check_checkpoint(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
     config.check_exit(exit_layer)
-    model_class = getattr(modeling, config.architectures[0])
+    model_class = getattr(modeling, config.architectures[0], modeling.ModularStarEncoderPreTrainedModel)
     with staged_folder(out) as staging:
         model = model_class.from_pretrained(checkpoint, exit_layer=exit_layer)
         if only_exit:
