@@ -620,11 +620,14 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if self.config.unpad_inputs and bounds is None and two_dimensional and not recorded:
             inputs_embeds, bounds, restore = _unpad(inputs_embeds, attention_mask)
             position_ids = None
-        if bounds is not None:
-            if inputs_embeds.shape[0] > 1:
+        elif bounds is not None and inputs_embeds.shape[0] > 1:
+            if kwargs.get("cu_seq_lens_q") is not None:
                 raise ValueError("cu_seq_lens_q describes the texts of one row; give a flat batch of shape (1, N).")
-            packing, mask = self._packing(bounds, inputs_embeds, kwargs), None
-            kwargs.update(packing)
+            inputs_embeds, _, restore = _unpad(inputs_embeds, torch.ones_like(position_ids))
+            position_ids = position_ids.reshape(1, -1)
+        if bounds is not None:
+            kwargs.update(self._packing(bounds, inputs_embeds, kwargs))
+            mask = None
             position_ids = _packed_positions(bounds) if position_ids is None else position_ids
         else:
             mask = self._attention_mask(inputs_embeds, attention_mask, position_ids)
@@ -697,15 +700,19 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
 def _document_bounds(
     attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, cu_seq_lens: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Where the texts of a flat batch begin and end, (texts + 1,); `None` where rows are not packed."""
+    """Where texts begin and end in the flattened batch, (texts + 1,); `None` where rows hold one text each."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
-    if attention_mask is not None or position_ids is None or position_ids.shape[0] > 1:
+    if attention_mask is not None or position_ids is None:
         return None
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     documents = find_packed_sequence_indices(position_ids)
-    return None if documents is None else nn.functional.pad(documents[0].bincount().cumsum(0), (1, 0))
+    if documents is None:
+        return None
+    first_of_row = torch.arange(documents.shape[0], device=documents.device)[:, None] * documents.shape[1]
+    lengths = (documents + first_of_row).flatten().unique_consecutive(return_counts=True)[1]
+    return nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
 def _packed_positions(bounds: torch.Tensor) -> torch.LongTensor:
@@ -733,13 +740,13 @@ def _unpad(
 def _rows(
     states: torch.Tensor, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One row per text, and the mask: a flat batch (1, N, H) becomes (texts, longest, H), padded on the right."""
+    """One row per text, and the mask: packed texts (B, T, H) become (texts, longest, H), padded on the right."""
     if bounds is None:
         return states, attention_mask
     lengths = bounds.diff()
     offsets = torch.arange(int(lengths.max()), device=bounds.device)
     mask = offsets < lengths[:, None]
-    return states[0][bounds[:-1, None] + offsets * mask], mask.long()
+    return states.flatten(0, 1)[bounds[:-1, None] + offsets * mask], mask.long()
 
 
 def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.LongTensor:

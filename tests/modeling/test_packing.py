@@ -1,7 +1,10 @@
 """Texts without padding: several in one row, kept apart, on every attention backend."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modular_star_encoder.modeling import (
     ModularStarEncoderForPreTraining,
@@ -90,11 +93,36 @@ def test_each_packed_text_is_classified_by_itself(packing):
 
 
 def test_several_packed_rows_are_kept_apart_too():
-    model = tiny_model(ModularStarEncoderModel)
+    model = tiny_model()
     input_ids, position_ids, _ = packed()
-    one = run(model, input_ids=input_ids, position_ids=position_ids).last_hidden_state
-    two = run(model, input_ids=input_ids.repeat(2, 1), position_ids=position_ids.repeat(2, 1)).last_hidden_state
-    torch.testing.assert_close(two, one.repeat(2, 1, 1), atol=1e-5, rtol=1e-5)
+    one = run(model, input_ids=input_ids, position_ids=position_ids)
+    two = run(model, input_ids=input_ids.repeat(2, 1), position_ids=position_ids.repeat(2, 1))
+    torch.testing.assert_close(two.last_hidden_state, one.last_hidden_state.repeat(2, 1, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(two.sentence_embedding, one.sentence_embedding.repeat(2, 1), atol=1e-5, rtol=1e-5)
+
+
+def flash_attention_stand_in(module, query, key, value, attention_mask, scaling, cu_seq_lens_q=None, **kwargs):
+    """What flash attention computes from bounds, text by text; like it, blind to a mask of packed texts."""
+    assert attention_mask is None
+    assert kwargs["max_length_q"] == kwargs["max_length_k"] == cu_seq_lens_q.diff().max()
+    assert cu_seq_lens_q.dtype == kwargs["cu_seq_lens_k"].dtype == torch.int32
+    outputs = []
+    for start, end in pairwise(cu_seq_lens_q.tolist()):
+        part = (states[:, :, start:end] for states in (query, key, value))
+        attended = torch.nn.functional.scaled_dot_product_attention(*part, scale=scaling, enable_gqa=True)
+        outputs.append(attended.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
+
+
+@pytest.mark.parametrize("packing", [*PACKINGS, "unpadded"])
+def test_flash_attention_is_given_the_bounds_of_the_texts(monkeypatch, packing):
+    """On this side of the kernel; the kernel itself needs a GPU."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash_attention_stand_in)
+    model = tiny_model(unpad_inputs=packing == "unpadded")
+    inputs = tiny_batch(lengths=LENGTHS) if packing == "unpadded" else packing()
+    expected = torch.cat([output.sentence_embedding for output in alone(tiny_model())])
+    model.config._attn_implementation = "flash_attention_2"
+    torch.testing.assert_close(run(model, **inputs).sentence_embedding, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_bounds_need_one_row():
