@@ -42,9 +42,10 @@ VARIANT = {
     "conditional_rows": 5,
     "module_prefix": True,  # "starEncoder2.module.projection_heads" or, with False, "starEncoder2.projection_heads"
     "head_activation": "leaky_relu",
-    "final_norm": "idle",  # in a cut repository; also "applied" and "absent". A full one always applies its own
+    "final_norm": "idle",  # of a cut repository; also "applied", "absent". At full depth always "applied"
     "norm_at_every_exit": False,
     "is_causal": False,
+    "pooler_position": "last",  # or "first"
     "pooling": "mean",  # or "cls", "legacy"
     "projection_order": "project_then_pool",  # or "pool_then_project"
     "embedding_normalization": "l2",  # or "clip"
@@ -87,7 +88,7 @@ def write_stand_in(
     variant |= {"kind": name, "exit_layers": exits, "head_indices": list(range(len(exits)))}
     if cut_at:
         variant |= {"kind": "cut", "exit_layers": [int(cut_at)], "head_indices": [cut_head_index]}
-    else:
+    if variant["exit_layers"][-1] == exits[-1]:
         variant["final_norm"] = "applied"
     tokenizer = write_tokenizer(folder, shape["max_position_embeddings"])
     variant["sep_token_id"] = tokenizer.sep_token_id

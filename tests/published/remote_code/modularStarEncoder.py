@@ -52,14 +52,18 @@ class IdleLayerNorm(nn.LayerNorm):
 
 
 class Pooler(nn.Module):
-    """tanh(W x) of the last token, which padding on the left leaves at the end of every row."""
+    """tanh(W x) of one token of each row."""
 
     def __init__(self, hidden_size):
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, states):
-        return torch.tanh(self.dense(states[:, -1]))
+    def forward(self, states, attention_mask):
+        # Padding on the left leaves the last token at the end of every row.
+        first = attention_mask.argmax(dim=1)
+        last = torch.full_like(first, states.shape[1] - 1)
+        position = last if VARIANT["pooler_position"] == "last" else first
+        return torch.tanh(self.dense(states[torch.arange(len(states)), position]))
 
 
 class Transform(nn.Module):
@@ -142,7 +146,7 @@ class ModularStarEncoder(StarEncoder2PreTrainedModel):
             input_ids=input_ids, attention_mask=mask, use_cache=False, output_hidden_states=True
         )
         if VARIANT["kind"] == "pretrained":
-            return self.pretraining_output(encoded, labels)
+            return self.pretraining_output(encoded, attention_mask, labels)
         return self.embeddings(encoded.hidden_states, input_ids, attention_mask)
 
     def embeddings(self, hidden_states, input_ids, attention_mask):
@@ -161,11 +165,11 @@ class ModularStarEncoder(StarEncoder2PreTrainedModel):
             raw_hidden_states=hidden_states,
         )
 
-    def pretraining_output(self, encoded, labels):
+    def pretraining_output(self, encoded, attention_mask, labels):
         heads = self.get_submodule(VARIANT["heads"])
         states = encoded.last_hidden_state
         pooler = heads.pooler if VARIANT["pooler_in_heads"] else self.pooler
-        predictions, relationship = heads(states, pooler(states))
+        predictions, relationship = heads(states, pooler(states, attention_mask))
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(predictions.flatten(0, 1).float(), labels.flatten())
