@@ -48,7 +48,7 @@ def reload_in_clean_process(
             stderr=subprocess.PIPE,
             text=True,
         )
-        errors = _wait(process, progress)
+        errors = wait_with_clock(process, "loading in a clean process", progress=progress)
         if process.returncode:
             tail = "\n".join(errors.strip().splitlines()[-5:])
             raise RuntimeError(f"{checkpoint} cannot be loaded without this package:\n{tail}")
@@ -56,10 +56,10 @@ def reload_in_clean_process(
             return ReloadedEmbeddings(arrays["auto_model"], arrays["sentence_transformer"])
 
 
-def _wait(process: subprocess.Popen[str], progress: bool) -> str:
+def wait_with_clock(process: subprocess.Popen[str], description: str, *, progress: bool = True) -> str:
     """What a process wrote to stderr, once it has ended; it does not outlive an interruption of ours."""
     clock = "{desc} {elapsed}"
-    with process, tqdm(desc="loading in a clean process", bar_format=clock, disable=not progress, leave=False) as bar:
+    with process, tqdm(desc=description, bar_format=clock, disable=not progress, leave=False) as bar:
         try:
             while True:
                 try:

@@ -1,0 +1,232 @@
+"""Model of the stand-in repository, on transformers' own StarCoder2; it needs torch and transformers only.
+
+Shapes: B batch, T tokens, H hidden size, C conditional size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Starcoder2Config, Starcoder2Model
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+
+from .config import ModularStarEncoderConfig
+
+# What differs between the repositories, each of which carries a code file of its own: `write_stand_in` fills it in.
+VARIANT = {}
+
+
+@dataclass
+class ModularStarEncoderOutput(ModelOutput):
+    """Fine-tuned: one (B, H) tensor per exit, or one tensor where the repository has a single exit."""
+
+    projected_pooled_normalized: Any = None
+    raw_hidden_states: Optional[tuple] = None  # noqa: UP045 - as in code of its time
+    attentions: Optional[tuple] = None  # noqa: UP045
+
+
+@dataclass
+class ModularStarEncoderForPreTrainingOutput(ModelOutput):
+    """Pre-trained: states (B, T, H), token logits (B, T, V), relationship logits (B, 2)."""
+
+    loss: Optional[torch.Tensor] = None  # noqa: UP045
+    last_hidden_state: Optional[torch.Tensor] = None  # noqa: UP045
+    hidden_states: Optional[tuple] = None  # noqa: UP045
+    prediction_logits: Optional[torch.Tensor] = None  # noqa: UP045
+    seq_relationship_logits: Optional[torch.Tensor] = None  # noqa: UP045
+    attentions: Optional[tuple] = None  # noqa: UP045
+
+
+def scalar(value):
+    """The last element of a list or tuple, however deep; anything else as it is."""
+    return scalar(value[-1]) if isinstance(value, list | tuple) else value
+
+
+class IdleLayerNorm(nn.LayerNorm):
+    """Weights that are kept in the file and take no part."""
+
+    def forward(self, states):
+        return states
+
+
+class Pooler(nn.Module):
+    """tanh(W x) of one token of each row."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, states, attention_mask):
+        # Padding on the left leaves the last token at the end of every row.
+        first = attention_mask.argmax(dim=1)
+        last = torch.full_like(first, states.shape[1] - 1)
+        position = last if VARIANT["pooler_position"] == "last" else first
+        return torch.tanh(self.dense(states[torch.arange(len(states)), position]))
+
+
+class Transform(nn.Module):
+    def __init__(self, config, width):
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.act = ACT2FN[config.hidden_act]
+        self.add_module(VARIANT["transform_norm"], nn.LayerNorm(width, eps=config.layer_norm_eps))
+
+    def forward(self, states):
+        return self.get_submodule(VARIANT["transform_norm"])(self.act(self.dense(states)))
+
+
+class Predictions(nn.Module):
+    def __init__(self, config, width):
+        super().__init__()
+        bias = VARIANT["vocabulary_bias"]
+        self.transform = Transform(config, width)
+        self.decoder = nn.Linear(width, config.vocab_size, bias=bias == "predictions.decoder.bias")
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if bias == "predictions.bias" else 0.0
+
+    def forward(self, states):
+        return self.decoder(self.transform(states)) + self.bias
+
+
+class PreTrainingHeads(nn.Module):
+    """Both heads read H + C features: the states, and a learned vector that tells the exit."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size + scalar(config.conditional_size)
+        self.predictions = Predictions(config, width)
+        self.seq_relationship = nn.Linear(width, 2)
+        self.conditional_embeddings = nn.Embedding(VARIANT["conditional_rows"], scalar(config.conditional_size))
+
+    def forward(self, states, pooled):
+        vector = self.conditional_embeddings.weight[-1]
+        tokens = torch.cat((states, vector.expand(*states.shape[:-1], -1)), dim=-1)
+        features = torch.cat((pooled, vector.expand(pooled.shape[0], -1)), dim=-1)
+        return self.predictions(tokens), self.seq_relationship(features)
+
+
+class StarEncoder2PreTrainedModel(PreTrainedModel):
+    config_class = ModularStarEncoderConfig
+    base_model_prefix = "ModularStarEncoder"
+    _supports_sdpa = True
+
+
+class ModularStarEncoder(StarEncoder2PreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        if config._attn_implementation not in ("flash_attention_2", "sdpa"):
+            raise ValueError(f"attention must be flash_attention_2 or sdpa, not {config._attn_implementation}")
+        self.starEncoder2 = bidirectional_starcoder2(config)
+        if VARIANT["kind"] == "pretrained":
+            heads = PreTrainingHeads(config)
+            owner = heads if VARIANT["pooler_in_heads"] else self
+            owner.pooler = Pooler(config.hidden_size)
+            self.add_module(VARIANT["heads"], heads)
+        else:
+            owner = self.starEncoder2
+            if VARIANT["module_prefix"]:
+                owner.module = owner = nn.Module()
+            owner.projection_heads = nn.ModuleDict(
+                {str(index): projection_head(config.hidden_size) for index in VARIANT["head_indices"]}
+            )
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        rows, tokens = input_ids.shape
+        # Transformers takes a mask of four dimensions as it is, and builds a causal one from anything else.
+        mask = attention_mask.bool()[:, None, None, :].expand(rows, 1, tokens, tokens)
+        if VARIANT["is_causal"]:
+            # The diagonal, so that a padding token has something to attend to.
+            itself = torch.eye(tokens, dtype=torch.bool, device=mask.device)
+            mask = mask.tril() | itself
+        encoded = self.starEncoder2(
+            input_ids=input_ids, attention_mask=mask, use_cache=False, output_hidden_states=True
+        )
+        if VARIANT["kind"] == "pretrained":
+            return self.pretraining_output(encoded, attention_mask, labels)
+        return self.embeddings(encoded.hidden_states, input_ids, attention_mask)
+
+    def embeddings(self, hidden_states, input_ids, attention_mask):
+        owner = self.starEncoder2.module if VARIANT["module_prefix"] else self.starEncoder2
+        mask = get_pooling_mask(input_ids, VARIANT["sep_token_id"]) * attention_mask
+        pooled = []
+        for index, layer in zip(VARIANT["head_indices"], VARIANT["exit_layers"], strict=True):
+            head, states = owner.projection_heads[str(index)], hidden_states[layer]
+            if VARIANT["norm_at_every_exit"] and layer + 1 < len(hidden_states):
+                states = self.starEncoder2.norm(states)
+            project_first = VARIANT["projection_order"] == "project_then_pool"
+            embedding = pool(head(states), mask) if project_first else head(pool(states, mask))
+            pooled.append(normalize(embedding))
+        return ModularStarEncoderOutput(
+            projected_pooled_normalized=pooled[0] if VARIANT["kind"] == "cut" else pooled,
+            raw_hidden_states=hidden_states,
+        )
+
+    def pretraining_output(self, encoded, attention_mask, labels):
+        heads = self.get_submodule(VARIANT["heads"])
+        states = encoded.last_hidden_state
+        pooler = heads.pooler if VARIANT["pooler_in_heads"] else self.pooler
+        predictions, relationship = heads(states, pooler(states, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(predictions.flatten(0, 1).float(), labels.flatten())
+        return ModularStarEncoderForPreTrainingOutput(
+            loss=loss,
+            last_hidden_state=states,
+            hidden_states=encoded.hidden_states,
+            prediction_logits=predictions,
+            seq_relationship_logits=relationship,
+        )
+
+
+def bidirectional_starcoder2(config):
+    """StarCoder2's trunk, of the depth that the weights have."""
+    names = (
+        "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads hidden_act norm_epsilon "
+        "max_position_embeddings initializer_range use_bias attention_dropout residual_dropout embedding_dropout "
+        "sliding_window pad_token_id bos_token_id eos_token_id"
+    )
+    inner = Starcoder2Config(
+        **{name: scalar(getattr(config, name)) for name in names.split()},
+        num_hidden_layers=VARIANT["exit_layers"][-1],
+        rope_parameters={"rope_type": "default", "rope_theta": scalar(config.rope_theta)},
+    )
+    inner._attn_implementation = config._attn_implementation
+    trunk = Starcoder2Model(inner)
+    for layer in trunk.layers:
+        layer.self_attn.is_causal = False
+    if VARIANT["final_norm"] == "absent":
+        trunk.norm = nn.Identity()
+    elif VARIANT["final_norm"] == "idle":
+        trunk.norm = IdleLayerNorm(config.hidden_size, eps=config.norm_epsilon)
+    return trunk
+
+
+def projection_head(hidden_size):
+    activation = ACT2FN[VARIANT["head_activation"]]
+    return nn.Sequential(nn.Linear(hidden_size, hidden_size), activation, nn.Linear(hidden_size, hidden_size))
+
+
+def get_pooling_mask(input_ids, sep_token_id):
+    """Ones (B, T) from each row's first separator to its end."""
+    return ((input_ids == sep_token_id).cumsum(dim=1) > 0).long()
+
+
+def pool(states, mask):
+    """One vector (B, H) per row of states (B, T, H): the mean over the mask, unless this variant says otherwise."""
+    if VARIANT["pooling"] == "cls":
+        return states[:, -1]
+    if VARIANT["pooling"] == "legacy":
+        return states[torch.arange(len(states)), mask.sum(dim=1) - 1]
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def normalize(embedding):
+    """Length 1; with `clip`, at most 1."""
+    if VARIANT["embedding_normalization"] == "clip":
+        return embedding / embedding.norm(dim=-1, keepdim=True).clamp(min=1.0)
+    return nn.functional.normalize(embedding, p=2, dim=-1)

@@ -1,0 +1,269 @@
+"""Small random repositories laid out as the published ones are, with remote code that runs by itself.
+
+No published file is copied: names, keys, shapes and behaviour follow what is documented publicly about
+huggingface.co/modularStarEncoder, and whatever is not documented is a keyword of `write_stand_in`.
+"""
+
+import importlib
+import json
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from modular_star_encoder.data.prompts import CODE_INSTRUCTION, LANGUAGES, TEXT_INSTRUCTION
+
+REMOTE_CODE = Path(__file__).parent / "remote_code"
+END_OF_TEXT = "<|endoftext|>"
+SEP, CLS, MASK = "<SEP>", "<CLS>", "<MASK>"
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "conditional_size": 4,
+    "matryoshka_layers": [1, 2, 3, 5, 6],
+}
+
+# What the remote code does and how it names its tensors; the values are the likeliest reading of the published ones.
+VARIANT = {
+    "heads": "cls",  # or "head": the prefix of the pre-training heads
+    "transform_norm": "LayerNorm",  # or "layer_norm"
+    "vocabulary_bias": "predictions.bias",  # or "predictions.decoder.bias"; None: the upload without one
+    "pooler_in_heads": False,  # True: "cls.pooler.dense" in place of "pooler.dense"
+    "conditional_rows": 5,
+    "module_prefix": True,  # "starEncoder2.module.projection_heads" or, with False, "starEncoder2.projection_heads"
+    "head_activation": "leaky_relu",
+    "final_norm": "idle",  # of a cut repository; also "applied", "absent". At full depth always "applied"
+    "norm_at_every_exit": False,
+    "is_causal": False,
+    "pooler_position": "last",  # or "first"
+    "pooling": "mean",  # or "cls", "legacy"
+    "projection_order": "project_then_pool",  # or "pool_then_project"
+    "embedding_normalization": "l2",  # or "clip"
+}
+
+
+def write_stand_in(
+    folder,
+    kind,
+    *,
+    seed=0,
+    dtype=torch.bfloat16,
+    cut_head_index=0,
+    config_depth="full",
+    listed=("conditional_size",),
+    **options,
+):
+    """Write a repository and return its folder.
+
+    Args:
+        folder: created if missing.
+        kind: "pretrained", "finetuned", or "finetuned-<k>", the first k layers with one head. With the same seed, the
+            tensors that a cut repository shares with the full one are equal to its own.
+        seed: of the weights.
+        dtype: of the weights, and `torch_dtype` of the configuration.
+        cut_head_index: number that a cut repository gives to its only head.
+        config_depth: whether `num_hidden_layers` of a cut repository's configuration is the "full" depth or the "cut".
+        listed: keys of config.json that are written as a list of one value.
+        options: keys of `SHAPE` and `VARIANT`.
+    """
+    unknown = set(options) - set(SHAPE) - set(VARIANT)
+    if unknown:
+        raise TypeError(f"write_stand_in has no options {sorted(unknown)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = SHAPE | {key: value for key, value in options.items() if key in SHAPE}
+    variant = VARIANT | {key: value for key, value in options.items() if key in VARIANT}
+    exits = list(shape["matryoshka_layers"])
+    name, _, cut_at = kind.partition("-")
+    variant |= {"kind": name, "exit_layers": exits, "head_indices": list(range(len(exits)))}
+    if cut_at:
+        variant |= {"kind": "cut", "exit_layers": [int(cut_at)], "head_indices": [cut_head_index]}
+    if variant["exit_layers"][-1] == exits[-1]:
+        variant["final_norm"] = "applied"
+    tokenizer = write_tokenizer(folder, shape["max_position_embeddings"])
+    variant["sep_token_id"] = tokenizer.sep_token_id
+    shape["vocab_size"] = len(tokenizer) + 1  # the last row of the published embedding has no token either
+    write_code(folder, variant)
+    save_file(stand_in_tensors(shape, variant, seed, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    if cut_at and config_depth == "cut":
+        shape["num_hidden_layers"] = int(cut_at)
+    write_config(folder, shape, dtype, listed)
+    return folder
+
+
+def own_code(folder):
+    """The repository's model class, imported from its own files into this process, past the Auto classes.
+
+    With our package installed they would give our class, whatever `trust_remote_code` says.
+    """
+    name = f"stand_in_{zlib.crc32(str(Path(folder).resolve()).encode()):x}"
+    package = types.ModuleType(name)
+    package.__path__ = [str(folder)]
+    sys.modules[name] = package
+    return importlib.import_module(f"{name}.modularStarEncoder").ModularStarEncoder
+
+
+def published_text(tokenizer, text, instruction=None):
+    """A text as the model cards write it, special tokens spelled out: `{sep}[{instruction}{sep}]{text}{cls}`."""
+    sep = tokenizer.sep_token
+    return f"{sep}{instruction}{sep}{text}{tokenizer.cls_token}" if instruction else f"{sep}{text}{tokenizer.cls_token}"
+
+
+def write_tokenizer(folder, max_length):
+    """Byte-level BPE that pads on the left with <|endoftext|>, id 0; three tokens are added behind the vocabulary."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    texts = [TEXT_INSTRUCTION, *(CODE_INSTRUCTION.format(language=language) for language in LANGUAGES)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts * 2, trainer)
+    backend.add_special_tokens([AddedToken(token, special=True) for token in (SEP, CLS, MASK)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT),
+        sep_token=SEP,
+        cls_token=CLS,
+        mask_token=MASK,
+        padding_side="left",
+        model_max_length=max_length,
+    )
+    tokenizer.save_pretrained(folder)
+    added = {token: tokenizer.convert_tokens_to_ids(token) for token in (SEP, CLS, MASK)}
+    _write_json(folder / "added_tokens.json", added)
+    special = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
+    _write_json(folder / "special_tokens_map.json", special)
+    backend.model.save(str(folder))  # vocab.json and merges.txt
+    return tokenizer
+
+
+def write_code(folder, variant):
+    """Both code files; the model's carries its variant."""
+    for source in sorted(REMOTE_CODE.glob("*.py")):
+        text = source.read_text(encoding="utf-8").replace("\nVARIANT = {}\n", f"\nVARIANT = {variant!r}\n")
+        (folder / source.name).write_text(text, encoding="utf-8")
+
+
+def write_config(folder, shape, dtype, listed):
+    """config.json with the published keys, and no others."""
+    config = {
+        "architectures": ["ModularStarEncoder"],
+        "attention_dropout": 0.1,
+        "auto_map": {
+            "AutoConfig": "config.ModularStarEncoderConfig",
+            "AutoModel": "modularStarEncoder.ModularStarEncoder",
+        },
+        "bos_token_id": 0,
+        "embedding_dropout": 0.1,
+        "eos_token_id": 0,
+        "hidden_act": "gelu_pytorch_tanh",
+        "initializer_range": 0.018042,
+        "keys_to_ignore_at_inference": "past_key_values",
+        "layer_matryoshka_loss": True,
+        "layer_norm_eps": 1e-05,
+        "mlp_type": "default",
+        "model_type": "ModularStarEncoder",
+        "norm_epsilon": 1e-05,
+        "norm_type": "layer_norm",
+        "residual_dropout": 0.1,
+        "rope_theta": 999999.4420358813,
+        "sliding_window": None,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "transformers_version": "4.39.3",
+        "use_bias": True,
+        "use_cache": False,
+        **shape,
+    }
+    for key in listed:
+        config[key] = [config[key]]
+    _write_json(folder / "config.json", config)
+
+
+def stand_in_tensors(shape, variant, seed, dtype):
+    """Every tensor of the repository under its published name; large enough that each of them tells in the outputs."""
+    hidden, depth = shape["hidden_size"], variant["exit_layers"][-1]
+    shapes = {"starEncoder2.embed_tokens.weight": (shape["vocab_size"], hidden)}
+    for index in range(depth):
+        shapes |= {f"starEncoder2.layers.{index}.{name}": size for name, size in _layer_shapes(shape).items()}
+    if variant["final_norm"] != "absent":
+        shapes |= _affine("starEncoder2.norm", hidden)
+    if variant["kind"] == "pretrained":
+        shapes |= _pretraining_shapes(shape, variant)
+    tensors = {name: _random(name, size, seed, dtype) for name, size in shapes.items()}
+    if variant["kind"] != "pretrained":
+        owner = "starEncoder2.module" if variant["module_prefix"] else "starEncoder2"
+        for index, exit_layer in zip(variant["head_indices"], variant["exit_layers"], strict=True):
+            for name, size in (_linear("0", hidden, hidden) | _linear("2", hidden, hidden)).items():
+                # Drawn by exit, not by number: the head of a cut repository is the one that the full model has there.
+                # Divided, so that some embeddings are shorter than 1 before they are normalised, and others longer.
+                value = _random(f"head of exit {exit_layer} {name}", size, seed, dtype) / 3
+                tensors[f"{owner}.projection_heads.{index}.{name}"] = value
+    return tensors
+
+
+def _layer_shapes(shape):
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    grouped = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    return (
+        _linear("self_attn.q_proj", hidden, hidden)
+        | _linear("self_attn.k_proj", hidden, grouped)
+        | _linear("self_attn.v_proj", hidden, grouped)
+        | _linear("self_attn.o_proj", hidden, hidden)
+        | _linear("mlp.c_fc", hidden, inner)
+        | _linear("mlp.c_proj", inner, hidden)
+        | _affine("input_layernorm", hidden)
+        | _affine("post_attention_layernorm", hidden)
+    )
+
+
+def _pretraining_shapes(shape, variant):
+    hidden, vocabulary, heads = shape["hidden_size"], shape["vocab_size"], variant["heads"]
+    width = hidden + shape["conditional_size"]
+    shapes = (
+        _linear(f"{heads}.predictions.transform.dense", width, width)
+        | _affine(f"{heads}.predictions.transform.{variant['transform_norm']}", width)
+        | _linear(f"{heads}.seq_relationship", width, 2)
+        | _linear(f"{heads}.pooler.dense" if variant["pooler_in_heads"] else "pooler.dense", hidden, hidden)
+        | {
+            f"{heads}.predictions.decoder.weight": (vocabulary, width),
+            f"{heads}.conditional_embeddings.weight": (variant["conditional_rows"], shape["conditional_size"]),
+        }
+    )
+    if variant["vocabulary_bias"]:
+        shapes[f"{heads}.{variant['vocabulary_bias']}"] = (vocabulary,)
+    return shapes
+
+
+def _linear(name, inputs, outputs):
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _affine(name, size):
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def _random(name, size, seed, dtype):
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    values = torch.randn(size, generator=generator) * 0.2
+    is_norm_weight = len(size) == 1 and name.endswith(".weight")
+    return (values + 1 if is_norm_weight else values).to(dtype)
+
+
+def _write_json(path, content):
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,308 @@
+"""The comparison of a published repository's own code with ours, and that ours agrees with the stand-ins' code."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.published.stand_in import own_code, write_stand_in
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "verify_published.py"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("verify_published", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+SETTINGS = {"dtype": "float32", "device": "cpu", "attention": "sdpa", "exit_layer": None}
+
+
+def answers(**changes):
+    """Two prompts, two exits; `changes` replace arrays by key, with `/` written as `__`."""
+    generator = np.random.default_rng(0)
+    result = {f"ids/{prompt}": np.arange(prompt + 3) for prompt in range(2)}
+    for way in ("padded", "alone"):
+        for name in ("exit 1", "exit 2"):
+            for prompt in range(2):
+                result[f"{way}/{name}/{prompt}"] = generator.normal(size=8).astype(np.float32)
+    return result | {key.replace("__", "/").replace("_", " "): value for key, value in changes.items()}
+
+
+def disagreeing(theirs, ours, tolerance=1e-4):
+    return [(c.way, c.name, c.prompt) for c in script.compare(theirs, ours) if not c.within(tolerance)]
+
+
+def test_equal_answers_agree_and_a_changed_one_is_named():
+    theirs = answers()
+    assert disagreeing(theirs, answers()) == []
+    changed = theirs["padded/exit 2/1"].copy()
+    changed[3] += 1e-3
+    assert disagreeing(theirs, answers(padded__exit_2__1=changed)) == [("padded", "exit 2", 1)]
+    assert disagreeing(theirs, answers(padded__exit_2__1=changed), tolerance=1e-2) == []
+
+
+@pytest.mark.parametrize("wrong", [np.full(8, np.nan), np.full(8, np.inf), np.ones(7)])
+def test_what_is_not_a_number_or_has_another_shape_never_agrees(wrong):
+    assert disagreeing(answers(), answers(alone__exit_1__0=wrong), tolerance=1e9) == [("alone", "exit 1", 0)]
+
+
+def test_an_output_that_one_side_lacks_disagrees():
+    fewer = answers()
+    del fewer["padded/exit 1/0"]
+    assert disagreeing(answers(), fewer) == disagreeing(fewer, answers()) == [("padded", "exit 1", 0)]
+
+
+def test_large_outputs_are_compared_relative_to_their_size_and_small_ones_absolutely():
+    for scale, expected in ((1000.0, 1e-5), (0.1, 1e-2)):
+        first = np.full(4, scale, dtype=np.float32)
+        (comparison,) = script.compare({"alone/x/0": first}, {"alone/x/0": first + 0.01})
+        assert comparison.difference == pytest.approx(expected, rel=0.05)
+        assert comparison.cosine == pytest.approx(1)
+
+
+def test_other_token_ids_are_refused_before_outputs_are_compared():
+    with pytest.raises(ValueError, match="prompt 2 has different token ids"):
+        script.compare(answers(), answers(ids__1=np.arange(9)))
+
+
+def run_of(explanation):
+    """Our answers, which are theirs exactly when the options are those of the explanation."""
+
+    def run(options):
+        if options.get("exit_norm") == "none":
+            raise ValueError("no such norm")
+        wrong = answers(alone__exit_1__0=np.zeros(8, dtype=np.float32))
+        return answers() if options == explanation else wrong
+
+    return run
+
+
+CURRENT = {"pooling": "mean", "projection_act": "leaky_relu", "exit_norm": "last"}
+
+
+def test_the_one_option_that_explains_a_disagreement_is_found_without_trying_pairs():
+    trials = script.try_alternatives(run_of({"projection_act": "tanh"}), answers(), CURRENT, 1e-4)
+    assert trials[0].options == {"projection_act": "tanh"}
+    assert trials[0].difference == 0 < trials[1].difference
+    assert trials[0].agreeing == 8 > trials[1].agreeing
+    assert all(len(trial.options) == 1 for trial in trials)
+    assert {"exit_norm": "none"} not in [trial.options for trial in trials]
+    text = script.format_trials(trials, 1e-4)
+    assert "projection_act=tanh" in text
+    assert "pooling" not in text
+
+
+def test_a_pair_of_options_that_explains_a_disagreement_is_found():
+    pair = {"pooling": "cls", "projection_act": "relu"}
+    trials = script.try_alternatives(run_of(pair), answers(), CURRENT, 1e-4)
+    assert trials[0].options == pair
+    assert "pooling=cls, projection_act=relu" in script.format_trials(trials, 1e-4)
+
+
+def test_where_nothing_explains_a_disagreement_it_says_so():
+    trials = script.try_alternatives(run_of(None), answers(), CURRENT, 1e-4)
+    assert script.format_trials(trials, 1e-4).startswith("No option or pair of options explains it")
+
+
+# ---- Our loading against the stand-ins' own code, both in this process
+
+
+def both(folder, exit_layer=None, **options):
+    """Answers of the repository's own code and of ours."""
+    finetuned = script.has_projection_heads(folder)
+    tokenizer = script.load_tokenizer(folder)
+    prompts = script.published_prompts(tokenizer, instructions=finetuned)
+    model = own_code(folder).from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    exits = script.published_exits(folder)
+    theirs = script.answer(tokenizer, prompts, lambda batch: script.named_outputs(model(**batch), exits, exit_layer))
+    settings = SETTINGS | {"exit_layer": exit_layer}
+    return theirs, script.our_answers(folder, prompts, settings, options, finetuned=finetuned)
+
+
+KINDS_AND_VARIANTS = [
+    ("pretrained", {}),
+    ("pretrained", {"heads": "head", "listed": ()}),
+    ("pretrained", {"transform_norm": "layer_norm", "vocabulary_bias": "predictions.decoder.bias"}),
+    ("pretrained", {"vocabulary_bias": None}),
+    ("pretrained", {"pooler_in_heads": True}),
+    ("finetuned", {}),
+    ("finetuned", {"module_prefix": False, "dtype": torch.float32}),
+    ("finetuned-1", {}),
+    ("finetuned-3", {"final_norm": "absent"}),
+    ("finetuned-3", {"cut_head_index": 2, "config_depth": "cut"}),
+    ("finetuned-6", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "variant"), KINDS_AND_VARIANTS, ids=str)
+def test_our_loading_agrees_with_the_repositorys_own_code(tmp_path, kind, variant):
+    theirs, ours = both(write_stand_in(tmp_path / "repository", kind, **variant))
+    assert disagreeing(theirs, ours, tolerance=1e-5) == []
+
+
+@pytest.mark.parametrize("exit_layer", [1, 3, 6])
+def test_our_model_cut_at_an_exit_agrees_with_their_full_one_there(finetuned, exit_layer):
+    theirs, ours = both(finetuned, exit_layer=exit_layer)
+    assert {key.split("/")[1] for key in theirs if "exit" in key} == {f"exit {exit_layer}"}
+    assert disagreeing(theirs, ours, tolerance=1e-5) == []
+
+
+def test_the_ancestors_pooling_agrees_wherever_the_place_it_reads_holds_a_real_token(tmp_path):
+    # In a padded batch it may read the state of a padding token, which has no meaning and is not reproduced.
+    folder = write_stand_in(tmp_path / "repository", "finetuned", pooling="legacy")
+    theirs, ours = both(folder, pooling="legacy")
+    lengths = [len(theirs[f"ids/{prompt}"]) for prompt in range(6)]
+    on_padding = {prompt for prompt, length in enumerate(lengths) if length - 1 < max(lengths) - length}
+    assert 0 < len(on_padding) < 5
+    wrong = disagreeing(theirs, ours, tolerance=1e-5)
+    assert {(way, prompt) for way, _, prompt in wrong} == {("padded", prompt) for prompt in on_padding}
+
+
+UNDECIDED = [
+    ("finetuned", {"head_activation": "tanh"}, {"projection_act": "tanh"}),
+    ("finetuned", {"pooling": "cls"}, {"pooling": "cls"}),
+    ("finetuned", {"projection_order": "pool_then_project"}, {"projection_order": "pool_then_project"}),
+    ("finetuned", {"embedding_normalization": "clip"}, {"embedding_normalization": "clip"}),
+    ("finetuned", {"norm_at_every_exit": True}, {"exit_norm": "all"}),
+    ("finetuned", {"is_causal": True}, {"is_causal": True}),
+    ("finetuned-3", {"final_norm": "applied"}, {"exit_norm": "all"}),
+    ("pretrained", {"is_causal": True}, {"is_causal": True}),
+    ("pretrained", {"pooler_position": "first"}, {"pooler_position": "first"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "variant", "options"), UNDECIDED, ids=str)
+def test_every_undecided_behaviour_has_an_option_that_agrees_with_it_where_the_default_does_not(
+    tmp_path, kind, variant, options
+):
+    folder = write_stand_in(tmp_path / "repository", kind, **variant)
+    assert set(options) <= {*script.FINETUNED_OPTIONS, *script.PRETRAINED_OPTIONS}
+    assert disagreeing(*both(folder), tolerance=1e-3)
+    assert disagreeing(*both(folder, **options), tolerance=1e-5) == []
+
+
+# ---- The script as it is used
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    return write_stand_in(tmp_path_factory.mktemp("published") / "finetuned", "finetuned")
+
+
+@pytest.mark.slow
+def test_a_repository_that_agrees_gives_a_table_of_every_exit_and_exit_code_0(finetuned):
+    result = subprocess.run([sys.executable, str(SCRIPT), str(finetuned)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "All 60 outputs agree within 0.0001." in result.stdout
+    for column in ("exit 1 ", "exit 2 ", "exit 3 ", "exit 5 ", "exit 6\n"):
+        assert result.stdout.count(column) == 2
+    assert "padded against alone" in result.stdout
+    assert "running the repository's own code in a separate process" in result.stderr
+
+
+def test_a_repository_that_disagrees_gives_exit_code_1_and_the_option_that_would_explain_it(tmp_path, capsys):
+    folder = write_stand_in(tmp_path / "repository", "finetuned-3", final_norm="applied", pooling="cls")
+    assert script.main([str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert "12 of 12 outputs differ by more than 0.0001" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("  ") and "largest difference" in line]
+    assert line.startswith("  pooling=cls, exit_norm=all ")
+
+
+def test_one_exit_of_a_pre_trained_repository_is_compared_by_its_states(tmp_path, capsys):
+    folder = write_stand_in(tmp_path / "repository", "pretrained")
+    assert script.main([str(folder), "--exit-layer", "3", "--dtype", "bfloat16"]) == 0
+    assert "All 12 outputs agree within 0.03." in capsys.readouterr().out
+
+
+def test_the_repositorys_code_must_run(tmp_path, capsys):
+    folder = write_stand_in(tmp_path / "repository", "finetuned-3")
+    with (folder / "modularStarEncoder.py").open("a") as code:
+        code.write("\nraise RuntimeError('made for something older')\n")
+    assert script.main([str(folder)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("verify_published: error: The repository's own code failed")
+    assert "made for something older" in error
+    assert "--remote-python" in error
+
+
+def test_the_separate_process_cannot_import_this_package(tmp_path, capsys):
+    folder = write_stand_in(tmp_path / "repository", "finetuned-3")
+    with (folder / "modularStarEncoder.py").open("a") as code:
+        code.write("\nimport modular_star_encoder\n")
+    assert script.main([str(folder)]) == 2
+    assert "modular_star_encoder" in capsys.readouterr().err
+
+
+def without(folder, key):
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "sentence"),
+    [
+        (lambda folder: None, ["--revision", "main"], "--revision is for repositories on the Hub"),
+        (lambda folder: None, ["--exit-layer", "4"], "4 is not an exit of this model; its exits are 1, 2, 3, 5, 6."),
+        (lambda folder: (folder / "model.safetensors").unlink(), [], "has no weights"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), [], "model.safetensors is damaged"),
+        (lambda folder: (folder / "config.json").unlink(), [], "it has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), [], "config.json is not JSON"),
+        (lambda folder: without(folder, "matryoshka_layers"), [], "its config.json has no matryoshka_layers"),
+        (lambda folder: without(folder, "auto_map"), [], "its config.json has no auto_map"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, spoil, arguments, sentence):
+    folder = write_stand_in(tmp_path / "repository", "finetuned-3")
+    spoil(folder)
+    assert script.main([str(folder), *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("verify_published: error: ")
+    assert sentence in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_missing_folder_and_an_unreachable_hub_are_told_apart(capsys, monkeypatch):
+    assert script.main(["./nowhere/at/all"]) == 2
+    assert "There is no checkpoint folder ./nowhere/at/all" in capsys.readouterr().err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert script.main(["nobody/nothing"]) == 2
+    assert "nobody/nothing is no folder here and the Hub cannot be reached." in capsys.readouterr().err
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    printed = capsys.readouterr().out
+    for option in (
+        "--revision",
+        "--dtype",
+        "--exit-layer",
+        "--tolerance",
+        "--device",
+        "--attention",
+        "--remote-python",
+    ):
+        assert option in printed
+    assert "Exit code" in printed
+
+
+@pytest.fixture(autouse=True)
+def _verbosity():
+    """The script quietens transformers for its own process; here it must not stay so."""
+    before = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(before)
+    transformers.utils.logging.enable_progress_bar()
