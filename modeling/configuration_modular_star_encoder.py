@@ -80,6 +80,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             the published models, whose earlier exits are raw residual states. `"all"`: to every exit. `"none"`: nowhere
             (a slice of a `"last"` model below its top).
         exit_embedding_size (`int`, defaults to 4): Size of the learned vector that tells shared heads the exit.
+        exit_embedding_rows (`int`, *optional*): Exits, in the parent's order, that have such a vector of their own; the
+            others have zeros. By default all.
         projection_size (`int`, *optional*): Size of the retrieval embedding; by default `hidden_size`.
         projection_act (`str`, defaults to `"leaky_relu"`): Activation inside the projection heads.
         projection_order (`str`, defaults to `"project_then_pool"`): Whether tokens are projected and then pooled, or
@@ -146,6 +148,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     exit_layer: int | None = None
     exit_norm: str = "last"
     exit_embedding_size: int = 4
+    exit_embedding_rows: int | None = None
     projection_size: int | None = None
     projection_act: str = "leaky_relu"
     projection_order: str = "project_then_pool"
@@ -175,6 +178,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             self.projection_size = self.hidden_size
         if self.parent_exit_layers is None:
             self.parent_exit_layers = list(self.exit_layers)
+        if self.exit_embedding_rows is None:
+            self.exit_embedding_rows = len(self.parent_exit_layers)
         if self.parent_num_hidden_layers is None:
             self.parent_num_hidden_layers = self.num_hidden_layers
         if self.architectures is None:

@@ -780,6 +780,18 @@ def _mean_of_tokens(states: torch.Tensor, attention_mask: torch.Tensor | None) -
     return (total / mask.sum(dim=1, dtype=dtype).clamp(min=1e-9)).to(states.dtype)
 
 
+class ModularStarEncoderExitEmbedding(nn.Embedding):
+    """The learned vector of each exit; exits beyond the table (a published one may lack the last) have zeros."""
+
+    def __init__(self, config: ModularStarEncoderConfig) -> None:
+        super().__init__(config.exit_embedding_rows, config.exit_embedding_size)
+
+    def forward(self, exit_index: int) -> torch.Tensor:
+        if exit_index >= self.num_embeddings:
+            return self.weight.new_zeros(self.embedding_dim)
+        return self.weight[exit_index]
+
+
 class ModularStarEncoderExitConditionedPooler(nn.Module):
     """Pooled features (B, H + exit embedding) for classifiers: tanh(W state of `<cls>`), then the exit's vector."""
 
@@ -801,7 +813,7 @@ class ModularStarEncoderPreTrainingHeads(nn.Module):
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
         width = config.hidden_size + config.exit_embedding_size
-        self.exit_embedding = nn.Embedding(len(config.parent_exit_layers), config.exit_embedding_size)
+        self.exit_embedding = ModularStarEncoderExitEmbedding(config)
         self.transform = nn.Linear(width, width)
         self.act = ACT2FN[config.hidden_act]
         self.layer_norm = nn.LayerNorm(width, eps=config.norm_epsilon)
@@ -809,13 +821,9 @@ class ModularStarEncoderPreTrainingHeads(nn.Module):
         self.pooler = ModularStarEncoderExitConditionedPooler(config)
         self.icc_classifier = nn.Linear(width, 2)
 
-    def exit_vector(self, exit_index: int) -> torch.Tensor:
-        """The learned vector of one exit."""
-        return self.exit_embedding(torch.tensor(exit_index, device=self.exit_embedding.weight.device))
-
     def token_features(self, states: torch.Tensor, exit_index: int) -> torch.Tensor:
         """Features (…, H + exit embedding) that the decoder turns into logits."""
-        vector = self.exit_vector(exit_index).expand(*states.shape[:-1], -1)
+        vector = self.exit_embedding(exit_index).expand(*states.shape[:-1], -1)
         return self.layer_norm(self.act(self.transform(torch.cat((states, vector), dim=-1))))
 
     def masked_lm(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -890,7 +898,7 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
         rows = [self.config.exit_index(exit_layer) for exit_layer in exits]
         bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         pooled = [
-            self.heads.pooler(*_rows(states, attention_mask, bounds), self.heads.exit_vector(row))
+            self.heads.pooler(*_rows(states, attention_mask, bounds), self.heads.exit_embedding(row))
             for row, states in zip(rows, outputs.exit_hidden_states, strict=True)
         ]
         result = ModularStarEncoderForPreTrainingOutput(
@@ -1018,7 +1026,7 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
         config = self.config
         self.num_labels = config.num_labels
         self.model = ModularStarEncoderModel(config)
-        self.exit_embedding = nn.Embedding(len(config.parent_exit_layers), config.exit_embedding_size)
+        self.exit_embedding = ModularStarEncoderExitEmbedding(config)
         self.pooler = ModularStarEncoderExitConditionedPooler(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size + config.exit_embedding_size, config.num_labels)
@@ -1053,11 +1061,11 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
             **kwargs,
         )
         bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
-        rows = torch.tensor([self.config.exit_index(e) for e in exits], device=outputs.last_hidden_state.device)
+        vectors = [self.exit_embedding(self.config.exit_index(exit_layer)) for exit_layer in exits]
         exit_logits = torch.stack(
             [
                 self.classifier(self.dropout(self.pooler(*_rows(states, attention_mask, bounds), vector)))
-                for states, vector in zip(outputs.exit_hidden_states, self.exit_embedding(rows), strict=True)
+                for states, vector in zip(outputs.exit_hidden_states, vectors, strict=True)
             ]
         )
         loss = None

@@ -167,6 +167,7 @@ def describe(
         checkpoint_class = ModularStarEncoderForRetrieval
     elif any(name.startswith(("cls.", "head.", "heads.")) for name in shapes):
         checkpoint_class = ModularStarEncoderForPreTraining
+        _read_exit_embedding_rows(shapes, complete)
     complete.architectures = [checkpoint_class.__name__]
     renamings = dict(_RENAMINGS)
     for index, exit_layer in zip(heads, complete.exit_layers, strict=False):
@@ -181,6 +182,18 @@ def _warn_about_norm(shapes: Shapes, depth: int) -> None:
         logger.warning_once(
             f"This checkpoint of {depth} layers holds a final norm, which the model it was cut from does not apply at "
             'that exit; neither does this one. If the published code applies it, load with exit_norm="all".'
+        )
+
+
+def _read_exit_embedding_rows(shapes: Shapes, config: ModularStarEncoderConfig) -> None:
+    """Both four and five rows fit the sizes of the published files, which have five exits."""
+    rows = [shape[0] for name, shape in shapes.items() if name.endswith("conditional_embeddings.weight")]
+    exits = config.parent_exit_layers
+    if rows and rows[0] == len(exits) - 1:
+        config.exit_embedding_rows = rows[0]
+        logger.warning_once(
+            f"The table of exit vectors has {rows[0]} rows for {len(exits)} exits; the pre-training heads get zeros at "
+            f"exit {exits[-1]}. Its trunk is not affected."
         )
 
 

@@ -170,6 +170,19 @@ def test_a_published_pre_trained_checkpoint_loads_in_every_spelling(tmp_path, re
     assert torch.equal(embed(trunk).last_hidden_state, expected.exit_hidden_states[-1])
 
 
+def test_a_table_that_lacks_the_last_exit_gives_it_zeros(tmp_path):
+    ours = full_model(ModularStarEncoderForPreTraining)
+    with torch.no_grad():
+        ours.heads.exit_embedding.weight[-1] = 0
+    folder = write_published(tmp_path, ours, edit=cut_rows("cls.conditional_embeddings.weight"))
+    loaded = AutoModelForPreTraining.from_pretrained(folder)
+    assert loaded.heads.exit_embedding.weight.shape == (2, 4)
+    assert torch.equal(embed(loaded, exit_layers=EXITS).icc_logits, embed(ours, exit_layers=EXITS).icc_logits)
+    loaded.save_pretrained(tmp_path / "ours")
+    again = AutoModelForPreTraining.from_pretrained(tmp_path / "ours")
+    assert torch.equal(embed(again).logits, embed(ours).logits)
+
+
 def test_the_first_upload_without_a_vocabulary_bias_has_a_bias_of_zero(tmp_path):
     ours = full_model(ModularStarEncoderForPreTraining)
     with torch.no_grad():
