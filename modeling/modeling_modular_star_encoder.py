@@ -36,7 +36,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.masking_utils import (
     create_bidirectional_mask,
@@ -807,6 +806,58 @@ class ModularStarEncoderExitConditionedPooler(nn.Module):
         return torch.cat((pooled, exit_vector.expand(pooled.shape[0], -1)), dim=-1)
 
 
+class MaskedLanguageModelingLoss(torch.autograd.Function):
+    """Mean cross-entropy of each exit, with logits for one chunk of tokens at a time.
+
+    forward: features (E, N, F), weight (V, F), bias (V,), labels (N,) → losses (E,) and accuracies (E,), float32. The
+    backward pass computes each chunk's logits again and turns them into their own gradient, softmax minus one-hot, with
+    the log-sum-exp kept from the forward pass: memory does not grow with E × N × V.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        exits, tokens = features.shape[:2]
+        flat, targets = features.flatten(0, 1), labels.repeat(exits)
+        weight_cast, bias_cast = weight.to(flat.dtype), bias.to(flat.dtype)
+        losses, hits, log_sums = [], [], []
+        for part, part_targets in zip(*(_chunks(states, len(weight)) for states in (flat, targets)), strict=True):
+            logits = torch.addmm(bias_cast, part, weight_cast.T).float()
+            own = logits.gather(1, part_targets[:, None]).squeeze(1)
+            hits.append(logits.amax(dim=1) == own)
+            log_sums.append(logits.logsumexp(dim=1))
+            losses.append(log_sums[-1] - own)
+        ctx.save_for_backward(features, weight, bias, labels, torch.cat(log_sums))
+        accuracies = torch.cat(hits).view(exits, tokens).float().mean(dim=1)
+        ctx.mark_non_differentiable(accuracies)
+        return torch.cat(losses).view(exits, tokens).mean(dim=1), accuracies
+
+    @staticmethod
+    def backward(ctx: Any, loss_gradients: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        features, weight, bias, labels, log_sums = ctx.saved_tensors
+        exits, tokens = features.shape[:2]
+        flat, targets = features.flatten(0, 1), labels.repeat(exits)
+        weight_cast, bias_cast = weight.to(flat.dtype), bias.to(flat.dtype)
+        scales = (loss_gradients / tokens).repeat_interleave(tokens)
+        feature_gradients = []
+        weight_gradient, bias_gradient = torch.zeros_like(weight), torch.zeros_like(bias)
+        for part, part_targets, part_sums, part_scales in zip(
+            *(_chunks(states, len(weight)) for states in (flat, targets, log_sums, scales)), strict=True
+        ):
+            gradient = torch.addmm(bias_cast, part, weight_cast.T).float().sub_(part_sums[:, None]).exp_()
+            gradient.scatter_add_(1, part_targets[:, None], -torch.ones_like(part_sums)[:, None])
+            gradient = gradient.mul_(part_scales[:, None]).to(flat.dtype)
+            feature_gradients.append(gradient @ weight_cast)
+            weight_gradient += gradient.T @ part
+            bias_gradient += gradient.sum(dim=0)
+        return torch.cat(feature_gradients).view_as(features), weight_gradient, bias_gradient, None
+
+
+def _chunks(states: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...]:
+    return states.split(max(1, LOGITS_PER_CHUNK // vocab_size))
+
+
 class ModularStarEncoderPreTrainingHeads(nn.Module):
     """Masked language modelling and in-context classification, shared by all exits and told the exit."""
 
@@ -827,22 +878,14 @@ class ModularStarEncoderPreTrainingHeads(nn.Module):
         return self.layer_norm(self.act(self.transform(torch.cat((states, vector), dim=-1))))
 
     def masked_lm(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy and accuracy over N tokens: features (N, H + exit embedding), labels (N,).
-
-        Logits exist for one chunk at a time, in the backward pass too: memory does not grow with N × V.
-        """
-        rows = max(1, LOGITS_PER_CHUNK // self.decoder.out_features)
-        total, correct = features.new_zeros((), dtype=torch.float32), features.new_zeros((), dtype=torch.float32)
-        for chunk, chunk_labels in zip(features.split(rows), labels.split(rows), strict=True):
-            loss, hits = checkpoint(self._masked_lm_chunk, chunk, chunk_labels, use_reentrant=False)
-            total, correct = total + loss, correct + hits
-        return total / max(1, len(labels)), correct / max(1, len(labels))
-
-    def _masked_lm_chunk(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.decoder(features).float()
-        with torch.no_grad():
-            correct = (logits.argmax(dim=-1) == labels).sum().float()
-        return nn.functional.cross_entropy(logits, labels, reduction="sum"), correct
+        """Mean cross-entropy and accuracy (E,) of each exit: features (E, N, H + exit embedding), labels (N,)."""
+        if len(labels) == 0:
+            nothing = features.sum(dim=(1, 2), dtype=torch.float32)
+            return nothing, nothing.detach()
+        device = features.device.type
+        if torch.is_autocast_enabled(device):
+            features = features.to(torch.get_autocast_dtype(device))
+        return MaskedLanguageModelingLoss.apply(features, self.decoder.weight, self.decoder.bias, labels)
 
 
 class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
@@ -911,16 +954,13 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
             result.logits = self.heads.decoder(self.heads.token_features(outputs.last_hidden_state, rows[-1]))
         else:
             masked = (labels.flatten() != -100).nonzero().squeeze(-1)
-            losses, accuracies = zip(
-                *(
-                    self.heads.masked_lm(
-                        self.heads.token_features(states.flatten(0, 1)[masked], row), labels.flatten()[masked]
-                    )
+            features = torch.stack(
+                [
+                    self.heads.token_features(states.flatten(0, 1)[masked], row)
                     for row, states in zip(rows, outputs.exit_hidden_states, strict=True)
-                ),
-                strict=True,
+                ]
             )
-            result.mlm_losses, result.mlm_accuracies = torch.stack(losses), torch.stack(accuracies)
+            result.mlm_losses, result.mlm_accuracies = self.heads.masked_lm(features, labels.flatten()[masked])
         if icc_labels is not None:
             logits = result.icc_logits.float()
             targets = icc_labels.expand(len(exits), -1)

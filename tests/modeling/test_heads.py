@@ -52,6 +52,25 @@ def test_the_loss_does_not_depend_on_the_chunk_of_logits(pretraining_model, monk
     torch.testing.assert_close(whole, chunked)
 
 
+def test_gradients_of_the_mlm_losses_are_those_of_plain_cross_entropy(pretraining_model, monkeypatch):
+    batch, weights = labelled_batch(), torch.tensor([0.5, 2.0, 1.0])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def gradients(loss):
+        pretraining_model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in pretraining_model.named_parameters() if p.grad is not None}
+
+    logits = [pretraining_model(**inputs, exit_layer=exit_layer).logits for exit_layer in EXIT_LAYERS]
+    plain = [nn.functional.cross_entropy(exit.flatten(0, 1), batch["labels"].flatten()) for exit in logits]
+    expected = gradients((torch.stack(plain) * weights).sum())
+    monkeypatch.setattr(modeling_modular_star_encoder, "LOGITS_PER_CHUNK", 1500)
+    ours = gradients((pretraining_model(**inputs, labels=batch["labels"]).mlm_losses * weights).sum())
+    assert "heads.decoder.bias" in expected
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_the_total_is_the_sum_over_exits_weighted_by_depth(pretraining_model):
     output = pretraining_model(**labelled_batch())
     losses = output.mlm_losses + output.icc_losses
