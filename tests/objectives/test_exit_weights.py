@@ -26,13 +26,14 @@ def test_normalised_weights_keep_their_proportions():
 
 def test_uniform_and_explicit_weights():
     assert exit_weights("uniform", PAPER, 36).tolist() == [1.0] * 5
+    assert exit_weights("linear", PAPER, 36).tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert exit_weights([0, 2.5], (1, 2), 2).tolist() == [0.0, 2.5]
 
 
 @pytest.mark.parametrize(
     ("weighting", "sentence"),
     [
-        ("papre", "one of paper, uniform"),
+        ("papre", "one of paper, uniform, linear"),
         ([1.0], "2 non-negative numbers"),
         ([1, -1], "not all zero"),
         ([0, 0], "zero"),

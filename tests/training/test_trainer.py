@@ -10,8 +10,10 @@ from transformers import TrainerCallback, TrainingArguments
 from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives import ContrastiveObjective, InContextObjective
-from modular_star_encoder.training import MultiExitTrainer, Stage, last_checkpoint, run_stage
+from modular_star_encoder.training import MultiExitTrainer, MultiStepSchedule, Stage, last_checkpoint, run_stage
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
+
+OWN_ARGUMENTS = ("rotate_shallow_exits", "log_gradient_norms", "schedule")
 
 
 class Pairs(Dataset):
@@ -41,6 +43,7 @@ def arguments(folder, **changes):
 
 
 def make_trainer(folder, weights="paper", **changes):
+    own = {name: changes.pop(name) for name in OWN_ARGUMENTS if name in changes}
     return MultiExitTrainer(
         tiny_model(),
         arguments(folder, **changes),
@@ -49,6 +52,7 @@ def make_trainer(folder, weights="paper", **changes):
         train_dataset=Pairs(),
         eval_dataset=Pairs(),
         data_collator=collate,
+        **own,
     )
 
 
@@ -69,6 +73,45 @@ def test_every_exits_loss_is_logged_and_adds_up_to_the_total(tmp_path):
         total = sum(exit_layer / 4 * loss for exit_layer, loss in zip(EXIT_LAYERS, per_exit, strict=True))
         assert log["loss"] == pytest.approx(total, rel=1e-4)
         assert {f"clip_accuracy_exit_{exit_layer}" for exit_layer in EXIT_LAYERS} <= set(log)
+
+
+def test_rotation_trains_the_deepest_exit_and_each_other_in_its_turn(tmp_path):
+    trainer, seen = make_trainer(tmp_path, logging_steps=4, rotate_shallow_exits=True), []
+    objective = trainer.objective
+    trainer.objective = lambda model, batch, exits: seen.append(exits) or objective(model, batch, exits)
+    trainer.train()
+    assert seen == [(1, 4), (2, 4), (1, 4), (2, 4)]
+    log = trainer.state.log_history[0]
+    total = sum(
+        exit_layer / 4 * log[f"clip_loss_exit_{exit_layer}"] / (1 + (exit_layer < 4)) for exit_layer in (1, 2, 4)
+    )
+    assert log["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def test_gradient_norms_per_exit_are_those_of_each_weighted_loss_on_the_trunk(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, logging_steps=1, log_gradient_norms=True, learning_rate=0.0)
+    trainer.model.config.attention_dropout = 0.0
+    for module in trainer.model.modules():
+        for name in ("attention_dropout", "residual_dropout", "embedding_dropout"):
+            if hasattr(module, name):
+                setattr(module, name, 0.0)
+    trainer.train()
+    (batch,) = [batch for step, batch in zip(range(1), trainer.get_train_dataloader(), strict=False)]
+    for exit_layer in EXIT_LAYERS:
+        trainer.model.zero_grad()
+        (loss,) = ContrastiveObjective()(trainer.model, batch, (exit_layer,)).losses
+        (loss * exit_layer / 4).backward()
+        gradients = [p.grad for p in trainer.model.model.parameters() if p.grad is not None]
+        expected = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+        assert trainer.state.log_history[0][f"gradient_norm_exit_{exit_layer}"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_schedule_of_steps_replaces_trainers_own(tmp_path):
+    schedule = MultiStepSchedule(2, (3,), (0.5,))
+    trainer = make_trainer(tmp_path, logging_steps=1, learning_rate=1e-3, schedule=schedule)
+    trainer.train()
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
+    assert rates == pytest.approx([0.0, 0.0005, 0.001, 0.0005])
 
 
 def test_a_weight_of_zero_trains_nothing_of_that_exit(tmp_path):

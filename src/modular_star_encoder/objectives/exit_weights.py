@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-WEIGHTINGS = ("paper", "uniform")
+WEIGHTINGS = ("paper", "uniform", "linear")
 
 
 def exit_weights(
@@ -14,7 +14,8 @@ def exit_weights(
 
     Args:
         weighting: `"paper"`: i/depth, where i is the number of layers executed (arXiv 2503.03008, pre-training loss:
-            i/36); `"uniform"`: 1 for every exit; or one non-negative number per exit.
+            i/36); `"uniform"`: 1 for every exit; `"linear"`: j/E for the j-th of E exits, whatever their depths; or
+            one non-negative number per exit.
         exit_layers: the exits, shallowest first.
         depth: layers of the full model (for a slice: of its parent).
         normalize: divide by the sum, so that the total has the size of one loss.
@@ -29,6 +30,8 @@ def exit_weights(
         weights = torch.tensor([exit_layer / depth for exit_layer in exit_layers])
     elif weighting == "uniform":
         weights = torch.ones(len(exit_layers))
+    elif weighting == "linear":
+        weights = torch.arange(1, len(exit_layers) + 1) / len(exit_layers)
     elif isinstance(weighting, str):
         raise ValueError(f"exit weights {weighting!r} must be one of {', '.join(WEIGHTINGS)}, or one number per exit.")
     else:

@@ -2,11 +2,13 @@
 
 from modular_star_encoder.training.initialization import start_from_spellings, start_from_unigrams
 from modular_star_encoder.training.recipe import Recipe, hub_config_folder, load_config, load_recipe
+from modular_star_encoder.training.schedule import MultiStepSchedule
 from modular_star_encoder.training.stages import Stage, bf16_is_faster, run_stage
 from modular_star_encoder.training.trainer import MultiExitTrainer, last_checkpoint
 
 __all__ = [
     "MultiExitTrainer",
+    "MultiStepSchedule",
     "Recipe",
     "Stage",
     "bf16_is_faster",

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from modular_star_encoder.objectives import Objective, exit_weights
+from modular_star_encoder.training.schedule import MultiStepSchedule
 
 
 class MultiExitTrainer(Trainer):
@@ -27,6 +28,10 @@ class MultiExitTrainer(Trainer):
         weights: weighting of the exits, `"paper"` (i/depth), `"uniform"`, or one number per exit.
         normalize_weights: divide the weights by their sum.
         exit_layers: exits to train; by default all of the model.
+        rotate_shallow_exits: train the deepest exit and one other per step, each in its turn, instead of all.
+        log_gradient_norms: with every log line also the norm of the gradient that each exit's weighted loss alone has
+            on the trunk, `gradient_norm_exit_{layer}`; one more backward pass per exit in that step. Not under FSDP.
+        schedule: a learning-rate schedule in place of `args.lr_scheduler_type`.
         **kwargs: passed to `Trainer`.
 
     Raises:
@@ -42,15 +47,20 @@ class MultiExitTrainer(Trainer):
         weights: str | Sequence[float] = "paper",
         normalize_weights: bool = False,
         exit_layers: Sequence[int] | None = None,
+        rotate_shallow_exits: bool = False,
+        log_gradient_norms: bool = False,
+        schedule: MultiStepSchedule | None = None,
         **kwargs: Any,
     ) -> None:
         args.remove_unused_columns = False
+        self.rotate_shallow_exits, self.log_gradient_norms = rotate_shallow_exits, log_gradient_norms
+        self.schedule = schedule
         self.objective = objective
         self.exit_layers = model.config.resolve_exits(exit_layers=exit_layers or model.config.exit_layers)
         depth = model.config.parent_num_hidden_layers
         self.exit_weights = exit_weights(weights, self.exit_layers, depth, normalize=normalize_weights)
         self._sums: dict[str, torch.Tensor] = {}
-        self._batches = 0
+        self._counts: dict[str, int] = {}
         super().__init__(model, args, **kwargs)
         # Losses are means over the batch already: Trainer must divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
@@ -63,12 +73,55 @@ class MultiExitTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weighted sum of the exits' losses; with `return_outputs` also the metrics, each (E,)."""
-        output = self.objective(model, dict(inputs), self.exit_layers)
+        exits, weights = self._exits_of_this_step(model)
+        output = self.objective(model, dict(inputs), exits)
         for name, values in output.metrics.items():
-            self._sums[name] = self._sums.get(name, 0) + values.float()
-        self._batches += 1
-        loss = (output.losses * self.exit_weights.to(output.losses.device)).sum()
+            self._add(name, exits, values)
+        weighted = output.losses * weights.to(output.losses.device)
+        if self.log_gradient_norms and model.training and self._is_logged_step():
+            self._add("gradient_norm", exits, self._gradient_norms(weighted))
+        loss = weighted.sum()
         return (loss, output.metrics) if return_outputs else loss
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """`schedule`, where one was given."""
+        if self.schedule is not None and self.lr_scheduler is None:
+            self.lr_scheduler = self.schedule.scheduler(optimizer or self.optimizer)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _exits_of_this_step(self, model: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
+        """The exits to train now, and their weights."""
+        shallow = self.exit_layers[:-1]
+        if not self.rotate_shallow_exits or not model.training or not shallow:
+            return self.exit_layers, self.exit_weights
+        turn = self.state.global_step % len(shallow)
+        return (shallow[turn], self.exit_layers[-1]), self.exit_weights[[turn, -1]]
+
+    def _is_logged_step(self) -> bool:
+        """Whether the step in progress ends with a log line."""
+        step = self.state.global_step + 1
+        return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+
+    def _gradient_norms(self, losses: torch.Tensor) -> torch.Tensor:
+        """Norm (E,) of each loss's gradient on the trunk's parameters."""
+        trunk = self.accelerator.unwrap_model(self.model).model
+        parameters = [parameter for parameter in trunk.parameters() if parameter.requires_grad]
+        norms = []
+        for loss in losses:
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            found = [gradient.float().norm() for gradient in gradients if gradient is not None]
+            norms.append(torch.stack(found).norm())
+        return torch.stack(norms)
+
+    def _add(self, name: str, exits: Sequence[int], values: torch.Tensor) -> None:
+        """Gather a metric, one value per exit, for the next log line."""
+        for exit_layer, value in zip(exits, values.detach().float(), strict=True):
+            key = f"{name}_exit_{exit_layer}"
+            self._sums[key] = self._sums.get(key, 0) + value
+            self._counts[key] = self._counts.get(key, 0) + 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics per exit gathered since the last training log."""
@@ -91,23 +144,24 @@ class MultiExitTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `Trainer`, with `{prefix}_{metric}_exit_{layer}` among the metrics."""
         # Training metrics that are not logged yet must survive an evaluation between two log lines.
-        training = (self._sums, self._batches)
-        self._sums, self._batches = {}, 0
+        training = (self._sums, self._counts)
+        self._sums, self._counts = {}, {}
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             metrics = self._drain_metrics()
         finally:
-            self._sums, self._batches = training
+            self._sums, self._counts = training
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def _drain_metrics(self) -> dict[str, float]:
         """Means since the last call, over batches and processes."""
-        metrics = {}
-        for name, total in self._sums.items():
-            means = self.accelerator.reduce(total / self._batches, reduction="mean").tolist()
-            metrics |= {f"{name}_exit_{exit}": value for exit, value in zip(self.exit_layers, means, strict=True)}
-        self._sums, self._batches = {}, 0
+        if not self._sums:
+            return {}
+        means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
+        means = self.accelerator.reduce(means, reduction="mean").tolist()
+        metrics = dict(zip(self._sums, means, strict=True))
+        self._sums, self._counts = {}, {}
         return metrics
 
 
