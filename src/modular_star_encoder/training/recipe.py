@@ -59,20 +59,40 @@ def load_recipe(path: str | os.PathLike) -> Recipe:
     """
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     stages = {
-        name: _build(Stage, (content or {}).get(name), f"{path}: {name}") for name in ("pretraining", "finetuning")
+        name: build_settings(Stage, (content or {}).get(name), f"{path}: {name}")
+        for name in ("pretraining", "finetuning")
     }
-    return _build(Recipe, {**content, **stages}, str(path))
+    return build_settings(Recipe, {**content, **stages}, str(path))
 
 
-def _build(kind: type, content: Any, where: str) -> Any:
-    """An instance of a dataclass from a mapping, with an error that names the wrong key."""
+def build_settings(kind: type, content: Any, where: str) -> Any:
+    """An instance of a dataclass from a mapping.
+
+    Raises:
+        ValueError: a setting is unknown, missing, of the wrong kind, or refused by the class; the message names it.
+    """
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be a mapping of settings.")
-    known = {field.name for field in fields(kind)}
-    unknown = sorted(set(content) - known)
+    known = {field.name: field for field in fields(kind)}
+    unknown = sorted(set(content) - set(known))
     if unknown:
         raise ValueError(f"{where} has unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+    values = {name: _number(value, known[name].type, f"{where}: {name}") for name, value in content.items()}
     try:
-        return kind(**content)
-    except TypeError as error:
-        raise ValueError(f"{where} is incomplete: {error}.") from error
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        message = f"is incomplete: {error}." if isinstance(error, TypeError) else f"can't be used: {error}"
+        raise ValueError(f"{where} {message}") from error
+
+
+def _number(value: Any, kind: Any, where: str) -> Any:
+    """A number where one is wanted: YAML reads `1e-6`, which has no point, as a word."""
+    if kind not in (int, float) or isinstance(value, dict):
+        return value
+    try:
+        number = kind(value) if not isinstance(value, bool) else None
+    except (TypeError, ValueError):
+        number = None
+    if number is None or (kind is int and number != float(value)):
+        raise ValueError(f"{where} must be a number{' without fraction' if kind is int else ''}, not {value!r}.")
+    return number
