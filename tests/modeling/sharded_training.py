@@ -1,7 +1,8 @@
 """One process of a training shared by several: shard a model with FSDP2, train one step, save.
 
-Run by `test_wrapping.py`, once per process. Usage: RANK WORLD_SIZE FOLDER; FOLDER receives `checkpoint/` and
-`embeddings.safetensors`, the sharded model's own embeddings after the step.
+Run by `test_wrapping.py`, once per process. Usage: RANK WORLD_SIZE FOLDER; FOLDER receives `checkpoint/`,
+`embeddings.safetensors`, the sharded model's own embeddings after the step, and for each process `process-RANK/`, where
+it has saved an unsharded model.
 """
 
 import sys
@@ -33,6 +34,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     model.save_pretrained(folder / "checkpoint")
     if rank == 0:
         save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
+    tiny_model().save_pretrained(folder / f"process-{rank}")
     destroy_process_group()
 
 

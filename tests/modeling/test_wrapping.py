@@ -20,6 +20,7 @@ from modular_star_encoder.modeling import (
 from tests.modeling.test_saving import CODE_FILES
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
+CHECKPOINT_FILES = CODE_FILES | {"config.json", "model.safetensors"}
 ROOT = Path(__file__).parents[2]
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"]
 
@@ -64,7 +65,7 @@ def run_processes(world_size, folder):
 def test_a_model_sharded_by_fsdp2_saves_a_whole_checkpoint(tmp_path, world_size):
     run_processes(world_size, tmp_path)
     checkpoint = tmp_path / "checkpoint"
-    assert {path.name for path in checkpoint.iterdir()} == CODE_FILES | {"config.json", "model.safetensors"}
+    assert {path.name for path in checkpoint.iterdir()} == CHECKPOINT_FILES
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["architectures"] == ["ModularStarEncoderForRetrieval"]
     tiny_model().save_pretrained(tmp_path / "untouched")
@@ -75,6 +76,9 @@ def test_a_model_sharded_by_fsdp2_saves_a_whole_checkpoint(tmp_path, world_size)
     assert type(again) is ModularStarEncoderForRetrieval
     assert torch.equal(embed(again), load_file(tmp_path / "embeddings.safetensors")["embeddings"])
     assert (embed(again) - embed(tiny_model().eval())).abs().max() > 0.1
+    for rank in range(world_size):
+        written = {path.name for path in (tmp_path / f"process-{rank}").iterdir()}
+        assert written == (CHECKPOINT_FILES if rank == 0 else set()), "only the first process writes"
 
 
 @pytest.fixture
@@ -122,7 +126,7 @@ def test_an_adapter_reloads_onto_its_base_with_identical_embeddings(base, adapte
 def test_merged_lora_saves_a_checkpoint_like_any_other(base, adapted, tmp_path):
     expected = embed(adapted)
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-    assert {path.name for path in (tmp_path / "merged").iterdir()} == {path.name for path in base.iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == CHECKPOINT_FILES
     configs = [json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "merged")]
     assert configs[0] == configs[1]
     again, report = AutoModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
