@@ -478,14 +478,17 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
 
         Args:
             save_directory: folder, created if missing.
-            is_main_process: whether this process writes; with several, each of them must call.
+            is_main_process: whether this process may write. Where several processes share a model (FSDP2), each must
+                call; the first one writes, whole tensors.
             push_to_hub: also upload the model; `repo_id`, `commit_message` and the like are passed on.
             save_original_format: as in transformers, but off by default.
             **kwargs: passed to `PreTrainedModel.save_pretrained`.
         """
         hub_kwargs = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr") if key in kwargs}
         self.config.auto_map = _auto_map(type(self))
-        if not is_main_process:
+        if kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = _whole_tensors(self)
+        if not self.should_save_on_this_rank(is_main_process):
             super().save_pretrained(
                 save_directory, is_main_process=False, save_original_format=save_original_format, **kwargs
             )
@@ -540,14 +543,34 @@ def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str,
     }
 
 
+def _whole_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """The full tensors of a model that `fully_shard` has split, in the first process; `None` for any other model.
+
+    Transformers gathers only those that it has split itself, at load.
+    """
+    split_at_load = getattr(model.config, "distributed_config", None) is not None
+    if split_at_load or not torch.distributed.is_available():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    if not any(isinstance(tensor, DTensor) for tensor in model.state_dict().values()):
+        return None
+    # Here, for it takes most of a second to import.
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
 def _move_checkpoint(source: Path, target: Path) -> None:
-    """Move every file of `source` into `target` by rename, then remove weights there that no longer belong."""
+    """Move every file of `source` into `target` by rename, then remove weights there that these replace."""
     weights = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     names = {path.name for path in source.iterdir()}
     for name in sorted(names):
         os.replace(source / name, target / name)
-    for stale in [path for path in target.iterdir() if weights.fullmatch(path.name) and path.name not in names]:
-        stale.unlink()
+    # An adapter has its base's weights beside it, and does not replace them.
+    if any(weights.fullmatch(name) for name in names):
+        for stale in [path for path in target.iterdir() if weights.fullmatch(path.name) and path.name not in names]:
+            stale.unlink()
 
 
 class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):

@@ -1,4 +1,4 @@
-"""Prove that a checkpoint folder is complete: reload it where our package cannot be imported."""
+"""Prove that a checkpoint is complete: reload it where our package cannot be imported."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def reload_in_clean_process(
     """Embed `texts` with a checkpoint in a fresh, offline process that runs the checkpoint's own code.
 
     Args:
-        checkpoint: a retrieval checkpoint's folder.
+        checkpoint: a retrieval checkpoint's folder, or the id of a repository that lies in the local Hub cache.
         texts: what to embed, at the checkpoint's deepest exit, as one padded batch.
         prompt: prefix of every text.
         progress: show a clock while the process runs.

@@ -1,0 +1,141 @@
+"""What torch and transformers do to a whole model: compile it, checkpoint its activations, export it, split it."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.starcoder2 import Starcoder2Config
+
+from modular_star_encoder.modeling import (
+    ModularStarEncoderForPreTraining,
+    ModularStarEncoderForRetrieval,
+    ModularStarEncoderModel,
+)
+from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
+
+ONE_EXIT_AND_SEVERAL = ({"exit_layer": 2}, {"exit_layers": EXIT_LAYERS})
+# Padding on either side, none, and another size.
+BATCHES = (tiny_batch("left"), tiny_batch("right"), tiny_batch(lengths=(12, 12, 12)), tiny_batch(lengths=(9, 5)))
+
+
+def per_exit(output):
+    """The states or embeddings of each exit."""
+    if hasattr(output, "exit_embeddings"):
+        return output.exit_embeddings
+    return torch.stack(output.exit_hidden_states)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code():
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("exits", ONE_EXIT_AND_SEVERAL)
+@pytest.mark.parametrize("model_class", [ModularStarEncoderModel, ModularStarEncoderForRetrieval])
+def test_a_forward_compiles_to_one_graph_with_equal_outputs(model_class, exits):
+    model = tiny_model(model_class).eval()
+    assert model.config._attn_implementation == "sdpa"
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.inference_mode():
+        for batch in BATCHES:
+            before = len(graphs)
+            got, expected = per_exit(compiled(**batch, **exits)), per_exit(model(**batch, **exits))
+            assert len(got) == (3 if "exit_layers" in exits else 1)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+            assert len(graphs) - before <= 1
+    assert graphs
+
+
+def gradients(model, call):
+    """Gradient of every parameter after `call()` is differentiated, with the same dropout each time."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    call().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_compiled_model_trains_with_equal_gradients():
+    model = tiny_model(attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def loss_of(callable_model):
+        return lambda: callable_model(**tiny_batch(), exit_layers=EXIT_LAYERS).exit_embeddings.sum()
+
+    torch.testing.assert_close(gradients(model, loss_of(compiled)), gradients(model, loss_of(model)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("exits", ONE_EXIT_AND_SEVERAL)
+def test_inductor_gives_equal_embeddings(exits, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = tiny_model().eval()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.inference_mode():
+        for batch in BATCHES:
+            got, expected = per_exit(compiled(**batch, **exits)), per_exit(model(**batch, **exits))
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def pretraining_loss(model, exits):
+    batch = tiny_batch()
+    labels = torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
+    return model(**batch, labels=labels, icc_labels=torch.tensor([1, 0, 1]), **exits).loss
+
+
+def retrieval_loss(model, exits):
+    return model(**tiny_batch(), **exits).exit_embeddings.square().cumsum(-1).sum()
+
+
+@pytest.mark.parametrize("exits", [*({"exit_layer": e} for e in EXIT_LAYERS), {"exit_layers": EXIT_LAYERS}])
+@pytest.mark.parametrize(
+    ("model_class", "loss"),
+    [(ModularStarEncoderForPreTraining, pretraining_loss), (ModularStarEncoderForRetrieval, retrieval_loss)],
+)
+def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(model_class, loss, exits):
+    model = tiny_model(model_class).train()
+    calls = []
+    for layer in model.model.layers:
+        # Before the MLP: recomputation ends where nothing more is needed, inside it.
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    plain = gradients(model, lambda: loss(model, exits))
+    executed = len(calls)
+    model.gradient_checkpointing_enable()
+    checkpointed = gradients(model, lambda: loss(model, exits))
+    assert executed == max(exits.get("exit_layers", (exits.get("exit_layer"),)))
+    assert len(calls) - executed == 2 * executed
+    torch.testing.assert_close(checkpointed, plain)
+    assert any(gradient.any() for gradient in plain.values())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("model_class", [ModularStarEncoderModel, ModularStarEncoderForRetrieval])
+def test_a_cut_model_exports_for_any_batch_and_length(model_class, pooling):
+    cut = tiny_model(model_class, exit_layer=2, pooling=pooling).eval()
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=128)}
+    with torch.no_grad():
+        program = torch.export.export(
+            cut, (), tiny_batch(), dynamic_shapes={"input_ids": sizes, "attention_mask": sizes}
+        )
+        for batch in (*BATCHES, tiny_batch(lengths=(20, 5, 1, 3, 3)), tiny_batch(lengths=(6,))):
+            got, expected = per_exit(program.module()(**batch)), per_exit(cut(**batch))
+            assert got.shape[1] == len(batch["input_ids"])
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_the_tensor_parallel_plan_is_starcoder2s_and_names_every_linear_layer_of_a_block():
+    model = tiny_model(ModularStarEncoderModel)
+    plan = model.config.base_model_tp_plan
+    assert plan == Starcoder2Config.base_model_tp_plan
+    linear = {name for name, module in model.layers[0].named_modules() if isinstance(module, nn.Linear)}
+    assert set(plan) == {f"layers.*.{name}" for name in linear}
+    assert {f"model.{name}": style for name, style in plan.items()}.items() <= tiny_model().tp_plan.items()
