@@ -2,6 +2,7 @@ from importlib import metadata
 
 import pytest
 
+from modular_star_encoder.data.file_filters import FileFilters
 from modular_star_encoder.data.repositories import STANDARD_LIBRARY, folder_repositories, installed_repositories
 
 
@@ -108,7 +109,7 @@ def test_files_that_are_no_ordinary_source_text_are_counted_by_reason(tmp_path):
             "a/null.py": "x = '\0'",
         },
     )
-    reader = folder_repositories(tmp_path, max_bytes=300, max_line_length=50)
+    reader = folder_repositories(tmp_path, filters=FileFilters(max_bytes=300, max_line_length=50))
     expected = {"not UTF-8": 1, "too large": 1, "very long lines": 1, "empty": 1, "contains null bytes": 1}
     for _ in range(2):  # a second iteration does not count twice
         assert names(reader) == [("a", "ok.py")]
@@ -133,7 +134,7 @@ def test_line_ends_are_kept_and_a_byte_order_mark_is_not(tmp_path):
 def test_a_folder_without_python_is_refused_in_one_sentence(tmp_path):
     write(tmp_path, {"docs/readme.md": "x", "tests/x.py": "1"})
     with pytest.raises(ValueError, match="holds no Python file to read \\(1 left out as test code\\)"):
-        folder_repositories(tmp_path)
+        folder_repositories(tmp_path, languages=["python"])
     with pytest.raises(ValueError, match="does not exist"):
         folder_repositories(tmp_path / "missing")
     with pytest.raises(ValueError, match="is not a folder"):
