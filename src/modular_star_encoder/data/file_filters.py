@@ -37,10 +37,11 @@ _GENERATED_PHRASES = re.compile(
 _GENERATED_LINE = re.compile(r"\W*(code )?generated .*do not edit\W*", re.IGNORECASE)
 _PHRASE_LINES, _MARKER_LINES = 5, 40
 
+# Base64, hexadecimal, Unicode escapes: the paper's patterns, each with what a text must hold to be searched at all.
 _ENCODED_DATA = (
-    re.compile(r"[a-zA-Z0-9+/\n=]{64,}"),
-    re.compile(r"(?:\b(?:0x|\\x)?[0-9a-fA-F]{2}(?:,|\b\s*)){8,}"),
-    re.compile(r"(?:\\u[0-9a-fA-F]{4}){8,}"),
+    ("", re.compile(r"[a-zA-Z0-9+/\n=]{64,}")),
+    ("", re.compile(r"(?:\b(?:0x|\\x)?[0-9a-fA-F]{2}(?:,|\b\s*)){8,}")),
+    ("\\u", re.compile(r"(?:\\u[0-9a-fA-F]{4}){8,}")),
 )
 _MAX_ENCODED_CHARACTERS, _MAX_ENCODED_SHARE = 1024, 0.5
 
@@ -79,16 +80,17 @@ def is_generated(text: str) -> bool:
 
 def line_lengths(text: str) -> tuple[int, float]:
     """Return (length of the longest line, average length), in characters without line ends."""
-    lengths = list(map(len, re.split(r"\r\n?|\n", text)))
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    lengths = list(map(len, text.split("\n")))
     return max(lengths), sum(lengths) / len(lengths)
 
 
 def alphabetic_share(text: str) -> float:
     """Return the share of letters among the characters of `text`; 0 if it is empty."""
     # Deleting from bytes runs in C: fifteen times as fast as asking every character.
-    letters = len(text)
     if text.isascii():
-        letters -= len(text.encode().translate(None, string.ascii_letters.encode()))
+        letters = len(text) - len(text.encode().translate(None, string.ascii_letters.encode()))
     else:
         letters = sum(map(str.isalpha, text))
     return letters / max(1, len(text))
@@ -96,7 +98,9 @@ def alphabetic_share(text: str) -> float:
 
 def holds_encoded_data(text: str) -> bool:
     """Whether `text` holds more than 1,024 characters of Base64, hexadecimal or Unicode escapes, or half of it is."""
-    for pattern in _ENCODED_DATA:
+    for hint, pattern in _ENCODED_DATA:
+        if hint not in text:
+            continue
         lengths = [match.end() - match.start() for match in pattern.finditer(text)]
         if lengths and (max(lengths) > _MAX_ENCODED_CHARACTERS or sum(lengths) > _MAX_ENCODED_SHARE * len(text)):
             return True
@@ -181,4 +185,3 @@ STARCODER2_FILTERS = FileFilters(
     max_average_line_length=100, min_alphabetic_share=0.25, generated=False, encoded_data=False
 )
 """The rules of StarCoder2 on single files, go-enry's list of generators apart, and at most 1 MB."""
-
