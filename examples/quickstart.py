@@ -105,7 +105,10 @@ def run(arguments: argparse.Namespace) -> None:
     config = load_config("quickstart")
     middle = config.exit_layers[len(config.exit_layers) // 2]
     slice_exit = config.check_exit(arguments.slice_exit_layer or middle)
-    reader = folder_repositories(arguments.data) if arguments.data else installed_repositories(KEPT_OUT)
+    if arguments.data:
+        reader = folder_repositories(arguments.data, languages=("python",))
+    else:
+        reader = installed_repositories(KEPT_OUT)
     out = open_output(arguments, recipe)
 
     announce("1/7  Collect documented functions")

@@ -1,7 +1,10 @@
+from collections import Counter
 from importlib import metadata
+from operator import length_hint
 
 import pytest
 
+from modular_star_encoder.data.file_filters import FileFilters
 from modular_star_encoder.data.repositories import STANDARD_LIBRARY, folder_repositories, installed_repositories
 
 
@@ -108,7 +111,7 @@ def test_files_that_are_no_ordinary_source_text_are_counted_by_reason(tmp_path):
             "a/null.py": "x = '\0'",
         },
     )
-    reader = folder_repositories(tmp_path, max_bytes=300, max_line_length=50)
+    reader = folder_repositories(tmp_path, filters=FileFilters(max_bytes=300, max_line_length=50))
     expected = {"not UTF-8": 1, "too large": 1, "very long lines": 1, "empty": 1, "contains null bytes": 1}
     for _ in range(2):  # a second iteration does not count twice
         assert names(reader) == [("a", "ok.py")]
@@ -133,8 +136,100 @@ def test_line_ends_are_kept_and_a_byte_order_mark_is_not(tmp_path):
 def test_a_folder_without_python_is_refused_in_one_sentence(tmp_path):
     write(tmp_path, {"docs/readme.md": "x", "tests/x.py": "1"})
     with pytest.raises(ValueError, match="holds no Python file to read \\(1 left out as test code\\)"):
-        folder_repositories(tmp_path)
+        folder_repositories(tmp_path, languages=["python"])
     with pytest.raises(ValueError, match="does not exist"):
         folder_repositories(tmp_path / "missing")
     with pytest.raises(ValueError, match="is not a folder"):
         folder_repositories(tmp_path / "docs" / "readme.md")
+
+
+LANGUAGE_FILES = {
+    "python": ["a.py"],
+    "javascript": ["a.js", "b.mjs", "c.cjs", "d.jsx"],
+    "go": ["a.go"],
+    "java": ["A.java"],
+    "php": ["a.php"],
+    "ruby": ["a.rb"],
+    "c": ["a.c", "b.h"],
+    "cpp": ["a.cc", "b.cpp", "c.cxx", "d.hpp", "e.hh", "f.hxx"],
+}
+
+
+def test_the_eight_languages_are_told_by_their_suffixes(tmp_path):
+    write(tmp_path, {f"r/{language}/{name}": "x" for language, names in LANGUAGE_FILES.items() for name in names})
+    write(tmp_path, {"r/a.txt": "x", "r/a.ts": "x", "r/Makefile": "x"})
+    found = [(file.language, file.path) for file in folder_repositories(tmp_path)]
+    assert found == sorted((one, f"{one}/{name}") for one, names in LANGUAGE_FILES.items() for name in names)
+
+
+def test_only_the_chosen_languages_are_read_and_counted(tmp_path):
+    write(tmp_path, {"r/a.py": "x", "r/a.go": "x", "r/a_test.go": "x", "r/test_a.py": "x", "s/a.rb": "x"})
+    reader = folder_repositories(tmp_path, languages=["go"])
+    assert names(reader) == [("r", "a.go")]
+    assert reader.skipped == {"test code": 1}
+    for wrong in (["cobol"], [], "go"):
+        with pytest.raises(ValueError, match="languages must be a list out of python, javascript"):
+            folder_repositories(tmp_path, languages=wrong)
+
+
+def test_installed_distributions_are_read_in_python_unless_asked_otherwise(site_packages):
+    install(site_packages, "mixed", {"mixed/a.py": "x", "mixed/a.js": "x", "mixed/a.h": "x"})
+    read = {language for file in installed_repositories() for language in [file.language]}
+    assert read == {"python"}
+    reader = installed_repositories(languages=("javascript", "c"))
+    assert names(reader) == [("mixed", "mixed/a.h"), ("mixed", "mixed/a.js")]
+
+
+def test_repositories_may_lie_deeper(tmp_path):
+    write(tmp_path, {"go.mod": "x", "a/b/c/x.go": "1", "a/b/y.go": "1", "a/d/x.go": "1", "a/z.go": "1", "w.go": "1"})
+    assert names(folder_repositories(tmp_path, depth=2)) == [
+        (".", "w.go"),
+        ("a", "z.go"),
+        ("a/b", "c/x.go"),
+        ("a/b", "y.go"),
+        ("a/d", "x.go"),
+    ]
+    assert folder_repositories(tmp_path, depth=0).repositories == (tmp_path.name,)
+    (tmp_path / ".git").mkdir()
+    assert folder_repositories(tmp_path).repositories == (tmp_path.name,)
+    assert folder_repositories(tmp_path, depth=1).repositories == (".", "a")
+    with pytest.raises(ValueError, match="from 0, not -1"):
+        folder_repositories(tmp_path, depth=-1)
+
+
+def test_shards_share_out_every_repository_and_every_count_once(tmp_path):
+    write(tmp_path, {f"{name}/{file}.py": "x" for name in "abcde" for file in "xy"})
+    write(tmp_path, {"a/test_x.py": "x", "b/latin.py": b"\xe9", "only_tests/test_x.py": "x"})
+    whole = folder_repositories(tmp_path)
+    everything, counts = names(whole), whole.skipped
+    for count in (1, 2, 3, 7):
+        shards = [whole.shard(index, count) for index in range(count)]
+        assert sorted(row for shard in shards for row in names(shard)) == everything
+        assert sum((shard.skipped for shard in shards), Counter()) == counts
+        assert sum(map(length_hint, shards)) == length_hint(whole)
+    assert whole.shard(1, 2).repositories == ("b", "d")
+    assert whole.shard(0, 2).shard(1, 2).repositories == ("c",)
+
+
+def test_a_reader_can_start_at_a_later_repository(tmp_path):
+    write(tmp_path, {f"{name}/x.py": "x" for name in "abcdef"})
+    reader = folder_repositories(tmp_path)
+    assert reader.skip(2).repositories == ("c", "d", "e", "f")
+    assert reader.shard(1, 2).skip(1).repositories == ("d", "f")
+    assert reader.skip(1).shard(1, 2).repositories == ("c", "e")
+    assert names(reader.skip(9)) == []
+    with pytest.raises(ValueError, match="from 0, not -1"):
+        reader.skip(-1)
+    for index, count in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="shard needs an index"):
+            reader.shard(index, count)
+
+
+def test_an_iteration_that_was_abandoned_does_not_add_to_the_counts_of_the_next(tmp_path):
+    write(tmp_path, {"a/a.py": "x", "a/b.py": b"\xe9", "a/c.py": "x"})
+    reader = folder_repositories(tmp_path)
+    abandoned = iter(reader)
+    next(abandoned)
+    assert len(names(reader)) == 2
+    list(abandoned)
+    assert reader.skipped == {"not UTF-8": 1}

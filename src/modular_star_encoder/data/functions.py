@@ -17,7 +17,7 @@ from operator import length_hint
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data import python_functions
-from modular_star_encoder.data.repositories import SourceFile
+from modular_star_encoder.data.source_files import SourceFile
 
 MIN_DESCRIPTION_WORDS = 3
 MAX_DESCRIPTION_WORDS = 256

@@ -7,212 +7,194 @@ A reader can be iterated again and again, always in the same order (repository, 
 import os
 import re
 import sysconfig
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path, PurePath
 
+from modular_star_encoder.data.file_filters import CLOSED_FOLDERS, FileFilters
+from modular_star_encoder.data.source_files import SourceFile, SourceReader, check_languages, language_of
+
 STANDARD_LIBRARY = "python-standard-library"
 OWN_DISTRIBUTION = "modular-star-encoder"
-LANGUAGE_OF_SUFFIX = {".py": "python"}
 CHECKOUT_MARKERS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "__init__.py")
 
-_TEST_FOLDER = re.compile(r"(.*_)?(tests?|testing)", re.IGNORECASE)
-_TEST_FILE = re.compile(r"test_.*|.*_tests?|conftest", re.IGNORECASE)
-_VENDOR_FOLDERS = {"_vendor", "_vendored", "vendor", "vendored", "extern", "externals", "third_party"}
-_INSTALL_FOLDERS = {"site-packages", "dist-packages"}
-_CLOSED_FOLDERS = {"__pycache__", "node_modules"} | _INSTALL_FOLDERS
+
+@dataclass(slots=True)
+class _Repository:
+    """The files of one repository as (path in it, location), and how many were left out by their path."""
+
+    files: list[tuple[str, Path]] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """One source file.
+class FileReader(SourceReader):
+    """Reads files that lie on this machine; its units are the repositories, sorted by name."""
 
-    Attributes:
-        repository: Name of the repository that it belongs to.
-        path: Path with forward slashes, relative to the repository (for installed distributions: to site-packages).
-        language: Lower-case name of the programming language.
-        text: The content without a byte-order mark; line ends are those of the file.
-    """
+    def __init__(self, repositories: dict[str, _Repository], filters: FileFilters) -> None:
+        """`repositories` may hold some without a file to read; only what was left out of them is counted."""
+        super().__init__()
+        self._filters = filters
+        self._units = tuple((name, one) for name, one in sorted(repositories.items()) if one.files)
+        rest = sum((one.left_out for one in repositories.values() if not one.files), Counter())
+        if self._units:  # the counts of all shards together are those of the whole
+            self._units[0][1].left_out.update(rest)
+        for _, one in self._units:
+            one.files.sort()
+        self._refresh()
 
-    repository: str
-    path: str
-    language: str
-    text: str
+    def _window(self, start: int, step: int) -> "FileReader":
+        reader = super()._window(start, step)
+        reader._refresh()
+        return reader
 
+    def _refresh(self) -> None:
+        self.repositories = tuple(name for name, _ in self._chosen(self._units))
+        self.skipped = self._left_out()
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Entry:
-    repository: str
-    path: str
-    location: Path
+    def _left_out(self) -> Counter[str]:
+        return sum((one.left_out for _, one in self._chosen(self._units)), Counter())
 
+    def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
+        skipped.update(self._left_out())
+        for repository, one in self._chosen(self._units):
+            for path, location in one.files:
+                text, reason = self._text(location)
+                if reason:
+                    skipped[reason] += 1
+                else:
+                    yield SourceFile(repository, path, language_of(location) or "", text)
 
-class SourceReader:
-    """Iterates over the `SourceFile`s of some repositories and counts what it leaves out.
-
-    Attributes:
-        repositories: The repositories' names, sorted. Some may turn out to have no readable file.
-        skipped: Number of files by reason, of the last iteration.
-    """
-
-    def __init__(
-        self, entries: Iterable[_Entry], left_out: Counter[str], *, max_bytes: int, max_line_length: int
-    ) -> None:
-        self._entries = sorted(entries)
-        self._left_out = left_out
-        self._max_bytes = max_bytes
-        self._max_line_length = max_line_length
-        self.repositories = tuple(sorted({entry.repository for entry in self._entries}))
-        self.skipped = Counter(left_out)
-
-    def __iter__(self) -> Iterator[SourceFile]:
-        self.skipped = Counter(self._left_out)
-        for entry in self._entries:
-            text, reason = _read(entry.location, self._max_bytes, self._max_line_length)
-            if reason:
-                self.skipped[reason] += 1
-            else:
-                yield SourceFile(entry.repository, entry.path, LANGUAGE_OF_SUFFIX[entry.location.suffix], text)
+    def _text(self, location: Path) -> tuple[str, str | None]:
+        try:
+            if location.stat().st_size > self._filters.max_bytes:
+                return "", "too large"
+            content = location.read_bytes()
+        except OSError:
+            return "", "unreadable"
+        return self._filters.decode(content)
 
     def __length_hint__(self) -> int:
         """Return the number of files that an iteration looks at: an upper bound of those that it yields."""
-        return len(self._entries)
+        return sum(len(one.files) for _, one in self._chosen(self._units))
 
 
 def installed_repositories(
-    exclude: Collection[str] = ("transformers",), *, max_bytes: int = 1_000_000, max_line_length: int = 1000
-) -> SourceReader:
-    """Return a reader of the Python code installed in this environment.
+    exclude: Collection[str] = ("transformers",),
+    *,
+    languages: Iterable[str] | None = ("python",),
+    filters: FileFilters | None = None,
+) -> FileReader:
+    """Return a reader of the code installed in this Python environment.
 
     Every installed distribution is one repository, under its normalised name (PEP 503), and so is the standard
     library (`"python-standard-library"`). This package itself is never among them.
 
     Args:
         exclude: Names of distributions to leave out, in any spelling.
-        max_bytes: Larger files are skipped.
-        max_line_length: Files with a longer line, in characters, are skipped: they are generated or hold data.
+        languages: The languages to read; None for all of `LANGUAGES`.
+        filters: Which files are left out; by default, `FileFilters()`.
+
+    Raises:
+        ValueError: If a language is unknown.
     """
     excluded = {_normalised_name(name) for name in (*exclude, OWN_DISTRIBUTION)}
-    entries: list[_Entry] = []
-    left_out: Counter[str] = Counter()
+    chosen = set(check_languages(languages))
+    filters = filters or FileFilters()
+    repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
     seen: set[str] = set()
     for distribution in metadata.distributions():
         name = _normalised_name(distribution.name or "")
         # The first on sys.path is the one that Python imports; a distribution without a name is a broken install.
         if name and name not in seen | excluded:
             seen.add(name)
-            files = distribution.files or []
-            found = ((PurePath(file), Path(str(distribution.locate_file(file)))) for file in files)
-            entries += _wanted(name, found, left_out)
+            for file in distribution.files or []:
+                path = PurePath(file)
+                if language_of(path) in chosen:
+                    _sort_in(repositories[name], path, Path(str(distribution.locate_file(file))), filters)
     if STANDARD_LIBRARY not in excluded:
-        root = Path(sysconfig.get_path("stdlib"))
-        entries += _wanted(STANDARD_LIBRARY, _source_files(root), left_out)
-    return SourceReader(entries, left_out, max_bytes=max_bytes, max_line_length=max_line_length)
+        for path, location in _source_files(Path(sysconfig.get_path("stdlib")), chosen):
+            _sort_in(repositories[STANDARD_LIBRARY], path, location, filters)
+    return FileReader(repositories, filters)
 
 
 def folder_repositories(
-    folder: str | os.PathLike[str], *, max_bytes: int = 1_000_000, max_line_length: int = 1000
-) -> SourceReader:
-    """Return a reader of the Python code under `folder`.
+    folder: str | os.PathLike[str],
+    *,
+    languages: Iterable[str] | None = None,
+    depth: int | None = None,
+    filters: FileFilters | None = None,
+) -> FileReader:
+    """Return a reader of the code under `folder`.
 
     - A folder that is itself a checkout or a package (it holds one of `CHECKOUT_MARKERS`) is one repository, named
       after the folder.
-    - In any other folder every direct sub-folder with Python files is a repository, and Python files that lie
+    - In any other folder every direct sub-folder with source files is a repository, and source files that lie
       directly in the folder make one more, named `"."`.
+
+    With `depth`, repositories are the folders so many levels down, named by their path (`"a/b"` at depth 2; a file in
+    `a` itself belongs to `"a"`); at depth 0 the folder is one repository. Large trees hold many in one checkout.
 
     Symbolic links are not followed. Hidden folders, virtual environments, `node_modules` and the like are not entered.
 
     Args:
         folder: A folder of checkouts, or one checkout.
-        max_bytes: Larger files are skipped.
-        max_line_length: Files with a longer line, in characters, are skipped: they are generated or hold data.
+        languages: The languages to read; None for all of `LANGUAGES`.
+        depth: Number of levels from `folder` down to the repositories; by default, the two rules above.
+        filters: Which files are left out; by default, `FileFilters()`.
 
     Raises:
-        ValueError: If `folder` does not exist, is no folder, or holds no Python file that is read.
+        ValueError: If `folder` does not exist, is no folder, or holds no source file that is read; if a language is
+            unknown, or `depth` negative.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise ValueError(f"{os.fspath(folder)!r} {what}; pass a folder that holds Python repositories.")
-    left_out: Counter[str] = Counter()
-    if any((root / marker).exists() for marker in CHECKOUT_MARKERS):
-        entries = _wanted(root.name, _source_files(root), left_out)
-    else:
-        entries = []
-        for path, location in _source_files(root):
-            repository = path.parts[0] if len(path.parts) > 1 else "."
-            # Judged by the whole path, so that a folder `tests` beside the sources is no repository of its own.
-            found = _wanted(repository, [(path, location)], left_out)
-            entries += [_Entry(repository, _inside(repository, entry.path), location) for entry in found]
-    if not entries:
+        raise ValueError(f"{os.fspath(folder)!r} {what}; pass a folder that holds repositories.")
+    if depth is None:
+        depth = 0 if any((root / marker).exists() for marker in CHECKOUT_MARKERS) else 1
+    elif depth < 0:
+        raise ValueError(f"depth must be a number of levels from 0, not {depth}.")
+    chosen = check_languages(languages)
+    filters = filters or FileFilters()
+    repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
+    for path, location in _source_files(root, set(chosen)):
+        name = "/".join(path.parts[:-1][:depth]) if depth else root.name
+        # Judged by the whole path, so that a folder `tests` beside the sources is no repository of its own.
+        _sort_in(repositories[name or "."], path, location, filters, inside=name if depth else "")
+    if not any(one.files for one in repositories.values()):
+        left_out = sum((one.left_out for one in repositories.values()), Counter())
         aside = ", ".join(f"{count} left out as {reason}" for reason, count in sorted(left_out.items()))
-        raise ValueError(f"{os.fspath(folder)!r} holds no Python file to read{f' ({aside})' if aside else ''}.")
-    return SourceReader(entries, left_out, max_bytes=max_bytes, max_line_length=max_line_length)
-
-
-def _inside(repository: str, path: str) -> str:
-    return path if repository == "." else path.removeprefix(repository + "/")
+        what = chosen[0].capitalize() if len(chosen) == 1 else "source"
+        raise ValueError(f"{os.fspath(folder)!r} holds no {what} file to read{f' ({aside})' if aside else ''}.")
+    return FileReader(repositories, filters)
 
 
 def _normalised_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _source_files(root: Path) -> Iterator[tuple[PurePath, Path]]:
+def _source_files(root: Path, languages: set[str]) -> Iterator[tuple[PurePath, Path]]:
     """Yield (path relative to `root`, location) of every source file; no symbolic link is followed."""
     for parent, folders, files in os.walk(root):
         if "pyvenv.cfg" in files:  # a virtual environment, whatever its name
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in _CLOSED_FOLDERS]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in CLOSED_FOLDERS]
         for name in files:
             location = Path(parent, name)
-            if location.suffix in LANGUAGE_OF_SUFFIX and not location.is_symlink():
+            if language_of(location) in languages and not location.is_symlink():
                 yield location.relative_to(root), location
 
 
-def _wanted(repository: str, files: Iterable[tuple[PurePath, Path]], left_out: Counter[str]) -> list[_Entry]:
-    """Return the entries of the source files to read; `left_out` counts the others."""
-    entries = []
-    for path, location in files:
-        # A path that climbs out of site-packages is a script or a data file; `__editable__` files are import hooks.
-        if path.suffix not in LANGUAGE_OF_SUFFIX or ".." in path.parts or path.name.startswith("__editable__"):
-            continue
-        reason = _reason_by_name(path)
-        if reason:
-            left_out[reason] += 1
-        else:
-            entries.append(_Entry(repository, path.as_posix(), location))
-    return entries
-
-
-def _reason_by_name(path: PurePath) -> str | None:
-    folders = path.parts[:-1]
-    if not _VENDOR_FOLDERS.isdisjoint(folders) or not _INSTALL_FOLDERS.isdisjoint(folders):
-        return "vendored code"
-    if _TEST_FILE.fullmatch(path.stem) or any(_TEST_FOLDER.fullmatch(name) for name in folders):
-        return "test code"
-    return None
-
-
-def _read(location: Path, max_bytes: int, max_line_length: int) -> tuple[str, str | None]:
-    """Return (text, None), or ("", why the file is skipped)."""
-    try:
-        if location.stat().st_size > max_bytes:
-            return "", "too large"
-        content = location.read_bytes()
-    except OSError:
-        return "", "unreadable"
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return "", "not UTF-8"
-    if "\0" in text:
-        return "", "contains null bytes"
-    if not text.strip():
-        return "", "empty"
-    if max(map(len, re.split(r"[\r\n]", text))) > max_line_length:
-        return "", "very long lines"
-    return text, None
+def _sort_in(repository: _Repository, path: PurePath, location: Path, filters: FileFilters, inside: str = "") -> None:
+    """Add a file to those to read, under its path from the folder `inside`, or to the counts of those left out."""
+    # A path that climbs out of site-packages is a script or a data file; `__editable__` files are import hooks.
+    if ".." in path.parts or path.name.startswith("__editable__"):
+        return
+    reason = filters.reason_by_path(path, language_of(path) or "")
+    if reason:
+        repository.left_out[reason] += 1
+    else:
+        repository.files.append((path.relative_to(inside).as_posix(), location))

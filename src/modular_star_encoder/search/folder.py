@@ -98,7 +98,7 @@ def folder_functions(folder: str | os.PathLike[str], *, progress: bool = True) -
     Raises:
         ValueError: no such folder, or no function in it.
     """
-    reader = folder_repositories(folder)
+    reader = folder_repositories(folder, languages=SUPPORTED_LANGUAGES)
     functions: list[DocumentedFunction] = []
     files = tqdm(reader, total=length_hint(reader), desc="reading", unit="file", disable=not progress, leave=False)
     for file in files:

@@ -1,0 +1,232 @@
+"""Source files out of the rows of a dataset: parquet files or a dataset of the Hugging Face Hub, streamed.
+
+A dataset is opened by `open_rows` and read by `RowReader` (one file a row); `the_stack` reads rows that list the files
+of a repository. Access to gated datasets is the user's own, as `hf auth login` or `HF_TOKEN` gives it.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import datasets
+
+from modular_star_encoder.data.file_filters import FileFilters, is_closed
+from modular_star_encoder.data.source_files import (
+    SourceFile,
+    SourceReader,
+    check_languages,
+    language_named,
+    language_of,
+)
+
+_ROWS_PER_BATCH = 16
+_MANY_PIECES = 10  # a share is then at most a tenth larger than another
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowColumns:
+    """The names of the columns of a dataset with one file a row.
+
+    `language` None means that the suffix of the path tells the language; `license` may hold a string or a list.
+    """
+
+    repository: str
+    path: str
+    text: str
+    language: str | None = None
+    license: str | None = None
+
+    def names(self) -> list[str]:
+        """The columns to read."""
+        named = (self.repository, self.path, self.text, self.language, self.license)
+        return [name for name in named if name is not None]
+
+
+THE_STACK_COLUMNS = RowColumns(
+    repository="max_stars_repo_name",
+    path="max_stars_repo_path",
+    text="content",
+    language="lang",
+    license="max_stars_repo_licenses",
+)
+"""`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1)."""
+
+STARCODERDATA_COLUMNS = RowColumns(repository="max_stars_repo_name", path="max_stars_repo_path", text="content")
+"""`bigcode/starcoderdata`."""
+
+GITHUB_CODE_COLUMNS = RowColumns(
+    repository="repo_name", path="path", text="code", language="language", license="license"
+)
+"""`codeparrot/github-code` and `codeparrot/github-code-clean`."""
+
+
+def open_rows(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    columns: Sequence[str],
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    data_dir: str | None = None,
+) -> datasets.IterableDataset:
+    """Open a dataset for streaming, with some of its columns.
+
+    Args:
+        source: A parquet file or URL, a list of them, a folder of them, or the name of a dataset of the Hub.
+        columns: The columns to read.
+        config: Name of the dataset's configuration; Hub only, as are the following.
+        split: Name of the split.
+        revision: Branch, tag or commit.
+        data_dir: Folder of the dataset to read alone, such as that of one language.
+
+    Raises:
+        ValueError: If there is no such dataset, it is not accessible, or it lacks a column.
+    """
+    shown = ", ".join(map(str, source)) if isinstance(source, list | tuple) else os.fspath(source)  # type: ignore[arg-type]
+    files = _parquet_files(source)
+    try:
+        if files:
+            rows = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows", streaming=True)
+            # Row groups in place of files: pyarrow reads ahead of a slow consumer, up to the whole of what it has.
+            rows = rows.reshard() if hasattr(rows, "reshard") else rows
+        else:
+            rows = datasets.load_dataset(
+                str(source), config, split=split, revision=revision, data_dir=data_dir, streaming=True
+            )
+        known = rows.column_names or list(next(iter(rows), {}))
+    except Exception as error:  # the Hub, the network and the formats raise many kinds
+        raise ValueError(
+            f"The dataset {shown!r} cannot be read ({type(error).__name__}): no such files or name on the Hub, or it "
+            "is gated: accept its terms there and log in with `hf auth login`."
+        ) from error
+    missing = [name for name in columns if name not in known]
+    if missing:
+        raise ValueError(
+            f"The dataset {shown!r} has no column {', '.join(map(repr, missing))}; it has {', '.join(known)}."
+        )
+    return rows.select_columns(list(columns))
+
+
+def _parquet_files(source: Any) -> list[str]:
+    """Return the parquet files that `source` names, sorted inside a folder; none if it is a name of the Hub."""
+    if isinstance(source, list | tuple):
+        return [os.fspath(file) for file in source]
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        files = [str(file) for file in sorted(folder.rglob("*.parquet"))]
+        if not files:
+            raise ValueError(f"{os.fspath(source)!r} holds no parquet file.")
+        return files
+    return [str(source)] if str(source).endswith(".parquet") else []
+
+
+class DatasetReader(SourceReader):
+    """What the readers of datasets share: the units are the rows of a dataset opened by `open_rows`.
+
+    A dataset comes in pieces: the row groups of parquet files, the data files of a dataset of the Hub. If they can be
+    shared out evenly, a shard reads its own only; otherwise it reads all and decodes its share of the rows. About one
+    piece is held in memory at a time.
+    """
+
+    def __init__(
+        self, rows: datasets.IterableDataset, languages: Iterable[str] | None, filters: FileFilters | None
+    ) -> None:
+        super().__init__()
+        self._rows = rows
+        self._languages = check_languages(languages)
+        self._filters = filters or FileFilters()
+
+    def shard(self, index: int, count: int) -> "DatasetReader":
+        """Return a reader of every `count`-th row, or of the rows of every `count`-th piece of the dataset.
+
+        Raises:
+            ValueError: If `index` is not from 0 to `count` − 1.
+        """
+        reader = super().shard(index, count)
+        pieces = self._rows.num_shards
+        even = pieces % count == 0 or pieces >= _MANY_PIECES * count
+        if (self._start, self._step) == (0, 1) and even:
+            reader._rows = self._rows.shard(count, index, contiguous=False)
+            reader._start, reader._step = 0, 1
+        return reader
+
+    def _chosen_rows(self) -> Iterator[dict[str, Any]]:
+        # Whole tables are skipped without decoding them. `iter`, unlike `__iter__`, does not divide the data among
+        # the workers of a DataLoader by itself: `shard` alone decides.
+        rows = self._rows.skip(self._start).with_format("arrow")
+        next_row = 0
+        for table in rows.iter(batch_size=_ROWS_PER_BATCH):
+            while next_row < len(table):
+                yield table.slice(next_row, 1).to_pylist()[0]
+                next_row += self._step
+            next_row -= len(table)
+
+    def _reason(self, path: PurePath, language: str | None) -> str | None:
+        """Return why the file at `path` of a repository is left out before its text is looked at, or None."""
+        if language not in self._languages:
+            return "another language"
+        if is_closed(path):
+            return "hidden or closed folder"
+        return self._filters.reason_by_path(path, language or "")
+
+
+class RowReader(DatasetReader):
+    """Reads a dataset with one file a row."""
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        columns: RowColumns,
+        *,
+        languages: Iterable[str] | None = None,
+        filters: FileFilters | None = None,
+    ) -> None:
+        """See `row_repositories`."""
+        super().__init__(rows, languages, filters)
+        self._columns = columns
+
+    def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
+        columns = self._columns
+        for row in self._chosen_rows():
+            path = PurePath((row[columns.path] or "").lstrip("/"))
+            language = language_named(row[columns.language]) if columns.language else language_of(path)
+            text = (row[columns.text] or "").removeprefix("\ufeff")
+            reason = self._reason(path, language) or self._filters.reason_by_text(text)
+            if reason:
+                skipped[reason] += 1
+                continue
+            license_name = joined_licenses(row[columns.license]) if columns.license else None
+            yield SourceFile(row[columns.repository] or "", path.as_posix(), language or "", text, license_name)
+
+
+def joined_licenses(value: str | Sequence[str] | None) -> str | None:
+    """Return the names of licences, one or several, as one string; None if there is none."""
+    return value or None if isinstance(value, str) else ", ".join(value or ()) or None
+
+
+def row_repositories(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    columns: RowColumns,
+    *,
+    languages: Iterable[str] | None = None,
+    filters: FileFilters | None = None,
+    **options: Any,
+) -> RowReader:
+    """Return a reader of a dataset with one file a row; its units are the rows.
+
+    Args:
+        source: Parquet files or the name of a dataset of the Hub; see `open_rows`.
+        columns: Names of its columns, such as `THE_STACK_COLUMNS`.
+        languages: The languages to read; None for all of `LANGUAGES`.
+        filters: Which files are left out; by default, `FileFilters()`.
+        options: Further arguments of `open_rows`.
+
+    Raises:
+        ValueError: If the dataset cannot be opened, lacks a column, or a language is unknown.
+    """
+    check_languages(languages)
+    rows = open_rows(source, columns=columns.names(), **options)
+    return RowReader(rows, columns, languages=languages, filters=filters)
