@@ -1,0 +1,50 @@
+"""Open a corpus by the settings of a recipe."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from modular_star_encoder.data.archives import archive_repositories
+from modular_star_encoder.data.file_filters import STARCODER2_FILTERS
+from modular_star_encoder.data.repositories import folder_repositories, installed_repositories
+from modular_star_encoder.data.row_sources import RowColumns, row_repositories
+from modular_star_encoder.data.source_files import SourceReader
+from modular_star_encoder.data.the_stack import ContentSource, the_stack_repositories
+
+SOURCES = ("folder", "installed", "archives", "rows", "the_stack")
+
+
+def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
+    """The reader that a recipe's `corpus` describes, with StarCoder2's filters.
+
+    Args:
+        settings: exactly one source, its options, and optionally `languages`, a list:
+
+            - `folder: PATH`, with `depth` (levels from there down to the repositories);
+            - `installed: true`, with `exclude` (names of distributions): the installed Python packages;
+            - `archives: PATH`: an archive, or a folder of them, one repository each;
+            - `rows: PATH or Hub id`, with `columns` (ours → the dataset's) and further arguments of `open_rows`;
+            - `the_stack: PATH or Hub id`, with `content_url`, from where contents are fetched with your own access.
+
+    Raises:
+        ValueError: not exactly one source, an unknown option, or a source that can't be read.
+    """
+    options = dict(settings)
+    named = [source for source in SOURCES if source in options]
+    if len(named) != 1:
+        raise ValueError(f"A corpus has exactly one source among {', '.join(SOURCES)}; {len(named)} are given.")
+    source = options.pop(named[0])
+    options["filters"] = STARCODER2_FILTERS
+    try:
+        match named[0]:
+            case "folder":
+                return folder_repositories(source, **options)
+            case "installed":
+                return installed_repositories(**options)
+            case "archives":
+                return archive_repositories(source, **options)
+            case "rows":
+                return row_repositories(source, RowColumns(**options.pop("columns", {})), **options)
+            case _:
+                return the_stack_repositories(source, ContentSource(url=options.pop("content_url")), **options)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"The corpus's settings for {named[0]!r} can't be used: {error}.") from error

@@ -1,0 +1,235 @@
+"""In-context pre-training from a recipe: corpus → tokenizer → token store → model, restartable at every stage."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
+
+from modular_star_encoder.data.corpora import open_corpus
+from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
+from modular_star_encoder.data.packing import PackingCollator
+from modular_star_encoder.data.token_store import TokenStore, build_token_store
+from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
+from modular_star_encoder.evaluation.files import write_json
+from modular_star_encoder.hub.staging import staged_folder
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
+from modular_star_encoder.objectives import InContextObjective
+from modular_star_encoder.training.initialization import start_from_spellings, start_from_unigrams
+from modular_star_encoder.training.preflight import Preflight, preflight
+from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe
+from modular_star_encoder.training.recipe import hub_config_folder
+from modular_star_encoder.training.schedule import MultiStepSchedule
+from modular_star_encoder.training.stages import bf16_is_faster, train_to_the_end
+from modular_star_encoder.training.trainer import MultiExitTrainer
+
+# Enough for the merges of a large vocabulary; more text makes training the tokenizer slower, not better.
+TOKENIZER_CHARACTERS = 100_000_000
+
+
+def pretrain(
+    recipe: PretrainingRecipe,
+    out: str | os.PathLike,
+    *,
+    progress: bool = True,
+    announce: Callable[[Preflight], None] = print,
+) -> dict[str, Any]:
+    """Pre-train a model, continuing whatever an earlier call with this recipe left in `out`.
+
+    `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/` while training, and in the end `model/`, a
+    checkpoint with `training_log.json`. With several processes (`accelerate launch`, `torchrun`) each calls this.
+
+    Args:
+        recipe: what to do.
+        out: folder of this run.
+        progress: whether to show progress bars.
+        announce: called with the estimate of what the run will take, before anything is trained.
+
+    Returns:
+        The training log: `log_history`, `steps`, `seconds`, `resumed_from`, `recipe`, `preflight`, `unigram_entropy`
+        (nats per token of the training part) and the names of the held-out repositories.
+
+    Raises:
+        ValueError: the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
+    """
+    out, state = Path(out), PartialState()
+    config = model_config(recipe)
+    with torch.device("meta"):
+        # What can be told without the corpus is told before it is read.
+        preflight(ModularStarEncoderForPreTraining(config), recipe, state.num_processes)
+    with state.main_process_first():
+        _open_run(recipe, out)
+        tokenizer = _tokenizer(recipe, config, out, progress and state.is_main_process)
+        store = _token_store(recipe, tokenizer, out, progress and state.is_main_process)
+    train, held_out = store.split(recipe.held_out_share, recipe.seed)
+    model = _model(recipe, config, len(tokenizer))
+    estimate = preflight(model, recipe, state.num_processes)
+    if state.is_main_process:
+        announce(estimate)
+    rows_per_step = recipe.rows_per_device * recipe.accumulation(state.num_processes) * state.num_processes
+    options = {"max_tokens": recipe.max_tokens, "mask_probability": recipe.mask_probability, "progress": False}
+    pairs = InContextPairs(train, tokenizer, length=recipe.steps * rows_per_step, seed=recipe.seed, **options)
+    unseen = InContextPairs(held_out, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 1, **options)
+    if recipe.start_from_corpus and not _has_weights(recipe.model):
+        start_from_spellings(model.get_input_embeddings(), token_spellings(tokenizer), seed=recipe.seed)
+        start_from_unigrams(model.heads.decoder, pairs.token_counts())
+    log = _train(recipe, model, tokenizer, pairs, unseen, out / "checkpoints", state, progress)
+    counts = pairs.token_counts().double()
+    log |= {
+        "recipe": recipe.to_dict(),
+        "preflight": asdict(estimate),
+        "unigram_entropy": torch.special.entr(counts / counts.sum()).sum().item(),
+        "held_out_repositories": list(held_out.repositories),
+    }
+    return log
+
+
+def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
+    """The configuration that a recipe names."""
+    folder = recipe.model if os.path.isdir(recipe.model) else hub_config_folder(recipe.model)
+    return ModularStarEncoderConfig.from_pretrained(folder, dtype=torch.float32)
+
+
+def _has_weights(name: str) -> bool:
+    return any(Path(name).glob("model*.safetensors"))
+
+
+def _open_run(recipe: PretrainingRecipe, out: Path) -> None:
+    """Make the folder, or check that it holds a run with this recipe."""
+    written = out / "recipe.json"
+    settings = json.loads(json.dumps(recipe.to_dict()))
+    if written.is_file():
+        if json.loads(written.read_text(encoding="utf-8")) != settings:
+            raise ValueError(f"{out} holds a run with another recipe; name another folder.")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty and holds no run of pre-training; name another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(written, settings)
+
+
+def _tokenizer(
+    recipe: PretrainingRecipe, config: ModularStarEncoderConfig, out: Path, progress: bool
+) -> PreTrainedTokenizerFast:
+    """The recipe's tokenizer, or one trained on the corpus."""
+    if recipe.tokenizer is not None:
+        return AutoTokenizer.from_pretrained(recipe.tokenizer, trust_remote_code=False)
+    folder = out / "tokenizer"
+    if not folder.exists():
+
+        def texts() -> Any:
+            left = TOKENIZER_CHARACTERS
+            for file in open_corpus(recipe.corpus):
+                left -= len(file.text)
+                if left < 0:
+                    return
+                yield file.text
+
+        with staged_folder(folder) as staging:
+            train_tokenizer(
+                texts(), config.vocab_size, max_length=config.max_position_embeddings, progress=progress
+            ).save_pretrained(staging)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _token_store(
+    recipe: PretrainingRecipe, tokenizer: PreTrainedTokenizerFast, out: Path, progress: bool
+) -> TokenStore:
+    """The tokenized corpus."""
+    reader = open_corpus(recipe.corpus)
+    store = build_token_store(reader, tokenizer, out / "tokens", progress=progress)
+    if progress:
+        for reason, count in reader.skipped.most_common():
+            print(f"skipped {count} files: {reason}")
+        print(f"{len(store):,} files of {len(store.repositories):,} repositories")
+    return store
+
+
+def _model(
+    recipe: PretrainingRecipe, config: ModularStarEncoderConfig, vocab_size: int
+) -> ModularStarEncoderForPreTraining:
+    """A new model, or the one whose weights lie beside the configuration."""
+    torch.manual_seed(recipe.seed)
+    if _has_weights(recipe.model):
+        model = ModularStarEncoderForPreTraining.from_pretrained(recipe.model, dtype=torch.float32)
+    else:
+        config.vocab_size = max(vocab_size, config.vocab_size if recipe.tokenizer else 0)
+        model = ModularStarEncoderForPreTraining(config)
+    if vocab_size > model.config.vocab_size:
+        raise ValueError(f"The tokenizer has {vocab_size} tokens, more than the model's {model.config.vocab_size}.")
+    model.set_attn_implementation(recipe.attn_implementation)
+    return model
+
+
+def _train(
+    recipe: PretrainingRecipe,
+    model: ModularStarEncoderForPreTraining,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Dataset,
+    unseen: Dataset,
+    folder: Path,
+    state: PartialState,
+    progress: bool,
+) -> dict[str, Any]:
+    """Train, save to `model/`, and return the log."""
+    settings = {
+        "output_dir": os.fspath(folder),
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.rows_per_device,
+        "per_device_eval_batch_size": recipe.rows_per_device,
+        "gradient_accumulation_steps": recipe.accumulation(state.num_processes),
+        "learning_rate": recipe.learning_rate,
+        "warmup_steps": recipe.warmup_steps,
+        "lr_scheduler_type": "linear",
+        "weight_decay": recipe.weight_decay,
+        "adam_beta1": recipe.adam_beta1,
+        "adam_beta2": recipe.adam_beta2,
+        "adam_epsilon": recipe.adam_epsilon,
+        "max_grad_norm": recipe.max_grad_norm,
+        "logging_steps": recipe.logging_steps,
+        "eval_strategy": "steps",
+        "eval_steps": recipe.eval_steps,
+        "save_steps": recipe.save_steps,
+        "save_total_limit": recipe.save_total_limit,
+        "dataloader_num_workers": recipe.dataloader_workers,
+        "dataloader_drop_last": True,
+        "seed": recipe.seed,
+        "bf16": bf16_is_faster(),
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": not progress,
+        "report_to": "none",
+    }
+    try:
+        arguments = TrainingArguments(**(settings | dict(recipe.trainer)))
+    except TypeError as error:
+        raise ValueError(f"trainer: {error}.") from error
+    schedule = None
+    if recipe.milestones:
+        schedule = MultiStepSchedule(recipe.warmup_steps, recipe.milestones, recipe.fractions)
+    trainer = MultiExitTrainer(
+        model,
+        arguments,
+        InContextObjective(),
+        weights=recipe.exit_weights,
+        normalize_weights=recipe.normalize_exit_weights,
+        rotate_shallow_exits=recipe.rotate_shallow_exits,
+        log_gradient_norms=recipe.log_gradient_norms,
+        schedule=schedule,
+        train_dataset=pairs,
+        eval_dataset=unseen,
+        data_collator=(PackingCollator if recipe.packing else PaddingCollator)(tokenizer),
+    )
+    log = train_to_the_end(trainer, folder, progress=progress)
+    log["evaluation"] = trainer.evaluate()
+    model_folder = folder.parent / "model"
+    trainer.save_model(os.fspath(model_folder))
+    if state.is_main_process:
+        tokenizer.save_pretrained(model_folder)
+        write_json(model_folder / "training_log.json", log)
+    return log
