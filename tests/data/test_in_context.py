@@ -4,7 +4,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
+from transformers import AddedToken
 
 from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
 from tests.data.samples import repository_texts, small_tokenizer
@@ -83,14 +85,6 @@ def test_rows_are_framed_like_the_tokenizers_pairs_and_fill_the_room(tokenizer, 
     assert [len(s) for s in snippets(small)] > [46, 46]
 
 
-def test_a_short_snippet_leaves_its_room_to_the_other(tokenizer):
-    texts = {"a": ["x = 1 # " * 4] * 2, "b": ["x = 1\n" * 200] * 2}
-    dataset = make(tokenizer, texts, length=100)
-    lengths = [sorted(map(len, snippets(dataset[i]))) for i in range(100) if int(dataset[i]["icc_label"]) == 0]
-    assert len(lengths) > 30
-    assert all(short < 46 and short + long == 93 for short, long in lengths)
-
-
 def test_windows_come_from_all_over_a_text(tokenizer):
     text = "\n".join(f"line {i} of this text" for i in range(500))
     dataset = make(tokenizer, {"a": [text] * 2, "b": [text] * 2}, length=60)
@@ -153,7 +147,7 @@ def test_iterating_ends_after_the_chosen_length(tokenizer):
 def test_padding_follows_the_tokenizer_and_is_ignored(tokenizer, side):
     padded_tokenizer = small_tokenizer()
     padded_tokenizer.padding_side = side
-    texts = {name: ["x = 1 # " * 4, "y = 2 # " * 12] for name in "ab"}
+    texts = {name: ["x = 1 # " * 4, "z = 3 # " * 4, "y = 2 # " * 12] for name in "ab"}
     rows = [make(tokenizer, texts)[i] for i in range(8)]
     batch = PaddingCollator(padded_tokenizer, pad_to_multiple_of=8)(rows)
     length = batch["input_ids"].shape[1]
@@ -178,10 +172,29 @@ def test_padding_follows_the_tokenizer_and_is_ignored(tokenizer, side):
         assert batch["icc_labels"][i] == row["icc_label"]
 
 
-def test_worker_processes_make_the_same_batches(tokenizer):
-    dataset, collator = make(tokenizer, length=8), PaddingCollator(tokenizer)
-    alone, worked = (
-        list(DataLoader(dataset, batch_size=4, collate_fn=collator, num_workers=workers)) for workers in (0, 2)
-    )
-    assert len(alone) == 2
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(alone, worked, strict=True) for name in a)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_and_workers_share_out_the_same_rows(tokenizer, processes, workers):
+    """As `Trainer` has accelerate share out batches: each to one process, the next to the next."""
+    dataset = make(tokenizer, length=24)
+    received = [[] for _ in range(processes)]
+    for rank in range(processes):
+        loader = DataLoader(dataset, batch_size=4, collate_fn=list, num_workers=workers)
+        shared_out = prepare_data_loader(loader, num_processes=processes, process_index=rank, put_on_device=False)
+        received[rank] = list(shared_out)
+    assert [len(batches) for batches in received] == [6 // processes] * processes
+    rows = [row for turn in zip(*received, strict=True) for batch in turn for row in batch]
+    assert len(rows) == len(dataset)
+    assert all(torch.equal(row[name], dataset[i][name]) for i, row in enumerate(rows) for name in row)
+
+
+def test_special_tokens_without_a_role_are_never_drawn():
+    """Such as StarCoder2's `<fim_prefix>`: marked as special, and none of the tokenizer's own."""
+    tokenizer = small_tokenizer()
+    tokenizer.add_tokens([AddedToken(f"<extra{i}>", special=True) for i in range(400)])
+    extra = {tokenizer.convert_tokens_to_ids(f"<extra{i}>") for i in range(400)}
+    dataset = make(tokenizer, {name: ["<extra1> x = 1 " * 20] * 2 for name in "ab"}, length=200)
+    rows = [dataset[i] for i in range(200)]
+    assert not extra & {token for row in rows for token in row["input_ids"].tolist()}
+    drawn = {t for row in rows for t in row["input_ids"][(row["labels"] >= 0) & (row["input_ids"] != 3)].tolist()}
+    assert len(drawn) > 100

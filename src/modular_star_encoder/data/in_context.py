@@ -1,14 +1,10 @@
 """Rows of in-context pre-training: two snippets, are they from the same repository? Some tokens are masked.
 
-A pair is drawn so that nothing but the relation of the two snippets tells the label. First two different repositories
-A and B; the first snippet is from A; the second from A too (label 1) or from B (label 0), with equal chances. Since A
-and B are drawn by the same symmetric law, each snippet *alone* has the same distribution under both labels.
-
-Source: the MoSE paper (arXiv 2503.03008): label 1 means "same repository". 15 % masked, 80/10/10, as in BERT.
+Source: the MoSE paper (arXiv 2503.03008): label 1 means "same repository". 15 % masked, 80/10/10, as in BERT. How the
+two snippets are drawn, and why nothing but their relation tells the label, is told in `pair_sampler.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,9 +12,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.padding import pad_inputs, pad_rows
-from modular_star_encoder.data.tokenizer import TokenRows, encode_content
+from modular_star_encoder.data.pair_sampler import MIN_SNIPPET_TOKENS, PairSampler
+from modular_star_encoder.data.token_corpus import TokenCorpus, corpus_of_texts
+from modular_star_encoder.data.tokenizer import ContentEncoder, special_token_ids
 
-MIN_SNIPPET_TOKENS = 16
 IGNORED_LABEL = -100
 
 _MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1
@@ -31,20 +28,19 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
 
     - `input_ids`, int64 (T,): `<sep> first <sep> second <cls>`, partly masked, T ≤ `max_tokens`;
     - `labels`, int64 (T,): the original ids of the masked positions (one at least), −100 elsewhere;
-    - `icc_label`, int64 scalar: 1 if both snippets are from one repository, otherwise 0.
+    - `icc_label`, int64 scalar: 1 if both snippets are from one repository, otherwise 0, with equal chances.
 
-    A snippet is a random window of one text; the two are always of different texts. Each may take half of the room,
-    and what one leaves is the other's. Repositories are drawn in proportion to the square root of their number of
-    texts, a compromise between every text and every repository being seen equally often.
+    A snippet is a window of one text; the two are always of different texts. See `pair_sampler.py` for the law.
 
     Attributes:
-        repositories: Names of the repositories in use: those with two texts of at least 16 tokens.
-        dropped_texts: Number of texts left out, as shorter than that or alone in their repository.
+        repositories: Names of the repositories in use: those with two texts of at least 16 tokens, in languages that
+            occur in two repositories.
+        dropped_texts: Number of texts left out: shorter than that, or without such company.
     """
 
     def __init__(
         self,
-        texts_by_repository: Mapping[str, Sequence[str]],
+        texts: TokenCorpus | Mapping[str, Sequence[str]],
         tokenizer: PreTrainedTokenizerFast,
         *,
         length: int,
@@ -53,11 +49,12 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         seed: int,
         progress: bool = True,
     ) -> None:
-        """Tokenize all texts once, into one flat array.
+        """Take tokenized texts, or tokenize texts once, into memory.
 
         Args:
-            texts_by_repository: The texts (files, functions) of each repository.
-            tokenizer: A fast tokenizer with `<sep>`, `<cls>` and `<mask>`.
+            texts: A corpus (a `TokenStore`, a part of it, or one in memory), or the texts (files, functions) of each
+                repository, all of one language.
+            tokenizer: A fast tokenizer with `<sep>`, `<cls>` and `<mask>`; for a corpus, the one that made it.
             length: Number of rows.
             max_tokens: Largest number of tokens of a row, special tokens included; at least 35.
             mask_probability: Share of the text tokens to predict.
@@ -65,8 +62,8 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             progress: Whether to show a progress bar while tokenizing.
 
         Raises:
-            ValueError: If an argument is out of range, the tokenizer lacks one of these tokens, or fewer than two
-                repositories have two texts of at least 16 tokens.
+            ValueError: If an argument is out of range, the tokenizer lacks one of these tokens or did not make the
+                corpus, or fewer than two repositories have two texts of one language and at least 16 tokens.
         """
         if length < 1 or seed < 0 or not 0 < mask_probability < 1:
             raise ValueError("length must be at least 1, seed at least 0, and mask_probability between 0 and 1.")
@@ -77,34 +74,22 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             )
         if None in (tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id):
             raise ValueError("The tokenizer must define sep_token, cls_token and mask_token.")
+        corpus = texts if isinstance(texts, TokenCorpus) else corpus_of_texts(texts, tokenizer, progress=progress)
+        if corpus.tokenizer_fingerprint != ContentEncoder(tokenizer).fingerprint:
+            raise ValueError("The corpus was made with another tokenizer; pass the one that made it.")
         self.length, self.max_tokens, self.mask_probability, self.seed = length, max_tokens, mask_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)
-        self._ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
-        names = sorted(texts_by_repository)
-        texts = [text for name in names for text in texts_by_repository[name]]
-        self._rows: TokenRows = encode_content(tokenizer, texts, progress=progress)
-        self.repositories, self._members = self._usable(names, [len(texts_by_repository[name]) for name in names])
-        self.dropped_texts = len(texts) - sum(map(len, self._members))
-        weights = np.sqrt([len(members) for members in self._members])
-        self._cumulative = np.cumsum(weights / weights.sum())
-
-    def _usable(self, names: Sequence[str], counts: Sequence[int]) -> tuple[tuple[str, ...], list[np.ndarray]]:
-        """Return the usable repositories' names and, for each, the indices of its rows."""
-        long_enough = np.array([len(row) >= MIN_SNIPPET_TOKENS for row in self._rows], dtype=bool)
-        starts = np.cumsum([0, *counts])
-        members = [a + np.flatnonzero(long_enough[a:b]) for a, b in pairwise(starts)]
-        usable = [(name, rows) for name, rows in zip(names, members, strict=True) if len(rows) >= 2]
-        if len(usable) < 2:
-            raise ValueError(
-                f"Pairs need at least two repositories, each with two texts of {MIN_SNIPPET_TOKENS} tokens or more; "
-                f"{len(usable)} of {len(names)} qualify."
-            )
-        return tuple(name for name, _ in usable), [rows for _, rows in usable]
+        self._ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), special_token_ids(tokenizer))
+        # Not the corpus itself: worker processes that are sent this dataset would be sent its columns too.
+        self._rows, self._row_numbers = corpus.rows, corpus.row_numbers
+        self._sampler = PairSampler(corpus, room=max_tokens - 3)
+        self.repositories = tuple(corpus.repository_names[i] for i in self._sampler.repositories)
+        self.dropped_texts = self._sampler.dropped_texts
 
     def token_counts(self) -> torch.Tensor:
         """How often each token occurs in the corpus, int64 (vocabulary size,)."""
-        return torch.from_numpy(self._rows.counts(self._vocab_size))
+        return torch.from_numpy(self._rows.counts(self._vocab_size, self._row_numbers))
 
     def __len__(self) -> int:
         return self.length
@@ -113,58 +98,34 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         if not 0 <= index < self.length:
             raise IndexError(f"row {index} of {self.length}")
         rng = np.random.default_rng((self.seed, index))
-        first, second, same = self._draw_texts(rng)
-        first, second = _windows(rng, first, second, room=self.max_tokens - 3)
-        ids = np.concatenate([[self._sep], first, [self._sep], second, [self._cls]]).astype(np.int64)
-        is_text = np.ones(len(ids), dtype=bool)
-        is_text[[0, 1 + len(first), -1]] = False
-        inputs, labels = self._masked(rng, ids, is_text)
+        first, second, same = self._sampler.draw(rng)
+        ids = np.empty(first.length + second.length + 3, dtype=np.int64)
+        middle = 1 + first.length
+        ids[[0, middle, -1]] = self._sep, self._sep, self._cls
+        ids[1:middle] = self._rows[first.row][first.start : first.start + first.length]
+        ids[middle + 1 : -1] = self._rows[second.row][second.start : second.start + second.length]
+        labels = self._mask_some(rng, ids, middle)
         return {
-            "input_ids": torch.from_numpy(inputs),
+            "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             "icc_label": torch.tensor(int(same)),
         }
 
-    def _draw_texts(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
-        a, b = self._draw_repository(rng), self._draw_repository(rng)
-        while a == b:  # both anew: rejecting only b would give the two different distributions
-            a, b = self._draw_repository(rng), self._draw_repository(rng)
-        same = bool(rng.integers(2))
-        if same:
-            first, second = rng.choice(self._members[a], size=2, replace=False)
-        else:
-            first, second = rng.choice(self._members[a]), rng.choice(self._members[b])
-        return self._rows[int(first)], self._rows[int(second)], same
-
-    def _draw_repository(self, rng: np.random.Generator) -> int:
-        # The last cumulative weight may be just below 1 by rounding.
-        return min(int(np.searchsorted(self._cumulative, rng.random(), side="right")), len(self._members) - 1)
-
-    def _masked(self, rng: np.random.Generator, ids: np.ndarray, is_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        chosen = is_text & (rng.random(len(ids)) < self.mask_probability)
-        if not chosen.any():
-            chosen[rng.choice(np.flatnonzero(is_text))] = True
-        labels = np.where(chosen, ids, IGNORED_LABEL)
-        fate = rng.random(len(ids))
-        random_ids = rng.choice(self._ordinary_ids, size=len(ids))
-        inputs = np.where(chosen & (fate < _MASK_SHARE), self._mask, ids)
-        randomised = chosen & (fate >= _MASK_SHARE) & (fate < _MASK_SHARE + _RANDOM_SHARE)
-        return np.where(randomised, random_ids, inputs), labels
-
-
-def _windows(
-    rng: np.random.Generator, first: np.ndarray, second: np.ndarray, room: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return a random window of each, together at most `room` tokens."""
-    half = room // 2
-    first_length = min(len(first), room - min(len(second), half))
-    second_length = min(len(second), room - first_length)
-    return _window(rng, first, first_length), _window(rng, second, second_length)
-
-
-def _window(rng: np.random.Generator, row: np.ndarray, length: int) -> np.ndarray:
-    start = rng.integers(len(row) - length + 1)
-    return row[start : start + length]
+    def _mask_some(self, rng: np.random.Generator, ids: np.ndarray, middle: int) -> np.ndarray:
+        """Mask `ids` in place, never at the special tokens (first, `middle`, last), and return the labels."""
+        drawn = rng.random(len(ids), dtype=np.float32)
+        drawn[[0, middle, -1]] = 1
+        chosen = np.flatnonzero(drawn < self.mask_probability)
+        if not len(chosen):
+            place = rng.integers(1, len(ids) - 2)
+            chosen = np.array([place + (place >= middle)])
+        labels = np.full(len(ids), IGNORED_LABEL)
+        labels[chosen] = ids[chosen]
+        fate = rng.random(len(chosen))
+        ids[chosen[fate < _MASK_SHARE]] = self._mask
+        randomised = chosen[(fate >= _MASK_SHARE) & (fate < _MASK_SHARE + _RANDOM_SHARE)]
+        ids[randomised] = self._ordinary_ids[rng.integers(len(self._ordinary_ids), size=len(randomised))]
+        return labels
 
 
 class PaddingCollator:

@@ -5,6 +5,8 @@ happens to hold the characters `<sep>` must not: `encode_content` encodes it as 
 """
 
 import copy
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -24,7 +26,9 @@ from modular_star_encoder.data.prompts import (
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
-_TEXTS_PER_BATCH = 256
+TEXTS_PER_BATCH = 256
+
+_TOKENS_PER_COUNT = 2**22
 
 
 def train_tokenizer(
@@ -111,29 +115,65 @@ class TokenRows(Sequence[np.ndarray]):
     """Rows of token ids in one flat array: a corpus of 20 million tokens takes 40 MB (vocabularies up to 65,536).
 
     Row `i` is an integer array of shape (number of tokens,), a view.
+
+    Attributes:
+        bounds: int64 (rows + 1,): row `i` lies at `bounds[i]:bounds[i + 1]` of the flat array.
     """
 
-    def __init__(self, flat: np.ndarray, ends: np.ndarray) -> None:
+    def __init__(self, flat: np.ndarray, bounds: np.ndarray) -> None:
         self._flat = flat
-        self._bounds = np.concatenate([[0], ends])
+        self.bounds = bounds
 
     def __len__(self) -> int:
-        return len(self._bounds) - 1
+        return len(self.bounds) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return self._flat[self._bounds[index] : self._bounds[index + 1]]
+        return self._flat[self.bounds[index] : self.bounds[index + 1]]
 
-    def counts(self, vocab_size: int) -> np.ndarray:
-        """How often each token occurs, int64 (vocab_size,)."""
-        return np.bincount(self._flat, minlength=vocab_size)
+    def counts(self, vocab_size: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """How often each token occurs in all rows or in `rows` (sorted numbers of rows), int64 (vocab_size,)."""
+        rows = np.arange(len(self)) if rows is None else rows
+        counts = np.zeros(vocab_size, np.int64)
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else ():
+            start, end = int(self.bounds[run[0]]), int(self.bounds[run[-1] + 1])
+            # In parts: counting makes wide copies, and the rows may be a file larger than memory.
+            for part in range(start, end, _TOKENS_PER_COUNT):
+                counts += np.bincount(self._flat[part : min(part + _TOKENS_PER_COUNT, end)], minlength=vocab_size)
+        return counts
+
+
+class ContentEncoder:
+    """Encodes texts as ordinary characters: no template, no truncation, and special tokens written in them are spelled.
+
+    Attributes:
+        dtype: uint16 for vocabularies up to 65,536, otherwise uint32.
+        fingerprint: SHA-256 of what decides the ids, as hexadecimal digits. The template, padding and truncation are
+            no part of it, so that it survives their change and saving and loading.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Copy the tokenizer, which is not changed."""
+        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        description = json.loads(self._backend.to_str())
+        decisive = {name: description[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        self.fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each text, `dtype` (tokens,)."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
 
 def encode_content(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, progress: bool = True, description: str = "Tokenizing"
 ) -> TokenRows:
-    """Encode texts as ordinary characters: no template, no truncation, and special tokens written in them are spelled.
+    """Encode texts into one flat array, as `ContentEncoder` does.
 
     Args:
         tokenizer: A fast tokenizer. It is not changed.
@@ -141,17 +181,18 @@ def encode_content(
         progress: Whether to show a progress bar.
         description: Label of the progress bar.
     """
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+    encoder = ContentEncoder(tokenizer)
     parts: list[np.ndarray] = []
     with tqdm(desc=description, total=len(texts), unit=" texts", disable=not progress) as bar:
-        for start in range(0, len(texts), _TEXTS_PER_BATCH):
-            batch = list(texts[start : start + _TEXTS_PER_BATCH])
-            encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
-            parts += [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
-            bar.update(len(batch))
-    flat = np.concatenate(parts) if parts else np.empty(0, dtype)
-    return TokenRows(flat, np.cumsum([len(part) for part in parts], dtype=np.int64))
+        for start in range(0, len(texts), TEXTS_PER_BATCH):
+            encoded = encoder(texts[start : start + TEXTS_PER_BATCH])
+            parts += encoded
+            bar.update(len(encoded))
+    flat = np.concatenate(parts) if parts else np.empty(0, encoder.dtype)
+    return TokenRows(flat, np.cumsum([0, *map(len, parts)], dtype=np.int64))
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The ids of all special tokens, sorted: those with a role and those that are merely marked as special."""
+    marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(marked.union(tokenizer.all_special_ids))

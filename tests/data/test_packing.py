@@ -1,0 +1,123 @@
+"""Packed batches: what they hold, and that training sees no difference to padded ones."""
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
+from modular_star_encoder.data.packing import PackingCollator
+from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
+from modular_star_encoder.objectives import InContextObjective
+from modular_star_encoder.training import MultiExitTrainer
+from tests.data.samples import WORDS
+from tests.tiny import tiny_model
+
+NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0}
+
+
+def pairs_of_many_lengths(tokenizer, length=8):
+    texts = {
+        f"repo{r}": [" ".join(WORDS[(r + i + j) % len(WORDS)] for j in range(6 + 4 * i)) for i in range(8)]
+        for r in range(4)
+    }
+    return InContextPairs(texts, tokenizer, length=length, max_tokens=100, seed=0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    return list(pairs_of_many_lengths(tokenizer))
+
+
+def model_for(tokenizer, **changes):
+    return tiny_model(ModularStarEncoderForPreTraining, vocab_size=len(tokenizer), **(NO_DROPOUT | changes))
+
+
+def test_rows_lie_one_after_the_other_and_their_bounds_are_told(tokenizer, rows):
+    batch = PackingCollator(tokenizer)(rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert len(set(lengths)) > 3
+    bounds = batch["cu_seq_lens_q"].tolist()
+    assert bounds == [sum(lengths[:i]) for i in range(len(rows) + 1)]
+    for i, row in enumerate(rows):
+        place = slice(bounds[i], bounds[i + 1])
+        assert torch.equal(batch["input_ids"][0, place], row["input_ids"])
+        assert torch.equal(batch["labels"][0, place], row["labels"])
+        assert batch["position_ids"][0, place].tolist() == list(range(lengths[i]))
+        assert batch["icc_labels"][i] == row["icc_label"]
+    assert {name: (tuple(batch[name].shape), batch[name].dtype) for name in ("input_ids", "labels", "icc_labels")} == {
+        "input_ids": ((1, sum(lengths)), torch.int64),
+        "labels": ((1, sum(lengths)), torch.int64),
+        "icc_labels": ((len(rows),), torch.int64),
+    }
+    assert batch["cu_seq_lens_q"].dtype == batch["cu_seq_lens_k"].dtype == torch.int32
+    assert torch.equal(batch["cu_seq_lens_k"], batch["cu_seq_lens_q"])
+    assert batch["max_length_q"] == batch["max_length_k"] == max(lengths)
+    assert type(batch["max_length_q"]) is type(batch["max_length_k"]) is int
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_losses_and_gradients_are_those_of_the_padded_batch(tokenizer, rows, backend):
+    results = []
+    for collator in (PaddingCollator(tokenizer), PackingCollator(tokenizer)):
+        model = model_for(tokenizer).train()
+        model.set_attn_implementation(backend)
+        output = model(**collator(rows))
+        output.loss.backward()
+        results.append((output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (padded, expected), (packed, gradients) = results
+    for name in ("loss", "mlm_losses", "icc_losses", "icc_logits"):
+        torch.testing.assert_close(getattr(packed, name), getattr(padded, name), atol=1e-5, rtol=1e-5)
+    assert set(gradients) == set(expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def trained(tokenizer, collator, folder, workers=0):
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        max_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+        learning_rate=1e-2,
+        dataloader_num_workers=workers,
+    )
+    pairs = pairs_of_many_lengths(tokenizer)
+    trainer = MultiExitTrainer(
+        model_for(tokenizer),
+        arguments,
+        InContextObjective(),
+        train_dataset=pairs,
+        eval_dataset=pairs,
+        data_collator=collator,
+    )
+    trainer.train()
+    return trainer.state.log_history
+
+
+def test_the_trainer_takes_the_same_steps_as_with_padding(tokenizer, tmp_path):
+    padded = trained(tokenizer, PaddingCollator(tokenizer), tmp_path / "padded")
+    packed = trained(tokenizer, PackingCollator(tokenizer), tmp_path / "packed", workers=1)
+    for name in ("loss", "grad_norm", "mlm_loss_exit_4", "icc_loss_exit_1", "eval_loss", "eval_icc_loss_exit_4"):
+        ours, expected = ([log[name] for log in history if name in log] for history in (packed, padded))
+        assert len(ours) == (1 if name.startswith("eval") else 2)
+        assert ours == pytest.approx(expected, rel=1e-4), name
+
+
+def test_too_many_tokens_and_unfinished_rows_are_refused(tokenizer, rows):
+    total = sum(len(row["input_ids"]) for row in rows)
+    assert PackingCollator(tokenizer, max_tokens=total)(rows)["input_ids"].shape == (1, total)
+    with pytest.raises(ValueError, match=f"{total} tokens together, above max_tokens={total - 1}"):
+        PackingCollator(tokenizer, max_tokens=total - 1)(rows)
+    with pytest.raises(ValueError, match="end with <cls>"):
+        PackingCollator(tokenizer)(
+            [{**rows[0], "input_ids": rows[0]["input_ids"][:-1], "labels": rows[0]["labels"][:-1]}]
+        )
+    with pytest.raises(ValueError, match="at least 1"):
+        PackingCollator(tokenizer, max_tokens=0)

@@ -1,0 +1,280 @@
+"""Corpora on disk: what is stored, going on after every kind of death, and the same pairs as from memory."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+
+from modular_star_encoder.data import token_store
+from modular_star_encoder.data.in_context import InContextPairs
+from modular_star_encoder.data.repositories import SourceFile
+from modular_star_encoder.data.token_corpus import corpus_of_files
+from modular_star_encoder.data.token_store import TokenStore, build_token_store
+from modular_star_encoder.data.tokenizer import encode_content, train_tokenizer
+from tests.data.samples import repository_texts, small_tokenizer
+
+
+def source_files(repositories=6, texts=5):
+    """The last repository comes back at the end, as in a corpus that is sorted by nothing."""
+    files = [
+        SourceFile(name, f"{i}.py", ("python", "rust")[i % 2], text)
+        for name, texts in repository_texts(repositories, texts).items()
+        for i, text in enumerate(texts)
+    ]
+    special = SourceFile("a\nname", "special.py", "python", "<sep> and <cls> and é\n" * 9)
+    return [*files[:7], special, SourceFile("repo1", "empty.py", "c", ""), *files[7:], files[0]]
+
+
+def build(folder, tokenizer, files=None, **changes):
+    files = source_files() if files is None else files
+    return build_token_store(files, tokenizer, folder, **({"files_per_commit": 4, "progress": False} | changes))
+
+
+def content(folder):
+    """Every byte that counts."""
+    state = json.loads((folder / "state.json").read_text())
+    return {path.name: path.read_bytes() for path in folder.glob("*.*") if path.name != "state.json"}, state
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("whole")
+    build(folder, tokenizer)
+    return content(folder)
+
+
+def test_a_store_holds_every_text_with_its_repository_and_language(tmp_path, tokenizer):
+    files = source_files()
+    store = build(tmp_path / "store", tokenizer, iter(files))
+    expected = encode_content(tokenizer, [file.text for file in files], progress=False)
+    assert len(store) == len(store.rows) == len(files)
+    for i, file in enumerate(files):
+        assert store.rows[i].tolist() == expected[i].tolist()
+        assert store.repository_names[store.repository_of[i]] == file.repository
+        assert store.language_names[store.language_of[i]] == file.language
+    assert set(store.repositories) == {file.repository for file in files}
+
+
+def test_rows_are_mapped_not_read(tmp_path, tokenizer):
+    store = build(tmp_path, tokenizer)
+    assert isinstance(store.rows[0].base.base, np.memmap)
+    assert not store.rows[0].flags.writeable
+    assert store.rows[0].dtype == np.uint16
+    assert (tmp_path / "tokens.bin").stat().st_size == 2 * sum(map(len, store.rows))
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    tokenizer = small_tokenizer()
+    tokenizer.add_tokens([f"word{i}" for i in range(2**16)])
+    store = build(tmp_path, tokenizer, [SourceFile("r", "f", "python", "word65535 word1")])
+    assert store.rows[0].dtype == np.uint32
+    assert store.rows[0].max() > 2**16 - 1
+
+
+def dying(files, after):
+    for i, file in enumerate(files):
+        if i == after:
+            raise KeyboardInterrupt
+        yield file
+
+
+@pytest.mark.parametrize("after", [0, 3, 4, 9, 31])
+def test_an_interrupted_build_goes_on_to_the_same_store(tmp_path, tokenizer, whole, after):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, tokenizer, dying(source_files(), after))
+    build(tmp_path, tokenizer)
+    assert content(tmp_path) == whole
+
+
+def kill_at(monkeypatch, moment, count):
+    """Let the process kill itself at the `count`-th call of something that building calls."""
+    owner, name = moment
+    original, calls = getattr(owner, name), []
+
+    def dies(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, dies)
+
+
+def build_and_die(folder, tokenizer, moment, count):
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, moment, count)
+        build(folder, tokenizer)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize(
+    "moment",
+    [(os, "replace"), (os, "fsync"), (json, "dump"), (token_store._Writer, "append"), (token_store, "_digest")],
+    ids=lambda moment: moment[1],
+)
+def test_a_killed_build_goes_on_to_the_same_store(tmp_path, tokenizer, whole, moment, count):
+    """Killed with SIGKILL: before a state takes its place, between files, with rows written and not counted."""
+    child = multiprocessing.get_context("fork").Process(target=build_and_die, args=(tmp_path, tokenizer, moment, count))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    with pytest.raises(ValueError, match=r"is not finished|holds no token store"):
+        TokenStore(tmp_path)
+    build(tmp_path, tokenizer)
+    assert content(tmp_path) == whole
+
+
+def test_half_written_rows_are_cut_off(tmp_path, tokenizer, whole):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, tokenizer, dying(source_files(), 9))
+    for name in whole[0]:
+        with (tmp_path / name).open("ab") as output:
+            output.write(b"half a row")
+    build(tmp_path, tokenizer)
+    assert content(tmp_path) == whole
+
+
+def test_what_is_stored_is_not_tokenized_again(tmp_path, tokenizer, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, tokenizer, dying(source_files(), 9))
+    tokenized = []
+    original = token_store._Writer.append
+    monkeypatch.setattr(
+        token_store._Writer, "append", lambda self, files: tokenized.extend(files) or original(self, files)
+    )
+    build(tmp_path, tokenizer)
+    assert tokenized == source_files()[8:]
+
+
+def test_the_size_of_commits_changes_nothing(tmp_path, tokenizer, whole):
+    build(tmp_path, tokenizer, files_per_commit=1000)
+    assert content(tmp_path) == whole
+
+
+def test_a_finished_store_is_opened_without_reading_files(tmp_path, tokenizer):
+    build(tmp_path, tokenizer)
+    assert len(build(tmp_path, tokenizer, dying(source_files(), 0))) == len(source_files())
+
+
+@pytest.mark.parametrize("cut_short_at", [4, None], ids=["begun", "finished"])
+def test_another_tokenizer_is_refused(tmp_path, tokenizer, cut_short_at):
+    with suppress(KeyboardInterrupt):
+        build(tmp_path, tokenizer, dying(source_files(), cut_short_at))
+    other = train_tokenizer(["other words altogether"], 300, progress=False)
+    with pytest.raises(ValueError, match=r"was made with another tokenizer; name another folder\.$"):
+        build(tmp_path, other)
+
+
+def test_the_same_tokenizer_saved_and_loaded_is_accepted(tmp_path, tokenizer):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "store", tokenizer, dying(source_files(), 9))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = type(tokenizer).from_pretrained(tmp_path / "tokenizer")
+    loaded("used with truncation", truncation=True, max_length=4, padding="max_length")
+    store = build(tmp_path / "store", loaded)
+    InContextPairs(store, tokenizer, length=1, max_tokens=96, seed=0)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda files: files[1:],
+        lambda files: files[:3],
+        lambda files: [dataclasses.replace(files[0], text="changed"), *files[1:]],
+        lambda files: [dataclasses.replace(files[0], repository="changed"), *files[1:]],
+    ],
+)
+def test_going_on_with_other_files_is_refused(tmp_path, tokenizer, changed):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, tokenizer, dying(source_files(), 9))
+    with pytest.raises(ValueError, match="begun with other files"):
+        build(tmp_path, tokenizer, changed(source_files()))
+    build(tmp_path, tokenizer)
+
+
+def test_folders_that_are_no_store_are_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="holds no token store"):
+        TokenStore(tmp_path / "missing")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no token store"):
+        build(tmp_path, tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_store_that_was_cut_short_is_refused(tmp_path, tokenizer):
+    build(tmp_path, tokenizer)
+    os.truncate(tmp_path / "tokens.bin", 100)
+    with pytest.raises(ValueError, match=r"tokens\.bin.* was cut short"):
+        TokenStore(tmp_path)
+
+
+def test_a_store_of_nothing_can_be_opened(tmp_path, tokenizer):
+    assert len(build(tmp_path, tokenizer, [])) == 0
+
+
+def equal_rows(one, other):
+    return len(one) == len(other) and all(
+        torch.equal(one[i][name], other[i][name]) for i in range(len(one)) for name in one[i]
+    )
+
+
+def test_pairs_from_disk_are_those_from_memory(tmp_path, tokenizer):
+    files = sorted(source_files(), key=lambda file: (file.repository, file.language, file.path))
+    store, memory = build(tmp_path, tokenizer, files), corpus_of_files(files, tokenizer, progress=False)
+    pairs = [InContextPairs(one, tokenizer, length=50, max_tokens=96, seed=0) for one in (store, memory)]
+    assert pairs[0].repositories == pairs[1].repositories == tuple(f"repo{i}" for i in range(6))
+    assert torch.equal(pairs[0].token_counts(), pairs[1].token_counts())
+    assert equal_rows(*pairs)
+
+
+def test_a_dataset_sent_to_another_process_opens_the_store_there(tmp_path, tokenizer):
+    big = [dataclasses.replace(file, text=file.text * 200) for file in source_files()]
+    pairs = InContextPairs(build(tmp_path, tokenizer, big), tokenizer, length=9, max_tokens=96, seed=0)
+    sent = pickle.dumps(pairs)
+    assert len(sent) < (tmp_path / "tokens.bin").stat().st_size / 10
+    assert equal_rows(pickle.loads(sent), pairs)
+
+
+def test_pairs_of_another_tokenizer_are_refused(tmp_path, tokenizer):
+    other = train_tokenizer(["other words altogether"], 300, progress=False)
+    with pytest.raises(ValueError, match="made with another tokenizer"):
+        InContextPairs(build(tmp_path, tokenizer), other, length=1, max_tokens=96, seed=0)
+
+
+def test_a_split_shares_no_repository_and_loses_no_text(tmp_path, tokenizer):
+    store = build(tmp_path, tokenizer, source_files(repositories=20))
+    left, held_out = store.split(0.3, seed=0)
+    assert len(held_out.repositories) == 6
+    assert set(left.repositories) | set(held_out.repositories) == set(store.repositories)
+    assert not set(left.repositories) & set(held_out.repositories)
+    assert sorted([*left.row_numbers, *held_out.row_numbers]) == list(range(len(store)))
+    for part in (left, held_out):
+        pairs = InContextPairs(part, tokenizer, length=100, max_tokens=96, seed=0)
+        assert set(pairs.repositories) <= set(part.repositories)
+        expected = sum(np.bincount(part.rows[i], minlength=len(tokenizer)) for i in part.row_numbers)
+        assert pairs.token_counts().tolist() == expected.tolist()
+
+
+def test_a_split_depends_on_the_seed_and_the_names_only(tmp_path, tokenizer):
+    files = source_files(repositories=20)
+    one, reordered = (build(tmp_path / str(i), tokenizer, files[::step]) for i, step in enumerate((1, -1)))
+    assert one.repository_names != reordered.repository_names
+    assert set(one.split(0.3, seed=0)[1].repositories) == set(reordered.split(0.3, seed=0)[1].repositories)
+    assert set(one.split(0.3, seed=0)[1].repositories) != set(one.split(0.3, seed=1)[1].repositories)
+
+
+def test_a_split_leaves_and_holds_out_one_at_least(tokenizer):
+    corpus = corpus_of_files(source_files(repositories=2), tokenizer, progress=False)
+    assert len(corpus.split(0.01, seed=0)[1].repositories) == 1
+    assert len(corpus.split(0.99, seed=0)[0].repositories) == 1
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        corpus.split(1, seed=0)
+    with pytest.raises(ValueError, match=r"at least two repositories; these are of 1\."):
+        corpus.split(0.01, seed=0)[1].split(0.5, seed=0)
