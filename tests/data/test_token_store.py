@@ -14,7 +14,7 @@ import torch
 
 from modular_star_encoder.data import token_store
 from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.data.repositories import SourceFile
+from modular_star_encoder.data.source_files import SourceFile
 from modular_star_encoder.data.token_corpus import corpus_of_files
 from modular_star_encoder.data.token_store import TokenStore, build_token_store
 from modular_star_encoder.data.tokenizer import encode_content, train_tokenizer

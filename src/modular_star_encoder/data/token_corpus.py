@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.repositories import SourceFile
+from modular_star_encoder.data.source_files import SourceFile
 from modular_star_encoder.data.tokenizer import ContentEncoder, TokenRows, encode_content
 
 UNNAMED_LANGUAGE = ""

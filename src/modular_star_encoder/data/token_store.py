@@ -27,7 +27,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.repositories import SourceFile
+from modular_star_encoder.data.source_files import SourceFile
 from modular_star_encoder.data.token_corpus import TokenCorpus
 from modular_star_encoder.data.tokenizer import TEXTS_PER_BATCH, ContentEncoder, TokenRows
 

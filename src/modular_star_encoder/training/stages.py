@@ -89,11 +89,22 @@ def run_stage(
     trainer = MultiExitTrainer(
         model, arguments, objective, train_dataset=dataset, eval_dataset=eval_dataset, data_collator=collator
     )
+    return train_to_the_end(trainer, folder, progress=progress)
+
+
+def train_to_the_end(trainer: MultiExitTrainer, folder: str | os.PathLike, *, progress: bool = True) -> dict[str, Any]:
+    """Run a trainer to its last step, from the last whole checkpoint in `folder` if there is one.
+
+    Returns:
+        As `run_stage`.
+    """
     if progress:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ExitProgressCallback())
-    checkpoint = last_checkpoint(folder)
-    _remove_half_written(Path(folder), keep_up_to=checkpoint)
+    with trainer.args.main_process_first(local=False):
+        checkpoint = last_checkpoint(folder)
+        if trainer.is_world_process_zero():
+            _remove_half_written(Path(folder), keep_up_to=checkpoint)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     return {
