@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(prog="mose", description="Multi-exit code encoders: search, evaluate, slice.")
+    parser = argparse.ArgumentParser(
+        prog="mose", description="Multi-exit code encoders: pre-train, evaluate, slice, search."
+    )
     parser.add_argument("--version", action="version", version=f"mose {version('modular-star-encoder')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -66,6 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
     cut.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
     cut.set_defaults(run=run_slice)
+
+    pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories, as a recipe says")
+    pretrain.add_argument("recipe", metavar="RECIPE", help="a YAML file, for example hub_configs/small/recipe.yaml")
+    pretrain.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: corpus.folder=~/code")
+    pretrain.add_argument("--out", metavar="FOLDER", required=True, help="where the run is; an old one is continued")
+    pretrain.set_defaults(run=run_pretrain)
     return parser
 
 
@@ -131,6 +139,15 @@ def run_slice(arguments: argparse.Namespace) -> None:
 
     slice_checkpoint(arguments.checkpoint, arguments.exit_layer, arguments.out)
     print(arguments.out)
+
+
+def run_pretrain(arguments: argparse.Namespace) -> None:
+    """`mose pretrain`."""
+    from modular_star_encoder.training.pretraining import pretrain
+    from modular_star_encoder.training.pretraining_recipe import load_pretraining_recipe
+
+    log = pretrain(load_pretraining_recipe(arguments.recipe, arguments.overrides), arguments.out)
+    print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
 
 
 if __name__ == "__main__":
