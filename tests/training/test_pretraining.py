@@ -1,0 +1,166 @@
+"""Pre-training from a recipe: what it makes, what it refuses, and that nothing that happens to it is lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForPreTraining, AutoTokenizer
+
+from modular_star_encoder.training import hub_config_folder
+from modular_star_encoder.training.pretraining import model_config, pretrain
+from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe, load_pretraining_recipe
+from tests.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Six repositories of two languages, each with words of its own."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(6):
+        language, comment = (("py", "#"), ("go", "//"))[number % 2]
+        for place in range(8):
+            file = folder / f"repository{number}" / f"file{place}.{language}"
+            file.parent.mkdir(exist_ok=True)
+            lines = [f"{comment} word{number} step {place}"] + [f"value{number}_{i} = {place} * {i}" for i in range(12)]
+            file.write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("recipe")
+    tiny_config(vocab_size=400, residual_dropout=0.1).save_pretrained(folder)
+    settings = {
+        "model": str(folder),
+        "corpus": {"folder": str(corpus)},
+        "steps": 6,
+        "tokens_per_step": 256,
+        "rows_per_device": 2,
+        "max_tokens": 64,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "start_from_corpus": True,
+        "held_out_share": 0.3,
+        "eval_rows": 8,
+        "logging_steps": 1,
+        "eval_steps": 3,
+        "save_steps": 2,
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def run(recipe_file, out, *overrides):
+    estimates = []
+    recipe = load_pretraining_recipe(recipe_file, overrides)
+    return pretrain(recipe, out, progress=False, announce=estimates.append), estimates[0]
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_recipe_makes_a_checkpoint_that_loads_and_a_log_of_every_exit(recipe_file, tmp_path, packing):
+    log, estimate = run(recipe_file, tmp_path / "run", f"packing={packing}", "steps=30", "learning_rate=2.0e-3")
+    model = AutoModelForPreTraining.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert estimate.parameters == model.num_parameters()
+    assert model.config.vocab_size == len(tokenizer)
+    assert estimate.accumulation == 2
+    training = [entry for entry in log["log_history"] if "loss" in entry]
+    assert len(training) == 30
+    for kind in ("mlm_loss", "icc_accuracy"):
+        assert {f"{kind}_exit_{exit_layer}" for exit_layer in (1, 2, 4)} <= set(training[0])
+        assert f"eval_{kind}_exit_4" in log["evaluation"]
+    first, last = (sum(entry["mlm_loss_exit_4"] for entry in part) / 5 for part in (training[:5], training[-5:]))
+    assert last < 0.9 * first
+    assert 0 < log["unigram_entropy"] < torch.tensor(400.0).log()
+    assert 1 <= len(log["held_out_repositories"]) <= 3
+
+
+def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):
+    run(recipe_file, tmp_path / "run", "steps=2")
+    with pytest.raises(ValueError, match="another recipe"):
+        run(recipe_file, tmp_path / "run", "steps=4")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="holds no run"):
+        run(recipe_file, tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_tokens=512", "max_tokens 512 must be at most the model's max_position_embeddings 128"),
+        ("tokens_per_step=200", r"multiple of rows_per_device × max_tokens × processes = 2 × 64 × 1 = 128"),
+        ("corpus.rows=x", "exactly one source"),
+        ("corpus.folder=/does/not/exist", "does not exist"),
+        ("corpus.speed=3", "can't be used"),
+        ("stepz=3", "unknown settings stepz"),
+        ("steps=many", "steps must be a number"),
+        ("held_out_share=2", "between 0 and 1"),
+        ("steps", "form key=value"),
+        ("model=nowhere", "no configuration 'nowhere'"),
+        ("exit_weights=heavy", "one of paper, uniform, linear"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        run(recipe_file, tmp_path / "run", override)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_numbers_that_yaml_reads_as_words_are_numbers(recipe_file):
+    assert load_pretraining_recipe(recipe_file, ["adam_epsilon=1e-6"]).adam_epsilon == 1e-6
+
+
+def test_the_papers_recipe_is_the_papers():
+    recipe = load_pretraining_recipe(hub_config_folder("pretrained") / "recipe.yaml")
+    assert recipe.tokens_per_step == pytest.approx(3.99e6, rel=0.005)
+    assert (recipe.steps, recipe.learning_rate, recipe.max_tokens) == (245_000, 6.24e-4, 2048)
+    assert (recipe.adam_beta1, recipe.adam_beta2, recipe.adam_epsilon) == (0.9, 0.95, 1e-6)
+    assert (recipe.weight_decay, recipe.exit_weights) == (0.1, "paper")
+    assert recipe.accumulation(processes=8) == recipe.tokens_per_step // (8 * 4 * 2048)
+    assert model_config(recipe).num_hidden_layers == 36
+
+
+def test_every_recipe_of_ours_fits_its_model():
+    for name in ("pretrained", "small"):
+        recipe = load_pretraining_recipe(hub_config_folder(name) / "recipe.yaml")
+        assert isinstance(recipe, PretrainingRecipe)
+        assert recipe.model == name
+        assert recipe.max_tokens <= model_config(recipe).max_position_embeddings
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_weights(recipe_file, tmp_path):
+    run(recipe_file, tmp_path / "straight", "steps=40")
+    out, generator, kills = tmp_path / "killed", random.Random(0), 0
+    command = [sys.executable, "-m", "modular_star_encoder_cli", "pretrain", str(recipe_file), "steps=40"]
+    for _ in range(12):
+        process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        if kills < 3:  # wait for the run itself, then for a random moment of it
+            while not (out / "recipe.json").exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(generator.uniform(0.0, 2.5))
+        else:
+            process.wait(timeout=120)
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills >= 2
+    assert process.returncode == 0
+    expected, found = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "straight", out))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    log = json.loads((out / "model" / "training_log.json").read_text())
+    assert log["steps"] == 40
