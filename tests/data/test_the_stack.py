@@ -1,5 +1,6 @@
 import gzip
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -37,6 +38,7 @@ class Contents(ThreadingHTTPServer):
     """Serves contents at /content/<blob>; `answers` maps a blob to bytes or to the statuses of its first answers."""
 
     daemon_threads = True
+    request_queue_size = 64  # a full queue makes a client wait for a second
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -75,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with Contents() as contents:
-        thread = threading.Thread(target=contents.serve_forever, daemon=True)
+        thread = threading.Thread(target=contents.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield contents
         contents.shutdown()
@@ -208,6 +210,7 @@ def test_only_a_few_contents_are_fetched_ahead(reader_of, server):
     reader = reader_of([record(number) for number in range(500)], threads=2)
     iterator = iter(reader)
     next(iterator)
+    time.sleep(0.3)
     iterator.close()
     assert server.asked.total() <= 12
 
