@@ -1,0 +1,38 @@
+"""Pre-train a multi-exit encoder on repositories, in the steps that `mose pretrain` runs: a script to copy and change.
+
+    python examples/pretrain.py hub_configs/small/recipe.yaml --out runs/small corpus.folder=~/checkouts
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/pretrain.py RECIPE --out FOLDER
+
+What is interrupted continues when it is started again.
+"""
+
+import argparse
+import sys
+
+from modular_star_encoder.training.pretraining import pretrain
+from modular_star_encoder.training.pretraining_recipe import load_pretraining_recipe
+
+
+def main() -> int:
+    """Run; 0 on success, 2 after wrong input, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a YAML file, such as hub_configs/small/recipe.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that differ from the recipe")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
+    arguments = parser.parse_args()
+    try:
+        log = pretrain(load_pretraining_recipe(arguments.recipe, arguments.overrides), arguments.out)
+    except KeyboardInterrupt:
+        print("\npretrain: interrupted; start it again to continue from the last checkpoint.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"pretrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for name, value in sorted(log["evaluation"].items()):
+        print(f"{name:32} {value:.3f}")
+    print(f"unigram entropy {log['unigram_entropy']:.3f} nats; model in {arguments.out}/model")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
