@@ -18,6 +18,7 @@ from modular_star_encoder.data.packing import PackingCollator
 from modular_star_encoder.data.token_store import TokenStore, build_token_store
 from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.files import write_json
+from modular_star_encoder.evaluation.identifier_overlap import identifier_overlap_accuracy
 from modular_star_encoder.hub.staging import staged_folder
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives import InContextObjective
@@ -52,8 +53,9 @@ def pretrain(
         announce: called with the estimate of what the run will take, before anything is trained.
 
     Returns:
-        The training log: `log_history`, `steps`, `seconds`, `resumed_from`, `recipe`, `preflight`, `unigram_entropy`
-        (nats per token of the training part) and the names of the held-out repositories.
+        The training log: that of `run_stage`, and `evaluation` at the end, `recipe`, `preflight`, `unigram_entropy`
+        (nats per token of the training part), `identifier_overlap` (in-context classification without a model) and
+        the names of the held-out repositories.
 
     Raises:
         ValueError: the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
@@ -79,14 +81,23 @@ def pretrain(
     if recipe.start_from_corpus and not _has_weights(recipe.model):
         start_from_spellings(model.get_input_embeddings(), token_spellings(tokenizer), seed=recipe.seed)
         start_from_unigrams(model.heads.decoder, pairs.token_counts())
-    log = _train(recipe, model, tokenizer, pairs, unseen, out / "checkpoints", state, progress)
+    fitted = InContextPairs(train, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 2, **options)
+    overlap = identifier_overlap_accuracy(fitted, unseen, tokenizer)
+    trainer = _trainer(recipe, model, tokenizer, pairs, unseen, out / "checkpoints", state, progress)
+    log = train_to_the_end(trainer, out / "checkpoints", progress=progress)
     counts = pairs.token_counts().double()
     log |= {
+        "evaluation": trainer.evaluate(),
         "recipe": recipe.to_dict(),
         "preflight": asdict(estimate),
         "unigram_entropy": torch.special.entr(counts / counts.sum()).sum().item(),
+        "identifier_overlap": overlap,
         "held_out_repositories": list(held_out.repositories),
     }
+    trainer.save_model(os.fspath(out / "model"))
+    if state.is_main_process:
+        tokenizer.save_pretrained(out / "model")
+        write_json(out / "model" / "training_log.json", log)
     return log
 
 
@@ -167,7 +178,7 @@ def _model(
     return model
 
 
-def _train(
+def _trainer(
     recipe: PretrainingRecipe,
     model: ModularStarEncoderForPreTraining,
     tokenizer: PreTrainedTokenizerFast,
@@ -176,8 +187,8 @@ def _train(
     folder: Path,
     state: PartialState,
     progress: bool,
-) -> dict[str, Any]:
-    """Train, save to `model/`, and return the log."""
+) -> MultiExitTrainer:
+    """The trainer that a recipe describes."""
     settings = {
         "output_dir": os.fspath(folder),
         "max_steps": recipe.steps,
@@ -212,7 +223,7 @@ def _train(
     schedule = None
     if recipe.milestones:
         schedule = MultiStepSchedule(recipe.warmup_steps, recipe.milestones, recipe.fractions)
-    trainer = MultiExitTrainer(
+    return MultiExitTrainer(
         model,
         arguments,
         InContextObjective(),
@@ -225,11 +236,3 @@ def _train(
         eval_dataset=unseen,
         data_collator=(PackingCollator if recipe.packing else PaddingCollator)(tokenizer),
     )
-    log = train_to_the_end(trainer, folder, progress=progress)
-    log["evaluation"] = trainer.evaluate()
-    model_folder = folder.parent / "model"
-    trainer.save_model(os.fspath(model_folder))
-    if state.is_main_process:
-        tokenizer.save_pretrained(model_folder)
-        write_json(model_folder / "training_log.json", log)
-    return log
