@@ -90,7 +90,13 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_ends_in_the_same_weights(reposito
     straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
     options = ("--data", repositories, "--recipe", recipe, "--question", "multiply")
     assert run(*options, "--out", straight).returncode == 0
-    process = subprocess.Popen(command(*options, "--out", interrupted), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*options, "--out", interrupted),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells start background jobs with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 120
     while not list(interrupted.glob("*/checkpoint-2/trainer_state.json")) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -47,5 +47,16 @@ def test_a_log_line_is_short_and_names_each_exit():
     assert line == "loss 1.500 · learning_rate 1.0e-03 · clip_loss 1: 2.000, 12: 1.000"
 
 
-def test_the_precision_probe_answers():
-    assert bf16_is_faster(size=64) in (True, False)
+@pytest.mark.parametrize(
+    ("flags", "faster"),
+    [
+        ("flags : fpu avx512f avx512_bf16", True),
+        ("flags : fpu amx_bf16 amx_tile", True),
+        ("Features : asimd bf16 i8mm", True),
+        ("flags : fpu avx2 avx512f avx512_vnni", False),
+    ],
+)
+def test_bfloat16_is_chosen_by_what_the_processor_says_it_can_do(monkeypatch, flags, faster):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda self, **_: flags)
+    assert bf16_is_faster() is faster
