@@ -141,9 +141,9 @@ def test_every_recipe_of_ours_fits_its_model():
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_weights(recipe_file, tmp_path):
-    run(recipe_file, tmp_path / "straight", "steps=40")
     out, generator, kills = tmp_path / "killed", random.Random(0), 0
     command = [sys.executable, "-m", "modular_star_encoder_cli", "pretrain", str(recipe_file), "steps=40"]
+    subprocess.run([*command, "--out", str(tmp_path / "straight")], check=True, capture_output=True)
     for _ in range(12):
         process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
