@@ -53,8 +53,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_modular_star_encoder import ModularStarEncoderConfig
 
-# Logits computed at once by the masked language modelling loss: 2**24 float32 are 64 MiB, whatever the vocabulary.
-LOGITS_PER_CHUNK = 2**24
+# Logits computed at once by the masked language modelling loss: 2**22 float32 are 16 MiB, whatever the vocabulary.
+LOGITS_PER_CHUNK = 2**22
 
 # Texts share a group of unpadded attention while the shortest has this share of the longest one's tokens.
 SHORTEST_IN_GROUP = 0.8
