@@ -1,6 +1,7 @@
 """Slices: the exit of the full model, bit for bit, by every way of loading."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.hub.slicing import slice_checkpoint
 from modular_star_encoder.hub.staging import staged_folder
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
+from tests.published.stand_in import write_stand_in
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_batch, tiny_model, tiny_tokenizer
 
 TEXTS = ["add two numbers", "def subtract(first, second):\n    return first - second", "x"]
@@ -142,3 +144,24 @@ def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
         (staging / "whole").write_text("")
         assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+
+
+def test_a_published_checkpoint_is_sliced_into_our_layout(tmp_path):
+    write_stand_in(tmp_path / "published", "finetuned")
+    full = AutoModel.from_pretrained(tmp_path / "published", dtype=torch.float32)
+    exit_layer = full.config.exit_layers[1]
+    sliced = slice_checkpoint(tmp_path / "published", exit_layer, tmp_path / "slice")
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with torch.inference_mode():
+        expected = full(**batch, exit_layer=exit_layer).sentence_embedding
+        found = AutoModel.from_pretrained(sliced, dtype=torch.float32)(**batch).sentence_embedding
+    assert torch.equal(found, expected)
+
+
+def test_a_class_of_somebody_elses_is_not_sliced_in_half(tmp_path, checkpoint):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["TheirModel"]}))
+    with pytest.raises(ValueError, match="holds a TheirModel, no class of this package"):
+        slice_checkpoint(copy, 2, tmp_path / "slice")
+    assert not (tmp_path / "slice").exists()

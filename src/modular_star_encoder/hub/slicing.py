@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 from modular_star_encoder import modeling
 from modular_star_encoder.evaluation.checkpoint import check_checkpoint
 from modular_star_encoder.hub.staging import staged_folder
+from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 
 SENTENCE_TRANSFORMER_FILES = (
     "modules.json",
@@ -43,7 +44,7 @@ def slice_checkpoint(
     check_checkpoint(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
     config.check_exit(exit_layer)
-    model_class = getattr(modeling, config.architectures[0], modeling.ModularStarEncoderPreTrainedModel)
+    model_class = _class_named(config.architectures[0], checkpoint)
     with staged_folder(out) as staging:
         model = model_class.from_pretrained(checkpoint, exit_layer=exit_layer)
         if only_exit:
@@ -56,6 +57,15 @@ def slice_checkpoint(
                 (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, staging / name)
     return Path(out)
+
+
+def _class_named(name: str, checkpoint: str | os.PathLike) -> type[modeling.ModularStarEncoderPreTrainedModel]:
+    """The class of ours with this name; for a published checkpoint the base class, which looks at what the file holds."""
+    if name == PUBLISHED_ARCHITECTURE:
+        return modeling.ModularStarEncoderPreTrainedModel
+    if name not in modeling.__all__:
+        raise ValueError(f"{checkpoint} holds a {name}, no class of this package; load it and save model.slice(…).")
+    return getattr(modeling, name)
 
 
 def _keep_only(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
