@@ -60,7 +60,7 @@ def slice_checkpoint(
 
 
 def _class_named(name: str, checkpoint: str | os.PathLike) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """The class of ours with this name; for a published checkpoint the base class, which looks at what the file holds."""
+    """The class of ours with this name; for a published checkpoint the base class, which looks what it holds."""
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
