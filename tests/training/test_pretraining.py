@@ -117,6 +117,17 @@ def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, over
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_recipe_that_is_not_there_or_is_no_yaml_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="There is no recipe"):
+        load_pretraining_recipe(tmp_path / "nowhere.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(ValueError, match="must be a mapping"):
+        load_pretraining_recipe(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("steps: [1")
+    with pytest.raises(ValueError, match="not a YAML file"):
+        load_pretraining_recipe(tmp_path / "broken.yaml")
+
+
 def test_numbers_that_yaml_reads_as_words_are_numbers(recipe_file):
     assert load_pretraining_recipe(recipe_file, ["adam_epsilon=1e-6"]).adam_epsilon == 1e-6
 

@@ -107,7 +107,7 @@ class PretrainingRecipe:
 
 
 def load_pretraining_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PretrainingRecipe:
-    """Read a recipe; a relative `model` that is no configuration of ours is looked up beside the file.
+    """Read a recipe.
 
     Args:
         path: a YAML file.
@@ -115,10 +115,12 @@ def load_pretraining_recipe(path: str | os.PathLike, overrides: Sequence[str] = 
 
     Raises:
         ValueError: the file or an override is not of this form, or a setting is unknown, missing or out of range.
-        OSError: the file can't be read.
+        OSError: the file is there and can't be read.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"There is no recipe {path}; ours are hub_configs/small/recipe.yaml and others.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
