@@ -93,8 +93,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             where the norm is above 1, as in the published models' ancestor.
         pooler_position (`str`, defaults to `"last"`): Token that classifiers read: the `"last"` real one (`<cls>`) or
             the `"first"`.
-        output_all_exits (`bool`, defaults to `False`): Whether a forward in which no exit is named returns every exit,
-            as the published fine-tuned model does, instead of the deepest.
+        output_all_exits (`bool`, *optional*): Whether a forward in which no exit is named returns every exit,
+            as the published fine-tuned model does, instead of the deepest. By default only in published checkpoints.
         classifier_dropout (`float`, defaults to 0.1): Dropout before the sequence classifier.
         instruction_prompts (`bool`, defaults to `True`): Whether texts carry the published instructions. The model
             itself does not read it; evaluation and search do, to treat a text as fine-tuning did.
@@ -113,7 +113,12 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     """
 
     model_type = "ModularStarEncoder"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_hidden_states", "residual_states", "exit_embeddings"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "exit_hidden_states",
+        "residual_states",
+        "exit_embeddings",
+        "exit_logits",
+    ]
     # StarCoder2's own plan (transformers, configuration_starcoder2.py): the blocks are the same.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -155,7 +160,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     pooling: str = "mean"
     embedding_normalization: str = "l2"
     pooler_position: str = "last"
-    output_all_exits: bool = False
+    output_all_exits: bool | None = None
     classifier_dropout: float | int = 0.1
     instruction_prompts: bool = True
     unpad_inputs: bool = False
@@ -227,6 +232,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     def validate_choices(self) -> None:
         """Refuse words that an option does not know."""
+        if self.unpad_inputs and self.pooling == "legacy":
+            raise ValueError("unpad_inputs leaves out the padding that legacy pooling may read; use one of the two.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(allowed)}.")

@@ -37,6 +37,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_causal_mask,
@@ -271,6 +272,16 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> "ModularStarEncoderRotaryEmbedding":
+        """Move with the model, but stay float32 in `model.to(torch.bfloat16)`, as at load: angles need the digits."""
+        exact = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(
         config: ModularStarEncoderConfig, device: torch.device | None = None, **kwargs: Any
@@ -426,6 +437,9 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
                 `output_loading_info=True`, which returns the names, or with a `state_dict` in place of a checkpoint.
                 Shapes may differ with `ignore_mismatched_sizes=True`.
         """
+        if kwargs.get("exit_layer") is not None and isinstance(kwargs.get("config"), PreTrainedConfig):
+            kwargs["config"] = copy.deepcopy(kwargs["config"])
+            kwargs["config"].exit_layer = kwargs.pop("exit_layer")
         want_loading_info = kwargs.pop("output_loading_info", False)
         check = not want_loading_info and kwargs.get("state_dict") is None
         model_class = cls
@@ -446,12 +460,14 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
             exit_layer: an exit of this model.
 
         Raises:
-            ValueError: the model has no such exit; the message lists those it has.
+            ValueError: the model has no such exit (the message lists those it has), or carries an adapter.
         """
         with torch.device("meta"):
             model = type(self)(self.config.cut(exit_layer))
-        parameters = self.state_dict(keep_vars=True)
-        model.load_state_dict({name: parameters[name] for name in model.state_dict()}, assign=True)
+        parameters, names = self.state_dict(keep_vars=True), list(model.state_dict())
+        if not set(names) <= set(parameters):
+            raise ValueError("A model with an adapter can't be sliced; merge the adapter first.")
+        model.load_state_dict({name: parameters[name] for name in names}, assign=True)
         # Frequencies are computed, not stored.
         getattr(model, "model", model).rotary_emb = copy.deepcopy(getattr(self, "model", self).rotary_emb)
         return model.train(self.training)
@@ -635,18 +651,25 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         restore = None
-        recorded = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        recorded = any(
+            kwargs.get(name) or getattr(self.config, name, False)
+            for name in ("output_hidden_states", "output_attentions")
+        )
         two_dimensional = attention_mask is not None and attention_mask.dim() == 2
         # CODEPATH: computing padding is simpler and compiles; leaving it out is faster on batches of mixed lengths.
         # What is recorded inside layers has no way back to the padded shape.
-        if self.config.unpad_inputs and bounds is None and two_dimensional and not recorded:
+        if self.config.unpad_inputs and bounds is None and two_dimensional and not recorded and attention_mask.any():
+            if position_ids is not None:
+                position_ids = position_ids.expand_as(attention_mask)[attention_mask.bool()].unsqueeze(0)
             inputs_embeds, bounds, restore = _unpad(inputs_embeds, attention_mask)
-            position_ids = None
         elif bounds is not None and inputs_embeds.shape[0] > 1:
             if kwargs.get("cu_seq_lens_q") is not None:
                 raise ValueError("cu_seq_lens_q describes the texts of one row; give a flat batch of shape (1, N).")
-            inputs_embeds, _, restore = _unpad(inputs_embeds, torch.ones_like(position_ids))
-            position_ids = position_ids.reshape(1, -1)
+            if recorded:
+                bounds = None
+            else:
+                inputs_embeds, _, restore = _unpad(inputs_embeds, torch.ones_like(position_ids))
+                position_ids = position_ids.reshape(1, -1)
         if bounds is not None:
             kwargs.update(self._packing(bounds, inputs_embeds, kwargs))
             mask = None
@@ -764,6 +787,8 @@ def _rows(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One row per text, and the mask: packed texts (B, T, H) become (texts, longest, H), padded on the right."""
     if bounds is None:
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError("Heads need an attention_mask of shape (B, T); a prepared 4D mask is for the trunk alone.")
         return states, attention_mask
     lengths = bounds.diff()
     offsets = torch.arange(int(lengths.max()), device=bounds.device)
@@ -864,7 +889,8 @@ class MaskedLanguageModelingLoss(torch.autograd.Function):
         weight_cast, bias_cast = weight.to(flat.dtype), bias.to(flat.dtype)
         scales = (loss_gradients / tokens).repeat_interleave(tokens)
         feature_gradients = []
-        weight_gradient, bias_gradient = torch.zeros_like(weight), torch.zeros_like(bias)
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        bias_gradient = torch.zeros_like(bias, dtype=torch.float32)
         for part, part_targets, part_sums, part_scales in zip(
             *(_chunks(states, len(weight)) for states in (flat, targets, log_sums, scales)), strict=True
         ):
@@ -873,8 +899,9 @@ class MaskedLanguageModelingLoss(torch.autograd.Function):
             gradient = gradient.mul_(part_scales[:, None]).to(flat.dtype)
             feature_gradients.append(gradient @ weight_cast)
             weight_gradient += gradient.T @ part
-            bias_gradient += gradient.sum(dim=0)
-        return torch.cat(feature_gradients).view_as(features), weight_gradient, bias_gradient, None
+            bias_gradient += gradient.sum(dim=0, dtype=torch.float32)
+        feature_gradient = torch.cat(feature_gradients).view_as(features)
+        return feature_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(bias.dtype), None
 
 
 def _chunks(states: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...]:
@@ -1032,7 +1059,8 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         # CODEPATH: `clip` is how the published models' ancestor normalised.
         if self.config.embedding_normalization == "clip":
             return embeddings / embeddings.norm(p=2, dim=1, keepdim=True).clamp(min=1.0)
-        return nn.functional.normalize(embeddings, p=2, dim=1)
+        # In float32: the epsilon that keeps an empty text from becoming NaN is zero in float16.
+        return nn.functional.normalize(embeddings.float(), p=2, dim=1).to(embeddings.dtype)
 
     @can_return_tuple
     def forward(

@@ -61,6 +61,8 @@ _RENAMINGS = {
 _PROJECTION = re.compile(rf"{_TRUNK}projection_heads\.(\d+)\.")
 _LAYER = re.compile(rf"{_TRUNK}layers\.(\d+)\.")
 
+# Attributes of a configuration that mean something else as arguments of `from_pretrained`.
+_NOT_FIELDS = ("dtype", "torch_dtype", "attn_implementation")
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -80,8 +82,8 @@ def read_published_layout(
     """Prepare the loading of a published checkpoint; anything else is left as it is.
 
     The Auto classes find the published class name unknown and choose the trunk. Where the file has projection heads,
-    they get the retrieval model instead; a class that is called itself stays, and the common base class stands for
-    whatever the file holds.
+    they get the retrieval model instead; a class that is called itself (without `config`) stays, and the common base
+    class stands for whatever the file holds.
 
     Args:
         model_class: whose `from_pretrained` was called.
@@ -123,8 +125,8 @@ def _published_config(
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None
-    fields = set(ModularStarEncoderConfig.__dataclass_fields__) - {"dtype"}
-    own = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+    config = ModularStarEncoderConfig.from_pretrained(path, **hub)
+    own = {name: kwargs.pop(name) for name in list(kwargs) if name not in _NOT_FIELDS and hasattr(config, name)}
     return ModularStarEncoderConfig.from_pretrained(path, **hub, **own)
 
 
@@ -158,9 +160,11 @@ def describe(
     parent_depth = config.parent_exit_layers[-1]
     complete.num_hidden_layers, complete.parent_num_hidden_layers = depth, parent_depth
     complete.exit_layers = exits[-1:] if len(heads) == 1 else exits
-    complete.output_all_exits = True
+    if complete.output_all_exits is None:
+        complete.output_all_exits = True
     if depth < parent_depth and config.exit_norm == "last":
         complete.exit_norm = "none"
+    if depth < parent_depth and complete.exit_norm == "none":
         _warn_about_norm(shapes, depth)
     checkpoint_class: type[ModularStarEncoderPreTrainedModel] = ModularStarEncoderModel
     if heads:

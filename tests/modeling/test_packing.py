@@ -180,7 +180,42 @@ def test_a_causal_model_is_causal_in_every_form():
     assert difference[:5].max() < 1e-5 < difference[5:12].min()
 
 
-def test_hidden_states_of_a_batch_without_padding_have_the_padded_shape():
+@pytest.mark.parametrize("where", ["call", "configuration"])
+def test_hidden_states_of_a_batch_without_padding_have_the_padded_shape(where):
     batch = tiny_batch(lengths=LENGTHS)
-    outputs = run(tiny_model(ModularStarEncoderModel, unpad_inputs=True), **batch, output_hidden_states=True)
+    asked = {"output_hidden_states": True}
+    model = tiny_model(ModularStarEncoderModel, unpad_inputs=True, **(asked if where == "configuration" else {}))
+    outputs = run(model, **batch, **(asked if where == "call" else {}))
     assert {states.shape[:2] for states in outputs.hidden_states} == {batch["input_ids"].shape}
+
+
+def test_positions_that_are_given_count_without_padding_too():
+    batch = tiny_batch(lengths=LENGTHS)
+    positions = torch.arange(batch["input_ids"].shape[1])[None] * 3
+    padded, unpadded = (
+        run(tiny_model(unpad_inputs=unpad_inputs), **batch, position_ids=positions).sentence_embedding
+        for unpad_inputs in (False, True)
+    )
+    torch.testing.assert_close(unpadded, padded, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_of_nothing_but_padding_embeds_to_zeros_in_any_precision():
+    batch = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.zeros(2, 5, dtype=torch.long)}
+    for unpad_inputs in (False, True):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            assert not run(tiny_model(unpad_inputs=unpad_inputs).to(dtype), **batch).sentence_embedding.any()
+
+
+def test_recorded_states_of_packed_rows_have_the_shape_of_the_rows():
+    input_ids, position_ids, _ = packed()
+    rows = {"input_ids": input_ids.repeat(2, 1), "position_ids": position_ids.repeat(2, 1)}
+    model = tiny_model(ModularStarEncoderModel)
+    outputs = run(model, **rows, output_hidden_states=True)
+    assert {states.shape[:2] for states in outputs.hidden_states} == {(2, sum(LENGTHS))}
+    torch.testing.assert_close(outputs.last_hidden_state, run(model, **rows).last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_refuse_a_mask_that_does_not_tell_tokens_from_padding():
+    mask = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="for the trunk alone"):
+        run(tiny_model(), input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=mask)

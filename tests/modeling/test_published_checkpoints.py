@@ -12,6 +12,7 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderConfig,
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
+    ModularStarEncoderForSequenceClassification,
     ModularStarEncoderModel,
     ModularStarEncoderPreTrainedModel,
 )
@@ -217,6 +218,15 @@ def test_what_is_loaded_and_saved_again_has_our_layout(tmp_path):
     assert torch.equal(embed(again).exit_embeddings, embed(model).exit_embeddings)
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert not {"matryoshka_layers", "conditional_size", "layer_norm_eps"} & set(written)
+
+
+def test_arguments_reach_the_configuration_of_a_published_checkpoint(tmp_path):
+    folder = write_published(tmp_path, full_model())
+    classifier = ModularStarEncoderForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert classifier.classifier.out_features == 3
+    model = AutoModel.from_pretrained(folder, output_all_exits=False, pooling="cls", dtype=torch.float16)
+    assert isinstance(embed(model).projected_pooled_normalized, torch.Tensor)
+    assert (model.config.pooling, model.dtype) == ("cls", torch.float16)
 
 
 def drop(name):

@@ -91,3 +91,21 @@ def test_an_exit_given_to_the_configuration_cuts_the_model_too(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, exit_layer=1)
     assert len(AutoModel.from_config(config).model.layers) == 1
+
+
+def test_a_model_converted_to_bfloat16_equals_the_one_loaded_in_it(tmp_path):
+    model = tiny_model().eval()
+    model.save_pretrained(tmp_path)
+    converted, loaded = model.to(torch.bfloat16), AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert converted.model.rotary_emb.inv_freq.dtype == torch.float32
+    long = {"input_ids": torch.arange(4, 120)[None]}
+    with torch.inference_mode():
+        assert torch.equal(converted(**long).sentence_embedding, loaded(**long).sentence_embedding)
+
+
+def test_an_exit_and_a_configuration_can_be_given_together(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    for load in (AutoModel.from_pretrained, ModularStarEncoderForRetrieval.from_pretrained):
+        assert load(tmp_path, config=config, exit_layer=2).config.num_hidden_layers == 2
+    assert config.exit_layer is None

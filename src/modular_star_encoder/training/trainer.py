@@ -61,6 +61,8 @@ class MultiExitTrainer(Trainer):
         self.exit_weights = exit_weights(weights, self.exit_layers, depth, normalize=normalize_weights)
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
+        if rotate_shallow_exits and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True
         super().__init__(model, args, **kwargs)
         # Losses are means over the batch already: Trainer must divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
