@@ -86,8 +86,8 @@ def test_a_recipe_makes_a_checkpoint_that_loads_and_a_log_of_every_exit(recipe_f
 
 def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):
     run(recipe_file, tmp_path / "run", "steps=2")
-    with pytest.raises(ValueError, match="another recipe"):
-        run(recipe_file, tmp_path / "run", "steps=4")
+    with pytest.raises(ValueError, match="another seed, steps"):
+        run(recipe_file, tmp_path / "run", "steps=4", "seed=1")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="holds no run"):
@@ -109,12 +109,57 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):
         ("steps", "form key=value"),
         ("model=nowhere", "no configuration 'nowhere'"),
         ("exit_weights=heavy", "one of paper, uniform, linear"),
+        ("trainer.speed=3", "trainer: .*speed"),
+        ("milestones=[1, 2]", "2 milestones and 0 fractions"),
+        ("attn_implementation=fast", "fast"),
+        ("eval_rows=0", "eval_rows must be above 0"),
+        ("corpus=code", "corpus must be a mapping"),
+        ("steps=.inf", "steps must be a number"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         run(recipe_file, tmp_path / "run", override)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_training_may_change_until_something_is_trained(recipe_file, tmp_path):
+    with pytest.raises(ValueError, match="two repositories"):
+        run(recipe_file, tmp_path / "run", "held_out_share=0.01")
+    log, _ = run(recipe_file, tmp_path / "run", "held_out_share=0.3", "steps=2")
+    assert log["steps"] == 2
+    with pytest.raises(ValueError, match="another corpus"):
+        run(recipe_file, tmp_path / "run", "steps=2", "corpus.depth=2")
+
+
+def test_a_finished_run_is_not_trained_again(recipe_file, tmp_path):
+    first, _ = run(recipe_file, tmp_path / "run", "steps=2")
+    weights = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
+    recipe = load_pretraining_recipe(recipe_file, ["steps=2"])
+    again = pretrain(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
+    assert again["seconds"] == first["seconds"]
+    assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_run_that_diverges_still_leaves_its_log(recipe_file, tmp_path):
+    run(recipe_file, tmp_path / "run", "learning_rate=1e30", "max_grad_norm=0", "warmup_steps=0", "steps=4")
+    log = json.loads((tmp_path / "run" / "model" / "training_log.json").read_text())
+    assert any(entry.get("mlm_loss_exit_4", 0) is None for entry in log["log_history"])
+
+
+def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_path):
+    run(recipe_file, tmp_path / "first", "steps=2")
+    model = tmp_path / "first" / "model"
+    run(recipe_file, tmp_path / "second", "steps=2", f"model={model}")
+    assert (tmp_path / "second/model/tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
+    assert not (tmp_path / "second" / "tokenizer").exists()
+
+
+def test_a_folder_that_happens_to_be_there_is_not_taken_for_a_configuration_of_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    recipe = load_pretraining_recipe(hub_config_folder("small") / "recipe.yaml")
+    assert model_config(recipe).num_hidden_layers == 8
 
 
 def test_a_recipe_that_is_not_there_or_is_no_yaml_is_refused(tmp_path):

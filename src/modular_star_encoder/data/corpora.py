@@ -33,6 +33,8 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     if len(named) != 1:
         raise ValueError(f"A corpus has exactly one source among {', '.join(SOURCES)}; {len(named)} are given.")
     source = options.pop(named[0])
+    if named[0] == "the_stack" and "content_url" not in options:
+        raise ValueError("A corpus of The Stack needs content_url, the address of a content with {blob_id} in it.")
     options["filters"] = STARCODER2_FILTERS
     try:
         match named[0]:
@@ -46,5 +48,5 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
                 return row_repositories(source, RowColumns(**options.pop("columns", {})), **options)
             case _:
                 return the_stack_repositories(source, ContentSource(url=options.pop("content_url")), **options)
-    except (TypeError, KeyError) as error:
+    except TypeError as error:
         raise ValueError(f"The corpus's settings for {named[0]!r} can't be used: {error}.") from error

@@ -1,6 +1,7 @@
 """In-context pre-training from a recipe: corpus → tokenizer → token store → model, restartable at every stage."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 
 from modular_star_encoder.data.corpora import open_corpus
@@ -21,7 +21,7 @@ from modular_star_encoder.evaluation.files import write_json
 from modular_star_encoder.evaluation.identifier_overlap import identifier_overlap_accuracy
 from modular_star_encoder.hub.staging import staged_folder
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives import InContextObjective
+from modular_star_encoder.objectives import InContextObjective, exit_weights
 from modular_star_encoder.training.initialization import start_from_spellings, start_from_unigrams
 from modular_star_encoder.training.preflight import Preflight, preflight
 from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe
@@ -29,6 +29,8 @@ from modular_star_encoder.training.recipe import hub_config_folder
 from modular_star_encoder.training.schedule import MultiStepSchedule
 from modular_star_encoder.training.stages import bf16_is_faster, train_to_the_end
 from modular_star_encoder.training.trainer import MultiExitTrainer
+
+LOG = Path("model", "training_log.json")
 
 # Enough for the merges of a large vocabulary; more text makes training the tokenizer slower, not better.
 TOKENIZER_CHARACTERS = 100_000_000
@@ -43,8 +45,9 @@ def pretrain(
 ) -> dict[str, Any]:
     """Pre-train a model, continuing whatever an earlier call with this recipe left in `out`.
 
-    `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/` while training, and in the end `model/`, a
-    checkpoint with `training_log.json`. With several processes (`accelerate launch`, `torchrun`) each calls this.
+    `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and in the end `model/`, a checkpoint
+    with `training_log.json`; a run that has it is finished, and its log is returned. With several processes
+    (`accelerate launch`, `torchrun`) each calls this.
 
     Args:
         recipe: what to do.
@@ -62,11 +65,18 @@ def pretrain(
     """
     out, state = Path(out), PartialState()
     config = model_config(recipe)
+    # What can be told without the corpus is told before it is read.
     with torch.device("meta"):
-        # What can be told without the corpus is told before it is read.
-        preflight(ModularStarEncoderForPreTraining(config), recipe, state.num_processes)
+        model = ModularStarEncoderForPreTraining(config)
+    preflight(model, recipe, state.num_processes)
+    model.set_attn_implementation(recipe.attn_implementation)
+    exit_weights(recipe.exit_weights, config.exit_layers, config.parent_num_hidden_layers)
+    arguments, schedule = _training_arguments(recipe, out / "checkpoints", state, progress), _schedule(recipe)
+    open_corpus(recipe.corpus)
     with state.main_process_first():
         _open_run(recipe, out)
+        if (out / LOG).is_file():
+            return json.loads((out / LOG).read_text(encoding="utf-8"))
         tokenizer = _tokenizer(recipe, config, out, progress and state.is_main_process)
         store = _token_store(recipe, tokenizer, out, progress and state.is_main_process)
     train, held_out = store.split(recipe.held_out_share, recipe.seed)
@@ -83,7 +93,19 @@ def pretrain(
         start_from_unigrams(model.heads.decoder, pairs.token_counts())
     fitted = InContextPairs(train, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 2, **options)
     overlap = identifier_overlap_accuracy(fitted, unseen, tokenizer)
-    trainer = _trainer(recipe, model, tokenizer, pairs, unseen, out / "checkpoints", state, progress)
+    trainer = MultiExitTrainer(
+        model,
+        arguments,
+        InContextObjective(),
+        weights=recipe.exit_weights,
+        normalize_weights=recipe.normalize_exit_weights,
+        rotate_shallow_exits=recipe.rotate_shallow_exits,
+        log_gradient_norms=recipe.log_gradient_norms,
+        schedule=schedule,
+        train_dataset=pairs,
+        eval_dataset=unseen,
+        data_collator=(PackingCollator if recipe.packing else PaddingCollator)(tokenizer),
+    )
     log = train_to_the_end(trainer, out / "checkpoints", progress=progress)
     counts = pairs.token_counts().double()
     log |= {
@@ -97,14 +119,29 @@ def pretrain(
     trainer.save_model(os.fspath(out / "model"))
     if state.is_main_process:
         tokenizer.save_pretrained(out / "model")
-        write_json(out / "model" / "training_log.json", log)
+        write_json(out / LOG, _finite(log))
     return log
 
 
 def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
-    """The configuration that a recipe names."""
-    folder = recipe.model if os.path.isdir(recipe.model) else hub_config_folder(recipe.model)
+    """The configuration that a recipe names: one of ours, or that of a folder.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    folder = Path(recipe.model)
+    if not (folder / "config.json").is_file() or folder.name == recipe.model:
+        folder = hub_config_folder(recipe.model)
     return ModularStarEncoderConfig.from_pretrained(folder, dtype=torch.float32)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None in place of infinities and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _has_weights(name: str) -> bool:
@@ -112,12 +149,20 @@ def _has_weights(name: str) -> bool:
 
 
 def _open_run(recipe: PretrainingRecipe, out: Path) -> None:
-    """Make the folder, or check that it holds a run with this recipe."""
+    """Make the folder, or check that it holds a run with this recipe.
+
+    As long as nothing is trained, only what the tokenizer and the token store were made from must be the same.
+    """
     written = out / "recipe.json"
-    settings = json.loads(json.dumps(recipe.to_dict()))
+    settings = json.loads(json.dumps(recipe.to_dict(), default=str))
     if written.is_file():
-        if json.loads(written.read_text(encoding="utf-8")) != settings:
-            raise ValueError(f"{out} holds a run with another recipe; name another folder.")
+        before = json.loads(written.read_text(encoding="utf-8"))
+        trained = any((out / name).exists() for name in ("checkpoints", "model"))
+        names = set(settings) if trained else {"corpus", "tokenizer", "model"}
+        other = sorted(name for name in names if before.get(name) != settings[name])
+        if other:
+            raise ValueError(f"{out} holds a run with another {', '.join(other)}; name another folder.")
+        write_json(written, settings)
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty and holds no run of pre-training; name another folder.")
@@ -129,8 +174,9 @@ def _tokenizer(
     recipe: PretrainingRecipe, config: ModularStarEncoderConfig, out: Path, progress: bool
 ) -> PreTrainedTokenizerFast:
     """The recipe's tokenizer, or one trained on the corpus."""
-    if recipe.tokenizer is not None:
-        return AutoTokenizer.from_pretrained(recipe.tokenizer, trust_remote_code=False)
+    name = recipe.tokenizer or (recipe.model if _has_weights(recipe.model) else None)
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     folder = out / "tokenizer"
     if not folder.exists():
 
@@ -178,17 +224,16 @@ def _model(
     return model
 
 
-def _trainer(
-    recipe: PretrainingRecipe,
-    model: ModularStarEncoderForPreTraining,
-    tokenizer: PreTrainedTokenizerFast,
-    pairs: Dataset,
-    unseen: Dataset,
-    folder: Path,
-    state: PartialState,
-    progress: bool,
-) -> MultiExitTrainer:
-    """The trainer that a recipe describes."""
+def _schedule(recipe: PretrainingRecipe) -> MultiStepSchedule | None:
+    if not recipe.milestones and not recipe.fractions:
+        return None
+    return MultiStepSchedule(recipe.warmup_steps, recipe.milestones, recipe.fractions)
+
+
+def _training_arguments(
+    recipe: PretrainingRecipe, folder: Path, state: PartialState, progress: bool
+) -> TrainingArguments:
+    """The recipe in the words of `Trainer`."""
     settings = {
         "output_dir": os.fspath(folder),
         "max_steps": recipe.steps,
@@ -209,7 +254,6 @@ def _trainer(
         "save_steps": recipe.save_steps,
         "save_total_limit": recipe.save_total_limit,
         "dataloader_num_workers": recipe.dataloader_workers,
-        "dataloader_drop_last": True,
         "seed": recipe.seed,
         "bf16": bf16_is_faster(),
         "use_cpu": not torch.cuda.is_available(),
@@ -217,22 +261,6 @@ def _trainer(
         "report_to": "none",
     }
     try:
-        arguments = TrainingArguments(**(settings | dict(recipe.trainer)))
+        return TrainingArguments(**(settings | dict(recipe.trainer)))
     except TypeError as error:
         raise ValueError(f"trainer: {error}.") from error
-    schedule = None
-    if recipe.milestones:
-        schedule = MultiStepSchedule(recipe.warmup_steps, recipe.milestones, recipe.fractions)
-    return MultiExitTrainer(
-        model,
-        arguments,
-        InContextObjective(),
-        weights=recipe.exit_weights,
-        normalize_weights=recipe.normalize_exit_weights,
-        rotate_shallow_exits=recipe.rotate_shallow_exits,
-        log_gradient_norms=recipe.log_gradient_norms,
-        schedule=schedule,
-        train_dataset=pairs,
-        eval_dataset=unseen,
-        data_collator=(PackingCollator if recipe.packing else PaddingCollator)(tokenizer),
-    )

@@ -80,10 +80,17 @@ class PretrainingRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("steps", "tokens_per_step", "rows_per_device", "max_tokens", "learning_rate", "save_steps")
-        for name in positive:
+        for name in (
+            *("steps", "tokens_per_step", "rows_per_device", "max_tokens", "learning_rate", "eval_rows"),
+            *("logging_steps", "eval_steps", "save_steps"),
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
+        # YAML reads `1e-1`, which has no point, as a word.
+        object.__setattr__(self, "milestones", tuple(int(step) for step in self.milestones))
+        object.__setattr__(self, "fractions", tuple(float(fraction) for fraction in self.fractions))
+        if not isinstance(self.corpus, Mapping):
+            raise ValueError(f"corpus must be a mapping such as `folder: PATH`, not {self.corpus!r}.")
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"held_out_share must be between 0 and 1, not {self.held_out_share}.")
 

@@ -91,7 +91,7 @@ def _number(value: Any, kind: Any, where: str) -> Any:
         return value
     try:
         number = kind(value) if not isinstance(value, bool) else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or (kind is int and number != float(value)):
         raise ValueError(f"{where} must be a number{' without fraction' if kind is int else ''}, not {value!r}.")

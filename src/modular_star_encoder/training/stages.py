@@ -117,7 +117,7 @@ def train_to_the_end(trainer: MultiExitTrainer, folder: str | os.PathLike, *, pr
 
 def _remove_half_written(folder: Path, keep_up_to: str | None) -> None:
     """Remove checkpoints that an interruption left incomplete: `Trainer` would count them among those to keep."""
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]:
         whole = keep_up_to is not None and _step(checkpoint) <= _step(Path(keep_up_to))
         if not whole:
             shutil.rmtree(checkpoint)
