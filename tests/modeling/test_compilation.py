@@ -75,8 +75,8 @@ def test_a_compiled_model_trains_with_equal_gradients():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler")
-@pytest.mark.parametrize("exits", ONE_EXIT_AND_SEVERAL)
-def test_inductor_gives_equal_embeddings(exits, tmp_path, monkeypatch):
+def test_inductor_gives_equal_embeddings(tmp_path, monkeypatch):
+    exits = ONE_EXIT_AND_SEVERAL[1]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = tiny_model().eval()
     compiled = torch.compile(model, fullgraph=True)
