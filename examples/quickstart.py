@@ -36,11 +36,10 @@ from modular_star_encoder.data.retrieval import RetrievalCollator, RetrievalPair
 from modular_star_encoder.data.splits import Split, drop_near_identical_descriptions, split_by_repository
 from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.exits import ExitResults, RetrievalRow, evaluate_exits, format_table
-from modular_star_encoder.evaluation.files import write_json
+from modular_star_encoder.evaluation.files import staged_folder, write_json
 from modular_star_encoder.hub.reloading import reload_in_clean_process
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.hub.slicing import slice_checkpoint
-from modular_star_encoder.hub.staging import staged_folder
 from modular_star_encoder.objectives import ContrastiveObjective, InContextObjective
 from modular_star_encoder.search.folder import search_folder
 from modular_star_encoder.training import (

@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from modular_star_encoder.data.prompts import SPECIAL_TOKENS, code_prompt
-from modular_star_encoder.data.tokenizer import encode_content, train_tokenizer
+from modular_star_encoder.data.tokenizer import encode_content, load_tokenizer, train_tokenizer
 
 TEXT = "def añb(x):\n\treturn x1234  # 漢字 🙂\r\n"
 
@@ -94,3 +94,11 @@ def test_bad_arguments_are_refused_in_one_sentence():
     with pytest.raises(ValueError, match="at least one text"):
         train_tokenizer([], 300, progress=False)
     assert len(train_tokenizer(["a"], 260, progress=False)) == 260
+
+
+def test_a_tokenizer_that_names_gpt2s_class_still_splits_digits(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
+    assert "Digits" in str(load_tokenizer(tmp_path).backend_tokenizer.pre_tokenizer)
+    assert "Digits" not in str(AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer.pre_tokenizer)

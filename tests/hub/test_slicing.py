@@ -10,10 +10,10 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from modular_star_encoder.data.prompts import text_prompt
+from modular_star_encoder.evaluation.files import staged_folder
 from modular_star_encoder.hub.reloading import reload_in_clean_process
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.hub.slicing import slice_checkpoint
-from modular_star_encoder.hub.staging import staged_folder
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from tests.published.stand_in import write_stand_in
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_batch, tiny_model, tiny_tokenizer

@@ -7,6 +7,7 @@ happens to hold the characters `<sep>` must not: `encode_content` encodes it as 
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -96,6 +97,15 @@ def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
         yield text
     if empty:
         raise ValueError("A tokenizer needs at least one text to train on; `texts` is empty.")
+
+
+def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or Hub repository, exactly as its tokenizer.json says.
+
+    `AutoTokenizer` obeys the class that tokenizer_config.json names, and GPT-2's, which StarCoder2's descendants name,
+    replaces the pre-tokenizer: numbers would no longer be split into digits.
+    """
+    return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:

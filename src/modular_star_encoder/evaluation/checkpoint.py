@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 
+from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -40,7 +41,7 @@ def load_checkpoint(
             raise ValueError(f"{path} holds a model of type {config.model_type!r}, not a ModularStarEncoder.")
         arguments = {} if exit_layer is None else {"exit_layer": config.check_exit(exit_layer)}
         model = AutoModel.from_pretrained(path, trust_remote_code=False, **arguments)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = load_tokenizer(path)
     except (SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{path} can't be loaded: {_one_line(error)}") from error
     except OSError as error:

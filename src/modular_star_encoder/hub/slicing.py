@@ -4,11 +4,12 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from modular_star_encoder import modeling
+from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.evaluation.checkpoint import check_checkpoint
-from modular_star_encoder.hub.staging import staged_folder
+from modular_star_encoder.evaluation.files import staged_folder
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 
 SENTENCE_TRANSFORMER_FILES = (
@@ -50,7 +51,7 @@ def slice_checkpoint(
         if only_exit:
             _keep_only(model, exit_layer)
         model.save_pretrained(staging)
-        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(staging)
+        load_tokenizer(checkpoint).save_pretrained(staging)
         for name in SENTENCE_TRANSFORMER_FILES:
             source = Path(checkpoint, name)
             if source.is_file():

@@ -29,8 +29,8 @@ def start_from_spellings(
 
     A byte-level tokenizer has several tokens for one word ("parse", " parse", "Parse", " PARSE"); a description uses
     one and the code another, and nothing but training says that they belong together. After one hundred steps of
-    fine-tuning the quickstart's model, retrieval reached an MRR of 0.36 from this start and 0.21 from independent
-    vectors.
+    fine-tuning the quickstart's model, retrieval reached an MRR of 0.36 from this start and 0.33 with `std` 0.1;
+    independent vectors reached 0.23 with 0.1 and 0.21 with the configuration's 0.018.
 
     Each vector is drawn from N(0, std²); any two tokens with one spelling correlate by `shared`, others by 0.
 

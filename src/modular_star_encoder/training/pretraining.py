@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from modular_star_encoder.data.corpora import open_corpus
 from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
 from modular_star_encoder.data.packing import PackingCollator
 from modular_star_encoder.data.token_store import TokenStore, build_token_store
-from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
-from modular_star_encoder.evaluation.files import write_json
+from modular_star_encoder.data.tokenizer import load_tokenizer, token_spellings, train_tokenizer
+from modular_star_encoder.evaluation.files import staged_folder, write_json
 from modular_star_encoder.evaluation.identifier_overlap import identifier_overlap_accuracy
-from modular_star_encoder.hub.staging import staged_folder
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives import InContextObjective, exit_weights
 from modular_star_encoder.training.initialization import start_from_spellings, start_from_unigrams
@@ -176,7 +175,7 @@ def _tokenizer(
     """The recipe's tokenizer, or one trained on the corpus."""
     name = recipe.tokenizer or (recipe.model if _has_weights(recipe.model) else None)
     if name is not None:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return load_tokenizer(name)
     folder = out / "tokenizer"
     if not folder.exists():
 
@@ -192,7 +191,7 @@ def _tokenizer(
             train_tokenizer(
                 texts(), config.vocab_size, max_length=config.max_position_embeddings, progress=progress
             ).save_pretrained(staging)
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 def _token_store(
