@@ -157,9 +157,12 @@ def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_p
 
 def test_a_folder_that_happens_to_be_there_is_not_taken_for_a_configuration_of_ours(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "small").mkdir()
-    recipe = load_pretraining_recipe(hub_config_folder("small") / "recipe.yaml")
-    assert model_config(recipe).num_hidden_layers == 8
+    tiny_config().save_pretrained(tmp_path / "small")
+    tiny_config().save_pretrained(tmp_path / "mine")
+    recipe = hub_config_folder("small") / "recipe.yaml"
+    assert model_config(load_pretraining_recipe(recipe)).num_hidden_layers == 8
+    for name in ("./small", "mine"):
+        assert model_config(load_pretraining_recipe(recipe, [f"model={name}"])).num_hidden_layers == 4
 
 
 def test_a_recipe_that_is_not_there_or_is_no_yaml_is_refused(tmp_path):

@@ -87,7 +87,7 @@ def pretrain(
     options = {"max_tokens": recipe.max_tokens, "mask_probability": recipe.mask_probability, "progress": False}
     pairs = InContextPairs(train, tokenizer, length=recipe.steps * rows_per_step, seed=recipe.seed, **options)
     unseen = InContextPairs(held_out, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 1, **options)
-    if recipe.start_from_corpus and not _has_weights(recipe.model):
+    if recipe.start_from_corpus and not _has_weights(recipe):
         start_from_spellings(model.get_input_embeddings(), token_spellings(tokenizer), seed=recipe.seed)
         start_from_unigrams(model.heads.decoder, pairs.token_counts())
     fitted = InContextPairs(train, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 2, **options)
@@ -128,10 +128,17 @@ def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
     Raises:
         ValueError: there is neither.
     """
-    folder = Path(recipe.model)
-    if not (folder / "config.json").is_file() or folder.name == recipe.model:
-        folder = hub_config_folder(recipe.model)
-    return ModularStarEncoderConfig.from_pretrained(folder, dtype=torch.float32)
+    return ModularStarEncoderConfig.from_pretrained(_model_folder(recipe), dtype=torch.float32)
+
+
+def _model_folder(recipe: PretrainingRecipe) -> Path:
+    """Names of ours come first, so that a folder that happens to be there does not change what a recipe means."""
+    try:
+        return hub_config_folder(recipe.model)
+    except ValueError:
+        if not Path(recipe.model, "config.json").is_file():
+            raise
+        return Path(recipe.model)
 
 
 def _finite(value: Any) -> Any:
@@ -143,8 +150,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _has_weights(name: str) -> bool:
-    return any(Path(name).glob("model*.safetensors"))
+def _has_weights(recipe: PretrainingRecipe) -> bool:
+    return any(_model_folder(recipe).glob("model*.safetensors"))
 
 
 def _open_run(recipe: PretrainingRecipe, out: Path) -> None:
@@ -173,7 +180,7 @@ def _tokenizer(
     recipe: PretrainingRecipe, config: ModularStarEncoderConfig, out: Path, progress: bool
 ) -> PreTrainedTokenizerFast:
     """The recipe's tokenizer, or one trained on the corpus."""
-    name = recipe.tokenizer or (recipe.model if _has_weights(recipe.model) else None)
+    name = recipe.tokenizer or (recipe.model if _has_weights(recipe) else None)
     if name is not None:
         return load_tokenizer(name)
     folder = out / "tokenizer"
@@ -212,7 +219,7 @@ def _model(
 ) -> ModularStarEncoderForPreTraining:
     """A new model, or the one whose weights lie beside the configuration."""
     torch.manual_seed(recipe.seed)
-    if _has_weights(recipe.model):
+    if _has_weights(recipe):
         model = ModularStarEncoderForPreTraining.from_pretrained(recipe.model, dtype=torch.float32)
     else:
         config.vocab_size = max(vocab_size, config.vocab_size if recipe.tokenizer else 0)
