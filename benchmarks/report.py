@@ -36,6 +36,14 @@ def write(name: str, figures: Any) -> Path:
     return path
 
 
+def status_bytes(name: str) -> int:
+    """A memory figure of this process, such as `VmHWM` (Linux)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"This system does not tell {name} in /proc/self/status.")
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
