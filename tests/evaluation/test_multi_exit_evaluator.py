@@ -180,7 +180,7 @@ def test_a_name_tells_evaluators_apart(sentence_transformer, tmp_path):
     assert evaluator.primary_metric == "small_mrr_mean"
     assert evaluator.primary_metric in evaluator(sentence_transformer, str(tmp_path))
     evaluator.recall_at = (5,)
-    with pytest.raises(ValueError, match="small_results.csv holds other metrics; give this evaluator a name"):
+    with pytest.raises(ValueError, match=r"small_results\.csv holds other metrics; give this evaluator a name"):
         evaluator(sentence_transformer, str(tmp_path))
 
 
@@ -188,7 +188,7 @@ def test_what_the_evaluator_cannot_score_is_refused(sentence_transformer, model)
     evaluator = MultiExitEvaluator.from_pairs(ROWS)
     with pytest.raises(ValueError, match="Give the evaluator a tokenizer"):
         evaluator(model)
-    with pytest.raises(ValueError, match="nothing behind but a normalisation; this one has .*Dense"):
+    with pytest.raises(ValueError, match=r"nothing behind but a normalisation; this one has .*Dense"):
         evaluator(SentenceTransformer(modules=[*sentence_transformer, Dense(16, 4)]))
     with pytest.raises(ValueError, match="pooled as its configuration says"):
         evaluator(SentenceTransformer(modules=[sentence_transformer[0], Pooling(16, pooling_mode="max")]))

@@ -131,14 +131,7 @@ class MultiExitEvaluator(BaseEvaluator):
             exit_layer: self.retrieval_set.score(embeddings, documents[exit_layer], **protocol)
             for exit_layer, embeddings in queries.items()
         }
-        metrics = {}
-        for metric in next(iter(per_exit.values())):
-            values = {exit_layer: scores[metric] for exit_layer, scores in per_exit.items()}
-            metrics |= {f"{metric}_exit_{exit_layer}": value for exit_layer, value in values.items()}
-            metrics |= {
-                f"{metric}_mean": float(np.mean(list(values.values()))),
-                f"{metric}_worst": min(values.values()),
-            }
+        metrics = _over_exits(per_exit)
         if output_path is not None and self.write_csv:
             self._write_line(Path(output_path), {"epoch": epoch, "steps": steps, **metrics})
         metrics = self.prefix_name_to_metrics(metrics, self.name)
@@ -212,6 +205,16 @@ class MultiExitEvaluator(BaseEvaluator):
             if is_new:
                 writer.writeheader()
             writer.writerow(line)
+
+
+def _over_exits(per_exit: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Each metric at each exit, its mean and its worst: `{4: {"mrr": 0.5}}` → `mrr_exit_4`, `mrr_mean`, `mrr_worst`."""
+    result = {}
+    for metric in next(iter(per_exit.values())):
+        values = {exit_layer: scores[metric] for exit_layer, scores in per_exit.items()}
+        result |= {f"{metric}_exit_{exit_layer}": value for exit_layer, value in values.items()}
+        result |= {f"{metric}_mean": sum(values.values()) / len(values), f"{metric}_worst": min(values.values())}
+    return result
 
 
 class _Parts(NamedTuple):

@@ -68,9 +68,7 @@ class RetrievalSet:
         asked = [name for name in queries if relevant.get(name)]
         unknown = sorted({document for name in asked for document in relevant[name]} - set(places))
         if unknown:
-            raise ValueError(
-                f"relevant names {len(unknown)} documents that corpus doesn't hold, such as {unknown[0]!r}."
-            )
+            raise ValueError(f"relevant names {len(unknown)} documents that are not in corpus, such as {unknown[0]!r}.")
         if not asked or len(places) < 2:
             raise ValueError(
                 f"Ranking needs a query with a relevant document and at least two documents, "
