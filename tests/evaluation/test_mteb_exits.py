@@ -19,53 +19,21 @@ from modular_star_encoder.evaluation.mteb_exits import (
     register_exits,
     run_mteb,
 )
+from modular_star_encoder.evaluation.mteb_tasks import pairs_task
 from modular_star_encoder.evaluation.retrieval_set import RetrievalSet
 from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 mteb = pytest.importorskip("mteb", reason="needs the extra mteb")
 
-from datasets import Dataset  # noqa: E402
 from mteb.abstasks import AbsTaskRetrieval  # noqa: E402
-from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData  # noqa: E402
-from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from mteb.results import TaskResult  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
-PAIRS = [
-    (f"{verb} the {noun}", f"def {verb}_{noun}():\n    return {noun}")
+ROWS = [
+    (f"{verb} the {noun}", f"def {verb}_{noun}():\n    return {noun}", "python")
     for verb in ("add", "cut", "see")
     for noun in ("file", "name", "user")
 ]
-QUERIES = {f"q{i}": description for i, (description, _) in enumerate(PAIRS)}
-CORPUS = {f"d{i}": code for i, (_, code) in enumerate(PAIRS)}
-RELEVANT = {f"q{i}": [f"d{i}"] for i in range(len(PAIRS))}
-
-
-class LocalTask(AbsTaskRetrieval):
-    """Descriptions ask for functions; the data is made up here."""
-
-    metadata = TaskMetadata(
-        name="LocalTask",
-        description="Descriptions and functions written for the tests.",
-        dataset={"path": "local/task", "revision": "1"},
-        type="Retrieval",
-        category="t2t",
-        eval_splits=["test"],
-        eval_langs=["eng-Latn", "python-Code"],
-        main_score="mrr_at_1000",
-        modalities=["text"],
-    )
-    loads = 0
-
-    def load_data(self, **_):
-        type(self).loads += 1
-        rows = {
-            "corpus": Dataset.from_list([{"id": name, "text": text, "title": ""} for name, text in CORPUS.items()]),
-            "queries": Dataset.from_list([{"id": name, "text": text} for name, text in QUERIES.items()]),
-        }
-        relevant = {query: dict.fromkeys(documents, 1) for query, documents in RELEVANT.items()}
-        self.dataset = {"default": {"test": RetrievalSplitData(**rows, relevant_docs=relevant, top_ranked=None)}}
-        self.data_loaded = True
 
 
 @pytest.fixture(scope="module")
@@ -73,47 +41,71 @@ def checkpoint(tmp_path_factory):
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
 
 
-def expected_mrr(exit_layer):
-    queries, documents = (
-        encode_exits(tiny_model(), tiny_tokenizer(), list(texts), prompt=prompt, progress=False)[exit_layer]
-        for texts, prompt in ((QUERIES.values(), text_prompt()), (CORPUS.values(), code_prompt()))
-    )
-    retrieval_set = RetrievalSet.from_mappings(QUERIES, CORPUS, RELEVANT)
-    return retrieval_set.score(queries, documents, distractors=None, seed=0, recall_at=(1,))["mrr"]
-
-
-def test_mteb_runs_its_retrieval_task_at_two_exits_and_reads_the_results_back(checkpoint, tmp_path, monkeypatch):
-    passes = []
+@pytest.fixture
+def passes(monkeypatch):
+    """The exits of every pass over texts, in order."""
+    exits = []
 
     def counted(*arguments, **options):
-        passes.append(options["exit_layers"])
+        exits.append(options["exit_layers"])
         return encode_exits(*arguments, **options)
 
     monkeypatch.setattr(mteb_exits, "encode_exits", counted)
-    scores = run_mteb(checkpoint, LocalTask(), (1, 4), tmp_path, progress=False)
-    assert passes == [(1, 4)] * 2  # queries and documents, both exits at once
-    assert LocalTask.loads == 1
-    assert scores == {k: {"LocalTask": pytest.approx(expected_mrr(k), abs=1e-4)} for k in (1, 4)}
-    assert scores[1] != scores[4]
+    return exits
 
+
+def task(rows=ROWS):
+    return pairs_task(rows, "LocalTask")
+
+
+def expected_mrr(exit_layer):
+    queries, documents = (
+        encode_exits(tiny_model(), tiny_tokenizer(), texts, prompt=prompt, progress=False)[exit_layer]
+        for texts, prompt in (([row[0] for row in ROWS], text_prompt()), ([row[1] for row in ROWS], code_prompt()))
+    )
+    scores = RetrievalSet.from_pairs(ROWS).score(queries, documents, distractors=None, seed=0, recall_at=(1,))
+    return pytest.approx(scores["mrr"], abs=1e-4)  # mteb rounds
+
+
+def test_mteb_runs_its_retrieval_task_at_two_exits_and_reads_the_results_back(checkpoint, tmp_path, passes):
+    local = task()
+    assert isinstance(local, AbsTaskRetrieval)
+    scores = run_mteb(checkpoint, local, (1, 4), tmp_path, progress=False)
+    assert passes == [(1, 4)] * 2  # queries and documents, both exits at once
+    assert scores == {k: {"LocalTask": expected_mrr(k)} for k in (1, 4)}
+    assert scores[1] != scores[4]
     revision = checkpoint_fingerprint(checkpoint)
     for exit_layer in (1, 4):
         folder = tmp_path / "results" / f"local__model-exit-{exit_layer}" / revision
         result = TaskResult.from_disk(folder / "LocalTask.json")
-        result.validate_and_filter_scores(LocalTask())
+        result.validate_and_filter_scores(local)
         assert result.get_score() == pytest.approx(scores[exit_layer]["LocalTask"], abs=1e-6)  # files hold six digits
         meta = json.loads((folder / "model_meta.json").read_text())
         assert (meta["name"], meta["embed_dim"]) == (f"local/model-exit-{exit_layer}", 16)
         assert str(checkpoint.parent) not in (folder / "model_meta.json").read_text()
-    loaded = mteb.ResultCache(tmp_path).load_results(tasks=[LocalTask()], models=exit_model_metas(checkpoint, (1, 4)))
-    assert [len(result.task_results) for result in loaded.model_results] == [1, 1]
+    metas = exit_model_metas(checkpoint, (1, 4))
+    loaded = mteb.ResultCache(tmp_path).load_results(tasks=[local], models=metas)
+    assert [[result.task_name for result in one.task_results] for one in loaded.model_results] == [["LocalTask"]] * 2
 
-    # A second run finds everything there; a further exit is computed alone.
-    again = run_mteb(checkpoint, LocalTask(), (1, 4), tmp_path, progress=False)
-    assert again == {k: {"LocalTask": pytest.approx(scores[k]["LocalTask"], abs=1e-6)} for k in (1, 4)}
-    assert (len(passes), LocalTask.loads) == (2, 1)
-    assert list(run_mteb(checkpoint, LocalTask(), (2,), tmp_path, progress=False)) == [2]
-    assert passes[2:] == [(2,)] * 2
+
+def test_results_of_the_same_weights_and_data_are_kept(checkpoint, tmp_path, passes, monkeypatch):
+    def run(rows, exit_layers, **options):
+        passes.clear()
+        local, loads = task(rows), []
+        load_data = type(local).load_data
+        monkeypatch.setattr(type(local), "load_data", lambda self, **_: loads.append(1) or load_data(self))
+        scores = run_mteb(checkpoint, local, exit_layers, tmp_path, progress=False, **options)
+        assert not local.data_loaded
+        return scores, len(loads), list(passes)
+
+    first, *effort = run(ROWS, (1, 4))
+    assert effort == [1, [(1, 4)] * 2]
+    again, *effort = run(ROWS, (1, 4))
+    assert effort == [0, []]
+    assert again == {k: {"LocalTask": pytest.approx(first[k]["LocalTask"], abs=1e-6)} for k in (1, 4)}
+    assert run(ROWS, (2,))[1:] == (1, [(2,)] * 2)
+    assert run(ROWS, (1, 4), overwrite=True)[1:] == (1, [(1, 4)] * 2)
+    assert run(ROWS[1:], (1, 4))[1:] == (1, [(1, 4)] * 2)
 
 
 def test_mteb_loads_a_registered_exit_by_its_name(checkpoint):
@@ -124,8 +116,17 @@ def test_mteb_loads_a_registered_exit_by_its_name(checkpoint):
     assert encoder.mteb_model_meta.name == names[0]
     assert encoder.shared.model.config.num_hidden_layers == 2
     assert encoder.mteb_model_meta.n_parameters == encoder.shared.model.num_parameters()
-    found = mteb.evaluate(encoder, LocalTask(), cache=None, show_progress_bar=False).task_results[0].get_score()
-    assert found == pytest.approx(expected_mrr(2), abs=1e-4)
+    result = mteb.evaluate(encoder, task(), cache=None, show_progress_bar=False)
+    assert result.task_results[0].get_score() == expected_mrr(2)
+
+
+def test_rows_that_would_be_wrong_answers_to_each_other_are_dropped():
+    local = task([*ROWS, (ROWS[0][0], "other code", "python"), ("other text", ROWS[1][1], "python")])
+    local.load_data()
+    data = local.dataset["default"]["test"]
+    assert (data["queries"]["text"], data["corpus"]["text"]) == ([row[0] for row in ROWS], [row[1] for row in ROWS])
+    with pytest.raises(ValueError, match="at least two pairs, not 1"):
+        task([ROWS[0], ROWS[0]])
 
 
 def encoder_of(model, tokenizer, prompts=None, **options):
@@ -158,17 +159,10 @@ def test_a_side_of_a_task_is_prompted_as_what_it_is(model, tokenizer, task, subs
 def test_a_model_without_instructions_gets_none(tokenizer):
     encoder = encoder_of(tiny_model(instruction_prompts=False), tokenizer)
     assert encoder._prompt(mteb.get_task("CosQA").metadata, "default", PromptType.document) == ""
-    assert ANY_CODE_INSTRUCTION not in encoder._prompt(LocalTask.metadata, "default", PromptType.query)
+    assert ANY_CODE_INSTRUCTION not in encoder._prompt(task().metadata, "default", PromptType.query)
 
 
-def test_exits_that_would_take_too_much_memory_are_computed_one_by_one(model, tokenizer, monkeypatch):
-    passes = []
-
-    def counted(*arguments, **options):
-        passes.append(options["exit_layers"])
-        return encode_exits(*arguments, **options)
-
-    monkeypatch.setattr(mteb_exits, "encode_exits", counted)
+def test_exits_that_would_take_too_much_memory_are_computed_one_by_one(model, tokenizer, passes):
     texts = ["one", "two"]
     roomy, cramped = (SharedExits(model, tokenizer, (1, 4), memory) for memory in (1, 1e-9))
     for exit_layer in (1, 4):
@@ -186,7 +180,7 @@ def test_mistakes_are_told_before_anything_is_run(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="at least one task"):
         run_mteb(checkpoint, [], out=tmp_path / "out")
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
-        run_mteb(checkpoint, LocalTask(), (3,), tmp_path / "out")
+        run_mteb(checkpoint, task(), (3,), tmp_path / "out")
     with pytest.raises(ValueError, match="of the form owner/model"):
         exit_model_metas(checkpoint, model_name="mine")
     assert not (tmp_path / "out").exists()
@@ -213,7 +207,7 @@ def test_the_example_runs_mteb_on_the_functions_of_a_folder(checkpoint, tmp_path
     assert example["main"]() == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [words[:3] for words in printed[:2]] == [["exit", k, "FunctionsOfAFolder"] for k in ("1", "4")]
-    files = sorted(out.glob("code/results/*/*/FunctionsOfAFolder.json"))
+    files = sorted(out.glob("results/*/*/FunctionsOfAFolder.json"))
     scores = [100 * TaskResult.from_disk(file).get_score() for file in files]
     assert [float(words[3]) for words in printed[:2]] == pytest.approx(scores, abs=0.01)
     monkeypatch.setattr(sys, "argv", [*arguments[:3], str(tmp_path / "missing")])

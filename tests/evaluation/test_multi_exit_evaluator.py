@@ -16,6 +16,7 @@ from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.retrieval import RetrievalCollator, RetrievalPairs
 from modular_star_encoder.evaluation.distractors import evaluate_with_distractors
 from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
+from modular_star_encoder.evaluation.retrieval_set import RetrievalSet
 from modular_star_encoder.objectives import ContrastiveObjective
 from modular_star_encoder.training import MultiExitTrainer
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model
@@ -175,8 +176,8 @@ def test_prompts_can_be_given(sentence_transformer):
 
 
 def test_a_name_tells_evaluators_apart(sentence_transformer, tmp_path):
-    mappings = ({"q": "add"}, {"a": "def add", "b": "def find"}, {"q": ["a"]})
-    evaluator = MultiExitEvaluator.from_mappings(*mappings, language="python", name="small")
+    retrieval_set = RetrievalSet.from_mappings({"q": "add"}, {"a": "def add", "b": "def find"}, {"q": ["a"]})
+    evaluator = MultiExitEvaluator(retrieval_set, name="small")
     assert evaluator.primary_metric == "small_mrr_mean"
     assert evaluator.primary_metric in evaluator(sentence_transformer, str(tmp_path))
     evaluator.recall_at = (5,)
@@ -195,7 +196,7 @@ def test_what_the_evaluator_cannot_score_is_refused(sentence_transformer, model)
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
         MultiExitEvaluator.from_pairs(ROWS, exit_layers=(3,))(sentence_transformer)
     with pytest.raises(ValueError, match="needs pairs"):
-        MultiExitEvaluator.from_mappings({"q": ""}, {"a": "", "b": ""}, {"q": ["a"]}, distractors=1)
+        MultiExitEvaluator(RetrievalSet.from_mappings({"q": ""}, {"a": "", "b": ""}, {"q": ["a"]}), distractors=1)
 
 
 def test_evaluation_leaves_the_model_in_training_mode(sentence_transformer):

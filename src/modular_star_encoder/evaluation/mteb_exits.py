@@ -181,7 +181,7 @@ def run_mteb(
 ) -> dict[int, dict[str, float]]:
     """Run tasks of mteb at several exits.
 
-    Results that are there already are kept, so that an interrupted run goes on where it stopped.
+    Results that are there already, of the same weights and data, are kept: an interrupted run goes on where it stopped.
 
     Args:
         checkpoint: folder or Hub id.
@@ -212,18 +212,21 @@ def run_mteb(
     metas = _metas(path, model.config, shared.exit_layers, model_name)
     encoders = [ExitEncoder(shared, k, meta, prompts) for k, meta in zip(shared.exit_layers, metas, strict=True)]
     cache = mteb.ResultCache(Path(out).expanduser())
-    options = {"cache": cache, "show_progress_bar": False, "co2_tracker": False}
-    options["overwrite_strategy"] = "always" if overwrite else "only-missing"
+    options = {"cache": cache, "co2_tracker": False, "show_progress_bar": False}
+    options["encode_kwargs"] = {"show_progress_bar": progress}
     scores: dict[int, dict[str, float]] = {exit_layer: {} for exit_layer in shared.exit_layers}
     with tqdm(total=len(chosen) * len(encoders), desc="mteb", unit="run", disable=not progress) as bar:
         for task in chosen:
             was_loaded = task.data_loaded
             for encoder in encoders:
                 bar.set_postfix_str(f"{task.metadata.name}, exit {encoder.exit_layer}")
-                is_known = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta) is not None
-                if not task.data_loaded and (overwrite or not is_known):
+                known = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
+                # mteb itself would take complete results of other data of the same name.
+                again = overwrite or (known is not None and known.dataset_revision != task.metadata.revision)
+                if not task.data_loaded and (again or known is None):
                     task.load_data()  # once for all exits; mteb would load and drop it for each
-                result = mteb.evaluate(encoder, task, encode_kwargs={"show_progress_bar": progress}, **options)
+                strategy = "always" if again else "only-missing"
+                result = mteb.evaluate(encoder, task, overwrite_strategy=strategy, **options)
                 scores[encoder.exit_layer][task.metadata.name] = float(result.task_results[0].get_score())
                 bar.update()
             shared.clear()

@@ -7,7 +7,7 @@ The same evaluator serves `MultiExitTrainer(evaluator=…)` and, being one of se
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ class MultiExitEvaluator(BaseEvaluator):
     all. `SentenceTransformerTrainer` decides itself: from version 6.2 on, the first process evaluates alone.
 
     Args:
-        retrieval_set: queries and documents; `from_pairs` and `from_mappings` build evaluators without one.
+        retrieval_set: queries and documents; `from_pairs` does without one.
         tokenizer: needed for a `ModularStarEncoderForRetrieval`; a SentenceTransformer brings its own.
         exit_layers: which exits; all that the model has if None.
         distractors: rank each document among this many others (999 in the CodeSearchNet protocol, see `distractors`),
@@ -87,19 +87,6 @@ class MultiExitEvaluator(BaseEvaluator):
     def from_pairs(cls, rows: Iterable[RetrievalRow | tuple[str, str, str]], **options: Any) -> MultiExitEvaluator:
         """An evaluator on (description, code, language) rows; `options` as for the class."""
         return cls(RetrievalSet.from_pairs(rows), **options)
-
-    @classmethod
-    def from_mappings(
-        cls,
-        queries: Mapping[str, str],
-        corpus: Mapping[str, str],
-        relevant: Mapping[str, Collection[str]],
-        *,
-        language: str | None = None,
-        **options: Any,
-    ) -> MultiExitEvaluator:
-        """An evaluator on texts by id, as `RetrievalSet.from_mappings` takes them; `options` as for the class."""
-        return cls(RetrievalSet.from_mappings(queries, corpus, relevant, language), **options)
 
     def __call__(
         self,
