@@ -126,8 +126,9 @@ def test_the_file_holds_the_profile(tmp_path):
         lambda text: text.replace('"dtype": "float32",', ""),
         lambda text: "[]",
         lambda text: json.dumps({**json.loads(text), "exits": {}}),
+        lambda text: text.replace('"batch_size": 8', '"batch_size": 9', 1),
     ],
-    ids=["half", "later format", "unknown field", "missing field", "a list", "no exits"],
+    ids=["half", "later format", "unknown field", "missing field", "a list", "no exits", "unequal shapes"],
 )
 def test_a_file_that_is_no_profile_is_refused(tmp_path, damage):
     path = tmp_path / "profile.json"

@@ -94,8 +94,7 @@ class ExitProfile:
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """The shapes (batch_size, length) measured, in the order of the measurement."""
-        first = next(iter(self.exits.values()))
-        return tuple((measured.batch_size, measured.length) for measured in first.measurements)
+        return _shapes(next(iter(self.exits.values())))
 
     def measurement(self, exit_layer: int, shape: tuple[int, int]) -> Measurement:
         """What was measured at one exit and shape, both of this profile."""
@@ -166,11 +165,16 @@ class ExitProfile:
                 raise ValueError(f"its format is not {FORMAT}")
             exits = {int(exit_layer): _profiled_exit(values) for exit_layer, values in content.pop("exits").items()}
             profile = cls(exits=dict(sorted(exits.items())), **content)
-            if not exits or any(len(one.measurements) != len(profile.shapes) for one in exits.values()):
-                raise ValueError("exits or measurements are missing")
+            shapes = {_shapes(profiled) for profiled in exits.values()}
+            if len(shapes) != 1 or shapes == {()}:
+                raise ValueError("it has no exits, or not the same measurements of each")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not an exit profile as `mose profile` writes it: {error}.") from error
         return profile
+
+
+def _shapes(profiled: ProfiledExit) -> tuple[tuple[int, int], ...]:
+    return tuple((measured.batch_size, measured.length) for measured in profiled.measurements)
 
 
 def _profiled_exit(values: dict[str, Any]) -> ProfiledExit:
@@ -211,7 +215,7 @@ class _Budget(NamedTuple):
         if not known:
             return f"{self.name} is not known of any exit"
         value, exit_layer = min(known) if self.at_most else max(known)
-        return f"{self.name} {value:.4g}{self.unit} (exit {exit_layer})"
+        return f"{self.name} {value:.10g}{self.unit} (exit {exit_layer})"  # in full: a budget may be set to it
 
 
 def select_exit(
@@ -224,7 +228,10 @@ def select_exit(
     batch_size: int | None = None,
     length: int | None = None,
 ) -> int:
-    """The best exit that keeps all budgets: that of the best known quality (the shallowest of equals), or the deepest.
+    """The best of the exits that keep all budgets.
+
+    That is the one of the highest quality on `benchmark`, the shallowest of equals; where the quality of one of them is
+    not known, the deepest.
 
     Args:
         profile: what each exit costs.
