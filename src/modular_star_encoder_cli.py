@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Results go to stdout; progress and errors, one line each, to stderr. Wrong usage leaves through argparse (status 2).
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         arguments.run(arguments)
         sys.stdout.flush()
@@ -36,6 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mose: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; settings (`key=value`) may also stand after options, where argparse itself takes no more of them."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:
+        if not hasattr(arguments, "overrides") or any(text.startswith("-") or "=" not in text for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -145,11 +156,11 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """`mose evaluate`."""
+    from modular_star_encoder.data.files import check_writable, write_json
     from modular_star_encoder.data.functions import collect_functions
     from modular_star_encoder.data.repositories import folder_repositories
     from modular_star_encoder.evaluation.checkpoint import load_checkpoint
     from modular_star_encoder.evaluation.exits import RetrievalRow, evaluate_exits, format_table
-    from modular_star_encoder.evaluation.files import check_writable, write_json
 
     if arguments.json:
         check_writable(arguments.json)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modular_star_encoder.evaluation.files import write_json
+from modular_star_encoder.data.files import write_json
 
 PROFILE_NAME = "exit_profile.json"
 FORMAT = 1

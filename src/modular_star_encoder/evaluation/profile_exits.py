@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from modular_star_encoder.data.files import check_writable
 from modular_star_encoder.evaluation.checkpoint import check_checkpoint, load_checkpoint
 from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME, ExitProfile, Measurement, ProfiledExit
-from modular_star_encoder.evaluation.files import check_writable
 from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
 from modular_star_encoder.evaluation.machine import library_versions, machine_kind
 from modular_star_encoder.evaluation.profile_flops import flops_per_token
