@@ -16,7 +16,7 @@ from tests.training.test_distributed import free_port
 def test_two_processes_give_the_metrics_of_one(tmp_path, tokenizer):
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "tests.training.distributed_evaluation", str(tmp_path)]
-    subprocess.run(command, env=environment, check=True, timeout=120)
+    subprocess.run(command, env=environment, check=True, timeout=300)
     first, second = (json.loads((tmp_path / f"process-{rank}.json").read_text()) for rank in range(2))
     expected = MultiExitEvaluator.from_pairs(ROWS, tokenizer=tokenizer)(tiny_model())
     for name, value in expected.items():
