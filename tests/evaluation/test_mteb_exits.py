@@ -104,6 +104,7 @@ def test_results_of_the_same_weights_and_data_are_kept(checkpoint, tmp_path, pas
     assert effort == [0, []]
     assert again == {k: {"LocalTask": pytest.approx(first[k]["LocalTask"], abs=1e-6)} for k in (1, 4)}
     assert run(ROWS, (2,))[1:] == (1, [(2,)] * 2)
+    assert run(ROWS, (1, 2, 4))[1:] == (0, [])
     assert run(ROWS, (1, 4), overwrite=True)[1:] == (1, [(1, 4)] * 2)
     assert run(ROWS[1:], (1, 4))[1:] == (1, [(1, 4)] * 2)
 
@@ -164,14 +165,16 @@ def test_a_model_without_instructions_gets_none(tokenizer):
 
 def test_exits_that_would_take_too_much_memory_are_computed_one_by_one(model, tokenizer, passes):
     texts = ["one", "two"]
-    roomy, cramped = (SharedExits(model, tokenizer, (1, 4), memory) for memory in (1, 1e-9))
-    for exit_layer in (1, 4):
+    roomy, cramped = (SharedExits(model, tokenizer, (1, 2, 4), memory) for memory in (1, 1e-9))
+    for exit_layer in (1, 2, 4):
         assert np.array_equal(roomy.encode(texts, exit_layer, ""), cramped.encode(texts, exit_layer, ""))
-    assert passes == [(1, 4), (1,), (4,)]
-    roomy.encode(texts, 1, "another prompt")
-    roomy.clear()
+    assert passes == [(1, 2, 4), (1,), (2,), (4,)]
+    passes.clear()
+    roomy.encode(texts, 2, "another prompt")
+    roomy.expect((4,))
+    roomy.encode(texts, 2, "another prompt")
     roomy.encode(texts, 4, "another prompt")
-    assert passes[3:] == [(1, 4), (1, 4)]
+    assert passes == [(2, 4), (2, 4)]
 
 
 def test_mistakes_are_told_before_anything_is_run(checkpoint, tmp_path):

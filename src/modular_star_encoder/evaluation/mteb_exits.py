@@ -29,6 +29,7 @@ from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 
 if TYPE_CHECKING:
+    from mteb import ResultCache
     from mteb.abstasks import AbsTask
     from mteb.models import ModelMeta
 
@@ -54,10 +55,10 @@ TASK_SIDES = {
 
 
 class SharedExits:
-    """Embeds at several exits in one pass, for one exit after the other.
+    """Embeds at several exits in one pass, for one exit after the other, the shallowest first.
 
-    What was embedded at the exits that have not asked yet is remembered, up to a limit. Calls that would pass it are
-    computed anew for each exit, up to that exit, so that at the worst nothing is gained.
+    What was embedded at deeper exits than the one that asks is remembered for them, up to a limit. A call that would
+    pass it is computed up to the exit that asks, so that at the worst nothing is gained.
 
     Args:
         model, tokenizer: a retrieval model and its tokenizer.
@@ -81,24 +82,26 @@ class SharedExits:
         self._kept: dict[tuple[bytes, int], np.ndarray] = {}
 
     def encode(self, texts: Sequence[str], exit_layer: int, prompt: str, *, progress: bool = False) -> np.ndarray:
-        """Embeddings (N, D) float32 of `texts` at one of the exits."""
+        """Embeddings (N, D) float32 of `texts` at one exit."""
         digest = hashlib.sha256(prompt.encode())
         for text in texts:
             digest.update(b"\0" + text.encode(errors="surrogatepass"))
         call = digest.digest()
         if (call, exit_layer) in self._kept:
             return self._kept.pop((call, exit_layer))
-        size = 4 * len(texts) * self.model.config.projection_size * (len(self.exit_layers) - 1)
-        fits = sum(array.nbytes for array in self._kept.values()) + size <= self.limit
-        exits = self.exit_layers if fits else (exit_layer,)
+        deeper = [other for other in self.exit_layers if other > exit_layer]
+        size = 4 * len(texts) * self.model.config.projection_size * len(deeper)
+        if sum(array.nbytes for array in self._kept.values()) + size > self.limit:
+            deeper = []
+        exits = (exit_layer, *deeper)
         embeddings = self._encode(texts, exit_layers=exits, prompt=prompt, progress=progress, **self.options)
-        own = embeddings.pop(exit_layer)
-        self._kept |= {(call, other): array for other, array in embeddings.items()}
-        return own
+        self._kept |= {(call, other): embeddings[other] for other in deeper}
+        return embeddings[exit_layer]
 
-    def clear(self) -> None:
-        """Forget everything."""
+    def expect(self, exit_layers: Sequence[int]) -> None:
+        """Forget what was remembered; from now on these exits will ask."""
         self._kept.clear()
+        self.exit_layers = tuple(exit_layers)
 
 
 class ExitEncoder:
@@ -212,27 +215,45 @@ def run_mteb(
     metas = _metas(path, model.config, shared.exit_layers, model_name)
     encoders = [ExitEncoder(shared, k, meta, prompts) for k, meta in zip(shared.exit_layers, metas, strict=True)]
     cache = mteb.ResultCache(Path(out).expanduser())
-    options = {"cache": cache, "co2_tracker": False, "show_progress_bar": False}
-    options["encode_kwargs"] = {"show_progress_bar": progress}
     scores: dict[int, dict[str, float]] = {exit_layer: {} for exit_layer in shared.exit_layers}
     with tqdm(total=len(chosen) * len(encoders), desc="mteb", unit="run", disable=not progress) as bar:
         for task in chosen:
-            was_loaded = task.data_loaded
-            for encoder in encoders:
-                bar.set_postfix_str(f"{task.metadata.name}, exit {encoder.exit_layer}")
-                known = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
-                # mteb itself would take complete results of other data of the same name.
-                again = overwrite or (known is not None and known.dataset_revision != task.metadata.revision)
-                if not task.data_loaded and (again or known is None):
-                    task.load_data()  # once for all exits; mteb would load and drop it for each
-                strategy = "always" if again else "only-missing"
-                result = mteb.evaluate(encoder, task, overwrite_strategy=strategy, **options)
-                scores[encoder.exit_layer][task.metadata.name] = float(result.task_results[0].get_score())
+            for exit_layer, score in _run_task(task, encoders, cache, overwrite, progress):
+                scores[exit_layer][task.metadata.name] = score
+                bar.set_postfix_str(f"{task.metadata.name}, exit {exit_layer}")
                 bar.update()
-            shared.clear()
-            if not was_loaded:
-                task.unload_data()
     return scores
+
+
+def _run_task(
+    task: AbsTask, encoders: Sequence[ExitEncoder], cache: ResultCache, overwrite: bool, progress: bool
+) -> Iterator[tuple[int, float]]:
+    """Exit and main score, one exit after the other; results go into the cache."""
+    import mteb
+
+    name, was_loaded = task.metadata.name, task.data_loaded
+    due = []
+    for encoder in encoders:
+        known = cache.load_task_result(name, encoder.mteb_model_meta)
+        # mteb itself would take complete results of other data of the same name.
+        if overwrite or known is None or known.dataset_revision != task.metadata.revision:
+            due.append(encoder.exit_layer)
+    encoders[0].shared.expect(due)
+    if due and not was_loaded:
+        task.load_data()  # once for all exits; mteb would load and drop it for each
+    for encoder in encoders:
+        result = mteb.evaluate(
+            encoder,
+            task,
+            cache=cache,
+            overwrite_strategy="always" if encoder.exit_layer in due else "only-missing",
+            encode_kwargs={"show_progress_bar": progress},
+            show_progress_bar=False,
+            co2_tracker=False,
+        )
+        yield encoder.exit_layer, float(result.task_results[0].get_score())
+    if not was_loaded and task.data_loaded:
+        task.unload_data()
 
 
 def exit_model_metas(
