@@ -1,6 +1,6 @@
 """One call from a budget to a model."""
 
-import json
+import dataclasses
 import shutil
 
 import numpy as np
@@ -35,20 +35,16 @@ def test_the_model_is_the_checkpoint_cut_at_the_exit_chosen(checkpoint):
 
 def test_the_sentence_transformer_is_cut_at_the_same_exit(checkpoint):
     model = load_sentence_transformer_at_budget(checkpoint, min_quality=0.3)
-    full = load_sentence_transformer_at_budget(checkpoint, min_quality=0.3, profile=only_exit_4(checkpoint))
+    only_exit_4 = ExitProfile.load(checkpoint / "exit_profile.json").with_quality("csn", {1: 0.1, 2: 0.1})
+    full = load_sentence_transformer_at_budget(checkpoint, min_quality=0.3, profile=only_exit_4)
     assert (model[0].auto_model.config.num_hidden_layers, full[0].auto_model.config.num_hidden_layers) == (2, 4)
     assert np.array_equal(model.encode(["add two numbers"]), full.encode(["add two numbers"], exit_layer=2))
 
 
-def only_exit_4(checkpoint):
-    return ExitProfile.load(checkpoint / "exit_profile.json").with_quality("csn", {1: 0.1, 2: 0.1})
-
-
 def test_the_model_has_the_dtype_that_was_profiled_unless_told(checkpoint):
-    content = json.loads((checkpoint / "exit_profile.json").read_text())
-    profile = ExitProfile.load(checkpoint / "exit_profile.json")
-    object.__setattr__(profile, "dtype", "bfloat16")
-    assert content["dtype"] == "float32"
+    measured = ExitProfile.load(checkpoint / "exit_profile.json")
+    assert measured.dtype == "float32"
+    profile = dataclasses.replace(measured, dtype="bfloat16")
     assert load_at_budget(checkpoint, profile=profile, latency_ms=1e9).dtype == torch.bfloat16
     options = {"profile": profile, "latency_ms": 1e9, "model_kwargs": {"dtype": torch.float32}}
     assert load_at_budget(checkpoint, **options).dtype == torch.float32
