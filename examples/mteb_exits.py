@@ -25,14 +25,14 @@ def main() -> int:
     parser.add_argument("checkpoint", help="folder or Hub repository")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks or benchmarks of mteb")
-    what.add_argument("--data", metavar="FOLDER", help="a folder of Python code")
+    what.add_argument("--data", metavar="FOLDER", help="a folder of source code")
     parser.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
     parser.add_argument("--out", metavar="FOLDER", default="runs/mteb", help="default: %(default)s")
     arguments = parser.parse_args()
     try:
         tasks = arguments.tasks
         if arguments.data:
-            functions = collect_functions(folder_repositories(arguments.data, languages=("python",))).functions
+            functions = collect_functions(folder_repositories(arguments.data)).functions
             rows = [(function.description, function.code, function.language) for function in functions]
             tasks = [pairs_task(rows, "FunctionsOfAFolder")]
         scores = run_mteb(arguments.checkpoint, tasks, arguments.exit_layers, arguments.out)
