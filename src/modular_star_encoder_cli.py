@@ -74,6 +74,27 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     evaluate.set_defaults(run=run_evaluate)
 
+    profile = commands.add_parser("profile", help="measure what every exit costs on this machine")
+    profile.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    profile.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
+    profile.add_argument("--batch-sizes", metavar="LIST", type=number_list, default=(1, 8), help="default: 1,8")
+    profile.add_argument(
+        "--lengths", metavar="LIST", type=number_list, default=(128, 512), help="default: 128,512 tokens"
+    )
+    profile.add_argument(
+        "--rounds", metavar="N", type=int, default=30, help="timings of each exit and shape (default: 30)"
+    )
+    profile.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
+    profile.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    profile.add_argument("--out", metavar="FILE", help="default: exit_profile.json in the checkpoint's folder")
+    profile.add_argument(
+        "--quality",
+        metavar="NAME=FILE",
+        type=named_file,
+        help="measure nothing; add to the profile the MRR of each exit from FILE, written by mose evaluate --json",
+    )
+    profile.set_defaults(run=run_profile)
+
     cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
     cut.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
     cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
@@ -96,6 +117,21 @@ def exit_list(text: str) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a list of numbers such as 4,9") from None
+
+
+def number_list(text: str) -> tuple[int, ...]:
+    """`"4,9"` → (4, 9); argparse reports anything else."""
+    if text == "all":
+        raise argparse.ArgumentTypeError("'all' is not a list of numbers such as 4,9")
+    return exit_list(text)
+
+
+def named_file(text: str) -> tuple[str, str]:
+    """`"name=file"` → ("name", "file"); argparse reports anything else."""
+    name, _, file = text.partition("=")
+    if not name or not file:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FILE")
+    return name, file
 
 
 def run_search(arguments: argparse.Namespace) -> None:
@@ -142,6 +178,23 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(arguments.json, {"checkpoint": arguments.checkpoint, "data": arguments.data, **results.to_dict()})
     print(format_table(results))
+
+
+def run_profile(arguments: argparse.Namespace) -> None:
+    """`mose profile`."""
+    from modular_star_encoder.evaluation.exit_profile import ExitProfile, quality_from_results
+    from modular_star_encoder.evaluation.profile_exits import ProfilePlan, format_profile, profile_path, profile_to_file
+
+    if arguments.quality:
+        name, results = arguments.quality
+        path = profile_path(arguments.checkpoint, arguments.out)
+        profile = ExitProfile.load(path).with_quality(name, quality_from_results(results))
+        profile.save(path)
+    else:
+        plan = ProfilePlan(arguments.batch_sizes, arguments.lengths, arguments.rounds)
+        options = {name: getattr(arguments, name) for name in ("out", "exit_layers", "device", "dtype")}
+        profile, path = profile_to_file(arguments.checkpoint, plan, **options)
+    print(format_profile(profile), path, sep="\n\n")
 
 
 def run_slice(arguments: argparse.Namespace) -> None:
