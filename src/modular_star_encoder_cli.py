@@ -109,11 +109,11 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """`mose evaluate`."""
+    from modular_star_encoder.data.files import check_writable, write_json
     from modular_star_encoder.data.functions import collect_functions
     from modular_star_encoder.data.repositories import folder_repositories
     from modular_star_encoder.evaluation.checkpoint import load_checkpoint
     from modular_star_encoder.evaluation.exits import RetrievalRow, evaluate_exits, format_table
-    from modular_star_encoder.evaluation.files import check_writable, write_json
 
     if arguments.json:
         check_writable(arguments.json)

@@ -13,11 +13,11 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from modular_star_encoder.data.corpora import open_corpus
+from modular_star_encoder.data.files import staged_folder, write_json
 from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
 from modular_star_encoder.data.packing import PackingCollator
 from modular_star_encoder.data.token_store import TokenStore, build_token_store
 from modular_star_encoder.data.tokenizer import load_tokenizer, token_spellings, train_tokenizer
-from modular_star_encoder.evaluation.files import staged_folder, write_json
 from modular_star_encoder.evaluation.identifier_overlap import identifier_overlap_accuracy
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives import InContextObjective, exit_weights
