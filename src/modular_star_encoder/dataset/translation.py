@@ -113,7 +113,7 @@ def translate(
         BackendError: If the back end can't go on, or answers nothing but errors. What it had answered is kept.
     """
     functions, out, backend = Path(functions), Path(out), settings.open()
-    begun = any(out.glob("rows-*"))
+    begun = any(file.stat().st_size for file in out.glob("rows-*"))
     with (
         _Session(out / SESSIONS, backend) as session,
         CompletionFiles(out) as files,
