@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`| head`) has seen enough; without this, Python complains once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except EXPECTED_ERRORS as error:
+    except (*EXPECTED_ERRORS, ImportError) as error:
+        # An import that failed names a module; one that we refuse says what to install.
+        if isinstance(error, ImportError) and error.name:
+            raise
         print(f"mose: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

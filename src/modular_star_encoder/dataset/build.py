@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from modular_star_encoder.data.files import write_json
+from modular_star_encoder.dataset.near_duplicates.fingerprints import minhash_class
 from modular_star_encoder.dataset.recipe import DatasetRecipe
 from modular_star_encoder.dataset.stages import STAGES, Build
 
@@ -37,7 +38,11 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
         ValueError: If `out` holds something else, was begun with other settings, or another process is at work in it;
             if the corpus or the endpoint's settings can't be used, or nothing passes a stage.
         BackendError: If the back end can't go on. What it had answered is kept.
+        ImportError: If a package that is needed isn't installed.
     """
+    # What can be told before the first stage is told now, not after hours of translation.
+    minhash_class()
+    recipe.translation.open()
     build = Build(recipe, Path(out).absolute(), progress)
     log = _read_log(build.out)
     _check_settings(build, log)

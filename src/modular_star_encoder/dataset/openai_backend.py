@@ -16,7 +16,10 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx2
+try:
+    import httpx2
+except ImportError as error:
+    raise ImportError("Asking an endpoint needs httpx2: pip install 'modular-star-encoder[dataset]'.") from error
 
 from modular_star_encoder.dataset.completions import BackendError, Completion, CompletionRequest
 
