@@ -15,7 +15,7 @@ from modular_star_encoder.dataset.near_duplicates.fingerprints import minhash_cl
 from modular_star_encoder.dataset.recipe import DatasetRecipe
 from modular_star_encoder.dataset.stages import STAGES, Build
 
-LOG = "build.json"
+LOG, LOCK = "build.json", ".lock"
 
 
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
@@ -40,15 +40,16 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
         BackendError: If the back end can't go on. What it had answered is kept.
         ImportError: If a package that is needed isn't installed.
     """
-    # What can be told before the first stage is told now, not after hours of translation.
-    minhash_class()
-    recipe.translation.open()
     build = Build(recipe, Path(out).absolute(), progress)
     log = _read_log(build.out)
     _check_settings(build, log)
+    # What can be told before the first stage is told now, not after hours of translation.
+    minhash_class()
+    if not build.is_done("translations"):
+        recipe.translation.open()
     build.out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(build.out / ".lock", timeout=0):
+        with FileLock(build.out / LOCK, timeout=0):
             log = _read_log(build.out)
             for stage in STAGES:
                 if not build.is_done(stage.__name__):
@@ -60,15 +61,21 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
 
 def _run(build: Build, stage: Any, log: dict[str, Any]) -> None:
     name, start = stage.__name__, time.monotonic()
-    # What a killed process was about to rename.
-    for path in build.out.glob(f".{name}-*"):
-        shutil.rmtree(path)
+    _clear(build.out, name)
     seconds = log.get(name, {}).get("seconds", 0.0)
     log[name] = {"settings": _settings_up_to(build.recipe, name), "seconds": seconds}
     write_json(build.out / LOG, log)
     stage(build, build.out / name)
     log[name]["seconds"] = round(seconds + time.monotonic() - start, 3)
     write_json(build.out / LOG, log)
+
+
+def _clear(out: Path, name: str) -> None:
+    """Remove what a killed process was about to rename."""
+    for path in out.glob(f".{LOG}.*.tmp"):
+        path.unlink()
+    for path in out.glob(f".{name}-*"):
+        shutil.rmtree(path)
 
 
 def _settings_up_to(recipe: DatasetRecipe, name: str) -> dict[str, Any]:
@@ -82,7 +89,8 @@ def _read_log(out: Path) -> dict[str, Any]:
     path = out / LOG
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    if out.exists() and (not out.is_dir() or any(entry.name != ".lock" for entry in out.iterdir())):
+    ours = (LOCK, f".{LOG}.")
+    if out.exists() and (not out.is_dir() or not all(entry.name.startswith(ours) for entry in out.iterdir())):
         raise ValueError(f"{out} holds something else; name a folder that does not exist yet, or an empty one.")
     return {}
 

@@ -85,6 +85,8 @@ def functions(build: Build, out: Path) -> None:
 def translations(build: Build, out: Path) -> None:
     """Ask the model for every function's translation."""
     out.mkdir(exist_ok=True)
+    for path in out.glob(".*.tmp"):
+        path.unlink()
     settings, seed = build.recipe.translation, build.recipe.seed
     report = translate(build.out / "functions", out, settings, seed=seed, progress=build.progress)
     write_json(out / REPORT, report)
