@@ -64,6 +64,7 @@ def test_a_text_shorter_than_a_shingle_is_its_own_shingle():
     assert similarity("x=1", "x=2") == 0
     assert similarity("x=1", "x=10") == 0  # by no common prefix
     assert similarity("x=1", "x=123") == 0
+    assert similarity("x=1", "x=1  ") == similarity("x=1", "x=1\0\0") == 0  # whatever fills it up
     assert [len(one) for one in shingle_sets(["x", "x=12", "x=123", "x=1234"])] == [1, 1, 1, 2]
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import modular_star_encoder
 from modular_star_encoder.dataset.near_duplicates import job as job_module
 from modular_star_encoder.dataset.near_duplicates.in_memory import find_near_duplicates
 from modular_star_encoder.dataset.near_duplicates.job import WORK, DuplicateJob
@@ -172,11 +173,14 @@ def test_interrupted_by_ctrl_c_it_leaves_nothing_half_written_and_goes_on(source
 
 
 KILLED_AGAIN_AND_AGAIN = """
-import os, random, signal, sys, time
+import os, random, signal, sys, time, types
 import rensa, scipy.sparse.csgraph  # here, not in every child
+package = types.ModuleType("modular_star_encoder")  # which would load torch
+package.__path__ = [sys.argv[3]]
+sys.modules[package.__name__] = package
 from modular_star_encoder.dataset.near_duplicates.stage import drop_near_duplicates
 
-source, out = sys.argv[1:]
+source, out = sys.argv[1:3]
 
 def run():
     options = {"columns": ["code", "translation"], "id_column": "id", "against": {"bench": ["x = 1", ""]}}
@@ -218,7 +222,7 @@ sys.exit(exit_code)
 
 def test_killed_in_every_task_and_restarted_it_gives_the_same(source, finished, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, str(source), str(out)]
+    command = [sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, str(source), str(out), *modular_star_encoder.__path__]
     environment = os.environ | {"RAYON_NUM_THREADS": "1"}
     killed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert killed.returncode == 0, killed.stderr
@@ -247,6 +251,17 @@ def test_ids_must_be_there_and_differ(tmp_path, ids, message):
     write_shards(tmp_path / "in", [{"id": one, "code": "x = 1"} for one in ids], sizes=(2, 1))
     with pytest.raises(ValueError, match=message):
         drop(tmp_path / "in", tmp_path / "out", columns=["code"])
+
+
+@pytest.mark.parametrize("kinds", [("uint64", "uint64"), ("int32", "string"), ("string", "large_string")])
+def test_ids_may_be_of_any_integer_or_text_type(tmp_path, kinds):
+    text = code(random.Random(0))
+    for number, kind in enumerate(kinds):
+        values = pa.array([2**31 - 2 - number], pa.int64()).cast(kind)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"id": values, "code": [text]}), tmp_path / "in" / f"{number}.parquet")
+    drop(tmp_path / "in", tmp_path / "out", columns=["code"], against=None)
+    assert [str(row["id"]) for row in written_order(tmp_path / "out")] == ["2147483645"]
 
 
 def test_folders_that_will_not_do_are_refused(source, finished, tmp_path):

@@ -27,7 +27,7 @@ def find_near_duplicates(
         columns: The texts of each column, all of the same length; None and blank texts resemble nothing.
         ids: What orders the rows; of near-duplicates, the smallest stays. By default, their place.
         against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
-            dropped too.
+            dropped too. Whole texts are compared: one that holds another among much else is not near it.
         settings: What counts as a near-duplicate; by default, `DuplicateSettings()`.
 
     Raises:

@@ -79,7 +79,10 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
         parts = [pa.array([f"{one.name}:{row}" for row in range(one.rows)], pa.large_string()) for one in shards]
         return pa.chunked_array(parts, pa.large_string())
     columns = [pq.read_table(one.path, columns=[id_column], partitioning=None)[id_column] for one in shards]
-    kind = pa.int64() if all(pa.types.is_integer(one.type) for one in columns) else pa.large_string()
+    if not all(pa.types.is_integer(one.type) for one in columns):
+        kind = pa.large_string()
+    else:
+        kind = pa.uint64() if any(pa.types.is_uint64(one.type) for one in columns) else pa.int64()
     return pa.chunked_array([chunk for one in columns for chunk in one.cast(kind).chunks], kind)
 
 

@@ -39,7 +39,8 @@ def drop_near_duplicates(
             near.
         id_column: A column of different texts or integers; of near-duplicates, the row of smallest id stays. Without
             one, the first stays, files being ordered by name.
-        against: Texts of other sets by the name of the set: rows with a text near one of them are dropped too.
+        against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
+            dropped too.
         settings: What counts as a near-duplicate; by default, `DuplicateSettings()`.
         progress: Whether to show progress bars.
 
