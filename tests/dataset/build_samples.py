@@ -7,6 +7,7 @@ import re
 import signal
 from pathlib import Path
 
+import modular_star_encoder.dataset.openai_backend  # noqa: F401  processes that are started often have it loaded
 from modular_star_encoder.data.source_files import LANGUAGES
 from modular_star_encoder.dataset.build import build_dataset
 from modular_star_encoder.dataset.completions import Completion
@@ -56,7 +57,7 @@ def marker(code):
 
 
 def translation(prompt):
-    """An answer in the target language that names the function asked for; every eighth is cut, every ninth refused."""
+    """An answer in the target language that names its function; about one in six is refused, and one in six cut."""
     (language,) = re.findall(r"^Target language: (.*)$", prompt, re.MULTILINE)
     code = prompt.partition("\nCode:\n")[2].removesuffix("\n")
     target = next(name for name in LANGUAGES if LANGUAGE_NAMES[name] == language)
@@ -65,9 +66,9 @@ def translation(prompt):
     lines = [line.format(name) for name in (marker(code), *names(rng, 8))]
     text = "\n".join([head.format(), *lines, end.format()])
     chance = rng.random()
-    if chance < 1 / 9:
+    if chance < 1 / 6:
         return Completion("", "I'm sorry, I can't do that.", "stop", 10, 5)
-    return Completion("", f"Sure:\n\n```{target}\n{text}\n```", "length" if chance < 2 / 9 else "stop", 10, 5)
+    return Completion("", f"Sure:\n\n```{target}\n{text}\n```", "length" if chance < 2 / 6 else "stop", 10, 5)
 
 
 def small_recipe(corpus, base_url, **changes):

@@ -142,7 +142,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=16)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = arguments.model or save_stand_in(Path(folder), positions=4096)
+        sources = (path.read_text(encoding="utf-8") for path in sorted(Path("src").rglob("*.py")))
+        model = arguments.model or save_stand_in(Path(folder), texts=sources, positions=4096, vocabulary=4096)
         with OpenAIServer(ModelAnswers(model, arguments.max_tokens), port=arguments.port) as server:
             print(server.base_url, flush=True)
             threading.Event().wait()

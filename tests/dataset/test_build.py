@@ -147,7 +147,6 @@ def test_killed_before_every_renaming_of_every_stage_nothing_is_lost_doubled_or_
     assert published(out) == published(finished)
     # The stage of translation starts as often as it is killed, with at most four requests under way.
     assert len(server.bodies) - asked <= 35 + 4 * deaths[1]
-    print(deaths)
 
 
 def test_an_endpoint_that_fails_stops_the_build_and_the_next_one_goes_on(corpus, tmp_path, finished):

@@ -1,5 +1,6 @@
 """The card of a built dataset: metadata for the Hub, and how it was made, for its readers."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -101,7 +102,8 @@ def _model_rows(translation: Mapping[str, Any], report: Mapping[str, Any]) -> It
     """What is known of the model: settings, what the back ends said of themselves, tokens."""
     yield "model", f"`{translation['model']}`"
     yield "largest answer", f"{translation['max_tokens']} tokens"
-    yield from translation["options"].items()
+    for name, value in translation["options"].items():
+        yield name, json.dumps(value) if isinstance(value, dict | list) else value
     known: dict[str, list[str]] = {}
     for backend in report["backends"]:
         for name, value in backend.items():
@@ -114,7 +116,7 @@ def _model_rows(translation: Mapping[str, Any], report: Mapping[str, Any]) -> It
 
 
 def _pair_rows(languages: Sequence[str], pairs: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, ...]]:
-    for source in languages:
+    for source in (name for name in languages if any(pair.startswith(f"{name} → ") for pair in pairs)):
         row = [pairs.get(f"{source} → {target}") for target in languages]
         counts = [(pair["accepted"], sum(pair.values()) - pair["accepted"]) if pair else None for pair in row]
         yield LANGUAGE_NAMES[source], *(f"{_cell(one[0])} / {_cell(one[1])}" if one else "" for one in counts)

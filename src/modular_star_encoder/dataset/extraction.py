@@ -3,12 +3,17 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
+from operator import length_hint
 from typing import Any
 
+from tqdm.auto import tqdm
+
+from modular_star_encoder.data.codesearchnet import LeakingDocstringError, codesearchnet_function
 from modular_star_encoder.data.corpora import open_corpus
 from modular_star_encoder.data.dataset_rows import open_dataset_rows
-from modular_star_encoder.data.functions import code_key, extract_functions, function_id, stream_functions
-from modular_star_encoder.data.source_files import SourceFile, language_named
+from modular_star_encoder.data.documented_function import DocumentedFunction, code_key, function_id
+from modular_star_encoder.data.functions import filtered_functions
+from modular_star_encoder.data.source_files import language_named
 
 CODESEARCHNET = "codesearchnet"
 
@@ -17,6 +22,7 @@ _CODESEARCHNET_COLUMNS = (
     "func_path_in_repository",
     "func_code_url",
     "language",
+    "whole_func_string",
     "func_code_string",
     "func_documentation_string",
 )
@@ -39,12 +45,11 @@ def function_rows(
 
     Args:
         corpora: Settings of `open_corpus`; or `codesearchnet`, a source of `open_dataset_rows` with CodeSearchNet's
-            columns, and further arguments of that. CodeSearchNet's rows are taken as published, without its filters;
-            docstrings are taken out of the code, where Python's still have them.
+            columns, and further arguments of that. CodeSearchNet's rows have passed its filters and pass no others.
         languages: The languages of the functions.
         max_characters: Longest function, in characters.
         counts: Counts what is read, kept, and dropped by reason.
-        processes: See `stream_functions`.
+        processes: Number of worker processes.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -66,59 +71,56 @@ def function_rows(
 def _file_rows(
     corpus: Mapping[str, Any], languages: Sequence[str], counts: Counter[str], processes: int, progress: bool
 ) -> Iterator[Row]:
-    reader = open_corpus({"languages": list(languages), **corpus})
-    for function in stream_functions(reader, counts, processes=processes, progress=progress):
-        yield {
-            "id": function_id(function),
-            "repository_name": function.repository,
-            "func_path_in_repository": function.path,
-            "func_code_url": None,
-            "language1_CSN": function.language,
-            "func1_CSN": function.code,
-            "func_documentation_string": function.description,
-            "license": function.license,
-        }
+    # Headers of C++ are among the files that are read as C.
+    read = [*languages, "c"] if "cpp" in languages else languages
+    reader = open_corpus({"languages": list(dict.fromkeys(read)), **corpus})
+    total = length_hint(reader) or None
+    with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
+        for functions, some in filtered_functions(reader, processes):
+            counts.update(some)
+            for function in functions:
+                if function.language in languages:
+                    yield _row(function)
+                else:
+                    counts["dropped: another language"] += 1
+            bar.update(some["files"])
     for reason, count in reader.skipped.items():
         counts[f"files left out: {reason}"] += count
 
 
 def _codesearchnet_rows(corpus: Mapping[str, Any], languages: Sequence[str], counts: Counter[str]) -> Iterator[Row]:
     options = dict(corpus)
-    for _, row in open_dataset_rows(options.pop(CODESEARCHNET), _CODESEARCHNET_COLUMNS, **options):
+    for place, row in open_dataset_rows(options.pop(CODESEARCHNET), _CODESEARCHNET_COLUMNS, **options):
         counts["rows of CodeSearchNet"] += 1
-        texts = [row.get(name) for name in _CODESEARCHNET_COLUMNS] if isinstance(row, dict) else []
-        language = language_named(texts[3]) if texts and all(isinstance(text, str) for text in texts) else None
-        if language not in languages:
-            counts["dropped: another language" if language else "dropped: not a row of CodeSearchNet"] += 1
+        if not isinstance(row, dict):
+            raise ValueError(f"{place} is not a row of CodeSearchNet ({row}).")
+        if language_named(row.get("language")) not in languages:
+            counts["dropped: another language"] += 1
             continue
-        repository, path, url, _, code, description = map(str, texts)
-        code = _without_docstring(code) if language == "python" else code
-        if code is None:
-            counts["dropped: does not parse"] += 1
-            continue
-        yield {
-            "id": blake2b("\0".join((repository, path, url, code)).encode(), digest_size=16).hexdigest(),
-            "repository_name": repository,
-            "func_path_in_repository": path,
-            "func_code_url": url,
-            "language1_CSN": language,
-            "func1_CSN": code,
-            "func_documentation_string": description.strip(),
-            "license": None,
-        }
+        try:
+            yield _row(codesearchnet_function(row), row.get("func_code_url"))
+        except LeakingDocstringError:
+            counts["dropped: its docstring can't be taken out"] += 1
 
 
-def _without_docstring(code: str) -> str | None:
-    """A Python function without its documentation, with which it would be found by the words of the query; or None."""
-    found = extract_functions(SourceFile("", "function.py", "python", code))
-    return found[0].code if found else None
+def _row(function: DocumentedFunction, url: str | None = None) -> Row:
+    return {
+        "id": function_id(function),
+        "repository_name": function.repository,
+        "func_path_in_repository": function.path,
+        "func_code_url": url,
+        "language1_CSN": function.language,
+        "func1_CSN": function.code,
+        "func_documentation_string": function.description,
+        "license": function.license,
+    }
 
 
 def _reason(row: Row, max_characters: int, seen: set[bytes]) -> str | None:
     """Why a row is dropped; None if it is kept."""
     code, description = row["func1_CSN"] or "", row["func_documentation_string"] or ""
     if not code.strip() or not description.strip():
-        return "empty"
+        return "without code or description"
     if len(code) > max_characters:
         return f"more than {max_characters:,} characters"
     try:

@@ -1,6 +1,7 @@
 """A built dataset to the Hugging Face Hub."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,15 @@ def push_dataset(
     except HfHubHTTPError as error:
         first_line = str(error).strip().partition("\n")[0]
         raise OSError(f"The Hub refuses the upload to {repository}: {first_line}") from error
+    except _network_errors() as error:
+        raise OSError(f"The Hub can't be reached ({type(error).__name__}); the upload can be repeated.") from error
     return Upload(repository, files, str(url))
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises when the network fails: httpx's errors, under one of two names by its version."""
+    loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    return tuple(module.TransportError for module in loaded if module)
 
 
 def _dataset_folder(folder: Path) -> Path:

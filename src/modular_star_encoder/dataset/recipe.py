@@ -41,11 +41,11 @@ class DatasetRecipe:
     """How a dataset is built.
 
     Args:
-        corpus: a source of files and its options, or a list of them; see `open_functions`.
+        corpus: a source of files and its options, or a list of them; see `function_rows`.
         translation: see `TranslationSettings`.
         languages: languages of the functions.
         max_characters: longest function, in characters; longer ones are not translated.
-        max_syntax_error_share: largest share of a translation that may not parse.
+        max_syntax_error_share: largest share of a translation that may not parse; 1 accepts whatever the syntax.
         near_duplicates: see `DuplicateSettings`; and `columns`, those compared.
         against: benchmarks that no row may be near: by name, a `source`, a `column` of it, and further arguments of
             `open_dataset_rows`.

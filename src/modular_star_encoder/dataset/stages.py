@@ -23,7 +23,6 @@ from typing import Any
 
 from modular_star_encoder.data.dataset_rows import open_texts
 from modular_star_encoder.data.files import staged_folder, write_json
-from modular_star_encoder.data.functions import syntax_error_share
 from modular_star_encoder.data.splits import draw_repositories
 from modular_star_encoder.data.triplets import open_triplets
 from modular_star_encoder.dataset.card import dataset_card
@@ -107,7 +106,6 @@ def triplets(build: Build, out: Path) -> None:
                 source=function["func1_CSN"],
                 source_language=source,
                 target_language=target,
-                error_share=syntax_error_share,
                 max_error_share=recipe.max_syntax_error_share,
             )
             pairs[f"{source} → {target}"][translation.rejected or "accepted"] += 1
