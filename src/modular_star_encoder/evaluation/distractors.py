@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from modular_star_encoder.evaluation.scores import unit_rows
+from modular_star_encoder.evaluation.scores import similarities, unit_rows
 
 
 def distractor_batches(n: int, size: int = 1000, seed: int = 0) -> list[np.ndarray]:
@@ -32,5 +32,5 @@ def distractor_batches(n: int, size: int = 1000, seed: int = 0) -> list[np.ndarr
 
 
 def cosine_scores(query_embeddings: np.ndarray, document_embeddings: np.ndarray) -> np.ndarray:
-    """Cosine similarity (Q, D) float32 of (Q, F) and (D, F) embeddings; see `scores.CosineScores` for larger ones."""
-    return (unit_rows(query_embeddings) @ unit_rows(document_embeddings).T).astype(np.float32)
+    """Cosine similarity (Q, D) float32 of (Q, F) and (D, F) embeddings; see `scores` for what is larger than memory."""
+    return similarities(unit_rows(query_embeddings), unit_rows(document_embeddings))

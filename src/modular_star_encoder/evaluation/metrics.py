@@ -158,15 +158,15 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
     Raises:
         ValueError: an unknown name, or what the metric itself refuses.
     """
-    name, _, cut = metric.partition("@")
+    name, at, cut = metric.partition("@")
     k = int(cut) if cut.isdecimal() else None
     if metric == "map@r":
         return average_precisions_at_r(ranking)
-    if name == "mrr" and (k or not cut):
+    if name == "mrr" and (cut.isdecimal() or not at):
         return reciprocal_ranks(ranking, k)
-    if name == "recall" and k:
+    if name == "recall" and k is not None:
         return recalls(ranking, k)
-    if name == "ndcg" and (k or not cut):
+    if name == "ndcg" and (cut.isdecimal() or not at):
         return ndcgs(ranking, k)
     if name == "ndcg-judged" and k:
         return ndcgs(within_judged(ranking, k))

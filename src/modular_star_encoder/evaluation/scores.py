@@ -1,8 +1,9 @@
 """How similar queries and documents are, in blocks small enough for memory, and the ranks that follow from it.
 
-Cosine similarities are exact sums: the components of the unit vectors are rounded to multiples of 2⁻²⁶, so that every
-product and every partial sum is a float64 without rounding, whatever the order of the additions. Equal vectors then get
-equal scores wherever they stand, and no figure depends on the size of a block or on the library that multiplies.
+A cosine similarity is the float64 sum of products of unit vectors, added up pairwise in the order of the components, then
+rounded to float32. Matrix products add in whatever order is fastest for their shape, so a block rounds at once only what
+rounds alike with any such error, and computes the few other scores in the fixed order. Equal vectors then get equal
+scores wherever they stand, and no figure depends on the size of a block or on the library that multiplies.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from tqdm.auto import tqdm
 from modular_star_encoder.evaluation.metrics import Ranking, check_scores, worst_order
 from modular_star_encoder.evaluation.tasks import Judgements, Pool
 
-GRID = 2.0**26
-"""Components are multiples of 1/GRID: products are multiples of 2⁻⁵², and sums stay below 2, so 53 bits hold them."""
+BLOCK = 1 << 22
+"""Scores per block: 32 MiB in float64."""
 
-BLOCK = 1 << 23
-"""Scores per block: 64 MiB in float64."""
+_NOTHING = 2.0**-24
+"""Similarities closer to 0 are 0: below, float32 tells apart what float64 sums don't."""
 
+_PAIRS = 4096  # pairs of vectors in memory at a time
 _SHOWN = 10**8  # scores that take seconds
 
 WIDE = 1 << 15
@@ -76,19 +78,17 @@ class CosineScores:
         columns = width if width <= WIDE else WIDE // 4
         rows = max(1, BLOCK // max(1, columns))
         for column in range(0, width, columns):
-            documents = self._unit(self.documents[column : column + columns]).T
+            documents = self._unit(self.documents[column : column + columns])
             for row in range(0, height, rows):
-                queries = self._unit(self.queries[row : row + rows])
-                yield Block(row, column, (queries @ documents).astype(np.float32))
+                yield Block(row, column, similarities(self._unit(self.queries[row : row + rows]), documents))
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """See `Scores`."""
         scores = np.empty(len(queries), dtype=np.float32)
-        step = 4096
-        for start in range(0, len(queries), step):
-            part = slice(start, start + step)
-            products = self._unit(self.queries[queries[part]]) * self._unit(self.documents[documents[part]])
-            scores[part] = products.sum(axis=1)
+        for start in range(0, len(queries), _PAIRS):
+            part = slice(start, start + _PAIRS)
+            units = self._unit(self.queries[queries[part]]), self._unit(self.documents[documents[part]])
+            scores[part] = _rounded((units[0] * units[1]).sum(axis=1))
         return scores
 
     def _unit(self, embeddings: np.ndarray) -> np.ndarray:
@@ -96,15 +96,34 @@ class CosineScores:
 
 
 def unit_rows(embeddings: np.ndarray) -> np.ndarray:
-    """Rows (N, F) scaled to length 1, float64, rounded to multiples of 1/`GRID`; zeros stay, infinity becomes NaN."""
+    """Rows (N, F) scaled to length 1, float64; rows of zeros stay, infinity becomes NaN."""
     embeddings = embeddings.astype(np.float64)
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
         embeddings /= np.where(norms == 0, 1, norms)
-    embeddings *= GRID
-    np.rint(embeddings, out=embeddings)
-    embeddings /= GRID
     return embeddings
+
+
+def similarities(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Rounded similarities (Q, D) float32 of unit rows, those of `CosineScores.of_pairs` bit for bit."""
+    products = queries @ documents.T
+    # Twice the error of a sum of F products of unit vectors (Higham 2002, section 3.1), in whatever order.
+    error = queries.shape[1] * 2.0**-52
+    products -= error
+    scores = _rounded(products)
+    products += 2 * error
+    unsure = np.flatnonzero(scores != _rounded(products))
+    rows, columns = np.divmod(unsure, products.shape[1])
+    for start in range(0, len(unsure), _PAIRS):
+        part = slice(start, start + _PAIRS)
+        scores[rows[part], columns[part]] = _rounded((queries[rows[part]] * documents[columns[part]]).sum(axis=1))
+    return scores
+
+
+def _rounded(similarities: np.ndarray) -> np.ndarray:
+    rounded = similarities.astype(np.float32)
+    rounded[np.abs(rounded) < _NOTHING] = 0
+    return rounded
 
 
 def rank_judged(

@@ -10,7 +10,7 @@ from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from modular_star_encoder.evaluation.bm25 import identifier_tokens
-from modular_star_encoder.evaluation.scores import BLOCK, GRID, Block
+from modular_star_encoder.evaluation.scores import BLOCK, Block
 from modular_star_encoder.evaluation.systems import Variant
 from modular_star_encoder.evaluation.tasks import Text
 
@@ -39,11 +39,11 @@ class TfIdf:
 
 
 class SparseScores:
-    """Dot products of sparse unit rows (Q, V) and (D, V), exact as those of `CosineScores`."""
+    """Dot products of sparse unit rows (Q, V) and (D, V), always added up in the order of the terms."""
 
     def __init__(self, queries: csr_matrix, documents: csr_matrix) -> None:
         self.shape = (queries.shape[0], documents.shape[0])
-        self._queries, self._documents = _on_grid(queries), _on_grid(documents)
+        self._queries, self._documents = queries.sorted_indices(), documents.sorted_indices()
 
     def blocks(self) -> Iterator[Block]:
         """Blocks of whole rows."""
@@ -61,9 +61,3 @@ class SparseScores:
             products = self._queries[queries[part]].multiply(self._documents[documents[part]])
             scores[part] = np.asarray(products.sum(axis=1)).ravel()
         return scores
-
-
-def _on_grid(matrix: csr_matrix) -> csr_matrix:
-    matrix = csr_matrix(matrix, dtype=np.float64)
-    matrix.data = np.rint(matrix.data * GRID) / GRID
-    return matrix
