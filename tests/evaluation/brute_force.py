@@ -32,7 +32,7 @@ def ndcg(scores, gains, k):
 
 
 def map_at_r_of_answers(relevant, answers):
-    """POJ-104's evaluator as its description has it: R answers, whose precision at each hit is summed and divided by R."""
+    """POJ-104's evaluator as described: of R answers, the precision at each hit, summed and divided by R."""
     assert len(answers) == len(relevant)
     hits, total = 0, 0.0
     for place, answer in enumerate(answers, start=1):

@@ -30,7 +30,9 @@ def test_each_exit_is_scored_with_the_published_prompts(model, tokenizer, result
         reciprocal = []
         for batch in distractor_batches(16, size=8):
             matrix = cosine_scores(queries[exit_layer][batch], codes[exit_layer][batch])
-            reciprocal += [brute_force.reciprocal_rank(row, gains) for row, gains in zip(matrix, np.eye(8), strict=True)]
+            reciprocal += [
+                brute_force.reciprocal_rank(row, gains) for row, gains in zip(matrix, np.eye(8), strict=True)
+            ]
         assert scores.mrr == pytest.approx(np.mean(reciprocal), abs=1e-9)
         assert scores.recall_at_1 == np.mean(np.array(reciprocal) == 1)
         assert scores.interval[0] <= scores.mrr <= scores.interval[1]

@@ -52,7 +52,7 @@ def test_both_ndcgs_of_the_human_judgements_are_those_of_the_authors_script(metr
     part = type(ranking)(ranking.queries, ranking.query[keep], ranking.gain[keep], ranking.rank[keep])
     expected = []
     for row, row_gains, mask in zip(scores, gains, judged, strict=True):
-        order = sorted(range(len(row)), key=lambda i: (-brute_force.float32(row[i]), row_gains[i]))  # noqa: B023
+        order = sorted(range(len(row)), key=lambda i: (-brute_force.float32(row[i]), row_gains[i]))
         grades = {i: row_gains[i] for i in range(len(row)) if mask[i] or row_gains[i] > 0}
         expected.append(brute_force.relevance_eval(order, grades, within, cutoff=12))
     if kind == "random":  # unjudged ties of gain 0 may stand on either side of judged ones of gain 0

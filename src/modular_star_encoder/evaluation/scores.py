@@ -1,9 +1,9 @@
 """How similar queries and documents are, in blocks small enough for memory, and the ranks that follow from it.
 
-A cosine similarity is the float64 sum of products of unit vectors, added up pairwise in the order of the components, then
-rounded to float32. Matrix products add in whatever order is fastest for their shape, so a block rounds at once only what
-rounds alike with any such error, and computes the few other scores in the fixed order. Equal vectors then get equal
-scores wherever they stand, and no figure depends on the size of a block or on the library that multiplies.
+A cosine similarity is the float64 sum of products of unit vectors, added up pairwise in the order of the components,
+then rounded to float32. Matrix products add in whatever order is fastest for their shape, so a block rounds at once
+only what rounds alike with any such error, and computes the few other scores in the fixed order. Equal vectors then get
+equal scores wherever they stand, and no figure depends on the size of a block or on the library that multiplies.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pygments.lexers import PythonLexer
-from pygments.token import Comment, String, Text, _TokenType
+from pygments.token import Comment, Punctuation, String, Text
 
 from modular_star_encoder.data.python_functions import UnparsableSourceError, find_functions
 from modular_star_encoder.evaluation.benchmarks.rows import Fields, check_rows, read_table, refuse
@@ -114,18 +114,14 @@ def _read(path: Path, language: str) -> Iterator[tuple[str, str, str]]:
 
 def _without_first_string(code: str) -> str:
     """The code without the string that its body begins with."""
-    depth, in_body, pieces, cut = 0, False, [], False
+    depth, in_body, passed, pieces = 0, False, False, []
     for kind, text in PythonLexer(stripnl=False, ensurenl=False).get_tokens(code):
-        if not cut and in_body and not _is_blank(kind):
-            # A string is several tokens; after the last one, code goes on.
-            if kind in String:
+        if in_body and not passed and not (kind in Text or kind in Comment):
+            if kind in String:  # one string is several tokens
                 continue
-            cut = True
+            passed = True
         pieces.append(text)
-        depth += sum(text.count(bracket) for bracket in "([{") - sum(text.count(bracket) for bracket in ")]}")
-        in_body = in_body or (text == ":" and depth == 0)
+        if kind in Punctuation:
+            depth += sum(text.count(bracket) for bracket in "([{") - sum(text.count(bracket) for bracket in ")]}")
+            in_body = in_body or (text.endswith(":") and depth == 0)
     return "".join(pieces)
-
-
-def _is_blank(kind: _TokenType) -> bool:
-    return kind in Text or kind in Comment

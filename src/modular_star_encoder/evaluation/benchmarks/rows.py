@@ -90,7 +90,7 @@ def read_json(path: Path) -> Any:
 def check_rows(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
     """The rows of a JSON list, each with these fields; rows count as lines in messages."""
     if not isinstance(rows, list) or not rows:
-        refuse(path, 1, f"a list of objects with {_listed(fields)}", _kind(rows))
+        refuse(path, 1, f"a list of objects with {_listed(fields)}", "an empty list" if rows == [] else _kind(rows))
     return [_checked(path, number, row, fields) for number, row in enumerate(rows, start=1)]
 
 
@@ -153,4 +153,4 @@ def _listed(names: Mapping[str, Any]) -> str:
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None or value == [] else _NAMES.get(type(value), type(value).__name__)
+    return "nothing" if value is None else _NAMES.get(type(value), type(value).__name__)
