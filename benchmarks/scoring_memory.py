@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +70,7 @@ def rank(folder: Path, size: int, dimensions: int) -> dict[str, float]:
     from modular_star_encoder.evaluation.scores import CosineScores, rank_judged
     from modular_star_encoder.evaluation.tasks import Judgements
 
-    imports, start = resident_mb("VmRSS"), time.perf_counter()
+    imports = resident_mb("VmRSS")
     cache = EmbeddingCache(folder)
     scores = CosineScores(*(cache.rows(SPACE, texts(kind, size)) for kind in ("query", "document")))
     ranking = rank_judged(scores, Judgements.one_each(range(size)), progress=True)
@@ -79,7 +78,6 @@ def rank(folder: Path, size: int, dimensions: int) -> dict[str, float]:
         "imports_mb": round(imports, 1),
         "peak_mb": round(resident_mb("VmHWM"), 1),
         "mrr": round(float(reciprocal_ranks(ranking).mean()), 4),
-        "seconds": round(time.perf_counter() - start),
     }
 
 

@@ -54,6 +54,7 @@ def test_all_exits_come_from_one_pass_and_a_second_benchmark_costs_nothing(model
 
     def counted(model, tokenizer, texts, **options):
         calls.append((len(texts), options["exit_layers"]))
+        assert sorted(map(len, texts), reverse=True)[0] == len(texts[0])  # the longest, which needs most memory, first
         return encode_exits(model, tokenizer, texts, **options)
 
     monkeypatch.setattr(encoders, "encode_exits", counted)

@@ -92,7 +92,7 @@ def test_what_stays_overloaded_or_cannot_be_reached_is_one_sentence(server):
     [
         ((401, {"error": {"message": f"Incorrect API key provided: {KEY}."}}, {}), "status 401: Incorrect API key"),
         ((400, b"what?", {}), "status 400: no reason given"),
-        ((307, {}, {"Location": "http://127.0.0.1:9/elsewhere"}), "status 307"),
+        ((302, {}, {"Location": "http://127.0.0.1:9/elsewhere"}), "status 302"),
         ((200, b"<html>", {}), "did not answer with JSON"),
         ((200, {"data": []}, {}), "one embedding for each of 1 texts"),
         ((200, {"data": [{"index": 1, "embedding": [1]}]}, {}), "one embedding for each"),

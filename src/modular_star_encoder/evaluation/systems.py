@@ -97,7 +97,7 @@ class EmbeddingSystem:
         absent = {exit_layer: self.cache.missing(self._space(exit_layer), prompted) for exit_layer in exits}
         exits = tuple(exit_layer for exit_layer in exits if absent[exit_layer])
         # A text is embedded at all exits where some exit lacks it: the deepest costs the pass anyway.
-        wanted = sorted(set().union(*absent.values()), key=lambda pair: (-len(pair[1]), pair))
+        wanted = sorted(set().union(*absent.values()), key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
         starts = range(0, len(wanted), self.chunk)
         for start in tqdm(starts, desc=f"embedding, {self.name}", unit="shard", disable=not progress, leave=False):
             chunk = wanted[start : start + self.chunk]
