@@ -169,7 +169,7 @@ def run_benchmarks(arguments: argparse.Namespace) -> None:
         cache=arguments.cache,
         command=shlex.join(["mose", *sys.argv[1:]]),
     )
-    with open(os.path.join(arguments.out, "report.md"), encoding="utf-8") as report:
+    with open(os.path.join(os.path.expanduser(arguments.out), "report.md"), encoding="utf-8") as report:
         print(report.read(), end="")
 
 

@@ -139,5 +139,5 @@ def _download(name: str, repository: str) -> Path:
 
     if not repository:
         raise ValueError(f"{name} isn't on the Hub as its authors publish it: name a folder, or hub:OWNER/NAME.")
-    patterns = ["*test*", "*.jsonl", "*.jsonl.gz", "*.parquet", "*.csv", "*.txt"]
-    return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
+    ignored = ["*train*", "*validation*"]
+    return Path(snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))
