@@ -29,6 +29,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modular_star_encoder import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
+from modular_star_encoder.data.files import staged_folder, write_json
 from modular_star_encoder.data.functions import DocumentedFunction, collect_functions
 from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
 from modular_star_encoder.data.repositories import folder_repositories, installed_repositories
@@ -36,7 +37,6 @@ from modular_star_encoder.data.retrieval import RetrievalCollator, RetrievalPair
 from modular_star_encoder.data.splits import Split, drop_near_identical_descriptions, split_by_repository
 from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.exits import ExitResults, RetrievalRow, evaluate_exits, format_table
-from modular_star_encoder.evaluation.files import staged_folder, write_json
 from modular_star_encoder.hub.reloading import reload_in_clean_process
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.hub.slicing import slice_checkpoint

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Results go to stdout; progress and errors, one line each, to stderr. Wrong usage leaves through argparse (status 2).
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         arguments.run(arguments)
         sys.stdout.flush()
@@ -37,6 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mose: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; settings (`key=value`) may also stand after options, where argparse itself takes no more of them."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:
+        if not hasattr(arguments, "overrides") or any(text.startswith("-") or "=" not in text for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -132,10 +143,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if arguments.benchmark != ["folder"] or wanted:
         option = f"--{wanted[0].replace('_', '-')}" if wanted else f"--benchmark {','.join(arguments.benchmark)}"
         raise ValueError(f"{option} needs --out, a folder for the reports.")
+    from modular_star_encoder.data.files import check_writable, write_json
     from modular_star_encoder.evaluation.benchmarks.code_folder import read_code_folder
     from modular_star_encoder.evaluation.checkpoint import load_checkpoint
     from modular_star_encoder.evaluation.exits import evaluate_exits, format_table
-    from modular_star_encoder.evaluation.files import check_writable, write_json
 
     if arguments.json:
         check_writable(arguments.json)

@@ -178,3 +178,16 @@ def test_a_list_of_exits_that_is_none_is_wrong_usage(capsys, exits):
         cli.main(["evaluate", "checkpoint", "--data", ".", "--exit-layers", exits])
     assert error.value.code == 2
     assert "neither all nor a list of numbers" in capsys.readouterr().err
+
+
+def test_settings_may_stand_before_and_after_options():
+    arguments = cli.parse(["pretrain", "recipe.yaml", "steps=3", "--out", "run", "corpus.folder=code", "seed=1"])
+    assert (arguments.recipe, arguments.out) == ("recipe.yaml", "run")
+    assert arguments.overrides == ["steps=3", "corpus.folder=code", "seed=1"]
+
+
+@pytest.mark.parametrize("extra", [["--seed=1"], ["seed"]])
+def test_what_is_no_setting_is_refused_after_options_too(extra, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["pretrain", "recipe.yaml", "--out", "run", *extra])
+    assert extra[0] in capsys.readouterr().err

@@ -79,7 +79,7 @@ def test_markdown_shows_figures_intervals_command_and_notes(tables):
     for part in (
         "    mose evaluate MODEL",
         "torch ",
-        "Half of it.",
+        "Note: half of it.",
         "ties count against the system",
         "paired permutation",
     ):

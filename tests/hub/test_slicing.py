@@ -9,8 +9,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
+from modular_star_encoder.data.files import staged_folder
 from modular_star_encoder.data.prompts import text_prompt
-from modular_star_encoder.evaluation.files import staged_folder
 from modular_star_encoder.hub.reloading import reload_in_clean_process
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.hub.slicing import slice_checkpoint

@@ -32,8 +32,8 @@ def code_prompt(language: str | None = None, *, instructions: bool = True) -> st
     """Return the prefix of a code snippet, `"{instruction}<sep>"`.
 
     Args:
-        language: Name of the programming language; it is lower-cased, as published. `None` gives the wording for
-            code whose language is unknown.
+        language: Name of the programming language; it is lower-cased, as published, and `"cpp"` becomes `"c++"`.
+            `None` gives the wording for code whose language is unknown.
         instructions: `False` for a model that was fine-tuned without them (`config.instruction_prompts`): no prefix.
 
     Raises:
@@ -48,7 +48,7 @@ def code_prompt(language: str | None = None, *, instructions: bool = True) -> st
         raise ValueError(
             f"language must be the name of a programming language, such as 'python', or None: {language!r}."
         )
-    return CODE_INSTRUCTION.format(language=name) + SEP_TOKEN
+    return CODE_INSTRUCTION.format(language="c++" if name == "cpp" else name) + SEP_TOKEN
 
 
 def text_prompt(*, instructions: bool = True) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.functions import DocumentedFunction
+from modular_star_encoder.data.documented_function import DocumentedFunction
 from modular_star_encoder.data.padding import pad_inputs
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.tokenizer import encode_content

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from modular_star_encoder.evaluation.files import write_json
+from modular_star_encoder.data.files import write_json
 from modular_star_encoder.evaluation.metrics import (
     FALSE_POSITIVE,
     TRUE_POSITIVE,

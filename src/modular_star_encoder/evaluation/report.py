@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from modular_star_encoder.data.files import write_json, write_text
 from modular_star_encoder.evaluation.benchmarks.registry import BENCHMARKS
-from modular_star_encoder.evaluation.files import write_json, write_text
 from modular_star_encoder.evaluation.harness import Cell, Figure
 from modular_star_encoder.evaluation.markdown import markdown_table, metric_label, percent
 from modular_star_encoder.evaluation.tables import Row, Table
@@ -146,5 +146,5 @@ def _explain(table: Table) -> list[str]:
     return [
         f"{metric_label(table.metric)} × 100; {table.size}{ties}. Intervals: bootstrap over queries. "
         f"Δ and p: to {table.reference}, paired permutation test.",
-        *(f"{note[0].upper()}{note[1:]}." for note in table.notes),
+        *(f"Note: {note}." for note in table.notes),
     ]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from modular_star_encoder.data.files import staged_folder
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.evaluation.files import staged_folder
 from modular_star_encoder.hub.sentence_transformer_files import write_sentence_transformer_files
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 

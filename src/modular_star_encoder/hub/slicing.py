@@ -7,9 +7,9 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from modular_star_encoder import modeling
+from modular_star_encoder.data.files import staged_folder
 from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.evaluation.checkpoint import check_checkpoint
-from modular_star_encoder.evaluation.files import staged_folder
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 
 SENTENCE_TRANSFORMER_FILES = (

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from modular_star_encoder.data.corpora import open_corpus
+from modular_star_encoder.data.files import staged_folder, write_json
 from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
 from modular_star_encoder.data.packing import PackingCollator
 from modular_star_encoder.data.token_store import TokenStore, build_token_store
 from modular_star_encoder.data.tokenizer import load_tokenizer, token_spellings, train_tokenizer
-from modular_star_encoder.evaluation.files import staged_folder, write_json
 from modular_star_encoder.evaluation.identifier_overlap import identifier_overlap_accuracy
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives import InContextObjective, exit_weights
+from modular_star_encoder.training.curves import plot_curves
 from modular_star_encoder.training.initialization import start_from_spellings, start_from_unigrams
 from modular_star_encoder.training.preflight import Preflight, preflight
 from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe
@@ -29,7 +31,7 @@ from modular_star_encoder.training.schedule import MultiStepSchedule
 from modular_star_encoder.training.stages import bf16_is_faster, train_to_the_end
 from modular_star_encoder.training.trainer import MultiExitTrainer
 
-LOG = Path("model", "training_log.json")
+LOG, CURVES = Path("model", "training_log.json"), Path("model", "curves.png")
 
 # Enough for the merges of a large vocabulary; more text makes training the tokenizer slower, not better.
 TOKENIZER_CHARACTERS = 100_000_000
@@ -45,8 +47,8 @@ def pretrain(
     """Pre-train a model, continuing whatever an earlier call with this recipe left in `out`.
 
     `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and in the end `model/`, a checkpoint
-    with `training_log.json`; a run that has it is finished, and its log is returned. With several processes
-    (`accelerate launch`, `torchrun`) each calls this.
+    with `training_log.json` and, where matplotlib is installed, `curves.png`; a run that has its log is finished, and
+    the log is returned. With several processes (`accelerate launch`, `torchrun`) each calls this.
 
     Args:
         recipe: what to do.
@@ -118,6 +120,8 @@ def pretrain(
     trainer.save_model(os.fspath(out / "model"))
     if state.is_main_process:
         tokenizer.save_pretrained(out / "model")
+        if find_spec("matplotlib"):
+            plot_curves(log, out / CURVES)
         write_json(out / LOG, _finite(log))
     return log
 

@@ -3,12 +3,9 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from modular_star_encoder.training.recipe import build_settings
+from modular_star_encoder.data.settings import load_settings
 
 
 @dataclass(frozen=True)
@@ -124,29 +121,4 @@ def load_pretraining_recipe(path: str | os.PathLike, overrides: Sequence[str] = 
         ValueError: the file or an override is not of this form, or a setting is unknown, missing or out of range.
         OSError: the file is there and can't be read.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"There is no recipe {path}; ours are hub_configs/small/recipe.yaml and others.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a mapping of settings.")
-    for override in overrides:
-        _override(content, override)
-    return build_settings(PretrainingRecipe, content, str(path))
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ValueError(f"{override!r} must have the form key=value, for example steps=1000.")
-    *parents, last = key.split(".")
-    for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
-            raise ValueError(f"{override!r}: {parent} is not a mapping of settings.")
-    try:
-        content[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: {text!r} is not a YAML value.") from error
+    return load_settings(PretrainingRecipe, path, overrides, example="hub_configs/small/recipe.yaml")

@@ -1,13 +1,13 @@
 """Recipes: the YAML files in hub_configs that say how a model is trained."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from modular_star_encoder.data.settings import build_settings
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.training.stages import Stage
 
@@ -63,36 +63,3 @@ def load_recipe(path: str | os.PathLike) -> Recipe:
         for name in ("pretraining", "finetuning")
     }
     return build_settings(Recipe, {**content, **stages}, str(path))
-
-
-def build_settings(kind: type, content: Any, where: str) -> Any:
-    """An instance of a dataclass from a mapping.
-
-    Raises:
-        ValueError: a setting is unknown, missing, of the wrong kind, or refused by the class; the message names it.
-    """
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} must be a mapping of settings.")
-    known = {field.name: field for field in fields(kind)}
-    unknown = sorted(set(content) - set(known))
-    if unknown:
-        raise ValueError(f"{where} has unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
-    values = {name: _number(value, known[name].type, f"{where}: {name}") for name, value in content.items()}
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        message = f"is incomplete: {error}." if isinstance(error, TypeError) else f"can't be used: {error}"
-        raise ValueError(f"{where} {message}") from error
-
-
-def _number(value: Any, kind: Any, where: str) -> Any:
-    """A number where one is wanted: YAML reads `1e-6`, which has no point, as a word."""
-    if kind not in (int, float) or isinstance(value, dict):
-        return value
-    try:
-        number = kind(value) if not isinstance(value, bool) else None
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or (kind is int and number != float(value)):
-        raise ValueError(f"{where} must be a number{' without fraction' if kind is int else ''}, not {value!r}.")
-    return number

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.evaluation.benchmarks import codesearchnet_999, registry
-from modular_star_encoder.evaluation.benchmarks.codesearchnet import documentation_summary, strip_docstring
+from modular_star_encoder.evaluation.benchmarks.codesearchnet import query_of, strip_docstring
 from modular_star_encoder.evaluation.benchmarks.registry import BENCHMARKS, choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.bm25 import BM25
 from modular_star_encoder.evaluation.harness import evaluate_tasks
@@ -76,15 +76,15 @@ def test_docstrings_go_from_what_python_parses_and_from_python_2(code, expected)
 
 
 @pytest.mark.parametrize(
-    "documentation",
-    ["Reads a\nfile.", "Reads a\nfile.\n \nMore.", "Reads a\nfile. @param path", "\n\nReads a\nfile.\n@see\n\nMore."],
+    ("documentation", "query"),
+    [
+        ("Reads a\nfile.\n \nMore.", "Reads a\nfile."),
+        ("Reads it. @see me", "Reads it."),
+        ("@return it\n", "@return it"),
+    ],
 )
-def test_the_query_ends_at_the_first_blank_line_or_tag(documentation):
-    assert documentation_summary(documentation) == "Reads a\nfile."
-
-
-def test_documentation_that_begins_with_a_tag_stays_a_query():
-    assert documentation_summary("@return the file\n\nmore") == "@return the file"
+def test_the_query_ends_at_the_first_blank_line_or_tag_unless_it_begins_with_one(documentation, query):
+    assert query_of(documentation) == query
 
 
 def test_candidates_are_written_and_read_back_whatever_the_order_of_the_rows(tmp_path, monkeypatch):

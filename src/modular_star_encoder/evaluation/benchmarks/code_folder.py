@@ -1,6 +1,6 @@
 """The documented functions of a folder of anyone's repositories: description → code among 999 distractors, MRR.
 
-The descriptions are the first paragraphs of docstrings, which are cut out of the code. The functions pass the filters
+The descriptions are the first paragraphs of docstrings and comments, which are cut out of the code. The functions pass the filters
 of `data.functions`; those of all repositories are in one pool.
 """
 
@@ -22,7 +22,7 @@ def read_code_folder(folder: str | Path) -> list[RetrievalRow]:
     Raises:
         ValueError: there is no such folder, or fewer than two documented functions in it.
     """
-    functions = collect_functions(folder_repositories(folder, languages=("python",))).functions
+    functions = collect_functions(folder_repositories(folder)).functions
     if len(functions) < 2:
         raise ValueError(
             f"{folder} holds {len(functions)} documented functions that pass the filters: too few to rank."

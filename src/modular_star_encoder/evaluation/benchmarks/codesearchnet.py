@@ -7,7 +7,6 @@ is not a search query: queries are what authors wrote beside the code, and share
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 from pygments.lexers import PythonLexer
 from pygments.token import Comment, Punctuation, String, Text
 
-from modular_star_encoder.data.python_functions import UnparsableSourceError, find_functions
+from modular_star_encoder.data.codesearchnet import documentation_summary
+from modular_star_encoder.data.function_finder import find_functions
+from modular_star_encoder.data.grammars import UnparsableSourceError
 from modular_star_encoder.evaluation.benchmarks.rows import Fields, check_rows, read_table, refuse
 from modular_star_encoder.evaluation.exits import RetrievalRow
 
@@ -57,30 +58,25 @@ def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> 
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
         for number, (url, code, documentation) in enumerate(_read(path, language), start=1):
-            if not code.strip() or not documentation_summary(documentation):
+            if not code.strip() or not documentation.strip():
                 refuse(path, number, "code and documentation", "an empty one")
             if url in functions:
                 refuse(path, number, "a url that no earlier row has", url)
             if language == "python" and not leaky:
                 code = strip_docstring(code)
-            functions[url] = RetrievalRow(documentation_summary(documentation), code, language)
+            functions[url] = RetrievalRow(query_of(documentation), code, language)
     return functions
 
 
-def documentation_summary(documentation: str) -> str:
-    """The query of a documentation string: its first paragraph up to the first `@` tag.
-
-    CodeSearchNet takes the text up to the first blank line, otherwise up to the first `@`; cutting at both keeps the
-    names of parameters, which the code repeats, out of the query. A paragraph that begins with a tag stays whole.
-    """
-    paragraph = re.split(r"\n\s*\n", documentation.strip(), maxsplit=1)[0].strip()
-    return paragraph.partition("@")[0].strip() or paragraph
+def query_of(documentation: str) -> str:
+    """The query of a documentation string: its summary, or all of it where it begins with a tag."""
+    return documentation_summary(documentation) or documentation.strip()
 
 
 def strip_docstring(code: str) -> str:
     """A Python function without its docstring; what this Python can't parse (Python 2) is cut by its tokens."""
     try:
-        found = find_functions(textwrap.dedent(code).strip("\n"))
+        found = find_functions(textwrap.dedent(code).strip("\n"), "python")
     except UnparsableSourceError:
         found = []
     return found[0].code if found and found[0].line == 1 else _without_first_string(code)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from modular_star_encoder.data.files import write_json
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import (
     LANGUAGES,
     TEST_SIZES,
@@ -34,7 +35,6 @@ from modular_star_encoder.evaluation.benchmarks.rows import (
     require_files,
 )
 from modular_star_encoder.evaluation.exits import pairs_task
-from modular_star_encoder.evaluation.files import write_json
 from modular_star_encoder.evaluation.tasks import Pool, RetrievalTask
 
 POOL = 1000

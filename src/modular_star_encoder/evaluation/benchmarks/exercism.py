@@ -10,8 +10,6 @@ exercise prescribes: TF-IDF gets 84 to 92. The variant with masked names shows w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import permutations
 from pathlib import Path
 
 from modular_star_encoder.evaluation.benchmarks.rows import check_unique, read_jsonl, refuse, require_files
@@ -41,7 +39,7 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
     (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
     exercises = _read(path, masked)
     languages = sorted({language for texts in exercises.values() for language in texts} - {DESCRIPTION})
-    pairs: Iterable[tuple[str, str]] = permutations(languages, 2)
+    pairs = [(source, target) for target in languages for source in languages if source != target]
     if not from_code:
         pairs = [(DESCRIPTION, language) for language in languages]
     name = f"exercism-{'code' if from_code else 'text'}{'-masked' if masked else ''}"

@@ -43,11 +43,18 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         OSError: the folder can't be written to.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with staged_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+
+
+@contextmanager
+def staged_file(target: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `target` whose file takes its name when the block ends without an error."""
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 

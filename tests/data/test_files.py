@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from modular_star_encoder.evaluation.files import check_writable, write_json
+from modular_star_encoder.data.files import check_writable, write_json
 
 
 def test_what_was_written_is_read_back_and_nothing_else_is_left(tmp_path):
