@@ -1,7 +1,7 @@
 """The documented functions of a folder of anyone's repositories: description → code among 999 distractors, MRR.
 
-The descriptions are the first paragraphs of docstrings and comments, which are cut out of the code. The functions pass the filters
-of `data.functions`; those of all repositories are in one pool.
+The descriptions are the first paragraphs of docstrings and comments, which are cut out of the code. The functions pass
+the filters of `data.functions`; those of all repositories are in one pool.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def query_of(documentation: str) -> str:
 
 
 def strip_docstring(code: str) -> str:
-    """A Python function without its docstring; what this Python can't parse (Python 2) is cut by its tokens."""
+    """A Python function without its docstring; what doesn't parse is cut by its tokens."""
     try:
         found = find_functions(textwrap.dedent(code).strip("\n"), "python")
     except UnparsableSourceError:
