@@ -17,7 +17,7 @@ from importlib import import_module
 
 from tree_sitter import Language, Parser, Point, Query, QueryCursor, Tree
 
-MAX_PARSE_SECONDS = 10.0
+MAX_PARSE_SECONDS = 5.0
 """Processor time after which a parse is given up. A file of 1 MB takes about half a second on one core."""
 MAX_LINE_BYTES = 10_000
 """A text with a longer line is not parsed: it is data or minified, and nested deeply enough to exhaust the memory."""
@@ -33,6 +33,8 @@ _ASSIGNMENT = f"(assignment_expression left: [(identifier) (member_expression)] 
 _JAVASCRIPT = f"""
 (function_declaration name: (_) @name body: (_) @body) @function
 (generator_function_declaration name: (_) @name body: (_) @body) @function
+(function_expression name: (_) @name body: (_) @body) @function
+(generator_function name: (_) @name body: (_) @body) @function
 (method_definition name: (_) @name body: (_) @body) @function
 {_DECLARATOR} @function
 (lexical_declaration . {_DECLARATOR} .) @function
