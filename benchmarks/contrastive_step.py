@@ -11,8 +11,9 @@ Contenders have the same layers, exits, pairs and logit scale; each is a forward
                 place of layers drawn at random it gets our exits. It has no projection heads, and so less to compute
 
 Each contender at each batch size is a process of its own, in which memory beyond the model is limited (RLIMIT_DATA on
-CPU); running out of it is a result. Within a batch size the processes take turns step by step; seconds are medians. Peak
-memory is resident memory at its peak (VmHWM) above that before the first step, on CPU; `max_memory_allocated` on a GPU.
+CPU); running out of it is a result. Within a batch size the processes take turns step by step; seconds are medians.
+Peak memory is resident memory at its peak (VmHWM) above that before the first step, on CPU, and `max_memory_allocated`
+on a GPU.
 
 `mixed` pairs are documented functions of the installed packages; `equal` ones are the same tokens cut into texts of
 those pairs' mean lengths.
