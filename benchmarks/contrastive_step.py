@@ -12,8 +12,8 @@ Contenders have the same layers, exits, pairs and logit scale; each is a forward
 
 Each contender at each batch size is a process of its own, in which memory beyond the model is limited (RLIMIT_DATA on
 CPU); running out of it is a result. Within a batch size the processes take turns step by step; seconds are medians.
-Peak memory is resident memory at its peak (VmHWM) above that before the first step, on CPU;
-`max_memory_allocated` on a GPU.
+Peak memory is resident memory at its peak (VmHWM) above that before the first step, on CPU, and `max_memory_allocated`
+on a GPU.
 
 `mixed` pairs are documented functions of the installed packages; `equal` ones are the same tokens cut into texts of
 those pairs' mean lengths.
@@ -110,7 +110,7 @@ def save_pairs(arguments: argparse.Namespace) -> None:
     """Tokenized pairs of both kinds, each side as one row of ids and its texts' lengths."""
     functions = collect_functions(installed_repositories()).functions
     count = min(len(functions), max(arguments.batch_sizes) * (arguments.repeats + 1))
-    functions = random.Random(0).sample(functions, count)
+    functions = random.Random(0).sample(functions, count)  # noqa: S311 - not for secrets
     texts = [text for function in functions for text in (function.description, function.code)]
     tokenizer = train_tokenizer(texts, load_config(arguments.shape).vocab_size)
     query_tokens, document_tokens = arguments.max_tokens
