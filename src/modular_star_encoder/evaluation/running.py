@@ -11,15 +11,14 @@ from modular_star_encoder.evaluation.benchmarks.codesearchnet_999 import write_c
 from modular_star_encoder.evaluation.benchmarks.registry import choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.embedding_cache import EmbeddingCache
 from modular_star_encoder.evaluation.encoders import ExitEncoder
-from modular_star_encoder.evaluation.figures import plot_quality_by_depth, plot_quality_by_latency, read_latencies
+from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME, ExitProfile
+from modular_star_encoder.evaluation.figures import median_latencies, plot_quality_by_depth, plot_quality_by_latency
 from modular_star_encoder.evaluation.harness import evaluate_tasks
 from modular_star_encoder.evaluation.opening import open_system
 from modular_star_encoder.evaluation.report import write_report
 from modular_star_encoder.evaluation.systems import EmbeddingSystem, System
 from modular_star_encoder.evaluation.tables import Table, build_tables
 from modular_star_encoder.evaluation.tasks import Task
-
-PROFILE = "exit_profile.json"
 
 
 def run_benchmarks(
@@ -104,8 +103,8 @@ def _draw(tables: Sequence[Table], systems: dict[str, str], out: Path) -> None:
     """The figures, if there is anything to draw and to draw with; otherwise a note."""
     if not any(row.exit_layer is not None for table in tables for row in table.rows):
         return
-    profiles = {label: Path(name).expanduser() / PROFILE for name, label in systems.items()}
-    latencies = {label: read_latencies(path) for label, path in profiles.items() if path.is_file()}
+    profiles = {label: Path(name).expanduser() / PROFILE_NAME for name, label in systems.items()}
+    latencies = {label: median_latencies(ExitProfile.load(path)) for label, path in profiles.items() if path.is_file()}
     try:
         plot_quality_by_depth(tables, out / "quality_by_depth.png")
         if latencies:
