@@ -83,6 +83,29 @@ def test_an_exit_profile_beside_the_checkpoint_gives_the_figure_of_latencies(che
     assert (tmp_path / "quality_by_latency.png").is_file()
 
 
+def test_a_profile_of_other_exits_costs_a_figure_and_not_the_reports(checkpoint, data, tmp_path, capsys):
+    profile = Path(checkpoint, PROFILE_NAME)
+    try:
+        made_up_profile().save(profile)
+        options = {"exit_layers": (1,), "allow_subset": True, "progress": False}
+        run_benchmarks(checkpoint, ["cosqa"], data, tmp_path, **options)
+    finally:
+        profile.unlink()
+    assert "No exit of these systems has a latency" in capsys.readouterr().err
+    assert {"report.md", "quality_by_depth.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_lists_of_an_earlier_run_are_used_beside_other_benchmarks(checkpoint, data, tmp_path):
+    options = {"allow_subset": True, "progress": False}
+    names = ["codesearchnet-999", "cosqa"]
+    first = run_benchmarks(checkpoint, names, data, tmp_path / "a", **options)
+    lists = tmp_path / "a" / "candidates" / "codesearchnet-999"
+    again = run_benchmarks(checkpoint, names, data, tmp_path / "b", candidates=lists, **options)
+    assert [row.mean for row in again[0].rows] == [row.mean for row in first[0].rows]
+    with pytest.raises(ValueError, match="only for codesearchnet-999"):
+        run_benchmarks(checkpoint, ["cosqa"], data, tmp_path / "c", candidates=lists, **options)
+
+
 def test_the_places_of_this_machine_are_not_in_the_report(checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.setenv("MOSE_DATA", str(data))
     run_benchmarks(
