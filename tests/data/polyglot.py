@@ -48,7 +48,7 @@ public class Größe<T> extends B {
 }
 '''
 
-GO = '''\
+GO = """\
 package größe // ä
 
 // Push puts é on top
@@ -69,9 +69,9 @@ package größe // ä
 
 ⟦func g() { f := func() { return }; f() }⟧
 func assembly(x int) int
-'''
+"""
 
-PHP = '''\
+PHP = """\
 <html>é<?php
 namespace A\\B;
 
@@ -98,9 +98,9 @@ enum E { case A; ⟦function l() { return 1; }⟧ }
 // Not for users.
 ⟦function plain() { return 1; }⟧
 ?><b>ß</b>
-'''
+"""
 
-RUBY = '''\
+RUBY = """\
 # Größe
 module Größe
   class A::B < C
@@ -131,9 +131,9 @@ end
 ⟦def heredoc = <<~X
   ä
 X⟧
-'''
+"""
 
-JAVASCRIPT = '''\
+JAVASCRIPT = """\
 /** Default é function. */
 export default ⟦async function () { return `ä
   kept`; }⟧
@@ -158,9 +158,9 @@ class Ä extends B {
 // Not for users.
 ⟦function plain() {}⟧
 ⟦module.exports = function (x) { return x; };⟧
-'''.replace("5: ⟦x => 1⟧", "⟦5: x => 1⟧")
+""".replace("5: ⟦x => 1⟧", "⟦5: x => 1⟧")
 
-C = '''\
+C = """\
 /* é */
 #include <stdio.h>
 int prototype(int a);
@@ -185,9 +185,9 @@ int counter; /* belongs to the counter */
 ⟦static void WINAPI run(void *data UNUSED) { return; }⟧
 REGISTER(größe)
 ⟦int old(a) int a; { if (a) { return 1; } else { return 0; } }⟧
-'''
+"""
 
-CPP = '''\
+CPP = """\
 // ß
 namespace n {
 /// Does é for any T.
@@ -206,7 +206,7 @@ TEST_F(A, b) { int x; }
 extern "C" ⟦void h() {}⟧
 ⟦template <> template <class U> void A<int>::g<U>(U u) { auto f = [](int x) { return x; }; }⟧
 }
-'''
+"""
 
 MARKED = {
     "python": PYTHON,

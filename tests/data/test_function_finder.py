@@ -1,3 +1,4 @@
+import contextlib
 from collections import Counter
 
 import pytest
@@ -48,8 +49,8 @@ def test_code_does_not_depend_on_line_ends(language):
     ("language", "name", "code"),
     [
         ("python", "Ähre.wächst.inner", 'def inner():\n\treturn """ä\n\t\tkept\n"""'),
-        ("java", "Größe.größe", '@Override("é")\npublic <T> List<T> größe(int a) throws E {\n\tString s = """\n\t\t  ü\n'
-         '\t\t  """; return null;\n}'),
+        ("java", "Größe.größe", '@Override("é")\npublic <T> List<T> größe(int a) throws E {\n'
+         '\tString s = """\n\t\t  ü\n\t\t  """; return null;\n}'),
         ("ruby", "Größe.A.B.wächst", "def wächst(a)\n  x = <<~EOS\n        ü\n    not code\n      EOS\n  x\nend"),
         ("php", "T.tut", "#[X]\npublic static function tut() { return 'a\n\t b'; }"),
         ("cpp", "B.operator==", 'bool operator==(const B& o) { return R"(\n\tkept)"; }'),
@@ -91,7 +92,7 @@ def test_a_syntax_error_costs_its_function_and_no_other(language):
         ("c", "TEST(a, b) { x(); }\nint f(void) { return 1; }\n", ["f"]),
         ("c", 'MODULE("x")\nint f(int argc UNUSED, int v) { return (CAST int) v; }\n', ["f"]),
         ("c", "#define M(x) do { \\\n x; } while (0)\nint f(void) { M(1); return 1; }\n", ["f"]),
-        ("cpp", "LIB_NAMESPACE_BEGIN\ntemplate <class T> T f(T x) LIB_NOEXCEPT { return x; }\nLIB_NAMESPACE_END\n", ["f"]),
+        ("cpp", "LIB_BEGIN\ntemplate <class T> T f(T x) LIB_NOEXCEPT { return x; }\nLIB_END\n", ["f"]),
         ("cpp", "template <class R> int f(R p) { return typename R::Point(p); }\n", ["f"]),
     ],
 )  # fmt: skip
@@ -112,10 +113,8 @@ def test_functions_nested_too_deeply_are_counted():
 @pytest.mark.parametrize("unit", ["(\n", "{\n", "[\n", "if (x)\n", "-\n", "'\"\n", "a.b(\n", "<<A\n"])
 def test_deep_nesting_overflows_no_stack(language, unit):
     text = ("<?php\n" if language == "php" else "") + unit * 1000
-    try:
+    with contextlib.suppress(UnparsableSourceError):
         assert find_functions(text, language) == []
-    except UnparsableSourceError:
-        pass
 
 
 def test_a_very_long_line_and_null_bytes_are_refused():

@@ -1,7 +1,9 @@
 """Mutated source files through the extractor: whatever is found is exact, and nothing crashes.
 
-`MOSE_MUTATIONS` sets the number of files (default 400), `MOSE_MUTATION_SOURCES` a folder whose files are mutated in place
-of the small ones here: `MOSE_MUTATIONS=10000 MOSE_MUTATION_SOURCES=~/code pytest tests/data/test_mutated_sources.py`.
+`MOSE_MUTATIONS` sets the number of files (default 400), `MOSE_MUTATION_SOURCES` a folder whose files are mutated in
+place of the small ones here:
+
+    MOSE_MUTATIONS=10000 MOSE_MUTATION_SOURCES=~/code pytest -s tests/data/test_mutated_sources.py
 """
 
 import os
@@ -17,9 +19,10 @@ MUTATIONS = int(os.environ.get("MOSE_MUTATIONS", "400"))
 FOLDER = os.environ.get("MOSE_MUTATION_SOURCES")
 SNIPPETS = [
     *"(){}[]<>;:,\"'`#@$\\/%\t\n\r",
-    *('"""', "'''", "/*", "*/", "/**", "//", "<<~EOS\n", "<<<EOT\n", "?>", "<?php", "=begin\n", "=end\n", "\r\n", "#{", "${"),
-    *("é", "ß", "\u2028", "\x0c", "\ufeff", "\U0001f600", "e\u0301", "\0", "\ud800", "def f():\n", "end\n", "class A {", "if (x) {"),
-    *("template <", "R\"x(", "#ifdef A\n", "#endif\n", "MACRO(x)\n", "=> ", "function ", "func (", "\\\n", "  ", "return "),
+    *('"""', "'''", "/*", "*/", "/**", "//", "<<~EOS\n", "<<<EOT\n", "?>", "<?php", "=begin\n", "=end\n", "\r\n", "#{"),
+    *("é", "ß", "\u2028", "\x0c", "\ufeff", "\U0001f600", "e\u0301", "\0", "\ud800", "${", "\\\n", "  ", "return "),
+    *("def f():\n", "end\n", "class A {", "if (x) {", "template <", 'R"x(', "#ifdef A\n", "#endif\n", "MACRO(x)\n"),
+    *("=> ", "function ", "func "),
 ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ _RUBY_BLOCK_MARKER = re.compile(r"=begin\b.*|=end\b.*")
 # Instructions to tools, which stand among the prose of comments.
 _DIRECTIVE = re.compile(
     r"\s*(?:rubocop:|:\w*doc:|frozen_string_literal:|-\*-|eslint\b|js[hl]int\b|jscs:|istanbul ignore|c8 ignore"
-    r"|prettier-ignore|phpcs:|nolint\b|nosonar|clang-format o|cppcheck-suppress|coverity\b|lint:)",
+    r"|prettier-ignore|phpcs:|nolint\w*|nosonar|clang-format o|cppcheck-suppress|coverity\b|lint:)",
     re.IGNORECASE,
 )
 _GO_DIRECTIVE = re.compile(r"//(?:[a-z0-9]+:[a-z0-9]|export |extern |line |nolint)")
