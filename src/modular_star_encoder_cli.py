@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Results go to stdout; progress and errors, one line each, to stderr. Wrong usage leaves through argparse (status 2).
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_arguments(argv)
     try:
         arguments.run(arguments)
         sys.stdout.flush()
@@ -39,6 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mose: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; `KEY=VALUE` may stand before and after the options, which argparse alone does not understand."""
+    parser = build_parser()
+    arguments, others = parser.parse_known_args(argv)
+    if others and (not hasattr(arguments, "overrides") or any(other.startswith("-") for other in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        arguments.overrides += others
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
