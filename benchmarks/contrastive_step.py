@@ -110,7 +110,7 @@ def save_pairs(arguments: argparse.Namespace) -> None:
     """Tokenized pairs of both kinds, each side as one row of ids and its texts' lengths."""
     functions = collect_functions(installed_repositories()).functions
     count = min(len(functions), max(arguments.batch_sizes) * (arguments.repeats + 1))
-    functions = random.Random(0).sample(functions, count)  # noqa: S311 - not for secrets
+    functions = random.Random(0).sample(functions, count)
     texts = [text for function in functions for text in (function.description, function.code)]
     tokenizer = train_tokenizer(texts, load_config(arguments.shape).vocab_size)
     query_tokens, document_tokens = arguments.max_tokens

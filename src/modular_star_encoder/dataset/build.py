@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from modular_star_encoder.data.files import write_json
+from modular_star_encoder.dataset.extraction import open_source
 from modular_star_encoder.dataset.near_duplicates.fingerprints import minhash_class
 from modular_star_encoder.dataset.recipe import DatasetRecipe
 from modular_star_encoder.dataset.stages import STAGES, Build
@@ -47,6 +48,9 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     minhash_class()
     if not build.is_done("translations"):
         recipe.translation.open()
+    if not build.is_done("functions"):
+        for corpus in recipe.corpus:
+            open_source(corpus, recipe.languages)
     build.out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(build.out / LOCK, timeout=0):

@@ -1,7 +1,7 @@
 """The first stage: documented functions with ids, out of source files or of CodeSearchNet's rows."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from operator import length_hint
 from typing import Any
@@ -13,7 +13,7 @@ from modular_star_encoder.data.corpora import open_corpus
 from modular_star_encoder.data.dataset_rows import open_dataset_rows
 from modular_star_encoder.data.documented_function import DocumentedFunction, code_key, function_id
 from modular_star_encoder.data.functions import filtered_functions
-from modular_star_encoder.data.source_files import language_named
+from modular_star_encoder.data.source_files import SourceReader, language_named
 
 CODESEARCHNET = "codesearchnet"
 
@@ -30,6 +30,25 @@ _CODESEARCHNET_COLUMNS = (
 Row = dict[str, str | None]
 
 
+def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> Iterable[Any]:
+    """Open one corpus: a reader of files, or the rows of CodeSearchNet.
+
+    Args:
+        corpus: Settings of `open_corpus`; or `codesearchnet`, a source of `open_dataset_rows` with CodeSearchNet's
+            columns, and further arguments of that.
+        languages: The languages of the functions.
+
+    Raises:
+        ValueError: If it can't be opened.
+    """
+    if CODESEARCHNET in corpus:
+        options = dict(corpus)
+        return open_dataset_rows(options.pop(CODESEARCHNET), _CODESEARCHNET_COLUMNS, **options)
+    # Headers of C++ are among the files that are read as C.
+    read = [*languages, "c"] if "cpp" in languages else languages
+    return open_corpus({"languages": list(dict.fromkeys(read)), **corpus})
+
+
 def function_rows(
     corpora: Sequence[Mapping[str, Any]],
     *,
@@ -44,8 +63,7 @@ def function_rows(
     Of functions whose code differs in white space only, the first is kept. Memory holds a digest of each.
 
     Args:
-        corpora: Settings of `open_corpus`; or `codesearchnet`, a source of `open_dataset_rows` with CodeSearchNet's
-            columns, and further arguments of that. CodeSearchNet's rows have passed its filters and pass no others.
+        corpora: See `open_source`. CodeSearchNet's rows have passed its filters, and pass no others.
         languages: The languages of the functions.
         max_characters: Longest function, in characters.
         counts: Counts what is read, kept, and dropped by reason.
@@ -58,9 +76,9 @@ def function_rows(
     seen: set[bytes] = set()
     for corpus in corpora:
         if CODESEARCHNET in corpus:
-            rows = _codesearchnet_rows(corpus, languages, counts)
+            rows = _codesearchnet_rows(open_source(corpus, languages), languages, counts)
         else:
-            rows = _file_rows(corpus, languages, counts, processes, progress)
+            rows = _file_rows(open_source(corpus, languages), languages, counts, processes, progress)
         for row in rows:
             reason = _reason(row, max_characters, seen)
             counts[f"dropped: {reason}" if reason else "functions kept"] += 1
@@ -69,11 +87,8 @@ def function_rows(
 
 
 def _file_rows(
-    corpus: Mapping[str, Any], languages: Sequence[str], counts: Counter[str], processes: int, progress: bool
+    reader: SourceReader, languages: Sequence[str], counts: Counter[str], processes: int, progress: bool
 ) -> Iterator[Row]:
-    # Headers of C++ are among the files that are read as C.
-    read = [*languages, "c"] if "cpp" in languages else languages
-    reader = open_corpus({"languages": list(dict.fromkeys(read)), **corpus})
     total = length_hint(reader) or None
     with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
         for functions, some in filtered_functions(reader, processes):
@@ -88,9 +103,10 @@ def _file_rows(
         counts[f"files left out: {reason}"] += count
 
 
-def _codesearchnet_rows(corpus: Mapping[str, Any], languages: Sequence[str], counts: Counter[str]) -> Iterator[Row]:
-    options = dict(corpus)
-    for place, row in open_dataset_rows(options.pop(CODESEARCHNET), _CODESEARCHNET_COLUMNS, **options):
+def _codesearchnet_rows(
+    rows: Iterable[tuple[str, Any]], languages: Sequence[str], counts: Counter[str]
+) -> Iterator[Row]:
+    for place, row in rows:
         counts["rows of CodeSearchNet"] += 1
         if not isinstance(row, dict):
             raise ValueError(f"{place} is not a row of CodeSearchNet ({row}).")

@@ -41,7 +41,7 @@ class DatasetRecipe:
     """How a dataset is built.
 
     Args:
-        corpus: a source of files and its options, or a list of them; see `function_rows`.
+        corpus: a source of files and its options, or a list of them; see `open_source`.
         translation: see `TranslationSettings`.
         languages: languages of the functions.
         max_characters: longest function, in characters; longer ones are not translated.
