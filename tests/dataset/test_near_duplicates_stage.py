@@ -216,7 +216,7 @@ while exit_code is None:
         run()
         os._exit(0)
     if not kills % 3:
-        time.sleep(moment.uniform(0, 0.1))
+        time.sleep(moment.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
@@ -234,7 +234,7 @@ def test_killed_in_every_task_and_restarted_it_gives_the_same(source, finished, 
     environment = os.environ | {"RAYON_NUM_THREADS": "1"}
     killed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert killed.returncode == 0, killed.stderr
-    assert int(killed.stdout.split()[-1]) >= 10
+    assert int(killed.stdout.split()[-1]) >= 6
     assert content(out) == content(finished[1])
 
 
@@ -307,7 +307,7 @@ def test_datatroves_executors_do_the_same_job(source, finished, tmp_path):
     job = prepare_job(source, out, columns=["code", "translation"], id_column="id", against=AGAINST)
     executor = None
     for name, step, tasks in near_duplicate_steps(job, compare_tasks=3):
-        options = {"tasks": tasks, "workers": 1, "depends": executor, "logging_dir": str(tmp_path / name)}
+        options = {"tasks": min(tasks, 2), "workers": 1, "depends": executor, "logging_dir": str(tmp_path / name)}
         executor = local.LocalPipelineExecutor([step], **options)
     executor.run()
     assert content(out) == content(finished[1])
