@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from modular_star_encoder.data.functions import DocumentedFunction, code_key, description_key
@@ -64,14 +64,8 @@ def split_by_repository(
         ValueError: If there are fewer than two repositories, an argument is out of range, or nothing is left to train
             on because the repositories hold the same functions.
     """
-    if min_test < 1 or not 0 < max_repository_share <= 1:
-        raise ValueError("min_test must be at least 1, and max_repository_share above 0 and up to 1.")
     sizes = Counter(function.repository for function in functions)
-    if len(sizes) < 2:
-        raise ValueError(
-            f"A split by repository needs functions of at least two repositories; these are of {len(sizes)}."
-        )
-    held_out = _draw(sizes, seed, min_test, max_repository_share)
+    held_out = draw_repositories(sizes, seed=seed, min_test=min_test, max_repository_share=max_repository_share)
     test = [function for function in functions if function.repository in held_out]
     descriptions = {description_key(function.description) for function in test}
     codes = {code_key(function.code) for function in test}
@@ -86,11 +80,30 @@ def split_by_repository(
     return Split(train, test, removed_from_train=len(candidates) - len(train))
 
 
-def _draw(sizes: Counter[str], seed: int, min_test: int, max_share: float) -> set[str]:
-    total = sizes.total()
+def draw_repositories(
+    sizes: Mapping[str, int], *, seed: int, min_test: int = 2000, max_repository_share: float = 0.05
+) -> set[str]:
+    """Return the names of the repositories to hold out.
+
+    Args:
+        sizes: The number of functions of each repository.
+        seed: See `split_by_repository`, as for the following.
+        min_test: Number of functions to hold out, at least, if that is not more than a fifth.
+        max_repository_share: Largest share of all functions of a repository that may be drawn.
+
+    Raises:
+        ValueError: If there are fewer than two repositories, or an argument is out of range.
+    """
+    if min_test < 1 or not 0 < max_repository_share <= 1:
+        raise ValueError("min_test must be at least 1, and max_repository_share above 0 and up to 1.")
+    if len(sizes) < 2:
+        raise ValueError(
+            f"A split by repository needs functions of at least two repositories; these are of {len(sizes)}."
+        )
+    total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
-    allowed = [name for name in sizes if sizes[name] <= max_share * total]
-    others = [name for name in sizes if sizes[name] > max_share * total]
+    allowed = [name for name in sizes if sizes[name] <= max_repository_share * total]
+    others = [name for name in sizes if sizes[name] > max_repository_share * total]
     # A hash rather than a generator's shuffle: stable everywhere, and a new repository does not reorder the others.
     order = sorted(allowed, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     order += sorted(others, key=lambda name: (sizes[name], name))

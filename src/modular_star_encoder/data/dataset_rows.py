@@ -1,0 +1,108 @@
+"""Rows of any dataset, one after the other: parquet and JSON Lines files, folders of them, datasets of the Hub."""
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from modular_star_encoder.data.row_sources import open_rows
+
+_JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson")
+_SPLITS = ("train", "validation", "test")
+_ROWS_PER_BATCH = 256
+
+
+def open_dataset_rows(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    columns: Sequence[str],
+    *,
+    split: str = "train",
+    **options: Any,
+) -> Iterable[tuple[str, dict[str, Any] | str]]:
+    """Open a dataset for reading as a stream, again and again in the same order.
+
+    Args:
+        source: A parquet or JSON Lines file, a list of them, a folder of them, or the name of a dataset of the Hub.
+        columns: The columns to read. A row of JSON Lines may lack some, and have others.
+        split: The split to read. Of a folder, the files whose names begin with it (`train-00000-of-00004.parquet`); all
+            files if no name begins with one of train, validation and test. Files that are named are read whole.
+        options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
+
+    Returns:
+        Pairs of where a row is, for messages, and the row; in place of the row, what is wrong with its line of JSON.
+
+    Raises:
+        ValueError: If the dataset cannot be read, has no such split, or lacks a column; while reading, if a file is
+            damaged.
+    """
+    files = _files(source, split)
+    if files and all(file.endswith(_JSON_LINES) for file in files):
+        for file in files:
+            if not Path(file).is_file():
+                raise ValueError(f"There is no file {file}.")
+        return _JsonLines(files)
+    rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
+    return _DatasetRows(rows, ", ".join(map(str, source)) if isinstance(source, list | tuple) else os.fspath(source))
+
+
+def _files(source: Any, split: str) -> list[str]:
+    """The files that `source` names; none if it is the name of a dataset of the Hub."""
+    if isinstance(source, list | tuple):
+        return [os.fspath(file) for file in source]
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return [str(path)] if path.name.endswith((".parquet", *_JSON_LINES)) else []
+    found = [file for file in sorted(path.rglob("*")) if file.name.endswith((".parquet", *_JSON_LINES))]
+    splits = {name: [file for file in found if file.name.startswith((f"{name}-", f"{name}."))] for name in _SPLITS}
+    if any(splits.values()):
+        if not splits.get(split):
+            there = ", ".join(name for name, files in splits.items() if files)
+            raise ValueError(f"{os.fspath(source)!r} has no split {split!r}; it has {there}.")
+        found = splits[split]
+    if not found or len({file.suffix == ".parquet" for file in found}) > 1:
+        what = "both parquet and JSON Lines files: name those to read" if found else "no parquet or JSON Lines file"
+        raise ValueError(f"{os.fspath(source)!r} holds {what}.")
+    return [str(file) for file in found]
+
+
+class _JsonLines:
+    """Rows of JSON Lines files, one line at a time; a line that is no JSON object is the reason why."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self._files = files
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        for file in self._files:
+            opener = gzip.open if file.endswith(".gz") else open
+            try:
+                with opener(file, "rt", encoding="utf-8", errors="replace") as lines:
+                    for number, line in enumerate(lines, 1):
+                        if line.strip():
+                            yield f"{file}, line {number}", _json_object(line)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(f"{file} is damaged: {error}.") from error
+
+
+def _json_object(line: str) -> dict[str, Any] | str:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return "no JSON"
+    return row if isinstance(row, dict) else "no JSON object"
+
+
+class _DatasetRows:
+    """Rows of a streamed dataset, a batch at a time."""
+
+    def __init__(self, rows: Any, name: str) -> None:
+        self._rows, self._name = rows.with_format("arrow"), name
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        number = 0
+        for table in self._rows.iter(batch_size=_ROWS_PER_BATCH):
+            for row in table.to_pylist():
+                number += 1
+                yield f"{self._name}, row {number}", row

@@ -1,0 +1,130 @@
+"""From what a model wrote to the translated function, or the reason to reject it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from modular_star_encoder.data.functions import code_key
+from modular_star_encoder.data.source_files import LANGUAGES
+
+MAX_SYNTAX_ERROR_SHARE = 0.05
+
+REASONS = (
+    "not answered",
+    "refused",
+    "truncated",
+    "empty",
+    "same as the source",
+    "not the target language",
+    "unparsable",
+)
+"""Why a translation is rejected, in the order in which it is looked at."""
+
+_TAGS = {
+    "python": ("python", "py", "python3"),
+    "javascript": ("javascript", "js", "node", "jsx", "mjs"),
+    "go": ("go", "golang"),
+    "java": ("java",),
+    "php": ("php",),
+    "ruby": ("ruby", "rb"),
+    "c": ("c", "h"),
+    "cpp": ("cpp", "c++", "cc", "cxx", "hpp"),
+}
+_LANGUAGE_OF_TAG = {tag: language for language, tags in _TAGS.items() for tag in tags}
+
+_BLOCK = re.compile(
+    r"^[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[\w+#.-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)[ \t]*$|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+_OPENING = re.compile(
+    r"\A\s*(?:sure|certainly|of course|okay|here(?:'s| is| are)|below|this is|the (?:following|translated))\b"
+    r"[^\n]*[:.!][ \t]*\n",
+    re.IGNORECASE,
+)
+_CLOSING = re.compile(
+    r"\n[ \t]*\n(?:(?:notes?|explanation|key changes|key differences):|(?:note that|please note|let me know|i hope)\b|"
+    r"(?:in )?(?:this|the (?:above|translated)) (?:code|function|method|translation|implementation|version)\b).*\Z",
+    re.IGNORECASE | re.DOTALL,
+)
+_REFUSAL = re.compile(
+    r"\A\s*(?:(?:sorry|unfortunately),|(?:i(?:'|’| a)m (?:sorry|unable|not able|afraid)|i apologi[sz]e|"
+    r"i can(?:'|’|no)t|as an ai)\b)",
+    re.IGNORECASE,
+)
+_PHP_TAGS = re.compile(r"\A\s*<\?php\b[ \t]*\n?|\n?\?>\s*\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """A translated function, or why there is none.
+
+    Attributes:
+        code: The function; empty if it is rejected.
+        rejected: One of `REASONS`; empty if it is accepted.
+    """
+
+    code: str
+    rejected: str = ""
+
+
+def clean_translation(
+    text: str,
+    finish_reason: str,
+    *,
+    source: str,
+    source_language: str,
+    target_language: str,
+    error_share: Callable[[str, str], float],
+    max_error_share: float = MAX_SYNTAX_ERROR_SHARE,
+) -> Translation:
+    """Take the code out of an answer and judge it.
+
+    The code is what stands in the answer's code block, of several the longest one in the target language; without a
+    block, it is the answer without what is said before and after. It is accepted if it parses as the target language,
+    or nearly so and not better as the source language: of 300 real functions of each language, up to three quarters of
+    one language parse as another with less than a tenth of errors (Java as C), but few with none.
+
+    Args:
+        text: The answer.
+        finish_reason: Why it ended; see `Completion`.
+        source: The function that was to be translated.
+        source_language: Its language.
+        target_language: The language to translate to.
+        error_share: Of a code and a language: the share of the code that does not parse, 0 to 1.
+        max_error_share: Largest share of a translation that may not parse as the target language.
+    """
+    reason = {"error": "not answered", "content_filter": "refused", "length": "truncated"}.get(finish_reason)
+    if reason:
+        return Translation("", reason)
+    block = _block(text, target_language)
+    language, code = block or ("", _CLOSING.sub("", _OPENING.sub("", text)))
+    code = (_PHP_TAGS.sub("", code) if target_language == "php" else code).strip("\n").rstrip()
+    if not code:
+        reason = "empty"
+    elif block is None and _REFUSAL.match(text):
+        reason = "refused"
+    elif code_key(code) == code_key(source):
+        reason = "same as the source"
+    elif language not in ("", target_language):
+        reason = "not the target language"
+    else:
+        reason = _fault(code, source_language, target_language, error_share, max_error_share)
+    return Translation("", reason) if reason else Translation(code)
+
+
+def _block(text: str, target: str) -> tuple[str, str] | None:
+    """The language that a code block says it is in, or "", and its code; None if there is no block."""
+    blocks = [(_LANGUAGE_OF_TAG.get(block["tag"].lower(), ""), block["code"]) for block in _BLOCK.finditer(text)]
+    # The longest in the target language, else in none that is known, else in another one.
+    return max(blocks, key=lambda block: (block[0] == target, block[0] == "", len(block[1])), default=None)
+
+
+def _fault(
+    code: str, source: str, target: str, error_share: Callable[[str, str], float], max_error_share: float
+) -> str:
+    """Why code is not what was asked for, by its syntax; "" if it is."""
+    share = error_share(code, target)
+    if share == 0 or (share <= max_error_share and error_share(code, source) > 0):
+        return ""
+    others = (language for language in LANGUAGES if language != target)
+    return "not the target language" if any(error_share(code, other) == 0 for other in others) else "unparsable"

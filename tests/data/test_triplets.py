@@ -1,0 +1,147 @@
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from modular_star_encoder.data.triplets import BadRowError, Triplet, TripletColumns, open_triplets
+
+
+def row(number=0, **changes):
+    """A row as SynthCoNL publishes it."""
+    values = {
+        "repository_name": f"owner/name{number}",
+        "func_path_in_repository": "a.py",
+        "func_documentation_string": f"Adds {number}.",
+        "func_code_url": "https://example.org",
+        "language1_CSN": "python",
+        "func1_CSN": f"def add(x):\n    return x + {number}",
+        "language2": "c++",
+        "func2": f"int add(int x) {{ return x + {number}; }}",
+    }
+    return values | changes
+
+
+TRIPLET = Triplet("Adds 0.", row()["func1_CSN"], "python", row()["func2"], "cpp", "owner/name0")
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def write_lines(path, rows):
+    lines = [one if isinstance(one, str) else json.dumps(one) for one in rows]
+    data = "\n".join(lines).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def repositories(reader):
+    return [triplet.repository.removeprefix("owner/name") for triplet in reader]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
+def test_the_published_columns_become_triplets_again_and_again(tmp_path, name):
+    write = write_parquet if name.endswith("parquet") else write_lines
+    reader = open_triplets(write(tmp_path / name, [row(), row(1)]))
+    for _ in range(2):
+        first, second = reader
+        assert first == TRIPLET
+        assert second.description == "Adds 1."
+    assert reader.skipped == {}
+
+
+def test_a_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch):
+    import datasets
+
+    file = write_parquet(tmp_path / "a.parquet", [row()])
+    local = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: calls.append((names, options)) or local)
+    assert list(open_triplets("modularStarEncoder/SynthCoNL", revision="v1")) == [TRIPLET]
+    ((names, options),) = calls
+    assert names[0] == "modularStarEncoder/SynthCoNL"
+    assert (options["split"], options["revision"], options["streaming"]) == ("train", "v1", True)
+
+
+def test_other_names_of_columns_are_read(tmp_path):
+    columns = TripletColumns(
+        description="nl", code="a", language="la", other_code="b", other_language="lb", repository="r"
+    )
+    other = {"nl": "Adds.", "a": "x", "la": "C++", "b": "y", "lb": "JavaScript", "r": None}
+    (triplet,) = open_triplets(write_parquet(tmp_path / "a.parquet", [other]), columns=columns)
+    assert triplet == Triplet("Adds.", "x", "cpp", "y", "javascript", "")
+
+
+def test_a_folder_gives_the_files_of_a_split(tmp_path):
+    for number, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"]):
+        write_parquet(tmp_path / "data" / f"{name}.parquet", [row(number)])
+    assert repositories(open_triplets(tmp_path)) == ["0", "1"]
+    assert repositories(open_triplets(tmp_path, split="validation")) == ["2"]
+    with pytest.raises(ValueError, match="no split 'test'; it has train, validation"):
+        open_triplets(tmp_path, split="test")
+
+
+def test_a_folder_without_splits_is_read_whole(tmp_path):
+    write_lines(tmp_path / "b.jsonl", [row(1)])
+    write_lines(tmp_path / "a.jsonl.gz", [row(0)])
+    assert repositories(open_triplets(tmp_path)) == ["0", "1"]
+
+
+BAD = {
+    "empty func2": row(func2="  \n"),
+    "empty func1_CSN": row(func1_CSN=None),
+    "empty func_documentation_string": row(func_documentation_string=""),
+    "unknown language2": row(language2="cobol"),
+    "unknown language1_CSN": row(language1_CSN=None),
+}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_rows_that_are_no_triplets_are_skipped_with_count_and_example(tmp_path, name):
+    write = write_parquet if name.endswith("parquet") else write_lines
+    reader = open_triplets(write(tmp_path / name, [row(), *BAD.values(), row(func2=""), row(1)]))
+    for _ in range(2):
+        assert repositories(reader) == ["0", "1"]
+        assert reader.skipped == dict.fromkeys(BAD, 1) | {"empty func2": 2}
+        assert name in reader.examples["unknown language2"]
+        assert reader.examples["unknown language2"].partition(": ")[0].endswith(" 5")
+
+
+def test_lines_that_are_no_rows_are_skipped_with_count_and_example(tmp_path):
+    without = row()
+    del without["func2"]
+    reader = open_triplets(write_lines(tmp_path / "a.jsonl", ['{"half', "[1]", without, "", row(1)]))
+    assert repositories(reader) == ["1"]
+    assert reader.skipped == {"no JSON": 1, "no JSON object": 1, "no column func2": 1}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_in_strict_reading_the_first_bad_row_is_one_sentence(tmp_path, name):
+    write = write_parquet if name.endswith("parquet") else write_lines
+    reader = open_triplets(write(tmp_path / name, [row(), *BAD.values()]), strict=True)
+    with pytest.raises(BadRowError, match=r"no triplet \(empty func2\): .*, (row|line) 2: \{.*owner/name0"):
+        list(reader)
+
+
+def test_wrong_sources_are_refused_in_one_sentence(tmp_path):
+    short = row()
+    del short["func2"]
+    with pytest.raises(ValueError, match="has no column 'func2'; it has repository_name"):
+        open_triplets(write_parquet(tmp_path / "a.parquet", [short]))
+    with pytest.raises(ValueError, match="There is no file"):
+        open_triplets(tmp_path / "none.jsonl")
+    whole = write_lines(tmp_path / "whole.jsonl.gz", [row()] * 50).read_bytes()
+    (tmp_path / "half.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"half\.jsonl\.gz is damaged"):
+        list(open_triplets(tmp_path / "half.jsonl.gz"))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="holds no parquet or JSON Lines file"):
+        open_triplets(tmp_path / "folder")
+    write_parquet(tmp_path / "folder" / "a.parquet", [row()])
+    write_lines(tmp_path / "folder" / "a.jsonl", [row()])
+    with pytest.raises(ValueError, match="holds both parquet and JSON Lines files"):
+        open_triplets(tmp_path / "folder")

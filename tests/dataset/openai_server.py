@@ -1,0 +1,152 @@
+"""A loopback server of OpenAI's chat protocol, for tests and trial builds: answers come from a function or a model.
+
+python -m tests.dataset.openai_server --port 8000 --model FOLDER    # any causal model; without --model, a stand-in
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+from modular_star_encoder.dataset.completions import Completion, CompletionRequest
+from modular_star_encoder.dataset.transformers_backend import TransformersBackend
+from tests.dataset.stand_in import save_stand_in
+
+Answer = Callable[[str], Completion]
+Fault = Callable[[int, dict[str, Any], dict[str, str]], tuple[int, Any, dict[str, str]] | None]
+
+
+class OpenAIServer:
+    """Serves while it is used as a context manager.
+
+    Attributes:
+        base_url: What a client is given.
+        prompts: The prompts of all requests that were answered with a completion, in order.
+        bodies: The bodies of all requests.
+    """
+
+    def __init__(self, answer: Answer, fault: Fault | None = None, port: int = 0) -> None:
+        """`fault` sees the number of a request, its body and its headers, and may give another reply."""
+        self.answer, self.fault = answer, fault
+        self.prompts: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
+        self._server = _Server(("127.0.0.1", port), _Handler)
+        self._server.owner = self
+        self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self) -> "OpenAIServer":
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 256
+    owner: OpenAIServer
+
+    def handle_error(self, *_: object) -> None:
+        """Clients that are killed leave broken connections."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def do_POST(self) -> None:
+        owner: OpenAIServer = self.server.owner
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with owner.lock:
+            number = len(owner.bodies)
+            owner.bodies.append(body)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        reply = owner.fault(number, body, headers) if owner.fault else None
+        if reply is None and self.path != "/v1/chat/completions":
+            reply = 404, {"error": {"message": "Not found"}}, {}
+        if reply is None:
+            prompt = body["messages"][0]["content"]
+            completion = owner.answer(prompt)
+            if completion.error:
+                reply = 400, {"error": {"message": completion.error, "code": "context_length_exceeded"}}, {}
+            else:
+                with owner.lock:
+                    owner.prompts.append(prompt)
+                reply = 200, _content(body["model"], completion), {}
+        self._send(*reply)
+
+    def _send(self, status: int, content: Any, headers: dict[str, str]) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(data)
+        self.wfile.flush()
+
+    def log_message(self, *_: object) -> None:
+        """No log."""
+
+
+def _content(model: str, completion: Completion) -> dict[str, Any]:
+    message = {"role": "assistant", "content": completion.text}
+    usage = {"prompt_tokens": completion.prompt_tokens, "completion_tokens": completion.completion_tokens}
+    choice = {"index": 0, "message": message, "finish_reason": completion.finish_reason}
+    return {"id": "chatcmpl-0", "object": "chat.completion", "model": model, "choices": [choice], "usage": usage}
+
+
+class ModelAnswers:
+    """Answers prompts with a causal model; those that wait at the same time make one batch."""
+
+    def __init__(self, folder: str | Path, max_tokens: int, batch_size: int = 32) -> None:
+        self._backend = TransformersBackend(str(folder), max_tokens, batch_size=batch_size)
+        self._waiting: Queue[tuple[str, Queue[Completion]]] = Queue()
+        self._batch_size = batch_size
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def __call__(self, prompt: str) -> Completion:
+        """Wait for the answer."""
+        answer: Queue[Completion] = Queue()
+        self._waiting.put((prompt, answer))
+        return answer.get()
+
+    def _work(self) -> None:
+        while True:
+            batch = [self._waiting.get()]
+            try:
+                while len(batch) < self._batch_size:
+                    batch.append(self._waiting.get(timeout=0.002))
+            except Empty:
+                pass
+            requests = [CompletionRequest(str(place), prompt) for place, (prompt, _) in enumerate(batch)]
+            for completion in self._backend.complete(requests):
+                batch[int(completion.id)][1].put(completion)
+
+
+def main() -> None:
+    """Serve until Ctrl-C."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--model", help="folder of a causal model; a stand-in of random weights by default")
+    parser.add_argument("--max-tokens", type=int, default=16)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or save_stand_in(Path(folder), positions=4096)
+        with OpenAIServer(ModelAnswers(model, arguments.max_tokens), port=arguments.port) as server:
+            print(server.base_url, flush=True)
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
