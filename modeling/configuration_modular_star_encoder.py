@@ -45,6 +45,9 @@ CHOICES = {
     "pooler_position": ("last", "first"),
 }
 
+# Bounds of a learned logit scale; the upper one is CLIP's (arXiv 2103.00020, section 2.5).
+LOGIT_SCALE_BOUNDS = (1.0, 100.0)
+
 # The paper's exits 4, 9, 18, 27 and 36 as shares of its 36 layers.
 DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
 
@@ -91,6 +94,9 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             ancestor: with padding on the left this is not the last token, and depends on the padding.
         embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides embeddings by their norm; `"clip"` only
             where the norm is above 1, as in the published models' ancestor.
+        learned_logit_scale (`float`, *optional*): Start value, between 1 and 100, of a multiplier of similarities that
+            contrastive training learns, and that the retrieval model then has among its weights. By default there is
+            none, and the training objective has a fixed one.
         pooler_position (`str`, defaults to `"last"`): Token that classifiers read: the `"last"` real one (`<cls>`) or
             the `"first"`.
         output_all_exits (`bool`, *optional*): Whether a forward in which no exit is named returns every exit,
@@ -117,6 +123,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         "exit_hidden_states",
         "residual_states",
         "exit_embeddings",
+        "logit_scale",
         "exit_logits",
     ]
     # StarCoder2's own plan (transformers, configuration_starcoder2.py): the blocks are the same.
@@ -159,6 +166,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     projection_order: str = "project_then_pool"
     pooling: str = "mean"
     embedding_normalization: str = "l2"
+    learned_logit_scale: float | int | None = None
     pooler_position: str = "last"
     output_all_exits: bool | None = None
     classifier_dropout: float | int = 0.1
@@ -237,6 +245,14 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(allowed)}.")
+
+    def validate_logit_scale(self) -> None:
+        """Refuse a start value outside the bounds."""
+        lowest, highest = LOGIT_SCALE_BOUNDS
+        if self.learned_logit_scale is not None and not lowest <= self.learned_logit_scale <= highest:
+            raise ValueError(
+                f"learned_logit_scale {self.learned_logit_scale} must be between {lowest:g} and {highest:g}, or None."
+            )
 
     def validate_heads(self) -> None:
         """Refuse attention heads that do not divide."""

@@ -24,6 +24,7 @@ This file and `configuration_modular_star_encoder.py` travel inside every reposi
 """
 
 import copy
+import math
 import os
 import re
 import shutil
@@ -36,6 +37,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import (
@@ -52,7 +54,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_modular_star_encoder import ModularStarEncoderConfig
+from .configuration_modular_star_encoder import LOGIT_SCALE_BOUNDS, ModularStarEncoderConfig
 
 # Logits computed at once by the masked language modelling loss: 2**22 float32 are 16 MiB, whatever the vocabulary.
 LOGITS_PER_CHUNK = 2**22
@@ -125,12 +127,14 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
         last_hidden_state: (B, T, D), tokens projected by the head of the deepest exit asked for.
         sentence_embedding: (B, D), of the deepest exit asked for, L2-normalised.
         exit_embeddings: (E, B, D), of every exit asked for, shallowest first, L2-normalised.
+        logit_scale: (1,) float32, the learned multiplier of similarities, where the model has one.
         exit_hidden_states, residual_states, hidden_states, attentions: as in the trunk's output.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     sentence_embedding: torch.FloatTensor | None = None
     exit_embeddings: torch.FloatTensor | None = None
+    logit_scale: torch.FloatTensor | None = None
     exit_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     residual_states: tuple[torch.FloatTensor, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -1038,6 +1042,41 @@ class ModularStarEncoderProjectionHead(nn.Module):
         return self.out_proj(self.act(self.dense(states)))
 
 
+class ClampWithInwardGradient(torch.autograd.Function):
+    """Clamp a parameter so that it can come back: the gradient beyond a bound is dropped only if it leads outwards.
+
+    `torch.clamp` has none there, and a value that one optimiser step put beyond the bound would stay for good.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, lowest: float, highest: float) -> torch.Tensor:
+        ctx.save_for_backward(value)
+        ctx.bounds = (lowest, highest)
+        return value.clamp(lowest, highest)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (value,), (lowest, highest) = ctx.saved_tensors, ctx.bounds
+        outwards = ((value >= highest) & (gradient < 0)) | ((value <= lowest) & (gradient > 0))
+        return gradient.masked_fill(outwards, 0.0), None, None
+
+
+class ModularStarEncoderLogitScale(nn.Module):
+    """A learned multiplier of similarities, stored as its logarithm.
+
+    It is part of the model, and returned by its forward, for whatever wraps, saves or resumes a model (DDP, FSDP2, peft
+    with `modules_to_save=["logit_scale"]`, checkpoints) then sees to it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self) -> torch.Tensor:
+        lowest, highest = (math.log(bound) for bound in LOGIT_SCALE_BOUNDS)
+        return ClampWithInwardGradient.apply(self.log_scale.float(), lowest, highest).exp()
+
+
 class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
     """Normalised embeddings of text and code, with one projection head per exit."""
 
@@ -1047,7 +1086,15 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         self.projection_heads = nn.ModuleDict(
             {str(exit_layer): ModularStarEncoderProjectionHead(self.config) for exit_layer in self.config.exit_layers}
         )
+        # CODEPATH: the paper's scale is fixed; a learned one has to live where checkpoints are.
+        self.logit_scale = None if self.config.learned_logit_scale is None else ModularStarEncoderLogitScale()
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ModularStarEncoderLogitScale):
+            init.constant_(module.log_scale, math.log(self.config.learned_logit_scale))
 
     def _pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         # CODEPATH: models trained here pool the mean; the published ones do not say theirs, so it can be set.
@@ -1102,6 +1149,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             last_hidden_state=tokens,
             sentence_embedding=embeddings[-1],
             exit_embeddings=torch.stack(embeddings),
+            logit_scale=None if self.logit_scale is None else self.logit_scale(),
             exit_hidden_states=outputs.exit_hidden_states,
             residual_states=outputs.residual_states,
             hidden_states=outputs.hidden_states,

@@ -1,62 +1,49 @@
-"""The symmetric CLIP loss."""
-
-import math
+"""The contrastive objective: a model and a batch."""
 
 import pytest
 import torch
 
-from modular_star_encoder.objectives import ContrastiveObjective, clip_losses
+from modular_star_encoder.objectives import ContrastiveObjective, ContrastiveSettings, losses_from_embeddings
+from tests.objectives.contrastive_batches import every_option, every_side
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
 
-def stacks(exits=2, rows=4, size=8):
-    generator = torch.Generator().manual_seed(0)
-    draw = torch.randn(2, exits, rows, size, generator=generator)
-    return torch.nn.functional.normalize(draw, dim=-1).unbind(0)
-
-
-def literal_clip_loss(queries, documents, scale):
-    """The loss written out with Python floats."""
-    scores = [[scale * sum(a * b for a, b in zip(q, d, strict=True)) for d in documents] for q in queries]
-    size = len(scores)
-    by_query = sum(math.log(sum(math.exp(s) for s in row)) - row[i] for i, row in enumerate(scores)) / size
-    columns = list(zip(*scores, strict=True))
-    by_document = sum(math.log(sum(math.exp(s) for s in col)) - col[i] for i, col in enumerate(columns)) / size
-    return (by_query + by_document) / 2
-
-
-def test_it_equals_the_formula_written_out_at_every_exit():
-    queries, documents = stacks()
-    losses, _ = clip_losses(queries, documents, 10.0)
-    expected = [literal_clip_loss(q.tolist(), d.tolist(), 10.0) for q, d in zip(queries, documents, strict=True)]
-    torch.testing.assert_close(losses, torch.tensor(expected))
-    assert expected[0] != pytest.approx(expected[1], abs=1e-2)
-
-
-def test_it_is_symmetric_and_both_directions_count():
-    queries, documents = stacks()
-    torch.testing.assert_close(clip_losses(queries, documents, 10.0)[0], clip_losses(documents, queries, 10.0)[0])
-    one_direction = torch.nn.functional.cross_entropy(10 * queries[0] @ documents[0].T, torch.arange(4))
-    assert abs(clip_losses(queries, documents, 10.0)[0][0] - one_direction) > 1e-2
-
-
-def test_accuracy_counts_queries_nearest_to_their_own_document():
-    queries = torch.eye(4)[None]
-    documents = torch.eye(4)[[0, 1, 3, 2]][None]
-    assert clip_losses(queries, documents, 10.0)[1].tolist() == [0.5]
-
-
-def test_the_objective_embeds_both_sides_at_every_exit():
+def test_both_sides_are_embedded_at_every_exit():
     model = tiny_model().eval()
     batch = {"query": tiny_batch(lengths=(5, 3, 4)), "document": tiny_batch()}
-    output = ContrastiveObjective(logit_scale=3.0)(model, batch, EXIT_LAYERS)
-    queries, documents = (model(**batch[side], exit_layers=EXIT_LAYERS).exit_embeddings for side in batch)
-    torch.testing.assert_close(output.losses, clip_losses(queries, documents, 3.0)[0])
+    settings = ContrastiveSettings(logit_scale=3.0)
+    output = ContrastiveObjective(settings)(model, batch, EXIT_LAYERS)
+    stacks = {side: model(**batch[side], exit_layers=EXIT_LAYERS).exit_embeddings for side in batch}
+    torch.testing.assert_close(output.losses, losses_from_embeddings(stacks, EXIT_LAYERS, settings).losses)
     assert output.losses.requires_grad
+    assert set(output.metrics) == {"clip_loss", "clip_accuracy"}
     assert not output.metrics["clip_loss"].requires_grad
 
 
-@pytest.mark.parametrize("scale", [0, -1.0])
-def test_a_scale_that_is_not_positive_is_refused(scale):
-    with pytest.raises(ValueError, match="must be positive"):
-        ContrastiveObjective(scale)
+def test_every_option_reports_its_term():
+    model = tiny_model(learned_logit_scale=7.0)
+    output = ContrastiveObjective(every_option())(model, every_side(), EXIT_LAYERS)
+    terms = {"clip_loss", "clip_accuracy", "clip_accuracy_smallest", "distillation_loss", "alignment_loss"}
+    pairs = {"clip_accuracy_query_document", "clip_accuracy_document_translation"}
+    assert set(output.metrics) == terms | pairs | {"masked_negatives", "logit_scale"}
+    assert all(output.metrics[name].shape == (3,) for name in terms | pairs)
+    assert output.metrics["logit_scale"].item() == pytest.approx(7.0)
+    parts = output.metrics["clip_loss"] + 0.7 * output.metrics["distillation_loss"]
+    torch.testing.assert_close(output.losses.detach(), parts + 0.5 * output.metrics["alignment_loss"])
+
+
+def test_a_batch_with_other_sides_is_refused_before_it_is_embedded():
+    with pytest.raises(ValueError, match="has the sides document, negative, query, translation"):
+        ContrastiveObjective()(None, every_side(), EXIT_LAYERS)
+
+
+def test_an_output_that_mixes_exits_and_texts_is_refused():
+    class Halves(torch.nn.Module):
+        def forward(self, **inputs):
+            output = tiny_model()(**inputs)
+            output.exit_embeddings = output.exit_embeddings.repeat(2, 1, 1)
+            return output
+
+    batch = {"query": tiny_batch(), "document": tiny_batch()}
+    with pytest.raises(ValueError, match="one process per device"):
+        ContrastiveObjective()(Halves(), batch, EXIT_LAYERS)

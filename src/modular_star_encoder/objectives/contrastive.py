@@ -1,58 +1,62 @@
 """Contrastive fine-tuning: the symmetric CLIP loss of each exit on its own projection head."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from modular_star_encoder.objectives.contrastive_losses import losses_from_embeddings
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
 from modular_star_encoder.objectives.outputs import ObjectiveOutput
 
 
-def clip_losses(
-    queries: torch.Tensor, documents: torch.Tensor, logit_scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric cross-entropy over the similarities of a batch (CLIP, arXiv 2103.00020, figure 3).
-
-    Args:
-        queries: (E, B, D), L2-normalised; row b belongs to row b of `documents`.
-        documents: (E, B, D), L2-normalised.
-        logit_scale: multiplies the cosine similarities; the paper's "temperature 10.0".
-
-    Returns:
-        losses (E,) float32, the mean of both directions; accuracies (E,), the share of queries whose own document is
-        the most similar one.
-    """
-    scores = logit_scale * torch.einsum("eqd,ecd->eqc", queries.float(), documents.float())
-    targets = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape[:2])
-    by_query = nn.functional.cross_entropy(scores.transpose(1, 2), targets, reduction="none").mean(dim=1)
-    by_document = nn.functional.cross_entropy(scores, targets, reduction="none").mean(dim=1)
-    accuracies = (scores.argmax(dim=-1) == targets).float().mean(dim=1)
-    return (by_query + by_document) / 2, accuracies
-
-
 class ContrastiveObjective:
-    """CLIP loss between descriptions and code at each exit.
+    """CLIP loss between descriptions and code, or code and code, at each exit.
+
+    Over several processes, candidates come from all of them and the gradients are those of the joint batch, which needs
+    batches of equal size and a wrapper that averages gradients (DDP, FSDP2). Accumulated batches are separate ones:
+    accumulation adds no negatives; `mini_batch_tokens` is what makes large batches possible.
 
     Args:
-        logit_scale: multiplies similarities, 10 in the paper (a temperature of 0.1).
+        settings: by default the paper's.
     """
 
-    def __init__(self, logit_scale: float = 10.0) -> None:
-        if logit_scale <= 0:
-            raise ValueError(f"logit_scale {logit_scale} must be positive.")
-        self.logit_scale = logit_scale
+    def __init__(self, settings: ContrastiveSettings | None = None) -> None:
+        self.settings = settings or ContrastiveSettings()
+
+    @property
+    def caches_gradients(self) -> bool:
+        """Whether parameters get their gradients inside the loss's backward pass, and no graph leads to them."""
+        return self.settings.mini_batch_tokens is not None
+
+    def check(self, exit_layers: Sequence[int], embedding_size: int) -> None:
+        """Refuse settings that do not fit a model; see `ContrastiveSettings.check`."""
+        self.settings.check(exit_layers, embedding_size)
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
         """Losses of one batch.
 
         Args:
             model: a `ModularStarEncoderForRetrieval`, possibly wrapped.
-            batch: `query` and `document`, each with `input_ids` and `attention_mask` (B, T).
+            batch: the sides that `settings.pairs` names, `query` and `document` by default, each with `input_ids` and
+                `attention_mask` (B, T), padded on either side. Sides of one pair have as many rows, row b of each
+                belonging together; different pairs may have different numbers. Rows of one side may be of different
+                kinds (descriptions and code).
             exit_layers: the exits to train.
+
+        Raises:
+            ValueError: sides, rows, exits or processes do not fit together; the message says which.
         """
-        queries = model(**batch["query"], exit_layers=exit_layers).exit_embeddings
-        documents = model(**batch["document"], exit_layers=exit_layers).exit_embeddings
-        losses, accuracies = clip_losses(queries, documents, self.logit_scale)
-        return ObjectiveOutput(
-            losses=losses, metrics={"clip_loss": losses.detach(), "clip_accuracy": accuracies.detach()}
-        )
+
+        def embed(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+            output = model(**inputs, exit_layers=exit_layers)
+            if len(output.exit_embeddings) != len(exit_layers):
+                raise ValueError("nn.DataParallel mixes up exits and texts; start one process per device (torchrun).")
+            return output.exit_embeddings, output.logit_scale
+
+        self.settings.check_sides({side: number_of_texts(inputs) for side, inputs in batch.items()})
+        stacks, logit_scale = embed_sides(model, embed, batch, self.settings.mini_batch_tokens)
+        output = losses_from_embeddings(stacks, exit_layers, self.settings, logit_scale)
+        return ObjectiveOutput(losses=output.losses, metrics=output.metrics)

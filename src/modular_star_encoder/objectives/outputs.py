@@ -1,4 +1,4 @@
-"""What every objective returns: one loss per exit, and metrics per exit."""
+"""What every objective returns: one loss per exit, and metrics."""
 
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ class ObjectiveOutput:
 
     Args:
         losses: (E,) float32 with gradient, one loss per exit, shallowest first.
-        metrics: name → (E,) detached tensor, averaged over batches for the logs.
+        metrics: name → (E,), or () for what belongs to no exit; detached, averaged over batches for the logs.
     """
 
     losses: torch.Tensor

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from modular_star_encoder.objectives import Objective, exit_weights
+from modular_star_encoder.training.non_finite import stop_for_non_finite_loss
 from modular_star_encoder.training.schedule import MultiStepSchedule
 
 
@@ -19,7 +20,8 @@ class MultiExitTrainer(Trainer):
     """Train every exit of a model with one objective.
 
     The total loss is the weighted sum of the objective's losses per exit. Every metric of the objective is averaged
-    over the batches between two log lines, over all processes, and logged as `{metric}_exit_{layer}`.
+    over the batches between two log lines, over all processes, and logged as `{metric}_exit_{layer}`. A loss that is
+    not finite ends the training, and the batch is written to the output folder.
 
     Args:
         model: a ModularStarEncoder model with heads that suit the objective.
@@ -35,7 +37,8 @@ class MultiExitTrainer(Trainer):
         **kwargs: passed to `Trainer`.
 
     Raises:
-        ValueError: exits that the model does not have, or weights that do not fit them.
+        ValueError: exits that the model does not have, weights that do not fit them, or an objective that does not fit
+            the model or `log_gradient_norms`.
     """
 
     def __init__(
@@ -57,6 +60,12 @@ class MultiExitTrainer(Trainer):
         self.schedule = schedule
         self.objective = objective
         self.exit_layers = model.config.resolve_exits(exit_layers=exit_layers or model.config.exit_layers)
+        if hasattr(objective, "check"):
+            objective.check(self.exit_layers, model.config.projection_size)
+        if log_gradient_norms and getattr(objective, "caches_gradients", False):
+            raise ValueError(
+                "log_gradient_norms needs a graph down to the trunk; it does not go with mini_batch_tokens."
+            )
         depth = model.config.parent_num_hidden_layers
         self.exit_weights = exit_weights(weights, self.exit_layers, depth, normalize=normalize_weights)
         self._sums: dict[str, torch.Tensor] = {}
@@ -83,6 +92,14 @@ class MultiExitTrainer(Trainer):
         if self.log_gradient_norms and model.training and self._is_logged_step():
             self._add("gradient_norm", exits, self._gradient_norms(weighted))
         loss = weighted.sum()
+        if model.training and not torch.isfinite(loss):
+            stop_for_non_finite_loss(
+                inputs,
+                dict(zip(exits, output.losses.tolist(), strict=True)),
+                self.args.output_dir,
+                step=self.state.global_step + 1,
+                rank=self.args.process_index,
+            )
         return (loss, output.metrics) if return_outputs else loss
 
     def create_scheduler(
@@ -119,9 +136,10 @@ class MultiExitTrainer(Trainer):
         return torch.stack(norms)
 
     def _add(self, name: str, exits: Sequence[int], values: torch.Tensor) -> None:
-        """Gather a metric, one value per exit, for the next log line."""
-        for exit_layer, value in zip(exits, values.detach().float(), strict=True):
-            key = f"{name}_exit_{exit_layer}"
+        """Gather a metric, one value per exit or one for all, for the next log line."""
+        values = values.detach().float()
+        keys = [f"{name}_exit_{exit_layer}" for exit_layer in exits] if values.dim() else [name]
+        for key, value in zip(keys, values.reshape(-1), strict=True):
             self._sums[key] = self._sums.get(key, 0) + value
             self._counts[key] = self._counts.get(key, 0) + 1
 

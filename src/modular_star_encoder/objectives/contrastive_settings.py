@@ -1,0 +1,186 @@
+"""Settings of contrastive fine-tuning, all checked when they are made."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+DISTILLATION_TEACHERS = ("deepest", "next_deeper", "ensemble")
+ALIGNMENT_TARGETS = ("deepest", "next_deeper")
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastiveSettings:
+    """The paper's objective by default; everything from `dimensions` on is an addition to it, off by default.
+
+    Args:
+        pairs: sets of pairs, each of them the names of sides of a batch: anchor, positive, and any number of hard
+            negatives. `(("query", "document", "negative"),)`, or text→code and code→code pairs that share a side:
+            `(("description", "code"), ("code", "translation"))`. The loss is the mean over all pairs.
+        logit_scale: multiplies similarities, the paper's "temperature 10.0" (a temperature of 0.1). A model with a
+            learned scale (`learned_logit_scale` in its configuration) uses its own.
+        mini_batch_tokens: embed the batch by mini-batches of at most this many tokens, padding included, and keep no
+            activations of the others (gradient caching): memory then hardly grows with the batch, and each text is
+            embedded twice. `None` embeds each side at once.
+        dimensions: sizes of the embedding that each exit is trained at (Matryoshka, arXiv 2205.13147): for all exits
+            alike, or by exit, `{4: (64, 256)}`. Embeddings are cut and normalised anew; an exit's loss is the mean over
+            its sizes. List the full size too where it is to be trained. `None`, or an exit that is not named: the full
+            size alone.
+        teacher: exit whose scores the others are trained to have: `"deepest"`, `"next_deeper"`, `"ensemble"` (mean of
+            the scores of all exits), or an exit's number. It is never trained by its pupils.
+        distillation_weight: of the Kullback-Leibler divergence from the teacher's distribution over the candidates, at
+            full size, to each exit's.
+        distillation_temperature: divides the logits of both; the divergence is multiplied by its square, which keeps
+            gradients at one size (Hinton et al., arXiv 1503.02531, section 2).
+        alignment_weight: of 1 - cosine(exit's embedding, target's embedding), which brings exits into one space, so
+            that queries of a shallow exit can search an index of a deep one.
+        alignment_target: `"deepest"`, `"next_deeper"`, or an exit's number; never trained by the others.
+        false_negative_margin: a negative is left out where the deepest exit's similarity is above that of the pair
+            minus this margin (GISTEmbed, arXiv 2402.16829).
+        false_negative_factor: the same where it is above this factor times that of the pair.
+
+    Raises:
+        ValueError: a value is not as described; the message says what is allowed.
+    """
+
+    pairs: Sequence[Sequence[str]] = (("query", "document"),)
+    logit_scale: float = 10.0
+    mini_batch_tokens: int | None = None
+    dimensions: Sequence[int] | Mapping[int, Sequence[int]] | None = None
+    teacher: str | int = "deepest"
+    distillation_weight: float = 0.0
+    distillation_temperature: float = 1.0
+    alignment_weight: float = 0.0
+    alignment_target: str | int = "deepest"
+    false_negative_margin: float | None = None
+    false_negative_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_pairs(self.pairs)
+        for name in ("logit_scale", "distillation_temperature"):
+            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)!r} must be positive.")
+        for name in ("distillation_weight", "alignment_weight"):
+            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)!r} must be zero or a positive number.")
+        if self.mini_batch_tokens is not None and not _is_count(self.mini_batch_tokens):
+            raise ValueError(f"mini_batch_tokens {self.mini_batch_tokens!r} must be a positive whole number, or None.")
+        for name, allowed in (("teacher", DISTILLATION_TEACHERS), ("alignment_target", ALIGNMENT_TARGETS)):
+            if getattr(self, name) not in allowed and not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(allowed)}, or an exit.")
+        self._check_dimensions()
+        self._check_false_negatives()
+
+    def _check_dimensions(self) -> None:
+        by_exit = self.dimensions if isinstance(self.dimensions, Mapping) else {1: self.dimensions}
+        for exit_layer, sizes in by_exit.items():
+            if sizes is None and self.dimensions is None:
+                continue
+            is_list = isinstance(sizes, Sequence) and len(sizes) > 0 and len(set(sizes)) == len(sizes)
+            if not _is_count(exit_layer) or not is_list or not all(map(_is_count, sizes)):
+                raise ValueError(
+                    f"dimensions {self.dimensions!r} must be different embedding sizes such as [64, 256], or such a "
+                    "list for each of several exits."
+                )
+
+    def _check_false_negatives(self) -> None:
+        margin, factor = self.false_negative_margin, self.false_negative_factor
+        if margin is not None and factor is not None:
+            raise ValueError("Give either false_negative_margin or false_negative_factor, not both.")
+        if margin is not None and (not _is_number(margin) or not -2 <= margin <= 2):
+            raise ValueError(f"false_negative_margin {margin!r} must be a difference of cosines, between -2 and 2.")
+        if factor is not None and (not _is_number(factor) or factor <= 0):
+            raise ValueError(f"false_negative_factor {factor!r} must be a positive number, such as 0.95.")
+
+    @property
+    def temperature(self) -> float:
+        """What similarities are divided by, 1 / `logit_scale`."""
+        return 1 / self.logit_scale
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Names of the sides of a batch, each once, in the order of `pairs`."""
+        return tuple(dict.fromkeys(side for pair in self.pairs for side in pair))
+
+    @property
+    def leaves_out_false_negatives(self) -> bool:
+        """Whether negatives may be masked."""
+        return self.false_negative_margin is not None or self.false_negative_factor is not None
+
+    def sizes(self, exit_layer: int, embedding_size: int) -> tuple[int, ...]:
+        """Embedding sizes that an exit is trained at, ascending."""
+        listed = self.dimensions.get(exit_layer) if isinstance(self.dimensions, Mapping) else self.dimensions
+        return (embedding_size,) if listed is None else tuple(sorted(listed))
+
+    def check(self, exit_layers: Sequence[int], embedding_size: int) -> None:
+        """Refuse settings that do not fit a model whose exits `exit_layers` are trained.
+
+        Raises:
+            ValueError: an exit that is named is not among them, or a size is above `embedding_size`; the message says
+                what there is.
+        """
+        self.check_step(exit_layers, embedding_size)
+        if isinstance(self.dimensions, Mapping):
+            _check_exits("dimensions", self.dimensions, exit_layers)
+
+    def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
+        """The same for the exits of one step, which may be some of those that `dimensions` names."""
+        if self.distillation_weight and isinstance(self.teacher, int):
+            _check_exits("teacher", [self.teacher], exit_layers)
+        if self.alignment_weight and isinstance(self.alignment_target, int):
+            _check_exits("alignment_target", [self.alignment_target], exit_layers)
+        largest = max(self.sizes(exit_layer, 1)[-1] for exit_layer in exit_layers)
+        if largest > embedding_size:
+            raise ValueError(f"dimensions must be at most the embedding's {embedding_size}, not {largest}.")
+
+    def check_sides(self, rows: Mapping[str, int]) -> None:
+        """Refuse a batch that has not the sides of `pairs`, or not as many rows in all sides of a pair.
+
+        Args:
+            rows: side → its number of rows.
+
+        Raises:
+            ValueError: as said.
+        """
+        if set(rows) != set(self.sides):
+            raise ValueError(
+                f"The batch has the sides {', '.join(sorted(rows))}; the objective's pairs use "
+                f"{', '.join(sorted(self.sides))}."
+            )
+        for pair in self.pairs:
+            numbers = [rows[side] for side in pair]
+            if len(set(numbers)) > 1 or not numbers[0]:
+                raise ValueError(
+                    f"{', '.join(pair)} have {', '.join(map(str, numbers))} rows; they must have as many each."
+                )
+
+
+def _check_exits(name: str, named: Iterable[int], exit_layers: Sequence[int]) -> None:
+    for exit_layer in named:
+        if exit_layer not in exit_layers:
+            exits = ", ".join(map(str, exit_layers))
+            raise ValueError(f"{name} names exit {exit_layer}, which is not trained here; the exits are {exits}.")
+
+
+def _check_pairs(pairs: Any) -> None:
+    def is_list(value: Any) -> bool:
+        return isinstance(value, Sequence) and not isinstance(value, str)
+
+    if (
+        not is_list(pairs)
+        or not pairs
+        or not all(is_list(pair) and len(pair) >= 2 and len(set(pair)) == len(pair) for pair in pairs)
+        or not all(isinstance(side, str) for pair in pairs for side in pair)
+        or len({tuple(pair[:2]) for pair in pairs}) < len(pairs)
+    ):
+        raise ValueError(
+            f"pairs {pairs!r} must be lists, each of at least two different names: anchor, positive, negatives."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

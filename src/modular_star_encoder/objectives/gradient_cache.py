@@ -1,0 +1,200 @@
+"""Embeddings of a batch of any size, with gradient, in the memory of one mini-batch (GradCache, arXiv 2101.06983).
+
+The forward pass embeds every mini-batch at all exits without a graph and remembers the random states. The loss is
+computed on the stacks of all exits by ordinary autograd, which hands their gradient to the backward pass here. That
+embeds each mini-batch once more, with the same random states and autocast, and continues from its part of the gradient:
+one such pass serves all exits, embedding sizes and terms of the loss.
+
+For the caller the stacks are ordinary tensors with gradient. Weights of losses, gradient accumulation and a gradient
+scaler's factor reach the parameters by the chain rule. The parameters' gradients are accumulated while the loss's
+`backward` runs, so `torch.autograd.grad` with respect to them finds nothing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from modular_star_encoder.objectives.mini_batches import MiniBatch, cut_mini_batches, split_further
+from modular_star_encoder.objectives.processes import gather_numbers
+
+# One side's inputs → embeddings (E, B, D), and the model's learned logit scale (1,) if it has one.
+Embed = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def embed_sides(
+    model: nn.Module, embed: Embed, sides: Mapping[str, Mapping[str, Any]], mini_batch_tokens: int | None = None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """Embed every side of a batch at every exit.
+
+    Args:
+        model: the model that `embed` calls, possibly wrapped; under DDP, gradients are synchronised in the last
+            mini-batch only.
+        embed: called with the inputs of one side, or of a mini-batch of it.
+        sides: name → inputs, `input_ids` and `attention_mask` (B, T).
+        mini_batch_tokens: tokens of a mini-batch; `None` embeds each side at once.
+
+    Returns:
+        side → (E, B, D), and the learned logit scale (1,) or `None`; both with gradient where it is enabled.
+
+    Raises:
+        ValueError: processes have different numbers of texts, or a side can't be cut into mini-batches.
+    """
+    mini_batches = None if mini_batch_tokens is None else cut_mini_batches(sides, mini_batch_tokens)
+    device = next(iter(sides.values()))["input_ids"].device
+    count = _check_processes(sides, len(mini_batches or ()), device)
+    if mini_batches is None:
+        outputs = {side: embed(dict(inputs)) for side, inputs in sides.items()}
+        return {side: stack for side, (stack, _) in outputs.items()}, next(iter(outputs.values()))[1]
+    # FSDP's collectives need as many forward passes in each process.
+    passes = _Passes(model, embed, sides, split_further(mini_batches, count), device)
+    if torch.is_grad_enabled():
+        *stacks, logit_scale = _CachedEmbeddings.apply(torch.zeros((), device=device, requires_grad=True), passes)
+    else:
+        *stacks, logit_scale = passes.first()
+    return dict(zip(sides, stacks, strict=True)), logit_scale
+
+
+def number_of_texts(inputs: Mapping[str, Any]) -> int:
+    """Texts of one side, which may be packed."""
+    bounds = inputs.get("cu_seq_lens_q")
+    return inputs["input_ids"].shape[0] if bounds is None else len(bounds) - 1
+
+
+def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, device: torch.device) -> int:
+    """The largest number of mini-batches in any process, after checking that batches are equally large."""
+    texts = [number_of_texts(inputs) for inputs in sides.values()]
+    everyones = gather_numbers([*texts, mini_batches], device)
+    if any(others[:-1] != texts for others in everyones):
+        rows = " and ".join(sorted({"/".join(map(str, others[:-1])) for others in everyones}))
+        raise ValueError(
+            f"Processes have {rows} texts in their batches; contrastive batches must be equally large in all of them "
+            "(dataloader_drop_last=True)."
+        )
+    return max(others[-1] for others in everyones)
+
+
+class _CachedEmbeddings(torch.autograd.Function):
+    """The stacks of all sides, and the logit scale, of a run of mini-batches that is repeated in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, passes: "_Passes") -> tuple[torch.Tensor | None, ...]:
+        # `anchor` requires grad, so that what this returns does: parameters are no inputs here.
+        ctx.passes = passes
+        return passes.first()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None]:
+        ctx.passes.second(*gradients)
+        return None, None
+
+
+class _Passes:
+    """Both passes of one batch; what they share belongs to this batch alone, so batches may overlap."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embed: Embed,
+        sides: Mapping[str, Mapping[str, Any]],
+        mini_batches: list[MiniBatch],
+        device: torch.device,
+    ) -> None:
+        self.model = getattr(model, "_orig_mod", model)
+        if getattr(self.model, "static_graph", False):
+            raise ValueError("mini_batch_tokens does not work with DDP's static_graph; leave it off.")
+        self.embed, self.sides, self.mini_batches, self.device = embed, sides, mini_batches, device
+        self.autocast = _autocast_as_now(device)
+        self.random_states: list[RandomState] = []
+
+    def first(self) -> tuple[torch.Tensor | None, ...]:
+        """Embed without a graph; returns a stack per side, then the logit scale."""
+        parts: dict[str, list[torch.Tensor]] = {side: [] for side in self.sides}
+        logit_scale = None
+        with torch.no_grad():
+            for mini_batch in self.mini_batches:
+                self.random_states.append(RandomState(self.device))
+                stack, logit_scale = self.embed(mini_batch.cut(self.sides[mini_batch.side]))
+                parts[mini_batch.side].append(stack)
+        stacks = []
+        for side in self.sides:
+            rows = torch.cat([mini_batch.rows for mini_batch in self.mini_batches if mini_batch.side == side])
+            stacks.append(torch.cat(parts.pop(side), dim=1)[:, rows.argsort()])
+        return *stacks, logit_scale
+
+    def second(self, *gradients: torch.Tensor | None) -> None:
+        """Embed with a graph, one mini-batch at a time, and propagate its part of the stacks' gradients."""
+        *stack_gradients, scale_gradient = gradients
+        by_side = dict(zip(self.sides, stack_gradients, strict=True))
+        last = len(self.mini_batches) - 1
+        for index, (mini_batch, random_state) in enumerate(zip(self.mini_batches, self.random_states, strict=True)):
+            # An outer no_sync (gradient accumulation) holds for the last one too.
+            with nullcontext() if index == last else self._no_sync():
+                with torch.enable_grad(), random_state.again(), self.autocast():
+                    stack, logit_scale = self.embed(mini_batch.cut(self.sides[mini_batch.side]))
+                outputs, their_gradients = [stack], [by_side[mini_batch.side][:, mini_batch.rows]]
+                if index == last and scale_gradient is not None:
+                    outputs, their_gradients = [stack, logit_scale], [*their_gradients, scale_gradient]
+                torch.autograd.backward(outputs, their_gradients)
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+
+class RandomState:
+    """The state of the random number generators that dropout on `device` draws from, now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.states = _random_states(device)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Go back to this state, and afterwards to the one from before."""
+        before = _random_states(self.device)
+        _set_random_states(self.device, self.states)
+        try:
+            yield
+        finally:
+            _set_random_states(self.device, before)
+
+
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(*_generator(device)))
+    return states
+
+
+def _set_random_states(device: torch.device, states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1], *_generator(device))
+
+
+def _generator(device: torch.device) -> tuple[torch.device, ...]:
+    """Arguments that name the device's generator; MPS has one only, and takes none."""
+    return () if device.type == "mps" else (device,)
+
+
+def _autocast_as_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A function that enters autocast as it is at this moment, with no weights cast before."""
+    settings = [
+        {"device_type": kind, "dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        for kind in sorted({"cpu", device.type})
+    ]
+    cached = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def enter() -> Iterator[None]:
+        # Weights that were cast without a graph would be taken from the cache, and have no gradient.
+        torch.clear_autocast_cache()
+        with ExitStack() as stack:
+            for setting in settings:
+                stack.enter_context(torch.autocast(**setting, cache_enabled=cached))
+            yield
+
+    return enter

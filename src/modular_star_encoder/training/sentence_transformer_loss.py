@@ -1,0 +1,164 @@
+"""The contrastive objective of all exits as a loss for `SentenceTransformerTrainer`."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
+from modular_star_encoder.objectives import ContrastiveSettings, exit_weights, losses_from_embeddings
+from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
+
+
+class MultiExitContrastiveLoss(nn.Module):
+    """Train every exit of a SentenceTransformer with the symmetric CLIP loss on its own projection head.
+
+    The columns of the dataset are anchor, positive, and any number of hard negatives. One pass through the layers
+    embeds a column at all exits: each exit's projected tokens go through the modules that follow the transformer, as in
+    `encode(..., exit_layer=k)`. With `mini_batch_tokens`, batches of any size fit into the memory of a mini-batch.
+
+        model = SentenceTransformer("path/to/checkpoint")
+        trainer = SentenceTransformerTrainer(
+            model, arguments, train_dataset=pairs, loss=MultiExitContrastiveLoss(model)
+        )
+
+    Args:
+        model: a SentenceTransformer whose first module is a `ModularStarEncoderForRetrieval`.
+        settings: what is computed; `pairs` stay at their default, for the columns say them.
+        weights, normalize_weights: weighting of the exits; see `exit_weights`.
+        exit_layers: exits to train; by default all of the model.
+
+    Raises:
+        ValueError: another model, exits that it does not have, or settings that do not fit it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: ContrastiveSettings | None = None,
+        *,
+        weights: str | Sequence[float] = "paper",
+        normalize_weights: bool = False,
+        exit_layers: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings or ContrastiveSettings()
+        self.weighting, self.normalize_weights = weights, normalize_weights
+        if self.settings.pairs != ContrastiveSettings().pairs:
+            raise ValueError("pairs can't be set here: a dataset's columns are anchor, positive and negatives.")
+        config = self._encoder().config
+        if config.projection_order != "project_then_pool":
+            raise ValueError(f"projection_order {config.projection_order!r} has no tokens for a SentenceTransformer.")
+        self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
+        self.settings.check(self.exit_layers, config.projection_size)
+        depth = config.parent_num_hidden_layers
+        self.exit_weights = exit_weights(weights, self.exit_layers, depth, normalize=normalize_weights)
+
+    def forward(
+        self, sentence_features: Iterable[dict[str, Any]], labels: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Weighted terms of every exit, such as `clip_exit_4`, whose sum is the loss.
+
+        Args:
+            sentence_features: one dict per column, with `input_ids` and `attention_mask` (B, T).
+            labels: not used.
+
+        Raises:
+            ValueError: there is one column only, or columns or processes have different numbers of rows.
+        """
+        columns = list(sentence_features)
+        if len(columns) < 2:
+            raise ValueError("The dataset needs at least two columns of texts: anchor and positive.")
+        names = ("query", "document", *(f"negative_{number}" for number in range(1, len(columns) - 1)))
+        settings = replace(self.settings, pairs=(names,))
+        sides = dict(zip(names, columns, strict=True))
+        settings.check_sides({side: number_of_texts(inputs) for side, inputs in sides.items()})
+        stacks, logit_scale = embed_sides(self.model, self._embed, sides, settings.mini_batch_tokens)
+        terms = losses_from_embeddings(stacks, self.exit_layers, settings, logit_scale).terms
+        return {
+            f"{name}_exit_{exit_layer}": weight * value
+            for name, values in terms.items()
+            for exit_layer, weight, value in zip(self.exit_layers, self.exit_weights.tolist(), values, strict=True)
+        }
+
+    def _embed(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(E, B, D) of one column, and the learned logit scale."""
+        with self._exits_in_features():
+            features = self.model({**inputs, "exit_layers": self.exit_layers})
+        embeddings = []
+        for tokens in features["exit_token_embeddings"]:
+            of_exit = {**features, "token_embeddings": tokens}
+            for module in list(self._sentence_transformer())[1:]:
+                of_exit = module(of_exit)
+            embeddings.append(of_exit["sentence_embedding"])
+        return torch.stack(embeddings), features["exit_logit_scale"]
+
+    @contextmanager
+    def _exits_in_features(self) -> Iterator[None]:
+        """For the time of a call, the transformer's features hold the tokens that each exit's head has projected.
+
+        They have to leave the wrapped model through its output, where DDP looks for the parameters that are in use.
+        """
+        encoder, found = self._encoder(), {}
+
+        def keep(name: str) -> Any:
+            return lambda module, arguments, output: found.update({name: output})
+
+        def hand_over(module: nn.Module, arguments: Any, features: dict[str, Any]) -> dict[str, Any]:
+            tokens = [found[str(exit_layer)] for exit_layer in self.exit_layers]
+            return {**features, "exit_token_embeddings": tokens, "exit_logit_scale": found.get("logit_scale")}
+
+        parts = {str(exit_layer): encoder.projection_heads[str(exit_layer)] for exit_layer in self.exit_layers}
+        if encoder.logit_scale is not None:
+            parts["logit_scale"] = encoder.logit_scale
+        handles = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
+        handles.append(self._sentence_transformer()[0].register_forward_hook(hand_over))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _sentence_transformer(self) -> nn.Sequential:
+        """The model without the wrappers of DDP and `torch.compile`."""
+        model = self.model
+        while not isinstance(model, nn.Sequential):
+            model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        return model
+
+    def _encoder(self) -> ModularStarEncoderForRetrieval:
+        encoder = getattr(self._sentence_transformer()[0], "auto_model", None)
+        if hasattr(encoder, "get_base_model"):
+            encoder = encoder.get_base_model()
+        if not isinstance(encoder, ModularStarEncoderForRetrieval):
+            raise ValueError(
+                "MultiExitContrastiveLoss needs a SentenceTransformer of a ModularStarEncoderForRetrieval, not of a "
+                f"{type(encoder).__name__}."
+            )
+        return encoder
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """All settings, for the model card."""
+        settings = {name: value for name, value in asdict(self.settings).items() if name != "pairs"}
+        weights = self.weighting if isinstance(self.weighting, str) else list(self.weighting)
+        own = {"exit_layers": list(self.exit_layers), "weights": weights, "normalize_weights": self.normalize_weights}
+        return own | settings
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the model's paper."""
+        return """
+@inproceedings{gurioli2026mose,
+    title={MoSE: Hierarchical Self-Distillation Enhances Early Layer Embeddings},
+    author={Gurioli, Andrea and Pennino, Federico and Monteiro, João and Gabbrielli, Maurizio},
+    booktitle={Proceedings of the AAAI Conference on Artificial Intelligence},
+    volume={40},
+    pages={30897--30906},
+    year={2026},
+    doi={10.1609/aaai.v40i37.40348}
+}
+"""

@@ -1,0 +1,65 @@
+"""Batches, settings and models for the tests of the contrastive objective."""
+
+import torch
+
+from modular_star_encoder.objectives import ContrastiveSettings
+from tests.tiny import VOCAB_SIZE, tiny_model
+
+EVERY_OPTION = {
+    "pairs": (("query", "document", "negative"), ("document", "translation")),
+    "dimensions": {1: (4, 16), 2: (8,), 4: (4, 8, 16)},
+    "teacher": "ensemble",
+    "distillation_weight": 0.7,
+    "distillation_temperature": 2.0,
+    "alignment_weight": 0.5,
+    "false_negative_margin": 0.02,
+}
+# Weights that are no powers of two, so that forgetting one shows.
+WEIGHTS = torch.tensor([0.3, 0.5, 1.1])
+
+
+def every_option(**changes):
+    return ContrastiveSettings(**(EVERY_OPTION | changes))
+
+
+def texts(lengths, seed, side="right"):
+    """Random texts of these lengths, padded on one side two columns beyond the longest."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths) + 2
+    input_ids, attention_mask = torch.zeros(2, len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        place = slice(width - length, width) if side == "left" else slice(0, length)
+        input_ids[row, place] = torch.randint(4, VOCAB_SIZE, (length,), generator=generator)
+        attention_mask[row, place] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def every_side():
+    """Sides of `EVERY_OPTION`, six rows each, padded on the left and on the right."""
+    return {
+        "query": texts((3, 9, 2, 5, 4, 7), seed=1, side="left"),
+        "document": texts((12, 5, 8, 3, 9, 6), seed=2),
+        "negative": texts((4, 4, 10, 6, 2, 7), seed=3),
+        "translation": texts((6, 11, 3, 8, 5, 5), seed=4, side="left"),
+    }
+
+
+def pair_batch():
+    sides = every_side()
+    return {"query": sides["query"], "document": sides["document"]}
+
+
+def with_dropout(rate, **changes):
+    rates = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), rate)
+    return tiny_model(**rates, **changes).train()
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_same_gradients(found, expected, relative=1e-6):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= relative * gradient.norm() + 1e-9, name
+    assert torch.stack([gradient.norm() for gradient in expected.values()]).norm() > 0.1

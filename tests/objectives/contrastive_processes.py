@@ -1,0 +1,118 @@
+"""One of several processes of test_processes.py: gradients of its share of a contrastive batch, averaged.
+
+Usage: RANK=… WORLD_SIZE=… MASTER_ADDR=… MASTER_PORT=… python -m tests.objectives.contrastive_processes FOLDER
+
+FOLDER receives `{variant}.safetensors`, the gradients of each variant, and `refused.json`, what each process is told
+about batches that are not equally large.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.objectives import ContrastiveObjective, ContrastiveSettings
+from modular_star_encoder.training import MultiExitContrastiveLoss
+from tests.objectives.contrastive_batches import WEIGHTS, every_option, every_side, with_dropout
+from tests.tiny import EXIT_LAYERS, tiny_tokenizer
+
+ROWS = 6
+
+
+def new_model():
+    return with_dropout(0.0, learned_logit_scale=12.0)
+
+
+def weighted_loss(model, batch, settings):
+    return (ContrastiveObjective(settings)(model, batch, EXIT_LAYERS).losses * WEIGHTS).sum()
+
+
+def rows(batch, first, last):
+    return {side: {name: tensor[first:last] for name, tensor in inputs.items()} for side, inputs in batch.items()}
+
+
+def sharded(model):
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def one_step(model, wrapped, batch, settings):
+    weighted_loss(wrapped, batch, settings).backward()
+
+
+def accumulated(model, wrapped, batch, settings):
+    """Two equal halves of the gradient, of which only the second is synchronised."""
+    with wrapped.no_sync():
+        (weighted_loss(wrapped, batch, settings) / 2).backward()
+    (weighted_loss(wrapped, batch, settings) / 2).backward()
+
+
+def two_steps(model, wrapped, batch, settings):
+    """Whatever a first step leaves in the wrapper must not disturb the second."""
+    one_step(model, wrapped, batch, settings)
+    model.zero_grad()
+    one_step(model, wrapped, batch, settings)
+
+
+def unused_parameters_looked_for(model):
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+VARIANTS = {
+    "ddp": (DistributedDataParallel, None, two_steps),
+    "ddp_cached": (DistributedDataParallel, 13, two_steps),
+    "ddp_cached_accumulated": (DistributedDataParallel, 13, accumulated),
+    "ddp_cached_unused": (unused_parameters_looked_for, 13, two_steps),
+    "fsdp2_cached": (sharded, 13, two_steps),
+}
+
+
+def sentence_transformer(batch, folder):
+    """Pairs alone, through the loss for sentence-transformers' trainer, which puts the wrapped model into it."""
+    if distributed.get_rank() == 0:
+        save_retrieval_checkpoint(new_model(), tiny_tokenizer(), folder)
+    distributed.barrier()
+    model = SentenceTransformer(str(folder), device="cpu").train()
+    loss = MultiExitContrastiveLoss(model, ContrastiveSettings(mini_batch_tokens=13), weights=WEIGHTS.tolist())
+    loss.model = unused_parameters_looked_for(model)
+    sum(loss([batch["query"], batch["document"]]).values()).backward()
+    return model[0].auto_model
+
+
+def main(folder):
+    distributed.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    batch = rows(every_side(), rank * ROWS // world, (rank + 1) * ROWS // world)
+
+    def save(model, name):
+        gradients = {}
+        for parameter_name, parameter in model.named_parameters():
+            gradient = parameter.grad
+            gradients[parameter_name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        if rank == 0:
+            save_file({key: value.contiguous() for key, value in gradients.items()}, folder / f"{name}.safetensors")
+
+    for name, (wrap, tokens, run) in VARIANTS.items():
+        model = new_model()
+        run(model, wrap(model), batch, every_option(mini_batch_tokens=tokens))
+        save(model, name)
+    save(sentence_transformer(batch, folder / "checkpoint"), "sentence_transformer")
+    try:
+        weighted_loss(new_model(), rows(batch, 0, 2 + rank), every_option())
+    except ValueError as error:
+        (folder / f"refused-{rank}.json").write_text(json.dumps(str(error)))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
