@@ -146,11 +146,15 @@ class BatchPlan:
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
         """The same places of code → code groups, others in place of those whose group is taken."""
         numbers = self._numbers[CODE_TO_CODE]
-        meets = np.isin(numbers[places], taken)
-        if not meets.any():
+        meets = np.flatnonzero(np.isin(numbers[places], taken))
+        if not len(meets):
             return places
-        free = np.setdiff1d(np.flatnonzero(~np.isin(numbers, taken)), places)
-        generator = np.random.default_rng((self.seed, _REPLACEMENTS, step))
-        places = places.copy()
-        places[meets] = generator.choice(free, size=int(meets.sum()), replace=False)
+        used = set(taken.tolist()).union(numbers[places].tolist())
+        generator, places = np.random.default_rng((self.seed, _REPLACEMENTS, step)), places.copy()
+        for index in meets:
+            # `largest_batch` sees to it that there is one.
+            while int(numbers[place := generator.integers(len(numbers))]) in used:
+                pass
+            places[index] = place
+            used.add(int(numbers[place]))
         return places
