@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 
-from modular_star_encoder.data.batch_plan import BatchPlan
+from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
 from modular_star_encoder.data.parallel_texts import ParallelText, Snippet
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalCollator, RetrievalPairs, RetrievalTexts
@@ -116,7 +116,7 @@ def parallel_texts(count=12):
 def batches(tokenizer, steps=6, batch_size=4, seed=0, prompts=True, **options):
     rows = parallel_texts()
     texts = RetrievalTexts(rows, tokenizer, max_text_tokens=128, max_code_tokens=128, prompts=prompts, progress=False)
-    return RetrievalBatches(texts, BatchPlan(rows, batch_size, seed), steps, **options)
+    return RetrievalBatches(texts, BatchPlan(PairGroups(rows), batch_size, seed), steps, **options)
 
 
 def decoded(tokenizer, row):

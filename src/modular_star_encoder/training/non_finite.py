@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors.torch import save_file
 
-from modular_star_encoder.evaluation.files import write_json
+from modular_star_encoder.data.files import write_json
 
 
 class NonFiniteLossError(ValueError):
