@@ -130,7 +130,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         check_writable(arguments.json)
     deepest = max(arguments.exit_layers) if arguments.exit_layers else None
     model, tokenizer = load_checkpoint(arguments.checkpoint, deepest)
-    functions = collect_functions(folder_repositories(arguments.data, languages=("python",))).functions
+    functions = collect_functions(folder_repositories(arguments.data)).functions
     rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
     if len(rows) < 2:
         raise ValueError(

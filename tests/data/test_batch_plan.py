@@ -11,7 +11,7 @@ from modular_star_encoder.data.batch_plan import (
     PairGroups,
     same_content_groups,
 )
-from modular_star_encoder.data.functions import code_key, description_key
+from modular_star_encoder.data.documented_function import code_key, description_key
 from modular_star_encoder.data.parallel_texts import ParallelText, Snippet
 
 

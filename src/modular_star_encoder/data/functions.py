@@ -1,57 +1,43 @@
 """Documented functions: (description, code) rows out of source files, filtered by CodeSearchNet's rules.
 
-The description is the first paragraph of the docstring. The code is the function without any docstring: with its own,
-even BM25 finds it by the words of the query.
+The description is the first paragraph of what the author says of a function: its docstring in Python, elsewhere the
+comment before it. The code is the function without any docstring: with its own, even BM25 finds it by the words of the
+query.
 
 Source of the rules: Husain et al., "CodeSearchNet Challenge", 2019 (arXiv 1909.09436), section 2.
 """
 
-import signal
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from operator import length_hint
 
 from tqdm.auto import tqdm
 
-from modular_star_encoder.data import python_functions
+from modular_star_encoder.data.c_family import is_cpp_header
+from modular_star_encoder.data.documented_function import DocumentedFunction, code_key, description_key, function_id
+from modular_star_encoder.data.function_filters import FILTERS
+from modular_star_encoder.data.function_finder import find_functions
+from modular_star_encoder.data.grammars import SUPPORTED_LANGUAGES, UnparsableSourceError
 from modular_star_encoder.data.source_files import SourceFile
+from modular_star_encoder.data.surviving_pool import map_in_processes
 
-MIN_DESCRIPTION_WORDS = 3
-MAX_DESCRIPTION_WORDS = 256
-MIN_CODE_LINES = 3
+__all__ = [
+    "FILTERS",
+    "SUPPORTED_LANGUAGES",
+    "DocumentedFunction",
+    "FunctionCollection",
+    "code_key",
+    "collect_functions",
+    "description_key",
+    "extract_functions",
+    "filtered_functions",
+    "function_id",
+]
 
 _FILES_PER_CHUNK = 64
 
-_FINDERS: dict[str, Callable[[str, bool], list[python_functions.FoundFunction]]] = {
-    "python": python_functions.find_functions,
-}
-SUPPORTED_LANGUAGES = tuple(_FINDERS)
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentedFunction:
-    """A function and what its author says about it.
-
-    Attributes:
-        repository: Name of its repository.
-        path: Path of its file, with forward slashes.
-        line: 1-based line of the file at which the function begins: that of its first decorator, if it has any.
-        language: Lower-case name of the programming language.
-        name: Dotted name inside the file, such as `"Stack.push"`.
-        description: First paragraph of the docstring, in one line; empty where a search keeps undocumented functions.
-        code: Decorators, signature and body, dedented, with `\\n` line ends and without docstrings.
-    """
-
-    repository: str
-    path: str
-    line: int
-    language: str
-    name: str
-    description: str
-    code: str
+_Chunk = tuple[list[DocumentedFunction], Counter[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,77 +53,44 @@ def extract_functions(
 ) -> list[DocumentedFunction]:
     """Return the documented functions of `file`, in the order of the text, methods and nested functions included.
 
-    No filter is applied, but functions whose body is nothing but a docstring are left out. A file that does not parse
-    yields no function.
+    No filter is applied, but functions without a body, or with nothing but a docstring in it, are left out, and so are
+    those with a syntax error. A file that does not parse yields no function. A `.h` that is read as C and
+    is C++ yields functions in C++.
 
     Args:
         file: The source file.
-        counts: When given, `"files that do not parse"` is counted in it.
-        documented_only: Whether to leave out functions without a docstring; if kept, their description is empty.
+        counts: When given, it counts `"files that do not parse"` (no text, far too hard to parse, or a syntax error and
+            no function without one), `"files with a syntax error"` of which some functions were read, and what
+            `find_functions` counts.
+        documented_only: Whether to leave out functions without a description; if kept, it is empty.
 
     Raises:
         ValueError: If the language of the file is not one of `SUPPORTED_LANGUAGES`.
     """
-    if file.language not in _FINDERS:
-        raise ValueError(f"Language {file.language!r} is not supported; use one of {', '.join(SUPPORTED_LANGUAGES)}.")
+    is_cpp = file.language == "c" and file.path.endswith(".h") and is_cpp_header(file.text)
+    language = "cpp" if is_cpp else file.language
     try:
-        found = _FINDERS[file.language](file.text, documented_only)
-    except python_functions.UnparsableSourceError:
+        found = find_functions(file.text, language, documented_only=documented_only, counts=counts)
+    except UnparsableSourceError:
         if counts is not None:
             counts["files that do not parse"] += 1
         return []
     return [
-        DocumentedFunction(file.repository, file.path, one.line, file.language, one.name, one.description, one.code)
+        DocumentedFunction(
+            repository=file.repository,
+            path=file.path,
+            line=one.line,
+            language=language,
+            name=one.name,
+            description=one.description,
+            code=one.code,
+            source=one.source,
+            start_byte=one.start_byte,
+            end_byte=one.end_byte,
+            license=file.license,
+        )
         for one in found
     ]
-
-
-def is_well_described(function: DocumentedFunction) -> bool:
-    """Whether the description has 3 to 256 words."""
-    words = sum(any(map(str.isalnum, word)) for word in function.description.split())
-    return MIN_DESCRIPTION_WORDS <= words <= MAX_DESCRIPTION_WORDS
-
-
-def is_described_in_ascii(function: DocumentedFunction) -> bool:
-    """Whether more than half of the letters of the description are ASCII: a coarse test of "written in English"."""
-    letters = [character for character in function.description if character.isalpha()]
-    return 2 * sum(map(str.isascii, letters)) > len(letters)
-
-
-def is_long_enough(function: DocumentedFunction) -> bool:
-    """Whether the code, without its docstring, has at least 3 lines that are not blank."""
-    return sum(bool(line.strip()) for line in function.code.splitlines()) >= MIN_CODE_LINES
-
-
-def is_no_special_method(function: DocumentedFunction) -> bool:
-    """Whether the name is not one of Python's double-underscore names."""
-    name = function.name.rpartition(".")[2]
-    return not (name.startswith("__") and name.endswith("__"))
-
-
-def is_no_test(function: DocumentedFunction) -> bool:
-    """Whether the function's own name does not contain "test", in any case."""
-    return "test" not in function.name.rpartition(".")[2].lower()
-
-
-FILTERS: dict[str, Callable[[DocumentedFunction], bool]] = {
-    "description not of 3 to 256 words": is_well_described,
-    "description mostly not ASCII": is_described_in_ascii,
-    "code of fewer than 3 lines": is_long_enough,
-    "special method": is_no_special_method,
-    "name contains test": is_no_test,
-}
-"""CodeSearchNet's rules, in the order in which they are applied: what is dropped, and the test that keeps the rest."""
-
-
-def code_key(code: str) -> str:
-    """Return `code` with every run of white space made one space: equal for functions that differ in layout only."""
-    return " ".join(code.split())
-
-
-def description_key(description: str) -> str:
-    """Return the lower-cased letters and digits of `description`: equal for near-identical descriptions."""
-    return "".join(filter(str.isalnum, description.lower()))
 
 
 def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress: bool = True) -> FunctionCollection:
@@ -152,14 +105,15 @@ def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress:
 
     Returns:
         The functions, in the order of `files`, and counts: `"files"`, `"documented functions"`, one count for each
-        reason to drop a function, and `"functions kept"`.
+        reason to drop a function, those of `extract_functions`, and `"functions kept"`. With several processes, a file
+        that kills its process is counted as `"files that crash the parser"`.
     """
     counts: Counter[str] = Counter()
     kept: list[DocumentedFunction] = []
     seen: set[str] = set()
     total = length_hint(files) or None
     with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
-        for functions, chunk_counts in _extracted_chunks(files, processes):
+        for functions, chunk_counts in filtered_functions(files, processes):
             counts += chunk_counts
             for function in functions:
                 key = code_key(function.code)
@@ -173,31 +127,19 @@ def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress:
     return FunctionCollection(kept, counts)
 
 
-def _extracted_chunks(
-    files: Iterable[SourceFile], processes: int
+def filtered_functions(
+    files: Iterable[SourceFile], processes: int = 2
 ) -> Iterator[tuple[list[DocumentedFunction], Counter[str]]]:
-    """Yield the filtered functions and counts of one chunk of files after the other, in order."""
-    iterator = iter(files)
-    chunks = iter(lambda: list(islice(iterator, _FILES_PER_CHUNK)), [])
-    if processes <= 1:
-        yield from map(_extract_chunk, chunks)
-        return
-    # The parent alone handles Ctrl-C; workers would each print a traceback of their own.
-    executor = ProcessPoolExecutor(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    try:
-        waiting: deque[Future[tuple[list[DocumentedFunction], Counter[str]]]] = deque()
-        for chunk in chunks:
-            waiting.append(executor.submit(_extract_chunk, chunk))
-            # A short queue, so that the texts of a large corpus are never all in memory.
-            if len(waiting) > 4 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        executor.shutdown(cancel_futures=True)
+    """Yield the documented functions that pass `FILTERS`, and counts, of some files after the others, in order.
+
+    For corpora whose functions do not fit into memory; `collect_functions` says more. Equal functions are not dropped.
+    """
+    yield from map_in_processes(
+        _extract_chunk, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed
+    )
 
 
-def _extract_chunk(files: list[SourceFile]) -> tuple[list[DocumentedFunction], Counter[str]]:
+def _extract_chunk(files: list[SourceFile]) -> _Chunk:
     counts: Counter[str] = Counter(files=len(files))
     kept: list[DocumentedFunction] = []
     for file in files:
@@ -212,3 +154,7 @@ def _extract_chunk(files: list[SourceFile]) -> tuple[list[DocumentedFunction], C
             else:
                 kept.append(function)
     return kept, counts
+
+
+def _crashed(_: SourceFile) -> _Chunk:
+    return [], Counter({"files": 1, "files that crash the parser": 1})

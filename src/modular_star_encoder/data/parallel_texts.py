@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.data.corpora import open_corpus
 from modular_star_encoder.data.dataset_rows import open_dataset_rows
-from modular_star_encoder.data.functions import DocumentedFunction, collect_functions, description_key
+from modular_star_encoder.data.documented_function import DocumentedFunction, description_key
+from modular_star_encoder.data.functions import collect_functions
 from modular_star_encoder.data.prose import reads_as_prose
 from modular_star_encoder.data.source_files import language_named
 from modular_star_encoder.data.triplets import BadRowError, TripletColumns, open_triplets

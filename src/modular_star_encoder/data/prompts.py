@@ -27,15 +27,13 @@ TEXT_INSTRUCTION = "Represent this code description for retrieving supporting sn
 LANGUAGES = ("c", "c++", "go", "java", "javascript", "php", "python", "ruby")
 """The programming languages that the published model was fine-tuned on, as they are written in a prompt."""
 
-_PUBLISHED_NAMES = {"cpp": "c++"}
-
 
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
     """Return the prefix of a code snippet, `"{instruction}<sep>"`.
 
     Args:
-        language: Name of the programming language; it is lower-cased, as published, and our `cpp` is the published
-            `c++`. `None` gives the wording for code whose language is unknown.
+        language: Name of the programming language; it is lower-cased, as published, and `"cpp"` becomes `"c++"`.
+            `None` gives the wording for code whose language is unknown.
         instructions: `False` for a model that was fine-tuned without them (`config.instruction_prompts`): no prefix.
 
     Raises:
@@ -50,7 +48,7 @@ def code_prompt(language: str | None = None, *, instructions: bool = True) -> st
         raise ValueError(
             f"language must be the name of a programming language, such as 'python', or None: {language!r}."
         )
-    return CODE_INSTRUCTION.format(language=_PUBLISHED_NAMES.get(name, name)) + SEP_TOKEN
+    return CODE_INSTRUCTION.format(language="c++" if name == "cpp" else name) + SEP_TOKEN
 
 
 def text_prompt(*, instructions: bool = True) -> str:

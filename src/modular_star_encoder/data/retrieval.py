@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.augmentation import rename_frequent_words
 from modular_star_encoder.data.batch_plan import TEXT_TO_CODE, BatchPlan, same_content_groups
-from modular_star_encoder.data.functions import DocumentedFunction
+from modular_star_encoder.data.documented_function import DocumentedFunction
 from modular_star_encoder.data.padding import pad_inputs
 from modular_star_encoder.data.parallel_texts import ParallelText, described
 from modular_star_encoder.data.prompts import code_prompt, text_prompt

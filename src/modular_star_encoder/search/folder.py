@@ -48,8 +48,9 @@ def search_folder(
 ) -> list[list[Hit]]:
     """The `top_k` functions of `folder` nearest to each query by cosine similarity, best first.
 
-    Every function counts, documented or not. Docstrings are not embedded: what is found is what the code does. Which
-    files are read is told by `data.repositories.folder_repositories` (no tests, no vendored code).
+    Every function of the eight languages counts, documented or not. Documentation is not embedded: what is found is
+    what the code does. Which files are read is told by `data.repositories.folder_repositories` (no tests, no vendored
+    code).
 
     Args:
         exit_layer: the exit that embeds functions and queries; the deepest of the model if None.
@@ -93,17 +94,16 @@ def search_folder(
 
 
 def folder_functions(folder: str | os.PathLike[str], *, progress: bool = True) -> list[DocumentedFunction]:
-    """All functions of a code folder, in the order of its files; those without docstring have an empty description.
+    """All functions of a code folder, in the order of its files; those without documentation have an empty description.
 
     Raises:
         ValueError: no such folder, or no function in it.
     """
-    reader = folder_repositories(folder, languages=SUPPORTED_LANGUAGES)
+    reader = folder_repositories(folder)
     functions: list[DocumentedFunction] = []
     files = tqdm(reader, total=length_hint(reader), desc="reading", unit="file", disable=not progress, leave=False)
     for file in files:
-        if file.language in SUPPORTED_LANGUAGES:
-            functions += extract_functions(file, documented_only=False)
+        functions += extract_functions(file, documented_only=False)
     if not functions:
         raise ValueError(f"{os.fspath(folder)!r} holds no function in {', '.join(SUPPORTED_LANGUAGES)}.")
     return functions

@@ -1,0 +1,152 @@
+"""What authors write about a function: from comments and docstrings to one paragraph of prose.
+
+CodeSearchNet's description is the documentation up to the first blank line, or else up to the first `@` (Husain et al.
+2019, arXiv 1909.09436, section 2). Here it ends at either, and only an `@` that begins a line is a tag, as are other
+notations for parameters and results: an address in the middle of a sentence does not cut it.
+"""
+
+import ast
+import html
+import inspect
+import re
+import warnings
+
+_BLOCK_START = re.compile(r"/\*[*!]*<?")
+_BLOCK_END = re.compile(r"\**/$")
+_BLOCK_MARGIN = re.compile(r"\s*\*+")
+_LINE_MARKER = re.compile(r"\s*//+[!<]*")
+_RUBY_LINE_MARKER = re.compile(r"\s*#+")
+_RUBY_BLOCK_MARKER = re.compile(r"=begin\b.*|=end\b.*")
+
+# Instructions to tools, which stand among the prose of comments.
+_DIRECTIVE = re.compile(
+    r"\s*(?:rubocop:|:\w*doc:|frozen_string_literal:|-\*-|eslint\b|js[hl]int\b|jscs:|istanbul ignore|c8 ignore"
+    r"|prettier-ignore|phpcs:|nolint\b|nosonar|clang-format o|cppcheck-suppress|coverity\b|lint:)",
+    re.IGNORECASE,
+)
+_GO_DIRECTIVE = re.compile(r"//(?:[a-z0-9]+:[a-z0-9]|export |extern |line |nolint)")
+
+_TAG = re.compile(r"\s*(?:[@\\](?P<name>[A-Za-z][\w-]*)|:?call-seq:)[ \t]*:?")
+_PROSE_TAGS = {"brief", "short", "summary", "desc", "description", "details", "classdesc", "remark", "doc", "internal"}
+_DOCSTRING_FIELD = re.compile(
+    r"\n[ \t]*[:@](?:param|parameter|arg|argument|key|keyword|type|returns?|rtype|raises?|throws?|yields?|i?var)\b"
+    r"[^:\n]*:(?!`)"
+)
+_LEGAL_NOTICE = re.compile(
+    r"copyright\b|\(c\) *(?:19|20)\d\d|licen[sc]ed (?:under|to)|spdx-license|all rights reserved"
+    r"|permission is hereby granted|@license\b",
+    re.IGNORECASE,
+)
+
+_INLINE_TAG = re.compile(r"\{@(?P<name>\w+)\s*(?P<text>[^{}]*)\}")
+_HTML_BREAK = re.compile(r"<(?:p|ul|ol|li|dl|pre|table|blockquote|h[1-6]|hr|div)\b[^<>]*>", re.IGNORECASE)
+_HTML_TAG = re.compile(
+    r"</?(?:a|abbr|b|big|br|cite|code|dd|del|dfn|dt|em|font|i|img|ins|kbd|q|s|samp|small|span|strike|strong|sub|sup|td|th"
+    r"|tr|tt|u|var)\b[^<>]*>|</(?:p|ul|ol|li|dl|pre|table|blockquote|h[1-6]|div)>",
+    re.IGNORECASE,
+)
+_DOXYGEN_MARK = re.compile(r"(?<!\S)[\\@](?:a|b|c|e|em|p|ref|link)\s+(?=\S)")
+_RDOC_MARK = re.compile(r"(?<![\w+])\+([\w:.#?!=]+)\+(?![\w+])")
+
+
+def docstring_of(literal: str) -> str | None:
+    """Return the value of a Python string literal, several in a row included, or None if it is no plain string."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes and the like are the author's business
+            value = ast.literal_eval(f"({literal}\n)")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return value if isinstance(value, str) else None
+
+
+def docstring_description(docstring: str) -> str:
+    """Return the first paragraph of a Python docstring, up to the first field (`:param x:`), in one line."""
+    paragraph = re.split(r"\n\s*\n", inspect.cleandoc(docstring).strip(), maxsplit=1)[0]
+    return _one_line(_DOCSTRING_FIELD.split("\n" + paragraph, maxsplit=1)[0])
+
+
+def comment_description(comments: list[str], language: str) -> str:
+    """Return the first paragraph, in one line, of the comments that stand before a function.
+
+    Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Of tags before the prose,
+    those that introduce it (`@brief`, `@description`) are dropped, and others with all that they say.
+
+    Args:
+        comments: One block comment, or the line comments of a run, with their markers.
+        language: The language that they are written in.
+
+    Returns:
+        The description; empty if the comments hold none, or a licence.
+    """
+    text = "\n".join(comments)
+    if _LEGAL_NOTICE.search(text):
+        return ""
+    if language == "go":
+        text = "\n".join(comment for comment in comments if not _GO_DIRECTIVE.match(comment))
+    return _without_markup(" ".join(_first_paragraph(_without_markers(text, language), language)), language)
+
+
+def _without_markers(text: str, language: str) -> list[str]:
+    if text.startswith("/*"):
+        text = _BLOCK_END.sub("", _BLOCK_START.sub("", text, count=1))
+        return [_BLOCK_MARGIN.sub("", line, count=1) for line in text.split("\n")]
+    if text.startswith("=begin"):
+        return [_RUBY_BLOCK_MARKER.sub("", line) for line in text.split("\n")]
+    marker = _RUBY_LINE_MARKER if language == "ruby" else _LINE_MARKER
+    return [marker.sub("", line, count=1) for line in text.split("\n")]
+
+
+def _first_paragraph(lines: list[str], language: str) -> list[str]:
+    """Return the lines of prose up to a blank line, a rule of dashes, an HTML element that begins a block, or a tag."""
+    prose: list[str] = []
+    inside_tag = False
+    for line in lines:
+        tag = _TAG.match(line)
+        if _DIRECTIVE.match(line):
+            continue
+        if prose and (tag or not _is_prose(line)):
+            break
+        if tag:
+            inside_tag = tag["name"] not in _PROSE_TAGS
+            line = line[tag.end() :]
+        elif not _is_prose(line):
+            inside_tag = False
+        if not inside_tag:
+            first, *others = [line] if language == "go" else _HTML_BREAK.split(line)
+            prose += filter(_is_prose, [first])
+            if others and prose:
+                break
+            prose += list(filter(_is_prose, others))[:1]
+    return prose
+
+
+def _is_prose(line: str) -> bool:
+    return any(map(str.isalnum, line))
+
+
+def _without_markup(text: str, language: str) -> str:
+    if language != "go":
+        text = _HTML_TAG.sub("", _INLINE_TAG.sub(_shown_text, text))
+        if language in ("c", "cpp"):
+            text = _DOXYGEN_MARK.sub("", text)
+        elif language == "ruby":
+            text = _RDOC_MARK.sub(r"\1", text)
+        text = html.unescape(text)
+    return _one_line(text)
+
+
+def _shown_text(match: re.Match[str]) -> str:
+    """Return what `{@code text}` and `{@link Class#method label}` show to a reader."""
+    name, text = match["name"].lower(), match["text"].strip()
+    if name in ("inheritdoc", "value", "internal"):
+        return ""
+    if name.startswith("link"):
+        target, _, label = text.partition("|" if "|" in text else " ")
+        return label.strip() or target.replace("#", ".").lstrip(".")
+    return text
+
+
+def _one_line(text: str) -> str:
+    # An escape in a docstring can make half a surrogate pair, which no tokenizer takes.
+    return " ".join(text.encode(errors="replace").decode().split())
