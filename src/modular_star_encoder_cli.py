@@ -85,6 +85,14 @@ def build_parser() -> argparse.ArgumentParser:
     pretrain.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: corpus.folder=~/code")
     pretrain.add_argument("--out", metavar="FOLDER", required=True, help="where the run is; an old one is continued")
     pretrain.set_defaults(run=run_pretrain)
+
+    finetune = commands.add_parser("finetune", help="fine-tune a model on pairs, as a recipe says")
+    finetune.add_argument("recipe", metavar="RECIPE", help="a YAML file, for example hub_configs/small/finetune.yaml")
+    finetune.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="other settings: model=CHECKPOINT steps=500"
+    )
+    finetune.add_argument("--out", metavar="FOLDER", required=True, help="where the run is; an old one is continued")
+    finetune.set_defaults(run=run_finetune)
     return parser
 
 
@@ -158,6 +166,15 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.training.pretraining_recipe import load_pretraining_recipe
 
     log = pretrain(load_pretraining_recipe(arguments.recipe, arguments.overrides), arguments.out)
+    print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
+
+
+def run_finetune(arguments: argparse.Namespace) -> None:
+    """`mose finetune`."""
+    from modular_star_encoder.training.tasks import load_task
+
+    recipe, finetune = load_task(arguments.recipe, arguments.overrides)
+    log = finetune(recipe, arguments.out)
     print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
 
 

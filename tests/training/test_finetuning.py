@@ -12,8 +12,10 @@ from transformers import AutoModel, TrainerCallback
 from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training import MultiExitTrainer, hub_config_folder
-from modular_star_encoder.training.finetuning import check_recipe, finetune
-from modular_star_encoder.training.finetuning_recipe import FinetuningRecipe, load_finetuning_recipe
+from modular_star_encoder.training.finetuning import finetune
+from modular_star_encoder.training.finetuning_preflight import finetuning_preflight
+from modular_star_encoder.training.finetuning_recipe import load_finetuning_recipe
+from modular_star_encoder.training.starting_points import starting_config
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_config
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
 
@@ -57,6 +59,7 @@ def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(
     first, last = (sum(entry["clip_loss_exit_4"] for entry in part) / 5 for part in (training[:5], training[-5:]))
     assert last < 0.8 * first
     assert log["data"]["held_out"] == 15
+    assert not model.config.unpad_inputs
     encoder = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")
     assert encoder.encode("open the file", exit_layer=2).shape == (16,)
     before, after = (AutoModel.from_pretrained(folder) for folder in (checkpoint, tmp_path / "run" / "model"))
@@ -166,6 +169,8 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("config.layers=3", "config has unknown settings layers"),
         ("data.rows=x", "not rows"),
         ("data.triplets=missing.jsonl", "no file missing.jsonl"),
+        ("config.residual_dropout=high", "residual_dropout"),
+        ("config.pooling=legacy", "unpad_inputs leaves out the padding that legacy pooling may read"),
         ("model=nowhere", "no configuration 'nowhere'"),
         ("attn_implementation=fast", "fast"),
         ("stepz=3", "unknown settings stepz"),
@@ -180,6 +185,8 @@ def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, over
     )
     with pytest.raises(ValueError, match=message):
         run(recipe_file, tmp_path / "run", *overrides)
+    early = not override.startswith(("data", "lora", "batch_size=96"))
+    assert (tmp_path / "run").exists() is not early
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -192,6 +199,12 @@ def test_the_papers_recipe_holds_its_figures():
 
 
 def test_our_small_recipe_fits_its_model():
-    recipe = load_finetuning_recipe(hub_config_folder("small") / "finetune.yaml")
-    assert isinstance(recipe, FinetuningRecipe)
-    assert check_recipe(FinetuningRecipe(**(recipe.to_dict() | {"model": "small"})), 1) == recipe.batch_size
+    recipe = load_finetuning_recipe(hub_config_folder("small") / "finetune.yaml", ["model=small"])
+    config, has_weights = starting_config(recipe)
+    with torch.device("meta"):
+        model = ModularStarEncoderForRetrieval(config)
+    estimate = finetuning_preflight(model, recipe, 1, {"text → code": 20_000}, (40.0, 120.0))
+    assert not has_weights
+    assert estimate.epochs == {"text → code": recipe.steps * recipe.batch_size / 20_000}
+    assert "code → code           none in this data" in str(estimate)
+    assert estimate.memory_bytes < 4 * 2**30

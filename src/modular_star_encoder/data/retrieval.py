@@ -146,6 +146,9 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
     Row `i` depends on the seed of the plan and `i` only, so any worker, process or resumed run makes the same one. It
     holds `query_ids` and `document_ids`, int64 (T,): a description and its code, or code and the same in another
     language. Of several snippets, two are drawn anew each time.
+
+    Attributes:
+        batch_size: Pairs of one batch, of all processes together.
     """
 
     def __init__(self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, renamed_share: float = 0.0) -> None:
@@ -160,6 +163,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         if not 0 <= renamed_share <= 1:
             raise ValueError(f"renamed_share must be between 0 and 1, not {renamed_share}.")
         self._texts, self._plan, self._renamed_share = texts, plan, renamed_share
+        self.batch_size = plan.batch_size
         self._length = steps * plan.batch_size
 
     def __len__(self) -> int:
@@ -168,7 +172,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self._length:
             raise IndexError(f"row {index} of {self._length}")
-        step, place = divmod(index, self._plan.batch_size)
+        step, place = divmod(index, self.batch_size)
         row, kind = self._plan.batch(step)[place]
         renaming = np.random.default_rng((self._plan.seed, _NAMES, index))
         if kind == TEXT_TO_CODE:

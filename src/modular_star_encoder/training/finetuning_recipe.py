@@ -2,25 +2,21 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from modular_star_encoder.data.settings import build_settings, load_settings
-from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.objectives import ContrastiveSettings
-from modular_star_encoder.training.training_recipe import TrainingRecipe
+from modular_star_encoder.training.training_recipe import StartingRecipe
 
 SCHEDULES = ("constant", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuningRecipe(TrainingRecipe):
-    """How a model is fine-tuned on pairs; settings of any training are those of `TrainingRecipe`.
+class FinetuningRecipe(StartingRecipe):
+    """How a model is fine-tuned on pairs; see `StartingRecipe` and `TrainingRecipe` for the other settings.
 
     Args:
-        model: what is fine-tuned: a pre-trained model, whose heads are new, or a retrieval model, as a folder or Hub
-            id; or, to start from random weights, a folder of `hub_configs` or any other with a config.json alone,
-            which needs a `tokenizer`.
         data: sources of pairs; see `data.parallel_texts.read_parallel_texts`.
         batch_size: pairs of one step over all processes, all of them candidates for each other.
         samples: rows to train on, drawn at random; all of them if None.
@@ -28,10 +24,6 @@ class FinetuningRecipe(TrainingRecipe):
         renamed_share: share of the code snippets whose frequent words become random strings; see `data.augmentation`.
         objective: settings of the loss; see `ContrastiveSettings`.
         schedule: of the learning rate after the warm-up: constant, or linear down to 0.
-        exit_layer: train this exit alone, with the layers up to it and no other head: a single-exit baseline.
-        config: settings of the model's configuration to change, such as `residual_dropout`.
-        lora: train low-rank adapters in place of the trunk's weights, and the heads in full: settings of
-            `peft.LoraConfig`; `{}` for the usual ones.
         held_out_share: share of each source's rows, up to a fifth, kept for evaluation, whole repositories at a time.
         eval_pairs: held-out pairs of one evaluation.
     """
@@ -44,9 +36,6 @@ class FinetuningRecipe(TrainingRecipe):
     renamed_share: float = 0.3
     objective: Mapping[str, Any] = field(default_factory=dict)
     schedule: str = "constant"
-    exit_layer: int | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    lora: Mapping[str, Any] | None = None
     held_out_share: float = 0.05
     eval_pairs: int = 1000
 
@@ -61,12 +50,9 @@ class FinetuningRecipe(TrainingRecipe):
             raise ValueError(f"renamed_share must be between 0 and 1, not {self.renamed_share}.")
         if not 0 < self.held_out_share <= 0.2:
             raise ValueError(f"held_out_share must be above 0 and at most 0.2, not {self.held_out_share}.")
-        for name in ("data", "objective", "config"):
+        for name in ("data", "objective"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must be a mapping of settings, not {getattr(self, name)!r}.")
-        known = {one.name for one in fields(ModularStarEncoderConfig)}
-        if unknown := sorted(set(self.config) - known):
-            raise ValueError(f"config has unknown settings {', '.join(unknown)}.")
         self.contrastive()
 
     def contrastive(self) -> ContrastiveSettings:

@@ -103,14 +103,11 @@ def pretrain(
         model,
         arguments,
         InContextObjective(),
-        weights=recipe.exit_weights,
-        normalize_weights=recipe.normalize_exit_weights,
-        rotate_shallow_exits=recipe.rotate_shallow_exits,
-        log_gradient_norms=recipe.log_gradient_norms,
         schedule=schedule,
         train_dataset=pairs,
         eval_dataset=unseen,
         data_collator=(PackingCollator if recipe.packing else PaddingCollator)(tokenizer),
+        **recipe.trainer_options(),
     )
     log = train_to_the_end(trainer, out / "checkpoints", progress=progress)
     counts = pairs.token_counts().double()

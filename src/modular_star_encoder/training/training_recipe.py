@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,15 @@ import torch
 from transformers import TrainingArguments
 
 from modular_star_encoder.data.files import write_json
+from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.training.recipe import hub_config_folder
 from modular_star_encoder.training.stages import bf16_is_faster
+
+LOG = Path("model", "training_log.json")
+"""Where a run leaves its log, as the last thing that it writes."""
+
+TASKS = ("retrieval", "classification")
+"""What models can be fine-tuned for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,15 @@ class TrainingRecipe:
         """All settings, as plain values."""
         return asdict(self)
 
+    def trainer_options(self) -> dict[str, Any]:
+        """What `MultiExitTrainer` is told about exits."""
+        return {
+            "weights": self.exit_weights,
+            "normalize_weights": self.normalize_exit_weights,
+            "rotate_shallow_exits": self.rotate_shallow_exits,
+            "log_gradient_norms": self.log_gradient_norms,
+        }
+
     def arguments(self, folder: Path, rows_per_device: int, *, progress: bool, **others: Any) -> TrainingArguments:
         """The recipe in the words of `Trainer`.
 
@@ -116,6 +132,38 @@ class TrainingRecipe:
             return TrainingArguments(**(settings | others | dict(self.trainer)))
         except TypeError as error:
             raise ValueError(f"trainer: {error}.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartingRecipe(TrainingRecipe):
+    """What recipes of fine-tuning share: what is started from, and which of its weights are trained.
+
+    Args:
+        task: retrieval or classification; recipes of each have settings of their own.
+        model: a pre-trained model, whose heads are new, or a fine-tuned one, as a folder or Hub id; or, to start from
+            random weights, a folder of `hub_configs` or any other with a config.json alone, which needs a `tokenizer`.
+        exit_layer: train this exit alone, with the layers up to it and no other head: a single-exit baseline.
+        config: settings of the model's configuration to change, such as `residual_dropout`.
+        unpad_inputs: compute padded batches without their padding; the model that is saved keeps its own setting.
+        lora: train low-rank adapters in place of the trunk's weights, and the heads in full: settings of
+            `peft.LoraConfig`; `{}` for the usual ones.
+    """
+
+    task: str = TASKS[0]
+    exit_layer: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    unpad_inputs: bool = True
+    lora: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task not in TASKS:
+            raise ValueError(f"task {self.task!r} must be one of {', '.join(TASKS)}.")
+        if not isinstance(self.config, Mapping):
+            raise ValueError(f"config must be a mapping of settings, not {self.config!r}.")
+        known = {one.name for one in fields(ModularStarEncoderConfig)}
+        if unknown := sorted(set(self.config) - known):
+            raise ValueError(f"config has unknown settings {', '.join(unknown)}.")
 
 
 def model_folder(name: str) -> Path:
