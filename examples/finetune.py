@@ -1,4 +1,4 @@
-"""Fine-tune a multi-exit encoder for retrieval or clone detection, as `mose finetune` does: a script to copy and change.
+"""Fine-tune a multi-exit encoder for retrieval or clone detection, as `mose finetune` does: to copy and change.
 
     python examples/finetune.py hub_configs/small/finetune.yaml --out runs/retrieval data.functions.folder=~/checkouts
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/finetune.py RECIPE --out FOLDER

@@ -88,9 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     finetune = commands.add_parser("finetune", help="fine-tune a model on pairs, as a recipe says")
     finetune.add_argument("recipe", metavar="RECIPE", help="a YAML file, for example hub_configs/small/finetune.yaml")
-    finetune.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help="other settings: model=CHECKPOINT steps=500"
-    )
+    finetune.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: steps=500")
     finetune.add_argument("--out", metavar="FOLDER", required=True, help="where the run is; an old one is continued")
     finetune.set_defaults(run=run_finetune)
     return parser
