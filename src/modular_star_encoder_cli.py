@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -66,12 +67,22 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("--json", action="store_true", help="print JSON")
     search.set_defaults(run=run_search)
 
-    evaluate = commands.add_parser("evaluate", help="measure every exit on the documented functions of a code folder")
-    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
-    evaluate.add_argument("--data", metavar="FOLDER", required=True, help="a folder of source code")
+    evaluate = commands.add_parser("evaluate", help="measure every exit on benchmarks, or on a folder of code")
+    evaluate.add_argument("checkpoint", metavar="MODEL", help="folder or Hub repository")
+    evaluate.add_argument(
+        "--benchmark", metavar="NAMES", type=name_list, default=["folder"], help="a list, or all (default: folder)"
+    )
+    evaluate.add_argument("--data", metavar="FOLDER", required=True, help="source code, or files of benchmarks; or hub")
     evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
     evaluate.add_argument("--untrained", action="store_true", help="also measure the same model with fresh weights")
-    evaluate.add_argument("--json", metavar="FILE", help="also write the results to FILE")
+    evaluate.add_argument("--json", metavar="FILE", help="without --out: also write the results to FILE")
+    evaluate.add_argument("--out", metavar="FOLDER", help="reports and figures; an interrupted run is continued there")
+    evaluate.add_argument(
+        "--baselines", metavar="NAMES", type=name_list, default=[], help="bm25, tfidf, other models, openai:MODEL@URL"
+    )
+    evaluate.add_argument("--allow-subset", action="store_true", help="accept partial benchmark files, and say so")
+    evaluate.add_argument("--candidates", metavar="FOLDER", help="lists of distractors that an earlier run wrote")
+    evaluate.add_argument("--cache", metavar="FOLDER", help="where embeddings are kept (default: OUT/embeddings)")
     evaluate.set_defaults(run=run_evaluate)
 
     cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
@@ -104,6 +115,11 @@ def exit_list(text: str) -> tuple[int, ...] | None:
         raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a list of numbers such as 4,9") from None
 
 
+def name_list(text: str) -> list[str]:
+    """`"bm25,tfidf"` → ["bm25", "tfidf"]."""
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
 def run_search(arguments: argparse.Namespace) -> None:
     """`mose search`."""
     from modular_star_encoder.evaluation.checkpoint import load_checkpoint
@@ -126,28 +142,52 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """`mose evaluate`."""
+    if arguments.out:
+        run_benchmarks(arguments)
+        return
+    wanted = [name for name in ("baselines", "allow_subset", "candidates", "cache") if getattr(arguments, name)]
+    if arguments.benchmark != ["folder"] or wanted:
+        option = f"--{wanted[0].replace('_', '-')}" if wanted else f"--benchmark {','.join(arguments.benchmark)}"
+        raise ValueError(f"{option} needs --out, a folder for the reports.")
     from modular_star_encoder.data.files import check_writable, write_json
-    from modular_star_encoder.data.functions import collect_functions
-    from modular_star_encoder.data.repositories import folder_repositories
+    from modular_star_encoder.evaluation.benchmarks.code_folder import read_code_folder
     from modular_star_encoder.evaluation.checkpoint import load_checkpoint
-    from modular_star_encoder.evaluation.exits import RetrievalRow, evaluate_exits, format_table
+    from modular_star_encoder.evaluation.exits import evaluate_exits, format_table
 
     if arguments.json:
         check_writable(arguments.json)
     deepest = max(arguments.exit_layers) if arguments.exit_layers else None
     model, tokenizer = load_checkpoint(arguments.checkpoint, deepest)
-    functions = collect_functions(folder_repositories(arguments.data)).functions
-    rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
-    if len(rows) < 2:
-        raise ValueError(
-            f"{arguments.data} holds {len(rows)} documented functions that pass the filters: too few to rank."
-        )
+    rows = read_code_folder(arguments.data)
     if len(rows) < FULL_POOL:
         print(f"mose: note: only {len(rows)} documented functions, so fewer than 999 distractors", file=sys.stderr)
     results = evaluate_exits(model, tokenizer, rows, exit_layers=arguments.exit_layers, untrained=arguments.untrained)
     if arguments.json:
         write_json(arguments.json, {"checkpoint": arguments.checkpoint, "data": arguments.data, **results.to_dict()})
     print(format_table(results))
+
+
+def run_benchmarks(arguments: argparse.Namespace) -> None:
+    """`mose evaluate … --out FOLDER`."""
+    from modular_star_encoder.evaluation import running
+
+    if arguments.json:
+        raise ValueError("--json goes without --out, which writes report.json.")
+    running.run_benchmarks(
+        arguments.checkpoint,
+        arguments.benchmark,
+        arguments.data,
+        arguments.out,
+        exit_layers=arguments.exit_layers,
+        baselines=arguments.baselines,
+        untrained=arguments.untrained,
+        allow_subset=arguments.allow_subset,
+        candidates=arguments.candidates,
+        cache=arguments.cache,
+        command=shlex.join(["mose", *sys.argv[1:]]),
+    )
+    with open(os.path.join(os.path.expanduser(arguments.out), "report.md"), encoding="utf-8") as report:
+        print(report.read(), end="")
 
 
 def run_slice(arguments: argparse.Namespace) -> None:

@@ -1,16 +1,22 @@
-import gzip
-import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation.bm25 import bm25_scorer, bm25_scores, identifier_tokens
-from modular_star_encoder.evaluation.codesearchnet import codesearchnet_row
-from modular_star_encoder.evaluation.distractors import evaluate_scorer
+from modular_star_encoder.evaluation.benchmarks.registry import load_benchmark
+from modular_star_encoder.evaluation.bm25 import BM25, identifier_tokens
+from modular_star_encoder.evaluation.harness import evaluate_tasks
+from modular_star_encoder.evaluation.systems import Variant
+from modular_star_encoder.evaluation.tasks import Text
 
 DATA = os.environ.get("MOSE_DATA")
+
+
+def bm25_scores(queries, documents):
+    system = BM25()
+    queries, documents = ([Text(text) for text in texts] for texts in (queries, documents))
+    system.prepare([*queries, *documents], (Variant(),))
+    return np.concatenate([block.scores for block in system.scores(queries, documents, Variant()).blocks()])
 
 
 @pytest.mark.parametrize(
@@ -47,19 +53,9 @@ def test_queries_and_documents_without_words_score_zero():
     assert bm25_scores(["read"], ["", "{}"]).tolist() == [[0, 0]]
 
 
-def test_the_scorer_sees_only_its_batch():
-    queries, documents = ["read file", "close", "send"], ["readFile()", "close(socket)", "read close send"]
-    rows = np.array([2, 0])
-    batch = [[queries[row] for row in rows], [documents[row] for row in rows]]
-    assert np.array_equal(bm25_scorer(queries, documents)(rows), bm25_scores(*batch))
-
-
 @pytest.mark.skipif(not DATA, reason="MOSE_DATA is not set to a folder with codesearchnet/*_test.jsonl.gz")
-@pytest.mark.parametrize(("language", "mrr"), [("ruby", 50.6), ("javascript", 48.3), ("go", 74.0)])
-def test_bm25_reaches_its_known_figures_on_codesearchnet(language, mrr):
-    with gzip.open(Path(DATA, "codesearchnet", f"{language}_test.jsonl.gz"), "rt", encoding="utf-8") as file:
-        rows = [codesearchnet_row(json.loads(line)) for line in file]
-    scorer = bm25_scorer([row.description for row in rows], [row.code for row in rows])
-    scores = evaluate_scorer(scorer, len(rows), progress=False)
-    assert scores.distractors == 999
-    assert 100 * scores.mrr == pytest.approx(mrr, abs=1)
+def test_bm25_reaches_its_known_figures_on_codesearchnet():
+    cells = evaluate_tasks(load_benchmark("codesearchnet-999", DATA, allow_subset=True), [BM25()], progress=False)
+    figures = {cell.task: 100 * cell.figures["mrr"].value for cell in cells}
+    assert figures == pytest.approx({"ruby": 50.6, "javascript": 48.3, "go": 73.9}, abs=1)
+    assert {cell.task: (len(cell.values), cell.candidates) for cell in cells}["go"] == (2000, 1000)

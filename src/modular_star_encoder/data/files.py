@@ -28,13 +28,21 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write `data` as indented UTF-8 JSON under a temporary name and rename it, so that no reader sees half a file.
+    """Write `data` as indented UTF-8 JSON; see `write_text`.
 
     Raises:
         TypeError, ValueError: `data` isn't JSON (NaN isn't either); `path` stays as it was.
         OSError: the folder can't be written to.
     """
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text under a temporary name and rename it, so that no reader sees half a file.
+
+    Raises:
+        OSError: the folder can't be written to.
+    """
     with staged_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -7,12 +7,15 @@ tokeniser matters more than BM25's parameters: plain words lose 15 points of MRR
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 
 import bm25s
 import numpy as np
 
-from modular_star_encoder.evaluation.distractors import BatchScorer
+from modular_star_encoder.evaluation.scores import BLOCK, Block
+from modular_star_encoder.evaluation.systems import Variant
+from modular_star_encoder.evaluation.tasks import Text
 
 _LETTER = r"[^\WA-Z\d_]"  # any letter but an ASCII capital, so that words of other alphabets stay whole
 _PART = re.compile(rf"[A-Z]+(?!{_LETTER})|[A-Z]?{_LETTER}+|\d+")
@@ -23,32 +26,59 @@ def identifier_tokens(text: str) -> list[str]:
     return [part.lower() for part in _PART.findall(text)]
 
 
-def bm25_scores(queries: Sequence[str], documents: Sequence[str], *, k1: float = 1.2, b: float = 0.75) -> np.ndarray:
-    """BM25 scores (Q, D) float32 of texts, with the document frequencies of these documents.
+class BM25:
+    """BM25 as a `System`, with the document frequencies of the candidates of each pool.
 
     A term counts once per query, however often it is repeated there. A query without known terms scores 0 everywhere.
     """
-    return _scores([identifier_tokens(query) for query in queries], [identifier_tokens(d) for d in documents], k1, b)
+
+    name = "BM25"
+    variants = (Variant(),)
+
+    def __init__(self, k1: float = 1.2, b: float = 0.75) -> None:
+        self.k1, self.b = k1, b
+        self.fingerprint = f"bm25-{k1}-{b}-lucene-{version('bm25s')}"
+        self._tokens: dict[str, list[str]] = {}
+
+    def prepare(self, texts: Sequence[Text], variants: Sequence[Variant], *, progress: bool = True) -> None:
+        """Split the texts."""
+        self._tokens = {text.text: identifier_tokens(text.text) for text in texts}
+
+    def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: Variant) -> BM25Scores:
+        """Scores of prepared texts."""
+        tokens = [[self._tokens[text.text] for text in texts] for texts in (queries, documents)]
+        return BM25Scores(*tokens, self.k1, self.b)
 
 
-def bm25_scorer(queries: Sequence[str], documents: Sequence[str], *, k1: float = 1.2, b: float = 0.75) -> BatchScorer:
-    """BM25 as a scoring function for `evaluate_scorer`; each batch is indexed on its own."""
-    query_tokens = [identifier_tokens(query) for query in queries]
-    document_tokens = [identifier_tokens(document) for document in documents]
+class BM25Scores:
+    """BM25 scores float32 of tokenised queries (Q) and documents (D), indexed together."""
 
-    def scorer(rows: np.ndarray) -> np.ndarray:
-        return _scores([query_tokens[row] for row in rows], [document_tokens[row] for row in rows], k1, b)
+    def __init__(self, queries: list[list[str]], documents: list[list[str]], k1: float, b: float) -> None:
+        self.shape = (len(queries), len(documents))
+        self._queries = [sorted(set(query)) for query in queries]
+        self._index = None
+        if any(documents):  # bm25s can't index a vocabulary of nothing
+            self._index = bm25s.BM25(k1=k1, b=b, method="lucene")
+            self._index.index(documents, show_progress=False)
 
-    return scorer
+    def blocks(self) -> Iterator[Block]:
+        """Blocks of whole rows."""
+        step = max(1, BLOCK // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], step):
+            rows = range(start, min(start + step, self.shape[0]))
+            yield Block(start, 0, np.stack([self._row(row) for row in rows]))
 
-
-def _scores(queries: list[list[str]], documents: list[list[str]], k1: float, b: float) -> np.ndarray:
-    scores = np.zeros((len(queries), len(documents)), dtype=np.float32)
-    if not any(documents):  # bm25s can't index a vocabulary of nothing
+    def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """See `Scores`; each query is scored once."""
+        scores = np.empty(len(queries), dtype=np.float32)
+        order = np.argsort(queries, kind="stable")
+        for pairs in np.split(order, np.flatnonzero(np.diff(queries[order])) + 1):
+            if len(pairs):
+                scores[pairs] = self._row(queries[pairs[0]])[documents[pairs]]
         return scores
-    index = bm25s.BM25(k1=k1, b=b, method="lucene")
-    index.index(documents, show_progress=False)
-    for row, query in enumerate(queries):
-        if terms := sorted(set(query)):
-            scores[row] = index.get_scores(terms)
-    return scores
+
+    def _row(self, query: int) -> np.ndarray:
+        terms = self._queries[query]
+        if self._index is None or not terms:
+            return np.zeros(self.shape[1], dtype=np.float32)
+        return self._index.get_scores(terms)

@@ -8,10 +8,29 @@ from typing import Any, NamedTuple
 
 import torch
 
-from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.evaluation.bm25 import bm25_scorer
-from modular_star_encoder.evaluation.distractors import RetrievalScores, evaluate_scorer, evaluate_with_distractors
-from modular_star_encoder.evaluation.encode import encode_exits
+from modular_star_encoder.evaluation.bm25 import BM25
+from modular_star_encoder.evaluation.distractors import distractor_batches
+from modular_star_encoder.evaluation.encoders import ExitEncoder
+from modular_star_encoder.evaluation.harness import Cell, evaluate_tasks
+from modular_star_encoder.evaluation.markdown import markdown_table, percent
+from modular_star_encoder.evaluation.systems import EmbeddingSystem
+from modular_star_encoder.evaluation.tasks import Judgements, Pool, RetrievalTask, Text
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """What one system reached. Figures are fractions between 0 and 1.
+
+    `interval` is the 95 % bootstrap interval of `mrr` over the queries; `queries` is the number of queries ranked (rows
+    of the incomplete last batch are not); `distractors` is how many wrong candidates each of them had.
+    """
+
+    mrr: float
+    recall_at_1: float
+    recall_at_10: float
+    interval: tuple[float, float]
+    queries: int
+    distractors: int
 
 
 class RetrievalRow(NamedTuple):
@@ -66,31 +85,65 @@ def evaluate_exits(
     Raises:
         ValueError: an exit that the model doesn't have, or fewer than two rows.
     """
-    rows = [RetrievalRow(*row) for row in rows]
-    protocol = {"size": size, "seed": seed, "progress": progress}
-    queries, codes = [row.description for row in rows], [row.code for row in rows]
-    bm25 = evaluate_scorer(bm25_scorer(queries, codes), len(rows), **protocol, label="BM25")
-
-    def score(model: torch.nn.Module) -> dict[int, RetrievalScores]:
-        options = {"exit_layers": exit_layers, "progress": progress, **encode_options}
-        instructions = model.config.instruction_prompts
-        prompt = text_prompt(instructions=instructions)
-        query_embeddings = encode_exits(model, tokenizer, queries, prompt=prompt, **options)
-        prompted = [code_prompt(row.language, instructions=instructions) + row.code for row in rows]
-        code_embeddings = encode_exits(model, tokenizer, prompted, **options)
-        return {
-            exit_layer: evaluate_with_distractors(embeddings, code_embeddings[exit_layer], **protocol)
-            for exit_layer, embeddings in query_embeddings.items()
-        }
-
-    return ExitResults(score(model), bm25, score(_untrained_copy(model, seed)) if untrained else {})
+    task = pairs_task("folder", "all", [RetrievalRow(*row) for row in rows], size=size, seed=seed)
+    encoder = ExitEncoder(model, tokenizer, "model", exit_layers=exit_layers, **encode_options)
+    systems = [BM25(), EmbeddingSystem(encoder)]
+    if untrained:
+        systems.append(EmbeddingSystem(encoder.untrained(seed)))
+    cells = evaluate_tasks([task], systems, seed=seed, progress=progress)
+    exits = {system.name: _by_exit(cells, system.name) for system in systems}
+    return ExitResults(exits["model"], exits["BM25"][None], exits.get("model, untrained", {}))
 
 
-def _untrained_copy(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    parameter = next(model.parameters())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return type(model)(model.config).to(device=parameter.device, dtype=parameter.dtype)
+def pairs_task(
+    benchmark: str,
+    name: str,
+    rows: Sequence[RetrievalRow],
+    *,
+    ids: Sequence[str] | None = None,
+    size: int = 1000,
+    seed: int = 0,
+    **options: Any,
+) -> RetrievalTask:
+    """Find each description's code among `size` candidates, in the batches of `distractor_batches`.
+
+    Args:
+        ids: a name for each row; its number if None.
+        options: other fields of the task.
+    """
+    pools = tuple(Pool(batch, batch) for batch in distractor_batches(len(rows), size, seed))
+    return RetrievalTask(
+        benchmark=benchmark,
+        name=name,
+        queries=[Text(row.description) for row in rows],
+        documents=[Text(row.code, row.language) for row in rows],
+        query_ids=[str(number) for number in range(len(rows))] if ids is None else list(ids),
+        judgements=Judgements.one_each(range(len(rows))),
+        pools=pools,
+        **options,
+    )
+
+
+def _by_exit(cells: Sequence[Cell], system: str) -> dict[int | None, RetrievalScores]:
+    """Scores of a system's whole embeddings, by exit."""
+    widest: dict[int | None, Cell] = {}
+    for cell in cells:
+        kept = widest.get(cell.exit_layer)
+        if cell.system == system and (kept is None or (cell.dimensions or 0) > (kept.dimensions or 0)):
+            widest[cell.exit_layer] = cell
+    return {exit_layer: _scores(cell) for exit_layer, cell in widest.items()}
+
+
+def _scores(cell: Cell) -> RetrievalScores:
+    mrr = cell.figures["mrr"]
+    return RetrievalScores(
+        mrr=mrr.value,
+        recall_at_1=cell.figures["recall@1"].value,
+        recall_at_10=cell.figures["recall@10"].value,
+        interval=(mrr.low, mrr.high),
+        queries=len(cell.values),
+        distractors=cell.candidates - 1,
+    )
 
 
 COLUMNS = ("", "MRR", "95 % interval", "R@1", "R@10")
@@ -101,24 +154,13 @@ def format_table(results: ExitResults) -> str:
     rows = [("BM25", results.bm25)]
     rows += [(f"untrained, exit {exit_layer}", scores) for exit_layer, scores in results.untrained.items()]
     rows += [(f"exit {exit_layer}", scores) for exit_layer, scores in results.exits.items()]
-    cells = [COLUMNS, *((name, *_figures(scores)) for name, scores in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
-    lines = ["| " + " | ".join(_align(row, widths)) + " |" for row in cells]
-    rule = "|" + "|".join("-" * (width + 1) + (":" if column else "-") for column, width in enumerate(widths)) + "|"
+    lines = markdown_table([COLUMNS, *((name, *_figures(scores)) for name, scores in rows)])
     scores = results.bm25
     protocol = f"{scores.queries} queries, {scores.distractors} distractors each, ties count against the system."
-    return "\n".join([lines[0], rule, *lines[1:], "", protocol])
+    return "\n".join([*lines, "", protocol])
 
 
 def _figures(scores: RetrievalScores) -> tuple[str, ...]:
     low, high = scores.interval
-    return (
-        f"{100 * scores.mrr:.1f}",
-        f"{100 * low:.1f}–{100 * high:.1f}",
-        f"{100 * scores.recall_at_1:.1f}",
-        f"{100 * scores.recall_at_10:.1f}",
-    )
-
-
-def _align(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+    figures = (percent(scores.mrr), f"{percent(low)}–{percent(high)}")
+    return (*figures, percent(scores.recall_at_1), percent(scores.recall_at_10))

@@ -1,0 +1,156 @@
+"""Read the files of benchmarks, and say of a wrong or partial one: file, line, what was expected."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+Fields = Mapping[str, type | tuple[type, ...]]
+"""The names of a row's required fields and the types of their values."""
+
+_NAMES = {str: "a string", list: "a list", int: "a whole number", dict: "an object", float: "a number"}
+
+
+def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoReturn:
+    """Raise ValueError with file, 1-based line or row, and what was expected there."""
+    place = f"{path}, line {line}" if line is not None else f"{path}"
+    raise ValueError(f"{place}: expected {expected}{f', found {found}' if found else ''}.")
+
+
+def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files of the first pattern that matches any, sorted by name; none if no pattern does."""
+    for pattern in patterns:
+        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
+            return found
+    return []
+
+
+def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """`find_files`, and FileNotFoundError with the names that were expected."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    if not (found := find_files(folder, patterns)):
+        raise FileNotFoundError(f"{folder} holds no benchmark file: expected {' or '.join(patterns)}.")
+    return found
+
+
+def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end) of a text file or of one compressed with gzip.
+
+    Raises:
+        ValueError: the file is cut off, no gzip, or in another encoding.
+        OSError: it can't be read.
+    """
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode(encoding)
+    except UnicodeDecodeError:
+        refuse(path, number, f"text in {encoding}")
+    except (EOFError, zlib.error):
+        refuse(path, number + 1, "more lines", "the end of a file that was cut off")
+    except gzip.BadGzipFile:
+        refuse(path, number + 1, "a gzip file")
+
+
+def read_jsonl(path: Path, fields: Fields) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object per line.
+
+    Raises:
+        ValueError: no line, or a line that isn't an object with these fields.
+    """
+    rows = []
+    for number, line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            refuse(path, number, f"a JSON object with {_listed(fields)}", repr(line[:40]))
+        rows.append(_checked(path, number, row, fields))
+    return rows or refuse(path, 1, f"a JSON object with {_listed(fields)}", "an empty file")
+
+
+def read_json(path: Path) -> Any:
+    """The one JSON value of a file.
+
+    Raises:
+        ValueError: it isn't JSON, or cut off.
+    """
+    text = "\n".join(line for _, line in read_lines(path))
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        refuse(path, error.lineno, "one JSON value", error.msg)
+
+
+def check_rows(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
+    """The rows of a JSON list, each with these fields; rows count as lines in messages."""
+    if not isinstance(rows, list) or not rows:
+        refuse(path, 1, f"a list of objects with {_listed(fields)}", "an empty list" if rows == [] else _kind(rows))
+    return [_checked(path, number, row, fields) for number, row in enumerate(rows, start=1)]
+
+
+def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
+    """Rows of a Parquet file, or of JSON lines by any other ending.
+
+    Raises:
+        ValueError: the file is damaged, or a row lacks a field.
+    """
+    if path.suffix != ".parquet":
+        return read_jsonl(path, fields)
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        refuse(path, None, "a Parquet file", " ".join(str(error).split())[:120])
+    return check_rows(path, rows, fields)
+
+
+def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
+    """Notes on the size of a benchmark: none if it is whole, one if a part of it is allowed.
+
+    Raises:
+        ValueError: another number than `expected`, unless a subset is allowed and it is smaller.
+    """
+    if found == expected:
+        return ()
+    if found > expected or not allow_subset:
+        hint = "; allow a subset to measure on a part" if found < expected else ""
+        refuse(path, None, f"{expected:,} {what}", f"{found:,}{hint}")
+    return (f"{path.name}: {found:,} of {expected:,} {what}",)
+
+
+def check_unique(path: Path, values: Sequence[Any], what: str) -> dict[Any, int]:
+    """{value: its place}, and ValueError where one comes twice."""
+    places: dict[Any, int] = {}
+    for number, value in enumerate(values):
+        if value in places:
+            refuse(path, number + 1, f"another {what} than in line {places[value] + 1}", repr(value))
+        places[value] = number
+    return places
+
+
+def _checked(path: Path, number: int, row: Any, fields: Fields) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        refuse(path, number, f"an object with {_listed(fields)}", _kind(row))
+    for name, kinds in fields.items():
+        if name not in row:
+            refuse(path, number, f"the field {name!r}", _listed(row))
+        if not isinstance(row[name], kinds) or isinstance(row[name], bool):
+            expected = " or ".join(_NAMES[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            refuse(path, number, f"{expected} as {name!r}", _kind(row[name]))
+    return row
+
+
+def _listed(names: Mapping[str, Any]) -> str:
+    return ", ".join(repr(name) for name in names) or "no field"
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else _NAMES.get(type(value), type(value).__name__)

@@ -1,0 +1,58 @@
+"""The ranking metrics and F1 for users of Hugging Face's `evaluate`, by the same code as the harness.
+
+    import evaluate
+    from modular_star_encoder.evaluation import evaluate_metric
+
+    ndcg = evaluate.load(evaluate_metric.__file__, "ndcg")  # or evaluate_metric.RetrievalMetric("ndcg")
+    ndcg.compute(predictions=[[0.9, 0.3, 0.5]], references=[[1, 0, 0]], k=10)  # {"ndcg@10": 1.0}
+
+Loading the file by its path needs no network; no other file of this package is copied. Names: `mrr`, `recall`, `ndcg`,
+`map_at_r`, `f1`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from modular_star_encoder.evaluation.metrics import f1, outcomes, query_values, rank_scores
+
+NAMES = ("mrr", "recall", "ndcg", "map_at_r", "f1")
+
+_DESCRIPTION = "Retrieval metrics whose ties count against the system, and F1 of the positive class."
+_INPUTS = """
+Args:
+    predictions: for each query the scores of its candidates, float32; for f1 a decision, 0 or 1, for each pair.
+    references: for each query how relevant its candidates are, 0 for the irrelevant ones; for f1 the labels.
+    k: where recall and ndcg are cut (10 if it isn't given), and mrr (not at all if it isn't given).
+Returns:
+    {name: the mean over queries}, a fraction between 0 and 1.
+"""
+
+
+class RetrievalMetric(evaluate.Metric):
+    """One of `NAMES`, which is the name of its configuration."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        if self.config_name not in NAMES:
+            raise ValueError(f"There is no metric {self.config_name!r}; there are {', '.join(NAMES)}.")
+        single = self.config_name == "f1"
+        kinds = {
+            "predictions": datasets.Value("int64") if single else datasets.Sequence(datasets.Value("float32")),
+            "references": datasets.Value("int64") if single else datasets.Sequence(datasets.Value("float64")),
+        }
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(kinds)
+        )
+
+    def _compute(self, predictions: Any, references: Any, k: int | None = None) -> dict[str, float]:
+        if self.config_name == "f1":
+            counts = np.bincount(outcomes(predictions, references), minlength=4)
+            return {"f1": float(f1(counts))}
+        name = {"mrr": "mrr" if k is None else f"mrr@{k}", "map_at_r": "map@r"}.get(self.config_name)
+        name = name or f"{self.config_name}@{10 if k is None else k}"
+        values = query_values(rank_scores(predictions, references), name)
+        return {name: float(np.nanmean(values))}

@@ -1,0 +1,207 @@
+"""Tiny files in the format of each benchmark's authors."""
+
+import csv
+import gzip
+import io
+import json
+
+import pyarrow as pa
+from pyarrow import parquet
+
+NAMES = ("open", "close", "read", "write")
+
+
+def write_lines(path, lines, end="\n"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(line + end for line in lines).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def write_rows(path, rows):
+    if path.suffix == ".parquet":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        write_lines(path, [json.dumps(row) for row in rows])
+
+
+def python_code(name):
+    return f'def {name}(file):\n    """{name.title()} a file.\n\n    Slowly.\n    """\n    return {name}er(file)'
+
+
+def hub_rows(language):
+    code = {"python": python_code}.get(language, lambda name: f"func {name.title()}() {{}}")
+    return [
+        {
+            "repository_name": "someone/files",
+            "language": language,
+            "func_code_string": code(name),
+            "func_documentation_string": f"{name.title()} a file.\n\nSlowly.",
+            "func_code_url": f"https://github.com/someone/files/{name}#L1",
+            "split_name": "test",
+        }
+        for name in NAMES
+    ]
+
+
+def original_rows(language):
+    return [
+        {
+            "repo": "someone/files",
+            "language": language,
+            "code": row["func_code_string"],
+            "code_tokens": ["func", name, "(", ")"],
+            "docstring": row["func_documentation_string"],
+            "docstring_tokens": [name.title(), "a", "file", "."],
+            "url": row["func_code_url"],
+        }
+        for name, row in zip(NAMES, hub_rows(language), strict=True)
+    ]
+
+
+def codesearchnet(folder):
+    write_rows(folder / "go_test.jsonl.gz", hub_rows("go"))
+    write_rows(folder / "python" / "test-00000-of-00001.parquet", hub_rows("python"))
+    half = original_rows("ruby")
+    for number, rows in enumerate((half[:2], half[2:])):
+        write_rows(folder / "ruby" / "final" / "jsonl" / "test" / f"ruby_test_{number}.jsonl.gz", rows)
+
+
+def codesearchnet_full(folder):
+    rows = original_rows("ruby")
+    write_rows(folder / "ruby" / "test.jsonl", rows[:2])
+    write_rows(folder / "ruby" / "codebase.jsonl", rows[::-1])
+
+
+def codesearchnet_mteb(folder):
+    for language, ending in (("go", "parquet"), ("ruby", "jsonl")):
+        name = f"test-00000-of-00001.{ending}"
+        rows = hub_rows(language)
+        corpus = [{"_id": row["func_code_url"], "text": row["func_code_string"], "title": ""} for row in rows]
+        queries = [{"_id": str(i), "text": row["func_documentation_string"]} for i, row in enumerate(rows)]
+        judged = [{"query-id": str(i), "corpus-id": row["func_code_url"], "score": 1} for i, row in enumerate(rows)]
+        for part, content in (("corpus", corpus[::-1]), ("queries", queries), ("qrels", judged)):
+            write_rows(folder / f"{language}-{part}" / name, content)
+
+
+def codesearchnet_human(folder):
+    urls = [row["url"] for row in original_rows("go")]
+    rows = [
+        ("Go", "Open File", urls[0], 3, ""),
+        ("Go", "open file", urls[0], 2, "a second annotator"),
+        ("Go", "open file", urls[1], 0, ""),
+        ("Go", "write file", urls[3], 1, "with, a comma"),
+        ("Python", "open file", "https://github.com/elsewhere", 1, ""),
+    ]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("Language", "Query", "GitHubUrl", "Relevance", "Notes"), *rows])
+    write_lines(folder / "resources" / "annotationStore.csv", text.getvalue().splitlines())
+    write_rows(folder / "go" / "final" / "jsonl" / "test" / "go_test_0.jsonl.gz", original_rows("go")[:3])
+    undocumented = [{"url": urls[3], "function": "func Write() {}"}]
+    write_rows(folder / "go" / "undocumented.jsonl", undocumented)
+
+
+def translation(folder):
+    write_lines(folder / "test.java-cs.txt.java", [f"public void {name}(File file) {{ }}" for name in NAMES])
+    write_lines(
+        folder / "test.java-cs.txt.cs", [f"public void {name.title()}(File file) {{ }}" for name in NAMES], "\r\n"
+    )
+
+
+def poj104(folder):
+    rows = [
+        {
+            "label": str(label),
+            "index": str(40_000 + 3 * label + number),
+            "code": f"int main() {{ return {label}; }} // é{number}",
+        }
+        for label in (81, 95, 104)
+        for number in range(3)
+    ]
+    write_rows(folder / "test.jsonl", rows)
+
+
+def poj104_programs(folder):
+    for label in (81, 104):
+        for number in range(2):
+            path = folder / "ProgramData" / str(label) / f"{number}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(f"int main() {{ return {label}; }} // é".encode("latin-1"))
+
+
+def bigclonebench(folder):
+    write_rows(
+        folder / "data.jsonl", [{"func": f"void {name}() {{}}", "idx": str(7 * i)} for i, name in enumerate(NAMES)]
+    )
+    write_lines(folder / "valid.txt", ["0\t7\t1", "0\t14\t0"])
+    write_lines(folder / "test.txt", ["7\t14\t0", "14\t21\t0", "21\t0\t1", "7\t14\t1"])
+
+
+def advtest(folder):
+    rows = [
+        {**row, "idx": i, "function": "def Func(arg_0): pass", "function_tokens": ["def", "Func", "(", name, ")"]}
+        for i, (name, row) in enumerate(zip(NAMES, original_rows("python"), strict=True))
+    ]
+    for row in rows:
+        del row["code_tokens"]
+    write_rows(folder / "test.jsonl", rows)
+
+
+def cosqa(folder):
+    codes = {python_code(name): i for i, name in enumerate(NAMES)}
+    queries = [
+        {
+            "idx": f"cosqa-train-{i}",
+            "doc": f"python {name} file",
+            "code": python_code(name),
+            "retrieval_idx": i,
+            "label": 1,
+        }
+        for i, name in enumerate(NAMES[::-1])
+    ]
+    for row in queries:
+        row["retrieval_idx"] = codes[row["code"]]
+    write_lines(folder / "code_idx_map.txt", [json.dumps(codes)])
+    write_lines(folder / "cosqa-retrieval-test-500.json", json.dumps(queries, indent=1).splitlines())
+
+
+def exercism(folder):
+    rows = [
+        {
+            "slug": name,
+            "description": f"# Instructions\n\n{name.title()} a file.",
+            "code": {"python": python_code(name), "csharp": f"class {name.title()} {{ }}"}
+            | ({"go": f"func {name.title()}() {{}}"} if name != "read" else {}),
+        }
+        for name in NAMES
+    ]
+    write_rows(folder / "exercises.jsonl.gz", rows)
+
+
+def code_folder(folder):
+    (folder / "files.py").parent.mkdir(parents=True, exist_ok=True)
+    body = "\n\n\n".join(
+        f'def {n}_file(path):\n    """{n.title()} the file at a path."""\n    handle = {n}(path)\n    return handle'
+        for n in NAMES
+    )
+    (folder / "files.py").write_text(body + "\n")
+
+
+WRITERS = {
+    "codesearchnet-999": codesearchnet,
+    "codesearchnet-999-leaky": codesearchnet,
+    "codesearchnet-mteb": codesearchnet_mteb,
+    "codesearchnet-full": codesearchnet_full,
+    "codesearchnet-human": codesearchnet_human,
+    "translation": translation,
+    "translation-masked": translation,
+    "poj104": poj104,
+    "bigclonebench": bigclonebench,
+    "advtest": advtest,
+    "cosqa": cosqa,
+    "exercism-text": exercism,
+    "exercism-text-masked": exercism,
+    "exercism-code": exercism,
+    "exercism-code-masked": exercism,
+    "folder": code_folder,
+}

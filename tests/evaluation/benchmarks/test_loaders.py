@@ -1,0 +1,220 @@
+"""Every loader reads its authors' format, and what it makes of it is the protocol."""
+
+import json
+
+import numpy as np
+import pytest
+
+from modular_star_encoder.evaluation.benchmarks import codesearchnet_999, registry
+from modular_star_encoder.evaluation.benchmarks.codesearchnet import query_of, strip_docstring
+from modular_star_encoder.evaluation.benchmarks.registry import BENCHMARKS, choose_benchmarks, load_benchmark
+from modular_star_encoder.evaluation.bm25 import BM25
+from modular_star_encoder.evaluation.harness import evaluate_tasks
+from tests.evaluation.benchmarks import published
+from tests.evaluation.benchmarks.published import NAMES, WRITERS
+
+URLS = [f"https://github.com/someone/files/{name}#L1" for name in NAMES]
+
+
+def load(name, folder, **options):
+    WRITERS[name](folder)
+    return {task.name: task for task in load_benchmark(name, folder, **{"allow_subset": True} | options)}
+
+
+def answers(task):
+    """{query: {document: gain}} by their texts."""
+    found = {text.text: {} for text in task.queries}
+    judged = task.judgements
+    for query, document, gain in zip(judged.query, judged.document, judged.gain, strict=True):
+        found[task.queries[query].text][task.documents[document].text] = gain
+    return found
+
+
+def test_every_benchmark_has_a_tiny_form_here_and_runs(tmp_path):
+    assert set(WRITERS) == set(BENCHMARKS)
+    for name in BENCHMARKS:
+        tasks = list(load(name, tmp_path / name).values())
+        cells = evaluate_tasks(tasks, [BM25()], progress=False)
+        assert {cell.benchmark for cell in cells} == {name}
+        assert all(0 <= cell.figures[cell.main].value <= 1 for cell in cells)
+
+
+def test_codesearchnet_is_read_from_the_hub_the_archive_and_plain_files(tmp_path):
+    tasks = load("codesearchnet-999", tmp_path)
+    assert list(tasks) == ["go", "python", "ruby"]
+    for language, task in tasks.items():
+        assert [text.text for text in task.queries] == [f"{name.title()} a file." for name in NAMES]
+        assert {text.language for text in task.queries} == {None}
+        assert {text.language for text in task.documents} == {language}
+        assert list(task.query_ids) == URLS
+        assert task.metrics[0] == "mrr"
+        assert len(task.notes) == 1
+
+
+def test_python_docstrings_are_stripped_unless_the_leak_is_asked_for(tmp_path):
+    python = load("codesearchnet-999", tmp_path)["python"]
+    assert [text.text for text in python.documents] == [f"def {n}(file):\n    return {n}er(file)" for n in NAMES]
+    leaky = load("codesearchnet-999-leaky", tmp_path)
+    assert list(leaky) == ["python"]
+    assert [text.text for text in leaky["python"].documents] == [published.python_code(name) for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ('def a():\n    "One."\n    return 1', "def a():\n    return 1"),
+        ('    def a():\n        """One."""\n        return 1', "def a():\n    return 1"),
+        ("def a(b):\n    '''One.'''\n    print 'b'", "def a(b):\n    print 'b'"),
+        ('def a(x="):"):\n    """One."""\n    return x)', 'def a(x="):"):\n    \n    return x)'),
+        ("def a(b={'c': 1}):\n    u'''One\n    two'''\n    x = = b", "def a(b={'c': 1}):\n    \n    x = = b"),
+        ("def a():\n    # first\n    '''One.'''\n    x = ='b'", "def a():\n    # first\n    \n    x = ='b'"),
+        ("def a():\n    print 'b'", "def a():\n    print 'b'"),
+        ('def a():\n    """Only this."""', "def a():\n    "),
+    ],
+)
+def test_docstrings_go_from_python_2_too_and_from_what_does_not_parse(code, expected):
+    assert strip_docstring(code) == expected
+
+
+@pytest.mark.parametrize(
+    ("documentation", "query"),
+    [
+        ("Reads a\nfile.\n \nMore.", "Reads a\nfile."),
+        ("Reads. @see me", "Reads."),
+        ("@return it\n", "@return it"),
+    ],
+)
+def test_the_query_ends_at_the_first_blank_line_or_tag_unless_it_begins_with_one(documentation, query):
+    assert query_of(documentation) == query
+
+
+def test_candidates_are_written_and_read_back_whatever_the_order_of_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(codesearchnet_999, "POOL", 2)
+    task = load("codesearchnet-999", tmp_path / "data")["go"]
+    assert [pool.queries.tolist() for pool in task.pools] == [[2, 3], [1, 0]]  # np.random.seed(0)
+    codesearchnet_999.write_candidates(task, tmp_path / "lists")
+    published.write_rows(tmp_path / "other" / "go_test.jsonl.gz", published.hub_rows("go")[::-1])
+    (again,) = load_benchmark("codesearchnet-999", tmp_path / "other", candidates=tmp_path / "lists")
+    assert [[again.query_ids[row] for row in pool.queries] for pool in again.pools] == [
+        [task.query_ids[row] for row in pool.queries] for pool in task.pools
+    ]
+
+
+def test_the_full_pool_matches_by_url_and_counts_nothing_below_rank_1000(tmp_path):
+    task = load("codesearchnet-full", tmp_path)["ruby"]
+    assert answers(task) == {f"{n.title()} a file .": {f"func {n} ( )": 1} for n in NAMES[:2]}
+    assert len(task.documents) == 4
+    assert task.metrics[0] == "mrr@1000"
+
+
+def test_mtebs_sample_asks_the_whole_documentation(tmp_path):
+    tasks = load("codesearchnet-mteb", tmp_path)
+    assert list(tasks) == ["go", "ruby"]
+    for task in tasks.values():
+        assert answers(task) == {f"{n.title()} a file.\n\nSlowly.": {f"func {n.title()}() {{}}": 1} for n in NAMES}
+        assert task.metrics[0] == "ndcg@10"
+
+
+def test_human_grades_are_averaged_and_keep_those_of_zero(tmp_path):
+    (task,) = load("codesearchnet-human", tmp_path).values()
+    assert answers(task) == {
+        "open file": {"func Open() {}": 2.5, "func Close() {}": 0},
+        "write file": {"func Write() {}": 1},
+    }
+    assert task.metrics == ("ndcg-judged@300", "ndcg-full@300")
+
+
+def test_missing_annotated_functions_are_left_out_only_if_a_subset_is_allowed(tmp_path):
+    published.codesearchnet_human(tmp_path)
+    (tmp_path / "go" / "undocumented.jsonl").unlink()
+    (task,) = load_benchmark("codesearchnet-human", tmp_path, allow_subset=True)
+    assert task.notes == ("1 of 3 annotated functions are missing",)
+    with pytest.raises(ValueError, match=r"annotationStore\.csv: expected 4,006 annotations, found 5"):
+        load_benchmark("codesearchnet-human", tmp_path)
+
+
+def test_translation_goes_both_ways_line_by_line(tmp_path):
+    tasks = load("translation", tmp_path / "a")
+    assert list(tasks) == ["java → c#", "c# → java"]
+    first = tasks["java → c#"]
+    assert [text.language for text in (first.queries[0], first.documents[0])] == ["java", "c#"]
+    assert first.documents[1].text == "public void Close(File file) { }"
+    assert list(answers(tasks["c# → java"])["public void Read(File file) { }"]) == ["public void read(File file) { }"]
+    masked = load("translation-masked", tmp_path / "b")["java → c#"]
+    assert {text.text for text in masked.queries} == {"public void name1(name2 name3) { }"}
+
+
+@pytest.mark.parametrize("write", [published.poj104, published.poj104_programs])
+def test_poj_asks_for_the_other_solutions_of_a_problem(tmp_path, write):
+    write(tmp_path)
+    (task,) = load_benchmark("poj104", tmp_path, allow_subset=True)
+    size = len(task.queries) // len({text.text[:25] for text in task.queries})
+    assert task.exclude_self
+    assert task.metrics[0] == "map@r"
+    assert np.bincount(task.judgements.query).tolist() == [size - 1] * len(task.queries)
+    assert not np.any(task.judgements.query == task.judgements.document)
+    for query, document in zip(task.judgements.query, task.judgements.document, strict=True):
+        assert task.queries[query].text[:25] == task.documents[document].text[:25]
+    assert "é" in task.queries[0].text
+
+
+def test_bigclonebench_takes_the_last_label_of_a_pair(tmp_path):
+    task = load("bigclonebench", tmp_path)["test"]
+    assert task.pairs.tolist() == [[1, 2], [2, 3], [3, 0]]
+    assert task.labels.tolist() == [1, 0, 1]
+    assert task.valid_pairs.tolist() == [[0, 1], [0, 2]]
+    assert "threshold chosen on the validation pairs" in task.notes
+
+
+def test_advtest_uses_normalised_tokens_and_every_row_as_candidate(tmp_path):
+    task = load("advtest", tmp_path)["test"]
+    assert answers(task) == {f"{n.title()} a file .": {f"def Func ( {n} )": 1} for n in NAMES}
+
+
+def test_cosqa_matches_by_the_index_of_the_code(tmp_path):
+    task = load("cosqa", tmp_path)["test"]
+    assert answers(task) == {f"python {n} file": {published.python_code(n): 1} for n in NAMES}
+
+
+def test_exercises_pair_what_both_languages_have(tmp_path):
+    text = load("exercism-text", tmp_path / "a")
+    assert list(text) == ["text → csharp", "text → go", "text → python"]
+    assert text["text → go"].query_ids == ["open", "close", "write"]
+    code = load("exercism-code", tmp_path / "b")
+    assert len(code) == 6
+    assert code["csharp → go"].queries[0] == ("class Open { }", "c#")
+    assert code["csharp → go"].column == "→ go"
+    masked = load("exercism-code-masked", tmp_path / "c")
+    assert {text.text for text in masked["csharp → go"].queries} == {"class name1 { }"}
+
+
+def test_all_stands_for_the_benchmarks_that_are_there(tmp_path):
+    published.codesearchnet(tmp_path / "codesearchnet")
+    published.exercism(tmp_path / "exercism")
+    chosen = choose_benchmarks(["all"], tmp_path)
+    assert chosen == [
+        "codesearchnet-999",
+        *(f"exercism-{kind}" for kind in ("text", "text-masked", "code", "code-masked")),
+    ]
+    assert [len(load_benchmark(name, tmp_path, allow_subset=True)) for name in chosen] == [3, 3, 3, 6, 6]
+    with pytest.raises(ValueError, match="holds no benchmark: expected one of the folders advtest"):
+        choose_benchmarks(["all"], tmp_path / "exercism")
+    with pytest.raises(ValueError, match="no benchmark 'humaneval'; there are codesearchnet-999"):
+        choose_benchmarks(["humaneval"], tmp_path)
+
+
+def test_a_benchmark_on_the_hub_is_fetched_by_its_name(tmp_path, monkeypatch):
+    published.codesearchnet_mteb(tmp_path)
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path))
+    assert len(load_benchmark("codesearchnet-mteb", "hub", allow_subset=True)) == 2
+    assert len(load_benchmark("codesearchnet-mteb", "hub:me/mine", allow_subset=True)) == 2
+    assert asked == [registry.BENCHMARKS["codesearchnet-mteb"].hub, "me/mine"]
+    with pytest.raises(ValueError, match="isn't on the Hub"):
+        load_benchmark("poj104", "hub")
+
+
+def test_the_rows_of_a_loader_do_not_depend_on_chance(tmp_path):
+    first, again = (load("exercism-code-masked", tmp_path / name) for name in ("a", "b"))
+    assert [task.fingerprint() for task in first.values()] == [task.fingerprint() for task in again.values()]
+    assert json.dumps([task.name for task in first.values()])

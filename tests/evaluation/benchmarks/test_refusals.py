@@ -1,0 +1,215 @@
+"""Wrong and partial files are refused with the file, the line, and what was expected there."""
+
+import gzip
+import json
+import re
+
+import pytest
+
+from modular_star_encoder.evaluation.benchmarks.registry import BENCHMARKS, load_benchmark
+from tests.evaluation.benchmarks import published
+from tests.evaluation.benchmarks.published import WRITERS
+
+LINE = '{"url": 1}'
+
+
+def change_row(path, number, **changes):
+    """Change fields of a row of JSON lines; None removes the field."""
+    lines = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode().splitlines()
+    row = json.loads(lines[number - 1]) | changes
+    lines[number - 1] = json.dumps({name: value for name, value in row.items() if value is not None})
+    published.write_lines(path, lines)
+
+
+def replace_line(path, number, line):
+    lines = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode().splitlines()
+    lines[number - 1] = line
+    published.write_lines(path, lines)
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-12])
+
+
+def row(name, file, number, message, **changes):
+    return pytest.param(
+        name, lambda folder: change_row(folder / file, number, **changes), file, message, id=f"{name} {message}"
+    )
+
+
+def line(name, file, number, text, message):
+    return pytest.param(
+        name, lambda folder: replace_line(folder / file, number, text), file, message, id=f"{name} {message}"
+    )
+
+
+def damage(name, file, function, message):
+    return pytest.param(name, lambda folder: function(folder / file), file, message, id=f"{name} {message}")
+
+
+GO, RUBY = "go_test.jsonl.gz", "ruby/final/jsonl/test/ruby_test_1.jsonl.gz"
+MTEB, HUMAN = "ruby-{}/test-00000-of-00001.jsonl", "resources/annotationStore.csv"
+MTEB_QUERIES, MTEB_CORPUS, MTEB_JUDGED = (MTEB.format(part) for part in ("queries", "corpus", "qrels"))
+JAVA, CS = "test.java-cs.txt.java", "test.java-cs.txt.cs"
+COSQA = "cosqa-retrieval-test-500.json"
+EXERCISES = "exercises.jsonl.gz"
+
+WRONG = [
+    row("codesearchnet-999", GO, 2, "line 2: expected the field 'func_code_string'", func_code_string=None),
+    row("codesearchnet-999", GO, 3, "line 3: expected a row of go, found php", language="php"),
+    row("codesearchnet-999", GO, 4, "line 4: expected code and documentation", func_documentation_string="\n"),
+    row(
+        "codesearchnet-999",
+        GO,
+        4,
+        "line 4: expected a url that no earlier row has",
+        func_code_url=published.hub_rows("go")[0]["func_code_url"],
+    ),
+    row("codesearchnet-999", RUBY, 1, "line 1: expected a string as 'docstring', found a list", docstring=["a"]),
+    line("codesearchnet-999", GO, 2, "{broken", "line 2: expected a JSON object with 'language', found '{broken'"),
+    line("codesearchnet-999", GO, 2, "[1]", "line 2: expected an object with 'language', found a list"),
+    damage("codesearchnet-999", GO, cut_off, "expected more lines, found the end of a file that was cut off"),
+    damage("codesearchnet-999", GO, lambda path: path.write_bytes(b"plain"), "line 1: expected a gzip file"),
+    damage("codesearchnet-999", "python/test-00000-of-00001.parquet", cut_off, "expected a Parquet file"),
+    row(
+        "codesearchnet-full", "ruby/test.jsonl", 2, "line 2: expected a url that codebase.jsonl holds", url="elsewhere"
+    ),
+    row("codesearchnet-full", "ruby/codebase.jsonl", 1, "line 1: expected a list as 'code_tokens'", code_tokens="a b"),
+    row(
+        "codesearchnet-full",
+        "ruby/codebase.jsonl",
+        1,
+        "line 1: expected a list of strings as 'code_tokens'",
+        code_tokens=[1],
+    ),
+    row(
+        "codesearchnet-full",
+        "ruby/codebase.jsonl",
+        4,
+        "line 4: expected another url than in line 1",
+        url=published.original_rows("ruby")[3]["url"],
+    ),
+    row("codesearchnet-mteb", MTEB_CORPUS, 2, "line 2: expected a string as 'id' or '_id'", _id=None),
+    row(
+        "codesearchnet-mteb",
+        MTEB_JUDGED,
+        3,
+        "line 3: expected ids of a query and a document, found 9 and",
+        **{"query-id": "9"},
+    ),
+    row("codesearchnet-mteb", MTEB_JUDGED, 3, "expected a relevant document for query 2", score=0),
+    row("codesearchnet-mteb", MTEB_QUERIES, 1, "line 1: expected the field 'text'", text=None),
+    line(
+        "codesearchnet-human",
+        HUMAN,
+        1,
+        "Language,Query,Url,Relevance,Notes",
+        "line 1: expected the columns Language, Query, GitHubUrl",
+    ),
+    line(
+        "codesearchnet-human",
+        HUMAN,
+        3,
+        "Go,open file,https://x,4,",
+        "line 3: expected a language, a query, a url and a relevance from 0 to 3",
+    ),
+    row("codesearchnet-human", "go/undocumented.jsonl", 1, "line 1: expected a url and the code", function=" "),
+    line("translation", JAVA, 2, " ", "line 2: expected a function, found an empty line"),
+    damage(
+        "translation",
+        CS,
+        lambda path: path.write_text("one\n"),
+        "expected 4 lines, as in test.java-cs.txt.java, found 1",
+    ),
+    damage("translation", CS, lambda path: path.write_bytes(b"a\nb\xff\nc\nd\n"), "line 2: expected text in utf-8"),
+    row("poj104", "test.jsonl", 4, "line 4: expected a label from 81 to 104, found '64'", label="64"),
+    row("poj104", "test.jsonl", 4, "expected as many programs, two or more, of each of several problems", label="81"),
+    row("poj104", "test.jsonl", 5, "line 5: expected another index than in line 1", index="40243"),
+    row("poj104", "test.jsonl", 5, "line 5: expected a string as 'index', found a whole number", index=3),
+    line("bigclonebench", "test.txt", 2, "0\t7", "line 2: expected two ids and a label 0 or 1"),
+    line("bigclonebench", "valid.txt", 1, "0\t8\t1", "line 1: expected ids of functions in data.jsonl, found 8"),
+    damage("bigclonebench", "valid.txt", lambda path: path.write_text("0\t7\t1\n"), "expected pairs of both labels"),
+    row("advtest", "test.jsonl", 3, "line 3: expected another idx than in line 1", idx=0),
+    row(
+        "advtest",
+        "test.jsonl",
+        3,
+        "line 3: expected the field 'function_tokens' or 'code_tokens'",
+        function_tokens=None,
+    ),
+    line("cosqa", "code_idx_map.txt", 1, "[]", "line 1: expected an object from code to whole numbers"),
+    line("cosqa", COSQA, 3, "  oops", "line 3: expected one JSON value"),
+    damage(
+        "cosqa",
+        COSQA,
+        lambda path: path.write_text(path.read_text().replace('"retrieval_idx": 3', '"retrieval_idx": 33')),
+        "line 1: expected a retrieval_idx that code_idx_map.txt holds, found 33",
+    ),
+    damage("cosqa", COSQA, lambda path: path.write_text("[]"), "line 1: expected a list of objects"),
+    row("exercism-text", EXERCISES, 2, "line 2: expected a solution in go, found none", code={"go": ""}),
+    row("exercism-text", EXERCISES, 2, "line 2: expected another slug than in line 1, found 'open'", slug="open"),
+    row("exercism-code", EXERCISES, 1, "line 1: expected an object as 'code', found a list", code=[]),
+    damage(
+        "exercism-code",
+        EXERCISES,
+        lambda path: path.write_bytes(gzip.compress(b"")),
+        "line 1: expected a JSON object with 'slug'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "file", "message"), WRONG)
+def test_a_wrong_file_is_refused_by_name_and_line(tmp_path, name, spoil, file, message):
+    WRITERS[name](tmp_path)
+    load_benchmark(name, tmp_path, allow_subset=True)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_benchmark(name, tmp_path, allow_subset=True)
+    assert file.split("/")[-1] in str(error.value)
+    assert str(error.value).count(". ") == 0
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name, benchmark in BENCHMARKS.items() if benchmark.sized])
+def test_a_part_of_a_benchmark_is_refused_unless_it_is_allowed_and_then_noted(tmp_path, name):
+    WRITERS[name](tmp_path)
+    with pytest.raises(ValueError, match=r"expected [\d,]+ \w+.*found"):
+        load_benchmark(name, tmp_path)
+    if name != "codesearchnet-human":  # whole, but for the annotations of another language
+        assert any(" of " in note for task in load_benchmark(name, tmp_path, allow_subset=True) for note in task.notes)
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "folder"])
+def test_a_folder_without_the_files_says_what_was_expected(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="holds no benchmark file: expected "):
+        load_benchmark(name, tmp_path)
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        load_benchmark(name, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"pools": [["a"]]}', "at least two different urls in pool 1"),
+        ('{"pools": [["a", "b"]]}', "urls of functions that the data holds in pool 1, found a"),
+        ('{"pools": []}', "at least one pool"),
+        ('{"pools": ', "line 1: expected one JSON value"),
+        ("{}", "the field 'pools'"),
+    ],
+)
+def test_lists_of_candidates_that_do_not_fit_are_refused(tmp_path, content, message):
+    published.write_rows(tmp_path / GO, published.hub_rows("go"))
+    lists = tmp_path / "lists"
+    with pytest.raises(FileNotFoundError, match=r"no list of candidates .*go\.json"):
+        load_benchmark("codesearchnet-999", tmp_path, candidates=lists)
+    lists.mkdir()
+    (lists / "go.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_benchmark("codesearchnet-999", tmp_path, candidates=lists)
+    assert "go.json" in str(error.value)
+
+
+def test_lists_of_candidates_belong_to_one_protocol(tmp_path):
+    published.cosqa(tmp_path)
+    with pytest.raises(ValueError, match="cosqa has no lists of candidates"):
+        load_benchmark("cosqa", tmp_path, candidates=tmp_path)

@@ -1,0 +1,73 @@
+"""Metrics written out literally, one query at a time, to compare ours with; nothing here imports what it checks."""
+
+import math
+import struct
+
+
+def float32(value):
+    return struct.unpack("f", struct.pack("f", float(value)))[0]
+
+
+def ranked(scores, gains):
+    """Gains in the order of the worst ranking that the scores allow."""
+    return [gain for _, gain in sorted((-float32(score), gain) for score, gain in zip(scores, gains, strict=True))]
+
+
+def reciprocal_rank(scores, gains, cutoff=None):
+    for place, gain in enumerate(ranked(scores, gains), start=1):
+        if gain > 0:
+            return 1 / place if cutoff is None or place <= cutoff else 0.0
+    raise AssertionError
+
+
+def recall(scores, gains, k):
+    return sum(gain > 0 for gain in ranked(scores, gains)[:k]) / sum(gain > 0 for gain in gains)
+
+
+def ndcg(scores, gains, k):
+    def dcg(order):
+        return sum((2**gain - 1) / math.log2(place + 1) for place, gain in enumerate(order[:k], start=1))
+
+    return dcg(ranked(scores, gains)) / dcg(sorted(gains, reverse=True))
+
+
+def map_at_r_of_answers(relevant, answers):
+    """POJ-104's evaluator as described: of R answers, the precision at each hit, summed and divided by R."""
+    assert len(answers) == len(relevant)
+    hits, total = 0, 0.0
+    for place, answer in enumerate(answers, start=1):
+        if answer in relevant:
+            hits += 1
+            total += hits / place
+    return total / len(relevant)
+
+
+def map_at_r(scores, gains):
+    relevant = {place for place, gain in enumerate(gains) if gain > 0}
+    order = sorted(range(len(scores)), key=lambda place: (-float32(scores[place]), gains[place]))
+    return map_at_r_of_answers(relevant, order[: len(relevant)])
+
+
+def relevance_eval(ranking, grades, within_annotated, cutoff=300):
+    """CodeSearchNet's NDCG of one query: `ranking` names functions, best first; `grades` of the annotated ones."""
+    place, dcg = 1, 0.0
+    for name in ranking[:cutoff]:
+        if name in grades:
+            dcg += (2 ** grades[name] - 1) / math.log2(place + 1)
+        if name in grades or not within_annotated:
+            place += 1
+    ideal = sum(
+        (2**grade - 1) / math.log2(place + 1) for place, grade in enumerate(sorted(grades.values(), reverse=True), 1)
+    )
+    return dcg / ideal
+
+
+def f1(decisions, labels):
+    pairs = list(zip(decisions, labels, strict=True))
+    both, said, true = pairs.count((1, 1)), sum(decisions), sum(labels)
+    return 2 * both / (said + true) if both else 0.0
+
+
+def cosine(first, second):
+    norms = [math.sqrt(math.fsum(x * x for x in vector)) for vector in (first, second)]
+    return float32(math.fsum(x * y for x, y in zip(first, second, strict=True)) / (norms[0] * norms[1]))

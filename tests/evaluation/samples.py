@@ -1,0 +1,62 @@
+"""Systems and tasks small enough to work out by hand."""
+
+import numpy as np
+
+from modular_star_encoder.evaluation.embedding_cache import EmbeddingCache
+from modular_star_encoder.evaluation.systems import EmbeddingSystem
+from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, Text, full_pool
+
+
+class GivenEncoder:
+    """Embeds a text as the numbers written in it; exit k sees the first k of them."""
+
+    def __init__(self, name="given", exit_layers=(1, 2, 3), noise=0.0):
+        self.name, self.exit_layers, self.dimensions = name, exit_layers, (None,)
+        self.fingerprint = f"{name}-{noise}"
+        self.noise, self.calls = noise, []
+
+    def prompt(self, text):
+        return ""
+
+    def encode(self, texts, exit_layers, *, progress=True):
+        self.calls.append((len(texts), tuple(exit_layers)))
+        values = np.array([[float(part) for part in text.split()] for _, text in texts], dtype=np.float32)
+        values += self.noise * np.random.default_rng(0).normal(size=values.shape)
+        return {k: np.pad(values[:, :k], ((0, 0), (0, values.shape[1] - k))) for k in exit_layers}
+
+
+def given_system(name="given", *, folder=None, **options):
+    return EmbeddingSystem(GivenEncoder(name, **options), EmbeddingCache(folder))
+
+
+def vectors(n, size=3, seed=0):
+    values = np.random.default_rng(seed).normal(size=(n, size)).round(3)
+    return [Text(" ".join(map(str, row))) for row in values]
+
+
+def retrieval_task(benchmark="toy", name="one", n=20, seed=0, **options):
+    """Document i is query i with noise, so that deeper exits, which see more components, find it more often."""
+    queries, noise = vectors(n, seed=seed), vectors(n, seed=seed + 100)
+    pairs = zip(queries, noise, strict=True)
+    documents = [
+        Text(
+            " ".join(
+                str(float(x) + 0.3 * float(y)) for x, y in zip(query.text.split(), other.text.split(), strict=True)
+            )
+        )
+        for query, other in pairs
+    ]
+    fields = {"judgements": Judgements.one_each(range(n)), "pools": full_pool(n, n)} | options
+    return RetrievalTask(benchmark, name, queries, documents, [f"q{i}" for i in range(n)], **fields)
+
+
+def pair_task(n=30, seed=0):
+    """Neighbours in a list of vectors; alike where the label says so."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 2, size=n)
+    first = generator.normal(size=(n, 3))
+    second = np.where(labels[:, None] == 1, first, -first) + generator.normal(size=(n, 3))
+    texts = [Text(" ".join(map(str, row.round(3)))) for row in np.concatenate([first, second])]
+    pairs = np.stack([np.arange(n), np.arange(n) + n], axis=1)
+    half = n // 2
+    return PairTask("pairs", "test", texts, pairs[:half], labels[:half], pairs[half:], labels[half:])

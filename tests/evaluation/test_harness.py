@@ -1,0 +1,144 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from modular_star_encoder.evaluation import harness
+from modular_star_encoder.evaluation.bm25 import BM25
+from modular_star_encoder.evaluation.harness import evaluate_task, evaluate_tasks
+from modular_star_encoder.evaluation.metrics import query_values
+from modular_star_encoder.evaluation.scores import rank_judged
+from modular_star_encoder.evaluation.systems import Variant
+from modular_star_encoder.evaluation.tasks import Judgements, Pool, Text
+from tests.evaluation import brute_force
+from tests.evaluation.samples import given_system, pair_task, retrieval_task
+
+
+def run(tasks, systems, out=None):
+    return evaluate_tasks(tasks, systems, out=out, progress=False)
+
+
+def test_a_cell_holds_every_metric_of_the_task_and_the_values_of_its_main_one():
+    task = retrieval_task(metrics=("ndcg@10", "mrr"))
+    (cell,) = run([task], [given_system(exit_layers=(2,))])
+    scores = given_system(exit_layers=(2,))
+    scores.prepare(task.texts(), scores.variants, progress=False)
+    ranking = rank_judged(scores.scores(task.queries, task.documents, Variant(2)), task.judgements)
+    assert cell.main == "ndcg@10"
+    assert cell.values == query_values(ranking, "ndcg@10").tolist()
+    assert cell.figures["mrr"].value == query_values(ranking, "mrr").mean()
+    assert cell.figures["mrr"].low <= cell.figures["mrr"].value <= cell.figures["mrr"].high
+    assert cell.ids == [f"q{i}" for i in range(20)]
+    assert (cell.exit_layer, cell.candidates) == (2, 20)
+
+
+def test_each_query_is_ranked_in_its_own_pool():
+    pools = (Pool(np.array([3, 5]), np.array([5, 3])), Pool(np.array([0, 1]), np.array([0, 1, 2])))
+    task = retrieval_task(pools=pools)
+    (cell,) = run([task], [given_system(exit_layers=(3,))])
+    assert cell.ids == ["q3", "q5", "q0", "q1"]
+    for value, query in zip(cell.values, (3, 5, 0, 1), strict=True):
+        documents = next(pool.documents for pool in pools if query in pool.queries)
+        numbers = [[float(x) for x in text.text.split()] for text in [*task.queries, *task.documents]]
+        row = [brute_force.cosine(numbers[query], numbers[20 + document]) for document in documents]
+        assert value == pytest.approx(brute_force.reciprocal_rank(row, [float(d == query) for d in documents]))
+
+
+def test_finished_cells_are_kept_and_only_missing_ones_computed(tmp_path, monkeypatch):
+    tasks = [retrieval_task(), retrieval_task(name="two", seed=1)]
+    first = run(tasks, [given_system(exit_layers=(1, 2))], tmp_path)
+    computed = []
+    monkeypatch.setattr(harness, "evaluate_task", lambda *a, **k: computed.append(a[2]) or evaluate_task(*a, **k))
+    system = given_system(exit_layers=(1, 2, 3), folder=tmp_path / "embeddings")
+    again = run(tasks, [system], tmp_path)
+    assert computed == [Variant(3)] * 2
+    assert system.encoder.calls == [(80, (3,))]
+    assert [cell for cell in again if cell.exit_layer < 3] == first
+    assert run(tasks, [given_system(exit_layers=(1, 2))], tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda task: replace(task, documents=[Text("1 2 3"), *task.documents[1:]]),
+        lambda task: replace(task, judgements=Judgements.one_each([1, *range(1, 20)])),
+        lambda task: replace(task, metrics=("recall@1",)),
+        lambda task: replace(task, pools=(Pool(np.arange(19), np.arange(20)),)),
+        lambda task: replace(task, exclude_self=True, judgements=Judgements.one_each([*range(1, 20), 0])),
+    ],
+)
+def test_another_task_of_the_same_name_is_measured_anew(tmp_path, change):
+    task = retrieval_task()
+    run([task], [given_system(exit_layers=(3,))], tmp_path)
+    run([change(task)], [given_system(exit_layers=(3,))], tmp_path)
+    assert len(list(tmp_path.glob("cells/*.json"))) == 2
+
+
+def test_other_weights_under_the_same_name_are_measured_anew(tmp_path):
+    task = retrieval_task()
+    for noise in (0.0, 0.5):
+        run([task], [given_system(exit_layers=(3,), noise=noise)], tmp_path)
+    assert len(list(tmp_path.glob("cells/*.json"))) == 2
+
+
+def test_an_interrupted_run_keeps_what_was_finished(tmp_path, monkeypatch):
+    def interrupted(task, *arguments, **options):
+        if task.name == "two":
+            raise KeyboardInterrupt
+        return evaluate_task(task, *arguments, **options)
+
+    tasks = [retrieval_task(), retrieval_task(name="two", seed=1)]
+    monkeypatch.setattr(harness, "evaluate_task", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tasks, [given_system(exit_layers=(3,))], tmp_path)
+    assert [json.loads(path.read_text())["task"] for path in tmp_path.glob("cells/*")] == ["one"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"figures": {"mrr": 1}}', "[]"])
+def test_a_damaged_cell_is_refused_by_name(tmp_path, content):
+    task = retrieval_task()
+    run([task], [given_system(exit_layers=(3,))], tmp_path)
+    (path,) = tmp_path.glob("cells/*.json")
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{path.name} is no cell"):
+        run([task], [given_system(exit_layers=(3,))], tmp_path)
+
+
+def test_the_threshold_is_chosen_on_one_half_and_used_on_the_other():
+    task = pair_task(60)
+    (cell,) = run([task], [given_system(exit_layers=(3,))])
+    numbers = [[float(x) for x in text.text.split()] for text in task.documents]
+    valid, test = (
+        [brute_force.cosine(*(numbers[i] for i in pair)) for pair in p] for p in (task.valid_pairs, task.pairs)
+    )
+
+    def quality(scores, labels, threshold):
+        return brute_force.f1([int(score >= threshold) for score in scores], labels.tolist())
+
+    best = max(valid, key=lambda threshold: (quality(valid, task.valid_labels, threshold), threshold))
+    assert cell.threshold == pytest.approx(best)
+    assert cell.figures["f1"].value == pytest.approx(quality(test, task.labels, best), abs=1e-9)
+    said = np.array(test) >= best
+    assert cell.figures["precision"].value == pytest.approx(task.labels[said].mean())
+    assert cell.figures["recall"].value == pytest.approx(said[task.labels == 1].mean())
+
+
+def test_lexical_systems_run_the_same_tasks():
+    task = retrieval_task(pools=(Pool(np.arange(5), np.arange(20)),))
+    cells = run([task, pair_task()], [BM25()])
+    assert [(cell.system, cell.exit_layer, cell.main) for cell in cells] == [
+        ("BM25", None, "mrr"),
+        ("BM25", None, "f1"),
+    ]
+
+
+def test_queries_without_relevant_documents_are_left_out_of_ndcg():
+    judged = Judgements.of([{0: 3.0, 1: 0.0}, {1: 0.0}, {2: 1.0}])
+    task = retrieval_task(
+        judgements=judged, metrics=("ndcg-judged@300", "ndcg-full@300"), pools=(Pool(np.arange(3), np.arange(20)),)
+    )
+    (cell,) = run([task], [given_system(exit_layers=(3,))])
+    assert cell.ids == ["q0", "q2"]
+    assert cell.figures["ndcg-judged@300"].value == np.mean(cell.values)
+    assert cell.figures["ndcg-full@300"].value <= cell.figures["ndcg-judged@300"].value

@@ -1,0 +1,150 @@
+import json
+import os
+
+import pytest
+
+import modular_star_encoder_cli as cli
+from modular_star_encoder.evaluation import encoders, harness
+from modular_star_encoder.evaluation.encode import encode_exits
+from modular_star_encoder.evaluation.running import run_benchmarks
+from tests.evaluation.benchmarks import published
+from tests.tiny import save_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("running") / "model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    published.codesearchnet(folder / "codesearchnet")
+    published.exercism(folder / "exercism")
+    published.cosqa(folder / "cosqa")
+    return folder
+
+
+def mose(capsys, *arguments):
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_one_command_runs_all_benchmarks_of_a_folder_through_a_model_and_baselines(capsys, checkpoint, data, tmp_path):
+    out = tmp_path / "out"
+    options = ("--allow-subset", "--baselines", "bm25,tfidf", "--untrained", "--exit-layers", "1,4")
+    status, shown, _ = mose(
+        capsys, "evaluate", checkpoint, "--benchmark", "all", "--data", data, "--out", out, *options
+    )
+    assert status == 0
+    assert shown == (out / "report.md").read_text()
+    tables = json.loads((out / "report.json").read_text())["tables"]
+    assert [table["benchmark"] for table in tables] == [
+        "codesearchnet-999", "cosqa", "exercism-text", "exercism-text-masked", "exercism-code", "exercism-code-masked",
+    ]  # fmt: skip
+    for table in tables:
+        systems = [(row["system"].split("/")[-1], row["exit_layer"]) for row in table["rows"]]
+        exits = [(name, k) for name in ("model", "model, untrained") for k in (1, 4)]
+        assert systems == [*exits, ("BM25", None), ("TF-IDF", None)]
+    names = {path.name for path in out.iterdir()}
+    assert {"report.csv", "report.tex", "quality_by_depth.png", "candidates", "cells", "embeddings"} <= names
+    lists = sorted(path.name for path in (out / "candidates" / "codesearchnet-999").iterdir())
+    assert lists == ["go.json", "python.json", "ruby.json"]
+
+
+def test_a_run_that_is_started_again_computes_nothing_twice(checkpoint, data, tmp_path, monkeypatch):
+    encoded, scored = [], []
+    monkeypatch.setattr(encoders, "encode_exits", lambda *a, **k: encoded.append(len(a[2])) or encode_exits(*a, **k))
+    original = harness.evaluate_task
+    monkeypatch.setattr(harness, "evaluate_task", lambda *a, **k: scored.append(1) or original(*a, **k))
+
+    def run(*benchmarks):
+        return run_benchmarks(checkpoint, benchmarks, data, tmp_path / "out", allow_subset=True, progress=False)
+
+    first = run("exercism-text")
+    texts, cells = sum(encoded), len(scored)
+    assert run("exercism-text") == first
+    assert (sum(encoded), len(scored)) == (texts, cells)
+    run("exercism-text", "exercism-code")  # the same texts; only descriptions are no queries there
+    assert sum(encoded) == texts
+    assert len(scored) > cells
+
+
+def test_an_exit_profile_beside_the_checkpoint_gives_the_figure_of_latencies(checkpoint, data, tmp_path):
+    exits = {str(k): {"measurements": [{"batch_size": 1, "length": 64, "latency_ms_p50": 2.0 * k}]} for k in (1, 2, 4)}
+    profile = os.path.join(checkpoint, "exit_profile.json")
+    try:
+        with open(profile, "w", encoding="utf-8") as file:
+            json.dump({"exits": exits}, file)
+        run_benchmarks(checkpoint, ["cosqa"], data, tmp_path, allow_subset=True, progress=False)
+    finally:
+        os.remove(profile)
+    assert (tmp_path / "quality_by_latency.png").is_file()
+
+
+def test_the_places_of_this_machine_are_not_in_the_report(checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOSE_DATA", str(data))
+    run_benchmarks(
+        checkpoint,
+        ["cosqa"],
+        data,
+        tmp_path,
+        allow_subset=True,
+        progress=False,
+        command=f"mose evaluate M --data {data}",
+    )
+    assert "    mose evaluate M --data $MOSE_DATA\n" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--benchmark", "cosqa"), "--benchmark cosqa needs --out"),
+        (("--baselines", "bm25"), "--baselines needs --out"),
+        (("--allow-subset",), "--allow-subset needs --out"),
+        (("--benchmark", "humaneval", "--out", "OUT"), "no benchmark 'humaneval'"),
+        (("--benchmark", "cosqa", "--out", "OUT"), "expected 6,267 codes, found 4"),
+        (("--benchmark", "cosqa", "--out", "FILE"), "is a file: name a folder"),
+        (("--benchmark", "cosqa", "--out", "OUT", "--json", "x.json"), "--json goes without --out"),
+        (("--benchmark", "cosqa", "--out", "OUT", "--exit-layers", "3", "--allow-subset"), "its exits are 1, 2, 4"),
+        (
+            ("--benchmark", "cosqa", "--out", "OUT", "--baselines", "./nowhere", "--allow-subset"),
+            "no checkpoint folder",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(capsys, checkpoint, data, tmp_path, options, message):
+    (tmp_path / "file").write_text("")
+    places = {"OUT": tmp_path / "out", "FILE": tmp_path / "file"}
+    options = [places.get(option, option) for option in options]
+    status, shown, errors = mose(capsys, "evaluate", checkpoint, "--data", data, *options)
+    assert (status, shown) == (2, "")
+    assert message in errors.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_systems_of_one_name_are_refused(checkpoint, data, tmp_path):
+    import shutil
+
+    names = [tmp_path / place / "runs" / "model" for place in ("a", "b")]
+    for name in names:
+        shutil.copytree(checkpoint, name)
+    with pytest.raises(ValueError, match="Two systems would be called 'runs/model'"):
+        run_benchmarks(str(names[0]), ["cosqa"], data, tmp_path / "out", allow_subset=True, baselines=[str(names[1])])
+
+
+def test_the_example_runs_the_same(checkpoint, data, tmp_path, capsys, monkeypatch):
+    import runpy
+    from pathlib import Path
+
+    script = Path(cli.__file__).parent.parent / "examples" / "evaluate.py"
+    options = ["--data", str(data), "--benchmarks", "cosqa", "--allow-subset", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [str(script), checkpoint, *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "cosqa, mrr" in shown
+    assert "BM25" in shown
+    assert (tmp_path / "report.md").is_file()

@@ -1,0 +1,166 @@
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from modular_star_encoder.evaluation import scores as scores_module
+from modular_star_encoder.evaluation.bm25 import BM25
+from modular_star_encoder.evaluation.metrics import query_values
+from modular_star_encoder.evaluation.scores import CosineScores, pool_judgements, rank_judged, similarities, unit_rows
+from modular_star_encoder.evaluation.systems import Variant
+from modular_star_encoder.evaluation.tasks import Judgements, Pool, Text
+from modular_star_encoder.evaluation.tfidf import TfIdf
+from tests.evaluation import brute_force
+
+
+def embeddings(n, size=24, seed=0):
+    return np.random.default_rng(seed).normal(size=(n, size)).astype(np.float32)
+
+
+def judgements(queries, documents, per_query=3, seed=0):
+    generator = np.random.default_rng(seed)
+    gains = [
+        {int(d): float(generator.integers(0, 4)) for d in generator.choice(documents, per_query, replace=False)}
+        for _ in range(queries)
+    ]
+    for judged in gains:
+        judged[next(iter(judged))] = 1.0
+    return Judgements.of(gains)
+
+
+def small_blocks(monkeypatch, block, wide):
+    monkeypatch.setattr(scores_module, "BLOCK", block)
+    monkeypatch.setattr(scores_module, "WIDE", wide)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("metric", ["mrr", "recall@5", "ndcg@10", "map@r"])
+def test_ranks_are_those_of_a_brute_force_ranking(metric, tied):
+    queries, documents = embeddings(30, 6), embeddings(80, 6, seed=1)
+    if tied:
+        documents = documents[np.arange(80) % 7]
+    judged = judgements(30, 80)
+    values = query_values(rank_judged(CosineScores(queries, documents), judged), metric)
+    brute = {"mrr": brute_force.reciprocal_rank, "map@r": brute_force.map_at_r}
+    brute["recall@5"] = lambda s, g: brute_force.recall(s, g, 5)
+    brute["ndcg@10"] = lambda s, g: brute_force.ndcg(s, g, 10)
+    for number, query in enumerate(queries):
+        gains = np.zeros(80)
+        mine = judged.query == number
+        gains[judged.document[mine]] = judged.gain[mine]
+        row = [brute_force.cosine(query.tolist(), document.tolist()) for document in documents]
+        assert values[number] == pytest.approx(brute[metric](row, gains.tolist()), abs=1e-9)
+
+
+@pytest.mark.parametrize(("block", "wide"), [(1, 10**6), (64, 10**6), (256, 40), (1, 8), (10**6, 60)])
+def test_figures_do_not_depend_on_the_size_of_a_block(monkeypatch, block, wide):
+    queries, documents = embeddings(50), embeddings(90, seed=1)
+    documents[40:60] = documents[5]  # twenty that tie
+    judged = judgements(50, 90)
+    whole = rank_judged(CosineScores(queries, documents), judged)
+    small_blocks(monkeypatch, block, wide)
+    scores = CosineScores(queries, documents)
+    assert sum(1 for _ in scores.blocks()) > 1
+    assert np.array_equal(rank_judged(scores, judged).rank, whole.rank)
+
+
+def test_scores_do_not_depend_on_how_the_library_adds_up():
+    """Similarities half-way between two float32 numbers, where the last bit of a sum decides."""
+    generator = np.random.default_rng(0)
+    halfway = 0.5 + (2 * np.arange(200) + 1) * 2.0**-25
+    documents = np.zeros((200, 100))
+    documents[:, 0], documents[:, 1] = halfway, np.sqrt(1 - halfway**2)
+    queries = np.eye(3, 100)
+
+    class Clumsy(np.ndarray):
+        def __matmul__(self, other):
+            return np.asarray(self) @ np.asarray(other) + generator.uniform(-1, 1, size=(3, 200)) * 1e-14
+
+    expected = np.stack([[(query * document).sum() for document in documents] for query in queries]).astype(np.float32)
+    for _ in range(3):
+        assert np.array_equal(similarities(queries.view(Clumsy), documents), expected)
+
+
+def test_similarities_are_rounded_from_the_exact_ones():
+    queries, documents = embeddings(60, 100), embeddings(60, 100, seed=1)
+    scores = similarities(unit_rows(queries), unit_rows(documents))
+    for row, column in np.random.default_rng(0).integers(60, size=(300, 2)):
+        assert scores[row, column] == brute_force.cosine(queries[row].tolist(), documents[column].tolist())
+
+
+def test_scores_of_pairs_are_those_of_blocks_bit_for_bit():
+    queries, documents = embeddings(20, 64), embeddings(30, 64, seed=1)
+    texts = [[Text(f"read file{i % 7} {kind} alpha{i}") for i in range(n)] for kind, n in (("a", 20), ("b", 30))]
+    first, second = (grid.ravel() for grid in np.meshgrid(np.arange(20), np.arange(30), indexing="ij"))
+    for scores in (CosineScores(queries, documents), *(lexical(system, *texts) for system in (BM25(), TfIdf()))):
+        whole = np.concatenate([block.scores for block in scores.blocks()])
+        shuffle = np.random.default_rng(0).permutation(len(first))
+        assert np.array_equal(scores.of_pairs(first[shuffle], second[shuffle]), whole.ravel()[shuffle])
+        assert whole.dtype == np.float32
+        assert whole.std() > 0
+
+
+def lexical(system, queries, documents):
+    system.prepare([*queries, *documents], (Variant(),))
+    return system.scores(queries, documents, Variant())
+
+
+def test_a_text_is_not_a_candidate_of_itself():
+    vectors = embeddings(40)
+    labels = np.arange(40) % 4
+    gains = [{j: 1.0 for j in range(40) if j != i and labels[j] == labels[i]} for i in range(40)]
+    values = query_values(rank_judged(CosineScores(vectors, vectors), Judgements.of(gains), exclude_self=True), "map@r")
+    for i in range(40):
+        others = [j for j in range(40) if j != i]
+        row = [brute_force.cosine(vectors[i].tolist(), vectors[j].tolist()) for j in others]
+        assert values[i] == pytest.approx(brute_force.map_at_r(row, [float(labels[j] == labels[i]) for j in others]))
+
+
+def test_excluding_oneself_works_across_blocks(monkeypatch):
+    vectors, judged = embeddings(40), Judgements.one_each([(i + 1) % 40 for i in range(40)])
+    whole = rank_judged(CosineScores(vectors, vectors), judged, exclude_self=True).rank
+    small_blocks(monkeypatch, 49, 28)
+    assert np.array_equal(rank_judged(CosineScores(vectors, vectors), judged, exclude_self=True).rank, whole)
+
+
+def test_the_length_of_a_vector_does_not_matter_and_zeros_are_similar_to_nothing():
+    queries, documents = embeddings(30), embeddings(30, seed=1)
+    judged = Judgements.one_each(range(30))
+    ranks = rank_judged(CosineScores(queries, documents), judged).rank
+    scaled = documents * np.float32(2.0) ** np.arange(-15, 15)[:, None].astype(np.float32)
+    assert np.array_equal(rank_judged(CosineScores(queries, scaled), judged).rank, ranks)
+    assert (rank_judged(CosineScores(queries * 0, documents), judged).rank == 30).all()
+
+
+def test_shorter_embeddings_are_cut_and_normalised_again():
+    queries, documents = embeddings(30), embeddings(30, seed=1)
+    judged = Judgements.one_each(range(30))
+    cut = rank_judged(CosineScores(queries, documents, dimensions=5), judged).rank
+    assert np.array_equal(cut, rank_judged(CosineScores(queries[:, :5].copy(), documents[:, :5].copy()), judged).rank)
+    assert not np.array_equal(cut, rank_judged(CosineScores(queries, documents), judged).rank)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_embeddings_that_are_not_finite_are_refused(value):
+    queries, documents = embeddings(5), embeddings(5, seed=1)
+    documents[3, 0] = value
+    with pytest.raises(ValueError, match="NaN"):
+        rank_judged(CosineScores(queries, documents), Judgements.one_each(range(5)))
+
+
+def test_a_pool_sees_only_its_own_queries_and_documents():
+    judged = Judgements.of([{0: 1.0, 3: 2.0}, {1: 1.0}, {2: 1.0}])
+    inside = pool_judgements(judged, Pool(np.array([2, 0]), np.array([3, 2, 0])))
+    assert inside.query.tolist() == [0, 1, 1]
+    assert inside.document.tolist() == [1, 2, 0]
+    assert inside.gain.tolist() == [1, 1, 2]
+
+
+def test_the_matrix_of_all_scores_is_never_in_memory():
+    queries, documents = embeddings(6000, 4), embeddings(6000, 4, seed=1)
+    tracemalloc.start()
+    for block in CosineScores(queries, documents).blocks():
+        del block
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.9 * 8 * 6000 * 6000
