@@ -55,10 +55,13 @@ def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(
     for exit_layer in EXIT_LAYERS:
         assert f"clip_accuracy_exit_{exit_layer}" in training[0]
         assert 0 <= log["evaluation"][f"eval_clip_accuracy_exit_{exit_layer}"] <= 1
-        assert log["retrieval"]["exits"][str(exit_layer)]["queries"] == 8
+        for benchmark in ("held-out, text → code", "held-out, code → code"):
+            assert 0 < log["retrieval"][benchmark][f"exit {exit_layer}"]["mrr"]["value"] <= 1
     first, last = (sum(entry["clip_loss_exit_4"] for entry in part) / 5 for part in (training[:5], training[-5:]))
     assert last < 0.8 * first
     assert log["data"]["held_out"] == 15
+    assert log["retrieval"]["held-out, text → code"]["queries"] == 8
+    assert log["retrieval"]["held-out, text → code"]["BM25"]["mrr"]["value"] > 0.9
     assert not model.config.unpad_inputs
     encoder = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")
     assert encoder.encode("open the file", exit_layer=2).shape == (16,)
@@ -132,7 +135,7 @@ def test_a_single_exit_baseline_has_the_layers_up_to_it_and_one_head(recipe_file
     model = AutoModel.from_pretrained(tmp_path / "run" / "model")
     assert (model.config.num_hidden_layers, list(model.config.exit_layers)) == (2, [2])
     assert list(model.projection_heads) == ["2"]
-    assert set(log["retrieval"]["exits"]) == {"2"}
+    assert set(log["retrieval"]["held-out, text → code"]) == {"queries", "BM25", "exit 2"}
 
 
 def test_retrieval_models_are_continued_with_their_heads(recipe_file, tmp_path):

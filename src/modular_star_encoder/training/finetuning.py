@@ -2,23 +2,28 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from modular_star_encoder.data.batch_plan import TEXT_TO_CODE, BatchPlan, PairGroups
+from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
 from modular_star_encoder.data.files import write_json
 from modular_star_encoder.data.parallel_texts import ParallelText
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalCollator, RetrievalTexts
 from modular_star_encoder.data.retrieval_data import RetrievalData, prepare_retrieval_data
-from modular_star_encoder.evaluation.exits import RetrievalRow, evaluate_exits
+from modular_star_encoder.evaluation.bm25 import BM25
+from modular_star_encoder.evaluation.checkpoint import load_checkpoint
+from modular_star_encoder.evaluation.encoders import ExitEncoder
+from modular_star_encoder.evaluation.harness import Cell, evaluate_tasks
+from modular_star_encoder.evaluation.held_out import held_out_tasks
+from modular_star_encoder.evaluation.systems import EmbeddingSystem
+from modular_star_encoder.evaluation.tasks import RetrievalTask
 from modular_star_encoder.hub.sentence_transformer_files import write_sentence_transformer_files
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives import ContrastiveObjective, exit_weights
@@ -56,14 +61,14 @@ def finetune(
 
     Returns:
         The training log: that of `run_stage`, and `evaluation` (losses and accuracies on held-out pairs at the end),
-        `retrieval` (held-out descriptions → code at every exit, beside BM25), `recipe`, `preflight` and `data`, the
-        report of what was read, skipped and held out.
+        `retrieval` (benchmark → system → figures: every exit, and BM25, on `held_out_tasks`), `recipe`, `preflight`
+        and `data`, the report of what was read, skipped and held out.
 
     Raises:
         ValueError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
     """
     out, state = Path(out), PartialState()
-    blueprint, arguments = _check(recipe, out, state.num_processes, progress)
+    blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress)
     with state.main_process_first():
         settings = recipe.to_dict()
         open_run(out, settings, "fine-tuning", until_trained=("data", "held_out_share", "samples", "seed"))
@@ -99,13 +104,13 @@ def finetune(
     if state.is_main_process:
         prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
         write_sentence_transformer_files(out / MODEL, model.config, prompts)
-        log["retrieval"] = _evaluate(recipe, data.held_out, tokenizer, out, progress)
+        log["retrieval"] = _retrieval(recipe, data, out, progress)
         write_json(out / LOG, finite(log))
     state.wait_for_everyone()
     return log
 
 
-def _check(
+def check_recipe(
     recipe: FinetuningRecipe, out: Path, processes: int, progress: bool
 ) -> tuple[ModularStarEncoderForRetrieval, TrainingArguments]:
     """Refuse what can be told without data and weights; return the model without weights, and Trainer's arguments.
@@ -179,17 +184,36 @@ def _held_out_batches(recipe: FinetuningRecipe, held_out: RetrievalTexts, proces
     return RetrievalBatches(held_out, plan, max(1, recipe.eval_pairs // size))
 
 
-def _evaluate(
-    recipe: FinetuningRecipe, texts: list[ParallelText], tokenizer: PreTrainedTokenizerFast, out: Path, progress: bool
-) -> dict[str, Any] | None:
-    """Retrieval of held-out code by its description with the model that was saved; None without two descriptions."""
-    groups = PairGroups(texts).rows.get(TEXT_TO_CODE, [])
-    chosen = np.random.default_rng(recipe.seed).permutation(len(groups))[: recipe.eval_pairs]
-    if len(chosen) < 2:
-        return None
-    described = [texts[groups[group][0]] for group in chosen]
-    rows = [RetrievalRow(text.description, text.snippets[0].code, text.snippets[0].language) for text in described]
-    model = ModularStarEncoderForRetrieval.from_pretrained(out / MODEL)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    options = {"max_length": max(recipe.max_text_tokens, recipe.max_code_tokens), "progress": progress}
-    return evaluate_exits(model, tokenizer, rows, **options).to_dict()
+def evaluate_checkpoint(
+    recipe: FinetuningRecipe,
+    checkpoint: Path,
+    tasks: Sequence[RetrievalTask],
+    *,
+    out: Path | None = None,
+    progress: bool = True,
+) -> list[Cell]:
+    """Every exit of a checkpoint on tasks, with texts as long as in training.
+
+    Args:
+        recipe: what the checkpoint was trained by.
+        checkpoint: its folder.
+        tasks: what is measured.
+        out: folder that keeps finished figures; see `evaluate_tasks`.
+        progress: whether to show progress bars.
+    """
+    model, tokenizer = load_checkpoint(checkpoint)
+    longest = max(recipe.max_text_tokens, recipe.max_code_tokens)
+    encoder = ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=longest)
+    return evaluate_tasks(tasks, [EmbeddingSystem(encoder)], out=out, progress=progress)
+
+
+def _retrieval(recipe: FinetuningRecipe, data: RetrievalData, out: Path, progress: bool) -> dict[str, Any]:
+    """Figures of the saved model's exits and of BM25 on the held-out rows, by task and system."""
+    tasks = held_out_tasks(data.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
+    cells = evaluate_tasks(tasks, [BM25()], progress=progress)
+    cells += evaluate_checkpoint(recipe, out / MODEL, tasks, progress=progress)
+    found: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
+    for cell in cells:
+        name = cell.system if cell.exit_layer is None else f"exit {cell.exit_layer}"
+        found[cell.benchmark][name] = {metric: asdict(figure) for metric, figure in cell.figures.items()}
+    return found
