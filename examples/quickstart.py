@@ -255,8 +255,8 @@ def finetune(
         pairs = RetrievalPairs(
             functions,
             tokenizer,
-            max_query_tokens=recipe.max_query_tokens,
-            max_document_tokens=recipe.max_document_tokens,
+            max_text_tokens=recipe.max_query_tokens,
+            max_code_tokens=recipe.max_document_tokens,
             prompts=config.instruction_prompts,
         )
         torch.manual_seed(recipe.seed)

@@ -10,6 +10,7 @@ import torch
 
 import modular_star_encoder_cli as cli
 from tests.tiny import save_tiny_checkpoint
+from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
 
 FUNCTION = '''\
 def {verb}_{noun}(value):
@@ -193,6 +194,23 @@ def test_settings_may_stand_before_and_after_options():
     arguments = cli.parse(["pretrain", "recipe.yaml", "steps=3", "--out", "run", "corpus.folder=code", "seed=1"])
     assert (arguments.recipe, arguments.out) == ("recipe.yaml", "run")
     assert arguments.overrides == ["steps=3", "corpus.folder=code", "seed=1"]
+
+
+def test_finetune_trains_what_the_recipe_says(capsys, tmp_path):
+    settings = finetuning_settings(write_checkpoint(tmp_path / "checkpoint"), write_triplets(tmp_path))
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", settings))
+    status, out, _ = run(capsys, "finetune", recipe, "steps=1", "--out", str(tmp_path / "run"), "seed=1")
+    assert status == 0
+    assert out.splitlines()[-1] == f"1 steps; result in {tmp_path / 'run' / 'model'}"
+    assert "pairs per step        8 (8 on each of 1 processes)" in out
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("command", ["finetune", "ablate"])
+def test_a_recipe_that_is_not_there_is_one_line(capsys, command, tmp_path):
+    status, out, err = run(capsys, command, "missing.yaml", "--out", str(tmp_path / "run"))
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"mose: error: There is no recipe missing.yaml; ours are hub_configs/small/.*\n", err)
 
 
 @pytest.mark.parametrize("extra", [["--seed=1"], ["seed"]])

@@ -2,9 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 
+from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
+from modular_star_encoder.data.parallel_texts import ParallelText, Snippet
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.data.retrieval import RetrievalCollator, RetrievalPairs
+from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalCollator, RetrievalPairs, RetrievalTexts
 from tests.data.samples import function, small_tokenizer
 
 
@@ -20,7 +23,7 @@ def make(tokenizer, rows=None, **options):
 
 
 def test_rows_are_what_the_tokenizer_makes_of_prompt_and_text(tokenizer):
-    dataset = make(tokenizer, max_document_tokens=1000, max_query_tokens=1000)
+    dataset = make(tokenizer, max_code_tokens=1000, max_text_tokens=1000)
     assert len(dataset) == 6
     for row, one in zip(dataset, functions(), strict=True):
         assert row["query_ids"].tolist() == tokenizer(text_prompt() + one.description)["input_ids"]
@@ -44,7 +47,7 @@ def test_prompts_can_be_left_out(tokenizer):
 def test_truncation_takes_from_the_text_and_keeps_its_frame(tokenizer):
     frame = tokenizer(text_prompt())["input_ids"]
     limit = len(frame) + 3
-    ids = make(tokenizer, max_query_tokens=limit)[5]["query_ids"].tolist()
+    ids = make(tokenizer, max_text_tokens=limit)[5]["query_ids"].tolist()
     content = tokenizer(functions()[5].description, add_special_tokens=False)["input_ids"]
     assert ids == [*frame[:-1], *content[:3], 2]
     assert len(content) > 3
@@ -66,16 +69,16 @@ def test_rows_that_repeat_a_description_or_a_code_are_dropped_and_counted(tokeni
     ]
     dataset = make(tokenizer, rows)
     assert dataset.functions == [first, functions()[0]]
-    assert dataset.dropped == {"same description as an earlier row": 1, "same code as an earlier row": 1}
+    assert dataset.dropped == 2
 
 
 def test_bad_input_is_refused_in_one_sentence(tokenizer):
     with pytest.raises(ValueError, match="at least one documented function"):
         make(tokenizer, [])
-    with pytest.raises(ValueError, match="max_query_tokens must be above"):
-        make(tokenizer, max_query_tokens=5)
-    with pytest.raises(ValueError, match="max_document_tokens must be above"):
-        make(tokenizer, max_document_tokens=5)
+    with pytest.raises(ValueError, match="max_text_tokens must be above"):
+        make(tokenizer, max_text_tokens=5)
+    with pytest.raises(ValueError, match="max_code_tokens must be above"):
+        make(tokenizer, max_code_tokens=5)
     bare = small_tokenizer()
     bare.cls_token = "<other>"
     with pytest.raises(ValueError, match="template must end with its cls_token"):
@@ -94,3 +97,113 @@ def test_batches_are_padded_on_the_left_and_keep_the_order(tokenizer):
             assert torch.equal(ids[mask.bool()], row[f"{side}_ids"])
             assert ids[-1] == 2
             assert set(ids[~mask.bool()].tolist()) <= {0}
+
+
+def parallel_texts(count=12):
+    """Triplets whose snippets have a word to rename."""
+    return [
+        ParallelText(
+            f"Load table number {i}.",
+            (
+                Snippet("python", f"def table{i}():\n    column = {i}\n    return column + column"),
+                Snippet("cpp", f"int table{i}() {{ int column = {i}; return column + column; }}"),
+            ),
+        )
+        for i in range(count)
+    ]
+
+
+def batches(tokenizer, steps=6, batch_size=4, seed=0, prompts=True, **options):
+    rows = parallel_texts()
+    texts = RetrievalTexts(rows, tokenizer, max_text_tokens=128, max_code_tokens=128, prompts=prompts, progress=False)
+    return RetrievalBatches(texts, BatchPlan(PairGroups(rows), batch_size, seed), steps, **options)
+
+
+def decoded(tokenizer, row):
+    return [tokenizer.decode(row[side][1:-1]).replace(" ", "") for side in ("query_ids", "document_ids")]
+
+
+def test_batches_alternate_text_to_code_and_code_to_code_with_their_prompts(tokenizer):
+    dataset, rows = batches(tokenizer), parallel_texts()
+    assert len(dataset) == 24
+    frames = {name: tokenizer(code_prompt(name))["input_ids"][:-1] for name in ("python", "cpp")}
+    assert "this c++ code snippet" in tokenizer.decode(frames["cpp"])
+    frames["text"] = tokenizer(text_prompt())["input_ids"][:-1]
+    seen = []
+    for i in range(24):
+        row = dataset[i]
+        kinds = []
+        for side in ("query_ids", "document_ids"):
+            ids = row[side].tolist()
+            kinds += [name for name, frame in frames.items() if ids[: len(frame)] == frame]
+        seen.append(tuple(kinds))
+        number = {n for n in range(12) for side in row.values() if f"table{n}(" in tokenizer.decode(side)}
+        assert len(number) == 1
+    assert set(seen[::2]) == {("text", "python")}
+    assert set(seen[1::2]) == {("python", "cpp"), ("cpp", "python")}
+    (number,) = number
+    code = tokenizer(rows[number].snippets[0].code, add_special_tokens=False)["input_ids"]
+    assert any(dataset[23][side].tolist()[-len(code) - 1 : -1] == code for side in ("query_ids", "document_ids"))
+
+
+def test_a_share_of_the_snippets_is_renamed_and_no_description(tokenizer):
+    plain, renamed = (batches(tokenizer, steps=60, renamed_share=share) for share in (0.0, 0.3))
+    changed = {"text": 0, "code": 0}
+    for i in range(240):
+        for side in ("query_ids", "document_ids"):
+            kind = "text" if i % 2 == 0 and side == "query_ids" else "code"
+            changed[kind] += plain[i][side].tolist() != renamed[i][side].tolist()
+    assert changed["text"] == 0
+    assert 0.2 < changed["code"] / 360 < 0.4
+    everything = batches(tokenizer, renamed_share=1.0)
+    assert "column" not in "".join(tokenizer.decode(side) for i in range(24) for side in everything[i].values())
+
+
+def test_a_row_is_a_function_of_seed_and_place_whoever_asks_first(tokenizer):
+    options = {"steps": 9, "renamed_share": 0.5}
+    forwards, backwards = batches(tokenizer, **options), batches(tokenizer, **options)
+    rows = [forwards[i] for i in range(36)]
+    again = [backwards[i] for i in reversed(range(36))][::-1]
+    for one, other in zip(rows, again, strict=True):
+        assert all(torch.equal(one[side], other[side]) for side in one)
+    reseeded = batches(tokenizer, seed=1, **options)
+    assert any(not torch.equal(reseeded[i]["query_ids"], rows[i]["query_ids"]) for i in range(36))
+
+
+def test_a_renamed_snippet_is_another_one_in_the_next_epoch(tokenizer):
+    dataset = batches(tokenizer, steps=12, renamed_share=1.0, prompts=False)
+    by_row = {}
+    for i in range(0, 48, 2):
+        by_row.setdefault(tuple(dataset[i]["query_ids"].tolist()), []).append(
+            tuple(dataset[i]["document_ids"].tolist())
+        )
+    assert {len(versions) for versions in by_row.values()} == {2}
+    assert all(len(set(versions)) == 2 for versions in by_row.values())
+
+
+def test_places_beyond_the_last_batch_and_odd_shares_are_refused(tokenizer):
+    with pytest.raises(IndexError):
+        batches(tokenizer)[24]
+    with pytest.raises(ValueError, match="renamed_share must be between 0 and 1, not 30"):
+        batches(tokenizer, renamed_share=30)
+
+
+def test_processes_share_out_every_batch_half_and_half(tokenizer):
+    """Slices as accelerate gives them to the processes of a run: consecutive batches in turn."""
+    dataset = batches(tokenizer)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=RetrievalCollator(tokenizer))
+    shards = [list(BatchSamplerShard(loader.batch_sampler, num_processes=2, process_index=rank)) for rank in range(2)]
+    assert [len(shard) for shard in shards] == [6, 6]
+    for step in range(6):
+        indices = [index for shard in shards for index in shard[step]]
+        assert sorted(indices) == list(range(4 * step, 4 * step + 4))
+        assert all([index % 2 for index in shard[step]] == [0, 1] for shard in shards)
+
+
+def test_mean_tokens_count_what_the_encoder_reads(tokenizer):
+    rows = parallel_texts(4)
+    texts = RetrievalTexts(rows, tokenizer, max_text_tokens=128, max_code_tokens=40, prompts=False, progress=False)
+    lengths = [[len(texts.snippet(row, number)) for number in range(2)] for row in range(4)]
+    assert max(map(max, lengths)) <= 40
+    assert texts.mean_tokens()[1] == sum(map(sum, lengths)) / 8
+    assert texts.mean_tokens()[0] == sum(len(texts.description(row)) for row in range(4)) / 4

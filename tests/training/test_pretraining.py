@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
-from modular_star_encoder.training import hub_config_folder
+from modular_star_encoder.training import NonFiniteLossError, hub_config_folder
 from modular_star_encoder.training.pretraining import model_config, pretrain
 from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe, load_pretraining_recipe
 from tests.tiny import tiny_config
@@ -141,10 +141,11 @@ def test_a_finished_run_is_not_trained_again(recipe_file, tmp_path):
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == weights
 
 
-def test_a_run_that_diverges_still_leaves_its_log(recipe_file, tmp_path):
-    run(recipe_file, tmp_path / "run", "learning_rate=1e30", "max_grad_norm=0", "warmup_steps=0", "steps=4")
-    log = json.loads((tmp_path / "run" / "model" / "training_log.json").read_text())
-    assert any(entry.get("mlm_loss_exit_4", 0) is None for entry in log["log_history"])
+def test_a_run_that_diverges_stops_and_leaves_the_batch(recipe_file, tmp_path):
+    with pytest.raises(NonFiniteLossError, match="loss of step 2 is not finite"):
+        run(recipe_file, tmp_path / "run", "learning_rate=1e30", "max_grad_norm=0", "warmup_steps=0", "steps=4")
+    assert list((tmp_path / "run" / "checkpoints").glob("non_finite_loss_step_2_*.safetensors"))
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_path):

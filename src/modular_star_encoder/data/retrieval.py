@@ -1,6 +1,5 @@
-"""Rows of contrastive fine-tuning: a description and its code, each framed by its prompt."""
+"""Rows of contrastive fine-tuning: a query and its code, each framed by its prompt."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,25 +7,92 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from modular_star_encoder.data.augmentation import rename_frequent_words
+from modular_star_encoder.data.batch_plan import TEXT_TO_CODE, BatchPlan, same_content_groups
 from modular_star_encoder.data.documented_function import DocumentedFunction
 from modular_star_encoder.data.padding import pad_inputs
+from modular_star_encoder.data.parallel_texts import ParallelText, described
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.data.tokenizer import encode_content
+from modular_star_encoder.data.tokenizer import ContentEncoder, encode_content
+
+# Streams of random numbers beside those of `BatchPlan`.
+_SNIPPETS, _NAMES = 10, 11
+
+
+class RetrievalTexts:
+    """Descriptions and snippets, tokenized once, and how the encoder reads them.
+
+    `<sep>{instruction}<sep>{text}<cls>`, or `<sep>{text}<cls>` without prompts. Only the text is truncated, never its
+    frame. Special tokens that are written in a description or in code are ordinary characters there.
+
+    Attributes:
+        texts: The rows.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[ParallelText],
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_text_tokens: int,
+        max_code_tokens: int,
+        prompts: bool,
+        progress: bool,
+    ) -> None:
+        """Tokenize; the arguments are those of `RetrievalPairs`."""
+        self.texts = texts
+        self._limits = max_text_tokens, max_code_tokens
+        self._encoder = ContentEncoder(tokenizer)
+        languages = {snippet.language for text in texts for snippet in text.snippets}
+        self._text_frame = _frame(tokenizer, text_prompt(instructions=prompts), max_text_tokens, "max_text_tokens")
+        self._code_frames = {
+            language: _frame(tokenizer, code_prompt(language, instructions=prompts), max_code_tokens, "max_code_tokens")
+            for language in sorted(languages)
+        }
+        self._descriptions = encode_content(
+            tokenizer, [text.description for text in texts], progress=progress, description="Descriptions"
+        )
+        codes = [snippet.code for text in texts for snippet in text.snippets]
+        self._codes = encode_content(tokenizer, codes, progress=progress, description="Code")
+        self._first_code = np.cumsum([0, *(len(text.snippets) for text in texts)])
+
+    def description(self, row: int) -> torch.Tensor:
+        """The description of a row, int64 (T,)."""
+        return _framed(self._descriptions[row], self._text_frame, self._limits[0])
+
+    def snippet(self, row: int, number: int = 0, renaming: np.random.Generator | None = None) -> torch.Tensor:
+        """A snippet of a row, int64 (T,); with `renaming`, its frequent words are replaced by random strings."""
+        language, code = self.texts[row].snippets[number]
+        if renaming is None:
+            content = self._codes[int(self._first_code[row]) + number]
+        else:
+            (content,) = self._encoder([rename_frequent_words(code, renaming)])
+        return _framed(content, self._code_frames[language], self._limits[1])
+
+    def mean_tokens(self) -> tuple[float, float]:
+        """Mean tokens of a description and of a snippet as the encoder reads them, framed (all alike) and truncated."""
+        longest = max((before for before, _ in self._code_frames.values()), key=len)
+        means = []
+        for rows, limit, before in (
+            (self._descriptions, self._limits[0], self._text_frame[0]),
+            (self._codes, self._limits[1], longest),
+        ):
+            lengths = np.diff(rows.bounds)
+            framed = np.minimum(lengths[lengths > 0] + len(before) + 1, limit)
+            means.append(float(framed.mean()) if len(framed) else 0.0)
+        return means[0], means[1]
 
 
 class RetrievalPairs(Dataset[dict[str, torch.Tensor]]):
-    """(description, code) rows, tokenized once.
+    """(description, code) rows of documented functions, each once; any of them may stand in a batch.
 
-    Row `i` holds `query_ids` and `document_ids`, int64 of shape (T,): `<sep>{instruction}<sep>{text}<cls>`, or
-    `<sep>{text}<cls>` without prompts. Only the text is truncated, never its frame. Special tokens that are written in
-    a description or in code are ordinary characters there.
-
-    A row whose description or code equals that of an earlier row is dropped: in one batch the two would be negatives
-    of each other. `splits.drop_near_identical_descriptions` also finds those that are almost equal.
+    Row `i` holds `query_ids` and `document_ids`, int64 of shape (T,); see `RetrievalTexts`. Of functions that share a
+    description or code (see `same_content_groups`) only the first is kept: in one batch they would be negatives of each
+    other.
 
     Attributes:
         functions: The functions behind the rows.
-        dropped: Number of rows dropped, by reason.
+        dropped: Number of functions dropped.
     """
 
     def __init__(
@@ -34,8 +100,8 @@ class RetrievalPairs(Dataset[dict[str, torch.Tensor]]):
         functions: Sequence[DocumentedFunction],
         tokenizer: PreTrainedTokenizerFast,
         *,
-        max_query_tokens: int = 128,
-        max_document_tokens: int = 512,
+        max_text_tokens: int = 128,
+        max_code_tokens: int = 512,
         prompts: bool = True,
         progress: bool = True,
     ) -> None:
@@ -44,8 +110,8 @@ class RetrievalPairs(Dataset[dict[str, torch.Tensor]]):
         Args:
             functions: The rows, in order.
             tokenizer: A fast tokenizer whose template ends with `<cls>`, such as `train_tokenizer` makes.
-            max_query_tokens: Largest number of tokens of `query_ids`, prompt and special tokens included.
-            max_document_tokens: The same for `document_ids`.
+            max_text_tokens: Largest number of tokens of `query_ids`, prompt and special tokens included.
+            max_code_tokens: The same for `document_ids`.
             prompts: Whether texts carry the published prompts.
             progress: Whether to show progress bars.
 
@@ -55,37 +121,74 @@ class RetrievalPairs(Dataset[dict[str, torch.Tensor]]):
         """
         if not functions:
             raise ValueError("RetrievalPairs needs at least one documented function.")
-        self.functions, self.dropped = _without_duplicates(functions)
-        languages = {function.language for function in self.functions}
-        self._query_frame = _frame(tokenizer, text_prompt() if prompts else "", max_query_tokens, "max_query_tokens")
-        self._document_frames = {
-            language: _frame(
-                tokenizer, code_prompt(language) if prompts else "", max_document_tokens, "max_document_tokens"
-            )
-            for language in languages
-        }
-        self._max_query_tokens, self._max_document_tokens = max_query_tokens, max_document_tokens
-        self._queries = encode_content(
-            tokenizer, [function.description for function in self.functions], progress=progress, description="Queries"
-        )
-        self._documents = encode_content(
-            tokenizer, [function.code for function in self.functions], progress=progress, description="Documents"
+        _, first_rows = np.unique(same_content_groups(described(functions)), return_index=True)
+        self.functions = [functions[row] for row in first_rows]
+        self.dropped = len(functions) - len(self.functions)
+        self._texts = RetrievalTexts(
+            described(self.functions),
+            tokenizer,
+            max_text_tokens=max_text_tokens,
+            max_code_tokens=max_code_tokens,
+            prompts=prompts,
+            progress=progress,
         )
 
     def __len__(self) -> int:
         return len(self.functions)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        query, document = self._queries[index], self._documents[index]
-        document_frame = self._document_frames[self.functions[index].language]
-        return {
-            "query_ids": _framed(query, self._query_frame, self._max_query_tokens),
-            "document_ids": _framed(document, document_frame, self._max_document_tokens),
-        }
+        return {"query_ids": self._texts.description(index), "document_ids": self._texts.snippet(index)}
+
+
+class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
+    """The rows of every batch, one batch after the other: what a sequential sampler reads from 0 to `steps` × batch.
+
+    Row `i` depends on the seed of the plan and `i` only, so any worker, process or resumed run makes the same one. It
+    holds `query_ids` and `document_ids`, int64 (T,): a description and its code, or code and the same in another
+    language. Of several snippets, two are drawn anew each time.
+
+    Attributes:
+        batch_size: Pairs of one batch, of all processes together.
+    """
+
+    def __init__(self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, renamed_share: float = 0.0) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            texts: What the plan was made of.
+            plan: Which row stands where.
+            steps: Number of batches.
+            renamed_share: Share of the snippets whose frequent words are renamed (see `augmentation`), between 0 and 1.
+        """
+        if not 0 <= renamed_share <= 1:
+            raise ValueError(f"renamed_share must be between 0 and 1, not {renamed_share}.")
+        self._texts, self._plan, self._renamed_share = texts, plan, renamed_share
+        self.batch_size = plan.batch_size
+        self._length = steps * plan.batch_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self._length:
+            raise IndexError(f"row {index} of {self._length}")
+        step, place = divmod(index, self.batch_size)
+        row, kind = self._plan.batch(step)[place]
+        renaming = np.random.default_rng((self._plan.seed, _NAMES, index))
+        if kind == TEXT_TO_CODE:
+            return {"query_ids": self._texts.description(row), "document_ids": self._snippet(row, 0, renaming)}
+        drawing = np.random.default_rng((self._plan.seed, _SNIPPETS, index))
+        numbers = drawing.choice(len(self._texts.texts[row].snippets), size=2, replace=False)
+        query, document = (self._snippet(row, int(number), renaming) for number in numbers)
+        return {"query_ids": query, "document_ids": document}
+
+    def _snippet(self, row: int, number: int, generator: np.random.Generator) -> torch.Tensor:
+        renamed = generator.random() < self._renamed_share
+        return self._texts.snippet(row, number, generator if renamed else None)
 
 
 class RetrievalCollator:
-    """Pads rows of `RetrievalPairs` on the tokenizer's side.
+    """Pads rows of `RetrievalPairs` and `RetrievalBatches` on the tokenizer's side.
 
     Returns `{"query": {...}, "document": {...}}`, each with `input_ids` and `attention_mask`, int64 of shape (B, T); T
     is that of the longest query or document. Row `i` of the one belongs to row `i` of the other.
@@ -103,23 +206,6 @@ class RetrievalCollator:
             side: pad_inputs([row[f"{side}_ids"] for row in rows], self._pad_token_id, self._side, self._multiple_of)
             for side in ("query", "document")
         }
-
-
-def _without_duplicates(functions: Sequence[DocumentedFunction]) -> tuple[list[DocumentedFunction], Counter[str]]:
-    descriptions: set[str] = set()
-    codes: set[str] = set()
-    dropped: Counter[str] = Counter()
-    kept = []
-    for function in functions:
-        if function.description in descriptions:
-            dropped["same description as an earlier row"] += 1
-        elif function.code in codes:
-            dropped["same code as an earlier row"] += 1
-        else:
-            descriptions.add(function.description)
-            codes.add(function.code)
-            kept.append(function)
-    return kept, dropped
 
 
 def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> tuple[list[int], int]:

@@ -49,7 +49,7 @@ def slice_checkpoint(
     with staged_folder(out) as staging:
         model = model_class.from_pretrained(checkpoint, exit_layer=exit_layer)
         if only_exit:
-            _keep_only(model, exit_layer)
+            keep_only_exit(model, exit_layer)
         model.save_pretrained(staging)
         load_tokenizer(checkpoint).save_pretrained(staging)
         for name in SENTENCE_TRANSFORMER_FILES:
@@ -69,8 +69,8 @@ def _class_named(name: str, checkpoint: str | os.PathLike) -> type[modeling.Modu
     return getattr(modeling, name)
 
 
-def _keep_only(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
-    """Drop every exit but one, with its projection head."""
+def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
+    """Drop every exit of a model but this one, with their projection heads; the layers stay."""
     for other in set(model.config.exit_layers) - {exit_layer}:
         if hasattr(model, "projection_heads"):
             del model.projection_heads[str(other)]

@@ -1,8 +1,12 @@
-"""What a run of pre-training will take, estimated before it starts."""
+"""What a run of training will take, estimated before it starts."""
 
 from dataclasses import dataclass
 
-from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
+from modular_star_encoder.modeling import (
+    ModularStarEncoderConfig,
+    ModularStarEncoderForPreTraining,
+    ModularStarEncoderPreTrainedModel,
+)
 from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe
 
 # Per token and layer, in units of the hidden size, what the backward pass of a pre-norm block keeps in 2-byte numbers:
@@ -65,19 +69,28 @@ def preflight(model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe
             f"max_tokens {recipe.max_tokens} must be at most the model's max_position_embeddings "
             f"{config.max_position_embeddings}."
         )
-    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     exits = 2 if recipe.rotate_shallow_exits else len(config.exit_layers)
-    attention = 12 * config.num_hidden_layers * config.hidden_size * recipe.max_tokens
-    tokens = recipe.rows_per_device * recipe.max_tokens
-    kept = _KEPT_PER_HIDDEN * config.hidden_size + _KEPT_PER_INTERMEDIATE * config.intermediate_size
     return Preflight(
         parameters=parameters,
         tokens_per_step=recipe.tokens_per_step,
         steps=recipe.steps,
         accumulation=recipe.accumulation(processes),
         processes=processes,
-        flops_per_token=6.0 * layers + attention + 6.0 * recipe.mask_probability * exits * heads,
-        memory_bytes=16 * parameters + 2 * tokens * config.num_hidden_layers * kept,
+        flops_per_token=trunk_flops_per_token(model, recipe.max_tokens) + 6.0 * recipe.mask_probability * exits * heads,
+        memory_bytes=16 * parameters + activation_bytes(config, recipe.rows_per_device * recipe.max_tokens),
     )
+
+
+def trunk_flops_per_token(model: ModularStarEncoderPreTrainedModel, tokens: float) -> float:
+    """Floating-point operations of training the layers on one token of a text of `tokens`; see `preflight`."""
+    config = model.config
+    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    return 6.0 * layers + 12.0 * config.num_hidden_layers * config.hidden_size * tokens
+
+
+def activation_bytes(config: ModularStarEncoderConfig, tokens: int) -> int:
+    """Bytes that the backward pass through all layers needs of so many tokens at once; an estimate."""
+    kept = _KEPT_PER_HIDDEN * config.hidden_size + _KEPT_PER_INTERMEDIATE * config.intermediate_size
+    return 2 * tokens * config.num_hidden_layers * kept

@@ -1,7 +1,6 @@
 """In-context pre-training from a recipe: corpus → tokenizer → token store → model, restartable at every stage."""
 
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.corpora import open_corpus
 from modular_star_encoder.data.files import staged_folder, write_json
@@ -26,10 +25,10 @@ from modular_star_encoder.training.curves import plot_curves
 from modular_star_encoder.training.initialization import start_from_spellings, start_from_unigrams
 from modular_star_encoder.training.preflight import Preflight, preflight
 from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe
-from modular_star_encoder.training.recipe import hub_config_folder
 from modular_star_encoder.training.schedule import MultiStepSchedule
-from modular_star_encoder.training.stages import bf16_is_faster, train_to_the_end
+from modular_star_encoder.training.stages import train_to_the_end
 from modular_star_encoder.training.trainer import MultiExitTrainer
+from modular_star_encoder.training.training_recipe import finite, has_weights, model_folder, open_run
 
 LOG, CURVES = Path("model", "training_log.json"), Path("model", "curves.png")
 
@@ -72,10 +71,16 @@ def pretrain(
     preflight(model, recipe, state.num_processes)
     model.set_attn_implementation(recipe.attn_implementation)
     exit_weights(recipe.exit_weights, config.exit_layers, config.parent_num_hidden_layers)
-    arguments, schedule = _training_arguments(recipe, out / "checkpoints", state, progress), _schedule(recipe)
+    arguments = recipe.arguments(
+        out / "checkpoints",
+        recipe.rows_per_device,
+        progress=progress,
+        gradient_accumulation_steps=recipe.accumulation(state.num_processes),
+    )
+    schedule = _schedule(recipe)
     open_corpus(recipe.corpus)
     with state.main_process_first():
-        _open_run(recipe, out)
+        open_run(out, recipe.to_dict(), "pre-training", until_trained=("corpus", "tokenizer", "model"))
         if (out / LOG).is_file():
             return json.loads((out / LOG).read_text(encoding="utf-8"))
         tokenizer = _tokenizer(recipe, config, out, progress and state.is_main_process)
@@ -89,7 +94,7 @@ def pretrain(
     options = {"max_tokens": recipe.max_tokens, "mask_probability": recipe.mask_probability, "progress": False}
     pairs = InContextPairs(train, tokenizer, length=recipe.steps * rows_per_step, seed=recipe.seed, **options)
     unseen = InContextPairs(held_out, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 1, **options)
-    if recipe.start_from_corpus and not _has_weights(recipe):
+    if recipe.start_from_corpus and not has_weights(model_folder(recipe.model)):
         start_from_spellings(model.get_input_embeddings(), token_spellings(tokenizer), seed=recipe.seed)
         start_from_unigrams(model.heads.decoder, pairs.token_counts())
     fitted = InContextPairs(train, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 2, **options)
@@ -98,14 +103,11 @@ def pretrain(
         model,
         arguments,
         InContextObjective(),
-        weights=recipe.exit_weights,
-        normalize_weights=recipe.normalize_exit_weights,
-        rotate_shallow_exits=recipe.rotate_shallow_exits,
-        log_gradient_norms=recipe.log_gradient_norms,
         schedule=schedule,
         train_dataset=pairs,
         eval_dataset=unseen,
         data_collator=(PackingCollator if recipe.packing else PaddingCollator)(tokenizer),
+        **recipe.trainer_options(),
     )
     log = train_to_the_end(trainer, out / "checkpoints", progress=progress)
     counts = pairs.token_counts().double()
@@ -122,7 +124,7 @@ def pretrain(
         tokenizer.save_pretrained(out / "model")
         if find_spec("matplotlib"):
             plot_curves(log, out / CURVES)
-        write_json(out / LOG, _finite(log))
+        write_json(out / LOG, finite(log))
     return log
 
 
@@ -132,59 +134,14 @@ def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
     Raises:
         ValueError: there is neither.
     """
-    return ModularStarEncoderConfig.from_pretrained(_model_folder(recipe), dtype=torch.float32)
-
-
-def _model_folder(recipe: PretrainingRecipe) -> Path:
-    """Names of ours come first, so that a folder that happens to be there does not change what a recipe means."""
-    try:
-        return hub_config_folder(recipe.model)
-    except ValueError:
-        if not Path(recipe.model, "config.json").is_file():
-            raise
-        return Path(recipe.model)
-
-
-def _finite(value: Any) -> Any:
-    """The same with None in place of infinities and NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _has_weights(recipe: PretrainingRecipe) -> bool:
-    return any(_model_folder(recipe).glob("model*.safetensors"))
-
-
-def _open_run(recipe: PretrainingRecipe, out: Path) -> None:
-    """Make the folder, or check that it holds a run with this recipe.
-
-    As long as nothing is trained, only what the tokenizer and the token store were made from must be the same.
-    """
-    written = out / "recipe.json"
-    settings = json.loads(json.dumps(recipe.to_dict(), default=str))
-    if written.is_file():
-        before = json.loads(written.read_text(encoding="utf-8"))
-        trained = any((out / name).exists() for name in ("checkpoints", "model"))
-        names = set(settings) if trained else {"corpus", "tokenizer", "model"}
-        other = sorted(name for name in names if before.get(name) != settings[name])
-        if other:
-            raise ValueError(f"{out} holds a run with another {', '.join(other)}; name another folder.")
-        write_json(written, settings)
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty and holds no run of pre-training; name another folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(written, settings)
+    return ModularStarEncoderConfig.from_pretrained(model_folder(recipe.model), dtype=torch.float32)
 
 
 def _tokenizer(
     recipe: PretrainingRecipe, config: ModularStarEncoderConfig, out: Path, progress: bool
 ) -> PreTrainedTokenizerFast:
     """The recipe's tokenizer, or one trained on the corpus."""
-    name = recipe.tokenizer or (recipe.model if _has_weights(recipe) else None)
+    name = recipe.tokenizer or (recipe.model if has_weights(model_folder(recipe.model)) else None)
     if name is not None:
         return load_tokenizer(name)
     folder = out / "tokenizer"
@@ -223,7 +180,7 @@ def _model(
 ) -> ModularStarEncoderForPreTraining:
     """A new model, or the one whose weights lie beside the configuration."""
     torch.manual_seed(recipe.seed)
-    if _has_weights(recipe):
+    if has_weights(model_folder(recipe.model)):
         model = ModularStarEncoderForPreTraining.from_pretrained(recipe.model, dtype=torch.float32)
     else:
         config.vocab_size = max(vocab_size, config.vocab_size if recipe.tokenizer else 0)
@@ -238,39 +195,3 @@ def _schedule(recipe: PretrainingRecipe) -> MultiStepSchedule | None:
     if not recipe.milestones and not recipe.fractions:
         return None
     return MultiStepSchedule(recipe.warmup_steps, recipe.milestones, recipe.fractions)
-
-
-def _training_arguments(
-    recipe: PretrainingRecipe, folder: Path, state: PartialState, progress: bool
-) -> TrainingArguments:
-    """The recipe in the words of `Trainer`."""
-    settings = {
-        "output_dir": os.fspath(folder),
-        "max_steps": recipe.steps,
-        "per_device_train_batch_size": recipe.rows_per_device,
-        "per_device_eval_batch_size": recipe.rows_per_device,
-        "gradient_accumulation_steps": recipe.accumulation(state.num_processes),
-        "learning_rate": recipe.learning_rate,
-        "warmup_steps": recipe.warmup_steps,
-        "lr_scheduler_type": "linear",
-        "weight_decay": recipe.weight_decay,
-        "adam_beta1": recipe.adam_beta1,
-        "adam_beta2": recipe.adam_beta2,
-        "adam_epsilon": recipe.adam_epsilon,
-        "max_grad_norm": recipe.max_grad_norm,
-        "logging_steps": recipe.logging_steps,
-        "eval_strategy": "steps",
-        "eval_steps": recipe.eval_steps,
-        "save_steps": recipe.save_steps,
-        "save_total_limit": recipe.save_total_limit,
-        "dataloader_num_workers": recipe.dataloader_workers,
-        "seed": recipe.seed,
-        "bf16": bf16_is_faster(),
-        "use_cpu": not torch.cuda.is_available(),
-        "disable_tqdm": not progress,
-        "report_to": "none",
-    }
-    try:
-        return TrainingArguments(**(settings | dict(recipe.trainer)))
-    except TypeError as error:
-        raise ValueError(f"trainer: {error}.") from error

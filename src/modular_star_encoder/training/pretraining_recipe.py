@@ -2,87 +2,47 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from modular_star_encoder.data.settings import load_settings
+from modular_star_encoder.training.training_recipe import TrainingRecipe
 
 
-@dataclass(frozen=True)
-class PretrainingRecipe:
-    """How a model is pre-trained on repositories.
+@dataclass(frozen=True, kw_only=True)
+class PretrainingRecipe(TrainingRecipe):
+    """How a model is pre-trained on repositories; settings of any training are those of `TrainingRecipe`.
 
     Args:
-        model: a folder of `hub_configs`, or any folder with a config.json; a folder with weights is continued from.
         corpus: one source of files and its options; see `data.corpora.open_corpus`.
-        steps: optimiser steps.
         tokens_per_step: tokens of one step over all processes, reached by accumulating gradients; rows are counted as
             full.
         rows_per_device: rows in memory at once on each device.
         max_tokens: longest row, special tokens included.
-        learning_rate: peak of the schedule.
-        warmup_steps, milestones, fractions: see `MultiStepSchedule`; without milestones the rate falls linearly to 0.
-        adam_beta1, adam_beta2, adam_epsilon, weight_decay: AdamW's; decay is not applied to biases and norms.
-        max_grad_norm: longest gradient; longer ones are scaled down.
+        milestones, fractions: see `MultiStepSchedule`; without milestones the rate falls linearly to 0.
         mask_probability: share of the text tokens to predict.
-        exit_weights: weights of the exits' losses: paper, uniform, linear, or one number per exit.
-        normalize_exit_weights: divide them by their sum.
-        rotate_shallow_exits: see `MultiExitTrainer`.
-        log_gradient_norms: see `MultiExitTrainer`.
         tokenizer: folder or Hub id; without one, a tokenizer of the model's vocabulary size is trained on the corpus.
         start_from_corpus: initial token vectors by spelling and decoder biases by frequency, for small models.
         packing: rows of a batch in one flat row, without padding.
-        attn_implementation: attention to train with.
         held_out_share: share of the repositories kept for evaluation.
         eval_rows: held-out rows of one evaluation.
-        logging_steps, eval_steps, save_steps: steps between two logs, evaluations, checkpoints.
-        save_total_limit: checkpoints kept.
-        dataloader_workers: processes that make rows, per device.
-        trainer: more arguments of `transformers.TrainingArguments` (fsdp, gradient_checkpointing, torch_compile, …).
-        seed: of everything that is drawn.
     """
 
-    model: str
     corpus: Mapping[str, Any]
-    steps: int
     tokens_per_step: int
     rows_per_device: int
     max_tokens: int
-    learning_rate: float
-    warmup_steps: int = 0
     milestones: Sequence[int] = ()
     fractions: Sequence[float] = ()
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-6
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
     mask_probability: float = 0.15
-    exit_weights: str | Sequence[float] = "paper"
-    normalize_exit_weights: bool = False
-    rotate_shallow_exits: bool = False
-    log_gradient_norms: bool = False
-    tokenizer: str | None = None
     start_from_corpus: bool = False
     packing: bool = False
-    attn_implementation: str = "sdpa"
     held_out_share: float = 0.05
     eval_rows: int = 512
-    logging_steps: int = 50
-    eval_steps: int = 500
-    save_steps: int = 500
-    save_total_limit: int = 2
-    dataloader_workers: int = 0
-    trainer: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in (
-            *("steps", "tokens_per_step", "rows_per_device", "max_tokens", "learning_rate", "eval_rows"),
-            *("logging_steps", "eval_steps", "save_steps"),
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
+        super().__post_init__()
+        self.check_positive("tokens_per_step", "rows_per_device", "max_tokens", "eval_rows")
         # YAML reads `1e-1`, which has no point, as a word.
         object.__setattr__(self, "milestones", tuple(int(step) for step in self.milestones))
         object.__setattr__(self, "fractions", tuple(float(fraction) for fraction in self.fractions))
@@ -104,10 +64,6 @@ class PretrainingRecipe:
                 f"processes = {self.rows_per_device} × {self.max_tokens} × {processes} = {batch}."
             )
         return self.tokens_per_step // batch
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings, as plain values."""
-        return asdict(self)
 
 
 def load_pretraining_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PretrainingRecipe:

@@ -1,0 +1,38 @@
+"""Fine-tune a multi-exit encoder for retrieval or clone detection, as `mose finetune` does: to copy and change.
+
+    python examples/finetune.py hub_configs/small/finetune.yaml --out runs/retrieval data.functions.folder=~/checkouts
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/finetune.py RECIPE --out FOLDER
+
+What is interrupted continues when it is started again.
+"""
+
+import argparse
+import sys
+
+from modular_star_encoder.training.tasks import load_task
+
+
+def main() -> int:
+    """Run; 0 on success, 2 after wrong input, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a YAML file, such as hub_configs/small/finetune.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that differ from the recipe")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
+    arguments = parser.parse_args()
+    try:
+        recipe, finetune = load_task(arguments.recipe, arguments.overrides)
+        log = finetune(recipe, arguments.out)
+    except KeyboardInterrupt:
+        print("\nfinetune: interrupted; start it again to continue from the last checkpoint.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"finetune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for name, value in sorted(log["evaluation"].items()):
+        print(f"{name:40} {value:.3f}")
+    print(f"model in {arguments.out}/model")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

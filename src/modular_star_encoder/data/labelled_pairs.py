@@ -1,0 +1,167 @@
+"""Pairs of snippets with a label, for clone detection: do the two do the same?
+
+Source of the format: github.com/microsoft/CodeXGLUE, Code-Code/Clone-detection-BigCloneBench: `data.jsonl` holds
+functions (`func`, `idx`), and `train.txt`, `valid.txt` and `test.txt` two ids and a label 0 or 1 a line.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from modular_star_encoder.data.dataset_rows import open_dataset_rows
+from modular_star_encoder.data.padding import pad_inputs
+from modular_star_encoder.data.tokenizer import encode_content
+
+SPLITS = ("train", "valid", "test")
+_SPECIAL_TOKENS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledPairs:
+    """Pairs of one split.
+
+    Attributes:
+        codes: The snippets, each once.
+        pairs: int64 (pairs, 2), places in `codes`.
+        labels: int64 (pairs,), 1 where both do the same, otherwise 0.
+    """
+
+    codes: list[str]
+    pairs: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def sample(self, count: int, seed: int) -> "LabelledPairs":
+        """At most `count` of the pairs, drawn at random, in their order."""
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        return LabelledPairs(self.codes, self.pairs[chosen], self.labels[chosen])
+
+
+def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]:
+    """Read the splits that a recipe's `data` names.
+
+    Args:
+        settings: `bigclonebench`, the folder of the four files; or `train`, `valid` and optionally `test`, each a JSON
+            Lines or parquet file with the columns `first`, `second` (snippets) and `label` (0 or 1).
+
+    Returns:
+        The pairs of `train`, `valid` and, if there is one, `test`.
+
+    Raises:
+        ValueError: If other settings are given, a file is missing, or a row is no labelled pair; the message names it.
+    """
+    if set(settings) == {"bigclonebench"}:
+        return _bigclonebench(Path(settings["bigclonebench"]).expanduser())
+    if not {"train", "valid"} <= set(settings) <= set(SPLITS):
+        raise ValueError(
+            f"data must name bigclonebench, a folder, or the files train, valid and test; not {', '.join(settings)}."
+        )
+    return {split: _pairs_of_rows(settings[split]) for split in SPLITS if split in settings}
+
+
+class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
+    """Rows of clone detection, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, version 2).
+
+    Row `i` holds `input_ids`, int64 (T,), T ≤ `max_tokens`, and `labels`, an int64 scalar. Where both snippets do not
+    fit, each gets half of the room, or what the other leaves of it. Special tokens that are written in code are
+    ordinary characters.
+    """
+
+    def __init__(
+        self, pairs: LabelledPairs, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, progress: bool = True
+    ) -> None:
+        """Tokenize each snippet once.
+
+        Raises:
+            ValueError: If the tokenizer lacks `<sep>` or `<cls>`, or `max_tokens` leaves no room for two snippets.
+        """
+        if None in (tokenizer.sep_token_id, tokenizer.cls_token_id):
+            raise ValueError("The tokenizer must define sep_token and cls_token.")
+        if max_tokens < _SPECIAL_TOKENS + 2:
+            raise ValueError(f"max_tokens must be at least {_SPECIAL_TOKENS + 2}, not {max_tokens}.")
+        self.pairs = pairs
+        self._sep, self._cls, self._room = tokenizer.sep_token_id, tokenizer.cls_token_id, max_tokens - _SPECIAL_TOKENS
+        self._codes = encode_content(tokenizer, pairs.codes, progress=progress, description="Code")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        first, second = (self._codes[int(place)] for place in self.pairs.pairs[index])
+        half = self._room // 2
+        first = first[: max(half, self._room - len(second))]
+        second = second[: self._room - len(first)]
+        ids = np.concatenate([[self._sep], first, [self._sep], second, [self._cls]])
+        return {
+            "input_ids": torch.from_numpy(ids.astype(np.int64)),
+            "labels": torch.tensor(int(self.pairs.labels[index])),
+        }
+
+
+class ClassificationCollator:
+    """Pads rows on the tokenizer's side: `input_ids` and `attention_mask`, int64 (B, T), and `labels` (B,)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        if tokenizer.pad_token_id is None:
+            raise ValueError("The tokenizer must define pad_token.")
+        self._pad_token_id, self._side = tokenizer.pad_token_id, tokenizer.padding_side
+
+    def __call__(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        inputs = pad_inputs([row["input_ids"] for row in rows], self._pad_token_id, self._side)
+        return inputs | {"labels": torch.stack([row["labels"] for row in rows])}
+
+
+def _bigclonebench(folder: Path) -> dict[str, LabelledPairs]:
+    places: dict[str, int] = {}
+    codes = []
+    for where, row in open_dataset_rows(folder / "data.jsonl", ["func", "idx"]):
+        if not isinstance(row, dict) or not isinstance(row.get("func"), str) or "idx" not in row:
+            raise ValueError(f"{where} must have func and idx.")
+        places[str(row["idx"])] = len(codes)
+        codes.append(row["func"])
+    splits = {}
+    for split in SPLITS:
+        path = folder / f"{split}.txt"
+        if path.is_file():
+            splits[split] = _pairs_of_lines(path, codes, places)
+    if not {"train", "valid"} <= set(splits):
+        raise ValueError(f"{folder} must hold train.txt and valid.txt beside data.jsonl.")
+    return splits
+
+
+def _pairs_of_lines(path: Path, codes: list[str], places: Mapping[str, int]) -> LabelledPairs:
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            parts = line.split()
+            if len(parts) != 3 or parts[2] not in ("0", "1") or not (parts[0] in places and parts[1] in places):
+                raise ValueError(f"{path}, line {number}, must have two ids of data.jsonl and a label 0 or 1.")
+            rows.append((places[parts[0]], places[parts[1]], int(parts[2])))
+    return _pairs(codes, rows, path)
+
+
+def _pairs_of_rows(source: str | os.PathLike[str]) -> LabelledPairs:
+    places: dict[str, int] = {}
+    rows = []
+    for where, row in open_dataset_rows(source, ["first", "second", "label"]):
+        texts = [row.get(name) for name in ("first", "second")] if isinstance(row, dict) else []
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts) or row["label"] not in (0, 1):
+            raise ValueError(f"{where} must have code as first and second, and a label 0 or 1.")
+        rows.append((*(places.setdefault(text, len(places)) for text in texts), int(row["label"])))
+    return _pairs(list(places), rows, source)
+
+
+def _pairs(codes: list[str], rows: list[tuple[int, int, int]], source: str | os.PathLike[str]) -> LabelledPairs:
+    if not rows:
+        raise ValueError(f"{source} holds no pair.")
+    table = np.array(rows, dtype=np.int64)
+    return LabelledPairs(codes, table[:, :2], table[:, 2])

@@ -1,0 +1,205 @@
+"""The rows of fine-tuning for retrieval: one meaning, in prose and in code of one or several languages.
+
+Every source gives the same rows: triplets (prose, a function, its translation), documented functions of repositories
+(prose and a function), and parallel solutions of exercises (code alone).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from modular_star_encoder.data.corpora import open_corpus
+from modular_star_encoder.data.dataset_rows import open_dataset_rows
+from modular_star_encoder.data.documented_function import DocumentedFunction, description_key
+from modular_star_encoder.data.functions import collect_functions
+from modular_star_encoder.data.prose import reads_as_prose
+from modular_star_encoder.data.source_files import language_named
+from modular_star_encoder.data.triplets import BadRowError, TripletColumns, open_triplets
+
+_EXAMPLE_LENGTH = 200
+
+
+class Snippet(NamedTuple):
+    """Code and the lower-case name of its language."""
+
+    language: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelText:
+    """One meaning, said several times.
+
+    Attributes:
+        description: It in prose; empty if there is none.
+        snippets: It in code, at least one; the description was written for the first.
+        repository: Where it is from. Rows are held out by it; empty if that is unknown.
+    """
+
+    description: str
+    snippets: tuple[Snippet, ...]
+    repository: str = ""
+
+
+@dataclass(slots=True)
+class ParallelTexts:
+    """What was read from one source.
+
+    Attributes:
+        texts: The rows, in the order of the source.
+        skipped: Number of rows, or parts of rows, left out by reason.
+        examples: The first of them by reason: where it is, and how it begins.
+    """
+
+    texts: list[ParallelText] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def skip(self, reason: str, example: str) -> None:
+        """Count something that is left out."""
+        self.skipped[reason] += 1
+        self.examples.setdefault(reason, example[:_EXAMPLE_LENGTH])
+
+
+def read_parallel_texts(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, ParallelTexts]:
+    """Read every source that a recipe's `data` names.
+
+    Args:
+        settings: One or several of
+
+            - `triplets`: the name of a dataset of the Hub, a file or a folder; or a mapping with `source` and the other
+              arguments of `open_triplets`;
+            - `functions`: the settings of a corpus (see `open_corpus`), whose documented functions are taken;
+            - `parallel`: a file, folder or dataset with one exercise a row, `slug` and `code` (a mapping of languages
+              to solutions); or a mapping with `source`, `name` and `code` (other names of these columns), `strict` and
+              the arguments of `open_dataset_rows`.
+
+            A row with empty code, a language that is none of ours, or prose in place of code (see
+            `reads_as_prose`) is skipped and counted; with `strict: true` it is an error.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The rows by source, in this order.
+
+    Raises:
+        ValueError: If no source is named, one is unknown, can't be read, or has no row that is good.
+    """
+    unknown = sorted(set(settings) - set(_SOURCES))
+    if unknown or not settings:
+        given = f"not {', '.join(unknown)}" if unknown else "none is given"
+        raise ValueError(f"data has one or several of the sources {', '.join(_SOURCES)}; {given}.")
+    found = {}
+    for name in _SOURCES:
+        if name in settings:
+            try:
+                found[name] = _SOURCES[name](settings[name], progress)
+            except TypeError as error:
+                raise ValueError(f"data.{name} can't be used: {error}.") from error
+            if not found[name].texts:
+                reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
+                raise ValueError(f"data.{name} has no row to train on{': ' if reasons else '.'}{reasons}")
+    return found
+
+
+def described(functions: Iterable[DocumentedFunction]) -> list[ParallelText]:
+    """Documented functions as rows."""
+    return [ParallelText(one.description, (Snippet(one.language, one.code),), one.repository) for one in functions]
+
+
+def _triplets(settings: Any, progress: bool) -> ParallelTexts:
+    options = _options(settings)
+    strict = options.get("strict", False)
+    if "columns" in options:
+        options["columns"] = TripletColumns(**options["columns"])
+    reader, found = open_triplets(**options), ParallelTexts()
+    rows = tqdm(reader, desc="Reading triplets", unit=" rows", disable=not progress)
+    for number, row in enumerate(rows, 1):
+        snippets = (Snippet(row.language, row.code), Snippet(row.other_language, row.other_code))
+        faults = [_not_code(snippet.code, row.description) for snippet in snippets]
+        reason = next(filter(None, [*faults, _not_unicode(row.description)]), None)
+        if reason is None:
+            found.texts.append(ParallelText(row.description, snippets, row.repository))
+        else:
+            _leave_out(found, reason, f"triplet {number}: {json.dumps(snippets, ensure_ascii=False)}", strict)
+    found.skipped += reader.skipped
+    found.examples |= reader.examples
+    return found
+
+
+def _functions(settings: Any, progress: bool) -> ParallelTexts:
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"data.functions must be the settings of a corpus such as `folder: PATH`, not {settings!r}.")
+    reader = open_corpus(settings)
+    collection = collect_functions(reader, progress=progress)
+    dropped = Counter({reason: count for reason, count in collection.counts.items() if reason.startswith("dropped")})
+    return ParallelTexts(described(collection.functions), dropped + reader.skipped)
+
+
+def _parallel(settings: Any, progress: bool) -> ParallelTexts:
+    options = _options(settings)
+    strict, name, code = options.pop("strict", False), options.pop("name", "slug"), options.pop("code", "code")
+    found = ParallelTexts()
+    rows = open_dataset_rows(options.pop("source"), [name, code], **options)
+    for place, row in tqdm(rows, desc="Reading parallel solutions", unit=" rows", disable=not progress):
+        solutions = row.get(code) if isinstance(row, dict) else None
+        if not isinstance(solutions, Mapping) or not isinstance(row.get(name), str):
+            reason = row if isinstance(row, str) else f"no {name}, or no mapping {code}"
+            _leave_out(found, reason, f"{place}: {json.dumps(row, ensure_ascii=False, default=str)}", strict)
+            continue
+        snippets = []
+        for language, solution in solutions.items():
+            if solution is None:  # parquet has every language in every row
+                continue
+            known = language_named(language)
+            reason = f"language {language}, none of ours" if known is None else _not_code(solution)
+            if reason is None:
+                snippets.append(Snippet(known, solution))
+            else:
+                _leave_out(found, reason, f"{place}: {solution!r}", strict)
+        if len(snippets) > 1:
+            found.texts.append(ParallelText("", tuple(snippets), row[name]))
+        else:
+            _leave_out(found, "fewer than two solutions", f"{place}: {row[name]}", strict)
+    return found
+
+
+_SOURCES: dict[str, Callable[[Any, bool], ParallelTexts]] = {
+    "triplets": _triplets,
+    "functions": _functions,
+    "parallel": _parallel,
+}
+
+
+def _options(settings: Any) -> dict[str, Any]:
+    options = dict(settings) if isinstance(settings, Mapping) else {"source": settings}
+    if not options.get("source"):
+        raise TypeError("source, the name of a dataset, a file or a folder, is missing")
+    return options
+
+
+def _not_code(code: Any, description: str = "") -> str | None:
+    """Why a text is no code; None if it is."""
+    if not isinstance(code, str) or not code.strip():
+        return "empty code"
+    if bool(description) and description_key(code) == description_key(description):
+        return "description in place of code"
+    return "prose in place of code" if reads_as_prose(code) else _not_unicode(code)
+
+
+def _not_unicode(text: str) -> str | None:
+    """JSON can hold halves of characters, which neither tokenizers nor files take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "halves of characters (lone surrogates)"
+    return None
+
+
+def _leave_out(found: ParallelTexts, reason: str, example: str, strict: bool) -> None:
+    if strict:
+        raise BadRowError(f"A row can't be trained on ({reason}): {example[:_EXAMPLE_LENGTH]}")
+    found.skip(reason, example)

@@ -1,0 +1,133 @@
+"""The data of one fine-tuning: sources → rows to train on and rows held out, in a folder that is made once."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from modular_star_encoder.data.batch_plan import same_content_groups
+from modular_star_encoder.data.files import staged_folder, write_json
+from modular_star_encoder.data.parallel_texts import ParallelText, ParallelTexts, Snippet, read_parallel_texts
+from modular_star_encoder.data.splits import draw_repositories
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalData:
+    """Rows for training and rows held out.
+
+    Attributes:
+        train: In the order of the sources.
+        held_out: None of their repositories, descriptions or codes is in `train`.
+        report: What was read and left out: `settings`; `sources`, with `rows`, `skipped` (counts by reason) and
+            `examples` of each; `shared_with_held_out`, rows left out of training for their content; `train` and
+            `held_out`, numbers of rows; and the names of `held_out_repositories`.
+    """
+
+    train: list[ParallelText]
+    held_out: list[ParallelText]
+    report: dict[str, Any]
+
+
+def prepare_retrieval_data(
+    settings: Mapping[str, Any],
+    folder: str | os.PathLike[str],
+    *,
+    held_out_share: float,
+    seed: int,
+    samples: int | None = None,
+    progress: bool = True,
+) -> RetrievalData:
+    """Read the sources, hold out whole repositories of each, and write the result; or read what an earlier call wrote.
+
+    `folder` gets `train.parquet`, `held_out.parquet` and `report.json`, all at once.
+
+    Args:
+        settings: The sources; see `read_parallel_texts`.
+        folder: Where the data is, or will be.
+        held_out_share: Share of each source's rows to hold out, up to a fifth.
+        seed: Decides which repositories are held out, and which rows are drawn.
+        samples: Train on so many rows, drawn at random; all if None.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If a source cannot be read, has fewer than two repositories, or has fewer rows than `samples`; or if
+            `folder` holds data of other settings.
+    """
+    folder = Path(folder)
+    asked = {"data": dict(settings), "held_out_share": held_out_share, "seed": seed, "samples": samples}
+    asked = json.loads(json.dumps(asked, default=str))
+    if not (folder / REPORT).is_file():
+        sources = read_parallel_texts(settings, progress=progress)
+        data = _split(sources, held_out_share, seed, samples, asked)
+        with staged_folder(folder) as staging:
+            for name in ("train", "held_out"):
+                pyarrow.parquet.write_table(_table(getattr(data, name)), staging / f"{name}.parquet")
+            write_json(staging / REPORT, data.report)
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    if report["settings"] != asked:
+        other = ", ".join(name for name in asked if report["settings"].get(name) != asked[name])
+        raise ValueError(f"{folder} holds data of another {other}; name another folder.")
+    return RetrievalData(_rows(folder / "train.parquet"), _rows(folder / "held_out.parquet"), report)
+
+
+def _split(
+    sources: Mapping[str, ParallelTexts], share: float, seed: int, samples: int | None, asked: dict[str, Any]
+) -> RetrievalData:
+    texts = [text for found in sources.values() for text in found.texts]
+    held_out = np.concatenate([_held_out(found.texts, share, seed) for found in sources.values()])
+    groups = same_content_groups(texts)
+    leaked = np.isin(groups, groups[held_out]) & ~held_out
+    train = np.flatnonzero(~held_out & ~leaked)
+    if samples is not None:
+        if samples > len(train):
+            raise ValueError(f"samples is {samples}, and there are {len(train)} rows to train on.")
+        train = np.sort(np.random.default_rng(seed).permutation(train)[:samples])
+    unseen = np.flatnonzero(held_out)
+    report = {
+        "settings": asked,
+        "sources": {
+            name: {"rows": len(found.texts), "skipped": dict(found.skipped), "examples": found.examples}
+            for name, found in sources.items()
+        },
+        "shared_with_held_out": int(leaked.sum()),
+        "train": len(train),
+        "held_out": len(unseen),
+        "held_out_repositories": sorted({texts[row].repository for row in unseen} - {""}),
+    }
+    return RetrievalData([texts[row] for row in train], [texts[row] for row in unseen], report)
+
+
+def _held_out(texts: Sequence[ParallelText], share: float, seed: int) -> np.ndarray:
+    """Which rows of a source are held out, bool (rows,). A row of unknown repository is one of its own."""
+    names = [text.repository or f"row {row}" for row, text in enumerate(texts)]
+    drawn = draw_repositories(Counter(names), seed=seed, min_test=max(1, round(share * len(texts))))
+    return np.array([name in drawn for name in names])
+
+
+def _table(texts: Sequence[ParallelText]) -> pyarrow.Table:
+    columns = {
+        "description": [text.description for text in texts],
+        "languages": [[snippet.language for snippet in text.snippets] for text in texts],
+        "codes": [[snippet.code for snippet in text.snippets] for text in texts],
+        "repository": [text.repository for text in texts],
+    }
+    text = pyarrow.large_string()  # `string` ends at 2 GiB a column
+    kinds = (text, pyarrow.large_list(text), pyarrow.large_list(text), text)
+    return pyarrow.table(columns, schema=pyarrow.schema(list(zip(columns, kinds, strict=True))))
+
+
+def _rows(path: Path) -> list[ParallelText]:
+    return [
+        ParallelText(row["description"], tuple(map(Snippet, row["languages"], row["codes"])), row["repository"])
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        for row in batch.to_pylist()
+    ]

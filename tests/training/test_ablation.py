@@ -1,0 +1,252 @@
+"""The ablation: what is trained, what is compared, and that finished cells are kept."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modular_star_encoder.training import ablation as ablation_module
+from modular_star_encoder.training import hub_config_folder
+from modular_star_encoder.training.ablation import ablate
+from modular_star_encoder.training.ablation_recipe import AblationRecipe, load_ablation_recipe
+from modular_star_encoder.training.ablation_report import plot_ablation, to_markdown, without_places
+from modular_star_encoder.training.ablation_results import compare
+from modular_star_encoder.training.finetuning import finetune
+from tests.tiny import EXIT_LAYERS
+from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    settings = finetuning_settings(write_checkpoint(folder / "checkpoint"), write_triplets(folder))
+    settings |= {"steps": 2, "eval_steps": 2, "save_steps": 1}
+    recipe = {"finetuning": settings, "seeds": [0], "exit_layers": [2], "variants": {}}
+    return write_recipe(folder / "recipe.yaml", recipe)
+
+
+def run(recipe_file, out, *overrides):
+    lines = []
+    recipe = load_ablation_recipe(recipe_file, overrides)
+    return ablate(recipe, out, command="mose ablate", progress=False, announce=lines.append), lines
+
+
+def count_trainings(monkeypatch, out, stop_at=None):
+    """The cells that are trained, in order; `stop_at` is where Ctrl-C comes."""
+    trained, original = [], finetune
+
+    def counting(recipe, folder, **options):
+        trained.append(folder.relative_to(out / "cells").as_posix())
+        if len(trained) == stop_at:
+            raise KeyboardInterrupt
+        return original(recipe, folder, **options)
+
+    monkeypatch.setattr(ablation_module, "finetune", counting)
+    return trained
+
+
+def test_cells_resume_on_their_own_and_later_calls_may_add_some(recipe_file, tmp_path, monkeypatch):
+    out = tmp_path / "ablation"
+    with monkeypatch.context() as patch:
+        trained = count_trainings(patch, out, stop_at=2)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe_file, out)
+    assert trained == ["self-distilled/seed-0", "exit-2/seed-0"]
+    trained = count_trainings(monkeypatch, out)
+    results, lines = run(recipe_file, out)
+    assert lines == ["cell 1 of 2: self-distilled, seed 0", "cell 2 of 2: exit-2, seed 0"]
+    assert trained == ["exit-2/seed-0"]
+    _, lines = run(recipe_file, out, "seeds=[0, 1]", "variants={uniform: {exit_weights: uniform}}", "keep_models=false")
+    assert len(lines) == 6
+    added = ["uniform/seed-0", "self-distilled/seed-1", "exit-2/seed-1", "uniform/seed-1"]
+    assert trained[1:] == added
+    found = json.loads((out / "ablation.json").read_text())["benchmarks"]["held-out, text → code"]
+    assert found["exits"]["2"]["self_distilled"]["mrr"]["by_seed"][0] == pytest.approx(
+        results["benchmarks"]["held-out, text → code"]["exits"]["2"]["self_distilled"]["mrr"]["by_seed"][0]
+    )
+    assert set(found["variants"]["uniform"]["exits"]) == {"1", "2", "4"}
+    assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert "| uniform |" in (out / "ablation.md").read_text()
+    left = sorted(path.relative_to(out).as_posix() for path in (out / "cells").rglob("*.safetensors"))
+    assert left == []
+    assert not list((out / "cells").rglob("checkpoint-*"))
+
+
+def test_baselines_are_cut_from_the_same_checkpoint_and_see_the_same_batches(recipe_file, tmp_path):
+    results, _ = run(recipe_file, tmp_path / "run", "exit_layers=[1]", "finetuning.learning_rate=1.0e-30")
+    models = [tmp_path / "run" / "cells" / name / "seed-0" / "model" for name in ("self-distilled", "exit-1")]
+    both, alone = (load_file(model / "model.safetensors") for model in models)
+    heads = {
+        f"projection_heads.1.{part}" for part in ("dense.bias", "dense.weight", "out_proj.bias", "out_proj.weight")
+    }
+    assert {name for name in alone if name.startswith("projection_heads")} == heads
+    assert not any(name.startswith("model.layers.1") for name in alone)
+    for name in set(alone) - heads:
+        torch.testing.assert_close(alone[name], both[name], rtol=0, atol=1e-20)
+    logs = [json.loads((model / "training_log.json").read_text()) for model in models]
+    assert logs[0]["data"] == logs[1]["data"]
+    names = {"model", "steps", "batch_size", "seed", "learning_rate", "data"}
+    assert {name: logs[0]["recipe"][name] for name in names} == {name: logs[1]["recipe"][name] for name in names}
+    assert set(results["benchmarks"]) == {"held-out, text → code", "held-out, code → code"}
+
+
+def test_benchmarks_of_the_harness_are_measured_too(recipe_file, tmp_path):
+    rows = [
+        {"slug": f"exercise{i}", "description": f"Compute {i}.", "code": {"go": f"func E{i}() {{}}", "c": f"int e{i};"}}
+        for i in range(4)
+    ]
+    (tmp_path / "exercises.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = (f"benchmark_data={tmp_path}", "benchmarks=[exercism-code]", "held_out=false", "baselines=false")
+    results, _ = run(recipe_file, tmp_path / "run", *options)
+    assert list(results["benchmarks"]) == list(results["bm25"]) == ["exercism-code"]
+    found = results["benchmarks"]["exercism-code"]
+    assert found["queries"] == 8
+    assert set(found["exits"]) == {str(exit_layer) for exit_layer in EXIT_LAYERS}
+    assert "difference" not in found["exits"]["2"]
+
+
+def scores(values, seeds=(0, 1)):
+    """model → exit → reciprocal ranks, the same for each seed but for a shift."""
+    return {
+        (model, seed): {
+            "bench": {
+                exit_layer: {"task": {str(i): rank for i, rank in enumerate(ranks)}} for exit_layer, ranks in of.items()
+            }
+        }
+        for model, of in values.items()
+        for seed in seeds
+    }
+
+
+GOOD, BAD = [1.0] * 30 + [0.5] * 10, [1.0] * 10 + [0.25] * 30
+
+
+def test_figures_are_means_and_differences_are_paired():
+    found = compare(scores({"self-distilled": {1: GOOD, 2: GOOD}, "exit-1": {1: BAD}}), (1, 2), (0, 1), [])
+    found = found["benchmarks"]["bench"]
+    one = found["exits"]["1"]
+    assert one["self_distilled"]["mrr"]["value"] == pytest.approx(35 / 40)
+    assert one["self_distilled"]["recall@1"]["value"] == pytest.approx(30 / 40)
+    assert one["difference"]["mrr"]["value"] == pytest.approx((35 - 17.5) / 40)
+    assert one["difference"]["mrr"]["by_seed"] == pytest.approx([(35 - 17.5) / 40] * 2)
+    assert one["difference"]["mrr"]["low"] < (35 - 17.5) / 40 < one["difference"]["mrr"]["high"]
+    # Where every query differs by the same, drawing other queries changes nothing.
+    shifted = [value - 0.25 for value in GOOD]
+    (one,) = compare(scores({"self-distilled": {1: GOOD}, "exit-1": {1: shifted}}), (1,), (0, 1), [])[
+        "benchmarks"
+    ].values()
+    difference = one["exits"]["1"]["difference"]["mrr"]
+    assert (difference["low"], difference["high"]) == pytest.approx((0.25, 0.25))
+    assert one["exits"]["1"]["self_distilled"]["mrr"]["high"] > one["exits"]["1"]["self_distilled"]["mrr"]["low"]
+
+
+def test_the_mean_over_seeds_is_taken_query_by_query():
+    both = scores({"self-distilled": {1: [1.0, 0.5]}}, seeds=(0,)) | scores(
+        {"self-distilled": {1: [0.5, 0.5]}}, seeds=(1,)
+    )
+    (found,) = compare(both, (1,), (0, 1), [])["benchmarks"].values()
+    figure = found["exits"]["1"]["self_distilled"]
+    assert figure["mrr"]["by_seed"] == [0.75, 0.5]
+    assert figure["mrr"]["value"] == pytest.approx(0.625)
+    assert figure["recall@1"]["by_seed"] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("exits", "recommended", "lowered"),
+    [
+        ({1: GOOD, 2: GOOD}, True, []),
+        ({1: GOOD, 2: BAD}, True, []),
+        ({1: BAD, 2: BAD}, False, []),
+        ({1: GOOD, 2: [0.1] * 40}, False, [2]),
+    ],
+)
+def test_a_variant_is_recommended_if_it_raises_the_mean_and_lowers_no_exit(exits, recommended, lowered):
+    given = scores({"self-distilled": {1: BAD, 2: BAD}, "other": exits})
+    found = compare(given, (1, 2), (0, 1), ["other"])["benchmarks"]["bench"]["variants"]["other"]
+    assert (found["recommended"], found["lowered_exits"]) == (recommended, lowered)
+
+
+def results(draws=0):
+    given = scores(
+        {"self-distilled": {1: GOOD, 2: GOOD}, "exit-1": {1: BAD}, "exit-2": {2: BAD}, "other": {1: BAD, 2: GOOD}}
+    )
+    recipe = {"finetuning": {"steps": 3, "batch_size": 4, "model": "m"}}
+    extra = {"command": "mose ablate x", "recipe": recipe, "bm25": {"bench": 0.5}}
+    return {**extra, **compare(given, (1, 2), (0, 1), ["other"], draws=draws)}
+
+
+def test_the_report_shows_both_series_differences_and_variants():
+    lines = to_markdown(results()).splitlines()
+    row = next(line for line in lines if line.startswith("| 1 "))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:4] == ["1", "87.5", "43.8", "+43.8"]
+    assert cells[5] == "+43.8 to +43.8"
+    assert cells[6:9] == ["75.0", "25.0", "+50.0"]
+    assert next(line for line in lines if line.startswith("| other")).split("|")[-2].strip() == "lowers 1"
+    assert "    mose ablate x" in lines
+
+
+def test_the_picture_has_both_series_in_a_panel_of_each_metric(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **options: figures.append(self) or save(self, *args, **options)
+    )
+    plot_ablation(results(), tmp_path / "ablation.png")
+    (figure,) = figures
+    assert [axes.get_ylabel() for axes in figure.axes] == ["MRR × 100", "R@1 × 100"]
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[87.5, 87.5], [43.75, 43.75]]
+    assert (tmp_path / "ablation.png").is_file()
+
+
+def test_reports_hold_no_places_of_this_machine(monkeypatch):
+    monkeypatch.setenv("MOSE_DATA", "/srv/data")
+    home = os.environ.get("HOME", "")
+    found = without_places({"a": ["/srv/data/x", 3], "b": f"{home}/y"})
+    assert found == {"a": ["$MOSE_DATA/x", 3], "b": "$HOME/y" if home else "/y"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seeds=[]", "seeds must be different whole numbers"),
+        ("seeds=[1, 1]", "seeds must be different whole numbers"),
+        ("exit_layers=[3]", "exit_layers names 3; the model's exits are 1, 2, 4"),
+        ("variants={self-distilled: {}}", "'self-distilled' can't be used"),
+        ("variants={../x: {}}", "can't be used"),
+        ("variants={a: {data.triplets: x}}", "must not change data.triplets"),
+        ("variants={a: {objective.speed: 3}}", "a can't be used: objective has unknown settings speed"),
+        ("variants={a: {steps.x: 3}}", "steps is not a mapping"),
+        ("variants={a: {objective: {teacher: 3, distillation_weight: 1}}}", "teacher names exit 3"),
+        ("held_out=false", "Nothing is measured"),
+        ("benchmarks=[exercism-code]", "need benchmark_data"),
+        ("finetuning.steps=0", "steps must be above 0"),
+        ("finetuning=3", "finetuning must be a mapping"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        run(recipe_file, tmp_path / "run", override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_cells_of_other_settings_are_refused(recipe_file, tmp_path):
+    run(recipe_file, tmp_path / "run", "baselines=false", "finetuning.steps=1")
+    with pytest.raises(ValueError, match="another batch_size; name another folder"):
+        run(recipe_file, tmp_path / "run", "baselines=false", "finetuning.steps=1", "finetuning.batch_size=6")
+
+
+def test_our_recipe_trains_a_baseline_for_each_exit_and_tries_options_one_at_a_time():
+    recipe = load_ablation_recipe(hub_config_folder("small") / "ablation.yaml")
+    assert isinstance(recipe, AblationRecipe)
+    cells = recipe.cells((1, 2, 4, 6, 8))
+    assert len(cells) == 3 * (1 + 5 + len(recipe.variants))
+    assert {cell.recipe.exit_layer for cell in cells} == {None, 1, 2, 4, 6, 8}
+    assert {cell.recipe.seed for cell in cells} == {0, 1, 2}
+    weights = {cell.name: cell.recipe.contrastive().distillation_weight for cell in cells}
+    assert weights["distilled-from-ensemble"] == 1.0
+    assert weights["self-distilled"] == weights["aligned"] == 0.0

@@ -1,0 +1,177 @@
+"""Clone detection: its data, its rows, its scores, and a classifier trained at every exit."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from modular_star_encoder.data.labelled_pairs import ClassificationCollator, ClassificationRows, read_labelled_pairs
+from modular_star_encoder.evaluation.pair_classification import binary_scores, classification_scores
+from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
+from modular_star_encoder.objectives import ClassificationObjective
+from modular_star_encoder.training import hub_config_folder
+from modular_star_encoder.training.classification import finetune_classifier
+from modular_star_encoder.training.classification_recipe import ClassificationRecipe
+from modular_star_encoder.training.tasks import load_task
+from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
+from tests.training.retrieval_runs import WORDS, write_checkpoint, write_recipe
+
+
+def write_bigclonebench(folder, pairs=60):
+    """Functions in two spellings; a pair is a clone if it is about one word."""
+    folder.mkdir(exist_ok=True)
+    codes = [f"int {form}_{word}() {{ return {word}; }}" for word in WORDS for form in ("get", "fetch")]
+    rows = [{"func": code, "idx": str(100 + number)} for number, code in enumerate(codes)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    generator = np.random.default_rng(0)
+    for split in ("train", "valid", "test"):
+        lines = []
+        for _ in range(pairs):
+            first = int(generator.integers(20))
+            second = first ^ 1 if generator.random() < 0.5 else int(generator.integers(20))
+            lines.append(f"{100 + first}\t{100 + second}\t{int(first // 2 == second // 2)}")
+        (folder / f"{split}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classification")
+    settings = {
+        "task": "classification",
+        "model": str(write_checkpoint(folder / "checkpoint", residual_dropout=0.1)),
+        "data": {"bigclonebench": str(write_bigclonebench(folder / "data"))},
+        "steps": 6,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "max_tokens": 96,
+        "logging_steps": 1,
+        "eval_steps": 3,
+        "save_steps": 4,
+        "eval_samples": 20,
+    }
+    return write_recipe(folder / "recipe.yaml", settings)
+
+
+def run(recipe_file, out, *overrides):
+    recipe, finetune = load_task(recipe_file, overrides)
+    assert finetune is finetune_classifier
+    return finetune(recipe, out, progress=False)
+
+
+def test_a_row_is_both_snippets_in_the_published_template(tokenizer, tmp_path):
+    pairs = read_labelled_pairs({"bigclonebench": write_bigclonebench(tmp_path / "data")})["train"]
+    rows = ClassificationRows(pairs, tokenizer, max_tokens=128, progress=False)
+    texts = [pairs.codes[place] for place in pairs.pairs[3]]
+    assert rows[3]["input_ids"].tolist() == tokenizer(*texts)["input_ids"]
+    assert rows[3]["labels"] == pairs.labels[3]
+
+
+@pytest.mark.parametrize(("long", "lengths"), [(0, (44, 3)), (1, (3, 44)), (2, (24, 23))])
+def test_truncation_leaves_the_short_snippet_whole(tokenizer, tmp_path, long, lengths):
+    short_code, long_code = "a b", "x = 1; " * 50
+    first, second = [(long_code, short_code), (short_code, long_code), (long_code, long_code)][long]
+    row = {"first": first, "second": second, "label": 1}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    files = dict.fromkeys(("train", "valid"), tmp_path / "pairs.jsonl")
+    ids = ClassificationRows(read_labelled_pairs(files)["train"], tokenizer, max_tokens=50, progress=False)[0][
+        "input_ids"
+    ].tolist()
+    assert len(ids) == 50
+    second_sep = ids.index(1, 1)
+    assert (ids[0], ids[-1]) == (1, 2)
+    assert abs(second_sep - 1 - lengths[0]) <= 1
+    assert abs(48 - second_sep - lengths[1]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("train.txt", "100 101 2"), "train.txt, line 1, must have two ids"),
+        (("valid.txt", "100 999 1"), "valid.txt, line 1, must have two ids"),
+        (("train.txt", ""), "holds no pair"),
+        (("data.jsonl", '{"idx": 3}'), "must have func and idx"),
+    ],
+)
+def test_damaged_files_are_refused_by_line(tmp_path, change, message):
+    folder = write_bigclonebench(tmp_path / "data")
+    (folder / change[0]).write_text(change[1])
+    with pytest.raises(ValueError, match=message):
+        read_labelled_pairs({"bigclonebench": folder})
+
+
+def test_other_settings_and_rows_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="bigclonebench, a folder, or the files train, valid and test; not pairs"):
+        read_labelled_pairs({"pairs": "x"})
+    (tmp_path / "pairs.jsonl").write_text('{"first": "a", "second": " ", "label": 1}')
+    with pytest.raises(ValueError, match="line 1 must have code as first and second"):
+        read_labelled_pairs(dict.fromkeys(("train", "valid"), tmp_path / "pairs.jsonl"))
+
+
+def test_the_loss_of_each_exit_is_that_of_the_model_at_this_exit():
+    model = tiny_model(ModularStarEncoderForSequenceClassification).eval()
+    batch = tiny_batch() | {"labels": torch.tensor([0, 1, 1])}
+    output = ClassificationObjective()(model, batch, EXIT_LAYERS)
+    for exit_layer, loss in zip(EXIT_LAYERS, output.losses, strict=True):
+        expected = model(**batch, exit_layer=exit_layer).loss / model.config.exit_weight(exit_layer)
+        torch.testing.assert_close(loss, expected)
+
+
+def test_f1_is_that_of_the_positive_class():
+    scores = binary_scores(np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 1, 0]))
+    assert scores == {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
+    assert binary_scores(np.zeros(3), np.zeros(3))["f1"] == 0.0
+
+
+def test_a_classifier_is_trained_at_every_exit_and_saved_with_its_scores(recipe_file, tmp_path, tokenizer):
+    log = run(recipe_file, tmp_path / "run", "steps=60", "samples=16", "eval_steps=60", "save_steps=60")
+    training = [entry for entry in log["log_history"] if "loss" in entry]
+    first, last = (sum(entry["loss_exit_4"] for entry in part) / 5 for part in (training[:5], training[-5:]))
+    assert last < 0.7 * first
+    assert log["pairs"] == {"train": 16, "valid": 20, "test": 20}
+    assert set(log["scores"]) == {"valid", "test"}
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").eval()
+    pairs = read_labelled_pairs(log["recipe"]["data"])["valid"].sample(20, seed=0)
+    rows = ClassificationRows(pairs, tokenizer, max_tokens=96, progress=False)
+    again = classification_scores(model, [ClassificationCollator(tokenizer)([rows[i] for i in range(20)])])
+    assert again == {int(exit_layer): scores for exit_layer, scores in log["scores"]["valid"].items()}
+    assert set(again) == set(EXIT_LAYERS)
+
+
+def test_a_classifier_is_trained_at_one_exit_with_lora_and_its_head_is_kept(recipe_file, tmp_path):
+    log = run(recipe_file, tmp_path / "run", "exit_layer=2", "lora={}", "batch_size=4", "pairs_per_device=2")
+    assert list(log["scores"]["valid"]) == [2]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.num_hidden_layers == 2
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    (name,) = [name for name in adapter if name.endswith("classifier.weight")]
+    assert torch.equal(model.classifier.weight, adapter[name])
+    assert json.loads((tmp_path / "run" / "model" / "training_log.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_tokens=512", "max_tokens 512 must be at most the model's max_position_embeddings 128"),
+        ("pairs_per_device=3", "batch_size 8 must be a multiple of pairs_per_device × processes = 3 × 1"),
+        ("exit_layer=3", "its exits are 1, 2, 4"),
+        ("batch_size=0", "batch_size must be above 0"),
+        ("data=code", "data must be a mapping"),
+        ("task=regression", "task 'regression' must be one of retrieval, classification"),
+        ("task=retrieval", "is a recipe of another task"),
+        ("samples=-1", "samples must be above 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(recipe_file, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        run(recipe_file, tmp_path / "run", override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_papers_recipe_holds_its_figures():
+    recipe, _ = load_task(hub_config_folder("finetuned") / "clone_detection.yaml")
+    assert isinstance(recipe, ClassificationRecipe)
+    assert (recipe.steps, recipe.batch_size, recipe.warmup_steps, recipe.learning_rate) == (14_000, 64, 2000, 1e-5)

@@ -1,0 +1,213 @@
+"""Fine-tuning from a recipe: what it makes, what it refuses, and that nothing that happens to it is lost."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, TrainerCallback
+
+from modular_star_encoder.data.tokenizer import load_tokenizer
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
+from modular_star_encoder.training import MultiExitTrainer, hub_config_folder
+from modular_star_encoder.training.finetuning import finetune
+from modular_star_encoder.training.finetuning_preflight import finetuning_preflight
+from modular_star_encoder.training.finetuning_recipe import load_finetuning_recipe
+from modular_star_encoder.training.starting_points import starting_config
+from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_config
+from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), residual_dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory, checkpoint):
+    folder = tmp_path_factory.mktemp("recipe")
+    return write_recipe(folder / "recipe.yaml", finetuning_settings(checkpoint, write_triplets(folder)))
+
+
+def run(recipe_file, out, *overrides):
+    estimates = []
+    recipe = load_finetuning_recipe(recipe_file, overrides)
+    return finetune(recipe, out, progress=False, announce=estimates.append), estimates[0]
+
+
+def embed(model):
+    with torch.inference_mode():
+        return model.eval()(**tiny_batch(), exit_layers=EXIT_LAYERS).exit_embeddings
+
+
+def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(recipe_file, checkpoint, tmp_path):
+    log, estimate = run(recipe_file, tmp_path / "run", "steps=30", "objective.mini_batch_tokens=400")
+    model = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    assert type(model) is ModularStarEncoderForRetrieval
+    assert estimate.parameters == estimate.trained_parameters == model.num_parameters()
+    assert estimate.groups == {"text → code": 45, "code → code": 45}
+    assert estimate.epochs["text → code"] == pytest.approx(30 * 4 / 45)
+    training = [entry for entry in log["log_history"] if "loss" in entry]
+    assert len(training) == 30
+    assert {entry["learning_rate"] for entry in training} == {3e-3}
+    for exit_layer in EXIT_LAYERS:
+        assert f"clip_accuracy_exit_{exit_layer}" in training[0]
+        assert 0 <= log["evaluation"][f"eval_clip_accuracy_exit_{exit_layer}"] <= 1
+        for benchmark in ("held-out, text → code", "held-out, code → code"):
+            assert 0 < log["retrieval"][benchmark][f"exit {exit_layer}"]["mrr"]["value"] <= 1
+    first, last = (sum(entry["clip_loss_exit_4"] for entry in part) / 5 for part in (training[:5], training[-5:]))
+    assert last < 0.8 * first
+    assert log["data"]["held_out"] == 15
+    assert log["retrieval"]["held-out, text → code"]["queries"] == 8
+    assert log["retrieval"]["held-out, text → code"]["BM25"]["mrr"]["value"] > 0.9
+    assert not model.config.unpad_inputs
+    encoder = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")
+    assert encoder.encode("open the file", exit_layer=2).shape == (16,)
+    before, after = (AutoModel.from_pretrained(folder) for folder in (checkpoint, tmp_path / "run" / "model"))
+    moved = [not torch.equal(p, dict(after.model.named_parameters())[n]) for n, p in before.named_parameters()]
+    assert sum(moved) > 0.9 * len(moved)
+
+
+def interrupt(monkeypatch, step):
+    """Ctrl-C after a step."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    original = MultiExitTrainer.__init__
+
+    def with_interrupt(self, *args, **kwargs):
+        original(self, *args, callbacks=[Interrupt()], **kwargs)
+
+    monkeypatch.setattr(MultiExitTrainer, "__init__", with_interrupt)
+
+
+@pytest.mark.parametrize("overrides", [(), ("lora={r: 2}", "trainer={dataloader_num_workers: 1}")])
+def test_an_interrupted_run_ends_with_the_losses_and_weights_of_a_straight_one(
+    recipe_file, tmp_path, monkeypatch, overrides
+):
+    straight, _ = run(recipe_file, tmp_path / "straight", *overrides)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe_file, tmp_path / "interrupted", *overrides)
+    resumed, _ = run(recipe_file, tmp_path / "interrupted", *overrides)
+    assert (straight["resumed_from"], resumed["resumed_from"]) == (None, 4)
+    losses = [[entry["loss"] for entry in log["log_history"] if "loss" in entry] for log in (straight, resumed)]
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 6
+    expected, found = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("straight", "interrupted")
+    )
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(recipe_file, tmp_path):
+    first, _ = run(recipe_file, tmp_path / "run", "steps=2")
+    again = finetune(load_finetuning_recipe(recipe_file, ["steps=2"]), tmp_path / "run", progress=False)
+    assert again["seconds"] == first["seconds"]
+    assert again["log_history"] == json.loads(json.dumps(first["log_history"]))
+    with pytest.raises(ValueError, match="another objective, steps; name another folder"):
+        run(recipe_file, tmp_path / "run", "steps=4", "objective.logit_scale=20")
+
+
+def test_lora_trains_adapters_and_heads_and_saves_both_ways(recipe_file, checkpoint, tmp_path):
+    _, estimate = run(recipe_file, tmp_path / "run", "lora={}", "config.learned_logit_scale=10")
+    assert estimate.trained_parameters < 0.7 * estimate.parameters
+    merged = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    base = ModularStarEncoderForRetrieval.from_pretrained(checkpoint, learned_logit_scale=10)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    torch.testing.assert_close(embed(adapted), embed(merged), rtol=0, atol=1e-5)
+    changed = {name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {f"projection_heads.{exit_layer}.dense.weight" for exit_layer in EXIT_LAYERS} <= changed
+    assert {"model.layers.0.mlp.c_fc.weight", "logit_scale.log_scale"} <= changed
+    assert "model.embed_tokens.weight" not in changed
+    assert (tmp_path / "run" / "model" / "modules.json").is_file()
+
+
+def test_a_single_exit_baseline_has_the_layers_up_to_it_and_one_head(recipe_file, tmp_path):
+    log, _ = run(recipe_file, tmp_path / "run", "exit_layer=2", "steps=2")
+    model = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    assert (model.config.num_hidden_layers, list(model.config.exit_layers)) == (2, [2])
+    assert list(model.projection_heads) == ["2"]
+    assert set(log["retrieval"]["held-out, text → code"]) == {"queries", "BM25", "exit 2"}
+
+
+def test_retrieval_models_are_continued_with_their_heads(recipe_file, tmp_path):
+    heads = write_checkpoint(tmp_path / "retrieval", ModularStarEncoderForRetrieval)
+    run(recipe_file, tmp_path / "run", f"model={heads}", "steps=1", "learning_rate=1e-30")
+    before, after = (AutoModel.from_pretrained(folder) for folder in (heads, tmp_path / "run" / "model"))
+    assert torch.equal(embed(before), embed(after))
+
+
+def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
+    tiny_config().save_pretrained(tmp_path / "config")
+    with pytest.raises(ValueError, match="no weights, and so no tokenizer of its own: name one"):
+        run(recipe_file, tmp_path / "run", f"model={tmp_path / 'config'}")
+    run(recipe_file, tmp_path / "run", f"model={tmp_path / 'config'}", f"tokenizer={checkpoint}", "steps=1")
+    tokens = [load_tokenizer(folder).get_vocab() for folder in (checkpoint, tmp_path / "run" / "model")]
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_code_tokens=512", "must be at most the model's max_position_embeddings 128, not 512"),
+        ("batch_size=7", "batch_size 7 must be a multiple of 2 × processes = 2"),
+        ("steps=0", "steps must be above 0"),
+        ("schedule=cosine", "schedule must be one of constant, linear"),
+        ("renamed_share=30", "renamed_share must be between 0 and 1"),
+        ("held_out_share=0.5", "at most 0.2"),
+        ("exit_layer=3", "its exits are 1, 2, 4"),
+        ("exit_weights=heavy", "one of paper, uniform, linear"),
+        ("objective.logit_scale=0", "logit_scale 0.0 must be positive"),
+        ("objective.speed=3", "objective has unknown settings speed"),
+        ("objective={teacher: 3, distillation_weight: 1}", "teacher names exit 3"),
+        ("objective=clip", "objective must be a mapping"),
+        ("config.layers=3", "config has unknown settings layers"),
+        ("data.rows=x", "not rows"),
+        ("data.triplets=missing.jsonl", "no file missing.jsonl"),
+        ("config.residual_dropout=high", "residual_dropout"),
+        ("config.pooling=legacy", "unpad_inputs leaves out the padding that legacy pooling may read"),
+        ("model=nowhere", "no configuration 'nowhere'"),
+        ("attn_implementation=fast", "fast"),
+        ("stepz=3", "unknown settings stepz"),
+        ("trainer.speed=3", "trainer: .*speed"),
+        ("lora.speed=3", "lora: .*speed"),
+        ("batch_size=96", "from 2 to 44 pairs"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, override, message):
+    overrides = (
+        [override] if not override.startswith("objective.teacher") else [override, "objective.distillation_weight=1"]
+    )
+    with pytest.raises(ValueError, match=message):
+        run(recipe_file, tmp_path / "run", *overrides)
+    early = not override.startswith(("data", "lora", "batch_size=96"))
+    assert (tmp_path / "run").exists() is not early
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_papers_recipe_holds_its_figures():
+    recipe = load_finetuning_recipe(hub_config_folder("finetuned") / "recipe.yaml")
+    assert (recipe.steps, recipe.batch_size, recipe.samples) == (20_000, 2048, 635_404)
+    assert (recipe.learning_rate, recipe.schedule, recipe.warmup_steps) == (1e-5, "constant", 0)
+    assert (recipe.contrastive().logit_scale, recipe.exit_weights, recipe.renamed_share) == (10.0, "paper", 0.3)
+    assert recipe.max_code_tokens == 2048
+
+
+def test_our_small_recipe_fits_its_model():
+    recipe = load_finetuning_recipe(hub_config_folder("small") / "finetune.yaml", ["model=small"])
+    config, has_weights = starting_config(recipe)
+    with torch.device("meta"):
+        model = ModularStarEncoderForRetrieval(config)
+    estimate = finetuning_preflight(model, recipe, 1, {"text → code": 20_000}, (40.0, 120.0))
+    assert not has_weights
+    assert estimate.epochs == {"text → code": recipe.steps * recipe.batch_size / 20_000}
+    assert "code → code           none in this data" in str(estimate)
+    assert estimate.memory_bytes < 4 * 2**30
