@@ -146,6 +146,7 @@ def test_killed_before_every_renaming_of_every_stage_nothing_is_lost_doubled_or_
         assert killed or process.exitcode == 0
         deaths[stage] += killed
     assert min(deaths[stage] for stage in range(len(STAGES))) >= 2
+    build_dataset(small_recipe(corpus, server.base_url), out, progress=False)
     assert_rows_are_their_own(out)
     assert published(out) == published(finished)
     assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
