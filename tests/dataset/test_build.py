@@ -5,13 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
 from modular_star_encoder.data.source_files import LANGUAGES
 from modular_star_encoder.data.triplets import open_triplets
+from modular_star_encoder.dataset import row_files
 from modular_star_encoder.dataset.build import build_dataset
 from modular_star_encoder.dataset.columns import DATASET_COLUMNS
+from modular_star_encoder.dataset.completion_files import SCHEMA
 from modular_star_encoder.dataset.completions import BackendError
 from modular_star_encoder.dataset.row_files import read_rows
 from modular_star_encoder.dataset.stages import SPLITS, STAGES
@@ -143,8 +146,10 @@ def test_killed_before_every_renaming_of_every_stage_nothing_is_lost_doubled_or_
         assert killed or process.exitcode == 0
         deaths[stage] += killed
     assert min(deaths[stage] for stage in range(len(STAGES))) >= 2
+    build_dataset(small_recipe(corpus, server.base_url), out, progress=False)
     assert_rows_are_their_own(out)
     assert published(out) == published(finished)
+    assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
     # The stage of translation starts as often as it is killed, with at most four requests under way.
     assert len(server.bodies) - asked <= 35 + 4 * deaths[1]
 
@@ -189,6 +194,18 @@ def test_a_stage_that_is_removed_is_made_anew_with_other_settings(corpus, finish
     build_dataset(recipe, out, progress=False)
     assert "pretty_name: Mine" in (out / "dataset" / "README.md").read_text()
     assert published(out) == published(finished)
+
+
+def test_answers_to_other_functions_are_refused(corpus, finished, server, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for name in ("triplets", "near_duplicates", "split", "dataset"):
+        shutil.rmtree(out / name)
+    file = out / "translations" / "rows-00000.parquet"
+    row_files.write_parquet(file, [pq.read_table(file).take([1, 0, *range(2, 35)])], SCHEMA)
+    with pytest.raises(ValueError, match=r"answers in .*translations/rows-00000.parquet are not those to"):
+        build_dataset(small_recipe(corpus, server.base_url), out, progress=False)
+    assert not (out / "triplets").exists()
 
 
 def test_how_it_is_run_may_change(corpus, finished, server):

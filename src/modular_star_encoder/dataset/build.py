@@ -55,6 +55,7 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     try:
         with FileLock(build.out / LOCK, timeout=0):
             log = _read_log(build.out)
+            _clear(build.out)
             for stage in STAGES:
                 if not build.is_done(stage.__name__):
                     _run(build, stage, log)
@@ -65,7 +66,6 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
 
 def _run(build: Build, stage: Any, log: dict[str, Any]) -> None:
     name, start = stage.__name__, time.monotonic()
-    _clear(build.out, name)
     seconds = log.get(name, {}).get("seconds", 0.0)
     log[name] = {"settings": _settings_up_to(build.recipe, name), "seconds": seconds}
     write_json(build.out / LOG, log)
@@ -74,12 +74,13 @@ def _run(build: Build, stage: Any, log: dict[str, Any]) -> None:
     write_json(build.out / LOG, log)
 
 
-def _clear(out: Path, name: str) -> None:
+def _clear(out: Path) -> None:
     """Remove what a killed process was about to rename."""
     for path in out.glob(f".{LOG}.*.tmp"):
         path.unlink()
-    for path in out.glob(f".{name}-*"):
-        shutil.rmtree(path)
+    for stage in STAGES:
+        for path in out.glob(f".{stage.__name__}-*"):
+            shutil.rmtree(path)
 
 
 def _settings_up_to(recipe: DatasetRecipe, name: str) -> dict[str, Any]:

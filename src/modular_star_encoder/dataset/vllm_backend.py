@@ -13,8 +13,7 @@ from modular_star_encoder.dataset.completions import (
     Completion,
     CompletionRequest,
     batches,
-    prompt_tokens,
-    too_long,
+    tokenized,
 )
 
 
@@ -70,13 +69,8 @@ class VLLMBackend:
     def complete(self, requests: Iterable[CompletionRequest]) -> Iterator[Completion]:
         """See `CompletionBackend`."""
         for batch in batches(requests, self.in_flight):
-            rows = []
-            for request in batch:
-                ids = prompt_tokens(self._tokenizer, request.prompt)
-                if len(ids) > self._longest_prompt:
-                    yield too_long(request, len(ids), self._longest_prompt)
-                else:
-                    rows.append((request, ids))
+            rows, errors = tokenized(batch, self._tokenizer, self._longest_prompt)
+            yield from errors
             if rows:
                 yield from self._generate(rows)
 
