@@ -20,6 +20,8 @@ from modular_star_encoder.data.documentation import comment_description, docstri
         ("java", "/***\n *** Adds x.\n **/", "Adds x."),
         ("php", "/**\n * Adds x.\n * \n * @since 1.0\n */", "Adds x."),
         ("javascript", "/**\n * @memberof A\n * @description Adds x\n * to y.\n * @example f()\n */", "Adds x to y."),
+        ("javascript", "/** Adds a `<b>` to <b>x</b>. */", "Adds a `<b>` to x."),
+        ("ruby", "# Adds the \\port of x.", "Adds the port of x."),
         ("javascript", "/** Adds {@link A|the first} to {@linkcode B}. */", "Adds the first to B."),
         ("c", "/*\n * ======\n * Adds x.\n * ------\n * Slowly.\n */", "Adds x."),
         ("c", "/* Adds x\n   to y. */", "Adds x to y."),
