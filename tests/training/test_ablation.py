@@ -22,7 +22,7 @@ from tests.training.retrieval_runs import finetuning_settings, write_checkpoint,
 def recipe_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     settings = finetuning_settings(write_checkpoint(folder / "checkpoint"), write_triplets(folder))
-    settings |= {"steps": 2, "eval_steps": 2, "save_steps": 1}
+    settings |= {"steps": 1, "eval_steps": 1, "save_steps": 1}
     recipe = {"finetuning": settings, "seeds": [0], "exit_layers": [2], "variants": {}}
     return write_recipe(folder / "recipe.yaml", recipe)
 
@@ -235,9 +235,9 @@ def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, over
 
 
 def test_cells_of_other_settings_are_refused(recipe_file, tmp_path):
-    run(recipe_file, tmp_path / "run", "baselines=false", "finetuning.steps=1")
+    run(recipe_file, tmp_path / "run", "baselines=false")
     with pytest.raises(ValueError, match="another batch_size; name another folder"):
-        run(recipe_file, tmp_path / "run", "baselines=false", "finetuning.steps=1", "finetuning.batch_size=6")
+        run(recipe_file, tmp_path / "run", "baselines=false", "finetuning.batch_size=6")
 
 
 def test_our_recipe_trains_a_baseline_for_each_exit_and_tries_options_one_at_a_time():

@@ -1,6 +1,9 @@
 """Fine-tuning from a recipe: what it makes, what it refuses, and that nothing that happens to it is lost."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from modular_star_encoder.training.finetuning_recipe import load_finetuning_reci
 from modular_star_encoder.training.starting_points import starting_config
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_config
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
+from tests.training.test_distributed import free_port
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +47,14 @@ def embed(model):
 
 
 def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(recipe_file, checkpoint, tmp_path):
-    log, estimate = run(recipe_file, tmp_path / "run", "steps=30", "objective.mini_batch_tokens=400")
+    log, estimate = run(recipe_file, tmp_path / "run", "steps=20", "objective.mini_batch_tokens=400")
     model = AutoModel.from_pretrained(tmp_path / "run" / "model")
     assert type(model) is ModularStarEncoderForRetrieval
     assert estimate.parameters == estimate.trained_parameters == model.num_parameters()
     assert estimate.groups == {"text → code": 45, "code → code": 45}
-    assert estimate.epochs["text → code"] == pytest.approx(30 * 4 / 45)
+    assert estimate.epochs["text → code"] == pytest.approx(20 * 4 / 45)
     training = [entry for entry in log["log_history"] if "loss" in entry]
-    assert len(training) == 30
+    assert len(training) == 20
     assert {entry["learning_rate"] for entry in training} == {3e-3}
     for exit_layer in EXIT_LAYERS:
         assert f"clip_accuracy_exit_{exit_layer}" in training[0]
@@ -58,7 +62,7 @@ def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(
         for benchmark in ("held-out, text → code", "held-out, code → code"):
             assert 0 < log["retrieval"][benchmark][f"exit {exit_layer}"]["mrr"]["value"] <= 1
     first, last = (sum(entry["clip_loss_exit_4"] for entry in part) / 5 for part in (training[:5], training[-5:]))
-    assert last < 0.8 * first
+    assert last < 0.9 * first
     assert log["data"]["held_out"] == 15
     assert log["retrieval"]["held-out, text → code"]["queries"] == 8
     assert log["retrieval"]["held-out, text → code"]["BM25"]["mrr"]["value"] > 0.9
@@ -86,24 +90,25 @@ def interrupt(monkeypatch, step):
     monkeypatch.setattr(MultiExitTrainer, "__init__", with_interrupt)
 
 
-@pytest.mark.parametrize("overrides", [(), ("lora={r: 2}", "trainer={dataloader_num_workers: 1}")])
-def test_an_interrupted_run_ends_with_the_losses_and_weights_of_a_straight_one(
-    recipe_file, tmp_path, monkeypatch, overrides
-):
-    straight, _ = run(recipe_file, tmp_path / "straight", *overrides)
+def straight_and_interrupted(recipe_file, folder, monkeypatch, *overrides):
+    """Logs of a run that goes through and of one that Ctrl-C interrupts after step 5, one step after a checkpoint."""
+    straight, _ = run(recipe_file, folder / "straight", *overrides)
     with monkeypatch.context() as patch:
         interrupt(patch, 5)
         with pytest.raises(KeyboardInterrupt):
-            run(recipe_file, tmp_path / "interrupted", *overrides)
-    resumed, _ = run(recipe_file, tmp_path / "interrupted", *overrides)
+            run(recipe_file, folder / "interrupted", *overrides)
+    resumed, estimate = run(recipe_file, folder / "interrupted", *overrides)
     assert (straight["resumed_from"], resumed["resumed_from"]) == (None, 4)
     losses = [[entry["loss"] for entry in log["log_history"] if "loss" in entry] for log in (straight, resumed)]
     assert losses[0] == losses[1]
     assert len(set(losses[0])) == 6
-    expected, found = (
-        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("straight", "interrupted")
-    )
+    expected, found = (load_file(folder / name / "model" / "model.safetensors") for name in ("straight", "interrupted"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    return estimate
+
+
+def test_an_interrupted_run_ends_with_the_losses_and_weights_of_a_straight_one(recipe_file, tmp_path, monkeypatch):
+    straight_and_interrupted(recipe_file, tmp_path, monkeypatch, "trainer={dataloader_num_workers: 1}")
 
 
 def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(recipe_file, tmp_path):
@@ -115,8 +120,10 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(recip
         run(recipe_file, tmp_path / "run", "steps=4", "objective.logit_scale=20")
 
 
-def test_lora_trains_adapters_and_heads_and_saves_both_ways(recipe_file, checkpoint, tmp_path):
-    _, estimate = run(recipe_file, tmp_path / "run", "lora={}", "config.learned_logit_scale=10")
+def test_lora_trains_adapters_and_heads_resumes_and_saves_both_ways(recipe_file, checkpoint, tmp_path, monkeypatch):
+    settings = ("lora={}", "config.learned_logit_scale=10")
+    estimate = straight_and_interrupted(recipe_file, tmp_path, monkeypatch, *settings)
+    (tmp_path / "interrupted").rename(tmp_path / "run")
     assert estimate.trained_parameters < 0.7 * estimate.parameters
     merged = AutoModel.from_pretrained(tmp_path / "run" / "model")
     base = ModularStarEncoderForRetrieval.from_pretrained(checkpoint, learned_logit_scale=10)
@@ -128,6 +135,32 @@ def test_lora_trains_adapters_and_heads_and_saves_both_ways(recipe_file, checkpo
     assert {"model.layers.0.mlp.c_fc.weight", "logit_scale.log_scale"} <= changed
     assert "model.embed_tokens.weight" not in changed
     assert (tmp_path / "run" / "model" / "modules.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(recipe_file, tmp_path):
+    settings = [
+        "steps=2",
+        "trainer={bf16: false}",
+        "config={residual_dropout: 0, attention_dropout: 0, embedding_dropout: 0}",
+    ]
+    straight, _ = run(recipe_file, tmp_path / "one", *settings)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "modular_star_encoder_cli", "finetune", str(recipe_file), *settings]
+    processes = [
+        subprocess.Popen(
+            [*command, "--out", str(tmp_path / "two")],
+            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in ("0", "1")
+    ]
+    assert [process.wait(timeout=180) for process in processes] == [0, 0]
+    log = json.loads((tmp_path / "two" / "model" / "training_log.json").read_text())
+    assert log["preflight"]["processes"] == 2
+    losses = [[entry["loss"] for entry in one["log_history"] if "loss" in entry] for one in (straight, log)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert log["evaluation"]["eval_loss"] == pytest.approx(straight["evaluation"]["eval_loss"], rel=1e-2)
 
 
 def test_a_single_exit_baseline_has_the_layers_up_to_it_and_one_head(recipe_file, tmp_path):

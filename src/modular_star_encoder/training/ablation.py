@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from modular_star_encoder.data.files import write_json
 from modular_star_encoder.data.retrieval_data import RetrievalData, prepare_retrieval_data
 from modular_star_encoder.evaluation.benchmarks.registry import choose_benchmarks, load_benchmark
@@ -26,7 +24,7 @@ from modular_star_encoder.training.ablation_report import without_places, write_
 from modular_star_encoder.training.ablation_results import Values, compare
 from modular_star_encoder.training.finetuning import check_recipe, evaluate_checkpoint, finetune
 from modular_star_encoder.training.saving import MODEL
-from modular_star_encoder.training.training_recipe import open_run
+from modular_star_encoder.training.training_recipe import open_run, processes_of_run
 
 SCORES = "scores.json"
 
@@ -58,7 +56,7 @@ def ablate(
     Raises:
         ValueError: the recipe contradicts itself or the model, or `out` holds cells of other settings.
     """
-    out, state, base = Path(out), PartialState(), recipe.base()
+    out, state, base = Path(out), processes_of_run(), recipe.base()
     blueprint, _ = check_recipe(base, out, state.num_processes, progress)
     exits = tuple(blueprint.config.exit_layers)
     cells = recipe.cells(exits)
@@ -117,7 +115,7 @@ def _run_cell(
     progress: bool,
 ) -> dict[str, dict[int, Values]]:
     """Train and measure one model, unless that is done: benchmark → exit → reciprocal ranks, in every process."""
-    run, state = folder / cell.folder, PartialState()
+    run, state = folder / cell.folder, processes_of_run()
     settings, names = cell.recipe.to_dict(), [task.fingerprint() for task in tasks]
     with state.main_process_first():
         open_run(run, settings, "an ablation", until_trained=settings)

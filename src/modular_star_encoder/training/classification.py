@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
@@ -21,7 +20,7 @@ from modular_star_encoder.training.saving import MODEL, save_trained
 from modular_star_encoder.training.stages import train_to_the_end
 from modular_star_encoder.training.starting_points import starting_config, starting_model
 from modular_star_encoder.training.trainer import MultiExitTrainer
-from modular_star_encoder.training.training_recipe import LOG, finite, open_run
+from modular_star_encoder.training.training_recipe import LOG, finite, open_run, processes_of_run
 
 
 def finetune_classifier(
@@ -45,7 +44,7 @@ def finetune_classifier(
     Raises:
         ValueError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
     """
-    out, state = Path(out), PartialState()
+    out, state = Path(out), processes_of_run()
     config, arguments = _check(recipe, out, state.num_processes, progress)
     with state.main_process_first():
         open_run(out, recipe.to_dict(), "fine-tuning a classifier", until_trained=())

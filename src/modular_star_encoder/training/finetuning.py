@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
@@ -34,7 +33,7 @@ from modular_star_encoder.training.saving import MODEL, save_trained
 from modular_star_encoder.training.stages import train_to_the_end
 from modular_star_encoder.training.starting_points import starting_config, starting_model
 from modular_star_encoder.training.trainer import MultiExitTrainer
-from modular_star_encoder.training.training_recipe import LOG, finite, open_run
+from modular_star_encoder.training.training_recipe import LOG, finite, open_run, processes_of_run
 
 
 def finetune(
@@ -67,7 +66,7 @@ def finetune(
     Raises:
         ValueError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
     """
-    out, state = Path(out), PartialState()
+    out, state = Path(out), processes_of_run()
     blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress)
     with state.main_process_first():
         settings = recipe.to_dict()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.corpora import open_corpus
@@ -28,7 +27,7 @@ from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe
 from modular_star_encoder.training.schedule import MultiStepSchedule
 from modular_star_encoder.training.stages import train_to_the_end
 from modular_star_encoder.training.trainer import MultiExitTrainer
-from modular_star_encoder.training.training_recipe import finite, has_weights, model_folder, open_run
+from modular_star_encoder.training.training_recipe import finite, has_weights, model_folder, open_run, processes_of_run
 
 LOG, CURVES = Path("model", "training_log.json"), Path("model", "curves.png")
 
@@ -63,7 +62,7 @@ def pretrain(
     Raises:
         ValueError: the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
     """
-    out, state = Path(out), PartialState()
+    out, state = Path(out), processes_of_run()
     config = model_config(recipe)
     # What can be told without the corpus is told before it is read.
     with torch.device("meta"):

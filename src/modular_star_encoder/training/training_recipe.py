@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from modular_star_encoder.data.files import write_json
@@ -164,6 +165,11 @@ class StartingRecipe(TrainingRecipe):
         known = {one.name for one in fields(ModularStarEncoderConfig)}
         if unknown := sorted(set(self.config) - known):
             raise ValueError(f"config has unknown settings {', '.join(unknown)}.")
+
+
+def processes_of_run() -> PartialState:
+    """This process among those of the run; without a GPU they talk by gloo, however they were started."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def model_folder(name: str) -> Path:
