@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from modular_star_encoder.dataset.near_duplicates import verification
 from modular_star_encoder.dataset.near_duplicates.in_memory import find_near_duplicates
 from modular_star_encoder.dataset.near_duplicates.settings import DuplicateSettings
 from modular_star_encoder.dataset.near_duplicates.verification import TextColumn, near_pairs
@@ -83,12 +84,16 @@ def test_a_similarity_right_at_the_threshold_is_near():
 
 
 def test_every_row_dropped_is_told_with_the_row_nearest_to_it(texts):
+    texts = [*texts, texts[0]]
     result = find_near_duplicates({"code": texts})
-    for row in np.flatnonzero(~result.kept):
+    best = np.zeros(len(texts))
+    np.maximum.at(best, result.pairs, result.pair_similarities[:, None])
+    assert (np.bincount(result.pairs.ravel()) > 1).sum() > 10  # rows that are near several
+    for row in np.flatnonzero(~result.kept)[:-1]:
         nearest = result.nearest[row]
         assert result.clusters[row] == result.clusters[nearest]
-        expected = 1.0 if texts[row] == texts[nearest] else true_jaccard(texts[row], texts[nearest])
-        assert result.similarity[row] == expected >= 0.7
+        assert result.similarity[row] == true_jaccard(texts[row], texts[nearest]) == best[row] >= 0.7
+    assert (result.nearest[-1], result.similarity[-1]) == (0, 1)
     assert set(result.nearest[result.kept]) == {-1}
     assert result.similarity[result.kept].max() == 0
 
@@ -141,6 +146,29 @@ def test_either_both_or_one_of_the_columns():
     assert kept(names=("translation",)) == [True, False, False, True]
 
 
+def test_rows_near_in_both_columns_are_one_pair_with_the_larger_similarity():
+    rng = random.Random(9)
+    texts = [code(rng), code(rng)]
+    columns = {
+        "code": [texts[0], mutated(texts[0], 0.85, rng)],
+        "translation": [texts[1], mutated(texts[1], 0.95, rng)],
+    }
+    similarities = [true_jaccard(*column) for column in columns.values()]
+    for match, expected in (("either", max(similarities)), ("both", min(similarities))):
+        result = find_near_duplicates(columns, settings=DuplicateSettings(match=match))
+        assert found_pairs(result) == {(0, 1): expected}
+        assert len(result.pairs) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("_PAIRS_AT_A_TIME", 3), ("_CHARACTERS_AT_A_TIME", 700)])
+def test_the_result_does_not_depend_on_how_many_pairs_are_compared_at_a_time(texts, monkeypatch, name, value):
+    expected = find_near_duplicates({"code": texts})
+    monkeypatch.setattr(verification, name, value)
+    result = find_near_duplicates({"code": texts})
+    np.testing.assert_array_equal(result.pairs, expected.pairs)
+    np.testing.assert_array_equal(result.pair_similarities, expected.pair_similarities)
+
+
 def test_a_blank_column_does_not_make_rows_near_but_does_not_keep_them_apart():
     rng = random.Random(4)
     first, other = code(rng), code(rng)
@@ -187,6 +215,7 @@ def test_rows_near_a_text_of_another_set_are_dropped_and_told_by_set():
     equal, near, unlike = texts[1], mutated(texts[2], 0.85, rng), code(rng)
     columns = {"code": [*texts, texts[1]], "translation": [code(rng) for _ in range(6)]}
     columns["translation"][4] = near
+    columns["translation"][5] = columns["translation"][1]  # a copy of row 1
     against = {"first": [unlike, equal], "second": ["", unlike, near], "third": []}
     result = find_near_duplicates(columns, against=against)
     assert result.kept.tolist() == [True, False, False, True, False, False]

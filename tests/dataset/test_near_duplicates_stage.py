@@ -10,12 +10,13 @@ import pytest
 
 import modular_star_encoder
 from modular_star_encoder.dataset.near_duplicates import job as job_module
+from modular_star_encoder.dataset.near_duplicates import shards
 from modular_star_encoder.dataset.near_duplicates.in_memory import find_near_duplicates
 from modular_star_encoder.dataset.near_duplicates.job import WORK, DuplicateJob
 from modular_star_encoder.dataset.near_duplicates.preparation import prepare_job
 from modular_star_encoder.dataset.near_duplicates.settings import DuplicateSettings
 from modular_star_encoder.dataset.near_duplicates.stage import drop_near_duplicates
-from tests.dataset.near_duplicate_samples import code, mutated, rows_with_near_duplicates, sliding_windows
+from tests.dataset.near_duplicate_samples import code, mutated, rows_with_near_duplicates, sliding_windows, true_jaccard
 
 AGAINST = {"bench": ["x = 1", ""]}
 
@@ -89,6 +90,12 @@ def test_the_stage_keeps_what_the_search_in_memory_keeps(source, tmp_path, match
     assert report.counts["near a text of bench"] == 1
 
 
+def test_files_are_read_and_written_some_rows_at_a_time(source, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_ROWS_AT_A_TIME", 5)
+    assert drop(source, tmp_path / "out") == finished[0]
+    assert written_order(tmp_path / "out") == written_order(finished[1])
+
+
 def test_files_keep_their_names_columns_and_schema(source, finished):
     _, out = finished
     names = [path.relative_to(source) for path in sorted(source.rglob("*.parquet"))]
@@ -111,9 +118,10 @@ def test_every_row_dropped_has_a_line_that_says_why(source, finished):
             assert AGAINST["bench"][line["nearest"]] in (rows[line["id"]]["code"], rows[line["id"]]["translation"])
         else:
             assert line["cluster"] in kept
-            assert line["nearest"] in rows
             assert line["cluster"] < line["id"]
-        assert 0.7 <= line["similarity"] <= 1
+            row, nearest = rows[line["id"]], rows[line["nearest"]]
+            near = [true_jaccard(row[name] or "", nearest[name] or "") for name in ("code", "translation")]
+            assert line["similarity"] == max(near) >= 0.7
     assert json.loads((out / "report.json").read_text())["counts"] == report.counts
 
 
@@ -208,7 +216,7 @@ while exit_code is None:
         run()
         os._exit(0)
     if not kills % 3:
-        time.sleep(moment.uniform(0, 0.1))
+        time.sleep(moment.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
@@ -226,7 +234,7 @@ def test_killed_in_every_task_and_restarted_it_gives_the_same(source, finished, 
     environment = os.environ | {"RAYON_NUM_THREADS": "1"}
     killed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert killed.returncode == 0, killed.stderr
-    assert int(killed.stdout.split()[-1]) >= 10
+    assert int(killed.stdout.split()[-1]) >= 6
     assert content(out) == content(finished[1])
 
 
@@ -299,7 +307,7 @@ def test_datatroves_executors_do_the_same_job(source, finished, tmp_path):
     job = prepare_job(source, out, columns=["code", "translation"], id_column="id", against=AGAINST)
     executor = None
     for name, step, tasks in near_duplicate_steps(job, compare_tasks=3):
-        options = {"tasks": tasks, "workers": 1, "depends": executor, "logging_dir": str(tmp_path / name)}
+        options = {"tasks": min(tasks, 2), "workers": 1, "depends": executor, "logging_dir": str(tmp_path / name)}
         executor = local.LocalPipelineExecutor([step], **options)
     executor.run()
     assert content(out) == content(finished[1])

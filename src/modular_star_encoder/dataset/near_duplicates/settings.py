@@ -64,7 +64,8 @@ class DuplicateSettings:
             times as much, 36 bands of 7: it compares 95 % at the threshold, and several times as many pairs in vain.
         match: Of several columns, whether `"either"` makes two rows near-duplicates, or `"both"` (all) must be near.
         bucket_limit: Rows that share a band are compared with the so many smallest ids among them, so that the work is
-            linear in the number of rows, however many share a band.
+            linear in the number of rows, however many share a band: at the worst bands × `bucket_limit` pairs a row, of
+            eight bytes each while they are listed. In ordinary corpora there is less than one pair a row.
         giant_cluster: A cluster of more than so many different rows is not reduced to one of them. Similarity is not
             transitive: by chains of near-duplicates, unlike rows come into one cluster, and boilerplate can chain a
             whole corpus. In such a cluster, rows are kept in order of their ids unless near one kept before.
