@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from modular_star_encoder.dataset.completions import Completion, CompletionRequest
+from modular_star_encoder.dataset.completions import TOO_LONG, Completion, CompletionRequest
 from modular_star_encoder.dataset.transformers_backend import TransformersBackend
 from tests.dataset.stand_in import save_stand_in
 
@@ -79,7 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
             prompt = body["messages"][0]["content"]
             completion = owner.answer(prompt)
             if completion.error:
-                reply = 400, {"error": {"message": completion.error, "code": "context_length_exceeded"}}, {}
+                code = "context_length_exceeded" if completion.finish_reason == TOO_LONG else None
+                reply = 400, {"error": {"message": completion.error, "code": code}}, {}
             else:
                 with owner.lock:
                     owner.prompts.append(prompt)

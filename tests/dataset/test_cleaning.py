@@ -52,6 +52,7 @@ def test_tags_of_php_are_left_out_of_php_alone():
     ("text", "finish_reason", "reason"),
     [
         (GO, "error", "not answered"),
+        (GO, "too_long", "prompt too long"),
         (GO, "length", "truncated"),
         ("", "content_filter", "refused"),
         ("I'm sorry, but I can't help with that.", "stop", "refused"),

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from modular_star_encoder.data.documented_function import code_key
 from modular_star_encoder.data.source_files import LANGUAGES
 from modular_star_encoder.data.syntax import holds_function, syntax_error_share
+from modular_star_encoder.dataset.completions import ERROR, TOO_LONG
 
 MAX_SYNTAX_ERROR_SHARE = 0.05
 
 REASONS = (
     "not answered",
+    "prompt too long",
     "refused",
     "truncated",
     "empty",
@@ -20,6 +22,13 @@ REASONS = (
     "no function",
 )
 """Why a translation is rejected, in the order in which it is looked at."""
+
+_REASON_OF_FINISH = {
+    ERROR: "not answered",
+    TOO_LONG: "prompt too long",
+    "content_filter": "refused",
+    "length": "truncated",
+}
 
 _TAGS = {
     "python": ("python", "py", "python3"),
@@ -94,7 +103,7 @@ def clean_translation(
         max_error_share: Largest share of a translation that may not parse as the target language; with 1, syntax is
             not looked at.
     """
-    reason = {"error": "not answered", "content_filter": "refused", "length": "truncated"}.get(finish_reason)
+    reason = _REASON_OF_FINISH.get(finish_reason)
     if reason:
         return Translation("", reason)
     block = _block(text, target_language)

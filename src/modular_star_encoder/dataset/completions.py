@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 Item = TypeVar("Item")
 
+ERROR, TOO_LONG = "error", "too_long"
+
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
@@ -33,7 +35,8 @@ class Completion:
         id: Id of the request.
         text: What was written.
         finish_reason: Why it ended there, in the words of OpenAI's protocol: `"stop"`, `"length"`, `"content_filter"`,
-            or whatever else an endpoint says; `"error"` if this one request could not be answered.
+            or whatever else an endpoint says; `"too_long"` if the prompt leaves no room for an answer, and `"error"` if
+            this one request could not be answered for another reason.
         prompt_tokens: Number of tokens of the prompt, chat template included; 0 where an endpoint does not say.
         completion_tokens: Number of tokens written, the one that ends the text included; 0 where an endpoint does not
             say.
@@ -96,7 +99,7 @@ def tokenized(
             rows.append((request, ids))
         else:
             message = f"The prompt has {len(ids)} tokens; {longest} fit."
-            errors.append(Completion(request.id, "", "error", prompt_tokens=len(ids), error=message))
+            errors.append(Completion(request.id, "", TOO_LONG, prompt_tokens=len(ids), error=message))
     return rows, errors
 
 
