@@ -5,7 +5,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from modular_star_encoder.data.prompts import SPECIAL_TOKENS, code_prompt
-from modular_star_encoder.data.tokenizer import encode_content, load_tokenizer, train_tokenizer
+from modular_star_encoder.data.tokenizer import encode_content, load_tokenizer, train_tokenizer, with_template
+from tests.published.stand_in import write_tokenizer
 
 TEXT = "def añb(x):\n\treturn x1234  # 漢字 🙂\r\n"
 
@@ -102,3 +103,30 @@ def test_a_tokenizer_that_names_gpt2s_class_still_splits_digits(tokenizer, tmp_p
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
     assert "Digits" in str(load_tokenizer(tmp_path).backend_tokenizer.pre_tokenizer)
     assert "Digits" not in str(AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer.pre_tokenizer)
+
+
+def test_a_tokenizer_without_template_gets_ours_and_keeps_every_id(tmp_path):
+    published = write_tokenizer(tmp_path, max_length=64)
+    ours = with_template(published)
+    assert len(ours) == len(published)
+    prompt = ours(code_prompt("go") + TEXT)["input_ids"]
+    sep, cls = published.sep_token, published.cls_token
+    written = f"{sep}{code_prompt('go').removesuffix('<sep>')}{sep}{TEXT}{cls}"
+    assert prompt == published(written)["input_ids"]
+    assert (published.sep_token, ours.sep_token) == ("<SEP>", "<sep>")
+    names = ("sep_token_id", "cls_token_id", "mask_token_id", "pad_token_id", "padding_side", "model_max_length")
+    assert [getattr(ours, name) for name in names] == [getattr(published, name) for name in names]
+    ours.save_pretrained(tmp_path / "ours")
+    for again in (load_tokenizer(tmp_path / "ours"), AutoTokenizer.from_pretrained(tmp_path / "ours")):
+        assert again(code_prompt("go") + TEXT)["input_ids"] == prompt
+
+
+def test_a_tokenizer_of_ours_stays_and_one_without_the_tokens_is_refused(tokenizer, tmp_path):
+    assert with_template(tokenizer) is tokenizer
+    bare = write_tokenizer(tmp_path, max_length=64)
+    bare.add_tokens(["<sep>"])
+    with pytest.raises(ValueError, match="another token that is spelled <sep>"):
+        with_template(bare)
+    bare.cls_token = None
+    with pytest.raises(ValueError, match="must define sep_token and cls_token"):
+        with_template(bare)

@@ -13,12 +13,14 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, TrainerCallback
 
 from modular_star_encoder.data.tokenizer import load_tokenizer
+from modular_star_encoder.evaluation.checkpoint import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training import MultiExitTrainer, hub_config_folder
 from modular_star_encoder.training.finetuning import finetune
 from modular_star_encoder.training.finetuning_preflight import finetuning_preflight
 from modular_star_encoder.training.finetuning_recipe import load_finetuning_recipe
 from modular_star_encoder.training.starting_points import starting_config
+from tests.published.stand_in import write_stand_in
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_config
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
 from tests.training.test_distributed import free_port
@@ -176,6 +178,20 @@ def test_retrieval_models_are_continued_with_their_heads(recipe_file, tmp_path):
     run(recipe_file, tmp_path / "run", f"model={heads}", "steps=1", "learning_rate=1e-30")
     before, after = (AutoModel.from_pretrained(folder) for folder in (heads, tmp_path / "run" / "model"))
     assert torch.equal(embed(before), embed(after))
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "finetuned"])
+def test_published_layouts_are_started_from_and_their_tokenizer_gets_the_template(recipe_file, tmp_path, kind):
+    published = write_stand_in(tmp_path / kind, kind)
+    log, _ = run(recipe_file, tmp_path / "run", f"model={published}", "steps=1", "learning_rate=1.0e-30", "lora={r: 1}")
+    model, tokenizer = load_checkpoint(tmp_path / "run" / "model")
+    assert list(model.config.exit_layers) == [1, 2, 3, 5, 6]
+    assert set(log["recipe"]["lora"]) == {"r"}
+    before = ModularStarEncoderForRetrieval.from_pretrained(published)
+    trunk = {name: tensor for name, tensor in before.state_dict().items() if name.startswith("model.")}
+    assert all(torch.allclose(tensor.float(), model.state_dict()[name]) for name, tensor in trunk.items())
+    assert tokenizer("")["input_ids"] == [tokenizer.sep_token_id, tokenizer.cls_token_id]
+    assert (tokenizer.sep_token, tokenizer.pad_token) == ("<sep>", "<|endoftext|>")
 
 
 def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):

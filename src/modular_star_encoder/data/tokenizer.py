@@ -73,11 +73,7 @@ def train_tokenizer(
         show_progress=progress,
     )
     tokenizer.train_from_iterator(_at_least_one(texts), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=SINGLE_TEMPLATE,
-        pair=PAIR_TEMPLATE,
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (SEP_TOKEN, CLS_TOKEN)],
-    )
+    tokenizer.post_processor = _template(tokenizer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD_TOKEN,
@@ -106,6 +102,47 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     replaces the pre-tokenizer: numbers would no longer be split into digits.
     """
     return PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Return the tokenizer with the template of `prompts.py`, and `<sep>`, `<cls>` and `<mask>` spelled as there.
+
+    The published tokenizer has no template, for its users write the special tokens into their texts, and may spell them
+    otherwise. Every token keeps its id. A tokenizer that has all this is returned as it is.
+
+    Raises:
+        ValueError: If it has no `sep_token` or `cls_token`, or uses one of our spellings for another token.
+    """
+    ours = {"sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
+    theirs = {role: getattr(tokenizer, role) for role in ours if getattr(tokenizer, role) is not None}
+    if not {"sep_token", "cls_token"} <= set(theirs):
+        raise ValueError("The tokenizer must define sep_token and cls_token.")
+    framed = [tokenizer.sep_token_id, tokenizer.cls_token_id]
+    if theirs.items() <= ours.items() and tokenizer("")["input_ids"] == framed:
+        return tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    spellings = {theirs[role]: ours[role] for role in theirs}
+    vocabulary = state["model"]["vocab"]
+    for entry in state["added_tokens"]:
+        entry["content"] = spellings.get(entry["content"], entry["content"])
+    known = [entry["content"] for entry in state["added_tokens"]]
+    taken = [name for old, name in spellings.items() if old != name and (known.count(name) > 1 or name in vocabulary)]
+    if taken:
+        raise ValueError(f"The tokenizer has another token that is spelled {taken[0]}.")
+    state["model"]["vocab"] = {spellings.get(token, token): index for token, index in vocabulary.items()}
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.post_processor = _template(backend)
+    roles = {role: ours[role] for role in theirs} | {"pad_token": tokenizer.pad_token}
+    sides = {name: getattr(tokenizer, name) for name in ("padding_side", "truncation_side", "model_max_length")}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles, **sides)
+
+
+def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=SINGLE_TEMPLATE,
+        pair=PAIR_TEMPLATE,
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (SEP_TOKEN, CLS_TOKEN)],
+    )
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.tokenizer import load_tokenizer
+from modular_star_encoder.data.tokenizer import load_tokenizer, with_template
 from modular_star_encoder.hub.slicing import keep_only_exit
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
 from modular_star_encoder.training.training_recipe import StartingRecipe, has_weights, model_folder
@@ -41,6 +41,8 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
 def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Model, PreTrainedTokenizerFast]:
     """The model that a recipe starts from, in float32, and its tokenizer; heads that it lacks are drawn by the seed.
 
+    A tokenizer without template, as the published one is, gets ours.
+
     Raises:
         ValueError: there is no tokenizer, it has more tokens than the model, or the model can't be had as asked for.
         OSError: there is neither a folder nor a Hub repository of this name.
@@ -50,7 +52,7 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
         raise ValueError(
             f"The model {recipe.model} has no weights, and so no tokenizer of its own: name one as tokenizer."
         )
-    tokenizer = load_tokenizer(recipe.tokenizer or source)
+    tokenizer = with_template(load_tokenizer(recipe.tokenizer or source))
     torch.manual_seed(recipe.seed)
     if weights:
         cut = {} if recipe.exit_layer is None else {"exit_layer": recipe.exit_layer}
