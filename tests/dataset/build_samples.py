@@ -9,6 +9,7 @@ from pathlib import Path
 
 import modular_star_encoder.dataset.openai_backend  # noqa: F401  processes that are started often have it loaded
 from modular_star_encoder.data.source_files import LANGUAGES
+from modular_star_encoder.dataset import row_files
 from modular_star_encoder.dataset.build import build_dataset
 from modular_star_encoder.dataset.completions import Completion
 from modular_star_encoder.dataset.recipe import DatasetRecipe
@@ -85,8 +86,9 @@ def small_recipe(corpus, base_url, **changes):
     return DatasetRecipe(**settings | changes)
 
 
-def build_and_die(corpus, base_url, out, renames):
+def build_and_die(corpus, base_url, out, renames, rows_per_file=1000, **changes):
     """Build, and kill -9 this process just before its `renames`-th renaming."""
+    row_files.ROWS_PER_FILE = rows_per_file
     count = 0
 
     def deadly(real):
@@ -100,4 +102,4 @@ def build_and_die(corpus, base_url, out, renames):
         return rename
 
     os.replace, os.rename = deadly(os.replace), deadly(os.rename)
-    build_dataset(small_recipe(corpus, base_url), out, progress=False)
+    build_dataset(small_recipe(corpus, base_url, **changes), out, progress=False)

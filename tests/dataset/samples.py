@@ -33,11 +33,11 @@ def endpoint_settings(server, **changes):
     return TranslationSettings(backend="openai", model="model", options=options, **changes)
 
 
-def start_process(target, *arguments):
-    """Start `target(*arguments)` in a process of its own that has the modules loaded already."""
+def start_process(target, *arguments, **options):
+    """Start `target(*arguments, **options)` in a process of its own that has the modules loaded already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.dataset.build_samples"])
-    process = context.Process(target=target, args=arguments)
+    process = context.Process(target=target, args=arguments, kwargs=options)
     process.start()
     return process
 

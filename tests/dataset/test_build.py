@@ -154,6 +154,15 @@ def test_killed_before_every_renaming_of_every_stage_nothing_is_lost_doubled_or_
     assert len(server.bodies) - asked <= 35 + 4 * deaths[1]
 
 
+def test_killed_while_several_processes_extract_it_leaves_none_behind(corpus, finished, server, tmp_path):
+    # With two rows in a file, the second renaming, that of the first file, comes while the others are still at work.
+    options = {"rows_per_file": 2, "processes": 2}
+    assert ended_by_sigkill(start_process(build_and_die, corpus, server.base_url, tmp_path / "out", 2, **options))
+    assert done(tmp_path / "out") == 0
+    build_dataset(small_recipe(corpus, server.base_url), tmp_path / "out", progress=False)
+    assert published(tmp_path / "out") == published(finished)
+
+
 def test_an_endpoint_that_fails_stops_the_build_and_the_next_one_goes_on(corpus, tmp_path, finished):
     def no_credit(number, *_):
         return (402, {"error": {"message": "Out of credit."}}, {}) if number == 9 else None
@@ -214,7 +223,8 @@ def test_how_it_is_run_may_change(corpus, finished, server):
     )
 
 
-def test_wrong_folders_are_refused_and_left_alone(corpus, server, tmp_path):
+def test_wrong_folders_are_refused_and_left_alone(corpus, server, tmp_path, monkeypatch):
+    monkeypatch.setattr("modular_star_encoder.dataset.build.LOCK_SECONDS", 0.0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
     recipe = small_recipe(corpus, server.base_url)

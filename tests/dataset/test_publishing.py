@@ -27,7 +27,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     corpus = write_corpus(folder / "corpus")
     with OpenAIServer(translation) as server:
-        changes = {"card": CARD, "options": {"body": {"seed": 7}}}
+        changes = {"card": CARD, "options": {"body": {"seed": 7}, "revision": "a1b2c3"}}
         build_dataset(small_recipe(corpus, server.base_url, **changes), folder / "out", progress=False)
     return folder / "out"
 
@@ -136,6 +136,7 @@ def test_the_card_says_how_the_dataset_was_made(built):
         "Functions of six repositories.",
         "| model | `model` |",
         '| body | {"seed": 7} |',
+        "| revision | a1b2c3 |",
         "| largest answer | 2048 tokens |",
         "Translate the function below from {source_language} to {target_language}.",
         "Of 35 answers,",

@@ -90,7 +90,7 @@ def test_every_function_gets_its_own_completion(folders):
     assert (report["prompt_tokens"], report["completion_tokens"]) == (10 * ROWS, 2 * ROWS)
     assert report["cost"] == pytest.approx((10 * ROWS * 2 + 2 * ROWS * 10) / 1e6)
     assert report["completions_per_second"] == pytest.approx(ROWS / report["seconds"], rel=0.01)
-    assert report["backends"] == [{"backend": "openai", "model": "model", "served": ["model"]}]
+    assert report["backends"] == [{"backend": "openai", "model": "model", "revision": None, "served": ["model"]}]
 
 
 def test_what_is_complete_is_not_asked_again(folders):

@@ -1,11 +1,15 @@
 """A map over several processes that goes on when one of them dies: parsers written in C can crash on bad input."""
 
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -96,5 +100,18 @@ class _SurvivingPool(Generic[Item, Result]):
 
 
 def _new_executor(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, initializer=_prepare_worker)
+
+
+def _prepare_worker() -> None:
     # The parent alone handles Ctrl-C; workers would each print a traceback of their own.
-    return ProcessPoolExecutor(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Workers of a parent that is killed would wait for work for ever, and keep what they inherited: open files, locks.
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

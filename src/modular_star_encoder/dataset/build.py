@@ -18,6 +18,9 @@ from modular_star_encoder.dataset.stages import STAGES, Build
 
 LOG, LOCK = "build.json", ".lock"
 
+# The workers of a process that was killed hold its lock for a moment.
+LOCK_SECONDS = 5.0
+
 
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
     """Build a dataset, or go on with what an earlier call with this recipe left in `out`.
@@ -53,7 +56,7 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
             open_source(corpus, recipe.languages)
     build.out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(build.out / LOCK, timeout=0):
+        with FileLock(build.out / LOCK, timeout=LOCK_SECONDS):
             log = _read_log(build.out)
             _clear(build.out)
             for stage in STAGES:

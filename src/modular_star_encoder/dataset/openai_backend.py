@@ -46,6 +46,7 @@ class OpenAIBackend:
         max_tokens: int,
         *,
         base_url: str,
+        revision: str | None = None,
         api_key_variable: str | None = None,
         concurrency: int = 16,
         attempts: int = 6,
@@ -59,6 +60,7 @@ class OpenAIBackend:
             model: Name of the model, as the endpoint knows it.
             max_tokens: Largest number of tokens of an answer.
             base_url: URL of the API, such as `http://127.0.0.1:8000/v1`.
+            revision: Revision of the model that is served, if you know it: for the dataset's card.
             api_key_variable: Name of the environment variable with the key; None for an endpoint that needs none.
             concurrency: Number of requests under way at once.
             attempts: How often a request is sent when the endpoint is busy, fails or does not answer.
@@ -81,7 +83,7 @@ class OpenAIBackend:
         self._key = _api_key(api_key_variable)
         self._address = base_url.rstrip("/") + "/chat/completions"
         self._host = urlsplit(base_url).netloc.rpartition("@")[2]
-        self._model = model
+        self._model, self._revision = model, revision
         self._body = {"model": model, "temperature": 0, "max_tokens": max_tokens} | dict(body or {})
         self._attempts, self._pause, self._timeout = attempts, pause, timeout
         self._served: set[str] = set()
@@ -106,8 +108,9 @@ class OpenAIBackend:
             raise failures[0]
 
     def describe(self) -> dict[str, Any]:
-        """The backend, and the models that the endpoint says it has served."""
-        return {"backend": "openai", "model": self._model, "served": sorted(self._served)}
+        """The model, its revision as told, and the names of what the endpoint says it has served."""
+        served = sorted(self._served)
+        return {"backend": "openai", "model": self._model, "revision": self._revision, "served": served}
 
     @contextmanager
     def _client(self, loop: asyncio.AbstractEventLoop) -> Iterator[httpx2.AsyncClient]:
