@@ -13,7 +13,8 @@ Contenders have the same layers, exits, pairs and logit scale; each is a forward
 Each contender at each batch size is a process of its own, in which memory beyond the model is limited (RLIMIT_DATA on
 CPU); running out of it is a result. Within a batch size the processes take turns step by step; seconds are medians.
 Peak memory is resident memory at its peak (VmHWM) above that before the first step, on CPU, and `max_memory_allocated`
-on a GPU.
+on a GPU. On CPU, glibc is told to give memory of a MiB and more back when it is freed (MALLOC_MMAP_THRESHOLD_): by
+itself it keeps some, and how much differs from run to run.
 
 `mixed` pairs are documented functions of the installed packages; `equal` ones are the same tokens cut into texts of
 those pairs' mean lengths.
@@ -174,7 +175,11 @@ class Worker:
         }
         command = [sys.executable, __file__, *(str(part) for option in options.items() for part in option)]
         self.process = subprocess.Popen(
-            command + ["--bf16"] * arguments.bf16, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command + ["--bf16"] * arguments.bf16,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.outcome = "ran"
 
