@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Two processes of one thread each: tests are too small for more threads, and OMP's would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .PHONY: quickstart test test-common lint lint-modeling clean
 
@@ -18,11 +20,11 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(MAKE) test-common ARGS=
-	$(BIN)/pytest --ignore=tests/common $(ARGS)
+	$(PYTEST) --ignore=tests/common $(ARGS)
 
 test-common: $(INSTALLED)
 	$(BIN)/python -m tests.common.prepare
-	$(BIN)/pytest -q -rs tests/common $(ARGS)
+	$(PYTEST) -q -rs tests/common $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check --fix .

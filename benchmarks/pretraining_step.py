@@ -16,12 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from report import write
+from report import status_bytes, write
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -175,14 +174,6 @@ def peak_memory(arguments: argparse.Namespace, contender: str, vocabulary: int) 
     for _ in range(2):
         step()
     return (torch.cuda.max_memory_allocated() if device() == "cuda" else status_bytes("VmHWM")) - before
-
-
-def status_bytes(name: str) -> int:
-    """A memory figure of this process (Linux)."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"This system does not tell {name} in /proc/self/status.")
 
 
 def print_table(figures: list[dict]) -> None:

@@ -2,12 +2,12 @@
 
 import json
 import os
-import platform
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from modular_star_encoder.evaluation.machine import library_versions, processor_model
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "sentence-transformers", "safetensors")
@@ -15,16 +15,10 @@ PACKAGES = ("torch", "transformers", "sentence-transformers", "safetensors")
 
 def provenance() -> dict[str, Any]:
     """Command line, versions, and the kind of machine."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version(), **versions},
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), **_gpu()},
+        "versions": library_versions(PACKAGES),
+        "machine": {"cpu": processor_model(), "cores": os.cpu_count(), **_gpu()},
     }
 
 
@@ -36,12 +30,12 @@ def write(name: str, figures: Any) -> Path:
     return path
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def status_bytes(name: str) -> int:
+    """A memory figure of this process, such as `VmHWM` (Linux)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"This system does not tell {name} in /proc/self/status.")
 
 
 def _gpu() -> dict[str, str]:

@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`| head`) has seen enough; without this, Python complains once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except EXPECTED_ERRORS as error:
+    except (*EXPECTED_ERRORS, ImportError) as error:
+        # An import that failed names a module; one that we refuse says what to install.
+        if isinstance(error, ImportError) and error.name:
+            raise
         print(f"mose: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -85,6 +88,27 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--cache", metavar="FOLDER", help="where embeddings are kept (default: OUT/embeddings)")
     evaluate.set_defaults(run=run_evaluate)
 
+    profile = commands.add_parser("profile", help="measure what every exit costs on this machine")
+    profile.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    profile.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
+    profile.add_argument("--batch-sizes", metavar="LIST", type=number_list, default=(1, 8), help="default: 1,8")
+    profile.add_argument(
+        "--lengths", metavar="LIST", type=number_list, default=(128, 512), help="default: 128,512 tokens"
+    )
+    profile.add_argument(
+        "--rounds", metavar="N", type=int, default=30, help="timings of each exit and shape (default: 30)"
+    )
+    profile.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
+    profile.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    profile.add_argument("--out", metavar="FILE", help="default: exit_profile.json in the checkpoint's folder")
+    profile.add_argument(
+        "--quality",
+        metavar="NAME=FILE",
+        type=named_file,
+        help="measure nothing; add to the profile the MRR of each exit from FILE, written by mose evaluate --json",
+    )
+    profile.set_defaults(run=run_profile)
+
     cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
     cut.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
     cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
@@ -96,6 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
     pretrain.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: corpus.folder=~/code")
     pretrain.add_argument("--out", metavar="FOLDER", required=True, help="where the run is; an old one is continued")
     pretrain.set_defaults(run=run_pretrain)
+
+    add_dataset_commands(commands.add_parser("dataset", help="build a dataset of translated functions, and publish it"))
 
     finetune = commands.add_parser("finetune", help="fine-tune a model on pairs, as a recipe says")
     finetune.add_argument("recipe", metavar="RECIPE", help="a YAML file, for example hub_configs/small/finetune.yaml")
@@ -111,6 +137,47 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_dataset_commands(dataset: argparse.ArgumentParser) -> None:
+    """The commands of `mose dataset`."""
+    commands = dataset.add_subparsers(required=True, metavar="COMMAND")
+
+    build = commands.add_parser("build", help="extract, translate, near-deduplicate and split, as a recipe says")
+    build.add_argument("recipe", metavar="RECIPE", help="a YAML file, for example examples/dataset/recipe.yaml")
+    build.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: corpus.folder=~/code")
+    build.add_argument("--out", metavar="FOLDER", required=True, help="where the build is; an old one is continued")
+    build.set_defaults(run=run_dataset_build)
+
+    dedup = commands.add_parser("dedup", help="drop the near-duplicates of parquet files")
+    dedup.add_argument("source", metavar="SOURCE", help="a folder of parquet files")
+    dedup.add_argument("--out", metavar="FOLDER", required=True, help="where to write; an old run is continued")
+    dedup.add_argument("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare, with commas")
+    dedup.add_argument("--match", choices=("either", "both"), default="either", help="how many columns must be near")
+    dedup.add_argument("--id-column", metavar="NAME", help="column of ids; the smallest of a cluster stays")
+    dedup.add_argument("--threshold", metavar="JACCARD", type=float, default=0.7, help="smallest similarity (0.7)")
+    dedup.add_argument("--recall", choices=("default", "high"), default="default", help="how many pairs are compared")
+    dedup.add_argument(
+        "--against",
+        metavar="SOURCE:COLUMN",
+        action="append",
+        default=[],
+        help="texts that no row may be near, such as those of a benchmark: parquet, JSON Lines or a dataset of the Hub",
+    )
+    dedup.set_defaults(run=run_dataset_dedup)
+
+    stats = commands.add_parser("stats", help="print samples and average lengths by language")
+    stats.add_argument("source", metavar="SOURCE", help="folder, parquet or JSON Lines file, or dataset of the Hub")
+    stats.add_argument("--split", default="train", help="train (the default), validation or another one")
+    stats.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    stats.set_defaults(run=run_dataset_stats)
+
+    push = commands.add_parser("push", help="say what would be uploaded to the Hub; with --upload, upload it")
+    push.add_argument("folder", metavar="FOLDER", help="the folder of a finished build")
+    push.add_argument("repository", metavar="OWNER/NAME", help="dataset repository on the Hub")
+    push.add_argument("--upload", action="store_true", help="upload")
+    push.add_argument("--public", action="store_true", help="make a new repository public")
+    push.set_defaults(run=run_dataset_push)
+
+
 def exit_list(text: str) -> tuple[int, ...] | None:
     """`"4,9"` → (4, 9), and `"all"` → None; argparse reports anything else."""
     if text == "all":
@@ -119,6 +186,21 @@ def exit_list(text: str) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a list of numbers such as 4,9") from None
+
+
+def number_list(text: str) -> tuple[int, ...]:
+    """`"4,9"` → (4, 9); argparse reports anything else."""
+    if text == "all":
+        raise argparse.ArgumentTypeError("'all' is not a list of numbers such as 4,9")
+    return exit_list(text)
+
+
+def named_file(text: str) -> tuple[str, str]:
+    """`"name=file"` → ("name", "file"); argparse reports anything else."""
+    name, _, file = text.partition("=")
+    if not name or not file:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FILE")
+    return name, file
 
 
 def name_list(text: str) -> list[str]:
@@ -173,6 +255,23 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     print(format_table(results))
 
 
+def run_profile(arguments: argparse.Namespace) -> None:
+    """`mose profile`."""
+    from modular_star_encoder.evaluation.exit_profile import ExitProfile, quality_from_results
+    from modular_star_encoder.evaluation.profile_exits import ProfilePlan, format_profile, profile_path, profile_to_file
+
+    if arguments.quality:
+        name, results = arguments.quality
+        path = profile_path(arguments.checkpoint, arguments.out)
+        profile = ExitProfile.load(path).with_quality(name, quality_from_results(results))
+        profile.save(path)
+    else:
+        plan = ProfilePlan(arguments.batch_sizes, arguments.lengths, arguments.rounds)
+        options = {name: getattr(arguments, name) for name in ("out", "exit_layers", "device", "dtype")}
+        profile, path = profile_to_file(arguments.checkpoint, plan, **options)
+    print(format_profile(profile), path, sep="\n\n")
+
+
 def run_benchmarks(arguments: argparse.Namespace) -> None:
     """`mose evaluate … --out FOLDER`."""
     from modular_star_encoder.evaluation import running
@@ -211,6 +310,63 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
 
     log = pretrain(load_pretraining_recipe(arguments.recipe, arguments.overrides), arguments.out)
     print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
+
+
+def run_dataset_build(arguments: argparse.Namespace) -> None:
+    """`mose dataset build`."""
+    from modular_star_encoder.dataset.build import build_dataset
+    from modular_star_encoder.dataset.recipe import load_dataset_recipe
+
+    print(build_dataset(load_dataset_recipe(arguments.recipe, arguments.overrides), arguments.out))
+
+
+def run_dataset_dedup(arguments: argparse.Namespace) -> None:
+    """`mose dataset dedup`."""
+    from modular_star_encoder.data.dataset_rows import open_texts
+    from modular_star_encoder.dataset.near_duplicates.settings import DuplicateSettings
+    from modular_star_encoder.dataset.near_duplicates.stage import drop_near_duplicates
+
+    against = {}
+    for name in arguments.against:
+        source, colon, column = name.rpartition(":")
+        if not colon:
+            raise ValueError(f"--against must have the form SOURCE:COLUMN, not {name!r}.")
+        against[name] = open_texts(source, column)
+    report = drop_near_duplicates(
+        arguments.source,
+        arguments.out,
+        columns=arguments.columns.split(","),
+        id_column=arguments.id_column,
+        against=against,
+        settings=DuplicateSettings(threshold=arguments.threshold, match=arguments.match, recall=arguments.recall),
+    )
+    for reason, count in report.counts.items():
+        print(f"{count:>12,}  {reason}")
+
+
+def run_dataset_stats(arguments: argparse.Namespace) -> None:
+    """`mose dataset stats`."""
+    from modular_star_encoder.data.files import check_writable, write_json
+    from modular_star_encoder.data.triplets import open_triplets
+    from modular_star_encoder.dataset.statistics import dataset_statistics
+
+    if arguments.json:
+        check_writable(arguments.json)
+    triplets = open_triplets(arguments.source, split=arguments.split)
+    statistics = dataset_statistics(triplets)
+    for reason, count in triplets.skipped.most_common():
+        print(f"mose: note: {count} rows left out ({reason}), such as {triplets.examples[reason]}", file=sys.stderr)
+    if arguments.json:
+        write_json(arguments.json, statistics.to_dict())
+    print(statistics.to_markdown())
+
+
+def run_dataset_push(arguments: argparse.Namespace) -> None:
+    """`mose dataset push`."""
+    from modular_star_encoder.dataset.publishing import push_dataset
+
+    private = not arguments.public
+    print(push_dataset(arguments.folder, arguments.repository, upload=arguments.upload, private=private))
 
 
 def run_finetune(arguments: argparse.Namespace) -> None:

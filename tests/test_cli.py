@@ -92,6 +92,15 @@ def test_evaluate_measures_all_exits_by_default(capsys, checkpoint, code):
     assert re.findall(r"^\| exit (\d+)", out, re.MULTILINE) == ["1", "2", "4"]
 
 
+def test_evaluate_reads_every_language(capsys, checkpoint, tmp_path):
+    (tmp_path / "a.py").write_text(FUNCTION.format(verb="add", noun="file"))
+    (tmp_path / "b.go").write_text("package b\n\n// Find looks for a name.\nfunc Find() int {\n\treturn 1\n}\n")
+    (tmp_path / "c.h").write_text("/* Shows the name of a file. */\nint show(void)\n{ return 1;\n}\n")
+    status, _, err = run(capsys, "evaluate", checkpoint, "--data", str(tmp_path))
+    assert status == 0
+    assert "only 3 documented functions" in err
+
+
 def test_slice_writes_a_checkpoint_that_search_reads(capsys, checkpoint, code, tmp_path):
     out = str(tmp_path / "slice")
     assert run(capsys, "slice", checkpoint, "--exit-layer", "2", out)[:2] == (0, f"{out}\n")

@@ -1,4 +1,5 @@
 import ast
+import os
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -6,8 +7,11 @@ from dataclasses import replace
 import pytest
 
 from modular_star_encoder.data import functions
-from modular_star_encoder.data.functions import FILTERS, code_key, collect_functions, description_key, extract_functions
-from tests.data.samples import extract_one, function, source
+from modular_star_encoder.data.function_finder import find_functions
+from modular_star_encoder.data.functions import collect_functions, extract_functions
+from modular_star_encoder.data.source_files import SourceFile
+from tests.data.polyglot import NAMES, SOURCES
+from tests.data.samples import extract_one, source
 
 GOOD = 'def {name}(x):\n    """{doc}"""\n    y = x + {number}\n    return y\n'
 
@@ -81,7 +85,10 @@ def test_line_ends_of_any_kind_give_the_same_function():
     expected = extract_one("\n\n" + text)
     assert expected.line == 3
     for end in ("\r\n", "\r"):
-        assert extract_one(("\n\n" + text).replace("\n", end)) == expected
+        found = extract_one(("\n\n" + text).replace("\n", end))
+        place = {"source": expected.source, "start_byte": expected.start_byte, "end_byte": expected.end_byte}
+        assert found.source == expected.source.replace("\n", end)
+        assert replace(found, **place) == expected
 
 
 def test_a_coding_comment_does_not_shift_the_columns():
@@ -153,38 +160,51 @@ def test_warnings_about_somebody_elses_code_are_silent():
     assert caught == []
 
 
+def test_functions_carry_what_their_file_says():
+    file = SourceFile("owner/name", "src/a.go", "go", SOURCES["go"], license="MIT")
+    found = extract_functions(file)
+    assert [(one.name, one.description) for one in found] == [pair for pair in NAMES["go"].items() if pair[1]]
+    for one in found:
+        assert (one.repository, one.path, one.language, one.license) == ("owner/name", "src/a.go", "go", "MIT")
+        assert one.source.encode() == SOURCES["go"].encode()[one.start_byte : one.end_byte]
+
+
+def test_the_source_holds_the_docstring_and_the_code_does_not():
+    found = extract_one("class A:\n    def f(self):\n        'Doc.'\n        return 1\n")
+    assert found.source == "def f(self):\n        'Doc.'\n        return 1"
+    assert found.code == "def f(self):\n    return 1"
+
+
+@pytest.mark.parametrize("docstring", ["f'Doc.'", "b'Doc.'", "('a', 'b')", "1", "''"])
+def test_what_only_looks_like_a_docstring_describes_nothing(docstring):
+    (found,) = extract_functions(source(f"def f(x):\n    {docstring}\n    return x\n"), documented_only=False)
+    assert found.description == ""
+    assert extract_functions(source(f"def f(x):\n    {docstring}\n    return x\n")) == []
+
+
+def test_python_2_is_understood():
+    found = extract_one("def f(x):\n    'Print it.'\n    print 'a', x\n    exec x\n")
+    assert found.code == "def f(x):\n    print 'a', x\n    exec x"
+
+
+def test_comments_after_the_last_statement_belong_to_nobody():
+    found = extract_one("def f(x):\n    'Doc.'\n    if x:\n        return 1\n        # nothing\n    # more\n")
+    assert found.code == "def f(x):\n    if x:\n        return 1"
+
+
+def test_a_header_is_c_or_cpp_by_its_text():
+    def header(text):
+        return extract_functions(SourceFile("r", "a.h", "c", text), documented_only=False)[0].language
+
+    assert header("/* class of functions */\nstatic inline int f(int class) { return class; }\n") == "c"
+    assert header("namespace a {\ninline int f() { return 1; }\n}\n") == "cpp"
+    text = "std::string f() { return 1; }\n"
+    assert extract_functions(SourceFile("r", "a.hpp", "cpp", text), documented_only=False)[0].language == "cpp"
+
+
 def test_an_unknown_language_is_refused_with_those_that_are_known():
-    with pytest.raises(ValueError, match="'cobol' is not supported; use one of python"):
+    with pytest.raises(ValueError, match="'cobol' is not supported; use one of python, java, go"):
         extract_functions(replace(source("x"), language="cobol"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"description": "Two words."}, "description not of 3 to 256 words"),
-        ({"description": "One -- two --"}, "description not of 3 to 256 words"),
-        ({"description": "word " * 257}, "description not of 3 to 256 words"),
-        ({"description": "Возвращает сумму двух чисел of x"}, "description mostly not ASCII"),
-        ({"code": "def f():\n\n\n    return 1"}, "code of fewer than 3 lines"),
-        ({"name": "A.__len__"}, "special method"),
-        ({"name": "A.runTest"}, "name contains test"),
-    ],
-)
-def test_each_rule_drops_what_it_names(changes, reason):
-    assert all(keeps(function()) for keeps in FILTERS.values())
-    dropped_by = [name for name, keeps in FILTERS.items() if not keeps(replace(function(), **changes))]
-    assert dropped_by == [reason]
-
-
-def test_rules_keep_what_lies_on_their_limits():
-    for description in ("just three words", "word " * 256, "Résumé of the naïve façade"):
-        assert all(keeps(replace(function(), description=description)) for keeps in FILTERS.values())
-    assert all(keeps(replace(function(), name="TestCase.run")) for keeps in FILTERS.values())
-
-
-def test_keys_ignore_layout_and_punctuation_only():
-    assert code_key("a =  1\n\tb") == code_key("a = 1\nb") != code_key("a = 1\nc")
-    assert description_key("Return the Index.") == description_key("return (the) index") != description_key("the index")
 
 
 def test_collecting_filters_drops_repeated_code_and_counts_everything():
@@ -214,3 +234,20 @@ def test_several_processes_give_the_same_functions_in_the_same_order(monkeypatch
     together = collect_functions(iter(files), processes=2, progress=False)
     assert [one.name for one in alone.functions] == [f"f{i}" for i in range(25)]
     assert together == alone
+
+
+def find_or_die(text, *arguments, **options):
+    if "DEADLY" in text:
+        os._exit(1)
+    return find_functions(text, *arguments, **options)
+
+
+def test_a_file_that_kills_its_process_is_counted_and_costs_no_other(monkeypatch):
+    monkeypatch.setattr(functions, "_FILES_PER_CHUNK", 4)
+    monkeypatch.setattr(functions, "find_functions", find_or_die)
+    files = [source(good(f"f{i}", number=i), path=f"{i}.py") for i in range(40)]
+    expected = collect_functions(files, processes=1, progress=False)
+    files[7:7] = [source("# DEADLY\n", path="deadly.py")]
+    collection = collect_functions(files, processes=2, progress=False)
+    assert collection.functions == expected.functions
+    assert collection.counts == expected.counts + Counter({"files": 1, "files that crash the parser": 1})

@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from modular_star_encoder.dataset.completions import Completion, CompletionRequest
+from modular_star_encoder.dataset.completions import TOO_LONG, Completion, CompletionRequest
 from modular_star_encoder.dataset.transformers_backend import TransformersBackend
 from tests.dataset.stand_in import save_stand_in
 
@@ -79,7 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
             prompt = body["messages"][0]["content"]
             completion = owner.answer(prompt)
             if completion.error:
-                reply = 400, {"error": {"message": completion.error, "code": "context_length_exceeded"}}, {}
+                code = "context_length_exceeded" if completion.finish_reason == TOO_LONG else None
+                reply = 400, {"error": {"message": completion.error, "code": code}}, {}
             else:
                 with owner.lock:
                     owner.prompts.append(prompt)
@@ -142,7 +143,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=16)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = arguments.model or save_stand_in(Path(folder), positions=4096)
+        sources = (path.read_text(encoding="utf-8") for path in sorted(Path("src").rglob("*.py")))
+        model = arguments.model or save_stand_in(Path(folder), texts=sources, positions=4096, vocabulary=4096)
         with OpenAIServer(ModelAnswers(model, arguments.max_tokens), port=arguments.port) as server:
             print(server.base_url, flush=True)
             threading.Event().wait()

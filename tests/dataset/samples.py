@@ -36,7 +36,7 @@ def endpoint_settings(server, **changes):
 def start_process(target, *arguments):
     """Start `target(*arguments)` in a process of its own that has the modules loaded already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.dataset.samples"])
+    context.set_forkserver_preload(["tests.dataset.build_samples"])
     process = context.Process(target=target, args=arguments)
     process.start()
     return process

@@ -1,5 +1,6 @@
 """A causal language model of random weights, small enough to answer thousands of prompts a minute on one core."""
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -13,8 +14,13 @@ TEMPLATE = "{% for message in messages %}<user>{{ message['content'] }}<end>{% e
 CODE = "def add(first, second):\n    return first + second\n\nfunc Add(a int, b int) int {\n\treturn a + b\n}\n"
 
 
-def save_stand_in(folder: Path, *, positions: int = 512, vocabulary: int = 384, ends: float = 0.1) -> Path:
-    """Write a checkpoint. A share `ends` of the tokens end a text, so that some texts end before they are cut."""
+def save_stand_in(
+    folder: Path, *, texts: Iterable[str] = (PROMPT, CODE), positions: int = 512, vocabulary: int = 384
+) -> Path:
+    """Write a checkpoint. A tenth of the tokens end a text, so that some texts end before they are cut.
+
+    `texts` are what the tokenizer is trained on: on more of them, and with a larger vocabulary, prompts are shorter.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -22,7 +28,7 @@ def save_stand_in(folder: Path, *, positions: int = 512, vocabulary: int = 384, 
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator([PROMPT, CODE], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
@@ -39,9 +45,9 @@ def save_stand_in(folder: Path, *, positions: int = 512, vocabulary: int = 384, 
         eos_token_id=2,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = [2, *range(100, 100 + int(ends * len(fast)))]
-    # What Qwen's checkpoints have: settings that a greedy back end must not follow.
-    model.generation_config.repetition_penalty = 1.3
+    model.generation_config.eos_token_id = [2, *range(100, 100 + len(fast) // 10)]
+    # As Qwen's checkpoints have, and stronger: what a greedy back end must not follow.
+    model.generation_config.update(do_sample=True, temperature=2.0, repetition_penalty=9.0)
     model.save_pretrained(folder)
     return folder
 

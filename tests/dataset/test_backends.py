@@ -71,7 +71,7 @@ def test_a_prompt_that_is_too_long_is_an_error_of_its_own(backend, oracle):
     asked = requests(6)
     asked.insert(2, CompletionRequest("long", TOO_LONG))
     answered = {completion.id: completion for completion in backend.complete(asked)}
-    assert answered["long"].finish_reason == "error"
+    assert answered["long"].finish_reason == "too_long"
     assert f"{POSITIONS - MAX_TOKENS} fit" in answered["long"].error
     assert answered["row 2"].text == oracle.answer(asked[3].prompt)[0]
     assert len(answered) == 7
@@ -114,8 +114,8 @@ def test_a_folder_without_a_model_is_one_sentence(name, monkeypatch, tmp_path):
 
 def test_vllm_that_is_not_installed_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(BackendError, match=r"modular-star-encoder\[vllm\]"):
-        list(open_backend("vllm", "model", 4, {}).complete(requests(1)))
+    with pytest.raises(ImportError, match=r"modular-star-encoder\[vllm\]"):
+        open_backend("vllm", "model", 4, {})
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,7 @@ def test_vllm_that_is_not_installed_names_its_extra(monkeypatch):
         ("vllm", {"max_model_len": 4}, "more than max_tokens"),
     ],
 )
-def test_options_that_cannot_be_used_are_refused_before_anything_is_loaded(name, options, sentence):
+def test_options_that_cannot_be_used_are_refused_before_anything_is_loaded(name, options, sentence, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm)
     with pytest.raises(ValueError, match=sentence):
         open_backend(name, "model", 4, options)

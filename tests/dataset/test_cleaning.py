@@ -1,28 +1,15 @@
 import pytest
 
+from modular_star_encoder.data.syntax import syntax_error_share
 from modular_star_encoder.dataset.cleaning import REASONS, clean_translation
 
 SOURCE = "def add(a, b):\n    return a + b"
 GO = "func add(a int, b int) int {\n\treturn a + b\n}"
-MARKS = {"python": "def ", "go": "func ", "php": "function ", "javascript": "const ", "ruby": "end"}
-
-
-def error_share(code, language):
-    """A grammar that knows one word of each language; `@` is an error in all of them."""
-    errors = code.count("@") / len(code)
-    return errors if MARKS.get(language, "no language has this") in code else max(errors, 0.5)
 
 
 def clean(text, finish_reason="stop", target="go", **options):
-    return clean_translation(
-        text,
-        finish_reason,
-        source=SOURCE,
-        source_language="python",
-        target_language=target,
-        error_share=error_share,
-        **options,
-    )
+    languages = {"source_language": "python", "target_language": target}
+    return clean_translation(text, finish_reason, source=SOURCE, **languages | options)
 
 
 @pytest.mark.parametrize(
@@ -56,14 +43,16 @@ def test_what_stands_inside_the_code_is_left_as_it_is():
 
 
 def test_tags_of_php_are_left_out_of_php_alone():
-    assert clean("```php\n<?php\n\nfunction add() {}\n?>\n```", target="php").code == "function add() {}"
-    assert clean("const a = '<?php ?>'", target="javascript").code == "const a = '<?php ?>'"
+    php, javascript = "function add() {}", "function add() { return '<?php ?>'; }"
+    assert clean(f"```php\n<?php\n\n{php}\n?>\n```", target="php").code == php
+    assert clean(javascript, target="javascript").code == javascript
 
 
 @pytest.mark.parametrize(
     ("text", "finish_reason", "reason"),
     [
         (GO, "error", "not answered"),
+        (GO, "too_long", "prompt too long"),
         (GO, "length", "truncated"),
         ("", "content_filter", "refused"),
         ("I'm sorry, but I can't help with that.", "stop", "refused"),
@@ -78,8 +67,9 @@ def test_tags_of_php_are_left_out_of_php_alone():
         (f"```java\n{GO}\n```", "stop", "not the target language"),
         ("def plus(x, y):\n    return x + y", "stop", "not the target language"),
         ("const plus = (x, y) => x + y", "stop", "not the target language"),
-        ("adding is easy", "stop", "unparsable"),
-        ("func " + "@" * 20, "stop", "unparsable"),
+        ("Adding is easy: it's what + does, isn't it?", "stop", "unparsable"),
+        ("func add(a int { return )", "stop", "unparsable"),
+        ("package main\n\nvar sum = 3", "stop", "no function"),
     ],
 )
 def test_what_is_no_translation_is_rejected_with_its_reason(text, finish_reason, reason):
@@ -88,22 +78,22 @@ def test_what_is_no_translation_is_rejected_with_its_reason(text, finish_reason,
     assert reason in REASONS
 
 
-def test_a_few_errors_are_accepted_unless_the_source_language_has_none():
-    few = GO + " @"
-    assert clean(few).code == few
-    assert clean(few, max_error_share=0.0).rejected == "unparsable"
-    assert clean("func " + "@" * 20, max_error_share=1.0).rejected == ""
+def test_a_few_errors_are_accepted():
+    few = GO.replace("b\n", "b @\n")
+    share = syntax_error_share(few, "go")
+    assert 0 < share < syntax_error_share(few, "python")
+    assert clean(few, max_error_share=share).code == few
+    assert clean(few, max_error_share=0.9 * share).rejected == "unparsable"
 
-    def better_as_python(code, language):
-        return 0.0 if language == "python" else 0.01
 
-    cleaned = clean_translation(
-        GO,
-        "stop",
-        source=SOURCE,
-        source_language="python",
-        target_language="go",
-        error_share=better_as_python,
-        max_error_share=1.0,
-    )
-    assert cleaned.rejected == "not the target language"
+def test_few_errors_are_too_many_where_the_source_language_has_none():
+    java = "int run(List<Name> a) {\n    boolean done = a instanceof Set;\n    use(a, done);\n    return 1;\n}"
+    assert 0 < syntax_error_share(java, "c") < 0.2
+    options = {"target": "c", "max_error_share": 0.2}
+    assert clean(java, **options).rejected == ""
+    assert clean(java, **options, source_language="java").rejected == "not the target language"
+
+
+def test_syntax_need_not_be_looked_at():
+    assert clean("Adding is easy", max_error_share=1.0).code == "Adding is easy"
+    assert clean("", max_error_share=1.0).rejected == "empty"

@@ -193,6 +193,31 @@ def test_a_request_of_its_own_fault_is_recorded_once_others_are_answered(folders
     assert rows["id12"]["finish_reason"] == "stop"
 
 
+def test_any_number_of_prompts_may_be_too_long(folders):
+    def answer(prompt):
+        return echo(prompt) if "function 27" in prompt else Completion("", "", "too_long", error="27 tokens fit.")
+
+    with OpenAIServer(answer) as server:
+        assert run(folders, server)["errors"] == ROWS - 3
+        assert len(server.bodies) == ROWS
+    assert [row["finish_reason"] for row in read_rows(folders[1])] == ["too_long"] * (ROWS - 3) + ["stop"] * 3
+
+
+def test_prompts_that_are_too_long_do_not_excuse_errors(folders):
+    def answer(prompt):
+        reason = "too_long" if int(prompt.rsplit(maxsplit=1)[1]) % 5 == 2 else "error"
+        return Completion("", "", reason, error="No such model.")
+
+    with OpenAIServer(answer) as server:
+        with pytest.raises(BackendError, match="none of the last"):
+            run(folders, server)
+        asked = len(server.bodies)
+        server.answer = echo
+        run(folders, server)
+        assert ROWS < asked + len(server.prompts) < 2 * ROWS
+    assert {row["finish_reason"] for row in read_rows(folders[1])} == {"too_long", "stop"}
+
+
 def test_errors_alone_stop_the_run_and_are_asked_again(folders):
     with OpenAIServer(echo, lambda *_: (400, {"error": {"message": "No model 'model'."}}, {})) as server:
         with pytest.raises(BackendError, match=r"none of the last 20 requests: status 400, No model 'model'"):

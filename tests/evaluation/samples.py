@@ -2,7 +2,10 @@
 
 import numpy as np
 
+from modular_star_encoder.evaluation.distractors import distractor_batches
 from modular_star_encoder.evaluation.embedding_cache import EmbeddingCache
+from modular_star_encoder.evaluation.metrics import query_values
+from modular_star_encoder.evaluation.scores import CosineScores, rank_judged
 from modular_star_encoder.evaluation.systems import EmbeddingSystem
 from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, Text, full_pool
 
@@ -60,3 +63,12 @@ def pair_task(n=30, seed=0):
     pairs = np.stack([np.arange(n), np.arange(n) + n], axis=1)
     half = n // 2
     return PairTask("pairs", "test", texts, pairs[:half], labels[:half], pairs[half:], labels[half:])
+
+
+def reciprocal_ranks_among_distractors(queries, documents, size, seed=0):
+    """Of embeddings of pairs in the batches of CodeSearchNet's protocol, by the harness."""
+    ranks = []
+    for rows in distractor_batches(len(queries), size, seed):
+        scores = CosineScores(queries[rows], documents[rows])
+        ranks.append(query_values(rank_judged(scores, Judgements.one_each(range(len(rows)))), "mrr"))
+    return np.concatenate(ranks)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.evaluation.bm25 import BM25
-from modular_star_encoder.evaluation.figures import plot_quality_by_depth, plot_quality_by_latency, read_latencies
+from modular_star_encoder.evaluation.figures import median_latencies, plot_quality_by_depth, plot_quality_by_latency
 from modular_star_encoder.evaluation.harness import evaluate_tasks
 from modular_star_encoder.evaluation.report import to_csv, to_latex, to_markdown, write_report
 from modular_star_encoder.evaluation.tables import build_tables
 from tests.evaluation.samples import given_system, pair_task, retrieval_task
+from tests.evaluation.test_exit_profile import made_up_profile
 
 TASKS = [
     retrieval_task(notes=("half of it",)),
@@ -138,14 +139,5 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, tables, monkeypatch):
         plot_quality_by_depth(tables, tmp_path / "depth.png")
 
 
-def test_latencies_are_read_from_an_exit_profile(tmp_path):
-    path = tmp_path / "exit_profile.json"
-    measured = {"batch_size": 1, "length": 64, "latency_ms_p50": 3.5}
-    path.write_text(json.dumps({"exits": {"4": {"measurements": [measured, {"latency_ms_p50": 9}]}}}))
-    assert read_latencies(path) == {4: 3.5}
-    path.write_text(json.dumps({"exits": {"4": {"latency_ms_p50": 7}}}))
-    assert read_latencies(path) == {4: 7.0}
-    for wrong in ("", "[]", '{"exits": {"4": {}}}'):
-        path.write_text(wrong)
-        with pytest.raises(ValueError, match="is no exit profile"):
-            read_latencies(path)
+def test_latencies_are_the_medians_of_the_first_shape():
+    assert median_latencies(made_up_profile()) == {4: 10.0, 9: 22.5, 18: 45.0}

@@ -1,13 +1,15 @@
 import json
-import os
+from pathlib import Path
 
 import pytest
 
 import modular_star_encoder_cli as cli
 from modular_star_encoder.evaluation import encoders, harness
 from modular_star_encoder.evaluation.encode import encode_exits
+from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME
 from modular_star_encoder.evaluation.running import run_benchmarks
 from tests.evaluation.benchmarks import published
+from tests.evaluation.test_exit_profile import made_up_profile
 from tests.tiny import save_tiny_checkpoint
 
 
@@ -72,15 +74,36 @@ def test_a_run_that_is_started_again_computes_nothing_twice(checkpoint, data, tm
 
 
 def test_an_exit_profile_beside_the_checkpoint_gives_the_figure_of_latencies(checkpoint, data, tmp_path):
-    exits = {str(k): {"measurements": [{"batch_size": 1, "length": 64, "latency_ms_p50": 2.0 * k}]} for k in (1, 2, 4)}
-    profile = os.path.join(checkpoint, "exit_profile.json")
+    profile = Path(checkpoint, PROFILE_NAME)
     try:
-        with open(profile, "w", encoding="utf-8") as file:
-            json.dump({"exits": exits}, file)
+        made_up_profile().save(profile)  # of exits 4, 9 and 18
         run_benchmarks(checkpoint, ["cosqa"], data, tmp_path, allow_subset=True, progress=False)
     finally:
-        os.remove(profile)
+        profile.unlink()
     assert (tmp_path / "quality_by_latency.png").is_file()
+
+
+def test_a_profile_of_other_exits_costs_a_figure_and_not_the_reports(checkpoint, data, tmp_path, capsys):
+    profile = Path(checkpoint, PROFILE_NAME)
+    try:
+        made_up_profile().save(profile)
+        options = {"exit_layers": (1,), "allow_subset": True, "progress": False}
+        run_benchmarks(checkpoint, ["cosqa"], data, tmp_path, **options)
+    finally:
+        profile.unlink()
+    assert "No exit of these systems has a latency" in capsys.readouterr().err
+    assert {"report.md", "quality_by_depth.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_lists_of_an_earlier_run_are_used_beside_other_benchmarks(checkpoint, data, tmp_path):
+    options = {"allow_subset": True, "progress": False}
+    names = ["codesearchnet-999", "cosqa"]
+    first = run_benchmarks(checkpoint, names, data, tmp_path / "a", **options)
+    lists = tmp_path / "a" / "candidates" / "codesearchnet-999"
+    again = run_benchmarks(checkpoint, names, data, tmp_path / "b", candidates=lists, **options)
+    assert [row.mean for row in again[0].rows] == [row.mean for row in first[0].rows]
+    with pytest.raises(ValueError, match="only for codesearchnet-999"):
+        run_benchmarks(checkpoint, ["cosqa"], data, tmp_path / "c", candidates=lists, **options)
 
 
 def test_the_places_of_this_machine_are_not_in_the_report(checkpoint, data, tmp_path, monkeypatch):
@@ -136,7 +159,6 @@ def test_two_systems_of_one_name_are_refused(checkpoint, data, tmp_path):
 
 def test_the_example_runs_the_same(checkpoint, data, tmp_path, capsys, monkeypatch):
     import runpy
-    from pathlib import Path
 
     script = Path(cli.__file__).parent.parent / "examples" / "evaluate.py"
     options = ["--data", str(data), "--benchmarks", "cosqa", "--allow-subset", "--out", str(tmp_path)]

@@ -30,7 +30,7 @@ def judgements(queries, documents, per_query=3, seed=0):
 
 def small_blocks(monkeypatch, block, wide):
     monkeypatch.setattr(scores_module, "BLOCK", block)
-    monkeypatch.setattr(scores_module, "WIDE", wide)
+    monkeypatch.setattr(scores_module, "HELD", wide * 24)  # components of an embedding
 
 
 @pytest.mark.parametrize("tied", [False, True])

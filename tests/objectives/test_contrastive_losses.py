@@ -234,6 +234,12 @@ def test_similarities_are_computed_in_float32_under_autocast():
     assert torch.equal(losses, expected)
 
 
+def test_distillation_does_not_train_the_scale():
+    scale = torch.tensor([5.0], requires_grad=True)
+    output = losses_from_embeddings(pair(), EXITS, ContrastiveSettings(distillation_weight=1.0), scale)
+    assert torch.autograd.grad(output.terms["distillation"].sum(), scale, allow_unused=True) == (None,)
+
+
 def test_a_learned_scale_has_a_gradient_and_is_reported():
     scale = torch.tensor([5.0], requires_grad=True)
     output = losses_from_embeddings(pair(), EXITS, logit_scale=scale)

@@ -1,10 +1,14 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.data.source_files import LANGUAGE_OF_SUFFIX
 from modular_star_encoder.evaluation.encode import encode_exits
 from modular_star_encoder.search.folder import Hit, folder_functions, search_folder
+from tests.data.polyglot import NAMES, SOURCES
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SOURCE = '''\
@@ -51,6 +55,16 @@ def test_functions_without_a_docstring_are_found_too(checkout):
         "Stack.push",
         "setup",
     }
+
+
+def test_functions_of_every_language_are_found(tmp_path):
+    suffixes = {
+        LANGUAGE_OF_SUFFIX[suffix]: suffix for suffix in (".py", ".java", ".go", ".php", ".rb", ".js", ".c", ".cc")
+    }
+    for language, suffix in suffixes.items():
+        (tmp_path / f"file{suffix}").write_text(SOURCES[language], encoding="utf-8")
+    found = Counter(function.language for function in folder_functions(tmp_path, progress=False))
+    assert found == {language: len(NAMES[language]) for language in SOURCES}
 
 
 def test_hits_are_the_nearest_by_cosine_at_the_exit_with_the_published_prompts(checkout, model, tokenizer):
@@ -123,5 +137,5 @@ def test_a_folder_without_functions_is_refused(tmp_path, model, tokenizer):
     with pytest.raises(ValueError, match="does not exist"):
         search(tmp_path / "no", ["push"], model, tokenizer)
     (tmp_path / "constants.py").write_text("PI = 3\n")
-    with pytest.raises(ValueError, match="holds no function in python"):
+    with pytest.raises(ValueError, match="holds no function in python, java, go"):
         search(tmp_path, ["push"], model, tokenizer)

@@ -7,8 +7,11 @@ from tree_sitter import QueryCursor, Tree
 from modular_star_encoder.data.grammars import Grammar, error_bytes, parse
 
 _MAX_PASSES = 3
-# `static void WINAPI run(…)`, `__vector int x`; and `typename`, which the grammar of C++ knows in declarations only.
+# `static void WINAPI run(…)`, `int argc UNUSED`; and `typename`, which the grammar of C++ knows in declarations only.
 _STRANGE_WORD = re.compile(rb"[A-Z][A-Z0-9_]+|__\w+|typename|template")
+_WORD_BEFORE = re.compile(rb"\b([^\W\d]\w*)\s+\Z")
+_WORD_AFTER = re.compile(rb"\s+([^\W\d]\w*)")
+_MAX_WORD_BYTES = 80
 # `LIBRARY_NAMESPACE_BEGIN`, `REGISTER_TYPE(name)` on lines of their own, without a semicolon.
 _MACRO_LINE = re.compile(rb"^[ \t]*[A-Z][A-Z0-9_]{3,}[ \t]*(?:\([^()\n]*\))?[ \t]*$", re.MULTILINE)
 
@@ -29,32 +32,43 @@ def is_cpp_header(text: str) -> bool:
 def parse_around_macros(source: bytes, grammar: Grammar) -> Tree:
     """Return the tree of `source` with the macros that break it read as white space: all offsets stay the same.
 
-    Words that are syntax errors by themselves and lines that are nothing but a macro are blanked as long as that leaves
-    fewer errors.
+    Words like macros are blanked where they are a syntax error or stand beside one, for which the parser may have taken
+    their neighbour, and so are lines that are nothing but a macro. The tree with the fewest errors counts.
 
     Raises:
         UnparsableSourceError: As `parse` does.
     """
-    tree = parse(source, grammar)
-    errors = error_bytes(tree, grammar)
-    for number in range(_MAX_PASSES):
-        if not errors:
+    tree = best = parse(source, grammar)
+    fewest = error_bytes(tree, grammar)
+    for number in range(_MAX_PASSES if fewest else 0):
+        blanked = _without_strange_words(source, tree, grammar)
+        if number == 0:
+            blanked = _MACRO_LINE.sub(lambda match: b" " * len(match[0]), blanked)
+        if blanked == source:
             break
-        source = _blanked(source, tree, grammar, lines=number == 0)
-        candidate = parse(source, grammar)
-        remaining = error_bytes(candidate, grammar)
-        if remaining >= errors:
-            break
-        tree, errors = candidate, remaining
-    return tree
+        source = blanked
+        tree = parse(source, grammar)
+        errors = error_bytes(tree, grammar)
+        if errors < fewest:
+            best, fewest = tree, errors
+    return best
 
 
-def _blanked(source: bytes, tree: Tree, grammar: Grammar, *, lines: bool) -> bytes:
+def _without_strange_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
     text = bytearray(source)
     for node in QueryCursor(grammar.errors).captures(tree.root_node).get("error", []):
         start, end = node.byte_range
-        if _STRANGE_WORD.fullmatch(source, start, end):
-            text[start:end] = b" " * (end - start)
-    if lines:
-        text = bytearray(_MACRO_LINE.sub(lambda match: b" " * len(match[0]), bytes(text)))
+        neighbours = (
+            (start, end),
+            _span(_WORD_AFTER.match(source, end)),
+            _span(_WORD_BEFORE.search(source, max(0, start - _MAX_WORD_BYTES), start)),
+        )
+        for first, last in neighbours:
+            if _STRANGE_WORD.fullmatch(source, first, last):
+                text[first:last] = b" " * (last - first)
+                break
     return bytes(text)
+
+
+def _span(match: re.Match[bytes] | None) -> tuple[int, int]:
+    return match.span(1) if match else (0, 0)

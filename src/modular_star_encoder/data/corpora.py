@@ -5,19 +5,22 @@ from typing import Any
 
 from modular_star_encoder.data.archives import archive_repositories
 from modular_star_encoder.data.file_filters import STARCODER2_FILTERS
+from modular_star_encoder.data.function_files import FunctionFiles
 from modular_star_encoder.data.repositories import folder_repositories, installed_repositories
 from modular_star_encoder.data.row_sources import RowColumns, row_repositories
 from modular_star_encoder.data.source_files import SourceReader
 from modular_star_encoder.data.the_stack import ContentSource, the_stack_repositories
 
 SOURCES = ("folder", "installed", "archives", "rows", "the_stack")
+SNIPPETS = ("files", "functions")
 
 
 def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     """The reader that a recipe's `corpus` describes, with StarCoder2's filters.
 
     Args:
-        settings: exactly one source, its options, and optionally `languages`, a list:
+        settings: exactly one source, its options, and optionally `languages`, a list, and `snippets`: `files` (as they
+            are, the default) or `functions` (each by itself, see `FunctionFiles`):
 
             - `folder: PATH`, with `depth` (levels from there down to the repositories);
             - `installed: true`, with `exclude` (names of distributions): the installed Python packages;
@@ -36,8 +39,16 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     if named[0] == "the_stack" and "content_url" not in options:
         raise ValueError("A corpus of The Stack needs content_url, the address of a content with {blob_id} in it.")
     options["filters"] = STARCODER2_FILTERS
+    snippets = options.pop("snippets", "files")
+    if snippets not in SNIPPETS:
+        raise ValueError(f"A corpus's snippets are one of {', '.join(SNIPPETS)}, not {snippets!r}.")
+    files = _open_source(named[0], source, options)
+    return FunctionFiles(files) if snippets == "functions" else files
+
+
+def _open_source(name: str, source: Any, options: dict[str, Any]) -> SourceReader:
     try:
-        match named[0]:
+        match name:
             case "folder":
                 return folder_repositories(source, **options)
             case "installed":
@@ -49,4 +60,4 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
             case _:
                 return the_stack_repositories(source, ContentSource(url=options.pop("content_url")), **options)
     except TypeError as error:
-        raise ValueError(f"The corpus's settings for {named[0]!r} can't be used: {error}.") from error
+        raise ValueError(f"The corpus's settings for {name!r} can't be used: {error}.") from error

@@ -48,6 +48,25 @@ def open_dataset_rows(
     return _DatasetRows(rows, ", ".join(map(str, source)) if isinstance(source, list | tuple) else os.fspath(source))
 
 
+def open_texts(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], column: str, **options: Any
+) -> Iterator[str]:
+    """Yield the texts of one column of a dataset.
+
+    Args:
+        source: See `open_dataset_rows`.
+        column: The column.
+        options: Further arguments of `open_dataset_rows`.
+
+    Raises:
+        ValueError: If the dataset cannot be read, or a row has no text there.
+    """
+    for place, row in open_dataset_rows(source, [column], **options):
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            raise ValueError(f"{place} has no text in column {column!r}.")
+        yield row[column]
+
+
 def _files(source: Any, split: str) -> list[str]:
     """The files that `source` names; none if it is the name of a dataset of the Hub."""
     if isinstance(source, list | tuple):

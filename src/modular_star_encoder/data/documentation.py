@@ -21,7 +21,7 @@ _RUBY_BLOCK_MARKER = re.compile(r"=begin\b.*|=end\b.*")
 # Instructions to tools, which stand among the prose of comments.
 _DIRECTIVE = re.compile(
     r"\s*(?:rubocop:|:\w*doc:|frozen_string_literal:|-\*-|eslint\b|js[hl]int\b|jscs:|istanbul ignore|c8 ignore"
-    r"|prettier-ignore|phpcs:|nolint\b|nosonar|clang-format o|cppcheck-suppress|coverity\b|lint:)",
+    r"|prettier-ignore|phpcs:|nolint\w*|nosonar|clang-format o|cppcheck-suppress|coverity\b|lint:)",
     re.IGNORECASE,
 )
 _GO_DIRECTIVE = re.compile(r"//(?:[a-z0-9]+:[a-z0-9]|export |extern |line |nolint)")
@@ -41,11 +41,12 @@ _LEGAL_NOTICE = re.compile(
 _INLINE_TAG = re.compile(r"\{@(?P<name>\w+)\s*(?P<text>[^{}]*)\}")
 _HTML_BREAK = re.compile(r"<(?:p|ul|ol|li|dl|pre|table|blockquote|h[1-6]|hr|div)\b[^<>]*>", re.IGNORECASE)
 _HTML_TAG = re.compile(
-    r"</?(?:a|abbr|b|big|br|cite|code|dd|del|dfn|dt|em|font|i|img|ins|kbd|q|s|samp|small|span|strike|strong|sub|sup|td|th"
+    r"(?<![`\"'])</?(?:a|abbr|b|big|br|cite|code|dd|del|dfn|dt|em|font|i|img|ins|kbd|q|s|samp|small|span|strike|strong|sub|sup|td|th"
     r"|tr|tt|u|var)\b[^<>]*>|</(?:p|ul|ol|li|dl|pre|table|blockquote|h[1-6]|div)>",
     re.IGNORECASE,
 )
 _DOXYGEN_MARK = re.compile(r"(?<!\S)[\\@](?:a|b|c|e|em|p|ref|link)\s+(?=\S)")
+_RDOC_ESCAPE = re.compile(r"(?<!\S)\\(?=\w)")  # `\port` is no link to the method
 _RDOC_MARK = re.compile(r"(?<![\w+])\+([\w:.#?!=]+)\+(?![\w+])")
 
 
@@ -131,7 +132,7 @@ def _without_markup(text: str, language: str) -> str:
         if language in ("c", "cpp"):
             text = _DOXYGEN_MARK.sub("", text)
         elif language == "ruby":
-            text = _RDOC_MARK.sub(r"\1", text)
+            text = _RDOC_MARK.sub(r"\1", _RDOC_ESCAPE.sub("", text))
         text = html.unescape(text)
     return _one_line(text)
 

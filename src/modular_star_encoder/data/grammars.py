@@ -17,12 +17,15 @@ from importlib import import_module
 
 from tree_sitter import Language, Parser, Point, Query, QueryCursor, Tree
 
-MAX_PARSE_SECONDS = 10.0
+MAX_PARSE_SECONDS = 5.0
 """Processor time after which a parse is given up. A file of 1 MB takes about half a second on one core."""
 MAX_LINE_BYTES = 10_000
 """A text with a longer line is not parsed: it is data or minified, and nested deeply enough to exhaust the memory."""
 
-_READ_BYTES = 1 << 16
+# tree-sitter 0.26 never releases what a read callback returns, so every text passes through one buffer, in views of few
+# sizes: powers of two, and any below 16, since the first character of a view must be whole.
+_BUFFER = bytearray(1 << 16)
+_VIEWS = {size: memoryview(_BUFFER)[:size] for size in (*range(16), *(1 << power for power in range(4, 17)))}
 
 _FUNCTION_VALUES = (
     "(function_expression body: (_) @body) (generator_function body: (_) @body) (arrow_function body: (_) @body)"
@@ -33,6 +36,8 @@ _ASSIGNMENT = f"(assignment_expression left: [(identifier) (member_expression)] 
 _JAVASCRIPT = f"""
 (function_declaration name: (_) @name body: (_) @body) @function
 (generator_function_declaration name: (_) @name body: (_) @body) @function
+(function_expression name: (_) @name body: (_) @body) @function
+(generator_function name: (_) @name body: (_) @body) @function
 (method_definition name: (_) @name body: (_) @body) @function
 {_DECLARATOR} @function
 (lexical_declaration . {_DECLARATOR} .) @function
@@ -155,7 +160,7 @@ class Grammar:
 
 @cache
 def load_grammar(language: str) -> Grammar:
-    """Return the grammar of a language; one object per process, which threads must not share.
+    """Return the grammar of a language: one object per process, which threads must not share.
 
     Raises:
         ValueError: If the language is not supported.
@@ -173,6 +178,8 @@ def load_grammar(language: str) -> Grammar:
 def parse(source: bytes, grammar: Grammar) -> Tree:
     """Return the syntax tree of UTF-8 `source`, whose line ends are `\\n`; what is not valid becomes ERROR nodes.
 
+    The `text` of its nodes must not be read: slice `source`.
+
     Raises:
         UnparsableSourceError: If `source` holds null bytes or a line longer than `MAX_LINE_BYTES`, or takes longer
             than `MAX_PARSE_SECONDS`: recovering from errors is quadratic, and worse in some grammars.
@@ -183,8 +190,12 @@ def parse(source: bytes, grammar: Grammar) -> Tree:
         raise UnparsableSourceError(f"A line is longer than {MAX_LINE_BYTES:,} bytes.")
     deadline = time.thread_time() + MAX_PARSE_SECONDS
 
-    def read(offset: int, _: Point) -> bytes:
-        return source[offset : offset + _READ_BYTES]
+    def read(offset: int, _: Point) -> memoryview:
+        size = max(0, len(source) - offset)
+        if size >= 16:
+            size = min(len(_BUFFER), 1 << (size.bit_length() - 1))
+        _BUFFER[:size] = source[offset : offset + size]
+        return _VIEWS[size]
 
     try:
         return grammar.parser.parse(read, progress_callback=lambda *_: time.thread_time() > deadline)

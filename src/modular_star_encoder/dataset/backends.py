@@ -24,6 +24,7 @@ def open_backend(name: str, model: str, max_tokens: int, options: Mapping[str, A
 
     Raises:
         ValueError: If there is no such back end, or it does not take the options.
+        ImportError: If it needs a package that isn't installed.
     """
     # A back end is imported when it is used: two of them load torch.
     match name:

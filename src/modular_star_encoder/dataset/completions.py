@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 Item = TypeVar("Item")
 
+ERROR, TOO_LONG = "error", "too_long"
+
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
@@ -33,7 +35,8 @@ class Completion:
         id: Id of the request.
         text: What was written.
         finish_reason: Why it ended there, in the words of OpenAI's protocol: `"stop"`, `"length"`, `"content_filter"`,
-            or whatever else an endpoint says; `"error"` if this one request could not be answered.
+            or whatever else an endpoint says; `"too_long"` if the prompt leaves no room for an answer, and `"error"` if
+            this one request could not be answered for another reason.
         prompt_tokens: Number of tokens of the prompt, chat template included; 0 where an endpoint does not say.
         completion_tokens: Number of tokens written, the one that ends the text included; 0 where an endpoint does not
             say.
@@ -76,27 +79,34 @@ class CompletionBackend(Protocol):
         ...
 
 
-def too_long(request: CompletionRequest, tokens: int, limit: int) -> Completion:
-    """The completion of a request whose prompt leaves no room for an answer."""
-    message = f"The prompt has {tokens} tokens; {limit} fit."
-    return Completion(request.id, "", "error", prompt_tokens=tokens, error=message)
-
-
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Yield lists of `size` items, the last one shorter."""
     iterator = iter(items)
     return iter(lambda: list(islice(iterator, size)), [])
 
 
-def prompt_text(tokenizer: Any, prompt: str) -> str:
-    """The text that a local model reads: the prompt in the tokenizer's chat template, if it has one."""
+def tokenized(
+    requests: Iterable[CompletionRequest], tokenizer: Any, longest: int
+) -> tuple[list[tuple[CompletionRequest, list[int]]], list[Completion]]:
+    """Return requests with the token ids that a local model reads, and errors for those of more than `longest` ids.
+
+    A prompt is put in the tokenizer's chat template, if it has one.
+    """
+    rows, errors = [], []
+    for request in requests:
+        ids = _prompt_ids(tokenizer, request.prompt)
+        if len(ids) <= longest:
+            rows.append((request, ids))
+        else:
+            message = f"The prompt has {len(ids)} tokens; {longest} fit."
+            errors.append(Completion(request.id, "", TOO_LONG, prompt_tokens=len(ids), error=message))
+    return rows, errors
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
-        return prompt
+        return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
-    """The token ids of `prompt_text`; the template writes its special tokens itself."""
-    templated = bool(getattr(tokenizer, "chat_template", None))
-    return list(tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=not templated)["input_ids"])
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # The template has written the special tokens.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

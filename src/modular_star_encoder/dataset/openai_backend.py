@@ -9,6 +9,7 @@ Source of the protocol: the reference of OpenAI's API, `POST /chat/completions`.
 import asyncio
 import os
 import random
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -16,11 +17,16 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx2
+try:
+    import httpx2
+except ImportError as error:
+    raise ImportError("Asking an endpoint needs httpx2: pip install 'modular-star-encoder[dataset]'.") from error
 
-from modular_star_encoder.dataset.completions import BackendError, Completion, CompletionRequest
+from modular_star_encoder.dataset.completions import ERROR, TOO_LONG, BackendError, Completion, CompletionRequest
 
 _DOUBTFUL_REQUEST = (400, 413, 422)
+# What OpenAI, vLLM, SGLang and llama.cpp say of prompts that are too long.
+_CONTEXT = re.compile(r"context[ _](?:length|size|window)", re.IGNORECASE)
 _PASSING_STATUS = (408, 409, 425, 429)
 _LONGEST_PAUSE = 60.0
 _LONGEST_MESSAGE = 300
@@ -134,7 +140,8 @@ class OpenAIBackend:
                 if completion:
                     return completion
             elif reply.status_code in _DOUBTFUL_REQUEST:
-                return Completion(request.id, "", "error", error=self._said(reply))
+                said = self._said(reply)
+                return Completion(request.id, "", TOO_LONG if _CONTEXT.search(reply.text) else ERROR, error=said)
             elif reply.status_code < 500 and reply.status_code not in _PASSING_STATUS:
                 raise BackendError(f"{self._host} refuses requests for model {self._model!r}: {self._said(reply)}.")
             problem, asked_for = self._said(reply), _retry_after(reply)

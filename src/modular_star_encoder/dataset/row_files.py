@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from modular_star_encoder.dataset.completions import batches
 
 ROWS_PER_FILE = 1000
+ROWS_PER_PUBLISHED_FILE = 100_000
 
 
 def write_parquet(path: str | os.PathLike[str], tables: Iterable[pa.Table], schema: pa.Schema) -> int:
@@ -36,6 +37,17 @@ def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schem
         table = pa.Table.from_pylist(batch, schema)
         total += write_parquet(folder / f"rows-{number:05d}.parquet", [table], schema)
     return total
+
+
+def write_split(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write rows as `{name}-00000-of-00002.parquet`, …, as datasets on the Hub are named."""
+    tables = (pa.Table.from_pylist(batch, schema) for batch in batches(rows, ROWS_PER_FILE))
+    written = []
+    for some in batches(tables, ROWS_PER_PUBLISHED_FILE // ROWS_PER_FILE):
+        written.append(folder / f"{name}-{len(written):05d}.parquet")
+        write_parquet(written[-1], some, schema)
+    for number, path in enumerate(written):
+        path.rename(folder / f"{name}-{number:05d}-of-{len(written):05d}.parquet")
 
 
 def row_files(folder: Path) -> list[Path]:

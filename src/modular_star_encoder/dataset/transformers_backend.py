@@ -14,8 +14,7 @@ from modular_star_encoder.dataset.completions import (
     Completion,
     CompletionRequest,
     batches,
-    prompt_tokens,
-    too_long,
+    tokenized,
 )
 
 _BATCHES_SORTED_TOGETHER = 16
@@ -63,13 +62,8 @@ class TransformersBackend:
     def complete(self, requests: Iterable[CompletionRequest]) -> Iterator[Completion]:
         """See `CompletionBackend`."""
         for window in batches(requests, self.in_flight):
-            rows = []
-            for request in window:
-                ids = prompt_tokens(self._tokenizer, request.prompt)
-                if len(ids) > self._longest_prompt:
-                    yield too_long(request, len(ids), self._longest_prompt)
-                else:
-                    rows.append((request, ids))
+            rows, errors = tokenized(window, self._tokenizer, self._longest_prompt)
+            yield from errors
             # The longest first: what does not fit into memory shows at once.
             rows.sort(key=lambda row: len(row[1]), reverse=True)
             for batch in batches(rows, self._batch_size):

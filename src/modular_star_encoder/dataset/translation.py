@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
@@ -18,7 +19,14 @@ from modular_star_encoder.data.files import write_json
 from modular_star_encoder.data.source_files import LANGUAGES, check_languages
 from modular_star_encoder.dataset.backends import FREE_OPTIONS, open_backend
 from modular_star_encoder.dataset.completion_files import CompletionFiles
-from modular_star_encoder.dataset.completions import BackendError, Completion, CompletionBackend, CompletionRequest
+from modular_star_encoder.dataset.completions import (
+    ERROR,
+    TOO_LONG,
+    BackendError,
+    Completion,
+    CompletionBackend,
+    CompletionRequest,
+)
 from modular_star_encoder.dataset.row_files import count_rows, read_file, row_files
 from modular_star_encoder.dataset.translation_requests import (
     PROMPT,
@@ -157,14 +165,16 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
     """
     doubtful: list[Completion] = []
     for completion in completions:
-        if completion.error:
+        if completion.finish_reason == ERROR:
             doubtful.append(completion)
             if len(doubtful) >= MAX_ERRORS_IN_A_ROW:
                 break
+        elif completion.finish_reason == TOO_LONG:
+            # Certain by itself, and no sign that the others are answered.
+            yield [completion]
         else:
             yield [*doubtful, completion]
-            doubtful.clear()
-            answered = True
+            doubtful, answered = [], True
     if len(doubtful) >= MAX_ERRORS_IN_A_ROW or (doubtful and not answered):
         raise BackendError(f"The model answered none of the last {len(doubtful)} requests: {doubtful[-1].error}")
     if doubtful:
@@ -225,7 +235,7 @@ def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
     for file in row_files(out):
         table = pq.read_table(file, columns=["finish_reason", "prompt_tokens", "completion_tokens"])
         totals["completions"] += len(table)
-        totals["errors"] += pc.sum(pc.equal(table["finish_reason"], "error")).as_py() or 0
+        totals["errors"] += pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py() or 0
         for name in ("prompt_tokens", "completion_tokens"):
             totals[name] += pc.sum(table[name]).as_py() or 0
     sessions = read_sessions(out / SESSIONS)

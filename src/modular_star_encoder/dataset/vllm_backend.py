@@ -13,8 +13,7 @@ from modular_star_encoder.dataset.completions import (
     Completion,
     CompletionRequest,
     batches,
-    prompt_tokens,
-    too_long,
+    tokenized,
 )
 
 
@@ -54,6 +53,7 @@ class VLLMBackend:
 
         Raises:
             ValueError: If a setting is out of range.
+            ImportError: If vLLM isn't installed.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
@@ -63,18 +63,14 @@ class VLLMBackend:
         self._options = {"revision": revision, "dtype": dtype, "max_model_len": max_model_len}
         self._options |= {"tensor_parallel_size": tensor_parallel_size}
         self._options |= {"gpu_memory_utilization": gpu_memory_utilization, **(engine or {})}
+        self._vllm = _vllm()
         self.in_flight = batch_size
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Iterator[Completion]:
         """See `CompletionBackend`."""
         for batch in batches(requests, self.in_flight):
-            rows = []
-            for request in batch:
-                ids = prompt_tokens(self._tokenizer, request.prompt)
-                if len(ids) > self._longest_prompt:
-                    yield too_long(request, len(ids), self._longest_prompt)
-                else:
-                    rows.append((request, ids))
+            rows, errors = tokenized(batch, self._tokenizer, self._longest_prompt)
+            yield from errors
             if rows:
                 yield from self._generate(rows)
 
@@ -85,16 +81,15 @@ class VLLMBackend:
             "model": self._name,
             "revision": self._options["revision"],
             "dtype": self._options["dtype"],
-            "vllm": getattr(_vllm(), "__version__", "unknown"),
+            "vllm": getattr(self._vllm, "__version__", "unknown"),
         }
 
     @cached_property
     def _engine(self) -> Any:
-        vllm = _vllm()
         # The instruction opens every prompt: with prefix caching it is computed once.
         options = {"seed": 0, "enable_prefix_caching": True} | self._options
         try:
-            return vllm.LLM(model=self._name, **options)
+            return self._vllm.LLM(model=self._name, **options)
         except (OSError, ValueError, TypeError) as error:
             first_line = str(error).strip().partition("\n")[0].rstrip(".")
             raise BackendError(f"vLLM can't load the model {self._name!r}: {first_line}.") from error
@@ -104,7 +99,7 @@ class VLLMBackend:
         return self._engine.get_tokenizer()
 
     def _generate(self, rows: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]:
-        greedy = _vllm().SamplingParams(temperature=0.0, max_tokens=self._max_tokens)
+        greedy = self._vllm.SamplingParams(temperature=0.0, max_tokens=self._max_tokens)
         prompts = [{"prompt_token_ids": ids} for _, ids in rows]
         # `generate` returns the outputs in the order of the prompts.
         outputs = self._engine.generate(prompts, greedy, use_tqdm=False)
@@ -119,7 +114,5 @@ def _vllm() -> Any:
     try:
         import vllm
     except ImportError as error:
-        raise BackendError(
-            "Translating with vLLM needs the package vllm: pip install 'modular-star-encoder[vllm]'."
-        ) from error
+        raise ImportError("Translating with vLLM needs it: pip install 'modular-star-encoder[vllm]'.") from error
     return vllm

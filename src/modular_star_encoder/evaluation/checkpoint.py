@@ -18,7 +18,10 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def load_checkpoint(
-    path: str | Path, exit_layer: int | None = None, device: str | torch.device | None = None
+    path: str | Path,
+    exit_layer: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> tuple[ModularStarEncoderForRetrieval, Any]:
     """The model, ready for inference, and the tokenizer of a local folder or of a Hub repository.
 
@@ -26,6 +29,7 @@ def load_checkpoint(
         path: a checkpoint folder, or a repository of the Hub ("owner/name"), of which no code is run.
         exit_layer: read only the layers up to this exit.
         device: where the model goes; a GPU if there is one and None is given.
+        dtype: of the weights; the checkpoint's own if None.
 
     Raises:
         FileNotFoundError: no such folder, or one without config.json or weights.
@@ -40,6 +44,8 @@ def load_checkpoint(
         if not isinstance(config, ModularStarEncoderConfig):
             raise ValueError(f"{path} holds a model of type {config.model_type!r}, not a ModularStarEncoder.")
         arguments = {} if exit_layer is None else {"exit_layer": config.check_exit(exit_layer)}
+        if dtype is not None:
+            arguments["dtype"] = dtype
         model = AutoModel.from_pretrained(path, trust_remote_code=False, **arguments)
         tokenizer = load_tokenizer(path)
     except (SafetensorError, StrictDataclassError) as error:

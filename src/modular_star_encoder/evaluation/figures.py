@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from modular_star_encoder.evaluation.exit_profile import ExitProfile
 from modular_star_encoder.evaluation.markdown import metric_label
 from modular_star_encoder.evaluation.report import title
 from modular_star_encoder.evaluation.tables import Row, Table
@@ -46,7 +46,7 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
     """A panel for each table: the main metric of each exit against the median latency of that exit.
 
     Args:
-        latencies: {system: {exit_layer: milliseconds}}, of systems on one machine (see `read_latencies`).
+        latencies: {system: {exit_layer: milliseconds}}, of systems on one machine (see `median_latencies`).
 
     Raises:
         ImportError: matplotlib is missing.
@@ -68,20 +68,9 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
     return _save(figure, path)
 
 
-def read_latencies(path: Path) -> dict[int, float]:
-    """{exit_layer: median milliseconds} of an `exit_profile.json`, at the first shape of batch that it measured.
-
-    Raises:
-        ValueError: the file isn't an exit profile.
-    """
-    try:
-        exits: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["exits"]
-        return {
-            int(exit_layer): float((measured.get("measurements") or [measured])[0]["latency_ms_p50"])
-            for exit_layer, measured in exits.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is no exit profile: it has no latency_ms_p50 of its exits ({error}).") from None
+def median_latencies(profile: ExitProfile) -> dict[int, float]:
+    """{exit_layer: median milliseconds} of an exit profile, at the first shape of batch that it measured."""
+    return {k: profile.measurement(k, profile.shapes[0]).latency_ms_p50 for k in profile.exits}
 
 
 def _with_exits(table: Table) -> dict[str, list[Row]]:

@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modular_star_encoder.evaluation.benchmarks.codesearchnet_999 import write_candidates
-from modular_star_encoder.evaluation.benchmarks.registry import choose_benchmarks, load_benchmark
+from modular_star_encoder.evaluation.benchmarks.registry import WITH_CANDIDATES, choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.embedding_cache import EmbeddingCache
 from modular_star_encoder.evaluation.encoders import ExitEncoder
-from modular_star_encoder.evaluation.figures import plot_quality_by_depth, plot_quality_by_latency, read_latencies
+from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME, ExitProfile
+from modular_star_encoder.evaluation.figures import median_latencies, plot_quality_by_depth, plot_quality_by_latency
 from modular_star_encoder.evaluation.harness import evaluate_tasks
 from modular_star_encoder.evaluation.opening import open_system
 from modular_star_encoder.evaluation.report import write_report
 from modular_star_encoder.evaluation.systems import EmbeddingSystem, System
 from modular_star_encoder.evaluation.tables import Table, build_tables
 from modular_star_encoder.evaluation.tasks import Task
-
-PROFILE = "exit_profile.json"
 
 
 def run_benchmarks(
@@ -62,12 +61,16 @@ def run_benchmarks(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: name a folder for the reports.")
     tasks: list[Task] = []
-    for name in choose_benchmarks(benchmarks, data):
-        tasks += load_benchmark(name, data, allow_subset=allow_subset, candidates=candidates)
+    chosen = choose_benchmarks(benchmarks, data)
+    if candidates is not None and not any(name in WITH_CANDIDATES for name in chosen):
+        raise ValueError(f"Lists of candidates are only for {' and '.join(WITH_CANDIDATES)}.")
+    for name in chosen:
+        lists = candidates if name in WITH_CANDIDATES else None
+        tasks += load_benchmark(name, data, allow_subset=allow_subset, candidates=lists)
     store = EmbeddingCache(out / "embeddings" if cache is None else Path(cache).expanduser())
     systems = _open(model, baselines, store, exit_layers, untrained, seed)
     for task in tasks:
-        if task.benchmark.startswith("codesearchnet-999"):
+        if task.benchmark in WITH_CANDIDATES:
             write_candidates(task, out / "candidates" / task.benchmark)
     cells = evaluate_tasks(tasks, list(systems.values()), out=out, seed=seed, progress=progress)
     tables = build_tables(tasks, cells, seed=seed)
@@ -104,14 +107,15 @@ def _draw(tables: Sequence[Table], systems: dict[str, str], out: Path) -> None:
     """The figures, if there is anything to draw and to draw with; otherwise a note."""
     if not any(row.exit_layer is not None for table in tables for row in table.rows):
         return
-    profiles = {label: Path(name).expanduser() / PROFILE for name, label in systems.items()}
-    latencies = {label: read_latencies(path) for label, path in profiles.items() if path.is_file()}
+    profiles = {label: Path(name).expanduser() / PROFILE_NAME for name, label in systems.items()}
     try:
         plot_quality_by_depth(tables, out / "quality_by_depth.png")
-        if latencies:
+        there = {label: ExitProfile.load(path) for label, path in profiles.items() if path.is_file()}
+        if there:
+            latencies = {label: median_latencies(profile) for label, profile in there.items()}
             plot_quality_by_latency(tables, latencies, out / "quality_by_latency.png")
-    except ImportError as error:
-        print(f"mose: note: no figures. {error}", file=sys.stderr)
+    except (ImportError, ValueError) as error:  # the reports are written; a profile of other exits mustn't hide that
+        print(f"mose: note: a figure is missing. {error}", file=sys.stderr)
 
 
 def _shown(command: str) -> str:

@@ -26,8 +26,8 @@ _NOTHING = 2.0**-24
 _PAIRS = 4096  # pairs of vectors in memory at a time
 _SHOWN = 10**8  # scores that take seconds
 
-WIDE = 1 << 15
-"""Up to so many documents, a block holds all of them."""
+HELD = 1 << 25
+"""Components of documents in memory at a time, 256 MiB in float64; with no more, a block holds all documents."""
 
 
 class Block(NamedTuple):
@@ -75,7 +75,8 @@ class CosineScores:
     def blocks(self) -> Iterator[Block]:
         """Columns outside, rows inside, so that each document is read once."""
         height, width = self.shape
-        columns = width if width <= WIDE else WIDE // 4
+        size = self.documents[:1].shape[1]
+        columns = width if width * size <= HELD else max(1, HELD // (4 * size))
         rows = max(1, BLOCK // max(1, columns))
         for column in range(0, width, columns):
             documents = self._unit(self.documents[column : column + columns])

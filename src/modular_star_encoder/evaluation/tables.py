@@ -21,6 +21,9 @@ from modular_star_encoder.evaluation.significance import (
 )
 from modular_star_encoder.evaluation.tasks import Task
 
+_Key = tuple[str, int | None, int | None]
+"""System, exit, dimensions: one row."""
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -99,7 +102,7 @@ def build_tables(tasks: Sequence[Task], cells: Sequence[Cell], *, seed: int = 0)
 
 def _table(tasks: Sequence[Task], cells: Sequence[Cell], seed: int) -> Table:
     benchmark = tasks[0].benchmark
-    rows: dict[tuple[str, int | None, int | None], dict[str, Cell]] = {}
+    rows: dict[_Key, dict[str, Cell]] = {}
     for cell in cells:
         if cell.benchmark == benchmark:
             rows.setdefault((cell.system, cell.exit_layer, cell.dimensions), {})[cell.task] = cell
@@ -117,7 +120,7 @@ def _table(tasks: Sequence[Task], cells: Sequence[Cell], seed: int) -> Table:
     return Table(benchmark, first[0].main, built, label, _size(first), notes)
 
 
-def _reference(keys: Sequence[tuple[str, int | None, int | None]]) -> tuple[str, int | None, int | None]:
+def _reference(keys: Sequence[_Key]) -> _Key:
     """The deepest exit, whole, of the first system that has exits; otherwise the first system."""
     with_exits = [key for key in keys if key[1] is not None]
     if not with_exits:
@@ -127,7 +130,7 @@ def _reference(keys: Sequence[tuple[str, int | None, int | None]]) -> tuple[str,
 
 
 def _row(
-    key: tuple[str, int | None, int | None],
+    key: _Key,
     tasks: Sequence[Task],
     cells: Sequence[Cell],
     reference: Sequence[Cell] | None,

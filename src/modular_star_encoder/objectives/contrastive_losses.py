@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.objectives.processes import gather_stacks, rank_and_count
 
-# Similarities computed at once, of all exits: 2**22 float32 are 16 MiB, however large the batch.
-SCORES_PER_CHUNK = 2**22
+# Similarities computed at once, of all exits: 2**20 float32 are 4 MiB, however large the batch.
+SCORES_PER_CHUNK = 2**20
 
 
 @dataclass
@@ -79,24 +79,35 @@ def losses_from_embeddings(
         )
         gathered = gather_stacks(stacks)
         by_pair = {tuple(pair): _pair_sums(pair, stacks, gathered, scoring) for pair in settings.pairs}
-        pairs = sum(stacks[anchor].shape[1] for anchor, *_ in by_pair)
-        means = {name: sum(sums[name] for sums in by_pair.values()) / pairs for name in next(iter(by_pair.values()))}
-        output = ContrastiveTerms({"clip": means["clip"]}, {"clip_loss": means["clip"].detach()})
-        output.metrics["clip_accuracy"] = means["hits"]
-        if len(by_pair) > 1:
-            for (anchor, positive, *_), sums in by_pair.items():
-                output.metrics[f"clip_accuracy_{anchor}_{positive}"] = sums["hits"] / stacks[anchor].shape[1]
-        if settings.dimensions is not None:
-            output.metrics["clip_accuracy_smallest"] = means["hits_smallest"]
-        if settings.distillation_weight:
-            _add_term(output, "distillation", means["distillation"], settings.distillation_weight)
+        rows = {pair: stacks[pair[0]].shape[1] for pair in by_pair}
+        output = _means(by_pair, rows, settings)
         if settings.alignment_weight:
             joint = torch.cat(list(stacks.values()), dim=1)
             _add_term(output, "alignment", _alignment(joint, scoring.target), settings.alignment_weight)
-        if settings.leaves_out_false_negatives:
-            output.metrics["masked_negatives"] = means["masked"]
         if logit_scale is not None:
             output.metrics["logit_scale"] = scoring.logit_scale.detach().reshape(())
+    return output
+
+
+def _means(
+    by_pair: Mapping[tuple[str, ...], Mapping[str, torch.Tensor]],
+    rows: Mapping[tuple[str, ...], int],
+    settings: ContrastiveSettings,
+) -> ContrastiveTerms:
+    """Terms and metrics as means over all pairs, from the sums over those of each set."""
+    names = next(iter(by_pair.values()))
+    means = {name: sum(sums[name] for sums in by_pair.values()) / sum(rows.values()) for name in names}
+    output = ContrastiveTerms({"clip": means["clip"]}, {"clip_loss": means["clip"].detach()})
+    output.metrics["clip_accuracy"] = means["hits"]
+    if len(by_pair) > 1:
+        for pair, sums in by_pair.items():
+            output.metrics[f"clip_accuracy_{pair[0]}_{pair[1]}"] = sums["hits"] / rows[pair]
+    if settings.dimensions is not None:
+        output.metrics["clip_accuracy_smallest"] = means["hits_smallest"]
+    if settings.distillation_weight:
+        _add_term(output, "distillation", means["distillation"], settings.distillation_weight)
+    if settings.leaves_out_false_negatives:
+        output.metrics["masked_negatives"] = means["masked"]
     return output
 
 
@@ -210,7 +221,9 @@ def _chunk_sums(
     """Sums over rows (E, R, D) whose candidates are in the columns `own` (R,) of (E, C, D)."""
     settings, scale = scoring.settings, scoring.logit_scale
     exits, size = rows.shape[0], rows.shape[-1]
-    scores = {cut: _similarities(rows[places], columns[places], cut, size) for cut, places in scoring.sizes.items()}
+    scores = {
+        cut: _similarities(_at(rows, places), _at(columns, places), cut, size) for cut, places in scoring.sizes.items()
+    }
     sums = {"clip": rows.new_zeros(exits)}
     masked = teachers = None
     if settings.leaves_out_false_negatives or settings.distillation_weight:
@@ -241,6 +254,11 @@ def _chunk_sums(
     for name, end in (("hits", 1), ("hits_smallest", 0)):
         sums[name] = torch.stack([hits[ends[end]][place] for place, ends in enumerate(scoring.ends)]).to(rows.dtype)
     return sums
+
+
+def _at(stack: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """The exits at these places; the stack itself, and no copy, where they are all."""
+    return stack if len(places) == len(stack) else stack[places]
 
 
 def _index(places: list[int], like: torch.Tensor) -> torch.Tensor:

@@ -112,18 +112,17 @@ class _Passes:
 
     def first(self) -> tuple[torch.Tensor | None, ...]:
         """Embed without a graph; returns a stack per side, then the logit scale."""
-        parts: dict[str, list[torch.Tensor]] = {side: [] for side in self.sides}
+        stacks: dict[str, torch.Tensor] = {}
         logit_scale = None
         with torch.no_grad():
             for mini_batch in self.mini_batches:
                 self.random_states.append(RandomState(self.device))
-                stack, logit_scale = self.embed(mini_batch.cut(self.sides[mini_batch.side]))
-                parts[mini_batch.side].append(stack)
-        stacks = []
-        for side in self.sides:
-            rows = torch.cat([mini_batch.rows for mini_batch in self.mini_batches if mini_batch.side == side])
-            stacks.append(torch.cat(parts.pop(side), dim=1)[:, rows.argsort()])
-        return *stacks, logit_scale
+                side, inputs = mini_batch.side, self.sides[mini_batch.side]
+                part, logit_scale = self.embed(mini_batch.cut(inputs))
+                if side not in stacks:
+                    stacks[side] = part.new_empty(part.shape[0], number_of_texts(inputs), part.shape[2])
+                stacks[side][:, mini_batch.rows] = part
+        return *(stacks[side] for side in self.sides), logit_scale
 
     def second(self, *gradients: torch.Tensor | None) -> None:
         """Embed with a graph, one mini-batch at a time, and propagate its part of the stacks' gradients."""

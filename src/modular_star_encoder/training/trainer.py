@@ -4,9 +4,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -14,6 +15,16 @@ from transformers.trainer_utils import EvalLoopOutput
 from modular_star_encoder.objectives import Objective, exit_weights
 from modular_star_encoder.training.non_finite import stop_for_non_finite_loss
 from modular_star_encoder.training.schedule import MultiStepSchedule
+
+
+class ExitEvaluator(Protocol):
+    """What `MultiExitTrainer` calls at every evaluation, such as a `MultiExitEvaluator`."""
+
+    def __call__(
+        self, model: nn.Module, output_path: str | None, epoch: float, steps: int, *, across_processes: bool
+    ) -> dict[str, float]:
+        """Metrics of the bare model. Every process calls; `output_path`, a folder, is given to the first one alone."""
+        ...
 
 
 class MultiExitTrainer(Trainer):
@@ -34,6 +45,8 @@ class MultiExitTrainer(Trainer):
         log_gradient_norms: with every log line also the norm of the gradient that each exit's weighted loss alone has
             on the trunk, `gradient_norm_exit_{layer}`; one more backward pass per exit in that step. Not under FSDP.
         schedule: a learning-rate schedule in place of `args.lr_scheduler_type`.
+        evaluator: called whenever the trainer evaluates, with or without an `eval_dataset` (once where that is a
+            mapping of several); its metrics are logged with `eval_` in front and can be `args.metric_for_best_model`.
         **kwargs: passed to `Trainer`.
 
     Raises:
@@ -53,9 +66,13 @@ class MultiExitTrainer(Trainer):
         rotate_shallow_exits: bool = False,
         log_gradient_norms: bool = False,
         schedule: MultiStepSchedule | None = None,
+        evaluator: ExitEvaluator | None = None,
         **kwargs: Any,
     ) -> None:
         args.remove_unused_columns = False
+        self.evaluator = evaluator
+        if evaluator is not None and kwargs.get("eval_dataset") is None:
+            kwargs["eval_dataset"] = []  # `Trainer` would not evaluate without one
         self.rotate_shallow_exits, self.log_gradient_norms = rotate_shallow_exits, log_gradient_norms
         self.schedule = schedule
         self.objective = objective
@@ -172,7 +189,21 @@ class MultiExitTrainer(Trainer):
         finally:
             self._sums, self._counts = training
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        if self._evaluator_is_due(metric_key_prefix):
+            output.metrics.update({f"eval_{name}": value for name, value in self._evaluate_exits().items()})
         return output
+
+    def _evaluator_is_due(self, metric_key_prefix: str) -> bool:
+        """Whether this is `evaluate` on the trainer's own data, and the first of them if there are several."""
+        first = f"_{next(iter(self.eval_dataset))}" if isinstance(self.eval_dataset, dict) else ""
+        return self.evaluator is not None and metric_key_prefix == f"eval{first}"
+
+    def _evaluate_exits(self) -> dict[str, float]:
+        """The evaluator's metrics, those of the first process, so that all choose the same best checkpoint."""
+        folder = os.path.join(self.args.output_dir, "eval") if self.is_world_process_zero() else None
+        model = self.accelerator.unwrap_model(self.model)
+        metrics = self.evaluator(model, folder, self.state.epoch or 0, self.state.global_step, across_processes=True)
+        return broadcast_object_list([metrics])[0]
 
     def _drain_metrics(self) -> dict[str, float]:
         """Means since the last call, over batches and processes."""

@@ -80,6 +80,9 @@ BENCHMARKS = {
 }
 
 ALL = "all"
+WITH_CANDIDATES = ("codesearchnet-999", "codesearchnet-999-leaky")
+"""Those whose candidates are drawn, and can be read from the lists of an earlier run."""
+
 _NOT_IN_ALL = {"folder", "codesearchnet-999-leaky"}
 
 
@@ -128,7 +131,7 @@ def load_benchmark(
         folder = inside if inside.is_dir() else Path(data).expanduser()
     options = {"allow_subset": allow_subset} if benchmark.sized else {}
     if candidates is not None:
-        if not name.startswith("codesearchnet-999"):
+        if name not in WITH_CANDIDATES:
             raise ValueError(f"{name} has no lists of candidates: every document is one.")
         options["candidates"] = Path(candidates)
     return list(benchmark.load(folder, **options))

@@ -1,0 +1,53 @@
+"""Run tasks of mteb at several exits of a checkpoint, or mteb's retrieval on functions of your own.
+
+    pip install 'modular-star-encoder[mteb]'
+    python examples/mteb_exits.py runs/quickstart/model --tasks CosQA CodeSearchNetRetrieval --exit-layers 1,3
+    python examples/mteb_exits.py runs/quickstart/model --tasks "MTEB(Code, v1)"
+    python examples/mteb_exits.py runs/quickstart/model --data ~/checkouts
+
+The first two fetch mteb's data sets; the third needs no network. Results lie in mteb's own format in --out, where an
+interrupted run finds what it has.
+"""
+
+import argparse
+import sys
+
+from modular_star_encoder.data.functions import collect_functions
+from modular_star_encoder.data.repositories import folder_repositories
+from modular_star_encoder.evaluation.mteb_exits import run_mteb
+from modular_star_encoder.evaluation.mteb_tasks import pairs_task
+from modular_star_encoder_cli import exit_list
+
+
+def main() -> int:
+    """Run; 0 on success, 2 after wrong input, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder or Hub repository")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks or benchmarks of mteb")
+    what.add_argument("--data", metavar="FOLDER", help="a folder of source code")
+    parser.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
+    parser.add_argument("--out", metavar="FOLDER", default="runs/mteb", help="default: %(default)s")
+    arguments = parser.parse_args()
+    try:
+        tasks = arguments.tasks
+        if arguments.data:
+            functions = collect_functions(folder_repositories(arguments.data)).functions
+            rows = [(function.description, function.code, function.language) for function in functions]
+            tasks = [pairs_task(rows, "FunctionsOfAFolder")]
+        scores = run_mteb(arguments.checkpoint, tasks, arguments.exit_layers, arguments.out)
+    except KeyboardInterrupt:
+        print("\nmteb_exits: interrupted; start it again to continue.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"mteb_exits: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for exit_layer, values in scores.items():
+        for task, score in values.items():
+            print(f"exit {exit_layer:3}  {task:40} {100 * score:6.2f}")
+    print(f"results in {arguments.out}/results")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

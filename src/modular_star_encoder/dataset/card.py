@@ -1,0 +1,129 @@
+"""The card of a built dataset: metadata for the Hub, and how it was made, for its readers."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from huggingface_hub import DatasetCardData
+from jinja2 import Environment, StrictUndefined
+
+from modular_star_encoder.data.source_files import LANGUAGES
+from modular_star_encoder.dataset.columns import DATASET_COLUMNS, MEANINGS
+from modular_star_encoder.dataset.statistics import DatasetStatistics
+from modular_star_encoder.dataset.translation_requests import LANGUAGE_NAMES
+
+TEMPLATE = "dataset.md.jinja"
+_SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
+
+
+def size_category(rows: int) -> str:
+    """The Hub's name for the order of magnitude of a number of rows."""
+    return next((name for name, limit in _SIZES if rows < limit), "10M<n<100M")
+
+
+def card_metadata(card: Mapping[str, Any], rows: int, splits: Sequence[str]) -> DatasetCardData:
+    """The card's metadata block.
+
+    Args:
+        card: `CardSettings`, as plain values.
+        rows: Number of rows of all splits.
+        splits: Names of the splits, in order; their files are `data/{split}-*.parquet`.
+    """
+    named = {"license_name": card["license_name"], "license_link": card["license_link"]}
+    return DatasetCardData(
+        pretty_name=card["name"],
+        language=["code", "en"],
+        license=card["license"],
+        **({name: value for name, value in named.items() if value} if card["license"] == "other" else {}),
+        task_categories=["text-retrieval", "sentence-similarity", "feature-extraction"],
+        size_categories=[size_category(rows)],
+        language_creators=["found", "machine-generated"],
+        tags=["code", "code-search", *card["tags"]],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
+            }
+        ],
+    )
+
+
+def dataset_card(
+    *,
+    card: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
+    reports: Mapping[str, Mapping[str, Any]],
+    splits: Mapping[str, Mapping[str, int]],
+    statistics: DatasetStatistics,
+    licenses: Mapping[str, int],
+    versions: Mapping[str, str],
+) -> str:
+    """The card: YAML metadata and Markdown.
+
+    Args:
+        card: `CardSettings`, as plain values.
+        settings: By stage, what decided its result: `DatasetRecipe.stage_settings()`.
+        reports: By stage, what it counted.
+        splits: By split, its number of `rows` and `repositories`.
+        statistics: Of all splits.
+        licenses: Number of rows by licence.
+        versions: Of the software that built it.
+    """
+    rows = sum(split["rows"] for split in splits.values())
+    environment = Environment(  # noqa: S701  Markdown, not HTML
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    environment.filters["cell"] = _cell
+    template = files("modular_star_encoder.model_cards").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    languages = [name for name in LANGUAGES if any(name in pair.split(" → ") for pair in reports["triplets"]["pairs"])]
+    return (
+        environment.from_string(template)
+        .render(
+            metadata=card_metadata(card, rows, list(splits)).to_yaml(line_break="\n"),
+            rows=rows,
+            card=card,
+            settings=settings,
+            reports=reports,
+            statistics=statistics,
+            licenses=licenses,
+            versions=versions,
+            split_rows=[(name, split["rows"], split["repositories"]) for name, split in splits.items()],
+            column_rows=[(f"`{name}`", MEANINGS[name]) for name in DATASET_COLUMNS],
+            model_rows=list(_model_rows(settings["translations"], reports["translations"])),
+            pair_head=("", *(LANGUAGE_NAMES[name] for name in languages)),
+            pair_rows=list(_pair_rows(languages, reports["triplets"]["pairs"])),
+        )
+        .lstrip()
+    )
+
+
+def _model_rows(translation: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is known of the model: settings, what the back ends said of themselves, tokens."""
+    yield "model", f"`{translation['model']}`"
+    yield "largest answer", f"{translation['max_tokens']} tokens"
+    for name, value in translation["options"].items():
+        yield name, json.dumps(value) if isinstance(value, dict | list) else value
+    known: dict[str, list[str]] = {}
+    for backend in report["backends"]:
+        for name, value in backend.items():
+            for one in value if isinstance(value, list) else [value]:
+                if name != "model" and one is not None and str(one) not in known.setdefault(name, []):
+                    known[name].append(str(one))
+    yield from ((name, ", ".join(values)) for name, values in known.items() if name not in translation["options"])
+    yield "tokens of the prompts", report["prompt_tokens"]
+    yield "tokens written", report["completion_tokens"]
+
+
+def _pair_rows(languages: Sequence[str], pairs: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, ...]]:
+    for source in (name for name in languages if any(pair.startswith(f"{name} → ") for pair in pairs)):
+        row = [pairs.get(f"{source} → {target}") for target in languages]
+        counts = [(pair["accepted"], sum(pair.values()) - pair["accepted"]) if pair else None for pair in row]
+        yield LANGUAGE_NAMES[source], *(f"{_cell(one[0])} / {_cell(one[1])}" if one else "" for one in counts)
+
+
+def _cell(value: Any) -> str:
+    """What stands in a cell of a Markdown table."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return " ".join(str(value).split()).replace("|", "\\|")

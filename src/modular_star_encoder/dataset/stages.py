@@ -1,0 +1,229 @@
+"""The stages of a build: each reads the folder of the one before and writes its own.
+
+    functions        documented functions, each once
+    translations     what the model answered, whatever it was
+    triplets         functions with the translations that were accepted
+    near_duplicates  the triplets without near-duplicates
+    split            which repositories are for validation
+    dataset          what is published: parquet files, statistics, card
+
+A folder appears whole, or is one that its stage can go on with; its `report.json`, which comes last, says that the
+stage is done.
+"""
+
+import json
+import platform
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from modular_star_encoder.data.dataset_rows import open_texts
+from modular_star_encoder.data.files import staged_folder, write_json
+from modular_star_encoder.data.splits import draw_repositories
+from modular_star_encoder.data.triplets import open_triplets
+from modular_star_encoder.dataset.card import dataset_card
+from modular_star_encoder.dataset.cleaning import REASONS, clean_translation
+from modular_star_encoder.dataset.columns import DATASET_SCHEMA, FUNCTION_SCHEMA, published_name
+from modular_star_encoder.dataset.extraction import function_rows
+from modular_star_encoder.dataset.near_duplicates.stage import drop_near_duplicates
+from modular_star_encoder.dataset.recipe import DatasetRecipe
+from modular_star_encoder.dataset.row_files import (
+    read_file,
+    read_rows,
+    row_files,
+    write_rows,
+    write_split,
+)
+from modular_star_encoder.dataset.statistics import dataset_statistics
+from modular_star_encoder.dataset.translation import translate
+from modular_star_encoder.dataset.translation_requests import target_language
+
+REPORT = "report.json"
+CARD, STATISTICS = "README.md", "statistics.json"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """A recipe, the folder that it is built in, and whether to show progress bars."""
+
+    recipe: DatasetRecipe
+    out: Path
+    progress: bool = True
+
+    def report(self, stage: str) -> dict[str, Any]:
+        """What a finished stage counted."""
+        return json.loads((self.out / stage / REPORT).read_text(encoding="utf-8"))
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage is finished."""
+        return (self.out / stage / REPORT).is_file()
+
+
+def functions(build: Build, out: Path) -> None:
+    """Extract the documented functions of the corpora."""
+    recipe, counts = build.recipe, Counter[str]()
+    rows = function_rows(
+        recipe.corpus,
+        languages=recipe.languages,
+        max_characters=recipe.max_characters,
+        counts=counts,
+        processes=recipe.processes,
+        progress=build.progress,
+    )
+    with staged_folder(out) as staging:
+        if not write_rows(staging, rows, FUNCTION_SCHEMA):
+            raise ValueError(f"The corpus holds no documented function to translate ({_listed(counts)}).")
+        write_json(staging / REPORT, {"counts": dict(sorted(counts.items(), key=_place))})
+
+
+def translations(build: Build, out: Path) -> None:
+    """Ask the model for every function's translation."""
+    out.mkdir(exist_ok=True)
+    for path in out.glob(".*.tmp"):
+        path.unlink()
+    settings, seed = build.recipe.translation, build.recipe.seed
+    report = translate(build.out / "functions", out, settings, seed=seed, progress=build.progress)
+    write_json(out / REPORT, report)
+
+
+def triplets(build: Build, out: Path) -> None:
+    """Clean the answers, and put those that are accepted beside their functions."""
+    rejected, pairs, examples = Counter[str](), defaultdict[str, Counter[str]](Counter), {}
+    recipe = build.recipe
+
+    def accepted() -> Iterator[dict[str, Any]]:
+        for function, completion in _answers(build.out):
+            source = function["language1_CSN"]
+            target = target_language(function["id"], source, seed=recipe.seed, targets=recipe.translation.targets)
+            translation = clean_translation(
+                completion["text"],
+                completion["finish_reason"],
+                source=function["func1_CSN"],
+                source_language=source,
+                target_language=target,
+                max_error_share=recipe.max_syntax_error_share,
+            )
+            pairs[f"{source} → {target}"][translation.rejected or "accepted"] += 1
+            if translation.rejected:
+                rejected[translation.rejected] += 1
+                examples.setdefault(translation.rejected, function["id"])
+            else:
+                names = {"language1_CSN": published_name(source), "language2": published_name(target)}
+                yield {**function, **names, "func2": translation.code}
+
+    with staged_folder(out) as staging:
+        count = write_rows(staging, accepted(), DATASET_SCHEMA)
+        if not count:
+            raise ValueError(f"No translation was accepted ({_listed(rejected)}); the answers are in {build.out}.")
+        report = {
+            "accepted": count,
+            "rejected": {reason: rejected[reason] for reason in REASONS if rejected[reason]},
+            "examples": examples,
+            "pairs": {pair: {"accepted": counts["accepted"], **counts} for pair, counts in sorted(pairs.items())},
+        }
+        write_json(staging / REPORT, report)
+
+
+def near_duplicates(build: Build, out: Path) -> None:
+    """Drop near-duplicates; the stage goes on by itself where it stopped."""
+    against = {name: open_texts(**one) for name, one in build.recipe.against.items()}
+    drop_near_duplicates(
+        build.out / "triplets",
+        out,
+        columns=build.recipe.duplicate_columns,
+        id_column="id",
+        against=against,
+        settings=build.recipe.duplicate_settings,
+        progress=build.progress,
+    )
+
+
+def split(build: Build, out: Path) -> None:
+    """Draw the repositories of the validation split."""
+    sizes = Counter(row["repository_name"] for row in read_rows(build.out / "near_duplicates", ["repository_name"]))
+    held_out = draw_repositories(
+        sizes,
+        seed=build.recipe.seed,
+        min_test=build.recipe.validation_rows,
+        max_repository_share=build.recipe.max_repository_share,
+    )
+    counts = {
+        name: {"rows": sum(sizes[one] for one in names), "repositories": len(names)}
+        for name, names in zip(SPLITS, (set(sizes) - held_out, held_out), strict=True)
+    }
+    with staged_folder(out) as staging:
+        write_json(staging / REPORT, {"splits": counts, "validation": sorted(held_out)})
+
+
+def dataset(build: Build, out: Path) -> None:
+    """Write the splits, their statistics and the card."""
+    report = build.report("split")
+    held_out, licenses = set(report["validation"]), Counter[str]()
+
+    def rows(name: str) -> Iterator[dict[str, Any]]:
+        for row in read_rows(build.out / "near_duplicates"):
+            if (row["repository_name"] in held_out) == (name == "validation"):
+                licenses[row["license"] or "unknown"] += 1
+                yield row
+
+    with staged_folder(out) as staging:
+        (staging / "data").mkdir()
+        for name in SPLITS:
+            write_split(staging / "data", name, rows(name), DATASET_SCHEMA)
+        # Read as a user will; a row that is no triplet would be a mistake of ours.
+        triplets_of = (open_triplets(staging, split=name, strict=True) for name in SPLITS)
+        statistics = dataset_statistics(chain.from_iterable(triplets_of))
+        settings = build.recipe.stage_settings()
+        card = dataset_card(
+            card=settings["dataset"]["card"],
+            settings=settings,
+            reports={name: build.report(name) for name in ("functions", "translations", "triplets", "near_duplicates")},
+            splits=report["splits"],
+            statistics=statistics,
+            licenses=dict(licenses.most_common()),
+            versions=_versions(),
+        )
+        (staging / CARD).write_text(card, encoding="utf-8")
+        write_json(staging / STATISTICS, statistics.to_dict())
+        write_json(staging / REPORT, {"rows": statistics.rows, "splits": report["splits"]})
+
+
+STAGES: tuple[Callable[[Build, Path], None], ...] = (
+    functions,
+    translations,
+    triplets,
+    near_duplicates,
+    split,
+    dataset,
+)
+"""All stages in order; each has the name of its folder."""
+
+
+def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield every function with the model's answer to it."""
+    for file in row_files(out / "functions"):
+        rows, answers = read_file(file), read_file(out / "translations" / file.name)
+        if [row["id"] for row in rows] != [answer["id"] for answer in answers]:
+            raise ValueError(f"The answers in {out / 'translations' / file.name} are not those to {file}.")
+        yield from zip(rows, answers, strict=True)
+
+
+def _place(count: tuple[str, int]) -> tuple[int, int]:
+    """Where a count of the extraction stands: files, functions, what was dropped by how often, what is left."""
+    name, number = count
+    starts = ("files", "rows", "documented", "dropped", "functions kept")
+    return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}: {count:,}" for name, count in counts.items()) or "it is empty"
+
+
+def _versions() -> dict[str, str]:
+    names = ("modular-star-encoder", "rensa", "tree-sitter")
+    return {"Python": platform.python_version()} | {name: version(name) for name in names}

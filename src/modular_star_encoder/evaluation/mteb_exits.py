@@ -1,0 +1,378 @@
+"""Exits as models of mteb (extra `mteb`): CoIR, MTEB(Code) and any other of its tasks, at several exits.
+
+Scores are mteb's own, from its own protocol, in which a tie may fall either way. Each exit is a model of its own name,
+`{owner}/{model}-exit-{k}`, so that the result files of two exits never meet; mteb's folders for experiments would tell
+them apart, too, but its loaders leave those out by default. The revision is the Hub's commit, or a fingerprint of the
+weights, so that results of a checkpoint that was trained further are new ones.
+
+Needs network for mteb's data sets, unless they are in the local cache; tasks of your own need none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from modular_star_encoder.data.prompts import LANGUAGES, code_prompt, text_prompt
+from modular_star_encoder.evaluation.checkpoint import check_checkpoint, load_checkpoint
+from modular_star_encoder.evaluation.encode import encode_exits
+from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+
+if TYPE_CHECKING:
+    from mteb import ResultCache
+    from mteb.abstasks import AbsTask
+    from mteb.models import ModelMeta
+
+
+class Side(NamedTuple):
+    """What the queries or the documents of a task are; a language of None is the subset's, where that is one."""
+
+    is_code: bool
+    language: str | None = None
+
+
+TEXT, CODE, PYTHON = Side(False), Side(True), Side(True, "python")
+
+TASK_SIDES = {
+    "AppsRetrieval": (TEXT, PYTHON),
+    "COIRCodeSearchNetRetrieval": (CODE, TEXT),
+    "CodeSearchNetCCRetrieval": (CODE, CODE),
+    "CodeTransOceanContest": (PYTHON, Side(True, "c++")),
+    "CodeTransOceanDL": (PYTHON, PYTHON),
+    "CosQA": (TEXT, PYTHON),
+}
+"""Queries and documents of mteb's code tasks; those that are not listed ask in prose for code."""
+
+
+class SharedExits:
+    """Embeds at several exits in one pass, for one exit after the other, the shallowest first.
+
+    What was embedded at deeper exits than the one that asks is remembered for them, up to a limit. A call that would
+    pass it is computed up to the exit that asks, so that at the worst nothing is gained.
+
+    Args:
+        model, tokenizer: a retrieval model and its tokenizer.
+        exit_layers: the exits that will ask.
+        memory_gb: the limit, 10^9 bytes.
+        options: for `encode_exits`.
+    """
+
+    def __init__(
+        self,
+        model: ModularStarEncoderForRetrieval,
+        tokenizer: Any,
+        exit_layers: Sequence[int],
+        memory_gb: float = 4.0,
+        **options: Any,
+    ) -> None:
+        self.model, self.options = model, options
+        self._encode = partial(encode_exits, model, tokenizer)
+        self.exit_layers = model.config.resolve_exits(exit_layers=exit_layers)
+        self.limit = memory_gb * 1e9
+        self._kept: dict[tuple[bytes, int], np.ndarray] = {}
+
+    def encode(self, texts: Sequence[str], exit_layer: int, prompt: str, *, progress: bool = False) -> np.ndarray:
+        """Embeddings (N, D) float32 of `texts` at one exit."""
+        digest = hashlib.sha256(prompt.encode())
+        for text in texts:
+            digest.update(b"\0" + text.encode(errors="surrogatepass"))
+        call = digest.digest()
+        if (call, exit_layer) in self._kept:
+            return self._kept.pop((call, exit_layer))
+        deeper = [other for other in self.exit_layers if other > exit_layer]
+        size = 4 * len(texts) * self.model.config.projection_size * len(deeper)
+        if sum(array.nbytes for array in self._kept.values()) + size > self.limit:
+            deeper = []
+        exits = (exit_layer, *deeper)
+        embeddings = self._encode(texts, exit_layers=exits, prompt=prompt, progress=progress, **self.options)
+        self._kept |= {(call, other): embeddings[other] for other in deeper}
+        return embeddings[exit_layer]
+
+    def expect(self, exit_layers: Sequence[int]) -> None:
+        """Forget what was remembered; from now on these exits will ask."""
+        self._kept.clear()
+        self.exit_layers = tuple(exit_layers)
+
+
+class ExitEncoder:
+    """One exit as mteb's `EncoderProtocol` wants it.
+
+    Prompts are the published ones, chosen by what a side of a task is (`TASK_SIDES`) and not by whether it asks: the
+    queries of a code-to-text task are code. Symmetric tasks have none.
+
+    Args:
+        shared: embeds at this exit, among others.
+        exit_layer: the exit.
+        meta: how mteb names it.
+        prompts: other prefixes, by mteb's keys, most telling first: `{task}-query`, `{task}`, `{task type}-query`,
+            `{task type}`, `query`, and the same with `document`.
+    """
+
+    def __init__(
+        self, shared: SharedExits, exit_layer: int, meta: ModelMeta, prompts: Mapping[str, str] | None = None
+    ) -> None:
+        self.shared, self.exit_layer, self.prompts = shared, exit_layer, dict(prompts or {})
+        self.mteb_model_meta = meta
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: Any = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Embeddings (N, D) float32 of the batches' `text`; of mteb's options only `show_progress_bar` counts."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        prompt = self._prompt(task_metadata, hf_subset, prompt_type)
+        return self.shared.encode(texts, self.exit_layer, prompt, progress=options.get("show_progress_bar", True))
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Cosine similarity (N, M) of (N, D) and (M, D)."""
+        from mteb.similarity_functions import cos_sim
+
+        return cos_sim(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Cosine similarity (N,) of the rows of (N, D) and (N, D)."""
+        from mteb.similarity_functions import pairwise_cos_sim
+
+        return pairwise_cos_sim(embeddings1, embeddings2)
+
+    def _prompt(self, task_metadata: Any, subset: str, prompt_type: Any) -> str:
+        from mteb.models.abs_encoder import get_prompt_name
+
+        name = get_prompt_name(self.prompts, task_metadata, prompt_type)
+        if name is not None:
+            return self.prompts[name]
+        if prompt_type is None:
+            return ""
+        side = TASK_SIDES.get(task_metadata.name, (TEXT, CODE))[prompt_type.value == "document"]
+        instructions = self.shared.model.config.instruction_prompts
+        if not side.is_code:
+            return text_prompt(instructions=instructions)
+        language = side.language or (subset if subset in LANGUAGES else None)
+        return code_prompt(language, instructions=instructions)
+
+
+def run_mteb(
+    checkpoint: str | os.PathLike,
+    tasks: str | AbsTask | Iterable[str | AbsTask],
+    exit_layers: Sequence[int] | None = None,
+    out: str | os.PathLike = "runs/mteb",
+    *,
+    model_name: str | None = None,
+    prompts: Mapping[str, str] | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    memory_gb: float = 4.0,
+    overwrite: bool = False,
+    progress: bool = True,
+    **encode_options: Any,
+) -> dict[int, dict[str, float]]:
+    """Run tasks of mteb at several exits.
+
+    Results that are there already, of the same weights and data, are kept: an interrupted run goes on where it stopped.
+
+    Args:
+        checkpoint: folder or Hub id.
+        tasks: names of tasks (`"CosQA"`) or benchmarks (`"CoIR"`, `"MTEB(Code, v1)"`), or task objects.
+        exit_layers: which exits; all that the checkpoint has if None.
+        out: folder of mteb's results: `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`.
+        model_name: `owner/model` in the results; by default the Hub id, or `local/{folder}`.
+        prompts: as for `ExitEncoder`.
+        device, dtype: as for `load_checkpoint`.
+        memory_gb: as for `SharedExits`.
+        overwrite: run again what there are results of.
+        progress: show progress bars.
+        encode_options: for `encode_exits`: max_length, tokens_per_batch.
+
+    Returns:
+        {exit_layer: {task: main score}}, from 0 to 1, a task's subsets averaged.
+
+    Raises:
+        ImportError: mteb is not installed.
+        ValueError: a task or an exit that there isn't, or not a retrieval checkpoint of ours.
+        OSError: the checkpoint isn't there, or a task's data is neither in the local cache nor to be had.
+    """
+    mteb = _import_mteb()
+    chosen = _resolve_tasks(tasks)
+    path = os.path.expanduser(os.fspath(checkpoint))
+    model, tokenizer = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
+    shared = SharedExits(model, tokenizer, exit_layers or model.config.exit_layers, memory_gb, **encode_options)
+    metas = _metas(path, model.config, shared.exit_layers, model_name)
+    encoders = [ExitEncoder(shared, k, meta, prompts) for k, meta in zip(shared.exit_layers, metas, strict=True)]
+    cache = mteb.ResultCache(Path(out).expanduser())
+    scores: dict[int, dict[str, float]] = {exit_layer: {} for exit_layer in shared.exit_layers}
+    with tqdm(total=len(chosen) * len(encoders), desc="mteb", unit="run", disable=not progress) as bar:
+        for task in chosen:
+            for exit_layer, score in _run_task(task, encoders, cache, overwrite, progress):
+                scores[exit_layer][task.metadata.name] = score
+                bar.set_postfix_str(f"{task.metadata.name}, exit {exit_layer}")
+                bar.update()
+    return scores
+
+
+def _run_task(
+    task: AbsTask, encoders: Sequence[ExitEncoder], cache: ResultCache, overwrite: bool, progress: bool
+) -> Iterator[tuple[int, float]]:
+    """Exit and main score, one exit after the other; results go into the cache."""
+    import mteb
+
+    name, was_loaded = task.metadata.name, task.data_loaded
+    due = []
+    for encoder in encoders:
+        known = cache.load_task_result(name, encoder.mteb_model_meta)
+        # mteb itself would take complete results of other data of the same name.
+        if overwrite or known is None or known.dataset_revision != task.metadata.revision:
+            due.append(encoder.exit_layer)
+    encoders[0].shared.expect(due)
+    if due and not was_loaded:
+        task.load_data()  # once for all exits; mteb would load and drop it for each
+    for encoder in encoders:
+        result = mteb.evaluate(
+            encoder,
+            task,
+            cache=cache,
+            overwrite_strategy="always" if encoder.exit_layer in due else "only-missing",
+            encode_kwargs={"show_progress_bar": progress},
+            show_progress_bar=False,
+            co2_tracker=False,
+        )
+        yield encoder.exit_layer, float(result.task_results[0].get_score())
+    if not was_loaded and task.data_loaded:
+        task.unload_data()
+
+
+def exit_model_metas(
+    checkpoint: str | os.PathLike, exit_layers: Sequence[int] | None = None, model_name: str | None = None
+) -> list[ModelMeta]:
+    """mteb's description of each exit as a model, with which mteb can load it by itself; no weights are loaded here.
+
+    Args:
+        checkpoint, exit_layers, model_name: as for `run_mteb`.
+
+    Raises:
+        ImportError: mteb is not installed.
+        ValueError: an exit that the checkpoint doesn't have, or not a checkpoint of ours.
+        OSError: the checkpoint isn't there.
+    """
+    _import_mteb()
+    check_checkpoint(checkpoint)
+    path = os.path.expanduser(os.fspath(checkpoint))
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if not isinstance(config, ModularStarEncoderConfig):
+        raise ValueError(f"{checkpoint} holds a model of type {config.model_type!r}, not a ModularStarEncoder.")
+    return _metas(path, config, config.resolve_exits(exit_layers=exit_layers or config.exit_layers), model_name)
+
+
+def register_exits(
+    checkpoint: str | os.PathLike, exit_layers: Sequence[int] | None = None, model_name: str | None = None
+) -> list[str]:
+    """Make the exits known to mteb in this process, so that `mteb.get_model(name)` and its lists have them.
+
+    Returns:
+        Their names. Arguments and errors are those of `exit_model_metas`.
+    """
+    from mteb.models.model_implementations import MODEL_REGISTRY
+
+    metas = exit_model_metas(checkpoint, exit_layers, model_name)
+    MODEL_REGISTRY.update({meta.name: meta for meta in metas})
+    return [meta.name for meta in metas]
+
+
+def load_exit_encoder(
+    model_name: str,
+    revision: str | None = None,
+    *,
+    checkpoint: str,
+    exit_layer: int,
+    device: str | None = None,
+    dtype: str | None = None,
+    prompts: Mapping[str, str] | None = None,
+    **encode_options: Any,
+) -> ExitEncoder:
+    """What mteb calls to load an exit by its `ModelMeta`; `model_name` and `revision` are those of the exit."""
+    model, tokenizer = load_checkpoint(checkpoint, exit_layer, device, dtype)
+    shared = SharedExits(model, tokenizer, (exit_layer,), **encode_options)
+    (meta,) = _metas(checkpoint, model.config, (exit_layer,), model_name.removesuffix(f"-exit-{exit_layer}"), revision)
+    return ExitEncoder(shared, exit_layer, meta, prompts)
+
+
+def _metas(
+    checkpoint: str,
+    config: ModularStarEncoderConfig,
+    exit_layers: Sequence[int],
+    model_name: str | None,
+    revision: str | None = None,
+) -> list[ModelMeta]:
+    from mteb.models import ModelMeta
+
+    folder = Path(checkpoint)
+    name = model_name or (f"local/{folder.resolve().name}" if folder.is_dir() else checkpoint)
+    if "/" not in name:
+        raise ValueError(f"model_name {name!r} must be of the form owner/model.")
+    revision = revision or checkpoint_fingerprint(checkpoint)
+    metas = []
+    for exit_layer in exit_layers:
+        with torch.device("meta"):
+            parameters = ModularStarEncoderForRetrieval(config.cut(exit_layer)).num_parameters()
+        overwrites = {
+            # A partial function: mteb writes the loader's arguments into the results, where a local path has no place.
+            "loader": partial(load_exit_encoder, checkpoint=checkpoint, exit_layer=exit_layer),
+            "name": f"{name}-exit-{exit_layer}",
+            "revision": revision,
+            "n_parameters": parameters,
+            "n_embedding_parameters": config.vocab_size * config.hidden_size,
+            "max_tokens": config.max_position_embeddings,
+            "embed_dim": config.projection_size,
+            "framework": ["PyTorch", "Transformers"],
+            "similarity_fn_name": "cosine",
+            "use_instructions": config.instruction_prompts,
+            "adapted_from": None if folder.is_dir() else checkpoint,
+        }
+        metas.append(ModelMeta(**{**dict(ModelMeta.create_empty()), **overwrites}))
+    return metas
+
+
+def _import_mteb() -> Any:
+    try:
+        import mteb
+    except ImportError as error:
+        raise ImportError("mteb is not installed: pip install 'modular-star-encoder[mteb]'.") from error
+    return mteb
+
+
+def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
+    """Task objects, those of a benchmark in its order, each once."""
+    import mteb
+
+    def resolved() -> Iterator[AbsTask]:
+        for task in [tasks] if isinstance(tasks, str) or hasattr(tasks, "metadata") else tasks:
+            if not isinstance(task, str):
+                yield task
+                continue
+            try:
+                yield mteb.get_task(task)
+            except KeyError as error:
+                try:
+                    yield from mteb.get_benchmark(task).tasks
+                except KeyError:
+                    raise ValueError(f"mteb knows no task or benchmark {task!r}: {error.args[0]}") from error
+
+    chosen = list({task.metadata.name: task for task in resolved()}.values())
+    if not chosen:
+        raise ValueError("Name at least one task.")
+    return chosen

@@ -1,0 +1,217 @@
+"""mteb's own retrieval task type at two exits, on a local task, without network."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modular_star_encoder.data.prompts import ANY_CODE_INSTRUCTION, code_prompt, text_prompt
+from modular_star_encoder.evaluation import mteb_exits
+from modular_star_encoder.evaluation.encode import encode_exits
+from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
+from modular_star_encoder.evaluation.mteb_exits import (
+    ExitEncoder,
+    SharedExits,
+    exit_model_metas,
+    register_exits,
+    run_mteb,
+)
+from modular_star_encoder.evaluation.mteb_tasks import pairs_task
+from modular_star_encoder.evaluation.retrieval_set import RetrievalSet
+from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+
+mteb = pytest.importorskip("mteb", reason="needs the extra mteb")
+
+from mteb.abstasks import AbsTaskRetrieval  # noqa: E402
+from mteb.results import TaskResult  # noqa: E402
+from mteb.types import PromptType  # noqa: E402
+
+ROWS = [
+    (f"{verb} the {noun}", f"def {verb}_{noun}():\n    return {noun}", "python")
+    for verb in ("add", "cut", "see")
+    for noun in ("file", "name", "user")
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The exits of every pass over texts, in order."""
+    exits = []
+
+    def counted(*arguments, **options):
+        exits.append(options["exit_layers"])
+        return encode_exits(*arguments, **options)
+
+    monkeypatch.setattr(mteb_exits, "encode_exits", counted)
+    return exits
+
+
+def task(rows=ROWS):
+    return pairs_task(rows, "LocalTask")
+
+
+def expected_mrr(exit_layer):
+    queries, documents = (
+        encode_exits(tiny_model(), tiny_tokenizer(), texts, prompt=prompt, progress=False)[exit_layer]
+        for texts, prompt in (([row[0] for row in ROWS], text_prompt()), ([row[1] for row in ROWS], code_prompt()))
+    )
+    scores = RetrievalSet.from_pairs(ROWS).score(queries, documents, distractors=None, seed=0, recall_at=(1,))
+    return pytest.approx(scores["mrr"], abs=1e-4)  # mteb rounds
+
+
+def test_mteb_runs_its_retrieval_task_at_two_exits_and_reads_the_results_back(checkpoint, tmp_path, passes):
+    local = task()
+    assert isinstance(local, AbsTaskRetrieval)
+    scores = run_mteb(checkpoint, local, (1, 4), tmp_path, progress=False)
+    assert passes == [(1, 4)] * 2  # queries and documents, both exits at once
+    assert scores == {k: {"LocalTask": expected_mrr(k)} for k in (1, 4)}
+    assert scores[1] != scores[4]
+    revision = checkpoint_fingerprint(checkpoint)
+    for exit_layer in (1, 4):
+        folder = tmp_path / "results" / f"local__model-exit-{exit_layer}" / revision
+        result = TaskResult.from_disk(folder / "LocalTask.json")
+        result.validate_and_filter_scores(local)
+        assert result.get_score() == pytest.approx(scores[exit_layer]["LocalTask"], abs=1e-6)  # files hold six digits
+        meta = json.loads((folder / "model_meta.json").read_text())
+        assert (meta["name"], meta["embed_dim"]) == (f"local/model-exit-{exit_layer}", 16)
+        assert str(checkpoint.parent) not in (folder / "model_meta.json").read_text()
+    metas = exit_model_metas(checkpoint, (1, 4))
+    loaded = mteb.ResultCache(tmp_path).load_results(tasks=[local], models=metas)
+    assert [[result.task_name for result in one.task_results] for one in loaded.model_results] == [["LocalTask"]] * 2
+
+
+def test_results_of_the_same_weights_and_data_are_kept(checkpoint, tmp_path, passes, monkeypatch):
+    def run(rows, exit_layers, **options):
+        passes.clear()
+        local, loads = task(rows), []
+        load_data = type(local).load_data
+        monkeypatch.setattr(type(local), "load_data", lambda self, **_: loads.append(1) or load_data(self))
+        scores = run_mteb(checkpoint, local, exit_layers, tmp_path, progress=False, **options)
+        assert not local.data_loaded
+        return scores, len(loads), list(passes)
+
+    first, *effort = run(ROWS, (1, 4))
+    assert effort == [1, [(1, 4)] * 2]
+    again, *effort = run(ROWS, (1, 4))
+    assert effort == [0, []]
+    assert again == {k: {"LocalTask": pytest.approx(first[k]["LocalTask"], abs=1e-6)} for k in (1, 4)}
+    assert run(ROWS, (2,))[1:] == (1, [(2,)] * 2)
+    assert run(ROWS, (1, 2, 4))[1:] == (0, [])
+    assert run(ROWS, (1, 4), overwrite=True)[1:] == (1, [(1, 4)] * 2)
+    assert run(ROWS[1:], (1, 4))[1:] == (1, [(1, 4)] * 2)
+
+
+def test_mteb_loads_a_registered_exit_by_its_name(checkpoint):
+    names = register_exits(checkpoint, (2, 4), "me/my-encoder")
+    assert names == ["me/my-encoder-exit-2", "me/my-encoder-exit-4"]
+    encoder = mteb.get_model(names[0])
+    assert isinstance(encoder, mteb.models.EncoderProtocol)
+    assert encoder.mteb_model_meta.name == names[0]
+    assert encoder.shared.model.config.num_hidden_layers == 2
+    assert encoder.mteb_model_meta.n_parameters == encoder.shared.model.num_parameters()
+    result = mteb.evaluate(encoder, task(), cache=None, show_progress_bar=False)
+    assert result.task_results[0].get_score() == expected_mrr(2)
+
+
+def test_rows_that_would_be_wrong_answers_to_each_other_are_dropped():
+    local = task([*ROWS, (ROWS[0][0], "other code", "python"), ("other text", ROWS[1][1], "python")])
+    local.load_data()
+    data = local.dataset["default"]["test"]
+    assert (data["queries"]["text"], data["corpus"]["text"]) == ([row[0] for row in ROWS], [row[1] for row in ROWS])
+    with pytest.raises(ValueError, match="at least two pairs, not 1"):
+        task([ROWS[0], ROWS[0]])
+
+
+def encoder_of(model, tokenizer, prompts=None, **options):
+    return ExitEncoder(SharedExits(model, tokenizer, (1, 4), **options), 4, None, prompts)
+
+
+@pytest.mark.parametrize(
+    ("task", "subset", "query", "document"),
+    [
+        ("CodeSearchNetRetrieval", "go", text_prompt(), code_prompt("go")),
+        ("COIRCodeSearchNetRetrieval", "go", code_prompt("go"), text_prompt()),
+        ("CodeSearchNetCCRetrieval", "php", code_prompt("php"), code_prompt("php")),
+        ("CodeTransOceanContest", "default", code_prompt("python"), code_prompt("c++")),
+        ("CosQA", "default", text_prompt(), code_prompt("python")),
+        ("CodeEditSearchRetrieval", "swift", text_prompt(), code_prompt()),
+        ("StackOverflowQA", "default", text_prompt(), code_prompt()),
+    ],
+)
+def test_a_side_of_a_task_is_prompted_as_what_it_is(model, tokenizer, task, subset, query, document):
+    metadata = mteb.get_task(task).metadata
+    encoder = encoder_of(model, tokenizer)
+    assert encoder._prompt(metadata, subset, PromptType.query) == query
+    assert encoder._prompt(metadata, subset, PromptType.document) == document
+    assert encoder._prompt(metadata, subset, None) == ""
+    given = encoder_of(model, tokenizer, {"document": "D: ", f"{task}-query": "Q: ", "query": "other"})
+    assert given._prompt(metadata, subset, PromptType.query) == "Q: "
+    assert given._prompt(metadata, subset, PromptType.document) == "D: "
+
+
+def test_a_model_without_instructions_gets_none(tokenizer):
+    encoder = encoder_of(tiny_model(instruction_prompts=False), tokenizer)
+    assert encoder._prompt(mteb.get_task("CosQA").metadata, "default", PromptType.document) == ""
+    assert ANY_CODE_INSTRUCTION not in encoder._prompt(task().metadata, "default", PromptType.query)
+
+
+def test_exits_that_would_take_too_much_memory_are_computed_one_by_one(model, tokenizer, passes):
+    texts = ["one", "two"]
+    roomy, cramped = (SharedExits(model, tokenizer, (1, 2, 4), memory) for memory in (1, 1e-9))
+    for exit_layer in (1, 2, 4):
+        assert np.array_equal(roomy.encode(texts, exit_layer, ""), cramped.encode(texts, exit_layer, ""))
+    assert passes == [(1, 2, 4), (1,), (2,), (4,)]
+    passes.clear()
+    roomy.encode(texts, 2, "another prompt")
+    roomy.expect((4,))
+    roomy.encode(texts, 2, "another prompt")
+    roomy.encode(texts, 4, "another prompt")
+    assert passes == [(2, 4), (2, 4)]
+
+
+def test_mistakes_are_told_before_anything_is_run(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"mteb knows no task or benchmark 'CosQB': .*Did you mean: 'CosQA'"):
+        run_mteb(checkpoint, ["CosQA", "CosQB"], out=tmp_path / "out")
+    with pytest.raises(ValueError, match="at least one task"):
+        run_mteb(checkpoint, [], out=tmp_path / "out")
+    with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
+        run_mteb(checkpoint, task(), (3,), tmp_path / "out")
+    with pytest.raises(ValueError, match="of the form owner/model"):
+        exit_model_metas(checkpoint, model_name="mine")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_mteb_the_extra_is_named(checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    with pytest.raises(ImportError, match=r"pip install 'modular-star-encoder\[mteb\]'"):
+        run_mteb(checkpoint, "CosQA")
+
+
+def test_the_example_runs_mteb_on_the_functions_of_a_folder(checkpoint, tmp_path, monkeypatch, capsys):
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "mteb_exits.py"))
+    function = (
+        'def {0}_{1}(value):\n    """{0} the {1} of a value."""\n    result = {1}(value)\n    return {0}(result)\n\n\n'
+    )
+    names = [(verb, noun) for verb in ("add", "find", "show") for noun in ("file", "name")]
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "module.py").write_text("".join(function.format(*pair) for pair in names))
+    out = tmp_path / "out"
+    arguments = ["mteb_exits.py", str(checkpoint), "--data", str(code), "--exit-layers", "1,4", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert example["main"]() == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [words[:3] for words in printed[:2]] == [["exit", k, "FunctionsOfAFolder"] for k in ("1", "4")]
+    files = sorted(out.glob("results/*/*/FunctionsOfAFolder.json"))
+    scores = [100 * TaskResult.from_disk(file).get_score() for file in files]
+    assert [float(words[3]) for words in printed[:2]] == pytest.approx(scores, abs=0.01)
+    monkeypatch.setattr(sys, "argv", [*arguments[:3], str(tmp_path / "missing")])
+    assert example["main"]() == 2

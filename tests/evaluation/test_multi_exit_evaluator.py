@@ -1,0 +1,206 @@
+"""The evaluator inside both trainers, and what it refuses."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling
+from transformers import TrainerCallback, TrainingArguments
+
+from modular_star_encoder.data.functions import DocumentedFunction
+from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.data.retrieval import RetrievalCollator, RetrievalPairs
+from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
+from modular_star_encoder.evaluation.retrieval_set import RetrievalSet
+from modular_star_encoder.objectives import ContrastiveObjective
+from modular_star_encoder.training import MultiExitTrainer
+from tests.evaluation.samples import reciprocal_ranks_among_distractors
+from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model
+
+ROWS = [
+    (f"{verb} the {noun}", f"def {verb}_{noun}():\n    return {noun}", language)
+    for verb in ("add", "remove", "find", "print")
+    for noun, language in (("file", "python"), ("socket", "python"), ("user", "ruby"), ("header", "sql"))
+]
+FUNCTIONS = [
+    DocumentedFunction("repository", "module.py", 1, language, "name", description, code)
+    for description, code, language in ROWS
+]
+TRAINING = {
+    "max_steps": 2,
+    "per_device_train_batch_size": len(ROWS),
+    "learning_rate": 3e-3,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_mrr_mean",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+
+
+class SpoilLastStep(TrainerCallback):
+    """Leaves a model after the second step that embeds every text alike."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == TRAINING["max_steps"]:
+            for name, parameter in model.named_parameters():
+                if "out_proj.weight" in name:
+                    parameter.data.zero_()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model"))
+
+
+@pytest.fixture
+def sentence_transformer(checkpoint):
+    return SentenceTransformer(checkpoint, device="cpu")
+
+
+def trainer(folder, tokenizer, **changes):
+    model = tiny_model(instruction_prompts=False)
+    options = {"evaluator": MultiExitEvaluator.from_pairs(ROWS, tokenizer=tokenizer)} | changes
+    return MultiExitTrainer(
+        model,
+        TrainingArguments(str(folder), **TRAINING),
+        ContrastiveObjective(),
+        train_dataset=RetrievalPairs(FUNCTIONS, tokenizer, prompts=False, progress=False),
+        data_collator=RetrievalCollator(tokenizer),
+        callbacks=[SpoilLastStep()],
+        **options,
+    )
+
+
+def evaluations(trainer):
+    return {log["step"]: log for log in trainer.state.log_history if "eval_mrr_mean" in log}
+
+
+def check_best_checkpoint(trainer):
+    """The first step's checkpoint is the best, not the last one, and is the model that is left."""
+    logged = evaluations(trainer)
+    assert list(logged) == [1, 2]
+    assert logged[1]["eval_mrr_mean"] > 2 * logged[2]["eval_mrr_mean"]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert trainer.state.best_metric == logged[1]["eval_mrr_mean"]
+    assert trainer.evaluate()["eval_mrr_mean"] == pytest.approx(logged[1]["eval_mrr_mean"], abs=1e-9)
+
+
+def test_multi_exit_trainer_keeps_the_checkpoint_whose_exits_are_best_on_average(tmp_path, tokenizer):
+    run = trainer(tmp_path, tokenizer)
+    run.train()
+    log = evaluations(run)[1]
+    for metric in ("mrr", "ndcg_at_10", "recall_at_1", "recall_at_10"):
+        values = [log[f"eval_{metric}_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS]
+        assert log[f"eval_{metric}_mean"] == pytest.approx(np.mean(values))
+        assert log[f"eval_{metric}_worst"] == min(values)
+    assert (tmp_path / "eval" / "Multi-Exit_evaluation_results.csv").is_file()
+    check_best_checkpoint(run)
+
+
+def test_with_several_eval_datasets_the_evaluator_runs_once_beside_their_losses(tmp_path, tokenizer):
+    rows, calls = RetrievalPairs(FUNCTIONS, tokenizer, prompts=False, progress=False), []
+    run = trainer(
+        tmp_path,
+        tokenizer,
+        eval_dataset={"a": rows, "b": rows},
+        evaluator=lambda *_, **__: calls.append(1) or {"mrr_mean": 0.5},
+    )
+    metrics = run.evaluate()
+    assert {"eval_a_loss", "eval_b_loss", "eval_mrr_mean"} <= set(metrics)
+    assert "eval_mrr_mean" not in run.evaluate(rows, metric_key_prefix="test")
+    assert len(calls) == 1
+
+
+def test_sentence_transformer_trainer_keeps_the_best_checkpoint_too(tmp_path, sentence_transformer):
+    evaluator = MultiExitEvaluator.from_pairs(ROWS, distractors=7)
+    run = SentenceTransformerTrainer(
+        sentence_transformer,
+        SentenceTransformerTrainingArguments(str(tmp_path), **TRAINING),
+        Dataset.from_dict({"anchor": [row[0] for row in ROWS], "positive": [row[1] for row in ROWS]}),
+        loss=MultipleNegativesRankingLoss(sentence_transformer),
+        evaluator=evaluator,
+        callbacks=[SpoilLastStep()],
+    )
+    run.train()
+    assert evaluator.primary_metric in evaluator(run.model)
+    check_best_checkpoint(run)
+    with (tmp_path / "eval" / "Multi-Exit_evaluation_results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["steps"] for line in lines] == ["1", "2", "2"]
+    assert float(lines[0]["mrr_mean"]) == evaluations(run)[1]["eval_mrr_mean"]
+
+
+def test_figures_are_those_of_encode_at_each_exit_with_the_published_prompts(sentence_transformer):
+    found = MultiExitEvaluator.from_pairs(ROWS, distractors=7, seed=1)(sentence_transformer)
+    languages = {"python": "python", "ruby": "ruby", "sql": None}  # the published prompts don't know SQL
+    codes = [code_prompt(languages[language]) + code for _, code, language in ROWS]
+    for exit_layer in EXIT_LAYERS:
+        queries, documents = (
+            sentence_transformer.encode(texts, prompt="", exit_layer=exit_layer)
+            for texts in ([text_prompt() + row[0] for row in ROWS], codes)
+        )
+        expected = reciprocal_ranks_among_distractors(queries, documents, size=8, seed=1)
+        assert found[f"mrr_exit_{exit_layer}"] == pytest.approx(expected.mean(), abs=1e-6)
+
+
+def test_a_model_alone_scores_as_the_sentence_transformer_around_it(sentence_transformer, tokenizer):
+    network = sentence_transformer[0].auto_model
+    wrapped = MultiExitEvaluator.from_pairs(ROWS, exit_layers=(2,))(sentence_transformer)
+    alone = MultiExitEvaluator.from_pairs(ROWS, exit_layers=(2,), tokenizer=tokenizer)(network)
+    assert wrapped == alone
+    assert {name for name in alone if name.startswith("mrr")} == {"mrr_exit_2", "mrr_mean", "mrr_worst"}
+
+
+def test_all_exits_come_from_one_pass(sentence_transformer, monkeypatch):
+    network, passes = sentence_transformer[0].auto_model, []
+    forward = network.forward
+    monkeypatch.setattr(network, "forward", lambda **inputs: passes.append(inputs["exit_layers"]) or forward(**inputs))
+    MultiExitEvaluator.from_pairs(ROWS, tokens_per_batch=10**6)(sentence_transformer)
+    assert passes == [EXIT_LAYERS] * 2  # the queries, and the documents
+
+
+def test_prompts_can_be_given(sentence_transformer):
+    plain = MultiExitEvaluator.from_pairs(ROWS)(sentence_transformer)
+    bare = MultiExitEvaluator.from_pairs(ROWS, prompts={})(sentence_transformer)
+    sentence_transformer.prompts = {}
+    assert MultiExitEvaluator.from_pairs(ROWS)(sentence_transformer) == bare
+    assert bare != plain
+
+
+def test_a_name_tells_evaluators_apart(sentence_transformer, tmp_path):
+    retrieval_set = RetrievalSet.from_mappings({"q": "add"}, {"a": "def add", "b": "def find"}, {"q": ["a"]})
+    evaluator = MultiExitEvaluator(retrieval_set, name="small")
+    assert evaluator.primary_metric == "small_mrr_mean"
+    assert evaluator.primary_metric in evaluator(sentence_transformer, str(tmp_path))
+    evaluator.recall_at = (5,)
+    with pytest.raises(ValueError, match=r"small_results\.csv holds other metrics; give this evaluator a name"):
+        evaluator(sentence_transformer, str(tmp_path))
+
+
+def test_what_the_evaluator_cannot_score_is_refused(sentence_transformer, model):
+    evaluator = MultiExitEvaluator.from_pairs(ROWS)
+    with pytest.raises(ValueError, match="Give the evaluator a tokenizer"):
+        evaluator(model)
+    with pytest.raises(ValueError, match=r"nothing behind but a normalisation; this one has .*Dense"):
+        evaluator(SentenceTransformer(modules=[*sentence_transformer, Dense(16, 4)]))
+    with pytest.raises(ValueError, match="pooled as its configuration says"):
+        evaluator(SentenceTransformer(modules=[sentence_transformer[0], Pooling(16, pooling_mode="max")]))
+    with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
+        MultiExitEvaluator.from_pairs(ROWS, exit_layers=(3,))(sentence_transformer)
+    with pytest.raises(ValueError, match="needs pairs"):
+        MultiExitEvaluator(RetrievalSet.from_mappings({"q": ""}, {"a": "", "b": ""}, {"q": ["a"]}), distractors=1)
+
+
+def test_evaluation_leaves_the_model_in_training_mode(sentence_transformer):
+    sentence_transformer.train()
+    MultiExitEvaluator.from_pairs(ROWS)(sentence_transformer)
+    assert sentence_transformer[0].auto_model.training
+    assert torch.is_grad_enabled()
