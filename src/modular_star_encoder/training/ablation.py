@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modular_star_encoder.data.files import write_json
-from modular_star_encoder.data.retrieval_data import RetrievalData, prepare_retrieval_data
+from modular_star_encoder.data.retrieval_data import RetrievalData
 from modular_star_encoder.evaluation.benchmarks.registry import choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.bm25 import BM25
 from modular_star_encoder.evaluation.harness import Cell, evaluate_tasks
@@ -22,7 +22,7 @@ from modular_star_encoder.evaluation.tasks import RetrievalTask
 from modular_star_encoder.training.ablation_recipe import AblationCell, AblationRecipe
 from modular_star_encoder.training.ablation_report import without_places, write_ablation_report
 from modular_star_encoder.training.ablation_results import Values, compare
-from modular_star_encoder.training.finetuning import check_recipe, evaluate_checkpoint, finetune
+from modular_star_encoder.training.finetuning import check_recipe, evaluate_checkpoint, finetune, prepare_data
 from modular_star_encoder.training.saving import MODEL
 from modular_star_encoder.training.training_recipe import open_run, processes_of_run
 
@@ -64,14 +64,8 @@ def ablate(
         check_recipe(cell.recipe, out, state.num_processes, progress)
     benchmarks = _benchmarks(recipe)
     with state.main_process_first():
-        data = prepare_retrieval_data(
-            base.data,
-            out / "data",
-            held_out_share=base.held_out_share,
-            seed=base.seed,
-            samples=base.samples,
-            progress=progress and state.is_main_process,
-        )
+        _refuse_other_folders(out)
+        data = prepare_data(base, out / "data", progress and state.is_main_process)
     tasks = [*(held_out_tasks(data.held_out, limit=base.eval_pairs) if recipe.held_out else []), *benchmarks]
     scores: dict[tuple[str, int], dict[str, dict[int, Values]]] = {}
     for number, cell in enumerate(cells, 1):
@@ -89,6 +83,13 @@ def ablate(
     }
     write_ablation_report(results, out)
     return results
+
+
+def _refuse_other_folders(out: Path) -> None:
+    """Raise ValueError if a folder holds something that no ablation wrote; hidden files are what a kill leaves."""
+    visible = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
+    if out.is_file() or (visible and "data" not in visible):
+        raise ValueError(f"{out} is not empty and holds no ablation; name another folder.")
 
 
 def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:

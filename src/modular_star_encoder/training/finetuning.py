@@ -73,7 +73,7 @@ def finetune(
         open_run(out, settings, "fine-tuning", until_trained=("data", "held_out_share", "samples", "seed"))
         if (out / LOG).is_file():
             return json.loads((out / LOG).read_text(encoding="utf-8"))
-        data = data or _data(recipe, out, progress and state.is_main_process)
+        data = data or prepare_data(recipe, out / "data", progress and state.is_main_process)
     model, tokenizer = _model(recipe)
     train, held_out = (_texts(recipe, model, texts, tokenizer) for texts in (data.train, data.held_out))
     groups = PairGroups(data.train)
@@ -130,10 +130,11 @@ def check_recipe(
     return model, recipe.arguments(out / "checkpoints", rows, progress=progress, **options)
 
 
-def _data(recipe: FinetuningRecipe, out: Path, progress: bool) -> RetrievalData:
+def prepare_data(recipe: FinetuningRecipe, folder: Path, progress: bool) -> RetrievalData:
+    """The rows of a recipe, and with `progress` what was skipped; see `prepare_retrieval_data`."""
     data = prepare_retrieval_data(
         recipe.data,
-        out / "data",
+        folder,
         held_out_share=recipe.held_out_share,
         seed=recipe.seed,
         samples=recipe.samples,
