@@ -217,6 +217,7 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("objective.logit_scale=0", "logit_scale 0.0 must be positive"),
         ("objective.speed=3", "objective has unknown settings speed"),
         ("objective={teacher: 3, distillation_weight: 1}", "teacher names exit 3"),
+        ("objective.pairs=[[query, document, negative]]", "objective.pairs can't be set"),
         ("objective=clip", "objective must be a mapping"),
         ("config.layers=3", "config has unknown settings layers"),
         ("data.rows=x", "not rows"),

@@ -53,7 +53,8 @@ class FinetuningRecipe(StartingRecipe):
         for name in ("data", "objective"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must be a mapping of settings, not {getattr(self, name)!r}.")
-        self.contrastive()
+        if self.contrastive().pairs != ContrastiveSettings().pairs:
+            raise ValueError("objective.pairs can't be set: batches have a query and a document, and no negatives.")
 
     def contrastive(self) -> ContrastiveSettings:
         """The settings of the loss."""
