@@ -75,9 +75,10 @@ def test_python_code_loses_its_docstring_and_the_source_keeps_it(code, stripped)
     assert function.source == code
 
 
-def test_python_code_that_keeps_its_query_is_refused():
+@pytest.mark.parametrize("code", ['def a(:\n    """Does it."""\n    return 1', 'def a():\n    """Does it."""', "a = 1"])
+def test_python_code_that_may_keep_its_query_is_refused(code):
     with pytest.raises(LeakingDocstringError, match="does not parse"):
-        codesearchnet_function({**PYTHON, "func_code_string": 'def a(:\n    """Does it."""\n    return 1'})
+        codesearchnet_function({**PYTHON, "func_code_string": code})
 
 
 @pytest.mark.parametrize(

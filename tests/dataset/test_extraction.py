@@ -104,7 +104,7 @@ def test_rows_of_codesearchnet_lose_their_docstring_and_keep_their_url(tmp_path)
         codesearchnet_row(**go),
         codesearchnet_row(language="rust"),
         codesearchnet_row(func_code_string='def a(:\n"""Returns the size of a value.\n\nArgs: value."""'),
-        codesearchnet_row(func_code_string='def a():\n    """Unpaired \ud800."""\n    return "\ud800"'),
+        codesearchnet_row(**go | {"func_code_string": 'func A() string {\n\treturn "\ud800"\n}'}),
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows, counts = rows_of({"codesearchnet": str(tmp_path / "rows.jsonl")})

@@ -59,7 +59,7 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
 
     Raises:
         ValueError: If a column is missing, or the language is not one of ours.
-        LeakingDocstringError: If Python code does not parse, so that its docstring cannot be taken out.
+        LeakingDocstringError: If Python code does not parse, or is nothing but its docstring.
     """
     missing = [" or ".join(dict.fromkeys(names)) for names in _REQUIRED.values() if _text(row, names) is None]
     if missing:
@@ -77,7 +77,7 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
         language=language,
         name=values["name"],
         description=" ".join(documentation_summary(values["documentation"]).split()),
-        code=_without_docstring(code, values["documentation"]) if language == "python" else code,
+        code=_without_docstring(code) if language == "python" else code,
         source=values["source"] or values["code"],
     )
 
@@ -119,7 +119,7 @@ def _text(row: Mapping[str, Any], names: tuple[str, str]) -> str | None:
     return next((row[name] for name in names if isinstance(row.get(name), str)), None)
 
 
-def _without_docstring(code: str, documentation: str) -> str:
+def _without_docstring(code: str) -> str:
     """Return Python `code` without its docstring; it may be indented like a method."""
     try:
         found = find_functions(textwrap.dedent(code), "python")
@@ -127,9 +127,7 @@ def _without_docstring(code: str, documentation: str) -> str:
         found = []
     if found and found[0].line == 1 + code[: len(code) - len(code.lstrip())].count("\n"):
         return found[0].code
-    if documentation.strip() in code:
-        raise LeakingDocstringError("The code of this Python row holds its documentation and does not parse.")
-    return code
+    raise LeakingDocstringError("The code of this Python row does not parse, or is nothing but its docstring.")
 
 
 def _rows(source: str | os.PathLike[str], split: str | None) -> Iterator[Mapping[str, Any]]:

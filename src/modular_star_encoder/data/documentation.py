@@ -12,7 +12,6 @@ import re
 import warnings
 
 _BLOCK_START = re.compile(r"/\*[*!]*<?")
-_BLOCK_END = re.compile(r"\**/$")
 _BLOCK_MARGIN = re.compile(r"\s*\*+")
 _LINE_MARKER = re.compile(r"\s*//+[!<]*")
 _RUBY_LINE_MARKER = re.compile(r"\s*#+")
@@ -41,8 +40,8 @@ _LEGAL_NOTICE = re.compile(
 _INLINE_TAG = re.compile(r"\{@(?P<name>\w+)\s*(?P<text>[^{}]*)\}")
 _HTML_BREAK = re.compile(r"<(?:p|ul|ol|li|dl|pre|table|blockquote|h[1-6]|hr|div)\b[^<>]*>", re.IGNORECASE)
 _HTML_TAG = re.compile(
-    r"(?<![`\"'])</?(?:a|abbr|b|big|br|cite|code|dd|del|dfn|dt|em|font|i|img|ins|kbd|q|s|samp|small|span|strike|strong|sub|sup|td|th"
-    r"|tr|tt|u|var)\b[^<>]*>|</(?:p|ul|ol|li|dl|pre|table|blockquote|h[1-6]|div)>",
+    r"(?<![`\"'])</?(?:a|abbr|b|big|br|cite|code|dd|del|dfn|dt|em|font|i|img|ins|kbd|q|s|samp|small|span|strike|strong"
+    r"|sub|sup|td|th|tr|tt|u|var)\b[^<>]*>|</(?:p|ul|ol|li|dl|pre|table|blockquote|h[1-6]|div)>",
     re.IGNORECASE,
 )
 _DOXYGEN_MARK = re.compile(r"(?<!\S)[\\@](?:a|b|c|e|em|p|ref|link)\s+(?=\S)")
@@ -90,8 +89,8 @@ def comment_description(comments: list[str], language: str) -> str:
 
 def _without_markers(text: str, language: str) -> list[str]:
     if text.startswith("/*"):
-        text = _BLOCK_END.sub("", _BLOCK_START.sub("", text, count=1))
-        return [_BLOCK_MARGIN.sub("", line, count=1) for line in text.split("\n")]
+        inside = _BLOCK_START.sub("", text, count=1).removesuffix("/").rstrip("*")
+        return [_BLOCK_MARGIN.sub("", line, count=1) for line in inside.split("\n")]
     if text.startswith("=begin"):
         return [_RUBY_BLOCK_MARKER.sub("", line) for line in text.split("\n")]
     marker = _RUBY_LINE_MARKER if language == "ruby" else _LINE_MARKER

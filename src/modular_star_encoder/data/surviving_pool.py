@@ -60,29 +60,29 @@ class _SurvivingPool(Generic[Item, Result]):
     ) -> None:
         self.function, self.processes, self.crashed = function, processes, crashed
         self.executor = _new_executor(processes)
-        self.waiting: deque[tuple[list[Item], Future[Result]]] = deque()
+        self.waiting: deque[tuple[list[Item], Future[Result], ProcessPoolExecutor]] = deque()
 
     def submit(self, chunk: list[Item]) -> None:
         try:
-            self.waiting.append((chunk, self.executor.submit(self.function, chunk)))
+            future = self.executor.submit(self.function, chunk)
         except BrokenProcessPool:
-            self._restart()
-            self.waiting.append((chunk, self.executor.submit(self.function, chunk)))
+            self._replace_executor()
+            future = self.executor.submit(self.function, chunk)
+        self.waiting.append((chunk, future, self.executor))
 
     def next_results(self) -> Iterator[Result]:
         """Yield the result of the first chunk that waits, or the results of its parts."""
-        chunk, future = self.waiting.popleft()
+        chunk, future, executor = self.waiting.popleft()
         try:
             yield future.result()
-        except BrokenProcessPool:
-            self._restart()
+        except BrokenProcessPool:  # all that waited for this executor comes here, one chunk after the other
+            if executor is self.executor:
+                self._replace_executor()
             yield from self._divided(chunk)
 
-    def _restart(self) -> None:
+    def _replace_executor(self) -> None:
         self.executor.shutdown()
         self.executor = _new_executor(self.processes)
-        chunks = [chunk for chunk, _ in self.waiting]
-        self.waiting = deque((chunk, self.executor.submit(self.function, chunk)) for chunk in chunks)
 
     def _divided(self, chunk: list[Item]) -> Iterator[Result]:
         executor = _new_executor(1)

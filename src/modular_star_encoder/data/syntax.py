@@ -69,7 +69,7 @@ def _best_parse(code: str, language: str) -> tuple[float, bool]:
         if before and after and not _is_one_frame(tree):
             continue
         # An error may lie in the frame alone, as with a brace too few.
-        errors = max(tree.root_node.has_error, error_bytes(tree, grammar, len(before), len(before) + len(body)))
+        errors = max(int(tree.root_node.has_error), error_bytes(tree, grammar, len(before), len(before) + len(body)))
         found = "function" in QueryCursor(grammar.query).captures(tree.root_node)
         best = min(best, (min(1.0, errors / len(body)), found), key=lambda one: (one[0], not one[1]))
         if best == (0.0, True):
