@@ -6,9 +6,9 @@ import pytest
 from huggingface_hub import DatasetCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from modular_star_encoder.dataset import publishing
+from modular_star_encoder.dataset import publishing, stages
 from modular_star_encoder.dataset.build import build_dataset
-from modular_star_encoder.dataset.card import size_category
+from modular_star_encoder.dataset.card import dataset_card, size_category
 from modular_star_encoder.dataset.publishing import push_dataset
 from tests.dataset.build_samples import small_recipe, translation, write_corpus
 from tests.dataset.openai_server import OpenAIServer
@@ -22,13 +22,17 @@ FILES = {
 }
 
 
+def build(folder):
+    with OpenAIServer(translation) as server:
+        changes = {"card": CARD, "options": {"body": {"seed": 7}, "revision": "a1b2c3"}}
+        build_dataset(small_recipe(folder / "corpus", server.base_url, **changes), folder / "out", progress=False)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
-    corpus = write_corpus(folder / "corpus")
-    with OpenAIServer(translation) as server:
-        changes = {"card": CARD, "options": {"body": {"seed": 7}, "revision": "a1b2c3"}}
-        build_dataset(small_recipe(corpus, server.base_url, **changes), folder / "out", progress=False)
+    write_corpus(folder / "corpus")
+    build(folder)
     return folder / "out"
 
 
@@ -154,3 +158,19 @@ def test_the_card_says_how_the_dataset_was_made(built):
             assert before.count("|") == line.count("|")
     assert "{{" not in card.partition("The prompt:")[0]
     assert "\n\n\n" not in card
+
+
+def test_a_card_without_rejected_answers_has_no_empty_table(built, tmp_path, monkeypatch):
+    arguments = {}
+    monkeypatch.setattr(stages, "dataset_card", lambda **given: arguments.update(given) or "card")
+    write_corpus(tmp_path / "corpus")
+    build(tmp_path)
+    triplets = {**arguments["reports"]["triplets"], "rejected": {}}
+    rejected, none = (
+        dataset_card(**arguments | {"reports": {**arguments["reports"], "triplets": one}})
+        for one in (arguments["reports"]["triplets"], triplets)
+    )
+    assert "rejected for these reasons:\n\n| reason |" in rejected
+    assert "taken out of its block.\n" in none
+    assert "| reason |" not in none
+    assert "\n\n\n" not in none
