@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,10 @@ def collect(reader: Any, recipe: Recipe) -> Split:
         print(f"skipped {count} files: {reason}")
     functions = drop_near_identical_descriptions(collection.functions)
     split = split_by_repository(functions, seed=recipe.seed, max_repository_share=0.015)
+    if recipe.max_functions is not None and len(split.train) > recipe.max_functions:
+        print(f"{recipe.max_functions} of {len(split.train)} functions are drawn for training")
+        drawn = np.sort(np.random.default_rng(recipe.seed).permutation(len(split.train))[: recipe.max_functions])
+        split = replace(split, train=[split.train[row] for row in drawn])
     print(
         f"{len(split.train)} functions of {len(names(split.train))} repositories to train on, "
         f"{len(split.test)} of {len(names(split.test))} held out: {', '.join(names(split.test))}"

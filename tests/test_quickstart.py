@@ -47,6 +47,7 @@ def recipe(tmp_path_factory):
         "vocab_size": 400,
         "max_query_tokens": 96,
         "max_document_tokens": 96,
+        "max_functions": 150,
         "pretraining": {**stage, "max_tokens": 64},
         "finetuning": stage,
     }
@@ -72,7 +73,8 @@ def test_it_goes_the_whole_way_and_says_what_it_did(repositories, recipe, tmp_pa
     assert report["slice"]["identical"] == {"AutoModel": True, "SentenceTransformer": True}
     assert set(report["retrieval"]["exits"]) == set(report["retrieval"]["untrained"]) == {"1", "2", "3"}
     assert not set(report["repositories"]["train"]) & set(report["repositories"]["test"])
-    assert report["functions"]["train"] > 100
+    assert report["functions"]["train"] == 150
+    assert "150 of 1" in result.stdout
     assert "BM25" in result.stdout
     assert "skipped 1 files: not UTF-8" in result.stdout
     (hit, *_) = report["search"][0]["hits"]

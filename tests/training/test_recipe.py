@@ -29,6 +29,7 @@ def test_an_unknown_configuration_is_refused_with_those_there_are():
         ({"finetuning": {"step": 3}}, "finetuning has unknown settings step"),
         ({"finetuning": None}, "finetuning must be a mapping"),
         ({"vocab_size": None}, "incomplete"),
+        ({"max_functions": 0}, "max_functions must be at least 1"),
     ],
 )
 def test_a_recipe_with_a_wrong_key_is_refused_by_name(tmp_path, change, sentence):

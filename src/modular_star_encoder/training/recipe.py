@@ -20,6 +20,7 @@ class Recipe:
         vocab_size: entries of the tokenizer.
         max_query_tokens, max_document_tokens: longest description and code, prompt and special tokens included.
         pretraining, finetuning: the two stages.
+        max_functions: train on so many functions at most, drawn at random; on all if None.
         attn_implementation: attention used in training.
         seed: of everything that is drawn.
     """
@@ -29,8 +30,13 @@ class Recipe:
     max_document_tokens: int
     pretraining: Stage
     finetuning: Stage
+    max_functions: int | None = None
     attn_implementation: str = "sdpa"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_functions is not None and self.max_functions < 1:
+            raise ValueError(f"max_functions must be at least 1, not {self.max_functions}.")
 
 
 def hub_config_folder(name: str) -> Path:
