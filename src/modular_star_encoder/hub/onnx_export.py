@@ -74,6 +74,8 @@ def export_onnx(model: ModularStarEncoderForRetrieval, path: str | os.PathLike, 
     longest = served.model.config.max_position_embeddings
     sizes = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length", max=longest)}
     try:
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
         with quiet_libraries(), torch.no_grad():
             program: Any = torch.onnx.export(
                 served,
@@ -86,7 +88,8 @@ def export_onnx(model: ModularStarEncoderForRetrieval, path: str | os.PathLike, 
             )
     except ImportError as error:
         raise missing_extra() from error
-    save_graph(program.model, path)
+    # The exporter notes for each node the lines of code that it comes from, with the paths of this machine.
+    save_graph(ClearMetadataAndDocStringPass()(program.model).model, path)
 
 
 def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = None) -> torch.nn.Module:
