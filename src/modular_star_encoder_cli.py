@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 
+from modular_star_encoder_cli_export import add_export_command
+
 EXPECTED_ERRORS = (ValueError, OSError)
 FULL_POOL = 1000
 
@@ -114,6 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
     cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
     cut.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
     cut.set_defaults(run=run_slice)
+
+    add_export_command(commands)
 
     pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories, as a recipe says")
     pretrain.add_argument("recipe", metavar="RECIPE", help="a YAML file, for example hub_configs/small/recipe.yaml")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -45,30 +45,59 @@ def encode_exits(
     """
     config = model.config
     exits = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
+    with _evaluating(model), _autocast(model, dtype):
+        embeddings = encode_batches(
+            tokenizer,
+            texts,
+            lambda batch: _encode_batch(model, batch, exits),
+            prompt=prompt,
+            max_length=max_length or config.max_position_embeddings,
+            tokens_per_batch=tokens_per_batch,
+            progress=progress,
+        )
+    if embeddings is None:
+        embeddings = np.empty((len(exits), 0, config.projection_size), dtype=np.float32)
+    return dict(zip(exits, embeddings, strict=True))
+
+
+def encode_batches(
+    tokenizer: Any,
+    texts: Sequence[str],
+    encode_batch: Callable[[Mapping[str, torch.Tensor]], np.ndarray],
+    *,
+    max_length: int,
+    prompt: str = "",
+    tokens_per_batch: int = 8192,
+    progress: bool = True,
+) -> np.ndarray | None:
+    """Tokenize, sort and pad as `encode_exits` does, for whatever computes the embeddings.
+
+    Args:
+        encode_batch: `input_ids` and `attention_mask`, int64 (B, T), to embeddings (E, B, D) float32.
+        max_length, prompt, tokens_per_batch: as for `encode_exits`.
+
+    Returns:
+        (E, N, D) float32 in the order of `texts`; None if there is no text.
+
+    Raises:
+        ValueError: a tokenizer without a padding token, or one string in place of a list.
+    """
     if isinstance(texts, str):
         raise ValueError("texts must be a list of strings, not one string.")
     if tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token.")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
-    token_ids = _tokenize(
-        tokenizer, [prompt + text for text in unique], max_length or config.max_position_embeddings, progress
-    )
+    token_ids = _tokenize(tokenizer, [prompt + text for text in unique], max_length, progress)
     embeddings: np.ndarray | None = None
-    with (
-        _evaluating(model),
-        _autocast(model, dtype),
-        tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar,
-    ):
+    with tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar:
         for rows in _batches([len(ids) for ids in token_ids], tokens_per_batch):
-            stack = _encode_batch(model, tokenizer, [token_ids[row] for row in rows], exits)
+            batch = tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt")
+            stack = encode_batch(batch)
             if embeddings is None:
-                embeddings = np.empty((len(exits), len(unique), stack.shape[-1]), dtype=np.float32)
+                embeddings = np.empty((stack.shape[0], len(unique), stack.shape[-1]), dtype=np.float32)
             embeddings[:, rows] = stack
             bar.update(len(rows))
-    if embeddings is None:
-        embeddings = np.empty((len(exits), 0, config.projection_size), dtype=np.float32)
-    order = [unique[text] for text in texts]
-    return {exit_layer: stack[order] for exit_layer, stack in zip(exits, embeddings, strict=True)}
+    return None if embeddings is None else embeddings[:, [unique[text] for text in texts]]
 
 
 def _tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) -> list[list[int]]:
@@ -96,11 +125,8 @@ def _batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
         yield rows
 
 
-def _encode_batch(
-    model: torch.nn.Module, tokenizer: Any, token_ids: list[list[int]], exits: tuple[int, ...]
-) -> np.ndarray:
+def _encode_batch(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], exits: tuple[int, ...]) -> np.ndarray:
     """(E, B, D) float32 embeddings of one batch."""
-    batch = tokenizer.pad({"input_ids": token_ids}, return_tensors="pt")
     device = next(model.parameters()).device
     output = model(
         input_ids=batch["input_ids"].to(device),

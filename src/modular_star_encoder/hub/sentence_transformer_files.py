@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 
@@ -15,9 +16,15 @@ MODULES = (
     {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
 )
 
+# text-embeddings-inference reads the first two without a default (router/src/lib.rs), so none is left out.
+POOLING_MODES = ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_lasttoken")
+
 
 def write_sentence_transformer_files(
-    folder: str | os.PathLike, config: ModularStarEncoderConfig, prompts: Mapping[str, str]
+    folder: str | os.PathLike,
+    config: ModularStarEncoderConfig,
+    prompts: Mapping[str, str],
+    modules: Sequence[Mapping[str, Any]] = MODULES,
 ) -> None:
     """Write `modules.json` and the modules' settings beside a retrieval checkpoint.
 
@@ -28,17 +35,19 @@ def write_sentence_transformer_files(
         folder: the checkpoint's folder.
         config: its configuration, which says the embedding size and the pooling.
         prompts: name → prefix, as `SentenceTransformer.encode(prompt_name=…)` takes them.
+        modules: content of `modules.json`.
     """
     pooling = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_lasttoken"}[config.pooling]
     files = {
-        "modules.json": list(MODULES),
+        "modules.json": list(modules),
         "sentence_bert_config.json": {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},
         "config_sentence_transformers.json": {
             "prompts": dict(prompts),
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
         },
-        "1_Pooling/config.json": {"word_embedding_dimension": config.projection_size, pooling: True},
+        "1_Pooling/config.json": {"word_embedding_dimension": config.projection_size}
+        | {mode: mode == pooling for mode in POOLING_MODES},
         "2_Normalize/config.json": {},
     }
     for name, content in files.items():

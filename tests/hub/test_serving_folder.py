@@ -1,0 +1,362 @@
+"""Folders for ONNX servers: each exit as torch computes it, readable by those who serve, or nothing at all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+import modular_star_encoder_cli as cli
+from modular_star_encoder.data.prompts import text_prompt
+from modular_star_encoder.data.tokenizer import load_tokenizer
+from modular_star_encoder.evaluation.encoders import ExitEncoder
+from modular_star_encoder.evaluation.exits import RetrievalRow, pairs_task
+from modular_star_encoder.evaluation.harness import evaluate_tasks
+from modular_star_encoder.evaluation.systems import EmbeddingSystem
+from modular_star_encoder.hub import onnx_export, serving_folder
+from modular_star_encoder.hub.onnx_check import check_onnx
+from modular_star_encoder.hub.onnx_export import ONNX_FILE, export_onnx, open_session, save_graph
+from modular_star_encoder.hub.onnx_ranking import OnnxEncoder, compare_rankings, compare_tops
+from modular_star_encoder.hub.quantization import QUANTIZED_FILE, quantize_onnx
+from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.hub.serving_folder import export_for_serving
+from tests.tiny import tiny_batch, tiny_model, tiny_tokenizer
+
+EXITS = (1, 2)
+SHAPE = {"num_hidden_layers": 2, "exit_layers": EXITS}
+VERBS, NOUNS = ("add", "find", "show", "drop", "sort", "read"), ("file", "name", "list", "tree", "word")
+ROWS = [RetrievalRow(f"{v} the {n}", f"def {v}_{n}(x):\n    return {n}(x)\n", "python") for v in VERBS for n in NOUNS]
+TASK = pairs_task("tests", "python", ROWS, size=len(ROWS))
+FUNCTION = '''def {verb}_{noun}(value):
+    """{verb} the {noun} of a value."""
+    result = {noun}(value)
+    return {verb}(result)
+'''
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("full") / "model"
+    return save_retrieval_checkpoint(tiny_model(**SHAPE), tiny_tokenizer(), folder)
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("code")
+    functions = [FUNCTION.format(verb=verb, noun=noun) for verb in VERBS[:3] for noun in NOUNS[:4]]
+    (folder / "module.py").write_text("\n\n".join(functions))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint, code, tmp_path_factory):
+    """{exit: folder}: the deepest with 8-bit weights from Python, the other from the command line."""
+    out = tmp_path_factory.mktemp("out") / "shallow"
+    arguments = ["export", str(checkpoint), "--exit-layer", "1", "--out", str(out), "--data", str(code)]
+    assert cli.main(arguments) == 0
+    return {1: out, 2: export_for_serving(checkpoint, int8=True, tasks=[TASK], progress=False).folder}
+
+
+def run_onnx(folder, batch, file=ONNX_FILE):
+    names = ["last_hidden_state", "sentence_embedding"]
+    return open_session(folder / file).run(names, {name: tensor.numpy() for name, tensor in batch.items()})
+
+
+@pytest.mark.parametrize("exit_layer", EXITS)
+def test_every_exit_ranks_as_torch_does(folders, checkpoint, exit_layer):
+    model, tokenizer = AutoModel.from_pretrained(checkpoint).eval(), tiny_tokenizer()
+    embeddings = {"torch": [], "onnx": []}
+    for texts in ([row.description for row in ROWS], [row.code for row in ROWS]):
+        batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+        with torch.inference_mode():
+            embeddings["torch"].append(model(**batch, exit_layer=exit_layer).sentence_embedding.numpy())
+        embeddings["onnx"].append(run_onnx(folders[exit_layer], batch)[1])
+    tops = {name: np.argsort(-(queries @ codes.T), axis=1)[:, :10] for name, (queries, codes) in embeddings.items()}
+    assert np.array_equal(tops["torch"], tops["onnx"])
+    other = run_onnx(folders[3 - exit_layer], batch)[1]
+    assert not np.array_equal(tops["torch"], np.argsort(-(embeddings["torch"][0] @ other.T), axis=1)[:, :10])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("exit_layer", EXITS)
+def test_a_file_takes_any_batch_and_length_and_either_padding(folders, checkpoint, exit_layer, side):
+    model = AutoModel.from_pretrained(checkpoint).eval()
+    for lengths in ((12, 7, 3), (1,), (1, 1, 1, 1), (128, 2), (5, 5)):
+        batch = tiny_batch(side, lengths)
+        tokens, embedding = run_onnx(folders[exit_layer], batch)
+        with torch.inference_mode():
+            expected = model(**batch, exit_layer=exit_layer)
+        real = batch["attention_mask"].bool().numpy()
+        np.testing.assert_allclose(tokens[real], expected.last_hidden_state.numpy()[real], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(embedding, expected.sentence_embedding.numpy(), rtol=0, atol=2e-6)
+
+
+def test_inputs_and_outputs_have_the_names_and_axes_that_servers_ask_for(folders):
+    graph = onnx.load(folders[2] / ONNX_FILE).graph
+    axes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    tokens = ["batch_size", "sequence_length"]
+    assert axes == {
+        "input_ids": tokens,
+        "attention_mask": tokens,
+        "last_hidden_state": [*tokens, 16],
+        "sentence_embedding": ["batch_size", 16],
+    }
+
+
+def test_a_file_tells_nothing_of_the_machine_that_wrote_it(folders):
+    for file in (folders[1] / ONNX_FILE, folders[2] / QUANTIZED_FILE):
+        content = file.read_bytes()
+        assert b"weight" in content
+        assert not any(part in content for part in (str(Path(torch.__file__).parents[1]).encode(), b'File "', b".py"))
+
+
+def test_the_pooling_that_the_folder_names_makes_the_sentence_embedding_of_the_tokens(folders):
+    batch = tiny_batch()
+    tokens, embedding = run_onnx(folders[2], batch)
+    mask = batch["attention_mask"].numpy()[:, :, None]
+    pooled = (tokens * mask).sum(1) / mask.sum(1)
+    pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+    np.testing.assert_allclose(pooled, embedding, rtol=0, atol=1e-6)
+    pooling = json.loads((folders[2] / "1_Pooling" / "config.json").read_text())
+    assert {name for name, value in pooling.items() if value is True} == {"pooling_mode_mean_tokens"}
+
+
+def test_the_folder_holds_what_text_embeddings_inference_reads(folders):
+    files = {path.relative_to(folders[1]).as_posix() for path in folders[1].rglob("*") if path.is_file()}
+    assert files == {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "modules.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "1_Pooling/config.json",
+        "2_Normalize/config.json",
+        "onnx/model.onnx",
+        "onnx/export.json",
+    }
+    read = {name: json.loads((folders[1] / name).read_text()) for name in files if name.endswith(".json")}
+    # Fields of its structs `ModelConfig`, `Config`, `PoolConfig` and `STConfig` that have no default.
+    config = read["config.json"]
+    assert all(type(config[name]) is int for name in ("max_position_embeddings", "pad_token_id", "hidden_size"))
+    assert config["num_hidden_layers"] == 1
+    assert not config["architectures"][0].endswith("Classification")
+    assert config["eos_token_id"] is None or type(config["eos_token_id"]) is int
+    assert {"pooling_mode_cls_token", "pooling_mode_mean_tokens"} < set(read["1_Pooling/config.json"])
+    assert read["sentence_bert_config.json"]["max_seq_length"] == 128
+    assert read["tokenizer_config.json"]["padding_side"] == "left"
+    assert all(isinstance(prompt, str) for prompt in read["config_sentence_transformers.json"]["prompts"].values())
+
+
+def test_the_configuration_is_a_starcoder2_of_the_exits_sizes(folders, checkpoint):
+    found, expected = AutoConfig.from_pretrained(folders[1]), AutoConfig.from_pretrained(checkpoint)
+    assert (found.model_type, found.num_hidden_layers) == ("starcoder2", 1)
+    for name in ("vocab_size", "hidden_size", "num_key_value_heads", "rope_parameters", "norm_epsilon", "hidden_act"):
+        assert getattr(found, name) == getattr(expected, name)
+
+
+def test_the_tokenizer_names_a_class_that_transformers_4_knows_and_gives_the_same_ids(folders, checkpoint):
+    settings = json.loads((folders[1] / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_max_length"] == 128
+    text = text_prompt() + ROWS[0].code
+    for tokenizer in (AutoTokenizer.from_pretrained(folders[1]), load_tokenizer(folders[1])):
+        assert tokenizer(text)["input_ids"] == load_tokenizer(checkpoint)(text)["input_ids"]
+
+
+def test_the_prompts_are_the_checkpoints(folders, checkpoint):
+    name = "config_sentence_transformers.json"
+    assert (folders[1] / name).read_text() == (checkpoint / name).read_text()
+
+
+def test_the_export_report_says_what_was_compared(folders):
+    report = json.loads((folders[2] / "onnx/export.json").read_text())
+    assert report["exit_layer"] == 2
+    assert 0 < report["differences_from_torch"]["sentence_embedding"] < 1e-6
+    assert 0 < report["differences_from_torch"]["last_hidden_state"] < 1e-5
+    (ranking,) = report["rankings"]
+    assert ranking["same_top_10"] + ranking["ties_in_top_10"] == ranking["queries"] == len(ROWS)
+    assert ranking["model"] == ranking["file"]
+    assert report["versions"]["onnxruntime"]
+
+
+def test_what_int8_costs_is_measured(folders, checkpoint):
+    report = json.loads((folders[2] / "onnx/quantization.json").read_text())
+    (ranking,) = report["rankings"]
+    encoder = ExitEncoder(AutoModel.from_pretrained(checkpoint), tiny_tokenizer(), "model", exit_layers=(2,))
+    file = EmbeddingSystem(OnnxEncoder(folders[2] / QUANTIZED_FILE, encoder, "int8"))
+    cells = evaluate_tasks([TASK], [EmbeddingSystem(encoder), file], progress=False)
+    assert [ranking["model"], ranking["file"]] == [cell.figures["mrr"].value for cell in cells]
+    assert ranking["difference"]["value"] == pytest.approx(ranking["file"] - ranking["model"])
+    assert ranking["same_top_10"] < len(ROWS)
+    assert 0.3 < ranking["shared_top_10"] < 1
+    assert report["int8_bytes"] == (folders[2] / QUANTIZED_FILE).stat().st_size
+    operations = {node.op_type for node in onnx.load(folders[2] / QUANTIZED_FILE).graph.node}
+    assert "MatMulInteger" in operations
+
+
+def test_a_file_of_another_exit_is_found_out(folders, checkpoint):
+    model = AutoModel.from_pretrained(checkpoint).eval()
+    with pytest.raises(RuntimeError, match="does not compute what the model computes: last_hidden_state differs by"):
+        check_onnx(model, folders[1] / ONNX_FILE)
+    check_onnx(model, folders[1] / ONNX_FILE, 1)
+    with pytest.raises(RuntimeError, match="allowed: 1e-09"):
+        check_onnx(model, folders[1] / ONNX_FILE, 1, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("found_by", ["check_onnx", "compare_rankings"])
+def test_a_file_that_disagrees_leaves_nothing_behind(folders, checkpoint, tmp_path, monkeypatch, found_by):
+    def export_another(model, path):
+        path.write_bytes((folders[1] / ONNX_FILE).read_bytes())
+
+    monkeypatch.setattr(serving_folder, "export_onnx", export_another)
+    if found_by == "compare_rankings":
+        # As if the check of shapes had missed it.
+        monkeypatch.setattr(serving_folder, "check_onnx", lambda model, path: check_onnx(model, path, 1))
+    with pytest.raises(RuntimeError, match="does not compute" if found_by == "check_onnx" else "ranks otherwise"):
+        export_for_serving(checkpoint, 2, tmp_path / "out", tasks=[TASK], progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_first_documents_are_compared_in_order_and_ties_are_told_apart():
+    scores = np.linspace(1, 0, 12, dtype=np.float32)
+    swapped, apart = scores.copy(), scores.copy()
+    swapped[[3, 4]] = scores[[4, 3]]
+    apart[10] = 2
+    assert [part[0] for part in compare_tops(scores[None], scores[None])] == [True, True, 1.0]
+    assert [part[0] for part in compare_tops(scores[None], swapped[None])] == [False, False, 1.0]
+    assert [part[0] for part in compare_tops(scores[None], apart[None])] == [False, False, 0.9]
+    near = scores.copy()
+    near[4] = near[3] - 5e-6
+    crossed = near.copy()
+    crossed[[3, 4]] = near[[4, 3]]
+    assert [part[0] for part in compare_tops(near[None], crossed[None])] == [False, True, 1.0]
+
+
+def test_a_reference_at_several_exits_is_refused(folders, checkpoint):
+    encoder = ExitEncoder(AutoModel.from_pretrained(checkpoint), tiny_tokenizer(), "model")
+    with pytest.raises(ValueError, match=r"An ONNX file has one exit; the model is to rank at \[1, 2\]"):
+        compare_rankings(encoder, {"float32": folders[2] / ONNX_FILE}, [TASK])
+
+
+def test_weights_that_do_not_fit_into_one_file_lie_beside_it(folders, tmp_path, monkeypatch):
+    onnx_ir = pytest.importorskip("onnx_ir")
+    expected = run_onnx(folders[2], tiny_batch())
+    monkeypatch.setattr(onnx_export, "_LARGEST_FILE", 0)
+    save_graph(onnx_ir.load(folders[2] / ONNX_FILE), tmp_path / "model.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx_data"}
+    assert (tmp_path / "model.onnx_data").stat().st_size > (tmp_path / "model.onnx").stat().st_size
+    for found, wanted in zip(run_onnx(tmp_path, tiny_batch(), "model.onnx"), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    monkeypatch.undo()
+    quantize_onnx(tmp_path / "model.onnx", tmp_path / "small.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx_data", "small.onnx"}
+    direct = run_onnx(folders[2], tiny_batch(), QUANTIZED_FILE)
+    for found, wanted in zip(run_onnx(tmp_path, tiny_batch(), "small.onnx"), direct, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"exit_layer": 3}, "exit_layer 3 is not an exit of this model; its exits are 1, 2"),
+        ({"int8": True}, "8-bit weights cost quality, and how much has to be measured"),
+    ],
+)
+def test_wrong_arguments_write_nothing(checkpoint, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        export_for_serving(checkpoint, out=tmp_path / "out", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "setting", [{"projection_order": "pool_then_project"}, {"embedding_normalization": "clip"}, {"pooling": "legacy"}]
+)
+def test_an_embedding_that_sentence_transformers_cannot_make_is_refused(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"A model with {name}='{value}' can't be exported for serving"):
+        serving_folder.check_servable(tiny_model(**SHAPE, **setting).config)
+
+
+def test_a_model_of_other_weights_than_float32_is_not_traced(tmp_path):
+    with pytest.raises(ValueError, match=r"not of torch\.bfloat16 on cpu: load the model with dtype=torch\.float32"):
+        export_onnx(tiny_model(**SHAPE).bfloat16(), tmp_path / "model.onnx")
+
+
+def test_a_missing_extra_is_named(folders, tmp_path, monkeypatch):
+    for module in ("onnxruntime", "onnxruntime.quantization"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for function in (open_session, lambda path: quantize_onnx(path, tmp_path / "small.onnx")):
+        with pytest.raises(ImportError, match=r"pip install 'modular-star-encoder\[onnx\]'"):
+            function(folders[1] / ONNX_FILE)
+
+
+def test_the_command_prints_the_comparison_and_the_folder(folders, checkpoint, code, capsys, monkeypatch):
+    def export_none(checkpoint, exit_layer, out, *, int8, tasks):
+        encoder = ExitEncoder(AutoModel.from_pretrained(checkpoint), tiny_tokenizer(), "model", exit_layers=(2,))
+        files = {"float32": folders[2] / ONNX_FILE, "int8": folders[2] / QUANTIZED_FILE}
+        return serving_folder.ServingFolder(folders[2], compare_rankings(encoder, files, tasks, progress=False))
+
+    monkeypatch.setattr(serving_folder, "export_for_serving", export_none)
+    assert cli.main(["export", str(checkpoint), "--int8", "--data", str(code)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| folder, all |    12 of 12 |" in lines[2]
+    assert lines[3].startswith("| int8 ")
+    assert lines[-1] == str(folders[2])
+
+
+def test_the_command_refuses_what_it_cannot_measure(checkpoint, capsys):
+    assert cli.main(["export", str(checkpoint), "--int8"]) == 2
+    assert "--int8, --benchmark and --allow-subset need --data" in capsys.readouterr().err
+    assert cli.main(["export", str(checkpoint), "--benchmark", "cosqa"]) == 2
+
+
+def test_a_folder_goes_beside_its_checkpoint_by_default(folders, checkpoint):
+    assert folders[2] == checkpoint.parent / "model-2-onnx"
+    assert serving_folder.default_folder("owner/name", 9) == Path("name-9-onnx")
+
+
+@pytest.mark.slow
+def test_the_last_token_learned_scale_and_unpadding_export_too(tmp_path):
+    options = {"pooling": "cls", "exit_norm": "all", "learned_logit_scale": 10.0, "unpad_inputs": True}
+    model = tiny_model(**SHAPE, **options).eval()
+    checkpoint = save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path / "model")
+    folder = export_for_serving(checkpoint, 1, tmp_path / "out", progress=False).folder
+    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+    assert {name for name, value in pooling.items() if value is True} == {"pooling_mode_lasttoken"}
+    for side in ("left", "right"):
+        batch = tiny_batch(side)
+        with torch.inference_mode():
+            expected = model(**batch, exit_layer=1).sentence_embedding.numpy()
+        np.testing.assert_allclose(run_onnx(folder, batch)[1], expected, rtol=0, atol=2e-6)
+    assert model.config.unpad_inputs
+
+
+@pytest.mark.skipif(
+    "MOSE_ONNX_PYTHON" not in os.environ,
+    reason="MOSE_ONNX_PYTHON names no Python with sentence-transformers 5.7, transformers 4.57 and optimum-onnx",
+)
+@pytest.mark.parametrize("exit_layer", EXITS)
+def test_sentence_transformers_own_onnx_back_end_gives_our_embeddings(folders, checkpoint, tmp_path, exit_layer):
+    texts = [ROWS[0].description, ROWS[0].code, "x", "a longer description " * 5]
+    request, result = tmp_path / "request.json", tmp_path / "result.npz"
+    request.write_text(json.dumps({"texts": texts, "prompt_name": "query", "files": ["model.onnx"]}))
+    script = Path(__file__).with_name("onnx_back_end.py")
+    command = [os.environ["MOSE_ONNX_PYTHON"], script, folders[exit_layer], request, result]
+    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    expected = SentenceTransformer(str(checkpoint), device="cpu").encode(
+        texts, prompt_name="query", exit_layer=exit_layer
+    )
+    with np.load(result) as arrays:
+        np.testing.assert_allclose(arrays["model.onnx"], expected, rtol=0, atol=1e-6)
