@@ -17,17 +17,22 @@ MODULES = (
 
 
 def write_sentence_transformer_files(
-    folder: str | os.PathLike, config: ModularStarEncoderConfig, prompts: Mapping[str, str]
+    folder: str | os.PathLike,
+    config: ModularStarEncoderConfig,
+    prompts: Mapping[str, str],
+    *,
+    dimension: int | None = None,
 ) -> None:
-    """Write `modules.json` and the modules' settings beside a retrieval checkpoint.
+    """Write `modules.json` and the modules' settings beside a checkpoint.
 
-    The model's `last_hidden_state` are the exit's projected tokens, so stock pooling and normalisation follow, and
-    `encode(..., exit_layer=k)` reaches the model.
+    A retrieval model's `last_hidden_state` are the exit's projected tokens, so stock pooling and normalisation follow,
+    and `encode(..., exit_layer=k)` reaches the model.
 
     Args:
         folder: the checkpoint's folder.
         config: its configuration, which says the embedding size and the pooling.
         prompts: name → prefix, as `SentenceTransformer.encode(prompt_name=…)` takes them.
+        dimension: size of the embeddings; `config.projection_size` if None.
     """
     pooling = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_lasttoken"}[config.pooling]
     files = {
@@ -38,7 +43,10 @@ def write_sentence_transformer_files(
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
         },
-        "1_Pooling/config.json": {"word_embedding_dimension": config.projection_size, pooling: True},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": dimension or config.projection_size,
+            pooling: True,
+        },
         "2_Normalize/config.json": {},
     }
     for name, content in files.items():
