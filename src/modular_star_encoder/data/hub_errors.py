@@ -44,7 +44,7 @@ def hub_errors(repository: str) -> Iterator[None]:
 
 def _sentence(repository: str, error: Exception) -> str:
     """What happened; the client wraps the error of a single file into a RuntimeError."""
-    cause = error if isinstance(error, HfHubHTTPError) or error.__cause__ is None else error.__cause__
+    cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
     if isinstance(cause, HfHubHTTPError) and cause.response.status_code == CONFLICT:
         return f"{repository} was changed by someone else meanwhile; nothing was written: look again, then repeat."
     if isinstance(cause, network_errors()):

@@ -106,7 +106,7 @@ class Manifest:
             raise ValueError("license must be the Hub's name for one, such as apache-2.0.")
         if self.license == "other" and not self.license_name:
             raise ValueError("license other needs license_name, and license_link where there is one.")
-        if not isinstance(self.repositories, list) or not self.repositories:
+        if not isinstance(self.repositories, list | tuple) or not self.repositories:
             raise ValueError("repositories must be a list of at least one.")
         entries = [
             entry
