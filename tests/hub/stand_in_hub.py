@@ -344,7 +344,9 @@ def _resolve(hub: StandInHub, repository: Repository, revision: str, path: str, 
     if not large:
         return 200, content, {**headers, "ETag": f'"{sums["oid"]}"'}
     oid = sums["lfs"]["oid"]
-    linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": len(content), "Location": f"{hub.endpoint}/lfs/{oid}"}
+    # Storage is another host than the Hub, and clients ask only the Hub who it is that they get.
+    storage = hub.endpoint.replace("127.0.0.1", "localhost")
+    linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": len(content), "Location": f"{storage}/lfs/{oid}"}
     return 302, b"", {**headers, **linked}
 
 
