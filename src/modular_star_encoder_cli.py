@@ -15,6 +15,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 
 from modular_star_encoder_cli_export import add_export_command
+from modular_star_encoder_cli_hub import add_hub_commands
 
 EXPECTED_ERRORS = (ValueError, OSError)
 FULL_POOL = 1000
@@ -111,11 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     profile.set_defaults(run=run_profile)
 
-    cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
-    cut.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
-    cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
-    cut.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
-    cut.set_defaults(run=run_slice)
+    add_hub_commands(commands)
 
     add_export_command(commands)
 
@@ -245,6 +242,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.evaluation.benchmarks.code_folder import read_code_folder
     from modular_star_encoder.evaluation.checkpoint import load_checkpoint
     from modular_star_encoder.evaluation.exits import evaluate_exits, format_table
+    from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
 
     if arguments.json:
         check_writable(arguments.json)
@@ -255,7 +253,9 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         print(f"mose: note: only {len(rows)} documented functions, so fewer than 999 distractors", file=sys.stderr)
     results = evaluate_exits(model, tokenizer, rows, exit_layers=arguments.exit_layers, untrained=arguments.untrained)
     if arguments.json:
-        write_json(arguments.json, {"checkpoint": arguments.checkpoint, "data": arguments.data, **results.to_dict()})
+        source = {"checkpoint": arguments.checkpoint, "data": arguments.data}
+        fingerprint = {"checkpoint_fingerprint": checkpoint_fingerprint(arguments.checkpoint)}
+        write_json(arguments.json, {**source, **fingerprint, **results.to_dict()})
     print(format_table(results))
 
 
@@ -297,14 +297,6 @@ def run_benchmarks(arguments: argparse.Namespace) -> None:
     )
     with open(os.path.join(os.path.expanduser(arguments.out), "report.md"), encoding="utf-8") as report:
         print(report.read(), end="")
-
-
-def run_slice(arguments: argparse.Namespace) -> None:
-    """`mose slice`."""
-    from modular_star_encoder.hub.slicing import slice_checkpoint
-
-    slice_checkpoint(arguments.checkpoint, arguments.exit_layer, arguments.out)
-    print(arguments.out)
 
 
 def run_pretrain(arguments: argparse.Namespace) -> None:

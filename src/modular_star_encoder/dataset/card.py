@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 from huggingface_hub import DatasetCardData
-from jinja2 import Environment, StrictUndefined
 
+from modular_star_encoder.data.cards import cell, render_card
 from modular_star_encoder.data.source_files import LANGUAGES
 from modular_star_encoder.dataset.columns import DATASET_COLUMNS, MEANINGS
 from modular_star_encoder.dataset.statistics import DatasetStatistics
@@ -71,30 +70,22 @@ def dataset_card(
         versions: Of the software that built it.
     """
     rows = sum(split["rows"] for split in splits.values())
-    environment = Environment(  # noqa: S701  Markdown, not HTML
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
-    )
-    environment.filters["cell"] = _cell
-    template = files("modular_star_encoder.model_cards").joinpath(TEMPLATE).read_text(encoding="utf-8")
     languages = [name for name in LANGUAGES if any(name in pair.split(" → ") for pair in reports["triplets"]["pairs"])]
-    return (
-        environment.from_string(template)
-        .render(
-            metadata=card_metadata(card, rows, list(splits)).to_yaml(line_break="\n"),
-            rows=rows,
-            card=card,
-            settings=settings,
-            reports=reports,
-            statistics=statistics,
-            licenses=licenses,
-            versions=versions,
-            split_rows=[(name, split["rows"], split["repositories"]) for name, split in splits.items()],
-            column_rows=[(f"`{name}`", MEANINGS[name]) for name in DATASET_COLUMNS],
-            model_rows=list(_model_rows(settings["translations"], reports["translations"])),
-            pair_head=("", *(LANGUAGE_NAMES[name] for name in languages)),
-            pair_rows=list(_pair_rows(languages, reports["triplets"]["pairs"])),
-        )
-        .lstrip()
+    return render_card(
+        TEMPLATE,
+        metadata=card_metadata(card, rows, list(splits)).to_yaml(line_break="\n"),
+        rows=rows,
+        card=card,
+        settings=settings,
+        reports=reports,
+        statistics=statistics,
+        licenses=licenses,
+        versions=versions,
+        split_rows=[(name, split["rows"], split["repositories"]) for name, split in splits.items()],
+        column_rows=[(f"`{name}`", MEANINGS[name]) for name in DATASET_COLUMNS],
+        model_rows=list(_model_rows(settings["translations"], reports["translations"])),
+        pair_head=("", *(LANGUAGE_NAMES[name] for name in languages)),
+        pair_rows=list(_pair_rows(languages, reports["triplets"]["pairs"])),
     )
 
 
@@ -119,11 +110,4 @@ def _pair_rows(languages: Sequence[str], pairs: Mapping[str, Mapping[str, int]])
     for source in (name for name in languages if any(pair.startswith(f"{name} → ") for pair in pairs)):
         row = [pairs.get(f"{source} → {target}") for target in languages]
         counts = [(pair["accepted"], sum(pair.values()) - pair["accepted"]) if pair else None for pair in row]
-        yield LANGUAGE_NAMES[source], *(f"{_cell(one[0])} / {_cell(one[1])}" if one else "" for one in counts)
-
-
-def _cell(value: Any) -> str:
-    """What stands in a cell of a Markdown table."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return " ".join(str(value).split()).replace("|", "\\|")
+        yield LANGUAGE_NAMES[source], *(f"{cell(one[0])} / {cell(one[1])}" if one else "" for one in counts)

@@ -1,14 +1,12 @@
 """A built dataset to the Hugging Face Hub."""
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import DatasetCard, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
 
+from modular_star_encoder.data.hub_errors import check_repository_id, hub_errors
 from modular_star_encoder.dataset.stages import CARD, STATISTICS
 
 
@@ -52,16 +50,13 @@ def push_dataset(
         OSError: If the Hub refuses, or can't be reached.
     """
     root = _dataset_folder(Path(folder))
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ValueError(f"{repository!r} is no id of a repository such as owner/name.") from error
+    check_repository_id(repository)
     paths = [root / CARD, root / STATISTICS, *sorted(root.glob("data/*.parquet"))]
     files = tuple((path.relative_to(root).as_posix(), path.stat().st_size) for path in paths)
     if not upload:
         return Upload(repository, files)
     api = HfApi()
-    try:
+    with hub_errors(repository):
         url = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repository,
@@ -72,20 +67,7 @@ def push_dataset(
             delete_patterns="data/*.parquet",
             commit_message="Upload dataset",
         )
-    except LocalTokenNotFoundError as error:
-        raise OSError("The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN.") from error
-    except HfHubHTTPError as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise OSError(f"The Hub refuses the upload to {repository}: {first_line}") from error
-    except _network_errors() as error:
-        raise OSError(f"The Hub can't be reached ({type(error).__name__}); the upload can be repeated.") from error
     return Upload(repository, files, str(url))
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What the Hub's client raises when the network fails: httpx's errors, under one of two names by its version."""
-    loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
-    return tuple(module.TransportError for module in loaded if module)
 
 
 def _dataset_folder(folder: Path) -> Path:

@@ -31,17 +31,20 @@ _TEX = str.maketrans(
 )
 
 
-def write_report(folder: Path, tables: Sequence[Table], cells: Sequence[Cell], command: str) -> list[Path]:
+def write_report(
+    folder: Path, tables: Sequence[Table], cells: Sequence[Cell], command: str, fingerprint: str | None = None
+) -> list[Path]:
     """Write report.md, report.csv, report.tex and report.json, each whole or not at all, and return their paths.
 
     Args:
         command: what made them; it stands in the Markdown and the JSON.
+        fingerprint: of the checkpoint that was measured (see `fingerprint`), for the JSON; None if it is no folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"md": to_markdown(tables, command), "csv": to_csv(cells), "tex": to_latex(tables)}
     for ending, text in texts.items():
         write_text(folder / f"report.{ending}", text)
-    write_json(folder / "report.json", to_dict(tables, cells, command))
+    write_json(folder / "report.json", to_dict(tables, cells, command, fingerprint))
     return [folder / f"report.{ending}" for ending in (*texts, "json")]
 
 
@@ -90,11 +93,14 @@ def to_csv(cells: Sequence[Cell]) -> str:
     return file.getvalue()
 
 
-def to_dict(tables: Sequence[Table], cells: Sequence[Cell], command: str) -> dict[str, Any]:
+def to_dict(
+    tables: Sequence[Table], cells: Sequence[Cell], command: str, fingerprint: str | None = None
+) -> dict[str, Any]:
     """Everything but the values of single queries, as fractions."""
     figures = [{key: value for key, value in asdict(cell).items() if key not in ("values", "ids")} for cell in cells]
     return {
         "command": command,
+        "checkpoint_fingerprint": fingerprint,
         "versions": versions(),
         "tables": [{"title": title(table), **asdict(table)} for table in tables],
         "cells": [{**figure, "queries": len(cell.values)} for figure, cell in zip(figures, cells, strict=True)],

@@ -13,6 +13,7 @@ from modular_star_encoder.evaluation.embedding_cache import EmbeddingCache
 from modular_star_encoder.evaluation.encoders import ExitEncoder
 from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME, ExitProfile
 from modular_star_encoder.evaluation.figures import median_latencies, plot_quality_by_depth, plot_quality_by_latency
+from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
 from modular_star_encoder.evaluation.harness import evaluate_tasks
 from modular_star_encoder.evaluation.opening import open_system
 from modular_star_encoder.evaluation.report import write_report
@@ -74,7 +75,8 @@ def run_benchmarks(
             write_candidates(task, out / "candidates" / task.benchmark)
     cells = evaluate_tasks(tasks, list(systems.values()), out=out, seed=seed, progress=progress)
     tables = build_tables(tasks, cells, seed=seed)
-    write_report(out, tables, cells, _shown(command))
+    folder = Path(model).expanduser()
+    write_report(out, tables, cells, _shown(command), checkpoint_fingerprint(folder) if folder.is_dir() else None)
     _draw(tables, {name: system.name for name, system in systems.items()}, out)
     return tables
 

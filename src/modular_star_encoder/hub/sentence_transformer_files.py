@@ -25,17 +25,20 @@ def write_sentence_transformer_files(
     config: ModularStarEncoderConfig,
     prompts: Mapping[str, str],
     modules: Sequence[Mapping[str, Any]] = MODULES,
+    *,
+    dimension: int | None = None,
 ) -> None:
-    """Write `modules.json` and the modules' settings beside a retrieval checkpoint.
+    """Write `modules.json` and the modules' settings beside a checkpoint.
 
-    The model's `last_hidden_state` are the exit's projected tokens, so stock pooling and normalisation follow, and
-    `encode(..., exit_layer=k)` reaches the model.
+    A retrieval model's `last_hidden_state` are the exit's projected tokens, so stock pooling and normalisation follow,
+    and `encode(..., exit_layer=k)` reaches the model.
 
     Args:
         folder: the checkpoint's folder.
         config: its configuration, which says the embedding size and the pooling.
         prompts: name → prefix, as `SentenceTransformer.encode(prompt_name=…)` takes them.
         modules: content of `modules.json`.
+        dimension: size of the embeddings; `config.projection_size` if None.
     """
     pooling = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_lasttoken"}[config.pooling]
     files = {
@@ -46,7 +49,7 @@ def write_sentence_transformer_files(
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
         },
-        "1_Pooling/config.json": {"word_embedding_dimension": config.projection_size}
+        "1_Pooling/config.json": {"word_embedding_dimension": dimension or config.projection_size}
         | {mode: mode == pooling for mode in POOLING_MODES},
         "2_Normalize/config.json": {},
     }

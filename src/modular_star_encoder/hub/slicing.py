@@ -42,25 +42,49 @@ def slice_checkpoint(
         ValueError: the checkpoint has no such exit (the message lists those it has), its folder lacks configuration or
             weights, or `out` is taken. Nothing is written then.
     """
-    check_checkpoint(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint)
-    config.check_exit(exit_layer)
-    model_class = _class_named(config.architectures[0], checkpoint)
     with staged_folder(out) as staging:
-        model = model_class.from_pretrained(checkpoint, exit_layer=exit_layer)
-        if only_exit:
-            keep_only_exit(model, exit_layer)
-        model.save_pretrained(staging)
-        load_tokenizer(checkpoint).save_pretrained(staging)
-        for name in SENTENCE_TRANSFORMER_FILES:
-            source = Path(checkpoint, name)
-            if source.is_file():
-                (staging / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, staging / name)
+        write_checkpoint(checkpoint, staging, exit_layer, only_exit=only_exit)
     return Path(out)
 
 
-def _class_named(name: str, checkpoint: str | os.PathLike) -> type[modeling.ModularStarEncoderPreTrainedModel]:
+def write_checkpoint(
+    checkpoint: str | os.PathLike,
+    out: Path,
+    exit_layer: int | None = None,
+    *,
+    only_exit: bool = False,
+    tokenizer: str | os.PathLike | None = None,
+) -> None:
+    """Write a checkpoint once more, whole or cut, with this package's model code.
+
+    Args:
+        checkpoint: a folder or Hub id.
+        out: a folder.
+        exit_layer, only_exit: as for `slice_checkpoint`; not cut if None.
+        tokenizer: folder of the tokenizer; that of the checkpoint if None.
+
+    Raises:
+        ValueError: the checkpoint has no such exit, its folder lacks configuration or weights, or it is of a class that
+            is none of ours.
+    """
+    check_checkpoint(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint)
+    if exit_layer is not None:
+        config.check_exit(exit_layer)
+    model_class = class_named(config.architectures[0], checkpoint)
+    model = model_class.from_pretrained(checkpoint, exit_layer=exit_layer)
+    if only_exit and exit_layer is not None:
+        keep_only_exit(model, exit_layer)
+    model.save_pretrained(out)
+    load_tokenizer(tokenizer or checkpoint).save_pretrained(out)
+    for name in SENTENCE_TRANSFORMER_FILES:
+        source = Path(checkpoint, name)
+        if source.is_file():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, out / name)
+
+
+def class_named(name: str, checkpoint: str | os.PathLike) -> type[modeling.ModularStarEncoderPreTrainedModel]:
     """The class of ours with this name; for a published checkpoint the base class, which looks what it holds."""
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel

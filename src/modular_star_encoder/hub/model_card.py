@@ -1,0 +1,217 @@
+"""The card of a published model: metadata for the Hub, and for its readers what was measured and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from modular_star_encoder.data.cards import render_card
+from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.evaluation.exit_profile import ExitProfile
+from modular_star_encoder.hub.manifest import MAIN, Manifest
+from modular_star_encoder.hub.measurements import Measurements, eval_results, measurement_rows
+from modular_star_encoder.modeling import ModularStarEncoderConfig
+
+TEMPLATE = "model.md.jinja"
+CARD = "README.md"
+HUB = "https://huggingface.co"
+TAGS = ("modular-star-encoder", "multi-exit", "code", "code-search")
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """What a model comes from.
+
+    Args:
+        repository, branch: where that is published.
+        is_slice: whether the model was cut from it; otherwise its training started from it.
+        revision: the commit; None while it is not known.
+    """
+
+    repository: str
+    branch: str
+    is_slice: bool
+    revision: str | None = None
+
+    @property
+    def link(self) -> str:
+        """In Markdown, to the revision."""
+        return repository_link(self.repository, self.branch, self.revision)
+
+
+@dataclass(frozen=True, slots=True)
+class SliceLink:
+    """A slice that a model's card names: its weights' SHA-256 stands for its revision, for that links back."""
+
+    repository: str
+    branch: str
+    exit_layer: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CardContent:
+    """All that a card says.
+
+    Args:
+        repository, branch: where the model is published.
+        heading: which model of the manifest's title this is.
+        config: of the model.
+        retrieval: whether it embeds; otherwise it is a pre-trained model.
+        prompts: of its SentenceTransformer.
+        measurements: of its exits.
+        figure: file name of the figure; None if there is none.
+        parent, slices: what it comes from, and what was cut from it.
+        only_exit: whether it holds one exit's head alone, although it is deeper than others.
+        training_data, training_rows, recipe: what its training was, where that is known; the recipe as YAML.
+    """
+
+    repository: str
+    branch: str
+    heading: str
+    config: ModularStarEncoderConfig
+    retrieval: bool
+    prompts: Mapping[str, str]
+    measurements: Measurements
+    figure: str | None = None
+    parent: Parent | None = None
+    slices: Sequence[SliceLink] = ()
+    only_exit: bool = False
+    training_data: str = ""
+    training_rows: Sequence[tuple[str, Any]] = ()
+    recipe: str = ""
+
+
+def repository_link(repository: str, branch: str = MAIN, revision: str | None = None) -> str:
+    """A Markdown link to a repository of the Hub, at a branch or a revision."""
+    place = revision or (None if branch == MAIN else branch)
+    name = repository if branch == MAIN else f"{repository}, branch {branch}"
+    return f"[{name}]({HUB}/{repository}{f'/tree/{place}' if place else ''})"
+
+
+def model_card(content: CardContent, manifest: Manifest) -> str:
+    """The card as text."""
+    config, measured = content.config, content.measurements
+    head, rows = measurement_rows(measured)
+    instructions = config.instruction_prompts
+    return re.sub(
+        r"\n{3,}",
+        "\n\n",
+        render_card(
+            TEMPLATE,
+            metadata=card_metadata(content, manifest).to_yaml(line_break="\n"),
+            title=manifest.title,
+            heading=content.heading,
+            repository=content.repository,
+            branch=content.branch,
+            retrieval=content.retrieval,
+            layers=config.num_hidden_layers,
+            parent_layers=config.parent_num_hidden_layers,
+            exit_layers=config.exit_layers,
+            parameters=measured.parameters[config.num_hidden_layers],
+            dimension=config.projection_size if content.retrieval else config.hidden_size,
+            longest=config.max_position_embeddings,
+            instructions=instructions,
+            query=json.dumps(text_prompt(instructions=instructions) + "sum of two numbers"),
+            code=json.dumps(code_prompt("python", instructions=instructions) + "def add(a, b):\n    return a + b"),
+            prompt_names=[f"`{name}`" for name in content.prompts],
+            measured_head=head,
+            measured_rows=rows,
+            measured=bool(measured.profile or measured.tables),
+            notes=list(_notes(content)),
+            figure=content.figure,
+            parent=content.parent,
+            only_exit=content.only_exit,
+            slices=[
+                (one.exit_layer, repository_link(one.repository, one.branch), f"`{one.sha256}`")
+                for one in content.slices
+            ],
+            training_data=content.training_data,
+            training_rows=content.training_rows,
+            recipe=content.recipe,
+            limits=manifest.limits,
+            license_text=_license(manifest),
+        ),
+    )
+
+
+def card_metadata(content: CardContent, manifest: Manifest) -> ModelCardData:
+    """The card's metadata block.
+
+    Raises:
+        ValueError: the Hub's client refuses the figures of the `model-index`.
+    """
+    parent = content.parent
+    foreign = parent is not None and parent.repository != content.repository
+    results = eval_results(content.measurements)
+    return ModelCardData(
+        model_name=content.repository.partition("/")[2],
+        language=["code", "en"],
+        license=manifest.license,
+        license_name=manifest.license_name,
+        license_link=manifest.license_link,
+        library_name="sentence-transformers" if content.retrieval else "transformers",
+        pipeline_tag="sentence-similarity" if content.retrieval else "fill-mask",
+        tags=[*TAGS, *manifest.tags],
+        datasets=list(manifest.datasets) or None,
+        base_model=parent.repository if foreign else None,
+        eval_results=results or None,
+    )
+
+
+def check_card(path: Path) -> None:
+    """Refuse a card whose metadata the Hub's client can't read back.
+
+    Raises:
+        ValueError: the metadata are missing or wrong, or a figure that the card shows isn't there.
+    """
+    try:
+        card = ModelCard.load(path)
+        data = card.data.to_dict()
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"The metadata of {path} can't be read: {' '.join(str(error).split())}") from error
+    missing = [name for name in ("license", "library_name", "pipeline_tag", "tags") if not data.get(name)]
+    if missing:
+        raise ValueError(f"The metadata of {path} lacks {', '.join(missing)}.")
+    for figure in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):
+        if not (path.parent / figure).is_file():
+            raise ValueError(f"{path} shows {figure}, which is not there.")
+
+
+def _notes(content: CardContent) -> list[str]:
+    """What a reader of the table must know."""
+    measured, notes = content.measurements, []
+    if measured.tables:
+        notes.append("Benchmarks: with the 95 % interval of a bootstrap over queries.")
+        notes += [f"{table.benchmark}: {table.size}{_after(table.notes)}." for table in measured.tables]
+    if measured.profile is not None:
+        notes.append(_conditions(measured.profile))
+    if content.parent is not None and content.parent.is_slice and (measured.tables or measured.profile):
+        notes.append("All of this was measured on the parent at this exit.")
+    return notes
+
+
+def _after(notes: Sequence[str]) -> str:
+    return "".join(f"; {note}" for note in notes)
+
+
+def _conditions(profile: ExitProfile) -> str:
+    """Where and how costs were measured."""
+    size, length = profile.shapes[0]
+    place = profile.machine.get("gpu") if profile.device == "cuda" else profile.machine.get("processor")
+    threads = "" if profile.device == "cuda" else f", {profile.machine.get('threads')} threads"
+    return (
+        f"Costs: batches of {size} × {length} tokens in {profile.dtype} on {place}{threads}, "
+        f"torch {profile.versions.get('torch')}, {profile.date}; memory: of a process that loads this exit alone."
+    )
+
+
+def _license(manifest: Manifest) -> str:
+    name = manifest.license_name or manifest.license
+    return f"[{name}]({manifest.license_link})." if manifest.license_link else f"{name}."

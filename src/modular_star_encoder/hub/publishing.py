@@ -1,0 +1,213 @@
+"""Staged repositories to the Hub: what would change, and one commit for each."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from modular_star_encoder.data.files import staged_folder
+from modular_star_encoder.data.hub_errors import hub_errors
+from modular_star_encoder.hub.manifest import MAIN, Manifest
+from modular_star_encoder.hub.model_card import CARD, check_card
+from modular_star_encoder.hub.staging import StagedRepository, stage_repositories, write_card
+from modular_star_encoder.hub.verification import verify_repositories
+
+KEPT = (".gitattributes",)
+"""Files that the Hub writes itself."""
+
+ADDED, CHANGED, DELETED = "+", "~", "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A file that a commit adds (+), changes (~) or deletes (-), and its size in bytes."""
+
+    kind: str
+    path: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What went, or would go, to one repository.
+
+    Attributes:
+        repository, branch: where.
+        changes: what differs from what the Hub has.
+        revision: the commit that the branch is at; None where there is none yet.
+        uploaded: whether the changes were committed.
+    """
+
+    repository: str
+    branch: str
+    changes: tuple[Change, ...]
+    revision: str | None
+    uploaded: bool = False
+
+    def __str__(self) -> str:
+        """A line for each file that differs, and one for all."""
+        name = self.repository if self.branch == MAIN else f"{self.repository}, branch {self.branch}"
+        lines = [f"{change.size:>14,}  {change.kind} {change.path}" for change in self.changes]
+        if not self.changes:
+            return f"{name}: nothing differs from revision {self.revision}"
+        end = f"revision {self.revision}" if self.uploaded else "nothing was uploaded: a dry run"
+        return "\n".join([f"{name}:", *lines, end])
+
+
+def publish(
+    manifest: Manifest,
+    *,
+    upload: bool = False,
+    private: bool = True,
+    staging: str | os.PathLike | None = None,
+    api: HfApi | None = None,
+    progress: bool = True,
+) -> list[Publication]:
+    """Stage and verify all repositories of a manifest, then upload them, or say what would be uploaded.
+
+    Every repository gets one commit, parents first; one that holds the same already gets none. Where something fails,
+    repositories are at their old or at their new revision, and the next call does the rest.
+
+    Args:
+        manifest: what is published.
+        upload: whether to upload; nothing is sent otherwise.
+        private: whether new repositories are private.
+        staging: folder that keeps what was staged; it must not exist, or be empty. Removed in the end if None.
+        api: the Hub's client; by default the one of `hf auth login`, `HF_TOKEN` and `HF_ENDPOINT`.
+        progress: whether to show progress.
+
+    Raises:
+        ValueError: something doesn't pass the verification; nothing was sent.
+        OSError: the Hub refuses, or can't be reached.
+    """
+    api = api or HfApi()
+    with _folder(staging) as folder:
+        staged = stage_repositories(manifest, folder)
+        verify_repositories(staged, progress=progress)
+        published: dict[str, Publication] = {}
+        for one in staged:
+            parent = published.get(one.settings.parent or "")
+            if parent is not None:
+                # In a dry run the revision is not known before the parent has got its commit.
+                write_card(one, manifest, None if parent.changes and not parent.uploaded else parent.revision)
+                check_card(one.folder / CARD)
+            published[one.settings.key] = push(one, api, upload=upload, private=private)
+    return list(published.values())
+
+
+def write_folder_card(manifest: Manifest, out: str | os.PathLike | None = None) -> str:
+    """The card of a manifest's first repository.
+
+    Args:
+        manifest: see `folder_manifest`.
+        out: folder that gets README.md, and the figure if there is one; nothing is kept if None.
+
+    Raises:
+        ValueError, OSError: as `stage_repositories`.
+    """
+    with tempfile.TemporaryDirectory(prefix="mose-card-") as folder:
+        staged = stage_repositories(manifest, folder)[0]
+        check_card(staged.folder / CARD)
+        if out is not None:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            for name in filter(None, (CARD, staged.card.figure)):
+                shutil.copyfile(staged.folder / name, Path(out, name))
+        return (staged.folder / CARD).read_text(encoding="utf-8")
+
+
+@contextmanager
+def _folder(staging: str | os.PathLike | None) -> Iterator[Path]:
+    if staging is not None:
+        with staged_folder(staging) as folder:
+            yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="mose-publish-") as folder:
+        yield Path(folder)
+
+
+def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
+    """Make a branch hold exactly the staged files, by one commit on the revision that they were compared with.
+
+    Args:
+        staged: a verified repository.
+        api: the Hub's client.
+        upload: whether to upload; otherwise only what differs is told.
+        private: whether a new repository is private.
+
+    Raises:
+        OSError: the Hub refuses, can't be reached, or has another commit meanwhile.
+    """
+    repository, branch = staged.repository, staged.settings.branch
+    with hub_errors(repository):
+        head, there = _remote(api, repository, branch)
+        changes = compare(staged.folder, there)
+        if not upload or not changes:
+            return Publication(repository, branch, changes, head)
+        if head is None:
+            head = _create(api, repository, branch, private)
+            changes = compare(staged.folder, _remote(api, repository, branch)[1])
+        operations = [
+            CommitOperationDelete(change.path)
+            if change.kind == DELETED
+            else CommitOperationAdd(change.path, staged.folder / change.path)
+            for change in changes
+        ]
+        commit = api.create_commit(
+            repository, operations, commit_message="Publish", revision=branch, parent_commit=head
+        )
+        left = compare(staged.folder, _remote(api, repository, commit.oid)[1])
+    if left:
+        raise OSError(f"{repository} does not hold what was uploaded: {left[0].path} differs; upload again.")
+    return Publication(repository, branch, changes, commit.oid, uploaded=True)
+
+
+def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
+    """What makes the files of the Hub those of a folder, by path."""
+    here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    gone = sorted(set(there) - set(here) - set(KEPT))
+    changes = [Change(DELETED, path, there[path].size) for path in gone]
+    for path, file in here.items():
+        size = file.stat().st_size
+        if path not in there:
+            changes.append(Change(ADDED, path, size))
+        elif size != there[path].size or not _same(file, there[path]):
+            changes.append(Change(CHANGED, path, size))
+    return tuple(sorted(changes, key=lambda change: change.path))
+
+
+def _same(file: Path, there: RepoFile) -> bool:
+    """Whether contents are equal, by the sums that the Hub keeps: SHA-256 of large files, git's of others."""
+    with file.open("rb") as content:
+        if there.lfs is not None:
+            return hashlib.file_digest(content, "sha256").hexdigest() == there.lfs.sha256
+        data = content.read()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == there.blob_id
+
+
+def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dict[str, RepoFile]]:
+    """The commit of a branch and its files; None and none where it doesn't exist."""
+    try:
+        head = api.model_info(repository, revision=revision).sha
+        tree = api.list_repo_tree(repository, revision=head, recursive=True)
+        return head, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return None, {}
+
+
+def _create(api: HfApi, repository: str, branch: str, private: bool) -> str:
+    """Make the repository and the branch, which starts empty, and return its commit."""
+    api.create_repo(repository, private=private, exist_ok=True)
+    if branch != MAIN:
+        first = api.list_repo_commits(repository)[-1].commit_id
+        api.create_branch(repository, branch=branch, revision=first, exist_ok=True)
+    return api.model_info(repository, revision=branch).sha

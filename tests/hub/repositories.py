@@ -1,0 +1,65 @@
+"""Checkpoints to publish, with figures such as the measuring commands write."""
+
+import dataclasses
+import json
+
+from modular_star_encoder.evaluation.exit_profile import ExitProfile, Measurement, ProfiledExit
+from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
+from modular_star_encoder.hub.manifest import Manifest
+from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
+from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+
+
+def write_pretrained(folder):
+    tiny_model(ModularStarEncoderForPreTraining).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    log = {
+        "steps": 150,
+        "seconds": 1.5,
+        "held_out_repositories": ["a", "b"],
+        "recipe": {"corpus": "/home/me", "seed": 0},
+    }
+    (folder / "training_log.json").write_text(json.dumps(log))
+    return folder
+
+
+def write_finetuned(folder):
+    """A fine-tuned checkpoint with its exit profile, and beside it report.json."""
+    save_tiny_checkpoint(folder)
+    fingerprint = checkpoint_fingerprint(folder)
+    exits = {}
+    for k in EXIT_LAYERS:
+        measured = Measurement(1, 128, 1e6 * k, 2.0 * k, 2.5 * k, 500 / k, 64000 / k, 300.0 + k, 20)
+        exits[k] = ProfiledExit(1000 * k, 0.004 * k, (measured,))
+    machine, versions = {"processor": "a processor", "threads": 1}, {"torch": "2.13.0"}
+    profile = ExitProfile(exits, "cpu", "float32", "sdpa", fingerprint, 200.0, machine, versions, "2026-01-01")
+    profile.save(folder / "exit_profile.json")
+    rows = [row("model", k, 0.1 * k) for k in EXIT_LAYERS] + [row("other", 2, 0.9), row("BM25", None, 0.5)]
+    rows[2]["difference"] = None
+    table = {"title": "CoSQA", "benchmark": "cosqa", "metric": "mrr", "rows": rows, "reference": "model, exit 4"}
+    table |= {"size": "500 queries, 6,267 candidates each", "notes": ["a subset"]}
+    report = {"command": "mose evaluate", "checkpoint_fingerprint": fingerprint, "tables": [table], "cells": []}
+    (folder.parent / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def row(system, exit_layer, value):
+    mean = {"value": value, "low": value - 0.02, "high": value + 0.02}
+    place = {"system": system, "exit_layer": exit_layer, "dimensions": None}
+    return {**place, "columns": {"all": mean}, "mean": mean, "others": {}, "difference": {"value": 0.1, "p": 0.5}}
+
+
+def manifest(repositories, **changes):
+    settings = {"namespace": "me", "title": "Tiny", "license": "apache-2.0", "repositories": repositories}
+    return Manifest(**(settings | changes))
+
+
+def finetuned_entry(folder, **changes):
+    report = str(folder.parent / "report.json")
+    return {"name": "tiny", "checkpoint": str(folder), "evaluation": [report], **changes}
+
+
+def with_profile(folder, **changes):
+    """Write the folder's exit profile anew, changed."""
+    profile = ExitProfile.load(folder / "exit_profile.json")
+    dataclasses.replace(profile, **changes).save(folder / "exit_profile.json")

@@ -1,0 +1,375 @@
+"""A stand-in of the Hub on loopback: what `huggingface_hub` and `transformers` ask of it, kept in memory.
+
+Repositories are chains of commits, whole or not there at all, as on the real one; large files go by Git LFS's basic
+transfer (clients need HF_HUB_DISABLE_XET=1). A *fault* answers requests otherwise.
+"""
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+TOKEN = "hf_" + "standin" * 4
+DROP, DROP_REPLY = "drop", "drop reply"
+"""Faults: close the connection without a word, before or after doing what was asked."""
+
+Fault = Callable[[str, str], int | str | None]
+LFS = re.compile(r"\.(safetensors|png|onnx|bin)$")
+
+
+@dataclass
+class Repository:
+    """Branches and commits; a commit's files are path → (content, whether it is stored by LFS)."""
+
+    private: bool
+    branches: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def commit(self, branch: str, files: dict[str, tuple[bytes, bool]], title: str) -> str:
+        parent = self.branches.get(branch)
+        sums = {path: hashlib.sha1(content).hexdigest() for path, (content, _) in sorted(files.items())}
+        name = hashlib.sha1(json.dumps([parent, sums, title, len(self.commits)]).encode()).hexdigest()
+        self.commits[name] = {"parent": parent, "files": files, "title": title}
+        self.branches[branch] = name
+        return name
+
+    def history(self, name: str | None) -> list[str]:
+        names = []
+        while name is not None:
+            names.append(name)
+            name = self.commits[name]["parent"]
+        return names
+
+
+class Refusal(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+class StandInHub:
+    """Serves while it is used as a context manager.
+
+    Attributes:
+        endpoint: what clients are given.
+        repositories: by id.
+        objects: contents that were uploaded by LFS, by SHA-256, whether committed or not.
+        requests: (method, path) of all, in order.
+        fault: sees method and path of a request; may give a status, DROP or DROP_REPLY.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.fault: Fault | None = None
+        self.lock = threading.RLock()
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.owner = self
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "StandInHub":
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def environment(self, home: Any, **changes: str) -> dict[str, str]:
+        """The environment of a process that knows no other Hub."""
+        settings = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+        return {**settings, "HF_HUB_CACHE": f"{home}/hub", "HF_HUB_OFFLINE": "0", **changes}
+
+    def files(self, repository: str, branch: str = "main") -> dict[str, bytes]:
+        """Contents by path at the head of a branch, without what the Hub writes itself."""
+        found = self.repositories[repository]
+        files = found.commits[found.branches[branch]]["files"]
+        return {path: content for path, (content, _) in files.items() if path != ".gitattributes"}
+
+    def commits(self, repository: str, branch: str = "main") -> list[str]:
+        """Commits of a branch, the newest first."""
+        found = self.repositories[repository]
+        return found.history(found.branches[branch])
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    owner: StandInHub
+
+    def handle_error(self, *_: object) -> None:
+        """Clients that are killed, and faults, leave broken connections."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def log_message(self, *_: object) -> None:
+        """No log."""
+
+    def answer(self) -> None:
+        hub: StandInHub = self.server.owner
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        body = self._body()
+        with hub.lock:
+            hub.requests.append((self.command, path))
+            fault = hub.fault(self.command, path) if hub.fault else None
+        if fault == DROP:
+            self._drop()
+            return
+        try:
+            if isinstance(fault, int):
+                raise Refusal(fault, "A fault of the stand-in")
+            with hub.lock:
+                reply = self._route(hub, path, parse_qs(url.query), body)
+        except Refusal as refusal:
+            headers = {"X-Error-Message": str(refusal)} | ({"X-Error-Code": refusal.code} if refusal.code else {})
+            reply = refusal.status, {"error": str(refusal)}, headers
+        if fault == DROP_REPLY:
+            self._drop()
+            return
+        self._send(*reply)
+
+    do_GET = do_HEAD = do_POST = do_PUT = answer
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _drop(self) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _send(self, status: int, content: Any, headers: dict[str, str]) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+        self.wfile.flush()
+
+    def _route(
+        self, hub: StandInHub, path: str, query: dict[str, list[str]], body: bytes
+    ) -> tuple[int, Any, dict[str, str]]:
+        for method, pattern, answer, needs_token in ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and self.command in method:
+                signed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+                if self.headers.get("Authorization") and not signed:
+                    raise Refusal(401, "Invalid credentials in Authorization header")
+                if needs_token and not signed:
+                    raise Refusal(401, "Invalid username or password.")
+                found = match.groupdict()
+                if "id" in found:
+                    repository = hub.repositories.get(found["id"])
+                    if repository is None or (repository.private and not signed):
+                        raise Refusal(404 if signed else 401, "Repository not found", "RepoNotFound")
+                    found["repository"] = repository
+                return answer(hub, body=body, query=query, **found)
+        raise Refusal(404, f"The stand-in has no {self.command} {path}", "EntryNotFound")
+
+
+def _revision(repository: Repository, revision: str) -> str:
+    name = repository.branches.get(revision, revision)
+    if name not in repository.commits:
+        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+    return name
+
+
+def _whoami(hub: StandInHub, **_: Any) -> Any:
+    return 200, {"type": "user", "name": "me", "orgs": [], "auth": {"accessToken": {"role": "write"}}}, {}
+
+
+def _create(hub: StandInHub, body: bytes, **_: Any) -> Any:
+    asked = json.loads(body)
+    name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+    url = {"url": f"{hub.endpoint}/{name}"}
+    if name in hub.repositories:
+        return 409, {"error": "You already created this model repo", **url}, {}
+    private = asked.get("private") or asked.get("visibility") == "private"
+    hub.repositories[name] = Repository(bool(private))
+    attributes = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+    hub.repositories[name].commit("main", {".gitattributes": (attributes, False)}, "initial commit")
+    return 200, url, {}
+
+
+def _validate_yaml(hub: StandInHub, body: bytes, **_: Any) -> Any:
+    parts = json.loads(body)["content"].split("---\n")
+    try:
+        data = yaml.safe_load(parts[1]) if len(parts) > 2 else {}
+        problems = [] if isinstance(data, dict) else ["no mapping"]
+        problems += [f"{name}: null" for name, value in data.items() if value is None]
+        for model in data.get("model-index", []):
+            problems += [
+                "metric without type or value"
+                for result in model["results"]
+                for metric in result["metrics"]
+                if {"type", "value"} - set(metric) or not result["dataset"]["type"] or not result["task"]["type"]
+            ]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        problems = [str(error)]
+    return 400 if problems else 200, {"errors": [{"message": one} for one in problems], "warnings": []}, {}
+
+
+def _info(hub: StandInHub, id: str, repository: Repository, revision: str = "main", **_: Any) -> Any:
+    name = _revision(repository, revision)
+    siblings = [{"rfilename": path} for path in repository.commits[name]["files"]]
+    return 200, {"id": id, "sha": name, "private": repository.private, "siblings": siblings, "tags": []}, {}
+
+
+def _sums(content: bytes, large: bool) -> dict[str, Any]:
+    if large:
+        sha256 = hashlib.sha256(content).hexdigest()
+        return {"oid": hashlib.sha1(sha256.encode()).hexdigest(), "lfs": _lfs(sha256, content)}
+    return {"oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+
+
+def _lfs(sha256: str, content: bytes) -> dict[str, Any]:
+    return {"oid": sha256, "size": len(content), "pointerSize": 130}
+
+
+def _tree(hub: StandInHub, repository: Repository, revision: str, query: dict, folder: str = "", **_: Any) -> Any:
+    files = repository.commits[_revision(repository, revision)]["files"]
+    prefix = f"{folder}/" if folder else ""
+    inside = {path: file for path, file in files.items() if path.startswith(prefix)}
+    if folder and not inside:
+        raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
+    entries = [
+        {"type": "file", "path": path, "size": len(content), **_sums(content, large)}
+        for path, (content, large) in inside.items()
+        if query.get("recursive", ["False"])[0].lower() == "true" or "/" not in path[len(prefix) :]
+    ]
+    folders = {prefix + path[len(prefix) :].rpartition("/")[0] for path in inside if "/" in path[len(prefix) :]}
+    return 200, [*entries, *({"type": "directory", "path": one, "oid": "0" * 40} for one in sorted(folders))], {}
+
+
+def _history(hub: StandInHub, repository: Repository, revision: str, **_: Any) -> Any:
+    names = repository.history(_revision(repository, revision))
+    fixed = {"authors": [], "date": "2026-01-01T00:00:00.000Z", "message": ""}
+    return 200, [{"id": name, "title": repository.commits[name]["title"], **fixed} for name in names], {}
+
+
+def _branch(hub: StandInHub, repository: Repository, branch: str, body: bytes, **_: Any) -> Any:
+    if branch in repository.branches:
+        return 409, {"error": "Reference already exists"}, {}
+    repository.branches[branch] = _revision(repository, json.loads(body or b"{}").get("startingPoint", "main"))
+    return 200, {}, {}
+
+
+def _preupload(hub: StandInHub, repository: Repository, revision: str, body: bytes, **_: Any) -> Any:
+    files = repository.commits[_revision(repository, revision)]["files"]
+    answers = []
+    for asked in json.loads(body)["files"]:
+        large = bool(LFS.search(asked["path"])) or b"\0" in base64.b64decode(asked["sample"])
+        answer = {"path": asked["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+        if asked["path"] in files:
+            sums = _sums(*files[asked["path"]])
+            answer["oid"] = sums["lfs"]["oid"] if "lfs" in sums else sums["oid"]
+        answers.append(answer)
+    return 200, {"files": answers}, {}
+
+
+def _batch(hub: StandInHub, body: bytes, **_: Any) -> Any:
+    objects = []
+    for one in json.loads(body)["objects"]:
+        there = {} if one["oid"] in hub.objects else {"upload": {"href": f"{hub.endpoint}/lfs/{one['oid']}"}}
+        objects.append({**one, **({"actions": there} if there else {})})
+    return 200, {"transfer": "basic", "objects": objects}, {}
+
+
+def _put(hub: StandInHub, oid: str, body: bytes, **_: Any) -> Any:
+    if hashlib.sha256(body).hexdigest() != oid:
+        raise Refusal(400, "The content has another SHA-256")
+    hub.objects[oid] = body
+    return 200, {}, {}
+
+
+def _commit(hub: StandInHub, id: str, repository: Repository, revision: str, body: bytes, **_: Any) -> Any:
+    header, *operations = [json.loads(line) for line in body.splitlines()]
+    if revision not in repository.branches:
+        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+    head = repository.branches[revision]
+    if header["value"].get("parentCommit", head) != head:
+        raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+    files = dict(repository.commits[head]["files"])
+    for operation in operations:
+        value = operation["value"]
+        if operation["key"] == "file":
+            files[value["path"]] = (base64.b64decode(value["content"]), False)
+        elif operation["key"] == "lfsFile":
+            if value["oid"] not in hub.objects:
+                raise Refusal(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
+            files[value["path"]] = (hub.objects[value["oid"]], True)
+        elif operation["key"] == "deletedFile":
+            if files.pop(value["path"], None) is None:
+                raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
+        else:
+            raise Refusal(400, f"The stand-in knows no {operation['key']}")
+    name = repository.commit(revision, files, header["value"]["summary"])
+    return 200, {"commitUrl": f"{hub.endpoint}/{id}/commit/{name}", "commitOid": name, "success": True}, {}
+
+
+def _resolve(hub: StandInHub, repository: Repository, revision: str, path: str, **_: Any) -> Any:
+    name = _revision(repository, revision)
+    if path not in repository.commits[name]["files"]:
+        raise Refusal(404, f"{path} does not exist", "EntryNotFound")
+    content, large = repository.commits[name]["files"][path]
+    headers = {"X-Repo-Commit": name, "Content-Type": "application/octet-stream"}
+    sums = _sums(content, large)
+    if not large:
+        return 200, content, {**headers, "ETag": f'"{sums["oid"]}"'}
+    oid = sums["lfs"]["oid"]
+    # Storage is another host than the Hub, and clients ask only the Hub who it is that they get.
+    storage = hub.endpoint.replace("127.0.0.1", "localhost")
+    linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": len(content), "Location": f"{storage}/lfs/{oid}"}
+    return 302, b"", {**headers, **linked}
+
+
+def _object(hub: StandInHub, oid: str, **_: Any) -> Any:
+    return 200, hub.objects[oid], {"ETag": f'"{oid}"', "Content-Type": "application/octet-stream"}
+
+
+_ID = r"(?P<id>[\w.-]+/[\w.-]+)"
+_MODEL = rf"/api/models/{_ID}"
+_READ = ("GET", "HEAD")
+ROUTES = (
+    (_READ, "/api/whoami-v2", _whoami, True),
+    (("POST",), "/api/repos/create", _create, True),
+    (("POST",), "/api/validate-yaml", _validate_yaml, False),
+    (_READ, _MODEL, _info, False),
+    (_READ, rf"{_MODEL}/revision/(?P<revision>.+)", _info, False),
+    (_READ, rf"{_MODEL}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", _tree, False),
+    (_READ, rf"{_MODEL}/commits/(?P<revision>.+)", _history, False),
+    (("POST",), rf"{_MODEL}/branch/(?P<branch>.+)", _branch, True),
+    (("POST",), rf"{_MODEL}/preupload/(?P<revision>.+)", _preupload, True),
+    (("POST",), rf"{_MODEL}/commit/(?P<revision>.+)", _commit, True),
+    (("POST",), rf"/{_ID}\.git/info/lfs/objects/batch", _batch, True),
+    (("PUT",), r"/lfs/(?P<oid>[0-9a-f]{64})", _put, False),
+    (_READ, r"/lfs/(?P<oid>[0-9a-f]{64})", _object, False),
+    (_READ, rf"/{_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _resolve, False),
+)

@@ -1,0 +1,177 @@
+"""Cards: every figure is one that was measured, and the Hub's client reads them back."""
+
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from modular_star_encoder.evaluation.exit_profile import ExitProfile
+from modular_star_encoder.hub.measurements import read_tables
+from modular_star_encoder.hub.model_card import check_card
+from modular_star_encoder.hub.staging import stage_repositories, without_paths, write_card
+from tests.hub.repositories import finetuned_entry, manifest, row, with_profile, write_finetuned, write_pretrained
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return write_pretrained(root / "pretrained"), write_finetuned(root / "model")
+
+
+@pytest.fixture(scope="module")
+def plan(checkpoints):
+    pretrained, finetuned = checkpoints
+    entries = [
+        {"name": "tiny-pretrained", "checkpoint": str(pretrained), "training_data": "Files."},
+        finetuned_entry(finetuned, trained_from="tiny-pretrained"),
+        {"name": "tiny-2", "slice_of": "tiny", "exit_layer": 2, "only_exit": True},
+        {"name": "tiny", "branch": "exit-2", "slice_of": "tiny", "exit_layer": 2},
+    ]
+    return manifest(entries, limits="Few.", datasets=["some/data"])
+
+
+@pytest.fixture(scope="module")
+def staged(plan, tmp_path_factory):
+    staged = stage_repositories(plan, tmp_path_factory.mktemp("staged"))
+    return {one.settings.key: one for one in staged}
+
+
+def card(one):
+    return (one.folder / "README.md").read_text(encoding="utf-8")
+
+
+def table(text):
+    lines = text.partition("## Exits")[2].partition("\n## ")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {name: dict(zip(cells[0][1:], values, strict=True)) for name, *values in cells[2:]}
+
+
+def test_the_table_holds_what_was_measured_of_each_exit(staged):
+    rows = table(card(staged["tiny"]))
+    sizes = {f"exit {k}": f"{tiny_model().slice(k).num_parameters():,}" for k in (1, 2, 4)}
+    assert rows["parameters"] == {**sizes, "BM25": ""}
+    assert rows["GFLOPs per batch"]["exit 2"] == f"{128 * 2e6 / 1e9:.3g}"
+    assert rows["latency, median, ms"] == {"exit 1": "2", "exit 2": "4", "exit 4": "8", "BM25": ""}
+    assert rows["peak memory, MB"]["exit 4"] == "304"
+    assert rows["CoSQA: MRR × 100"] == {
+        "exit 1": "10.0 (8.0–12.0)",
+        "exit 2": "20.0 (18.0–22.0)",
+        "exit 4": "40.0 (38.0–42.0)",
+        "BM25": "50.0 (48.0–52.0)",
+    }
+    assert "other" not in card(staged["tiny"]).partition("## Exits")[2]
+
+
+def test_a_slice_has_the_figures_of_its_exits_alone(staged):
+    rows = table(card(staged["tiny-2"]))
+    assert rows["CoSQA: MRR × 100"] == {"exit 2": "20.0 (18.0–22.0)", "BM25": "50.0 (48.0–52.0)"}
+    assert list(table(card(staged["tiny@exit-2"]))["parameters"]) == ["exit 1", "exit 2", "BM25"]
+    head = tiny_model().projection_heads["1"]
+    with_both = tiny_model().slice(2).num_parameters()
+    assert rows["parameters"]["exit 2"] == f"{with_both - sum(p.numel() for p in head.parameters()):,}"
+    profile = ExitProfile.load(staged["tiny-2"].folder / "exit_profile.json")
+    assert list(profile.exits) == [2]
+    assert profile.measurement(2, (1, 128)).latency_ms_p50 == 4.0
+    assert "measured on the parent" in card(staged["tiny-2"])
+
+
+def test_without_measurements_there_is_no_figure(staged):
+    text = card(staged["tiny-pretrained"])
+    assert list(table(text)) == ["parameters"]
+    assert "Nothing was measured of this model" in text
+    assert "model-index" not in text
+    assert "![" not in text
+    for word in ("latency", "MRR", "BM25"):
+        assert word not in text
+
+
+def test_the_metadata_validates_and_comes_back(staged):
+    for one in staged.values():
+        check_card(one.folder / "README.md")
+    data = ModelCard.load(staged["tiny"].folder / "README.md").data
+    assert [(result.metric_name, result.metric_value) for result in data.eval_results] == [
+        ("MRR at exit 1", 10.0),
+        ("MRR at exit 2", 20.0),
+        ("MRR at exit 4", 40.0),
+    ]
+    assert (data.license, data.pipeline_tag, data.base_model) == (
+        "apache-2.0",
+        "sentence-similarity",
+        "me/tiny-pretrained",
+    )
+    assert data.datasets == ["some/data"]
+    assert ModelCard.load(staged["tiny-2"].folder / "README.md").data.base_model == "me/tiny"
+    # A branch has no other repository as its base.
+    assert ModelCard.load(staged["tiny@exit-2"].folder / "README.md").data.base_model is None
+
+
+def test_parent_and_slices_name_each_other_with_revisions(plan, staged):
+    weights = re.findall(r"\| (\d) \| \[([^]]+)\]\((\S+)\) \| `(\w{64})` \|", card(staged["tiny"]))
+    assert [(k, name) for k, name, *_ in weights] == [("2", "me/tiny-2"), ("2", "me/tiny, branch exit-2")]
+    assert weights[1][2].endswith("/me/tiny/tree/exit-2")
+    write_card(staged["tiny-2"], plan, "1" * 40)
+    assert f"(https://huggingface.co/me/tiny/tree/{'1' * 40}) at exit 2, revision `{'1' * 40}`" in card(
+        staged["tiny-2"]
+    )
+    write_card(staged["tiny-2"], plan)
+    assert "revision `" not in card(staged["tiny-2"])
+
+
+def test_training_is_told_from_the_log_without_places_of_this_machine(staged):
+    text = card(staged["tiny-pretrained"])
+    assert "| steps | 150 |" in text
+    assert "| repositories held out | 2 |" in text
+    assert "corpus: (a local path)\nseed: 0" in text
+    assert "/home/me" not in text
+    assert without_paths({"a": ["~/x", "bigcode/data", 1]}) == {"a": ["(a local path)", "bigcode/data", 1]}
+
+
+def test_the_figure_shows_quality_against_latency(staged):
+    assert "(quality_by_latency.png)" in card(staged["tiny"])
+    assert (staged["tiny"].folder / "quality_by_latency.png").read_bytes().startswith(b"\x89PNG")
+    # One exit makes no curve.
+    assert not (staged["tiny-2"].folder / "quality_by_latency.png").exists()
+    (staged["tiny@exit-2"].folder / "quality_by_latency.png").rename(staged["tiny"].folder / "moved.png")
+    with pytest.raises(ValueError, match=r"shows quality_by_latency\.png, which is not there"):
+        check_card(staged["tiny@exit-2"].folder / "README.md")
+
+
+def test_figures_of_other_weights_are_refused(tmp_path):
+    folder = write_finetuned(tmp_path / "model")
+    report = tmp_path / "report.json"
+    content = json.loads(report.read_text())
+    report.write_text(json.dumps({**content, "checkpoint_fingerprint": "other"}))
+    with pytest.raises(ValueError, match="holds figures of other weights"):
+        stage_repositories(manifest([finetuned_entry(folder)]), tmp_path / "staged")
+    report.write_text(json.dumps(content))
+    with_profile(folder, checkpoint="other")
+    with pytest.raises(ValueError, match="measured on other weights"):
+        stage_repositories(manifest([finetuned_entry(folder)]), tmp_path / "again")
+
+
+def test_the_files_of_figures_are_read_in_both_forms(tmp_path):
+    path = tmp_path / "results.json"
+    scores = {
+        "mrr": 0.5,
+        "recall_at_1": 0.4,
+        "recall_at_10": 0.8,
+        "interval": [0.4, 0.6],
+        "queries": 20,
+        "distractors": 9,
+    }
+    results = {"exits": {"2": scores, "1": scores}, "bm25": scores, "untrained": {}}
+    path.write_text(json.dumps(results))
+    (found,) = read_tables(path)
+    assert [(one.system, one.exit_layer) for one in found.rows] == [("model", 1), ("model", 2), ("BM25", None)]
+    assert found.size == "20 queries, 10 candidates each"
+    path.write_text(json.dumps({"retrieval": results}))
+    assert "held out" in read_tables(path)[0].benchmark
+    small, whole = row("model", 2, 0.3), {**row("model", 2, 0.4), "difference": None}
+    content = {"benchmark": "cosqa", "metric": "mrr", "rows": [whole, {**small, "dimensions": 64}], "reference": ""}
+    path.write_text(json.dumps({"tables": [{"title": "CoSQA", "size": "", "notes": [], **content}]}))
+    assert [one.mean.value for one in read_tables(path)[0].rows] == [0.4]
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"results\.json holds no figures as `mose evaluate` writes them"):
+        read_tables(path)

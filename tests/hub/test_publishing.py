@@ -1,0 +1,221 @@
+"""Uploads: one commit or none, and after every fault the old or the new revision, whole."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import HfApi
+
+from modular_star_encoder.hub import publishing
+from modular_star_encoder.hub.publishing import publish, push
+from modular_star_encoder.hub.staging import stage_repositories
+from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
+from tests.hub.stand_in_hub import DROP, DROP_REPLY, TOKEN
+
+LARGE = {"model.safetensors", "quality_by_latency.png"}
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    entries = [
+        {"name": "pre", "checkpoint": str(write_pretrained(root / "pretrained"))},
+        finetuned_entry(write_finetuned(root / "model"), trained_from="pre"),
+        {"name": "tiny-1", "slice_of": "tiny", "exit_layer": 1},
+        {"name": "tiny", "branch": "exit-2", "slice_of": "tiny", "exit_layer": 2, "only_exit": True},
+    ]
+    return manifest(entries)
+
+
+@pytest.fixture(scope="module")
+def staged(plan, tmp_path_factory):
+    """The repositories, in the versions of two days: every large file and the card differ."""
+    first = stage_repositories(plan, tmp_path_factory.mktemp("first"))[1]
+    folder = shutil.copytree(first.folder, tmp_path_factory.mktemp("second") / "tiny")
+    for name in LARGE:
+        (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "Second.\n")
+    (folder / "exit_profile.json").unlink()
+    return first, replace(first, folder=folder)
+
+
+@pytest.fixture
+def unverified(monkeypatch):
+    monkeypatch.setattr(publishing, "verify_repositories", lambda *_, **__: [])
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_tells_what_differs_and_writes_nothing(hub, api, staged):
+    first, second = staged
+    told = push(first, api)
+    assert {(change.kind, change.path) for change in told.changes} == {("+", name) for name in contents(first.folder)}
+    assert str(told).splitlines()[-1] == "nothing was uploaded: a dry run"
+    assert hub.repositories == {}
+    assert not [method for method, _ in hub.requests if method not in ("GET", "HEAD")]
+    push(first, api, upload=True)
+    changes = {change.path: change.kind for change in push(second, api).changes}
+    assert changes == {"README.md": "~", "exit_profile.json": "-", **dict.fromkeys(LARGE, "~")}
+    assert contents(first.folder) == hub.files("me/tiny")
+
+
+def test_an_upload_is_one_commit_and_the_same_again_is_none(hub, api, staged):
+    first, second = staged
+    done = push(first, api, upload=True)
+    assert hub.files("me/tiny") == contents(first.folder)
+    assert hub.repositories["me/tiny"].private
+    assert hub.commits("me/tiny")[:-1] == [done.revision]
+    again = push(first, api, upload=True)
+    assert (again.changes, again.revision, again.uploaded) == ((), done.revision, False)
+    assert "nothing differs" in str(again)
+    sent = len([path for method, path in hub.requests if method == "PUT"])
+    push(second, api, upload=True)
+    assert hub.files("me/tiny") == contents(second.folder)
+    assert len(hub.commits("me/tiny")) == 3
+    assert len([path for method, path in hub.requests if method == "PUT"]) == sent + 2
+
+
+def nth(number, method, words, fault):
+    """That fault at the request of this number (from 0) of these; a negative number means all."""
+    seen = []
+
+    def answer(asked, path):
+        if asked != method or words not in path:
+            return None
+        seen.append(path)
+        return fault if number < 0 or len(seen) == number + 1 else None
+
+    return answer
+
+
+FAULTS = {
+    "the batch of large files is refused": (nth(-1, "POST", "lfs/objects/batch", 500), "refuses the upload to me/tiny"),
+    "the second large file fails": (nth(1, "PUT", "/lfs/", 403), "refuses the upload to me/tiny: "),
+    "storage stays down": (nth(-1, "PUT", "/lfs/", 500), "refuses the upload to me/tiny: "),
+    "the connection breaks in a large file": (nth(-1, "PUT", "/lfs/", DROP), "can't be reached"),
+    "the commit fails": (nth(0, "POST", "/commit/", 500), "refuses the upload to me/tiny: "),
+    "the connection breaks before the commit": (nth(0, "POST", "/commit/", DROP), "can't be reached"),
+    "the answer to the commit is lost": (nth(0, "POST", "/commit/", DROP_REPLY), "can't be reached"),
+    "files cannot be listed": (nth(-1, "GET", "/tree/", DROP), "can't be reached"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_after_a_fault_a_revision_is_whole_and_the_second_attempt_completes(hub, api, staged, name):
+    first, second = staged
+    fault, sentence = FAULTS[name]
+    push(first, api, upload=True)
+    hub.fault = fault
+    with pytest.raises(OSError, match=sentence) as raised:
+        push(second, api, upload=True)
+    assert TOKEN not in str(raised.value)
+    assert "\n" not in str(raised.value)
+    applied = name == "the answer to the commit is lost"
+    assert hub.files("me/tiny") == contents((second if applied else first).folder)
+    hub.fault = None
+    assert push(second, api, upload=True).uploaded is not applied
+    assert hub.files("me/tiny") == contents(second.folder)
+    assert len(hub.commits("me/tiny")) == 3
+
+
+def test_a_transient_fault_is_outlived(hub, api, staged):
+    hub.fault = nth(0, "PUT", "/lfs/", 500)
+    push(staged[0], api, upload=True)
+    assert hub.files("me/tiny") == contents(staged[0].folder)
+
+
+def test_a_fault_in_a_new_repository_leaves_it_empty(hub, api, staged):
+    hub.fault = nth(1, "PUT", "/lfs/", 403)
+    with pytest.raises(OSError, match="refuses the upload"):
+        push(staged[0], api, upload=True)
+    assert hub.files("me/tiny") == {}
+    hub.fault = None
+    push(staged[0], api, upload=True)
+    assert hub.files("me/tiny") == contents(staged[0].folder)
+
+
+def test_a_commit_of_someone_else_is_not_overwritten(hub, api, staged):
+    first, second = staged
+    push(first, api, upload=True)
+
+    def meanwhile(method, path):
+        if "/commit/" in path:
+            theirs = {"theirs.txt": (b"theirs", False)}
+            hub.repositories["me/tiny"].commit("main", theirs, "theirs")
+
+    hub.fault = meanwhile
+    with pytest.raises(OSError, match="changed by someone else meanwhile; nothing was written"):
+        push(second, api, upload=True)
+    assert hub.files("me/tiny") == {"theirs.txt": b"theirs"}
+    hub.fault = None
+    assert "-" in {change.kind for change in push(second, api, upload=True).changes}
+    assert hub.files("me/tiny") == contents(second.folder)
+
+
+def test_a_token_that_is_refused_writes_nothing_and_is_not_repeated(hub, staged):
+    wrong = "hf_" + "wrong" * 7
+    with pytest.raises(OSError, match="refuses the upload to me/tiny") as raised:
+        push(staged[0], HfApi(endpoint=hub.endpoint, token=wrong), upload=True)
+    assert wrong not in str(raised.value)
+    assert hub.repositories == {}
+    with pytest.raises(OSError, match="refuses the upload"):
+        push(staged[0], HfApi(endpoint=hub.endpoint, token=False), upload=True)
+
+
+def test_a_hub_that_is_away_is_one_sentence(staged):
+    with pytest.raises(OSError, match="can't be reached"):
+        push(staged[0], HfApi(endpoint="http://127.0.0.1:9", token=TOKEN))
+
+
+def test_a_branch_starts_empty_and_leaves_main_alone(hub, api, plan, unverified):
+    publications = publish(plan, upload=True, api=api, progress=False)
+    assert [(one.repository, one.branch) for one in publications] == [
+        ("me/pre", "main"),
+        ("me/tiny", "main"),
+        ("me/tiny-1", "main"),
+        ("me/tiny", "exit-2"),
+    ]
+    assert len(hub.commits("me/tiny", "exit-2")) == len(hub.commits("me/tiny")) == 2
+    main, branch = hub.files("me/tiny"), hub.files("me/tiny", "exit-2")
+    assert "quality_by_latency.png" in main
+    assert "quality_by_latency.png" not in branch
+    assert len(branch["model.safetensors"]) < len(main["model.safetensors"])
+
+
+def test_slices_name_the_revision_of_their_parent_and_publishing_again_writes_nothing(hub, api, plan, unverified):
+    publications = publish(plan, upload=True, api=api, progress=False)
+    revision = publications[1].revision
+    for files in (hub.files("me/tiny-1"), hub.files("me/tiny", "exit-2")):
+        assert f"revision `{revision}`" in files["README.md"].decode()
+    assert f"revision `{publications[0].revision}`" in hub.files("me/tiny")["README.md"].decode()
+    again = publish(plan, upload=True, api=api, progress=False)
+    assert [(one.changes, one.revision) for one in again] == [((), one.revision) for one in publications]
+
+
+def test_nothing_is_sent_if_one_repository_does_not_pass(hub, api, plan, monkeypatch, tmp_path):
+    def spoilt(manifest, folder):
+        staged = stage_repositories(manifest, folder)
+        (staged[-1].folder / "notes.txt").write_text("mine")
+        return staged
+
+    monkeypatch.setattr(publishing, "stage_repositories", spoilt)
+    with pytest.raises(ValueError, match=r"holds notes\.txt"):
+        publish(plan, upload=True, api=api, progress=False, staging=tmp_path / "staged")
+    assert hub.requests == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_staged_can_be_kept(hub, api, plan, unverified, tmp_path):
+    publish(plan, api=api, progress=False, staging=tmp_path / "staged")
+    assert {path.name for path in (tmp_path / "staged").iterdir()} == {"pre", "tiny", "tiny-1", "tiny@exit-2"}
+    assert hub.repositories == {}
+
+
+def test_a_card_whose_metadata_the_hub_refuses_is_not_committed(hub, api, staged, tmp_path):
+    folder = shutil.copytree(staged[0].folder, tmp_path / "tiny")
+    (folder / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(ValueError, match="Invalid metadata"):
+        push(replace(staged[0], folder=folder), api, upload=True)
+    assert hub.files("me/tiny") == {}

@@ -1,0 +1,165 @@
+"""What must never go up is found before anything does."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modular_star_encoder.data.files import write_text
+from modular_star_encoder.hub import verification
+from modular_star_encoder.hub.reloading import ReloadedEmbeddings
+from modular_star_encoder.hub.staging import stage_repositories
+from modular_star_encoder.hub.verification import check_files, verify_repositories
+from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
+from tests.hub.repositories import manifest
+from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("staged")
+    checkpoint = save_tiny_checkpoint(folder / "checkpoint")
+    (model,) = stage_repositories(manifest([{"name": "tiny", "checkpoint": str(checkpoint)}]), folder)
+    return model
+
+
+@pytest.fixture
+def folder(staged, tmp_path):
+    return shutil.copytree(staged.folder, tmp_path / "copy")
+
+
+def test_a_staged_repository_has_exactly_the_expected_files(folder):
+    check_files(folder)
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"\x08\x08")
+    with pytest.raises(ValueError, match=r"holds onnx/model\.onnx, which no repository of ours has"):
+        check_files(folder)
+    check_files(folder, extra=["onnx/model.onnx"])
+    with pytest.raises(ValueError, match=r"lacks onnx/tokenizer\.json"):
+        check_files(folder, extra=["onnx/model.onnx", "onnx/tokenizer.json"])
+
+
+@pytest.mark.parametrize("name", ["modules.json", "modeling_modular_star_encoder.py", "tokenizer.json", "README.md"])
+def test_a_missing_file_is_found(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"lacks {name}"):
+        check_files(folder)
+
+
+def test_shards_come_with_their_index(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no weights"):
+        check_files(folder)
+    tiny_model().save_pretrained(folder, max_shard_size="50KB")
+    check_files(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks model\.safetensors\.index\.json"):
+        check_files(folder)
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_pickle_is_found_by_its_name_and_by_its_content(folder, protocol):
+    (folder / "weights.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="may be a pickle"):
+        check_files(folder, extra=["weights.pt"])
+    (folder / "weights.pt").unlink()
+    (folder / "exit_profile.json").write_bytes(pickle.dumps({"a": 1}, protocol=protocol))
+    with pytest.raises(ValueError, match=r"exit_profile\.json may be a pickle"):
+        check_files(folder)
+    torch.save({"a": 1}, folder / "exit_profile.json")
+    with pytest.raises(ValueError, match="may be a pickle"):
+        check_files(folder)
+
+
+def test_damaged_weights_and_links_are_found(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1])
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        check_files(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "config.json")
+    with pytest.raises(ValueError, match="holds a link"):
+        check_files(folder)
+
+
+SECRETS = (
+    "hf_" + "a" * 34,
+    "ghp_" + "A1" * 18,
+    "github_pat_" + "a" * 30,
+    "sk-proj-" + "a1" * 20,
+    "AKIA" + "A" * 16,
+    "-----BEGIN RSA " + "PRIVATE KEY-----",
+    "https://me:pass" + "word@example.org/x",
+)
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_what_looks_like_a_secret_is_found_and_not_repeated(folder, secret):
+    card = (folder / "README.md").read_text()
+    write_text(folder / "README.md", f"{card}\n{secret}\n")
+    with pytest.raises(ValueError, match=r"README\.md of .* has what looks like a secret in line") as raised:
+        check_files(folder)
+    assert secret not in str(raised.value)
+
+
+def test_the_own_token_is_found_whatever_it_looks_like(folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "unlikely token")
+    check_files(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", "note": "unlikely token"})
+    with pytest.raises(ValueError, match=r"model\.safetensors of .* has what looks like a secret"):
+        check_files(folder)
+
+
+def test_a_place_of_this_machine_is_found(folder, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    check_files(folder)
+    write_text(folder / "README.md", (folder / "README.md").read_text() + "/home/someone/code")
+    with pytest.raises(ValueError, match="names a folder of this machine, below /home/someone"):
+        check_files(folder)
+
+
+def test_other_embeddings_than_the_sources_are_found(staged, monkeypatch):
+    own, _, _ = verification._source_embeddings(staged)
+    exits = {k: embeddings.copy() for k, embeddings in own.items()}
+
+    def reloaded(*_, **__):
+        return [ReloadedEmbeddings(exits[4], exits[4], exits)]
+
+    monkeypatch.setattr(verification, "reload_all_in_clean_process", reloaded)
+    assert verify_repositories([staged])[0].difference == 0
+    exits[2][0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"does not reproduce .* exit 2 differs by 0\.001"):
+        verify_repositories([staged])
+    exits[2][0, 0] = np.nan
+    with pytest.raises(ValueError, match="exit 2 differs by nan"):
+        verify_repositories([staged])
+
+
+def test_what_cannot_be_published_is_refused(tmp_path):
+    def stage(folder, **changes):
+        entry = {"name": "tiny", "checkpoint": str(folder), **changes}
+        return stage_repositories(manifest([entry]), tmp_path / f"staged-{folder.name}")
+
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+        stage(tmp_path / "missing")
+    bare = tmp_path / "bare"
+    tiny_model().save_pretrained(bare)
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        stage(bare)
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    (one,) = stage(bare, tokenizer=str(tmp_path / "tokenizer"))
+    check_files(one.folder)
+    classifier = tmp_path / "classifier"
+    tiny_model(ModularStarEncoderForSequenceClassification).save_pretrained(classifier)
+    with pytest.raises(ValueError, match="what is published are pre-trained and retrieval models"):
+        stage(classifier, tokenizer=str(tmp_path / "tokenizer"))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="holds an adapter: publish the merged model"):
+        stage(adapter)
