@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -18,11 +20,13 @@ from transformers import Trainer, TrainingArguments
 
 import modular_star_encoder_cli as cli
 from modular_star_encoder.data.prompts import text_prompt
+from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.evaluation.checkpoint import load_checkpoint
 from modular_star_encoder.hub import clean_process
 from modular_star_encoder.hub.publishing import publish
-from modular_star_encoder.hub.reloading import ReloadRequest, reload_all_in_clean_process
+from modular_star_encoder.hub.reloading import ReloadRequest
 from modular_star_encoder.hub.verification import TEXTS
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training.adapters import add_adapters, merged_model
 from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
 from tests.hub.stand_in_hub import TOKEN, StandInHub
@@ -112,40 +116,47 @@ def snippets(card):
     return re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
 
 
+OFFLINE = {
+    ("me/tiny", "main"): ("finetuned", EXIT_LAYERS),
+    ("me/tiny", "exit-2"): ("finetuned", (1, 2)),
+    **{(f"me/tiny-{k}", "main"): ("finetuned", (k,)) for k in EXIT_LAYERS},
+    ("me/tiny-lora", "main"): ("lora", EXIT_LAYERS),
+    ("me/tiny-fsdp2", "main"): ("fsdp2", EXIT_LAYERS),
+    ("me/by-trainer", "main"): ("finetuned", ()),
+}
+"""Repository and branch → whose embeddings they have to give, and at which exits beside the deepest; a Trainer does not
+write the file that lets SentenceTransformer choose one."""
+
+
 @pytest.fixture(scope="module")
-def home(hub, tmp_path_factory):
-    """A cache of the Hub that a stranger filled by running every snippet of every card."""
-    home = tmp_path_factory.mktemp("home")
+def stranger(hub, tmp_path_factory):
+    """What a stranger saw who ran every snippet of every card, and then was cut off from the network."""
+    folder = tmp_path_factory.mktemp("stranger")
     cards = {
         f"{name} {branch}": snippets(hub.files(name, branch)["README.md"].decode())
         for name, repository in hub.repositories.items()
         for branch in repository.branches
-        if name != "me/by-trainer"
     }
-    assert {name: len(codes) for name, codes in cards.items()} == {
-        "me/tiny-pretrained main": 4,
-        "me/tiny main": 3,
-        "me/tiny exit-2": 3,
-        "me/tiny-lora main": 3,
-        "me/tiny-fsdp2 main": 3,
-        **{f"me/tiny-{k} main": 2 for k in EXIT_LAYERS},
-    }
-    # One with a single exit has no choice to show; a Trainer writes a card of its own.
+    # A Trainer writes a card of its own; these repositories have to be in the cache, too.
     load = 'SentenceTransformer("me/by-trainer", trust_remote_code=True)'
     cards["me/by-trainer main"] = [f"from sentence_transformers import SentenceTransformer\n{load}"]
-    (home / "cards.json").write_text(json.dumps(cards))
+    requests = [
+        asdict(ReloadRequest(name, TEXTS, text_prompt(), exits, branch))
+        for (name, branch), (_, exits) in OFFLINE.items()
+    ]
+    (folder / "requests.json").write_text(json.dumps({"cards": cards, "offline": requests}))
     script = Path(__file__).with_name("run_snippets.py")
+    paths = [clean_process.__file__, folder / "requests.json", folder / "result.npz"]
     result = subprocess.run(
-        [sys.executable, "-P", script, clean_process.__file__, home / "cards.json"],
-        env=hub.environment(home),
+        [sys.executable, "-P", script, *paths],
+        env=hub.environment(folder),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-500:] + result.stderr[-3000:]
-    home.joinpath("output").write_text(result.stdout)
-    return home
+    return SimpleNamespace(cards=cards, output=result.stdout, embeddings=np.load(folder / "result.npz"))
 
 
 def test_one_call_publishes_every_repository_and_branch(hub):
@@ -165,50 +176,41 @@ def test_one_call_publishes_every_repository_and_branch(hub):
         )
 
 
-def test_the_snippets_of_the_cards_print_what_they_say(home):
-    output = dict(re.findall(r"^# (.+)\n((?:[^#].*\n)*)", home.joinpath("output").read_text(), re.M))
-    assert output["me/tiny main 2"] == "1\n(1, 16)\n"
-    assert output["me/tiny exit-2 2"] == "1\n(1, 16)\n"
-    assert re.fullmatch(r"torch\.Size\(\[1, \d+, 32\]\)\n", output["me/tiny-pretrained main 1"])
-    assert float(re.search(r"[-\d.]+", output["me/tiny-2 main 0"])[0]) <= 1
-
-
-def test_strangers_get_the_embeddings_of_the_source_offline_from_the_cache(hub, home, sources):
-    prompt, model = text_prompt(), "me/tiny"
-    wanted = {
-        (model, None): ("finetuned", EXIT_LAYERS),
-        (model, "exit-2"): ("finetuned", (1, 2)),
-        **{(f"me/tiny-{k}", None): ("finetuned", (k,)) for k in EXIT_LAYERS},
-        ("me/tiny-lora", None): ("lora", EXIT_LAYERS),
-        ("me/tiny-fsdp2", None): ("fsdp2", EXIT_LAYERS),
+def test_every_snippet_of_every_card_runs_and_prints_what_it_says(stranger):
+    assert {name: len(codes) for name, codes in stranger.cards.items()} == {
+        "me/tiny-pretrained main": 4,
+        "me/tiny main": 3,
+        "me/tiny exit-2": 3,
+        "me/tiny-lora main": 3,
+        "me/tiny-fsdp2 main": 3,
+        "me/by-trainer main": 1,
+        # One with a single exit has no choice to show.
+        **{f"me/tiny-{k} main": 2 for k in EXIT_LAYERS},
     }
-    requests = [ReloadRequest(name, TEXTS, prompt, exits, branch) for (name, branch), (_, exits) in wanted.items()]
-    pushed = ReloadRequest("me/by-trainer", TEXTS, prompt)
-    asked = len(hub.requests)
-    environment = hub.environment(home, HF_HUB_OFFLINE="1")
-    *reloaded, by_trainer = reload_all_in_clean_process([*requests, pushed], progress=False, environment=environment)
-    assert len(hub.requests) == asked
-    seen = set()
-    for (source, exits), found in zip(wanted.values(), reloaded, strict=True):
-        expected = embeddings(sources[source], sources["finetuned"], exits)
-        seen.add(expected[exits[-1]].tobytes())
+    output = dict(re.findall(r"^# (.+)\n((?:[^#].*\n)*)", stranger.output, re.MULTILINE))
+    assert output["me/tiny main 2"] == output["me/tiny exit-2 2"] == "1\n(1, 16)\n"
+    assert re.fullmatch(r"torch\.Size\(\[1, \d+, 32\]\)\n", output["me/tiny-pretrained main 1"])
+    assert -1 <= float(re.search(r"-?[\d.]+", output["me/tiny-2 main 0"])[0]) <= 1
+
+
+def test_strangers_get_the_embeddings_of_the_source_offline_from_the_cache(stranger, sources):
+    expected = {name: embeddings(sources[name], sources["finetuned"]) for name in ("finetuned", "lora", "fsdp2")}
+    for number, (place, (source, exits)) in enumerate(OFFLINE.items()):
+        found = {k: stranger.embeddings[f"{number}/exit-{k}"] for k in exits}
         for k in exits:
-            np.testing.assert_allclose(found.exits[k], expected[k], atol=1e-6)
-        np.testing.assert_allclose(found.auto_model, expected[exits[-1]], atol=1e-6)
-    assert len(seen) == 5, "three exits, and two models that learned something"
-    own = embeddings(sources["finetuned"], sources["finetuned"], (4,))[4]
-    np.testing.assert_allclose(by_trainer.auto_model, own, atol=1e-6)
+            np.testing.assert_allclose(found[k], expected[source][k], atol=1e-6, err_msg=f"{place} {k}")
+        auto_model = stranger.embeddings[f"{number}/auto_model"]
+        np.testing.assert_allclose(auto_model, expected[source][(exits or EXIT_LAYERS)[-1]], atol=1e-6)
+    learned = {expected[name][4].tobytes() for name in expected}
+    assert len(learned) == 3, "three models that differ"
 
 
-def embeddings(source, tokenizer, exits):
+def embeddings(source, tokenizer):
     """By our own code, from the folder that was published."""
-    from modular_star_encoder.data.tokenizer import load_tokenizer
-    from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-
     model = ModularStarEncoderForRetrieval.from_pretrained(source).eval()
     batch = load_tokenizer(tokenizer)([text_prompt() + text for text in TEXTS], padding=True, return_tensors="pt")
     with torch.inference_mode():
-        return {k: model(**batch, exit_layer=k).sentence_embedding.numpy() for k in exits}
+        return {k: model(**batch, exit_layer=k).sentence_embedding.numpy() for k in EXIT_LAYERS}
 
 
 def test_the_command_says_what_would_change_and_uploads_when_told(hub, plan, sources, capsys, monkeypatch):
