@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -295,9 +296,10 @@ def test_a_model_of_other_weights_than_float32_is_not_traced(tmp_path):
 
 
 def test_a_missing_extra_is_named(folders, tmp_path, monkeypatch):
-    for module in ("onnxruntime", "onnxruntime.quantization"):
+    for module in ("onnxruntime", "onnxruntime.quantization", "onnxscript"):
         monkeypatch.setitem(sys.modules, module, None)
-    for function in (open_session, lambda path: quantize_onnx(path, tmp_path / "small.onnx")):
+    export = partial(export_onnx, tiny_model(**SHAPE))
+    for function in (export, open_session, lambda path: quantize_onnx(path, tmp_path / "small.onnx")):
         with pytest.raises(ImportError, match=r"pip install 'modular-star-encoder\[onnx\]'"):
             function(folders[1] / ONNX_FILE)
 

@@ -74,20 +74,20 @@ def export_onnx(model: ModularStarEncoderForRetrieval, path: str | os.PathLike, 
     longest = served.model.config.max_position_embeddings
     sizes = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length", max=longest)}
     try:
+        import onnxscript  # noqa: F401 - torch's exporter needs it
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-
-        with quiet_libraries(), torch.no_grad():
-            program: Any = torch.onnx.export(
-                served,
-                (),
-                kwargs=sample,
-                dynamo=True,
-                dynamic_shapes=dict.fromkeys(INPUTS, sizes),
-                output_names=list(OUTPUTS),
-                verbose=False,
-            )
     except ImportError as error:
         raise missing_extra() from error
+    with quiet_libraries(), torch.no_grad():
+        program: Any = torch.onnx.export(
+            served,
+            (),
+            kwargs=sample,
+            dynamo=True,
+            dynamic_shapes=dict.fromkeys(INPUTS, sizes),
+            output_names=list(OUTPUTS),
+            verbose=False,
+        )
     # The exporter notes for each node the lines of code that it comes from, with the paths of this machine.
     save_graph(ClearMetadataAndDocStringPass()(program.model).model, path)
 

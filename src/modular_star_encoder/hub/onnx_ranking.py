@@ -33,7 +33,7 @@ class OnnxEncoder:
 
     Args:
         path: the file.
-        reference: the encoder of the model that the file was made of, at one exit.
+        reference: the encoder of the model that the file was made of, at one exit and without options.
         name: as tables show it.
     """
 

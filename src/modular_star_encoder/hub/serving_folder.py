@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,10 +105,21 @@ def export_for_serving(
     exit_layer = model.config.num_hidden_layers
     check_servable(model.config)
     out = default_folder(checkpoint, exit_layer) if out is None else Path(out).expanduser()
-    with (
-        staged_folder(out) as staging,
-        tqdm(total=3 + int8, desc="exporting", unit="step", disable=not progress, leave=False) as bar,
-    ):
+    with staged_folder(out) as staging:
+        write_serving_files(staging, model.config, tokenizer, checkpoint_prompts(checkpoint, model.config))
+        encoder = ExitEncoder(model, tokenizer, "model", exit_layers=(exit_layer,))
+        rankings = _write_onnx_files(staging, encoder, int8, tasks, progress)
+    return ServingFolder(out, rankings)
+
+
+def _write_onnx_files(
+    folder: Path, encoder: ExitEncoder, int8: bool, tasks: Sequence[RetrievalTask], progress: bool
+) -> dict[str, list[RankingComparison]]:
+    """Write, compare, and report on what lies in `onnx/`."""
+    (folder / "onnx").mkdir()
+    files, rankings = {"float32": folder / ONNX_FILE}, {"float32": []}
+    total = 2 + int8 + bool(tasks)
+    with tqdm(total=total, desc="exporting", unit="step", disable=not progress, leave=False) as bar:
 
         def step(description: str, function: Callable[..., Any], *arguments: Any) -> Any:
             bar.set_description(description)
@@ -115,24 +127,25 @@ def export_for_serving(
             bar.update()
             return result
 
-        (staging / "onnx").mkdir()
-        write_serving_files(staging, model.config, tokenizer, checkpoint_prompts(checkpoint, model.config))
-        step("exporting", export_onnx, model, staging / ONNX_FILE)
-        differences = step("checking", check_onnx, model, staging / ONNX_FILE)
-        files = {"float32": staging / ONNX_FILE}
+        step("exporting", export_onnx, encoder.model, files["float32"])
+        differences = step("checking", check_onnx, encoder.model, files["float32"])
         if int8:
-            files["int8"] = staging / QUANTIZED_FILE
-            step("quantising", quantize_onnx, staging / ONNX_FILE, staging / QUANTIZED_FILE)
-        encoder = ExitEncoder(model, tokenizer, "model", exit_layers=(exit_layer,))
-        rankings = step("ranking", compare_rankings, encoder, files, tasks)
-        _check_rankings(rankings["float32"])
-        common = {"exit_layer": exit_layer, "versions": library_versions(PACKAGES), "machine": machine_kind()}
-        compared = {"tolerance": TOLERANCE, **asdict(differences)}
-        _write_report(staging / EXPORT_REPORT, common, rankings["float32"], differences_from_torch=compared)
-        if int8:
-            sizes = {f"{name}_bytes": path.stat().st_size for name, path in files.items()}
-            _write_report(staging / QUANTIZATION_REPORT, common, rankings["int8"], settings=SETTINGS, **sizes)
-    return ServingFolder(out, rankings)
+            files["int8"] = folder / QUANTIZED_FILE
+            step("quantising", quantize_onnx, files["float32"], files["int8"])
+        if tasks:
+            rankings = step("ranking", partial(compare_rankings, progress=progress), encoder, files, tasks)
+    _check_rankings(rankings["float32"])
+    common = {
+        "exit_layer": encoder.exit_layers[0],
+        "versions": library_versions(PACKAGES),
+        "machine": machine_kind(),
+    }
+    compared = {"tolerance": TOLERANCE, **asdict(differences)}
+    _write_report(folder / EXPORT_REPORT, common, rankings["float32"], differences_from_torch=compared)
+    if int8:
+        sizes = {f"{name}_bytes": path.stat().st_size for name, path in files.items()}
+        _write_report(folder / QUANTIZATION_REPORT, common, rankings["int8"], settings=SETTINGS, **sizes)
+    return rankings
 
 
 def check_servable(config: ModularStarEncoderConfig) -> None:
