@@ -8,7 +8,6 @@ import json
 import tempfile
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from modular_star_encoder.dataset.completions import TOO_LONG, Completion, CompletionRequest
 from modular_star_encoder.dataset.transformers_backend import TransformersBackend
 from tests.dataset.stand_in import save_stand_in
+from tests.loopback import LoopbackHandler, LoopbackServer
 
 Answer = Callable[[str], Completion]
 Fault = Callable[[int, dict[str, Any], dict[str, str]], tuple[int, Any, dict[str, str]] | None]
@@ -36,35 +36,18 @@ class OpenAIServer:
         self.prompts: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.lock = threading.Lock()
-        self._server = _Server(("127.0.0.1", port), _Handler)
-        self._server.owner = self
+        self._server = LoopbackServer(_Handler, self, port)
         self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self) -> "OpenAIServer":
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
+        self._server.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.__exit__()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 256
-    owner: OpenAIServer
-
-    def handle_error(self, *_: object) -> None:
-        """Clients that are killed leave broken connections."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = -1
-
+class _Handler(LoopbackHandler):
     def do_POST(self) -> None:
         owner: OpenAIServer = self.server.owner
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -85,19 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
                 with owner.lock:
                     owner.prompts.append(prompt)
                 reply = 200, _content(body["model"], completion), {}
-        self._send(*reply)
-
-    def _send(self, status: int, content: Any, headers: dict[str, str]) -> None:
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **headers}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(data)
-        self.wfile.flush()
-
-    def log_message(self, *_: object) -> None:
-        """No log."""
+        self.reply(*reply)
 
 
 def _content(model: str, completion: Completion) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+from tests.loopback import LoopbackHandler, LoopbackServer
 
 TOKEN = "hf_" + "standin" * 4
 DROP, DROP_REPLY = "drop", "drop reply"
@@ -76,17 +77,15 @@ class StandInHub:
         self.requests: list[tuple[str, str]] = []
         self.fault: Fault | None = None
         self.lock = threading.RLock()
-        self._server = _Server(("127.0.0.1", 0), _Handler)
-        self._server.owner = self
+        self._server = LoopbackServer(_Handler, self)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> "StandInHub":
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self._server.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.__exit__()
 
     def environment(self, home: Any, **changes: str) -> dict[str, str]:
         """The environment of a process that knows no other Hub."""
@@ -105,23 +104,7 @@ class StandInHub:
         return found.history(found.branches[branch])
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    owner: StandInHub
-
-    def handle_error(self, *_: object) -> None:
-        """Clients that are killed, and faults, leave broken connections."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = -1
-
-    def log_message(self, *_: object) -> None:
-        """No log."""
-
+class _Handler(LoopbackHandler):
     def answer(self) -> None:
         hub: StandInHub = self.server.owner
         url = urlsplit(self.path)
@@ -144,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == DROP_REPLY:
             self._drop()
             return
-        self._send(*reply)
+        self.reply(*reply)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
@@ -162,16 +145,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
-
-    def _send(self, status: int, content: Any, headers: dict[str, str]) -> None:
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **headers}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-        self.wfile.flush()
 
     def _route(
         self, hub: StandInHub, path: str, query: dict[str, list[str]], body: bytes

@@ -102,7 +102,9 @@ def test_the_metadata_validates_and_comes_back(staged):
         "me/tiny-pretrained",
     )
     assert data.datasets == ["some/data"]
-    assert ModelCard.load(staged["tiny-2"].folder / "README.md").data.base_model == "me/tiny"
+    sliced = ModelCard.load(staged["tiny-2"].folder / "README.md").data
+    assert sliced.base_model == "me/tiny"
+    assert [result.metric_name for result in sliced.eval_results] == ["MRR at exit 2"]
     # A branch has no other repository as its base.
     assert ModelCard.load(staged["tiny@exit-2"].folder / "README.md").data.base_model is None
 
