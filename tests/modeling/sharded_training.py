@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed import init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from tests.processes import leave_together
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
 
@@ -35,7 +36,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     if rank == 0:
         save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
     tiny_model().save_pretrained(folder / f"process-{rank}")
-    destroy_process_group()
+    leave_together(folder, rank, world_size)
 
 
 if __name__ == "__main__":

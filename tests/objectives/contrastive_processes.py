@@ -22,6 +22,7 @@ from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.objectives import ContrastiveObjective, ContrastiveSettings
 from modular_star_encoder.training import MultiExitContrastiveLoss
 from tests.objectives.contrastive_batches import WEIGHTS, every_option, every_side, with_dropout
+from tests.processes import leave_together
 from tests.tiny import EXIT_LAYERS, tiny_tokenizer
 
 ROWS = 6
@@ -111,7 +112,7 @@ def main(folder):
         weighted_loss(new_model(), rows(batch, 0, 2 + rank), every_option())
     except ValueError as error:
         (folder / f"refused-{rank}.json").write_text(json.dumps(str(error)))
-    distributed.destroy_process_group()
+    leave_together(folder, rank, world)
 
 
 if __name__ == "__main__":

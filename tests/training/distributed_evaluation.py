@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
@@ -17,6 +16,7 @@ from modular_star_encoder.evaluation import multi_exit_evaluator
 from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
 from modular_star_encoder.objectives import ContrastiveObjective
 from modular_star_encoder.training import MultiExitTrainer
+from tests.processes import leave_together
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [(f"{verb} {noun}", f"def {verb}_{noun}(): pass", "python") for verb in ("add", "cut", "see") for noun in "abc"]
@@ -41,7 +41,7 @@ def main(out):
     metrics["fsdp2"] = evaluator(fully_shard(split), across_processes=True)
     result = {"metrics": metrics, "texts": texts}
     (Path(out) / f"process-{os.environ['RANK']}.json").write_text(json.dumps(result))
-    distributed.destroy_process_group()
+    leave_together(Path(out), int(os.environ["RANK"]), 2)
 
 
 if __name__ == "__main__":
@@ -50,5 +50,3 @@ if __name__ == "__main__":
     rank = "0" if child else "1"
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
     main(*sys.argv[1:])
-    if child:
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -4,6 +4,7 @@ Usage: RANK=… WORLD_SIZE=… MASTER_ADDR=… MASTER_PORT=… python -m tests.t
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives import InContextObjective
+from tests.processes import leave_together
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
 ROWS = 4
@@ -56,8 +58,8 @@ def main(wrapper, out):
         gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
     if rank == 0:
         save_file({name: gradient.contiguous() for name, gradient in gradients.items()}, out)
-    distributed.destroy_process_group()
+    leave_together(out.parent, rank, world)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], Path(sys.argv[2]))

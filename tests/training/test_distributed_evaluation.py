@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
+from tests.processes import free_port
 from tests.tiny import tiny_model
 from tests.training.distributed_evaluation import ROWS
-from tests.training.test_distributed import free_port
 
 
 def test_two_processes_give_the_metrics_of_one(tmp_path, tokenizer):

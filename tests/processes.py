@@ -1,0 +1,39 @@
+"""Processes that form one group, for tests."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_processes(*command: object, world: int = 2) -> None:
+    """Run `python -m command` in several processes that can form a group."""
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    arguments = [sys.executable, "-m", *map(str, command)]
+    processes = [subprocess.Popen(arguments, env={**environment, "RANK": str(rank)}) for rank in range(world)]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0] * world
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def leave_together(folder: Path, rank: int, world: int) -> None:
+    """End this process, successfully, once all processes of the group have come here; `folder` is theirs alone.
+
+    Destroying a gloo group can hang in one process when another has already gone, so nothing is destroyed.
+    """
+    (folder / f"left-{rank}").touch()
+    while not all((folder / f"left-{other}").exists() for other in range(world)):
+        time.sleep(0.01)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
