@@ -50,16 +50,16 @@ def encode_exits(
     if tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token.")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
-    token_ids = _tokenize(
+    token_ids = tokenize(
         tokenizer, [prompt + text for text in unique], max_length or config.max_position_embeddings, progress
     )
     embeddings: np.ndarray | None = None
     with (
-        _evaluating(model),
+        evaluating(model),
         _autocast(model, dtype),
         tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar,
     ):
-        for rows in _batches([len(ids) for ids in token_ids], tokens_per_batch):
+        for rows in length_batches([len(ids) for ids in token_ids], tokens_per_batch):
             stack = _encode_batch(model, tokenizer, [token_ids[row] for row in rows], exits)
             if embeddings is None:
                 embeddings = np.empty((len(exits), len(unique), stack.shape[-1]), dtype=np.float32)
@@ -71,7 +71,8 @@ def encode_exits(
     return {exit_layer: stack[order] for exit_layer, stack in zip(exits, embeddings, strict=True)}
 
 
-def _tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) -> list[list[int]]:
+def tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) -> list[list[int]]:
+    """Token ids of each text, specials included, cut to `max_length`."""
     token_ids: list[list[int]] = []
     chunk = 1024  # large enough for the tokenizer's threads, small enough for a bar that moves
     starts = range(0, len(texts), chunk)
@@ -81,7 +82,7 @@ def _tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool)
     return token_ids
 
 
-def _batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
+def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
     """Row numbers of each batch, longest first: a batch too large for memory fails at once and not at the end."""
     rows: list[int] = []
     longest = 0
@@ -111,7 +112,8 @@ def _encode_batch(
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation and inference mode, and back."""
     was_training = model.training
     model.eval()
     try:
