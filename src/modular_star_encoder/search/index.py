@@ -8,19 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
-
 from modular_star_encoder.data.source_files import check_languages
-from modular_star_encoder.evaluation.bm25 import identifier_tokens
 from modular_star_encoder.search.building import UpdateReport, update_store
-from modular_star_encoder.search.cascade import Cascade, FittedMargin, fit_threshold
+from modular_star_encoder.search.cascade import Cascade
 from modular_star_encoder.search.embedder import Embedder
-from modular_star_encoder.search.fusion import reciprocal_rank_fusion
 from modular_star_encoder.search.globs import glob_expression
 from modular_star_encoder.search.hits import Answer, Hit
+from modular_star_encoder.search.ranking import Ranker, fused, lexical
 from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, INDEX_FOLDER, IndexSettings
 from modular_star_encoder.search.snippets import Windows
-from modular_star_encoder.search.vector_store import Filter, Found, VectorStore, open_store
+from modular_star_encoder.search.vector_store import Filter, Found, VectorStore, open_store, readable_path
 
 Method = Literal["vector", "lexical", "fused"]
 
@@ -170,9 +167,7 @@ class CodeIndex:
     def update(self, *, processes: int = 2, progress: bool = True) -> UpdateReport:
         """Bring the index up to date with its folder; see `build`."""
         with _locked(self.store):
-            self.report = update_store(
-                self.store, self.settings, self.embedder, processes=processes, progress=progress
-            )
+            self.report = update_store(self.store, self.settings, self.embedder, processes=processes, progress=progress)
         return self.report
 
     def search(
@@ -214,66 +209,29 @@ class CodeIndex:
             () if languages is None else check_languages(languages), None if path is None else glob_expression(path)
         )
         if method == "lexical":
-            return [self._answer(question, self._lexical(question, top_k, where), 0) for question in questions]
-        exit_layer = self._first_exit(exit_layer, cascade)
-        exits = sorted({exit_layer, cascade.exit_layer if cascade else exit_layer})
-        embeddings = self.embedder.questions(questions, exits, self.settings.dimension)
+            found = [lexical(self.store, question, top_k, where) for question in questions]
+            return [
+                Answer(question, self._hits(one, None), method=method)
+                for question, one in zip(questions, found, strict=True)
+            ]
+        ranker = self.ranker(exit_layer, cascade)
         depth = max(top_k, _FUSED_DEPTH) if method == "fused" else top_k
         answers = []
-        for row, question in enumerate(questions):
-            vectors = {one: values[row] for one, values in embeddings.items()}
-            found, margin, reranked = self._nearest(vectors, exit_layer, depth, where, cascade)
+        for question, vectors in zip(questions, ranker.embed(questions), strict=True):
+            ranked = ranker.rank(vectors, depth, where)
+            found = ranked.found
             if method == "fused":
-                found = _fused([found, self._lexical(question, depth, where)])
-            ranked_by = cascade.exit_layer if cascade and reranked else exit_layer
-            answers.append(self._answer(question, found[:top_k], ranked_by, margin, reranked))
+                found = fused([found, lexical(self.store, question, depth, where)])
+            hits = self._hits(found[:top_k], ranked.exit_layer)
+            answers.append(Answer(question, hits, ranked.margin, ranked.reranked, method))
         return answers
 
-    def fit_margin(
-        self,
-        cascade: Cascade,
-        *,
-        exit_layer: int | None = None,
-        queries: int = 200,
-        tolerance: float = 0.005,
-        progress: bool = True,
-    ) -> FittedMargin:
-        """The margin below which the deep exit is worth running, for `Cascade.margin`.
-
-        Descriptions of the index's own functions are the held-out questions: they aren't part of what is embedded, and
-        the function that each describes is the right answer. Quality is the reciprocal rank among the candidates.
-
-        Args:
-            cascade: its exit and candidates; its margin doesn't count.
-            exit_layer: as for `search`.
-            queries: how many descriptions, chosen by their ids: the same in every run.
-            tolerance: mean reciprocal rank that may be lost.
-            progress: whether to show a bar.
+    def ranker(self, exit_layer: int | None = None, cascade: Cascade | None = None) -> Ranker:
+        """What ranks rows for embedded questions; the arguments are those of `search`.
 
         Raises:
-            ValueError: the index has no described function, or as `search`.
+            ValueError: an exit that the index (or for a cascade, the model) doesn't have, or a cascade upwards.
         """
-        from tqdm.auto import tqdm
-
-        asked = self.store.sample(queries)
-        if not asked:
-            raise ValueError(f"The index {self.store.location} has no function with a description to fit a margin on.")
-        exit_layer = self._first_exit(exit_layer, cascade)
-        always = Cascade(cascade.exit_layer, cascade.candidates)
-        texts = [one.snippet.description for one in asked]
-        embeddings = self.embedder.questions(texts, [exit_layer, cascade.exit_layer], self.settings.dimension)
-        margins, shallow, deep = [], [], []
-        for row, one in enumerate(tqdm(asked, desc="fitting", unit="question", disable=not progress, leave=False)):
-            vectors = {k: values[row] for k, values in embeddings.items()}
-            first, margin, _ = self._nearest(vectors, exit_layer, always.candidates, Filter(), None)
-            again, _, _ = self._nearest(vectors, exit_layer, always.candidates, Filter(), always)
-            margins.append(margin or 0.0)
-            shallow.append(_reciprocal_rank(first, one))
-            deep.append(_reciprocal_rank(again, one))
-        return fit_threshold(margins, shallow, deep, tolerance=tolerance)
-
-    def _first_exit(self, exit_layer: int | None, cascade: Cascade | None) -> int:
-        """The exit whose embeddings are compared first."""
         if cascade is not None and exit_layer is None:
             exit_layer = self.settings.exit_layers[0]
         exit_layer = self.settings.check_exit(exit_layer, self.store.location)
@@ -281,44 +239,11 @@ class CodeIndex:
             self.embedder.config.check_exit(cascade.exit_layer)
             if cascade.exit_layer <= exit_layer:
                 raise ValueError(f"Exit {cascade.exit_layer} can't re-rank exit {exit_layer}: it isn't deeper.")
-        return exit_layer
+        return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
 
-    def _nearest(
-        self, vectors: dict[int, np.ndarray], exit_layer: int, limit: int, where: Filter, cascade: Cascade | None
-    ) -> tuple[list[Found], float | None, bool]:
-        """Rows by similarity, the margin of the first exit, and whether the deep one ranked them."""
-        if cascade is None:
-            found = self.store.nearest(vectors[exit_layer], exit_layer, max(limit, 2), where)
-            return found[:limit], _margin(found), False
-        has_deep = cascade.exit_layer in self.settings.exit_layers
-        # States are those of the shallowest exit, whichever exit was compared.
-        has_states = self.settings.states and not has_deep
-        extras = [f"vector_{cascade.exit_layer}"] if has_deep else ["states"] if has_states else []
-        count = max(limit, cascade.candidates)
-        found = self.store.nearest(vectors[exit_layer], exit_layer, count, where, extras)
-        margin = _margin(found)
-        if len(found) < 2 or (cascade.margin is not None and margin is not None and margin >= cascade.margin):
-            return found[:limit], margin, False
-        first, rest = found[: cascade.candidates], found[cascade.candidates :]
-        if has_deep:
-            documents = np.stack([one.vectors[cascade.exit_layer] for one in first])
-        else:
-            states_of = self.settings.exit_layers[0] if has_states else None
-            documents = self.embedder.deeper(first, cascade.exit_layer, self.settings.dimension, states_of)
-        scores = documents @ vectors[cascade.exit_layer]
-        order = np.argsort(-scores, kind="stable")
-        reranked = [_scored(first[place], float(scores[place])) for place in order]
-        return (reranked + rest)[:limit], margin, True
-
-    def _lexical(self, question: str, limit: int, where: Filter) -> list[Found]:
-        # A word counts once, however often it is repeated: as in `evaluation.bm25`.
-        return self.store.lexical(sorted(set(identifier_tokens(question))), limit, where)
-
-    def _answer(
-        self, question: str, found: Sequence[Found], exit_layer: int, margin: float | None = None, deep: bool = False
-    ) -> Answer:
-        root = _shown_folder(self.folder)
-        hits = [
+    def _hits(self, found: Sequence[Found], exit_layer: int | None) -> list[Hit]:
+        root = readable_path(_shown_folder(self.folder))
+        return [
             Hit(
                 path=os.path.join(root, one.snippet.path),
                 line=one.snippet.first_line,
@@ -331,7 +256,6 @@ class CodeIndex:
             )
             for one in found
         ]
-        return Answer(question, hits, margin, deep)
 
     def _checked(self, checkpoint: str | os.PathLike[str]) -> Embedder:
         embedder = Embedder(checkpoint, self._device)
@@ -397,25 +321,3 @@ def _shown_folder(folder: str) -> str:
     if relative == ".":
         return ""
     return folder if relative.startswith("..") else relative
-
-
-def _margin(found: Sequence[Found]) -> float | None:
-    return found[0].score - found[1].score if len(found) > 1 else None
-
-
-def _scored(found: Found, score: float) -> Found:
-    return Found(found.row_id, found.text_hash, found.snippet, score)
-
-
-def _fused(rankings: Sequence[Sequence[Found]]) -> list[Found]:
-    known = {one.row_id: one for ranking in rankings for one in ranking}
-    scores = reciprocal_rank_fusion([[one.row_id for one in ranking] for ranking in rankings])
-    return [_scored(known[row], score) for row, score in scores.items()]
-
-
-def _reciprocal_rank(found: Sequence[Found], wanted: Found) -> float:
-    """Of the wanted row, or of one with the same code."""
-    for rank, one in enumerate(found, start=1):
-        if one.text_hash == wanted.text_hash:
-            return 1 / rank
-    return 0.0

@@ -173,7 +173,7 @@ class LanceStore:
 
 def _import_lancedb() -> Any:
     # Its notes about tables that don't exist yet are no news to anybody.
-    os.environ.setdefault("LANCE_LOG", "error")
+    os.environ.setdefault("LANCEDB_LOG", "error")
     try:
         import lancedb
         import lancedb.index
