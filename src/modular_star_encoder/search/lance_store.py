@@ -27,6 +27,11 @@ COMPACT_EVERY = 64
 # A query that began before a compaction still reads the files of before.
 KEEP_VERSIONS = timedelta(minutes=1)
 ANN_ROWS = 100_000
+# Chosen by benchmarks/vector_index.py, as is the kind of index: scalar quantisation in √N partitions.
+PROBES = 20
+REFINE_FACTOR = 5
+_TRAINING_ROUNDS = 15
+_OUTGROWN = 4
 _SETTINGS_KEY = b"modular_star_encoder"
 
 
@@ -69,7 +74,9 @@ class LanceStore:
             (self.folder / ".gitignore").write_text("*\n", encoding="utf-8")
         schema = _schema(settings["exit_layers"], settings["dimension"], settings["states"])
         schema = schema.with_metadata({_SETTINGS_KEY: json.dumps(dict(settings))})
-        self._table = self._connect().create_table(TABLE, schema=schema, mode="overwrite")
+        database = self._connect()
+        mode = "overwrite" if TABLE in database.list_tables().tables else "create"
+        self._table = database.create_table(TABLE, schema=schema, mode=mode)
         self._index_words()
 
     def files(self) -> dict[str, StoredFile]:
@@ -104,6 +111,10 @@ class LanceStore:
     def finish(self) -> None:
         """See `VectorStore`."""
         table = self._rows()
+        rows = table.count_rows()
+        if rows >= self._ann_rows:
+            for column in [name for name in table.schema.names if name.startswith("vector_")]:
+                self._index_vectors(column, rows)
         table.optimize(cleanup_older_than=KEEP_VERSIONS)
 
     def nearest(
@@ -112,6 +123,8 @@ class LanceStore:
         """See `VectorStore`."""
         column = f"vector_{exit_layer}"
         query = self._rows().search(vector, vector_column_name=column).distance_type("cosine")
+        # Of no effect without an approximate index. A filter that leaves few rows is worth more probes, as many as needed.
+        query = query.minimum_nprobes(PROBES).maximum_nprobes(0).refine_factor(REFINE_FACTOR)
         return _found(query, "_distance", lambda distance: 1 - distance, limit, where, extras)
 
     def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
@@ -141,6 +154,23 @@ class LanceStore:
             base_tokenizer="whitespace", stem=False, remove_stop_words=False, ascii_folding=False, lower_case=False
         )
         self._table.create_index("words", config=fts)
+
+    def _index_vectors(self, column: str, rows: int) -> None:
+        """Make the approximate index of a column, and make it anew when it has far too few partitions.
+
+        Its name says for how many rows it was made. `optimize` brings later rows into the partitions that there are.
+        """
+        prefix = f"{column}_for_"
+        names = [index.name for index in self._table.list_indices() if index.name.startswith(prefix)]
+        sizes = {int(name.removeprefix(prefix)): name for name in names}
+        if not sizes or rows >= _OUTGROWN * max(sizes):
+            config = self._lancedb.index.IvfSq(
+                distance_type="cosine", num_partitions=int(rows**0.5), max_iterations=_TRAINING_ROUNDS
+            )
+            self._table.create_index(column, config=config, name=f"{prefix}{rows}")
+            sizes[rows] = f"{prefix}{rows}"
+        for size in sorted(sizes)[:-1]:
+            self._table.drop_index(sizes[size])
 
     def _rows(self) -> Any:
         table = self._open()

@@ -39,7 +39,7 @@ def connect(location: str) -> tuple[Any, str]:
     name, _, url = location.removeprefix(QDRANT).partition("@")
     if not name or not url.startswith(("http://", "https://")):
         raise ValueError(f"A Qdrant index is written qdrant:NAME@URL with an http URL, not {location!r}.")
-    return _import_client().QdrantClient(url=url, api_key=os.environ.get("QDRANT_API_KEY") or None), name
+    return _import_client().QdrantClient(url=url, api_key=os.environ.get("QDRANT_API_KEY") or None, check_compatibility=False), name
 
 
 class QdrantStore:
