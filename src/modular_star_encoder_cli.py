@@ -6,16 +6,15 @@ It lies outside the package, and imports it only in the commands, so that `mose 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 
 from modular_star_encoder_cli_export import add_export_command
 from modular_star_encoder_cli_hub import add_hub_commands
+from modular_star_encoder_cli_search import add_search_commands
 
 EXPECTED_ERRORS = (ValueError, OSError)
 FULL_POOL = 1000
@@ -64,14 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mose {version('modular-star-encoder')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    search = commands.add_parser("search", help="find functions of a code folder by questions in prose")
-    search.add_argument("folder", metavar="FOLDER", help="a folder of source code")
-    search.add_argument("questions", metavar="QUESTION", nargs="+", help='for example "parse an HTTP header"')
-    search.add_argument("--model", metavar="CHECKPOINT", required=True, help="folder or Hub repository")
-    search.add_argument("--exit-layer", metavar="K", type=int, help="exit to embed at (default: the deepest)")
-    search.add_argument("--top-k", metavar="N", type=int, default=5, help="hits per question (default: 5)")
-    search.add_argument("--json", action="store_true", help="print JSON")
-    search.set_defaults(run=run_search)
+    add_search_commands(commands, exit_list, name_list)
 
     evaluate = commands.add_parser("evaluate", help="measure every exit on benchmarks, or on a folder of code")
     evaluate.add_argument("checkpoint", metavar="MODEL", help="folder or Hub repository")
@@ -207,26 +199,6 @@ def named_file(text: str) -> tuple[str, str]:
 def name_list(text: str) -> list[str]:
     """`"bm25,tfidf"` → ["bm25", "tfidf"]."""
     return [name for part in text.split(",") if (name := part.strip())]
-
-
-def run_search(arguments: argparse.Namespace) -> None:
-    """`mose search`."""
-    from modular_star_encoder.evaluation.checkpoint import load_checkpoint
-    from modular_star_encoder.search.folder import search_folder
-
-    model, tokenizer = load_checkpoint(arguments.model, arguments.exit_layer)
-    results = search_folder(arguments.folder, arguments.questions, model, tokenizer, top_k=arguments.top_k)
-    if arguments.json:
-        answers = [
-            {"question": question, "hits": [asdict(hit) for hit in hits]}
-            for question, hits in zip(arguments.questions, results, strict=True)
-        ]
-        print(json.dumps(answers, indent=2, ensure_ascii=False))
-        return
-    for question, hits in zip(arguments.questions, results, strict=True):
-        if len(results) > 1:
-            print(f"# {question}")
-        print(*hits, sep="\n")
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:

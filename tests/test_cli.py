@@ -54,20 +54,30 @@ def test_help_and_version_do_not_import_torch():
 
 
 def test_search_prints_path_line_score_name_and_exit(capsys, checkpoint, code):
-    status, out, _ = run(capsys, "search", code, "add", "--model", checkpoint, "--exit-layer", "2", "--top-k", "3")
-    assert status == 0
-    assert len(out.splitlines()) == 3
-    assert all(
-        re.fullmatch(rf"{code}/module\.py:\d+  -?\d\.\d\d\d  \w+  \(exit 2\)", line) for line in out.splitlines()
+    status, out, _ = run(
+        capsys, "search", "add", "--folder", code, "--model", checkpoint, "--exit-layer", "2", "--top-k", "3"
     )
+    assert status == 0
+    hits = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert len(hits) == 3
+    assert all(re.fullmatch(rf"{code}/module\.py:\d+  [█▉-▏ ]+ -?\d\.\d\d\d  \w+  \(exit 2\)", line) for line in hits)
 
 
 def test_search_prints_json(capsys, checkpoint, code):
-    status, out, _ = run(capsys, "search", code, "add", "find", "--model", checkpoint, "--json")
+    status, out, _ = run(capsys, "search", "add", "find", "--folder", code, "--model", checkpoint, "--json")
     answers = json.loads(out)
     assert status == 0
     assert [answer["question"] for answer in answers] == ["add", "find"]
-    assert set(answers[0]["hits"][0]) == {"path", "line", "name", "score", "exit_layer"}
+    assert set(answers[0]["hits"][0]) == {
+        "path",
+        "line",
+        "last_line",
+        "name",
+        "score",
+        "exit_layer",
+        "language",
+        "text",
+    }
     assert len(answers[0]["hits"]) == 5
     assert answers[0]["hits"][0]["exit_layer"] == 4
 
@@ -104,8 +114,8 @@ def test_evaluate_reads_every_language(capsys, checkpoint, tmp_path):
 def test_slice_writes_a_checkpoint_that_search_reads(capsys, checkpoint, code, tmp_path):
     out = str(tmp_path / "slice")
     assert run(capsys, "slice", checkpoint, "--exit-layer", "2", out)[:2] == (0, f"{out}\n")
-    _, full, _ = run(capsys, "search", code, "add", "--model", checkpoint, "--exit-layer", "2")
-    _, sliced, _ = run(capsys, "search", code, "add", "--model", out)
+    _, full, _ = run(capsys, "search", "add", "--folder", code, "--model", checkpoint, "--exit-layer", "2")
+    _, sliced, _ = run(capsys, "search", "add", "--folder", code, "--model", out)
     assert "(exit 2)" in full
     assert sliced == full
 
@@ -136,10 +146,10 @@ def test_a_slice_that_cannot_be_made_leaves_nothing_behind(capsys, checkpoint, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("search", "CODE", "add", "--model", "./no-such-folder"), "There is no checkpoint folder"),
-        (("search", "./no-such-folder", "add", "--model", "CHECKPOINT"), "does not exist"),
-        (("search", "CODE", " ", "--model", "CHECKPOINT"), "blank"),
-        (("search", "CODE", "add", "--model", "CHECKPOINT", "--exit-layer", "3"), "its exits are 1, 2, 4"),
+        (("search", "add", "--folder", "CODE", "--model", "./no-such-folder"), "There is no checkpoint folder"),
+        (("search", "add", "--folder", "./no-such-folder", "--model", "CHECKPOINT"), "does not exist"),
+        (("search", " ", "--folder", "CODE", "--model", "CHECKPOINT"), "blank"),
+        (("search", "add", "--folder", "CODE", "--model", "CHECKPOINT", "--exit-layer", "3"), "its exits are 1, 2, 4"),
         (("evaluate", "CHECKPOINT", "--data", "CODE", "--exit-layers", "1,3"), "its exits are 1, 2, 4"),
         (("evaluate", "CHECKPOINT", "--data", "CODE", "--json", "no-such-folder/results.json"), "there is no folder"),
         (("evaluate", "CHECKPOINT", "--data", "./no-such-folder"), "does not exist"),

@@ -6,6 +6,7 @@ A reader can be iterated again and again, always in the same order (repository, 
 
 import os
 import re
+import stat
 import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
@@ -68,7 +69,10 @@ class FileReader(SourceReader):
 
     def _text(self, location: Path) -> tuple[str, str | None]:
         try:
-            if location.stat().st_size > self._filters.max_bytes:
+            status = location.stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be read for ever
+                return "", "unreadable"
+            if status.st_size > self._filters.max_bytes:
                 return "", "too large"
             content = location.read_bytes()
         except OSError:
@@ -125,6 +129,7 @@ def folder_repositories(
     languages: Iterable[str] | None = None,
     depth: int | None = None,
     filters: FileFilters | None = None,
+    may_be_empty: bool = False,
 ) -> FileReader:
     """Return a reader of the code under `folder`.
 
@@ -143,10 +148,11 @@ def folder_repositories(
         languages: The languages to read; None for all of `LANGUAGES`.
         depth: Number of levels from `folder` down to the repositories; by default, the two rules above.
         filters: Which files are left out; by default, `FileFilters()`.
+        may_be_empty: Whether a folder without a source file that is read gives a reader of nothing.
 
     Raises:
-        ValueError: If `folder` does not exist, is no folder, or holds no source file that is read; if a language is
-            unknown, or `depth` negative.
+        ValueError: If `folder` does not exist, is no folder, or holds no source file that is read (unless it may be
+            empty); if a language is unknown, or `depth` negative.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -163,7 +169,7 @@ def folder_repositories(
         name = "/".join(path.parts[:-1][:depth]) if depth else root.name
         # Judged by the whole path, so that a folder `tests` beside the sources is no repository of its own.
         _sort_in(repositories[name or "."], path, location, filters, inside=name if depth else "")
-    if not any(one.files for one in repositories.values()):
+    if not may_be_empty and not any(one.files for one in repositories.values()):
         left_out = sum((one.left_out for one in repositories.values()), Counter())
         aside = ", ".join(f"{count} left out as {reason}" for reason, count in sorted(left_out.items()))
         what = chosen[0].capitalize() if len(chosen) == 1 else "source"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +39,45 @@ def load_checkpoint(
         ValueError: not a retrieval checkpoint of ours, damaged weights, or an exit that it doesn't have.
         OSError: the Hub has no such repository, or can't be reached.
     """
-    check_checkpoint(path)
+    config = load_config(path)
     path = os.path.expanduser(path)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if not isinstance(config, ModularStarEncoderConfig):
-            raise ValueError(f"{path} holds a model of type {config.model_type!r}, not a ModularStarEncoder.")
-        arguments = {} if exit_layer is None else {"exit_layer": config.check_exit(exit_layer)}
-        if dtype is not None:
-            arguments["dtype"] = dtype
+    arguments = {} if exit_layer is None else {"exit_layer": config.check_exit(exit_layer)}
+    if dtype is not None:
+        arguments["dtype"] = dtype
+    with _clear_errors(path):
         model = AutoModel.from_pretrained(path, trust_remote_code=False, **arguments)
         tokenizer = load_tokenizer(path)
+    if not isinstance(model, ModularStarEncoderForRetrieval):
+        raise ValueError(f"{path} is a pre-trained model without projection heads: fine-tune it for retrieval first.")
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
+def load_config(path: str | Path) -> ModularStarEncoderConfig:
+    """The configuration alone: which exits there are, and how texts are prompted.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError, OSError: as `load_checkpoint`.
+    """
+    check_checkpoint(path)
+    path = os.path.expanduser(path)
+    with _clear_errors(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if not isinstance(config, ModularStarEncoderConfig):
+        raise ValueError(f"{path} holds a model of type {config.model_type!r}, not a ModularStarEncoder.")
+    return config
+
+
+@contextmanager
+def _clear_errors(path: str | Path) -> Iterator[None]:
+    """Say in one sentence what is wrong with a checkpoint."""
+    try:
+        yield
     except (SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{path} can't be loaded: {_one_line(error)}") from error
     except OSError as error:
         if os.path.isdir(path):
             raise
         raise OSError(f"{path} is no folder here and can't be had from the Hub: {_one_line(error)}") from error
-    if not isinstance(model, ModularStarEncoderForRetrieval):
-        raise ValueError(f"{path} is a pre-trained model without projection heads: fine-tune it for retrieval first.")
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:

@@ -45,7 +45,7 @@ def encode_exits(
     """
     config = model.config
     exits = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
-    with _evaluating(model), _autocast(model, dtype):
+    with evaluating(model), _autocast(model, dtype):
         embeddings = encode_batches(
             tokenizer,
             texts,
@@ -87,10 +87,10 @@ def encode_batches(
     if tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token.")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
-    token_ids = _tokenize(tokenizer, [prompt + text for text in unique], max_length, progress)
+    token_ids = tokenize(tokenizer, [prompt + text for text in unique], max_length, progress)
     embeddings: np.ndarray | None = None
     with tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar:
-        for rows in _batches([len(ids) for ids in token_ids], tokens_per_batch):
+        for rows in length_batches([len(ids) for ids in token_ids], tokens_per_batch):
             batch = tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt")
             stack = encode_batch(batch)
             if embeddings is None:
@@ -100,7 +100,8 @@ def encode_batches(
     return None if embeddings is None else embeddings[:, [unique[text] for text in texts]]
 
 
-def _tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) -> list[list[int]]:
+def tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) -> list[list[int]]:
+    """Token ids of each text, specials included, cut to `max_length`."""
     token_ids: list[list[int]] = []
     chunk = 1024  # large enough for the tokenizer's threads, small enough for a bar that moves
     starts = range(0, len(texts), chunk)
@@ -110,7 +111,7 @@ def _tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool)
     return token_ids
 
 
-def _batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
+def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
     """Row numbers of each batch, longest first: a batch too large for memory fails at once and not at the end."""
     rows: list[int] = []
     longest = 0
@@ -137,7 +138,8 @@ def _encode_batch(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], exi
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation and inference mode, and back."""
     was_training = model.training
     model.eval()
     try:

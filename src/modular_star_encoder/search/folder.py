@@ -1,10 +1,12 @@
-"""Search the functions of a code folder with questions in prose, at one exit of a model."""
+"""Search a code folder with questions in prose and keep nothing: everything is embedded for every call.
+
+For a folder that is asked more than once there is `index`.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -17,23 +19,8 @@ from modular_star_encoder.data.functions import SUPPORTED_LANGUAGES, DocumentedF
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.repositories import CHECKOUT_MARKERS, folder_repositories
 from modular_star_encoder.evaluation.encode import encode_exits
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A function that answers a question.
-
-    `path` leads from where the folder was named to the file; `line` is 1-based; `score` is the cosine similarity.
-    """
-
-    path: str
-    line: int
-    name: str
-    score: float
-    exit_layer: int
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}  {self.score:.3f}  {self.name}  (exit {self.exit_layer})"
+from modular_star_encoder.search.hits import Hit
+from modular_star_encoder.search.snippets import last_line
 
 
 def search_folder(
@@ -86,6 +73,9 @@ def search_folder(
                 functions[i].name,
                 float(scores[row, i]),
                 exit_layer,
+                last_line(functions[i].line, functions[i].source),
+                functions[i].language,
+                functions[i].code,
             )
             for i in columns
         ]

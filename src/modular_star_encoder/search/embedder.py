@@ -1,0 +1,138 @@
+"""Questions and snippets as embeddings of a checkpoint's exits."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modular_star_encoder.data.prompts import CODE_INSTRUCTION, SEP_TOKEN, code_prompt, text_prompt
+from modular_star_encoder.evaluation.checkpoint import load_checkpoint, load_config
+from modular_star_encoder.evaluation.encode import encode_exits
+from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
+from modular_star_encoder.search.snippets import Snippet
+from modular_star_encoder.search.states import encode_states, resume_states
+from modular_star_encoder.search.vector_store import Found
+
+_KEPT_EMBEDDINGS = 20_000
+
+
+class Embedder:
+    """One checkpoint, of which no more layers are loaded than were asked for.
+
+    Attributes:
+        checkpoint: absolute path of the folder, or the repository's name.
+        fingerprint: see `checkpoint_fingerprint`.
+        config: the configuration of the whole checkpoint.
+
+    Args:
+        checkpoint: a folder, or a repository of the Hub.
+        device: where the model goes; a GPU if there is one and None is given.
+
+    Raises:
+        ValueError, OSError: there is no such checkpoint, or it isn't one of ours.
+    """
+
+    def __init__(self, checkpoint: str | os.PathLike[str], device: str | None = None) -> None:
+        folder = Path(checkpoint).expanduser()
+        self.checkpoint = str(folder.resolve()) if folder.is_dir() else os.fspath(checkpoint)
+        self.config = load_config(self.checkpoint)
+        self.fingerprint = checkpoint_fingerprint(self.checkpoint)
+        self._device = device
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._deep: OrderedDict[tuple[int, int, str, str], np.ndarray] = OrderedDict()
+
+    def prompts(self) -> dict[str, str]:
+        """Of questions and of code, where `{language}` stands for the language."""
+        instructions = self.config.instruction_prompts
+        document = CODE_INSTRUCTION + SEP_TOKEN if instructions else ""
+        return {"query": text_prompt(instructions=instructions), "document": document}
+
+    def check_dimension(self, dimension: int | None) -> int:
+        """`dimension`, or all components for None.
+
+        Raises:
+            ValueError: the model wasn't trained to have its embeddings cut there.
+        """
+        nested = getattr(self.config, "nested_dimensions", None) or ()
+        sizes = sorted({*nested, self.config.projection_size})
+        if dimension is not None and dimension not in sizes:
+            raise ValueError(f"{self.checkpoint} has embeddings of {_listed(sizes)} components, not {dimension}.")
+        return dimension or self.config.projection_size
+
+    def questions(self, texts: Sequence[str], exit_layers: Sequence[int], dimension: int) -> dict[int, np.ndarray]:
+        """exit_layer → (Q, dimension) float32 of length 1, from one pass."""
+        prompt = text_prompt(instructions=self.config.instruction_prompts)
+        embeddings = self._encode([prompt + text for text in texts], exit_layers)
+        return {exit_layer: cut(values, dimension) for exit_layer, values in embeddings.items()}
+
+    def snippets(
+        self, snippets: Sequence[Snippet], exit_layers: Sequence[int], dimension: int, *, states: bool = False
+    ) -> tuple[dict[int, np.ndarray], list[np.ndarray] | None]:
+        """exit_layer → (N, dimension) float32 of length 1, and the states of the shallowest exit if asked for."""
+        texts = [self._document(snippet) for snippet in snippets]
+        kept = None
+        if states:
+            model = self._loaded(max(exit_layers))
+            embeddings, kept = encode_states(model, self._tokenizer, texts, exit_layers)
+        else:
+            embeddings = self._encode(texts, exit_layers)
+        return {exit_layer: cut(values, dimension) for exit_layer, values in embeddings.items()}, kept
+
+    def deeper(
+        self, found: Sequence[Found], exit_layer: int, dimension: int, states_of: int | None = None
+    ) -> np.ndarray:
+        """Embeddings (N, dimension) float32 of rows at a deep exit; those made lately are remembered.
+
+        Args:
+            found: rows of an index.
+            exit_layer: the deep exit.
+            states_of: the exit whose states the rows have; from text if None.
+        """
+        keys = [(exit_layer, dimension, one.text_hash, one.snippet.language) for one in found]
+        new = {key: one for key, one in zip(keys, found, strict=True) if key not in self._deep}
+        if new:
+            if states_of is None:
+                values = self._encode([self._document(one.snippet) for one in new.values()], [exit_layer])[exit_layer]
+            else:
+                kept = [one.states for one in new.values()]
+                values = resume_states(self._loaded(exit_layer), kept, states_of, exit_layer)
+            self._deep.update(zip(new, cut(values, dimension), strict=True))
+        result = np.stack([self._deep[key] for key in keys])
+        for key in keys:
+            self._deep.move_to_end(key)
+        while len(self._deep) > _KEPT_EMBEDDINGS:
+            self._deep.popitem(last=False)
+        return result
+
+    def _document(self, snippet: Snippet) -> str:
+        return code_prompt(snippet.language, instructions=self.config.instruction_prompts) + snippet.text
+
+    def _encode(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
+        model = self._loaded(max(exit_layers))
+        return encode_exits(model, self._tokenizer, texts, exit_layers=exit_layers, progress=False)
+
+    def _loaded(self, exit_layer: int) -> Any:
+        """The model with its layers up to an exit at least.
+
+        Raises:
+            ValueError: an exit that it doesn't have.
+        """
+        if self._model is None or self._model.config.num_hidden_layers < exit_layer:
+            self._model, self._tokenizer = load_checkpoint(self.checkpoint, exit_layer, self._device)
+        return self._model
+
+
+def cut(embeddings: np.ndarray, dimension: int) -> np.ndarray:
+    """The first components of embeddings (N, D), scaled to length 1; a zero vector stays one."""
+    values = embeddings[:, :dimension]
+    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))

@@ -1,0 +1,323 @@
+"""An index of a code folder: built once, brought up to date as files change, asked at its exits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from modular_star_encoder.data.source_files import check_languages
+from modular_star_encoder.search.building import UpdateReport, update_store
+from modular_star_encoder.search.cascade import Cascade
+from modular_star_encoder.search.embedder import Embedder
+from modular_star_encoder.search.globs import glob_expression
+from modular_star_encoder.search.hits import Answer, Hit
+from modular_star_encoder.search.ranking import Ranker, fused, lexical
+from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, INDEX_FOLDER, IndexSettings
+from modular_star_encoder.search.snippets import Windows
+from modular_star_encoder.search.vector_store import Filter, Found, VectorStore, open_store, readable_path
+
+Method = Literal["vector", "lexical", "fused"]
+
+_FUSED_DEPTH = 100
+_SECONDS_FOR_THE_LOCK = 3
+
+
+class CodeIndex:
+    """An index; `build` and `open` make one.
+
+    Attributes:
+        store: where its rows are.
+        settings: what it was made with.
+        report: what the last update in this process did, or None.
+    """
+
+    def __init__(self, store: VectorStore, settings: IndexSettings, embedder: Embedder | None = None) -> None:
+        self.store, self.settings = store, settings
+        self.report: UpdateReport | None = None
+        self._embedder = embedder
+        self._device: str | None = None
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | os.PathLike[str],
+        location: str | os.PathLike[str] | VectorStore | None = None,
+        *,
+        checkpoint: str | os.PathLike[str] = DEFAULT_CHECKPOINT,
+        exit_layer: int | None = None,
+        exit_layers: Sequence[int] | None = None,
+        dimension: int | None = None,
+        languages: Sequence[str] | None = None,
+        windows: Windows | None = None,
+        states: bool = False,
+        tests: bool = False,
+        vendored: bool = False,
+        rebuild: bool = False,
+        device: str | None = None,
+        processes: int = 2,
+        progress: bool = True,
+    ) -> Self:
+        """Index a folder, or bring its index up to date: only files that changed are embedded.
+
+        Killed or interrupted at any moment, the index holds whole files, and the next call goes on.
+
+        Args:
+            folder: what to index. Links are not followed; which files are read is told by
+                `data.repositories.folder_repositories`.
+            location: a folder for the index or a URI (see `open_store`), or a store; `.mose` in `folder` if None.
+            checkpoint: folder or Hub repository.
+            exit_layer: the exit to embed at; the deepest if no exit is named.
+            exit_layers: several, from one pass over the code. Questions choose one of them.
+            dimension: components to keep, where the model was trained for it; all if None.
+            languages: languages to read; all eight if None.
+            windows: how files without functions are divided.
+            states: keep the states of the shallowest exit, so that re-ranking resumes from them; large.
+            tests, vendored: also read test code, and copies of other projects.
+            rebuild: begin anew if there is an index already.
+            device: where the model goes.
+            processes: processes that parse.
+            progress: whether to show a bar.
+
+        Raises:
+            ValueError: there is no such folder, or the index was built with another checkpoint, exit, dimension,
+                folder or other setting; the message says which.
+            OSError: no such checkpoint, or the index can't be written.
+            ImportError: the store's extra isn't installed.
+        """
+        if not os.path.isdir(os.path.expanduser(folder)):
+            raise ValueError(f"{os.fspath(folder)!r} is no folder: name one with source code.")
+        store = _store(os.path.join(os.path.expanduser(folder), INDEX_FOLDER) if location is None else location)
+        embedder = Embedder(checkpoint, device)
+        exits = embedder.config.resolve_exits(exit_layer, exit_layers)
+        windows = windows or Windows()
+        settings = IndexSettings(
+            checkpoint=embedder.checkpoint,
+            fingerprint=embedder.fingerprint,
+            exit_layers=exits,
+            dimension=embedder.check_dimension(dimension),
+            prompts=embedder.prompts(),
+            folder=_relative_if_inside(os.path.realpath(os.path.expanduser(folder)), store.location),
+            languages=check_languages(languages),
+            window_lines=windows.lines,
+            window_overlap=windows.overlap,
+            states=states,
+            tests=tests,
+            vendored=vendored,
+        )
+        with _locked(store):
+            stored = None if rebuild else store.settings()
+            if stored is None:
+                store.create(settings.to_dict())
+            else:
+                IndexSettings.from_dict(stored, store.location).refuse_others(settings, store.location)
+            index = cls(store, settings, embedder)
+            index.report = update_store(store, settings, embedder, processes=processes, progress=progress)
+        return index
+
+    @classmethod
+    def open(
+        cls,
+        location: str | os.PathLike[str] | VectorStore,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        device: str | None = None,
+    ) -> Self:
+        """Open an index to ask it.
+
+        Args:
+            location: as for `build`.
+            checkpoint: where the checkpoint of the index is now, if not where it was.
+            device: where the model goes.
+
+        Raises:
+            ValueError: there is no index, or it was built with another checkpoint than that.
+            OSError: the checkpoint isn't there.
+            ImportError: the store's extra isn't installed.
+        """
+        store = _store(location)
+        stored = store.settings()
+        if stored is None:
+            raise ValueError(f"There is no index in {store.location}: `mose index FOLDER` makes one.")
+        index = cls(store, IndexSettings.from_dict(stored, store.location))
+        index._device = device
+        if checkpoint is not None:
+            index._embedder = index._checked(checkpoint)
+        return index
+
+    @property
+    def folder(self) -> str:
+        """The absolute path of the folder that is indexed."""
+        return self.settings.root(self.store.location)
+
+    @property
+    def embedder(self) -> Embedder:
+        """The checkpoint, opened when it is needed first.
+
+        Raises:
+            ValueError: it isn't the one that the index was built with any more.
+            OSError: it isn't there.
+        """
+        if self._embedder is None:
+            self._embedder = self._checked(self.settings.checkpoint)
+        return self._embedder
+
+    def update(self, *, processes: int = 2, progress: bool = True) -> UpdateReport:
+        """Bring the index up to date with its folder; see `build`."""
+        with _locked(self.store):
+            self.report = update_store(self.store, self.settings, self.embedder, processes=processes, progress=progress)
+        return self.report
+
+    def search(
+        self,
+        questions: Sequence[str],
+        *,
+        top_k: int = 10,
+        exit_layer: int | None = None,
+        method: Method = "vector",
+        cascade: Cascade | None = None,
+        languages: Sequence[str] | None = None,
+        path: str | None = None,
+    ) -> list[Answer]:
+        """Answer questions in prose, or find code that resembles code.
+
+        Args:
+            questions: one or more.
+            top_k: hits of each.
+            exit_layer: one of the index's exits; the deepest if None, and with a cascade the shallowest.
+            method: `vector` compares embeddings; `lexical` words, by BM25; `fused` both, by reciprocal rank fusion.
+            cascade: rank the best of `exit_layer` again by a deeper exit.
+            languages: count only rows in these.
+            path: count only files of this pattern, such as `*.py` or `src/**` (see `glob_expression`).
+
+        Returns:
+            One answer per question.
+
+        Raises:
+            ValueError: no question, a blank one, an exit that the index (or for a cascade, the model) doesn't have, or
+                another checkpoint than the index was built with.
+        """
+        if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
+            raise ValueError("questions must be a list of at least one question, none of them blank.")
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {top_k}.")
+        if method not in ("vector", "lexical", "fused"):
+            raise ValueError(f"method must be vector, lexical or fused, not {method!r}.")
+        where = Filter(
+            () if languages is None else check_languages(languages), None if path is None else glob_expression(path)
+        )
+        if method == "lexical":
+            found = [lexical(self.store, question, top_k, where) for question in questions]
+            return [
+                Answer(question, self._hits(one, None), method=method)
+                for question, one in zip(questions, found, strict=True)
+            ]
+        ranker = self.ranker(exit_layer, cascade)
+        depth = max(top_k, _FUSED_DEPTH) if method == "fused" else top_k
+        answers = []
+        for question, vectors in zip(questions, ranker.embed(questions), strict=True):
+            ranked = ranker.rank(vectors, depth, where)
+            found = ranked.found
+            if method == "fused":
+                found = fused([found, lexical(self.store, question, depth, where)])
+            hits = self._hits(found[:top_k], ranked.exit_layer)
+            answers.append(Answer(question, hits, ranked.margin, ranked.reranked, method))
+        return answers
+
+    def ranker(self, exit_layer: int | None = None, cascade: Cascade | None = None) -> Ranker:
+        """What ranks rows for embedded questions; the arguments are those of `search`.
+
+        Raises:
+            ValueError: an exit that the index (or for a cascade, the model) doesn't have, or a cascade upwards.
+        """
+        if cascade is not None and exit_layer is None:
+            exit_layer = self.settings.exit_layers[0]
+        exit_layer = self.settings.check_exit(exit_layer, self.store.location)
+        if cascade is not None:
+            self.embedder.config.check_exit(cascade.exit_layer)
+            if cascade.exit_layer <= exit_layer:
+                raise ValueError(f"Exit {cascade.exit_layer} can't re-rank exit {exit_layer}: it isn't deeper.")
+        return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
+
+    def _hits(self, found: Sequence[Found], exit_layer: int | None) -> list[Hit]:
+        root = readable_path(_shown_folder(self.folder))
+        return [
+            Hit(
+                path=os.path.join(root, one.snippet.path),
+                line=one.snippet.first_line,
+                name=one.snippet.name,
+                score=one.score,
+                exit_layer=exit_layer,
+                last_line=one.snippet.last_line,
+                language=one.snippet.language,
+                text=one.snippet.text,
+            )
+            for one in found
+        ]
+
+    def _checked(self, checkpoint: str | os.PathLike[str]) -> Embedder:
+        embedder = Embedder(checkpoint, self._device)
+        self.settings.refuse_checkpoint(embedder.checkpoint, embedder.fingerprint, self.store.location)
+        if dict(self.settings.prompts) != embedder.prompts():
+            raise ValueError(
+                f"The index {self.store.location} was built with other prompts than this version uses: build it anew "
+                "(--rebuild)."
+            )
+        return embedder
+
+
+def find_index(folder: str | os.PathLike[str] = ".") -> str:
+    """The index of a folder, or of the nearest one above it that has an index.
+
+    Raises:
+        ValueError: none has.
+    """
+    start = Path(folder).expanduser().absolute()
+    for place in (start, *start.parents):
+        if (place / INDEX_FOLDER).is_dir():
+            return str(place / INDEX_FOLDER)
+    raise ValueError(f"Neither {start} nor a folder above it has an index: `mose index FOLDER` makes one.")
+
+
+@contextmanager
+def _locked(store: VectorStore) -> Iterator[None]:
+    """One writer at a time, of an index on this machine; the lock goes with the process that holds it."""
+    folder = getattr(store, "folder", None)
+    if folder is None:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # Processes that parsed for a killed one hold its lock for a moment longer.
+    lock = FileLock(folder / ".lock", timeout=_SECONDS_FOR_THE_LOCK)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"The index {store.location} is being written by another process: wait for it.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _store(location: Any) -> VectorStore:
+    return open_store(location) if isinstance(location, str | os.PathLike) else location
+
+
+def _relative_if_inside(folder: str, location: str) -> str:
+    """`folder` as an index inside it finds it, so that both may move together; else its absolute path."""
+    if "://" in location or location.startswith("qdrant:"):
+        return folder
+    index = os.path.realpath(os.path.expanduser(location))
+    return os.path.relpath(folder, index) if os.path.commonpath([folder, index]) == folder else folder
+
+
+def _shown_folder(folder: str) -> str:
+    """The path that leads to a folder from here: relative below the working folder, else absolute."""
+    relative = os.path.relpath(folder)
+    if relative == ".":
+        return ""
+    return folder if relative.startswith("..") else relative

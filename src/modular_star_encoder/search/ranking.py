@@ -1,0 +1,117 @@
+"""Rows ranked for a question: by one exit, by a cascade of two, by words, or by several rankings at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from modular_star_encoder.evaluation.bm25 import identifier_tokens
+from modular_star_encoder.search.cascade import Cascade
+from modular_star_encoder.search.embedder import Embedder
+from modular_star_encoder.search.fusion import reciprocal_rank_fusion
+from modular_star_encoder.search.settings import IndexSettings
+from modular_star_encoder.search.vector_store import Filter, Found, VectorStore
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """Rows, best first.
+
+    Attributes:
+        found: the rows with their scores. Behind a cascade's candidates come those that it didn't rank again.
+        exit_layer: the exit that ranked the first of them.
+        margin: how far the best similarity of the first exit leads the second; None where there are no two.
+        reranked: whether the deep exit ran.
+    """
+
+    found: list[Found]
+    exit_layer: int
+    margin: float | None
+    reranked: bool = False
+
+
+class Ranker:
+    """Ranks the rows of an index by its embeddings at one exit and, if asked, again at a deeper one.
+
+    Args:
+        store: the index.
+        settings: what it was made with.
+        embedder: of its checkpoint.
+        exit_layer: an exit of the index.
+        cascade: with a deeper exit of the checkpoint, or None.
+    """
+
+    def __init__(
+        self,
+        store: VectorStore,
+        settings: IndexSettings,
+        embedder: Embedder,
+        exit_layer: int,
+        cascade: Cascade | None = None,
+    ) -> None:
+        self.exit_layer, self.cascade = exit_layer, cascade
+        self._store, self._settings, self._embedder = store, settings, embedder
+        self._has_deep = cascade is not None and cascade.exit_layer in settings.exit_layers
+        self._has_states = cascade is not None and settings.states and not self._has_deep
+
+    def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
+        """Of each question exit_layer → (D,) float32: one pass through the model serves both exits."""
+        exits = sorted({self.exit_layer, self.cascade.exit_layer if self.cascade else self.exit_layer})
+        embeddings = self._embedder.questions(questions, exits, self._settings.dimension)
+        return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
+
+    def rank(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
+        """The best `limit` rows for one embedded question; the deep exit runs where the cascade wants it."""
+        first = self.first(vectors, limit, where)
+        wanted = self.cascade is not None and (
+            self.cascade.margin is None or first.margin is None or first.margin < self.cascade.margin
+        )
+        chosen = self.again(first, vectors) if wanted and len(first.found) > 1 else first
+        return replace(chosen, found=chosen.found[:limit])
+
+    def first(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
+        """The ranking of the first exit, at least as long as the candidates of the cascade."""
+        extras: list[str] = []
+        if self._has_deep and self.cascade is not None:
+            extras = [f"vector_{self.cascade.exit_layer}"]
+        elif self._has_states:
+            extras = ["states"]
+        count = max(limit, self.cascade.candidates if self.cascade else 2)
+        found = self._store.nearest(vectors[self.exit_layer], self.exit_layer, count, where, extras)
+        margin = found[0].score - found[1].score if len(found) > 1 else None
+        return Ranked(found, self.exit_layer, margin)
+
+    def again(self, first: Ranked, vectors: Mapping[int, np.ndarray]) -> Ranked:
+        """The candidates of a first ranking, ranked by the deep exit."""
+        cascade = self.cascade
+        if cascade is None:
+            raise ValueError("Without a cascade nothing is ranked again.")
+        candidates, rest = first.found[: cascade.candidates], first.found[cascade.candidates :]
+        if self._has_deep:
+            documents = np.stack([one.vectors[cascade.exit_layer] for one in candidates])
+        else:
+            # States are those of the shallowest exit, whichever exit was compared first.
+            states_of = self._settings.exit_layers[0] if self._has_states else None
+            documents = self._embedder.deeper(candidates, cascade.exit_layer, self._settings.dimension, states_of)
+        scores = documents @ vectors[cascade.exit_layer]
+        order = np.argsort(-scores, kind="stable")
+        ranked = [_scored(candidates[place], float(scores[place])) for place in order]
+        return Ranked(ranked + rest, cascade.exit_layer, first.margin, reranked=True)
+
+
+def lexical(store: VectorStore, question: str, limit: int, where: Filter) -> list[Found]:
+    """Rows by BM25; a word counts once, however often the question repeats it, as in `evaluation.bm25`."""
+    return store.lexical(sorted(set(identifier_tokens(question))), limit, where)
+
+
+def fused(rankings: Sequence[Sequence[Found]]) -> list[Found]:
+    """Several rankings made one by reciprocal rank fusion."""
+    known = {one.row_id: one for ranking in rankings for one in ranking}
+    scores = reciprocal_rank_fusion([[one.row_id for one in ranking] for ranking in rankings])
+    return [_scored(known[row], score) for row, score in scores.items()]
+
+
+def _scored(found: Found, score: float) -> Found:
+    return replace(found, score=score, vectors={}, states=None)

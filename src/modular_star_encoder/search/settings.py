@@ -1,0 +1,147 @@
+"""What an index was made with: kept inside it, so that nothing else is ever mixed in or asked of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modular_star_encoder.search.snippets import Windows
+
+FORMAT = 1
+DEFAULT_CHECKPOINT = "runs/quickstart/model"
+"""What `make quickstart` leaves behind."""
+INDEX_FOLDER = ".mose"
+"""Where the index of a folder is unless it is said otherwise: a hidden folder, which is never indexed itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexSettings:
+    """What an index was made with.
+
+    Attributes:
+        checkpoint: absolute path of a folder, or a repository's name.
+        fingerprint: of its weights, configuration and tokenizer (see `checkpoint_fingerprint`).
+        exit_layers: exits of which the index has embeddings, ascending.
+        dimension: components of an embedding.
+        prompts: `query` and `document`, as texts were embedded.
+        folder: what is indexed: an absolute path, or one relative to the index that lies inside it.
+        languages: languages that are read.
+        window_lines, window_overlap: see `Windows`.
+        states: whether states of the shallowest exit are kept for re-ranking.
+        tests, vendored: whether test code and copies of other projects are read.
+        format: of the index.
+    """
+
+    checkpoint: str
+    fingerprint: str
+    exit_layers: tuple[int, ...]
+    dimension: int
+    prompts: Mapping[str, str]
+    folder: str
+    languages: tuple[str, ...]
+    window_lines: int = Windows().lines
+    window_overlap: int = Windows().overlap
+    states: bool = False
+    tests: bool = False
+    vendored: bool = False
+    format: int = FORMAT
+
+    @property
+    def windows(self) -> Windows:
+        """How files without functions are divided."""
+        return Windows(self.window_lines, self.window_overlap)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a store."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], location: str) -> IndexSettings:
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: an index of another version of this package.
+        """
+        if values.get("format") != FORMAT:
+            raise ValueError(
+                f"The index {location} has format {values.get('format')}, and this version reads {FORMAT}: build it "
+                "anew (--rebuild)."
+            )
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def root(self, location: str) -> str:
+        """The absolute path of the folder, for an index at `location`."""
+        if os.path.isabs(self.folder):
+            return self.folder
+        return os.path.normpath(os.path.join(os.path.abspath(os.path.expanduser(location)), self.folder))
+
+    def refuse_others(self, asked: IndexSettings, location: str) -> None:
+        """Allow no update with other settings.
+
+        Raises:
+            ValueError: says what the index was made with, and what was asked.
+        """
+        self.refuse_checkpoint(asked.checkpoint, asked.fingerprint, location)
+        differences = [
+            f"{label} {_shown(getattr(self, name))}, not {_shown(getattr(asked, name))}"
+            for name, label in _LABELS.items()
+            if getattr(self, name) != getattr(asked, name)
+        ]
+        if self.root(location) != asked.root(location):
+            differences.insert(0, f"the folder {self.root(location)}, not {asked.root(location)}")
+        if differences:
+            raise ValueError(
+                f"The index {location} was built with {'; '.join(differences)}: name another index, or build this one "
+                "anew (--rebuild)."
+            )
+
+    def refuse_checkpoint(self, checkpoint: str, fingerprint: str, location: str) -> None:
+        """Allow no other weights than those that made the embeddings.
+
+        Raises:
+            ValueError: says which checkpoint made the index, and which this is.
+        """
+        if fingerprint != self.fingerprint:
+            raise ValueError(
+                f"The index {location} was built with another checkpoint: {self.checkpoint} (fingerprint "
+                f"{self.fingerprint}), and this is {checkpoint} ({fingerprint}). Use that one, or build the index anew "
+                "(--rebuild)."
+            )
+
+    def check_exit(self, exit_layer: int | None, location: str) -> int:
+        """An exit of which the index has embeddings; the deepest for None.
+
+        Raises:
+            ValueError: it has none of that exit.
+        """
+        if exit_layer is None:
+            return self.exit_layers[-1]
+        if exit_layer not in self.exit_layers:
+            raise ValueError(
+                f"The index {location} was built at exit {_shown(self.exit_layers)}, not {exit_layer}: build one at "
+                "that exit, or ask at one of its own."
+            )
+        return exit_layer
+
+
+_LABELS = {
+    "exit_layers": "exit",
+    "dimension": "dimension",
+    "prompts": "prompts",
+    "languages": "languages",
+    "window_lines": "windows of lines",
+    "window_overlap": "an overlap of lines",
+    "states": "states kept:",
+    "tests": "tests read:",
+    "vendored": "vendored code read:",
+}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

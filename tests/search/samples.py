@@ -1,0 +1,46 @@
+"""A small code folder, and an index of it."""
+
+import lancedb
+
+from modular_star_encoder.search.index import CodeIndex
+
+FILES = {
+    "stack.py": '''\
+class Stack:
+    def push(self, item):
+        """Put an item on top."""
+        self.items.append(item)
+
+    def pop(self):
+        return self.items.pop()
+''',
+    "src/parseHeader.js": """// Splits a header into names and values.
+function parseHeader(text) {
+  return text.split(':')
+}
+""",
+    "src/add.go": "package add\n\nfunc Add(a int, b int) int {\n\treturn a + b\n}\n",
+    "settings.py": "".join(f"OPTION_{number} = {number}\n" for number in range(1, 101)),
+}
+
+
+def write_code(folder, files=FILES):
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    return folder
+
+
+def build(folder, location, checkpoint, **options):
+    """In this process and without a bar."""
+    return CodeIndex.build(folder, location, checkpoint=checkpoint, **{"processes": 1, "progress": False, **options})
+
+
+def places(answer):
+    """(path from the folder, line) of each hit, in order."""
+    return [(hit.path, hit.line) for hit in answer.hits]
+
+
+def stored_rows(location):
+    """All rows of a LanceDB index as dictionaries, read without our code."""
+    return lancedb.connect(str(location)).open_table("snippets").to_arrow().to_pylist()

@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+
+from modular_star_encoder.search.cascade import Cascade, fit_threshold, threshold_curve
+
+
+@pytest.fixture
+def queries():
+    """Margins with ties; the deep exit helps where the margin is small, and harms a little where it is large."""
+    generator = np.random.default_rng(0)
+    margins = generator.integers(0, 40, 300) / 100
+    shallow = generator.random(300)
+    deep = np.clip(shallow + 0.5 * (0.2 - margins), 0, 1)
+    return margins, shallow, deep
+
+
+def quality(margins, shallow, deep, threshold):
+    return np.where(margins < threshold, deep, shallow).mean()
+
+
+def test_the_curve_is_what_each_threshold_gives(queries):
+    margins, shallow, deep = queries
+    thresholds, shares, qualities = threshold_curve(*queries)
+    for threshold, share, value in zip(thresholds, shares, qualities, strict=True):
+        assert share == pytest.approx((margins < threshold).mean())
+        assert value == pytest.approx(quality(margins, shallow, deep, threshold))
+    assert (shares[0], shares[-1]) == (0, 1)
+    assert qualities[[0, -1]] == pytest.approx([shallow.mean(), deep.mean()])
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.01, 0.05])
+def test_the_fitted_margin_has_the_fewest_deep_passes_that_keep_the_quality(queries, tolerance):
+    margins, shallow, deep = queries
+    fitted = fit_threshold(*queries, tolerance=tolerance)
+    assert fitted.quality == pytest.approx(quality(margins, shallow, deep, fitted.margin))
+    assert fitted.quality >= deep.mean() - tolerance - 1e-9
+    fewer = [t for t in np.linspace(0, 1, 1001) if (margins < t).mean() < fitted.share]
+    assert all(quality(margins, shallow, deep, t) < deep.mean() - tolerance for t in fewer)
+    assert fitted.queries == 300
+
+
+def test_a_deep_exit_that_does_not_help_never_runs():
+    fitted = fit_threshold([0.1, 0.2], [1.0, 1.0], [0.5, 1.0])
+    assert (fitted.margin, fitted.share, fitted.quality) == (0.0, 0.0, 1.0)
+
+
+def test_a_deep_exit_that_always_helps_always_runs():
+    fitted = fit_threshold([0.1, 0.2], [0.0, 0.0], [1.0, 1.0], tolerance=0.0)
+    assert fitted.share == 1
+    assert fitted.margin > 0.2
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="one margin and two qualities"):
+        fit_threshold([], [], [])
+    with pytest.raises(ValueError, match="one margin and two qualities"):
+        threshold_curve([0.1], [1.0], [])
+    with pytest.raises(ValueError, match="must not be negative"):
+        fit_threshold([0.1], [1.0], [1.0], tolerance=-1)
+    with pytest.raises(ValueError, match="at least 2"):
+        Cascade(4, candidates=1)

@@ -1,0 +1,37 @@
+import pytest
+
+from modular_star_encoder.search.display import format_answer, printable, score_bar
+from modular_star_encoder.search.hits import Answer, Hit
+
+
+def hit(score, name="Stack.push", text="def push(self):\n\n    return 1\n", exit_layer=9):
+    return Hit("src/a.py", 12, name, score, exit_layer, 14, "python", text)
+
+
+def test_a_hit_shows_place_score_name_exit_and_code():
+    assert format_answer(Answer("?", [hit(0.5)])).splitlines() == [
+        "src/a.py:12  █████      0.500  Stack.push  (exit 9)",
+        "    def push(self):",
+        "        return 1",
+    ]
+    assert len(format_answer(Answer("?", [hit(0.5), hit(0.4)]), lines=0).splitlines()) == 2
+    assert format_answer(Answer("?", [])) == "nothing found"
+
+
+def test_scores_of_words_are_drawn_as_shares_of_the_best():
+    lines = format_answer(
+        Answer("?", [hit(20.0, "", exit_layer=None), hit(10.0)], method="lexical"), lines=0
+    ).splitlines()
+    assert lines[0] == "src/a.py:12  ██████████ 20.000  (lines)  (words)"
+    assert lines[1] == "src/a.py:12  █████      10.000  Stack.push  (exit 9)"
+
+
+@pytest.mark.parametrize(("share", "bar"), [(0, "    "), (1, "████"), (2, "████"), (-1, "    "), (0.5625, "██▎ ")])
+def test_bars(share, bar):
+    assert score_bar(share, 4) == bar
+
+
+def test_what_steers_a_terminal_is_not_printed():
+    assert printable("\x1b[31m\u202ered\n\t\udcff") == "�[31m�red�    �"
+    assert "\x1b" not in format_answer(Answer("?", [hit(0.5, "\x1b[2J", "\x1b]0;title\x07 = 1")]))
+    assert max(map(len, format_answer(Answer("?", [hit(0.5, text="x" * 500)]), width=80).splitlines())) == 80

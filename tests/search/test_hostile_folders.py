@@ -1,0 +1,109 @@
+import os
+
+import pytest
+
+from modular_star_encoder.search.index import CodeIndex
+from tests.search.samples import build, stored_rows
+
+ODD_NAMES = [
+    b"caf\xe9.py",
+    b"line\nbreak.py",
+    b'it\'s "quoted"; DROP TABLE.py',
+    "größe 🐍.py".encode(),
+    b"\x1b[31mred.py",
+]
+
+
+def function(name):
+    return f"def {name}():\n    return {name!r}\n"
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """A folder with one good file, whose function is called `good`, and much that isn't."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.py").write_text(function("secret"))
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "good.py").write_text(function("good"))
+    os.symlink("..", folder / "sub" / "loop")
+    os.symlink("self.py", folder / "self.py")
+    os.symlink(outside, folder / "linked")
+    os.symlink(outside / "secret.py", folder / "linked.py")
+    os.symlink("nowhere.py", folder / "dangling.py")
+    (folder / "binary.py").write_bytes(bytes(range(256)) * 100)
+    (folder / "latin.py").write_bytes(b"NAME = 'caf\xe9'\n")
+    (folder / "empty.py").touch()
+    with open(folder / "huge.py", "wb") as file:
+        file.truncate(100_000_000)
+    os.mkfifo(folder / "pipe.py")
+    (folder / "folder.py").mkdir()
+    (folder / "deep.py").write_text("(" * 200_000)
+    (folder / "locked").mkdir()
+    (folder / "locked" / "hidden.py").write_text(function("hidden"))
+    return folder
+
+
+def test_nothing_in_a_folder_crashes_the_index_or_leads_out_of_it(hostile, tmp_path, checkpoint, monkeypatch):
+    scandir = os.scandir
+
+    def refusing(path):  # root may read every folder, so permissions alone would test nothing there
+        if os.fspath(path).endswith("locked"):
+            raise PermissionError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    index = build(hostile, tmp_path / "index", checkpoint, processes=2)
+    rows = stored_rows(tmp_path / "index")
+    assert {row["name"] for row in rows if row["path"] != "deep.py"} == {"good"}
+    assert {row["path"] for row in rows} <= {"good.py", "deep.py"}
+    assert index.report.skipped["too large"] == 1
+    assert index.report.skipped["unreadable"] == 1  # the pipe
+    assert index.update(processes=1, progress=False).embedded_files == 0
+    assert not any("secret" in hit.text for hit in index.search(["secret"], top_k=50)[0].hits)
+
+
+def test_names_in_any_encoding_are_indexed_once_and_found(tmp_path, checkpoint):
+    folder = os.fsencode(tmp_path) + b"/f\xffolder"
+    os.mkdir(folder)
+    for number, name in enumerate(ODD_NAMES):
+        with open(os.path.join(folder, name), "w") as file:
+            file.write(function(f"number_{number}"))
+    # A file whose name is what another one's looks like.
+    with open(os.path.join(folder, b"caf\\xe9.py"), "w") as file:
+        file.write(function("escaped"))
+    index = build(os.fsdecode(folder), tmp_path / "index", checkpoint)
+    assert index.report.embedded_files == index.report.rows == 6
+    assert index.update(processes=1, progress=False).embedded_files == 0
+    hits = CodeIndex.open(tmp_path / "index").search(["number"], top_k=50)[0].hits
+    assert {hit.name for hit in hits} == {f"number_{number}" for number in range(5)} | {"escaped"}
+    for hit in hits:
+        hit.path.encode("utf-8")
+    assert len(index.search(["number"], path='it\'s "quoted"; DROP TABLE.py')[0].hits) == 1
+    os.unlink(os.path.join(folder, ODD_NAMES[0]))
+    report = index.update(processes=1, progress=False)
+    assert (report.removed_files, report.embedded_files, report.rows) == (1, 0, 5)
+    assert "escaped" in {row["name"] for row in stored_rows(tmp_path / "index")}
+
+
+def test_an_empty_folder_is_an_empty_index(tmp_path, checkpoint):
+    (tmp_path / "code").mkdir()
+    index = build(tmp_path / "code", tmp_path / "index", checkpoint)
+    assert index.report.rows == 0
+    for method in ("vector", "lexical", "fused"):
+        assert index.search(["anything"], method=method)[0].hits == []
+    (tmp_path / "code" / "a.py").write_text(function("a"))
+    assert index.update(processes=1, progress=False).rows == 1
+    (tmp_path / "code" / "a.py").unlink()
+    assert index.update(processes=1, progress=False).rows == 0
+
+
+def test_the_index_does_not_index_itself(tmp_path, checkpoint):
+    (tmp_path / "a.py").write_text(function("a"))
+    build(tmp_path, tmp_path / ".mose", checkpoint)
+    (tmp_path / ".mose" / "b.py").write_text(function("b"))
+    with pytest.raises(ValueError, match="holds other things"):
+        build(tmp_path, None, checkpoint)
+    (tmp_path / ".mose" / "b.py").unlink()
+    assert build(tmp_path, None, checkpoint).report.files == 1

@@ -1,0 +1,273 @@
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from qdrant_client import QdrantClient
+
+from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.evaluation.checkpoint import load_checkpoint
+from modular_star_encoder.evaluation.encode import encode_exits
+from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.search.embedder import Embedder
+from modular_star_encoder.search.fusion import reciprocal_rank_fusion
+from modular_star_encoder.search.index import CodeIndex, find_index
+from modular_star_encoder.search.qdrant_store import QdrantStore
+from modular_star_encoder.search.snippets import Windows
+from tests.search.samples import FILES, build, stored_rows, write_code
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """The (path, name) of every snippet that is embedded."""
+    made, original = [], Embedder.snippets
+
+    def spy(self, snippets, *arguments, **options):
+        made.extend((snippet.path, snippet.name) for snippet in snippets)
+        return original(self, snippets, *arguments, **options)
+
+    monkeypatch.setattr(Embedder, "snippets", spy)
+    return made
+
+
+@pytest.mark.parametrize("exit_layer", [1, 4])
+def test_hits_are_the_nearest_by_cosine_at_each_exit_of_the_index(shared_index, checkpoint, exit_layer):
+    rows = stored_rows(shared_index.store.location)
+    assert len(rows) == 7
+    model, tokenizer = load_checkpoint(checkpoint)
+    texts = [text_prompt() + "push an item", *(code_prompt(row["language"]) + row["text"] for row in rows)]
+    vectors = encode_exits(model, tokenizer, texts, exit_layers=(exit_layer,), progress=False)[exit_layer]
+    scores = vectors[1:] @ vectors[0]
+    (answer,) = shared_index.search(["push an item"], exit_layer=exit_layer)
+    order = np.argsort(-scores)
+    assert [hit.text for hit in answer.hits] == [rows[place]["text"] for place in order]
+    assert [hit.score for hit in answer.hits] == pytest.approx(scores[order], abs=1e-5)
+    assert answer.margin == pytest.approx(scores[order][0] - scores[order][1], abs=1e-5)
+    assert {hit.exit_layer for hit in answer.hits} == {exit_layer}
+
+
+def test_a_hit_leads_to_its_lines(shared_index, monkeypatch, tmp_path):
+    monkeypatch.chdir(os.path.dirname(shared_index.folder))
+    (answer,) = shared_index.search(["x"], languages=["go"])
+    (hit,) = answer.hits
+    assert (hit.path, hit.line, hit.last_line, hit.name, hit.language) == ("code/src/add.go", 3, 5, "Add", "go")
+    monkeypatch.chdir(tmp_path)
+    (answer,) = shared_index.search(["x"], path="settings.py")
+    assert {hit.path for hit in answer.hits} == {os.path.join(shared_index.folder, "settings.py")}
+    lines = Path(answer.hits[0].path).read_text().splitlines()
+    for hit in answer.hits:
+        assert hit.text.splitlines() == lines[hit.line - 1 : hit.last_line]
+
+
+def test_only_files_that_changed_are_embedded_and_vanished_ones_removed(code, tmp_path, checkpoint, embedded):
+    index = build(code, tmp_path / "index", checkpoint)
+    before = {row["row_id"]: row for row in stored_rows(tmp_path / "index")}
+    assert index.report.embedded_files == index.report.files == 4
+    embedded.clear()
+    assert build(code, tmp_path / "index", checkpoint).report.embedded_files == 0
+    (code / "stack.py").touch()
+    assert index.update(processes=1, progress=False).embedded_files == 0
+    (code / "stack.py").write_text("def peek(self):\n    return self.items[-1]\n")
+    (code / "src" / "add.go").unlink()
+    (code / "new.py").write_text("NEW = 1\n")
+    report = index.update(processes=1, progress=False)
+    assert (report.files, report.embedded_files, report.removed_files, report.rows) == (4, 2, 1, 6)
+    assert sorted(embedded) == [("new.py", ""), ("stack.py", "peek")]
+    after = {row["row_id"]: row for row in stored_rows(tmp_path / "index")}
+    kept = [key for key, row in after.items() if row["path"] in ("settings.py", "src/parseHeader.js")]
+    assert len(kept) == 4
+    assert all(after[key] == before[key] for key in kept)
+
+
+def test_an_update_is_what_building_anew_gives(code, tmp_path, checkpoint):
+    index = build(code, tmp_path / "index", checkpoint)
+    (code / "stack.py").write_text(FILES["stack.py"] + "\n\ndef more():\n    return 1\n")
+    shutil.move(code / "settings.py", code / "src" / "options.py")
+    index.update(processes=2, progress=False)
+    build(code, tmp_path / "anew", checkpoint)
+
+    def content(location):
+        rows = stored_rows(location)
+        assert len({row["row_id"] for row in rows}) == len(rows)
+        return {row["row_id"]: (row["path"], row["text"], np.round(row["vector_4"], 4).tolist()) for row in rows}
+
+    assert content(tmp_path / "index") == content(tmp_path / "anew")
+
+
+def test_words_find_identifiers_and_fusion_adds_reciprocal_ranks(shared_index):
+    (words,) = shared_index.search(["header of a file, to parse"], method="lexical")
+    assert words.hits[0].name == "parseHeader"
+    assert words.hits[0].exit_layer is None
+    (vectors,) = shared_index.search(["header of a file, to parse"], top_k=100)
+    (fused,) = shared_index.search(["header of a file, to parse"], method="fused")
+    places = [[(hit.path, hit.line) for hit in answer.hits] for answer in (vectors, words)]
+    expected = reciprocal_rank_fusion(places)
+    assert {(hit.path, hit.line): hit.score for hit in fused.hits} == pytest.approx(expected)
+    assert [hit.score for hit in fused.hits] == sorted(expected.values(), reverse=True)
+
+
+def test_filters_leave_the_other_rows_out(shared_index):
+    for method in ("vector", "lexical", "fused"):
+        (answer,) = shared_index.search(["return a"], method=method, languages=["go", "javascript"])
+        assert {hit.language for hit in answer.hits} == {"go", "javascript"}
+        (answer,) = shared_index.search(["return items"], method=method, path="*.py")
+        assert {os.path.basename(hit.path) for hit in answer.hits} <= {"stack.py", "settings.py"}
+        assert shared_index.search(["return"], method=method, path="nowhere/")[0].hits == []
+
+
+def test_each_question_gets_its_own_hits(shared_index):
+    both = shared_index.search(["push", "add two numbers"], top_k=2)
+    alone = [shared_index.search([question], top_k=2)[0] for question in ("push", "add two numbers")]
+    assert [answer.hits[0].score for answer in both] == pytest.approx([one.hits[0].score for one in alone], abs=1e-5)
+    assert [len(answer.hits) for answer in both] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exit_layer": 2}, "was built with exit 1, 4, not 2"),
+        ({"exit_layers": (1, 4), "dimension": 8}, "components, not 8"),
+        ({"exit_layers": (1, 4), "languages": ["go"]}, "languages python, javascript"),
+        (
+            {"exit_layers": (1, 4), "windows": Windows(9, 1)},
+            "windows of lines 40, not 9; an overlap of lines 10, not 1",
+        ),
+        ({"exit_layers": (1, 4), "states": True}, "states kept: no, not yes"),
+    ],
+)
+def test_an_index_of_other_settings_is_not_updated(shared_index, checkpoint, changes, message):
+    before = stored_rows(shared_index.store.location)
+    with pytest.raises(ValueError, match=message):
+        build(shared_index.folder, shared_index.store.location, checkpoint, **changes)
+    assert stored_rows(shared_index.store.location) == before
+
+
+def test_an_index_of_another_folder_is_not_updated(shared_index, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=f"the folder {shared_index.folder}, not {tmp_path}"):
+        build(tmp_path, shared_index.store.location, checkpoint, exit_layers=(1, 4))
+
+
+def test_another_checkpoint_is_refused_by_update_and_search(shared_index, tmp_path):
+    other = save_retrieval_checkpoint(tiny_model(rope_parameters={"rope_theta": 5.0}), tiny_tokenizer(), tmp_path / "m")
+    with pytest.raises(ValueError, match="was built with another checkpoint"):
+        build(shared_index.folder, shared_index.store.location, other, exit_layers=(1, 4))
+    with pytest.raises(ValueError, match=f"another checkpoint: .* and this is {other}"):
+        CodeIndex.open(shared_index.store.location, checkpoint=other)
+
+
+def test_a_checkpoint_that_was_trained_on_is_refused_when_it_is_first_used(code, tmp_path, checkpoint):
+    copy = shutil.copytree(checkpoint, tmp_path / "model")
+    build(code, tmp_path / "index", copy)
+    save_retrieval_checkpoint(tiny_model(initializer_range=0.1), tiny_tokenizer(), tmp_path / "trained")
+    shutil.copy(tmp_path / "trained" / "model.safetensors", copy / "model.safetensors")
+    index = CodeIndex.open(tmp_path / "index")
+    with pytest.raises(ValueError, match="another checkpoint"):
+        index.search(["push"])
+    assert index.search(["push"], method="lexical")[0].hits
+
+
+def test_embeddings_are_cut_where_the_model_was_trained_to_be(code, tmp_path):
+    nested = save_retrieval_checkpoint(tiny_model(nested_dimensions=[8, 16]), tiny_tokenizer(), tmp_path / "nested")
+    index = build(code, tmp_path / "index", nested, dimension=8)
+    vectors = np.stack([row["vector_4"] for row in stored_rows(tmp_path / "index")])
+    assert vectors.shape == (7, 8)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    whole = build(code, tmp_path / "whole", nested)
+    assert len(stored_rows(tmp_path / "whole")[0]["vector_4"]) == 16
+    (hit,) = index.search(["push"], top_k=1)[0].hits
+    assert hit.score != pytest.approx(whole.search(["push"], top_k=1)[0].hits[0].score, abs=1e-4)
+
+
+def test_rebuild_takes_other_settings(code, tmp_path, checkpoint):
+    build(code, tmp_path / "index", checkpoint, exit_layer=1)
+    index = build(code, tmp_path / "index", checkpoint, exit_layer=2, rebuild=True)
+    assert index.settings.exit_layers == (2,)
+    assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits[0].exit_layer == 2
+
+
+def test_an_index_inside_its_folder_moves_with_it_and_is_found_from_below(code, tmp_path, checkpoint):
+    build(code, None, checkpoint)
+    moved = shutil.move(code, tmp_path / "moved")
+    index = CodeIndex.open(find_index(moved / "src"))
+    assert index.folder == str(moved)
+    assert os.path.exists(index.search(["push"], top_k=1)[0].hits[0].path)
+    assert index.update(processes=1, progress=False).embedded_files == 0
+    assert (moved / ".mose" / ".gitignore").read_text() == "*\n"
+    with pytest.raises(ValueError, match="nor a folder above it has an index"):
+        find_index(tmp_path)
+
+
+def test_one_process_writes_at_a_time(code, tmp_path, checkpoint, monkeypatch):
+    from filelock import FileLock
+
+    index = build(code, tmp_path / "index", checkpoint)
+    monkeypatch.setattr("modular_star_encoder.search.index._SECONDS_FOR_THE_LOCK", 0)
+    with FileLock(tmp_path / "index" / ".lock"), pytest.raises(ValueError, match="being written by another process"):
+        index.update(progress=False)
+    assert index.update(processes=1, progress=False).embedded_files == 0
+
+
+def test_ctrl_c_leaves_an_index_that_answers_and_is_completed(code, tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr("modular_star_encoder.search.building._ROWS_PER_BATCH", 1)
+    original, calls = Embedder.snippets, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Embedder, "snippets", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(code, tmp_path / "index", checkpoint)
+    index = CodeIndex.open(tmp_path / "index")
+    assert index.search(["push"])[0].hits
+    assert index.search(["option return parse"], method="fused")[0].hits
+    report = index.update(processes=1, progress=False)
+    assert (report.files, report.embedded_files, report.rows) == (4, 2, 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"questions": []}, "at least one question"),
+        ({"questions": "push"}, "list of at least one question"),
+        ({"questions": [" "]}, "none of them blank"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"exit_layer": 2}, "was built at exit 1, 4, not 2"),
+        ({"method": "magic"}, "vector, lexical or fused"),
+        ({"languages": ["cobol"]}, "'cobol' is unknown"),
+        ({"path": "[a"}, "without a ']'"),
+    ],
+)
+def test_bad_questions_are_refused(shared_index, options, message):
+    with pytest.raises(ValueError, match=message):
+        shared_index.search(**{"questions": ["push"], **options})
+
+
+def test_what_is_not_there_is_said(tmp_path, checkpoint, code):
+    with pytest.raises(ValueError, match="There is no index"):
+        CodeIndex.open(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+    with pytest.raises(ValueError, match="is no folder"):
+        build(tmp_path / "absent", tmp_path / "index", checkpoint)
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+        build(code, tmp_path / "index", tmp_path / "absent")
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_server_serves_the_same_answers(code, tmp_path, checkpoint, shared_index):
+    store = QdrantStore(QdrantClient(":memory:"), "code")
+    index = build(code, store, checkpoint, exit_layers=(1, 4))
+    for options in ({"exit_layer": 1}, {"exit_layer": 4, "languages": ["python"]}, {"path": "src/**"}):
+        (here,), (there,) = (one.search(["push an item"], **options) for one in (index, shared_index))
+        assert [hit.text for hit in here.hits] == [hit.text for hit in there.hits]
+        assert [hit.score for hit in here.hits] == pytest.approx([hit.score for hit in there.hits], abs=1e-5)
+    assert index.search(["parse header"], method="fused")[0].hits[0].name == "parseHeader"
+    write_code(code, {"stack.py": "def peek(self):\n    return self.items[-1]\n"})
+    assert index.update(processes=1, progress=False).embedded_files == 1
+    assert CodeIndex.open(store).search(["x"], path="stack.py")[0].hits[0].name == "peek"
+    with pytest.raises(ValueError, match="can't keep states"):
+        build(code, QdrantStore(QdrantClient(":memory:"), "code"), checkpoint, states=True)

@@ -1,0 +1,99 @@
+"""Indexing is killed with SIGKILL, again and again, and never leaves anything that isn't whole."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+import warnings
+from collections import defaultdict
+
+from modular_star_encoder.search import building
+from modular_star_encoder.search.index import CodeIndex
+from tests.search.samples import build, stored_rows
+
+FILES = 60
+KILLS = 10
+
+
+def fork_indexers(connection, folder, location, checkpoint, begun):
+    """For each message, send the id of a new process that indexes the folder, and then how that process ended.
+
+    The processes are forks of one that has imported everything and run nothing: quick to start, and fresh.
+    """
+    multiprocessing.set_start_method("fork", force=True)  # as it is where users start `mose index`
+    warnings.filterwarnings("ignore", "lancedb fork support")  # nothing ran yet
+    building._ROWS_PER_BATCH = 6
+    original = building._Writer.write
+
+    def write(self):
+        begun.set()
+        original(self)
+
+    building._Writer.write = write
+    while connection.recv():
+        process = os.fork()
+        if process == 0:
+            build(folder, location, checkpoint, processes=2)
+            os._exit(0)
+        connection.send(process)
+        connection.send(os.waitpid(process, 0)[1])
+
+
+def write_version(folder, version):
+    """Give every file other functions, and another number of them; one file vanishes and one appears."""
+    for path in folder.glob("*.py"):
+        path.unlink()
+    for number in range(version, FILES + version):
+        count = 1 + (number + version) % 3
+        functions = [f"def f_{number}_{place}():\n    return 'version {version}'\n\n\n" for place in range(count)]
+        (folder / f"file_{number}.py").write_text("".join(functions))
+
+
+def expected_rows(folder):
+    return sorted((path.name, place) for path in folder.glob("*.py") for place in range(path.read_text().count("def ")))
+
+
+def held_rows(location):
+    rows = defaultdict(list)
+    for row in stored_rows(location):
+        rows[row["path"]].append((int(row["name"].split("_")[2]), row["text"].split("'")[1], row["file_rows"]))
+    return rows
+
+
+def test_killed_ten_times_at_random_the_next_run_completes_the_index(tmp_path, checkpoint):
+    folder, location = tmp_path / "code", tmp_path / "index"
+    folder.mkdir()
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    begun = context.Event()
+    server = context.Process(target=fork_indexers, args=(there, str(folder), str(location), str(checkpoint), begun))
+    server.start()
+    generator = random.Random(0)
+    killed_at_work = 0
+    for version in range(KILLS):
+        if version != 5:  # once the next run finds the same files, half done
+            write_version(folder, version)
+        begun.clear()
+        here.send(True)
+        process = here.recv()
+        assert begun.wait(60)
+        time.sleep(generator.uniform(0, 0.6))
+        os.kill(process, signal.SIGKILL)
+        killed_at_work += os.WIFSIGNALED(here.recv())
+        index = CodeIndex.open(location)
+        assert index.store.count() == len(stored_rows(location))
+        for rows in held_rows(location).values():  # every file whole, of one version
+            assert sorted(place for place, _, _ in rows) == list(range(rows[0][2]))
+            assert len({text for _, text, _ in rows}) == 1
+        index.search(["version"], method="fused")
+    here.send(False)
+    server.join()
+    assert killed_at_work >= 7
+    index = CodeIndex.open(location)
+    report = index.update(processes=2, progress=False)
+    assert report.embedded_files > 0
+    held = held_rows(location)
+    assert sorted((path, place) for path, rows in held.items() for place, _, _ in rows) == expected_rows(folder)
+    assert {text for rows in held.values() for _, text, _ in rows} == {f"version {KILLS - 1}"}
+    assert index.update(processes=1, progress=False).embedded_files == 0

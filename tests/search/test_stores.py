@@ -1,0 +1,213 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from qdrant_client import QdrantClient
+
+from modular_star_encoder.search.globs import glob_expression
+from modular_star_encoder.search.lance_store import LanceStore
+from modular_star_encoder.search.qdrant_store import QdrantStore, connect
+from modular_star_encoder.search.snippets import Snippet
+from modular_star_encoder.search.vector_store import (
+    Filter,
+    Row,
+    StoredFile,
+    content_hash,
+    file_id,
+    open_store,
+    readable_path,
+    row_id,
+    words_of,
+)
+
+SETTINGS = {"exit_layers": [1, 4], "dimension": 8, "states": False, "prompts": {"query": "é"}}
+
+
+@pytest.fixture(params=["lance", "qdrant"])
+def store(request, tmp_path):
+    made = (
+        LanceStore(str(tmp_path / "index")) if request.param == "lance" else QdrantStore(QdrantClient(":memory:"), "i")
+    )
+    assert made.settings() is None
+    made.create(SETTINGS)
+    return made
+
+
+def rows(path, texts, version="1", language="python", seed=0, width=8, missing=0):
+    """Rows of a file; with `missing`, only the first ones of those that it says it has."""
+    generator = np.random.default_rng([seed, len(path)])
+    made = []
+    for place, text in enumerate(texts):
+        snippet = Snippet(path, language, f"f{place}", place + 1, place + 1, "", text)
+        vectors = {k: generator.normal(size=width).astype(np.float32) for k in (1, 4)}
+        made.append(
+            Row(
+                row_id(file_id(path), place),
+                file_id(path),
+                version,
+                len(texts) + missing,
+                content_hash(text),
+                snippet,
+                words_of(snippet),
+                {k: vector / np.linalg.norm(vector) for k, vector in vectors.items()},
+            )
+        )
+    return made
+
+
+def found_texts(found):
+    return [one.snippet.text for one in found]
+
+
+def test_settings_come_back(store):
+    assert store.settings() == SETTINGS
+
+
+def test_a_file_is_replaced_whole(store):
+    store.replace_files([], rows("a.py", ["one", "two", "three"]) + rows("b.py", ["four"]))
+    store.replace_files([file_id("a.py")], rows("a.py", ["five"], "2"))
+    assert store.count() == 2
+    assert store.files() == {file_id("a.py"): StoredFile("2", 1), file_id("b.py"): StoredFile("1", 1)}
+    store.replace_files([file_id("b.py")], [])
+    assert found_texts(store.nearest(np.ones(8, np.float32), 1, 9, Filter())) == ["five"]
+
+
+def test_a_file_of_which_rows_are_missing_or_of_two_contents_is_known(store):
+    store.replace_files([], rows("short.py", ["one"], missing=1) + rows("whole.py", ["two"]))
+    mixed = rows("mixed.py", ["three", "four"])
+    store.replace_files([], [mixed[0], *rows("mixed.py", ["three", "five"], "2")[1:]])
+    assert {key: one.file_hash for key, one in store.files().items()} == {
+        file_id("short.py"): None,
+        file_id("whole.py"): "1",
+        file_id("mixed.py"): None,
+    }
+
+
+def test_the_nearest_are_those_of_an_exact_search_at_each_exit(store):
+    made = rows("a.py", [f"text {number}" for number in range(50)])
+    store.replace_files([], made)
+    store.finish()
+    query = np.random.default_rng(1).normal(size=8).astype(np.float32)
+    for exit_layer in (1, 4):
+        scores = np.stack([row.vectors[exit_layer] for row in made]) @ (query / np.linalg.norm(query))
+        found = store.nearest(query, exit_layer, 5, Filter(), ["vector_4"])
+        assert found_texts(found) == [f"text {place}" for place in np.argsort(-scores)[:5]]
+        assert [one.score for one in found] == pytest.approx(sorted(scores, reverse=True)[:5], abs=1e-5)
+        for one in found:
+            np.testing.assert_allclose(one.vectors[4], made[one.snippet.first_line - 1].vectors[4], atol=1e-6)
+
+
+def test_words_are_ranked_by_their_rarity(store):
+    store.replace_files([], rows("x.py", ["parseHeader value", "value value", "other_value"]))
+    store.finish()
+    assert found_texts(store.lexical(["header", "value"], 2, Filter()))[0] == "parseHeader value"
+    assert found_texts(store.lexical(["parse"], 9, Filter())) == ["parseHeader value"]
+    assert store.lexical(["absent"], 9, Filter()) == []
+    assert store.lexical([], 9, Filter()) == []
+
+
+def test_words_of_rows_that_were_just_written_are_found_too(store):
+    store.replace_files([], rows("x.py", ["first"]))
+    store.finish()
+    store.replace_files([], rows("y.py", ["second"]))
+    assert found_texts(store.lexical(["second"], 9, Filter())) == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (Filter(("go",)), {"go"}),
+        (Filter(("go", "python")), {"go", "odd", "plain"}),
+        (Filter(path=glob_expression("src/**")), {"go", "odd"}),
+        (Filter(("python",), glob_expression("it's*")), {"odd"}),
+        (Filter(path=glob_expression("nowhere/**")), set()),
+    ],
+)
+def test_filters_hold_for_vectors_and_words(store, where, expected):
+    content = {"plain": ("a.py", "python"), "go": ("src/b.go", "go"), "odd": ("src/it's \\ [%_] é.py", "python")}
+    for text, (path, language) in content.items():
+        store.replace_files([], rows(path, [f"{text} shared"], language=language))
+    found = store.nearest(np.ones(8, np.float32), 1, 9, where)
+    assert {text.split()[0] for text in found_texts(found)} == expected
+    assert {text.split()[0] for text in found_texts(store.lexical(["shared"], 9, where))} == expected
+
+
+def test_create_replaces_what_was_there(store):
+    store.replace_files([], rows("a.py", ["one"]))
+    store.create({**SETTINGS, "dimension": 4})
+    assert store.count() == 0
+    assert store.settings()["dimension"] == 4
+
+
+def test_only_described_rows_are_sampled_always_the_same(store):
+    described = rows("a.py", ["one", "two", "three"])
+    for row in described[:2]:
+        object.__setattr__(row.snippet, "description", "What it does.")
+    store.replace_files([], described)
+    assert set(found_texts(store.sample(9))) == {"one", "two"}
+    assert found_texts(store.sample(1)) == found_texts(store.sample(9))[:1]
+
+
+def test_many_rows_get_an_approximate_index_that_finds_almost_the_same(tmp_path):
+    store = LanceStore(str(tmp_path / "index"), ann_rows=2000)
+    store.create({**SETTINGS, "dimension": 32, "exit_layers": [1, 4]})
+    made = rows("a.py", [f"text {number}" for number in range(3000)], width=32)
+    store.replace_files([], made)
+    store.finish()
+    assert {column for index in store._rows().list_indices() for column in index.columns} == {
+        "words",
+        "vector_1",
+        "vector_4",
+    }
+    vectors = np.stack([row.vectors[1] for row in made])
+    right = 0
+    for query in vectors[:50]:
+        exact = {f"text {place}" for place in np.argsort(-(vectors @ query))[:10]}
+        right += len(exact & set(found_texts(store.nearest(query, 1, 10, Filter()))))
+    assert right >= 0.9 * 500
+    rare = rows("b.go", ["new"], language="go", seed=1, width=32)
+    store.replace_files([], rare)
+    assert found_texts(store.nearest(rare[0].vectors[1], 1, 1, Filter())) == ["new"]
+    store.finish()
+    far = -rare[0].vectors[1]
+    assert found_texts(store.nearest(far, 1, 1, Filter(("go",)))) == ["new"]
+
+
+def test_an_approximate_index_is_made_anew_when_it_is_outgrown(tmp_path):
+    store = LanceStore(str(tmp_path / "index"), ann_rows=300)
+    store.create({**SETTINGS, "exit_layers": [1]})
+
+    def names():
+        return [index.name for index in store._rows().list_indices() if index.columns == ["vector_1"]]
+
+    for path, count, expected in (("a.py", 299, []), ("b.py", 101, [400]), ("c.py", 500, [400]), ("d.py", 800, [1700])):
+        made = [replace(row, vectors={1: row.vectors[1]}) for row in rows(path, ["text"] * count)]
+        store.replace_files([], made)
+        store.finish()
+        assert names() == [f"vector_1_for_{size}" for size in expected]
+        assert store._rows().index_stats(names()[0]).num_unindexed_rows == 0 if expected else True
+
+
+def test_a_folder_of_other_things_is_no_index(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds other things"):
+        LanceStore(str(tmp_path))
+    with pytest.raises(ValueError, match="it is a file"):
+        LanceStore(str(tmp_path / "thesis.tex"))
+    assert open_store(tmp_path / "new").settings() is None
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("location", ["qdrant:", "qdrant:name", "qdrant:name@localhost", "qdrant:@http://localhost"])
+def test_a_server_is_named_by_collection_and_url(location):
+    with pytest.raises(ValueError, match="qdrant:NAME@URL"):
+        open_store(location)
+    assert connect("qdrant:code@http://localhost:1")[1] == "code"
+
+
+def test_any_path_has_an_id_and_a_readable_form():
+    odd = b"caf\xe9.py".decode("utf-8", "surrogateescape")
+    assert readable_path(odd) == "caf\\xe9.py"
+    assert file_id(odd) != file_id("caf\\xe9.py")
+    assert json.dumps(readable_path("größe.py"), ensure_ascii=False) == '"größe.py"'
