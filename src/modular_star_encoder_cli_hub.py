@@ -68,7 +68,8 @@ def run_publish(arguments: argparse.Namespace) -> None:
     else:
         given = [name for name in ("repository", "license", "evaluation") if getattr(arguments, name)]
         if given:
-            raise ValueError(f"--{given[0]} goes with a checkpoint folder; a manifest says it itself.")
+            found = "is a manifest, which says it itself" if os.path.exists(arguments.source) else "does not exist"
+            raise ValueError(f"--{given[0]} goes with a checkpoint folder, and {arguments.source} {found}.")
         manifest = load_manifest(arguments.source, arguments.overrides)
     publications = publish(manifest, upload=arguments.upload, private=not arguments.public, staging=arguments.out)
     print(*publications, sep="\n\n")

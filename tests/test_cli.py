@@ -153,6 +153,7 @@ def test_a_slice_that_cannot_be_made_leaves_nothing_behind(capsys, checkpoint, t
         (("evaluate", "CHECKPOINT", "--data", "CODE", "--exit-layers", "1,3"), "its exits are 1, 2, 4"),
         (("evaluate", "CHECKPOINT", "--data", "CODE", "--json", "no-such-folder/results.json"), "there is no folder"),
         (("evaluate", "CHECKPOINT", "--data", "./no-such-folder"), "does not exist"),
+        (("publish", "./no-such-folder", "--repository", "me/model"), "./no-such-folder does not exist"),
     ],
 )
 def test_mistakes_are_one_line_on_stderr_and_status_2(capsys, checkpoint, code, arguments, message):
