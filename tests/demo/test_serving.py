@@ -66,6 +66,8 @@ def test_a_port_that_is_taken_is_one_sentence(index):
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"Port {port} is taken"), served(index, port=port):
             pass
+    with pytest.raises(ValueError, match="from 1 to 65535"), served(index, port=70_000):
+        pass
 
 
 def test_mose_demo_serves_the_index_named_and_refuses_none(index, checkpoint, monkeypatch, tmp_path, capsys):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.responses import HTMLResponse
 
 LOOPBACK = "127.0.0.1"
-_LOOPBACK_NAMES = ["127.0.0.1", "localhost", "[::1]"]
+_LOOPBACK_NAMES = ["127.0.0.1", "localhost"]
 _FONTS = ["system-ui", "sans-serif"]
 _MONOSPACED = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 # Gradio's page runs inline scripts and builds templates with eval; all it is made of must come from its own server.
@@ -51,7 +51,7 @@ def serve(
 
     Raises:
         ImportError: Gradio isn't installed.
-        ValueError: the port is taken, or `source` is no address.
+        ValueError: the port is taken or none, or `source` is no address.
     """
     with served(index, checkpoint=checkpoint, host=host, port=port, source=source) as address:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
@@ -72,6 +72,8 @@ def served(
     Yields:
         The page's address.
     """
+    if port is not None and not 1 <= port <= 65535:
+        raise ValueError(f"A port is a number from 1 to 65535, not {port}.")
     local = None if source else LocalFiles(index)
     link_to = RepositoryLinks(source) if source else local
     gradio = import_gradio()
