@@ -1,4 +1,4 @@
-"""Replies as HTML. Code and names of files are anybody's: all text is escaped, and what steers a display is shown."""
+"""Replies as HTML. Code and names of files are anybody's: all text is escaped, and what steers a display replaced."""
 
 from __future__ import annotations
 
