@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from modular_star_encoder_cli_demo import add_demo_command
 from modular_star_encoder_cli_export import add_export_command
 from modular_star_encoder_cli_hub import add_hub_commands
 from modular_star_encoder_cli_search import add_search_commands
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     add_search_commands(commands, exit_list, name_list)
+    add_demo_command(commands)
 
     evaluate = commands.add_parser("evaluate", help="measure every exit on benchmarks, or on a folder of code")
     evaluate.add_argument("checkpoint", metavar="MODEL", help="folder or Hub repository")

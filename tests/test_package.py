@@ -49,6 +49,7 @@ def test_a_wheel_holds_model_code_configurations_and_types(tmp_path):
         "modeling/configuration_modular_star_encoder.py",
         "hub_configs/quickstart/config.json",
         "hub_configs/quickstart/recipe.yaml",
+        "demo/page.css",
         "hub/clean_process.py",
         "py.typed",
     ):

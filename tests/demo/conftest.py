@@ -1,0 +1,29 @@
+import pytest
+
+from tests.search.samples import build, write_code
+from tests.tiny import save_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A checkpoint with exits 1, 2 and 4."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+HOSTILE_NAME = "<img src=x onerror='window.attacked=1'>.py"
+HOSTILE_CODE = """\
+def render(page):
+    script = "<script>window.attacked = 2</script>"
+    image = "<img src=x onerror='window.attacked=3'>"
+    template = "${window.attacked=4} {{window.attacked=5}}"
+    return "</code></pre></article>" + script + image + template
+"""
+
+
+@pytest.fixture(scope="session")
+def index(tmp_path_factory, checkpoint):
+    """An index at exits 1 and 4, with a file whose name and code are HTML; no test changes it."""
+    folder = tmp_path_factory.mktemp("demo")
+    code = write_code(folder / "code")
+    (code / HOSTILE_NAME).write_text(HOSTILE_CODE)
+    return build(code, folder / "index", checkpoint, exit_layers=(1, 4))

@@ -1,0 +1,109 @@
+import re
+import shutil
+
+import pytest
+
+from modular_star_encoder.demo.exit_costs import ExitCosts
+from modular_star_encoder.demo.page import SearchPage
+from modular_star_encoder.demo.session import LONGEST_QUESTION, TOP_K, SearchSession
+from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.search.index import CodeIndex
+from tests.search.samples import build, write_code
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def page_of(index, checkpoint=None):
+    return SearchPage(SearchSession(index, checkpoint), ExitCosts(None, "no profile"), lambda path, hit: None)
+
+
+@pytest.fixture(scope="module")
+def page(index):
+    return page_of(index)
+
+
+def shown(html):
+    """(path:line) of each hit, in order."""
+    return re.findall(r'mose-place">(.*?) · ', html)
+
+
+def test_each_side_shows_what_the_index_finds_at_its_exit(page):
+    left, right = page.answer("push an item", [], "", 0, 0, 1)
+    for html, exit_layer in ((left, 1), (right, 4)):
+        (answer,) = page.session.index.search(["push an item"], top_k=TOP_K, exit_layer=exit_layer)
+        assert len(shown(html)) == len(answer.hits) == TOP_K
+        assert [place.rsplit(":", 1)[1] for place in shown(html)] == [str(hit.line) for hit in answer.hits]
+        assert f"<b>exit {exit_layer}</b>" in html
+    assert shown(left) != shown(right)
+
+
+def test_filters_and_re_ranking_reach_the_index(page):
+    left, right = page.answer("add", ["go"], "src/*", 4, 0, 1)
+    assert shown(left) == shown(right) == ["src/add.go:3"]
+    left, right = page.answer("add", [], "", 4, 0, 1)
+    assert "re-ranked by exit 4" in left
+    assert "re-ranked" not in right  # exit 4 can't re-rank itself
+    assert shown(left) == shown(right)
+
+
+@pytest.mark.parametrize(
+    ("question", "path", "sentence"),
+    [
+        (" ", "", "Type a question first"),
+        ("x" * (LONGEST_QUESTION + 1), "", "characters at most"),
+        ("add", "[", "without a"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_sentence(page, question, path, sentence):
+    left, right = page.answer(question, [], path, 0, 0, 1)
+    assert re.fullmatch('<p class="mose-error" role="alert">[^<]*</p>', left)
+    assert sentence in left
+    assert right == ""
+
+
+def test_a_filter_that_nothing_passes_says_so_on_both_sides(page):
+    assert all("Nothing was found" in html for html in page.answer("add", [], "*.nothing", 0, 0, 1))
+
+
+def test_moving_a_slider_before_asking_is_no_error(page):
+    left, _ = page.moved("", [], "", 0, 1, 1)
+    assert "mose-error" not in left
+    assert page.moved("add", [], "", 0, 1, 1)[0].startswith('<p class="mose-asked"><b>exit 4</b>')
+
+
+@pytest.mark.parametrize("position", [-5, 99, None, 0.4])
+def test_whatever_a_client_sends_is_an_exit_of_the_index(page, position):
+    assert re.search(r"<b>exit [14]</b>", page.answer("add", [], "", 0, position, 0)[0])
+
+
+def test_an_index_of_another_checkpoint_is_refused_on_the_page(index, tmp_path):
+    other = save_retrieval_checkpoint(tiny_model(intermediate_size=48), tiny_tokenizer(), tmp_path / "other")
+    page = page_of(CodeIndex.open(index.store), str(other))
+    for html in (page.header(), page.answer("add", [], "", 0, 0, 1)[0]):
+        assert "built with another checkpoint" in html
+        assert "Traceback" not in html
+    assert page.session.rerank_exit_layers == ()
+
+
+def test_a_checkpoint_that_is_gone_is_named_and_can_be_found_elsewhere(index, checkpoint, tmp_path):
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    code = write_code(tmp_path / "code")
+    build(code, tmp_path / "index", moved, exit_layer=4)
+    shutil.rmtree(moved)
+    assert page_of(CodeIndex.open(tmp_path / "index")).session.problem
+    assert page_of(CodeIndex.open(tmp_path / "index"), str(checkpoint)).session.problem is None
+
+
+def test_an_index_of_one_exit_has_one_side_and_says_how_to_get_more(checkpoint, tmp_path):
+    build(write_code(tmp_path / "code"), tmp_path / "index", checkpoint, exit_layer=1)
+    page = page_of(CodeIndex.open(tmp_path / "index"))
+    (only,) = page.answer("add", [], "", 0, 0)
+    assert page.sides == 1
+    assert "mose-badge" not in only
+    assert "--exit-layers all" in page.footer()
+    assert page.session.rerank_exit_layers == (2, 4)
+
+
+def test_the_header_counts_rows_and_shows_no_folders_of_the_machine(page, index):
+    assert f"{index.store.count():,} functions" in page.header()
+    assert "exits 1, 4" in page.header()
+    assert "/" not in page.header().replace("</", "")

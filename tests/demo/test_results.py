@@ -1,0 +1,101 @@
+import re
+from html import unescape
+from html.parser import HTMLParser
+
+import pytest
+
+from modular_star_encoder.demo.results import FIRST_LINES, MOST_LINES, code_html, results_html
+from modular_star_encoder.demo.session import Reply, SearchSession
+from modular_star_encoder.search.hits import Answer, Hit
+from tests.demo.conftest import HOSTILE_CODE, HOSTILE_NAME
+
+OUR_TAGS = {"p", "b", "article", "header", "span", "i", "div", "pre", "a", "details", "summary"}
+
+
+class Tags(HTMLParser):
+    def __init__(self, html):
+        super().__init__()
+        self.found, self.attributes, self.text = set(), set(), ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def session(index):
+    return SearchSession(index)
+
+
+def hit(session, path="a.py", text="return 1", **changes):
+    values = {"line": 3, "name": "f", "score": 0.5, "exit_layer": 1, "last_line": 9, "language": "python"}
+    return Hit(path=f"{session.index.folder}/{path}", text=text, **(values | changes))
+
+
+def html_of(session, *hits, other=None, link_to=lambda path, hit: None, **answer):
+    return results_html(session, Reply(Answer("q", list(hits), **answer), 1, 12.3), other, link_to)
+
+
+def test_code_paths_and_names_that_are_html_stay_text(session):
+    one = hit(session, HOSTILE_NAME, HOSTILE_CODE, name="<script>alert(1)</script>", language="<b>")
+    shown = Tags(html_of(session, one, link_to=lambda path, hit: f"source?path={path}\"onclick='x'"))
+    assert shown.found <= OUR_TAGS
+    assert shown.attributes <= {"class", "style", "title", "href", "target", "rel", "role"}
+    assert "<script>window.attacked = 2</script>" in shown.text
+    assert f"{HOSTILE_NAME}:3" in shown.text
+
+
+def test_highlighted_code_is_the_code(session):
+    code = "def f(a):\n\n    return a < 1  # größe 🐍"
+    assert unescape(re.sub("<[^>]*>", "", code_html(code, "python"))) == code
+    assert '<span class="k">def</span>' in code_html(code, "python")
+    assert '<span class="nv">$a</span>' in code_html("return $a;", "php")
+    assert code_html("a < b", "no such language") == "a &lt; b"
+
+
+def test_characters_that_reorder_or_hide_code_are_replaced():
+    assert "�" in code_html("if admin:\u202e pass", "python")
+    assert "\u202e" not in code_html("if admin:\u202e pass", "python")
+    assert "\x1b" not in code_html("\x1b[31m", "python")
+
+
+def test_long_functions_are_folded_and_very_long_ones_cut(session):
+    lines = [f"line_{number} = {number}" for number in range(MOST_LINES + 50)]
+    short = html_of(session, hit(session, text="\n".join(lines[:FIRST_LINES])))
+    long = Tags(html_of(session, hit(session, text="\n".join(lines))))
+    assert "<details>" not in short
+    assert "details" in long.found
+    assert f"line_{MOST_LINES - 1} " in long.text
+    assert f"line_{MOST_LINES} " not in long.text
+    assert "50 more lines in the file" in long.text
+
+
+def test_each_hit_says_where_the_other_exit_ranks_it(session):
+    first, second, third = (hit(session, line=line, name=f"f{line}") for line in (1, 2, 3))
+    other = Reply(Answer("q", [second, first]), 4, 1.0)
+    badges = re.findall('mose-badge (.*?)">(.*?)<', html_of(session, first, second, third, other=other))
+    assert badges == [
+        ("mose-moved", "#2 at exit 4"),
+        ("mose-moved", "#1 at exit 4"),
+        ("mose-new", "not among the 2 of exit 4"),
+    ]
+
+
+def test_no_hit_is_one_sentence_and_re_ranking_is_named(session):
+    assert "Nothing was found" in html_of(session)
+    assert "re-ranked by exit 4" in html_of(session, hit(session, exit_layer=4), reranked=True)
+    assert "re-ranked" not in html_of(session, hit(session))
+
+
+def test_places_are_paths_from_the_folder_with_a_link_where_there_is_one(session):
+    plain = html_of(session, hit(session, "src/a.py"))
+    assert "src/a.py:3" in plain
+    assert str(session.index.folder) not in plain
+    assert "<a " not in plain
+    assert 'href="https://x/src/a.py"' in html_of(
+        session, hit(session, "src/a.py"), link_to=lambda path, hit: f"https://x/{path}"
+    )
