@@ -1,4 +1,4 @@
-"""Index the installed transformers and ask it ten questions whose answers were written down before any ranking was seen.
+"""Index the installed transformers and ask it ten questions whose answers were written down beforehand.
 
     python benchmarks/search_transformers.py --model runs/quickstart/model
     python benchmarks/search_transformers.py --model CHECKPOINT --exit-layers 1,2,4 --index runs/transformers-index
