@@ -243,8 +243,8 @@ def table(figures: dict[str, Any]) -> str:
                 f"{percent(low)}–{percent(high)}",
                 f"{way['deep_share']:.0%}",
                 f"{way['index_gflop_per_1000']:,.0f}",
-                f"{way['query_gflop']:,.2f}",
-                f"{way['query_gflop_from_text']:,.2f}",
+                f"{way['query_gflop']:,.3f}",
+                f"{way['query_gflop_from_text']:,.3f}",
             )
         )
     sizes = [f"{name} {one['queries']:,} queries among {one['functions']:,} functions"

@@ -31,8 +31,9 @@ def plot(figures: dict[str, Any], path: Path) -> None:
             fill = colour if "margins" not in way else "none"
             size = SIZES[way["candidates"]]
             axes.scatter(way[cost], 100 * way["mrr"], s=size, facecolors=fill, edgecolors=colour, alpha=0.8, zorder=3)
-        axes.set_xscale("log")
         axes.grid(alpha=0.3)
+    left.set_xlim(left=0)
+    right.set_xscale("log")
     for exit_layer in exits[:-1]:
         colour = f"C{exits.index(exit_layer)}"
         left.scatter([], [], color=colour, label=f"exit {exit_layer}, then {deepest} on its candidates")
@@ -41,6 +42,6 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     right.set_xlabel("GFLOP per question, candidates resuming from states")
     left.set_ylabel("MRR × 100")
     left.legend(fontsize="x-small")
-    right.set_title("larger points: 10, 50, 200 candidates", fontsize="small")
+    right.set_title("small, middle and large points: 10, 50 and 200 candidates", fontsize="small")
     left.set_title(f"{figures['checkpoint']}; CodeSearchNet, {', '.join(figures['languages'])}", fontsize="small")
     figure.savefig(path, dpi=150)

@@ -66,6 +66,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
 
+    _hide_loading_bars()
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     if arguments.exit_layers is None:
         arguments.exit_layers = load_config(checkpoint).exit_layers
@@ -104,6 +105,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
     if arguments.lines < 0:
         raise ValueError(f"--lines must not be negative, but is {arguments.lines}.")
+    _hide_loading_bars()
     answers = _search_folder(arguments) if arguments.folder else _search_index(arguments)
     if arguments.json:
         print(json.dumps([answer.to_dict() for answer in answers], indent=2, ensure_ascii=False))
@@ -166,6 +168,13 @@ def _search_index(arguments: argparse.Namespace) -> Sequence[Any]:
         languages=arguments.languages,
         path=arguments.path,
     )
+
+
+def _hide_loading_bars() -> None:
+    """Weights are read in a moment, and transformers' bar would break ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _has_budget(arguments: argparse.Namespace) -> bool:

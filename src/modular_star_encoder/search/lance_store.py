@@ -111,11 +111,13 @@ class LanceStore:
     def finish(self) -> None:
         """See `VectorStore`."""
         table = self._rows()
+        table.optimize(cleanup_older_than=KEEP_VERSIONS)
         rows = table.count_rows()
         if rows >= self._ann_rows:
+            # After compaction, which would have to write an index anew.
             for column in [name for name in table.schema.names if name.startswith("vector_")]:
                 self._index_vectors(column, rows)
-        table.optimize(cleanup_older_than=KEEP_VERSIONS)
+            table.optimize(cleanup_older_than=KEEP_VERSIONS)
 
     def nearest(
         self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[str] = ()
