@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 
@@ -87,7 +87,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     )
     report = index.report
     if arguments.json:
-        print(json.dumps({"index": index.store.location, **asdict(report)}, indent=2, ensure_ascii=False))
+        print(json.dumps({"index": index.store.location, **report.to_dict()}, indent=2, ensure_ascii=False))
         return
     exits = ", ".join(map(str, index.settings.exit_layers))
     print(
@@ -171,10 +171,14 @@ def _search_index(arguments: argparse.Namespace) -> Sequence[Any]:
 
 
 def _hide_loading_bars() -> None:
-    """Weights are read in a moment, and transformers' bar would break ours."""
+    """Weights are read in a moment, and transformers' bar would break ours; downloads keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
+    downloads_hidden = are_progress_bars_disabled()
     logging.disable_progress_bar()
+    if not downloads_hidden:
+        enable_progress_bars()
 
 
 def _has_budget(arguments: argparse.Namespace) -> bool:
