@@ -298,3 +298,15 @@ def test_a_copy_of_a_snippet_is_embedded_once_and_is_a_row_of_its_own(tmp_path, 
     for column in ("vector_1", "vector_4"):
         assert rows["a.py"][column] == rows["c.py"][column] != rows["b.py"][column]
     assert rows["a.py"]["vector_1"] != rows["a.py"]["vector_4"]
+
+
+@pytest.mark.parametrize("damaged", ["data/*", "_versions/*"])
+def test_a_damaged_index_is_told_in_one_sentence_and_can_be_built_anew(code, tmp_path, checkpoint, damaged):
+    build(code, tmp_path / "index", checkpoint)
+    for path in (tmp_path / "index" / "snippets.lance").glob(damaged):
+        path.write_bytes(b"junk")
+    for method in ("vector", "lexical"):
+        with pytest.raises((ValueError, OSError), match=r"The index .* can't be read"):
+            CodeIndex.open(tmp_path / "index").search(["push"], method=method)
+    assert build(code, tmp_path / "index", checkpoint, rebuild=True).report.rows == 7
+    assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits
