@@ -121,3 +121,12 @@ def test_the_index_does_not_index_itself(tmp_path, checkpoint):
         build(tmp_path, None, checkpoint)
     (tmp_path / ".mose" / "b.py").unlink()
     assert build(tmp_path, None, checkpoint).report.files == 1
+
+
+def test_a_file_of_blank_lines_is_no_row(tmp_path, checkpoint):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "blank.py").write_text("\n \n\t\n" * 50)
+    index = build(tmp_path / "code", tmp_path / "index", checkpoint)
+    assert index.report.rows == 0
+    (tmp_path / "code" / "a.py").write_text(function("a"))
+    assert index.update(processes=1, progress=False).rows == 1
