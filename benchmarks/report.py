@@ -22,11 +22,14 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write(name: str, figures: Any) -> Path:
-    """Write `benchmarks/results/{name}.json` and return its path."""
+def write(name: str, figures: Any, markdown: str | None = None) -> Path:
+    """Write `benchmarks/results/{name}.json` and return its path; `markdown` goes into `{name}.md` beside it."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**provenance(), "figures": figures}, indent=2) + "\n", encoding="utf-8")
+    origin = provenance()
+    path.write_text(json.dumps({**origin, "figures": figures}, indent=2) + "\n", encoding="utf-8")
+    if markdown is not None:
+        path.with_suffix(".md").write_text(f"{markdown}\n\n{_origin_line(origin)}\n", encoding="utf-8")
     return path
 
 
@@ -36,6 +39,13 @@ def status_bytes(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"This system does not tell {name} in /proc/self/status.")
+
+
+def _origin_line(origin: dict[str, Any]) -> str:
+    machine, versions = origin["machine"], origin["versions"]
+    kind = ", ".join([machine["cpu"], f"{machine['cores']} cores", *([machine["gpu"]] if "gpu" in machine else [])])
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"`{origin['command']}` on {kind}; {packages}."
 
 
 def _gpu() -> dict[str, str]:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 
@@ -66,6 +66,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
 
+    _hide_loading_bars()
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     if arguments.exit_layers is None:
         arguments.exit_layers = load_config(checkpoint).exit_layers
@@ -86,7 +87,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     )
     report = index.report
     if arguments.json:
-        print(json.dumps({"index": index.store.location, **asdict(report)}, indent=2, ensure_ascii=False))
+        print(json.dumps({"index": index.store.location, **report.to_dict()}, indent=2, ensure_ascii=False))
         return
     exits = ", ".join(map(str, index.settings.exit_layers))
     print(
@@ -104,6 +105,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
     if arguments.lines < 0:
         raise ValueError(f"--lines must not be negative, but is {arguments.lines}.")
+    _hide_loading_bars()
     answers = _search_folder(arguments) if arguments.folder else _search_index(arguments)
     if arguments.json:
         print(json.dumps([answer.to_dict() for answer in answers], indent=2, ensure_ascii=False))
@@ -166,6 +168,17 @@ def _search_index(arguments: argparse.Namespace) -> Sequence[Any]:
         languages=arguments.languages,
         path=arguments.path,
     )
+
+
+def _hide_loading_bars() -> None:
+    """Weights are read in a moment, and transformers' bar would break ours; downloads keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    downloads_hidden = are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if not downloads_hidden:
+        enable_progress_bars()
 
 
 def _has_budget(arguments: argparse.Namespace) -> bool:

@@ -19,7 +19,7 @@ def function(name):
 
 
 @pytest.fixture
-def hostile(tmp_path):
+def hostile(tmp_path, monkeypatch):
     """A folder with one good file, whose function is called `good`, and much that isn't."""
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -42,7 +42,19 @@ def hostile(tmp_path):
     (folder / "deep.py").write_text("(" * 200_000)
     (folder / "locked").mkdir()
     (folder / "locked" / "hidden.py").write_text(function("hidden"))
+    write_below_the_longest_path(folder, monkeypatch)
     return folder
+
+
+def write_below_the_longest_path(folder, monkeypatch):
+    """Folders until their paths are too long to open; in one that isn't, the path of its file is."""
+    with monkeypatch.context() as context:
+        context.chdir(folder)
+        for _ in range(25):
+            os.mkdir("d" * 200)
+            os.chdir("d" * 200)
+            with open("f" * 197 + ".py", "w") as file:
+                file.write(function("good"))
 
 
 def test_nothing_in_a_folder_crashes_the_index_or_leads_out_of_it(hostile, tmp_path, checkpoint, monkeypatch):
@@ -57,9 +69,11 @@ def test_nothing_in_a_folder_crashes_the_index_or_leads_out_of_it(hostile, tmp_p
     index = build(hostile, tmp_path / "index", checkpoint, processes=2)
     rows = stored_rows(tmp_path / "index")
     assert {row["name"] for row in rows if row["path"] != "deep.py"} == {"good"}
-    assert {row["path"] for row in rows} <= {"good.py", "deep.py"}
+    short = {row["path"] for row in rows if len(row["path"]) < 200}
+    assert short <= {"good.py", "deep.py"}
+    assert len(short) < len({row["path"] for row in rows})
     assert index.report.skipped["too large"] == 1
-    assert index.report.skipped["unreadable"] == 1  # the pipe
+    assert index.report.skipped["unreadable"] == 2  # the pipe, and the file whose path is too long
     assert index.update(processes=1, progress=False).embedded_files == 0
     assert not any("secret" in hit.text for hit in index.search(["secret"], top_k=50)[0].hits)
 
@@ -107,3 +121,12 @@ def test_the_index_does_not_index_itself(tmp_path, checkpoint):
         build(tmp_path, None, checkpoint)
     (tmp_path / ".mose" / "b.py").unlink()
     assert build(tmp_path, None, checkpoint).report.files == 1
+
+
+def test_a_file_of_blank_lines_is_no_row(tmp_path, checkpoint):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "blank.py").write_text("\n \n\t\n" * 50)
+    index = build(tmp_path / "code", tmp_path / "index", checkpoint)
+    assert index.report.rows == 0
+    (tmp_path / "code" / "a.py").write_text(function("a"))
+    assert index.update(processes=1, progress=False).rows == 1

@@ -10,7 +10,9 @@ from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.evaluation.checkpoint import load_checkpoint
 from modular_star_encoder.evaluation.encode import encode_exits
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.search import building
 from modular_star_encoder.search.embedder import Embedder
+from modular_star_encoder.search.folder import search_folder
 from modular_star_encoder.search.fusion import reciprocal_rank_fusion
 from modular_star_encoder.search.index import CodeIndex, find_index
 from modular_star_encoder.search.qdrant_store import QdrantStore
@@ -271,3 +273,40 @@ def test_a_server_serves_the_same_answers(code, tmp_path, checkpoint, shared_ind
     assert CodeIndex.open(store).search(["x"], path="stack.py")[0].hits[0].name == "peek"
     with pytest.raises(ValueError, match="can't keep states"):
         build(code, QdrantStore(QdrantClient(":memory:"), "code"), checkpoint, states=True)
+
+
+def test_only_the_deepest_exit_is_indexed_unless_others_are_named_though_the_model_gives_all(code, tmp_path):
+    checkpoint = save_retrieval_checkpoint(tiny_model(output_all_exits=True), tiny_tokenizer(), tmp_path / "model")
+    assert build(code, tmp_path / "index", checkpoint).settings.exit_layers == (4,)
+    model, tokenizer = load_checkpoint(checkpoint)
+    ((hit,),) = search_folder(code, ["push an item"], model, tokenizer, top_k=1, progress=False)
+    assert hit.exit_layer == 4
+
+
+def test_a_copy_of_a_snippet_is_embedded_once_and_is_a_row_of_its_own(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(building, "_ROWS_PER_BATCH", 1)  # copies are known across batches too
+    encoded, original = [], Embedder._encode
+    monkeypatch.setattr(
+        Embedder, "_encode", lambda self, texts, *rest: encoded.extend(texts) or original(self, texts, *rest)
+    )
+    same = "def same():\n    return 1\n"
+    write_code(tmp_path / "code", {"a.py": same, "b.py": "def other():\n    return 2\n", "c.py": same})
+    build(tmp_path / "code", tmp_path / "index", checkpoint, exit_layers=(1, 4))
+    assert [text.count("same") for text in encoded] == [1, 0]
+    rows = {row["path"]: row for row in stored_rows(tmp_path / "index")}
+    assert len(rows) == 3
+    for column in ("vector_1", "vector_4"):
+        assert rows["a.py"][column] == rows["c.py"][column] != rows["b.py"][column]
+    assert rows["a.py"]["vector_1"] != rows["a.py"]["vector_4"]
+
+
+@pytest.mark.parametrize("damaged", ["data/*", "_versions/*"])
+def test_a_damaged_index_is_told_in_one_sentence_and_can_be_built_anew(code, tmp_path, checkpoint, damaged):
+    build(code, tmp_path / "index", checkpoint)
+    for path in (tmp_path / "index" / "snippets.lance").glob(damaged):
+        path.write_bytes(b"junk")
+    for method in ("vector", "lexical"):
+        with pytest.raises((ValueError, OSError), match=r"The index .* can't be read"):
+            CodeIndex.open(tmp_path / "index").search(["push"], method=method)
+    assert build(code, tmp_path / "index", checkpoint, rebuild=True).report.rows == 7
+    assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits

@@ -190,7 +190,8 @@ def _source_files(root: Path, languages: set[str]) -> Iterator[tuple[PurePath, P
         folders[:] = [name for name in folders if not name.startswith(".") and name not in CLOSED_FOLDERS]
         for name in files:
             location = Path(parent, name)
-            if language_of(location) in languages and not location.is_symlink():
+            # Unlike Path.is_symlink, this raises nothing where a folder may be listed but not entered.
+            if language_of(location) in languages and not os.path.islink(location):
                 yield location.relative_to(root), location
 
 

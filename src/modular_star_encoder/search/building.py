@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from operator import length_hint
 from time import perf_counter
@@ -62,6 +62,11 @@ class UpdateReport:
     rows: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}  # asdict breaks counters
+        return {**values, "skipped": dict(self.skipped)}
 
 
 def update_store(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from modular_star_encoder.evaluation.encode import encode_exits
 from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
 from modular_star_encoder.search.snippets import Snippet
 from modular_star_encoder.search.states import encode_states, resume_states
-from modular_star_encoder.search.vector_store import Found
+from modular_star_encoder.search.vector_store import Found, content_hash
 
 _KEPT_EMBEDDINGS = 20_000
+
+_Key = tuple[tuple[int, ...], int, str, str]  # exits, dimension, hash of the text, language
 
 
 class Embedder:
@@ -45,7 +47,7 @@ class Embedder:
         self._device = device
         self._model: Any = None
         self._tokenizer: Any = None
-        self._deep: OrderedDict[tuple[int, int, str, str], np.ndarray] = OrderedDict()
+        self._known: OrderedDict[_Key, np.ndarray] = OrderedDict()
 
     def prompts(self) -> dict[str, str]:
         """Of questions and of code, where `{language}` stands for the language."""
@@ -74,15 +76,24 @@ class Embedder:
     def snippets(
         self, snippets: Sequence[Snippet], exit_layers: Sequence[int], dimension: int, *, states: bool = False
     ) -> tuple[dict[int, np.ndarray], list[np.ndarray] | None]:
-        """exit_layer → (N, dimension) float32 of length 1, and the states of the shallowest exit if asked for."""
-        texts = [self._document(snippet) for snippet in snippets]
-        kept = None
+        """exit_layer → (N, dimension) float32 of length 1, and the states of the shallowest exit if asked for.
+
+        Without states, copies of a snippet that was embedded lately are not embedded again: a third of some large
+        projects are copies.
+        """
         if states:
-            model = self._loaded(max(exit_layers))
-            embeddings, kept = encode_states(model, self._tokenizer, texts, exit_layers)
-        else:
-            embeddings = self._encode(texts, exit_layers)
-        return {exit_layer: cut(values, dimension) for exit_layer, values in embeddings.items()}, kept
+            texts = [self._document(snippet) for snippet in snippets]
+            embeddings, kept = encode_states(self._loaded(max(exit_layers)), self._tokenizer, texts, exit_layers)
+            return {exit_layer: cut(values, dimension) for exit_layer, values in embeddings.items()}, kept
+
+        def embed(places: Sequence[int]) -> np.ndarray:
+            embeddings = self._encode([self._document(snippets[place]) for place in places], exit_layers)
+            return np.stack([cut(embeddings[exit_layer], dimension) for exit_layer in exit_layers], axis=1)
+
+        exits = tuple(exit_layers)
+        keys = [(exits, dimension, content_hash(one.text), one.language) for one in snippets]
+        values = self._remembered(keys, embed)
+        return {exit_layer: values[:, place] for place, exit_layer in enumerate(exits)}, None
 
     def deeper(
         self, found: Sequence[Found], exit_layer: int, dimension: int, states_of: int | None = None
@@ -94,20 +105,29 @@ class Embedder:
             exit_layer: the deep exit.
             states_of: the exit whose states the rows have; from text if None.
         """
-        keys = [(exit_layer, dimension, one.text_hash, one.snippet.language) for one in found]
-        new = {key: one for key, one in zip(keys, found, strict=True) if key not in self._deep}
-        if new:
+
+        def embed(places: Sequence[int]) -> np.ndarray:
             if states_of is None:
-                values = self._encode([self._document(one.snippet) for one in new.values()], [exit_layer])[exit_layer]
+                texts = [self._document(found[place].snippet) for place in places]
+                values = self._encode(texts, [exit_layer])[exit_layer]
             else:
-                kept = [one.states for one in new.values()]
+                kept = [found[place].states for place in places]
                 values = resume_states(self._loaded(exit_layer), kept, states_of, exit_layer)
-            self._deep.update(zip(new, cut(values, dimension), strict=True))
-        result = np.stack([self._deep[key] for key in keys])
+            return cut(values, dimension)[:, None]
+
+        keys = [((exit_layer,), dimension, one.text_hash, one.snippet.language) for one in found]
+        return self._remembered(keys, embed)[:, 0]
+
+    def _remembered(self, keys: Sequence[_Key], embed: Callable[[Sequence[int]], np.ndarray]) -> np.ndarray:
+        """Embeddings (N, exits, dimension) of keys; `embed` makes those of the places that aren't known."""
+        new = {key: place for place, key in enumerate(keys) if key not in self._known}
+        if new:
+            self._known.update(zip(new, embed(list(new.values())), strict=True))
+        result = np.stack([self._known[key] for key in keys])
         for key in keys:
-            self._deep.move_to_end(key)
-        while len(self._deep) > _KEPT_EMBEDDINGS:
-            self._deep.popitem(last=False)
+            self._known.move_to_end(key)
+        while len(self._known) > _KEPT_EMBEDDINGS:
+            self._known.popitem(last=False)
         return result
 
     def _document(self, snippet: Snippet) -> str:

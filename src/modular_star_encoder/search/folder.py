@@ -52,7 +52,7 @@ def search_folder(
         raise ValueError("queries must be a list of at least one question, none of them blank.")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}.")
-    (exit_layer,) = model.config.resolve_exits(exit_layer)
+    exit_layer = model.config.check_exit(model.config.num_hidden_layers if exit_layer is None else exit_layer)
     functions = folder_functions(folder, progress=progress)
 
     def embed(texts: list[str], prompt: str) -> np.ndarray:

@@ -91,6 +91,8 @@ class CodeIndex:
             raise ValueError(f"{os.fspath(folder)!r} is no folder: name one with source code.")
         store = _store(os.path.join(os.path.expanduser(folder), INDEX_FOLDER) if location is None else location)
         embedder = Embedder(checkpoint, device)
+        if exit_layer is None and exit_layers is None:
+            exit_layer = embedder.config.num_hidden_layers  # also where a forward pass gives all exits unless told
         exits = embedder.config.resolve_exits(exit_layer, exit_layers)
         windows = windows or Windows()
         settings = IndexSettings(

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from modular_star_encoder.search.snippets import Snippet
 from modular_star_encoder.search.vector_store import Filter, Found, Row, StoredFile, stored_files
+
+Result = TypeVar("Result")
 
 TABLE = "snippets"
 OWN_FILES = {".gitignore", ".lock", "margins.json", f"{TABLE}.lance"}
@@ -33,6 +36,24 @@ REFINE_FACTOR = 5
 _TRAINING_ROUNDS = 15
 _OUTGROWN = 4
 _SETTINGS_KEY = b"modular_star_encoder"
+
+
+def _told_clearly(method: Callable[..., Result]) -> Callable[..., Result]:
+    """A method of `LanceStore` that says in one sentence what LanceDB could not read or write."""
+
+    @wraps(method)
+    def told(self: LanceStore, *arguments: Any, **options: Any) -> Result:
+        try:
+            return method(self, *arguments, **options)
+        except RuntimeError as error:
+            if not str(error).startswith("lance error"):
+                raise
+            raise OSError(
+                f"The index {self.location} can't be read or written ({error}): if it is damaged, build it anew "
+                "(--rebuild)."
+            ) from error
+
+    return told
 
 
 class LanceStore:
@@ -67,6 +88,7 @@ class LanceStore:
             raise ValueError(f"{self.location} holds a table {TABLE!r} that no index of ours.")
         return json.loads(content)
 
+    @_told_clearly
     def create(self, settings: Mapping[str, Any]) -> None:
         """See `VectorStore`."""
         if self.folder is not None:
@@ -75,10 +97,18 @@ class LanceStore:
         schema = _schema(settings["exit_layers"], settings["dimension"], settings["states"])
         schema = schema.with_metadata({_SETTINGS_KEY: json.dumps(dict(settings))})
         database = self._connect()
-        mode = "overwrite" if TABLE in database.list_tables().tables else "create"
-        self._table = database.create_table(TABLE, schema=schema, mode=mode)
+        there = TABLE in database.list_tables().tables
+        try:
+            self._table = database.create_table(TABLE, schema=schema, mode="overwrite" if there else "create")
+        except RuntimeError:
+            if not there:
+                raise
+            # Overwriting begins with the last version, which is damaged.
+            database.drop_table(TABLE)
+            self._table = database.create_table(TABLE, schema=schema)
         self._index_words()
 
+    @_told_clearly
     def files(self) -> dict[str, StoredFile]:
         """See `VectorStore`."""
         return stored_files(self._file_columns())
@@ -88,6 +118,7 @@ class LanceStore:
         for batch in self._rows().search().select(columns).to_batches():
             yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)
 
+    @_told_clearly
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         """See `VectorStore`; one commit."""
         table = self._rows()
@@ -108,15 +139,19 @@ class LanceStore:
         if self._commits % COMPACT_EVERY == 0:
             table.optimize(cleanup_older_than=KEEP_VERSIONS)
 
+    @_told_clearly
     def finish(self) -> None:
         """See `VectorStore`."""
         table = self._rows()
+        table.optimize(cleanup_older_than=KEEP_VERSIONS)
         rows = table.count_rows()
         if rows >= self._ann_rows:
+            # After compaction, which would have to write an index anew.
             for column in [name for name in table.schema.names if name.startswith("vector_")]:
                 self._index_vectors(column, rows)
-        table.optimize(cleanup_older_than=KEEP_VERSIONS)
+            table.optimize(cleanup_older_than=KEEP_VERSIONS)
 
+    @_told_clearly
     def nearest(
         self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[str] = ()
     ) -> list[Found]:
@@ -127,6 +162,7 @@ class LanceStore:
         query = query.minimum_nprobes(PROBES).maximum_nprobes(0).refine_factor(REFINE_FACTOR)
         return _found(query, "_distance", lambda distance: 1 - distance, limit, where, extras)
 
+    @_told_clearly
     def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
         """See `VectorStore`."""
         from lancedb.query import MatchQuery
@@ -136,10 +172,12 @@ class LanceStore:
         query = self._rows().search(MatchQuery(" ".join(words), "words"), query_type="fts")
         return _found(query, "_score", float, limit, where)
 
+    @_told_clearly
     def count(self) -> int:
         """See `VectorStore`."""
         return self._rows().count_rows()
 
+    @_told_clearly
     def sample(self, limit: int) -> list[Found]:
         """See `VectorStore`."""
         rows = self._rows().search().where("description != ''").select(list(FOUND_COLUMNS)).to_list()
