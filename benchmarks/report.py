@@ -4,10 +4,14 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ratios import describe, is_met, target_of
+
 from modular_star_encoder.evaluation.machine import library_versions, processor_model
+from modular_star_encoder.evaluation.markdown import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "sentence-transformers", "safetensors")
@@ -28,6 +32,27 @@ def write(name: str, figures: Any) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**provenance(), "figures": figures}, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def write_rows(name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any] | None = None) -> Path:
+    """Print rows (see `ratios.figure`) and write them as JSON and, beside it, as Markdown; returns the JSON's path."""
+    table = rows_as_markdown(rows)
+    print(table)
+    path = write(name, {"settings": dict(settings or {}), "rows": list(rows)})
+    about = json.loads(path.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+    machine = ", ".join(f"{key} {value}" for key, value in about["machine"].items())
+    text = f"`{about['command']}`\n\n{table}\n\n{versions}; {machine}.\n"
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(f"\n{path}")
+    return path
+
+
+def rows_as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What was measured, the figure with its interval, the target, and whether it is met."""
+    words = {True: "met", False: "not met", None: ""}
+    cells = [(row["name"], describe(row), target_of(row), words[is_met(row)]) for row in rows]
+    return "\n".join(markdown_table([("", "figure", "target", ""), *cells]))
 
 
 def status_bytes(name: str) -> int:
