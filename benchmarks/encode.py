@@ -1,11 +1,11 @@
-"""Encode the real functions of CodeSearchNet: without padding, against SentenceTransformer and against plain padding.
+"""Encode the real functions of CodeSearchNet: token budgets, against SentenceTransformer and against plain padding.
 
     MOSE_DATA=~/data python benchmarks/encode.py                # 4,392 functions, hub_configs/small, both dtypes
     MOSE_DATA=~/data python benchmarks/encode.py --texts 400 --repeats 5
 
 One checkpoint with random weights, one text list, one tokenizer; tokenizing is part of every contender's time.
 
-    encode_exits          sorted by length, batches of so many tokens, layers run on real tokens alone
+    encode_exits          sorted by length, batches of so many tokens; in bfloat16 of `compile_for_inference`
     sentence-transformers `SentenceTransformer.encode` of the same folder: sorted by length, padded
     unsorted              batches of 32 in the order of the corpus, padded
     five encodes          `encode_exits` once for each exit, against once for all
@@ -31,6 +31,7 @@ from sentence_transformers import SentenceTransformer
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_patterns, read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
 from modular_star_encoder.evaluation.checkpoint import load_checkpoint
+from modular_star_encoder.evaluation.compiled import compile_for_inference
 from modular_star_encoder.evaluation.encode import encode_exits, evaluating
 
 LANGUAGES = ("go", "javascript", "ruby")
@@ -43,7 +44,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="small", help="folder of hub_configs/ (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=LEAST, default=["bfloat16", "float32"])
-    parser.add_argument("--texts", type=int, help="every so-manieth function, about this many (default: all)")
+    parser.add_argument("--texts", type=int, help="about so many functions, evenly spaced (default: all)")
+    parser.add_argument(
+        "--characters", type=int, default=sys.maxsize, help="leave out longer functions (default: none)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each contender (default: %(default)s)")
     parser.add_argument("--name", default="encode", help="of the results (default: %(default)s)")
     arguments = parser.parse_args()
@@ -51,6 +55,7 @@ def main() -> None:
         print("skipped: set MOSE_DATA to a folder that holds codesearchnet/{go,javascript,ruby}_test.jsonl.gz")
         sys.exit(0)
     texts = real_functions(Path(os.environ["MOSE_DATA"], "codesearchnet"))
+    texts = [text for text in texts if len(text) <= arguments.characters]
     if arguments.texts:
         texts = texts[:: max(1, len(texts) // arguments.texts)]
     rows = []
@@ -72,10 +77,12 @@ def measure(checkpoint: Path, texts: list[str], dtype: str, repeats: int) -> lis
     model, tokenizer = load_checkpoint(checkpoint, device="cpu", dtype=dtype)
     stock = SentenceTransformer(str(checkpoint), device="cpu", model_kwargs={"dtype": dtype})
     exits, deepest = model.config.exit_layers, model.config.num_hidden_layers
+    # Compiled in the type that it is for.
+    fastest = compile_for_inference(model) if dtype == "bfloat16" else model
     embeddings: dict[str, np.ndarray] = {}
 
     def ours(*exit_layers: int) -> dict[int, np.ndarray]:
-        return encode_exits(model, tokenizer, texts, exit_layers=exit_layers, progress=False)
+        return encode_exits(fastest, tokenizer, texts, exit_layers=exit_layers, progress=False)
 
     def keep(name: str, encode: Callable[[], np.ndarray]) -> Callable[[], None]:
         def run() -> None:

@@ -5,12 +5,13 @@
 
 Three parts, each with its contenders in turns in one process:
 
-    equal dimensions  our trunk, Starcoder2Model, and a ModernBertModel whose MLPs are as wide as makes its layers as large
-                      (it has gated MLPs, as many key as query heads, and looks at a window in two layers of three)
+    equal dimensions  our trunk, Starcoder2Model, and a ModernBertModel whose MLPs are as wide as makes its layers as
+                      large (they are gated, with as many key as query heads, and two layers of three see a window)
     1B layers         the first 9 layers of the 1B configuration in bfloat16, which share the weights of a
                       Starcoder2Model: as they are, and compiled (`compile_for_inference`); beside the share of the
                       fastest matrix product in the same run
-    mixed lengths     256 texts of 150 tokens in the mean, sorted: stock in padded batches, ours without padding, compiled
+    mixed lengths     256 texts of 150 tokens in the mean, sorted: stock in padded batches, ours without padding and
+                      compiled
 
 Starcoder2Model attends to earlier tokens only, ours to all: attention is somewhat more work for us, never less.
 """
@@ -20,12 +21,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import matmul_peak, random_model, shape
+from models import MatmulPeak, random_model, shape
 from ratios import Seconds, figure, ratio, take_turns
 from report import write_rows
 from transformers import ModernBertConfig, ModernBertModel, PreTrainedModel, Starcoder2Config, Starcoder2Model
 
 from modular_star_encoder.evaluation.compiled import compile_for_inference
+from modular_star_encoder.evaluation.profile_flops import flops_per_token
 from modular_star_encoder.modeling import (
     ModularStarEncoderConfig,
     ModularStarEncoderForRetrieval,
@@ -96,12 +98,12 @@ def large_layers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for (batch, length), least in SHAPES.items() if "large" in arguments.parts else ():
         ids = random_ids(config, batch, length)
         runs = {contender: forward_of(model, ids) for contender, model in models.items()}
-        runs["matrix product"] = lambda: peaks.append(matmul_peak(torch.bfloat16, repeats=1))
-        peaks: list[float] = []
-        seconds = take_turns(runs, arguments.rounds, name=f"{batch} × {length}")
-        rows += large_rows(seconds, f"1B layers, bfloat16, {batch} × {length}", least)
-        flops = batch * length * flops_of_a_token(config, length)
-        rows += shares_of_the_peak(seconds, f"1B layers, bfloat16, {batch} × {length}", flops, max(peaks))
+        peaks = MatmulPeak()
+        seconds = take_turns({**runs, "matrix product": peaks.measure}, arguments.rounds, name=f"{batch} × {length}")
+        name = f"1B layers, bfloat16, {batch} × {length}"
+        rows += large_rows(seconds, name, least)
+        flops = batch * length * flops_per_token(config, arguments.layers, length)
+        rows += shares_of_the_peak(seconds, name, flops, peaks.best)
     if "mixed" in arguments.parts:
         rows.append(mixed_lengths(models, config, arguments))
     return rows
@@ -139,9 +141,10 @@ def mixed_lengths(
         mask = (torch.arange(int(part.max())) < part[:, None]).long()
         batches.append((random_ids(config, *mask.shape) * mask, mask))
 
+    models["compiled"].config.unpad_inputs = True
+
     def run(model: PreTrainedModel) -> Callable[[], None]:
         def forward() -> None:
-            model.config.unpad_inputs = model is models["compiled"]
             for ids, mask in batches:
                 forward_of(model, ids, mask)()
 
@@ -195,13 +198,6 @@ def modernbert_config(config: ModularStarEncoderConfig) -> ModernBertConfig:
         max_position_embeddings=config.max_position_embeddings,
         **special,
     )
-
-
-def flops_of_a_token(config: ModularStarEncoderConfig, length: int) -> float:
-    """Of the layers: two per weight, and attention over all tokens of the text."""
-    hidden, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
-    weights = 2 * hidden * config.intermediate_size + 2 * hidden * hidden + 2 * hidden * key_value
-    return config.num_hidden_layers * (2 * weights + 4 * hidden * length)
 
 
 if __name__ == "__main__":

@@ -45,13 +45,18 @@ def save_random_checkpoint(config: ModularStarEncoderConfig, texts: list[str], f
     return save_retrieval_checkpoint(model, tokenizer, folder)
 
 
-def matmul_peak(dtype: torch.dtype, repeats: int = 5) -> float:
-    """The most floating-point operations per second that torch's matrix product reached here, over three sizes."""
-    best = 0.0
-    for size in (1024, 2048, 4096):
-        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-        for _ in range(repeats):
+class MatmulPeak:
+    """The most floating-point operations per second that torch's matrix product reaches in bfloat16, of three sizes."""
+
+    SIZES = (1024, 2048, 4096)
+
+    def __init__(self) -> None:
+        self.best = 0.0
+        self._factors = [[torch.randn(size, size).bfloat16() for _ in range(2)] for size in self.SIZES]
+
+    def measure(self) -> None:
+        """One product of each size."""
+        for left, right in self._factors:
             start = time.perf_counter()
             left @ right
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
+            self.best = max(self.best, 2 * len(left) ** 3 / (time.perf_counter() - start))

@@ -1,8 +1,8 @@
 """Contenders that take turns in one run, and what one takes as a ratio of the other.
 
-Absolute times change from hour to hour on a shared machine. Contenders that run one after the other, again and again, in
-an order drawn anew for each round, meet the same machine; so each round gives a ratio, and the median of those is the
-figure. Its 95 % interval is a bootstrap over the rounds.
+Absolute times change from hour to hour on a shared machine. Contenders that run one after the other, again and again,
+in an order drawn anew for each round, meet the same machine; so each round gives a ratio, and the median of those is
+the figure. Its 95 % interval is a bootstrap over the rounds.
 """
 
 import random

@@ -13,7 +13,8 @@ from ratios import describe, is_met, target_of
 from modular_star_encoder.evaluation.machine import library_versions, processor_model
 from modular_star_encoder.evaluation.markdown import markdown_table
 
-RESULTS = Path(__file__).parent / "results"
+COMMITTED = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("MOSE_BENCH_RESULTS", COMMITTED))
 PACKAGES = ("torch", "transformers", "sentence-transformers", "safetensors")
 
 
@@ -22,37 +23,29 @@ def provenance() -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "versions": library_versions(PACKAGES),
-        "machine": {"cpu": processor_model(), "cores": os.cpu_count(), **_gpu()},
+        "machine": {"cpu": processor_model(), "cores": _cores(), **_gpu()},
     }
 
 
-def write(name: str, figures: Any) -> Path:
-    """Write `benchmarks/results/{name}.json` and return its path."""
-    RESULTS.mkdir(exist_ok=True)
+def write(name: str, figures: Any, markdown: str | None = None) -> Path:
+    """Write `benchmarks/results/{name}.json` and return its path; `markdown` goes into `{name}.md` beside it."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**provenance(), "figures": figures}, indent=2) + "\n", encoding="utf-8")
+    origin = provenance()
+    path.write_text(json.dumps({**origin, "figures": figures}, indent=2) + "\n", encoding="utf-8")
+    if markdown is not None:
+        path.with_suffix(".md").write_text(f"{markdown}\n\n{_origin_line(origin)}\n", encoding="utf-8")
     return path
 
 
 def write_rows(name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any] | None = None) -> Path:
-    """Print rows (see `ratios.figure`) and write them as JSON and, beside it, as Markdown; returns the JSON's path."""
-    table = rows_as_markdown(rows)
-    print(table)
-    path = write(name, {"settings": dict(settings or {}), "rows": list(rows)})
-    about = json.loads(path.read_text(encoding="utf-8"))
-    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-    machine = ", ".join(f"{key} {value}" for key, value in about["machine"].items())
-    text = f"`{about['command']}`\n\n{table}\n\n{versions}; {machine}.\n"
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(f"\n{path}")
-    return path
-
-
-def rows_as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What was measured, the figure with its interval, the target, and whether it is met."""
+    """Print rows (see `ratios.figure`), write them as JSON and Markdown, and return the JSON's path."""
     words = {True: "met", False: "not met", None: ""}
     cells = [(row["name"], describe(row), target_of(row), words[is_met(row)]) for row in rows]
-    return "\n".join(markdown_table([("", "figure", "target", ""), *cells]))
+    table = "\n".join(markdown_table([("", "figure", "target", ""), *cells]))
+    path = write(name, {"settings": dict(settings or {}), "rows": list(rows)}, table)
+    print(f"{table}\n\n{path}")
+    return path
 
 
 def status_bytes(name: str) -> int:
@@ -61,6 +54,18 @@ def status_bytes(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"This system does not tell {name} in /proc/self/status.")
+
+
+def _cores() -> int | None:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _origin_line(origin: dict[str, Any]) -> str:
+    machine, versions = origin["machine"], origin["versions"]
+    kind = ", ".join([machine["cpu"], f"{machine['cores']} cores", *([machine["gpu"]] if "gpu" in machine else [])])
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"`{origin['command']}` on {kind}; {packages}."
 
 
 def _gpu() -> dict[str, str]:

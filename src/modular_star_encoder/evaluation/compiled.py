@@ -1,9 +1,9 @@
 """A model whose wide layers are compiled for inference on a CPU.
 
-Nine tenths of a layer's arithmetic are in its MLP. torch.compile with frozen weights (`torch._inductor.config.freezing`)
-packs them once in the layout that oneDNN multiplies fastest, and has oneDNN apply bias and GELU while a tile of the
-product is still in cache, in place of a pass over memory each. Tokens go through in chunks of about a thousand, so that
-what lies between the two products (12,288 wide in the 1B configuration) stays in cache too.
+Nine tenths of a layer's arithmetic are in its MLP. torch.compile with frozen weights (inductor's `freezing`) packs
+them once in the layout that oneDNN multiplies best, and has oneDNN apply bias and GELU while a tile of the product
+is still in cache, in place of a pass over memory each. Tokens go through in chunks of about a thousand, so that what lies
+between the two products (12,288 wide in the 1B configuration) stays near the processor too.
 """
 
 from __future__ import annotations
@@ -82,6 +82,3 @@ def _in_chunks(
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(states)
 
     return forward
-
-
-__all__ = ["TOKENS_PER_CHUNK", "compile_for_inference"]
