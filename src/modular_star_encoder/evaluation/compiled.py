@@ -2,7 +2,7 @@
 
 Nine tenths of a layer's arithmetic are in its MLP. torch.compile with frozen weights (inductor's `freezing`) packs
 them once in the layout that oneDNN multiplies best, and has oneDNN apply bias and GELU while a tile of the product
-is still in cache, in place of a pass over memory each. Tokens go through in chunks of about a thousand, so that what lies
+is still in cache, in place of a pass over memory each. Tokens go through in chunks of about a thousand, so that what is
 between the two products (12,288 wide in the 1B configuration) stays near the processor too.
 """
 
