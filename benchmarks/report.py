@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ratios import describe, is_met, target_of
+from row_figure import plot_rows
 
 from modular_star_encoder.evaluation.machine import library_versions, processor_model
 from modular_star_encoder.evaluation.markdown import markdown_table
@@ -39,11 +40,12 @@ def write(name: str, figures: Any, markdown: str | None = None) -> Path:
 
 
 def write_rows(name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any] | None = None) -> Path:
-    """Print rows (see `ratios.figure`), write them as JSON and Markdown, and return the JSON's path."""
+    """Print rows (see `ratios.figure`), write them as JSON, Markdown and PNG, and return the JSON's path."""
     words = {True: "met", False: "not met", None: ""}
     cells = [(row["name"], describe(row), target_of(row), words[is_met(row)]) for row in rows]
     table = "\n".join(markdown_table([("", "figure", "target", ""), *cells]))
     path = write(name, {"settings": dict(settings or {}), "rows": list(rows)}, table)
+    plot_rows([row for row in rows if row.get("unit", "×") == "×"], path.with_suffix(".png"))
     print(f"{table}\n\n{path}")
     return path
 

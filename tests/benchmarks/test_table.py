@@ -84,3 +84,17 @@ def test_ratios_are_medians_over_rounds_with_an_interval_around_them(table):
     assert ratios.is_met(ratios.figure("x", measured, least=1.0)) is True
     assert ratios.is_met(ratios.figure("x", measured, most=0.9)) is False
     assert ratios.is_met(ratios.figure("x", measured)) is None
+
+
+def test_rows_are_written_as_json_markdown_and_picture(table, tmp_path, monkeypatch):
+    import report
+    from ratios import figure
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rows = [figure("ours / theirs", {"value": 1.2, "low": 1.1, "high": 1.3}, least=1.0), figure("x", {"value": 2.0})]
+    path = report.write_rows("forward", rows, {"layers": 2})
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written["figures"] == {"settings": {"layers": 2}, "rows": rows}
+    assert written["command"].startswith("python ")
+    assert "1.20 × (1.10–1.30) |  ≥ 1 × | met |" in path.with_suffix(".md").read_text(encoding="utf-8")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
