@@ -21,7 +21,7 @@ BEGIN, END = "<!-- made by table.py -->", "<!-- end -->"
 Row = dict[str, Any]
 
 REASONS = {
-    # Beginning of a row's name → why its target is missed, with where the profile is.
+    # Beginning of a row’s name → why its target is missed, with where the profile is.
 }
 
 
