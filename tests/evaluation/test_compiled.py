@@ -3,6 +3,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.exc import BackendCompilerFailed
 
 from modular_star_encoder.evaluation.compiled import _in_chunks, compile_for_inference
 from tests.tiny import tiny_batch, tiny_model
@@ -71,3 +72,12 @@ def test_chunks_of_one_token_and_other_devices_are_refused():
         compile_for_inference(tiny_model(), tokens_per_chunk=1)
     with pytest.raises(ValueError, match="is for CPUs; the model is on meta"):
         compile_for_inference(tiny_model().to("meta"))
+
+
+def test_a_failing_compiler_is_one_sentence(monkeypatch):
+    def fail(states):
+        raise BackendCompilerFailed(fail, RuntimeError("no compiler\nand much more"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: fail)
+    with pytest.raises(ValueError, match=r"^torch.compile failed; is there a C\+\+ compiler\? no compiler$"):
+        compile_for_inference(tiny_model(), progress=False)

@@ -27,7 +27,7 @@ def compile_for_inference(
     Compiled code runs under `torch.inference_mode()` and without autocast, as `encode_exits` and
     `SentenceTransformer.encode` call a model; in any other mode the plain layers run. Weights are packed when this is
     called, and packed copies of the MLPs' are kept: later changes of the parameters have no effect, and memory for
-    weights about doubles. Compiling takes a second or more per layer, and needs a C++ compiler.
+    weights about doubles. Compiling takes a second or more per layer, and may need a C++ compiler.
 
     Args:
         model: on a CPU. Worth it in bfloat16, on processors with AVX512-BF16 or AMX.
@@ -35,7 +35,7 @@ def compile_for_inference(
         progress: show a bar while compiling.
 
     Raises:
-        ValueError: a model on another device, a chunk of fewer than two tokens, or no working C++ compiler.
+        ValueError: a model on another device, a chunk of fewer than two tokens, or torch.compile failed.
     """
     if model.device.type != "cpu":
         raise ValueError(f"compile_for_inference is for CPUs; the model is on {model.device}.")
@@ -63,7 +63,8 @@ def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[
             for tokens in (64, 96):
                 compiled(torch.zeros(tokens, model.config.hidden_size, dtype=model.dtype))
         except BackendCompilerFailed as error:
-            raise ValueError(f"torch.compile failed, a C++ compiler is needed: {str(error).splitlines()[0]}") from error
+            reason = str(error.inner_exception).partition("\n")[0]
+            raise ValueError(f"torch.compile failed; is there a C++ compiler? {reason}") from error
     return compiled
 
 
