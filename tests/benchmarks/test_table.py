@@ -86,6 +86,12 @@ def test_ratios_are_medians_over_rounds_with_an_interval_around_them(table):
     assert ratios.is_met(ratios.figure("x", measured)) is None
 
 
+def test_small_figures_keep_their_digits(table):
+    import ratios
+
+    assert ratios.describe({"value": 0.00042, "unit": ""}).strip() == "4.2e-04"
+
+
 def test_rows_are_written_as_json_markdown_and_picture(table, tmp_path, monkeypatch):
     import report
     from ratios import figure
