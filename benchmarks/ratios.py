@@ -69,7 +69,7 @@ def describe(row: Mapping[str, Any]) -> str:
     """`1.03 × (1.01–1.05)`."""
     unit = row.get("unit", "×")
     interval = f" ({row['low']:.2f}–{row['high']:.2f})" if "low" in row else ""
-    value = f"{row['value']:.2f}" if row["value"] >= 0.01 else f"{row['value']:.1e}"
+    value = f"{row['value']:.2f}" if abs(row["value"]) >= 0.01 else f"{row['value']:.1e}"
     return f"{value} {unit}{interval}"
 
 
