@@ -53,7 +53,7 @@ QUICK = (
     Benchmark("exit_latency", ("--quick",)),
     Benchmark("forward", ("--quick", "--rounds", "4")),
     Benchmark("pretraining_step", ("--rows", "2", "--tokens", "128", "--repeats", "3", "--vocabularies", "8192")),
-    Benchmark("encode", ("--texts", "100", "--characters", "1500", "--repeats", "3"), needs_data=True),
+    Benchmark("encode", ("--texts", "60", "--characters", "1500", "--repeats", "3"), needs_data=True),
 )
 
 
