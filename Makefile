@@ -1,6 +1,8 @@
 # make quickstart    train, measure, slice and search a small model (under ten minutes on two cores)
 # make test          every test
 # make test-common   transformers' own common tests on our models (fetched from PyPI once)
+# make bench         every benchmark, and the table in benchmarks/README.md (hours; MOSE_DATA=folder for real rows)
+# make bench-quick   ratios that guard against regressions (under three minutes on two cores)
 # make lint          ruff
 # make lint-modeling transformers' linter of model files
 
@@ -11,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 # Two processes of one thread each: tests are too small for more threads, and OMP's would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-common lint lint-modeling clean
+.PHONY: quickstart test test-common bench bench-quick lint lint-modeling clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -25,6 +27,13 @@ test: $(INSTALLED)
 test-common: $(INSTALLED)
 	$(BIN)/python -m tests.common.prepare
 	$(PYTEST) -q -rs tests/common $(ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-quick: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py --quick $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -4,12 +4,18 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modular_star_encoder.evaluation.machine import library_versions, processor_model
+from ratios import describe, is_met, target_of
+from row_figure import plot_rows
 
-RESULTS = Path(__file__).parent / "results"
+from modular_star_encoder.evaluation.machine import library_versions, processor_model
+from modular_star_encoder.evaluation.markdown import markdown_table
+
+COMMITTED = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("MOSE_BENCH_RESULTS", COMMITTED))
 PACKAGES = ("torch", "transformers", "sentence-transformers", "safetensors")
 
 
@@ -18,18 +24,29 @@ def provenance() -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "versions": library_versions(PACKAGES),
-        "machine": {"cpu": processor_model(), "cores": os.cpu_count(), **_gpu()},
+        "machine": {"cpu": processor_model(), "cores": _cores(), **_gpu()},
     }
 
 
 def write(name: str, figures: Any, markdown: str | None = None) -> Path:
     """Write `benchmarks/results/{name}.json` and return its path; `markdown` goes into `{name}.md` beside it."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     origin = provenance()
     path.write_text(json.dumps({**origin, "figures": figures}, indent=2) + "\n", encoding="utf-8")
     if markdown is not None:
         path.with_suffix(".md").write_text(f"{markdown}\n\n{_origin_line(origin)}\n", encoding="utf-8")
+    return path
+
+
+def write_rows(name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any] | None = None) -> Path:
+    """Print rows (see `ratios.figure`), write them as JSON, Markdown and PNG, and return the JSON's path."""
+    words = {True: "met", False: "not met", None: ""}
+    cells = [(row["name"], describe(row), target_of(row), words[is_met(row)]) for row in rows]
+    table = "\n".join(markdown_table([("", "figure", "target", ""), *cells]))
+    path = write(name, {"settings": dict(settings or {}), "rows": list(rows)}, table)
+    plot_rows([row for row in rows if row.get("unit", "×") == "×"], path.with_suffix(".png"))
+    print(f"{table}\n\n{path}")
     return path
 
 
@@ -39,6 +56,11 @@ def status_bytes(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"This system does not tell {name} in /proc/self/status.")
+
+
+def _cores() -> int | None:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _origin_line(origin: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from modular_star_encoder.evaluation.encode import encode_exits
-from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE
+from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, tiny_model
 
 TEXTS = ["return x", "def add(first, second):\n    return first + second", "", "x", "return first + second - third"]
 
@@ -125,3 +125,28 @@ def test_progress_is_shown_unless_it_is_switched_off(model, tokenizer, capsys):
     assert capsys.readouterr().err == ""
     encode_exits(model, tokenizer, TEXTS)
     assert "encoding" in capsys.readouterr().err
+
+
+SHORT_AND_LONG = ["x", "def f(a, b):\n    return a + b\n" * 3]
+
+
+def tokens_through_the_layers(model, tokenizer):
+    """How many tokens an MLP sees of a text and a much longer one."""
+    seen = []
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output[..., 0]))
+    encode(model, tokenizer, SHORT_AND_LONG)
+    hook.remove()
+    return sum(states.numel() for states in seen)
+
+
+def test_no_padding_is_computed_and_the_setting_is_left_as_it_was(model, tokenizer):
+    lengths = [len(ids) for ids in tokenizer(SHORT_AND_LONG)["input_ids"]]
+    assert lengths[1] > 2 * lengths[0]
+    assert tokens_through_the_layers(model, tokenizer) == sum(lengths)
+    assert model.config.unpad_inputs is False
+
+
+def test_legacy_pooling_may_read_padding_which_is_then_computed(tokenizer):
+    model = tiny_model(pooling="legacy").eval()
+    lengths = [len(ids) for ids in tokenizer(SHORT_AND_LONG)["input_ids"]]
+    assert tokens_through_the_layers(model, tokenizer) == 2 * max(lengths)

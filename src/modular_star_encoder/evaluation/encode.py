@@ -26,8 +26,8 @@ def encode_exits(
     """Sentence embeddings of `texts` at each exit, the layers up to the deepest exit being computed once.
 
     Texts are sorted by length and batched so that a batch holds at most `tokens_per_batch` tokens, padding included (a
-    longer text goes alone); the order of the result is that of `texts`. Equal texts are encoded once, so that their
-    embeddings are equal to the last bit and tie.
+    longer text goes alone); on a CPU no padding is computed. The order of the result is that of `texts`. Equal texts
+    are encoded once, so that their embeddings are equal to the last bit and tie.
 
     Args:
         model: a `ModularStarEncoderForRetrieval`, on any device; it is put in evaluation mode for the time of the call.
@@ -45,7 +45,7 @@ def encode_exits(
     """
     config = model.config
     exits = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
-    with evaluating(model), _autocast(model, dtype):
+    with evaluating(model), without_padding(model), _autocast(model, dtype):
         embeddings = encode_batches(
             tokenizer,
             texts,
@@ -147,6 +147,19 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def without_padding(model: torch.nn.Module) -> Iterator[None]:
+    """On a CPU, where the pooling allows it, batches are computed without their padding meanwhile."""
+    config = model.config
+    as_configured = config.unpad_inputs
+    if next(model.parameters()).device.type == "cpu" and config.pooling != "legacy":
+        config.unpad_inputs = True
+    try:
+        yield
+    finally:
+        config.unpad_inputs = as_configured
 
 
 def _autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

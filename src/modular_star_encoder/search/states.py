@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modular_star_encoder.evaluation.encode import evaluating, length_batches, tokenize
+from modular_star_encoder.evaluation.encode import evaluating, length_batches, tokenize, without_padding
 
 _TOKENS_PER_BATCH = 8192
 
@@ -31,7 +31,7 @@ def encode_states(
     embeddings = {exit_layer: np.empty((len(texts), model.config.projection_size), np.float32) for exit_layer in exits}
     states: list[np.ndarray] = [np.empty((0, model.config.hidden_size), np.float32)] * len(texts)
     device = next(model.parameters()).device
-    with evaluating(model):
+    with evaluating(model), without_padding(model):
         for rows in length_batches([len(ids) for ids in token_ids], _TOKENS_PER_BATCH):
             batch = tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt").to(device)
             mask = batch["attention_mask"]
@@ -60,7 +60,7 @@ def resume_states(
     """
     parameter = next(model.parameters())
     embeddings = np.empty((len(states), model.config.projection_size), np.float32)
-    with evaluating(model):
+    with evaluating(model), without_padding(model):
         for rows in length_batches([len(one) for one in states], _TOKENS_PER_BATCH):
             padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(states[row]) for row in rows], batch_first=True)
             lengths = torch.tensor([len(states[row]) for row in rows])

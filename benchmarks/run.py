@@ -1,0 +1,94 @@
+"""All benchmarks, one after the other, each in its own process; one that fails is named at the end and stops nothing.
+
+    make bench          # python benchmarks/run.py; hours: run it on a quiet machine
+    make bench-quick    # python benchmarks/run.py --quick; minutes: small shapes, results in runs/bench-quick/
+
+Those that need rows of CodeSearchNet are skipped unless MOSE_DATA names a folder with codesearchnet/*_test.jsonl.gz.
+Figures decide nothing here: the exit status is 1 only if a benchmark did not run to its end.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+QUICK_RESULTS = HERE.parent / "runs" / "bench-quick"
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A script with its arguments.
+
+    Args:
+        script: file in this folder, without its ending.
+        arguments: of the script.
+        needs_data: whether it reads MOSE_DATA.
+    """
+
+    script: str
+    arguments: tuple[str, ...] = ()
+    needs_data: bool = False
+
+
+FULL = (
+    Benchmark("import_time"),
+    Benchmark("exit_latency"),
+    Benchmark("forward"),
+    Benchmark("encode", needs_data=True),
+    Benchmark("loading_at_an_exit"),
+    Benchmark("exit_profile"),
+    Benchmark("scoring_memory"),
+    Benchmark("pretraining_step", ("--rows", "4")),
+    Benchmark("contrastive_step"),
+    Benchmark("near_duplicates", needs_data=True),
+    Benchmark("cascade", ("--shape", "paper")),
+    Benchmark("vector_index"),
+)
+QUICK = (
+    Benchmark("import_time", ("--rounds", "2")),
+    Benchmark("exit_latency", ("--quick",)),
+    Benchmark("forward", ("--quick", "--rounds", "4")),
+    Benchmark("pretraining_step", ("--rows", "2", "--tokens", "128", "--repeats", "3", "--vocabularies", "8192")),
+    Benchmark("encode", ("--texts", "60", "--characters", "1500", "--repeats", "3"), needs_data=True),
+)
+
+
+def main() -> int:
+    """Run them; 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small shapes alone")
+    parser.add_argument("--only", nargs="+", metavar="SCRIPT", help="of these scripts alone")
+    arguments = parser.parse_args()
+    chosen = [one for one in (QUICK if arguments.quick else FULL) if one.script in (arguments.only or [one.script])]
+    if not chosen:
+        parser.error(f"--only takes names among {', '.join(one.script for one in FULL)}")
+    environment = dict(os.environ)
+    if arguments.quick:
+        environment["MOSE_BENCH_RESULTS"] = str(QUICK_RESULTS)
+    outcomes = {benchmark.script: run(benchmark, environment) for benchmark in chosen}
+    print("\n" + "\n".join(f"{script}: {outcome}" for script, outcome in outcomes.items()))
+    if not arguments.quick:
+        subprocess.run([sys.executable, HERE / "table.py"], check=True)
+    return int(any(outcome.startswith("failed") for outcome in outcomes.values()))
+
+
+def run(benchmark: Benchmark, environment: dict[str, str]) -> str:
+    """What became of one: how long it took, that it failed, or why it was skipped."""
+    script = HERE / f"{benchmark.script}.py"
+    print(f"\n== {benchmark.script} {' '.join(benchmark.arguments)}", flush=True)
+    if benchmark.needs_data and "MOSE_DATA" not in environment:
+        return "skipped: MOSE_DATA is not set"
+    if not script.is_file():
+        return "failed: there is no such script"
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, script, *benchmark.arguments], env=environment)
+    seconds = time.perf_counter() - start
+    return f"{seconds:.0f} s" if result.returncode == 0 else f"failed with status {result.returncode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

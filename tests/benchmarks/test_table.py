@@ -1,0 +1,106 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = set(sys.modules)
+    import table
+
+    yield table
+    # Plain names such as `report` must not stay for other tests to find.
+    for name in set(sys.modules) - before:
+        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def results(folder: Path, **row):
+    figures = {"rows": [{"name": "ours / theirs", "value": 1.2, "low": 1.1, "high": 1.3, "most": 1.1} | row]}
+    about = {"command": "python x.py", "machine": {"cpu": "a CPU", "cores": 2}}
+    versions = {"torch": "2", "transformers": "5"}
+    text = json.dumps({**about, "versions": versions, "figures": figures})
+    (folder / "forward.json").write_text(text, encoding="utf-8")
+
+
+def test_the_readme_has_the_figures_of_the_committed_results(table):
+    text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert table.with_table(text, table.results_table(table.COMMITTED)) == text
+
+
+def test_another_figure_is_another_table(table, tmp_path):
+    results(tmp_path)
+    first = table.results_table(tmp_path)
+    assert "1.20 × (1.10–1.30) | ≤ 1.1 × |  no |" in first
+    assert "`python x.py`" in first
+    results(tmp_path, value=1.05)
+    assert "1.05 × (1.10–1.30) | ≤ 1.1 × | yes |" in table.results_table(tmp_path)
+
+
+def test_a_target_that_is_missed_has_its_reason(table, tmp_path, monkeypatch):
+    monkeypatch.setitem(table.REASONS, "ours /", "the profile says so")
+    results(tmp_path)
+    assert "no: the profile says so" in table.results_table(tmp_path)
+
+
+def test_results_that_are_not_there_are_named(table, tmp_path):
+    assert table.results_table(tmp_path).count("not measured yet") == len(table.SOURCES)
+
+
+def test_a_benchmark_that_fails_is_named_and_stops_nothing(table, tmp_path, monkeypatch, capfd):
+    import run
+
+    (tmp_path / "broken.py").write_text("raise SystemExit(3)")
+    (tmp_path / "fine.py").write_text("print('it ran')")
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(run, "QUICK", (run.Benchmark("broken"), run.Benchmark("fine"), run.Benchmark("rows", (), True)))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--quick"])
+    monkeypatch.delenv("MOSE_DATA", raising=False)
+    assert run.main() == 1
+    out = capfd.readouterr().out
+    assert "it ran" in out
+    assert "broken: failed with status 3" in out
+    assert "rows: skipped: MOSE_DATA is not set" in out
+
+
+def test_every_benchmark_of_the_quick_run_is_a_script(table):
+    import run
+
+    assert all((BENCHMARKS / f"{one.script}.py").is_file() for one in run.QUICK)
+
+
+def test_ratios_are_medians_over_rounds_with_an_interval_around_them(table):
+    import ratios
+
+    seconds = {"a": [2.0, 4.0, 60.0], "b": [1.0, 2.0, 20.0]}
+    measured = ratios.ratio(seconds, "a", "b", scale=0.5)
+    assert measured["value"] == 1.0
+    assert measured["low"] == 1.0 < measured["high"] == 1.5
+    assert ratios.is_met(ratios.figure("x", measured, least=1.0)) is True
+    assert ratios.is_met(ratios.figure("x", measured, most=0.9)) is False
+    assert ratios.is_met(ratios.figure("x", measured)) is None
+
+
+def test_small_figures_keep_their_digits(table):
+    import ratios
+
+    assert ratios.describe({"value": 0.00042, "unit": ""}).strip() == "4.2e-04"
+
+
+def test_rows_are_written_as_json_markdown_and_picture(table, tmp_path, monkeypatch):
+    import report
+    from ratios import figure
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rows = [figure("ours / theirs", {"value": 1.2, "low": 1.1, "high": 1.3}, least=1.0), figure("x", {"value": 2.0})]
+    path = report.write_rows("forward", rows, {"layers": 2})
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written["figures"] == {"settings": {"layers": 2}, "rows": rows}
+    assert written["command"].startswith("python ")
+    assert "1.20 × (1.10–1.30) |  ≥ 1 × | met |" in path.with_suffix(".md").read_text(encoding="utf-8")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
