@@ -1,5 +1,6 @@
 """Indexing is killed with SIGKILL, again and again, and never leaves anything that isn't whole."""
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -71,15 +72,26 @@ def test_killed_ten_times_at_random_the_next_run_completes_the_index(tmp_path, c
     server.start()
     generator = random.Random(0)
     killed_at_work = 0
-    for version in range(KILLS):
-        if version != 5:  # once the next run finds the same files, half done
-            write_version(folder, version)
+
+    def start():
         begun.clear()
         here.send(True)
         process = here.recv()
         assert begun.wait(60)
-        time.sleep(generator.uniform(0, 0.6))
-        os.kill(process, signal.SIGKILL)
+        return process
+
+    write_version(folder, 0)
+    start()
+    beginning = time.perf_counter()
+    assert here.recv() == 0
+    duration = time.perf_counter() - beginning  # of the writing, left alone
+    for version in range(1, KILLS + 1):
+        if version != 5:  # once the next run finds the same files, half done
+            write_version(folder, version)
+        process = start()
+        time.sleep(generator.uniform(0, duration if version < KILLS else duration / 2))
+        with contextlib.suppress(ProcessLookupError):  # it was quicker
+            os.kill(process, signal.SIGKILL)
         killed_at_work += os.WIFSIGNALED(here.recv())
         index = CodeIndex.open(location)
         assert index.store.count() == len(stored_rows(location))
@@ -95,5 +107,5 @@ def test_killed_ten_times_at_random_the_next_run_completes_the_index(tmp_path, c
     assert report.embedded_files > 0
     held = held_rows(location)
     assert sorted((path, place) for path, rows in held.items() for place, _, _ in rows) == expected_rows(folder)
-    assert {text for rows in held.values() for _, text, _ in rows} == {f"version {KILLS - 1}"}
+    assert {text for rows in held.values() for _, text, _ in rows} == {f"version {KILLS}"}
     assert index.update(processes=1, progress=False).embedded_files == 0
