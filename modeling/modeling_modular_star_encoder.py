@@ -56,8 +56,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_modular_star_encoder import LOGIT_SCALE_BOUNDS, ModularStarEncoderConfig
 
-# Logits computed at once by the masked language modelling loss: 2**22 float32 are 16 MiB, whatever the vocabulary.
+# Logits computed at once by the masked language modelling loss: 2**22 float32 are 16 MiB, whatever the vocabulary, but of
+# 256 tokens at least, for every chunk reads and writes a gradient as large as the vocabulary's weights.
 LOGITS_PER_CHUNK = 2**22
+TOKENS_PER_CHUNK = 256
 
 # Texts share a group of unpadded attention while the shortest has this share of the longest one's tokens.
 SHORTEST_IN_GROUP = 0.8
@@ -909,7 +911,7 @@ class MaskedLanguageModelingLoss(torch.autograd.Function):
 
 
 def _chunks(states: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...]:
-    return states.split(max(1, LOGITS_PER_CHUNK // vocab_size))
+    return states.split(max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // vocab_size))
 
 
 class ModularStarEncoderPreTrainingHeads(nn.Module):

@@ -47,6 +47,7 @@ def test_the_loss_does_not_depend_on_the_chunk_of_logits(pretraining_model, monk
         return loss.detach(), pretraining_model.heads.decoder.weight.grad.clone()
 
     whole = loss_and_gradient()
+    monkeypatch.setattr(modeling_modular_star_encoder, "TOKENS_PER_CHUNK", 1)
     monkeypatch.setattr(modeling_modular_star_encoder, "LOGITS_PER_CHUNK", 300)  # one row of 300 logits at a time
     chunked = loss_and_gradient()
     torch.testing.assert_close(whole, chunked)
@@ -64,6 +65,7 @@ def test_gradients_of_the_mlm_losses_are_those_of_plain_cross_entropy(pretrainin
     logits = [pretraining_model(**inputs, exit_layer=exit_layer).logits for exit_layer in EXIT_LAYERS]
     plain = [nn.functional.cross_entropy(exit.flatten(0, 1), batch["labels"].flatten()) for exit in logits]
     expected = gradients((torch.stack(plain) * weights).sum())
+    monkeypatch.setattr(modeling_modular_star_encoder, "TOKENS_PER_CHUNK", 1)
     monkeypatch.setattr(modeling_modular_star_encoder, "LOGITS_PER_CHUNK", 1500)
     ours = gradients((pretraining_model(**inputs, labels=batch["labels"]).mlm_losses * weights).sum())
     assert "heads.decoder.bias" in expected
