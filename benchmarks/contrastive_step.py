@@ -38,7 +38,7 @@ from unittest import mock
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from report import status_bytes, write
+from report import EXACT_MEMORY, status_bytes, write
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -176,7 +176,7 @@ class Worker:
         command = [sys.executable, __file__, *(str(part) for option in options.items() for part in option)]
         self.process = subprocess.Popen(
             command + ["--bf16"] * arguments.bf16,
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)},
+            env={**os.environ, **EXACT_MEMORY},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

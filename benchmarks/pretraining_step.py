@@ -5,7 +5,8 @@
 
 Contenders take turns in one process; seconds are medians. `plain` computes the logits of all tokens at all exits, as
 code that follows the formula would. Peak memory is measured in a process per contender: resident memory at the end of
-its peak (VmHWM) above that before the first step, on CPU; `max_memory_allocated` on a GPU.
+its peak (VmHWM) above that before the first step, on CPU, where glibc is told to give back memory that is freed
+(MALLOC_MMAP_THRESHOLD_); `max_memory_allocated` on a GPU.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from report import status_bytes, write
+from report import EXACT_MEMORY, status_bytes, write
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -163,7 +164,9 @@ def memory_in_own_process(arguments: argparse.Namespace, contender: str, vocabul
     """Peak memory of two steps in a fresh process."""
     options = ["--shape", arguments.shape, "--rows", str(arguments.rows), "--tokens", str(arguments.tokens)]
     command = [sys.executable, __file__, *options, "--memory-of", contender, str(vocabulary)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    environment = {**os.environ, **EXACT_MEMORY}
+    result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def peak_memory(arguments: argparse.Namespace, contender: str, vocabulary: int) -> int:

@@ -50,6 +50,10 @@ def write_rows(name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[s
     return path
 
 
+# glibc by itself keeps some of the memory that is freed, and how much differs from run to run.
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+
+
 def status_bytes(name: str) -> int:
     """A memory figure of this process, such as `VmHWM` (Linux)."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

@@ -57,9 +57,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_modular_star_encoder import LOGIT_SCALE_BOUNDS, ModularStarEncoderConfig
 
 # Logits computed at once by the masked language modelling loss: 2**22 float32 are 16 MiB, whatever the vocabulary, but of
-# 256 tokens at least, for every chunk reads and writes a gradient as large as the vocabulary's weights.
+# 160 tokens at least, for every chunk reads and writes a gradient as large as the vocabulary's weights.
 LOGITS_PER_CHUNK = 2**22
-TOKENS_PER_CHUNK = 256
+TOKENS_PER_CHUNK = 160
 
 # Texts share a group of unpadded attention while the shortest has this share of the longest one's tokens.
 SHORTEST_IN_GROUP = 0.8
