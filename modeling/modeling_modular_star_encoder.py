@@ -60,6 +60,8 @@ from .configuration_modular_star_encoder import LOGIT_SCALE_BOUNDS, ModularStarE
 # 160 tokens at least, for every chunk reads and writes a gradient as large as the vocabulary's weights.
 LOGITS_PER_CHUNK = 2**22
 TOKENS_PER_CHUNK = 160
+# Rows of that gradient that are summed at once: a sum over two dtypes first copies one of them, on a CPU.
+ROWS_PER_SUM = 4096
 
 # Texts share a group of unpadded attention while the shortest has this share of the longest one's tokens.
 SHORTEST_IN_GROUP = 0.8
@@ -904,7 +906,8 @@ class MaskedLanguageModelingLoss(torch.autograd.Function):
             gradient.scatter_add_(1, part_targets[:, None], -torch.ones_like(part_sums)[:, None])
             gradient = gradient.mul_(part_scales[:, None]).to(flat.dtype)
             feature_gradients.append(gradient @ weight_cast)
-            weight_gradient += gradient.T @ part
+            for rows, own in zip(weight_gradient.split(ROWS_PER_SUM), gradient.split(ROWS_PER_SUM, dim=1), strict=True):
+                rows += own.T @ part
             bias_gradient += gradient.sum(dim=0, dtype=torch.float32)
         feature_gradient = torch.cat(feature_gradients).view_as(features)
         return feature_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(bias.dtype), None
