@@ -56,8 +56,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_modular_star_encoder import LOGIT_SCALE_BOUNDS, ModularStarEncoderConfig
 
-# Logits computed at once by the masked language modelling loss: 2**22 float32 are 16 MiB, whatever the vocabulary. But 160
-# tokens at least, for every chunk reads and writes a gradient as large as the vocabulary's weights.
+# Logits computed at once by the masked language modelling loss: 2**22 float32 are 16 MiB, whatever the vocabulary. But
+# 160 tokens at least, for every chunk reads and writes a gradient as large as the vocabulary's weights.
 LOGITS_PER_CHUNK = 2**22
 TOKENS_PER_CHUNK = 160
 # Rows of that gradient that are summed at once: a sum over two dtypes first copies one of them, on a CPU.
