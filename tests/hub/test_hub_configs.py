@@ -44,11 +44,11 @@ def test_a_cut_configuration_is_what_slicing_the_full_one_gives(exit_layer):
     assert load_config(f"finetuned-{exit_layer}").to_diff_dict() == expected.to_diff_dict()
 
 
-@pytest.mark.parametrize(("name", "repositories"), [("quickstart", 5), ("small", 6), ("finetuned", 6)])
+@pytest.mark.parametrize(("name", "repositories"), [("quickstart", 6), ("small", 6), ("finetuned", 6)])
 def test_a_manifest_publishes_every_exit_of_its_model(name, repositories):
     manifest = load_manifest(hub_config_folder(name) / "publish.yaml", ["namespace=me", "license=apache-2.0"])
     assert len(manifest.repositories) == repositories
     exits = ModularStarEncoderConfig.from_pretrained(hub_config_folder(name)).exit_layers
-    sliced = [entry.exit_layer for entry in manifest.repositories if entry.slice_of]
+    sliced = [entry.exit_layer for entry in manifest.repositories if entry.only_exit]
     # The deepest exit is the fine-tuned model itself, or a slice without the other heads.
     assert sliced in (exits, exits[:-1])

@@ -20,10 +20,10 @@ from modular_star_encoder.training.finetuning import finetune
 from modular_star_encoder.training.finetuning_preflight import finetuning_preflight
 from modular_star_encoder.training.finetuning_recipe import load_finetuning_recipe
 from modular_star_encoder.training.starting_points import starting_config
+from tests.processes import free_port
 from tests.published.stand_in import write_stand_in
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_config
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
-from tests.training.test_distributed import free_port
 
 
 @pytest.fixture(scope="module")
