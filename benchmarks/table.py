@@ -23,7 +23,6 @@ Row = dict[str, Any]
 # Beginning of a row's name → why its target is missed where it is.
 REASONS = {
     "pre-training step of five exits, vocabulary 8192 / plain": "the deepest exit's loss alone misses it",
-    "pre-training step of five exits, vocabulary 49156 / plain": "logits are computed twice, to save memory",
     "1B layers": "without AMX, packing and fusing gain an MLP 1.3 × ([profile](NOTES.md))",
     "bfloat16: largest difference": "numbers of 8 bits, pooled and rounded in another order",
     "bfloat16: texts/s / sentence-transformers": "layers this narrow gain little from packing ([profile](NOTES.md))",
