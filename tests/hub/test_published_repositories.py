@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -16,12 +15,10 @@ from huggingface_hub import HfApi, constants
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import Trainer, TrainingArguments
 
 import modular_star_encoder_cli as cli
 from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.evaluation.checkpoint import load_checkpoint
 from modular_star_encoder.hub import clean_process
 from modular_star_encoder.hub.publishing import publish
 from modular_star_encoder.hub.reloading import ReloadRequest
@@ -97,19 +94,23 @@ def hub(plan, sources):
         hub.publications = publish(
             plan, upload=True, api=HfApi(endpoint=hub.endpoint, token=TOKEN), progress=False, private=True
         )
-        push_by_trainer(hub, sources["finetuned"], patch)
+        folder = sources["finetuned"].parent / "trainer"
+        run_script(hub, folder, "push_by_trainer.py", sources["finetuned"], folder, "me/by-trainer")
         yield hub
 
 
-def push_by_trainer(hub, source, patch):
-    patch.setenv("HF_TOKEN", TOKEN)
-    patch.setattr(constants, "ENDPOINT", hub.endpoint)
-    patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
-    model, tokenizer = load_checkpoint(source)
-    arguments = TrainingArguments(
-        source.parent / "trainer", hub_model_id="me/by-trainer", report_to="none", use_cpu=True
+def run_script(hub, home, name, *arguments):
+    """What a script beside this file printed, run by a process that knows no other Hub."""
+    result = subprocess.run(
+        [sys.executable, "-P", Path(__file__).with_name(name), *arguments],
+        env=hub.environment(home),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    Trainer(model, arguments, processing_class=tokenizer).push_to_hub(tags=["code"])
+    assert result.returncode == 0, result.stdout[-500:] + result.stderr[-3000:]
+    return result.stdout
 
 
 def snippets(card):
@@ -145,18 +146,9 @@ def stranger(hub, tmp_path_factory):
         for (name, branch), (_, exits) in OFFLINE.items()
     ]
     (folder / "requests.json").write_text(json.dumps({"cards": cards, "offline": requests}))
-    script = Path(__file__).with_name("run_snippets.py")
     paths = [clean_process.__file__, folder / "requests.json", folder / "result.npz"]
-    result = subprocess.run(
-        [sys.executable, "-P", script, *paths],
-        env=hub.environment(folder),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-500:] + result.stderr[-3000:]
-    return SimpleNamespace(cards=cards, output=result.stdout, embeddings=np.load(folder / "result.npz"))
+    output = run_script(hub, folder, "run_snippets.py", *paths)
+    return SimpleNamespace(cards=cards, output=output, embeddings=np.load(folder / "result.npz"))
 
 
 def test_one_call_publishes_every_repository_and_branch(hub):
