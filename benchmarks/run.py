@@ -3,6 +3,7 @@
     make bench          # python benchmarks/run.py; hours: run it on a quiet machine
     make bench-quick    # python benchmarks/run.py --quick; minutes: small shapes, results in runs/bench-quick/
 
+Quality needs a trained checkpoint, so `cascade.py CHECKPOINT`, `onnx_ranking.py` and `search_transformers.py` are not here.
 Those that need rows of CodeSearchNet are skipped unless MOSE_DATA names a folder with codesearchnet/*_test.jsonl.gz.
 Figures decide nothing here: the exit status is 1 only if a benchmark did not run to its end.
 """
@@ -33,6 +34,11 @@ class Benchmark:
     arguments: tuple[str, ...] = ()
     needs_data: bool = False
 
+    @property
+    def command(self) -> str:
+        """What one would type for it, without the interpreter."""
+        return " ".join((self.script, *self.arguments))
+
 
 FULL = (
     Benchmark("import_time"),
@@ -43,6 +49,7 @@ FULL = (
     Benchmark("exit_profile"),
     Benchmark("scoring_memory"),
     Benchmark("pretraining_step", ("--rows", "4")),
+    Benchmark("pretraining_step", ("--shape", "paper", "--rows", "4", "--without-plain")),
     Benchmark("contrastive_step"),
     Benchmark("near_duplicates", needs_data=True),
     Benchmark("cascade", ("--shape", "paper")),
@@ -69,17 +76,17 @@ def main() -> int:
     environment = dict(os.environ)
     if arguments.quick:
         environment["MOSE_BENCH_RESULTS"] = str(QUICK_RESULTS)
-    outcomes = {benchmark.script: run(benchmark, environment) for benchmark in chosen}
-    print("\n" + "\n".join(f"{script}: {outcome}" for script, outcome in outcomes.items()))
+    outcomes = [(benchmark.command, run(benchmark, environment)) for benchmark in chosen]
+    print("\n" + "\n".join(f"{command}: {outcome}" for command, outcome in outcomes))
     if not arguments.quick:
         subprocess.run([sys.executable, HERE / "table.py"], check=True)
-    return int(any(outcome.startswith("failed") for outcome in outcomes.values()))
+    return int(any(outcome.startswith("failed") for _, outcome in outcomes))
 
 
 def run(benchmark: Benchmark, environment: dict[str, str]) -> str:
     """What became of one: how long it took, that it failed, or why it was skipped."""
     script = HERE / f"{benchmark.script}.py"
-    print(f"\n== {benchmark.script} {' '.join(benchmark.arguments)}", flush=True)
+    print(f"\n== {benchmark.command}", flush=True)
     if benchmark.needs_data and "MOSE_DATA" not in environment:
         return "skipped: MOSE_DATA is not set"
     if not script.is_file():

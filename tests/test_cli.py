@@ -154,10 +154,11 @@ def test_a_slice_that_cannot_be_made_leaves_nothing_behind(capsys, checkpoint, t
         (("evaluate", "CHECKPOINT", "--data", "CODE", "--json", "no-such-folder/results.json"), "there is no folder"),
         (("evaluate", "CHECKPOINT", "--data", "./no-such-folder"), "does not exist"),
         (("publish", "./no-such-folder", "--repository", "me/model"), "./no-such-folder does not exist"),
+        (("publish", "MANIFEST", "--repository", "me/model"), "is a manifest, which says it itself"),
     ],
 )
 def test_mistakes_are_one_line_on_stderr_and_status_2(capsys, checkpoint, code, arguments, message):
-    places = {"CHECKPOINT": checkpoint, "CODE": code}
+    places = {"CHECKPOINT": checkpoint, "CODE": code, "MANIFEST": "hub_configs/quickstart/publish.yaml"}
     status, out, err = run(capsys, *(places.get(argument, argument) for argument in arguments))
     assert (status, out) == (2, "")
     line = err.splitlines()[-1]
