@@ -3,7 +3,7 @@
     make bench          # python benchmarks/run.py; hours: run it on a quiet machine
     make bench-quick    # python benchmarks/run.py --quick; minutes: small shapes, results in runs/bench-quick/
 
-Quality needs a trained checkpoint, so `cascade.py CHECKPOINT`, `onnx_ranking.py` and `search_transformers.py` are not here.
+Quality needs a trained checkpoint: `cascade.py CHECKPOINT`, `onnx_ranking.py`, `search_transformers.py` are not here.
 Those that need rows of CodeSearchNet are skipped unless MOSE_DATA names a folder with codesearchnet/*_test.jsonl.gz.
 Figures decide nothing here: the exit status is 1 only if a benchmark did not run to its end.
 """
