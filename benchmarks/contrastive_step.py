@@ -68,6 +68,8 @@ def main() -> None:
     if arguments.contender:
         answer_steps(arguments)
         return
+    names = ("shape", "attention", "mini_batch_tokens", "max_tokens", "memory_limit", "repeats", "bf16")
+    settings = {name: getattr(arguments, name) for name in names}
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="contrastive-step-") as folder:
         arguments.pairs = Path(folder)
@@ -76,9 +78,10 @@ def main() -> None:
             for batch_size in arguments.batch_sizes:
                 figures += measure(arguments, kind, batch_size)
                 print_rows(figures[-len(arguments.contenders) :])
-    names = ("shape", "attention", "mini_batch_tokens", "max_tokens", "memory_limit", "repeats", "bf16")
-    settings = {name: getattr(arguments, name) for name in names}
-    print(f"\n{write(arguments.name, {'settings': settings, 'steps': figures})}")
+                # Large batches take long: what was measured before a stop is kept.
+                name = arguments.name or f"contrastive_step_{arguments.shape}"
+                path = write(name, {"settings": settings, "steps": figures})
+    print(f"\n{path}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory-limit", type=float, default=12.0, help="GiB of each step (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps of each contender")
     parser.add_argument("--bf16", action="store_true", help="compute under bfloat16 autocast")
-    parser.add_argument("--name", default="contrastive_step", help="of the results file (default: %(default)s)")
+    parser.add_argument("--name", help="of the results file (default: contrastive_step_ and the shape)")
     parser.add_argument("--pairs", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
