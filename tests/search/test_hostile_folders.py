@@ -1,8 +1,12 @@
 import os
 
+import lancedb
 import pytest
+from qdrant_client import QdrantClient
+from qdrant_client.models import Distance, PointStruct, VectorParams
 
 from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.qdrant_store import QdrantStore
 from tests.search.samples import build, stored_rows
 
 ODD_NAMES = [
@@ -130,3 +134,17 @@ def test_a_file_of_blank_lines_is_no_row(tmp_path, checkpoint):
     assert index.report.rows == 0
     (tmp_path / "code" / "a.py").write_text(function("a"))
     assert index.update(processes=1, progress=False).rows == 1
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_what_is_no_index_of_ours_is_never_replaced(tmp_path, code, checkpoint, rebuild):
+    table = lancedb.connect(str(tmp_path / "theirs")).create_table("snippets", [{"mine": 1}])
+    client = QdrantClient(":memory:")
+    client.create_collection("theirs", vectors_config=VectorParams(size=2, distance=Distance.COSINE))
+    client.upsert("theirs", [PointStruct(id=1, vector=[1, 0], payload={"mine": 1})])
+    for location in (tmp_path / "theirs", QdrantStore(client, "theirs")):
+        with pytest.raises(ValueError, match="that is no index of ours"):
+            build(code, location, checkpoint, rebuild=rebuild)
+    table.checkout_latest()
+    assert table.to_arrow().to_pylist() == [{"mine": 1}]
+    assert [point.payload for point in client.scroll("theirs")[0]] == [{"mine": 1}]

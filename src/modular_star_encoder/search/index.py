@@ -17,7 +17,14 @@ from modular_star_encoder.search.hits import Answer, Hit
 from modular_star_encoder.search.ranking import Ranker, fused, lexical
 from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, INDEX_FOLDER, IndexSettings
 from modular_star_encoder.search.snippets import Windows
-from modular_star_encoder.search.vector_store import Filter, Found, VectorStore, open_store, readable_path
+from modular_star_encoder.search.vector_store import (
+    Filter,
+    ForeignDataError,
+    Found,
+    VectorStore,
+    open_store,
+    readable_path,
+)
 
 Method = Literal["vector", "lexical", "fused"]
 
@@ -76,7 +83,7 @@ class CodeIndex:
             windows: how files without functions are divided.
             states: keep the states of the shallowest exit, so that re-ranking resumes from them; large.
             tests, vendored: also read test code, and copies of other projects.
-            rebuild: begin anew if there is an index already.
+            rebuild: begin anew if there is an index already; what isn't ours is never replaced.
             device: where the model goes.
             processes: processes that parse.
             progress: whether to show a bar.
@@ -110,7 +117,7 @@ class CodeIndex:
             vendored=vendored,
         )
         with _locked(store):
-            stored = None if rebuild else store.settings()
+            stored = _kept_settings(store, rebuild)
             if stored is None:
                 store.create(settings.to_dict())
             else:
@@ -303,6 +310,24 @@ def _locked(store: VectorStore) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _kept_settings(store: VectorStore, rebuild: bool) -> dict[str, Any] | None:
+    """The settings of the index that is there and stays; None where one is to be made.
+
+    Raises:
+        ForeignDataError: what is there isn't ours.
+        ValueError: it can't be read, and isn't to be built anew.
+    """
+    try:
+        stored = store.settings()
+    except ForeignDataError:
+        raise
+    except ValueError:  # damaged: a reason to build anew
+        if not rebuild:
+            raise
+        return None
+    return None if rebuild else stored
 
 
 def _store(location: Any) -> VectorStore:

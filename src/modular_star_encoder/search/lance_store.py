@@ -18,7 +18,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from modular_star_encoder.search.snippets import Snippet
-from modular_star_encoder.search.vector_store import Filter, Found, Row, StoredFile, stored_files
+from modular_star_encoder.search.vector_store import (
+    Filter,
+    ForeignDataError,
+    Found,
+    Row,
+    StoredFile,
+    stored_files,
+)
 
 Result = TypeVar("Result")
 
@@ -78,6 +85,7 @@ class LanceStore:
         if self.folder is not None and (self.folder.is_file() or self._strange_files()):
             raise ValueError(f"{location} is no index: it is a file, or a folder that holds other things.")
 
+    @_told_clearly
     def settings(self) -> dict[str, Any] | None:
         """See `VectorStore`."""
         table = self._open()
@@ -85,7 +93,9 @@ class LanceStore:
             return None
         content = (table.schema.metadata or {}).get(_SETTINGS_KEY)
         if content is None:
-            raise ValueError(f"{self.location} holds a table {TABLE!r} that no index of ours.")
+            raise ForeignDataError(
+                f"{self.location} holds a table {TABLE!r} that is no index of ours: name another place."
+            )
         return json.loads(content)
 
     @_told_clearly

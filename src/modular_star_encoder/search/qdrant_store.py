@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 
 from modular_star_encoder.search.snippets import Snippet
-from modular_star_encoder.search.vector_store import QDRANT, Filter, Found, Row, StoredFile, stored_files
+from modular_star_encoder.search.vector_store import (
+    QDRANT,
+    Filter,
+    ForeignDataError,
+    Found,
+    Row,
+    StoredFile,
+    stored_files,
+)
 
 _SETTINGS_KEY = "modular_star_encoder"
 _K1, _B, _AVERAGE_WORDS = 1.2, 0.75, 256
@@ -64,7 +72,7 @@ class QdrantStore:
             return None
         metadata = self._client.get_collection(self._name).config.metadata or {}
         if _SETTINGS_KEY not in metadata:
-            raise ValueError(f"{self.location} is a collection that no index of ours.")
+            raise ForeignDataError(f"{self.location} is a collection that is no index of ours: name another.")
         return metadata[_SETTINGS_KEY]
 
     def create(self, settings: Mapping[str, Any]) -> None:

@@ -82,6 +82,10 @@ class StoredFile:
     rows: int
 
 
+class ForeignDataError(ValueError):
+    """What lies where an index should be is none of ours, and is never replaced."""
+
+
 class VectorStore(Protocol):
     """Rows of one index. `replace_files` is the only way to change them."""
 
@@ -91,7 +95,8 @@ class VectorStore(Protocol):
         """What `create` was given, or None where there is no index yet.
 
         Raises:
-            ValueError: there is something, but no index that can be read.
+            ForeignDataError: there is something that is no index of ours.
+            ValueError: there is an index that can't be read.
         """
 
     def create(self, settings: Mapping[str, Any]) -> None:
