@@ -189,6 +189,17 @@ def test_rebuild_takes_other_settings(code, tmp_path, checkpoint):
     assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits[0].exit_layer == 2
 
 
+def test_a_checkpoint_that_cannot_be_loaded_costs_no_index(code, tmp_path, checkpoint):
+    build(code, tmp_path / "index", checkpoint)
+    before = stored_rows(tmp_path / "index")
+    weights = shutil.copytree(checkpoint, tmp_path / "cut") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises((ValueError, OSError)):
+        build(code, tmp_path / "index", tmp_path / "cut", rebuild=True)
+    assert stored_rows(tmp_path / "index") == before
+    assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits
+
+
 def test_an_index_inside_its_folder_moves_with_it_and_is_found_from_below(code, tmp_path, checkpoint):
     build(code, None, checkpoint)
     moved = shutil.move(code, tmp_path / "moved")

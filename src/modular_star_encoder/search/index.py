@@ -119,6 +119,7 @@ class CodeIndex:
         with _locked(store):
             stored = _kept_settings(store, rebuild)
             if stored is None:
+                embedder.load(exits[-1])  # weights that can't be read must not cost an index that can
                 store.create(settings.to_dict())
             else:
                 IndexSettings.from_dict(stored, store.location).refuse_others(settings, store.location)
