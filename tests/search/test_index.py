@@ -11,10 +11,12 @@ from modular_star_encoder.evaluation.checkpoint import load_checkpoint
 from modular_star_encoder.evaluation.encode import encode_exits
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.search import building
+from modular_star_encoder.search.cascade import Cascade
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.folder import search_folder
 from modular_star_encoder.search.fusion import reciprocal_rank_fusion
 from modular_star_encoder.search.index import CodeIndex, find_index
+from modular_star_encoder.search.margins import fit_margin
 from modular_star_encoder.search.qdrant_store import QdrantStore
 from modular_star_encoder.search.snippets import Windows
 from tests.search.samples import FILES, build, stored_rows, write_code
@@ -187,6 +189,32 @@ def test_rebuild_takes_other_settings(code, tmp_path, checkpoint):
     index = build(code, tmp_path / "index", checkpoint, exit_layer=2, rebuild=True)
     assert index.settings.exit_layers == (2,)
     assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits[0].exit_layer == 2
+
+
+@pytest.mark.parametrize("kind", ["lance", "damaged lance", "qdrant"])
+def test_an_open_index_notices_that_it_was_built_anew(code, tmp_path, checkpoint, kind):
+    client = QdrantClient(":memory:")
+    first, second = (QdrantStore(client, "i") if kind == "qdrant" else tmp_path / "index" for _ in range(2))
+    build(code, first, checkpoint, exit_layer=1)
+    index = CodeIndex.open(first)
+    (before,) = index.search(["push"])
+    build(code, second, checkpoint, exit_layer=1, rebuild=True)  # nothing else than before
+    assert index.search(["push"]) == [before]
+    if kind == "damaged lance":  # which is not overwritten but removed
+        for path in (tmp_path / "index" / "snippets.lance").glob("_versions/*"):
+            path.write_bytes(b"junk")
+    build(code, second, checkpoint, exit_layers=(1, 4), rebuild=True)
+    (code / "new.py").write_text("NEW = 1\n")
+    asked = (
+        lambda: index.search(["push"], exit_layer=1),
+        lambda: index.search(["push"], method="lexical"),
+        lambda: index.update(processes=1, progress=False),
+        lambda: fit_margin(index, Cascade(4), progress=False),
+    )
+    for ask in asked:
+        with pytest.raises(ValueError, match="was built anew meanwhile: open it again"):
+            ask()
+    assert CodeIndex.open(second).store.count() == 7
 
 
 def test_a_checkpoint_that_cannot_be_loaded_costs_no_index(code, tmp_path, checkpoint):

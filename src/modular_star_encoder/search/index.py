@@ -175,8 +175,14 @@ class CodeIndex:
         return self._embedder
 
     def update(self, *, processes: int = 2, progress: bool = True) -> UpdateReport:
-        """Bring the index up to date with its folder; see `build`."""
+        """Bring the index up to date with its folder; see `build`.
+
+        Raises:
+            ValueError: the index was built anew since it was opened, or as `build`.
+            OSError: as `build`.
+        """
         with _locked(self.store):
+            self._refuse_another()
             self.report = update_store(self.store, self.settings, self.embedder, processes=processes, progress=progress)
         return self.report
 
@@ -206,8 +212,8 @@ class CodeIndex:
             One answer per question.
 
         Raises:
-            ValueError: no question, a blank one, an exit that the index (or for a cascade, the model) doesn't have, or
-                another checkpoint than the index was built with.
+            ValueError: no question, a blank one, an exit that the index (or for a cascade, the model) doesn't have,
+                another checkpoint than the index was built with, or an index built anew since it was opened.
         """
         if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
             raise ValueError("questions must be a list of at least one question, none of them blank.")
@@ -219,6 +225,7 @@ class CodeIndex:
             () if languages is None else check_languages(languages), None if path is None else glob_expression(path)
         )
         if method == "lexical":
+            self._refuse_another()
             found = [lexical(self.store, question, top_k, where) for question in questions]
             return [
                 Answer(question, self._hits(one, None), method=method)
@@ -240,8 +247,10 @@ class CodeIndex:
         """What ranks rows for embedded questions; the arguments are those of `search`.
 
         Raises:
-            ValueError: an exit that the index (or for a cascade, the model) doesn't have, or a cascade upwards.
+            ValueError: an exit that the index (or for a cascade, the model) doesn't have, a cascade upwards, or an
+                index built anew since it was opened.
         """
+        self._refuse_another()
         if cascade is not None and exit_layer is None:
             exit_layer = self.settings.exit_layers[0]
         exit_layer = self.settings.check_exit(exit_layer, self.store.location)
@@ -266,6 +275,12 @@ class CodeIndex:
             )
             for one in found
         ]
+
+    def _refuse_another(self) -> None:
+        """Another process may have built the index anew: its rows would not fit our questions, nor ours its rows."""
+        stored = self.store.settings()
+        if stored is None or IndexSettings.from_dict(stored, self.store.location) != self.settings:
+            raise ValueError(f"The index {self.store.location} was built anew meanwhile: open it again.")
 
     def _checked(self, checkpoint: str | os.PathLike[str]) -> Embedder:
         embedder = Embedder(checkpoint, self._device)
