@@ -1,5 +1,6 @@
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,27 @@ def test_an_index_inside_its_folder_moves_with_it_and_is_found_from_below(code, 
     assert (moved / ".mose" / ".gitignore").read_text() == "*\n"
     with pytest.raises(ValueError, match="nor a folder above it has an index"):
         find_index(tmp_path)
+
+
+def test_git_takes_an_index_that_was_given_a_place_and_no_other(code, tmp_path, checkpoint):
+    build(code, None, checkpoint)
+    index = build(code, code / "index", checkpoint)
+
+    def git(*arguments, folder=code):
+        who = ("-c", "user.name=n", "-c", "user.email=n@example.org")
+        return subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+    git("init")
+    git("add", ".")
+    assert {path.split("/")[0] for path in git("ls-files").splitlines()} == {
+        "index",
+        "settings.py",
+        "src",
+        "stack.py",
+    }
+    git("commit", "--message", "an index")
+    git("clone", ".", str(tmp_path / "cloned"))
+    assert CodeIndex.open(tmp_path / "cloned" / "index").store.count() == index.store.count() == 7
 
 
 def test_one_process_writes_at_a_time(code, tmp_path, checkpoint, monkeypatch):

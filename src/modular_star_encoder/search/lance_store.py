@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from modular_star_encoder.search.settings import INDEX_FOLDER
 from modular_star_encoder.search.snippets import Snippet
 from modular_star_encoder.search.vector_store import (
     Filter,
@@ -103,7 +104,8 @@ class LanceStore:
         """See `VectorStore`."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / ".gitignore").write_text("*\n", encoding="utf-8")
+            if self.folder.name == INDEX_FOLDER:  # one in another place may be meant to be committed
+                (self.folder / ".gitignore").write_text("*\n", encoding="utf-8")
         schema = _schema(settings["exit_layers"], settings["dimension"], settings["states"])
         schema = schema.with_metadata({_SETTINGS_KEY: json.dumps(dict(settings))})
         database = self._connect()
