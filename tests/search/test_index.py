@@ -241,6 +241,15 @@ def test_an_index_inside_its_folder_moves_with_it_and_is_found_from_below(code, 
         find_index(tmp_path)
 
 
+def test_an_index_behind_a_link_is_of_the_folder_that_was_named(code, tmp_path, checkpoint):
+    write_code(tmp_path / "elsewhere", {"private.py": "def private():\n    return 1\n"})
+    (code / ".index").mkdir()
+    link = tmp_path / "elsewhere" / "index"
+    link.symlink_to(code / ".index")
+    assert build(code, link, checkpoint).folder == CodeIndex.open(link).folder == str(code)
+    assert {row["path"] for row in stored_rows(code / ".index")} == set(FILES)
+
+
 def test_git_takes_an_index_that_was_given_a_place_and_no_other(code, tmp_path, checkpoint):
     build(code, None, checkpoint)
     index = build(code, code / "index", checkpoint)

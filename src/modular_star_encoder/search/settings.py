@@ -77,7 +77,7 @@ class IndexSettings:
         """The absolute path of the folder, for an index at `location`."""
         if os.path.isabs(self.folder):
             return self.folder
-        return os.path.normpath(os.path.join(os.path.abspath(os.path.expanduser(location)), self.folder))
+        return os.path.normpath(os.path.join(os.path.realpath(os.path.expanduser(location)), self.folder))
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
         """Allow no update with other settings.
