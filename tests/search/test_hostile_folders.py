@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import lancedb
 import pytest
@@ -119,12 +120,21 @@ def test_an_empty_folder_is_an_empty_index(tmp_path, checkpoint):
 
 def test_the_index_does_not_index_itself(tmp_path, checkpoint):
     (tmp_path / "a.py").write_text(function("a"))
-    build(tmp_path, tmp_path / ".mose", checkpoint)
+    build(tmp_path, None, checkpoint)
     (tmp_path / ".mose" / "b.py").write_text(function("b"))
+    report = build(tmp_path, None, checkpoint).report
+    assert (report.files, report.rows) == (1, 1)
+
+
+def test_files_left_beside_an_index_do_it_no_harm(tmp_path, code, checkpoint):
+    build(code, tmp_path / "index", checkpoint)
+    for name in (".DS_Store", ".margins.json.123.tmp"):
+        (tmp_path / "index" / name).write_text("{")
+    assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits
+    assert build(code, tmp_path / "index", checkpoint).report.embedded_files == 0
+    shutil.rmtree(tmp_path / "index" / "snippets.lance")
     with pytest.raises(ValueError, match="holds other things"):
-        build(tmp_path, None, checkpoint)
-    (tmp_path / ".mose" / "b.py").unlink()
-    assert build(tmp_path, None, checkpoint).report.files == 1
+        CodeIndex.open(tmp_path / "index")
 
 
 def test_a_file_of_blank_lines_is_no_row(tmp_path, checkpoint):

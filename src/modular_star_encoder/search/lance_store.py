@@ -248,7 +248,9 @@ class LanceStore:
         return self._lancedb.connect(target, read_consistency_interval=timedelta(0))
 
     def _strange_files(self) -> bool:
-        return self.folder.is_dir() and not set(os.listdir(self.folder)) <= OWN_FILES
+        """Whether the folder holds other things and no index: what was left beside an index doesn't count."""
+        names = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+        return f"{TABLE}.lance" not in names and not names <= OWN_FILES
 
 
 def _import_lancedb() -> Any:
