@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -124,6 +125,14 @@ def test_a_fitted_margin_is_kept_beside_the_index(indexes, monkeypatch):
     with pytest.raises(ValueError, match="is damaged"):
         fitted_margin(index, cascade)
     file.unlink()
+
+
+def test_a_margin_is_fitted_anew_for_an_index_built_anew(code_folder, checkpoint, tmp_path):
+    code = shutil.copytree(code_folder, tmp_path / "code")
+    options = {"location": tmp_path / "index", "checkpoint": checkpoint, "exit_layer": 1}
+    assert fitted_margin(build(code, **options), Cascade(4, 6), progress=False).queries == 18
+    write_code(code, {"lists.py": 'def first(items):\n    """The first of a list."""\n    return items[0]\n'})
+    assert fitted_margin(build(code, **options, rebuild=True), Cascade(4, 6), progress=False).queries == 1
 
 
 def test_a_margin_needs_descriptions(tmp_path, checkpoint):

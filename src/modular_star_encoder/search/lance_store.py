@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from modular_star_encoder.search.settings import INDEX_FOLDER
+from modular_star_encoder.search.settings import INDEX_FOLDER, MARGINS_NAME
 from modular_star_encoder.search.snippets import Snippet
 from modular_star_encoder.search.vector_store import (
     Filter,
@@ -31,7 +31,7 @@ from modular_star_encoder.search.vector_store import (
 Result = TypeVar("Result")
 
 TABLE = "snippets"
-OWN_FILES = {".gitignore", ".lock", "margins.json", f"{TABLE}.lance"}
+OWN_FILES = {".gitignore", ".lock", MARGINS_NAME, f"{TABLE}.lance"}
 SNIPPET_COLUMNS = ("path", "language", "name", "first_line", "last_line", "description", "text")
 FOUND_COLUMNS = ("row_id", "text_hash", *SNIPPET_COLUMNS)
 COMPACT_EVERY = 64
@@ -104,6 +104,7 @@ class LanceStore:
         """See `VectorStore`."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / MARGINS_NAME).unlink(missing_ok=True)
             if self.folder.name == INDEX_FOLDER:  # one in another place may be meant to be committed
                 (self.folder / ".gitignore").write_text("*\n", encoding="utf-8")
         schema = _schema(settings["exit_layers"], settings["dimension"], settings["states"])

@@ -16,6 +16,9 @@ DEFAULT_CHECKPOINT = "runs/quickstart/model"
 INDEX_FOLDER = ".mose"
 """Where the index of a folder is unless it is said otherwise: a hidden folder, which is never indexed itself."""
 
+MARGINS_NAME = "margins.json"
+"""The file beside an index's rows that keeps what was fitted on them (see `margins`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class IndexSettings:
