@@ -50,7 +50,7 @@ def test_hits_are_the_nearest_by_cosine_at_each_exit_of_the_index(shared_index, 
     assert [hit.text for hit in answer.hits] == [rows[place]["text"] for place in order]
     assert [hit.score for hit in answer.hits] == pytest.approx(scores[order], abs=1e-5)
     assert answer.margin == pytest.approx(scores[order][0] - scores[order][1], abs=1e-5)
-    assert {hit.exit_layer for hit in answer.hits} == {exit_layer}
+    assert [hit.exit_layer for hit in answer.hits] == [exit_layer] * 7
 
 
 def test_a_hit_leads_to_its_lines(shared_index, monkeypatch, tmp_path):
@@ -104,13 +104,26 @@ def test_an_update_is_what_building_anew_gives(code, tmp_path, checkpoint):
 def test_words_find_identifiers_and_fusion_adds_reciprocal_ranks(shared_index):
     (words,) = shared_index.search(["header of a file, to parse"], method="lexical")
     assert words.hits[0].name == "parseHeader"
-    assert words.hits[0].exit_layer is None
+    assert {hit.exit_layer for hit in words.hits} == {None}
     (vectors,) = shared_index.search(["header of a file, to parse"], top_k=100)
     (fused,) = shared_index.search(["header of a file, to parse"], method="fused")
     places = [[(hit.path, hit.line) for hit in answer.hits] for answer in (vectors, words)]
     expected = reciprocal_rank_fusion(places)
     assert {(hit.path, hit.line): hit.score for hit in fused.hits} == pytest.approx(expected)
     assert [hit.score for hit in fused.hits] == sorted(expected.values(), reverse=True)
+
+
+def test_a_fused_hit_names_an_exit_only_if_one_found_it(shared_index, monkeypatch):
+    monkeypatch.setattr("modular_star_encoder.search.index._FUSED_DEPTH", 2)
+    named = set()
+    for question in ("parse header", "option", "push", "pop", "add"):
+        (vectors,) = shared_index.search([question], top_k=2, exit_layer=1)
+        by_vectors = {(hit.path, hit.line) for hit in vectors.hits}
+        (fused,) = shared_index.search([question], top_k=2, exit_layer=1, method="fused")
+        for hit in fused.hits:
+            assert hit.exit_layer == (1 if (hit.path, hit.line) in by_vectors else None)
+            named.add(hit.exit_layer)
+    assert named == {1, None}
 
 
 def test_filters_leave_the_other_rows_out(shared_index):

@@ -228,8 +228,7 @@ class CodeIndex:
             self._refuse_another()
             found = [lexical(self.store, question, top_k, where) for question in questions]
             return [
-                Answer(question, self._hits(one, None), method=method)
-                for question, one in zip(questions, found, strict=True)
+                Answer(question, self._hits(one), method=method) for question, one in zip(questions, found, strict=True)
             ]
         ranker = self.ranker(exit_layer, cascade)
         depth = max(top_k, _FUSED_DEPTH) if method == "fused" else top_k
@@ -239,7 +238,7 @@ class CodeIndex:
             found = ranked.found
             if method == "fused":
                 found = fused([found, lexical(self.store, question, depth, where)])
-            hits = self._hits(found[:top_k], ranked.exit_layer)
+            hits = self._hits(found[:top_k])
             answers.append(Answer(question, hits, ranked.margin, ranked.reranked, method))
         return answers
 
@@ -260,7 +259,7 @@ class CodeIndex:
                 raise ValueError(f"Exit {cascade.exit_layer} can't re-rank exit {exit_layer}: it isn't deeper.")
         return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
 
-    def _hits(self, found: Sequence[Found], exit_layer: int | None) -> list[Hit]:
+    def _hits(self, found: Sequence[Found]) -> list[Hit]:
         root = readable_path(_shown_folder(self.folder))
         return [
             Hit(
@@ -268,7 +267,7 @@ class CodeIndex:
                 line=one.snippet.first_line,
                 name=one.snippet.name,
                 score=one.score,
-                exit_layer=exit_layer,
+                exit_layer=one.exit_layer,
                 last_line=one.snippet.last_line,
                 language=one.snippet.language,
                 text=one.snippet.text,

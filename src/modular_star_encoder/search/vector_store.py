@@ -46,7 +46,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A row that a store found, and its score: cosine similarity, or that of the words (higher is better)."""
+    """A row that a store found, and its score: cosine similarity, or that of the words (higher is better).
+
+    `exit_layer` is the exit that gave it its place: None from a store, and where only words did.
+    """
 
     row_id: str
     text_hash: str
@@ -54,6 +57,7 @@ class Found:
     score: float
     vectors: Mapping[int, np.ndarray] = field(default_factory=dict)
     states: np.ndarray | None = None
+    exit_layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
