@@ -142,7 +142,7 @@ def _search_index(arguments: argparse.Namespace) -> Sequence[Any]:
     from modular_star_encoder.search.margins import fitted_margin
 
     index = CodeIndex.open(arguments.index or find_index(), checkpoint=arguments.model)
-    exit_layer = _exit_by_budget(arguments, index.settings.checkpoint, index.settings.exit_layers)
+    exit_layer = _exit_by_budget(arguments, arguments.model or index.settings.checkpoint, index.settings.exit_layers)
     cascade = None
     if arguments.rerank_exit_layer:
         cascade = Cascade(arguments.rerank_exit_layer, arguments.candidates)

@@ -1,11 +1,15 @@
 """`mose index` and `mose search` as they are typed."""
 
 import json
+import shutil
 
 import pytest
 
 import modular_star_encoder_cli as cli
+from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from tests.demo.profiles import profile_of
+from tests.search.samples import build
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -57,6 +61,18 @@ def test_the_index_of_the_working_folder_is_asked(indexed, capsys, monkeypatch):
     answers = json.loads(out)
     assert (status, [answer["question"] for answer in answers]) == (0, ["push", "pop"])
     assert all(answer["reranked"] and answer["method"] == "fused" for answer in answers)
+
+
+@pytest.mark.parametrize(("milliseconds", "exit_layer"), [("2", 1), ("100", 4)])
+def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
+    code, checkpoint, tmp_path, capsys, milliseconds, exit_layer
+):
+    built_with, moved = tmp_path / "model", tmp_path / "moved"
+    index = build(code, tmp_path / "index", shutil.copytree(checkpoint, built_with), exit_layers=(1, 4))
+    profile_of(index.settings.fingerprint).save(built_with.rename(moved) / PROFILE_NAME)
+    search = ("search", "push", "--index", tmp_path / "index", "--model", moved, "--json")
+    status, out, _ = run(capsys, *search, "--latency-ms", milliseconds)
+    assert (status, json.loads(out)[0]["hits"][0]["exit_layer"]) == (0, exit_layer)
 
 
 @pytest.mark.parametrize(
