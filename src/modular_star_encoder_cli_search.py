@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+
+_HOW_AN_INDEX_IS_MADE = {
+    "model": None,
+    "exit_layer": None,
+    "exit_layers": (),
+    "latency_ms": None,
+    "memory_mb": None,
+    "dimension": None,
+    "languages": None,
+    "keep_states": False,
+    "tests": False,
+    "vendored": False,
+    "rebuild": False,
+}
+"""Options of `mose index` as they are unless they are given."""
 
 
 def add_search_commands(commands: Any, exit_list: Callable[[str], Any], name_list: Callable[[str], Any]) -> None:
@@ -62,29 +78,8 @@ def _margin(text: str) -> float | str:
 
 def run_index(arguments: argparse.Namespace) -> None:
     """`mose index`."""
-    from modular_star_encoder.evaluation.checkpoint import load_config
-    from modular_star_encoder.search.index import CodeIndex
-    from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
-
     _hide_loading_bars()
-    checkpoint = arguments.model or DEFAULT_CHECKPOINT
-    if arguments.exit_layers is None:
-        arguments.exit_layers = load_config(checkpoint).exit_layers
-    if arguments.exit_layers and _has_budget(arguments):
-        raise ValueError("--exit-layers names the exits, so --latency-ms and --memory-mb have none to choose.")
-    index = CodeIndex.build(
-        arguments.folder,
-        arguments.out,
-        checkpoint=checkpoint,
-        exit_layer=_exit_by_budget(arguments, checkpoint),
-        exit_layers=arguments.exit_layers or None,
-        dimension=arguments.dimension,
-        languages=arguments.languages,
-        states=arguments.keep_states,
-        tests=arguments.tests,
-        vendored=arguments.vendored,
-        rebuild=arguments.rebuild,
-    )
+    index = _updated(arguments) or _built(arguments)
     report = index.report
     if arguments.json:
         print(json.dumps({"index": index.store.location, **report.to_dict()}, indent=2, ensure_ascii=False))
@@ -97,6 +92,49 @@ def run_index(arguments: argparse.Namespace) -> None:
     )
     for reason, count in report.skipped.most_common():
         print(f"mose: note: {count} files left out ({reason})", file=sys.stderr)
+
+
+def _updated(arguments: argparse.Namespace) -> Any:
+    """The index that is there, brought up to date as it was made; None if there is none, or an option says how."""
+    if any(getattr(arguments, name) != default for name, default in _HOW_AN_INDEX_IS_MADE.items()):
+        return None
+    from modular_star_encoder.search.index import CodeIndex
+    from modular_star_encoder.search.settings import INDEX_FOLDER
+    from modular_star_encoder.search.vector_store import open_store
+
+    folder = os.path.expanduser(arguments.folder)
+    store = open_store(arguments.out or os.path.join(folder, INDEX_FOLDER))
+    if store.settings() is None:
+        return None
+    index = CodeIndex.open(store)
+    index.settings.refuse_others(replace(index.settings, folder=os.path.realpath(folder)), store.location)
+    index.update()
+    return index
+
+
+def _built(arguments: argparse.Namespace) -> Any:
+    from modular_star_encoder.evaluation.checkpoint import load_config
+    from modular_star_encoder.search.index import CodeIndex
+    from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
+
+    checkpoint = arguments.model or DEFAULT_CHECKPOINT
+    if arguments.exit_layers is None:
+        arguments.exit_layers = load_config(checkpoint).exit_layers
+    if arguments.exit_layers and _has_budget(arguments):
+        raise ValueError("--exit-layers names the exits, so --latency-ms and --memory-mb have none to choose.")
+    return CodeIndex.build(
+        arguments.folder,
+        arguments.out,
+        checkpoint=checkpoint,
+        exit_layer=_exit_by_budget(arguments, checkpoint),
+        exit_layers=arguments.exit_layers or None,
+        dimension=arguments.dimension,
+        languages=arguments.languages,
+        states=arguments.keep_states,
+        tests=arguments.tests,
+        vendored=arguments.vendored,
+        rebuild=arguments.rebuild,
+    )
 
 
 def run_search(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import modular_star_encoder_cli as cli
 from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from tests.demo.profiles import profile_of
-from tests.search.samples import build
+from tests.search.samples import build, write_code
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -46,6 +46,20 @@ def test_a_second_run_reports_what_changed_as_json(indexed, checkpoint, capsys):
     counts = {name: report[name] for name in ("files", "embedded_files", "embedded_rows", "removed_files", "rows")}
     assert counts == {"files": 4, "embedded_files": 1, "embedded_rows": 1, "removed_files": 0, "rows": 6}
     assert report["skipped"] == {"too large": 1}
+
+
+def test_an_index_is_brought_up_to_date_without_repeating_how_it_was_made(code, checkpoint, tmp_path, capsys):
+    made = ("--model", checkpoint, "--exit-layers", "1,4", "--languages", "python,go")
+    for out in ((), ("--out", tmp_path / "index")):
+        assert run(capsys, "index", code, *out, *made)[0] == 0
+        write_code(code, {"stack.py": f"OUT = {str(out)!r}\n", "other.js": "function other() {\n}\n"})
+        status, out_text, _ = run(capsys, "index", f"{code}/src/..", *out)
+        assert (status, "at exit 1, 4; embedded 1 files (1 rows), removed 0" in out_text) == (0, True)
+    status, _, err = run(capsys, "index", code / "src", "--out", tmp_path / "index")
+    assert (status, f"the folder {code}, not {code / 'src'}" in err) == (2, True)
+    status, _, err = run(capsys, "index", code, "--model", checkpoint)
+    assert (status, "was built with exit 1, 4, not 4; languages python, go, not " in err) == (2, True)
+    assert run(capsys, "index", code, *made[:-1], "go,python")[0] == 0
 
 
 def test_the_index_of_the_working_folder_is_asked(indexed, capsys, monkeypatch):

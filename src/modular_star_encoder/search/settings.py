@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from modular_star_encoder.data.source_files import LANGUAGES
 from modular_star_encoder.search.snippets import Windows
 
 FORMAT = 1
@@ -31,7 +32,7 @@ class IndexSettings:
         dimension: components of an embedding.
         prompts: `query` and `document`, as texts were embedded.
         folder: what is indexed: an absolute path, or one relative to the index that lies inside it.
-        languages: languages that are read.
+        languages: languages that are read, in our order whatever theirs was.
         window_lines, window_overlap: see `Windows`.
         states: whether states of the shallowest exit are kept for re-ranking.
         tests, vendored: whether test code and copies of other projects are read.
@@ -51,6 +52,10 @@ class IndexSettings:
     tests: bool = False
     vendored: bool = False
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        languages = tuple(name for name in LANGUAGES if name in self.languages)
+        object.__setattr__(self, "languages", languages)  # frozen
 
     @property
     def windows(self) -> Windows:
