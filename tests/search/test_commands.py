@@ -37,6 +37,12 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+def test_a_margin_that_is_no_number_is_told_what_it_may_be(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["search", "x", "--margin", "abc"])
+    assert "'abc' is neither fit nor a number such as 0.02" in capsys.readouterr().err
+
+
 def test_a_second_run_reports_what_changed_as_json(indexed, checkpoint, capsys):
     (indexed / "stack.py").write_text("def peek(items):\n    return items[-1]\n")
     status, out, _ = run(capsys, "index", indexed, "--model", checkpoint, "--exit-layers", "1,4", "--json")
@@ -101,6 +107,17 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
         (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "3"), "3"),
         (("search", "x", "--index", "INDEX", "--exit-layer", "4", "--rerank-exit-layer", "2"), "isn't deeper"),
         (("search", "x", "--index", "INDEX", "--margin", "0.1"), "--margin needs --rerank-exit-layer"),
+        (("search", "x", "--index", "INDEX", "--candidates", "9"), "--candidates needs --rerank-exit-layer"),
+        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "0"), "its exits are 1, 2, 4"),
+        (
+            ("search", "x", "--index", "INDEX", "--exit-layer", "1", "--rerank-exit-layer", "4", "--margin", "nan"),
+            "nan",
+        ),
+        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "4", "--candidates", "0"), "at least 2, not 0"),
+        (("search", "x", "--folder", "FOLDER", "--margin", "0"), "--margin needs an index"),
+        (("search", "x", "--folder", "FOLDER", "--rerank-exit-layer", "0"), "--rerank-exit-layer needs an index"),
+        (("search", "x", "--folder", "FOLDER", "--candidates", "0"), "--candidates needs an index"),
+        (("search", "x", "--folder", "FOLDER", "--model", "SAME", "--exit-layer", "0"), "its exits are 1, 2, 4"),
         (("search", "x", "--index", "FOLDER"), "holds other things"),
         (("search", "x", "--index", "FOLDER/src/nowhere"), "There is no index"),
         (("search", " ", "--index", "INDEX"), "none of them blank"),
