@@ -129,6 +129,10 @@ class Embedder:
         keys = [((exit_layer,), dimension, one.text_hash, one.snippet.language) for one in found]
         return self._remembered(keys, embed)[:, 0]
 
+    def forget(self) -> None:
+        """Remember no embedding that was made before."""
+        self._known.clear()
+
     def _remembered(self, keys: Sequence[_Key], embed: Callable[[Sequence[int]], np.ndarray]) -> np.ndarray:
         """Embeddings (N, exits, dimension) of keys; `embed` makes those of the places that aren't known."""
         new = {key: place for place, key in enumerate(keys) if key not in self._known}
