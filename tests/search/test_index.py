@@ -231,6 +231,13 @@ def test_an_open_index_notices_that_it_was_built_anew(code, tmp_path, checkpoint
     assert CodeIndex.open(second).store.count() == 7
 
 
+def test_a_checkpoint_that_was_moved_brings_its_index_up_to_date(code, tmp_path, checkpoint):
+    build(code, tmp_path / "index", checkpoint)
+    index = build(code, tmp_path / "index", shutil.copytree(checkpoint, tmp_path / "moved"))
+    assert index.report.embedded_files == index.update(processes=1, progress=False).embedded_files == 0
+    assert index.search(["push"])[0].hits
+
+
 def test_a_checkpoint_that_cannot_be_loaded_costs_no_index(code, tmp_path, checkpoint):
     build(code, tmp_path / "index", checkpoint)
     before = stored_rows(tmp_path / "index")

@@ -122,7 +122,8 @@ class CodeIndex:
                 embedder.load(exits[-1])  # weights that can't be read must not cost an index that can
                 store.create(settings.to_dict())
             else:
-                IndexSettings.from_dict(stored, store.location).refuse_others(settings, store.location)
+                asked, settings = settings, IndexSettings.from_dict(stored, store.location)
+                settings.refuse_others(asked, store.location)
             index = cls(store, settings, embedder)
             index.report = update_store(store, settings, embedder, processes=processes, progress=progress)
         return index
