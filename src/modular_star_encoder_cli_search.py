@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+
+_HOW_AN_INDEX_IS_MADE = {
+    "model": None,
+    "exit_layer": None,
+    "exit_layers": (),
+    "latency_ms": None,
+    "memory_mb": None,
+    "dimension": None,
+    "languages": None,
+    "keep_states": False,
+    "tests": False,
+    "vendored": False,
+    "rebuild": False,
+}
+"""Options of `mose index` as they are unless they are given."""
 
 
 def add_search_commands(commands: Any, exit_list: Callable[[str], Any], name_list: Callable[[str], Any]) -> None:
@@ -36,11 +52,11 @@ def add_search_commands(commands: Any, exit_list: Callable[[str], Any], name_lis
     search.add_argument("--path", metavar="PATTERN", help="only these files, such as '*.py' or 'src/**'")
     search.add_argument("--fuse", action="store_true", help="fuse with the ranking of BM25")
     search.add_argument("--rerank-exit-layer", metavar="K", type=int, help="deeper exit that ranks the best again")
-    search.add_argument("--candidates", metavar="N", type=int, default=200, help="how many of them (default: 200)")
+    search.add_argument("--candidates", metavar="N", type=int, help="how many of them (default: 200)")
     search.add_argument(
         "--margin",
         metavar="X",
-        type=_margin,
+        type=margin_or_fit,
         help="re-rank only where the best leads by less than X; fit finds X with descriptions of the index",
     )
     search.add_argument("--lines", metavar="N", type=int, default=3, help="lines of code to show (default: 3)")
@@ -55,36 +71,18 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> No
     parser.add_argument("--memory-mb", metavar="MB", type=float, help="the same by its peak memory")
 
 
-def _margin(text: str) -> float | str:
-    """A number, or `fit`; argparse reports anything else."""
-    return text if text == "fit" else float(text)
+def margin_or_fit(text: str) -> float | str:
+    """`"0.02"` → 0.02, and `"fit"` as it is; argparse reports anything else."""
+    try:
+        return text if text == "fit" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither fit nor a number such as 0.02") from None
 
 
 def run_index(arguments: argparse.Namespace) -> None:
     """`mose index`."""
-    from modular_star_encoder.evaluation.checkpoint import load_config
-    from modular_star_encoder.search.index import CodeIndex
-    from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
-
     _hide_loading_bars()
-    checkpoint = arguments.model or DEFAULT_CHECKPOINT
-    if arguments.exit_layers is None:
-        arguments.exit_layers = load_config(checkpoint).exit_layers
-    if arguments.exit_layers and _has_budget(arguments):
-        raise ValueError("--exit-layers names the exits, so --latency-ms and --memory-mb have none to choose.")
-    index = CodeIndex.build(
-        arguments.folder,
-        arguments.out,
-        checkpoint=checkpoint,
-        exit_layer=_exit_by_budget(arguments, checkpoint),
-        exit_layers=arguments.exit_layers or None,
-        dimension=arguments.dimension,
-        languages=arguments.languages,
-        states=arguments.keep_states,
-        tests=arguments.tests,
-        vendored=arguments.vendored,
-        rebuild=arguments.rebuild,
-    )
+    index = _updated(arguments) or _built(arguments)
     report = index.report
     if arguments.json:
         print(json.dumps({"index": index.store.location, **report.to_dict()}, indent=2, ensure_ascii=False))
@@ -99,6 +97,49 @@ def run_index(arguments: argparse.Namespace) -> None:
         print(f"mose: note: {count} files left out ({reason})", file=sys.stderr)
 
 
+def _updated(arguments: argparse.Namespace) -> Any:
+    """The index that is there, brought up to date as it was made; None if there is none, or an option says how."""
+    if any(getattr(arguments, name) != default for name, default in _HOW_AN_INDEX_IS_MADE.items()):
+        return None
+    from modular_star_encoder.search.index import CodeIndex
+    from modular_star_encoder.search.settings import INDEX_FOLDER
+    from modular_star_encoder.search.vector_store import open_store
+
+    folder = os.path.expanduser(arguments.folder)
+    store = open_store(arguments.out or os.path.join(folder, INDEX_FOLDER))
+    if store.settings() is None:
+        return None
+    index = CodeIndex.open(store)
+    index.settings.refuse_others(replace(index.settings, folder=os.path.realpath(folder)), store.location)
+    index.update()
+    return index
+
+
+def _built(arguments: argparse.Namespace) -> Any:
+    from modular_star_encoder.evaluation.checkpoint import load_config
+    from modular_star_encoder.search.index import CodeIndex
+    from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
+
+    checkpoint = arguments.model or DEFAULT_CHECKPOINT
+    if arguments.exit_layers is None:
+        arguments.exit_layers = load_config(checkpoint).exit_layers
+    if arguments.exit_layers and _has_budget(arguments):
+        raise ValueError("--exit-layers names the exits, so --latency-ms and --memory-mb have none to choose.")
+    return CodeIndex.build(
+        arguments.folder,
+        arguments.out,
+        checkpoint=checkpoint,
+        exit_layer=_exit_by_budget(arguments, checkpoint),
+        exit_layers=arguments.exit_layers or None,
+        dimension=arguments.dimension,
+        languages=arguments.languages,
+        states=arguments.keep_states,
+        tests=arguments.tests,
+        vendored=arguments.vendored,
+        rebuild=arguments.rebuild,
+    )
+
+
 def run_search(arguments: argparse.Namespace) -> None:
     """`mose search`."""
     from modular_star_encoder.search.display import format_answer
@@ -106,7 +147,7 @@ def run_search(arguments: argparse.Namespace) -> None:
     if arguments.lines < 0:
         raise ValueError(f"--lines must not be negative, but is {arguments.lines}.")
     _hide_loading_bars()
-    answers = _search_folder(arguments) if arguments.folder else _search_index(arguments)
+    answers = _search_folder(arguments) if arguments.folder is not None else _search_index(arguments)
     if arguments.json:
         print(json.dumps([answer.to_dict() for answer in answers], indent=2, ensure_ascii=False))
         return
@@ -114,7 +155,7 @@ def run_search(arguments: argparse.Namespace) -> None:
         if len(answers) > 1:
             print(f"# {answer.question}")
         print(format_answer(answer, lines=arguments.lines))
-    if arguments.rerank_exit_layer:
+    if arguments.rerank_exit_layer is not None:
         deep = sum(answer.reranked for answer in answers)
         exit_layer = arguments.rerank_exit_layer
         print(f"mose: note: exit {exit_layer} ranked {deep} of {len(answers)} questions", file=sys.stderr)
@@ -126,9 +167,10 @@ def _search_folder(arguments: argparse.Namespace) -> Sequence[Any]:
     from modular_star_encoder.search.hits import Answer
     from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
 
-    needs_index = ("index", "languages", "path", "fuse", "rerank_exit_layer", "margin")
+    needs_index = ("index", "languages", "path", "fuse", "rerank_exit_layer", "candidates", "margin")
     for name in needs_index:
-        if getattr(arguments, name):
+        value = getattr(arguments, name)
+        if value is not None and value is not False:
             raise ValueError(f"--{name.replace('_', '-')} needs an index, and --folder searches without one.")
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     model, tokenizer = load_checkpoint(checkpoint, _exit_by_budget(arguments, checkpoint))
@@ -137,37 +179,44 @@ def _search_folder(arguments: argparse.Namespace) -> Sequence[Any]:
 
 
 def _search_index(arguments: argparse.Namespace) -> Sequence[Any]:
-    from modular_star_encoder.search.cascade import Cascade
     from modular_star_encoder.search.index import CodeIndex, find_index
-    from modular_star_encoder.search.margins import fitted_margin
 
+    if arguments.rerank_exit_layer is None:
+        for name in ("candidates", "margin"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name} needs --rerank-exit-layer.")
     index = CodeIndex.open(arguments.index or find_index(), checkpoint=arguments.model)
-    exit_layer = _exit_by_budget(arguments, index.settings.checkpoint, index.settings.exit_layers)
-    cascade = None
-    if arguments.rerank_exit_layer:
-        cascade = Cascade(arguments.rerank_exit_layer, arguments.candidates)
-        if arguments.margin is not None:
-            margin = arguments.margin
-            if margin == "fit":
-                fitted = fitted_margin(index, cascade, exit_layer=exit_layer)
-                margin = fitted.margin
-                print(
-                    f"mose: note: margin {margin:.4f}, fitted on {fitted.queries} descriptions of the index: "
-                    f"{fitted.share:.0%} of them needed exit {cascade.exit_layer}",
-                    file=sys.stderr,
-                )
-            cascade = replace(cascade, margin=margin)
-    elif arguments.margin is not None:
-        raise ValueError("--margin needs --rerank-exit-layer.")
+    exit_layer = _exit_by_budget(arguments, arguments.model or index.settings.checkpoint, index.settings.exit_layers)
     return index.search(
         arguments.questions,
         top_k=arguments.top_k,
         exit_layer=exit_layer,
         method="fused" if arguments.fuse else "vector",
-        cascade=cascade,
+        cascade=_cascade(arguments, index, exit_layer),
         languages=arguments.languages,
         path=arguments.path,
     )
+
+
+def _cascade(arguments: argparse.Namespace, index: Any, exit_layer: int | None) -> Any:
+    """The cascade that was asked for, its margin fitted if it is to be; None without re-ranking."""
+    from modular_star_encoder.search.cascade import Cascade
+    from modular_star_encoder.search.margins import fitted_margin
+
+    if arguments.rerank_exit_layer is None:
+        return None
+    cascade = Cascade(arguments.rerank_exit_layer)
+    if arguments.candidates is not None:
+        cascade = replace(cascade, candidates=arguments.candidates)
+    if arguments.margin != "fit":
+        return replace(cascade, margin=arguments.margin)
+    fitted = fitted_margin(index, cascade, exit_layer=exit_layer)
+    print(
+        f"mose: note: margin {fitted.margin:.4f}, fitted on {fitted.queries} descriptions of the index: "
+        f"{fitted.share:.0%} of them needed exit {cascade.exit_layer}",
+        file=sys.stderr,
+    )
+    return replace(cascade, margin=fitted.margin)
 
 
 def _hide_loading_bars() -> None:

@@ -7,6 +7,7 @@ from modular_star_encoder.demo.exit_costs import ExitCosts
 from modular_star_encoder.demo.page import SearchPage
 from modular_star_encoder.demo.session import LONGEST_QUESTION, TOP_K, SearchSession
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.index import CodeIndex
 from tests.search.samples import build, write_code
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -43,6 +44,19 @@ def test_filters_and_re_ranking_reach_the_index(page):
     assert "re-ranked by exit 4" in left
     assert "re-ranked" not in right  # exit 4 can't re-rank itself
     assert shown(left) == shown(right)
+
+
+def test_the_time_of_a_side_is_not_that_of_what_the_other_left_it(index, monkeypatch):
+    page = page_of(index)
+    encoded, original = [], Embedder._encode
+    monkeypatch.setattr(
+        Embedder, "_encode", lambda self, texts, exits: encoded.append(len(texts)) or original(self, texts, exits)
+    )
+    page.answer("add", [], "*.py", 2, 0, 0)
+    assert len(encoded) == 4
+    assert encoded[0] == 1
+    assert encoded[1] > 1
+    assert encoded[:2] == encoded[2:]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,15 @@ def test_a_port_that_is_taken_is_one_sentence(index):
         pass
 
 
+@pytest.mark.parametrize("host", ["::1", "192.0.2.1", "a" * 64])
+def test_a_host_that_is_not_this_machine_is_one_sentence(index, host):
+    with (
+        pytest.raises(ValueError, match="--host must be an IPv4 address or name of this machine"),
+        served(index, host=host),
+    ):
+        pass
+
+
 def test_mose_demo_serves_the_index_named_and_refuses_none(index, checkpoint, monkeypatch, tmp_path, capsys):
     calls = []
     monkeypatch.setattr(serving, "serve", lambda index, **options: calls.append((index.store.location, options)))

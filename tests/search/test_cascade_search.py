@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -59,7 +60,8 @@ def test_the_best_of_the_shallow_exit_are_ranked_by_the_deep_one(indexes, checkp
     assert expected != candidates
     assert [hit.score for hit in answer.hits[:6]] == pytest.approx([deep[text] for text in expected], abs=1e-5)
     assert [hit.text for hit in answer.hits[6:]] == sorted(shallow, key=lambda text: -shallow[text])[6:8]
-    assert (answer.reranked, answer.hits[0].exit_layer) == (True, 4)
+    assert answer.reranked
+    assert [hit.exit_layer for hit in answer.hits] == [4] * 6 + [1] * 2
 
 
 @pytest.mark.parametrize(("way", "passes"), [("text", [[1, 4], [4]]), ("states", [[1, 4]]), ("stored", [[1, 4]])])
@@ -124,6 +126,14 @@ def test_a_fitted_margin_is_kept_beside_the_index(indexes, monkeypatch):
     with pytest.raises(ValueError, match="is damaged"):
         fitted_margin(index, cascade)
     file.unlink()
+
+
+def test_a_margin_is_fitted_anew_for_an_index_built_anew(code_folder, checkpoint, tmp_path):
+    code = shutil.copytree(code_folder, tmp_path / "code")
+    options = {"location": tmp_path / "index", "checkpoint": checkpoint, "exit_layer": 1}
+    assert fitted_margin(build(code, **options), Cascade(4, 6), progress=False).queries == 18
+    write_code(code, {"lists.py": 'def first(items):\n    """The first of a list."""\n    return items[0]\n'})
+    assert fitted_margin(build(code, **options, rebuild=True), Cascade(4, 6), progress=False).queries == 1
 
 
 def test_a_margin_needs_descriptions(tmp_path, checkpoint):

@@ -1,11 +1,15 @@
 """`mose index` and `mose search` as they are typed."""
 
 import json
+import shutil
 
 import pytest
 
 import modular_star_encoder_cli as cli
+from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from tests.demo.profiles import profile_of
+from tests.search.samples import build, write_code
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -33,6 +37,12 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+def test_a_margin_that_is_no_number_is_told_what_it_may_be(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["search", "x", "--margin", "abc"])
+    assert "'abc' is neither fit nor a number such as 0.02" in capsys.readouterr().err
+
+
 def test_a_second_run_reports_what_changed_as_json(indexed, checkpoint, capsys):
     (indexed / "stack.py").write_text("def peek(items):\n    return items[-1]\n")
     status, out, _ = run(capsys, "index", indexed, "--model", checkpoint, "--exit-layers", "1,4", "--json")
@@ -42,6 +52,20 @@ def test_a_second_run_reports_what_changed_as_json(indexed, checkpoint, capsys):
     counts = {name: report[name] for name in ("files", "embedded_files", "embedded_rows", "removed_files", "rows")}
     assert counts == {"files": 4, "embedded_files": 1, "embedded_rows": 1, "removed_files": 0, "rows": 6}
     assert report["skipped"] == {"too large": 1}
+
+
+def test_an_index_is_brought_up_to_date_without_repeating_how_it_was_made(code, checkpoint, tmp_path, capsys):
+    made = ("--model", checkpoint, "--exit-layers", "1,4", "--languages", "python,go")
+    for out in ((), ("--out", tmp_path / "index")):
+        assert run(capsys, "index", code, *out, *made)[0] == 0
+        write_code(code, {"stack.py": f"OUT = {str(out)!r}\n", "other.js": "function other() {\n}\n"})
+        status, out_text, _ = run(capsys, "index", f"{code}/src/..", *out)
+        assert (status, "at exit 1, 4; embedded 1 files (1 rows), removed 0" in out_text) == (0, True)
+    status, _, err = run(capsys, "index", code / "src", "--out", tmp_path / "index")
+    assert (status, f"the folder {code}, not {code / 'src'}" in err) == (2, True)
+    status, _, err = run(capsys, "index", code, "--model", checkpoint)
+    assert (status, "was built with exit 1, 4, not 4; languages python, go, not " in err) == (2, True)
+    assert run(capsys, "index", code, *made[:-1], "go,python")[0] == 0
 
 
 def test_the_index_of_the_working_folder_is_asked(indexed, capsys, monkeypatch):
@@ -59,6 +83,18 @@ def test_the_index_of_the_working_folder_is_asked(indexed, capsys, monkeypatch):
     assert all(answer["reranked"] and answer["method"] == "fused" for answer in answers)
 
 
+@pytest.mark.parametrize(("milliseconds", "exit_layer"), [("2", 1), ("100", 4)])
+def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
+    code, checkpoint, tmp_path, capsys, milliseconds, exit_layer
+):
+    built_with, moved = tmp_path / "model", tmp_path / "moved"
+    index = build(code, tmp_path / "index", shutil.copytree(checkpoint, built_with), exit_layers=(1, 4))
+    profile_of(index.settings.fingerprint).save(built_with.rename(moved) / PROFILE_NAME)
+    search = ("search", "push", "--index", tmp_path / "index", "--model", moved, "--json")
+    status, out, _ = run(capsys, *search, "--latency-ms", milliseconds)
+    assert (status, json.loads(out)[0]["hits"][0]["exit_layer"]) == (0, exit_layer)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -71,6 +107,17 @@ def test_the_index_of_the_working_folder_is_asked(indexed, capsys, monkeypatch):
         (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "3"), "3"),
         (("search", "x", "--index", "INDEX", "--exit-layer", "4", "--rerank-exit-layer", "2"), "isn't deeper"),
         (("search", "x", "--index", "INDEX", "--margin", "0.1"), "--margin needs --rerank-exit-layer"),
+        (("search", "x", "--index", "INDEX", "--candidates", "9"), "--candidates needs --rerank-exit-layer"),
+        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "0"), "its exits are 1, 2, 4"),
+        (
+            ("search", "x", "--index", "INDEX", "--exit-layer", "1", "--rerank-exit-layer", "4", "--margin", "nan"),
+            "nan",
+        ),
+        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "4", "--candidates", "0"), "at least 2, not 0"),
+        (("search", "x", "--folder", "FOLDER", "--margin", "0"), "--margin needs an index"),
+        (("search", "x", "--folder", "FOLDER", "--rerank-exit-layer", "0"), "--rerank-exit-layer needs an index"),
+        (("search", "x", "--folder", "FOLDER", "--candidates", "0"), "--candidates needs an index"),
+        (("search", "x", "--folder", "FOLDER", "--model", "SAME", "--exit-layer", "0"), "its exits are 1, 2, 4"),
         (("search", "x", "--index", "FOLDER"), "holds other things"),
         (("search", "x", "--index", "FOLDER/src/nowhere"), "There is no index"),
         (("search", " ", "--index", "INDEX"), "none of them blank"),

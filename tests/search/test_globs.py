@@ -1,5 +1,7 @@
+import fnmatch
 import re
 
+import lancedb
 import pytest
 
 from modular_star_encoder.search.globs import glob_expression
@@ -31,7 +33,23 @@ def test_patterns_choose_paths(pattern, expected):
     assert {path for path in PATHS if re.search(glob_expression(pattern), path)} == expected
 
 
-@pytest.mark.parametrize(("pattern", "message"), [(" ", "must not be blank"), ("src/[ab.py", "without a '\\]'")])
+@pytest.mark.parametrize("inside", ["+--", "a-", "-a", "--/", "a-c-e", "&&a", "!-~", "!--", "~~a", "^a", "\\a", "[a"])
+def test_brackets_mean_what_they_mean_to_the_shell_in_python_and_in_lancedb(inside, tmp_path):
+    names = [f"{chr(code)}.py" for code in range(33, 127) if chr(code) != "/"]
+    table = lancedb.connect(str(tmp_path)).create_table("names", [{"name": name} for name in names])
+    pattern = f"[{inside}].py"
+    expected = fnmatch.filter(names, pattern)
+    expression = glob_expression(pattern)
+    assert [name for name in names if re.search(expression, name)] == expected
+    quoted = expression.replace("'", "''")
+    rows = table.search().where(f"regexp_like(name, '{quoted}')").to_list()
+    assert sorted(row["name"] for row in rows) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [(" ", "must not be blank"), ("src/[ab.py", "without a '\\]'"), ("[az-b].py", "z-b, that ends before")],
+)
 def test_patterns_without_meaning_are_refused(pattern, message):
     with pytest.raises(ValueError, match=message):
         glob_expression(pattern)

@@ -1,8 +1,13 @@
 import os
+import shutil
 
+import lancedb
 import pytest
+from qdrant_client import QdrantClient
+from qdrant_client.models import Distance, PointStruct, VectorParams
 
 from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.qdrant_store import QdrantStore
 from tests.search.samples import build, stored_rows
 
 ODD_NAMES = [
@@ -70,7 +75,7 @@ def test_nothing_in_a_folder_crashes_the_index_or_leads_out_of_it(hostile, tmp_p
     rows = stored_rows(tmp_path / "index")
     assert {row["name"] for row in rows if row["path"] != "deep.py"} == {"good"}
     short = {row["path"] for row in rows if len(row["path"]) < 200}
-    assert short <= {"good.py", "deep.py"}
+    assert {"good.py"} <= short <= {"good.py", "deep.py"}
     assert len(short) < len({row["path"] for row in rows})
     assert index.report.skipped["too large"] == 1
     assert index.report.skipped["unreadable"] == 2  # the pipe, and the file whose path is too long
@@ -115,12 +120,21 @@ def test_an_empty_folder_is_an_empty_index(tmp_path, checkpoint):
 
 def test_the_index_does_not_index_itself(tmp_path, checkpoint):
     (tmp_path / "a.py").write_text(function("a"))
-    build(tmp_path, tmp_path / ".mose", checkpoint)
+    build(tmp_path, None, checkpoint)
     (tmp_path / ".mose" / "b.py").write_text(function("b"))
+    report = build(tmp_path, None, checkpoint).report
+    assert (report.files, report.rows) == (1, 1)
+
+
+def test_files_left_beside_an_index_do_it_no_harm(tmp_path, code, checkpoint):
+    build(code, tmp_path / "index", checkpoint)
+    for name in (".DS_Store", ".margins.json.123.tmp"):
+        (tmp_path / "index" / name).write_text("{")
+    assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits
+    assert build(code, tmp_path / "index", checkpoint).report.embedded_files == 0
+    shutil.rmtree(tmp_path / "index" / "snippets.lance")
     with pytest.raises(ValueError, match="holds other things"):
-        build(tmp_path, None, checkpoint)
-    (tmp_path / ".mose" / "b.py").unlink()
-    assert build(tmp_path, None, checkpoint).report.files == 1
+        CodeIndex.open(tmp_path / "index")
 
 
 def test_a_file_of_blank_lines_is_no_row(tmp_path, checkpoint):
@@ -130,3 +144,17 @@ def test_a_file_of_blank_lines_is_no_row(tmp_path, checkpoint):
     assert index.report.rows == 0
     (tmp_path / "code" / "a.py").write_text(function("a"))
     assert index.update(processes=1, progress=False).rows == 1
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_what_is_no_index_of_ours_is_never_replaced(tmp_path, code, checkpoint, rebuild):
+    table = lancedb.connect(str(tmp_path / "theirs")).create_table("snippets", [{"mine": 1}])
+    client = QdrantClient(":memory:")
+    client.create_collection("theirs", vectors_config=VectorParams(size=2, distance=Distance.COSINE))
+    client.upsert("theirs", [PointStruct(id=1, vector=[1, 0], payload={"mine": 1})])
+    for location in (tmp_path / "theirs", QdrantStore(client, "theirs")):
+        with pytest.raises(ValueError, match="that is no index of ours"):
+            build(code, location, checkpoint, rebuild=rebuild)
+    table.checkout_latest()
+    assert table.to_arrow().to_pylist() == [{"mine": 1}]
+    assert [point.payload for point in client.scroll("theirs")[0]] == [{"mine": 1}]

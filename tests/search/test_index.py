@@ -1,5 +1,6 @@
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from modular_star_encoder.evaluation.checkpoint import load_checkpoint
 from modular_star_encoder.evaluation.encode import encode_exits
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.search import building
+from modular_star_encoder.search.cascade import Cascade
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.folder import search_folder
 from modular_star_encoder.search.fusion import reciprocal_rank_fusion
 from modular_star_encoder.search.index import CodeIndex, find_index
+from modular_star_encoder.search.margins import fit_margin
 from modular_star_encoder.search.qdrant_store import QdrantStore
 from modular_star_encoder.search.snippets import Windows
 from tests.search.samples import FILES, build, stored_rows, write_code
@@ -47,7 +50,7 @@ def test_hits_are_the_nearest_by_cosine_at_each_exit_of_the_index(shared_index, 
     assert [hit.text for hit in answer.hits] == [rows[place]["text"] for place in order]
     assert [hit.score for hit in answer.hits] == pytest.approx(scores[order], abs=1e-5)
     assert answer.margin == pytest.approx(scores[order][0] - scores[order][1], abs=1e-5)
-    assert {hit.exit_layer for hit in answer.hits} == {exit_layer}
+    assert [hit.exit_layer for hit in answer.hits] == [exit_layer] * 7
 
 
 def test_a_hit_leads_to_its_lines(shared_index, monkeypatch, tmp_path):
@@ -101,13 +104,26 @@ def test_an_update_is_what_building_anew_gives(code, tmp_path, checkpoint):
 def test_words_find_identifiers_and_fusion_adds_reciprocal_ranks(shared_index):
     (words,) = shared_index.search(["header of a file, to parse"], method="lexical")
     assert words.hits[0].name == "parseHeader"
-    assert words.hits[0].exit_layer is None
+    assert {hit.exit_layer for hit in words.hits} == {None}
     (vectors,) = shared_index.search(["header of a file, to parse"], top_k=100)
     (fused,) = shared_index.search(["header of a file, to parse"], method="fused")
     places = [[(hit.path, hit.line) for hit in answer.hits] for answer in (vectors, words)]
     expected = reciprocal_rank_fusion(places)
     assert {(hit.path, hit.line): hit.score for hit in fused.hits} == pytest.approx(expected)
     assert [hit.score for hit in fused.hits] == sorted(expected.values(), reverse=True)
+
+
+def test_a_fused_hit_names_an_exit_only_if_one_found_it(shared_index, monkeypatch):
+    monkeypatch.setattr("modular_star_encoder.search.index._FUSED_DEPTH", 2)
+    named = set()
+    for question in ("parse header", "option", "push", "pop", "add"):
+        (vectors,) = shared_index.search([question], top_k=2, exit_layer=1)
+        by_vectors = {(hit.path, hit.line) for hit in vectors.hits}
+        (fused,) = shared_index.search([question], top_k=2, exit_layer=1, method="fused")
+        for hit in fused.hits:
+            assert hit.exit_layer == (1 if (hit.path, hit.line) in by_vectors else None)
+            named.add(hit.exit_layer)
+    assert named == {1, None}
 
 
 def test_filters_leave_the_other_rows_out(shared_index):
@@ -189,6 +205,50 @@ def test_rebuild_takes_other_settings(code, tmp_path, checkpoint):
     assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits[0].exit_layer == 2
 
 
+@pytest.mark.parametrize("kind", ["lance", "damaged lance", "qdrant"])
+def test_an_open_index_notices_that_it_was_built_anew(code, tmp_path, checkpoint, kind):
+    client = QdrantClient(":memory:")
+    first, second = (QdrantStore(client, "i") if kind == "qdrant" else tmp_path / "index" for _ in range(2))
+    build(code, first, checkpoint, exit_layer=1)
+    index = CodeIndex.open(first)
+    (before,) = index.search(["push"])
+    build(code, second, checkpoint, exit_layer=1, rebuild=True)  # nothing else than before
+    assert index.search(["push"]) == [before]
+    if kind == "damaged lance":  # which is not overwritten but removed
+        for path in (tmp_path / "index" / "snippets.lance").glob("_versions/*"):
+            path.write_bytes(b"junk")
+    build(code, second, checkpoint, exit_layers=(1, 4), rebuild=True)
+    (code / "new.py").write_text("NEW = 1\n")
+    asked = (
+        lambda: index.search(["push"], exit_layer=1),
+        lambda: index.search(["push"], method="lexical"),
+        lambda: index.update(processes=1, progress=False),
+        lambda: fit_margin(index, Cascade(4), progress=False),
+    )
+    for ask in asked:
+        with pytest.raises(ValueError, match="was built anew meanwhile: open it again"):
+            ask()
+    assert CodeIndex.open(second).store.count() == 7
+
+
+def test_a_checkpoint_that_was_moved_brings_its_index_up_to_date(code, tmp_path, checkpoint):
+    build(code, tmp_path / "index", checkpoint)
+    index = build(code, tmp_path / "index", shutil.copytree(checkpoint, tmp_path / "moved"))
+    assert index.report.embedded_files == index.update(processes=1, progress=False).embedded_files == 0
+    assert index.search(["push"])[0].hits
+
+
+def test_a_checkpoint_that_cannot_be_loaded_costs_no_index(code, tmp_path, checkpoint):
+    build(code, tmp_path / "index", checkpoint)
+    before = stored_rows(tmp_path / "index")
+    weights = shutil.copytree(checkpoint, tmp_path / "cut") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises((ValueError, OSError)):
+        build(code, tmp_path / "index", tmp_path / "cut", rebuild=True)
+    assert stored_rows(tmp_path / "index") == before
+    assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits
+
+
 def test_an_index_inside_its_folder_moves_with_it_and_is_found_from_below(code, tmp_path, checkpoint):
     build(code, None, checkpoint)
     moved = shutil.move(code, tmp_path / "moved")
@@ -199,6 +259,36 @@ def test_an_index_inside_its_folder_moves_with_it_and_is_found_from_below(code, 
     assert (moved / ".mose" / ".gitignore").read_text() == "*\n"
     with pytest.raises(ValueError, match="nor a folder above it has an index"):
         find_index(tmp_path)
+
+
+def test_an_index_behind_a_link_is_of_the_folder_that_was_named(code, tmp_path, checkpoint):
+    write_code(tmp_path / "elsewhere", {"private.py": "def private():\n    return 1\n"})
+    (code / ".index").mkdir()
+    link = tmp_path / "elsewhere" / "index"
+    link.symlink_to(code / ".index")
+    assert build(code, link, checkpoint).folder == CodeIndex.open(link).folder == str(code)
+    assert {row["path"] for row in stored_rows(code / ".index")} == set(FILES)
+
+
+def test_git_takes_an_index_that_was_given_a_place_and_no_other(code, tmp_path, checkpoint):
+    build(code, None, checkpoint)
+    index = build(code, code / "index", checkpoint)
+
+    def git(*arguments, folder=code):
+        who = ("-c", "user.name=n", "-c", "user.email=n@example.org")
+        return subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+    git("init")
+    git("add", ".")
+    assert {path.split("/")[0] for path in git("ls-files").splitlines()} == {
+        "index",
+        "settings.py",
+        "src",
+        "stack.py",
+    }
+    git("commit", "--message", "an index")
+    git("clone", ".", str(tmp_path / "cloned"))
+    assert CodeIndex.open(tmp_path / "cloned" / "index").store.count() == index.store.count() == 7
 
 
 def test_one_process_writes_at_a_time(code, tmp_path, checkpoint, monkeypatch):

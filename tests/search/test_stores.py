@@ -20,6 +20,7 @@ from modular_star_encoder.search.vector_store import (
     row_id,
     words_of,
 )
+from tests.loopback import LoopbackHandler, LoopbackServer
 
 SETTINGS = {"exit_layers": [1, 4], "dimension": 8, "states": False, "prompts": {"query": "é"}}
 
@@ -204,6 +205,23 @@ def test_a_server_is_named_by_collection_and_url(location):
     with pytest.raises(ValueError, match="qdrant:NAME@URL"):
         open_store(location)
     assert connect("qdrant:code@http://localhost:1")[1] == "code"
+
+
+class Refusing(LoopbackHandler):
+    """A server of something else."""
+
+    def do_GET(self):
+        self.reply(403, b"no\nentry", {})
+
+
+def test_a_server_that_refuses_or_is_gone_is_told_in_one_sentence():
+    with LoopbackServer(Refusing, None) as server:
+        store = open_store(f"qdrant:i@http://127.0.0.1:{server.server_port}")
+        with pytest.raises(OSError, match=r"server of qdrant:i@http://127.0.0.1:\d+ can't be .*, or refused: .*403.*$"):
+            store.settings()
+    for ask in (store.settings, store.count, store.files, lambda: store.replace_files(["a"], [])):
+        with pytest.raises(OSError, match=r"can't be reached, or refused: .*Connection refused"):
+            ask()
 
 
 def test_any_path_has_an_id_and_a_readable_form():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def serve(
 
     Raises:
         ImportError: Gradio isn't installed.
-        ValueError: the port is taken or none, or `source` is no address.
+        ValueError: the host isn't this machine, the port is taken or none, or `source` is no address.
     """
     with served(index, checkpoint=checkpoint, host=host, port=port, source=source) as address:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
@@ -74,13 +75,14 @@ def served(
     """
     if port is not None and not 1 <= port <= 65535:
         raise ValueError(f"A port is a number from 1 to 65535, not {port}.")
+    host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
+    _check_host(host)
     local = None if source else LocalFiles(index)
     link_to = RepositoryLinks(source) if source else local
     gradio = import_gradio()
     session = SearchSession(index, checkpoint)
     costs = ExitCosts.of(session.checkpoint, index.settings.fingerprint)
     blocks = build_blocks(SearchPage(session, costs, link_to))
-    host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
     try:
         _, address, _ = blocks.launch(
             server_name=host,
@@ -106,6 +108,15 @@ def served(
         yield address
     finally:
         blocks.close(verbose=False)
+
+
+def _check_host(host: str) -> None:
+    """Gradio tries a hundred ports before it gives up a host that can't be bound, and knows no IPv6."""
+    with socket.socket(socket.AF_INET) as trial:
+        try:
+            trial.bind((host, 0))
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"--host must be an IPv4 address or name of this machine, not {host!r}.") from error
 
 
 def _app_options(host: str, local: LocalFiles | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Cascade:
             this; None for always.
 
     Raises:
-        ValueError: fewer than two candidates.
+        ValueError: fewer than two candidates, or a margin that is no number.
     """
 
     exit_layer: int
@@ -34,6 +34,8 @@ class Cascade:
     def __post_init__(self) -> None:
         if self.candidates < 2:
             raise ValueError(f"candidates must be at least 2, not {self.candidates}.")
+        if self.margin is not None and np.isnan(self.margin):
+            raise ValueError("margin must be a number or None, not nan.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,17 @@ class Embedder:
             raise ValueError(f"{self.checkpoint} has embeddings of {_listed(sizes)} components, not {dimension}.")
         return dimension or self.config.projection_size
 
+    def load(self, exit_layer: int) -> Any:
+        """The model with its layers up to an exit at least.
+
+        Raises:
+            ValueError: an exit that it doesn't have.
+            OSError: weights that can't be read.
+        """
+        if self._model is None or self._model.config.num_hidden_layers < exit_layer:
+            self._model, self._tokenizer = load_checkpoint(self.checkpoint, exit_layer, self._device)
+        return self._model
+
     def questions(self, texts: Sequence[str], exit_layers: Sequence[int], dimension: int) -> dict[int, np.ndarray]:
         """exit_layer → (Q, dimension) float32 of length 1, from one pass."""
         prompt = text_prompt(instructions=self.config.instruction_prompts)
@@ -83,7 +94,7 @@ class Embedder:
         """
         if states:
             texts = [self._document(snippet) for snippet in snippets]
-            embeddings, kept = encode_states(self._loaded(max(exit_layers)), self._tokenizer, texts, exit_layers)
+            embeddings, kept = encode_states(self.load(max(exit_layers)), self._tokenizer, texts, exit_layers)
             return {exit_layer: cut(values, dimension) for exit_layer, values in embeddings.items()}, kept
 
         def embed(places: Sequence[int]) -> np.ndarray:
@@ -112,11 +123,15 @@ class Embedder:
                 values = self._encode(texts, [exit_layer])[exit_layer]
             else:
                 kept = [found[place].states for place in places]
-                values = resume_states(self._loaded(exit_layer), kept, states_of, exit_layer)
+                values = resume_states(self.load(exit_layer), kept, states_of, exit_layer)
             return cut(values, dimension)[:, None]
 
         keys = [((exit_layer,), dimension, one.text_hash, one.snippet.language) for one in found]
         return self._remembered(keys, embed)[:, 0]
+
+    def forget(self) -> None:
+        """Remember no embedding that was made before."""
+        self._known.clear()
 
     def _remembered(self, keys: Sequence[_Key], embed: Callable[[Sequence[int]], np.ndarray]) -> np.ndarray:
         """Embeddings (N, exits, dimension) of keys; `embed` makes those of the places that aren't known."""
@@ -134,18 +149,8 @@ class Embedder:
         return code_prompt(snippet.language, instructions=self.config.instruction_prompts) + snippet.text
 
     def _encode(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
-        model = self._loaded(max(exit_layers))
+        model = self.load(max(exit_layers))
         return encode_exits(model, self._tokenizer, texts, exit_layers=exit_layers, progress=False)
-
-    def _loaded(self, exit_layer: int) -> Any:
-        """The model with its layers up to an exit at least.
-
-        Raises:
-            ValueError: an exit that it doesn't have.
-        """
-        if self._model is None or self._model.config.num_hidden_layers < exit_layer:
-            self._model, self._tokenizer = load_checkpoint(self.checkpoint, exit_layer, self._device)
-        return self._model
 
 
 def cut(embeddings: np.ndarray, dimension: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _PUNCTUATION = re.compile(r"[.^$*+?{}\[\]\\|()]")
+_RANGE_OR_CHARACTER = re.compile(".-.|.", re.DOTALL)
 
 
 def glob_expression(pattern: str) -> str:
@@ -14,7 +15,7 @@ def glob_expression(pattern: str) -> str:
     without a slash is about the file's name in any folder; one that ends in a slash is about all below that folder.
 
     Raises:
-        ValueError: a blank pattern, or one with a bracket that isn't closed.
+        ValueError: a blank pattern, or one with a bracket that isn't closed or a range that ends before it begins.
     """
     if not pattern.strip():
         raise ValueError("A path pattern must not be blank; '*.py' and 'src/**' are patterns.")
@@ -52,6 +53,10 @@ def _bracket(pattern: str, place: int) -> tuple[str, int]:
     end = pattern.find("]", start + 1)
     if end < 0:
         raise ValueError(f"The path pattern {pattern!r} has a '[' without a ']'.")
-    # `&&`, `--` and `~~` are set operations in Rust's expressions.
-    inside = re.sub(r"[\\\[\]^&~]", r"\\\g<0>", pattern[start:end])
-    return f"[{'^/' if negated else ''}{inside}]", end + 1
+    inside = []
+    for part in _RANGE_OR_CHARACTER.findall(pattern[start:end]):
+        if part[0] > part[-1]:
+            raise ValueError(f"The path pattern {pattern!r} has a range, {part}, that ends before it begins.")
+        # `&&`, `--` and `~~` are set operations in Rust's expressions.
+        inside.append("-".join(re.sub(r"[\\\[\]^&~-]", r"\\\g<0>", one) for one in part[::2]))
+    return f"[{'^/' if negated else ''}{''.join(inside)}]", end + 1

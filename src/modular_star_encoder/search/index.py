@@ -17,7 +17,14 @@ from modular_star_encoder.search.hits import Answer, Hit
 from modular_star_encoder.search.ranking import Ranker, fused, lexical
 from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, INDEX_FOLDER, IndexSettings
 from modular_star_encoder.search.snippets import Windows
-from modular_star_encoder.search.vector_store import Filter, Found, VectorStore, open_store, readable_path
+from modular_star_encoder.search.vector_store import (
+    Filter,
+    ForeignDataError,
+    Found,
+    VectorStore,
+    open_store,
+    readable_path,
+)
 
 Method = Literal["vector", "lexical", "fused"]
 
@@ -76,7 +83,7 @@ class CodeIndex:
             windows: how files without functions are divided.
             states: keep the states of the shallowest exit, so that re-ranking resumes from them; large.
             tests, vendored: also read test code, and copies of other projects.
-            rebuild: begin anew if there is an index already.
+            rebuild: begin anew if there is an index already; what isn't ours is never replaced.
             device: where the model goes.
             processes: processes that parse.
             progress: whether to show a bar.
@@ -110,11 +117,13 @@ class CodeIndex:
             vendored=vendored,
         )
         with _locked(store):
-            stored = None if rebuild else store.settings()
+            stored = _kept_settings(store, rebuild)
             if stored is None:
+                embedder.load(exits[-1])  # weights that can't be read must not cost an index that can
                 store.create(settings.to_dict())
             else:
-                IndexSettings.from_dict(stored, store.location).refuse_others(settings, store.location)
+                asked, settings = settings, IndexSettings.from_dict(stored, store.location)
+                settings.refuse_others(asked, store.location)
             index = cls(store, settings, embedder)
             index.report = update_store(store, settings, embedder, processes=processes, progress=progress)
         return index
@@ -167,8 +176,14 @@ class CodeIndex:
         return self._embedder
 
     def update(self, *, processes: int = 2, progress: bool = True) -> UpdateReport:
-        """Bring the index up to date with its folder; see `build`."""
+        """Bring the index up to date with its folder; see `build`.
+
+        Raises:
+            ValueError: the index was built anew since it was opened, or as `build`.
+            OSError: as `build`.
+        """
         with _locked(self.store):
+            self._refuse_another()
             self.report = update_store(self.store, self.settings, self.embedder, processes=processes, progress=progress)
         return self.report
 
@@ -198,8 +213,8 @@ class CodeIndex:
             One answer per question.
 
         Raises:
-            ValueError: no question, a blank one, an exit that the index (or for a cascade, the model) doesn't have, or
-                another checkpoint than the index was built with.
+            ValueError: no question, a blank one, an exit that the index (or for a cascade, the model) doesn't have,
+                another checkpoint than the index was built with, or an index built anew since it was opened.
         """
         if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
             raise ValueError("questions must be a list of at least one question, none of them blank.")
@@ -211,10 +226,10 @@ class CodeIndex:
             () if languages is None else check_languages(languages), None if path is None else glob_expression(path)
         )
         if method == "lexical":
+            self._refuse_another()
             found = [lexical(self.store, question, top_k, where) for question in questions]
             return [
-                Answer(question, self._hits(one, None), method=method)
-                for question, one in zip(questions, found, strict=True)
+                Answer(question, self._hits(one), method=method) for question, one in zip(questions, found, strict=True)
             ]
         ranker = self.ranker(exit_layer, cascade)
         depth = max(top_k, _FUSED_DEPTH) if method == "fused" else top_k
@@ -224,7 +239,7 @@ class CodeIndex:
             found = ranked.found
             if method == "fused":
                 found = fused([found, lexical(self.store, question, depth, where)])
-            hits = self._hits(found[:top_k], ranked.exit_layer)
+            hits = self._hits(found[:top_k])
             answers.append(Answer(question, hits, ranked.margin, ranked.reranked, method))
         return answers
 
@@ -232,8 +247,10 @@ class CodeIndex:
         """What ranks rows for embedded questions; the arguments are those of `search`.
 
         Raises:
-            ValueError: an exit that the index (or for a cascade, the model) doesn't have, or a cascade upwards.
+            ValueError: an exit that the index (or for a cascade, the model) doesn't have, a cascade upwards, or an
+                index built anew since it was opened.
         """
+        self._refuse_another()
         if cascade is not None and exit_layer is None:
             exit_layer = self.settings.exit_layers[0]
         exit_layer = self.settings.check_exit(exit_layer, self.store.location)
@@ -243,7 +260,7 @@ class CodeIndex:
                 raise ValueError(f"Exit {cascade.exit_layer} can't re-rank exit {exit_layer}: it isn't deeper.")
         return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
 
-    def _hits(self, found: Sequence[Found], exit_layer: int | None) -> list[Hit]:
+    def _hits(self, found: Sequence[Found]) -> list[Hit]:
         root = readable_path(_shown_folder(self.folder))
         return [
             Hit(
@@ -251,13 +268,19 @@ class CodeIndex:
                 line=one.snippet.first_line,
                 name=one.snippet.name,
                 score=one.score,
-                exit_layer=exit_layer,
+                exit_layer=one.exit_layer,
                 last_line=one.snippet.last_line,
                 language=one.snippet.language,
                 text=one.snippet.text,
             )
             for one in found
         ]
+
+    def _refuse_another(self) -> None:
+        """Another process may have built the index anew: its rows would not fit our questions, nor ours its rows."""
+        stored = self.store.settings()
+        if stored is None or IndexSettings.from_dict(stored, self.store.location) != self.settings:
+            raise ValueError(f"The index {self.store.location} was built anew meanwhile: open it again.")
 
     def _checked(self, checkpoint: str | os.PathLike[str]) -> Embedder:
         embedder = Embedder(checkpoint, self._device)
@@ -303,6 +326,24 @@ def _locked(store: VectorStore) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _kept_settings(store: VectorStore, rebuild: bool) -> dict[str, Any] | None:
+    """The settings of the index that is there and stays; None where one is to be made.
+
+    Raises:
+        ForeignDataError: what is there isn't ours.
+        ValueError: it can't be read, and isn't to be built anew.
+    """
+    try:
+        stored = store.settings()
+    except ForeignDataError:
+        raise
+    except ValueError:  # damaged: a reason to build anew
+        if not rebuild:
+            raise
+        return None
+    return None if rebuild else stored
 
 
 def _store(location: Any) -> VectorStore:

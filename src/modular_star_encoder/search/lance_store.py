@@ -17,13 +17,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from modular_star_encoder.search.settings import INDEX_FOLDER, MARGINS_NAME
 from modular_star_encoder.search.snippets import Snippet
-from modular_star_encoder.search.vector_store import Filter, Found, Row, StoredFile, stored_files
+from modular_star_encoder.search.vector_store import (
+    Filter,
+    ForeignDataError,
+    Found,
+    Row,
+    StoredFile,
+    stored_files,
+)
 
 Result = TypeVar("Result")
 
 TABLE = "snippets"
-OWN_FILES = {".gitignore", ".lock", "margins.json", f"{TABLE}.lance"}
+OWN_FILES = {".gitignore", ".lock", MARGINS_NAME, f"{TABLE}.lance"}
 SNIPPET_COLUMNS = ("path", "language", "name", "first_line", "last_line", "description", "text")
 FOUND_COLUMNS = ("row_id", "text_hash", *SNIPPET_COLUMNS)
 COMPACT_EVERY = 64
@@ -78,6 +86,7 @@ class LanceStore:
         if self.folder is not None and (self.folder.is_file() or self._strange_files()):
             raise ValueError(f"{location} is no index: it is a file, or a folder that holds other things.")
 
+    @_told_clearly
     def settings(self) -> dict[str, Any] | None:
         """See `VectorStore`."""
         table = self._open()
@@ -85,7 +94,9 @@ class LanceStore:
             return None
         content = (table.schema.metadata or {}).get(_SETTINGS_KEY)
         if content is None:
-            raise ValueError(f"{self.location} holds a table {TABLE!r} that no index of ours.")
+            raise ForeignDataError(
+                f"{self.location} holds a table {TABLE!r} that is no index of ours: name another place."
+            )
         return json.loads(content)
 
     @_told_clearly
@@ -93,7 +104,9 @@ class LanceStore:
         """See `VectorStore`."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / ".gitignore").write_text("*\n", encoding="utf-8")
+            (self.folder / MARGINS_NAME).unlink(missing_ok=True)
+            if self.folder.name == INDEX_FOLDER:  # one in another place may be meant to be committed
+                (self.folder / ".gitignore").write_text("*\n", encoding="utf-8")
         schema = _schema(settings["exit_layers"], settings["dimension"], settings["states"])
         schema = schema.with_metadata({_SETTINGS_KEY: json.dumps(dict(settings))})
         database = self._connect()
@@ -236,7 +249,9 @@ class LanceStore:
         return self._lancedb.connect(target, read_consistency_interval=timedelta(0))
 
     def _strange_files(self) -> bool:
-        return self.folder.is_dir() and not set(os.listdir(self.folder)) <= OWN_FILES
+        """Whether the folder holds other things and no index: what was left beside an index doesn't count."""
+        names = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+        return f"{TABLE}.lance" not in names and not names <= OWN_FILES
 
 
 def _import_lancedb() -> Any:

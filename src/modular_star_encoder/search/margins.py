@@ -12,9 +12,8 @@ from modular_star_encoder.data.files import write_json
 from modular_star_encoder.search.cascade import Cascade, FittedMargin, fit_threshold
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.ranking import Ranked
+from modular_star_encoder.search.settings import MARGINS_NAME
 from modular_star_encoder.search.vector_store import Filter, Found
-
-MARGINS_NAME = "margins.json"
 
 
 def fit_margin(
@@ -70,8 +69,9 @@ def fitted_margin(
     """
     folder = getattr(index.store, "folder", None)
     path = None if folder is None else Path(folder) / MARGINS_NAME
-    first = exit_layer or index.settings.exit_layers[0]
-    key = f"{index.settings.fingerprint} {first} {cascade.exit_layer} {cascade.candidates}"
+    settings = index.settings
+    first = settings.exit_layers[0] if exit_layer is None else exit_layer
+    key = f"{settings.fingerprint} {settings.dimension} {first} {cascade.exit_layer} {cascade.candidates}"
     kept = {} if path is None or not path.exists() else _read(path)
     if key in kept:
         return FittedMargin(**kept[key])

@@ -13,14 +13,25 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 
 from modular_star_encoder.search.snippets import Snippet
-from modular_star_encoder.search.vector_store import QDRANT, Filter, Found, Row, StoredFile, stored_files
+from modular_star_encoder.search.vector_store import (
+    QDRANT,
+    Filter,
+    ForeignDataError,
+    Found,
+    Row,
+    StoredFile,
+    stored_files,
+)
+
+Result = TypeVar("Result")
 
 _SETTINGS_KEY = "modular_star_encoder"
 _K1, _B, _AVERAGE_WORDS = 1.2, 0.75, 256
@@ -44,6 +55,22 @@ def connect(location: str) -> tuple[Any, str]:
     ), name
 
 
+def _told_clearly(method: Callable[..., Result]) -> Callable[..., Result]:
+    """A method of `QdrantStore` that says in one sentence what the server didn't do."""
+
+    @wraps(method)
+    def told(self: QdrantStore, *arguments: Any, **options: Any) -> Result:
+        from qdrant_client.http.exceptions import ApiException
+
+        try:
+            return method(self, *arguments, **options)
+        except ApiException as error:
+            reason = " ".join(str(error).split())
+            raise OSError(f"The Qdrant server of {self.location} can't be reached, or refused: {reason}.") from error
+
+    return told
+
+
 class QdrantStore:
     """See `VectorStore`.
 
@@ -58,15 +85,17 @@ class QdrantStore:
         self._client, self._name = client, name
         self._models = _import_client().models
 
+    @_told_clearly
     def settings(self) -> dict[str, Any] | None:
         """See `VectorStore`."""
         if not self._client.collection_exists(self._name):
             return None
         metadata = self._client.get_collection(self._name).config.metadata or {}
         if _SETTINGS_KEY not in metadata:
-            raise ValueError(f"{self.location} is a collection that no index of ours.")
+            raise ForeignDataError(f"{self.location} is a collection that is no index of ours: name another.")
         return metadata[_SETTINGS_KEY]
 
+    @_told_clearly
     def create(self, settings: Mapping[str, Any]) -> None:
         """See `VectorStore`."""
         models = self._models
@@ -84,11 +113,13 @@ class QdrantStore:
         for field in ("file_id", "path", "language"):
             self._client.create_payload_index(self._name, field, models.PayloadSchemaType.KEYWORD)
 
+    @_told_clearly
     def files(self) -> dict[str, StoredFile]:
         """See `VectorStore`."""
         fields = ("file_id", "file_hash", "file_rows")
         return stored_files(tuple(payload[name] for name in fields) for _, payload in self._scroll(fields))
 
+    @_told_clearly
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         """See `VectorStore`."""
         models = self._models
@@ -104,22 +135,26 @@ class QdrantStore:
     def finish(self) -> None:
         """The server looks after its indexes."""
 
+    @_told_clearly
     def nearest(
         self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[str] = ()
     ) -> list[Found]:
         """See `VectorStore`."""
         return self._query(vector.tolist(), f"vector_{exit_layer}", limit, where, extras)
 
+    @_told_clearly
     def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
         """See `VectorStore`."""
         places = sorted({_word_place(word) for word in words})
         query = self._models.SparseVector(indices=places, values=[1.0] * len(places))
         return self._query(query, "words", limit, where) if places else []
 
+    @_told_clearly
     def count(self) -> int:
         """See `VectorStore`."""
         return self._client.count(self._name, exact=True).count
 
+    @_told_clearly
     def sample(self, limit: int) -> list[Found]:
         """See `VectorStore`; the server's order, which is that of ids."""
         found = []

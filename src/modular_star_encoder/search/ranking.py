@@ -21,13 +21,11 @@ class Ranked:
 
     Attributes:
         found: the rows with their scores. Behind a cascade's candidates come those that it didn't rank again.
-        exit_layer: the exit that ranked the first of them.
         margin: how far the best similarity of the first exit leads the second; None where there are no two.
         reranked: whether the deep exit ran.
     """
 
     found: list[Found]
-    exit_layer: int
     margin: float | None
     reranked: bool = False
 
@@ -81,7 +79,7 @@ class Ranker:
         count = max(limit, self.cascade.candidates if self.cascade else 2)
         found = self._store.nearest(vectors[self.exit_layer], self.exit_layer, count, where, extras)
         margin = found[0].score - found[1].score if len(found) > 1 else None
-        return Ranked(found, self.exit_layer, margin)
+        return Ranked([replace(one, exit_layer=self.exit_layer) for one in found], margin)
 
     def again(self, first: Ranked, vectors: Mapping[int, np.ndarray]) -> Ranked:
         """The candidates of a first ranking, ranked by the deep exit."""
@@ -97,8 +95,8 @@ class Ranker:
             documents = self._embedder.deeper(candidates, cascade.exit_layer, self._settings.dimension, states_of)
         scores = documents @ vectors[cascade.exit_layer]
         order = np.argsort(-scores, kind="stable")
-        ranked = [_scored(candidates[place], float(scores[place])) for place in order]
-        return Ranked(ranked + rest, cascade.exit_layer, first.margin, reranked=True)
+        ranked = [_scored(candidates[place], float(scores[place]), cascade.exit_layer) for place in order]
+        return Ranked(ranked + rest, first.margin, reranked=True)
 
 
 def lexical(store: VectorStore, question: str, limit: int, where: Filter) -> list[Found]:
@@ -107,11 +105,11 @@ def lexical(store: VectorStore, question: str, limit: int, where: Filter) -> lis
 
 
 def fused(rankings: Sequence[Sequence[Found]]) -> list[Found]:
-    """Several rankings made one by reciprocal rank fusion."""
-    known = {one.row_id: one for ranking in rankings for one in ranking}
+    """Several rankings made one by reciprocal rank fusion; a row is as the first ranking that holds it has it."""
+    known = {one.row_id: one for ranking in reversed(rankings) for one in ranking}
     scores = reciprocal_rank_fusion([[one.row_id for one in ranking] for ranking in rankings])
-    return [_scored(known[row], score) for row, score in scores.items()]
+    return [_scored(known[row], score, known[row].exit_layer) for row, score in scores.items()]
 
 
-def _scored(found: Found, score: float) -> Found:
-    return replace(found, score=score, vectors={}, states=None)
+def _scored(found: Found, score: float, exit_layer: int | None) -> Found:
+    return replace(found, score=score, vectors={}, states=None, exit_layer=exit_layer)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from modular_star_encoder.data.source_files import LANGUAGES
 from modular_star_encoder.search.snippets import Windows
 
 FORMAT = 1
@@ -15,6 +16,9 @@ DEFAULT_CHECKPOINT = "runs/quickstart/model"
 """What `make quickstart` leaves behind."""
 INDEX_FOLDER = ".mose"
 """Where the index of a folder is unless it is said otherwise: a hidden folder, which is never indexed itself."""
+
+MARGINS_NAME = "margins.json"
+"""The file beside an index's rows that keeps what was fitted on them (see `margins`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class IndexSettings:
         dimension: components of an embedding.
         prompts: `query` and `document`, as texts were embedded.
         folder: what is indexed: an absolute path, or one relative to the index that lies inside it.
-        languages: languages that are read.
+        languages: languages that are read, in our order whatever theirs was.
         window_lines, window_overlap: see `Windows`.
         states: whether states of the shallowest exit are kept for re-ranking.
         tests, vendored: whether test code and copies of other projects are read.
@@ -48,6 +52,10 @@ class IndexSettings:
     tests: bool = False
     vendored: bool = False
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        languages = tuple(name for name in LANGUAGES if name in self.languages)
+        object.__setattr__(self, "languages", languages)  # frozen
 
     @property
     def windows(self) -> Windows:
@@ -77,7 +85,7 @@ class IndexSettings:
         """The absolute path of the folder, for an index at `location`."""
         if os.path.isabs(self.folder):
             return self.folder
-        return os.path.normpath(os.path.join(os.path.abspath(os.path.expanduser(location)), self.folder))
+        return os.path.normpath(os.path.join(os.path.realpath(os.path.expanduser(location)), self.folder))
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
         """Allow no update with other settings.

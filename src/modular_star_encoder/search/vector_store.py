@@ -46,7 +46,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A row that a store found, and its score: cosine similarity, or that of the words (higher is better)."""
+    """A row that a store found, and its score: cosine similarity, or that of the words (higher is better).
+
+    `exit_layer` is the exit that gave it its place: None from a store, and where only words did.
+    """
 
     row_id: str
     text_hash: str
@@ -54,6 +57,7 @@ class Found:
     score: float
     vectors: Mapping[int, np.ndarray] = field(default_factory=dict)
     states: np.ndarray | None = None
+    exit_layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,10 @@ class StoredFile:
     rows: int
 
 
+class ForeignDataError(ValueError):
+    """What lies where an index should be is none of ours, and is never replaced."""
+
+
 class VectorStore(Protocol):
     """Rows of one index. `replace_files` is the only way to change them."""
 
@@ -91,7 +99,8 @@ class VectorStore(Protocol):
         """What `create` was given, or None where there is no index yet.
 
         Raises:
-            ValueError: there is something, but no index that can be read.
+            ForeignDataError: there is something that is no index of ours.
+            ValueError: there is an index that can't be read.
         """
 
     def create(self, settings: Mapping[str, Any]) -> None:
