@@ -207,6 +207,12 @@ def test_a_server_is_named_by_collection_and_url(location):
     assert connect("qdrant:code@http://localhost:1")[1] == "code"
 
 
+def test_a_password_in_a_qdrant_url_is_refused_and_not_shown():
+    with pytest.raises(ValueError, match="QDRANT_API_KEY") as refused:
+        open_store("qdrant:code@http://me:secret@localhost:1")
+    assert "secret" not in str(refused.value)
+
+
 class Refusing(LoopbackHandler):
     """A server of something else."""
 

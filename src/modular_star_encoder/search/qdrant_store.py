@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import wraps
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -45,11 +46,13 @@ def connect(location: str) -> tuple[Any, str]:
 
     Raises:
         ImportError: the client isn't installed.
-        ValueError: not of this form.
+        ValueError: not of this form, or a URL with a password.
     """
     name, _, url = location.removeprefix(QDRANT).partition("@")
     if not name or not url.startswith(("http://", "https://")):
         raise ValueError(f"A Qdrant index is written qdrant:NAME@URL with an http URL, not {location!r}.")
+    if "@" in urlsplit(url).netloc:  # locations are shown in messages, and kept
+        raise ValueError("A Qdrant URL must hold no password: the key is read from QDRANT_API_KEY.")
     return _import_client().QdrantClient(
         url=url, api_key=os.environ.get("QDRANT_API_KEY") or None, check_compatibility=False
     ), name
