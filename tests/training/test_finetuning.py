@@ -224,7 +224,10 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("data.triplets=missing.jsonl", "no file missing.jsonl"),
         ("config.residual_dropout=high", "residual_dropout"),
         ("config.pooling=legacy", "unpad_inputs leaves out the padding that legacy pooling may read"),
-        ("model=nowhere", "no configuration 'nowhere'"),
+        ("model=nowhere", "no configuration 'nowhere'; there are .* Nor is there a folder nowhere with a config.json"),
+        ("model=runs/small/model", "Nor is there a folder runs/small/model .*; pre-train first, or name a Hub id"),
+        ("model=~/nowhere", "Nor is there a folder ~/nowhere"),
+        ("model=/tmp", "Nor is there a folder /tmp with a config.json"),
         ("attn_implementation=fast", "fast"),
         ("stepz=3", "unknown settings stepz"),
         ("trainer.speed=3", "trainer: .*speed"),
@@ -233,14 +236,20 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, override, message):
-    overrides = (
-        [override] if not override.startswith("objective.teacher") else [override, "objective.distillation_weight=1"]
-    )
     with pytest.raises(ValueError, match=message):
-        run(recipe_file, tmp_path / "run", *overrides)
+        run(recipe_file, tmp_path / "run", override)
     early = not override.startswith(("data", "lora", "batch_size=96"))
     assert (tmp_path / "run").exists() is not early
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub_is_told_with_the_hubs_reason(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = r"runs/small is no folder with a config.json \(pre-train first\), and it can't be had from the Hub: \w+"
+    with pytest.raises(OSError, match=message) as error:
+        run(recipe_file, tmp_path / "run", "model=runs/small")
+    assert isinstance(error.value.__cause__, OSError)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_papers_recipe_holds_its_figures():

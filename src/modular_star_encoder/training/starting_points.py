@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.tokenizer import load_tokenizer, with_template
@@ -32,6 +33,13 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
         in_training.validate()
     except StrictDataclassError as error:
         raise ValueError(f"{recipe.model} can't be started from: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        if isinstance(source, Path):
+            raise
+        raise OSError(
+            f"{source} is no folder with a config.json (pre-train first), and it can't be had from the Hub: "
+            f"{' '.join(str(error).split())}"
+        ) from error
     if recipe.exit_layer is not None:
         config = config.cut(recipe.exit_layer)
         config.exit_layers = [recipe.exit_layer]
@@ -74,8 +82,18 @@ def _source(name: str) -> tuple[str | Path, bool]:
     """Where a model is, and whether it has weights; what is no folder is taken for a Hub id."""
     try:
         folder = model_folder(name)
-    except ValueError:
-        if "/" not in name or Path(name).expanduser().exists():
-            raise
-        return name, True
+    except ValueError as error:
+        if "/" in name and not Path(name).expanduser().exists() and _is_hub_id(name):
+            return name, True
+        raise ValueError(
+            f"{error} Nor is there a folder {name} with a config.json; pre-train first, or name a Hub id owner/name."
+        ) from error
     return folder, has_weights(folder)
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
