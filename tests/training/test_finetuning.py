@@ -92,14 +92,14 @@ def interrupt(monkeypatch, step):
     monkeypatch.setattr(MultiExitTrainer, "__init__", with_interrupt)
 
 
-def straight_and_interrupted(recipe_file, folder, monkeypatch, *overrides):
+def straight_and_interrupted(recipe_file, folder, monkeypatch, *overrides, resumed_with=()):
     """Logs of a run that goes through and of one that Ctrl-C interrupts after step 5, one step after a checkpoint."""
     straight, _ = run(recipe_file, folder / "straight", *overrides)
     with monkeypatch.context() as patch:
         interrupt(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             run(recipe_file, folder / "interrupted", *overrides)
-    resumed, estimate = run(recipe_file, folder / "interrupted", *overrides)
+    resumed, estimate = run(recipe_file, folder / "interrupted", *overrides, *resumed_with)
     assert (straight["resumed_from"], resumed["resumed_from"]) == (None, 4)
     losses = [[entry["loss"] for entry in log["log_history"] if "loss" in entry] for log in (straight, resumed)]
     assert losses[0] == losses[1]
@@ -110,7 +110,22 @@ def straight_and_interrupted(recipe_file, folder, monkeypatch, *overrides):
 
 
 def test_an_interrupted_run_ends_with_the_losses_and_weights_of_a_straight_one(recipe_file, tmp_path, monkeypatch):
-    straight_and_interrupted(recipe_file, tmp_path, monkeypatch, "trainer={dataloader_num_workers: 1}")
+    free = ("dataloader_workers=1", "save_total_limit=1")
+    straight_and_interrupted(recipe_file, tmp_path, monkeypatch, resumed_with=free)
+    assert json.loads((tmp_path / "interrupted" / "recipe.json").read_text())["dataloader_workers"] == 1
+
+
+def test_settings_may_change_until_there_is_a_checkpoint(recipe_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe_file, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 3)
+        run(recipe_file, tmp_path / "run", "objective.mini_batch_tokens=400")
+    with pytest.raises(ValueError, match="another objective; name another folder"):
+        run(recipe_file, tmp_path / "run")
 
 
 def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(recipe_file, tmp_path):

@@ -16,9 +16,13 @@ from modular_star_encoder.data.files import write_json
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.training.recipe import hub_config_folder
 from modular_star_encoder.training.stages import bf16_is_faster
+from modular_star_encoder.training.trainer import last_checkpoint
 
 LOG = Path("model", "training_log.json")
 """Where a run leaves its log, as the last thing that it writes."""
+
+MAY_CHANGE = frozenset({"dataloader_workers", "save_total_limit"})
+"""Settings without influence on what is learned, which a run may be continued with others of."""
 
 TASKS = ("retrieval", "classification")
 """What models can be fine-tuned for."""
@@ -197,6 +201,8 @@ def has_weights(folder: Path) -> bool:
 def open_run(out: Path, settings: Mapping[str, Any], kind: str, *, until_trained: Iterable[str]) -> None:
     """Make the folder of a run, or check that it holds a run with these settings.
 
+    Settings must be the same from the first checkpoint on; `MAY_CHANGE` names those that need not.
+
     Args:
         out: the folder; `recipe.json` in it holds the settings.
         settings: those of the recipe.
@@ -210,8 +216,8 @@ def open_run(out: Path, settings: Mapping[str, Any], kind: str, *, until_trained
     settings = json.loads(json.dumps(settings, default=str))
     if written.is_file():
         before = json.loads(written.read_text(encoding="utf-8"))
-        trained = any((out / name).exists() for name in ("checkpoints", "model"))
-        names = set(settings) if trained else set(until_trained)
+        trained = (out / "model").exists() or last_checkpoint(out / "checkpoints") is not None
+        names = (set(settings) if trained else set(until_trained)) - MAY_CHANGE
         other = sorted(name for name in names if before.get(name) != settings[name])
         if other:
             raise ValueError(f"{out} holds a run with another {', '.join(other)}; name another folder.")
