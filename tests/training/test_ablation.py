@@ -92,12 +92,16 @@ def test_baselines_are_cut_from_the_same_checkpoint_and_see_the_same_batches(rec
     assert set(results["benchmarks"]) == {"held-out, text → code", "held-out, code → code"}
 
 
-def test_benchmarks_of_the_harness_are_measured_too(recipe_file, tmp_path):
+def write_exercises(folder):
     rows = [
         {"slug": f"exercise{i}", "description": f"Compute {i}.", "code": {"go": f"func E{i}() {{}}", "c": f"int e{i};"}}
         for i in range(4)
     ]
-    (tmp_path / "exercises.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "exercises.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_benchmarks_of_the_harness_are_measured_too(recipe_file, tmp_path):
+    write_exercises(tmp_path)
     options = (f"benchmark_data={tmp_path}", "benchmarks=[exercism-code]", "held_out=false", "baselines=false")
     results, _ = run(recipe_file, tmp_path / "run", *options)
     assert list(results["benchmarks"]) == list(results["bm25"]) == ["exercism-code"]
@@ -105,6 +109,24 @@ def test_benchmarks_of_the_harness_are_measured_too(recipe_file, tmp_path):
     assert found["queries"] == 8
     assert set(found["exits"]) == {str(exit_layer) for exit_layer in EXIT_LAYERS}
     assert "difference" not in found["exits"]["2"]
+
+
+def test_a_model_that_was_not_kept_is_trained_again_for_a_benchmark_that_comes_later(
+    recipe_file, tmp_path, monkeypatch
+):
+    write_exercises(tmp_path)
+    out, options = tmp_path / "run", ("keep_models=false", "baselines=false", "finetuning.lora={}")
+    trained = count_trainings(monkeypatch, out)
+    before, _ = run(recipe_file, out, *options)
+    assert not list(out.rglob("*.safetensors"))
+    later = (*options, f"benchmark_data={tmp_path}", "benchmarks=[exercism-code]")
+    after, _ = run(recipe_file, out, *later)
+    assert after["benchmarks"].pop("exercism-code")["queries"] == 8
+    assert after["benchmarks"] == before["benchmarks"]
+    assert trained == ["self-distilled/seed-0"] * 2
+    assert not list(out.rglob("*.safetensors"))
+    run(recipe_file, out, *later)
+    assert len(trained) == 2
 
 
 def scores(values, seeds=(0, 1)):

@@ -23,8 +23,8 @@ from modular_star_encoder.training.ablation_recipe import AblationCell, Ablation
 from modular_star_encoder.training.ablation_report import without_places, write_ablation_report
 from modular_star_encoder.training.ablation_results import Values, compare
 from modular_star_encoder.training.finetuning import check_recipe, evaluate_checkpoint, finetune, prepare_data
-from modular_star_encoder.training.saving import MODEL
-from modular_star_encoder.training.training_recipe import open_run, processes_of_run
+from modular_star_encoder.training.saving import ADAPTER, MODEL
+from modular_star_encoder.training.training_recipe import has_weights, open_run, processes_of_run
 
 SCORES = "scores.json"
 
@@ -41,7 +41,8 @@ def ablate(
 
     `out` gets `data/` (rows, shared by all cells), `cells/{name}/seed-{seed}/` (each a run of `finetune` with
     `scores.json`), and in the end `ablation.md`, `ablation.json` and, where matplotlib is installed, `ablation.png`.
-    Later calls may have more seeds, variants and benchmarks. With several processes each calls this.
+    Later calls may have more seeds, variants and benchmarks; models that were not kept are trained again for these.
+    With several processes each calls this.
 
     Args:
         recipe: what to do.
@@ -121,6 +122,9 @@ def _run_cell(
     with state.main_process_first():
         open_run(run, settings, "an ablation", until_trained=settings)
         known = _read_scores(run)
+        if not set(names) <= set(known) and not has_weights(run / MODEL):
+            # An earlier call kept no models: what is still to be measured needs this one again.
+            shutil.rmtree(run / MODEL, ignore_errors=True)
     if not set(names) <= set(known):
         finetune(cell.recipe, run, data=data, progress=progress, announce=lambda _: None)
         if state.is_main_process:
@@ -158,8 +162,9 @@ def _clean(run: Path, keep_model: bool) -> None:
     """Remove what a measured cell needs no more."""
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     if not keep_model:
-        for file in run.glob(f"{MODEL}/*.safetensors"):
-            file.unlink()
+        for folder in (MODEL, ADAPTER):
+            for file in run.glob(f"{folder}/*.safetensors"):
+                file.unlink()
 
 
 def _lexical(tasks: Sequence[RetrievalTask], progress: bool) -> dict[str, float]:
