@@ -146,6 +146,7 @@ def test_a_classifier_is_trained_at_one_exit_with_lora_and_its_head_is_kept(reci
     assert list(log["scores"]["valid"]) == [2]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert model.config.num_hidden_layers == 2
+    assert not model.config.unpad_inputs
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     (name,) = [name for name in adapter if name.endswith("classifier.weight")]
     assert torch.equal(model.classifier.weight, adapter[name])

@@ -143,6 +143,7 @@ def test_lora_trains_adapters_and_heads_resumes_and_saves_both_ways(recipe_file,
     (tmp_path / "interrupted").rename(tmp_path / "run")
     assert estimate.trained_parameters < 0.7 * estimate.parameters
     merged = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    assert not merged.config.unpad_inputs
     base = ModularStarEncoderForRetrieval.from_pretrained(checkpoint, learned_logit_scale=10)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
