@@ -116,14 +116,12 @@ def test_an_interrupted_run_ends_with_the_losses_and_weights_of_a_straight_one(r
 
 
 def test_settings_may_change_until_there_is_a_checkpoint(recipe_file, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt(patch, 1)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe_file, tmp_path / "run")
-    assert (tmp_path / "run" / "checkpoints").is_dir()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, 3)
-        run(recipe_file, tmp_path / "run", "objective.mini_batch_tokens=400")
+    for step, overrides in ((1, ()), (3, ("objective.mini_batch_tokens=400",))):
+        with monkeypatch.context() as patch:
+            interrupt(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                run(recipe_file, tmp_path / "run", *overrides)
+        assert (tmp_path / "run" / "checkpoints").is_dir()
     with pytest.raises(ValueError, match="another objective; name another folder"):
         run(recipe_file, tmp_path / "run")
 
@@ -276,13 +274,33 @@ def test_the_papers_recipe_holds_its_figures():
     assert recipe.max_code_tokens == 2048
 
 
-def test_our_small_recipe_fits_its_model():
-    recipe = load_finetuning_recipe(hub_config_folder("small") / "finetune.yaml", ["model=small"])
-    config, has_weights = starting_config(recipe)
+def small_recipe():
+    return load_finetuning_recipe(hub_config_folder("small") / "finetune.yaml", ["model=small"])
+
+
+def small_estimate(*groups):
+    """For our small recipe, with 20,000 groups of each of these kinds of pairs."""
+    config, has_weights = starting_config(small_recipe())
     with torch.device("meta"):
         model = ModularStarEncoderForRetrieval(config)
-    estimate = finetuning_preflight(model, recipe, 1, {"text → code": 20_000}, (40.0, 120.0))
     assert not has_weights
+    return finetuning_preflight(model, small_recipe(), 1, dict.fromkeys(groups, 20_000), (40.0, 120.0))
+
+
+def test_our_small_recipe_fits_its_model():
+    recipe, estimate = small_recipe(), small_estimate("text → code")
     assert estimate.epochs == {"text → code": recipe.steps * recipe.batch_size / 20_000}
     assert "code → code           none in this data" in str(estimate)
     assert estimate.memory_bytes < 4 * 2**30
+
+
+def test_pairs_of_code_alone_are_counted_as_such():
+    text, code, both = (
+        small_estimate(*kinds) for kinds in (("text → code",), ("code → code",), ("text → code", "code → code"))
+    )
+    assert (text.tokens_per_pair, code.tokens_per_pair, both.tokens_per_pair) == (160, 240, 200)
+    assert both.flops_per_pair == pytest.approx((text.flops_per_pair + code.flops_per_pair) / 2)
+    assert code.flops_per_pair > 1.5 * text.flops_per_pair
+    assert "text → code           none in this data" in str(code)
+    assert "code → code           20,000 groups" in str(code)
+    assert "none in this data" not in str(both)
