@@ -47,7 +47,8 @@ class TrainingRecipe:
         logging_steps, eval_steps, save_steps: steps between two logs, evaluations, checkpoints.
         save_total_limit: checkpoints kept.
         dataloader_workers: processes that make rows, per device.
-        trainer: more arguments of `transformers.TrainingArguments` (fsdp, gradient_checkpointing, torch_compile, …).
+        trainer: more arguments of `transformers.TrainingArguments` (fsdp, gradient_checkpointing, torch_compile, …), without
+            those that other settings decide.
         seed: of everything that is drawn.
     """
 
@@ -103,38 +104,45 @@ class TrainingRecipe:
             folder: where checkpoints go.
             rows_per_device: rows in memory at once on each device.
             progress: whether to show a progress bar.
-            others: further arguments; the recipe's `trainer` comes last.
+            others: further arguments that the recipe's settings decide.
 
         Raises:
-            ValueError: an argument in `trainer` that `TrainingArguments` does not have, or can't use here.
+            ValueError: an argument in `trainer` that `TrainingArguments` does not have or can't use here, or that other
+                settings decide.
         """
-        settings = {
+        own = {
             "output_dir": os.fspath(folder),
             "max_steps": self.steps,
             "per_device_train_batch_size": rows_per_device,
             "per_device_eval_batch_size": rows_per_device,
+            "auto_find_batch_size": False,
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
-            "lr_scheduler_type": "linear",
             "weight_decay": self.weight_decay,
             "adam_beta1": self.adam_beta1,
             "adam_beta2": self.adam_beta2,
             "adam_epsilon": self.adam_epsilon,
             "max_grad_norm": self.max_grad_norm,
             "logging_steps": self.logging_steps,
-            "eval_strategy": "steps",
             "eval_steps": self.eval_steps,
             "save_steps": self.save_steps,
             "save_total_limit": self.save_total_limit,
             "dataloader_num_workers": self.dataloader_workers,
             "seed": self.seed,
+            **others,
+        }
+        defaults = {
+            "lr_scheduler_type": "linear",
+            "eval_strategy": "steps",
             "bf16": bf16_is_faster(),
             "use_cpu": not torch.cuda.is_available(),
             "disable_tqdm": not progress,
             "report_to": "none",
         }
+        if twice := sorted(set(self.trainer) & set(own), key=str):
+            raise ValueError(f"trainer must not set {', '.join(twice)}: the recipe's own settings decide it.")
         try:
-            return TrainingArguments(**(settings | others | dict(self.trainer)))
+            return TrainingArguments(**(defaults | own | dict(self.trainer)))
         except TypeError as error:
             raise ValueError(f"trainer: {error}.") from error
 
