@@ -47,8 +47,8 @@ class TrainingRecipe:
         logging_steps, eval_steps, save_steps: steps between two logs, evaluations, checkpoints.
         save_total_limit: checkpoints kept.
         dataloader_workers: processes that make rows, per device.
-        trainer: more arguments of `transformers.TrainingArguments` (fsdp, gradient_checkpointing, torch_compile, …), without
-            those that other settings decide.
+        trainer: more arguments of `transformers.TrainingArguments` (fsdp, gradient_checkpointing, torch_compile, …),
+            without those that other settings decide.
         seed: of everything that is drawn.
     """
 
