@@ -20,6 +20,7 @@ from modular_star_encoder.objectives import ContrastiveSettings
         ({"alignment_target": "ensemble"}, "alignment_target 'ensemble' must be one of deepest, next_deeper, or"),
         ({"dimensions": []}, "must be different embedding sizes"),
         ({"dimensions": [64, 64]}, "must be different embedding sizes"),
+        ({"dimensions": [[8], [16]]}, "must be different embedding sizes"),
         ({"dimensions": 64}, "must be different embedding sizes"),
         ({"dimensions": {4: None}}, "must be different embedding sizes"),
         ({"dimensions": {"four": [64]}}, "must be different embedding sizes"),
@@ -62,7 +63,6 @@ def test_exits_without_sizes_of_their_own_have_the_full_one():
     assert ContrastiveSettings(dimensions=[64]).sizes(9, 1024) == (64,)
 
 
-def test_sides_are_named_once_and_the_temperature_is_the_inverse_scale():
+def test_sides_are_named_once():
     settings = ContrastiveSettings(pairs=(("a", "b"), ("b", "c", "d")))
     assert settings.sides == ("a", "b", "c", "d")
-    assert settings.temperature == pytest.approx(0.1)

@@ -76,8 +76,8 @@ class ContrastiveSettings:
         for exit_layer, sizes in by_exit.items():
             if sizes is None and self.dimensions is None:
                 continue
-            is_list = isinstance(sizes, Sequence) and len(sizes) > 0 and len(set(sizes)) == len(sizes)
-            if not _is_count(exit_layer) or not is_list or not all(map(_is_count, sizes)):
+            are_sizes = isinstance(sizes, Sequence) and len(sizes) > 0 and all(map(_is_count, sizes))
+            if not _is_count(exit_layer) or not are_sizes or len(set(sizes)) < len(sizes):
                 raise ValueError(
                     f"dimensions {self.dimensions!r} must be different embedding sizes such as [64, 256], or such a "
                     "list for each of several exits."
@@ -91,11 +91,6 @@ class ContrastiveSettings:
             raise ValueError(f"false_negative_margin {margin!r} must be a difference of cosines, between -2 and 2.")
         if factor is not None and (not _is_number(factor) or factor <= 0):
             raise ValueError(f"false_negative_factor {factor!r} must be a positive number, such as 0.95.")
-
-    @property
-    def temperature(self) -> float:
-        """What similarities are divided by, 1 / `logit_scale`."""
-        return 1 / self.logit_scale
 
     @property
     def sides(self) -> tuple[str, ...]:

@@ -72,13 +72,19 @@ class AblationRecipe:
         seeds = list(self.seeds) if isinstance(self.seeds, list | tuple) else []
         if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
             raise ValueError(f"seeds must be different whole numbers from 0, not {self.seeds!r}.")
+        for name, kind, what in (("exit_layers", int, "exits"), ("benchmarks", str, "names")):
+            given = getattr(self, name)
+            is_list = isinstance(given, list | tuple) and all(isinstance(one, kind) for one in given)
+            if not is_list and (name, given) != ("exit_layers", None):
+                raise ValueError(f"{name} must be a list of {what}, not {given!r}.")
         if not self.held_out and not self.benchmarks:
             raise ValueError("Nothing is measured: set held_out, or name benchmarks.")
         if self.benchmarks and self.benchmark_data is None:
             raise ValueError("benchmarks need benchmark_data, the folder of their files.")
         for name, changes in self.variants.items():
-            reserved = name == SELF_DISTILLED or name.startswith("exit-")
-            if not isinstance(name, str) or not _NAME.fullmatch(name) or reserved or not isinstance(changes, Mapping):
+            is_name = isinstance(name, str) and _NAME.fullmatch(name) and name != SELF_DISTILLED
+            are_settings = isinstance(changes, Mapping) and all(isinstance(key, str) for key in changes)
+            if not is_name or name.startswith("exit-") or not are_settings:
                 raise ValueError(f"variants must be names with settings that differ; {name!r} can't be used.")
             fixed = sorted(key for key in changes if key.partition(".")[0] in _FIXED)
             if fixed:

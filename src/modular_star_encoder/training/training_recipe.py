@@ -77,11 +77,22 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         self.check_positive("steps", "learning_rate", "logging_steps", "eval_steps", "save_steps")
+        if not 0 <= self.seed < 2**32:  # more than numpy takes
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}.")
+        if not isinstance(self.model, str):
+            raise ValueError(f"model must be the name of a folder or Hub repository, not {self.model!r}.")
+        self.check_mappings("trainer")
+
+    def check_mappings(self, *names: str) -> None:
+        """Refuse what is no mapping of settings."""
+        for name in names:
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must be a mapping of settings, not {getattr(self, name)!r}.")
 
     def check_positive(self, *names: str) -> None:
         """Refuse numbers that are not above 0."""
         for name in names:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,8 +183,7 @@ class StartingRecipe(TrainingRecipe):
         super().__post_init__()
         if self.task not in TASKS:
             raise ValueError(f"task {self.task!r} must be one of {', '.join(TASKS)}.")
-        if not isinstance(self.config, Mapping):
-            raise ValueError(f"config must be a mapping of settings, not {self.config!r}.")
+        self.check_mappings("config", *(["lora"] if self.lora is not None else []))
         known = {one.name for one in fields(ModularStarEncoderConfig)}
         if unknown := sorted(set(self.config) - known):
             raise ValueError(f"config has unknown settings {', '.join(unknown)}.")
