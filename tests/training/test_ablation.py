@@ -249,7 +249,10 @@ def test_reports_hold_no_places_of_this_machine(monkeypatch):
         ("variants={a: {data.triplets: x}}", "must not change data.triplets"),
         ("variants={a: {objective.speed: 3}}", "a can't be used: objective has unknown settings speed"),
         ("variants={a: {steps.x: 3}}", "steps is not a mapping"),
-        ("variants={a: {objective: {teacher: 3, distillation_weight: 1}}}", "teacher names exit 3"),
+        (
+            "variants={a: {objective: {teacher: 3, distillation_weight: 1}}}",
+            "The model a can't be trained: teacher names exit 3",
+        ),
         ("held_out=false", "Nothing is measured"),
         ("benchmarks=[exercism-code]", "need benchmark_data"),
         ("finetuning.steps=0", "steps must be above 0"),
@@ -260,6 +263,20 @@ def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, over
     with pytest.raises(ValueError, match=message):
         run(recipe_file, tmp_path / "run", override)
     assert not (tmp_path / "run").exists()
+
+
+def test_baselines_have_no_options_about_other_exits(recipe_file):
+    objective = {"teacher": 4, "distillation_weight": 1, "alignment_weight": 1, "dimensions": {1: [8, 16]}}
+    recipe = load_ablation_recipe(recipe_file, ["exit_layers=[1, 2]", f"finetuning.objective={objective}"])
+    settings = {cell.name: cell.recipe.contrastive() for cell in recipe.cells(EXIT_LAYERS)}
+    for exit_layer, sizes in ((1, (8, 16)), (2, (64,))):
+        alone = settings[f"exit-{exit_layer}"]
+        alone.check((exit_layer,), 64)
+        assert alone.sizes(exit_layer, 64) == sizes
+        assert alone.distillation_weight == alone.alignment_weight == 0
+    assert settings["self-distilled"].teacher == 4
+    plain = load_ablation_recipe(recipe_file).cells(EXIT_LAYERS)
+    assert [cell.recipe.objective for cell in plain] == [{}, {}]
 
 
 def test_cells_of_other_settings_are_refused(recipe_file, tmp_path):

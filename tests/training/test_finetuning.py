@@ -218,6 +218,19 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("rotate_shallow_exits=true", "objective={teacher: 2, distillation_weight: 1}"), "not go with rotate_shallow"),
+        (("log_gradient_norms=true", "objective.mini_batch_tokens=400"), "not go with objective.mini_batch_tokens"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_before_data_is_read(recipe_file, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        run(recipe_file, tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("max_code_tokens=512", "must be at most the model's max_position_embeddings 128, not 512"),

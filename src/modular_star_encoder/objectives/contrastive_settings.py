@@ -128,6 +128,20 @@ class ContrastiveSettings:
         if largest > embedding_size:
             raise ValueError(f"dimensions must be at most the embedding's {embedding_size}, not {largest}.")
 
+    def check_rotation(self, exit_layers: Sequence[int]) -> None:
+        """Refuse settings that need more exits than a step has that trains the deepest one and one other.
+
+        Raises:
+            ValueError: the exits are to be taught by, or aligned to, another one than the deepest.
+        """
+        chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
+        for name, weight in chosen.items():
+            if weight and len(exit_layers) > 1 and getattr(self, name) not in ("deepest", exit_layers[-1]):
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} does not go with rotate_shallow_exits, by which each step has the "
+                    "deepest exit and one other: name deepest."
+                )
+
     def check_sides(self, rows: Mapping[str, int]) -> None:
         """Refuse a batch that has not the sides of `pairs`, or not as many rows in all sides of a pair.
 

@@ -62,7 +62,10 @@ def ablate(
     exits = tuple(blueprint.config.exit_layers)
     cells = recipe.cells(exits)
     for cell in cells:
-        check_recipe(cell.recipe, out, state.num_processes, progress)
+        try:
+            check_recipe(cell.recipe, out, state.num_processes, progress)
+        except ValueError as error:
+            raise ValueError(f"The model {cell.name} can't be trained: {error}") from error
     benchmarks = _benchmarks(recipe)
     with state.main_process_first():
         _refuse_other_folders(out)

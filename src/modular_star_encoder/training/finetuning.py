@@ -124,6 +124,8 @@ def check_recipe(
     model.set_attn_implementation(recipe.attn_implementation)
     exit_weights(recipe.exit_weights, config.exit_layers, config.parent_num_hidden_layers)
     recipe.contrastive().check(config.exit_layers, config.projection_size)
+    if recipe.rotate_shallow_exits:
+        recipe.contrastive().check_rotation(config.exit_layers)
     schedule = {"constant": "constant_with_warmup"}.get(recipe.schedule, recipe.schedule)
     rows = recipe.pairs_per_device(processes)
     # Batches are planned: in this order, and each of them is a whole step.

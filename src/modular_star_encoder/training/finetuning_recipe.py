@@ -53,6 +53,8 @@ class FinetuningRecipe(StartingRecipe):
         self.check_mappings("data", "objective")
         if self.contrastive().pairs != ContrastiveSettings().pairs:
             raise ValueError("objective.pairs can't be set: batches have a query and a document, and no negatives.")
+        if self.log_gradient_norms and self.contrastive().mini_batch_tokens is not None:
+            raise ValueError("log_gradient_norms does not go with objective.mini_batch_tokens, which keeps no graph.")
 
     def contrastive(self) -> ContrastiveSettings:
         """The settings of the loss."""

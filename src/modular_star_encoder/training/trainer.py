@@ -51,7 +51,7 @@ class MultiExitTrainer(Trainer):
 
     Raises:
         ValueError: exits that the model does not have, weights that do not fit them, or an objective that does not fit
-            the model or `log_gradient_norms`.
+            the model, `rotate_shallow_exits` or `log_gradient_norms`.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class MultiExitTrainer(Trainer):
         self.exit_layers = model.config.resolve_exits(exit_layers=exit_layers or model.config.exit_layers)
         if hasattr(objective, "check"):
             objective.check(self.exit_layers, model.config.projection_size)
+        if rotate_shallow_exits and hasattr(objective, "check_rotation"):
+            objective.check_rotation(self.exit_layers)
         if log_gradient_norms and getattr(objective, "caches_gradients", False):
             raise ValueError(
                 "log_gradient_norms needs a graph down to the trunk; it does not go with mini_batch_tokens."
