@@ -37,7 +37,8 @@ class TrainingRecipe:
         steps: optimiser steps.
         learning_rate: peak of the schedule.
         warmup_steps: steps of linear warm-up.
-        adam_beta1, adam_beta2, adam_epsilon, weight_decay: AdamW's; decay is not applied to biases and norms.
+        adam_beta1, adam_beta2, adam_epsilon, weight_decay: AdamW's; decay is not applied to biases, norms and a
+            learned logit scale.
         max_grad_norm: longest gradient; longer ones are scaled down.
         exit_weights: weights of the exits' losses: paper, uniform, linear, or one number per exit.
         normalize_exit_weights: divide them by their sum.
