@@ -2,10 +2,11 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from modular_star_encoder.training import ablation as ablation_module
 from modular_star_encoder.training import hub_config_folder
@@ -283,6 +284,22 @@ def test_cells_of_other_settings_are_refused(recipe_file, tmp_path):
     run(recipe_file, tmp_path / "run", "baselines=false")
     with pytest.raises(ValueError, match="another batch_size; name another folder"):
         run(recipe_file, tmp_path / "run", "baselines=false", "finetuning.batch_size=6")
+
+
+def test_cells_of_another_checkpoint_at_the_same_place_are_refused(recipe_file, tmp_path):
+    checkpoint, settings = tmp_path / "checkpoint", ("baselines=false", f"finetuning.model={tmp_path / 'checkpoint'}")
+    shutil.copytree(recipe_file.parent / "checkpoint", checkpoint)
+    run(recipe_file, tmp_path / "run", *settings)
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in weights.items()}, checkpoint / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"start from another .*/checkpoint than is there now"):
+        run(recipe_file, tmp_path / "run", *settings, "seeds=[0, 1]")
+    assert not (tmp_path / "run" / "cells" / "self-distilled" / "seed-1").exists()
+    # An ablation of a version that wrote no fingerprints.
+    (tmp_path / "run" / "starting_points.json").unlink()
+    run(recipe_file, tmp_path / "run", *settings)
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(recipe_file, tmp_path):
