@@ -267,7 +267,7 @@ def test_options_that_contradict_each_other_are_refused_before_data_is_read(reci
         ("stepz=3", "unknown settings stepz"),
         ("trainer.speed=3", "trainer: .*speed"),
         ("trainer.train_sampling_strategy=random", "trainer must not set train_sampling_strategy: the recipe's own"),
-        ("trainer={output_dir: x, bf16: false, seed: 3}", "trainer must not set output_dir, seed: the recipe's own"),
+        ("trainer={max_steps: 3, bf16: false, seed: 3}", "trainer must not set max_steps, seed: the recipe's own"),
         ("trainer.gradient_accumulation_steps=2", "must not set gradient_accumulation_steps"),
         ("lora.speed=3", "lora: .*speed"),
         ("batch_size=96", "from 2 to 44 pairs"),
