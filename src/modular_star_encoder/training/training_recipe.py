@@ -78,7 +78,7 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         self.check_positive("steps", "learning_rate", "logging_steps", "eval_steps", "save_steps")
-        if not 0 <= self.seed < 2**32:  # more than numpy takes
+        if not 0 <= self.seed < 2**32:  # what numpy takes
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}.")
         if not isinstance(self.model, str):
             raise ValueError(f"model must be the name of a folder or Hub repository, not {self.model!r}.")
@@ -151,7 +151,7 @@ class TrainingRecipe:
             "disable_tqdm": not progress,
             "report_to": "none",
         }
-        if twice := sorted(set(self.trainer) & set(own), key=str):
+        if twice := sorted(set(self.trainer) & set(own)):
             raise ValueError(f"trainer must not set {', '.join(twice)}: the recipe's own settings decide it.")
         try:
             return TrainingArguments(**(defaults | own | dict(self.trainer)))
