@@ -18,14 +18,14 @@ def main() -> int:
     parser.add_argument("recipe", help="a YAML file, such as hub_configs/small/finetune.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that differ from the recipe")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # settings may also stand after --out
     try:
         recipe, finetune = load_task(arguments.recipe, arguments.overrides)
         log = finetune(recipe, arguments.out)
     except KeyboardInterrupt:
         print("\nfinetune: interrupted; start it again to continue from the last checkpoint.", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"finetune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     for name, value in sorted(log["evaluation"].items()):

@@ -55,7 +55,8 @@ def test_bad_rows_are_skipped_with_a_count_and_an_example_or_refused(tmp_path, r
     assert len(found.texts) == 1
     assert found.skipped == {reason: 2}
     assert set(found.examples) == {reason}
-    assert "2" in found.examples[reason]
+    assert ", line 2: " in found.examples[reason]
+    assert found.examples[reason].encode()
     with pytest.raises(BadRowError, match=reason.split()[0]):
         read({"triplets": {"source": file, "strict": True}})
 
@@ -84,6 +85,8 @@ def test_parallel_solutions_have_no_description_and_only_our_languages(tmp_path)
         {"slug": "lonely", "code": {"python": PYTHON}},
         {"slug": "wrong", "code": {"python": PYTHON, "go": "Adds two numbers in Go."}},
         {"slug": "none", "code": "def"},
+        {"slug": "half \ud800", "code": {"python": PYTHON, "go": GO}},
+        "{",
     ]
     found = read({"parallel": write(tmp_path / "exercises.jsonl", rows)})["parallel"]
     assert found.texts == [ParallelText("", (Snippet("python", PYTHON), Snippet("go", GO)), "add")]
@@ -92,8 +95,12 @@ def test_parallel_solutions_have_no_description_and_only_our_languages(tmp_path)
         "fewer than two solutions": 2,
         "prose in place of code": 1,
         "no slug, or no mapping code": 1,
+        "halves of characters (lone surrogates)": 1,
+        "no JSON": 1,
     }
-    assert "lonely" in found.examples["fewer than two solutions"]
+    assert found.examples["fewer than two solutions"].endswith('line 2: "lonely"')
+    assert found.examples["no JSON"].endswith("line 6: {")
+    assert found.examples["halves of characters (lone surrogates)"].encode()
 
 
 @pytest.mark.parametrize(

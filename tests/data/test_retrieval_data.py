@@ -53,6 +53,17 @@ def test_held_out_rows_of_every_source_share_nothing_with_those_trained_on(tmp_p
     assert data.report["held_out_repositories"] == sorted({text.repository for text in data.held_out})
 
 
+def test_a_repository_that_one_source_holds_out_is_not_trained_on_from_another(tmp_path):
+    settings = write_rows(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "exercises.jsonl").open()]
+    rows = [row | {"slug": f"repository{i % 12}"} for i, row in enumerate(rows)]
+    (tmp_path / "exercises.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = prepare(settings, tmp_path / "data", held_out_share=0.2)
+    assert not {text.repository for text in data.train} & set(data.report["held_out_repositories"])
+    assert {bool(text.description) for text in data.train} == {bool(text.description) for text in data.held_out}
+    assert len(data.train) + len(data.held_out) + data.report["shared_with_held_out"] == 80
+
+
 def test_a_second_call_reads_what_the_first_one_wrote(tmp_path):
     settings = write_rows(tmp_path)
     first = prepare(settings, tmp_path / "data")

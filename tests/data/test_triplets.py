@@ -5,6 +5,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from modular_star_encoder.data.files import write_text
 from modular_star_encoder.data.triplets import BadRowError, Triplet, TripletColumns, open_triplets
 
 
@@ -99,6 +100,12 @@ BAD = {
     "unknown language1_CSN": row(language1_CSN=None),
 }
 
+# What parquet can't hold: a column of several kinds, halves of characters.
+BAD_IN_JSON = {
+    "repository_name is no text": row(repository_name=5),
+    "halves of characters (lone surrogates)": row(repository_name="\ud800"),
+}
+
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
 def test_rows_that_are_no_triplets_are_skipped_with_count_and_example(tmp_path, name):
@@ -117,6 +124,22 @@ def test_lines_that_are_no_rows_are_skipped_with_count_and_example(tmp_path):
     reader = open_triplets(write_lines(tmp_path / "a.jsonl", ['{"half', "[1]", without, "", row(1)]))
     assert repositories(reader) == ["1"]
     assert reader.skipped == {"no JSON": 1, "no JSON object": 1, "no column func2": 1}
+    assert reader.examples["no JSON"].endswith('line 1: {"half')
+    assert reader.examples["no JSON object"].endswith("line 2: [1]")
+
+
+def test_repositories_that_are_no_texts_are_skipped_with_examples_that_can_be_written(tmp_path):
+    reader = open_triplets(write_lines(tmp_path / "a.jsonl", [row(), *BAD_IN_JSON.values(), row(repository_name=None)]))
+    assert [triplet.repository for triplet in reader] == ["owner/name0", ""]
+    assert reader.skipped == dict.fromkeys(BAD_IN_JSON, 1)
+    assert r'"repository_name": "\ud800"' in reader.examples["halves of characters (lone surrogates)"]
+    write_text(tmp_path / "report.json", str(reader.examples))
+
+
+def test_each_triplet_comes_with_its_place(tmp_path):
+    reader = open_triplets(write_lines(tmp_path / "a.jsonl", ["{", row(), row(func2=""), row(1)]))
+    places = [(place.rpartition(" ")[2], triplet.description) for place, triplet in reader.placed()]
+    assert places == [("2", "Adds 0."), ("4", "Adds 1.")]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])

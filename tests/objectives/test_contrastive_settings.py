@@ -20,6 +20,7 @@ from modular_star_encoder.objectives import ContrastiveSettings
         ({"alignment_target": "ensemble"}, "alignment_target 'ensemble' must be one of deepest, next_deeper, or"),
         ({"dimensions": []}, "must be different embedding sizes"),
         ({"dimensions": [64, 64]}, "must be different embedding sizes"),
+        ({"dimensions": [[8], [16]]}, "must be different embedding sizes"),
         ({"dimensions": 64}, "must be different embedding sizes"),
         ({"dimensions": {4: None}}, "must be different embedding sizes"),
         ({"dimensions": {"four": [64]}}, "must be different embedding sizes"),
@@ -55,6 +56,19 @@ def test_exits_and_sizes_that_the_model_does_not_have_are_refused(changes, sente
     ContrastiveSettings(teacher=9, alignment_target=9).check((4, 18, 36), 1024)
 
 
+@pytest.mark.parametrize("name", ["teacher", "alignment_target"])
+def test_exits_that_are_trained_in_turn_learn_from_the_deepest_alone(name):
+    weight = {"teacher": "distillation_weight", "alignment_target": "alignment_weight"}[name]
+    for chosen in (9, "next_deeper"):
+        settings = ContrastiveSettings(**{name: chosen, weight: 1.0})
+        settings.check_rotation((36,))
+        with pytest.raises(ValueError, match=f"{name} {chosen!r} does not go with rotate_shallow_exits"):
+            settings.check_rotation((4, 9, 36))
+    for chosen in (36, "deepest"):
+        ContrastiveSettings(**{name: chosen, weight: 1.0}).check_rotation((4, 9, 36))
+    ContrastiveSettings(**{name: 9}).check_rotation((4, 9, 36))
+
+
 def test_exits_without_sizes_of_their_own_have_the_full_one():
     settings = ContrastiveSettings(dimensions={4: [256, 64]})
     assert settings.sizes(4, 1024) == (64, 256)
@@ -62,7 +76,6 @@ def test_exits_without_sizes_of_their_own_have_the_full_one():
     assert ContrastiveSettings(dimensions=[64]).sizes(9, 1024) == (64,)
 
 
-def test_sides_are_named_once_and_the_temperature_is_the_inverse_scale():
+def test_sides_are_named_once():
     settings = ContrastiveSettings(pairs=(("a", "b"), ("b", "c", "d")))
     assert settings.sides == ("a", "b", "c", "d")
-    assert settings.temperature == pytest.approx(0.1)

@@ -37,6 +37,11 @@ def test_uniform_and_explicit_weights():
         ([1.0], "2 non-negative numbers"),
         ([1, -1], "not all zero"),
         ([0, 0], "zero"),
+        ([float("nan"), 1], "non-negative"),
+        (3, "3 must be one of paper, uniform, linear, or a list of one number per exit"),
+        (["a", "b"], "must be one of paper"),
+        ({1: 0.5, 2: 1.0}, "must be one of paper"),
+        ("12", "must be one of paper"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(weighting, sentence):

@@ -2,10 +2,11 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from modular_star_encoder.training import ablation as ablation_module
 from modular_star_encoder.training import hub_config_folder
@@ -92,12 +93,16 @@ def test_baselines_are_cut_from_the_same_checkpoint_and_see_the_same_batches(rec
     assert set(results["benchmarks"]) == {"held-out, text → code", "held-out, code → code"}
 
 
-def test_benchmarks_of_the_harness_are_measured_too(recipe_file, tmp_path):
+def write_exercises(folder):
     rows = [
         {"slug": f"exercise{i}", "description": f"Compute {i}.", "code": {"go": f"func E{i}() {{}}", "c": f"int e{i};"}}
         for i in range(4)
     ]
-    (tmp_path / "exercises.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "exercises.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_benchmarks_of_the_harness_are_measured_too(recipe_file, tmp_path):
+    write_exercises(tmp_path)
     options = (f"benchmark_data={tmp_path}", "benchmarks=[exercism-code]", "held_out=false", "baselines=false")
     results, _ = run(recipe_file, tmp_path / "run", *options)
     assert list(results["benchmarks"]) == list(results["bm25"]) == ["exercism-code"]
@@ -105,6 +110,24 @@ def test_benchmarks_of_the_harness_are_measured_too(recipe_file, tmp_path):
     assert found["queries"] == 8
     assert set(found["exits"]) == {str(exit_layer) for exit_layer in EXIT_LAYERS}
     assert "difference" not in found["exits"]["2"]
+
+
+def test_a_model_that_was_not_kept_is_trained_again_for_a_benchmark_that_comes_later(
+    recipe_file, tmp_path, monkeypatch
+):
+    write_exercises(tmp_path)
+    out, options = tmp_path / "run", ("keep_models=false", "baselines=false", "finetuning.lora={}")
+    trained = count_trainings(monkeypatch, out)
+    before, _ = run(recipe_file, out, *options)
+    assert not list(out.rglob("*.safetensors"))
+    later = (*options, f"benchmark_data={tmp_path}", "benchmarks=[exercism-code]")
+    after, _ = run(recipe_file, out, *later)
+    assert after["benchmarks"].pop("exercism-code")["queries"] == 8
+    assert after["benchmarks"] == before["benchmarks"]
+    assert trained == ["self-distilled/seed-0"] * 2
+    assert not list(out.rglob("*.safetensors"))
+    run(recipe_file, out, *later)
+    assert len(trained) == 2
 
 
 def scores(values, seeds=(0, 1)):
@@ -216,12 +239,21 @@ def test_reports_hold_no_places_of_this_machine(monkeypatch):
         ("seeds=[]", "seeds must be different whole numbers"),
         ("seeds=[1, 1]", "seeds must be different whole numbers"),
         ("exit_layers=[3]", "exit_layers names 3; the model's exits are 1, 2, 4"),
+        ("exit_layers=2", "exit_layers must be a list of exits, not 2"),
+        ("exit_layers=[two]", "exit_layers must be a list of exits"),
+        ("benchmarks=codesearchnet-999", "benchmarks must be a list of names, not 'codesearchnet-999'"),
+        ("benchmarks=null", "benchmarks must be a list of names"),
+        ("variants={1: {}}", "variants must be names with settings that differ; 1 can't be used"),
+        ("variants={a: {1: 2}}", "'a' can't be used"),
         ("variants={self-distilled: {}}", "'self-distilled' can't be used"),
         ("variants={../x: {}}", "can't be used"),
         ("variants={a: {data.triplets: x}}", "must not change data.triplets"),
         ("variants={a: {objective.speed: 3}}", "a can't be used: objective has unknown settings speed"),
         ("variants={a: {steps.x: 3}}", "steps is not a mapping"),
-        ("variants={a: {objective: {teacher: 3, distillation_weight: 1}}}", "teacher names exit 3"),
+        (
+            "variants={a: {objective: {teacher: 3, distillation_weight: 1}}}",
+            "The model a can't be trained: teacher names exit 3",
+        ),
         ("held_out=false", "Nothing is measured"),
         ("benchmarks=[exercism-code]", "need benchmark_data"),
         ("finetuning.steps=0", "steps must be above 0"),
@@ -234,10 +266,40 @@ def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, over
     assert not (tmp_path / "run").exists()
 
 
+def test_baselines_have_no_options_about_other_exits(recipe_file):
+    objective = {"teacher": 4, "distillation_weight": 1, "alignment_weight": 1, "dimensions": {1: [8, 16]}}
+    recipe = load_ablation_recipe(recipe_file, ["exit_layers=[1, 2]", f"finetuning.objective={objective}"])
+    settings = {cell.name: cell.recipe.contrastive() for cell in recipe.cells(EXIT_LAYERS)}
+    for exit_layer, sizes in ((1, (8, 16)), (2, (64,))):
+        alone = settings[f"exit-{exit_layer}"]
+        alone.check((exit_layer,), 64)
+        assert alone.sizes(exit_layer, 64) == sizes
+        assert alone.distillation_weight == alone.alignment_weight == 0
+    assert settings["self-distilled"].teacher == 4
+    plain = load_ablation_recipe(recipe_file).cells(EXIT_LAYERS)
+    assert [cell.recipe.objective for cell in plain] == [{}, {}]
+
+
 def test_cells_of_other_settings_are_refused(recipe_file, tmp_path):
     run(recipe_file, tmp_path / "run", "baselines=false")
     with pytest.raises(ValueError, match="another batch_size; name another folder"):
         run(recipe_file, tmp_path / "run", "baselines=false", "finetuning.batch_size=6")
+
+
+def test_cells_of_another_checkpoint_at_the_same_place_are_refused(recipe_file, tmp_path):
+    checkpoint, settings = tmp_path / "checkpoint", ("baselines=false", f"finetuning.model={tmp_path / 'checkpoint'}")
+    shutil.copytree(recipe_file.parent / "checkpoint", checkpoint)
+    run(recipe_file, tmp_path / "run", *settings)
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in weights.items()}, checkpoint / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"start from another .*/checkpoint than is there now"):
+        run(recipe_file, tmp_path / "run", *settings, "seeds=[0, 1]")
+    assert not (tmp_path / "run" / "cells" / "self-distilled" / "seed-1").exists()
+    # An ablation of a version that wrote no fingerprints.
+    (tmp_path / "run" / "starting_points.json").unlink()
+    run(recipe_file, tmp_path / "run", *settings)
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(recipe_file, tmp_path):

@@ -93,7 +93,8 @@ def test_truncation_leaves_the_short_snippet_whole(tokenizer, tmp_path, long, le
         (("train.txt", "100 101 2"), "train.txt, line 1, must have two ids"),
         (("valid.txt", "100 999 1"), "valid.txt, line 1, must have two ids"),
         (("train.txt", ""), "holds no pair"),
-        (("data.jsonl", '{"idx": 3}'), "must have func and idx"),
+        (("data.jsonl", '{"idx": 3}'), "must have func, in whole characters, and idx"),
+        (("data.jsonl", '{"idx": 3, "func": "int \\ud800;"}'), "must have func, in whole characters, and idx"),
     ],
 )
 def test_damaged_files_are_refused_by_line(tmp_path, change, message):
@@ -103,12 +104,37 @@ def test_damaged_files_are_refused_by_line(tmp_path, change, message):
         read_labelled_pairs({"bigclonebench": folder})
 
 
-def test_other_settings_and_rows_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="bigclonebench, a folder, or the files train, valid and test; not pairs"):
-        read_labelled_pairs({"pairs": "x"})
-    (tmp_path / "pairs.jsonl").write_text('{"first": "a", "second": " ", "label": 1}')
-    with pytest.raises(ValueError, match="line 1 must have code as first and second"):
+GOOD_PAIR = {"first": "int a;", "second": "int b;", "label": 1}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        GOOD_PAIR | {"second": " "},
+        GOOD_PAIR | {"first": "int \ud800;"},
+        GOOD_PAIR | {"label": [1]},
+        {"first": "int a;", "second": "int b;"},
+        [1],
+    ],
+)
+def test_rows_that_are_no_labelled_pairs_are_refused_by_line(tmp_path, row):
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [GOOD_PAIR, row])))
+    with pytest.raises(ValueError, match="line 2 must have code as first and second, in whole characters, and a label"):
         read_labelled_pairs(dict.fromkeys(("train", "valid"), tmp_path / "pairs.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pairs": "x"}, "bigclonebench, a folder, or the files train, valid and test; not pairs"),
+        ({1: "x"}, "train, valid and test; not 1"),
+        ({"train": 3, "valid": "x"}, "data.train must be the name of a file or folder, not 3"),
+        ({"bigclonebench": None}, "data.bigclonebench must be the name of a file or folder, not None"),
+    ],
+)
+def test_other_sources_of_pairs_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        read_labelled_pairs(settings)
 
 
 def test_the_loss_of_each_exit_is_that_of_the_model_at_this_exit():
@@ -146,6 +172,7 @@ def test_a_classifier_is_trained_at_one_exit_with_lora_and_its_head_is_kept(reci
     assert list(log["scores"]["valid"]) == [2]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert model.config.num_hidden_layers == 2
+    assert not model.config.unpad_inputs
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     (name,) = [name for name in adapter if name.endswith("classifier.weight")]
     assert torch.equal(model.classifier.weight, adapter[name])

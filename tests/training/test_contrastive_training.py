@@ -118,6 +118,11 @@ def test_settings_that_do_not_fit_the_trainer_are_refused_before_training(tmp_pa
     for settings, own, sentence in (
         (ContrastiveSettings(mini_batch_tokens=8), {"log_gradient_norms": True}, "does not go with mini_batch_tokens"),
         (ContrastiveSettings(teacher=3, distillation_weight=1.0), {}, "teacher names exit 3"),
+        (
+            ContrastiveSettings(teacher="next_deeper", distillation_weight=1.0),
+            {"rotate_shallow_exits": True},
+            "'next_deeper' does not go with rotate_shallow_exits",
+        ),
         (ContrastiveSettings(dimensions=[17]), {}, "at most the embedding's 16"),
     ):
         with pytest.raises(ValueError, match=sentence):

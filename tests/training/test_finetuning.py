@@ -92,14 +92,14 @@ def interrupt(monkeypatch, step):
     monkeypatch.setattr(MultiExitTrainer, "__init__", with_interrupt)
 
 
-def straight_and_interrupted(recipe_file, folder, monkeypatch, *overrides):
+def straight_and_interrupted(recipe_file, folder, monkeypatch, *overrides, resumed_with=()):
     """Logs of a run that goes through and of one that Ctrl-C interrupts after step 5, one step after a checkpoint."""
     straight, _ = run(recipe_file, folder / "straight", *overrides)
     with monkeypatch.context() as patch:
         interrupt(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             run(recipe_file, folder / "interrupted", *overrides)
-    resumed, estimate = run(recipe_file, folder / "interrupted", *overrides)
+    resumed, estimate = run(recipe_file, folder / "interrupted", *overrides, *resumed_with)
     assert (straight["resumed_from"], resumed["resumed_from"]) == (None, 4)
     losses = [[entry["loss"] for entry in log["log_history"] if "loss" in entry] for log in (straight, resumed)]
     assert losses[0] == losses[1]
@@ -110,7 +110,20 @@ def straight_and_interrupted(recipe_file, folder, monkeypatch, *overrides):
 
 
 def test_an_interrupted_run_ends_with_the_losses_and_weights_of_a_straight_one(recipe_file, tmp_path, monkeypatch):
-    straight_and_interrupted(recipe_file, tmp_path, monkeypatch, "trainer={dataloader_num_workers: 1}")
+    free = ("dataloader_workers=1", "save_total_limit=1")
+    straight_and_interrupted(recipe_file, tmp_path, monkeypatch, resumed_with=free)
+    assert json.loads((tmp_path / "interrupted" / "recipe.json").read_text())["dataloader_workers"] == 1
+
+
+def test_settings_may_change_until_there_is_a_checkpoint(recipe_file, tmp_path, monkeypatch):
+    for step, overrides in ((1, ()), (3, ("objective.mini_batch_tokens=400",))):
+        with monkeypatch.context() as patch:
+            interrupt(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                run(recipe_file, tmp_path / "run", *overrides)
+        assert (tmp_path / "run" / "checkpoints").is_dir()
+    with pytest.raises(ValueError, match="another objective; name another folder"):
+        run(recipe_file, tmp_path / "run")
 
 
 def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(recipe_file, tmp_path):
@@ -128,6 +141,7 @@ def test_lora_trains_adapters_and_heads_resumes_and_saves_both_ways(recipe_file,
     (tmp_path / "interrupted").rename(tmp_path / "run")
     assert estimate.trained_parameters < 0.7 * estimate.parameters
     merged = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    assert not merged.config.unpad_inputs
     base = ModularStarEncoderForRetrieval.from_pretrained(checkpoint, learned_logit_scale=10)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
@@ -204,11 +218,32 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("rotate_shallow_exits=true", "objective={teacher: 2, distillation_weight: 1}"), "not go with rotate_shallow"),
+        (("log_gradient_norms=true", "objective.mini_batch_tokens=400"), "not go with objective.mini_batch_tokens"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_before_data_is_read(recipe_file, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        run(recipe_file, tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("max_code_tokens=512", "must be at most the model's max_position_embeddings 128, not 512"),
         ("batch_size=7", "batch_size 7 must be a multiple of 2 × processes = 2"),
         ("steps=0", "steps must be above 0"),
+        ("learning_rate=.nan", "learning_rate must be above 0"),
+        ("seed=-1", "seed must be from 0 to 4294967295, not -1"),
+        ("samples=10.5", "samples must be a number without fraction, not 10.5"),
+        ("exit_layer=two", "exit_layer must be a number without fraction, not 'two'"),
+        ("exit_weights=3", "exit weights 3 must be one of paper, uniform, linear, or a list"),
+        ("lora=true", "lora must be a mapping"),
+        ("trainer=3", "trainer must be a mapping"),
+        ("model=3", "model must be the name of a folder or Hub repository, not 3"),
         ("schedule=cosine", "schedule must be one of constant, linear"),
         ("renamed_share=30", "renamed_share must be between 0 and 1"),
         ("held_out_share=0.5", "at most 0.2"),
@@ -224,23 +259,35 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("data.triplets=missing.jsonl", "no file missing.jsonl"),
         ("config.residual_dropout=high", "residual_dropout"),
         ("config.pooling=legacy", "unpad_inputs leaves out the padding that legacy pooling may read"),
-        ("model=nowhere", "no configuration 'nowhere'"),
+        ("model=nowhere", "no configuration 'nowhere'; there are .* Nor is there a folder nowhere with a config.json"),
+        ("model=runs/small/model", "Nor is there a folder runs/small/model .*; pre-train first, or name a Hub id"),
+        ("model=~/nowhere", "Nor is there a folder ~/nowhere"),
+        ("model=/tmp", "Nor is there a folder /tmp with a config.json"),
         ("attn_implementation=fast", "fast"),
         ("stepz=3", "unknown settings stepz"),
         ("trainer.speed=3", "trainer: .*speed"),
+        ("trainer.train_sampling_strategy=random", "trainer must not set train_sampling_strategy: the recipe's own"),
+        ("trainer={max_steps: 3, bf16: false, seed: 3}", "trainer must not set max_steps, seed: the recipe's own"),
+        ("trainer.gradient_accumulation_steps=2", "must not set gradient_accumulation_steps"),
         ("lora.speed=3", "lora: .*speed"),
         ("batch_size=96", "from 2 to 44 pairs"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, override, message):
-    overrides = (
-        [override] if not override.startswith("objective.teacher") else [override, "objective.distillation_weight=1"]
-    )
     with pytest.raises(ValueError, match=message):
-        run(recipe_file, tmp_path / "run", *overrides)
-    early = not override.startswith(("data", "lora", "batch_size=96"))
+        run(recipe_file, tmp_path / "run", override)
+    early = not override.startswith(("data", "lora.", "batch_size=96"))
     assert (tmp_path / "run").exists() is not early
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub_is_told_with_the_hubs_reason(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = r"runs/small is no folder with a config.json \(pre-train first\), and it can't be had from the Hub: \w+"
+    with pytest.raises(OSError, match=message) as error:
+        run(recipe_file, tmp_path / "run", "model=runs/small")
+    assert isinstance(error.value.__cause__, OSError)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_papers_recipe_holds_its_figures():
@@ -251,13 +298,33 @@ def test_the_papers_recipe_holds_its_figures():
     assert recipe.max_code_tokens == 2048
 
 
-def test_our_small_recipe_fits_its_model():
-    recipe = load_finetuning_recipe(hub_config_folder("small") / "finetune.yaml", ["model=small"])
-    config, has_weights = starting_config(recipe)
+def small_recipe():
+    return load_finetuning_recipe(hub_config_folder("small") / "finetune.yaml", ["model=small"])
+
+
+def small_estimate(*groups):
+    """For our small recipe, with 20,000 groups of each of these kinds of pairs."""
+    config, has_weights = starting_config(small_recipe())
     with torch.device("meta"):
         model = ModularStarEncoderForRetrieval(config)
-    estimate = finetuning_preflight(model, recipe, 1, {"text → code": 20_000}, (40.0, 120.0))
     assert not has_weights
+    return finetuning_preflight(model, small_recipe(), 1, dict.fromkeys(groups, 20_000), (40.0, 120.0))
+
+
+def test_our_small_recipe_fits_its_model():
+    recipe, estimate = small_recipe(), small_estimate("text → code")
     assert estimate.epochs == {"text → code": recipe.steps * recipe.batch_size / 20_000}
     assert "code → code           none in this data" in str(estimate)
     assert estimate.memory_bytes < 4 * 2**30
+
+
+def test_pairs_of_code_alone_are_counted_as_such():
+    text, code, both = (
+        small_estimate(*kinds) for kinds in (("text → code",), ("code → code",), ("text → code", "code → code"))
+    )
+    assert (text.tokens_per_pair, code.tokens_per_pair, both.tokens_per_pair) == (160, 240, 200)
+    assert both.flops_per_pair == pytest.approx((text.flops_per_pair + code.flops_per_pair) / 2)
+    assert code.flops_per_pair > 1.5 * text.flops_per_pair
+    assert "text → code           none in this data" in str(code)
+    assert "code → code           20,000 groups" in str(code)
+    assert "none in this data" not in str(both)

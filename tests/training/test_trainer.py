@@ -11,6 +11,7 @@ from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives import ContrastiveObjective, InContextObjective
 from modular_star_encoder.training import MultiExitTrainer, MultiStepSchedule, Stage, last_checkpoint, run_stage
+from modular_star_encoder.training.adapters import add_adapters
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
 OWN_ARGUMENTS = ("rotate_shallow_exits", "log_gradient_norms", "schedule")
@@ -42,10 +43,10 @@ def arguments(folder, **changes):
     )
 
 
-def make_trainer(folder, weights="paper", **changes):
+def make_trainer(folder, weights="paper", model=None, **changes):
     own = {name: changes.pop(name) for name in OWN_ARGUMENTS if name in changes}
     return MultiExitTrainer(
-        tiny_model(),
+        tiny_model() if model is None else model,
         arguments(folder, **changes),
         ContrastiveObjective(),
         weights=weights,
@@ -88,8 +89,11 @@ def test_rotation_trains_the_deepest_exit_and_each_other_in_its_turn(tmp_path):
     assert log["loss"] == pytest.approx(total, rel=1e-4)
 
 
-def test_gradient_norms_per_exit_are_those_of_each_weighted_loss_on_the_trunk(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=1, logging_steps=1, log_gradient_norms=True, learning_rate=0.0)
+@pytest.mark.parametrize("adapters", [False, True])
+def test_gradient_norms_per_exit_are_those_of_each_weighted_loss_on_the_trunk(tmp_path, adapters):
+    model = add_adapters(tiny_model(), {}) if adapters else tiny_model()
+    own = {"model": model, "log_gradient_norms": True}
+    trainer = make_trainer(tmp_path, max_steps=1, logging_steps=1, learning_rate=0.0, **own)
     trainer.model.config.attention_dropout = 0.0
     for module in trainer.model.modules():
         for name in ("attention_dropout", "residual_dropout", "embedding_dropout"):
@@ -101,9 +105,24 @@ def test_gradient_norms_per_exit_are_those_of_each_weighted_loss_on_the_trunk(tm
         trainer.model.zero_grad()
         (loss,) = ContrastiveObjective()(trainer.model, batch, (exit_layer,)).losses
         (loss * exit_layer / 4).backward()
-        gradients = [p.grad for p in trainer.model.model.parameters() if p.grad is not None]
+        trunk = [p for name, p in trainer.model.named_parameters() if "projection_heads" not in name]
+        gradients = [p.grad for p in trunk if p.grad is not None]
         expected = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
         assert trainer.state.log_history[0][f"gradient_norm_exit_{exit_layer}"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_weight_decay_is_not_applied_to_biases_norms_and_the_learned_scale(tmp_path, adapters):
+    model = tiny_model(learned_logit_scale=10.0)
+    model = add_adapters(model, {}) if adapters else model
+    trainer = make_trainer(tmp_path, model=model, weight_decay=0.1)
+    decayed = {
+        id(p) for group in trainer.create_optimizer().param_groups if group["weight_decay"] for p in group["params"]
+    }
+    spared = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in decayed}
+    assert sum(name.endswith("log_scale") for name in spared) == 1
+    assert all(name.endswith((".bias", "log_scale", "norm.weight", "layernorm.weight")) for name in spared)
+    assert len(decayed) > 6
 
 
 def test_a_schedule_of_steps_replaces_trainers_own(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,38 @@ from modular_star_encoder.data.row_sources import open_rows
 _JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson")
 _SPLITS = ("train", "validation", "test")
 _ROWS_PER_BATCH = 256
+_EXAMPLE_LENGTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """A line of JSON Lines that is no row.
+
+    Attributes:
+        reason: What is wrong with it.
+        text: The line.
+    """
+
+    reason: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def row_example(place: str, row: Any) -> str:
+    """Return where a row is and how it, a `BadLine` or any part of a row begins, for messages and reports."""
+    shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
+    return f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
+
+
+def not_unicode(text: str) -> str | None:
+    """Return why a text can't be written or tokenized, or None: JSON can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "halves of characters (lone surrogates)"
+    return None
 
 
 def open_dataset_rows(
@@ -21,7 +54,7 @@ def open_dataset_rows(
     *,
     split: str = "train",
     **options: Any,
-) -> Iterable[tuple[str, dict[str, Any] | str]]:
+) -> Iterable[tuple[str, dict[str, Any] | BadLine]]:
     """Open a dataset for reading as a stream, again and again in the same order.
 
     Args:
@@ -32,7 +65,7 @@ def open_dataset_rows(
         options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
 
     Returns:
-        Pairs of where a row is, for messages, and the row; in place of the row, what is wrong with its line of JSON.
+        Pairs of where a row is, for messages, and the row; in place of a row that is no JSON object, a `BadLine`.
 
     Raises:
         ValueError: If the dataset cannot be read, has no such split, or lacks a column; while reading, if a file is
@@ -88,7 +121,7 @@ def _files(source: Any, split: str) -> list[str]:
 
 
 class _JsonLines:
-    """Rows of JSON Lines files, one line at a time; a line that is no JSON object is the reason why."""
+    """Rows of JSON Lines files, one line at a time; a line that is no JSON object is a `BadLine`."""
 
     def __init__(self, files: Sequence[str]) -> None:
         self._files = files
@@ -105,12 +138,12 @@ class _JsonLines:
                 raise ValueError(f"{file} is damaged: {error}.") from error
 
 
-def _json_object(line: str) -> dict[str, Any] | str:
+def _json_object(line: str) -> dict[str, Any] | BadLine:
     try:
         row = json.loads(line)
     except ValueError:
-        return "no JSON"
-    return row if isinstance(row, dict) else "no JSON object"
+        return BadLine("no JSON", line.strip())
+    return row if isinstance(row, dict) else BadLine("no JSON object", line.strip())
 
 
 class _DatasetRows:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.dataset_rows import open_dataset_rows
+from modular_star_encoder.data.dataset_rows import not_unicode, open_dataset_rows
 from modular_star_encoder.data.padding import pad_inputs
 from modular_star_encoder.data.tokenizer import encode_content
 
@@ -59,12 +59,14 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
     Raises:
         ValueError: If other settings are given, a file is missing, or a row is no labelled pair; the message names it.
     """
+    for name, source in settings.items():
+        if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+            raise ValueError(f"data.{name} must be the name of a file or folder, not {source!r}.")
     if set(settings) == {"bigclonebench"}:
         return _bigclonebench(Path(settings["bigclonebench"]).expanduser())
     if not {"train", "valid"} <= set(settings) <= set(SPLITS):
-        raise ValueError(
-            f"data must name bigclonebench, a folder, or the files train, valid and test; not {', '.join(settings)}."
-        )
+        given = ", ".join(map(str, settings))
+        raise ValueError(f"data must name bigclonebench, a folder, or the files train, valid and test; not {given}.")
     return {split: _pairs_of_rows(settings[split]) for split in SPLITS if split in settings}
 
 
@@ -124,8 +126,8 @@ def _bigclonebench(folder: Path) -> dict[str, LabelledPairs]:
     places: dict[str, int] = {}
     codes = []
     for where, row in open_dataset_rows(folder / "data.jsonl", ["func", "idx"]):
-        if not isinstance(row, dict) or not isinstance(row.get("func"), str) or "idx" not in row:
-            raise ValueError(f"{where} must have func and idx.")
+        if not isinstance(row, dict) or not _is_code(row.get("func")) or "idx" not in row:
+            raise ValueError(f"{where} must have func, in whole characters, and idx.")
         places[str(row["idx"])] = len(codes)
         codes.append(row["func"])
     splits = {}
@@ -153,11 +155,16 @@ def _pairs_of_rows(source: str | os.PathLike[str]) -> LabelledPairs:
     places: dict[str, int] = {}
     rows = []
     for where, row in open_dataset_rows(source, ["first", "second", "label"]):
-        texts = [row.get(name) for name in ("first", "second")] if isinstance(row, dict) else []
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts) or row["label"] not in (0, 1):
-            raise ValueError(f"{where} must have code as first and second, and a label 0 or 1.")
-        rows.append((*(places.setdefault(text, len(places)) for text in texts), int(row["label"])))
+        values = row if isinstance(row, dict) else {}
+        texts, label = [values.get("first"), values.get("second")], values.get("label")
+        if not all(map(_is_code, texts)) or label not in (0, 1):
+            raise ValueError(f"{where} must have code as first and second, in whole characters, and a label 0 or 1.")
+        rows.append((*(places.setdefault(text, len(places)) for text in texts), int(label)))
     return _pairs(list(places), rows, source)
+
+
+def _is_code(text: Any) -> bool:
+    return isinstance(text, str) and bool(text.strip()) and not_unicode(text) is None
 
 
 def _pairs(codes: list[str], rows: list[tuple[int, int, int]], source: str | os.PathLike[str]) -> LabelledPairs:

@@ -4,7 +4,6 @@ Every source gives the same rows: triplets (prose, a function, its translation),
 (prose and a function), and parallel solutions of exercises (code alone).
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,14 +12,12 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.corpora import open_corpus
-from modular_star_encoder.data.dataset_rows import open_dataset_rows
+from modular_star_encoder.data.dataset_rows import BadLine, not_unicode, open_dataset_rows, row_example
 from modular_star_encoder.data.documented_function import DocumentedFunction, description_key
 from modular_star_encoder.data.functions import collect_functions
 from modular_star_encoder.data.prose import reads_as_prose
 from modular_star_encoder.data.source_files import language_named
 from modular_star_encoder.data.triplets import BadRowError, TripletColumns, open_triplets
-
-_EXAMPLE_LENGTH = 200
 
 
 class Snippet(NamedTuple):
@@ -62,7 +59,7 @@ class ParallelTexts:
     def skip(self, reason: str, example: str) -> None:
         """Count something that is left out."""
         self.skipped[reason] += 1
-        self.examples.setdefault(reason, example[:_EXAMPLE_LENGTH])
+        self.examples.setdefault(reason, example)
 
 
 def read_parallel_texts(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, ParallelTexts]:
@@ -116,15 +113,14 @@ def _triplets(settings: Any, progress: bool) -> ParallelTexts:
     if "columns" in options:
         options["columns"] = TripletColumns(**options["columns"])
     reader, found = open_triplets(**options), ParallelTexts()
-    rows = tqdm(reader, desc="Reading triplets", unit=" rows", disable=not progress)
-    for number, row in enumerate(rows, 1):
+    for place, row in tqdm(reader.placed(), desc="Reading triplets", unit=" rows", disable=not progress):
         snippets = (Snippet(row.language, row.code), Snippet(row.other_language, row.other_code))
         faults = [_not_code(snippet.code, row.description) for snippet in snippets]
-        reason = next(filter(None, [*faults, _not_unicode(row.description)]), None)
+        reason = next(filter(None, [*faults, not_unicode(row.description)]), None)
         if reason is None:
             found.texts.append(ParallelText(row.description, snippets, row.repository))
         else:
-            _leave_out(found, reason, f"triplet {number}: {json.dumps(snippets, ensure_ascii=False)}", strict)
+            _leave_out(found, reason, row_example(place, snippets), strict)
     found.skipped += reader.skipped
     found.examples |= reader.examples
     return found
@@ -147,8 +143,8 @@ def _parallel(settings: Any, progress: bool) -> ParallelTexts:
     for place, row in tqdm(rows, desc="Reading parallel solutions", unit=" rows", disable=not progress):
         solutions = row.get(code) if isinstance(row, dict) else None
         if not isinstance(solutions, Mapping) or not isinstance(row.get(name), str):
-            reason = row if isinstance(row, str) else f"no {name}, or no mapping {code}"
-            _leave_out(found, reason, f"{place}: {json.dumps(row, ensure_ascii=False, default=str)}", strict)
+            reason = row.reason if isinstance(row, BadLine) else f"no {name}, or no mapping {code}"
+            _leave_out(found, reason, row_example(place, row), strict)
             continue
         snippets = []
         for language, solution in solutions.items():
@@ -159,11 +155,13 @@ def _parallel(settings: Any, progress: bool) -> ParallelTexts:
             if reason is None:
                 snippets.append(Snippet(known, solution))
             else:
-                _leave_out(found, reason, f"{place}: {solution!r}", strict)
-        if len(snippets) > 1:
+                _leave_out(found, reason, row_example(place, solution), strict)
+        if reason := not_unicode(row[name]):
+            _leave_out(found, reason, row_example(place, row), strict)
+        elif len(snippets) > 1:
             found.texts.append(ParallelText("", tuple(snippets), row[name]))
         else:
-            _leave_out(found, "fewer than two solutions", f"{place}: {row[name]}", strict)
+            _leave_out(found, "fewer than two solutions", row_example(place, row[name]), strict)
     return found
 
 
@@ -187,19 +185,10 @@ def _not_code(code: Any, description: str = "") -> str | None:
         return "empty code"
     if bool(description) and description_key(code) == description_key(description):
         return "description in place of code"
-    return "prose in place of code" if reads_as_prose(code) else _not_unicode(code)
-
-
-def _not_unicode(text: str) -> str | None:
-    """JSON can hold halves of characters, which neither tokenizers nor files take."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "halves of characters (lone surrogates)"
-    return None
+    return "prose in place of code" if reads_as_prose(code) else not_unicode(code)
 
 
 def _leave_out(found: ParallelTexts, reason: str, example: str, strict: bool) -> None:
     if strict:
-        raise BadRowError(f"A row can't be trained on ({reason}): {example[:_EXAMPLE_LENGTH]}")
+        raise BadRowError(f"A row can't be trained on ({reason}): {example}")
     found.skip(reason, example)

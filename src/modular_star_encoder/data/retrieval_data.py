@@ -28,8 +28,8 @@ class RetrievalData:
         train: In the order of the sources.
         held_out: None of their repositories, descriptions or codes is in `train`.
         report: What was read and left out: `settings`; `sources`, with `rows`, `skipped` (counts by reason) and
-            `examples` of each; `shared_with_held_out`, rows left out of training for their content; `train` and
-            `held_out`, numbers of rows; and the names of `held_out_repositories`.
+            `examples` of each; `shared_with_held_out`, rows left out of training for their content or repository;
+            `train` and `held_out`, numbers of rows; and the names of `held_out_repositories`.
     """
 
     train: list[ParallelText]
@@ -84,14 +84,16 @@ def _split(
 ) -> RetrievalData:
     texts = [text for found in sources.values() for text in found.texts]
     held_out = np.concatenate([_held_out(found.texts, share, seed) for found in sources.values()])
-    groups = same_content_groups(texts)
-    leaked = np.isin(groups, groups[held_out]) & ~held_out
+    unseen, groups = np.flatnonzero(held_out), same_content_groups(texts)
+    # Each source draws by itself: a repository that one holds out may be another's too.
+    repositories = {texts[row].repository for row in unseen} - {""}
+    of_these = np.array([text.repository in repositories for text in texts])
+    leaked = (np.isin(groups, groups[unseen]) | of_these) & ~held_out
     train = np.flatnonzero(~held_out & ~leaked)
     if samples is not None:
         if samples > len(train):
             raise ValueError(f"samples is {samples}, and there are {len(train)} rows to train on.")
         train = np.sort(np.random.default_rng(seed).permutation(train)[:samples])
-    unseen = np.flatnonzero(held_out)
     report = {
         "settings": asked,
         "sources": {
@@ -101,7 +103,7 @@ def _split(
         "shared_with_held_out": int(leaked.sum()),
         "train": len(train),
         "held_out": len(unseen),
-        "held_out_repositories": sorted({texts[row].repository for row in unseen} - {""}),
+        "held_out_repositories": sorted(repositories),
     }
     return RetrievalData([texts[row] for row in train], [texts[row] for row in unseen], report)
 

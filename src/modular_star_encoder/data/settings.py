@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+_OPTIONAL = {int | None: int, float | None: float}
+
 
 def load_settings(kind: type, path: str | os.PathLike, overrides: Sequence[str] = (), *, example: str = "") -> Any:
     """Read a recipe: an instance of a dataclass from a YAML file.
@@ -58,14 +60,19 @@ def build_settings(kind: type, content: Any, where: str) -> Any:
 
 
 def _number(value: Any, kind: Any, where: str) -> Any:
-    """A number where one is wanted: YAML reads `1e-6`, which has no point, as a word."""
-    if kind not in (int, float) or isinstance(value, dict):
+    """A number where one is wanted, or None where that is allowed: YAML reads `1e5`, which has no point, as a word."""
+    if kind in _OPTIONAL:
+        if value is None:
+            return None
+        kind = _OPTIONAL[kind]
+    if kind not in (int, float):
         return value
     try:
-        number = kind(value) if not isinstance(value, bool) else None
+        given = float(value) if isinstance(value, str) else value
+        number = kind(given) if not isinstance(given, bool) else None
     except (TypeError, ValueError, OverflowError):
         number = None
-    if number is None or (kind is int and number != float(value)):
+    if number is None or (kind is int and number != given):
         raise ValueError(f"{where} must be a number{' without fraction' if kind is int else ''}, not {value!r}.")
     return number
 

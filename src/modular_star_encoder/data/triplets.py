@@ -4,17 +4,14 @@ Read from what its authors publish on the Hub (`modularStarEncoder/SynthCoNL`, `
 `mose dataset build` writes, or from any parquet or JSON Lines files with such columns.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modular_star_encoder.data.dataset_rows import open_dataset_rows
+from modular_star_encoder.data.dataset_rows import BadLine, not_unicode, open_dataset_rows, row_example
 from modular_star_encoder.data.source_files import LANGUAGES, language_named
-
-_EXAMPLE_LENGTH = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +73,18 @@ class TripletReader:
         self.examples: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Triplet]:
+        return (triplet for _, triplet in self.placed())
+
+    def placed(self) -> Iterator[tuple[str, Triplet]]:
+        """Iterate over pairs of where a triplet is, for messages, and the triplet."""
         # Each iteration has counters of its own; one that was abandoned cannot add to those of the next.
         self.skipped, self.examples = skipped, examples = Counter(), {}
         for place, row in self._rows:
-            reason = row if isinstance(row, str) else _fault(row, self._columns)
+            reason = row.reason if isinstance(row, BadLine) else _fault(row, self._columns)
             if reason is None:
-                yield _triplet(row, self._columns)
+                yield place, _triplet(row, self._columns)
                 continue
-            example = f"{place}: {json.dumps(row, ensure_ascii=False, default=str)[:_EXAMPLE_LENGTH]}"
+            example = row_example(place, row)
             if self._strict:
                 raise BadRowError(f"A row is no triplet ({reason}): {example}")
             skipped[reason] += 1
@@ -105,7 +106,8 @@ def open_triplets(
         split: The split to read; see `open_dataset_rows`.
         columns: The names of its columns.
         strict: Whether a row that is no triplet is an error; otherwise it is skipped and counted. A triplet has a
-            description, two codes that are not blank, and two of our languages, in any spelling (`C++` is `cpp`).
+            description, two codes that are not blank, two of our languages, in any spelling (`C++` is `cpp`), and as
+            repository a text or nothing.
         options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
 
     Raises:
@@ -125,7 +127,10 @@ def _fault(row: Mapping[str, Any], columns: TripletColumns) -> str | None:
     for name in (columns.language, columns.other_language):
         if not isinstance(row[name], str) or language_named(row[name]) not in LANGUAGES:
             return f"unknown {name}"
-    return None
+    repository = row[columns.repository]
+    if repository is not None and not isinstance(repository, str):
+        return f"{columns.repository} is no text"
+    return not_unicode(repository or "")
 
 
 def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> Triplet:

@@ -35,6 +35,10 @@ class ContrastiveObjective:
         """Refuse settings that do not fit a model; see `ContrastiveSettings.check`."""
         self.settings.check(exit_layers, embedding_size)
 
+    def check_rotation(self, exit_layers: Sequence[int]) -> None:
+        """Refuse settings that do not fit training in turn; see `ContrastiveSettings.check_rotation`."""
+        self.settings.check_rotation(exit_layers)
+
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
         """Losses of one batch.
 

@@ -76,8 +76,8 @@ class ContrastiveSettings:
         for exit_layer, sizes in by_exit.items():
             if sizes is None and self.dimensions is None:
                 continue
-            is_list = isinstance(sizes, Sequence) and len(sizes) > 0 and len(set(sizes)) == len(sizes)
-            if not _is_count(exit_layer) or not is_list or not all(map(_is_count, sizes)):
+            are_sizes = isinstance(sizes, Sequence) and len(sizes) > 0 and all(map(_is_count, sizes))
+            if not _is_count(exit_layer) or not are_sizes or len(set(sizes)) < len(sizes):
                 raise ValueError(
                     f"dimensions {self.dimensions!r} must be different embedding sizes such as [64, 256], or such a "
                     "list for each of several exits."
@@ -91,11 +91,6 @@ class ContrastiveSettings:
             raise ValueError(f"false_negative_margin {margin!r} must be a difference of cosines, between -2 and 2.")
         if factor is not None and (not _is_number(factor) or factor <= 0):
             raise ValueError(f"false_negative_factor {factor!r} must be a positive number, such as 0.95.")
-
-    @property
-    def temperature(self) -> float:
-        """What similarities are divided by, 1 / `logit_scale`."""
-        return 1 / self.logit_scale
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -132,6 +127,20 @@ class ContrastiveSettings:
         largest = max(self.sizes(exit_layer, 1)[-1] for exit_layer in exit_layers)
         if largest > embedding_size:
             raise ValueError(f"dimensions must be at most the embedding's {embedding_size}, not {largest}.")
+
+    def check_rotation(self, exit_layers: Sequence[int]) -> None:
+        """Refuse settings that need more exits than a step has that trains the deepest one and one other.
+
+        Raises:
+            ValueError: the exits are to be taught by, or aligned to, another one than the deepest.
+        """
+        chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
+        for name, weight in chosen.items():
+            if weight and len(exit_layers) > 1 and getattr(self, name) not in ("deepest", exit_layers[-1]):
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} does not go with rotate_shallow_exits, by which each step has the "
+                    "deepest exit and one other: name deepest."
+                )
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
         """Refuse a batch that has not the sides of `pairs`, or not as many rows in all sides of a pair.

@@ -1,6 +1,7 @@
 """Weights of the exits' losses in the total loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -32,13 +33,23 @@ def exit_weights(
         weights = torch.ones(len(exit_layers))
     elif weighting == "linear":
         weights = torch.arange(1, len(exit_layers) + 1) / len(exit_layers)
-    elif isinstance(weighting, str):
-        raise ValueError(f"exit weights {weighting!r} must be one of {', '.join(WEIGHTINGS)}, or one number per exit.")
     else:
-        weights = torch.tensor([float(weight) for weight in weighting])
-        if len(weights) != len(exit_layers) or (weights < 0).any() or weights.sum() == 0:
+        weights = _explicit_weights(weighting)
+        if len(weights) != len(exit_layers) or not (weights >= 0).all() or weights.sum() == 0:
             raise ValueError(
                 f"exit weights {list(weighting)} must be {len(exit_layers)} non-negative numbers, not all zero, one "
                 f"for each of the exits {', '.join(map(str, exit_layers))}."
             )
     return weights / weights.sum() if normalize else weights
+
+
+def _explicit_weights(weighting: Any) -> torch.Tensor:
+    """(W,) float32, what a recipe gives as a list; anything else is refused."""
+    try:
+        if isinstance(weighting, str | Mapping):
+            raise TypeError
+        return torch.tensor([float(weight) for weight in weighting])
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"exit weights {weighting!r} must be one of {', '.join(WEIGHTINGS)}, or a list of one number per exit."
+        ) from None

@@ -23,9 +23,10 @@ class ObjectiveOutput:
 class Objective(Protocol):
     """A training objective: a value given to the trainer, called with the model and one batch.
 
-    It may have two members more: `check(exit_layers, embedding_size)`, which the trainer calls when it is made and
-    which raises a `ValueError` if the objective does not fit the model; and `caches_gradients`, true where no graph
-    leads from the losses to the parameters.
+    It may have three members more: `check(exit_layers, embedding_size)`, which the trainer calls when it is made and
+    which raises a `ValueError` if the objective does not fit the model; `check_rotation(exit_layers)`, the same where
+    each step trains the deepest exit and one other; and `caches_gradients`, true where no graph leads from the losses
+    to the parameters.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:

@@ -16,6 +16,7 @@ from modular_star_encoder.data.files import write_json
 from modular_star_encoder.data.retrieval_data import RetrievalData
 from modular_star_encoder.evaluation.benchmarks.registry import choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.bm25 import BM25
+from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
 from modular_star_encoder.evaluation.harness import Cell, evaluate_tasks
 from modular_star_encoder.evaluation.held_out import held_out_tasks
 from modular_star_encoder.evaluation.tasks import RetrievalTask
@@ -23,10 +24,11 @@ from modular_star_encoder.training.ablation_recipe import AblationCell, Ablation
 from modular_star_encoder.training.ablation_report import without_places, write_ablation_report
 from modular_star_encoder.training.ablation_results import Values, compare
 from modular_star_encoder.training.finetuning import check_recipe, evaluate_checkpoint, finetune, prepare_data
-from modular_star_encoder.training.saving import MODEL
-from modular_star_encoder.training.training_recipe import open_run, processes_of_run
+from modular_star_encoder.training.saving import ADAPTER, MODEL
+from modular_star_encoder.training.starting_points import starting_source
+from modular_star_encoder.training.training_recipe import has_weights, open_run, processes_of_run
 
-SCORES = "scores.json"
+SCORES, STARTS = "scores.json", "starting_points.json"
 
 
 def ablate(
@@ -39,9 +41,10 @@ def ablate(
 ) -> dict[str, Any]:
     """Train and measure every cell, and compare them; what is finished in `out` is kept.
 
-    `out` gets `data/` (rows, shared by all cells), `cells/{name}/seed-{seed}/` (each a run of `finetune` with
-    `scores.json`), and in the end `ablation.md`, `ablation.json` and, where matplotlib is installed, `ablation.png`.
-    Later calls may have more seeds, variants and benchmarks. With several processes each calls this.
+    `out` gets `data/` (rows, shared by all cells), `starting_points.json` (fingerprints of the models that cells start
+    from), `cells/{name}/seed-{seed}/` (each a run of `finetune` with `scores.json`), and in the end `ablation.md`,
+    `ablation.json` and, where matplotlib is installed, `ablation.png`. Later calls may have more seeds, variants and
+    benchmarks; models that were not kept are trained again for these. With several processes each calls this.
 
     Args:
         recipe: what to do.
@@ -54,18 +57,24 @@ def ablate(
         The content of `ablation.json`; see `ablation_results.compare`.
 
     Raises:
-        ValueError: the recipe contradicts itself or the model, or `out` holds cells of other settings.
+        ValueError: the recipe contradicts itself or the model, or `out` holds cells of other settings or of
+            another starting point.
     """
     out, state, base = Path(out), processes_of_run(), recipe.base()
     blueprint, _ = check_recipe(base, out, state.num_processes, progress)
     exits = tuple(blueprint.config.exit_layers)
     cells = recipe.cells(exits)
     for cell in cells:
-        check_recipe(cell.recipe, out, state.num_processes, progress)
+        try:
+            check_recipe(cell.recipe, out, state.num_processes, progress)
+        except ValueError as error:
+            raise ValueError(f"The model {cell.name} can't be trained: {error}") from error
     benchmarks = _benchmarks(recipe)
     with state.main_process_first():
         _refuse_other_folders(out)
         data = prepare_data(base, out / "data", progress and state.is_main_process)
+        if state.is_main_process:
+            _refuse_other_starting_points(cells, out / STARTS)
     tasks = [*(held_out_tasks(data.held_out, limit=base.eval_pairs) if recipe.held_out else []), *benchmarks]
     scores: dict[tuple[str, int], dict[str, dict[int, Values]]] = {}
     for number, cell in enumerate(cells, 1):
@@ -90,6 +99,17 @@ def _refuse_other_folders(out: Path) -> None:
     visible = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     if out.is_file() or (visible and "data" not in visible):
         raise ValueError(f"{out} is not empty and holds no ablation; name another folder.")
+
+
+def _refuse_other_starting_points(cells: Sequence[AblationCell], path: Path) -> None:
+    """Raise ValueError if models that cells start from are not what they were in earlier calls, by their weights."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = {name: checkpoint_fingerprint(starting_source(name)[0]) for name in {cell.recipe.model for cell in cells}}
+    if other := ", ".join(sorted(name for name in found if known.get(name, found[name]) != found[name])):
+        raise ValueError(
+            f"The cells in {path.parent} start from another {other} than is there now; name another folder."
+        )
+    write_json(path, known | found)
 
 
 def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
@@ -121,6 +141,9 @@ def _run_cell(
     with state.main_process_first():
         open_run(run, settings, "an ablation", until_trained=settings)
         known = _read_scores(run)
+        if not set(names) <= set(known) and not has_weights(run / MODEL):
+            # An earlier call kept no models: what is still to be measured needs this one again.
+            shutil.rmtree(run / MODEL, ignore_errors=True)
     if not set(names) <= set(known):
         finetune(cell.recipe, run, data=data, progress=progress, announce=lambda _: None)
         if state.is_main_process:
@@ -158,8 +181,9 @@ def _clean(run: Path, keep_model: bool) -> None:
     """Remove what a measured cell needs no more."""
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     if not keep_model:
-        for file in run.glob(f"{MODEL}/*.safetensors"):
-            file.unlink()
+        for folder in (MODEL, ADAPTER):
+            for file in run.glob(f"{folder}/*.safetensors"):
+                file.unlink()
 
 
 def _lexical(tasks: Sequence[RetrievalTask], progress: bool) -> dict[str, float]:

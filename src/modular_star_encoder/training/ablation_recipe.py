@@ -44,7 +44,7 @@ class AblationRecipe:
         seeds: one model of each kind for each seed; seeds decide new heads, batches, renaming and dropout.
         exit_layers: exits that get a single-exit baseline; all of the model if None.
         baselines: whether to train single-exit baselines: the same checkpoint cut at that exit, its own head only, and
-            the same data, batches and steps. The loss of the one exit has weight 1.
+            the same data, batches and steps. The loss of the one exit has weight 1, and has no terms of other exits.
         variants: name → settings that differ from `finetuning`, with dots for settings inside settings, such as
             `objective.distillation_weight: 1`. Each is compared with the self-distilled model.
         held_out: whether the rows held out from the data are measured.
@@ -72,13 +72,19 @@ class AblationRecipe:
         seeds = list(self.seeds) if isinstance(self.seeds, list | tuple) else []
         if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
             raise ValueError(f"seeds must be different whole numbers from 0, not {self.seeds!r}.")
+        for name, kind, what in (("exit_layers", int, "exits"), ("benchmarks", str, "names")):
+            given = getattr(self, name)
+            is_list = isinstance(given, list | tuple) and all(isinstance(one, kind) for one in given)
+            if not is_list and (name, given) != ("exit_layers", None):
+                raise ValueError(f"{name} must be a list of {what}, not {given!r}.")
         if not self.held_out and not self.benchmarks:
             raise ValueError("Nothing is measured: set held_out, or name benchmarks.")
         if self.benchmarks and self.benchmark_data is None:
             raise ValueError("benchmarks need benchmark_data, the folder of their files.")
         for name, changes in self.variants.items():
-            reserved = name == SELF_DISTILLED or name.startswith("exit-")
-            if not isinstance(name, str) or not _NAME.fullmatch(name) or reserved or not isinstance(changes, Mapping):
+            is_name = isinstance(name, str) and _NAME.fullmatch(name) and name != SELF_DISTILLED
+            are_settings = isinstance(changes, Mapping) and all(isinstance(key, str) for key in changes)
+            if not is_name or name.startswith("exit-") or not are_settings:
                 raise ValueError(f"variants must be names with settings that differ; {name!r} can't be used.")
             fixed = sorted(key for key in changes if key.partition(".")[0] in _FIXED)
             if fixed:
@@ -103,8 +109,7 @@ class AblationRecipe:
             raise ValueError(f"exit_layers names {', '.join(map(str, unknown))}; the model's exits are {exits}.")
         kinds: dict[str, Mapping[str, Any]] = {SELF_DISTILLED: {}}
         if self.baselines:
-            alone = {"exit_weights": "uniform", "rotate_shallow_exits": False}
-            kinds |= {f"exit-{exit_layer}": {"exit_layer": exit_layer, **alone} for exit_layer in wanted}
+            kinds |= {f"exit-{exit_layer}": self._alone(exit_layer) for exit_layer in wanted}
         kinds |= self.variants
         return [
             AblationCell(name, self._recipe({**changes, "seed": seed}, name))
@@ -115,6 +120,17 @@ class AblationRecipe:
     def to_dict(self) -> dict[str, Any]:
         """All settings, as plain values."""
         return asdict(self)
+
+    def _alone(self, exit_layer: int) -> dict[str, Any]:
+        """What differs in a baseline: its exit, and of the base's options those that are about other exits."""
+        changes = {"exit_layer": exit_layer, "exit_weights": "uniform", "rotate_shallow_exits": False}
+        objective = self.base().objective
+        for weight in ("distillation_weight", "alignment_weight"):
+            if objective.get(weight):
+                changes[f"objective.{weight}"] = 0.0
+        if isinstance(objective.get("dimensions"), Mapping):
+            changes["objective.dimensions"] = objective["dimensions"].get(exit_layer)
+        return changes
 
     def _recipe(self, changes: Mapping[str, Any], name: str) -> FinetuningRecipe:
         settings = copy.deepcopy(dict(self.finetuning))

@@ -124,9 +124,13 @@ def check_recipe(
     model.set_attn_implementation(recipe.attn_implementation)
     exit_weights(recipe.exit_weights, config.exit_layers, config.parent_num_hidden_layers)
     recipe.contrastive().check(config.exit_layers, config.projection_size)
+    if recipe.rotate_shallow_exits:
+        recipe.contrastive().check_rotation(config.exit_layers)
     schedule = {"constant": "constant_with_warmup"}.get(recipe.schedule, recipe.schedule)
     rows = recipe.pairs_per_device(processes)
-    options = {"lr_scheduler_type": schedule, "train_sampling_strategy": "sequential"}
+    # Batches are planned: in this order, and each of them is a whole step.
+    planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
+    options = {"lr_scheduler_type": schedule, **planned}
     return model, recipe.arguments(out / "checkpoints", rows, progress=progress, **options)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from modular_star_encoder.data.batch_plan import CODE_TO_CODE, TEXT_TO_CODE
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training.finetuning_recipe import FinetuningRecipe
 from modular_star_encoder.training.preflight import activation_bytes, trunk_flops_per_token
@@ -39,10 +40,11 @@ class FinetuningPreflight:
             [
                 f"parameters            {self.parameters:,}, of which {self.trained_parameters:,} are trained",
                 *(
-                    f"{kind:21} {groups:,} groups without common texts, {self.epochs[kind]:.2f} epochs"
-                    for kind, groups in self.groups.items()
+                    f"{kind:21} {self.groups[kind]:,} groups without common texts, {self.epochs[kind]:.2f} epochs"
+                    if kind in self.groups
+                    else f"{kind:21} none in this data"
+                    for kind in (TEXT_TO_CODE, CODE_TO_CODE)
                 ),
-                *(["code → code           none in this data"] if len(self.groups) == 1 else []),
                 f"pairs per step        {self.pairs_per_step:,} ({self.pairs_per_step // self.processes:,} on each of "
                 f"{self.processes} processes)",
                 f"steps                 {self.steps:,} ({pairs:,} pairs of {self.tokens_per_pair:.0f} tokens)",
@@ -84,8 +86,9 @@ def finetuning_preflight(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = parameters if trained_parameters is None else trained_parameters
     text, code = tokens
-    # Of both kinds there is one description in four texts, of text → code alone one in two.
-    texts = {1: (text, code), 2: (text, code, code, code)}[max(1, len(groups))]
+    sides = {TEXT_TO_CODE: (text, code), CODE_TO_CODE: (code, code)}
+    # A batch has as many pairs of each kind that there is.
+    texts = [length for kind in (groups or [TEXT_TO_CODE]) for length in sides[kind]]
     in_memory = min(settings.mini_batch_tokens or 2 * rows * longest, 2 * rows * longest)
     stacks = 2 * 4 * len(config.exit_layers) * 2 * recipe.batch_size * config.projection_size
     passes = 1.0 if settings.mini_batch_tokens is None else 4 / 3

@@ -50,11 +50,11 @@ class FinetuningRecipe(StartingRecipe):
             raise ValueError(f"renamed_share must be between 0 and 1, not {self.renamed_share}.")
         if not 0 < self.held_out_share <= 0.2:
             raise ValueError(f"held_out_share must be above 0 and at most 0.2, not {self.held_out_share}.")
-        for name in ("data", "objective"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must be a mapping of settings, not {getattr(self, name)!r}.")
+        self.check_mappings("data", "objective")
         if self.contrastive().pairs != ContrastiveSettings().pairs:
             raise ValueError("objective.pairs can't be set: batches have a query and a document, and no negatives.")
+        if self.log_gradient_norms and self.contrastive().mini_batch_tokens is not None:
+            raise ValueError("log_gradient_norms does not go with objective.mini_batch_tokens, which keeps no graph.")
 
     def contrastive(self) -> ContrastiveSettings:
         """The settings of the loss."""

@@ -35,5 +35,8 @@ def save_trained(
         return
     if start is not None and not (out / MODEL).exists():
         with staged_folder(out / MODEL) as staging:
-            merged_model(start(), out / ADAPTER).save_pretrained(staging)
+            merged = merged_model(start(), out / ADAPTER)
+            # `start` sets it as in training; the model that was trained has its own value back by now.
+            merged.config.unpad_inputs = trainer.model.config.unpad_inputs
+            merged.save_pretrained(staging)
     tokenizer.save_pretrained(out / MODEL)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.tokenizer import load_tokenizer, with_template
@@ -16,6 +17,23 @@ from modular_star_encoder.training.training_recipe import StartingRecipe, has_we
 Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 
 
+def starting_source(name: str) -> tuple[str | Path, bool]:
+    """Where a model is, and whether it has weights; what is no folder is taken for a Hub id.
+
+    Raises:
+        ValueError: there is neither a folder of this name nor a configuration of ours, and it is no Hub id.
+    """
+    try:
+        folder = model_folder(name)
+    except ValueError as error:
+        if "/" in name and not Path(name).expanduser().exists() and _is_hub_id(name):
+            return name, True
+        raise ValueError(
+            f"{error} Nor is there a folder {name} with a config.json; pre-train first, or name a Hub id owner/name."
+        ) from error
+    return folder, has_weights(folder)
+
+
 def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, bool]:
     """The configuration of the model that a recipe starts from, and whether there are weights.
 
@@ -23,7 +41,7 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
         ValueError: the model has no such exit, or settings contradict each other.
         OSError: there is neither a folder nor a Hub repository of this name.
     """
-    source, weights = _source(recipe.model)
+    source, weights = starting_source(recipe.model)
     try:
         config = ModularStarEncoderConfig.from_pretrained(source, **{**recipe.config, "dtype": torch.float32})
         in_training = copy.deepcopy(config)
@@ -32,6 +50,13 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
         in_training.validate()
     except StrictDataclassError as error:
         raise ValueError(f"{recipe.model} can't be started from: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        if isinstance(source, Path):
+            raise
+        raise OSError(
+            f"{source} is no folder with a config.json (pre-train first), and it can't be had from the Hub: "
+            f"{' '.join(str(error).split())}"
+        ) from error
     if recipe.exit_layer is not None:
         config = config.cut(recipe.exit_layer)
         config.exit_layers = [recipe.exit_layer]
@@ -47,7 +72,7 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
         ValueError: there is no tokenizer, it has more tokens than the model, or the model can't be had as asked for.
         OSError: there is neither a folder nor a Hub repository of this name.
     """
-    source, weights = _source(recipe.model)
+    source, weights = starting_source(recipe.model)
     if recipe.tokenizer is None and not weights:
         raise ValueError(
             f"The model {recipe.model} has no weights, and so no tokenizer of its own: name one as tokenizer."
@@ -70,12 +95,9 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
     return model, tokenizer
 
 
-def _source(name: str) -> tuple[str | Path, bool]:
-    """Where a model is, and whether it has weights; what is no folder is taken for a Hub id."""
+def _is_hub_id(name: str) -> bool:
     try:
-        folder = model_folder(name)
-    except ValueError:
-        if "/" not in name or Path(name).expanduser().exists():
-            raise
-        return name, True
-    return folder, has_weights(folder)
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

@@ -51,7 +51,7 @@ class MultiExitTrainer(Trainer):
 
     Raises:
         ValueError: exits that the model does not have, weights that do not fit them, or an objective that does not fit
-            the model or `log_gradient_norms`.
+            the model, `rotate_shallow_exits` or `log_gradient_norms`.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class MultiExitTrainer(Trainer):
         self.exit_layers = model.config.resolve_exits(exit_layers=exit_layers or model.config.exit_layers)
         if hasattr(objective, "check"):
             objective.check(self.exit_layers, model.config.projection_size)
+        if rotate_shallow_exits and hasattr(objective, "check_rotation"):
+            objective.check_rotation(self.exit_layers)
         if log_gradient_norms and getattr(objective, "caches_gradients", False):
             raise ValueError(
                 "log_gradient_norms needs a graph down to the trunk; it does not go with mini_batch_tokens."
@@ -128,6 +130,10 @@ class MultiExitTrainer(Trainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All but biases, norms and a learned logit scale: CLIP decays no gains (arXiv 2103.00020, section 2.5)."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
+
     def _exits_of_this_step(self, model: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
         """The exits to train now, and their weights."""
         shallow = self.exit_layers[:-1]
@@ -143,8 +149,9 @@ class MultiExitTrainer(Trainer):
 
     def _gradient_norms(self, losses: torch.Tensor) -> torch.Tensor:
         """Norm (E,) of each loss's gradient on the trunk's parameters."""
-        trunk = self.accelerator.unwrap_model(self.model).model
-        parameters = [parameter for parameter in trunk.parameters() if parameter.requires_grad]
+        model = self.accelerator.unwrap_model(self.model)
+        bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a model with adapters
+        parameters = [parameter for parameter in bare.model.parameters() if parameter.requires_grad]
         norms = []
         for loss in losses:
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)

@@ -16,9 +16,13 @@ from modular_star_encoder.data.files import write_json
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.training.recipe import hub_config_folder
 from modular_star_encoder.training.stages import bf16_is_faster
+from modular_star_encoder.training.trainer import last_checkpoint
 
 LOG = Path("model", "training_log.json")
 """Where a run leaves its log, as the last thing that it writes."""
+
+MAY_CHANGE = frozenset({"dataloader_workers", "save_total_limit"})
+"""Settings without influence on what is learned, which a run may be continued with others of."""
 
 TASKS = ("retrieval", "classification")
 """What models can be fine-tuned for."""
@@ -33,7 +37,8 @@ class TrainingRecipe:
         steps: optimiser steps.
         learning_rate: peak of the schedule.
         warmup_steps: steps of linear warm-up.
-        adam_beta1, adam_beta2, adam_epsilon, weight_decay: AdamW's; decay is not applied to biases and norms.
+        adam_beta1, adam_beta2, adam_epsilon, weight_decay: AdamW's; decay is not applied to biases, norms and a
+            learned logit scale.
         max_grad_norm: longest gradient; longer ones are scaled down.
         exit_weights: weights of the exits' losses: paper, uniform, linear, or one number per exit.
         normalize_exit_weights: divide them by their sum.
@@ -43,7 +48,8 @@ class TrainingRecipe:
         logging_steps, eval_steps, save_steps: steps between two logs, evaluations, checkpoints.
         save_total_limit: checkpoints kept.
         dataloader_workers: processes that make rows, per device.
-        trainer: more arguments of `transformers.TrainingArguments` (fsdp, gradient_checkpointing, torch_compile, …).
+        trainer: more arguments of `transformers.TrainingArguments` (fsdp, gradient_checkpointing, torch_compile, …),
+            without those that other settings decide.
         seed: of everything that is drawn.
     """
 
@@ -72,11 +78,22 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         self.check_positive("steps", "learning_rate", "logging_steps", "eval_steps", "save_steps")
+        if not 0 <= self.seed < 2**32:  # what numpy takes
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}.")
+        if not isinstance(self.model, str):
+            raise ValueError(f"model must be the name of a folder or Hub repository, not {self.model!r}.")
+        self.check_mappings("trainer")
+
+    def check_mappings(self, *names: str) -> None:
+        """Refuse what is no mapping of settings."""
+        for name in names:
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must be a mapping of settings, not {getattr(self, name)!r}.")
 
     def check_positive(self, *names: str) -> None:
         """Refuse numbers that are not above 0."""
         for name in names:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,38 +116,45 @@ class TrainingRecipe:
             folder: where checkpoints go.
             rows_per_device: rows in memory at once on each device.
             progress: whether to show a progress bar.
-            others: further arguments; the recipe's `trainer` comes last.
+            others: further arguments that the recipe's settings decide.
 
         Raises:
-            ValueError: an argument in `trainer` that `TrainingArguments` does not have, or can't use here.
+            ValueError: an argument in `trainer` that `TrainingArguments` does not have or can't use here, or that other
+                settings decide.
         """
-        settings = {
+        own = {
             "output_dir": os.fspath(folder),
             "max_steps": self.steps,
             "per_device_train_batch_size": rows_per_device,
             "per_device_eval_batch_size": rows_per_device,
+            "auto_find_batch_size": False,
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
-            "lr_scheduler_type": "linear",
             "weight_decay": self.weight_decay,
             "adam_beta1": self.adam_beta1,
             "adam_beta2": self.adam_beta2,
             "adam_epsilon": self.adam_epsilon,
             "max_grad_norm": self.max_grad_norm,
             "logging_steps": self.logging_steps,
-            "eval_strategy": "steps",
             "eval_steps": self.eval_steps,
             "save_steps": self.save_steps,
             "save_total_limit": self.save_total_limit,
             "dataloader_num_workers": self.dataloader_workers,
             "seed": self.seed,
+            **others,
+        }
+        defaults = {
+            "lr_scheduler_type": "linear",
+            "eval_strategy": "steps",
             "bf16": bf16_is_faster(),
             "use_cpu": not torch.cuda.is_available(),
             "disable_tqdm": not progress,
             "report_to": "none",
         }
+        if twice := sorted(set(self.trainer) & set(own)):
+            raise ValueError(f"trainer must not set {', '.join(twice)}: the recipe's own settings decide it.")
         try:
-            return TrainingArguments(**(settings | others | dict(self.trainer)))
+            return TrainingArguments(**(defaults | own | dict(self.trainer)))
         except TypeError as error:
             raise ValueError(f"trainer: {error}.") from error
 
@@ -160,8 +184,7 @@ class StartingRecipe(TrainingRecipe):
         super().__post_init__()
         if self.task not in TASKS:
             raise ValueError(f"task {self.task!r} must be one of {', '.join(TASKS)}.")
-        if not isinstance(self.config, Mapping):
-            raise ValueError(f"config must be a mapping of settings, not {self.config!r}.")
+        self.check_mappings("config", *(["lora"] if self.lora is not None else []))
         known = {one.name for one in fields(ModularStarEncoderConfig)}
         if unknown := sorted(set(self.config) - known):
             raise ValueError(f"config has unknown settings {', '.join(unknown)}.")
@@ -197,6 +220,8 @@ def has_weights(folder: Path) -> bool:
 def open_run(out: Path, settings: Mapping[str, Any], kind: str, *, until_trained: Iterable[str]) -> None:
     """Make the folder of a run, or check that it holds a run with these settings.
 
+    Settings must be the same from the first checkpoint on; `MAY_CHANGE` names those that need not.
+
     Args:
         out: the folder; `recipe.json` in it holds the settings.
         settings: those of the recipe.
@@ -210,8 +235,8 @@ def open_run(out: Path, settings: Mapping[str, Any], kind: str, *, until_trained
     settings = json.loads(json.dumps(settings, default=str))
     if written.is_file():
         before = json.loads(written.read_text(encoding="utf-8"))
-        trained = any((out / name).exists() for name in ("checkpoints", "model"))
-        names = set(settings) if trained else set(until_trained)
+        trained = (out / "model").exists() or last_checkpoint(out / "checkpoints") is not None
+        names = (set(settings) if trained else set(until_trained)) - MAY_CHANGE
         other = sorted(name for name in names if before.get(name) != settings[name])
         if other:
             raise ValueError(f"{out} holds a run with another {', '.join(other)}; name another folder.")

@@ -1,0 +1,44 @@
+"""The scripts to copy: their documented commands are understood, and what a user can mend is told in one line."""
+
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def documented_command(path):
+    """The first command of a script's docstring, without `python`."""
+    line = next(line for line in path.read_text().splitlines() if line.startswith("    python examples/"))
+    return shlex.split(line)[1:]
+
+
+def run(name, monkeypatch, raised=None):
+    """The exit status of the documented command, its recipe missing; or of one that raises in place of reading it."""
+    path = EXAMPLES / f"{name}.py"
+    script, recipe, *others = documented_command(path)
+    assert script == f"examples/{name}.py"
+    assert (path.parent.parent / recipe).is_file()
+    main = runpy.run_path(str(path))["main"]
+    if raised is not None:
+
+        def load(*arguments):
+            raise raised
+
+        monkeypatch.setitem(main.__globals__, {"finetune": "load_task"}.get(name, "load_pretraining_recipe"), load)
+    monkeypatch.setattr("sys.argv", [script, "nowhere.yaml", *others])
+    return main()
+
+
+@pytest.mark.parametrize("name", ["finetune", "pretrain"])
+def test_the_documented_command_is_understood_as_it_stands(name, monkeypatch, capsys):
+    assert run(name, monkeypatch) == 2
+    assert capsys.readouterr().err.startswith(f"{name}: error: There is no recipe nowhere.yaml")
+
+
+@pytest.mark.parametrize("name", ["finetune", "pretrain"])
+def test_a_package_that_is_missing_is_told_in_one_line(name, monkeypatch, capsys):
+    assert run(name, monkeypatch, ImportError("lora needs\npeft: pip install it.")) == 2
+    assert capsys.readouterr().err == f"{name}: error: lora needs peft: pip install it.\n"
