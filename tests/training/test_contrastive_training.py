@@ -189,3 +189,12 @@ def test_every_option_trains_through_the_trainer(tmp_path):
     trainer.train()
     log = trainer.state.log_history[0]
     assert {"masked_negatives", "logit_scale", "distillation_loss_exit_4", "clip_accuracy_smallest_exit_1"} <= set(log)
+
+
+@pytest.mark.parametrize(("margin", "warned"), [(1.9, True), (-1.9, False)])
+def test_a_guide_that_masks_many_negatives_is_warned_about(tmp_path, monkeypatch, margin, warned):
+    warnings = []
+    monkeypatch.setattr("modular_star_encoder.training.trainer.logger.warning_once", warnings.append)
+    settings = ContrastiveSettings(false_negative_margin=margin)
+    trainer_of(tiny_model(), tmp_path, settings, max_steps=1).train()
+    assert [text.startswith("The deepest exit takes") for text in warnings] == [True] * warned

@@ -36,7 +36,8 @@ class ContrastiveSettings:
             that queries of a shallow exit can search an index of a deep one.
         alignment_target: `"deepest"`, `"next_deeper"`, or an exit's number; never trained by the others.
         false_negative_margin: a negative is left out where the deepest exit's similarity is above that of the pair
-            minus this margin (GISTEmbed, arXiv 2402.16829).
+            minus this margin (GISTEmbed, arXiv 2402.16829, whose guide is another, trained model; here an exit that
+            isn't trained yet would mask half the negatives, so begin with fine-tuned ones).
         false_negative_factor: the same where it is above this factor times that of the pair.
 
     Raises:

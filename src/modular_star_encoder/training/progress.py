@@ -16,7 +16,7 @@ def format_log(logs: dict[str, float]) -> str:
         match = PER_EXIT.fullmatch(name)
         if match:
             per_exit[match["metric"]].append(f"{match['exit']}: {value:.3f}")
-        elif name in ("loss", "eval_loss", "grad_norm"):
+        elif name in ("loss", "eval_loss", "grad_norm", "logit_scale", "masked_negatives"):
             single.append(f"{name} {value:.3f}")
         elif name == "learning_rate":
             single.append(f"{name} {value:.1e}")

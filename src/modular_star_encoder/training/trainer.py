@@ -11,10 +11,16 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from modular_star_encoder.objectives import Objective, exit_weights
 from modular_star_encoder.training.non_finite import stop_for_non_finite_loss
 from modular_star_encoder.training.schedule import MultiStepSchedule
+
+logger = logging.get_logger(__name__)
+
+# Few pairs of a batch are alike. Where half are masked, training goes astray (benchmarks/results/mini_options.md).
+MOST_MASKED_NEGATIVES = 0.1
 
 
 class ExitEvaluator(Protocol):
@@ -171,6 +177,11 @@ class MultiExitTrainer(Trainer):
         """Add the metrics per exit gathered since the last training log."""
         if "loss" in logs:
             logs.update(self._drain_metrics())
+            if logs.get("masked_negatives", 0) > MOST_MASKED_NEGATIVES:
+                logger.warning_once(
+                    "The deepest exit takes more than a tenth of all negatives for false ones: it can't guide yet. "
+                    "Fine-tune without false_negative_margin and false_negative_factor first, or set them stricter."
+                )
         super().log(logs, start_time)
 
     def prediction_step(
