@@ -1,5 +1,6 @@
 """Fine-tuning from a recipe: what it makes, what it refuses, and that nothing that happens to it is lost."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -296,6 +297,13 @@ def test_the_papers_recipe_holds_its_figures():
     assert (recipe.learning_rate, recipe.schedule, recipe.warmup_steps) == (1e-5, "constant", 0)
     assert (recipe.contrastive().logit_scale, recipe.exit_weights, recipe.renamed_share) == (10.0, "paper", 0.3)
     assert recipe.max_code_tokens == 2048
+
+
+def test_the_recommended_recipe_is_the_papers_with_a_scale_that_is_learned():
+    paper, ours = (
+        load_finetuning_recipe(hub_config_folder("finetuned") / f"{name}.yaml") for name in ("recipe", "recommended")
+    )
+    assert ours == dataclasses.replace(paper, config={"learned_logit_scale": 10.0})
 
 
 def small_recipe():
