@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +25,8 @@ from modular_star_encoder.search.vector_store import (
     Row,
     StoredFile,
     stored_files,
+    told_clearly,
 )
-
-Result = TypeVar("Result")
 
 TABLE = "snippets"
 OWN_FILES = {".gitignore", ".lock", MARGINS_NAME, f"{TABLE}.lance"}
@@ -46,22 +44,13 @@ _OUTGROWN = 4
 _SETTINGS_KEY = b"modular_star_encoder"
 
 
-def _told_clearly(method: Callable[..., Result]) -> Callable[..., Result]:
-    """A method of `LanceStore` that says in one sentence what LanceDB could not read or write."""
+def _sentence(location: str, error: Exception) -> str | None:
+    if not isinstance(error, RuntimeError) or not str(error).startswith("lance error"):
+        return None
+    return f"The index {location} can't be read or written ({error}): if it is damaged, build it anew (--rebuild)."
 
-    @wraps(method)
-    def told(self: LanceStore, *arguments: Any, **options: Any) -> Result:
-        try:
-            return method(self, *arguments, **options)
-        except RuntimeError as error:
-            if not str(error).startswith("lance error"):
-                raise
-            raise OSError(
-                f"The index {self.location} can't be read or written ({error}): if it is damaged, build it anew "
-                "(--rebuild)."
-            ) from error
 
-    return told
+_told_clearly = told_clearly(_sentence)
 
 
 class LanceStore:

@@ -13,10 +13,9 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -30,9 +29,8 @@ from modular_star_encoder.search.vector_store import (
     Row,
     StoredFile,
     stored_files,
+    told_clearly,
 )
-
-Result = TypeVar("Result")
 
 _SETTINGS_KEY = "modular_star_encoder"
 _K1, _B, _AVERAGE_WORDS = 1.2, 0.75, 256
@@ -58,20 +56,15 @@ def connect(location: str) -> tuple[Any, str]:
     ), name
 
 
-def _told_clearly(method: Callable[..., Result]) -> Callable[..., Result]:
-    """A method of `QdrantStore` that says in one sentence what the server didn't do."""
+def _sentence(location: str, error: Exception) -> str | None:
+    from qdrant_client.http.exceptions import ApiException
 
-    @wraps(method)
-    def told(self: QdrantStore, *arguments: Any, **options: Any) -> Result:
-        from qdrant_client.http.exceptions import ApiException
+    if not isinstance(error, ApiException):
+        return None
+    return f"The Qdrant server of {location} can't be reached, or refused: {' '.join(str(error).split())}."
 
-        try:
-            return method(self, *arguments, **options)
-        except ApiException as error:
-            reason = " ".join(str(error).split())
-            raise OSError(f"The Qdrant server of {self.location} can't be reached, or refused: {reason}.") from error
 
-    return told
+_told_clearly = told_clearly(_sentence)
 
 
 class QdrantStore:

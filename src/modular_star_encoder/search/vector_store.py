@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -154,6 +155,28 @@ def open_store(location: str | os.PathLike[str]) -> VectorStore:
     from modular_star_encoder.search.lance_store import LanceStore
 
     return LanceStore(location)
+
+
+def told_clearly(sentence: Callable[[str, Exception], str | None]) -> Callable[[Callable], Callable]:
+    """A decorator for a store's methods: errors of the library behind it become an `OSError` of one sentence.
+
+    Args:
+        sentence: of the store's location and an error; None leaves the error as it is.
+    """
+
+    def decorate(method: Callable) -> Callable:
+        @wraps(method)
+        def told(self: Any, *arguments: Any, **options: Any) -> Any:
+            try:
+                return method(self, *arguments, **options)
+            except Exception as error:
+                if (words := sentence(self.location, error)) is None:
+                    raise
+                raise OSError(words) from error
+
+        return told
+
+    return decorate
 
 
 def file_id(path: str) -> str:
