@@ -19,7 +19,7 @@ from modular_star_encoder.training.schedule import MultiStepSchedule
 
 logger = logging.get_logger(__name__)
 
-# Few pairs of a batch are alike. Where half are masked, training goes astray (benchmarks/results/mini_ablation.md).
+# Few pairs of a batch are alike. Where half are masked, training goes astray (benchmarks/results/mini_options.md).
 MOST_MASKED_NEGATIVES = 0.1
 
 
