@@ -119,7 +119,7 @@ def save_pairs(arguments: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(texts, load_config(arguments.shape).vocab_size)
     query_tokens, document_tokens = arguments.max_tokens
     pairs = RetrievalPairs(
-        functions, tokenizer, max_query_tokens=query_tokens, max_document_tokens=document_tokens, prompts=False
+        functions, tokenizer, max_text_tokens=query_tokens, max_code_tokens=document_tokens, prompts=False
     )
     if len(pairs) < max(arguments.batch_sizes):
         raise ValueError(f"The installed packages have {len(pairs)} pairs, fewer than the largest batch.")
