@@ -20,8 +20,8 @@ class ContrastiveSettings:
         logit_scale: multiplies similarities, the paper's "temperature 10.0" (a temperature of 0.1). A model with a
             learned scale (`learned_logit_scale` in its configuration) uses its own.
         mini_batch_tokens: embed the batch by mini-batches of at most this many tokens, padding included, and keep no
-            activations of the others (gradient caching): memory then hardly grows with the batch, and each text is
-            embedded twice. `None` embeds each side at once.
+            activations of the others (gradient caching): memory then grows far less than the batch (2.4 times from 64
+            to 2,048 pairs, benchmarks/README.md), and each text is embedded twice. `None` embeds each side at once.
         dimensions: sizes of the embedding that each exit is trained at (Matryoshka, arXiv 2205.13147): for all exits
             alike, or by exit, `{4: (64, 256)}`. Embeddings are cut and normalised anew; an exit's loss is the mean over
             its sizes. List the full size too where it is to be trained. `None`, or an exit that is not named: the full
