@@ -21,7 +21,7 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from report import EXACT_MEMORY, status_bytes, write
+from report import returned_memory, status_bytes, write
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -164,7 +164,7 @@ def memory_in_own_process(arguments: argparse.Namespace, contender: str, vocabul
     """Peak memory of two steps in a fresh process."""
     options = ["--shape", arguments.shape, "--rows", str(arguments.rows), "--tokens", str(arguments.tokens)]
     command = [sys.executable, __file__, *options, "--memory-of", contender, str(vocabulary)]
-    environment = {**os.environ, **EXACT_MEMORY}
+    environment = {**os.environ, **returned_memory()}
     result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(result.stdout.splitlines()[-1])
 

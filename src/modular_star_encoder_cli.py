@@ -19,6 +19,9 @@ from modular_star_encoder_cli_search import add_search_commands
 
 EXPECTED_ERRORS = (ValueError, OSError)
 FULL_POOL = 1000
+# oneDNN, and PyTorch's binding to it, each keep 1,024 compiled operations, one for every shape that a bfloat16 matrix
+# on a CPU has had. Batches without padding have a new shape each; these are enough for the layers of one.
+OPERATIONS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Results go to stdout; progress and errors, one line each, to stderr. Wrong usage leaves through argparse (status 2).
     """
     arguments = parse(argv)
+    for name, value in OPERATIONS_KEPT.items():
+        os.environ.setdefault(name, value)
     try:
         arguments.run(arguments)
         sys.stdout.flush()

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -175,6 +176,15 @@ def test_nothing_is_written_when_the_evaluation_fails(capsys, checkpoint, tmp_pa
     assert status == 2
     assert "holds 0 documented functions" in err.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["constants.py"]
+
+
+def test_few_compiled_operations_are_kept_unless_the_user_says_how_many(monkeypatch):
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "")  # so that it is put back
+    monkeypatch.delenv("LRU_CACHE_CAPACITY")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "5")
+    assert cli.main(["evaluate", "./no-such-model", "--data", "./no-such-folder"]) == 2
+    assert os.environ["LRU_CACHE_CAPACITY"] == "64"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "5"
 
 
 def test_ctrl_c_is_one_line_and_status_130(capsys, monkeypatch):

@@ -2,8 +2,8 @@
 
 Usage: RANK=… WORLD_SIZE=… MASTER_ADDR=… MASTER_PORT=… python -m tests.objectives.contrastive_processes FOLDER
 
-FOLDER receives `{variant}.safetensors`, the gradients of each variant, and `refused.json`, what each process is told
-about batches that are not equally large.
+FOLDER receives `{variant}-{dtype}.safetensors`, the gradients of each variant, and `refused.json`, what each process is
+told about batches that are not equally large.
 """
 
 import json
@@ -26,10 +26,12 @@ from tests.processes import leave_together
 from tests.tiny import EXIT_LAYERS, tiny_tokenizer
 
 ROWS = 6
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-def new_model():
-    return with_dropout(0.0, learned_logit_scale=12.0)
+def new_model(dtype="float32"):
+    learned_scale = 12.0 if dtype == "float32" else None  # it is float32 in any model
+    return with_dropout(0.0, learned_logit_scale=learned_scale).to(DTYPES[dtype])
 
 
 def weighted_loss(model, batch, settings):
@@ -104,9 +106,10 @@ def main(folder):
             save_file({key: value.contiguous() for key, value in gradients.items()}, folder / f"{name}.safetensors")
 
     for name, (wrap, tokens, run) in VARIANTS.items():
-        model = new_model()
-        run(model, wrap(model), batch, every_option(mini_batch_tokens=tokens))
-        save(model, name)
+        for dtype in DTYPES:
+            model = new_model(dtype)
+            run(model, wrap(model), batch, every_option(mini_batch_tokens=tokens))
+            save(model, f"{name}-{dtype}")
     save(sentence_transformer(batch, folder / "checkpoint"), "sentence_transformer")
     try:
         weighted_loss(new_model(), rows(batch, 0, 2 + rank), every_option())
