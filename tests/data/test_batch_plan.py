@@ -1,6 +1,7 @@
 """Batches: both kinds of pairs in equal number, nothing twice, a function of seed and step."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,40 @@ def test_an_epoch_takes_each_group_once_and_epochs_differ():
     epochs = [[draw.row for step in range(3) for draw in plan.batch(3 * epoch + step)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
     assert epochs[0] != epochs[1]
+
+
+def with_negatives(texts, step):
+    """Each row has the code of another one as its negative."""
+    return [replace(text, negative=texts[(row + step) % len(texts)].snippets[0]) for row, text in enumerate(texts)]
+
+
+def test_no_hard_negative_says_what_a_row_of_the_batch_says(monkeypatch):
+    texts = with_negatives([triplet(i) for i in range(20)], step=3)
+    plan = plan_of(texts, 8, seed=2)
+
+    def collisions(plan, step):
+        said = contents(texts, plan, step)
+        return [row for row in plan.negatives(step) if code_key(texts[row].negative.code) in said]
+
+    for step in range(40):
+        assert len(plan.negatives(step)) == 8
+        assert not collisions(plan, step)
+        own = [row == draw.row for row, draw in zip(plan.negatives(step), plan.batch(step), strict=True)]
+        assert any(own)
+    assert plan.negatives(5) == plan_of(texts, 8, seed=2).negatives(5)
+    # Chance alone would bring them together.
+    monkeypatch.setattr(plan, "_draw_negatives", lambda step, _: [draw.row for draw in plan.batch(step)])
+    assert any(collisions(plan, step) for step in range(40))
+
+
+def test_a_batch_leaves_a_negative_outside():
+    pool = [triplet(i) for i in range(6)]
+    few = with_negatives([function(i) for i in range(10)], step=1)
+    few = [replace(text, negative=few[row % 3].snippets[0]) for row, text in enumerate(few)]
+    assert PairGroups(few).largest_batch == 2
+    assert PairGroups([replace(text, negative=pool[0].snippets[0]) for text in few]).largest_batch == 10
+    assert PairGroups([*few, function(20)]).negatives is None
+    assert plan_of([*few, function(20)], 4).negatives(0) is None
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone():

@@ -68,6 +68,16 @@ def test_columns_of_triplets_may_have_other_names(tmp_path):
     assert found["triplets"].texts[0].description == "Adds two numbers."
 
 
+def test_hard_negatives_are_code_that_is_not_the_rows_own(tmp_path):
+    rows = [triplet(worse=code) for code in ("def sub(a, b): ...", GO + "  ", "It takes the second number away.")]
+    source = {"source": write(tmp_path / "rows.jsonl", rows), "columns": {"negative": "worse"}}
+    found = read({"triplets": source})["triplets"]
+    assert [text.negative for text in found.texts] == [Snippet("python", "def sub(a, b): ...")]
+    assert found.skipped == {"its own code as the negative": 1, "prose in place of code": 1}
+    with pytest.raises(ValueError, match=r"data\.functions has none: use it alone"):
+        read({"functions": {"folder": str(tmp_path)}, "triplets": source})
+
+
 def test_documented_functions_of_repositories_have_one_snippet(tmp_path):
     folder = tmp_path / "code" / "repository"
     folder.mkdir(parents=True)

@@ -159,6 +159,29 @@ def test_a_share_of_the_snippets_is_renamed_and_no_description(tokenizer):
     assert "column" not in "".join(tokenizer.decode(side) for i in range(24) for side in everything[i].values())
 
 
+def test_hard_negatives_are_a_third_side_framed_and_renamed_as_code_is(tokenizer):
+    rows = parallel_texts()
+    rows = [replace(row, negative=rows[(i + 1) % 12].snippets[1]) for i, row in enumerate(rows)]
+    texts = RetrievalTexts(rows, tokenizer, max_text_tokens=128, max_code_tokens=128, prompts=True, progress=False)
+    plan = BatchPlan(PairGroups(rows), 4, 0)
+    plain, renamed = (RetrievalBatches(texts, plan, 60, renamed_share=share) for share in (0.0, 0.3))
+    frame = tokenizer(code_prompt("cpp"))["input_ids"][:-1]
+    changed = 0
+    for i in range(240):
+        ids = plain[i]["negative_ids"].tolist()
+        number = plan.negatives(i // 4)[i % 4]
+        assert ids[: len(frame)] == frame
+        assert f"table{(number + 1) % 12}(" in tokenizer.decode(ids)
+        changed += ids != renamed[i]["negative_ids"].tolist()
+    assert 0.2 < changed / 240 < 0.4
+    batch = RetrievalCollator(tokenizer)([plain[i] for i in range(4)])
+    assert list(batch) == ["query", "document", "negative"]
+    with pytest.raises(ValueError, match="Row 3 has no hard negative"):
+        RetrievalTexts(
+            parallel_texts(), tokenizer, max_text_tokens=99, max_code_tokens=99, prompts=True, progress=False
+        ).negative(3)
+
+
 def test_a_row_is_a_function_of_seed_and_place_whoever_asks_first(tokenizer):
     options = {"steps": 9, "renamed_share": 0.5}
     forwards, backwards = batches(tokenizer, **options), batches(tokenizer, **options)

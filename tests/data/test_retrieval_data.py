@@ -64,6 +64,23 @@ def test_a_repository_that_one_source_holds_out_is_not_trained_on_from_another(t
     assert len(data.train) + len(data.held_out) + data.report["shared_with_held_out"] == 80
 
 
+def test_rows_whose_hard_negative_is_held_out_are_not_trained_on_and_the_others_keep_theirs(tmp_path):
+    write_rows(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "triplets.jsonl").open()]
+    rows = [row | {"worse": rows[(i + 7) % 60]["func1_CSN"]} for i, row in enumerate(rows)]
+    (tmp_path / "triplets.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"source": str(tmp_path / "triplets.jsonl"), "columns": {"negative": "worse"}}
+    data = prepare({"triplets": source}, tmp_path / "data")
+    held_out = {code_key(text.snippets[0].code) for text in data.held_out}
+    negatives = {code_key(text.negative.code) for text in data.train}
+    assert negatives
+    assert not negatives & held_out
+    plain = prepare({"triplets": source["source"]}, tmp_path / "plain")
+    assert {code_key(rows[i]["worse"]) for i in range(60)} & held_out
+    assert len(data.train) < len(plain.train)
+    assert {text.negative for text in plain.train} == {None}
+
+
 def test_a_second_call_reads_what_the_first_one_wrote(tmp_path):
     settings = write_rows(tmp_path)
     first = prepare(settings, tmp_path / "data")

@@ -77,6 +77,22 @@ def test_other_names_of_columns_are_read(tmp_path):
     assert triplet == Triplet("Adds.", "x", "cpp", "y", "javascript", "")
 
 
+def test_a_column_of_hard_negatives_is_read_with_its_language_or_that_of_the_code(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [row(bad="def sub(x): ...", lb="Go"), row(1, bad=" ", lb="Go")])
+    (triplet,) = reader = open_triplets(file, columns=TripletColumns(negative="bad"))
+    assert (triplet.negative, triplet.negative_language) == ("def sub(x): ...", "python")
+    with pytest.raises(BadRowError, match="empty bad"):
+        list(open_triplets(file, columns=TripletColumns(negative="bad"), strict=True))
+    (triplet,) = reader = open_triplets(file, columns=TripletColumns(negative="bad", negative_language="lb"))
+    assert triplet.negative_language == "go"
+    assert list(reader) == [triplet]
+    assert reader.skipped == {"empty bad": 1}
+    with pytest.raises(ValueError, match="no column 'worse'"):
+        open_triplets(file, columns=TripletColumns(negative="worse"))
+    with pytest.raises(ValueError, match="negative, the column of the code, is not"):
+        TripletColumns(negative_language="lb")
+
+
 def test_a_folder_gives_the_files_of_a_split(tmp_path):
     for number, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"]):
         write_parquet(tmp_path / "data" / f"{name}.parquet", [row(number)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -75,6 +76,24 @@ def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(
     before, after = (AutoModel.from_pretrained(folder) for folder in (checkpoint, tmp_path / "run" / "model"))
     moved = [not torch.equal(p, dict(after.model.named_parameters())[n]) for n, p in before.named_parameters()]
     assert sum(moved) > 0.9 * len(moved)
+
+
+def test_a_column_of_hard_negatives_gives_every_pair_one_more_candidate(recipe_file, checkpoint, tmp_path):
+    file = write_triplets(tmp_path)
+    rows = [json.loads(line) for line in file.open()]
+    rows = [row | {"worse": rows[(i + 1) % len(rows)]["func2"], "kind": "c"} for i, row in enumerate(rows)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    columns = "data.triplets.columns={negative: worse, negative_language: kind}"
+    with_negatives, estimate = run(
+        recipe_file, tmp_path / "run", f"data.triplets={{source: {file}}}", columns, "objective.mini_batch_tokens=400"
+    )
+    plain, plain_estimate = run(recipe_file, tmp_path / "plain", "objective.mini_batch_tokens=400")
+    assert estimate.tokens_per_pair > 1.4 * plain_estimate.tokens_per_pair
+    # Untrained, a batch of 8 has a loss of about ln 8; half of it counts 16 candidates.
+    first, plain_first = (log["log_history"][0]["clip_loss_exit_4"] for log in (with_negatives, plain))
+    assert first - plain_first == pytest.approx(math.log(2) / 2, abs=0.15)
+    assert with_negatives["evaluation"]["eval_clip_loss_exit_4"] > plain["evaluation"]["eval_clip_loss_exit_4"]
+    assert list(with_negatives["retrieval"]) == ["held-out, text → code", "held-out, code → code"]
 
 
 def interrupt(monkeypatch, step):

@@ -2,7 +2,8 @@
 
 Contrastive learning takes every other row of a batch for a wrong answer, so rows that say the same must not meet. Rows
 that share a description or a code, directly or through others, form a *group*, and a batch takes at most one row of a
-group. Resuming needs no state but the step, and each process takes its own slice of the batch.
+group. A hard negative must not say what another row of the batch says, either. Resuming needs no state but the step,
+and each process takes its own slice of the batch.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from modular_star_encoder.data.parallel_texts import ParallelText
 TEXT_TO_CODE, CODE_TO_CODE = "text → code", "code → code"
 
 # Streams of random numbers beside those of the two kinds of pairs.
-_REPLACEMENTS = 2
+_REPLACEMENTS, _NEGATIVES = 2, 3
 
 
 class Draw(NamedTuple):
@@ -48,11 +49,29 @@ def same_content_groups(texts: Sequence[ParallelText]) -> np.ndarray:
     for row, text in enumerate(texts):
         for key in [description_key(text.description), *(code_key(snippet.code) for snippet in text.snippets)]:
             if key:
-                digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=12).digest()
-                a, b = root(first_with.setdefault(digest, row)), root(row)
+                a, b = root(first_with.setdefault(_digest(key), row)), root(row)
                 parents[max(a, b)] = min(a, b)
     numbers: dict[int, int] = {}
     return np.array([numbers.setdefault(root(row), len(numbers)) for row in range(len(texts))], dtype=np.int64)
+
+
+def groups_of_negatives(texts: Sequence[ParallelText], groups: np.ndarray) -> np.ndarray | None:
+    """The group, int64 (rows,), of the rows whose code is the hard negative of each row; -1 where it is no row's.
+
+    `None` if there is a row without a negative.
+    """
+    if not texts or any(text.negative is None for text in texts):
+        return None
+    group_of = {
+        _digest(code_key(snippet.code)): group
+        for text, group in zip(texts, groups.tolist(), strict=True)
+        for snippet in text.snippets
+    }
+    return np.array([group_of.get(_digest(code_key(text.negative.code)), -1) for text in texts], dtype=np.int64)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
 class PairGroups:
@@ -61,13 +80,16 @@ class PairGroups:
     Attributes:
         numbers: kind → the numbers of its groups, int64 (groups,); kinds without pairs are missing.
         rows: kind → the rows of each of these groups.
+        of_rows: the group of each row, int64 (all rows,).
+        negatives: the group that has the hard negative of each row; see `groups_of_negatives`.
     """
 
     def __init__(self, texts: Sequence[ParallelText]) -> None:
         """Group rows; those with a description give text → code pairs, those with two snippets code → code pairs."""
         rows: dict[str, dict[int, list[int]]] = {TEXT_TO_CODE: defaultdict(list), CODE_TO_CODE: defaultdict(list)}
-        groups = same_content_groups(texts).tolist()
-        for row, (text, group) in enumerate(zip(texts, groups, strict=True)):
+        groups = same_content_groups(texts)
+        self.of_rows, self.negatives = groups, groups_of_negatives(texts, groups)
+        for row, (text, group) in enumerate(zip(texts, groups.tolist(), strict=True)):
             if text.description:
                 rows[TEXT_TO_CODE][group].append(row)
             if len(text.snippets) > 1:
@@ -85,12 +107,18 @@ class PairGroups:
     def largest_batch(self) -> int:
         """The most pairs that a batch can have, whatever is drawn first."""
         if len(self.numbers) < 2:
-            return sum(self.counts.values())
+            return min(sum(self.counts.values()), self._most_beside_a_negative())
         # Each half may have as many as its kind has groups, and the second must find as many beside the first.
         code, text = self.numbers[CODE_TO_CODE], self.numbers[TEXT_TO_CODE]
         common = len(np.intersect1d(code, text))
         beside = max(min(len(code) // 2, common), len(code) - common)
-        return 2 * min(len(text), len(code), beside)
+        return 2 * min(len(text), len(code), beside, self._most_beside_a_negative() // 2)
+
+    def _most_beside_a_negative(self) -> int:
+        """The most groups of which there is always a negative outside."""
+        if self.negatives is None or (self.negatives < 0).any():
+            return len(self.of_rows)
+        return len(np.unique(self.negatives)) - 1
 
 
 class BatchPlan:
@@ -100,7 +128,7 @@ class BatchPlan:
     all are of the one kind there is. The groups of a kind are taken in a random order, a new one in each epoch; what is
     left at the end of an epoch and fills no batch is left out. When it is a group's turn, another of its rows is taken
     in each epoch. A code → code pair whose group already stands in the batch with its description is replaced by
-    another one, drawn at random.
+    another one, drawn at random; and so is a hard negative that says what a row of the batch says.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
@@ -116,6 +144,7 @@ class BatchPlan:
         """
         self.batch_size, self.seed = batch_size, seed
         self._numbers, self._rows, self._counts = groups.numbers, groups.rows, groups.counts
+        self._of_rows, self._negatives = groups.of_rows, groups.negatives
         self._kinds = tuple(groups.numbers)
         largest = groups.largest_batch
         if batch_size > largest or batch_size < 2 or batch_size % len(self._kinds):
@@ -125,6 +154,7 @@ class BatchPlan:
                 f"{batch_size}: there are {listed or 'no pairs'} without common texts."
             )
         self._latest: tuple[int, list[Draw]] = (-1, [])
+        self._latest_negatives: tuple[int, list[int]] = (-1, [])
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
     def batch(self, step: int) -> list[Draw]:
@@ -132,6 +162,25 @@ class BatchPlan:
         if self._latest[0] != step:
             self._latest = step, self._make_batch(step)
         return self._latest[1]
+
+    def negatives(self, step: int) -> list[int] | None:
+        """The row whose hard negative stands at each place of the batch; `None` if rows have none."""
+        if self._negatives is None:
+            return None
+        if self._latest_negatives[0] != step:
+            self._latest_negatives = step, self._draw_negatives(step, self._negatives)
+        return self._latest_negatives[1]
+
+    def _draw_negatives(self, step: int, groups: np.ndarray) -> list[int]:
+        rows = np.array([draw.row for draw in self.batch(step)])
+        used = set(self._of_rows[rows].tolist())
+        generator = np.random.default_rng((self.seed, _NEGATIVES, step))
+        for place, row in enumerate(rows):
+            # `PairGroups.largest_batch` sees to it that there is one.
+            while int(groups[row]) in used:
+                row = generator.integers(len(groups))
+            rows[place] = row
+        return rows.tolist()
 
     def _make_batch(self, step: int) -> list[Draw]:
         share = self.batch_size // len(self._kinds)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.data.corpora import open_corpus
 from modular_star_encoder.data.dataset_rows import BadLine, not_unicode, open_dataset_rows, row_example
-from modular_star_encoder.data.documented_function import DocumentedFunction, description_key
+from modular_star_encoder.data.documented_function import DocumentedFunction, code_key, description_key
 from modular_star_encoder.data.functions import collect_functions
 from modular_star_encoder.data.prose import reads_as_prose
 from modular_star_encoder.data.source_files import language_named
@@ -35,11 +35,13 @@ class ParallelText:
         description: It in prose; empty if there is none.
         snippets: It in code, at least one; the description was written for the first.
         repository: Where it is from. Rows are held out by it; empty if that is unknown.
+        negative: Code that is much like it and means something else (a hard negative).
     """
 
     description: str
     snippets: tuple[Snippet, ...]
     repository: str = ""
+    negative: Snippet | None = None
 
 
 @dataclass(slots=True)
@@ -69,7 +71,7 @@ def read_parallel_texts(settings: Mapping[str, Any], *, progress: bool = True) -
         settings: One or several of
 
             - `triplets`: the name of a dataset of the Hub, a file or a folder; or a mapping with `source` and the other
-              arguments of `open_triplets`;
+              arguments of `open_triplets`; with `columns: {negative: NAME}` each row also has a hard negative;
             - `functions`: the settings of a corpus (see `open_corpus`), whose documented functions are taken;
             - `parallel`: a file, folder or dataset with one exercise a row, `slug` and `code` (a mapping of languages
               to solutions); or a mapping with `source`, `name` and `code` (other names of these columns), `strict` and
@@ -89,6 +91,9 @@ def read_parallel_texts(settings: Mapping[str, Any], *, progress: bool = True) -
     if unknown or not settings:
         given = f"not {', '.join(unknown)}" if unknown else "none is given"
         raise ValueError(f"data has one or several of the sources {', '.join(_SOURCES)}; {given}.")
+    if have_negatives(settings) and len(settings) > 1:
+        others = " and ".join(f"data.{name}" for name in settings if name != "triplets")
+        raise ValueError(f"data.triplets names a column of hard negatives, and {others} has none: use it alone.")
     found = {}
     for name in _SOURCES:
         if name in settings:
@@ -100,6 +105,13 @@ def read_parallel_texts(settings: Mapping[str, Any], *, progress: bool = True) -
                 reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
                 raise ValueError(f"data.{name} has no row to train on{': ' if reasons else '.'}{reasons}")
     return found
+
+
+def have_negatives(settings: Mapping[str, Any]) -> bool:
+    """Whether the rows of these sources (see `read_parallel_texts`) each have a hard negative."""
+    triplets = settings.get("triplets")
+    columns = triplets.get("columns") if isinstance(triplets, Mapping) else None
+    return isinstance(columns, Mapping) and columns.get("negative") is not None
 
 
 def described(functions: Iterable[DocumentedFunction]) -> list[ParallelText]:
@@ -115,10 +127,14 @@ def _triplets(settings: Any, progress: bool) -> ParallelTexts:
     reader, found = open_triplets(**options), ParallelTexts()
     for place, row in tqdm(reader.placed(), desc="Reading triplets", unit=" rows", disable=not progress):
         snippets = (Snippet(row.language, row.code), Snippet(row.other_language, row.other_code))
-        faults = [_not_code(snippet.code, row.description) for snippet in snippets]
+        negative = Snippet(row.negative_language, row.negative) if row.negative else None
+        codes = snippets if negative is None else (*snippets, negative)
+        faults = [_not_code(snippet.code, row.description) for snippet in codes]
         reason = next(filter(None, [*faults, not_unicode(row.description)]), None)
+        if reason is None and negative and code_key(negative.code) in {code_key(one.code) for one in snippets}:
+            reason = "its own code as the negative"
         if reason is None:
-            found.texts.append(ParallelText(row.description, snippets, row.repository))
+            found.texts.append(ParallelText(row.description, snippets, row.repository, negative))
         else:
             _leave_out(found, reason, row_example(place, snippets), strict)
     found.skipped += reader.skipped

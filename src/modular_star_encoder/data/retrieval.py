@@ -11,7 +11,7 @@ from modular_star_encoder.data.augmentation import rename_frequent_words
 from modular_star_encoder.data.batch_plan import TEXT_TO_CODE, BatchPlan, same_content_groups
 from modular_star_encoder.data.documented_function import DocumentedFunction
 from modular_star_encoder.data.padding import pad_inputs
-from modular_star_encoder.data.parallel_texts import ParallelText, described
+from modular_star_encoder.data.parallel_texts import ParallelText, Snippet, described
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.tokenizer import ContentEncoder, encode_content
 
@@ -43,7 +43,9 @@ class RetrievalTexts:
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
+        negatives = [text.negative for text in texts if text.negative is not None]
         languages = {snippet.language for text in texts for snippet in text.snippets}
+        languages |= {negative.language for negative in negatives}
         self._text_frame = _frame(tokenizer, text_prompt(instructions=prompts), max_text_tokens, "max_text_tokens")
         self._code_frames = {
             language: _frame(tokenizer, code_prompt(language, instructions=prompts), max_code_tokens, "max_code_tokens")
@@ -55,6 +57,12 @@ class RetrievalTexts:
         codes = [snippet.code for text in texts for snippet in text.snippets]
         self._codes = encode_content(tokenizer, codes, progress=progress, description="Code")
         self._first_code = np.cumsum([0, *(len(text.snippets) for text in texts)])
+        self._negatives = encode_content(
+            tokenizer,
+            [text.negative.code if text.negative else "" for text in texts] if negatives else [],
+            progress=progress and bool(negatives),
+            description="Hard negatives",
+        )
 
     def description(self, row: int) -> torch.Tensor:
         """The description of a row, int64 (T,)."""
@@ -62,12 +70,20 @@ class RetrievalTexts:
 
     def snippet(self, row: int, number: int = 0, renaming: np.random.Generator | None = None) -> torch.Tensor:
         """A snippet of a row, int64 (T,); with `renaming`, its frequent words are replaced by random strings."""
-        language, code = self.texts[row].snippets[number]
-        if renaming is None:
-            content = self._codes[int(self._first_code[row]) + number]
-        else:
-            (content,) = self._encoder([rename_frequent_words(code, renaming)])
-        return _framed(content, self._code_frames[language], self._limits[1])
+        content = self._codes[int(self._first_code[row]) + number]
+        return self._code(self.texts[row].snippets[number], content, renaming)
+
+    def negative(self, row: int, renaming: np.random.Generator | None = None) -> torch.Tensor:
+        """The hard negative of a row, which must have one; as `snippet`."""
+        negative = self.texts[row].negative
+        if negative is None:
+            raise ValueError(f"Row {row} has no hard negative.")
+        return self._code(negative, self._negatives[row], renaming)
+
+    def _code(self, snippet: Snippet, content: torch.Tensor, renaming: np.random.Generator | None) -> torch.Tensor:
+        if renaming is not None:
+            (content,) = self._encoder([rename_frequent_words(snippet.code, renaming)])
+        return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def mean_tokens(self) -> tuple[float, float]:
         """Mean tokens of a description and of a snippet as the encoder reads them, framed (all alike) and truncated."""
@@ -145,7 +161,8 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
 
     Row `i` depends on the seed of the plan and `i` only, so any worker, process or resumed run makes the same one. It
     holds `query_ids` and `document_ids`, int64 (T,): a description and its code, or code and the same in another
-    language. Of several snippets, two are drawn anew each time.
+    language. Of several snippets, two are drawn anew each time. Where every row has a hard negative, there are
+    `negative_ids`, too.
 
     Attributes:
         batch_size: Pairs of one batch, of all processes together.
@@ -174,24 +191,30 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
             raise IndexError(f"row {index} of {self._length}")
         step, place = divmod(index, self.batch_size)
         row, kind = self._plan.batch(step)[place]
-        renaming = np.random.default_rng((self._plan.seed, _NAMES, index))
+        names = np.random.default_rng((self._plan.seed, _NAMES, index))
         if kind == TEXT_TO_CODE:
-            return {"query_ids": self._texts.description(row), "document_ids": self._snippet(row, 0, renaming)}
-        drawing = np.random.default_rng((self._plan.seed, _SNIPPETS, index))
-        numbers = drawing.choice(len(self._texts.texts[row].snippets), size=2, replace=False)
-        query, document = (self._snippet(row, int(number), renaming) for number in numbers)
-        return {"query_ids": query, "document_ids": document}
+            query, document = self._texts.description(row), self._texts.snippet(row, 0, self._renaming(names))
+        else:
+            drawing = np.random.default_rng((self._plan.seed, _SNIPPETS, index))
+            numbers = drawing.choice(len(self._texts.texts[row].snippets), size=2, replace=False)
+            query, document = (self._texts.snippet(row, int(number), self._renaming(names)) for number in numbers)
+        found = {"query_ids": query, "document_ids": document}
+        negatives = self._plan.negatives(step)
+        if negatives is not None:
+            found["negative_ids"] = self._texts.negative(negatives[place], self._renaming(names))
+        return found
 
-    def _snippet(self, row: int, number: int, generator: np.random.Generator) -> torch.Tensor:
-        renamed = generator.random() < self._renamed_share
-        return self._texts.snippet(row, number, generator if renamed else None)
+    def _renaming(self, generator: np.random.Generator) -> np.random.Generator | None:
+        """The generator, for the share of snippets that are renamed."""
+        return generator if generator.random() < self._renamed_share else None
 
 
 class RetrievalCollator:
     """Pads rows of `RetrievalPairs` and `RetrievalBatches` on the tokenizer's side.
 
     Returns `{"query": {...}, "document": {...}}`, each with `input_ids` and `attention_mask`, int64 of shape (B, T); T
-    is that of the longest query or document. Row `i` of the one belongs to row `i` of the other.
+    is that of the longest query or document. Row `i` of the one belongs to row `i` of the other. With hard negatives,
+    `negative` is a third side.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, pad_to_multiple_of: int = 1) -> None:
@@ -204,7 +227,8 @@ class RetrievalCollator:
     def __call__(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
         return {
             side: pad_inputs([row[f"{side}_ids"] for row in rows], self._pad_token_id, self._side, self._multiple_of)
-            for side in ("query", "document")
+            for side in ("query", "document", "negative")
+            if f"{side}_ids" in rows[0]
         }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from modular_star_encoder.data.batch_plan import same_content_groups
+from modular_star_encoder.data.batch_plan import groups_of_negatives, same_content_groups
 from modular_star_encoder.data.files import staged_folder, write_json
 from modular_star_encoder.data.parallel_texts import ParallelText, ParallelTexts, Snippet, read_parallel_texts
 from modular_star_encoder.data.splits import draw_repositories
@@ -88,7 +88,11 @@ def _split(
     # Each source draws by itself: a repository that one holds out may be another's too.
     repositories = {texts[row].repository for row in unseen} - {""}
     of_these = np.array([text.repository in repositories for text in texts])
-    leaked = (np.isin(groups, groups[unseen]) | of_these) & ~held_out
+    negatives = groups_of_negatives(texts, groups)
+    leaked = np.isin(groups, groups[unseen]) | of_these
+    if negatives is not None:
+        leaked |= np.isin(negatives, groups[unseen])
+    leaked &= ~held_out
     train = np.flatnonzero(~held_out & ~leaked)
     if samples is not None:
         if samples > len(train):
@@ -121,15 +125,23 @@ def _table(texts: Sequence[ParallelText]) -> pyarrow.Table:
         "languages": [[snippet.language for snippet in text.snippets] for text in texts],
         "codes": [[snippet.code for snippet in text.snippets] for text in texts],
         "repository": [text.repository for text in texts],
+        "negative_language": [text.negative and text.negative.language for text in texts],
+        "negative_code": [text.negative and text.negative.code for text in texts],
     }
     text = pyarrow.large_string()  # `string` ends at 2 GiB a column
-    kinds = (text, pyarrow.large_list(text), pyarrow.large_list(text), text)
+    kinds = (text, pyarrow.large_list(text), pyarrow.large_list(text), text, text, text)
     return pyarrow.table(columns, schema=pyarrow.schema(list(zip(columns, kinds, strict=True))))
 
 
 def _rows(path: Path) -> list[ParallelText]:
     return [
-        ParallelText(row["description"], tuple(map(Snippet, row["languages"], row["codes"])), row["repository"])
+        ParallelText(
+            row["description"],
+            tuple(map(Snippet, row["languages"], row["codes"])),
+            row["repository"],
+            # Earlier versions wrote no such columns.
+            Snippet(row["negative_language"], row["negative_code"]) if row.get("negative_code") else None,
+        )
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
         for row in batch.to_pylist()
     ]

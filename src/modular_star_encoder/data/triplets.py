@@ -25,6 +25,8 @@ class Triplet:
         other_code: The same function in another language.
         other_language: That language, one of `LANGUAGES`.
         repository: Name of the repository of `code`; empty if the row does not say.
+        negative: Code that is much like `code` and does not do what the description says; empty if there is none.
+        negative_language: Its language; empty if there is none.
     """
 
     description: str
@@ -33,11 +35,17 @@ class Triplet:
     other_code: str
     other_language: str
     repository: str = ""
+    negative: str = ""
+    negative_language: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TripletColumns:
-    """The names of the columns of a dataset of triplets; by default those of SynthCoNL as published."""
+    """The names of the columns of a dataset of triplets; by default those of SynthCoNL as published.
+
+    `negative` is a column of hard negatives, which SynthCoNL does not have; `negative_language` that of their
+    languages, by default the column `language`.
+    """
 
     description: str = "func_documentation_string"
     code: str = "func1_CSN"
@@ -45,10 +53,17 @@ class TripletColumns:
     other_code: str = "func2"
     other_language: str = "language2"
     repository: str = "repository_name"
+    negative: str | None = None
+    negative_language: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.negative_language is not None and self.negative is None:
+            raise ValueError("columns: negative_language is named, and negative, the column of the code, is not.")
 
     def names(self) -> list[str]:
         """The columns to read."""
-        return [getattr(self, name) for name in self.__slots__]
+        named = [getattr(self, name) for name in self.__slots__]
+        return [name for name in named if name is not None]
 
 
 SYNTHCONL_COLUMNS = TripletColumns()
@@ -121,10 +136,10 @@ def _fault(row: Mapping[str, Any], columns: TripletColumns) -> str | None:
     for name in columns.names():
         if name not in row:
             return f"no column {name}"
-    for name in (columns.description, columns.code, columns.other_code):
+    for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):
         if not isinstance(row[name], str) or not row[name].strip():
             return f"empty {name}"
-    for name in (columns.language, columns.other_language):
+    for name in filter(None, (columns.language, columns.other_language, columns.negative_language)):
         if not isinstance(row[name], str) or language_named(row[name]) not in LANGUAGES:
             return f"unknown {name}"
     repository = row[columns.repository]
@@ -141,4 +156,11 @@ def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> Triplet:
         row[columns.other_code],
         language_named(row[columns.other_language]) or "",
         row[columns.repository] or "",
+        *_negative(row, columns),
     )
+
+
+def _negative(row: Mapping[str, Any], columns: TripletColumns) -> tuple[str, str]:
+    if columns.negative is None:
+        return "", ""
+    return row[columns.negative], language_named(row[columns.negative_language or columns.language]) or ""

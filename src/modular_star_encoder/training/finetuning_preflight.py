@@ -18,7 +18,7 @@ class FinetuningPreflight:
         groups: kind of pairs → number of groups of rows without common texts.
         pairs_per_step, steps, processes: of the run.
         epochs: kind of pairs → how often each group has its turn.
-        tokens_per_pair: mean of query and document together, padding not counted; 0 if no data was seen.
+        tokens_per_pair: mean of query, document and negative together, padding not counted; 0 if no data was seen.
         flops_per_pair: floating-point operations of training on one pair.
         memory_bytes: on each device: float32 weights, gradients and two moments, and activations; an upper estimate.
     """
@@ -88,9 +88,12 @@ def finetuning_preflight(
     text, code = tokens
     sides = {TEXT_TO_CODE: (text, code), CODE_TO_CODE: (code, code)}
     # A batch has as many pairs of each kind that there is.
-    texts = [length for kind in (groups or [TEXT_TO_CODE]) for length in sides[kind]]
-    in_memory = min(settings.mini_batch_tokens or 2 * rows * longest, 2 * rows * longest)
-    stacks = 2 * 4 * len(config.exit_layers) * 2 * recipe.batch_size * config.projection_size
+    negatives = [code] * (len(settings.sides) - 2)
+    pairs = [[*sides[kind], *negatives] for kind in (groups or [TEXT_TO_CODE])]
+    texts = [length for pair in pairs for length in pair]
+    in_batch = len(settings.sides) * rows * longest
+    in_memory = min(settings.mini_batch_tokens or in_batch, in_batch)
+    stacks = 2 * 4 * len(config.exit_layers) * len(settings.sides) * recipe.batch_size * config.projection_size
     passes = 1.0 if settings.mini_batch_tokens is None else 4 / 3
     return FinetuningPreflight(
         parameters=parameters,
@@ -100,7 +103,7 @@ def finetuning_preflight(
         steps=recipe.steps,
         processes=processes,
         epochs={kind: recipe.steps * recipe.batch_size / len(groups) / count for kind, count in groups.items()},
-        tokens_per_pair=2 * sum(texts) / len(texts),
-        flops_per_pair=passes * 2 * sum(trunk_flops_per_token(model, length) * length for length in texts) / len(texts),
+        tokens_per_pair=sum(texts) / len(pairs),
+        flops_per_pair=passes * sum(trunk_flops_per_token(model, length) * length for length in texts) / len(pairs),
         memory_bytes=4 * parameters + 12 * trained + activation_bytes(config, in_memory) + stacks,
     )

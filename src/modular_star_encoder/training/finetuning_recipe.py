@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from modular_star_encoder.data.parallel_texts import have_negatives
 from modular_star_encoder.data.settings import build_settings, load_settings
 from modular_star_encoder.objectives import ContrastiveSettings
 from modular_star_encoder.training.training_recipe import StartingRecipe
@@ -51,14 +52,16 @@ class FinetuningRecipe(StartingRecipe):
         if not 0 < self.held_out_share <= 0.2:
             raise ValueError(f"held_out_share must be above 0 and at most 0.2, not {self.held_out_share}.")
         self.check_mappings("data", "objective")
-        if self.contrastive().pairs != ContrastiveSettings().pairs:
-            raise ValueError("objective.pairs can't be set: batches have a query and a document, and no negatives.")
+        if "pairs" in self.objective:
+            raise ValueError("objective.pairs can't be set: the data says whether batches have hard negatives.")
+        self.contrastive()
         if self.log_gradient_norms and self.contrastive().mini_batch_tokens is not None:
             raise ValueError("log_gradient_norms does not go with objective.mini_batch_tokens, which keeps no graph.")
 
     def contrastive(self) -> ContrastiveSettings:
-        """The settings of the loss."""
-        return build_settings(ContrastiveSettings, dict(self.objective), "objective")
+        """The settings of the loss, with the sides that batches of the data have."""
+        settings = build_settings(ContrastiveSettings, dict(self.objective), "objective")
+        return replace(settings, pairs=(("query", "document", "negative"),)) if have_negatives(self.data) else settings
 
     def pairs_per_device(self, processes: int) -> int:
         """Pairs of one step on each of `processes` devices.
