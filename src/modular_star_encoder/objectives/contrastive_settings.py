@@ -20,8 +20,10 @@ class ContrastiveSettings:
         logit_scale: multiplies similarities, the paper's "temperature 10.0" (a temperature of 0.1). A model with a
             learned scale (`learned_logit_scale` in its configuration) uses its own.
         mini_batch_tokens: embed the batch by mini-batches of at most this many tokens, padding included, and keep no
-            activations of the others (gradient caching): memory then grows far less than the batch (2.4 times from 64
-            to 2,048 pairs, benchmarks/README.md), and each text is embedded twice. `None` embeds each side at once.
+            activations of the others (gradient caching): memory hardly grows with the batch (benchmarks/README.md),
+            and each text is embedded twice. `None` embeds each side at once. In bfloat16 on a CPU, set the environment
+            variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY to 64, as `mose` does: by default torch
+            keeps up to 2,048 compiled operations, one for each length.
         dimensions: sizes of the embedding that each exit is trained at (Matryoshka, arXiv 2205.13147): for all exits
             alike, or by exit, `{4: (64, 256)}`. Embeddings are cut and normalised anew; an exit's loss is the mean over
             its sizes. List the full size too where it is to be trained. `None`, or an exit that is not named: the full
