@@ -55,7 +55,7 @@ from modular_star_encoder.modeling import (
 )
 from modular_star_encoder.objectives import ContrastiveObjective, ContrastiveSettings, exit_weights
 from modular_star_encoder.training import load_config
-from modular_star_encoder_cli import OPERATIONS_KEPT
+from modular_star_encoder_cli import keep_few_compiled_operations
 
 CONTENDERS = ("cached", "whole", "adaptive")
 SIDES = ("query", "document")
@@ -182,7 +182,7 @@ class Worker:
         command = [sys.executable, __file__, *(str(part) for option in options.items() for part in option)]
         self.process = subprocess.Popen(
             command + ["--bf16"] * arguments.bf16,
-            env={**os.environ, **OPERATIONS_KEPT, **returned_memory(arguments.exact_memory)},
+            env={**os.environ, **returned_memory(arguments.exact_memory)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -212,6 +212,7 @@ class Worker:
 
 def answer_steps(arguments: argparse.Namespace) -> None:
     """Be a worker: make the model, limit the memory, then do a step for each line of the standard input."""
+    keep_few_compiled_operations()
     config = load_config(arguments.shape)
     dropout = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.0)
     config = ModularStarEncoderConfig(**(config.to_dict() | dropout | {"architectures": None}))

@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from modular_star_encoder.training.tasks import load_task
+from modular_star_encoder_cli import keep_few_compiled_operations
 
 
 def main() -> int:
@@ -19,6 +20,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that differ from the recipe")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
     arguments = parser.parse_intermixed_args()  # settings may also stand after --out
+    keep_few_compiled_operations()
     try:
         recipe, finetune = load_task(arguments.recipe, arguments.overrides)
         log = finetune(recipe, arguments.out)

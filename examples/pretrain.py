@@ -11,6 +11,7 @@ import sys
 
 from modular_star_encoder.training.pretraining import pretrain
 from modular_star_encoder.training.pretraining_recipe import load_pretraining_recipe
+from modular_star_encoder_cli import keep_few_compiled_operations
 
 
 def main() -> int:
@@ -20,6 +21,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that differ from the recipe")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
     arguments = parser.parse_intermixed_args()  # settings may also stand after --out
+    keep_few_compiled_operations()
     try:
         log = pretrain(load_pretraining_recipe(arguments.recipe, arguments.overrides), arguments.out)
     except KeyboardInterrupt:

@@ -52,6 +52,7 @@ from modular_star_encoder.training import (
     start_from_spellings,
     start_from_unigrams,
 )
+from modular_star_encoder_cli import keep_few_compiled_operations
 
 # Never trained on: `transformers` is what later examples search, and the default folder to search here is held out too.
 KEPT_OUT = ("transformers", "huggingface-hub")
@@ -66,6 +67,7 @@ QUESTIONS = (
 def main(argv: list[str] | None = None) -> int:
     """Run every stage; 0 on success, 2 after wrong input, 130 after Ctrl-C."""
     arguments = build_parser().parse_args(argv)
+    keep_few_compiled_operations()
     try:
         run(arguments)
     except KeyboardInterrupt:

@@ -19,9 +19,6 @@ from modular_star_encoder_cli_search import add_search_commands
 
 EXPECTED_ERRORS = (ValueError, OSError)
 FULL_POOL = 1000
-# oneDNN, and PyTorch's binding to it, each keep 1,024 compiled operations, one for every shape that a bfloat16 matrix
-# on a CPU has had. Batches without padding have a new shape each; these are enough for the layers of one.
-OPERATIONS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,8 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Results go to stdout; progress and errors, one line each, to stderr. Wrong usage leaves through argparse (status 2).
     """
     arguments = parse(argv)
-    for name, value in OPERATIONS_KEPT.items():
-        os.environ.setdefault(name, value)
+    keep_few_compiled_operations()
     try:
         arguments.run(arguments)
         sys.stdout.flush()
@@ -48,6 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mose: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def keep_few_compiled_operations() -> None:
+    """Keep as many as the layers of one batch need, unless the environment says otherwise.
+
+    oneDNN, and PyTorch's binding to it, each keep 1,024 by default, one for every shape that a bfloat16 matrix on a CPU
+    has had; batches without padding have a new shape each (benchmarks/NOTES.md). To be called before the first one.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
