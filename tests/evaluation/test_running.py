@@ -127,6 +127,9 @@ def test_the_places_of_this_machine_are_not_in_the_report(checkpoint, data, tmp_
         (("--baselines", "bm25"), "--baselines needs --out"),
         (("--allow-subset",), "--allow-subset needs --out"),
         (("--benchmark", "humaneval", "--out", "OUT"), "no benchmark 'humaneval'"),
+        (("--benchmark", ",", "--out", "OUT"), "Name a benchmark: codesearchnet-999, "),
+        (("--benchmark", "all", "--data", "hub", "--out", "OUT"), "all stands for the benchmarks in a folder"),
+        (("--benchmark", "cosqa", "--out", "FILE/out", "--allow-subset"), "Not a directory"),
         (("--benchmark", "cosqa", "--out", "OUT"), "expected 6,267 codes, found 4"),
         (("--benchmark", "cosqa", "--out", "FILE"), "is a file: name a folder"),
         (("--benchmark", "cosqa", "--out", "OUT", "--json", "x.json"), "--json goes without --out"),
@@ -137,14 +140,22 @@ def test_the_places_of_this_machine_are_not_in_the_report(checkpoint, data, tmp_
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(capsys, checkpoint, data, tmp_path, options, message):
+def test_mistakes_are_told_before_anything_is_embedded_or_written(
+    capsys, checkpoint, data, tmp_path, monkeypatch, options, message
+):
     (tmp_path / "file").write_text("")
-    places = {"OUT": tmp_path / "out", "FILE": tmp_path / "file"}
+    places = {"OUT": tmp_path / "out", "FILE": tmp_path / "file", "FILE/out": tmp_path / "file" / "out"}
+    monkeypatch.setattr(encoders, "encode_exits", lambda *_, **__: pytest.fail("embedded before it was told"))
     options = [places.get(option, option) for option in options]
     status, shown, errors = mose(capsys, "evaluate", checkpoint, "--data", data, *options)
     assert (status, shown) == (2, "")
     assert message in errors.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_exits_of_a_system_without_exits_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="bm25 is no ModularStarEncoder, so it has no exits"):
+        run_benchmarks("bm25", ["cosqa"], data, tmp_path / "out", exit_layers=(4,), allow_subset=True)
 
 
 def test_two_systems_of_one_name_are_refused(checkpoint, data, tmp_path):

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modular_star_encoder.evaluation.benchmarks.codesearchnet_999 import write_candidates
-from modular_star_encoder.evaluation.benchmarks.registry import WITH_CANDIDATES, choose_benchmarks, load_benchmark
+from modular_star_encoder.evaluation.benchmarks.registry import (
+    ALL,
+    BENCHMARKS,
+    WITH_CANDIDATES,
+    choose_benchmarks,
+    load_benchmark,
+)
 from modular_star_encoder.evaluation.embedding_cache import EmbeddingCache
 from modular_star_encoder.evaluation.encoders import ExitEncoder
 from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME, ExitProfile
@@ -51,11 +57,11 @@ def run_benchmarks(
         allow_subset: take partial files, and say so under the tables.
         candidates: folder of the lists of candidates of an earlier run (CodeSearchNet with distractors).
         cache: folder for embeddings, shared by runs; `out/embeddings` if None.
-        seed: of shuffles, intervals and permutations.
+        seed: of intervals, permutations and the untrained weights; candidates are always drawn as the protocol says.
         command: written into the reports.
 
     Raises:
-        ValueError: an unknown name, a damaged or partial file, or an exit that the model doesn't have.
+        ValueError: an unknown name or none, a damaged or partial file, or an exit that the model doesn't have.
         OSError: something that isn't there, or `out` can't be written to.
     """
     out = Path(out).expanduser()
@@ -63,6 +69,8 @@ def run_benchmarks(
         raise ValueError(f"{out} is a file: name a folder for the reports.")
     tasks: list[Task] = []
     chosen = choose_benchmarks(benchmarks, data)
+    if not chosen:
+        raise ValueError(f"Name a benchmark: {', '.join(BENCHMARKS)}, or {ALL}.")
     if candidates is not None and not any(name in WITH_CANDIDATES for name in chosen):
         raise ValueError(f"Lists of candidates are only for {' and '.join(WITH_CANDIDATES)}.")
     for name in chosen:
@@ -70,6 +78,7 @@ def run_benchmarks(
         tasks += load_benchmark(name, data, allow_subset=allow_subset, candidates=lists)
     store = EmbeddingCache(out / "embeddings" if cache is None else Path(cache).expanduser())
     systems = _open(model, baselines, store, exit_layers, untrained, seed)
+    out.mkdir(parents=True, exist_ok=True)  # if it can't be, say so before the work and not after it
     for task in tasks:
         if task.benchmark in WITH_CANDIDATES:
             write_candidates(task, out / "candidates" / task.benchmark)
