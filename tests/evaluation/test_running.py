@@ -81,6 +81,8 @@ def test_an_exit_profile_beside_the_checkpoint_gives_the_figure_of_latencies(che
     finally:
         profile.unlink()
     assert (tmp_path / "quality_by_latency.png").is_file()
+    run_benchmarks(checkpoint, ["cosqa"], data, tmp_path, allow_subset=True, progress=False)
+    assert not (tmp_path / "quality_by_latency.png").exists()  # it would show the earlier run's
 
 
 def test_a_profile_of_other_exits_costs_a_figure_and_not_the_reports(checkpoint, data, tmp_path, capsys):

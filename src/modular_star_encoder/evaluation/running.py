@@ -115,16 +115,19 @@ def _open(
 
 
 def _draw(tables: Sequence[Table], systems: dict[str, str], out: Path) -> None:
-    """The figures, if there is anything to draw and to draw with; otherwise a note."""
+    """The figures, if there is anything to draw and to draw with; otherwise a note, and none of an earlier run."""
+    by_depth, by_latency = out / "quality_by_depth.png", out / "quality_by_latency.png"
+    for path in (by_depth, by_latency):
+        path.unlink(missing_ok=True)
     if not any(row.exit_layer is not None for table in tables for row in table.rows):
         return
     profiles = {label: Path(name).expanduser() / PROFILE_NAME for name, label in systems.items()}
     try:
-        plot_quality_by_depth(tables, out / "quality_by_depth.png")
+        plot_quality_by_depth(tables, by_depth)
         there = {label: ExitProfile.load(path) for label, path in profiles.items() if path.is_file()}
         if there:
             latencies = {label: median_latencies(profile) for label, profile in there.items()}
-            plot_quality_by_latency(tables, latencies, out / "quality_by_latency.png")
+            plot_quality_by_latency(tables, latencies, by_latency)
     except (ImportError, ValueError) as error:  # the reports are written; a profile of other exits mustn't hide that
         print(f"mose: note: a figure is missing. {error}", file=sys.stderr)
 
