@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -95,6 +96,25 @@ def test_a_profile_of_other_exits_costs_a_figure_and_not_the_reports(checkpoint,
         profile.unlink()
     assert "No exit of these systems has a latency" in capsys.readouterr().err
     assert {"report.md", "quality_by_depth.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "drawn"),
+    [
+        ({}, True),
+        ({"dtype": "bfloat16", "checkpoint": "4567"}, True),
+        ({"device": "cuda"}, False),
+        ({"machine": {"processor": "another", "threads": 2}}, False),
+    ],
+)
+def test_latencies_that_were_not_measured_alike_are_not_drawn_together(data, tmp_path, capsys, changes, drawn):
+    names = [str(save_tiny_checkpoint(tmp_path / name / "model")) for name in ("a", "b")]
+    for name, differing in zip(names, ({}, changes), strict=True):
+        dataclasses.replace(made_up_profile(), **differing).save(Path(name, PROFILE_NAME))
+    options = {"baselines": names[1:], "allow_subset": True, "progress": False}
+    run_benchmarks(names[0], ["cosqa"], data, tmp_path / "out", **options)
+    assert (tmp_path / "out" / "quality_by_latency.png").is_file() == drawn
+    assert ("a/model and b/model are of different machines" in capsys.readouterr().err) != drawn
 
 
 def test_lists_of_an_earlier_run_are_used_beside_other_benchmarks(checkpoint, data, tmp_path):

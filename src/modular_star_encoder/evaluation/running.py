@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modular_star_encoder.evaluation.benchmarks.codesearchnet_999 import write_candidates
@@ -126,10 +126,29 @@ def _draw(tables: Sequence[Table], systems: dict[str, str], out: Path) -> None:
         plot_quality_by_depth(tables, by_depth)
         there = {label: ExitProfile.load(path) for label, path in profiles.items() if path.is_file()}
         if there:
+            _check_comparable(there)
             latencies = {label: median_latencies(profile) for label, profile in there.items()}
             plot_quality_by_latency(tables, latencies, by_latency)
     except (ImportError, ValueError) as error:  # the reports are written; a profile of other exits mustn't hide that
         print(f"mose: note: a figure is missing. {error}", file=sys.stderr)
+
+
+def _check_comparable(profiles: Mapping[str, ExitProfile]) -> None:
+    """Refuse to draw latencies beside each other that were not measured alike.
+
+    Raises:
+        ValueError: two profiles are of different machines, devices, numbers of threads or shapes of batches.
+    """
+    parts = ("processor", "threads", "gpu")
+    alike = {
+        (profile.device, profile.shapes[0], *(profile.machine.get(part) for part in parts))
+        for profile in profiles.values()
+    }
+    if len(alike) > 1:
+        raise ValueError(
+            f"The exit profiles of {' and '.join(profiles)} are of different machines, devices, threads or shapes of "
+            "batches: measure them alike with `mose profile`."
+        )
 
 
 def _shown(command: str) -> str:
