@@ -39,7 +39,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nmteb_exits: interrupted; start it again to continue.", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:
         print(f"mteb_exits: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     for exit_layer, values in scores.items():

@@ -252,7 +252,8 @@ def run_profile(arguments: argparse.Namespace) -> None:
     if arguments.quality:
         name, results = arguments.quality
         path = profile_path(arguments.checkpoint, arguments.out)
-        profile = ExitProfile.load(path).with_quality(name, quality_from_results(results))
+        profile = ExitProfile.load(path)
+        profile = profile.with_quality(name, quality_from_results(results, checkpoint=profile.checkpoint))
         profile.save(path)
     else:
         plan = ProfilePlan(arguments.batch_sizes, arguments.lengths, arguments.rounds)

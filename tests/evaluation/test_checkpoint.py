@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from modular_star_encoder.evaluation.checkpoint import load_checkpoint
 from modular_star_encoder.evaluation.encode import encode_exits
@@ -52,7 +53,12 @@ def test_a_file_is_no_checkpoint(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"), [("config.json", "has no config.json"), ("model.safetensors", "no weights")]
+    ("name", "problem"),
+    [
+        ("config.json", "has no config.json"),
+        ("model.safetensors", "no weights"),
+        ("tokenizer.json", "has no tokenizer: tokenizer.json"),
+    ],
 )
 def test_an_incomplete_folder_says_what_is_missing(checkpoint, name, problem):
     (checkpoint / name).unlink()
@@ -65,6 +71,37 @@ def test_damaged_weights_are_reported_in_one_line(checkpoint):
     with pytest.raises(ValueError, match="can't be loaded") as error:
         load_checkpoint(checkpoint)
     assert "\n" not in str(error.value)
+
+
+def test_a_head_that_is_not_in_the_file_is_not_drawn_at_random(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    others = {name: tensor for name, tensor in weights.items() if not name.startswith("projection_heads.2.")}
+    save_file(others, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"4 tensors are missing from .*, such as projection_heads\.2\."):
+        load_checkpoint(checkpoint)
+    assert load_checkpoint(checkpoint, exit_layer=1)[0].config.num_hidden_layers == 1  # needs none of them
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 500}, "its weights haven't the shapes of its configuration"),
+        ({"num_hidden_layers": 2, "exit_layers": [1, 2]}, "tensors are too many in"),
+    ],
+)
+def test_weights_of_another_configuration_are_refused_in_one_line(checkpoint, changes, message):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{}"), ("tokenizer_config.json", '{"a": "b')])
+def test_a_damaged_tokenizer_is_named(checkpoint, name, content):
+    (checkpoint / name).write_text(content)
+    with pytest.raises(ValueError, match=f"The tokenizer of {checkpoint} can't be loaded"):
+        load_checkpoint(checkpoint)
 
 
 def test_an_invalid_configuration_is_reported_in_one_line(checkpoint):

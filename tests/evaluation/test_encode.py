@@ -40,6 +40,11 @@ def test_every_exit_equals_the_model_called_with_one_text(model, tokenizer):
     assert not np.allclose(embeddings[1], embeddings[4], atol=0.1)
 
 
+def test_halves_of_characters_are_refused_in_a_sentence(model, tokenizer):
+    with pytest.raises(ValueError, match=r"1 texts hold halves of characters \(lone surrogates\), such as 'a\\ud800b'"):
+        encode(model, tokenizer, ["whole \U0001f600", "a\ud800b"])
+
+
 def test_one_pass_gives_all_exits(model, tokenizer):
     spy = Spy(model)
     encode(spy, tokenizer, TEXTS)

@@ -75,6 +75,16 @@ def test_other_weights_do_not_find_them(model, tokenizer, tmp_path):
     assert first.fingerprint != ExitEncoder(model, tokenizer, "tiny").fingerprint
 
 
+def test_a_tokenizer_that_was_used_is_the_same(model):
+    tokenizer = tiny_tokenizer()
+    first = ExitEncoder(model, tokenizer, "tiny").fingerprint
+    tokenizer(["a b c d"], truncation=True, padding=True, max_length=3)
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 3
+    assert ExitEncoder(model, tokenizer, "tiny").fingerprint == first
+    tokenizer.add_tokens(["another"])
+    assert ExitEncoder(model, tokenizer, "tiny").fingerprint != first
+
+
 def test_nested_dimensions_are_variants_of_every_exit(tokenizer):
     model = tiny_model()
     model.config.nested_dimensions = [4, 8]

@@ -114,6 +114,18 @@ def test_without_a_key_none_is_sent(server, monkeypatch):
     assert server.requests[0][2] is None
 
 
+def test_a_key_read_from_a_file_is_sent_without_its_newline_and_no_other_text_is(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\n")
+    encode(server, ["a"])
+    assert server.requests[0][2] == f"Bearer {KEY}"
+    for wrong in (f"{KEY}\n{KEY}", f"{KEY}…"):
+        monkeypatch.setenv("OPENAI_API_KEY", wrong)
+        with pytest.raises(ValueError, match="OPENAI_API_KEY holds characters that no key has") as error:
+            encode(server, ["a"])
+        assert KEY not in str(error.value)
+    assert len(server.requests) == 1
+
+
 def test_an_endpoint_is_a_system_like_others(server):
     system = open_system(f"openai:large@{server.url}")
     texts = [Text("banana"), Text("a", "python")]

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import modular_star_encoder_cli as cli
 from modular_star_encoder.evaluation.exit_profile import (
     ExitProfile,
     Measurement,
@@ -153,6 +154,24 @@ def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
         quality_from_results(file, "ndcg")
     with pytest.raises(ValueError, match="csn has figures of exits 5, and the profile of exits 4, 9, 18"):
         profile.with_quality("csn", {5: 0.1})
+
+
+@pytest.mark.parametrize("content", ['{"exits": {"4": {"mrr": NaN}}}', '{"exits": {}}'])
+def test_figures_that_are_none_are_refused(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"results\.json has no mrr of each exit"):
+        quality_from_results(tmp_path / "results.json")
+
+
+def test_quality_of_other_weights_is_refused(tmp_path, capsys):
+    made_up_profile().save(tmp_path / "profile.json")
+    file = tmp_path / "results.json"
+    command = ["profile", str(tmp_path), "--out", str(tmp_path / "profile.json"), "--quality", f"csn={file}"]
+    for fingerprint, status, benchmarks in (("4567", 2, ()), ("0123", 0, ("csn",))):
+        file.write_text(json.dumps({"checkpoint_fingerprint": fingerprint, "exits": {"4": {"mrr": 0.5}}}))
+        assert cli.main(command) == status
+        assert ExitProfile.load(tmp_path / "profile.json").benchmarks == benchmarks
+    assert "figures of the weights 4567, not of 0123" in capsys.readouterr().err
 
 
 def test_quality_is_carried_over_between_profiles_of_the_same_weights_only():

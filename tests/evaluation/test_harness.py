@@ -142,3 +142,9 @@ def test_queries_without_relevant_documents_are_left_out_of_ndcg():
     assert cell.ids == ["q0", "q2"]
     assert cell.figures["ndcg-judged@300"].value == np.mean(cell.values)
     assert cell.figures["ndcg-full@300"].value <= cell.figures["ndcg-judged@300"].value
+
+
+def test_a_task_without_a_judgement_is_refused_by_name():
+    task = retrieval_task(judgements=Judgements.of([{}] * 20), metrics=("ndcg@10",))
+    with pytest.raises(ValueError, match="toy, one: no query has a relevant document"):
+        run([task], [given_system(exit_layers=(3,))])

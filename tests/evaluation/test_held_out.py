@@ -38,3 +38,11 @@ def test_rows_that_share_a_text_are_one_query_and_draws_follow_the_seed():
 
 def test_one_pair_is_no_task():
     assert held_out_tasks([triplet(0)]) == []
+
+
+def test_every_query_of_a_task_is_ranked(monkeypatch):
+    monkeypatch.setattr("modular_star_encoder.evaluation.held_out.POOL", 4)
+    for count, queries, pools in ((3, 3, 1), (4, 4, 1), (7, 4, 1), (9, 8, 2)):
+        text, _ = held_out_tasks([triplet(i) for i in range(count)])
+        assert (len(text.queries), len(text.pools)) == (queries, pools)
+        assert sum(len(pool.queries) for pool in text.pools) == queries

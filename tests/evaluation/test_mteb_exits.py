@@ -215,3 +215,7 @@ def test_the_example_runs_mteb_on_the_functions_of_a_folder(checkpoint, tmp_path
     assert [float(words[3]) for words in printed[:2]] == pytest.approx(scores, abs=0.01)
     monkeypatch.setattr(sys, "argv", [*arguments[:3], str(tmp_path / "missing")])
     assert example["main"]() == 2
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    assert example["main"]() == 2
+    assert "pip install" in capsys.readouterr().err

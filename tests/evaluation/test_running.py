@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def test_an_exit_profile_beside_the_checkpoint_gives_the_figure_of_latencies(che
     finally:
         profile.unlink()
     assert (tmp_path / "quality_by_latency.png").is_file()
+    run_benchmarks(checkpoint, ["cosqa"], data, tmp_path, allow_subset=True, progress=False)
+    assert not (tmp_path / "quality_by_latency.png").exists()  # it would show the earlier run's
 
 
 def test_a_profile_of_other_exits_costs_a_figure_and_not_the_reports(checkpoint, data, tmp_path, capsys):
@@ -93,6 +96,25 @@ def test_a_profile_of_other_exits_costs_a_figure_and_not_the_reports(checkpoint,
         profile.unlink()
     assert "No exit of these systems has a latency" in capsys.readouterr().err
     assert {"report.md", "quality_by_depth.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "drawn"),
+    [
+        ({}, True),
+        ({"dtype": "bfloat16", "checkpoint": "4567"}, True),
+        ({"device": "cuda"}, False),
+        ({"machine": {"processor": "another", "threads": 2}}, False),
+    ],
+)
+def test_latencies_that_were_not_measured_alike_are_not_drawn_together(data, tmp_path, capsys, changes, drawn):
+    names = [str(save_tiny_checkpoint(tmp_path / name / "model")) for name in ("a", "b")]
+    for name, differing in zip(names, ({}, changes), strict=True):
+        dataclasses.replace(made_up_profile(), **differing).save(Path(name, PROFILE_NAME))
+    options = {"baselines": names[1:], "allow_subset": True, "progress": False}
+    run_benchmarks(names[0], ["cosqa"], data, tmp_path / "out", **options)
+    assert (tmp_path / "out" / "quality_by_latency.png").is_file() == drawn
+    assert ("a/model and b/model are of different machines" in capsys.readouterr().err) != drawn
 
 
 def test_lists_of_an_earlier_run_are_used_beside_other_benchmarks(checkpoint, data, tmp_path):
@@ -127,6 +149,9 @@ def test_the_places_of_this_machine_are_not_in_the_report(checkpoint, data, tmp_
         (("--baselines", "bm25"), "--baselines needs --out"),
         (("--allow-subset",), "--allow-subset needs --out"),
         (("--benchmark", "humaneval", "--out", "OUT"), "no benchmark 'humaneval'"),
+        (("--benchmark", ",", "--out", "OUT"), "Name a benchmark: codesearchnet-999, "),
+        (("--benchmark", "all", "--data", "hub", "--out", "OUT"), "all stands for the benchmarks in a folder"),
+        (("--benchmark", "cosqa", "--out", "FILE/out", "--allow-subset"), "Not a directory"),
         (("--benchmark", "cosqa", "--out", "OUT"), "expected 6,267 codes, found 4"),
         (("--benchmark", "cosqa", "--out", "FILE"), "is a file: name a folder"),
         (("--benchmark", "cosqa", "--out", "OUT", "--json", "x.json"), "--json goes without --out"),
@@ -137,14 +162,22 @@ def test_the_places_of_this_machine_are_not_in_the_report(checkpoint, data, tmp_
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(capsys, checkpoint, data, tmp_path, options, message):
+def test_mistakes_are_told_before_anything_is_embedded_or_written(
+    capsys, checkpoint, data, tmp_path, monkeypatch, options, message
+):
     (tmp_path / "file").write_text("")
-    places = {"OUT": tmp_path / "out", "FILE": tmp_path / "file"}
+    places = {"OUT": tmp_path / "out", "FILE": tmp_path / "file", "FILE/out": tmp_path / "file" / "out"}
+    monkeypatch.setattr(encoders, "encode_exits", lambda *_, **__: pytest.fail("embedded before it was told"))
     options = [places.get(option, option) for option in options]
     status, shown, errors = mose(capsys, "evaluate", checkpoint, "--data", data, *options)
     assert (status, shown) == (2, "")
     assert message in errors.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_exits_of_a_system_without_exits_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="bm25 is no ModularStarEncoder, so it has no exits"):
+        run_benchmarks("bm25", ["cosqa"], data, tmp_path / "out", exit_layers=(4,), allow_subset=True)
 
 
 def test_two_systems_of_one_name_are_refused(checkpoint, data, tmp_path):

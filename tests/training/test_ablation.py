@@ -93,6 +93,14 @@ def test_baselines_are_cut_from_the_same_checkpoint_and_see_the_same_batches(rec
     assert set(results["benchmarks"]) == {"held-out, text → code", "held-out, code → code"}
 
 
+def test_a_damaged_file_of_a_run_is_named(recipe_file, tmp_path):
+    run(recipe_file, tmp_path, "baselines=false")
+    for path in (tmp_path / "cells/self-distilled/seed-0/scores.json", tmp_path / "starting_points.json"):
+        path.write_text(path.read_text()[:-3])
+        with pytest.raises(ValueError, match=f"{path.name}, line .* expected one JSON value"):
+            run(recipe_file, tmp_path, "baselines=false")
+
+
 def write_exercises(folder):
     rows = [
         {"slug": f"exercise{i}", "description": f"Compute {i}.", "code": {"go": f"func E{i}() {{}}", "c": f"int e{i};"}}

@@ -1,7 +1,7 @@
 """The lexical baseline: BM25 (Robertson & Zaragoza 2009, as in Lucene) over the parts of identifiers.
 
 Code and prose only share words once `parseHTTPHeader` and `parse_http_header` both read "parse http header", so the
-tokeniser matters more than BM25's parameters: plain words lose 15 points of MRR on CodeSearchNet Ruby.
+tokeniser matters more than BM25's parameters: plain words lose 17 points of MRR on 1,005 rows of CodeSearchNet's Ruby.
 """
 
 from __future__ import annotations

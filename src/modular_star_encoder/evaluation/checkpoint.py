@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILE = "tokenizer.json"
+
+_TRUNK = re.compile(r"(^|\.)(embed_tokens|layers|norm)\.")
 
 
 def load_checkpoint(
@@ -34,9 +38,10 @@ def load_checkpoint(
         dtype: of the weights; the checkpoint's own if None.
 
     Raises:
-        FileNotFoundError: no such folder, or one without config.json or weights.
+        FileNotFoundError: no such folder, or one without config.json, weights or tokenizer.json.
         NotADirectoryError: `path` is a file.
-        ValueError: not a retrieval checkpoint of ours, damaged weights, or an exit that it doesn't have.
+        ValueError: not a retrieval checkpoint of ours, a damaged file, weights that aren't those of its configuration
+            (a head that is missing would be drawn at random), or an exit that it doesn't have.
         OSError: the Hub has no such repository, or can't be reached.
     """
     config = load_config(path)
@@ -44,11 +49,14 @@ def load_checkpoint(
     arguments = {} if exit_layer is None else {"exit_layer": config.check_exit(exit_layer)}
     if dtype is not None:
         arguments["dtype"] = dtype
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, TOKENIZER_FILE)):
+        raise FileNotFoundError(f"{path} has no tokenizer: {TOKENIZER_FILE} is not there.")
     with _clear_errors(path):
-        model = AutoModel.from_pretrained(path, trust_remote_code=False, **arguments)
-        tokenizer = load_tokenizer(path)
+        model, info = AutoModel.from_pretrained(path, trust_remote_code=False, output_loading_info=True, **arguments)
     if not isinstance(model, ModularStarEncoderForRetrieval):
         raise ValueError(f"{path} is a pre-trained model without projection heads: fine-tune it for retrieval first.")
+    _check_names(path, info)
+    tokenizer = _tokenizer(path)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
@@ -67,6 +75,27 @@ def load_config(path: str | Path) -> ModularStarEncoderConfig:
     return config
 
 
+def _tokenizer(path: str) -> Any:
+    with _clear_errors(path):
+        try:
+            return load_tokenizer(path)
+        except OSError:
+            raise
+        except Exception as error:  # of a damaged file; tokenizers raises nothing narrower
+            raise ValueError(f"The tokenizer of {path} can't be loaded: {_one_line(error)}") from error
+
+
+def _check_names(path: str, info: dict[str, Any]) -> None:
+    """Refuse a model some of whose tensors were not in the file, or in whose file there is more of a trunk."""
+    names = {"missing from": info["missing_keys"], "too many in": filter(_TRUNK.search, info["unexpected_keys"])}
+    for problem, found in names.items():
+        if listed := sorted(found):
+            raise ValueError(
+                f"{len(listed)} tensors are {problem} {path}, such as {listed[0]}: its configuration doesn't describe "
+                "its weights."
+            )
+
+
 @contextmanager
 def _clear_errors(path: str | Path) -> Iterator[None]:
     """Say in one sentence what is wrong with a checkpoint."""
@@ -74,6 +103,10 @@ def _clear_errors(path: str | Path) -> Iterator[None]:
         yield
     except (SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{path} can't be loaded: {_one_line(error)}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ValueError(f"{path} can't be loaded: its weights haven't the shapes of its configuration.") from error
     except OSError as error:
         if os.path.isdir(path):
             raise

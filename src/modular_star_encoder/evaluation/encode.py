@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from modular_star_encoder.data.dataset_rows import not_unicode
+
 
 def encode_exits(
     model: torch.nn.Module,
@@ -41,7 +43,8 @@ def encode_exits(
         {exit_layer: (N, D) float32, L2-normalised}, ascending by exit.
 
     Raises:
-        ValueError: an exit that the model doesn't have, or a tokenizer without a padding token.
+        ValueError: an exit that the model doesn't have, a tokenizer without a padding token, or a text with halves of
+            characters.
     """
     config = model.config
     exits = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
@@ -80,13 +83,16 @@ def encode_batches(
         (E, N, D) float32 in the order of `texts`; None if there is no text.
 
     Raises:
-        ValueError: a tokenizer without a padding token, or one string in place of a list.
+        ValueError: a tokenizer without a padding token, one string in place of a list, or a text with halves of
+            characters.
     """
     if isinstance(texts, str):
         raise ValueError("texts must be a list of strings, not one string.")
     if tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token.")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
+    if broken := [text for text in unique if not_unicode(text)]:
+        raise ValueError(f"{len(broken)} texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}.")
     token_ids = tokenize(tokenizer, [prompt + text for text in unique], max_length, progress)
     embeddings: np.ndarray | None = None
     with tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar:

@@ -107,7 +107,9 @@ class EndpointEncoder:
 
     def _post(self, body: Mapping[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
-        key = os.environ.get(self.key_variable, "")
+        key = os.environ.get(self.key_variable, "").strip()  # files of keys end in a newline
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{self.key_variable} holds characters that no key has.")
         if key:
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(  # noqa: S310 - the scheme was checked

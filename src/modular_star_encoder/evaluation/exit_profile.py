@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -182,18 +183,29 @@ def _profiled_exit(values: dict[str, Any]) -> ProfiledExit:
     return ProfiledExit(measurements=measurements, **values)
 
 
-def quality_from_results(path: str | os.PathLike, metric: str = "mrr") -> dict[int, float]:
+def quality_from_results(
+    path: str | os.PathLike, metric: str = "mrr", *, checkpoint: str | None = None
+) -> dict[int, float]:
     """A figure of each exit from a file of results, as `mose evaluate --json` writes it: `exits.{exit_layer}.{metric}`.
+
+    Args:
+        checkpoint: fingerprint of the weights that the figures must be of; files that name no weights pass.
 
     Raises:
         OSError: the file can't be read.
-        ValueError: it holds no such figures.
+        ValueError: it holds no such figures, or those of other weights.
     """
     try:
-        exits = json.loads(Path(path).read_text(encoding="utf-8"))["exits"]
-        return {int(exit_layer): float(scores[metric]) for exit_layer, scores in exits.items()}
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = {int(exit_layer): float(scores[metric]) for exit_layer, scores in content["exits"].items()}
+        if not values or not all(map(math.isfinite, values.values())):
+            raise ValueError("no figure, or one that is no number")
+        measured = content.get("checkpoint_fingerprint")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has no {metric} of each exit, as `mose evaluate --json` writes it.") from error
+    if None not in (checkpoint, measured) and measured != checkpoint:
+        raise ValueError(f"{path} holds figures of the weights {measured}, not of {checkpoint}, which are wanted.")
+    return values
 
 
 class _Budget(NamedTuple):

@@ -15,6 +15,7 @@ from modular_star_encoder.data.parallel_texts import ParallelText
 from modular_star_encoder.evaluation.distractors import distractor_batches
 from modular_star_encoder.evaluation.tasks import Judgements, Pool, RetrievalTask, Text
 
+POOL = 1000
 BENCHMARKS = {TEXT_TO_CODE: "held-out, text → code", CODE_TO_CODE: "held-out, code → code"}
 
 
@@ -23,7 +24,7 @@ def held_out_tasks(texts: Sequence[ParallelText], *, limit: int = 1000, seed: in
 
     Args:
         texts: the rows.
-        limit: queries of a task, drawn at random.
+        limit: queries of a task, drawn at random; above 1000 whole thousands of them, each ranked in its own.
         seed: of the draw.
     """
     groups = PairGroups(texts)
@@ -31,6 +32,8 @@ def held_out_tasks(texts: Sequence[ParallelText], *, limit: int = 1000, seed: in
     for kind, rows_of_groups in groups.rows.items():
         generator = np.random.default_rng((seed, len(tasks)))
         drawn = generator.permutation(len(rows_of_groups))[:limit]
+        if len(drawn) > POOL:
+            drawn = drawn[: len(drawn) // POOL * POOL]  # batches drop what is left over
         if len(drawn) > 1:
             tasks.append(_task(kind, [texts[rows_of_groups[group][0]] for group in drawn], generator))
     return tasks
@@ -54,5 +57,5 @@ def _task(kind: str, texts: Sequence[ParallelText], generator: np.random.Generat
         documents=documents,
         query_ids=[str(number) for number in range(len(texts))],
         judgements=Judgements.one_each(range(len(texts))),
-        pools=tuple(Pool(batch, batch) for batch in distractor_batches(len(texts))),
+        pools=tuple(Pool(batch, batch) for batch in distractor_batches(len(texts), POOL)),
     )

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
 from modular_star_encoder.data.prompts import LANGUAGES, code_prompt, text_prompt
-from modular_star_encoder.evaluation.checkpoint import check_checkpoint, load_checkpoint
+from modular_star_encoder.evaluation.checkpoint import load_checkpoint, load_config
 from modular_star_encoder.evaluation.encode import encode_exits
 from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
@@ -270,11 +269,8 @@ def exit_model_metas(
         OSError: the checkpoint isn't there.
     """
     _import_mteb()
-    check_checkpoint(checkpoint)
     path = os.path.expanduser(os.fspath(checkpoint))
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if not isinstance(config, ModularStarEncoderConfig):
-        raise ValueError(f"{checkpoint} holds a model of type {config.model_type!r}, not a ModularStarEncoder.")
+    config = load_config(checkpoint)
     return _metas(path, config, config.resolve_exits(exit_layers=exit_layers or config.exit_layers), model_name)
 
 

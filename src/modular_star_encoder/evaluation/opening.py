@@ -31,6 +31,8 @@ def open_system(name: str, cache: EmbeddingCache | None = None, exit_layers: Seq
         ValueError: an exit that the model doesn't have, or a model that can't be loaded.
         OSError: no such folder or repository.
     """
+    if exit_layers and (name in ("bm25", "tfidf") or name.startswith(_ENDPOINT)):
+        raise ValueError(f"{name} is no ModularStarEncoder, so it has no exits to choose.")
     if name == "bm25":
         return BM25()
     if name == "tfidf":

@@ -140,8 +140,8 @@ def profile_to_file(
 
     Args:
         checkpoint, plan, options: as for `profile_checkpoint`.
-        out: file to write, `exit_profile.json` in the checkpoint's folder if None. Quality figures in an older file of
-            the same weights are kept.
+        out: file to write, `exit_profile.json` in the checkpoint's folder if None. Of an older file of the same
+            weights, the quality figures of exits that are measured now are kept, and nothing else.
 
     Returns:
         The profile, and the file.

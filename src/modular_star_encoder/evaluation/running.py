@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modular_star_encoder.evaluation.benchmarks.codesearchnet_999 import write_candidates
-from modular_star_encoder.evaluation.benchmarks.registry import WITH_CANDIDATES, choose_benchmarks, load_benchmark
+from modular_star_encoder.evaluation.benchmarks.registry import (
+    ALL,
+    BENCHMARKS,
+    WITH_CANDIDATES,
+    choose_benchmarks,
+    load_benchmark,
+)
 from modular_star_encoder.evaluation.embedding_cache import EmbeddingCache
 from modular_star_encoder.evaluation.encoders import ExitEncoder
 from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME, ExitProfile
@@ -51,11 +57,11 @@ def run_benchmarks(
         allow_subset: take partial files, and say so under the tables.
         candidates: folder of the lists of candidates of an earlier run (CodeSearchNet with distractors).
         cache: folder for embeddings, shared by runs; `out/embeddings` if None.
-        seed: of shuffles, intervals and permutations.
+        seed: of intervals, permutations and the untrained weights; candidates are always drawn as the protocol says.
         command: written into the reports.
 
     Raises:
-        ValueError: an unknown name, a damaged or partial file, or an exit that the model doesn't have.
+        ValueError: an unknown name or none, a damaged or partial file, or an exit that the model doesn't have.
         OSError: something that isn't there, or `out` can't be written to.
     """
     out = Path(out).expanduser()
@@ -63,6 +69,8 @@ def run_benchmarks(
         raise ValueError(f"{out} is a file: name a folder for the reports.")
     tasks: list[Task] = []
     chosen = choose_benchmarks(benchmarks, data)
+    if not chosen:
+        raise ValueError(f"Name a benchmark: {', '.join(BENCHMARKS)}, or {ALL}.")
     if candidates is not None and not any(name in WITH_CANDIDATES for name in chosen):
         raise ValueError(f"Lists of candidates are only for {' and '.join(WITH_CANDIDATES)}.")
     for name in chosen:
@@ -70,6 +78,7 @@ def run_benchmarks(
         tasks += load_benchmark(name, data, allow_subset=allow_subset, candidates=lists)
     store = EmbeddingCache(out / "embeddings" if cache is None else Path(cache).expanduser())
     systems = _open(model, baselines, store, exit_layers, untrained, seed)
+    out.mkdir(parents=True, exist_ok=True)  # if it can't be, say so before the work and not after it
     for task in tasks:
         if task.benchmark in WITH_CANDIDATES:
             write_candidates(task, out / "candidates" / task.benchmark)
@@ -106,18 +115,40 @@ def _open(
 
 
 def _draw(tables: Sequence[Table], systems: dict[str, str], out: Path) -> None:
-    """The figures, if there is anything to draw and to draw with; otherwise a note."""
+    """The figures, if there is anything to draw and to draw with; otherwise a note, and none of an earlier run."""
+    by_depth, by_latency = out / "quality_by_depth.png", out / "quality_by_latency.png"
+    for path in (by_depth, by_latency):
+        path.unlink(missing_ok=True)
     if not any(row.exit_layer is not None for table in tables for row in table.rows):
         return
     profiles = {label: Path(name).expanduser() / PROFILE_NAME for name, label in systems.items()}
     try:
-        plot_quality_by_depth(tables, out / "quality_by_depth.png")
+        plot_quality_by_depth(tables, by_depth)
         there = {label: ExitProfile.load(path) for label, path in profiles.items() if path.is_file()}
         if there:
+            _check_comparable(there)
             latencies = {label: median_latencies(profile) for label, profile in there.items()}
-            plot_quality_by_latency(tables, latencies, out / "quality_by_latency.png")
+            plot_quality_by_latency(tables, latencies, by_latency)
     except (ImportError, ValueError) as error:  # the reports are written; a profile of other exits mustn't hide that
         print(f"mose: note: a figure is missing. {error}", file=sys.stderr)
+
+
+def _check_comparable(profiles: Mapping[str, ExitProfile]) -> None:
+    """Refuse to draw latencies beside each other that were not measured alike.
+
+    Raises:
+        ValueError: two profiles are of different machines, devices, numbers of threads or shapes of batches.
+    """
+    parts = ("processor", "threads", "gpu")
+    alike = {
+        (profile.device, profile.shapes[0], *(profile.machine.get(part) for part in parts))
+        for profile in profiles.values()
+    }
+    if len(alike) > 1:
+        raise ValueError(
+            f"The exit profiles of {' and '.join(profiles)} are of different machines, devices, threads or shapes of "
+            "batches: measure them alike with `mose profile`."
+        )
 
 
 def _shown(command: str) -> str:

@@ -173,6 +173,8 @@ def rank_judged(
 
 def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
     """The judgements of the queries of a pool about its documents, as rows and columns of the pool."""
+    if not len(judgements.query):
+        return judgements
     row = _places_of(pool.queries, judgements.query)
     column = _places_of(pool.documents, judgements.document)
     query, document = row[judgements.query], column[judgements.document]

@@ -15,6 +15,7 @@ from typing import Any
 from modular_star_encoder.data.files import write_json
 from modular_star_encoder.data.retrieval_data import RetrievalData
 from modular_star_encoder.evaluation.benchmarks.registry import choose_benchmarks, load_benchmark
+from modular_star_encoder.evaluation.benchmarks.rows import read_json
 from modular_star_encoder.evaluation.bm25 import BM25
 from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
 from modular_star_encoder.evaluation.harness import Cell, evaluate_tasks
@@ -103,7 +104,7 @@ def _refuse_other_folders(out: Path) -> None:
 
 def _refuse_other_starting_points(cells: Sequence[AblationCell], path: Path) -> None:
     """Raise ValueError if models that cells start from are not what they were in earlier calls, by their weights."""
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = read_json(path) if path.is_file() else {}
     found = {name: checkpoint_fingerprint(starting_source(name)[0]) for name in {cell.recipe.model for cell in cells}}
     if other := ", ".join(sorted(name for name in found if known.get(name, found[name]) != found[name])):
         raise ValueError(
@@ -172,9 +173,13 @@ def _by_task(tasks: Sequence[RetrievalTask], cells: Sequence[Cell]) -> dict[str,
 
 
 def _read_scores(run: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Fingerprint of a task → exit → query → reciprocal rank; nothing before the cell is measured."""
+    """Fingerprint of a task → exit → query → reciprocal rank; nothing before the cell is measured.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = run / SCORES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _clean(run: Path, keep_model: bool) -> None:

@@ -188,7 +188,7 @@ def test_exercises_pair_what_both_languages_have(tmp_path):
     assert {text.text for text in masked["csharp → go"].queries} == {"class name1 { }"}
 
 
-def test_all_stands_for_the_benchmarks_that_are_there(tmp_path):
+def test_all_stands_for_the_benchmarks_that_are_there(tmp_path, monkeypatch):
     published.codesearchnet(tmp_path / "codesearchnet")
     published.exercism(tmp_path / "exercism")
     chosen = choose_benchmarks(["all"], tmp_path)
@@ -196,6 +196,8 @@ def test_all_stands_for_the_benchmarks_that_are_there(tmp_path):
         "codesearchnet-999",
         *(f"exercism-{kind}" for kind in ("text", "text-masked", "code", "code-masked")),
     ]
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert choose_benchmarks(["all"], f"~/{tmp_path.name}") == chosen
     assert [len(load_benchmark(name, tmp_path, allow_subset=True)) for name in chosen] == [3, 3, 3, 6, 6]
     with pytest.raises(ValueError, match="holds no benchmark: expected one of the folders advtest"):
         choose_benchmarks(["all"], tmp_path / "exercism")

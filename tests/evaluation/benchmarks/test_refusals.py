@@ -55,6 +55,7 @@ COSQA = "cosqa-retrieval-test-500.json"
 EXERCISES = "exercises.jsonl.gz"
 
 WRONG = [
+    row("codesearchnet-999", GO, 2, "line 2: expected whole characters, found halves", func_code_string="a\ud800b"),
     row("codesearchnet-999", GO, 2, "line 2: expected the field 'func_code_string'", func_code_string=None),
     row("codesearchnet-999", GO, 3, "line 3: expected a row of go, found php", language="php"),
     row("codesearchnet-999", GO, 4, "line 4: expected code and documentation", func_documentation_string="\n"),

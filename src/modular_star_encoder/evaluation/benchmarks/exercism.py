@@ -4,8 +4,9 @@ Protocol: for a pair of languages (or the description and a language), the exerc
 find the other side's among all of them. Figures are per pair; tables average over the languages that one starts from.
 
 Source: JSON lines with `slug`, `description` (Markdown) and `code` ({language: solution}); Exercism's tracks
-(github.com/exercism, MIT) hold such. Flaws: pools are small (85 to 146), and solutions share the names that the
-exercise prescribes: TF-IDF gets 84 to 92. The variant with masked names shows what is left.
+(github.com/exercism, MIT) hold such. Flaws: pools are small (71 to 146), and solutions share the names that the
+exercise prescribes: TF-IDF gets 81 from descriptions and 88 from code. The variant with masked names shows what is
+left.
 """
 
 from __future__ import annotations

@@ -95,8 +95,10 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     chosen: list[str] = []
     for name in names:
         if name == ALL:
+            if _is_on_hub(data):
+                raise ValueError(f"{ALL} stands for the benchmarks in a folder: of the Hub, name them.")
             there = [key for key, benchmark in BENCHMARKS.items() if key not in _NOT_IN_ALL]
-            found = [key for key in there if (Path(data) / BENCHMARKS[key].folder).is_dir()]
+            found = [key for key in there if (Path(data).expanduser() / BENCHMARKS[key].folder).is_dir()]
             if not found:
                 folders = sorted({BENCHMARKS[key].folder for key in there})
                 raise ValueError(f"{data} holds no benchmark: expected one of the folders {', '.join(folders)}.")
@@ -124,7 +126,7 @@ def load_benchmark(
         OSError: no such folder or file, or the Hub can't be reached.
     """
     benchmark = BENCHMARKS[name]
-    if str(data) == "hub" or str(data).startswith("hub:"):
+    if _is_on_hub(data):
         folder = _download(name, str(data).removeprefix("hub").removeprefix(":") or benchmark.hub)
     else:
         inside = Path(data).expanduser() / benchmark.folder
@@ -135,6 +137,10 @@ def load_benchmark(
             raise ValueError(f"{name} has no lists of candidates: every document is one.")
         options["candidates"] = Path(candidates)
     return list(benchmark.load(folder, **options))
+
+
+def _is_on_hub(data: str | Path) -> bool:
+    return str(data) == "hub" or str(data).startswith("hub:")
 
 
 def _download(name: str, repository: str) -> Path:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from modular_star_encoder.data.dataset_rows import not_unicode
+
 Fields = Mapping[str, type | tuple[type, ...]]
 """The names of a row's required fields and the types of their values."""
 
@@ -62,7 +64,7 @@ def read_jsonl(path: Path, fields: Fields) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object per line.
 
     Raises:
-        ValueError: no line, or a line that isn't an object with these fields.
+        ValueError: no line, or a line that isn't an object with these fields, in whole characters.
     """
     rows = []
     for number, line in read_lines(path):
@@ -70,6 +72,7 @@ def read_jsonl(path: Path, fields: Fields) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             refuse(path, number, f"a JSON object with {_listed(fields)}", repr(line[:40]))
+        _check_unicode(path, number, line, row)
         rows.append(_checked(path, number, row, fields))
     return rows or refuse(path, 1, f"a JSON object with {_listed(fields)}", "an empty file")
 
@@ -78,13 +81,15 @@ def read_json(path: Path) -> Any:
     """The one JSON value of a file.
 
     Raises:
-        ValueError: it isn't JSON, or cut off.
+        ValueError: it isn't JSON, cut off, or holds halves of characters.
     """
     text = "\n".join(line for _, line in read_lines(path))
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         refuse(path, error.lineno, "one JSON value", error.msg)
+    _check_unicode(path, None, text, value)
+    return value
 
 
 def check_rows(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
@@ -134,6 +139,12 @@ def check_unique(path: Path, values: Sequence[Any], what: str) -> dict[Any, int]
             refuse(path, number + 1, f"another {what} than in line {places[value] + 1}", repr(value))
         places[value] = number
     return places
+
+
+def _check_unicode(path: Path, line: int | None, text: str, value: Any) -> None:
+    """Refuse halves of characters, which JSON can hold in its escapes and no tokenizer takes."""
+    if "\\ud" in text.lower() and (found := not_unicode(json.dumps(value, ensure_ascii=False))):
+        refuse(path, line, "whole characters", found)
 
 
 def _checked(path: Path, number: int, row: Any, fields: Fields) -> dict[str, Any]:
