@@ -87,6 +87,9 @@ def test_a_column_of_hard_negatives_is_read_with_its_language_or_that_of_the_cod
     assert triplet.negative_language == "go"
     assert list(reader) == [triplet]
     assert reader.skipped == {"empty bad": 1}
+    # One column may say the languages of two codes.
+    (triplet,) = open_triplets(file, columns=TripletColumns(negative="bad", negative_language="language2"))
+    assert triplet.negative_language == triplet.other_language != triplet.language
     with pytest.raises(ValueError, match="no column 'worse'"):
         open_triplets(file, columns=TripletColumns(negative="worse"))
     with pytest.raises(ValueError, match="negative, the column of the code, is not"):
@@ -142,6 +145,35 @@ def test_lines_that_are_no_rows_are_skipped_with_count_and_example(tmp_path):
     assert reader.skipped == {"no JSON": 1, "no JSON object": 1, "no column func2": 1}
     assert reader.examples["no JSON"].endswith('line 1: {"half')
     assert reader.examples["no JSON object"].endswith("line 2: [1]")
+
+
+def test_a_byte_order_mark_costs_no_row(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [row(), row(1)])
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert repositories(open_triplets(file)) == ["0", "1"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_an_option_that_there_is_not_is_refused(tmp_path, name):
+    write = write_parquet if name.endswith("parquet") else write_lines
+    with pytest.raises(ValueError, match=rf"{name}' has no option strcit; there are split, config"):
+        open_triplets(write(tmp_path / name, [row()]), strcit=True)
+
+
+def test_damaged_parquet_is_one_sentence_with_its_name(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [row(number) for number in range(2000)])
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.parquet' cannot be read \(\w+\): is it damaged"):
+        open_triplets(file)
+    table = pyarrow.Table.from_pylist([row(number, func2=f"code {number**9}") for number in range(2000)])
+    pyarrow.parquet.write_table(table, file, row_group_size=500)
+    content = bytearray(file.read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 200):
+        content[place] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet can't be read on after row \d+"):
+        list(open_triplets(file))
 
 
 def test_repositories_that_are_no_texts_are_skipped_with_examples_that_can_be_written(tmp_path):

@@ -35,6 +35,12 @@ def test_the_code_is_taken_out_of_fences_and_chatter(text):
     assert (cleaned.code, cleaned.rejected) == (GO, "")
 
 
+def test_answers_with_the_line_ends_of_windows_are_read_alike():
+    text = f"Here it is:\n```go\n{GO}\n```\nIt adds two numbers."
+    assert clean(text.replace("\n", "\r\n")) == clean(text)
+    assert clean(text).code == GO
+
+
 def test_what_stands_inside_the_code_is_left_as_it_is():
     code = 'func add() {\n\n\tnote := "```"\n\n\tthis.code = note  \n\n// Note: done\n}'
     assert clean(code).code == code

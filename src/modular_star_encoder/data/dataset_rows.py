@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+
 from modular_star_encoder.data.row_sources import open_rows
 
 _JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson")
 _SPLITS = ("train", "validation", "test")
 _ROWS_PER_BATCH = 256
 _EXAMPLE_LENGTH = 200
+_HUB_OPTIONS = ("config", "revision", "data_dir")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +71,14 @@ def open_dataset_rows(
         Pairs of where a row is, for messages, and the row; in place of a row that is no JSON object, a `BadLine`.
 
     Raises:
-        ValueError: If the dataset cannot be read, has no such split, or lacks a column; while reading, if a file is
-            damaged.
+        ValueError: If the dataset cannot be read, has no such split, or lacks a column, or there is no such option;
+            while reading, if a file is damaged.
     """
+    name = ", ".join(map(str, source)) if isinstance(source, list | tuple) else os.fspath(source)
+    if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
+        raise ValueError(
+            f"Reading {name!r} has no option {', '.join(unknown)}; there are split, {', '.join(_HUB_OPTIONS)}."
+        )
     files = _files(source, split)
     if files and all(file.endswith(_JSON_LINES) for file in files):
         for file in files:
@@ -78,7 +86,7 @@ def open_dataset_rows(
                 raise ValueError(f"There is no file {file}.")
         return _JsonLines(files)
     rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
-    return _DatasetRows(rows, ", ".join(map(str, source)) if isinstance(source, list | tuple) else os.fspath(source))
+    return _DatasetRows(rows, name)
 
 
 def open_texts(
@@ -130,7 +138,7 @@ class _JsonLines:
         for file in self._files:
             opener = gzip.open if file.endswith(".gz") else open
             try:
-                with opener(file, "rt", encoding="utf-8", errors="replace") as lines:
+                with opener(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
                     for number, line in enumerate(lines, 1):
                         if line.strip():
                             yield f"{file}, line {number}", _json_object(line)
@@ -154,7 +162,10 @@ class _DatasetRows:
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         number = 0
-        for table in self._rows.iter(batch_size=_ROWS_PER_BATCH):
-            for row in table.to_pylist():
-                number += 1
-                yield f"{self._name}, row {number}", row
+        try:
+            for table in self._rows.iter(batch_size=_ROWS_PER_BATCH):
+                for row in table.to_pylist():
+                    number += 1
+                    yield f"{self._name}, row {number}", row
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{self._name} can't be read on after row {number}: {error}") from error

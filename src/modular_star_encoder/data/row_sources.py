@@ -98,16 +98,20 @@ def open_rows(
             )
         known = rows.column_names or list(next(iter(rows), {}))
     except Exception as error:  # the Hub, the network and the formats raise many kinds
-        raise ValueError(
-            f"The dataset {shown!r} cannot be read ({type(error).__name__}): no such files or name on the Hub, or it "
-            "is gated: accept its terms there and log in with `hf auth login`."
-        ) from error
+        reason = f"The dataset {shown!r} cannot be read ({type(error).__name__}): "
+        if files and all(map(os.path.isfile, files)):
+            reason += "is it damaged, or no parquet?"
+        else:
+            reason += "no such files or name on the Hub, or it is gated: accept its terms there and log in with "
+            reason += "`hf auth login`."
+        raise ValueError(reason) from error
     missing = [name for name in columns if name not in known]
     if missing:
         raise ValueError(
             f"The dataset {shown!r} has no column {', '.join(map(repr, missing))}; it has {', '.join(known)}."
         )
-    return rows.select_columns(list(columns))
+    # A name may stand there twice: a hard negative has the language of another code.
+    return rows.select_columns(list(dict.fromkeys(columns)))
 
 
 def _parquet_files(source: Any) -> list[str]:

@@ -106,6 +106,7 @@ def clean_translation(
     reason = _REASON_OF_FINISH.get(finish_reason)
     if reason:
         return Translation("", reason)
+    text = text.replace("\r\n", "\n")  # a fence ends with its line
     block = _block(text, target_language)
     language, code = block or ("", _CLOSING.sub("", _OPENING.sub("", text)))
     code = (_PHP_TAGS.sub("", code) if target_language == "php" else code).strip("\n").rstrip()
