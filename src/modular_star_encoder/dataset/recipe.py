@@ -35,6 +35,11 @@ class CardSettings:
     license_link: str = ""
     tags: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        """Check the tags."""
+        if not isinstance(self.tags, list | tuple) or not all(isinstance(tag, str) for tag in self.tags):
+            raise ValueError(f"tags must be a list of words, not {self.tags!r}.")
+
 
 @dataclass(frozen=True)
 class DatasetRecipe:
