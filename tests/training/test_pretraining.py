@@ -115,6 +115,9 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):
         ("eval_rows=0", "eval_rows must be above 0"),
         ("corpus=code", "corpus must be a mapping"),
         ("steps=.inf", "steps must be a number"),
+        ("mask_probability=15", "mask_probability must be between 0 and 1, not 15.0"),
+        ("max_tokens=32", "max_tokens must be at least 35, not 32"),
+        ("corpus.depth=0", "two repositories to train on and two to hold out, .* it has 1: corpus"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, override, message):
@@ -154,6 +157,19 @@ def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_p
     run(recipe_file, tmp_path / "second", "steps=2", f"model={model}")
     assert (tmp_path / "second/model/tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
     assert not (tmp_path / "second" / "tokenizer").exists()
+
+
+def test_a_named_tokenizer_may_have_fewer_tokens_than_the_model(recipe_file, tmp_path):
+    run(recipe_file, tmp_path / "first", "steps=1")
+    tiny_config(vocab_size=500).save_pretrained(tmp_path / "larger")
+    override = f"model={tmp_path / 'larger'}", f"tokenizer={tmp_path / 'first' / 'tokenizer'}"
+    log, _ = run(recipe_file, tmp_path / "second", "steps=1", *override)
+    assert log["steps"] == 1
+    weights = load_file(tmp_path / "second" / "model" / "model.safetensors")
+    bias = next(value for name, value in weights.items() if name.endswith("decoder.bias"))
+    # What can't occur is as rare as what doesn't.
+    assert bias.shape == (500,)
+    assert bias[400:].max() < bias[4:400].mean()
 
 
 def test_a_folder_that_happens_to_be_there_is_not_taken_for_a_configuration_of_ours(tmp_path, monkeypatch):

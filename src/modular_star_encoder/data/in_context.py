@@ -17,6 +17,7 @@ from modular_star_encoder.data.token_corpus import TokenCorpus, corpus_of_texts
 from modular_star_encoder.data.tokenizer import ContentEncoder, special_token_ids
 
 IGNORED_LABEL = -100
+MIN_ROW_TOKENS = 3 + 2 * MIN_SNIPPET_TOKENS
 
 _MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1
 
@@ -67,9 +68,9 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         """
         if length < 1 or seed < 0 or not 0 < mask_probability < 1:
             raise ValueError("length must be at least 1, seed at least 0, and mask_probability between 0 and 1.")
-        if max_tokens < 3 + 2 * MIN_SNIPPET_TOKENS:
+        if max_tokens < MIN_ROW_TOKENS:
             raise ValueError(
-                f"max_tokens must be at least {3 + 2 * MIN_SNIPPET_TOKENS}: 3 special tokens and two snippets of "
+                f"max_tokens must be at least {MIN_ROW_TOKENS}: 3 special tokens and two snippets of "
                 f"{MIN_SNIPPET_TOKENS}; not {max_tokens}."
             )
         if None in (tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id):

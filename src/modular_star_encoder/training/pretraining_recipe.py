@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from modular_star_encoder.data.in_context import MIN_ROW_TOKENS
 from modular_star_encoder.data.settings import load_settings
 from modular_star_encoder.training.training_recipe import TrainingRecipe
 
@@ -43,6 +44,10 @@ class PretrainingRecipe(TrainingRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("tokens_per_step", "rows_per_device", "max_tokens", "eval_rows")
+        if not 0 < self.mask_probability < 1:
+            raise ValueError(f"mask_probability must be between 0 and 1, not {self.mask_probability}.")
+        if self.max_tokens < MIN_ROW_TOKENS:
+            raise ValueError(f"max_tokens must be at least {MIN_ROW_TOKENS}, not {self.max_tokens}.")
         # YAML reads `1e-1`, which has no point, as a word.
         object.__setattr__(self, "milestones", tuple(int(step) for step in self.milestones))
         object.__setattr__(self, "fractions", tuple(float(fraction) for fraction in self.fractions))
