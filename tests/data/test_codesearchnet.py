@@ -125,7 +125,7 @@ def test_a_damaged_file_is_named_and_a_byte_order_mark_is_none_of_its_damage(tmp
     whole = gzip.compress(b"\xef\xbb\xbf" + (json.dumps(LINES) + "\n").encode() * 50)
     (tmp_path / "a.jsonl.gz").write_bytes(whole)
     assert len(list(read_codesearchnet(tmp_path))) == 50
-    for number, content in enumerate((whole[:-20], whole[:30] + bytes(20) + whole[50:])):
+    for content in (whole[:-20], whole[:30] + bytes(20) + whole[50:]):
         (tmp_path / "a.jsonl.gz").write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.jsonl\.gz is damaged"):
             list(read_codesearchnet(tmp_path))
