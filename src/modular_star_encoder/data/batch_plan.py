@@ -7,6 +7,7 @@ and each process takes its own slice of the batch.
 """
 
 import hashlib
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -118,7 +119,7 @@ class PairGroups:
     def most_beside_a_negative(self) -> int:
         """The most groups that a batch can have, if there is always to be a hard negative outside them."""
         if self.negatives is None or (self.negatives < 0).any():
-            return len(self.of_rows)
+            return sys.maxsize
         return len(np.unique(self.negatives)) - 1
 
 
