@@ -43,6 +43,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     if snippets not in SNIPPETS:
         raise ValueError(f"A corpus's snippets are one of {', '.join(SNIPPETS)}, not {snippets!r}.")
     files = _open_source(named[0], source, options)
+    files.unicode_names = True
     return FunctionFiles(files) if snippets == "functions" else files
 
 
