@@ -111,7 +111,7 @@ def open_texts(
 def _files(source: Any, split: str) -> list[str]:
     """The files that `source` names; none if it is the name of a dataset of the Hub."""
     if isinstance(source, list | tuple):
-        return [os.fspath(file) for file in source]
+        return [os.path.expanduser(os.fspath(file)) for file in source]
     path = Path(source).expanduser()
     if not path.is_dir():
         return [str(path)] if path.name.endswith((".parquet", *_JSON_LINES)) else []

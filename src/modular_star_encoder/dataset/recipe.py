@@ -54,8 +54,9 @@ class DatasetRecipe:
         near_duplicates: see `DuplicateSettings`; and `columns`, those compared.
         against: benchmarks that no row may be near: by name, a `source`, a `column` of it, and further arguments of
             `open_dataset_rows`.
-        validation_rows: rows of the validation split, at least; whole repositories are held out.
-        max_repository_share: largest share of the rows of a repository that may be held out.
+        validation_rows: rows of the validation split, at least, or a fifth of all if that is less; whole repositories
+            are held out.
+        max_repository_share: largest share of the rows of a repository that is held out, if the others suffice.
         card: see `CardSettings`.
         processes: processes that extract functions.
         seed: of everything that is drawn.
