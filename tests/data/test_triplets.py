@@ -111,6 +111,14 @@ def test_a_folder_without_splits_is_read_whole(tmp_path):
     assert repositories(open_triplets(tmp_path)) == ["0", "1"]
 
 
+def test_a_list_of_files_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_lines(tmp_path / "a.jsonl", [row(0)])
+    write_parquet(tmp_path / "b.parquet", [row(1)])
+    assert repositories(open_triplets(["~/a.jsonl"])) == ["0"]
+    assert repositories(open_triplets(["~/b.parquet"])) == ["1"]
+
+
 BAD = {
     "empty func2": row(func2="  \n"),
     "empty func1_CSN": row(func1_CSN=None),
