@@ -115,6 +115,10 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):
         ("eval_rows=0", "eval_rows must be above 0"),
         ("corpus=code", "corpus must be a mapping"),
         ("steps=.inf", "steps must be a number"),
+        ("milestones=4", "milestones must be a list of numbers, not 4"),
+        ("milestones='42'", "milestones must be a list of numbers, not '42'"),
+        ("milestones=[2.5]", r"milestones must be whole numbers of steps, not \[2.5\]"),
+        ("fractions=[half]", r"fractions must be a list of numbers, not \['half'\]"),
         ("mask_probability=15", "mask_probability must be between 0 and 1, not 15.0"),
         ("max_tokens=32", "max_tokens must be at least 35, not 32"),
         ("corpus.depth=0", "two repositories to train on and two to hold out, .* it has 1: corpus"),
@@ -195,6 +199,8 @@ def test_a_recipe_that_is_not_there_or_is_no_yaml_is_refused(tmp_path):
 
 def test_numbers_that_yaml_reads_as_words_are_numbers(recipe_file):
     assert load_pretraining_recipe(recipe_file, ["adam_epsilon=1e-6"]).adam_epsilon == 1e-6
+    recipe = load_pretraining_recipe(recipe_file, ["milestones=[1e3, 2000]", "fractions=[1e-1, 0]"])
+    assert (recipe.milestones, recipe.fractions) == ((1000, 2000), (0.1, 0.0))
 
 
 def test_the_papers_recipe_is_the_papers():
