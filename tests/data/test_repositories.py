@@ -249,3 +249,10 @@ def test_names_that_are_no_unicode_can_be_written_where_they_come_from_a_recipe(
     for one in (reader, reader.skip(0), reader.shard(0, 1)):
         ((repository, path),) = names(one)
         assert (repository, path.partition("#")[0]) == (r"r\udcffepository", r"caf\udce9.py")
+
+
+def test_installed_packages_are_left_out_by_a_list_of_names_and_not_by_letters():
+    with pytest.raises(ValueError, match="exclude must be a list of names of distributions, not 'numpy'"):
+        open_corpus({"installed": True, "exclude": "numpy"})
+    with pytest.raises(ValueError, match="is `installed: true`, not False"):
+        open_corpus({"installed": False})

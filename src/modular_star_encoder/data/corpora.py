@@ -53,6 +53,8 @@ def _open_source(name: str, source: Any, options: dict[str, Any]) -> SourceReade
             case "folder":
                 return folder_repositories(source, **options)
             case "installed":
+                if source is not True:
+                    raise ValueError(f"A corpus of the installed packages is `installed: true`, not {source!r}.")
                 return installed_repositories(**options)
             case "archives":
                 return archive_repositories(source, **options)
