@@ -162,11 +162,33 @@ def test_the_card_says_how_the_dataset_was_made(built):
     assert "\n\n\n" not in card
 
 
-def test_a_card_without_rejected_answers_has_no_empty_table(built, tmp_path, monkeypatch):
-    arguments = {}
-    monkeypatch.setattr(stages, "dataset_card", lambda **given: arguments.update(given) or "card")
-    write_corpus(tmp_path / "corpus")
-    build(tmp_path)
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """What a card is made of."""
+    folder, arguments = tmp_path_factory.mktemp("card"), {}
+    write_corpus(folder / "corpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "dataset_card", lambda **given: arguments.update(given) or "card")
+        build(folder)
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, "translated once, greedily, to a language drawn uniformly from the others: a function"),
+        ({"options": {}}, "translated once, greedily, to"),
+        ({"options": {"body": {"temperature": 0.7}}}, "translated once, to"),
+        ({"options": {"body": {"temperature": None}}}, "translated once, to"),
+        ({"targets": ["cpp", "go"]}, "drawn uniformly from Go, C++, without its own: a function"),
+    ],
+)
+def test_the_card_says_greedily_and_all_languages_only_where_that_is_so(arguments, changes, sentence):
+    settings = {**arguments["settings"], "translations": arguments["settings"]["translations"] | changes}
+    assert sentence in dataset_card(**arguments | {"settings": settings})
+
+
+def test_a_card_without_rejected_answers_has_no_empty_table(arguments):
     triplets = {**arguments["reports"]["triplets"], "rejected": {}}
     rejected, none = (
         dataset_card(**arguments | {"reports": {**arguments["reports"], "triplets": one}})
