@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
+from modular_star_encoder.data.tokenizer import train_tokenizer
 from modular_star_encoder.training import NonFiniteLossError, hub_config_folder
 from modular_star_encoder.training.pretraining import model_config, pretrain
 from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe, load_pretraining_recipe
@@ -174,6 +175,21 @@ def test_a_named_tokenizer_may_have_fewer_tokens_than_the_model(recipe_file, tmp
     # What can't occur is as rare as what doesn't.
     assert bias.shape == (500,)
     assert bias[400:].max() < bias[4:400].mean()
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [("mask_token", "sep_token, cls_token and mask_token"), ("pad_token", "must define pad_token")],
+)
+def test_a_tokenizer_that_lacks_a_token_is_refused_before_the_corpus_is_tokenized(
+    recipe_file, tmp_path, lacks, message
+):
+    tokenizer = train_tokenizer(["def f(): return 1"], 300, progress=False)
+    setattr(tokenizer, lacks, None)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=message):
+        run(recipe_file, tmp_path / "run", f"tokenizer={tmp_path / 'tokenizer'}")
+    assert not (tmp_path / "run" / "tokens").exists()
 
 
 def test_a_folder_that_happens_to_be_there_is_not_taken_for_a_configuration_of_ours(tmp_path, monkeypatch):

@@ -73,8 +73,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
                 f"max_tokens must be at least {MIN_ROW_TOKENS}: 3 special tokens and two snippets of "
                 f"{MIN_SNIPPET_TOKENS}; not {max_tokens}."
             )
-        if None in (tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id):
-            raise ValueError("The tokenizer must define sep_token, cls_token and mask_token.")
+        check_special_tokens(tokenizer)
         corpus = texts if isinstance(texts, TokenCorpus) else corpus_of_texts(texts, tokenizer, progress=progress)
         if corpus.tokenizer_fingerprint != ContentEncoder(tokenizer).fingerprint:
             raise ValueError("The corpus was made with another tokenizer; pass the one that made it.")
@@ -127,6 +126,16 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         randomised = chosen[(fate >= _MASK_SHARE) & (fate < _MASK_SHARE + _RANDOM_SHARE)]
         ids[randomised] = self._ordinary_ids[rng.integers(len(self._ordinary_ids), size=len(randomised))]
         return labels
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer that rows can't be framed and masked with.
+
+    Raises:
+        ValueError: If it lacks `<sep>`, `<cls>` or `<mask>`.
+    """
+    if None in (tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id):
+        raise ValueError("The tokenizer must define sep_token, cls_token and mask_token.")
 
 
 class PaddingCollator:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.corpora import open_corpus
 from modular_star_encoder.data.files import staged_folder, write_json
-from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
+from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator, check_special_tokens
 from modular_star_encoder.data.packing import PackingCollator
 from modular_star_encoder.data.source_files import SourceReader
 from modular_star_encoder.data.token_store import TokenStore, build_token_store
@@ -84,6 +84,8 @@ def pretrain(
         if (out / LOG).is_file():
             return json.loads((out / LOG).read_text(encoding="utf-8"))
         tokenizer = _tokenizer(recipe, config, out, progress and state.is_main_process)
+        check_special_tokens(tokenizer)
+        collator = (PackingCollator if recipe.packing else PaddingCollator)(tokenizer)
         store = _token_store(recipe, tokenizer, out, progress and state.is_main_process)
     train, held_out = store.split(recipe.held_out_share, recipe.seed)
     model = _model(recipe, config, len(tokenizer))
@@ -109,7 +111,7 @@ def pretrain(
         schedule=schedule,
         train_dataset=pairs,
         eval_dataset=unseen,
-        data_collator=(PackingCollator if recipe.packing else PaddingCollator)(tokenizer),
+        data_collator=collator,
         **recipe.trainer_options(),
     )
     log = train_to_the_end(trainer, out / "checkpoints", progress=progress)
