@@ -36,6 +36,7 @@ def write_parquet(path, rows):
 def write_lines(path, rows):
     lines = [one if isinstance(one, str) else json.dumps(one) for one in rows]
     data = "\n".join(lines).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
@@ -111,6 +112,21 @@ def test_a_folder_without_splits_is_read_whole(tmp_path):
     assert repositories(open_triplets(tmp_path)) == ["0", "1"]
 
 
+def test_row_groups_without_rows_are_read(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [row(0)])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row()]).slice(0, 0), tmp_path / "b.parquet")
+    write_parquet(tmp_path / "c.parquet", [row(1)])
+    assert repositories(open_triplets(tmp_path)) == ["0", "1"]
+
+
+def test_what_near_deduplication_says_of_rows_is_none(tmp_path):
+    write_parquet(tmp_path / "rows-00000.parquet", [row(0)])
+    write_lines(tmp_path / "dropped.jsonl", [{"id": 1, "reason": "near another row"}])
+    assert repositories(open_triplets(tmp_path)) == ["0"]
+    write_lines(tmp_path / "alone" / "dropped.jsonl", [row(1)])
+    assert repositories(open_triplets(tmp_path / "alone")) == ["1"]
+
+
 def test_a_list_of_files_may_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_lines(tmp_path / "a.jsonl", [row(0)])
@@ -148,9 +164,9 @@ def test_rows_that_are_no_triplets_are_skipped_with_count_and_example(tmp_path, 
 def test_lines_that_are_no_rows_are_skipped_with_count_and_example(tmp_path):
     without = row()
     del without["func2"]
-    reader = open_triplets(write_lines(tmp_path / "a.jsonl", ['{"half', "[1]", without, "", row(1)]))
+    reader = open_triplets(write_lines(tmp_path / "a.jsonl", ['{"half', "[1]", without, "", row(1), "[" * 100_000]))
     assert repositories(reader) == ["1"]
-    assert reader.skipped == {"no JSON": 1, "no JSON object": 1, "no column func2": 1}
+    assert reader.skipped == {"no JSON": 2, "no JSON object": 1, "no column func2": 1}
     assert reader.examples["no JSON"].endswith('line 1: {"half')
     assert reader.examples["no JSON object"].endswith("line 2: [1]")
 

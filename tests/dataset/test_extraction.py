@@ -103,6 +103,7 @@ def test_rows_of_codesearchnet_lose_their_docstring_and_keep_their_url(tmp_path)
         codesearchnet_row(),
         codesearchnet_row(**go),
         codesearchnet_row(language="rust"),
+        codesearchnet_row(language=5),
         codesearchnet_row(func_code_string='def a(:\n"""Returns the size of a value.\n\nArgs: value."""'),
         codesearchnet_row(**go | {"func_code_string": 'func A() string {\n\treturn "\ud800"\n}'}),
         codesearchnet_row(**go | {"func_code_string": "func B() int {\n\treturn 1\n}", "repository_name": "\ud800"}),
@@ -114,9 +115,9 @@ def test_rows_of_codesearchnet_lose_their_docstring_and_keep_their_url(tmp_path)
     assert rows[0]["func_documentation_string"] == "Returns the size of a value."
     assert len({row["id"] for row in rows}) == 2
     assert counts == {
-        "rows of CodeSearchNet": 6,
+        "rows of CodeSearchNet": 7,
         "functions kept": 2,
-        "dropped: another language": 1,
+        "dropped: another language": 2,
         "dropped: its docstring can't be taken out": 1,
         "dropped: characters that no file can hold": 2,
     }

@@ -17,6 +17,7 @@ _JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson")
 _SPLITS = ("train", "validation", "test")
 _ROWS_PER_BATCH = 256
 _EXAMPLE_LENGTH = 200
+_NO_ROWS = "dropped.jsonl"  # what near-deduplication says of the rows that it left out of the parquet files beside it
 _HUB_OPTIONS = ("config", "revision", "data_dir")
 
 
@@ -116,6 +117,8 @@ def _files(source: Any, split: str) -> list[str]:
     if not path.is_dir():
         return [str(path)] if path.name.endswith((".parquet", *_JSON_LINES)) else []
     found = [file for file in sorted(path.rglob("*")) if file.name.endswith((".parquet", *_JSON_LINES))]
+    if any(file.suffix == ".parquet" for file in found):
+        found = [file for file in found if file.name != _NO_ROWS]
     splits = {name: [file for file in found if file.name.startswith((f"{name}-", f"{name}."))] for name in _SPLITS}
     if any(splits.values()):
         if not splits.get(split):
@@ -149,7 +152,7 @@ class _JsonLines:
 def _json_object(line: str) -> dict[str, Any] | BadLine:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # of brackets in brackets in brackets
         return BadLine("no JSON", line.strip())
     return row if isinstance(row, dict) else BadLine("no JSON object", line.strip())
 

@@ -23,6 +23,7 @@ from modular_star_encoder.data.source_files import (
 )
 
 _ROWS_PER_BATCH = 16
+_ROWS_PER_TABLE = 1024
 _MANY_PIECES = 10  # a share is then at most a tenth larger than another
 
 
@@ -89,7 +90,9 @@ def open_rows(
     files = _parquet_files(source)
     try:
         if files:
-            rows = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows", streaming=True)
+            # Without a size of its own, a batch is as large as the first row group, which may have no rows.
+            options = {"split": "rows", "streaming": True, "batch_size": _ROWS_PER_TABLE}
+            rows = datasets.load_dataset("parquet", data_files={"rows": files}, **options)
             # Row groups in place of files: pyarrow reads ahead of a slow consumer, up to the whole of what it has.
             rows = rows.reshard() if hasattr(rows, "reshard") else rows
         else:

@@ -74,9 +74,9 @@ def language_of(path: PurePath) -> str | None:
     return LANGUAGE_OF_SUFFIX.get(path.suffix)
 
 
-def language_named(name: str | None) -> str | None:
+def language_named(name: Any) -> str | None:
     """Return our name of a language that a dataset calls `name` (`"C++"` is `"cpp"`), or None if it is none of ours."""
-    return _LANGUAGE_OF_NAME.get((name or "").lower())
+    return _LANGUAGE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
 
 
 class SourceReader(ABC):

@@ -77,6 +77,9 @@ class DatasetRecipe:
 
     def __post_init__(self) -> None:
         """Make settings of the mappings in it, and check what is told by the recipe alone."""
+        for name in ("near_duplicates", "against"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must be a mapping of settings, not {getattr(self, name)!r}.")
         for name, kind in (("translation", TranslationSettings), ("card", CardSettings)):
             if not isinstance(getattr(self, name), kind):
                 object.__setattr__(self, name, build_settings(kind, getattr(self, name), name))
