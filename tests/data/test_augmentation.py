@@ -26,6 +26,11 @@ def test_only_words_that_occur_three_times_and_have_three_characters_are_replace
     assert re.fullmatch(r"ab ab ab; twice twice; ([a-z]{3,8}) \1 \1; 100 100 100", renamed)
 
 
+def test_numbers_with_letters_in_them_are_no_words():
+    code = "0xFFFF | 0xFFFF | 0xFFFF; 100ULL, 100ULL, 100ULL"
+    assert rename(code) == code
+
+
 def test_parts_of_longer_words_stay():
     assert re.fullmatch(r"([a-z]{3,8}) \1 \1 name_of rename names", rename("name name name name_of rename names"))
 

@@ -122,6 +122,10 @@ def test_a_batch_leaves_a_negative_outside():
     few = with_negatives([function(i) for i in range(10)], step=1)
     few = [replace(text, negative=few[row % 3].snippets[0]) for row, text in enumerate(few)]
     assert PairGroups(few).largest_batch == 2
+    with pytest.raises(ValueError, match=r"10 groups of text → code pairs without common texts, and .* of 3 of them"):
+        plan_of(few, 4)
+    with pytest.raises(ValueError, match=r"without common texts\.$"):
+        plan_of([function(i) for i in range(10)], 40)
     assert PairGroups([replace(text, negative=pool[0].snippets[0]) for text in few]).largest_batch == 10
     assert PairGroups([*few, function(20)]).negatives is None
     assert plan_of([*few, function(20)], 4).negatives(0) is None

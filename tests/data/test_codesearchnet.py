@@ -121,6 +121,16 @@ def test_rows_that_cannot_be_stripped_are_left_out_and_counted(tmp_path):
     assert counts == {"rows": 2, "docstring cannot be taken out": 1}
 
 
+def test_a_damaged_file_is_named_and_a_byte_order_mark_is_none_of_its_damage(tmp_path):
+    whole = gzip.compress(b"\xef\xbb\xbf" + (json.dumps(LINES) + "\n").encode() * 50)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole)
+    assert len(list(read_codesearchnet(tmp_path))) == 50
+    for content in (whole[:-20], whole[:30] + bytes(20) + whole[50:]):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz is damaged"):
+            list(read_codesearchnet(tmp_path))
+
+
 @pytest.mark.parametrize(("line", "message"), [("{", "line 2: not JSON"), ("[]", "line 2: not a row")])
 def test_broken_lines_are_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text(json.dumps(HUB) + f"\n{line}\n")

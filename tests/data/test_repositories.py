@@ -1,9 +1,11 @@
+import os
 from collections import Counter
 from importlib import metadata
 from operator import length_hint
 
 import pytest
 
+from modular_star_encoder.data.corpora import open_corpus
 from modular_star_encoder.data.file_filters import FileFilters
 from modular_star_encoder.data.repositories import STANDARD_LIBRARY, folder_repositories, installed_repositories
 
@@ -233,3 +235,24 @@ def test_an_iteration_that_was_abandoned_does_not_add_to_the_counts_of_the_next(
     assert len(names(reader)) == 2
     list(abandoned)
     assert reader.skipped == {"not UTF-8": 1}
+
+
+@pytest.mark.parametrize("snippets", ["files", "functions"])
+def test_names_that_are_no_unicode_can_be_written_where_they_come_from_a_recipe(tmp_path, snippets):
+    folder = os.fsencode(tmp_path) + b"/r\xffepository"
+    os.mkdir(folder)
+    with open(folder + b"/caf\xe9.py", "w") as file:
+        file.write("def size(value):\n    return value.size\n")
+    (raw,) = names(folder_repositories(tmp_path))
+    assert raw == ("r\udcffepository", "caf\udce9.py")
+    reader = open_corpus({"folder": str(tmp_path), "snippets": snippets})
+    for one in (reader, reader.skip(0), reader.shard(0, 1)):
+        ((repository, path),) = names(one)
+        assert (repository, path.partition("#")[0]) == (r"r\udcffepository", r"caf\udce9.py")
+
+
+def test_installed_packages_are_left_out_by_a_list_of_names_and_not_by_letters():
+    with pytest.raises(ValueError, match="exclude must be a list of names of distributions, not 'numpy'"):
+        open_corpus({"installed": True, "exclude": "numpy"})
+    with pytest.raises(ValueError, match="is `installed: true`, not False"):
+        open_corpus({"installed": False})

@@ -81,6 +81,15 @@ def test_rows_whose_hard_negative_is_held_out_are_not_trained_on_and_the_others_
     assert {text.negative for text in plain.train} == {None}
 
 
+def test_data_of_which_nothing_is_left_to_train_on_is_refused_and_not_written(tmp_path):
+    settings = {"triplets": write_rows(tmp_path)["triplets"]}
+    rows = [json.loads(line) | {"func2": "int same() { return 1; }"} for line in (tmp_path / "triplets.jsonl").open()]
+    (tmp_path / "triplets.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="shares its content or repository with one held out"):
+        prepare(settings, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_second_call_reads_what_the_first_one_wrote(tmp_path):
     settings = write_rows(tmp_path)
     first = prepare(settings, tmp_path / "data")

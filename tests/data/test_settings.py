@@ -15,6 +15,7 @@ class Numbers:
     fraction: float = 1.0
     whole_or_none: int | None = None
     fraction_or_none: float | None = None
+    switch: bool = False
 
 
 @pytest.mark.parametrize(
@@ -46,3 +47,10 @@ def test_what_is_no_number_is_refused_by_name(name, given):
 def test_a_whole_number_has_no_fraction_and_is_there(name, given):
     with pytest.raises(ValueError, match=f"{name} must be a number without fraction, not "):
         build_settings(Numbers, {name: given}, "recipe")
+
+
+@pytest.mark.parametrize("given", ["flase", "no", 0, None])
+def test_a_switch_is_true_or_false_and_no_word_that_would_count_as_true(given):
+    assert build_settings(Numbers, {"switch": True}, "recipe").switch is True
+    with pytest.raises(ValueError, match=f"^recipe: switch must be true or false, not {given!r}"):
+        build_settings(Numbers, {"switch": given}, "recipe")

@@ -36,6 +36,7 @@ def write_parquet(path, rows):
 def write_lines(path, rows):
     lines = [one if isinstance(one, str) else json.dumps(one) for one in rows]
     data = "\n".join(lines).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
@@ -87,6 +88,9 @@ def test_a_column_of_hard_negatives_is_read_with_its_language_or_that_of_the_cod
     assert triplet.negative_language == "go"
     assert list(reader) == [triplet]
     assert reader.skipped == {"empty bad": 1}
+    # One column may say the languages of two codes.
+    (triplet,) = open_triplets(file, columns=TripletColumns(negative="bad", negative_language="language2"))
+    assert triplet.negative_language == triplet.other_language != triplet.language
     with pytest.raises(ValueError, match="no column 'worse'"):
         open_triplets(file, columns=TripletColumns(negative="worse"))
     with pytest.raises(ValueError, match="negative, the column of the code, is not"):
@@ -106,6 +110,29 @@ def test_a_folder_without_splits_is_read_whole(tmp_path):
     write_lines(tmp_path / "b.jsonl", [row(1)])
     write_lines(tmp_path / "a.jsonl.gz", [row(0)])
     assert repositories(open_triplets(tmp_path)) == ["0", "1"]
+
+
+def test_row_groups_without_rows_are_read(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [row(0)])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row()]).slice(0, 0), tmp_path / "b.parquet")
+    write_parquet(tmp_path / "c.parquet", [row(1)])
+    assert repositories(open_triplets(tmp_path)) == ["0", "1"]
+
+
+def test_what_near_deduplication_says_of_rows_is_none(tmp_path):
+    write_parquet(tmp_path / "rows-00000.parquet", [row(0)])
+    write_lines(tmp_path / "dropped.jsonl", [{"id": 1, "reason": "near another row"}])
+    assert repositories(open_triplets(tmp_path)) == ["0"]
+    write_lines(tmp_path / "alone" / "dropped.jsonl", [row(1)])
+    assert repositories(open_triplets(tmp_path / "alone")) == ["1"]
+
+
+def test_a_list_of_files_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_lines(tmp_path / "a.jsonl", [row(0)])
+    write_parquet(tmp_path / "b.parquet", [row(1)])
+    assert repositories(open_triplets(["~/a.jsonl"])) == ["0"]
+    assert repositories(open_triplets(["~/b.parquet"])) == ["1"]
 
 
 BAD = {
@@ -137,11 +164,40 @@ def test_rows_that_are_no_triplets_are_skipped_with_count_and_example(tmp_path, 
 def test_lines_that_are_no_rows_are_skipped_with_count_and_example(tmp_path):
     without = row()
     del without["func2"]
-    reader = open_triplets(write_lines(tmp_path / "a.jsonl", ['{"half', "[1]", without, "", row(1)]))
+    reader = open_triplets(write_lines(tmp_path / "a.jsonl", ['{"half', "[1]", without, "", row(1), "[" * 100_000]))
     assert repositories(reader) == ["1"]
-    assert reader.skipped == {"no JSON": 1, "no JSON object": 1, "no column func2": 1}
+    assert reader.skipped == {"no JSON": 2, "no JSON object": 1, "no column func2": 1}
     assert reader.examples["no JSON"].endswith('line 1: {"half')
     assert reader.examples["no JSON object"].endswith("line 2: [1]")
+
+
+def test_a_byte_order_mark_costs_no_row(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [row(), row(1)])
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert repositories(open_triplets(file)) == ["0", "1"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_an_option_that_there_is_not_is_refused(tmp_path, name):
+    write = write_parquet if name.endswith("parquet") else write_lines
+    with pytest.raises(ValueError, match=rf"{name}' has no option strcit; there are split, config"):
+        open_triplets(write(tmp_path / name, [row()]), strcit=True)
+
+
+def test_damaged_parquet_is_one_sentence_with_its_name(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [row(number) for number in range(2000)])
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.parquet' cannot be read \(\w+\): is it damaged"):
+        open_triplets(file)
+    table = pyarrow.Table.from_pylist([row(number, func2=f"code {number**9}") for number in range(2000)])
+    pyarrow.parquet.write_table(table, file, row_group_size=500)
+    content = bytearray(file.read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 200):
+        content[place] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet can't be read on after row \d+"):
+        list(open_triplets(file))
 
 
 def test_repositories_that_are_no_texts_are_skipped_with_examples_that_can_be_written(tmp_path):

@@ -235,6 +235,32 @@ def test_wrong_folders_are_refused_and_left_alone(corpus, server, tmp_path, monk
         build_dataset(recipe, tmp_path / "out", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "sentence"),
+    [
+        ({"source": "none.jsonl", "column": "code"}, "There is no file none.jsonl"),
+        ({"source": "{rows}", "column": "code", "spilt": "test"}, "has no option spilt; there are split"),
+        ({"source": "{rows}", "column": "cod"}, "line 1 has no text in column 'cod'"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_read_is_told_before_anything_is_asked(corpus, tmp_path, benchmark, sentence):
+    (tmp_path / "rows.jsonl").write_text('{"code": "x"}\n')
+    benchmark = benchmark | {"source": benchmark["source"].format(rows=tmp_path / "rows.jsonl")}
+    recipe = small_recipe(corpus, "http://127.0.0.1:1", against={"benchmark": benchmark})
+    with pytest.raises(ValueError, match=sentence):
+        build_dataset(recipe, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_of_one_repository_is_told_before_anything_is_asked(tmp_path):
+    write_corpus(tmp_path / "corpus", repositories=1)
+    recipe = small_recipe(tmp_path / "corpus", "http://127.0.0.1:1")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="All functions are of one repository, 'repository0', and a dataset needs"):
+            build_dataset(recipe, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "functions").exists()
+
+
 def test_nothing_to_translate_and_nothing_accepted_are_one_sentence(corpus, tmp_path):
     Path(tmp_path, "corpus", "a").mkdir(parents=True)
     Path(tmp_path, "corpus", "a", "a.py").write_text("x = 1\n")

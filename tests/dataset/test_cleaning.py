@@ -35,6 +35,26 @@ def test_the_code_is_taken_out_of_fences_and_chatter(text):
     assert (cleaned.code, cleaned.rejected) == (GO, "")
 
 
+@pytest.mark.parametrize("reasoning", ["<think>\n{}\n</think>\n\n", "<think>{} Good.</think>", "Well, {}\n</think>\n"])
+@pytest.mark.parametrize("answer", [GO, f"```go\n{GO}\n```"])
+def test_a_draft_in_the_reasoning_is_not_the_answer(reasoning, answer):
+    draft = "```go\nfunc add(a int, b int) int {\n\treturn a - b // subtracts, which is longer and wrong\n}\n```"
+    assert clean(reasoning.format(draft) + answer).code == GO
+    assert clean(reasoning.format(draft)).rejected == "empty"
+    assert clean(f"<think>\n{draft}").rejected == "empty"
+
+
+def test_a_tag_of_reasoning_inside_code_is_code():
+    code = 'func strip(text string) string {\n\treturn cut(text, "</think>")\n}'
+    assert clean(f"```go\n{code}\n```").code == code
+
+
+def test_answers_with_the_line_ends_of_windows_are_read_alike():
+    text = f"Here it is:\n```go\n{GO}\n```\nIt adds two numbers."
+    assert clean(text.replace("\n", "\r\n")) == clean(text)
+    assert clean(text).code == GO
+
+
 def test_what_stands_inside_the_code_is_left_as_it_is():
     code = 'func add() {\n\n\tnote := "```"\n\n\tthis.code = note  \n\n// Note: done\n}'
     assert clean(code).code == code

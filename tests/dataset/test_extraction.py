@@ -103,8 +103,10 @@ def test_rows_of_codesearchnet_lose_their_docstring_and_keep_their_url(tmp_path)
         codesearchnet_row(),
         codesearchnet_row(**go),
         codesearchnet_row(language="rust"),
+        codesearchnet_row(language=5),
         codesearchnet_row(func_code_string='def a(:\n"""Returns the size of a value.\n\nArgs: value."""'),
         codesearchnet_row(**go | {"func_code_string": 'func A() string {\n\treturn "\ud800"\n}'}),
+        codesearchnet_row(**go | {"func_code_string": "func B() int {\n\treturn 1\n}", "repository_name": "\ud800"}),
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows, counts = rows_of({"codesearchnet": str(tmp_path / "rows.jsonl")})
@@ -113,11 +115,11 @@ def test_rows_of_codesearchnet_lose_their_docstring_and_keep_their_url(tmp_path)
     assert rows[0]["func_documentation_string"] == "Returns the size of a value."
     assert len({row["id"] for row in rows}) == 2
     assert counts == {
-        "rows of CodeSearchNet": 5,
+        "rows of CodeSearchNet": 7,
         "functions kept": 2,
-        "dropped: another language": 1,
+        "dropped: another language": 2,
         "dropped: its docstring can't be taken out": 1,
-        "dropped: characters that no file can hold": 1,
+        "dropped: characters that no file can hold": 2,
     }
 
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import modular_star_encoder
+from modular_star_encoder.data.dataset_rows import open_dataset_rows
 from modular_star_encoder.dataset.near_duplicates import job as job_module
 from modular_star_encoder.dataset.near_duplicates import shards
 from modular_star_encoder.dataset.near_duplicates.in_memory import find_near_duplicates
@@ -133,6 +134,17 @@ def test_without_ids_the_first_row_of_the_first_file_stays(tmp_path):
     assert [row["code"] for row in written_order(tmp_path / "out")] == [near, "x = 1"]
     assert json.loads((tmp_path / "out" / "dropped.jsonl").read_text())["nearest"] == "part-0/0.parquet:0"
     assert report.clusters == 1
+
+
+def test_files_of_which_every_row_is_dropped_are_read_by_all(tmp_path):
+    rows = [{"code": code(random.Random(seed))} for seed in range(5)]
+    for name in ("a", "b"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / f"{name}.parquet")
+    drop_near_duplicates(tmp_path / "in", tmp_path / "out", columns=["code"], progress=False)
+    assert pq.read_table(tmp_path / "out" / "b.parquet").to_pylist() == []
+    assert pq.read_metadata(tmp_path / "out" / "b.parquet").num_row_groups == 0
+    assert [row for _, row in open_dataset_rows(tmp_path / "out", ["code"])] == rows
 
 
 def test_giant_clusters_are_reported_by_id(tmp_path):

@@ -112,6 +112,8 @@ def test_what_the_hub_refuses_is_one_sentence(built, hub, error, sentence):
 def test_what_is_no_dataset_is_refused(built, tmp_path):
     with pytest.raises(ValueError, match="holds no finished dataset"):
         push_dataset(tmp_path, "owner/name")
+    with pytest.raises(ValueError, match=r"'name' is no id of a repository such as owner/name"):
+        push_dataset(built, "name")
     with pytest.raises(ValueError, match=r"'a/b/c' is no id of a repository"):
         push_dataset(built, "a/b/c")
 
@@ -160,11 +162,33 @@ def test_the_card_says_how_the_dataset_was_made(built):
     assert "\n\n\n" not in card
 
 
-def test_a_card_without_rejected_answers_has_no_empty_table(built, tmp_path, monkeypatch):
-    arguments = {}
-    monkeypatch.setattr(stages, "dataset_card", lambda **given: arguments.update(given) or "card")
-    write_corpus(tmp_path / "corpus")
-    build(tmp_path)
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """What a card is made of."""
+    folder, arguments = tmp_path_factory.mktemp("card"), {}
+    write_corpus(folder / "corpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "dataset_card", lambda **given: arguments.update(given) or "card")
+        build(folder)
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, "translated once, greedily, to a language drawn uniformly from the others: a function"),
+        ({"options": {}}, "translated once, greedily, to"),
+        ({"options": {"body": {"temperature": 0.7}}}, "translated once, to"),
+        ({"options": {"body": {"temperature": None}}}, "translated once, to"),
+        ({"targets": ["cpp", "go"]}, "drawn uniformly from Go, C++, without its own: a function"),
+    ],
+)
+def test_the_card_says_greedily_and_all_languages_only_where_that_is_so(arguments, changes, sentence):
+    settings = {**arguments["settings"], "translations": arguments["settings"]["translations"] | changes}
+    assert sentence in dataset_card(**arguments | {"settings": settings})
+
+
+def test_a_card_without_rejected_answers_has_no_empty_table(arguments):
     triplets = {**arguments["reports"]["triplets"], "rejected": {}}
     rejected, none = (
         dataset_card(**arguments | {"reports": {**arguments["reports"], "triplets": one}})

@@ -42,7 +42,11 @@ def test_several_corpora_are_a_list():
         ({"near_duplicates": {"columns": ["code"]}}, r"columns must be a list out of func1_CSN, func2, not \['code'\]"),
         ({"near_duplicates": {"columns": "func2"}}, "columns must be a list"),
         ({"against": {"benchmark": {"source": "a"}}}, r"against\.benchmark must have a source and a column"),
+        ({"against": ["benchmark"]}, r"against must be a mapping of settings, not \['benchmark'\]"),
+        ({"near_duplicates": 0.7}, r"near_duplicates must be a mapping of settings, not 0\.7"),
         ({"card": {"title": "x"}}, "card has unknown settings title"),
+        ({"card": {"tags": "security"}}, "tags must be a list of words, not 'security'"),
+        ({"card": {"tags": [2024]}}, r"tags must be a list of words, not \[2024\]"),
     ],
 )
 def test_a_recipe_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, changes, sentence):

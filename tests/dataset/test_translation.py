@@ -246,6 +246,15 @@ def test_text_that_no_file_can_hold_is_mended(folders):
     assert {row["text"] for row in read_rows(folders[1])} == {"a?b\0"}
 
 
+def test_errors_that_no_file_can_hold_are_mended(folders):
+    def answer(prompt):
+        return Completion("", "", "error", error="half: \ud83d.") if "function 27" in prompt else echo(prompt)
+
+    with OpenAIServer(answer) as server:
+        assert run(folders, server)["errors"] == 3
+    assert {row["error"] for row in read_rows(folders[1])} == {"", "status 400, half: ?"}
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

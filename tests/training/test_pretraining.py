@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
+from modular_star_encoder.data.tokenizer import train_tokenizer
 from modular_star_encoder.training import NonFiniteLossError, hub_config_folder
 from modular_star_encoder.training.pretraining import model_config, pretrain
 from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe, load_pretraining_recipe
@@ -115,6 +116,13 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):
         ("eval_rows=0", "eval_rows must be above 0"),
         ("corpus=code", "corpus must be a mapping"),
         ("steps=.inf", "steps must be a number"),
+        ("milestones=4", "milestones must be a list of numbers, not 4"),
+        ("milestones='42'", "milestones must be a list of numbers, not '42'"),
+        ("milestones=[2.5]", r"milestones must be whole numbers of steps, not \[2.5\]"),
+        ("fractions=[half]", r"fractions must be a list of numbers, not \['half'\]"),
+        ("mask_probability=15", "mask_probability must be between 0 and 1, not 15.0"),
+        ("max_tokens=32", "max_tokens must be at least 35, not 32"),
+        ("corpus.depth=0", "two repositories to train on and two to hold out, .* it has 1: corpus"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, override, message):
@@ -156,6 +164,34 @@ def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_p
     assert not (tmp_path / "second" / "tokenizer").exists()
 
 
+def test_a_named_tokenizer_may_have_fewer_tokens_than_the_model(recipe_file, tmp_path):
+    run(recipe_file, tmp_path / "first", "steps=1")
+    tiny_config(vocab_size=500).save_pretrained(tmp_path / "larger")
+    override = f"model={tmp_path / 'larger'}", f"tokenizer={tmp_path / 'first' / 'tokenizer'}"
+    log, _ = run(recipe_file, tmp_path / "second", "steps=1", *override)
+    assert log["steps"] == 1
+    weights = load_file(tmp_path / "second" / "model" / "model.safetensors")
+    bias = next(value for name, value in weights.items() if name.endswith("decoder.bias"))
+    # What can't occur is as rare as what doesn't.
+    assert bias.shape == (500,)
+    assert bias[400:].max() < bias[4:400].mean()
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [("mask_token", "sep_token, cls_token and mask_token"), ("pad_token", "must define pad_token")],
+)
+def test_a_tokenizer_that_lacks_a_token_is_refused_before_the_corpus_is_tokenized(
+    recipe_file, tmp_path, lacks, message
+):
+    tokenizer = train_tokenizer(["def f(): return 1"], 300, progress=False)
+    setattr(tokenizer, lacks, None)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=message):
+        run(recipe_file, tmp_path / "run", f"tokenizer={tmp_path / 'tokenizer'}")
+    assert not (tmp_path / "run" / "tokens").exists()
+
+
 def test_a_folder_that_happens_to_be_there_is_not_taken_for_a_configuration_of_ours(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_config().save_pretrained(tmp_path / "small")
@@ -179,6 +215,8 @@ def test_a_recipe_that_is_not_there_or_is_no_yaml_is_refused(tmp_path):
 
 def test_numbers_that_yaml_reads_as_words_are_numbers(recipe_file):
     assert load_pretraining_recipe(recipe_file, ["adam_epsilon=1e-6"]).adam_epsilon == 1e-6
+    recipe = load_pretraining_recipe(recipe_file, ["milestones=[1e3, 2000]", "fractions=[1e-1, 0]"])
+    assert (recipe.milestones, recipe.fractions) == ((1000, 2000), (0.1, 0.0))
 
 
 def test_the_papers_recipe_is_the_papers():

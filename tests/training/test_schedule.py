@@ -50,6 +50,8 @@ def test_the_scheduler_sets_these_rates():
         ((0, (5, 5), (0.1, 0.1)), "must ascend"),
         ((6, (5,), (0.1,)), "warmup_steps 6"),
         ((0, (5,), ()), "1 milestones and 0 fractions"),
+        ((0, (5,), (-0.1,)), r"fractions \[-0.1\] must be numbers from 0 on"),
+        ((0, (5,), (float("nan"),)), "must be numbers from 0 on"),
     ],
 )
 def test_contradictions_are_refused(arguments, message):

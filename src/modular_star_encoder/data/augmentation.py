@@ -14,7 +14,7 @@ import numpy as np
 MIN_OCCURRENCES, MIN_CHARACTERS = 3, 3
 SHORTEST_NAME, LONGEST_NAME = 3, 8
 
-_WORD = re.compile(r"[^\W\d]\w*")
+_WORD = re.compile(r"\b[^\W\d]\w*")
 _LETTERS = np.array(list(string.ascii_lowercase))
 
 

@@ -7,6 +7,7 @@ and each process takes its own slice of the batch.
 """
 
 import hashlib
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -107,17 +108,18 @@ class PairGroups:
     def largest_batch(self) -> int:
         """The most pairs that a batch can have, whatever is drawn first."""
         if len(self.numbers) < 2:
-            return min(sum(self.counts.values()), self._most_beside_a_negative())
+            return min(sum(self.counts.values()), self.most_beside_a_negative)
         # Each half may have as many as its kind has groups, and the second must find as many beside the first.
         code, text = self.numbers[CODE_TO_CODE], self.numbers[TEXT_TO_CODE]
         common = len(np.intersect1d(code, text))
         beside = max(min(len(code) // 2, common), len(code) - common)
-        return 2 * min(len(text), len(code), beside, self._most_beside_a_negative() // 2)
+        return 2 * min(len(text), len(code), beside, self.most_beside_a_negative // 2)
 
-    def _most_beside_a_negative(self) -> int:
-        """The most groups of which there is always a negative outside."""
+    @property
+    def most_beside_a_negative(self) -> int:
+        """The most groups that a batch can have, if there is always to be a hard negative outside them."""
         if self.negatives is None or (self.negatives < 0).any():
-            return len(self.of_rows)
+            return sys.maxsize
         return len(np.unique(self.negatives)) - 1
 
 
@@ -146,12 +148,14 @@ class BatchPlan:
         self._numbers, self._rows, self._counts = groups.numbers, groups.rows, groups.counts
         self._of_rows, self._negatives = groups.of_rows, groups.negatives
         self._kinds = tuple(groups.numbers)
-        largest = groups.largest_batch
+        largest, beside = groups.largest_batch, groups.most_beside_a_negative
         if batch_size > largest or batch_size < 2 or batch_size % len(self._kinds):
             listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in self._counts.items())
             raise ValueError(
                 f"A batch must have from 2 to {largest} pairs{', an even number' if len(self._kinds) > 1 else ''}, not "
-                f"{batch_size}: there are {listed or 'no pairs'} without common texts."
+                f"{batch_size}: there are {listed or 'no pairs'} without common texts"
+                + (f", and hard negatives of {beside + 1} of them" if beside < batch_size else "")
+                + "."
             )
         self._latest: tuple[int, list[Draw]] = (-1, [])
         self._latest_negatives: tuple[int, list[int]] = (-1, [])

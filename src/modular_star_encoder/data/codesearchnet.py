@@ -8,6 +8,7 @@ import json
 import os
 import re
 import textwrap
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -144,12 +145,15 @@ def _rows(source: str | os.PathLike[str], split: str | None) -> Iterator[Mapping
 
 
 def _json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not JSON ({error}).") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: not a row of CodeSearchNet but {type(row).__name__}.")
-            yield row
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{file}, line {number}: not JSON ({error}).") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{file}, line {number}: not a row of CodeSearchNet but {type(row).__name__}.")
+                yield row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file} is damaged: {error}.") from error

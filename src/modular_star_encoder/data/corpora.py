@@ -43,6 +43,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     if snippets not in SNIPPETS:
         raise ValueError(f"A corpus's snippets are one of {', '.join(SNIPPETS)}, not {snippets!r}.")
     files = _open_source(named[0], source, options)
+    files.unicode_names = True
     return FunctionFiles(files) if snippets == "functions" else files
 
 
@@ -52,6 +53,8 @@ def _open_source(name: str, source: Any, options: dict[str, Any]) -> SourceReade
             case "folder":
                 return folder_repositories(source, **options)
             case "installed":
+                if source is not True:
+                    raise ValueError(f"A corpus of the installed packages is `installed: true`, not {source!r}.")
                 return installed_repositories(**options)
             case "archives":
                 return archive_repositories(source, **options)

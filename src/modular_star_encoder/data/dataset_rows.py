@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+
 from modular_star_encoder.data.row_sources import open_rows
 
 _JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson")
 _SPLITS = ("train", "validation", "test")
 _ROWS_PER_BATCH = 256
 _EXAMPLE_LENGTH = 200
+_NO_ROWS = "dropped.jsonl"  # what near-deduplication says of the rows that it left out of the parquet files beside it
+_HUB_OPTIONS = ("config", "revision", "data_dir")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +72,14 @@ def open_dataset_rows(
         Pairs of where a row is, for messages, and the row; in place of a row that is no JSON object, a `BadLine`.
 
     Raises:
-        ValueError: If the dataset cannot be read, has no such split, or lacks a column; while reading, if a file is
-            damaged.
+        ValueError: If the dataset cannot be read, has no such split, or lacks a column, or there is no such option;
+            while reading, if a file is damaged.
     """
+    name = ", ".join(map(str, source)) if isinstance(source, list | tuple) else os.fspath(source)
+    if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
+        raise ValueError(
+            f"Reading {name!r} has no option {', '.join(unknown)}; there are split, {', '.join(_HUB_OPTIONS)}."
+        )
     files = _files(source, split)
     if files and all(file.endswith(_JSON_LINES) for file in files):
         for file in files:
@@ -78,7 +87,7 @@ def open_dataset_rows(
                 raise ValueError(f"There is no file {file}.")
         return _JsonLines(files)
     rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
-    return _DatasetRows(rows, ", ".join(map(str, source)) if isinstance(source, list | tuple) else os.fspath(source))
+    return _DatasetRows(rows, name)
 
 
 def open_texts(
@@ -103,11 +112,13 @@ def open_texts(
 def _files(source: Any, split: str) -> list[str]:
     """The files that `source` names; none if it is the name of a dataset of the Hub."""
     if isinstance(source, list | tuple):
-        return [os.fspath(file) for file in source]
+        return [os.path.expanduser(os.fspath(file)) for file in source]
     path = Path(source).expanduser()
     if not path.is_dir():
         return [str(path)] if path.name.endswith((".parquet", *_JSON_LINES)) else []
     found = [file for file in sorted(path.rglob("*")) if file.name.endswith((".parquet", *_JSON_LINES))]
+    if any(file.suffix == ".parquet" for file in found):
+        found = [file for file in found if file.name != _NO_ROWS]
     splits = {name: [file for file in found if file.name.startswith((f"{name}-", f"{name}."))] for name in _SPLITS}
     if any(splits.values()):
         if not splits.get(split):
@@ -130,7 +141,7 @@ class _JsonLines:
         for file in self._files:
             opener = gzip.open if file.endswith(".gz") else open
             try:
-                with opener(file, "rt", encoding="utf-8", errors="replace") as lines:
+                with opener(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
                     for number, line in enumerate(lines, 1):
                         if line.strip():
                             yield f"{file}, line {number}", _json_object(line)
@@ -141,7 +152,7 @@ class _JsonLines:
 def _json_object(line: str) -> dict[str, Any] | BadLine:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # of brackets in brackets in brackets
         return BadLine("no JSON", line.strip())
     return row if isinstance(row, dict) else BadLine("no JSON object", line.strip())
 
@@ -154,7 +165,10 @@ class _DatasetRows:
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         number = 0
-        for table in self._rows.iter(batch_size=_ROWS_PER_BATCH):
-            for row in table.to_pylist():
-                number += 1
-                yield f"{self._name}, row {number}", row
+        try:
+            for table in self._rows.iter(batch_size=_ROWS_PER_BATCH):
+                for row in table.to_pylist():
+                    number += 1
+                    yield f"{self._name}, row {number}", row
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{self._name} can't be read on after row {number}: {error}") from error

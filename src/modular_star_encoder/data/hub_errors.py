@@ -20,8 +20,11 @@ def check_repository_id(repository: str) -> None:
     """
     try:
         validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ValueError(f"{repository!r} is no id of a repository such as owner/name.") from error
+        valid = "/" in repository
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise ValueError(f"{repository!r} is no id of a repository such as owner/name.")
 
 
 @contextmanager

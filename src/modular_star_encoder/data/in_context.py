@@ -17,6 +17,7 @@ from modular_star_encoder.data.token_corpus import TokenCorpus, corpus_of_texts
 from modular_star_encoder.data.tokenizer import ContentEncoder, special_token_ids
 
 IGNORED_LABEL = -100
+MIN_ROW_TOKENS = 3 + 2 * MIN_SNIPPET_TOKENS
 
 _MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1
 
@@ -67,13 +68,12 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         """
         if length < 1 or seed < 0 or not 0 < mask_probability < 1:
             raise ValueError("length must be at least 1, seed at least 0, and mask_probability between 0 and 1.")
-        if max_tokens < 3 + 2 * MIN_SNIPPET_TOKENS:
+        if max_tokens < MIN_ROW_TOKENS:
             raise ValueError(
-                f"max_tokens must be at least {3 + 2 * MIN_SNIPPET_TOKENS}: 3 special tokens and two snippets of "
+                f"max_tokens must be at least {MIN_ROW_TOKENS}: 3 special tokens and two snippets of "
                 f"{MIN_SNIPPET_TOKENS}; not {max_tokens}."
             )
-        if None in (tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id):
-            raise ValueError("The tokenizer must define sep_token, cls_token and mask_token.")
+        check_special_tokens(tokenizer)
         corpus = texts if isinstance(texts, TokenCorpus) else corpus_of_texts(texts, tokenizer, progress=progress)
         if corpus.tokenizer_fingerprint != ContentEncoder(tokenizer).fingerprint:
             raise ValueError("The corpus was made with another tokenizer; pass the one that made it.")
@@ -126,6 +126,16 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         randomised = chosen[(fate >= _MASK_SHARE) & (fate < _MASK_SHARE + _RANDOM_SHARE)]
         ids[randomised] = self._ordinary_ids[rng.integers(len(self._ordinary_ids), size=len(randomised))]
         return labels
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer that rows can't be framed and masked with.
+
+    Raises:
+        ValueError: If it lacks `<sep>`, `<cls>` or `<mask>`.
+    """
+    if None in (tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id):
+        raise ValueError("The tokenizer must define sep_token, cls_token and mask_token.")
 
 
 class PaddingCollator:

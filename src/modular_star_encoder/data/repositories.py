@@ -101,8 +101,10 @@ def installed_repositories(
         filters: Which files are left out; by default, `FileFilters()`.
 
     Raises:
-        ValueError: If a language is unknown.
+        ValueError: If a language is unknown, or `exclude` is a single text.
     """
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude must be a list of names of distributions, not {exclude!r}.")
     excluded = {_normalised_name(name) for name in (*exclude, OWN_DISTRIBUTION)}
     chosen = set(check_languages(languages))
     filters = filters or FileFilters()

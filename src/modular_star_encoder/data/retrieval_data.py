@@ -59,8 +59,8 @@ def prepare_retrieval_data(
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If a source cannot be read, has fewer than two repositories, or has fewer rows than `samples`; or if
-            `folder` holds data of other settings.
+        ValueError: If a source cannot be read, has fewer than two repositories, or has fewer rows than `samples`; if
+            no row is left to train on; or if `folder` holds data of other settings.
     """
     folder = Path(folder)
     asked = {"data": dict(settings), "held_out_share": held_out_share, "seed": seed, "samples": samples}
@@ -94,6 +94,8 @@ def _split(
         leaked |= np.isin(negatives, groups[unseen])
     leaked &= ~held_out
     train = np.flatnonzero(~held_out & ~leaked)
+    if not len(train):
+        raise ValueError("Every row to train on shares its content or repository with one held out; add data.")
     if samples is not None:
         if samples > len(train):
             raise ValueError(f"samples is {samples}, and there are {len(train)} rows to train on.")

@@ -23,6 +23,7 @@ from modular_star_encoder.data.source_files import (
 )
 
 _ROWS_PER_BATCH = 16
+_ROWS_PER_TABLE = 1024
 _MANY_PIECES = 10  # a share is then at most a tenth larger than another
 
 
@@ -89,7 +90,9 @@ def open_rows(
     files = _parquet_files(source)
     try:
         if files:
-            rows = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows", streaming=True)
+            # Without a size of its own, a batch is as large as the first row group, which may have no rows.
+            options = {"split": "rows", "streaming": True, "batch_size": _ROWS_PER_TABLE}
+            rows = datasets.load_dataset("parquet", data_files={"rows": files}, **options)
             # Row groups in place of files: pyarrow reads ahead of a slow consumer, up to the whole of what it has.
             rows = rows.reshard() if hasattr(rows, "reshard") else rows
         else:
@@ -98,16 +101,20 @@ def open_rows(
             )
         known = rows.column_names or list(next(iter(rows), {}))
     except Exception as error:  # the Hub, the network and the formats raise many kinds
-        raise ValueError(
-            f"The dataset {shown!r} cannot be read ({type(error).__name__}): no such files or name on the Hub, or it "
-            "is gated: accept its terms there and log in with `hf auth login`."
-        ) from error
+        reason = f"The dataset {shown!r} cannot be read ({type(error).__name__}): "
+        if files and all(map(os.path.isfile, files)):
+            reason += "is it damaged, or no parquet?"
+        else:
+            reason += "no such files or name on the Hub, or it is gated: accept its terms there and log in with "
+            reason += "`hf auth login`."
+        raise ValueError(reason) from error
     missing = [name for name in columns if name not in known]
     if missing:
         raise ValueError(
             f"The dataset {shown!r} has no column {', '.join(map(repr, missing))}; it has {', '.join(known)}."
         )
-    return rows.select_columns(list(columns))
+    # A name may stand there twice: a hard negative has the language of another code.
+    return rows.select_columns(list(dict.fromkeys(columns)))
 
 
 def _parquet_files(source: Any) -> list[str]:

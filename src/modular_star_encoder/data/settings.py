@@ -51,7 +51,7 @@ def build_settings(kind: type, content: Any, where: str) -> Any:
     if unknown:
         names = ", ".join(map(str, unknown))
         raise ValueError(f"{where} has unknown settings {names}; known are {', '.join(sorted(known))}.")
-    values = {name: _number(value, known[name].type, f"{where}: {name}") for name, value in content.items()}
+    values = {name: _checked(value, known[name].type, f"{where}: {name}") for name, value in content.items()}
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:
@@ -59,8 +59,13 @@ def build_settings(kind: type, content: Any, where: str) -> Any:
         raise ValueError(f"{where} {message}") from error
 
 
-def _number(value: Any, kind: Any, where: str) -> Any:
-    """A number where one is wanted, or None where that is allowed: YAML reads `1e5`, which has no point, as a word."""
+def _checked(value: Any, kind: Any, where: str) -> Any:
+    """A number where one is wanted, or None where that is allowed: YAML reads `1e5`, which has no point, as a word.
+
+    What is to be true or false must be that: a word, such as a misspelt `flase`, would count as true.
+    """
+    if kind is bool and not isinstance(value, bool):
+        raise ValueError(f"{where} must be true or false, not {value!r}.")
     if kind in _OPTIONAL:
         if value is None:
             return None

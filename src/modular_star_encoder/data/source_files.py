@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, Self
 
@@ -74,9 +74,9 @@ def language_of(path: PurePath) -> str | None:
     return LANGUAGE_OF_SUFFIX.get(path.suffix)
 
 
-def language_named(name: str | None) -> str | None:
+def language_named(name: Any) -> str | None:
     """Return our name of a language that a dataset calls `name` (`"C++"` is `"cpp"`), or None if it is none of ours."""
-    return _LANGUAGE_OF_NAME.get((name or "").lower())
+    return _LANGUAGE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
 
 
 class SourceReader(ABC):
@@ -90,9 +90,12 @@ class SourceReader(ABC):
         repositories: The repositories' names in the order of reading, or None where only reading tells. Some may turn
             out to have no readable file.
         skipped: Number of files by reason, of the last iteration.
+        unicode_names: Whether bytes of names of files and repositories that are no Unicode come as `\\udcff`, which can
+            be written everywhere, and not as Python's halves of characters, by which such a file can be opened.
     """
 
     repositories: tuple[str, ...] | None = None
+    unicode_names = False
 
     def __init__(self) -> None:
         self.skipped: Counter[str] = Counter()
@@ -101,7 +104,8 @@ class SourceReader(ABC):
     def __iter__(self) -> Iterator[SourceFile]:
         # Each iteration has a counter of its own; one that was abandoned cannot add to that of the next.
         self.skipped = skipped = Counter()
-        yield from self._read(skipped)
+        for file in self._read(skipped):
+            yield _with_unicode_names(file) if self.unicode_names else file
 
     @abstractmethod
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
@@ -135,3 +139,8 @@ class SourceReader(ABC):
 
     def _chosen(self, units: tuple[Any, ...]) -> tuple[Any, ...]:
         return units[self._start :: self._step]
+
+
+def _with_unicode_names(file: SourceFile) -> SourceFile:
+    repository, path = (name.encode(errors="backslashreplace").decode() for name in (file.repository, file.path))
+    return replace(file, repository=repository, path=path)

@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from modular_star_encoder.data.dataset_rows import open_texts
 from modular_star_encoder.data.files import write_json
 from modular_star_encoder.dataset.extraction import open_source
 from modular_star_encoder.dataset.near_duplicates.fingerprints import minhash_class
@@ -40,7 +41,8 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
 
     Raises:
         ValueError: If `out` holds something else, was begun with other settings, or another process is at work in it;
-            if the corpus or the endpoint's settings can't be used, or nothing passes a stage.
+            if the corpus, a benchmark to be kept away from or the endpoint's settings can't be used, or nothing passes
+            a stage.
         BackendError: If the back end can't go on. What it had answered is kept.
         ImportError: If a package that is needed isn't installed.
     """
@@ -54,6 +56,9 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     if not build.is_done("functions"):
         for corpus in recipe.corpus:
             open_source(corpus, recipe.languages)
+    if not build.is_done("near_duplicates"):
+        for one in recipe.against.values():
+            next(open_texts(**one), None)
     build.out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(build.out / LOCK, timeout=LOCK_SECONDS):

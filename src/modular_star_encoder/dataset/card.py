@@ -70,6 +70,8 @@ def dataset_card(
         versions: Of the software that built it.
     """
     rows = sum(split["rows"] for split in splits.values())
+    translations = settings["translations"]
+    targets = [LANGUAGE_NAMES[name] for name in LANGUAGES if name in translations["targets"]]
     languages = [name for name in LANGUAGES if any(name in pair.split(" → ") for pair in reports["triplets"]["pairs"])]
     return render_card(
         TEMPLATE,
@@ -80,10 +82,13 @@ def dataset_card(
         reports=reports,
         statistics=statistics,
         licenses=licenses,
+        # An endpoint may have been told otherwise, or nothing: then it decides.
+        greedy=(translations["options"].get("body") or {}).get("temperature", 0) == 0,
+        targets="" if len(targets) == len(LANGUAGES) else ", ".join(targets),
         versions=versions,
         split_rows=[(name, split["rows"], split["repositories"]) for name, split in splits.items()],
         column_rows=[(f"`{name}`", MEANINGS[name]) for name in DATASET_COLUMNS],
-        model_rows=list(_model_rows(settings["translations"], reports["translations"])),
+        model_rows=list(_model_rows(translations, reports["translations"])),
         pair_head=("", *(LANGUAGE_NAMES[name] for name in languages)),
         pair_rows=list(_pair_rows(languages, reports["triplets"]["pairs"])),
     )

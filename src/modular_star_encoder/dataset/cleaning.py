@@ -46,6 +46,8 @@ _BLOCK = re.compile(
     r"^[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[\w+#.-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)[ \t]*$|\Z)",
     re.MULTILINE | re.DOTALL,
 )
+# What reasoning models write before their answer; the tag that begins it may have been part of the prompt.
+_REASONING = re.compile(r"\A(?:\s*<think>.*?(?:</think>|\Z)|.*?^[ \t]*</think>[ \t]*$)", re.MULTILINE | re.DOTALL)
 _OPENING = re.compile(
     r"\A\s*(?:sure|certainly|of course|okay|here(?:'s| is| are)|below|this is|the (?:following|translated))\b"
     r"[^\n]*[:.!][ \t]*\n",
@@ -89,10 +91,10 @@ def clean_translation(
     """Take the code out of an answer and judge it.
 
     The code is what stands in the answer's code block, of several the longest one in the target language; without a
-    block, it is the answer without what is said before and after. It is accepted if a function is in it and it parses
-    as the target language, or nearly so and not better as the source language. Grammars forgive much: of 200 real
-    functions of one language, up to 72 % parse as another with few errors (JavaScript as C++); by this rule, up to 23 %
-    are accepted (Java as C++), and all as what they are.
+    block, it is the answer without what is said before and after. Reasoning (`<think>…</think>`) is no part of it.
+    It is accepted if a function is in it and it parses as the target language, or nearly so and not better as the
+    source language. Grammars forgive much: of 200 real functions of one language, up to 72 % parse as another with few
+    errors (JavaScript as C++); by this rule, up to 23 % are accepted (Java as C++), and all as what they are.
 
     Args:
         text: The answer.
@@ -106,6 +108,7 @@ def clean_translation(
     reason = _REASON_OF_FINISH.get(finish_reason)
     if reason:
         return Translation("", reason)
+    text = _REASONING.sub("", text.replace("\r\n", "\n"))  # a fence ends with its line
     block = _block(text, target_language)
     language, code = block or ("", _CLOSING.sub("", _OPENING.sub("", text)))
     code = (_PHP_TAGS.sub("", code) if target_language == "php" else code).strip("\n").rstrip()

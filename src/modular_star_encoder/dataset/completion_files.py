@@ -115,14 +115,19 @@ class _OpenFile:
 
     def append(self, completion: Completion) -> None:
         """Write a completion through to the system, and at least once a second to the disk."""
-        # A lone surrogate, which JSON can escape, would not fit into parquet.
-        completion = replace(completion, text=completion.text.encode("utf-8", "replace").decode("utf-8"))
+        completion = _without_halves(completion)
         self.answered[completion.id] = completion
         self.journal.write(json.dumps(asdict(completion)).encode() + b"\n")
         self.journal.flush()
         if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
             os.fsync(self.journal.fileno())
             self._synced = time.monotonic()
+
+
+def _without_halves(completion: Completion) -> Completion:
+    """The completion with question marks for lone surrogates, which JSON can escape and parquet can't hold."""
+    texts = {name: getattr(completion, name) for name in ("text", "finish_reason", "error")}
+    return replace(completion, **{name: text.encode(errors="replace").decode() for name, text in texts.items()})
 
 
 def _read_journal(path: Path) -> dict[str, Completion]:
@@ -140,8 +145,8 @@ def _read_journal(path: Path) -> dict[str, Completion]:
     answered = {}
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            completion = Completion(**json.loads(line))
-        except (ValueError, TypeError):
+            completion = _without_halves(Completion(**json.loads(line)))
+        except (ValueError, TypeError, AttributeError):
             raise ValueError(
                 f"{path} is damaged in line {number}: delete that line to have its row asked again."
             ) from None

@@ -141,7 +141,7 @@ def _reason(row: Row, max_characters: int, seen: set[bytes]) -> str | None:
         return f"more than {max_characters:,} characters"
     try:
         key = blake2b(code_key(code).encode(), digest_size=16).digest()
-        description.encode()
+        "".join(filter(None, row.values())).encode()
     except UnicodeEncodeError:
         return "characters that no file can hold"
     if key in seen:

@@ -35,6 +35,11 @@ class CardSettings:
     license_link: str = ""
     tags: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        """Check the tags."""
+        if not isinstance(self.tags, list | tuple) or not all(isinstance(tag, str) for tag in self.tags):
+            raise ValueError(f"tags must be a list of words, not {self.tags!r}.")
+
 
 @dataclass(frozen=True)
 class DatasetRecipe:
@@ -49,8 +54,9 @@ class DatasetRecipe:
         near_duplicates: see `DuplicateSettings`; and `columns`, those compared.
         against: benchmarks that no row may be near: by name, a `source`, a `column` of it, and further arguments of
             `open_dataset_rows`.
-        validation_rows: rows of the validation split, at least; whole repositories are held out.
-        max_repository_share: largest share of the rows of a repository that may be held out.
+        validation_rows: rows of the validation split, at least, or a fifth of all if that is less; whole repositories
+            are held out.
+        max_repository_share: largest share of the rows of a repository that is held out, if the others suffice.
         card: see `CardSettings`.
         processes: processes that extract functions.
         seed: of everything that is drawn.
@@ -71,6 +77,9 @@ class DatasetRecipe:
 
     def __post_init__(self) -> None:
         """Make settings of the mappings in it, and check what is told by the recipe alone."""
+        for name in ("near_duplicates", "against"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must be a mapping of settings, not {getattr(self, name)!r}.")
         for name, kind in (("translation", TranslationSettings), ("card", CardSettings)):
             if not isinstance(getattr(self, name), kind):
                 object.__setattr__(self, name, build_settings(kind, getattr(self, name), name))

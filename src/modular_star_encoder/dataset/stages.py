@@ -66,7 +66,7 @@ class Build:
 
 def functions(build: Build, out: Path) -> None:
     """Extract the documented functions of the corpora."""
-    recipe, counts = build.recipe, Counter[str]()
+    recipe, counts, repositories = build.recipe, Counter[str](), set[str]()
     rows = function_rows(
         recipe.corpus,
         languages=recipe.languages,
@@ -75,9 +75,20 @@ def functions(build: Build, out: Path) -> None:
         processes=recipe.processes,
         progress=build.progress,
     )
+
+    def seen() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            repositories.add(row["repository_name"] or "")
+            yield row
+
     with staged_folder(out) as staging:
-        if not write_rows(staging, rows, FUNCTION_SCHEMA):
+        if not write_rows(staging, seen(), FUNCTION_SCHEMA):
             raise ValueError(f"The corpus holds no documented function to translate ({_listed(counts)}).")
+        if len(repositories) < 2:  # told before the translation is paid for
+            raise ValueError(
+                f"All functions are of one repository, {min(repositories)!r}, and a dataset needs another one: whole "
+                "repositories are held out for validation."
+            )
         write_json(staging / REPORT, {"counts": dict(sorted(counts.items(), key=_place))})
 
 

@@ -69,7 +69,7 @@ def finetuning_preflight(
         recipe: what to do.
         processes: devices that train.
         groups: of each kind of pairs; see `BatchPlan`.
-        tokens: mean tokens of a description and of a snippet.
+        tokens: mean tokens of a description and of a snippet; a hard negative is counted as a snippet.
         trained_parameters: all of the model if None.
 
     Raises:

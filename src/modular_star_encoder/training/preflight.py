@@ -57,8 +57,8 @@ class Preflight:
 def preflight(model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int) -> Preflight:
     """Estimate a run; `model` may be on the meta device.
 
-    FLOPs per token are 6 per parameter of a layer and 12 × T × H per layer for attention over T tokens, as in Kaplan et
-    al. (arXiv 2001.08361, section 2.1), and, at the masked tokens only, 6 per parameter of the heads at each exit.
+    FLOPs per token are 6 per parameter of a layer and 12 × T × H per layer for attention over T tokens, as in Chowdhery
+    et al. (arXiv 2204.02311, appendix B), and, at the masked tokens only, 6 per parameter of the heads at each exit.
 
     Raises:
         ValueError: rows are longer than the model takes, or `tokens_per_step` does not divide; nothing is started.

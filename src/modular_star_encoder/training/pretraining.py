@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.corpora import open_corpus
 from modular_star_encoder.data.files import staged_folder, write_json
-from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
+from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator, check_special_tokens
 from modular_star_encoder.data.packing import PackingCollator
+from modular_star_encoder.data.source_files import SourceReader
 from modular_star_encoder.data.token_store import TokenStore, build_token_store
 from modular_star_encoder.data.tokenizer import load_tokenizer, token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.identifier_overlap import identifier_overlap_accuracy
@@ -77,12 +78,14 @@ def pretrain(
         gradient_accumulation_steps=recipe.accumulation(state.num_processes),
     )
     schedule = _schedule(recipe)
-    open_corpus(recipe.corpus)
+    _check_repositories(open_corpus(recipe.corpus))
     with state.main_process_first():
         open_run(out, recipe.to_dict(), "pre-training", until_trained=("corpus", "tokenizer", "model"))
         if (out / LOG).is_file():
             return json.loads((out / LOG).read_text(encoding="utf-8"))
         tokenizer = _tokenizer(recipe, config, out, progress and state.is_main_process)
+        check_special_tokens(tokenizer)
+        collator = (PackingCollator if recipe.packing else PaddingCollator)(tokenizer)
         store = _token_store(recipe, tokenizer, out, progress and state.is_main_process)
     train, held_out = store.split(recipe.held_out_share, recipe.seed)
     model = _model(recipe, config, len(tokenizer))
@@ -94,8 +97,11 @@ def pretrain(
     pairs = InContextPairs(train, tokenizer, length=recipe.steps * rows_per_step, seed=recipe.seed, **options)
     unseen = InContextPairs(held_out, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 1, **options)
     if recipe.start_from_corpus and not has_weights(model_folder(recipe.model)):
-        start_from_spellings(model.get_input_embeddings(), token_spellings(tokenizer), seed=recipe.seed)
-        start_from_unigrams(model.heads.decoder, pairs.token_counts())
+        # A tokenizer that was named may have fewer tokens than the model; each of the others is a word of its own.
+        unused = range(len(tokenizer), model.config.vocab_size)
+        spellings = token_spellings(tokenizer) + [f"<{index}> unused" for index in unused]
+        start_from_spellings(model.get_input_embeddings(), spellings, seed=recipe.seed)
+        start_from_unigrams(model.heads.decoder, torch.nn.functional.pad(pairs.token_counts(), (0, len(unused))))
     fitted = InContextPairs(train, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 2, **options)
     overlap = identifier_overlap_accuracy(fitted, unseen, tokenizer)
     trainer = MultiExitTrainer(
@@ -105,7 +111,7 @@ def pretrain(
         schedule=schedule,
         train_dataset=pairs,
         eval_dataset=unseen,
-        data_collator=(PackingCollator if recipe.packing else PaddingCollator)(tokenizer),
+        data_collator=collator,
         **recipe.trainer_options(),
     )
     log = train_to_the_end(trainer, out / "checkpoints", progress=progress)
@@ -188,6 +194,19 @@ def _model(
         raise ValueError(f"The tokenizer has {vocab_size} tokens, more than the model's {model.config.vocab_size}.")
     model.set_attn_implementation(recipe.attn_implementation)
     return model
+
+
+def _check_repositories(corpus: SourceReader) -> None:
+    """Refuse, before anything is tokenized, a corpus that can't be split into two parts that pairs are drawn from.
+
+    Raises:
+        ValueError: it has fewer than four repositories; where only reading tells how many, that is told later.
+    """
+    if corpus.repositories is not None and len(corpus.repositories) < 4:
+        raise ValueError(
+            "The corpus must have at least two repositories to train on and two to hold out, for a pair of snippets is "
+            f"of one or of two; it has {len(corpus.repositories)}: {', '.join(corpus.repositories) or 'none'}."
+        )
 
 
 def _schedule(recipe: PretrainingRecipe) -> MultiStepSchedule | None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from modular_star_encoder.data.in_context import MIN_ROW_TOKENS
 from modular_star_encoder.data.settings import load_settings
 from modular_star_encoder.training.training_recipe import TrainingRecipe
 
@@ -43,9 +44,15 @@ class PretrainingRecipe(TrainingRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("tokens_per_step", "rows_per_device", "max_tokens", "eval_rows")
-        # YAML reads `1e-1`, which has no point, as a word.
-        object.__setattr__(self, "milestones", tuple(int(step) for step in self.milestones))
-        object.__setattr__(self, "fractions", tuple(float(fraction) for fraction in self.fractions))
+        if not 0 < self.mask_probability < 1:
+            raise ValueError(f"mask_probability must be between 0 and 1, not {self.mask_probability}.")
+        if self.max_tokens < MIN_ROW_TOKENS:
+            raise ValueError(f"max_tokens must be at least {MIN_ROW_TOKENS}, not {self.max_tokens}.")
+        object.__setattr__(self, "fractions", _numbers("fractions", self.fractions))
+        steps = _numbers("milestones", self.milestones)
+        if not all(step.is_integer() for step in steps):
+            raise ValueError(f"milestones must be whole numbers of steps, not {list(self.milestones)}.")
+        object.__setattr__(self, "milestones", tuple(map(int, steps)))
         if not isinstance(self.corpus, Mapping):
             raise ValueError(f"corpus must be a mapping such as `folder: PATH`, not {self.corpus!r}.")
         if not 0 < self.held_out_share < 1:
@@ -64,6 +71,16 @@ class PretrainingRecipe(TrainingRecipe):
                 f"processes = {self.rows_per_device} × {self.max_tokens} × {processes} = {batch}."
             )
         return self.tokens_per_step // batch
+
+
+def _numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    """The values as numbers: YAML reads `1e-1`, which has no point, as a word."""
+    try:
+        if isinstance(values, list | tuple):
+            return tuple(map(float, values))
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name} must be a list of numbers, not {values!r}.")
 
 
 def load_pretraining_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PretrainingRecipe:

@@ -21,7 +21,8 @@ class MultiStepSchedule:
         fractions: of the peak, one per milestone.
 
     Raises:
-        ValueError: milestones are not ascending, begin within the warm-up, or are not as many as the fractions.
+        ValueError: milestones are not ascending, begin within the warm-up, or are not as many as the fractions; or a
+            fraction is not from 0 on.
     """
 
     warmup_steps: int = 0
@@ -34,6 +35,8 @@ class MultiStepSchedule:
             raise ValueError(f"There are {len(steps)} milestones and {len(self.fractions)} fractions; give one each.")
         if steps != sorted(set(steps)) or (steps and steps[0] < self.warmup_steps):
             raise ValueError(f"milestones {steps} must ascend, from warmup_steps {self.warmup_steps} on.")
+        if not all(0 <= fraction < float("inf") for fraction in self.fractions):
+            raise ValueError(f"fractions {list(self.fractions)} must be numbers from 0 on.")
 
     def fraction(self, step: int) -> float:
         """Fraction of the peak rate in the optimiser step with this index, counted from 0."""

@@ -114,7 +114,9 @@ def write_kept(shard: Shard, target: Path, kept: np.ndarray, advance: Callable[[
         start = 0
         for batch in file.iter_batches(_ROWS_AT_A_TIME * 8):
             chosen = pa.array(kept[start : start + len(batch)])
-            writer.write_table(pa.Table.from_batches([batch]).filter(chosen))
+            table = pa.Table.from_batches([batch]).filter(chosen)
+            if len(table):  # a row group without rows is more than some readers take
+                writer.write_table(table)
             start += len(batch)
             advance(len(batch))
 
