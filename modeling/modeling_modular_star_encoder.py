@@ -635,8 +635,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         Args:
             input_ids: (B, T) token ids.
             attention_mask: (B, T), 1 for real tokens and 0 for padding on either side; or a prepared 4D mask.
-            position_ids: (B, T); by default each row counts its real tokens from 0. Without `attention_mask`, positions
-                that restart within a row mark packed texts, which do not see each other.
+            position_ids: (B, T), or (1, T) for all rows; by default each row counts its real tokens from 0. Without
+                `attention_mask`, positions that restart within a row mark packed texts, which do not see each other.
             inputs_embeds: (B, T, H) in place of `input_ids`; with `start_layer`, the `residual_states` to resume from.
             exit_layer: the one exit to run to; by default the deepest.
             exit_layers: several exits to return from one pass.
@@ -657,7 +657,9 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             raise ValueError(f"start_layer {start_layer} needs inputs_embeds, and exits deeper than it; got {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        if position_ids is not None:
+            position_ids = position_ids.expand(inputs_embeds.shape[:2])
+        bounds = _document_bounds(inputs_embeds, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         restore = None
         recorded = any(
             kwargs.get(name) or getattr(self.config, name, False)
@@ -668,7 +670,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         # What is recorded inside layers has no way back to the padded shape.
         if self.config.unpad_inputs and bounds is None and two_dimensional and not recorded and attention_mask.any():
             if position_ids is not None:
-                position_ids = position_ids.expand_as(attention_mask)[attention_mask.bool()].unsqueeze(0)
+                position_ids = position_ids[attention_mask.bool()].unsqueeze(0)
             inputs_embeds, bounds, restore = _unpad(inputs_embeds, attention_mask)
         elif bounds is not None and inputs_embeds.shape[0] > 1:
             if kwargs.get("cu_seq_lens_q") is not None:
@@ -751,16 +753,19 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
 
 
 def _document_bounds(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, cu_seq_lens: torch.Tensor | None
+    states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Where texts begin and end in the flattened batch, (texts + 1,); `None` where rows hold one text each."""
+    """Where texts begin and end in the flattened (B, T, …) states, (texts + 1,); `None` where rows hold one each."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:
         return None
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    documents = find_packed_sequence_indices(position_ids)
+    documents = find_packed_sequence_indices(position_ids.expand(states.shape[:2]))
     if documents is None:
         return None
     first_of_row = torch.arange(documents.shape[0], device=documents.device)[:, None] * documents.shape[1]
@@ -998,7 +1003,7 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
             **kwargs,
         )
         rows = [self.config.exit_index(exit_layer) for exit_layer in exits]
-        bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         pooled = [
             self.heads.pooler(*_rows(states, attention_mask, bounds), self.heads.exit_embedding(row))
             for row, states in zip(rows, outputs.exit_hidden_states, strict=True)
@@ -1139,7 +1144,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             exit_layers=exits,
             **kwargs,
         )
-        bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         embeddings, tokens = [], None
         for exit_layer, states in zip(exits, outputs.exit_hidden_states, strict=True):
             head = self.projection_heads[str(exit_layer)]
@@ -1204,7 +1209,7 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
             exit_layers=exits,
             **kwargs,
         )
-        bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         vectors = [self.exit_embedding(self.config.exit_index(exit_layer)) for exit_layer in exits]
         exit_logits = torch.stack(
             [
