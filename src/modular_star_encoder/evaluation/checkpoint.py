@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel
 
@@ -44,7 +45,7 @@ def load_checkpoint(
     arguments = {} if exit_layer is None else {"exit_layer": config.check_exit(exit_layer)}
     if dtype is not None:
         arguments["dtype"] = dtype
-    with _clear_errors(path):
+    with checkpoint_errors(path):
         model = AutoModel.from_pretrained(path, trust_remote_code=False, **arguments)
         tokenizer = load_tokenizer(path)
     if not isinstance(model, ModularStarEncoderForRetrieval):
@@ -60,16 +61,41 @@ def load_config(path: str | Path) -> ModularStarEncoderConfig:
     """
     check_checkpoint(path)
     path = os.path.expanduser(path)
-    with _clear_errors(path):
+    with checkpoint_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not isinstance(config, ModularStarEncoderConfig):
         raise ValueError(f"{path} holds a model of type {config.model_type!r}, not a ModularStarEncoder.")
     return config
 
 
+def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
+    """A file of a checkpoint folder or of a Hub repository; None if it has none, or offline if it was never fetched.
+
+    Raises:
+        OSError: the Hub has no such repository, or can't be reached.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    if os.path.isdir(path):
+        return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
+    with checkpoint_errors(path):
+        try:
+            return Path(hf_hub_download(path, name))
+        except LocalEntryNotFoundError:
+            if not constants.HF_HUB_OFFLINE:
+                raise
+        except EntryNotFoundError:
+            pass
+    return None
+
+
 @contextmanager
-def _clear_errors(path: str | Path) -> Iterator[None]:
-    """Say in one sentence what is wrong with a checkpoint."""
+def checkpoint_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in one sentence what is wrong with a checkpoint.
+
+    Raises:
+        ValueError: damaged weights, or a configuration that contradicts itself.
+        OSError: a file can't be read, or had from the Hub.
+    """
     try:
         yield
     except (SafetensorError, StrictDataclassError) as error:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modular_star_encoder.data.files import staged_folder, write_json
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.evaluation.checkpoint import load_checkpoint
+from modular_star_encoder.evaluation.checkpoint import checkpoint_file, load_checkpoint
 from modular_star_encoder.evaluation.encoders import ExitEncoder
 from modular_star_encoder.evaluation.machine import library_versions, machine_kind
 from modular_star_encoder.evaluation.tasks import RetrievalTask
@@ -170,9 +170,9 @@ def default_folder(checkpoint: str | os.PathLike, exit_layer: int) -> Path:
 
 
 def checkpoint_prompts(checkpoint: str | os.PathLike, config: ModularStarEncoderConfig) -> dict[str, str]:
-    """The prompts that a checkpoint's folder names, or else the published ones."""
-    file = Path(checkpoint).expanduser() / "config_sentence_transformers.json"
-    prompts = json.loads(file.read_text(encoding="utf-8")).get("prompts") if file.is_file() else None
+    """The prompts that a checkpoint's folder or repository names, or else the published ones."""
+    file = checkpoint_file(checkpoint, "config_sentence_transformers.json")
+    prompts = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("prompts")
     return prompts or sentence_transformer_prompts(instructions=config.instruction_prompts)
 
 
