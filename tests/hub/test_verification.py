@@ -12,9 +12,13 @@ from safetensors.torch import load_file, save_file
 from modular_star_encoder.data.files import write_text
 from modular_star_encoder.hub import verification
 from modular_star_encoder.hub.reloading import ReloadedEmbeddings
+from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.hub.staging import stage_repositories
 from modular_star_encoder.hub.verification import check_files, verify_repositories
-from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
+from modular_star_encoder.modeling import (
+    ModularStarEncoderForPreTraining,
+    ModularStarEncoderForSequenceClassification,
+)
 from tests.hub.repositories import manifest
 from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -138,6 +142,20 @@ def test_other_embeddings_than_the_sources_are_found(staged, monkeypatch):
     exits[2][0, 0] = np.nan
     with pytest.raises(ValueError, match="exit 2 differs by nan"):
         verify_repositories([staged])
+
+
+@pytest.mark.slow
+def test_other_precisions_short_inputs_and_other_pooling_pass(tmp_path):
+    folders = {
+        "double": save_retrieval_checkpoint(tiny_model().double(), tiny_tokenizer(), tmp_path / "double"),
+        "short": save_retrieval_checkpoint(tiny_model(max_position_embeddings=8), tiny_tokenizer(), tmp_path / "short"),
+        "pretrained": tmp_path / "pretrained",
+    }
+    tiny_model(ModularStarEncoderForPreTraining, pooling="cls").save_pretrained(folders["pretrained"])
+    tiny_tokenizer().save_pretrained(folders["pretrained"])
+    entries = [{"name": name, "checkpoint": str(folder)} for name, folder in folders.items()]
+    verified = verify_repositories(stage_repositories(manifest(entries), tmp_path / "staged"), progress=False)
+    assert {one.repository for one in verified} == {"me/double", "me/short", "me/pretrained"}
 
 
 def test_what_cannot_be_published_is_refused(tmp_path):

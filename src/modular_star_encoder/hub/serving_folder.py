@@ -35,16 +35,17 @@ from modular_star_encoder.hub.onnx_check import TOLERANCE, check_onnx
 from modular_star_encoder.hub.onnx_export import ONNX_FILE, export_onnx
 from modular_star_encoder.hub.onnx_ranking import RankingComparison, compare_rankings
 from modular_star_encoder.hub.quantization import QUANTIZED_FILE, SETTINGS, quantize_onnx
-from modular_star_encoder.hub.sentence_transformer_files import MODULES, write_sentence_transformer_files
+from modular_star_encoder.hub.sentence_transformer_files import (
+    MODULES,
+    check_servable,
+    write_sentence_transformer_files,
+)
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 
 EXPORT_REPORT = "onnx/export.json"
 QUANTIZATION_REPORT = "onnx/quantization.json"
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "modular-star-encoder")
-
-SERVABLE = {"pooling": ("mean", "cls"), "projection_order": ("project_then_pool",), "embedding_normalization": ("l2",)}
-"""What pooling and normalisation outside the model, in SentenceTransformers' modules, can express."""
 
 _STARCODER2 = (
     "vocab_size",
@@ -146,20 +147,6 @@ def _write_onnx_files(
         sizes = {f"{name}_bytes": path.stat().st_size for name, path in files.items()}
         _write_report(folder / QUANTIZATION_REPORT, common, rankings["int8"], settings=SETTINGS, **sizes)
     return rankings
-
-
-def check_servable(config: ModularStarEncoderConfig) -> None:
-    """Refuse a model whose embedding SentenceTransformers' own pooling and normalisation would not give.
-
-    Raises:
-        ValueError: the message says which setting that is.
-    """
-    for name, allowed in SERVABLE.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(
-                f"A model with {name}={getattr(config, name)!r} can't be exported for serving: SentenceTransformers "
-                f"has only {' and '.join(map(repr, allowed))}."
-            )
 
 
 def default_folder(checkpoint: str | os.PathLike, exit_layer: int) -> Path:

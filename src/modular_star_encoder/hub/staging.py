@@ -111,8 +111,9 @@ def _stage(
     config = AutoConfig.from_pretrained(folder)
     if not (folder / "modules.json").is_file():
         prompts = sentence_transformer_prompts(instructions=config.instruction_prompts) if retrieval else {}
-        dimension = config.projection_size if retrieval else config.hidden_size
-        write_sentence_transformer_files(folder, config, prompts, dimension=dimension)
+        # A pre-trained model is pooled where it is verified: the mean, whatever its retrieval heads would do.
+        own = {} if retrieval else {"dimension": config.hidden_size, "pooling": "mean"}
+        write_sentence_transformer_files(folder, config, prompts, **own)
     settings = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
     parameters = count_parameters(model_class, config)
     measured = parent.card.measurements.cut(parameters) if entry.slice_of else _measure(entry, source, parameters)
