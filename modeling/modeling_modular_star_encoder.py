@@ -425,6 +425,9 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     def __init__(self, config: ModularStarEncoderConfig, *inputs: Any, **kwargs: Any) -> None:
         # Values given to `from_pretrained` are set on the configuration after its own validation.
         config.validate()
+        for name in ("hidden_act", "projection_act"):
+            if getattr(config, name) not in ACT2FN:
+                raise ValueError(f"{name} {getattr(config, name)!r} must be one of {', '.join(ACT2FN)}.")
         full = config
         if full.exit_layer is not None:
             config = full.cut(full.exit_layer)

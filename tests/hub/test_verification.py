@@ -181,3 +181,47 @@ def test_what_cannot_be_published_is_refused(tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="holds an adapter: publish the merged model"):
         stage(adapter)
+
+
+def stage_one(folder, staging, **changes):
+    (one,) = stage_repositories(manifest([{"name": "tiny", "checkpoint": str(folder), **changes}]), staging)
+    return one
+
+
+@pytest.mark.parametrize("path", ["README.md", "./README.md", "config.json", "model.safetensors"])
+def test_files_of_the_manifest_replace_none_of_the_repositorys_own(staged, tmp_path, path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match=f"tiny: files must not name {path}"):
+        stage_one(staged.source, tmp_path / "staged", files={path: str(tmp_path / "mine")})
+    one = stage_one(staged.source, tmp_path / "again", files={"onnx/model.onnx": str(tmp_path / "mine")})
+    assert (one.folder / "onnx" / "model.onnx").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("log.json", '{"steps"', r"log\.json is damaged: Expecting ':'"),
+        ("log.json", "[]", r"log\.json must hold a mapping"),
+        ("recipe.yaml", "a: [\n", r"recipe\.yaml is damaged: while parsing"),
+        ("recipe.yaml", "\xff", r"recipe\.yaml must hold a mapping"),
+    ],
+)
+def test_a_damaged_log_or_recipe_is_one_sentence(staged, tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    setting = {"log.json": "training_log", "recipe.yaml": "recipe"}[name]
+    with pytest.raises(ValueError, match=sentence):
+        stage_one(staged.source, tmp_path / "staged", **{setting: str(tmp_path / name)})
+
+
+def test_a_checkpoint_without_the_prompts_of_its_card_is_refused(staged, tmp_path):
+    copy = shutil.copytree(staged.source, tmp_path / "copy")
+    (copy / "config_sentence_transformers.json").write_text("{}")
+    with pytest.raises(ValueError, match="must name the prompts query and document_python"):
+        stage_one(copy, tmp_path / "staged")
+
+
+def test_a_branch_stays_in_the_staging_folder(staged, tmp_path):
+    entries = [{"name": "tiny", "checkpoint": str(staged.source), "branch": name} for name in ("x", "x/y", "../../z")]
+    for one in stage_repositories(manifest(entries), tmp_path / "staged"):
+        assert one.folder.parent == tmp_path / "staged"
+        check_files(one.folder)
