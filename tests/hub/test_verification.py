@@ -172,6 +172,10 @@ def test_what_cannot_be_published_is_refused(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     (one,) = stage(bare, tokenizer=str(tmp_path / "tokenizer"))
     check_files(one.folder)
+    slices = [{"name": "2", "slice_of": "tiny", "exit_layer": 2}, {"name": "1", "slice_of": "2", "exit_layer": 1}]
+    whole = {"name": "tiny", "checkpoint": str(bare), "tokenizer": str(tmp_path / "tokenizer")}
+    for one in stage_repositories(manifest([whole, *slices]), tmp_path / "staged-slices"):
+        check_files(one.folder)
     classifier = tmp_path / "classifier"
     tiny_model(ModularStarEncoderForSequenceClassification).save_pretrained(classifier)
     with pytest.raises(ValueError, match="what is published are pre-trained and retrieval models"):

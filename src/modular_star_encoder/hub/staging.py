@@ -104,13 +104,13 @@ def _stage(
     manifest: Manifest, entry: RepositorySettings, parent: StagedRepository | None, folder: Path
 ) -> StagedRepository:
     source = parent.source if entry.slice_of else Path(entry.checkpoint).expanduser()
-    model_class = _check_source(source, entry.tokenizer)
+    tokenizer = entry.tokenizer or (parent.folder if entry.slice_of else None)
+    model_class = _check_source(source, tokenizer)
     if entry.slice_of and entry.exit_layer not in parent.exit_layers:
         exits = ", ".join(map(str, parent.exit_layers))
         raise ValueError(f"{entry.key}: exit_layer {entry.exit_layer} is none of {entry.slice_of}'s exits {exits}.")
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     folder.mkdir(parents=True)
-    tokenizer = entry.tokenizer or (parent.settings.tokenizer if entry.slice_of else None)
     write_checkpoint(source, folder, entry.exit_layer, only_exit=entry.only_exit, tokenizer=tokenizer)
     config = AutoConfig.from_pretrained(folder)
     if not (folder / "modules.json").is_file():
@@ -156,7 +156,7 @@ def _copy_files(entry: RepositorySettings, folder: Path) -> None:
         shutil.copyfile(Path(file).expanduser(), folder / path)
 
 
-def _check_source(source: Path, tokenizer: str | None) -> type[ModularStarEncoderPreTrainedModel]:
+def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularStarEncoderPreTrainedModel]:
     """The class of a checkpoint that can be published.
 
     Raises:
@@ -166,7 +166,7 @@ def _check_source(source: Path, tokenizer: str | None) -> type[ModularStarEncode
     if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
         raise ValueError(f"{source} holds an adapter: publish the merged model (`mose finetune` writes it, too).")
     check_checkpoint(source)
-    if not Path(tokenizer or source, TOKENIZER).is_file():
+    if not Path(tokenizer or source, TOKENIZER).expanduser().is_file():
         raise ValueError(f"{tokenizer or source} has no {TOKENIZER}; name a folder that has one as `tokenizer`.")
     architecture = AutoConfig.from_pretrained(source).architectures[0]
     model_class = class_named(architecture, source)
