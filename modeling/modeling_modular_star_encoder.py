@@ -63,6 +63,9 @@ TOKENS_PER_CHUNK = 160
 # Rows of that gradient that are summed at once: a sum over two dtypes first copies one of them, on a CPU.
 ROWS_PER_SUM = 4096
 
+# Arguments of `save_pretrained` that are for `push_to_hub` alone.
+PUSH_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description", "tags")
+
 # Texts share a group of unpadded attention while the shortest has this share of the longest one's tokens.
 SHORTEST_IN_GROUP = 0.8
 
@@ -507,11 +510,12 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
             save_directory: folder, created if missing.
             is_main_process: whether this process may write. Where several processes share a model (FSDP2), each must
                 call; the first one writes, whole tensors.
-            push_to_hub: also upload the model; `repo_id`, `commit_message` and the like are passed on.
+            push_to_hub: also upload the model; `repo_id`, `private` and the other arguments of `push_to_hub` are passed
+                on.
             save_original_format: as in transformers, but off by default.
             **kwargs: passed to `PreTrainedModel.save_pretrained`.
         """
-        hub_kwargs = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr") if key in kwargs}
+        hub_kwargs = {key: kwargs.pop(key) for key in PUSH_ARGUMENTS if key in kwargs}
         self.config.auto_map = _auto_map(type(self))
         if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = _whole_tensors(self)
@@ -528,7 +532,8 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
                 shutil.copyfile(module, Path(staging) / module.name)
             _move_checkpoint(Path(staging), target)
         if push_to_hub:
-            self.push_to_hub(hub_kwargs.pop("repo_id", target.name), token=kwargs.get("token"), **hub_kwargs)
+            hub_kwargs |= {key: kwargs[key] for key in ("token", "max_shard_size") if key in kwargs}
+            self.push_to_hub(hub_kwargs.pop("repo_id", target.name), **hub_kwargs)
 
 
 def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None:
