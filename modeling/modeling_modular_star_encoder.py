@@ -1044,7 +1044,8 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
             losses = sum(part for part in (result.mlm_losses, result.icc_losses) if part is not None)
             weights = [self.config.exit_weight(exit_layer) for exit_layer in exits]
             result.loss = (losses * torch.tensor(weights, device=losses.device)).sum()
-        return result
+        # Once more, for fields stand in a tuple in the order in which they were set, and the loss belongs first.
+        return ModularStarEncoderForPreTrainingOutput(**result)
 
 
 class ModularStarEncoderProjectionHead(nn.Module):
