@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
@@ -143,6 +144,30 @@ def test_what_is_damaged_or_none_of_ours_is_one_sentence(checkpoint, tmp_path, c
     (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
     assert cli.main(["slice", str(copy), "--exit-layer", "2", str(tmp_path / "slice")]) == 2
     assert re.search(f"mose: error: {copy} {sentence}", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_head_that_is_not_in_the_file_is_not_drawn_at_random(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    tensors = {name: tensor.clone() for name, tensor in load_file(copy / "model.safetensors").items()}
+    del tensors["projection_heads.2.dense.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 tensors are missing from .*, such as projection_heads\.2\.dense\.weight"):
+        slice_checkpoint(copy, 2, tmp_path / "slice")
+    save_file({**tensors, "model.layers.4.mlp.c_fc.bias": torch.ones(2)}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 tensors are too many in .*, such as model\.layers\.4\.mlp\.c_fc\.bias"):
+        slice_checkpoint(copy, 1, tmp_path / "slice")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_damaged_tokenizer_is_one_sentence(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(ValueError, match=r"The tokenizer of .*copy is missing or damaged"):
+        slice_checkpoint(copy, 2, tmp_path / "slice")
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"The tokenizer of .*copy is missing or damaged"):
+        slice_checkpoint(copy, 2, tmp_path / "slice")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel
 
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+from modular_star_encoder.modeling import (
+    ModularStarEncoderConfig,
+    ModularStarEncoderForRetrieval,
+    ModularStarEncoderPreTrainedModel,
+)
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -45,7 +50,7 @@ def load_checkpoint(
     arguments = {} if exit_layer is None else {"exit_layer": config.check_exit(exit_layer)}
     if dtype is not None:
         arguments["dtype"] = dtype
-    with checkpoint_errors(path):
+    with _clear_errors(path):
         model = AutoModel.from_pretrained(path, trust_remote_code=False, **arguments)
         tokenizer = load_tokenizer(path)
     if not isinstance(model, ModularStarEncoderForRetrieval):
@@ -61,41 +66,16 @@ def load_config(path: str | Path) -> ModularStarEncoderConfig:
     """
     check_checkpoint(path)
     path = os.path.expanduser(path)
-    with checkpoint_errors(path):
+    with _clear_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not isinstance(config, ModularStarEncoderConfig):
         raise ValueError(f"{path} holds a model of type {config.model_type!r}, not a ModularStarEncoder.")
     return config
 
 
-def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """A file of a checkpoint folder or of a Hub repository; None if it has none, or offline if it was never fetched.
-
-    Raises:
-        OSError: the Hub has no such repository, or can't be reached.
-    """
-    path = os.path.expanduser(os.fspath(path))
-    if os.path.isdir(path):
-        return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
-    with checkpoint_errors(path):
-        try:
-            return Path(hf_hub_download(path, name))
-        except LocalEntryNotFoundError:
-            if not constants.HF_HUB_OFFLINE:
-                raise
-        except EntryNotFoundError:
-            pass
-    return None
-
-
 @contextmanager
-def checkpoint_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say in one sentence what is wrong with a checkpoint.
-
-    Raises:
-        ValueError: damaged weights, or a configuration that contradicts itself.
-        OSError: a file can't be read, or had from the Hub.
-    """
+def _clear_errors(path: str | Path) -> Iterator[None]:
+    """Say in one sentence what is wrong with a checkpoint."""
     try:
         yield
     except (SafetensorError, StrictDataclassError) as error:
@@ -133,3 +113,44 @@ def _could_be_on_the_hub(path: str) -> bool:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def load_whole(
+    model_class: type[ModularStarEncoderPreTrainedModel], path: str | os.PathLike[str], exit_layer: int | None = None
+) -> ModularStarEncoderPreTrainedModel:
+    """A model of any of our classes, in the checkpoint's dtype, none of whose tensors is drawn at random.
+
+    Raises:
+        ValueError: damaged weights, or others than the configuration describes.
+        OSError: a file can't be read, or had from the Hub.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    with _clear_errors(path):
+        model, info = model_class.from_pretrained(path, exit_layer=exit_layer, output_loading_info=True)
+    # A published model may lack its vocabulary's bias, which is a bias of zero then.
+    missing = set(info["missing_keys"]) - {"heads.decoder.bias"}
+    unexpected = {name for name in info["unexpected_keys"] if re.search(r"(^|\.)(embed_tokens|layers|norm)\.", name)}
+    for problem, names in (("missing from", missing), ("too many in", unexpected)):
+        if names:
+            raise ValueError(f"{len(names)} tensors are {problem} {path}, such as {min(names)}.")
+    return model
+
+
+def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
+    """A file of a checkpoint folder or of a Hub repository; None if it has none, or offline if it was never fetched.
+
+    Raises:
+        OSError: the Hub has no such repository, or can't be reached.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    if os.path.isdir(path):
+        return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
+    with _clear_errors(path):
+        try:
+            return Path(hf_hub_download(path, name))
+        except LocalEntryNotFoundError:
+            if not constants.HF_HUB_OFFLINE:
+                raise
+        except EntryNotFoundError:
+            pass
+    return None
