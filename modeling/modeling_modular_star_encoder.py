@@ -132,8 +132,8 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
     Args:
         last_hidden_state: (B, T, D), tokens projected by the head of the deepest exit asked for.
-        sentence_embedding: (B, D), of the deepest exit asked for, L2-normalised.
-        exit_embeddings: (E, B, D), of every exit asked for, shallowest first, L2-normalised.
+        sentence_embedding: (B, D), of the deepest exit asked for, normalised (`config.embedding_normalization`).
+        exit_embeddings: (E, B, D), of every exit asked for, shallowest first, normalised.
         logit_scale: (1,) float32, the learned multiplier of similarities, where the model has one.
         exit_hidden_states, residual_states, hidden_states, attentions: as in the trunk's output.
     """
