@@ -45,6 +45,16 @@ CHOICES = {
     "pooler_position": ("last", "first"),
 }
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "projection_size",
+)
+
 # Bounds of a learned logit scale; the upper one is CLIP's (arXiv 2103.00020, section 2.5).
 LOGIT_SCALE_BOUNDS = (1.0, 100.0)
 
@@ -237,6 +247,12 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             raise ValueError(f"exit_layers {exits} must all be among parent_exit_layers {self.parent_exit_layers}.")
         if self.exit_layer is not None:
             self.check_exit(self.exit_layer)
+
+    def validate_all_sizes(self) -> None:
+        """Refuse sizes below 1; validators run in the order of their names, and the others divide by these."""
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1.")
 
     def validate_choices(self) -> None:
         """Refuse words that an option does not know."""

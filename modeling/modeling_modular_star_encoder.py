@@ -63,6 +63,9 @@ TOKENS_PER_CHUNK = 160
 # Rows of that gradient that are summed at once: a sum over two dtypes first copies one of them, on a CPU.
 ROWS_PER_SUM = 4096
 
+# Arguments of `save_pretrained` that are for `push_to_hub` alone.
+PUSH_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description", "tags")
+
 # Texts share a group of unpadded attention while the shortest has this share of the longest one's tokens.
 SHORTEST_IN_GROUP = 0.8
 
@@ -129,8 +132,8 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
     Args:
         last_hidden_state: (B, T, D), tokens projected by the head of the deepest exit asked for.
-        sentence_embedding: (B, D), of the deepest exit asked for, L2-normalised.
-        exit_embeddings: (E, B, D), of every exit asked for, shallowest first, L2-normalised.
+        sentence_embedding: (B, D), of the deepest exit asked for, normalised (`config.embedding_normalization`).
+        exit_embeddings: (E, B, D), of every exit asked for, shallowest first, normalised.
         logit_scale: (1,) float32, the learned multiplier of similarities, where the model has one.
         exit_hidden_states, residual_states, hidden_states, attentions: as in the trunk's output.
     """
@@ -425,6 +428,9 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     def __init__(self, config: ModularStarEncoderConfig, *inputs: Any, **kwargs: Any) -> None:
         # Values given to `from_pretrained` are set on the configuration after its own validation.
         config.validate()
+        for name in ("hidden_act", "projection_act"):
+            if getattr(config, name) not in ACT2FN:
+                raise ValueError(f"{name} {getattr(config, name)!r} must be one of {', '.join(ACT2FN)}.")
         full = config
         if full.exit_layer is not None:
             config = full.cut(full.exit_layer)
@@ -504,11 +510,12 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
             save_directory: folder, created if missing.
             is_main_process: whether this process may write. Where several processes share a model (FSDP2), each must
                 call; the first one writes, whole tensors.
-            push_to_hub: also upload the model; `repo_id`, `commit_message` and the like are passed on.
+            push_to_hub: also upload the model; `repo_id`, `private` and the other arguments of `push_to_hub` are passed
+                on.
             save_original_format: as in transformers, but off by default.
             **kwargs: passed to `PreTrainedModel.save_pretrained`.
         """
-        hub_kwargs = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr") if key in kwargs}
+        hub_kwargs = {key: kwargs.pop(key) for key in PUSH_ARGUMENTS if key in kwargs}
         self.config.auto_map = _auto_map(type(self))
         if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = _whole_tensors(self)
@@ -525,7 +532,8 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
                 shutil.copyfile(module, Path(staging) / module.name)
             _move_checkpoint(Path(staging), target)
         if push_to_hub:
-            self.push_to_hub(hub_kwargs.pop("repo_id", target.name), token=kwargs.get("token"), **hub_kwargs)
+            hub_kwargs |= {key: kwargs[key] for key in ("token", "max_shard_size") if key in kwargs}
+            self.push_to_hub(hub_kwargs.pop("repo_id", target.name), **hub_kwargs)
 
 
 def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None:
@@ -635,8 +643,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         Args:
             input_ids: (B, T) token ids.
             attention_mask: (B, T), 1 for real tokens and 0 for padding on either side; or a prepared 4D mask.
-            position_ids: (B, T); by default each row counts its real tokens from 0. Without `attention_mask`, positions
-                that restart within a row mark packed texts, which do not see each other.
+            position_ids: (B, T), or (1, T) for all rows; by default each row counts its real tokens from 0. Without
+                `attention_mask`, positions that restart within a row mark packed texts, which do not see each other.
             inputs_embeds: (B, T, H) in place of `input_ids`; with `start_layer`, the `residual_states` to resume from.
             exit_layer: the one exit to run to; by default the deepest.
             exit_layers: several exits to return from one pass.
@@ -657,7 +665,9 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             raise ValueError(f"start_layer {start_layer} needs inputs_embeds, and exits deeper than it; got {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        if position_ids is not None:
+            position_ids = position_ids.expand(inputs_embeds.shape[:2])
+        bounds = _document_bounds(inputs_embeds, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         restore = None
         recorded = any(
             kwargs.get(name) or getattr(self.config, name, False)
@@ -668,7 +678,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         # What is recorded inside layers has no way back to the padded shape.
         if self.config.unpad_inputs and bounds is None and two_dimensional and not recorded and attention_mask.any():
             if position_ids is not None:
-                position_ids = position_ids.expand_as(attention_mask)[attention_mask.bool()].unsqueeze(0)
+                position_ids = position_ids[attention_mask.bool()].unsqueeze(0)
             inputs_embeds, bounds, restore = _unpad(inputs_embeds, attention_mask)
         elif bounds is not None and inputs_embeds.shape[0] > 1:
             if kwargs.get("cu_seq_lens_q") is not None:
@@ -751,16 +761,19 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
 
 
 def _document_bounds(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, cu_seq_lens: torch.Tensor | None
+    states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Where texts begin and end in the flattened batch, (texts + 1,); `None` where rows hold one text each."""
+    """Where texts begin and end in the flattened (B, T, …) states, (texts + 1,); `None` where rows hold one each."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:
         return None
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    documents = find_packed_sequence_indices(position_ids)
+    documents = find_packed_sequence_indices(position_ids.expand(states.shape[:2]))
     if documents is None:
         return None
     first_of_row = torch.arange(documents.shape[0], device=documents.device)[:, None] * documents.shape[1]
@@ -998,7 +1011,7 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
             **kwargs,
         )
         rows = [self.config.exit_index(exit_layer) for exit_layer in exits]
-        bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         pooled = [
             self.heads.pooler(*_rows(states, attention_mask, bounds), self.heads.exit_embedding(row))
             for row, states in zip(rows, outputs.exit_hidden_states, strict=True)
@@ -1031,7 +1044,8 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
             losses = sum(part for part in (result.mlm_losses, result.icc_losses) if part is not None)
             weights = [self.config.exit_weight(exit_layer) for exit_layer in exits]
             result.loss = (losses * torch.tensor(weights, device=losses.device)).sum()
-        return result
+        # Once more, for fields stand in a tuple in the order in which they were set, and the loss belongs first.
+        return ModularStarEncoderForPreTrainingOutput(**result)
 
 
 class ModularStarEncoderProjectionHead(nn.Module):
@@ -1139,7 +1153,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             exit_layers=exits,
             **kwargs,
         )
-        bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         embeddings, tokens = [], None
         for exit_layer, states in zip(exits, outputs.exit_hidden_states, strict=True):
             head = self.projection_heads[str(exit_layer)]
@@ -1204,7 +1218,7 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
             exit_layers=exits,
             **kwargs,
         )
-        bounds = _document_bounds(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         vectors = [self.exit_embedding(self.config.exit_index(exit_layer)) for exit_layer in exits]
         exit_logits = torch.stack(
             [

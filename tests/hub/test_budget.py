@@ -51,6 +51,13 @@ def test_the_model_has_the_dtype_that_was_profiled_unless_told(checkpoint):
     assert load_sentence_transformer_at_budget(checkpoint, **options)[0].auto_model.dtype == torch.float32
 
 
+def test_a_profile_of_a_gpu_serves_where_there_is_none(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    profile = dataclasses.replace(ExitProfile.load(checkpoint / "exit_profile.json"), device="cuda")
+    model = load_sentence_transformer_at_budget(checkpoint, profile=profile, min_quality=0.3)
+    assert model.encode(["add two numbers"]).shape == (1, 16)
+
+
 def test_a_profile_of_another_machine_is_used_with_a_warning(checkpoint, monkeypatch):
     monkeypatch.setattr("modular_star_encoder.evaluation.machine.processor_model", lambda: "another processor")
     with pytest.warns(UserWarning, match=r"measured on another machine \(processor .*here 'another processor'\)"):

@@ -32,6 +32,16 @@ def test_a_manifest_is_read_with_overrides(tmp_path):
         ([ENTRY, ENTRY], "a stands twice"),
         ([{**ENTRY, "name": "a/b/c"}], "'me/a/b/c' is no id of a repository"),
         ([{**ENTRY, "evaluation": "report.json"}], "evaluation must be a list"),
+        ([{**ENTRY, "evaluation": None}], "a: evaluation must be a list of words, not None"),
+        ([{**ENTRY, "checkpoint": 5}], "a: checkpoint must be words"),
+        ([{**ENTRY, "name": 5}], "5: name must be words"),
+        (
+            [{**ENTRY, "branch": 1.0}],
+            r"a@1\.0: branch must be words .in quotes, if YAML",
+        ),
+        ([{**ENTRY, "training_data": ["x"]}], "training_data must be words"),
+        ([{**ENTRY, "only_exit": "no"}], "only_exit must be true or false, not 'no'"),
+        ([{**ENTRY, "files": ["x"]}], "files must be a mapping of files"),
         ([{**ENTRY, "files": {"../model.onnx": "x"}}], "'../model.onnx' must be a path inside the repository"),
         ([{**ENTRY, "weights": "x"}], "repository 1 has unknown settings weights"),
         (
@@ -43,6 +53,19 @@ def test_a_manifest_is_read_with_overrides(tmp_path):
 def test_a_contradiction_is_one_sentence(entries, sentence):
     with pytest.raises(ValueError, match=sentence):
         manifest(entries)
+
+
+@pytest.mark.parametrize("changes", [{"datasets": "me/data"}, {"tags": "java"}, {"tags": None}, {"tags": [1]}])
+def test_one_word_is_no_list(changes):
+    with pytest.raises(ValueError, match="must be a list of words, not"):
+        manifest([ENTRY], **changes)
+
+
+def test_prose_may_be_left_empty():
+    read = manifest([{**ENTRY, "training_data": None}], limits=None)
+    assert (read.limits, read.repositories[0].training_data) == (None, None)
+    with pytest.raises(ValueError, match="title must be words"):
+        manifest([ENTRY], title=None)
 
 
 def test_a_licence_has_a_name():

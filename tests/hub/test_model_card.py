@@ -1,7 +1,9 @@
 """Cards: every figure is one that was measured, and the Hub's client reads them back."""
 
+import ast
 import json
 import re
+import shutil
 
 import pytest
 from huggingface_hub import ModelCard
@@ -119,6 +121,30 @@ def test_parent_and_slices_name_each_other_with_revisions(plan, staged):
     )
     write_card(staged["tiny-2"], plan)
     assert "revision `" not in card(staged["tiny-2"])
+
+
+def test_a_slice_of_a_slice_names_its_parents_depth_and_no_exit_that_the_parent_lacks(checkpoints, tmp_path):
+    entries = [
+        finetuned_entry(checkpoints[1]),
+        {"name": "tiny-2", "slice_of": "tiny", "exit_layer": 2},
+        {"name": "tiny-1", "slice_of": "tiny-2", "exit_layer": 1},
+    ]
+    last = stage_repositories(manifest(entries), tmp_path / "staged")[-1]
+    assert "The first 1 of 2 layers of [me/tiny-2]" in card(last)
+    entries[2]["exit_layer"] = 4
+    with pytest.raises(ValueError, match=r"tiny-1: exit_layer 4 is none of tiny-2's exits 1, 2\."):
+        stage_repositories(manifest(entries), tmp_path / "again")
+
+
+def test_snippets_hold_the_prompts_of_the_checkpoint(checkpoints, tmp_path):
+    copy = shutil.copytree(checkpoints[1], tmp_path / "model")
+    path = copy / "config_sentence_transformers.json"
+    prompts = {"query": 'find "🔍": ', "document_python": "code: "}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prompts": prompts}))
+    (one,) = stage_repositories(manifest([{"name": "tiny", "checkpoint": str(copy)}]), tmp_path / "staged")
+    query = re.search(r"^query = (.*)$", card(one), re.MULTILINE)[1]
+    assert ast.literal_eval(query) == 'find "🔍": sum of two numbers'
+    assert "`query`, `document_python`." in card(one)
 
 
 def test_training_is_told_from_the_log_without_places_of_this_machine(staged):

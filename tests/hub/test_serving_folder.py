@@ -284,10 +284,17 @@ def test_wrong_arguments_write_nothing(checkpoint, tmp_path, arguments, message)
 @pytest.mark.parametrize(
     "setting", [{"projection_order": "pool_then_project"}, {"embedding_normalization": "clip"}, {"pooling": "legacy"}]
 )
-def test_an_embedding_that_sentence_transformers_cannot_make_is_refused(setting):
+def test_an_embedding_that_sentence_transformers_cannot_make_is_refused(setting, tmp_path):
     ((name, value),) = setting.items()
-    with pytest.raises(ValueError, match=f"A model with {name}='{value}' can't be exported for serving"):
-        serving_folder.check_servable(tiny_model(**SHAPE, **setting).config)
+    model, refusal = tiny_model(**SHAPE, **setting), f"A model with {name}='{value}' can't be a SentenceTransformer"
+    with pytest.raises(ValueError, match=refusal):
+        save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path / "checkpoint")
+    assert list(tmp_path.iterdir()) == []
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=refusal):
+        export_for_serving(tmp_path / "model", out=tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_model_of_other_weights_than_float32_is_not_traced(tmp_path):

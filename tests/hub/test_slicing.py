@@ -1,22 +1,28 @@
 """Slices: the exit of the full model, bit for bit, by every way of loading."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
+import modular_star_encoder_cli as cli
 from modular_star_encoder.data.files import staged_folder
 from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.hub.reloading import reload_in_clean_process
 from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.hub.serving_folder import checkpoint_prompts
 from modular_star_encoder.hub.slicing import slice_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
+from tests.hub.test_cached_repository import REPOSITORY, cache_repository
 from tests.published.stand_in import write_stand_in
-from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_batch, tiny_model, tiny_tokenizer
+from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_batch, tiny_config, tiny_model, tiny_tokenizer
 
 TEXTS = ["add two numbers", "def subtract(first, second):\n    return first - second", "x"]
 
@@ -122,6 +128,70 @@ def test_wrong_input_writes_nothing(checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no weights"):
         slice_checkpoint(tmp_path / "empty", 2, out)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "holds a model of type 'bert', not a Modular"),
+        ({"exit_norm": "lst"}, "can't be loaded: .*exit_norm 'lst' must be one of last, all, none"),
+        ({}, "can't be loaded: .*deserializing"),
+    ],
+)
+def test_what_is_damaged_or_none_of_ours_is_one_sentence(checkpoint, tmp_path, config, sentence, capsys):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | config))
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
+    assert cli.main(["slice", str(copy), "--exit-layer", "2", str(tmp_path / "slice")]) == 2
+    assert re.search(f"mose: error: {copy} {sentence}", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_head_that_is_not_in_the_file_is_not_drawn_at_random(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    tensors = {name: tensor.clone() for name, tensor in load_file(copy / "model.safetensors").items()}
+    del tensors["projection_heads.2.dense.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 tensors are missing from .*, such as projection_heads\.2\.dense\.weight"):
+        slice_checkpoint(copy, 2, tmp_path / "slice")
+    save_file({**tensors, "model.layers.4.mlp.c_fc.bias": torch.ones(2)}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 tensors are too many in .*, such as model\.layers\.4\.mlp\.c_fc\.bias"):
+        slice_checkpoint(copy, 1, tmp_path / "slice")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_damaged_tokenizer_is_one_sentence(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(ValueError, match=r"The tokenizer of .*copy is missing or damaged"):
+        slice_checkpoint(copy, 2, tmp_path / "slice")
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"The tokenizer of .*copy is missing or damaged"):
+        slice_checkpoint(copy, 2, tmp_path / "slice")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_slice_of_a_repository_is_a_sentence_transformer_too(checkpoint, tmp_path, monkeypatch):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    settings = json.loads((copy / "config_sentence_transformers.json").read_text())
+    settings["prompts"] = {"query": "find: "}
+    (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    cache_repository(copy, tmp_path / "hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    from_folder = slice_checkpoint(copy, 2, tmp_path / "from-folder")
+    from_hub = slice_checkpoint(REPOSITORY, 2, tmp_path / "from-hub")
+    files = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (from_folder, from_hub)]
+    assert files[0] == files[1]
+    assert load(from_hub).prompts["query"] == "find: "
+    assert checkpoint_prompts(REPOSITORY, tiny_config()) == {"query": "find: "}
+
+
+def test_a_tilde_is_the_home_folder(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    sliced = slice_checkpoint("~/model", 2, "~/slice")
+    assert sliced == checkpoint.parent / "slice"
+    assert sliced.is_dir()
 
 
 def test_a_folder_that_is_taken_is_left_alone(checkpoint, tmp_path):

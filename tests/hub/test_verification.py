@@ -12,9 +12,13 @@ from safetensors.torch import load_file, save_file
 from modular_star_encoder.data.files import write_text
 from modular_star_encoder.hub import verification
 from modular_star_encoder.hub.reloading import ReloadedEmbeddings
+from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.hub.staging import stage_repositories
 from modular_star_encoder.hub.verification import check_files, verify_repositories
-from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
+from modular_star_encoder.modeling import (
+    ModularStarEncoderForPreTraining,
+    ModularStarEncoderForSequenceClassification,
+)
 from tests.hub.repositories import manifest
 from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -140,6 +144,20 @@ def test_other_embeddings_than_the_sources_are_found(staged, monkeypatch):
         verify_repositories([staged])
 
 
+@pytest.mark.slow
+def test_other_precisions_short_inputs_and_other_pooling_pass(tmp_path):
+    folders = {
+        "double": save_retrieval_checkpoint(tiny_model().double(), tiny_tokenizer(), tmp_path / "double"),
+        "short": save_retrieval_checkpoint(tiny_model(max_position_embeddings=8), tiny_tokenizer(), tmp_path / "short"),
+        "pretrained": tmp_path / "pretrained",
+    }
+    tiny_model(ModularStarEncoderForPreTraining, pooling="cls").save_pretrained(folders["pretrained"])
+    tiny_tokenizer().save_pretrained(folders["pretrained"])
+    entries = [{"name": name, "checkpoint": str(folder)} for name, folder in folders.items()]
+    verified = verify_repositories(stage_repositories(manifest(entries), tmp_path / "staged"), progress=False)
+    assert {one.repository for one in verified} == {"me/double", "me/short", "me/pretrained"}
+
+
 def test_what_cannot_be_published_is_refused(tmp_path):
     def stage(folder, **changes):
         entry = {"name": "tiny", "checkpoint": str(folder), **changes}
@@ -154,6 +172,10 @@ def test_what_cannot_be_published_is_refused(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     (one,) = stage(bare, tokenizer=str(tmp_path / "tokenizer"))
     check_files(one.folder)
+    slices = [{"name": "2", "slice_of": "tiny", "exit_layer": 2}, {"name": "1", "slice_of": "2", "exit_layer": 1}]
+    whole = {"name": "tiny", "checkpoint": str(bare), "tokenizer": str(tmp_path / "tokenizer")}
+    for one in stage_repositories(manifest([whole, *slices]), tmp_path / "staged-slices"):
+        check_files(one.folder)
     classifier = tmp_path / "classifier"
     tiny_model(ModularStarEncoderForSequenceClassification).save_pretrained(classifier)
     with pytest.raises(ValueError, match="what is published are pre-trained and retrieval models"):
@@ -163,3 +185,47 @@ def test_what_cannot_be_published_is_refused(tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="holds an adapter: publish the merged model"):
         stage(adapter)
+
+
+def stage_one(folder, staging, **changes):
+    (one,) = stage_repositories(manifest([{"name": "tiny", "checkpoint": str(folder), **changes}]), staging)
+    return one
+
+
+@pytest.mark.parametrize("path", ["README.md", "./README.md", "config.json", "model.safetensors"])
+def test_files_of_the_manifest_replace_none_of_the_repositorys_own(staged, tmp_path, path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match=f"tiny: files must not name {path}"):
+        stage_one(staged.source, tmp_path / "staged", files={path: str(tmp_path / "mine")})
+    one = stage_one(staged.source, tmp_path / "again", files={"onnx/model.onnx": str(tmp_path / "mine")})
+    assert (one.folder / "onnx" / "model.onnx").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("log.json", '{"steps"', r"log\.json is damaged: Expecting ':'"),
+        ("log.json", "[]", r"log\.json must hold a mapping"),
+        ("recipe.yaml", "a: [\n", r"recipe\.yaml is damaged: while parsing"),
+        ("recipe.yaml", "\xff", r"recipe\.yaml must hold a mapping"),
+    ],
+)
+def test_a_damaged_log_or_recipe_is_one_sentence(staged, tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    setting = {"log.json": "training_log", "recipe.yaml": "recipe"}[name]
+    with pytest.raises(ValueError, match=sentence):
+        stage_one(staged.source, tmp_path / "staged", **{setting: str(tmp_path / name)})
+
+
+def test_a_checkpoint_without_the_prompts_of_its_card_is_refused(staged, tmp_path):
+    copy = shutil.copytree(staged.source, tmp_path / "copy")
+    (copy / "config_sentence_transformers.json").write_text("{}")
+    with pytest.raises(ValueError, match="must name the prompts query and document_python"):
+        stage_one(copy, tmp_path / "staged")
+
+
+def test_a_branch_stays_in_the_staging_folder(staged, tmp_path):
+    entries = [{"name": "tiny", "checkpoint": str(staged.source), "branch": name} for name in ("x", "x/y", "../../z")]
+    for one in stage_repositories(manifest(entries), tmp_path / "staged"):
+        assert one.folder.parent == tmp_path / "staged"
+        check_files(one.folder)

@@ -5,7 +5,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modular_star_encoder.modeling import ModularStarEncoderConfig
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_model
 
 
 def test_the_defaults_are_the_papers_model():
@@ -29,6 +29,10 @@ def test_the_defaults_are_the_papers_model():
         ({"exit_norm": "some"}, "must be one of last, all, none"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads 3"),
         ({"num_attention_heads": 5}, "must be an even multiple of num_attention_heads 5"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 must be at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads 0 must be at least 1"),
+        ({"projection_size": 0}, "projection_size 0 must be at least 1"),
+        ({"vocab_size": -1}, "vocab_size -1 must be at least 1"),
         ({"pooling": "max"}, "must be one of mean, cls"),
         ({"hidden_size": "32"}, "expected int"),
         ({"parent_exit_layers": (2, 4)}, "among parent_exit_layers"),
@@ -37,6 +41,12 @@ def test_the_defaults_are_the_papers_model():
 def test_a_contradiction_is_refused_at_construction(changes, sentence):
     with pytest.raises(StrictDataclassError, match=sentence):
         tiny_config(**changes)
+
+
+@pytest.mark.parametrize("name", ["hidden_act", "projection_act"])
+def test_an_unknown_activation_is_refused_with_those_there_are(name):
+    with pytest.raises(ValueError, match=f"{name} 'leaky' must be one of .*leaky_relu"):
+        tiny_model(**{name: "leaky"})
 
 
 def test_published_keys_are_read_and_not_written():

@@ -82,6 +82,16 @@ def test_the_total_is_the_sum_over_exits_weighted_by_depth(pretraining_model):
     torch.testing.assert_close(output.loss, losses[0] * 1 / 4 + losses[1] * 2 / 4 + losses[2] * 4 / 4)
 
 
+def test_as_a_tuple_the_loss_comes_first_and_without_labels_the_logits(pretraining_model):
+    batch = labelled_batch()
+    with torch.inference_mode():
+        output = pretraining_model(**batch)
+        assert output[0] is output.loss
+        assert torch.equal(pretraining_model(**batch, return_dict=False)[0], output.loss)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        assert pretraining_model(**inputs, return_dict=False)[0].shape == (3, 12, 300)
+
+
 def test_icc_loss_is_cross_entropy_with_class_1_for_the_same_repository(pretraining_model):
     batch = labelled_batch()
     output = pretraining_model(**batch)

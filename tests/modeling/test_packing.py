@@ -125,6 +125,18 @@ def test_flash_attention_is_given_the_bounds_of_the_texts(monkeypatch, packing):
     torch.testing.assert_close(run(model, **inputs).sentence_embedding, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_one_row_of_positions_counts_for_all_rows(recorded):
+    model = tiny_model()
+    rows, positions = torch.cat([packed()[0], packed()[0].flip(1)]), packed()[1]
+    options = {"output_hidden_states": True} if recorded else {}
+    short = run(model, input_ids=rows, position_ids=positions, **options)
+    full = run(model, input_ids=rows, position_ids=positions.repeat(2, 1), **options)
+    assert len(short.sentence_embedding) == 2 * len(LENGTHS)
+    assert torch.equal(short.sentence_embedding, full.sentence_embedding)
+    assert torch.equal(short.last_hidden_state, full.last_hidden_state)
+
+
 def test_bounds_need_one_row():
     inputs = by_bounds()
     inputs["input_ids"] = inputs["input_ids"].repeat(2, 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers.utils import PushToHubMixin
 
 from modular_star_encoder.modeling import (
     ModularStarEncoderForPreTraining,
@@ -109,3 +110,15 @@ def test_an_exit_and_a_configuration_can_be_given_together(tmp_path):
     for load in (AutoModel.from_pretrained, ModularStarEncoderForRetrieval.from_pretrained):
         assert load(tmp_path, config=config, exit_layer=2).config.num_hidden_layers == 2
     assert config.exit_layer is None
+
+
+def test_saving_and_pushing_keeps_a_private_model_private(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(PushToHubMixin, "push_to_hub", lambda _, *args, **kwargs: pushed.append((args, kwargs)))
+    options = {"private": True, "revision": "draft", "commit_description": "Why.", "create_pr": True, "tags": ["code"]}
+    options |= {"max_shard_size": "30KB", "token": "a-token"}
+    tiny_model().save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="me/model", **options)
+    assert pushed == [(("me/model",), options)]
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
+    tiny_model().save_pretrained(tmp_path / "model", push_to_hub=True)
+    assert pushed[1:] == [(("model",), {})]

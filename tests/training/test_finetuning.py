@@ -279,6 +279,7 @@ def test_options_that_contradict_each_other_are_refused_before_data_is_read(reci
         ("data.triplets=missing.jsonl", "no file missing.jsonl"),
         ("config.residual_dropout=high", "residual_dropout"),
         ("config.pooling=legacy", "unpad_inputs leaves out the padding that legacy pooling may read"),
+        ("config.projection_order=pool_then_project", "can't be a SentenceTransformer"),
         ("model=nowhere", "no configuration 'nowhere'; there are .* Nor is there a folder nowhere with a config.json"),
         ("model=runs/small/model", "Nor is there a folder runs/small/model .*; pre-train first, or name a Hub id"),
         ("model=~/nowhere", "Nor is there a folder ~/nowhere"),

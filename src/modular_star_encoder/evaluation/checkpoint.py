@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel
 
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+from modular_star_encoder.modeling import (
+    ModularStarEncoderConfig,
+    ModularStarEncoderForRetrieval,
+    ModularStarEncoderPreTrainedModel,
+)
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILE = "tokenizer.json"
@@ -140,3 +145,44 @@ def _could_be_on_the_hub(path: str) -> bool:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def load_whole(
+    model_class: type[ModularStarEncoderPreTrainedModel], path: str | os.PathLike[str], exit_layer: int | None = None
+) -> ModularStarEncoderPreTrainedModel:
+    """A model of any of our classes, in the checkpoint's dtype, none of whose tensors is drawn at random.
+
+    Raises:
+        ValueError: damaged weights, or others than the configuration describes.
+        OSError: a file can't be read, or had from the Hub.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    with _clear_errors(path):
+        model, info = model_class.from_pretrained(path, exit_layer=exit_layer, output_loading_info=True)
+    # A published model may lack its vocabulary's bias, which is a bias of zero then.
+    missing = set(info["missing_keys"]) - {"heads.decoder.bias"}
+    unexpected = {name for name in info["unexpected_keys"] if re.search(r"(^|\.)(embed_tokens|layers|norm)\.", name)}
+    for problem, names in (("missing from", missing), ("too many in", unexpected)):
+        if names:
+            raise ValueError(f"{len(names)} tensors are {problem} {path}, such as {min(names)}.")
+    return model
+
+
+def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
+    """A file of a checkpoint folder or of a Hub repository; None if it has none, or offline if it was never fetched.
+
+    Raises:
+        OSError: the Hub has no such repository, or can't be reached.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    if os.path.isdir(path):
+        return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
+    with _clear_errors(path):
+        try:
+            return Path(hf_hub_download(path, name))
+        except LocalEntryNotFoundError:
+            if not constants.HF_HUB_OFFLINE:
+                raise
+        except EntryNotFoundError:
+            pass
+    return None

@@ -63,17 +63,20 @@ def load_sentence_transformer_at_budget(
     Args:
         checkpoint, profile, budget: as for `load_at_budget`.
         model_kwargs: as SentenceTransformer's argument of this name.
-        device: where it goes; the device that was profiled if None.
+        device: where it goes; if None the device that was profiled, or the CPU where there is no GPU.
 
     Raises:
         FileNotFoundError, ValueError: as `load_at_budget`.
     """
+    import torch
     from sentence_transformers import SentenceTransformer
 
     profile = profile or checkpoint_profile(checkpoint)
+    if device is None:
+        device = profile.device if torch.cuda.is_available() else "cpu"
     return SentenceTransformer(
         os.path.expanduser(os.fspath(checkpoint)),
-        device=device or profile.device,
+        device=device,
         config_kwargs={"exit_layer": select_exit(profile, **budget)},
         model_kwargs={"dtype": profile.dtype, **(model_kwargs or {})},
     )

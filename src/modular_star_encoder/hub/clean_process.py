@@ -53,7 +53,9 @@ def embed(
     model = AutoModel.from_pretrained(checkpoint, **options).eval()
     if not type(model).__module__.startswith("transformers_modules."):
         raise RuntimeError(f"{type(model)} does not come from the checkpoint's own code")
-    batch = tokenizer([prompt + text for text in texts], padding=True, return_tensors="pt")
+    # SentenceTransformer cuts texts to this length, too.
+    cut = {"truncation": True, "max_length": model.config.max_position_embeddings}
+    batch = tokenizer([prompt + text for text in texts], padding=True, return_tensors="pt", **cut)
     arrays = {}
     with torch.inference_mode():
         output = model(**batch)

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
+from typing import Any
 
 from modular_star_encoder.data.hub_errors import check_repository_id
 from modular_star_encoder.data.settings import build_settings, load_settings
@@ -56,9 +57,7 @@ class RepositorySettings:
             raise ValueError(f"{self.key}: exit_layer goes with slice_of, and slice_of with exit_layer.")
         if self.slice_of and (self.evaluation or self.profile or self.training_log or self.recipe or self.trained_from):
             raise ValueError(f"{self.key} is a slice: figures and training are those of {self.slice_of}.")
-        for name in ("evaluation", "files"):
-            if isinstance(getattr(self, name), str) or (name == "files" and not isinstance(self.files, Mapping)):
-                raise ValueError(f"{self.key}: {name} must be a {'mapping' if name == 'files' else 'list'} of files.")
+        _check_kinds(self, f"{self.key}: ")
         for path in self.files:
             parts = PurePosixPath(path).parts
             if not parts or parts[0] == "/" or ".." in parts or "\\" in path:
@@ -108,6 +107,7 @@ class Manifest:
             raise ValueError("license other needs license_name, and license_link where there is one.")
         if not isinstance(self.repositories, list | tuple) or not self.repositories:
             raise ValueError("repositories must be a list of at least one.")
+        _check_kinds(self)
         entries = [
             entry
             if isinstance(entry, RepositorySettings)
@@ -131,6 +131,32 @@ class Manifest:
     def entry(self, key: str) -> RepositorySettings:
         """The entry of this key."""
         return next(entry for entry in self.repositories if entry.key == key)
+
+
+def _check_kinds(settings: Any, where: str = "") -> None:
+    """Refuse values of another kind than the settings': YAML reads `1.0` as a number, and one word is no list.
+
+    Raises:
+        ValueError: the message names the setting.
+    """
+    for setting in fields(settings):
+        kind, name, value = setting.type, setting.name, getattr(settings, setting.name)
+        wanted = None
+        # Prose that is left out may be written as nothing.
+        if kind in (str, str | None) and not isinstance(value, kind) and (value is not None or setting.default != ""):
+            wanted = "words (in quotes, if YAML takes them for something else)"
+        elif kind is bool and not isinstance(value, bool):
+            wanted = "true or false"
+        elif kind == Sequence[str] and not (isinstance(value, list | tuple) and _all_words(value)):
+            wanted = "a list of words"
+        elif kind == Mapping[str, str] and not (isinstance(value, Mapping) and _all_words([*value, *value.values()])):
+            wanted = "a mapping of files"
+        if wanted:
+            raise ValueError(f"{where}{name} must be {wanted}, not {value!r}.")
+
+
+def _all_words(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def load_manifest(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Manifest:

@@ -12,7 +12,6 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from modular_star_encoder.data.cards import render_card
-from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.evaluation.exit_profile import ExitProfile
 from modular_star_encoder.hub.manifest import MAIN, Manifest
 from modular_star_encoder.hub.measurements import Measurements, eval_results, measurement_rows
@@ -31,12 +30,14 @@ class Parent:
     Args:
         repository, branch: where that is published.
         is_slice: whether the model was cut from it; otherwise its training started from it.
+        layers: how many it has.
         revision: the commit; None while it is not known.
     """
 
     repository: str
     branch: str
     is_slice: bool
+    layers: int
     revision: str | None = None
 
     @property
@@ -99,7 +100,7 @@ def model_card(content: CardContent, manifest: Manifest) -> str:
     """The card as text."""
     config, measured = content.config, content.measurements
     head, rows = measurement_rows(measured)
-    instructions = config.instruction_prompts
+    prompts = content.prompts
     return re.sub(
         r"\n{3,}",
         "\n\n",
@@ -112,15 +113,15 @@ def model_card(content: CardContent, manifest: Manifest) -> str:
             branch=content.branch,
             retrieval=content.retrieval,
             layers=config.num_hidden_layers,
-            parent_layers=config.parent_num_hidden_layers,
+            parent_layers=content.parent and content.parent.layers,
             exit_layers=config.exit_layers,
             parameters=measured.parameters[config.num_hidden_layers],
             dimension=config.projection_size if content.retrieval else config.hidden_size,
             longest=config.max_position_embeddings,
-            instructions=instructions,
-            query=json.dumps(text_prompt(instructions=instructions) + "sum of two numbers"),
-            code=json.dumps(code_prompt("python", instructions=instructions) + "def add(a, b):\n    return a + b"),
-            prompt_names=[f"`{name}`" for name in content.prompts],
+            instructions=any(prompts.values()),
+            query=_literal(prompts.get("query", "") + "sum of two numbers"),
+            code=_literal(prompts.get("document_python", "") + "def add(a, b):\n    return a + b"),
+            prompt_names=[f"`{name}`" for name in prompts],
             measured_head=head,
             measured_rows=rows,
             measured=bool(measured.profile or measured.tables),
@@ -139,6 +140,11 @@ def model_card(content: CardContent, manifest: Manifest) -> str:
             license_text=_license(manifest),
         ),
     )
+
+
+def _literal(text: str) -> str:
+    """A text in Python code; JSON's escapes are Python's where characters need none."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def card_metadata(content: CardContent, manifest: Manifest) -> ModelCardData:

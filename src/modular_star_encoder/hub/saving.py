@@ -20,7 +20,7 @@ def save_retrieval_checkpoint(
         out: folder to write; it must not exist, or be empty. It appears whole or not at all.
 
     Raises:
-        ValueError: `out` is taken.
+        ValueError: `out` is taken, or the model's embeddings are not what a SentenceTransformer's modules can make.
     """
     with staged_folder(out) as staging:
         model.save_pretrained(staging)

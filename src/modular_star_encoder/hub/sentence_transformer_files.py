@@ -19,6 +19,23 @@ MODULES = (
 # text-embeddings-inference reads the first two without a default (router/src/lib.rs), so none is left out.
 POOLING_MODES = ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_lasttoken")
 
+SERVABLE = {"pooling": ("mean", "cls"), "projection_order": ("project_then_pool",), "embedding_normalization": ("l2",)}
+"""What pooling and normalisation outside the model, in SentenceTransformers' modules, can express."""
+
+
+def check_servable(config: ModularStarEncoderConfig) -> None:
+    """Refuse a model whose embedding SentenceTransformers' own pooling and normalisation would not give.
+
+    Raises:
+        ValueError: the message says which setting that is.
+    """
+    for name, allowed in SERVABLE.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(
+                f"A model with {name}={getattr(config, name)!r} can't be a SentenceTransformer, whose modules know "
+                f"only {' and '.join(map(repr, allowed))}."
+            )
+
 
 def write_sentence_transformer_files(
     folder: str | os.PathLike,
@@ -27,6 +44,7 @@ def write_sentence_transformer_files(
     modules: Sequence[Mapping[str, Any]] = MODULES,
     *,
     dimension: int | None = None,
+    pooling: str | None = None,
 ) -> None:
     """Write `modules.json` and the modules' settings beside a checkpoint.
 
@@ -39,8 +57,14 @@ def write_sentence_transformer_files(
         prompts: name → prefix, as `SentenceTransformer.encode(prompt_name=…)` takes them.
         modules: content of `modules.json`.
         dimension: size of the embeddings; `config.projection_size` if None.
+        pooling: of a model that has no embeddings of its own, `"mean"` or `"cls"`; the retrieval model's if None.
+
+    Raises:
+        ValueError: a retrieval model whose embeddings the modules would not give. Nothing is written then.
     """
-    pooling = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_lasttoken"}[config.pooling]
+    if pooling is None:
+        check_servable(config)
+    mode = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_lasttoken"}[pooling or config.pooling]
     files = {
         "modules.json": list(modules),
         "sentence_bert_config.json": {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},
@@ -50,7 +74,7 @@ def write_sentence_transformer_files(
             "similarity_fn_name": "cosine",
         },
         "1_Pooling/config.json": {"word_embedding_dimension": dimension or config.projection_size}
-        | {mode: mode == pooling for mode in POOLING_MODES},
+        | {name: name == mode for name in POOLING_MODES},
         "2_Normalize/config.json": {},
     }
     for name, content in files.items():

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modular_star_encoder.data.files import staged_folder, write_json
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.evaluation.checkpoint import load_checkpoint
+from modular_star_encoder.evaluation.checkpoint import checkpoint_file, load_checkpoint
 from modular_star_encoder.evaluation.encoders import ExitEncoder
 from modular_star_encoder.evaluation.machine import library_versions, machine_kind
 from modular_star_encoder.evaluation.tasks import RetrievalTask
@@ -35,16 +35,17 @@ from modular_star_encoder.hub.onnx_check import TOLERANCE, check_onnx
 from modular_star_encoder.hub.onnx_export import ONNX_FILE, export_onnx
 from modular_star_encoder.hub.onnx_ranking import RankingComparison, compare_rankings
 from modular_star_encoder.hub.quantization import QUANTIZED_FILE, SETTINGS, quantize_onnx
-from modular_star_encoder.hub.sentence_transformer_files import MODULES, write_sentence_transformer_files
+from modular_star_encoder.hub.sentence_transformer_files import (
+    MODULES,
+    check_servable,
+    write_sentence_transformer_files,
+)
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 
 EXPORT_REPORT = "onnx/export.json"
 QUANTIZATION_REPORT = "onnx/quantization.json"
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "modular-star-encoder")
-
-SERVABLE = {"pooling": ("mean", "cls"), "projection_order": ("project_then_pool",), "embedding_normalization": ("l2",)}
-"""What pooling and normalisation outside the model, in SentenceTransformers' modules, can express."""
 
 _STARCODER2 = (
     "vocab_size",
@@ -148,20 +149,6 @@ def _write_onnx_files(
     return rankings
 
 
-def check_servable(config: ModularStarEncoderConfig) -> None:
-    """Refuse a model whose embedding SentenceTransformers' own pooling and normalisation would not give.
-
-    Raises:
-        ValueError: the message says which setting that is.
-    """
-    for name, allowed in SERVABLE.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(
-                f"A model with {name}={getattr(config, name)!r} can't be exported for serving: SentenceTransformers "
-                f"has only {' and '.join(map(repr, allowed))}."
-            )
-
-
 def default_folder(checkpoint: str | os.PathLike, exit_layer: int) -> Path:
     """Where an exit goes if nothing else is said."""
     folder = Path(checkpoint).expanduser()
@@ -170,9 +157,9 @@ def default_folder(checkpoint: str | os.PathLike, exit_layer: int) -> Path:
 
 
 def checkpoint_prompts(checkpoint: str | os.PathLike, config: ModularStarEncoderConfig) -> dict[str, str]:
-    """The prompts that a checkpoint's folder names, or else the published ones."""
-    file = Path(checkpoint).expanduser() / "config_sentence_transformers.json"
-    prompts = json.loads(file.read_text(encoding="utf-8")).get("prompts") if file.is_file() else None
+    """The prompts that a checkpoint's folder or repository names, or else the published ones."""
+    file = checkpoint_file(checkpoint, "config_sentence_transformers.json")
+    prompts = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("prompts")
     return prompts or sentence_transformer_prompts(instructions=config.instruction_prompts)
 
 

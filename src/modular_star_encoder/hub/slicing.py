@@ -4,12 +4,12 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import PreTrainedTokenizerBase
 
 from modular_star_encoder import modeling
 from modular_star_encoder.data.files import staged_folder
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.evaluation.checkpoint import check_checkpoint
+from modular_star_encoder.evaluation.checkpoint import checkpoint_file, load_config, load_whole
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 
 SENTENCE_TRANSFORMER_FILES = (
@@ -39,12 +39,14 @@ def slice_checkpoint(
         The folder written.
 
     Raises:
-        ValueError: the checkpoint has no such exit (the message lists those it has), its folder lacks configuration or
-            weights, or `out` is taken. Nothing is written then.
+        ValueError: the checkpoint has no such exit (the message lists those it has), is damaged or none of ours, or
+            `out` is taken. Nothing is written then.
+        OSError: its folder lacks configuration or weights, or the Hub doesn't give them. Nothing is written either.
     """
+    out = Path(out).expanduser()
     with staged_folder(out) as staging:
         write_checkpoint(checkpoint, staging, exit_layer, only_exit=only_exit)
-    return Path(out)
+    return out
 
 
 def write_checkpoint(
@@ -64,24 +66,34 @@ def write_checkpoint(
         tokenizer: folder of the tokenizer; that of the checkpoint if None.
 
     Raises:
-        ValueError: the checkpoint has no such exit, its folder lacks configuration or weights, or it is of a class that
-            is none of ours.
+        ValueError: the checkpoint has no such exit, is damaged, or is of a class that is none of ours.
+        OSError: its folder lacks configuration or weights, or the Hub doesn't give them.
     """
-    check_checkpoint(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = load_config(checkpoint)
+    checkpoint = os.path.expanduser(checkpoint)
     if exit_layer is not None:
         config.check_exit(exit_layer)
     model_class = class_named(config.architectures[0], checkpoint)
-    model = model_class.from_pretrained(checkpoint, exit_layer=exit_layer)
+    model = load_whole(model_class, checkpoint, exit_layer)
+    own_tokenizer = _tokenizer(os.path.expanduser(tokenizer or checkpoint))
     if only_exit and exit_layer is not None:
         keep_only_exit(model, exit_layer)
     model.save_pretrained(out)
-    load_tokenizer(tokenizer or checkpoint).save_pretrained(out)
+    own_tokenizer.save_pretrained(out)
     for name in SENTENCE_TRANSFORMER_FILES:
-        source = Path(checkpoint, name)
-        if source.is_file():
+        source = checkpoint_file(checkpoint, name)
+        if source is not None:
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, out / name)
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(path)
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged file; tokenizers raises nothing narrower
+        raise ValueError(f"The tokenizer of {path} is missing or damaged: {' '.join(str(error).split())}") from error
 
 
 def class_named(name: str, checkpoint: str | os.PathLike) -> type[modeling.ModularStarEncoderPreTrainedModel]:

@@ -69,17 +69,18 @@ def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[St
 
     Args:
         manifest: what is published.
-        folder: gets a folder for each repository, named by its key.
+        folder: gets a folder for each repository, named by its key, with -- for the slashes of a branch.
 
     Raises:
         ValueError: a checkpoint that is no pre-trained or retrieval checkpoint of ours, an exit that it doesn't have,
-            or figures of other weights.
+            figures of other weights, a training log or recipe that is damaged, or a file of the manifest in place of
+            one that the repository has itself.
         OSError: a file that the manifest names isn't there.
     """
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None
-        staged[entry.key] = _stage(manifest, entry, parent, Path(folder, entry.key))
+        staged[entry.key] = _stage(manifest, entry, parent, Path(folder, entry.key.replace("/", "--")))
     for key, parent in staged.items():
         slices = [
             SliceLink(one.repository, one.settings.branch, one.settings.exit_layer, _weights_sha256(one.folder))
@@ -103,25 +104,30 @@ def _stage(
     manifest: Manifest, entry: RepositorySettings, parent: StagedRepository | None, folder: Path
 ) -> StagedRepository:
     source = parent.source if entry.slice_of else Path(entry.checkpoint).expanduser()
-    model_class = _check_source(source, entry.tokenizer)
+    tokenizer = entry.tokenizer or (parent.folder if entry.slice_of else None)
+    model_class = _check_source(source, tokenizer)
+    if entry.slice_of and entry.exit_layer not in parent.exit_layers:
+        exits = ", ".join(map(str, parent.exit_layers))
+        raise ValueError(f"{entry.key}: exit_layer {entry.exit_layer} is none of {entry.slice_of}'s exits {exits}.")
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     folder.mkdir(parents=True)
-    tokenizer = entry.tokenizer or (parent.settings.tokenizer if entry.slice_of else None)
     write_checkpoint(source, folder, entry.exit_layer, only_exit=entry.only_exit, tokenizer=tokenizer)
     config = AutoConfig.from_pretrained(folder)
     if not (folder / "modules.json").is_file():
-        prompts = sentence_transformer_prompts(instructions=config.instruction_prompts) if retrieval else {}
-        dimension = config.projection_size if retrieval else config.hidden_size
-        write_sentence_transformer_files(folder, config, prompts, dimension=dimension)
-    settings = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+        published = sentence_transformer_prompts(instructions=config.instruction_prompts) if retrieval else {}
+        # A pre-trained model is pooled where it is verified: the mean, whatever its retrieval heads would do.
+        own = {} if retrieval else {"dimension": config.hidden_size, "pooling": "mean"}
+        write_sentence_transformer_files(folder, config, published, **own)
+    prompts = _read_settings(folder / "config_sentence_transformers.json").get("prompts") or {}
+    if retrieval and not {"query", "document_python"} <= set(prompts):
+        raise ValueError(f"{source} must name the prompts query and document_python, for its card uses them.")
     parameters = count_parameters(model_class, config)
     measured = parent.card.measurements.cut(parameters) if entry.slice_of else _measure(entry, source, parameters)
     if measured.profile is not None:
         # The same weights in another folder, perhaps written by another version.
         replace(measured.profile, checkpoint=checkpoint_fingerprint(folder)).save(folder / PROFILE_NAME)
-    for path, file in entry.files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(file).expanduser(), folder / path)
+    figure = _figure(measured, folder)
+    _copy_files(entry, folder)
     training = {} if entry.slice_of else _training(entry, source)
     card = CardContent(
         repository=manifest.repository(entry),
@@ -129,10 +135,10 @@ def _stage(
         heading=_heading(entry, retrieval),
         config=config,
         retrieval=retrieval,
-        prompts=settings["prompts"],
+        prompts=prompts,
         measurements=measured,
-        figure=_figure(measured, folder),
-        parent=parent and Parent(parent.repository, parent.settings.branch, entry.slice_of is not None),
+        figure=figure,
+        parent=parent and _parent(parent, entry),
         only_exit=entry.only_exit,
         **training,
     )
@@ -141,7 +147,16 @@ def _stage(
     )
 
 
-def _check_source(source: Path, tokenizer: str | None) -> type[ModularStarEncoderPreTrainedModel]:
+def _copy_files(entry: RepositorySettings, folder: Path) -> None:
+    """Add the files that a manifest names to a repository that is whole but for its card."""
+    for path, file in entry.files.items():
+        if (folder / path).exists() or (folder / path) == folder / CARD:
+            raise ValueError(f"{entry.key}: files must not name {path}, which the repository has of its own.")
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(file).expanduser(), folder / path)
+
+
+def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularStarEncoderPreTrainedModel]:
     """The class of a checkpoint that can be published.
 
     Raises:
@@ -151,7 +166,7 @@ def _check_source(source: Path, tokenizer: str | None) -> type[ModularStarEncode
     if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
         raise ValueError(f"{source} holds an adapter: publish the merged model (`mose finetune` writes it, too).")
     check_checkpoint(source)
-    if not Path(tokenizer or source, TOKENIZER).is_file():
+    if not Path(tokenizer or source, TOKENIZER).expanduser().is_file():
         raise ValueError(f"{tokenizer or source} has no {TOKENIZER}; name a folder that has one as `tokenizer`.")
     architecture = AutoConfig.from_pretrained(source).architectures[0]
     model_class = class_named(architecture, source)
@@ -185,6 +200,11 @@ def _figure(measured: Measurements, folder: Path) -> str | None:
         return None
 
 
+def _parent(parent: StagedRepository, entry: RepositorySettings) -> Parent:
+    layers = parent.card.config.num_hidden_layers
+    return Parent(parent.repository, parent.settings.branch, entry.slice_of is not None, layers)
+
+
 def _heading(entry: RepositorySettings, retrieval: bool) -> str:
     if entry.slice_of:
         return f"the first {entry.exit_layer} layers"
@@ -197,16 +217,30 @@ def _training(entry: RepositorySettings, source: Path) -> dict[str, Any]:
     path = next((Path(one).expanduser() for one in named if Path(one).expanduser().is_file()), None)
     if path is None and entry.training_log:
         raise ValueError(f"There is no training log {entry.training_log}.")
-    log = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
-    recipe = log.get("recipe")
-    if entry.recipe:
-        # YAML reads JSON, too.
-        recipe = yaml.safe_load(Path(entry.recipe).expanduser().read_text(encoding="utf-8"))
+    log = {} if path is None else _read_settings(path)
+    recipe = _read_settings(Path(entry.recipe).expanduser()) if entry.recipe else log.get("recipe")
     return {
         "training_data": entry.training_data,
         "training_rows": list(_training_rows(log)),
         "recipe": yaml.safe_dump(without_paths(recipe), sort_keys=False, allow_unicode=True) if recipe else "",
     }
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """A mapping in YAML or JSON.
+
+    Raises:
+        ValueError: the file holds none.
+        OSError: it can't be read.
+    """
+    data = path.read_bytes()
+    try:
+        content = json.loads(data) if path.suffix == ".json" else yaml.safe_load(data)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of settings.")
+    return content
 
 
 def _training_rows(log: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -42,7 +42,7 @@ PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt",
 TEXT_LIMIT = 64 << 20
 
 TEXTS = ("add two numbers", "def subtract(first, second):\n    return first - second", "x")
-TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
+TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
 """How far a component of a unit vector may be off: strangers compute the same, but pooling outside the model rounds
 elsewhere."""
 
@@ -179,7 +179,8 @@ def _source_embeddings(staged: StagedRepository) -> tuple[dict[int, np.ndarray],
     model_class = ModularStarEncoderForRetrieval if staged.retrieval else ModularStarEncoderForPreTraining
     model = model_class.from_pretrained(staged.source).eval()
     tokenizer = load_tokenizer(staged.folder)
-    batch = tokenizer([_prompt(staged) + text for text in TEXTS], padding=True, return_tensors="pt")
+    cut = {"truncation": True, "max_length": model.config.max_position_embeddings}
+    batch = tokenizer([_prompt(staged) + text for text in TEXTS], padding=True, return_tensors="pt", **cut)
     dtype = str(model.dtype).removeprefix("torch.")
     exits = staged.exit_layers
     if staged.retrieval:

@@ -23,7 +23,7 @@ from modular_star_encoder.evaluation.harness import Cell, evaluate_tasks
 from modular_star_encoder.evaluation.held_out import held_out_tasks
 from modular_star_encoder.evaluation.systems import EmbeddingSystem
 from modular_star_encoder.evaluation.tasks import RetrievalTask
-from modular_star_encoder.hub.sentence_transformer_files import write_sentence_transformer_files
+from modular_star_encoder.hub.sentence_transformer_files import check_servable, write_sentence_transformer_files
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives import ContrastiveObjective, exit_weights
 from modular_star_encoder.training.adapters import add_adapters
@@ -118,6 +118,7 @@ def check_recipe(
         ValueError: the recipe contradicts itself or the model.
     """
     config, _ = starting_config(recipe)
+    check_servable(config)
     with torch.device("meta"):
         model = ModularStarEncoderForRetrieval(config)
     finetuning_preflight(model, recipe, processes, {}, (0.0, 0.0))
