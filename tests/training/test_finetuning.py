@@ -78,6 +78,13 @@ def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(
     assert sum(moved) > 0.9 * len(moved)
 
 
+def test_a_model_that_sentence_transformers_cannot_express_is_trained_and_saved_for_transformers(recipe_file, tmp_path):
+    log, _ = run(recipe_file, tmp_path / "run", "config.projection_order=pool_then_project")
+    assert AutoModel.from_pretrained(tmp_path / "run" / "model").config.projection_order == "pool_then_project"
+    assert log["retrieval"]["held-out, text → code"]["exit 4"]["mrr"]["value"] > 0
+    assert not (tmp_path / "run" / "model" / "modules.json").exists()
+
+
 def test_a_column_of_hard_negatives_gives_every_pair_one_more_candidate(recipe_file, checkpoint, tmp_path):
     file = write_triplets(tmp_path)
     rows = [json.loads(line) for line in file.open()]
@@ -279,7 +286,6 @@ def test_options_that_contradict_each_other_are_refused_before_data_is_read(reci
         ("data.triplets=missing.jsonl", "no file missing.jsonl"),
         ("config.residual_dropout=high", "residual_dropout"),
         ("config.pooling=legacy", "unpad_inputs leaves out the padding that legacy pooling may read"),
-        ("config.projection_order=pool_then_project", "can't be a SentenceTransformer"),
         ("model=nowhere", "no configuration 'nowhere'; there are .* Nor is there a folder nowhere with a config.json"),
         ("model=runs/small/model", "Nor is there a folder runs/small/model .*; pre-train first, or name a Hub id"),
         ("model=~/nowhere", "Nor is there a folder ~/nowhere"),

@@ -23,6 +23,11 @@ SERVABLE = {"pooling": ("mean", "cls"), "projection_order": ("project_then_pool"
 """What pooling and normalisation outside the model, in SentenceTransformers' modules, can express."""
 
 
+def is_servable(config: ModularStarEncoderConfig) -> bool:
+    """Whether SentenceTransformers' own pooling and normalisation give the model's embedding."""
+    return all(getattr(config, name) in allowed for name, allowed in SERVABLE.items())
+
+
 def check_servable(config: ModularStarEncoderConfig) -> None:
     """Refuse a model whose embedding SentenceTransformers' own pooling and normalisation would not give.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers.utils import logging
 
 from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
 from modular_star_encoder.data.files import write_json
@@ -23,7 +24,7 @@ from modular_star_encoder.evaluation.harness import Cell, evaluate_tasks
 from modular_star_encoder.evaluation.held_out import held_out_tasks
 from modular_star_encoder.evaluation.systems import EmbeddingSystem
 from modular_star_encoder.evaluation.tasks import RetrievalTask
-from modular_star_encoder.hub.sentence_transformer_files import check_servable, write_sentence_transformer_files
+from modular_star_encoder.hub.sentence_transformer_files import is_servable, write_sentence_transformer_files
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives import ContrastiveObjective, exit_weights
 from modular_star_encoder.training.adapters import add_adapters
@@ -34,6 +35,8 @@ from modular_star_encoder.training.stages import train_to_the_end
 from modular_star_encoder.training.starting_points import starting_config, starting_model
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from modular_star_encoder.training.training_recipe import LOG, finite, open_run, processes_of_run
+
+logger = logging.get_logger(__name__)
 
 
 def finetune(
@@ -47,8 +50,8 @@ def finetune(
     """Fine-tune a model, continuing whatever an earlier call with this recipe left in `out`.
 
     `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and in the end `model/`, a checkpoint
-    for `AutoModel` and `SentenceTransformer` with `training_log.json`; with `lora` also `adapter/`, and `model/` holds
-    the merged weights. A run that has its log is finished, and the log is returned. With several processes
+    for `AutoModel` and, where its modules can compute the embeddings, `SentenceTransformer`, with `training_log.json`;
+    with `lora` also `adapter/`, and `model/` holds the merged weights. A run that has its log is finished, and the log is returned. With several processes
     (`accelerate launch`, `torchrun`) each calls this.
 
     Args:
@@ -101,8 +104,9 @@ def finetune(
     model.config.unpad_inputs = blueprint.config.unpad_inputs
     save_trained(trainer, tokenizer, out, None if recipe.lora is None else lambda: _model(recipe)[0])
     if state.is_main_process:
-        prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
-        write_sentence_transformer_files(out / MODEL, model.config, prompts)
+        if is_servable(model.config):
+            prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
+            write_sentence_transformer_files(out / MODEL, model.config, prompts)
         log["retrieval"] = _retrieval(recipe, data, out, progress)
         write_json(out / LOG, finite(log))
     state.wait_for_everyone()
@@ -118,7 +122,11 @@ def check_recipe(
         ValueError: the recipe contradicts itself or the model.
     """
     config, _ = starting_config(recipe)
-    check_servable(config)
+    if not is_servable(config):
+        logger.warning_once(
+            "SentenceTransformers' modules can't compute this model's embeddings (pooling, projection_order or "
+            "embedding_normalization): it will be saved for AutoModel alone."
+        )
     with torch.device("meta"):
         model = ModularStarEncoderForRetrieval(config)
     finetuning_preflight(model, recipe, processes, {}, (0.0, 0.0))
