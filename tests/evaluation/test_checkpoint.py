@@ -100,7 +100,7 @@ def test_weights_of_another_configuration_are_refused_in_one_line(checkpoint, ch
 @pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{}"), ("tokenizer_config.json", '{"a": "b')])
 def test_a_damaged_tokenizer_is_named(checkpoint, name, content):
     (checkpoint / name).write_text(content)
-    with pytest.raises(ValueError, match=f"The tokenizer of {checkpoint} can't be loaded"):
+    with pytest.raises(ValueError, match=f"The tokenizer of {checkpoint} is missing or damaged"):
         load_checkpoint(checkpoint)
 
 

@@ -61,7 +61,7 @@ def load_checkpoint(
     if not isinstance(model, ModularStarEncoderForRetrieval):
         raise ValueError(f"{path} is a pre-trained model without projection heads: fine-tune it for retrieval first.")
     _check_names(path, info)
-    tokenizer = _tokenizer(path)
+    tokenizer = load_own_tokenizer(path)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
@@ -80,19 +80,27 @@ def load_config(path: str | Path) -> ModularStarEncoderConfig:
     return config
 
 
-def _tokenizer(path: str) -> Any:
+def load_own_tokenizer(path: str) -> Any:
+    """The tokenizer of a checkpoint folder or of a Hub repository.
+
+    Raises:
+        ValueError: it is damaged or missing.
+        OSError: a file can't be read, or had from the Hub.
+    """
     with _clear_errors(path):
         try:
             return load_tokenizer(path)
         except OSError:
             raise
         except Exception as error:  # of a damaged file; tokenizers raises nothing narrower
-            raise ValueError(f"The tokenizer of {path} can't be loaded: {_one_line(error)}") from error
+            raise ValueError(f"The tokenizer of {path} is missing or damaged: {_one_line(error)}") from error
 
 
 def _check_names(path: str, info: dict[str, Any]) -> None:
     """Refuse a model some of whose tensors were not in the file, or in whose file there is more of a trunk."""
-    names = {"missing from": info["missing_keys"], "too many in": filter(_TRUNK.search, info["unexpected_keys"])}
+    # A published model may lack its vocabulary's bias, which is a bias of zero then.
+    missing = set(info["missing_keys"]) - {"heads.decoder.bias"}
+    names = {"missing from": missing, "too many in": filter(_TRUNK.search, info["unexpected_keys"])}
     for problem, found in names.items():
         if listed := sorted(found):
             raise ValueError(
@@ -159,12 +167,7 @@ def load_whole(
     path = os.path.expanduser(os.fspath(path))
     with _clear_errors(path):
         model, info = model_class.from_pretrained(path, exit_layer=exit_layer, output_loading_info=True)
-    # A published model may lack its vocabulary's bias, which is a bias of zero then.
-    missing = set(info["missing_keys"]) - {"heads.decoder.bias"}
-    unexpected = {name for name in info["unexpected_keys"] if re.search(r"(^|\.)(embed_tokens|layers|norm)\.", name)}
-    for problem, names in (("missing from", missing), ("too many in", unexpected)):
-        if names:
-            raise ValueError(f"{len(names)} tensors are {problem} {path}, such as {min(names)}.")
+    _check_names(path, info)
     return model
 
 

@@ -4,12 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from modular_star_encoder import modeling
 from modular_star_encoder.data.files import staged_folder
-from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.evaluation.checkpoint import checkpoint_file, load_config, load_whole
+from modular_star_encoder.evaluation.checkpoint import checkpoint_file, load_config, load_own_tokenizer, load_whole
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 
 SENTENCE_TRANSFORMER_FILES = (
@@ -75,7 +72,7 @@ def write_checkpoint(
         config.check_exit(exit_layer)
     model_class = class_named(config.architectures[0], checkpoint)
     model = load_whole(model_class, checkpoint, exit_layer)
-    own_tokenizer = _tokenizer(os.path.expanduser(tokenizer or checkpoint))
+    own_tokenizer = load_own_tokenizer(os.path.expanduser(tokenizer or checkpoint))
     if only_exit and exit_layer is not None:
         keep_only_exit(model, exit_layer)
     model.save_pretrained(out)
@@ -85,15 +82,6 @@ def write_checkpoint(
         if source is not None:
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, out / name)
-
-
-def _tokenizer(path: str) -> PreTrainedTokenizerBase:
-    try:
-        return load_tokenizer(path)
-    except OSError:
-        raise
-    except Exception as error:  # of a damaged file; tokenizers raises nothing narrower
-        raise ValueError(f"The tokenizer of {path} is missing or damaged: {' '.join(str(error).split())}") from error
 
 
 def class_named(name: str, checkpoint: str | os.PathLike) -> type[modeling.ModularStarEncoderPreTrainedModel]:

@@ -51,8 +51,8 @@ def finetune(
 
     `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and in the end `model/`, a checkpoint
     for `AutoModel` and, where its modules can compute the embeddings, `SentenceTransformer`, with `training_log.json`;
-    with `lora` also `adapter/`, and `model/` holds the merged weights. A run that has its log is finished, and the log is returned. With several processes
-    (`accelerate launch`, `torchrun`) each calls this.
+    with `lora` also `adapter/`, and `model/` holds the merged weights. A run that has its log is finished, and the log
+    is returned. With several processes (`accelerate launch`, `torchrun`) each calls this.
 
     Args:
         recipe: what to do.
