@@ -503,8 +503,9 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Write weights (safetensors), configuration and both files of model code to `save_directory`.
 
-        Files are written aside and moved into place, so that an interrupted save leaves the previous checkpoint whole,
-        and saving over the files that this model was loaded from (and still maps into memory) is safe.
+        Files are written aside and moved into place at the end, so that an interrupted save leaves the previous
+        checkpoint (a kill between those last moves can leave files of both), and saving over the files that this model
+        was loaded from (and still maps into memory) is safe.
 
         Args:
             save_directory: folder, created if missing.

@@ -23,8 +23,9 @@ def slice_checkpoint(
 ) -> Path:
     """Write the first `exit_layer` layers of a checkpoint as a checkpoint of its own.
 
-    The slice holds the same tensors, in the same dtype, so its outputs at each of its exits equal those of the full
-    model bit for bit. Its configuration says what it holds, and keeps the depth and the exits of its parent.
+    The slice holds the same tensors, in the dtype that the configuration names, so its outputs at each of its exits
+    equal those of the full model as it is loaded, bit for bit. Its configuration says what it holds, and keeps the
+    depth and the exits of its parent.
 
     Args:
         checkpoint: a folder or Hub id.
