@@ -48,6 +48,7 @@ from modular_star_encoder.data.padding import pad_inputs
 from modular_star_encoder.data.repositories import installed_repositories
 from modular_star_encoder.data.retrieval import RetrievalPairs
 from modular_star_encoder.data.tokenizer import train_tokenizer
+from modular_star_encoder.evaluation.markdown import markdown_table
 from modular_star_encoder.modeling import (
     ModularStarEncoderConfig,
     ModularStarEncoderForRetrieval,
@@ -82,7 +83,7 @@ def main() -> None:
                 print_rows(figures[-len(arguments.contenders) :])
                 # Large batches take long: what was measured before a stop is kept.
                 name = arguments.name or f"contrastive_step_{arguments.shape}"
-                path = write(name, {"settings": settings, "steps": figures})
+                path = write(name, {"settings": settings, "steps": figures}, curve(figures))
     print(f"\n{path}")
 
 
@@ -319,6 +320,18 @@ def adaptive_layer_step(arguments: argparse.Namespace, config: ModularStarEncode
             return loss([dict(batch[side]) for side in SIDES], None)
 
     return step
+
+
+def curve(figures: list[dict[str, Any]]) -> str:
+    """A Markdown table with a line per kind of pairs and batch size: seconds and memory of each contender."""
+    contenders = list(dict.fromkeys(figure["contender"] for figure in figures))
+    cells = {}
+    for figure in figures:
+        ran = figure["outcome"] == "ran"
+        shown = f"{figure['seconds']:.2f} s, {figure['peak_bytes'] / 2**30:.2f} GiB" if ran else figure["outcome"]
+        cells.setdefault((figure["kind"], str(figure["batch_size"])), {})[figure["contender"]] = shown
+    rows = [(*place, *(of_place.get(contender, "") for contender in contenders)) for place, of_place in cells.items()]
+    return "\n".join(markdown_table([("pairs", "batch", *contenders), *rows]))
 
 
 def print_rows(figures: list[dict[str, Any]]) -> None:
