@@ -25,7 +25,6 @@ REASONS = {
     "pre-training step of five exits, vocabulary 8192 / plain": "the deepest exit's loss alone misses it",
     "equal dimensions": "equal within the interval (few rounds)",
     "1B layers": "stock runs at 52 to 72 % of the matrix product's peak, compiled at 60 to 83 % ([profile](NOTES.md))",
-    "contrastive step of small, mixed pairs: memory": "not the scores, which are chunked; not explained yet",
     "bfloat16: largest difference": "numbers of 8 bits, pooled and rounded in another order",
     "bfloat16: texts/s / sentence-transformers": "layers this narrow gain little from packing ([profile](NOTES.md))",
 }
