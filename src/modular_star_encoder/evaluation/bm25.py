@@ -17,7 +17,7 @@ from modular_star_encoder.evaluation.scores import BLOCK, Block
 from modular_star_encoder.evaluation.systems import Variant
 from modular_star_encoder.evaluation.tasks import Text
 
-_LETTER = r"[^\WA-Z\d_]"  # any letter but an ASCII capital: words of other alphabets stay whole
+_LETTER = r"[^\WA-Z\d_]"  # any letter but an ASCII capital: words of most other alphabets stay whole
 _PART = re.compile(rf"[A-Z]+(?!{_LETTER})|[A-Z]?{_LETTER}+|\d+")
 
 

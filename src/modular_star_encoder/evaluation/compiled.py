@@ -77,7 +77,7 @@ def _in_chunks(
         flat = states.flatten(0, -2)
         if not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or len(flat) < 2:
             return plain(states)
-        # Parts of equal length, so that none is left with a few tokens.
+        # Parts of equal length in place of a short last one.
         parts = flat.tensor_split(-(-len(flat) // chunk))
         outputs = [compiled(part) for part in parts]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(states)

@@ -54,8 +54,8 @@ class FinetuningRecipe(StartingRecipe):
         self.check_mappings("data", "objective")
         if "pairs" in self.objective:
             raise ValueError("objective.pairs can't be set: the data says whether batches have hard negatives.")
-        self.contrastive()
-        if self.log_gradient_norms and self.contrastive().mini_batch_tokens is not None:
+        objective = self.contrastive()
+        if self.log_gradient_norms and objective.mini_batch_tokens is not None:
             raise ValueError("log_gradient_norms does not go with objective.mini_batch_tokens, which keeps no graph.")
 
     def contrastive(self) -> ContrastiveSettings:
