@@ -14,8 +14,7 @@ Each contender at each batch size is a process of its own, in which memory beyon
 CPU); running out of it is a result. Within a batch size the processes take turns step by step; seconds are medians.
 Peak memory is resident memory at its peak (VmHWM) above that before the first step, on CPU, and `max_memory_allocated`
 on a GPU. On CPU, glibc is told to give memory of a MiB and more back when it is freed (MALLOC_MMAP_THRESHOLD_): by
-itself it keeps some, and how much differs from run to run. With `--exact-memory` it does so from 128 KiB on, which
-costs every contender time: for figures of memory. Each process keeps as many compiled operations as `mose` does.
+itself it keeps some, and how much differs from run to run. Each process keeps as many compiled operations as `mose`.
 
 `mixed` pairs are documented functions of the installed packages; `equal` ones are the same tokens cut into texts of
 those pairs' mean lengths.
@@ -71,7 +70,7 @@ def main() -> None:
     if arguments.contender:
         answer_steps(arguments)
         return
-    names = ("shape", "attention", "mini_batch_tokens", "max_tokens", "memory_limit", "repeats", "bf16", "exact_memory")
+    names = ("shape", "attention", "mini_batch_tokens", "max_tokens", "memory_limit", "repeats", "bf16")
     settings = {name: getattr(arguments, name) for name in names}
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="contrastive-step-") as folder:
@@ -100,7 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory-limit", type=float, default=12.0, help="GiB of each step (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps of each contender")
     parser.add_argument("--bf16", action="store_true", help="compute under bfloat16 autocast")
-    parser.add_argument("--exact-memory", action="store_true", help="at the cost of time")
     parser.add_argument("--name", help="of the results file (default: contrastive_step_ and the shape)")
     parser.add_argument("--pairs", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -183,7 +181,7 @@ class Worker:
         command = [sys.executable, __file__, *(str(part) for option in options.items() for part in option)]
         self.process = subprocess.Popen(
             command + ["--bf16"] * arguments.bf16,
-            env={**os.environ, **returned_memory(arguments.exact_memory)},
+            env={**os.environ, **returned_memory()},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

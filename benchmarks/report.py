@@ -50,12 +50,12 @@ def write_rows(name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[s
     return path
 
 
-def returned_memory(exact: bool = False) -> dict[str, str]:
-    """Environment in which glibc gives memory of a MiB and more back when it is freed; of 128 KiB and more if `exact`.
+def returned_memory() -> dict[str, str]:
+    """Environment in which glibc gives memory of a MiB and more back when it is freed.
 
     By itself it keeps some, and how much differs from run to run.
     """
-    return {"MALLOC_MMAP_THRESHOLD_": str(2**17 if exact else 2**20)}
+    return {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 def status_bytes(name: str) -> int:

@@ -74,11 +74,10 @@ def contrastive(figures: Row) -> Iterator[Row]:
     """Our cached step: its speed against sentence-transformers' at the largest batch that ran in both; its memory."""
     ran = [row for row in figures["steps"] if row["outcome"] == "ran"]
     for kind in dict.fromkeys(row["kind"] for row in ran):
-        exact = figures["settings"].get("exact_memory", False)
         name = f"contrastive step of {figures['settings']['shape']}, {kind} pairs"
         seconds = {(row["contender"], row["batch_size"]): row["seconds"] for row in ran if row["kind"] == kind}
         both = [size for who, size in seconds if who == "adaptive" and ("cached", size) in seconds]
-        if both and not exact:
+        if both:
             speed = {"value": seconds["adaptive", max(both)] / seconds["cached", max(both)]}
             least = 1.25 if kind == "mixed" else None
             yield figure(f"{name}: steps/s at batch {max(both)} / AdaptiveLayerLoss", speed, least=least)
@@ -86,8 +85,7 @@ def contrastive(figures: Row) -> Iterator[Row]:
             row["batch_size"]: row["peak_bytes"] for row in ran if (row["kind"], row["contender"]) == (kind, "cached")
         }
         if {64, 2048} <= set(memory):
-            kept = "" if exact else ", with what glibc keeps"
-            yield figure(f"{name}: memory at batch 2048 / at 64{kept}", {"value": memory[2048] / memory[64]}, most=1.3)
+            yield figure(f"{name}: memory at batch 2048 / at 64", {"value": memory[2048] / memory[64]}, most=1.3)
 
 
 def cascade_indexing(figures: Row) -> Iterator[Row]:
@@ -131,7 +129,6 @@ SOURCES: dict[str, Callable[[Any], Iterator[Row]]] = {
     "loading_at_an_exit": loading,
     "pretraining_step_small": pretraining,
     "pretraining_step_paper": pretraining,
-    "contrastive_memory_small": contrastive,
     "contrastive_step_small": contrastive,
     "contrastive_step_mini": contrastive,
     "near_duplicates": near_duplicates,

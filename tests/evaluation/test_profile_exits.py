@@ -110,6 +110,14 @@ def test_a_new_profile_of_the_same_weights_keeps_the_quality(checkpoint, tmp_pat
     assert profile_to_file(checkpoint, PLAN, **options)[0].exits[1].quality == {"csn": 0.5}
 
 
+def test_a_profile_of_fewer_exits_does_not_replace_a_fuller_one(checkpoint, tmp_path, capsys):
+    out = tmp_path / "profile.json"
+    full, _ = profile_to_file(checkpoint, PLAN, out=out, device="cpu", progress=False)
+    assert cli.main(["profile", str(checkpoint), "--out", str(out), "--exit-layers", "1"]) == 2
+    assert "also has exits 2, 4, which would be lost" in capsys.readouterr().err
+    assert ExitProfile.load(out) == full
+
+
 def test_the_profile_lies_beside_the_checkpoint_by_default(tmp_path):
     checkpoint = save_tiny_checkpoint(tmp_path / "model")
     _, path = profile_to_file(checkpoint, PLAN, device="cpu", progress=False)

@@ -147,12 +147,17 @@ def profile_to_file(
         The profile, and the file.
 
     Raises:
-        ValueError: a repository of the Hub without `out`, or a file that can't be written or holds something else; and
-            as `profile_checkpoint`.
+        ValueError: a repository of the Hub without `out`, or a file that can't be written, holds something else, or has
+            exits that `exit_layers` leaves out; and as `profile_checkpoint`.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
     older = ExitProfile.load(path) if path.is_file() else None
+    if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
+        raise ValueError(
+            f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost: measure them too, or "
+            "name another file (--out)."
+        )
     profile = profile_checkpoint(checkpoint, plan, **options)
     if older is not None:
         profile = profile.with_quality_of(older)

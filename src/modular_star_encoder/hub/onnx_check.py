@@ -46,7 +46,7 @@ def check_onnx(
         exit_layer: as it was given there.
 
     Raises:
-        RuntimeError: an output differs by more than `tolerance`, or is NaN; the message says which, where and by how
+        ValueError: an output differs by more than `tolerance`, or is NaN; the message says which, where and by how
             much.
         ImportError: onnxruntime is missing.
     """
@@ -64,7 +64,7 @@ def check_onnx(
                 values, wanted = values[real], wanted[real]
             difference = float((values - wanted).abs().max() / wanted.abs().max().clamp(min=1))
             if not difference <= tolerance:
-                raise RuntimeError(
+                raise ValueError(
                     f"{path} does not compute what the model computes: {name} differs by {difference:.2g} (allowed: "
                     f"{tolerance:g}) at a batch of {real.shape[0]} × {real.shape[1]} tokens."
                 )

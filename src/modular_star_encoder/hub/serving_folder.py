@@ -95,9 +95,9 @@ def export_for_serving(
 
     Raises:
         ValueError: a checkpoint or exit that isn't there to be had (see `load_checkpoint`), a model whose pooling
-            SentenceTransformers don't know, `int8` without tasks to measure its cost on, or `out` is taken.
+            SentenceTransformers don't know, `int8` without tasks to measure its cost on, `out` is taken, or the file
+            does not compute what the model computes.
         OSError: as `load_checkpoint`.
-        RuntimeError: the file does not compute what the model computes.
         ImportError: the extra `onnx` is missing.
     """
     if int8 and not tasks:
@@ -209,7 +209,7 @@ def _check_rankings(comparisons: Sequence[RankingComparison]) -> None:
     for comparison in comparisons:
         if not comparison.agrees:
             other = comparison.queries - comparison.same_top_10 - comparison.ties_in_top_10
-            raise RuntimeError(
+            raise ValueError(
                 f"The ONNX file ranks otherwise than the model: {other} of {comparison.queries} queries of "
                 f"{comparison.benchmark}, {comparison.task} have other first ten documents."
             )
