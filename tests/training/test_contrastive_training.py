@@ -94,6 +94,7 @@ def test_a_learned_scale_is_resumed_saved_and_loaded(tmp_path):
     scale = straight.model.logit_scale.log_scale
     assert torch.equal(resumed.model.logit_scale.log_scale, scale)
     straight.save_model(str(tmp_path / "saved"))
+    assert not list((tmp_path / "saved").glob("*.bin")), "Trainer's settings are a pickle"
     loaded = ModularStarEncoderForRetrieval.from_pretrained(tmp_path / "saved")
     assert torch.equal(loaded.logit_scale.log_scale, scale)
 

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -139,6 +140,12 @@ class MultiExitTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but biases, norms and a learned logit scale: CLIP decays no gains (arXiv 2103.00020, section 2.5)."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As in `Trainer`, but without the pickle of the settings: what was saved may be published as it is."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _exits_of_this_step(self, model: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
         """The exits to train now, and their weights."""
