@@ -30,7 +30,7 @@ class ContrastiveSettings:
             size alone.
         teacher: exit whose scores the others are trained to have: `"deepest"`, `"next_deeper"`, `"ensemble"` (mean of
             the scores of all exits), or an exit's number. It is never trained by its pupils. One that isn't trained
-            yet teaches noise (benchmarks/results/mini_options.md): begin with fine-tuned models.
+            yet teaches noise (benchmarks/results/mini_parallel_ablation.md): begin with fine-tuned models.
         distillation_weight: of the Kullback-Leibler divergence from the teacher's distribution over the candidates, at
             full size, to each exit's.
         distillation_temperature: divides the logits of both; the divergence is multiplied by its square, which keeps

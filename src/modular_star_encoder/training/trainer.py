@@ -20,7 +20,7 @@ from modular_star_encoder.training.schedule import MultiStepSchedule
 
 logger = logging.get_logger(__name__)
 
-# Few pairs of a batch are alike. Where half are masked, training goes astray (benchmarks/results/mini_options.md).
+# Few pairs of a batch are alike. With half masked, training fails (benchmarks/results/mini_parallel_ablation.md).
 MOST_MASKED_NEGATIVES = 0.1
 
 
