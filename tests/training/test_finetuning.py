@@ -325,11 +325,11 @@ def test_the_papers_recipe_holds_its_figures():
     assert recipe.max_code_tokens == 2048
 
 
-def test_the_recommended_recipe_is_the_papers_with_a_scale_that_is_learned():
+def test_the_recommended_recipe_is_the_papers_with_a_scale_learned_from_30_and_uniform_weights():
     paper, ours = (
         load_finetuning_recipe(hub_config_folder("finetuned") / f"{name}.yaml") for name in ("recipe", "recommended")
     )
-    assert ours == dataclasses.replace(paper, config={"learned_logit_scale": 10.0})
+    assert ours == dataclasses.replace(paper, config={"learned_logit_scale": 30.0}, exit_weights="uniform")
 
 
 def small_recipe():
