@@ -113,9 +113,15 @@ def test_parallel_solutions_have_no_description_and_only_our_languages(tmp_path)
     assert found.examples["halves of characters (lone surrogates)"].encode()
 
 
+def test_a_source_that_is_none_is_as_if_left_out(tmp_path):
+    good = write(tmp_path / "rows.jsonl", [triplet()])
+    assert list(read({"triplets": good, "functions": None, "parallel": None})) == ["triplets"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"triplets": None}, "none is given"),
         ({}, "one or several of the sources triplets, functions, parallel; none is given"),
         ({"tripletz": "x"}, "not tripletz"),
         ({"triplets": {}}, "data.triplets can't be used: source"),

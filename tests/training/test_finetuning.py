@@ -162,6 +162,15 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(recip
         run(recipe_file, tmp_path / "run", "steps=4", "objective.logit_scale=20")
 
 
+def test_data_that_could_not_be_read_may_be_named_anew_in_the_same_folder(recipe_file, tmp_path):
+    with pytest.raises(ValueError, match="no file"):
+        run(recipe_file, tmp_path / "run", "steps=1", "data.triplets=missing.jsonl")
+    log, _ = run(recipe_file, tmp_path / "run", "steps=1")
+    assert log["steps"] == 1
+    with pytest.raises(ValueError, match="another data; name another folder"):
+        run(recipe_file, tmp_path / "run", "steps=1", "data.triplets=missing.jsonl")
+
+
 def test_lora_trains_adapters_and_heads_resumes_and_saves_both_ways(recipe_file, checkpoint, tmp_path, monkeypatch):
     settings = ("lora={}", "config.learned_logit_scale=10")
     estimate = straight_and_interrupted(recipe_file, tmp_path, monkeypatch, *settings)

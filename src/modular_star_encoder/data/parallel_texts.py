@@ -68,7 +68,7 @@ def read_parallel_texts(settings: Mapping[str, Any], *, progress: bool = True) -
     """Read every source that a recipe's `data` names.
 
     Args:
-        settings: One or several of
+        settings: One or several of (None is as if left out)
 
             - `triplets`: the name of a dataset of the Hub, a file or a folder; or a mapping with `source` and the other
               arguments of `open_triplets`; with `columns: {negative: NAME}` each row also has a hard negative;
@@ -87,6 +87,8 @@ def read_parallel_texts(settings: Mapping[str, Any], *, progress: bool = True) -
     Raises:
         ValueError: If no source is named, one is unknown, can't be read, or has no row that is good.
     """
+    # So that `data.triplets=null` takes a recipe's source away.
+    settings = {name: source for name, source in settings.items() if source is not None}
     unknown = sorted(set(settings) - set(_SOURCES))
     if unknown or not settings:
         given = f"not {', '.join(unknown)}" if unknown else "none is given"

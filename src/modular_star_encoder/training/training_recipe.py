@@ -226,7 +226,7 @@ def open_run(out: Path, settings: Mapping[str, Any], kind: str, *, until_trained
         out: the folder; `recipe.json` in it holds the settings.
         settings: those of the recipe.
         kind: what the run is, for messages.
-        until_trained: settings that must be the same even as long as nothing is trained.
+        until_trained: settings that must be the same even as long as nothing is trained, once anything lies there.
 
     Raises:
         ValueError: the folder holds something else, or a run with other settings; the message names them.
@@ -236,7 +236,8 @@ def open_run(out: Path, settings: Mapping[str, Any], kind: str, *, until_trained
     if written.is_file():
         before = json.loads(written.read_text(encoding="utf-8"))
         trained = (out / "model").exists() or last_checkpoint(out / "checkpoints") is not None
-        names = (set(settings) if trained else set(until_trained)) - MAY_CHANGE
+        begun = any(path != written for path in out.iterdir())
+        names = (set(settings) if trained else set(until_trained) if begun else set()) - MAY_CHANGE
         other = sorted(name for name in names if before.get(name) != settings[name])
         if other:
             raise ValueError(f"{out} holds a run with another {', '.join(other)}; name another folder.")
