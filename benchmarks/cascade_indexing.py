@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from modular_star_encoder.evaluation.encode import evaluating, length_batches
-from modular_star_encoder.evaluation.markdown import markdown_table
-from modular_star_encoder.evaluation.profile_flops import flops_per_token
+from modular_star_encoder.inference.encode import evaluating, length_batches
+from modular_star_encoder.inference.profile import flops_per_token
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training import load_config
+from modular_star_encoder.training.recipes import load_config
+from modular_star_encoder.utils.markdown import markdown_table
 
 SHAPES = {"paper": "finetuned", "small": "small"}
 """Folders of hub_configs/."""

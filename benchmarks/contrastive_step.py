@@ -42,20 +42,22 @@ from report import returned_memory, status_bytes, write
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from modular_star_encoder.cli.main import keep_few_compiled_operations
 from modular_star_encoder.data.functions import collect_functions
-from modular_star_encoder.data.padding import pad_inputs
-from modular_star_encoder.data.repositories import installed_repositories
+from modular_star_encoder.data.in_context import pad_inputs
 from modular_star_encoder.data.retrieval import RetrievalPairs
+from modular_star_encoder.data.sources.repositories import installed_repositories
 from modular_star_encoder.data.tokenizer import train_tokenizer
-from modular_star_encoder.evaluation.markdown import markdown_table
 from modular_star_encoder.modeling import (
     ModularStarEncoderConfig,
     ModularStarEncoderForRetrieval,
     ModularStarEncoderModel,
 )
-from modular_star_encoder.objectives import ContrastiveObjective, ContrastiveSettings, exit_weights
-from modular_star_encoder.training import load_config
-from modular_star_encoder_cli import keep_few_compiled_operations
+from modular_star_encoder.objectives import exit_losses as exit_weights
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.training.recipes import load_config
+from modular_star_encoder.utils.markdown import markdown_table
 
 CONTENDERS = ("cached", "whole", "adaptive")
 SIDES = ("query", "document")

@@ -30,9 +30,8 @@ from sentence_transformers import SentenceTransformer
 
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_patterns, read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
-from modular_star_encoder.evaluation.checkpoint import load_checkpoint
-from modular_star_encoder.evaluation.compiled import compile_for_inference
-from modular_star_encoder.evaluation.encode import encode_exits, evaluating
+from modular_star_encoder.inference.encode import encode_exits, evaluating
+from modular_star_encoder.inference.load import compile_for_inference, load_checkpoint
 
 LANGUAGES = ("go", "javascript", "ruby")
 BATCH_SIZE = 32

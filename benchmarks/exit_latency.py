@@ -16,7 +16,7 @@ from models import random_model, shape
 from ratios import figure, ratio, take_turns
 from report import write_rows
 
-from modular_star_encoder.evaluation.profile_exits import embed, random_batch
+from modular_star_encoder.inference.profile import embed, random_batch
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 
 CUT = [1, 2, 5, 8, 10]

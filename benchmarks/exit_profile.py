@@ -3,7 +3,7 @@
     python benchmarks/exit_profile.py                       # the small model
     python benchmarks/exit_profile.py --config finetuned    # the paper's; needs 8 GB of memory
 
-The exits take turns within one run (see modular_star_encoder.evaluation.profile_exits, which measures). Parameters and
+The exits take turns within one run (see modular_star_encoder.inference.profile, which measures). Parameters and
 memory on a CPU include what every exit has: token embeddings; interpreter and libraries (`base_memory_mb`).
 """
 
@@ -15,11 +15,11 @@ import torch
 from report import write
 
 from modular_star_encoder.data.tokenizer import train_tokenizer
-from modular_star_encoder.evaluation.exit_profile import ExitProfile
-from modular_star_encoder.evaluation.profile_exits import ProfilePlan, format_profile, profile_checkpoint
-from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
+from modular_star_encoder.inference.exit_profile import ExitProfile
+from modular_star_encoder.inference.profile import ProfilePlan, format_profile, profile_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training import load_config
+from modular_star_encoder.training.recipes import load_config
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ from ratios import Seconds, figure, ratio, take_turns
 from report import write_rows
 from transformers import ModernBertConfig, ModernBertModel, PreTrainedModel, Starcoder2Config, Starcoder2Model
 
-from modular_star_encoder.evaluation.compiled import compile_for_inference
-from modular_star_encoder.evaluation.profile_flops import flops_per_token
+from modular_star_encoder.inference.load import compile_for_inference
+from modular_star_encoder.inference.profile import flops_per_token
 from modular_star_encoder.modeling import (
     ModularStarEncoderConfig,
     ModularStarEncoderForRetrieval,

@@ -17,7 +17,7 @@ from report import write_rows
 PROGRAMS = {
     "package": ("-c", "import modular_star_encoder"),
     "transformers": ("-c", "from transformers import AutoModel, PreTrainedModel"),
-    "mose --help": ("-m", "modular_star_encoder_cli", "--help"),
+    "mose --help": ("-m", "modular_star_encoder.cli.main", "--help"),
     "nothing": ("-c", "pass"),
 }
 

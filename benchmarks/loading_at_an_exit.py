@@ -50,7 +50,7 @@ def main() -> None:
 def write_random_checkpoint(name: str, folder: str) -> None:
     """Random weights in bfloat16 at the shape of a folder of hub_configs/."""
     from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-    from modular_star_encoder.training import load_config
+    from modular_star_encoder.training.recipes import load_config
 
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):

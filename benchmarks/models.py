@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from modular_star_encoder.data.tokenizer import train_tokenizer
-from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
-from modular_star_encoder.training import load_config
+from modular_star_encoder.training.recipes import load_config
 
 
 def random_model(

@@ -18,13 +18,12 @@ from report import write
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_patterns, read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
 from modular_star_encoder.evaluation.exits import pairs_task
-from modular_star_encoder.evaluation.machine import library_versions
 from modular_star_encoder.evaluation.tasks import RetrievalTask
-from modular_star_encoder.hub.onnx_export import ONNX_FILE
 from modular_star_encoder.hub.onnx_ranking import format_rankings
-from modular_star_encoder.hub.quantization import QUANTIZED_FILE, SETTINGS
 from modular_star_encoder.hub.serving_folder import export_for_serving
+from modular_star_encoder.inference.onnx_export import ONNX_FILE, QUANTIZED_FILE, SETTINGS
 from modular_star_encoder.modeling import ModularStarEncoderConfig
+from modular_star_encoder.utils.machine import library_versions
 
 
 def main() -> None:

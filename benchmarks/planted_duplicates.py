@@ -44,7 +44,7 @@ def real_functions(count: int, seed: int = 0) -> tuple[list[str], dict[str, int]
         The functions, and how many there are of each language.
     """
     from modular_star_encoder.data.functions import collect_functions
-    from modular_star_encoder.data.repositories import installed_repositories
+    from modular_star_encoder.data.sources.repositories import installed_repositories
 
     collected = collect_functions(installed_repositories(exclude=()), processes=1).functions
     found = [(function.language, function.code) for function in collected]

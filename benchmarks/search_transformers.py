@@ -23,10 +23,10 @@ from typing import Any
 
 from report import write
 
-from modular_star_encoder.evaluation.machine import library_versions
-from modular_star_encoder.evaluation.markdown import markdown_table, percent
 from modular_star_encoder.search.hits import Answer
 from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.utils.machine import library_versions
+from modular_star_encoder.utils.markdown import markdown_table, percent
 
 QUESTIONS = Path(__file__).parent.parent / "examples" / "search" / "questions.jsonl"
 DISTRIBUTION = "transformers"
@@ -47,7 +47,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.index or Path(temporary)
         code = copy_distribution(folder / DISTRIBUTION)
-        command = [sys.executable, "-m", "modular_star_encoder_cli", "index", str(code), "--out", str(folder / "index")]
+        command = [
+            sys.executable,
+            "-m",
+            "modular_star_encoder.cli.main",
+            "index",
+            str(code),
+            "--out",
+            str(folder / "index"),
+        ]
         command += ["--model", arguments.model, "--exit-layers", arguments.exit_layers, "--json"]
         first = run(command)
         index = CodeIndex.open(folder / "index", checkpoint=arguments.model)

@@ -11,7 +11,7 @@ import argparse
 import shlex
 import sys
 
-from modular_star_encoder.evaluation.running import run_benchmarks
+from modular_star_encoder.evaluation.run import run_benchmarks
 
 
 def main() -> int:

@@ -9,8 +9,8 @@ What is interrupted continues when it is started again.
 import argparse
 import sys
 
+from modular_star_encoder.cli.main import keep_few_compiled_operations
 from modular_star_encoder.training.tasks import load_task
-from modular_star_encoder_cli import keep_few_compiled_operations
 
 
 def main() -> int:

@@ -12,11 +12,10 @@ interrupted run finds what it has.
 import argparse
 import sys
 
+from modular_star_encoder.cli.main import exit_list
 from modular_star_encoder.data.functions import collect_functions
-from modular_star_encoder.data.repositories import folder_repositories
-from modular_star_encoder.evaluation.mteb_exits import run_mteb
-from modular_star_encoder.evaluation.mteb_tasks import pairs_task
-from modular_star_encoder_cli import exit_list
+from modular_star_encoder.data.sources.repositories import folder_repositories
+from modular_star_encoder.evaluation.mteb_exits import pairs_task, run_mteb
 
 
 def main() -> int:

@@ -9,9 +9,9 @@ What is interrupted continues when it is started again.
 import argparse
 import sys
 
+from modular_star_encoder.cli.main import keep_few_compiled_operations
 from modular_star_encoder.training.pretraining import pretrain
-from modular_star_encoder.training.pretraining_recipe import load_pretraining_recipe
-from modular_star_encoder_cli import keep_few_compiled_operations
+from modular_star_encoder.training.recipes import load_pretraining_recipe
 
 
 def main() -> int:

@@ -29,30 +29,23 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modular_star_encoder import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
-from modular_star_encoder.data.files import staged_folder, write_json
+from modular_star_encoder.cli.main import keep_few_compiled_operations
 from modular_star_encoder.data.functions import DocumentedFunction, collect_functions
 from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
-from modular_star_encoder.data.repositories import folder_repositories, installed_repositories
 from modular_star_encoder.data.retrieval import RetrievalCollator, RetrievalPairs
+from modular_star_encoder.data.sources.repositories import folder_repositories, installed_repositories
 from modular_star_encoder.data.splits import Split, drop_near_identical_descriptions, split_by_repository
 from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.exits import ExitResults, RetrievalRow, evaluate_exits, format_table
-from modular_star_encoder.hub.reloading import reload_in_clean_process
-from modular_star_encoder.hub.saving import save_retrieval_checkpoint
-from modular_star_encoder.hub.slicing import slice_checkpoint
-from modular_star_encoder.objectives import ContrastiveObjective, InContextObjective
+from modular_star_encoder.hub.verification import reload_in_clean_process
+from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint, slice_checkpoint
+from modular_star_encoder.objectives.classification import InContextObjective
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.search.folder import search_folder
-from modular_star_encoder.training import (
-    Recipe,
-    bf16_is_faster,
-    hub_config_folder,
-    load_config,
-    load_recipe,
-    run_stage,
-    start_from_spellings,
-    start_from_unigrams,
-)
-from modular_star_encoder_cli import keep_few_compiled_operations
+from modular_star_encoder.training.recipes import Recipe, hub_config_folder, load_config, load_recipe
+from modular_star_encoder.training.stages import bf16_is_faster, run_stage
+from modular_star_encoder.training.starting_points import start_from_spellings, start_from_unigrams
+from modular_star_encoder.utils.files import staged_folder, write_json
 
 # Never trained on: `transformers` is what later examples search, and the default folder to search here is held out too.
 KEPT_OUT = ("transformers", "huggingface-hub")

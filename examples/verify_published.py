@@ -177,7 +177,7 @@ def fetch(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from modular_star_encoder.evaluation.checkpoint import check_checkpoint
+    from modular_star_encoder.inference.load import check_checkpoint
 
     check_checkpoint(repository)
     folder = Path(repository).expanduser()
@@ -409,7 +409,7 @@ def run_own_code(folder: Path, request: Mapping[str, Any], python: str = sys.exe
     Raises:
         RuntimeError: the process failed; the message holds the last line of what it said.
     """
-    from modular_star_encoder.hub.reloading import wait_with_clock
+    from modular_star_encoder.hub.verification import wait_with_clock
 
     with tempfile.TemporaryDirectory() as scratch:
         question, result = Path(scratch, "request.json"), Path(scratch, "result.npz")

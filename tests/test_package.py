@@ -28,7 +28,7 @@ import socket
 def refuse(*args, **kwargs):
     raise AssertionError("a connection was attempted")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import modular_star_encoder, modular_star_encoder.search.folder, modular_star_encoder.hub.slicing
+import modular_star_encoder, modular_star_encoder.search.folder, modular_star_encoder.inference.checkpoints
 print(modular_star_encoder.__version__)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -50,7 +50,7 @@ def test_a_wheel_holds_model_code_configurations_and_types(tmp_path):
         "hub_configs/quickstart/config.json",
         "hub_configs/quickstart/recipe.yaml",
         "demo/page.css",
-        "hub/clean_process.py",
+        "hub/subprocess_check.py",
         "py.typed",
     ):
         assert f"modular_star_encoder/{expected}" in names

@@ -6,7 +6,7 @@ import torch
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.tokenizer import train_tokenizer
-from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 
 EXIT_LAYERS = (1, 2, 4)

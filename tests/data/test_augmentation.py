@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from modular_star_encoder.data.augmentation import rename_frequent_words
+from modular_star_encoder.data.retrieval import rename_frequent_words
 
 CODE = "def total(values, start):\n    # values, values\n    x = start\n    for value in values:\n        x += value"
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from modular_star_encoder.data.documented_function import code_key, description_key, function_id
+from modular_star_encoder.data.functions import code_key, description_key, function_id
 from tests.data.samples import extract_one, function
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modular_star_encoder.data.corpora import open_corpus
+from modular_star_encoder.data.sources.corpora import open_corpus
 
 PYTHON = (
     "import os\n\n# Licence: any.\n\n\ndef outer(a):\n    def inner():\n        return a\n\n"

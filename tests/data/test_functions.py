@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from modular_star_encoder.data import functions
-from modular_star_encoder.data.function_finder import find_functions
 from modular_star_encoder.data.functions import collect_functions, extract_functions
-from modular_star_encoder.data.source_files import SourceFile
+from modular_star_encoder.data.languages.function_finder import find_functions
+from modular_star_encoder.data.sources.source_files import SourceFile
 from tests.data.polyglot import NAMES, SOURCES
 from tests.data.samples import extract_one, source
 

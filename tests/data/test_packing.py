@@ -4,11 +4,10 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
-from modular_star_encoder.data.packing import PackingCollator
+from modular_star_encoder.data.in_context import InContextPairs, PackingCollator, PaddingCollator
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives import InContextObjective
-from modular_star_encoder.training import MultiExitTrainer
+from modular_star_encoder.objectives.classification import InContextObjective
+from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.data.samples import WORDS
 from tests.tiny import tiny_model
 

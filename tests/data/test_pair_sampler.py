@@ -7,7 +7,7 @@ import pytest
 
 from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.data.pair_sampler import PairSampler
-from modular_star_encoder.data.token_corpus import TokenCorpus
+from modular_star_encoder.data.token_store import TokenCorpus
 from modular_star_encoder.data.tokenizer import ContentEncoder, TokenRows
 
 LANGUAGES = 3

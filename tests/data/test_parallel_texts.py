@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from modular_star_encoder.data.parallel_texts import ParallelText, Snippet, read_parallel_texts
-from modular_star_encoder.data.triplets import BadRowError
+from modular_star_encoder.data.pairs import BadRowError, ParallelText, Snippet, read_parallel_texts
 
 PYTHON, GO = "def add(a, b):\n    return a + b", "func add(a, b int) int {\n\treturn a + b\n}"
 

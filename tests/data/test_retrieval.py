@@ -5,7 +5,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 
 from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
-from modular_star_encoder.data.parallel_texts import ParallelText, Snippet
+from modular_star_encoder.data.pairs import ParallelText, Snippet
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalCollator, RetrievalPairs, RetrievalTexts
 from tests.data.samples import function, small_tokenizer

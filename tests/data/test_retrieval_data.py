@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from modular_star_encoder.data.documented_function import code_key, description_key
+from modular_star_encoder.data.functions import code_key, description_key
 from modular_star_encoder.data.retrieval_data import prepare_retrieval_data
 
 

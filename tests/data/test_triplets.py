@@ -5,8 +5,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from modular_star_encoder.data.files import write_text
-from modular_star_encoder.data.triplets import BadRowError, Triplet, TripletColumns, open_triplets
+from modular_star_encoder.data.pairs import BadRowError, Triplet, TripletColumns, open_triplets
+from modular_star_encoder.utils.files import write_text
 
 
 def row(number=0, **changes):

@@ -3,9 +3,9 @@ import shutil
 
 import pytest
 
-from modular_star_encoder.demo.exit_costs import ExitCosts, circumstances, cost_card, short_name
-from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME
-from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
+from modular_star_encoder.demo.page import ExitCosts, circumstances, cost_card, short_name
+from modular_star_encoder.inference.exit_profile import PROFILE_NAME
+from modular_star_encoder.inference.load import checkpoint_fingerprint
 from tests.demo.profiles import profile_of
 
 

@@ -3,10 +3,9 @@ import shutil
 
 import pytest
 
-from modular_star_encoder.demo.exit_costs import ExitCosts
-from modular_star_encoder.demo.page import SearchPage
+from modular_star_encoder.demo.page import ExitCosts, SearchPage
 from modular_star_encoder.demo.session import LONGEST_QUESTION, TOP_K, SearchSession
-from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.index import CodeIndex
 from tests.search.samples import build, write_code

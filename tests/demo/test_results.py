@@ -4,8 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from modular_star_encoder.demo.results import FIRST_LINES, MOST_LINES, code_html, results_html
-from modular_star_encoder.demo.session import Reply, SearchSession
+from modular_star_encoder.demo.session import FIRST_LINES, MOST_LINES, Reply, SearchSession, code_html, results_html
 from modular_star_encoder.search.hits import Answer, Hit
 from tests.demo.conftest import HOSTILE_CODE, HOSTILE_NAME
 

@@ -11,9 +11,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from modular_star_encoder.cli.main import main
 from modular_star_encoder.demo import serving
 from modular_star_encoder.demo.serving import served
-from modular_star_encoder_cli import main
 from tests.demo.conftest import HOSTILE_NAME
 
 ROOT = Path(__file__).parents[2]

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from modular_star_encoder.evaluation.distractors import distractor_batches
-from modular_star_encoder.evaluation.embedding_cache import EmbeddingCache
 from modular_star_encoder.evaluation.metrics import query_values
+from modular_star_encoder.evaluation.retrievers import EmbeddingSystem
 from modular_star_encoder.evaluation.scores import CosineScores, rank_judged
-from modular_star_encoder.evaluation.systems import EmbeddingSystem
-from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, Text, full_pool
+from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, distractor_batches, full_pool
+from modular_star_encoder.inference.embedding_cache import EmbeddingCache
+from modular_star_encoder.inference.encoders import Text
 
 
 class GivenEncoder:

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.evaluation.benchmarks.registry import load_benchmark
-from modular_star_encoder.evaluation.bm25 import BM25, identifier_tokens
 from modular_star_encoder.evaluation.harness import evaluate_tasks
-from modular_star_encoder.evaluation.systems import Variant
-from modular_star_encoder.evaluation.tasks import Text
+from modular_star_encoder.evaluation.lexical import BM25, identifier_tokens
+from modular_star_encoder.evaluation.retrievers import Variant
+from modular_star_encoder.inference.encoders import Text
 
 DATA = os.environ.get("MOSE_DATA")
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation.distractors import cosine_scores, distractor_batches
-from modular_star_encoder.evaluation.scores import CosineScores
+from modular_star_encoder.evaluation.scores import CosineScores, cosine_scores
+from modular_star_encoder.evaluation.tasks import distractor_batches
 from tests.evaluation.test_scores import embeddings
 
 

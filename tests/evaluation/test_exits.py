@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.evaluation.distractors import cosine_scores, distractor_batches
-from modular_star_encoder.evaluation.encode import encode_exits
 from modular_star_encoder.evaluation.exits import RetrievalRow, evaluate_exits, format_table
+from modular_star_encoder.evaluation.scores import cosine_scores
+from modular_star_encoder.evaluation.tasks import distractor_batches
+from modular_star_encoder.inference.encode import encode_exits
 from tests.evaluation import brute_force
 
 ROWS = [

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.evaluation import harness
-from modular_star_encoder.evaluation.bm25 import BM25
 from modular_star_encoder.evaluation.harness import evaluate_task, evaluate_tasks
+from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.metrics import query_values
+from modular_star_encoder.evaluation.retrievers import Variant
 from modular_star_encoder.evaluation.scores import rank_judged
-from modular_star_encoder.evaluation.systems import Variant
-from modular_star_encoder.evaluation.tasks import Judgements, Pool, Text
+from modular_star_encoder.evaluation.tasks import Judgements, Pool
+from modular_star_encoder.inference.encoders import Text
 from tests.evaluation import brute_force
 from tests.evaluation.samples import given_system, pair_task, retrieval_task
 

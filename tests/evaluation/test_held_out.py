@@ -1,7 +1,7 @@
 """Held-out rows as tasks."""
 
-from modular_star_encoder.data.parallel_texts import ParallelText, Snippet
-from modular_star_encoder.evaluation.held_out import held_out_tasks
+from modular_star_encoder.data.pairs import ParallelText, Snippet
+from modular_star_encoder.evaluation.tasks import held_out_tasks
 
 
 def triplet(number, description=None):
@@ -41,7 +41,7 @@ def test_one_pair_is_no_task():
 
 
 def test_every_query_of_a_task_is_ranked(monkeypatch):
-    monkeypatch.setattr("modular_star_encoder.evaluation.held_out.POOL", 4)
+    monkeypatch.setattr("modular_star_encoder.evaluation.tasks.POOL", 4)
     for count, queries, pools in ((3, 3, 1), (4, 4, 1), (7, 4, 1), (9, 8, 2)):
         text, _ = held_out_tasks([triplet(i) for i in range(count)])
         assert (len(text.queries), len(text.pools)) == (queries, pools)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.evaluation.identifier_overlap import identifier_overlap, identifier_overlap_accuracy
+from modular_star_encoder.evaluation.lexical import identifier_overlap, identifier_overlap_accuracy
 
 
 @pytest.mark.parametrize(

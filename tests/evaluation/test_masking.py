@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from modular_star_encoder.evaluation.masking import mask_names
+from modular_star_encoder.evaluation.lexical import mask_names
 
 SNIPPETS = {
     "python": (

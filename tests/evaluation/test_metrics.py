@@ -1,13 +1,7 @@
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation.metrics import (
-    best_f1_threshold,
-    f1,
-    outcomes,
-    query_values,
-    rank_scores,
-)
+from modular_star_encoder.evaluation.metrics import best_f1_threshold, f1, outcomes, query_values, rank_scores
 from tests.evaluation import brute_force
 
 METRICS = {

@@ -10,17 +10,17 @@ import pytest
 
 from modular_star_encoder.data.prompts import ANY_CODE_INSTRUCTION, code_prompt, text_prompt
 from modular_star_encoder.evaluation import mteb_exits
-from modular_star_encoder.evaluation.encode import encode_exits
-from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
+from modular_star_encoder.evaluation.exits import RetrievalSet
 from modular_star_encoder.evaluation.mteb_exits import (
     ExitEncoder,
     SharedExits,
     exit_model_metas,
+    pairs_task,
     register_exits,
     run_mteb,
 )
-from modular_star_encoder.evaluation.mteb_tasks import pairs_task
-from modular_star_encoder.evaluation.retrieval_set import RetrievalSet
+from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.inference.load import checkpoint_fingerprint
 from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 mteb = pytest.importorskip("mteb", reason="needs the extra mteb")

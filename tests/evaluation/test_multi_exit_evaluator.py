@@ -14,10 +14,10 @@ from transformers import TrainerCallback, TrainingArguments
 from modular_star_encoder.data.functions import DocumentedFunction
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.retrieval import RetrievalCollator, RetrievalPairs
+from modular_star_encoder.evaluation.exits import RetrievalSet
 from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
-from modular_star_encoder.evaluation.retrieval_set import RetrievalSet
-from modular_star_encoder.objectives import ContrastiveObjective
-from modular_star_encoder.training import MultiExitTrainer
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.evaluation.samples import reciprocal_ranks_among_distractors
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model
 

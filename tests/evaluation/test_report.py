@@ -6,13 +6,12 @@ import re
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation.bm25 import BM25
-from modular_star_encoder.evaluation.figures import median_latencies, plot_quality_by_depth, plot_quality_by_latency
 from modular_star_encoder.evaluation.harness import evaluate_tasks
-from modular_star_encoder.evaluation.report import to_csv, to_latex, to_markdown, write_report
-from modular_star_encoder.evaluation.tables import build_tables
+from modular_star_encoder.evaluation.lexical import BM25
+from modular_star_encoder.evaluation.plots import median_latencies, plot_quality_by_depth, plot_quality_by_latency
+from modular_star_encoder.evaluation.report import build_tables, to_csv, to_latex, to_markdown, write_report
 from tests.evaluation.samples import given_system, pair_task, retrieval_task
-from tests.evaluation.test_exit_profile import made_up_profile
+from tests.inference.test_exit_profile import made_up_profile
 
 TASKS = [
     retrieval_task(notes=("half of it",)),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation.retrieval_set import RetrievalSet, mean_metrics, relevant_ranks
+from modular_star_encoder.evaluation.exits import RetrievalSet, mean_metrics, relevant_ranks
 from tests.evaluation.samples import reciprocal_ranks_among_distractors
 
 PAIRS = [(f"text {i}", f"code {i}", "python") for i in range(12)]
@@ -49,7 +49,7 @@ def test_the_full_pool_is_the_same_in_chunks(monkeypatch):
     queries, documents = generator.normal(size=(2, 12, 4)).astype(np.float32)
     retrieval_set = RetrievalSet.from_pairs(PAIRS)
     whole = retrieval_set.score(queries, documents, distractors=None, seed=0, recall_at=(1,))
-    monkeypatch.setattr("modular_star_encoder.evaluation.retrieval_set.SCORES_PER_CHUNK", 30)
+    monkeypatch.setattr("modular_star_encoder.evaluation.exits.SCORES_PER_CHUNK", 30)
     assert retrieval_set.score(queries, documents, distractors=None, seed=0, recall_at=(1,)) == whole
     assert 0 < whole["mrr"] < 1
 

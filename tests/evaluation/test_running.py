@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-import modular_star_encoder_cli as cli
-from modular_star_encoder.evaluation import encoders, harness
-from modular_star_encoder.evaluation.encode import encode_exits
-from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME
-from modular_star_encoder.evaluation.running import run_benchmarks
+import modular_star_encoder.cli.main as cli
+from modular_star_encoder.evaluation import harness
+from modular_star_encoder.evaluation.run import run_benchmarks
+from modular_star_encoder.inference import encoders
+from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.inference.exit_profile import PROFILE_NAME
 from tests.evaluation.benchmarks import published
-from tests.evaluation.test_exit_profile import made_up_profile
+from tests.inference.test_exit_profile import made_up_profile
 from tests.tiny import save_tiny_checkpoint
 
 
@@ -193,7 +194,7 @@ def test_two_systems_of_one_name_are_refused(checkpoint, data, tmp_path):
 def test_the_example_runs_the_same(checkpoint, data, tmp_path, capsys, monkeypatch):
     import runpy
 
-    script = Path(cli.__file__).parent.parent / "examples" / "evaluate.py"
+    script = Path(__file__).parents[2] / "examples" / "evaluate.py"
     options = ["--data", str(data), "--benchmarks", "cosqa", "--allow-subset", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [str(script), checkpoint, *options])
     with pytest.raises(SystemExit) as ended:

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.evaluation import scores as scores_module
-from modular_star_encoder.evaluation.bm25 import BM25
+from modular_star_encoder.evaluation.lexical import BM25, TfIdf
 from modular_star_encoder.evaluation.metrics import query_values
+from modular_star_encoder.evaluation.retrievers import Variant
 from modular_star_encoder.evaluation.scores import CosineScores, pool_judgements, rank_judged, similarities, unit_rows
-from modular_star_encoder.evaluation.systems import Variant
-from modular_star_encoder.evaluation.tasks import Judgements, Pool, Text
-from modular_star_encoder.evaluation.tfidf import TfIdf
+from modular_star_encoder.evaluation.tasks import Judgements, Pool
+from modular_star_encoder.inference.encoders import Text
 from tests.evaluation import brute_force
 
 

@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 
-clean_process, requests, result = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("clean_process", clean_process)
+subprocess_check, requests, result = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("subprocess_check", subprocess_check)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 sys.meta_path.insert(0, module.Blocker())

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from modular_star_encoder.data.prompts import text_prompt
-from modular_star_encoder.hub.reloading import reload_in_clean_process
+from modular_star_encoder.hub.verification import reload_in_clean_process
 from tests.tiny import save_tiny_checkpoint
 
 REPOSITORY = "some-org/tiny.star-encoder"

@@ -6,7 +6,7 @@ import torch
 from modular_star_encoder import modeling
 from modular_star_encoder.hub.manifest import load_manifest
 from modular_star_encoder.modeling import ModularStarEncoderConfig
-from modular_star_encoder.training import hub_config_folder, load_config
+from modular_star_encoder.training.recipes import hub_config_folder, load_config
 
 # Counted, and what the paper calls them.
 PAPER = {

@@ -8,10 +8,9 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
-from modular_star_encoder.evaluation.exit_profile import ExitProfile
-from modular_star_encoder.hub.measurements import read_tables
-from modular_star_encoder.hub.model_card import check_card
+from modular_star_encoder.hub.model_card import check_card, read_tables
 from modular_star_encoder.hub.staging import stage_repositories, without_paths, write_card
+from modular_star_encoder.inference.exit_profile import ExitProfile
 from tests.hub.repositories import finetuned_entry, manifest, row, with_profile, write_finetuned, write_pretrained
 from tests.tiny import tiny_model
 

@@ -16,15 +16,14 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import modular_star_encoder_cli as cli
+import modular_star_encoder.cli.main as cli
 from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.hub import clean_process
+from modular_star_encoder.hub import subprocess_check as subprocess_check
 from modular_star_encoder.hub.publishing import publish
-from modular_star_encoder.hub.reloading import ReloadRequest
-from modular_star_encoder.hub.verification import TEXTS
+from modular_star_encoder.hub.verification import TEXTS, ReloadRequest
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training.adapters import add_adapters, merged_model
+from modular_star_encoder.training.starting_points import add_adapters, merged_model
 from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
 from tests.hub.stand_in_hub import TOKEN, StandInHub
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model, tiny_tokenizer
@@ -146,7 +145,7 @@ def stranger(hub, tmp_path_factory):
         for (name, branch), (_, exits) in OFFLINE.items()
     ]
     (folder / "requests.json").write_text(json.dumps({"cards": cards, "offline": requests}))
-    paths = [clean_process.__file__, folder / "requests.json", folder / "result.npz"]
+    paths = [subprocess_check.__file__, folder / "requests.json", folder / "result.npz"]
     output = run_script(hub, folder, "run_snippets.py", *paths)
     return SimpleNamespace(cards=cards, output=output, embeddings=np.load(folder / "result.npz"))
 

@@ -14,20 +14,27 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-import modular_star_encoder_cli as cli
+import modular_star_encoder.cli.main as cli
 from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.evaluation.encoders import ExitEncoder
 from modular_star_encoder.evaluation.exits import RetrievalRow, pairs_task
 from modular_star_encoder.evaluation.harness import evaluate_tasks
-from modular_star_encoder.evaluation.systems import EmbeddingSystem
-from modular_star_encoder.hub import onnx_export, serving_folder
-from modular_star_encoder.hub.onnx_check import check_onnx
-from modular_star_encoder.hub.onnx_export import ONNX_FILE, export_onnx, open_session, save_graph
+from modular_star_encoder.evaluation.retrievers import EmbeddingSystem
+from modular_star_encoder.hub import serving_folder
 from modular_star_encoder.hub.onnx_ranking import OnnxEncoder, compare_rankings, compare_tops
-from modular_star_encoder.hub.quantization import QUANTIZED_FILE, quantize_onnx
-from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.hub.serving_folder import export_for_serving
+from modular_star_encoder.inference import onnx_export
+from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
+from modular_star_encoder.inference.encoders import ExitEncoder
+from modular_star_encoder.inference.onnx_export import (
+    ONNX_FILE,
+    QUANTIZED_FILE,
+    check_onnx,
+    export_onnx,
+    open_session,
+    quantize_onnx,
+    save_graph,
+)
 from tests.tiny import tiny_batch, tiny_model, tiny_tokenizer
 
 EXITS = (1, 2)

@@ -9,16 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modular_star_encoder.data.files import write_text
 from modular_star_encoder.hub import verification
-from modular_star_encoder.hub.reloading import ReloadedEmbeddings
-from modular_star_encoder.hub.saving import save_retrieval_checkpoint
 from modular_star_encoder.hub.staging import stage_repositories
-from modular_star_encoder.hub.verification import check_files, verify_repositories
-from modular_star_encoder.modeling import (
-    ModularStarEncoderForPreTraining,
-    ModularStarEncoderForSequenceClassification,
-)
+from modular_star_encoder.hub.verification import ReloadedEmbeddings, check_files, verify_repositories
+from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
+from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForSequenceClassification
+from modular_star_encoder.utils.files import write_text
 from tests.hub.repositories import manifest
 from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 

@@ -17,7 +17,7 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderPreTrainedModel,
 )
 from modular_star_encoder.modeling.published_checkpoints import published_names
-from modular_star_encoder.training import hub_config_folder
+from modular_star_encoder.training.recipes import hub_config_folder
 from tests.tiny import tiny_batch, tiny_model
 
 EXITS = [1, 2, 4]

@@ -2,7 +2,7 @@
 
 import torch
 
-from modular_star_encoder.objectives import ContrastiveSettings
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 EVERY_OPTION = {

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modular_star_encoder.objectives import ContrastiveObjective, ContrastiveSettings, losses_from_embeddings
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective, losses_from_embeddings
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from tests.objectives.contrastive_batches import every_option, every_side
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from modular_star_encoder.objectives import ContrastiveSettings, contrastive_losses, losses_from_embeddings
+from modular_star_encoder.objectives import contrastive as contrastive_losses
+from modular_star_encoder.objectives.contrastive import losses_from_embeddings
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from tests.objectives.contrastive_batches import every_option
 
 EXITS = (1, 2, 4)

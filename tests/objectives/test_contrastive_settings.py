@@ -2,7 +2,7 @@
 
 import pytest
 
-from modular_star_encoder.objectives import ContrastiveSettings
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from modular_star_encoder.objectives import ContrastiveObjective, ContrastiveSettings, losses_from_embeddings
-from modular_star_encoder.objectives.mini_batches import cut_mini_batches, split_further
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective, losses_from_embeddings
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.objectives.gradient_cache import cut_mini_batches, split_further
 from tests.objectives.contrastive_batches import (
     WEIGHTS,
     assert_same_gradients,

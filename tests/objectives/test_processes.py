@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from modular_star_encoder.objectives import ContrastiveSettings
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from tests.objectives.contrastive_batches import assert_same_gradients, every_option, every_side, gradients, pair_batch
 from tests.objectives.contrastive_processes import VARIANTS, new_model, weighted_loss
 from tests.processes import run_processes

@@ -1,6 +1,6 @@
 import pytest
 
-from modular_star_encoder.search.fusion import reciprocal_rank_fusion
+from modular_star_encoder.search.ranking import reciprocal_rank_fusion
 
 
 def test_scores_are_sums_of_reciprocal_ranks():

@@ -8,17 +8,17 @@ import pytest
 from qdrant_client import QdrantClient
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.evaluation.checkpoint import load_checkpoint
-from modular_star_encoder.evaluation.encode import encode_exits
-from modular_star_encoder.hub.saving import save_retrieval_checkpoint
+from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
+from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.search import building
 from modular_star_encoder.search.cascade import Cascade
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.folder import search_folder
-from modular_star_encoder.search.fusion import reciprocal_rank_fusion
 from modular_star_encoder.search.index import CodeIndex, find_index
 from modular_star_encoder.search.margins import fit_margin
 from modular_star_encoder.search.qdrant_store import QdrantStore
+from modular_star_encoder.search.ranking import reciprocal_rank_fusion
 from modular_star_encoder.search.snippets import Windows
 from tests.search.samples import FILES, build, stored_rows, write_code
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from modular_star_encoder.data.source_files import SourceFile
+from modular_star_encoder.data.sources.source_files import SourceFile
 from modular_star_encoder.search.snippets import Windows, file_snippets
 from tests.search.samples import FILES
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from qdrant_client import QdrantClient
 
-from modular_star_encoder.search.globs import glob_expression
 from modular_star_encoder.search.lance_store import LanceStore
 from modular_star_encoder.search.qdrant_store import QdrantStore, connect
+from modular_star_encoder.search.settings import glob_expression
 from modular_star_encoder.search.snippets import Snippet
 from modular_star_encoder.search.vector_store import (
     Filter,

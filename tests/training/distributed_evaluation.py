@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 from modular_star_encoder.evaluation import multi_exit_evaluator
 from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
-from modular_star_encoder.objectives import ContrastiveObjective
-from modular_star_encoder.training import MultiExitTrainer
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.processes import leave_together
 from tests.tiny import tiny_model, tiny_tokenizer
 

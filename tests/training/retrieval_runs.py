@@ -5,7 +5,7 @@ import json
 import yaml
 
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from modular_star_encoder.training.finetuning_recipe import FinetuningRecipe
+from modular_star_encoder.training.recipes import FinetuningRecipe
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WORDS = ("file", "table", "index", "buffer", "stream", "record", "window", "socket", "thread", "vector")

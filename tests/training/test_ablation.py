@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modular_star_encoder.training import ablation as ablation_module
-from modular_star_encoder.training import hub_config_folder
 from modular_star_encoder.training.ablation import ablate
 from modular_star_encoder.training.ablation_recipe import AblationRecipe, load_ablation_recipe
-from modular_star_encoder.training.ablation_report import plot_ablation, to_markdown, without_places
-from modular_star_encoder.training.ablation_results import compare
+from modular_star_encoder.training.ablation_report import compare, plot_ablation, to_markdown, without_places
 from modular_star_encoder.training.finetuning import finetune
+from modular_star_encoder.training.recipes import hub_config_folder
 from tests.tiny import EXIT_LAYERS
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
 

@@ -9,12 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from modular_star_encoder.data.labelled_pairs import ClassificationCollator, ClassificationRows, read_labelled_pairs
-from modular_star_encoder.evaluation.pair_classification import binary_scores, classification_scores
+from modular_star_encoder.evaluation.tasks import binary_scores, classification_scores
 from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
-from modular_star_encoder.objectives import ClassificationObjective
-from modular_star_encoder.training import hub_config_folder
-from modular_star_encoder.training.classification import finetune_classifier
-from modular_star_encoder.training.classification_recipe import ClassificationRecipe
+from modular_star_encoder.objectives.classification import ClassificationObjective
+from modular_star_encoder.training.clone_detection import finetune_classifier
+from modular_star_encoder.training.recipes import ClassificationRecipe, hub_config_folder
 from modular_star_encoder.training.tasks import load_task
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 from tests.training.retrieval_runs import WORDS, write_checkpoint, write_recipe

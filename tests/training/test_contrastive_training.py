@@ -10,9 +10,11 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
-from modular_star_encoder.objectives import ContrastiveObjective, ContrastiveSettings, InContextObjective
-from modular_star_encoder.objectives.outputs import ObjectiveOutput
-from modular_star_encoder.training import MultiExitTrainer, NonFiniteLossError
+from modular_star_encoder.objectives.classification import InContextObjective
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.objectives.exit_losses import ObjectiveOutput
+from modular_star_encoder.training.trainer import MultiExitTrainer, NonFiniteLossError
 from tests.objectives.contrastive_batches import every_option, every_side, texts, with_dropout
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modular_star_encoder.training.curves import plot_curves
+from modular_star_encoder.training.pretraining import plot_curves
 
 pytest.importorskip("matplotlib")
 

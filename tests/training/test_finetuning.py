@@ -15,13 +15,13 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, TrainerCallback
 
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.evaluation.checkpoint import load_checkpoint
+from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training import MultiExitTrainer, hub_config_folder
 from modular_star_encoder.training.finetuning import finetune
-from modular_star_encoder.training.finetuning_preflight import finetuning_preflight
-from modular_star_encoder.training.finetuning_recipe import load_finetuning_recipe
+from modular_star_encoder.training.preflight import finetuning_preflight
+from modular_star_encoder.training.recipes import hub_config_folder, load_finetuning_recipe
 from modular_star_encoder.training.starting_points import starting_config
+from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.processes import free_port
 from tests.published.stand_in import write_stand_in
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_config
@@ -198,7 +198,7 @@ def test_two_processes_train_as_one(recipe_file, tmp_path):
     ]
     straight, _ = run(recipe_file, tmp_path / "one", *settings)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "modular_star_encoder_cli", "finetune", str(recipe_file), *settings]
+    command = [sys.executable, "-m", "modular_star_encoder.cli.main", "finetune", str(recipe_file), *settings]
     processes = [
         subprocess.Popen(
             [*command, "--out", str(tmp_path / "two")],

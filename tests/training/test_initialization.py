@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modular_star_encoder.data.tokenizer import token_spellings
-from modular_star_encoder.training import start_from_spellings, start_from_unigrams
+from modular_star_encoder.training.starting_points import start_from_spellings, start_from_unigrams
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
 

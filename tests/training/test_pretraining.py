@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
 from modular_star_encoder.data.tokenizer import train_tokenizer
-from modular_star_encoder.training import NonFiniteLossError, hub_config_folder
 from modular_star_encoder.training.pretraining import model_config, pretrain
-from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe, load_pretraining_recipe
+from modular_star_encoder.training.recipes import PretrainingRecipe, hub_config_folder, load_pretraining_recipe
+from modular_star_encoder.training.trainer import NonFiniteLossError
 from tests.tiny import tiny_config
 
 
@@ -240,7 +240,7 @@ def test_every_recipe_of_ours_fits_its_model():
 @pytest.mark.slow
 def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_weights(recipe_file, tmp_path):
     out, generator, kills = tmp_path / "killed", random.Random(0), 0
-    command = [sys.executable, "-m", "modular_star_encoder_cli", "pretrain", str(recipe_file), "steps=40"]
+    command = [sys.executable, "-m", "modular_star_encoder.cli.main", "pretrain", str(recipe_file), "steps=40"]
     subprocess.run([*command, "--out", str(tmp_path / "straight")], check=True, capture_output=True)
     for _ in range(12):
         process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -5,8 +5,9 @@ import torch
 import yaml
 
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training import bf16_is_faster, hub_config_folder, load_config, load_recipe
-from modular_star_encoder.training.progress import format_log
+from modular_star_encoder.training.recipes import hub_config_folder, load_config, load_recipe
+from modular_star_encoder.training.stages import bf16_is_faster
+from modular_star_encoder.training.trainer import format_log
 
 
 def test_the_quickstart_recipe_and_configuration_fit_each_other():

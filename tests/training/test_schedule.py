@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modular_star_encoder.training import MultiStepSchedule
+from modular_star_encoder.training.trainer import MultiStepSchedule
 
 PAPER = MultiStepSchedule(4_000, (120_000, 185_000, 220_000, 230_000, 240_000), (0.36, 0.1, 0.031, 0.01, 0.001))
 

@@ -9,9 +9,11 @@ from transformers import TrainerCallback, TrainingArguments
 
 from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives import ContrastiveObjective, InContextObjective
-from modular_star_encoder.training import MultiExitTrainer, MultiStepSchedule, Stage, last_checkpoint, run_stage
-from modular_star_encoder.training.adapters import add_adapters
+from modular_star_encoder.objectives.classification import InContextObjective
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.training.stages import Stage, run_stage
+from modular_star_encoder.training.starting_points import add_adapters
+from modular_star_encoder.training.trainer import MultiExitTrainer, MultiStepSchedule, last_checkpoint
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
 OWN_ARGUMENTS = ("rotate_shallow_exits", "log_gradient_norms", "schedule")

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modular_star_encoder.data.documented_function import code_key, description_key
-from modular_star_encoder.data.parallel_texts import ParallelText
+from modular_star_encoder.data.functions import code_key, description_key
+from modular_star_encoder.data.pairs import ParallelText
 
 TEXT_TO_CODE, CODE_TO_CODE = "text → code", "code → code"
 

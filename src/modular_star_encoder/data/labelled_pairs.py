@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.dataset_rows import not_unicode, open_dataset_rows
-from modular_star_encoder.data.padding import pad_inputs
+from modular_star_encoder.data.in_context import pad_inputs
+from modular_star_encoder.data.sources.dataset_rows import not_unicode, open_dataset_rows
 from modular_star_encoder.data.tokenizer import encode_content
 
 SPLITS = ("train", "valid", "test")

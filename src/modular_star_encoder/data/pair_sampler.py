@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modular_star_encoder.data.token_corpus import TokenCorpus
+from modular_star_encoder.data.token_store import TokenCorpus
 
 MIN_SNIPPET_TOKENS = 16
 

@@ -13,9 +13,9 @@ import pyarrow
 import pyarrow.parquet
 
 from modular_star_encoder.data.batch_plan import groups_of_negatives, same_content_groups
-from modular_star_encoder.data.files import staged_folder, write_json
-from modular_star_encoder.data.parallel_texts import ParallelText, ParallelTexts, Snippet, read_parallel_texts
+from modular_star_encoder.data.pairs import ParallelText, ParallelTexts, Snippet, read_parallel_texts
 from modular_star_encoder.data.splits import draw_repositories
+from modular_star_encoder.utils.files import staged_folder, write_json
 
 REPORT = "report.json"
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from modular_star_encoder.data.documented_function import DocumentedFunction, code_key, description_key
+from modular_star_encoder.data.functions import DocumentedFunction, code_key, description_key
 
 MAX_TEST_SHARE = 0.2
 

@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from modular_star_encoder.demo.exit_costs import ExitCosts
-from modular_star_encoder.demo.page import SearchPage, build_blocks, import_gradio
-from modular_star_encoder.demo.results import code_styles
-from modular_star_encoder.demo.session import SearchSession
+from modular_star_encoder.demo.page import ExitCosts, SearchPage, build_blocks, import_gradio
+from modular_star_encoder.demo.session import SearchSession, code_styles
 from modular_star_encoder.demo.source_view import ROUTE, LocalFiles, RepositoryLinks
 from modular_star_encoder.search.index import CodeIndex
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from modular_star_encoder.data.files import write_json
 from modular_star_encoder.evaluation.metrics import (
     FALSE_POSITIVE,
     TRUE_POSITIVE,
@@ -28,10 +27,11 @@ from modular_star_encoder.evaluation.metrics import (
     outcomes,
     query_values,
 )
+from modular_star_encoder.evaluation.retrievers import System, Variant
 from modular_star_encoder.evaluation.scores import pool_judgements, rank_judged
 from modular_star_encoder.evaluation.significance import bootstrap_f1_interval, bootstrap_interval
-from modular_star_encoder.evaluation.systems import System, Variant
 from modular_star_encoder.evaluation.tasks import PairTask, RetrievalTask, Task
+from modular_star_encoder.utils.files import write_json
 
 PROTOCOL = 1
 """Goes up when the same scores would give other figures."""

@@ -17,9 +17,8 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import distributed, nn
 
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.evaluation.encode import encode_exits
-from modular_star_encoder.evaluation.exits import RetrievalRow
-from modular_star_encoder.evaluation.retrieval_set import RetrievalSet
+from modular_star_encoder.evaluation.exits import RetrievalRow, RetrievalSet
+from modular_star_encoder.inference.encode import encode_exits
 
 # What sentence-transformers calls our poolings.
 POOLING_MODES = {"mean": "mean", "cls": "lasttoken"}

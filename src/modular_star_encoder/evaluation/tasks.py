@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
 
-
-class Text(NamedTuple):
-    """A text to embed: prose, or code in a programming language ("python", "c++", "c#", …)."""
-
-    text: str
-    language: str | None = None
+from modular_star_encoder.data.batch_plan import CODE_TO_CODE, TEXT_TO_CODE, PairGroups
+from modular_star_encoder.data.pairs import ParallelText
+from modular_star_encoder.inference.encoders import Text
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,3 +145,107 @@ def _fingerprint(header: object, *texts: Iterable[Text], arrays: Iterable[np.nda
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def distractor_batches(n: int, size: int = 1000, seed: int = 0) -> list[np.ndarray]:
+    """Row numbers of each batch: `n` rows shuffled, cut into batches of `size`, the incomplete last one dropped.
+
+    With fewer than `size` rows there is one batch of them all: its length says how many candidates there are.
+    The shuffle is the one of `np.random.seed(seed)`, which CodeSearchNet and CodeBERT use: same rows, same batches.
+
+    Raises:
+        ValueError: fewer than two rows, or a batch of fewer than two.
+    """
+    if n < 2 or size < 2:
+        raise ValueError(
+            f"Ranking needs at least 2 rows and batches of at least 2, not {n} rows and batches of {size}."
+        )
+    order = np.random.RandomState(seed).permutation(n)
+    if n < size:
+        return [order]
+    return [order[start : start + size] for start in range(0, n - size + 1, size)]
+
+
+POOL = 1000
+BENCHMARKS = {TEXT_TO_CODE: "held-out, text → code", CODE_TO_CODE: "held-out, code → code"}
+
+
+def held_out_tasks(texts: Sequence[ParallelText], *, limit: int = 1000, seed: int = 0) -> list[RetrievalTask]:
+    """A task for each kind of pairs of which there are two at least.
+
+    Args:
+        texts: the rows.
+        limit: queries of a task, drawn at random; above 1000 whole thousands of them, each ranked in its own.
+        seed: of the draw.
+    """
+    groups = PairGroups(texts)
+    tasks = []
+    for kind, rows_of_groups in groups.rows.items():
+        generator = np.random.default_rng((seed, len(tasks)))
+        drawn = generator.permutation(len(rows_of_groups))[:limit]
+        if len(drawn) > POOL:
+            drawn = drawn[: len(drawn) // POOL * POOL]  # batches drop what is left over
+        if len(drawn) > 1:
+            tasks.append(_task(kind, [texts[rows_of_groups[group][0]] for group in drawn], generator))
+    return tasks
+
+
+def _task(kind: str, texts: Sequence[ParallelText], generator: np.random.Generator) -> RetrievalTask:
+    queries, documents = [], []
+    for text in texts:
+        if kind == TEXT_TO_CODE:
+            (query, language), answer = (text.description, None), text.snippets[0]
+        else:
+            places = generator.choice(len(text.snippets), size=2, replace=False)
+            first, answer = (text.snippets[place] for place in places)
+            query, language = first.code, first.language
+        queries.append(Text(query, language))
+        documents.append(Text(answer.code, answer.language))
+    return RetrievalTask(
+        benchmark=BENCHMARKS[kind],
+        name="all languages",
+        queries=queries,
+        documents=documents,
+        query_ids=[str(number) for number in range(len(texts))],
+        judgements=Judgements.one_each(range(len(texts))),
+        pools=tuple(Pool(batch, batch) for batch in distractor_batches(len(texts), POOL)),
+    )
+
+
+@torch.inference_mode()
+def classification_scores(
+    model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], *, progress: bool = True
+) -> dict[int, dict[str, float]]:
+    """Accuracy, and precision, recall and F1 of class 1, the metric of BigCloneBench since 2021-09-13.
+
+    Args:
+        model: a `ModularStarEncoderForSequenceClassification` with two classes, in evaluation mode.
+        batches: `input_ids`, `attention_mask` and `labels`, as `ClassificationCollator` makes them.
+        progress: whether to show a progress bar.
+
+    Returns:
+        exit → name → a fraction between 0 and 1; precision, recall and F1 are 0 where nothing is found.
+    """
+    exits, device = tuple(model.config.exit_layers), next(model.parameters()).device
+    decisions, labels = [], []
+    for batch in tqdm(batches, desc="classifying", unit="batch", disable=not progress, leave=False):
+        inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        decisions.append(model(**inputs, exit_layers=exits).exit_logits.argmax(dim=-1).cpu().numpy())
+        labels.append(batch["labels"].numpy())
+    truth = np.concatenate(labels)
+    return {
+        exit_layer: binary_scores(decided, truth)
+        for exit_layer, decided in zip(exits, np.concatenate(decisions, axis=1), strict=True)
+    }
+
+
+def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, and precision, recall and F1 of class 1, of decisions and labels (N,)."""
+    found, true = int(decisions.sum()), int(labels.sum())
+    right = int((decisions * labels).sum())
+    return {
+        "accuracy": float((decisions == labels).mean()),
+        "precision": right / found if found else 0.0,
+        "recall": right / true if true else 0.0,
+        "f1": 2 * right / (found + true) if found + true else 0.0,
+    }

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
 from typing import Any
 
-from modular_star_encoder.data.hub_errors import check_repository_id
-from modular_star_encoder.data.settings import build_settings, load_settings
+from modular_star_encoder.utils.hub import check_repository_id
+from modular_star_encoder.utils.settings import build_settings, load_settings
 
 MAIN = "main"
 

@@ -3,19 +3,212 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modular_star_encoder.data.cards import render_card
-from modular_star_encoder.evaluation.exit_profile import ExitProfile
+from modular_star_encoder.evaluation.harness import Figure
+from modular_star_encoder.evaluation.plots import median_latencies, plot_quality_by_depth, plot_quality_by_latency
+from modular_star_encoder.evaluation.report import Difference, Row, Table, interval, title
 from modular_star_encoder.hub.manifest import MAIN, Manifest
-from modular_star_encoder.hub.measurements import Measurements, eval_results, measurement_rows
-from modular_star_encoder.modeling import ModularStarEncoderConfig
+from modular_star_encoder.inference.exit_profile import ExitProfile
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
+from modular_star_encoder.utils.hub import render_card
+from modular_star_encoder.utils.markdown import metric_label, percent
+
+LATENCY_FIGURE, DEPTH_FIGURE = "quality_by_latency.png", "quality_by_depth.png"
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """Of the exits of one repository.
+
+    Args:
+        parameters: exit_layer → parameters of the model loaded at this exit, counted.
+        profile: costs, of these exits alone; None if they were not measured.
+        tables: benchmarks, with the rows of these exits and of systems without exits; none if nothing was measured.
+    """
+
+    parameters: Mapping[int, int]
+    profile: ExitProfile | None
+    tables: Sequence[Table]
+
+    def cut(self, parameters: Mapping[int, int]) -> Measurements:
+        """Those of a slice with these exits, whose embeddings are the parent's."""
+        profile = self.profile
+        if profile is not None:
+            kept = {k: profiled for k, profiled in profile.exits.items() if k in parameters}
+            exits = {k: replace(profiled, parameters=parameters[k]) for k, profiled in kept.items()}
+            profile = replace(profile, exits=exits) if exits else None
+        tables = [replace(table, rows=kept) for table in self.tables if (kept := _rows_of(table, parameters))]
+        return Measurements(parameters, profile, tables)
+
+
+def count_parameters(
+    model_class: type[ModularStarEncoderPreTrainedModel], config: ModularStarEncoderConfig
+) -> dict[int, int]:
+    """Parameters of a model of this configuration, loaded at each of its exits; no memory is taken."""
+    with torch.device("meta"):
+        return {k: model_class(config.cut(k)).num_parameters() for k in config.exit_layers}
+
+
+def read_tables(path: str | os.PathLike, checkpoint: str = "") -> list[Table]:
+    """The tables of a file of figures, each with the rows of the model's exits and of systems without exits.
+
+    Args:
+        path: report.json of `mose evaluate --out`, or what `mose evaluate --json` or the quickstart wrote.
+        checkpoint: fingerprint of the weights that the figures have to be of.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it holds no such figures, or figures of other weights.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        measured = content.get("checkpoint_fingerprint")
+        tables = _report_tables(content) if "tables" in content else [_exits_table(content)]
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise ValueError(f"{path} holds no figures as `mose evaluate` writes them: {error!r}.") from error
+    if measured and checkpoint and measured != checkpoint:
+        raise ValueError(f"{path} holds figures of other weights ({measured}, not {checkpoint}): evaluate again.")
+    return tables
+
+
+def _report_tables(content: Mapping[str, Any]) -> list[Table]:
+    tables = []
+    for kept in content["tables"]:
+        fields = {name: value for name, value in kept.items() if name not in ("title", "rows")}
+        rows = [_row(row) for row in kept["rows"]]
+        own = next(row.system for row in rows if row.difference is None)
+        rows = [row for row in rows if row.system == own or row.exit_layer is None]
+        whole = {(row.system, row.exit_layer): row for row in sorted(rows, key=_size)}
+        tables.append(Table(**fields, rows=[row for row in rows if row is whole[row.system, row.exit_layer]]))
+    return tables
+
+
+def _size(row: Row) -> tuple[bool, int]:
+    """Orders rows by the size of their embeddings, whole ones last."""
+    return row.dimensions is None, row.dimensions or 0
+
+
+def _row(kept: Mapping[str, Any]) -> Row:
+    columns = {name: Figure(**figure) for name, figure in kept["columns"].items()}
+    difference = None if kept["difference"] is None else Difference(**kept["difference"])
+    return Row(**{**kept, "columns": columns, "mean": Figure(**kept["mean"]), "difference": difference})
+
+
+def _exits_table(content: Mapping[str, Any]) -> Table:
+    """The one table of figures by exit; the quickstart's are of repositories that it held out."""
+    held_out = "retrieval" in content
+    scores = content["retrieval"] if held_out else content
+    rows = [_exit_row("model", int(k), one) for k, one in scores["exits"].items()]
+    rows.sort(key=lambda row: row.exit_layer)
+    rows.append(_exit_row("BM25", None, scores["bm25"]))
+    size = f"{scores['bm25']['queries']:,} queries, {scores['bm25']['distractors'] + 1:,} candidates each"
+    name = "Functions of repositories that were held out" if held_out else "folder"
+    return Table(name, "mrr", rows, "", size, ())
+
+
+def _exit_row(system: str, exit_layer: int | None, scores: Mapping[str, Any]) -> Row:
+    mrr = Figure(scores["mrr"], *scores["interval"])
+    return Row(system, exit_layer, None, {}, mrr, {}, None)
+
+
+def _rows_of(table: Table, exits: Mapping[int, Any]) -> list[Row]:
+    """The rows of these exits and of systems without exits; nothing if there are none of the exits."""
+    rows = [row for row in table.rows if row.exit_layer is None or row.exit_layer in exits]
+    return rows if any(row.exit_layer is not None for row in rows) else []
+
+
+def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[str]]]:
+    """The table of a card, a column for each exit and for each system without exits.
+
+    Returns:
+        The header, and the rows: parameters, then what was measured.
+    """
+    exits = list(measurements.parameters)
+    others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
+    systems = list(dict.fromkeys(row.system for row in others))
+    header = ["", *(f"exit {k}" for k in exits), *systems]
+    blank = [""] * len(systems)
+    rows = [["parameters", *(f"{count:,}" for count in measurements.parameters.values()), *blank]]
+    rows += [[name, *cells, *blank] for name, cells in _cost_rows(measurements.profile, exits)]
+    for table in measurements.tables:
+        by_exit = {row.exit_layer: row for row in table.rows if row.exit_layer is not None}
+        by_system = {row.system: row for row in table.rows if row.exit_layer is None}
+        cells = [_quality(by_exit.get(k)) for k in exits] + [_quality(by_system.get(name)) for name in systems]
+        rows.append([f"{title(table)}: {metric_label(table.metric)} × 100", *cells])
+    return header, rows
+
+
+def _cost_rows(profile: ExitProfile | None, exits: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
+    if profile is None:
+        return
+    shape = profile.shapes[0]
+    measured = [profile.measurement(k, shape) if k in profile.exits else None for k in exits]
+
+    def cells(form: str, value: Any) -> list[str]:
+        values = [None if one is None else value(one) for one in measured]
+        return [UNKNOWN if one is None else form.format(one) for one in values]
+
+    tokens = shape[0] * shape[1]
+    yield "GFLOPs per batch", cells("{:.3g}", lambda one: one.flops_per_token * tokens / 1e9)
+    yield "latency, median, ms", cells("{:.3g}", lambda one: one.latency_ms_p50)
+    yield "latency, 95th percentile, ms", cells("{:.3g}", lambda one: one.latency_ms_p95)
+    if any(one is not None and one.peak_memory_mb is not None for one in measured):
+        yield "peak memory, MB", cells("{:,.0f}", lambda one: one.peak_memory_mb)
+
+
+def _quality(row: Row | None) -> str:
+    return UNKNOWN if row is None else f"{percent(row.mean.value)} ({interval(row.mean)})"
+
+
+def eval_results(measurements: Measurements) -> list[EvalResult]:
+    """The `model-index`: a figure × 100 for each benchmark and exit."""
+    tasks = {"f1": ("text-classification", "Clone detection")}
+    results = []
+    for table in measurements.tables:
+        kind, name = tasks.get(table.metric, ("text-retrieval", "Code retrieval"))
+        results += [
+            EvalResult(
+                task_type=kind,
+                task_name=name,
+                dataset_type=re.sub(r"\W+", "-", table.benchmark).lower(),
+                dataset_name=title(table),
+                metric_type=table.metric,
+                metric_name=f"{metric_label(table.metric)} at exit {row.exit_layer}",
+                metric_value=round(100 * row.mean.value, 2),
+            )
+            for row in table.rows
+            if row.exit_layer is not None
+        ]
+    return results
+
+
+def draw(measurements: Measurements, folder: Path) -> str | None:
+    """Draw quality against latency, or where that was not measured against depth.
+
+    Returns:
+        The file's name; None where there is nothing to draw, for a curve needs two exits.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    if len(measurements.parameters) < 2 or not measurements.tables:
+        return None
+    if measurements.profile is None:
+        return plot_quality_by_depth(measurements.tables, folder / DEPTH_FIGURE).name
+    times = median_latencies(measurements.profile)
+    systems = {row.system for table in measurements.tables for row in table.rows if row.exit_layer is not None}
+    return plot_quality_by_latency(measurements.tables, dict.fromkeys(systems, times), folder / LATENCY_FIGURE).name
+
 
 TEMPLATE = "model.md.jinja"
 CARD = "README.md"

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from modular_star_encoder.evaluation.embedding_cache import Prompted
-from modular_star_encoder.evaluation.encode import encode_batches
-from modular_star_encoder.evaluation.encoders import ExitEncoder
 from modular_star_encoder.evaluation.harness import Cell, Figure, evaluate_tasks
-from modular_star_encoder.evaluation.markdown import markdown_table, metric_label, percent
+from modular_star_encoder.evaluation.retrievers import EmbeddingSystem, System
 from modular_star_encoder.evaluation.significance import bootstrap_interval
-from modular_star_encoder.evaluation.systems import EmbeddingSystem, System
-from modular_star_encoder.evaluation.tasks import RetrievalTask, Text
-from modular_star_encoder.hub.onnx_export import open_session
+from modular_star_encoder.evaluation.tasks import RetrievalTask
+from modular_star_encoder.inference.embedding_cache import Prompted
+from modular_star_encoder.inference.encode import encode_batches
+from modular_star_encoder.inference.encoders import ExitEncoder, Text
+from modular_star_encoder.inference.onnx_export import open_session
+from modular_star_encoder.utils.markdown import markdown_table, metric_label, percent
 
 TOP = 10
 

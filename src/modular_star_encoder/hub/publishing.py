@@ -15,12 +15,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from modular_star_encoder.data.files import staged_folder
-from modular_star_encoder.data.hub_errors import hub_errors
 from modular_star_encoder.hub.manifest import MAIN, Manifest
 from modular_star_encoder.hub.model_card import CARD, check_card
 from modular_star_encoder.hub.staging import StagedRepository, stage_repositories, write_card
 from modular_star_encoder.hub.verification import verify_repositories
+from modular_star_encoder.utils.files import staged_folder
+from modular_star_encoder.utils.hub import hub_errors
 
 KEPT = (".gitattributes",)
 """Files that the Hub writes itself."""

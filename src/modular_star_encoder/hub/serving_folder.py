@@ -25,22 +25,24 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from modular_star_encoder.data.files import staged_folder, write_json
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.evaluation.checkpoint import checkpoint_file, load_checkpoint
-from modular_star_encoder.evaluation.encoders import ExitEncoder
-from modular_star_encoder.evaluation.machine import library_versions, machine_kind
 from modular_star_encoder.evaluation.tasks import RetrievalTask
-from modular_star_encoder.hub.onnx_check import TOLERANCE, check_onnx
-from modular_star_encoder.hub.onnx_export import ONNX_FILE, export_onnx
 from modular_star_encoder.hub.onnx_ranking import RankingComparison, compare_rankings
-from modular_star_encoder.hub.quantization import QUANTIZED_FILE, SETTINGS, quantize_onnx
-from modular_star_encoder.hub.sentence_transformer_files import (
-    MODULES,
-    check_servable,
-    write_sentence_transformer_files,
+from modular_star_encoder.inference.checkpoints import MODULES, check_servable, write_sentence_transformer_files
+from modular_star_encoder.inference.encoders import ExitEncoder
+from modular_star_encoder.inference.load import checkpoint_file, load_checkpoint
+from modular_star_encoder.inference.onnx_export import (
+    ONNX_FILE,
+    QUANTIZED_FILE,
+    SETTINGS,
+    TOLERANCE,
+    check_onnx,
+    export_onnx,
+    quantize_onnx,
 )
 from modular_star_encoder.modeling import ModularStarEncoderConfig
+from modular_star_encoder.utils.files import staged_folder, write_json
+from modular_star_encoder.utils.machine import library_versions, machine_kind
 
 EXPORT_REPORT = "onnx/export.json"
 QUANTIZATION_REPORT = "onnx/quantization.json"

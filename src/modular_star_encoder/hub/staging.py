@@ -15,21 +15,28 @@ from typing import Any
 import yaml
 from transformers import AutoConfig
 
-from modular_star_encoder.data.files import write_text
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.evaluation.checkpoint import check_checkpoint
-from modular_star_encoder.evaluation.exit_profile import PROFILE_NAME, ExitProfile
-from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
 from modular_star_encoder.hub.manifest import Manifest, RepositorySettings
-from modular_star_encoder.hub.measurements import Measurements, count_parameters, draw, read_tables
-from modular_star_encoder.hub.model_card import CARD, CardContent, Parent, SliceLink, model_card
-from modular_star_encoder.hub.sentence_transformer_files import write_sentence_transformer_files
-from modular_star_encoder.hub.slicing import class_named, write_checkpoint
+from modular_star_encoder.hub.model_card import (
+    CARD,
+    CardContent,
+    Measurements,
+    Parent,
+    SliceLink,
+    count_parameters,
+    draw,
+    model_card,
+    read_tables,
+)
+from modular_star_encoder.inference.checkpoints import class_named, write_checkpoint, write_sentence_transformer_files
+from modular_star_encoder.inference.exit_profile import PROFILE_NAME, ExitProfile
+from modular_star_encoder.inference.load import check_checkpoint, checkpoint_fingerprint
 from modular_star_encoder.modeling import (
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
     ModularStarEncoderPreTrainedModel,
 )
+from modular_star_encoder.utils.files import write_text
 
 TRAINING_LOG = "training_log.json"
 TOKENIZER = "tokenizer.json"

@@ -17,10 +17,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from modular_star_encoder.data.file_filters import FileFilters
-from modular_star_encoder.data.repositories import FileReader, folder_repositories
-from modular_star_encoder.data.source_files import SourceFile
-from modular_star_encoder.data.surviving_pool import map_in_processes
+from modular_star_encoder.data.sources.repositories import FileReader, folder_repositories
+from modular_star_encoder.data.sources.source_files import FileFilters, SourceFile
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.settings import IndexSettings
 from modular_star_encoder.search.snippets import Snippet, Windows, file_snippets, file_windows
@@ -34,6 +32,7 @@ from modular_star_encoder.search.vector_store import (
     row_id,
     words_of,
 )
+from modular_star_encoder.utils.crash_safe import map_in_processes
 
 _FILES_PER_CHUNK = 8
 _ROWS_PER_BATCH = 256

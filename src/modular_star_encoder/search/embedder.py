@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from modular_star_encoder.data.prompts import CODE_INSTRUCTION, SEP_TOKEN, code_prompt, text_prompt
-from modular_star_encoder.evaluation.checkpoint import load_checkpoint, load_config
-from modular_star_encoder.evaluation.encode import encode_exits
-from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
+from modular_star_encoder.inference.encode import encode_exits, encode_states, resume_states
+from modular_star_encoder.inference.load import checkpoint_fingerprint, load_checkpoint, load_config
 from modular_star_encoder.search.snippets import Snippet
-from modular_star_encoder.search.states import encode_states, resume_states
 from modular_star_encoder.search.vector_store import Found, content_hash
 
 _KEPT_EMBEDDINGS = 20_000

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.data.functions import SUPPORTED_LANGUAGES, DocumentedFunction, extract_functions
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.data.repositories import CHECKOUT_MARKERS, folder_repositories
-from modular_star_encoder.evaluation.encode import encode_exits
+from modular_star_encoder.data.sources.repositories import CHECKOUT_MARKERS, folder_repositories
+from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.search.hits import Hit
 from modular_star_encoder.search.snippets import last_line
 

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from modular_star_encoder.data.source_files import check_languages
+from modular_star_encoder.data.sources.source_files import check_languages
 from modular_star_encoder.search.building import UpdateReport, update_store
 from modular_star_encoder.search.cascade import Cascade
 from modular_star_encoder.search.embedder import Embedder
-from modular_star_encoder.search.globs import glob_expression
 from modular_star_encoder.search.hits import Answer, Hit
 from modular_star_encoder.search.ranking import Ranker, fused, lexical
-from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, INDEX_FOLDER, IndexSettings
+from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, INDEX_FOLDER, IndexSettings, glob_expression
 from modular_star_encoder.search.snippets import Windows
 from modular_star_encoder.search.vector_store import (
     Filter,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from modular_star_encoder.data.files import write_json
 from modular_star_encoder.search.cascade import Cascade, FittedMargin, fit_threshold
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.ranking import Ranked
 from modular_star_encoder.search.settings import MARGINS_NAME
 from modular_star_encoder.search.vector_store import Filter, Found
+from modular_star_encoder.utils.files import write_json
 
 
 def fit_margin(

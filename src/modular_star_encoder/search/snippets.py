@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from modular_star_encoder.data.functions import extract_functions
-from modular_star_encoder.data.source_files import SourceFile
+from modular_star_encoder.data.sources.source_files import SourceFile
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 

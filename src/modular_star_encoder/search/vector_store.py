@@ -12,7 +12,7 @@ from uuid import UUID
 
 import numpy as np
 
-from modular_star_encoder.evaluation.bm25 import identifier_tokens
+from modular_star_encoder.evaluation.lexical import identifier_tokens
 from modular_star_encoder.search.snippets import Snippet
 
 QDRANT = "qdrant:"

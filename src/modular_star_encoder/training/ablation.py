@@ -12,22 +12,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from modular_star_encoder.data.files import write_json
 from modular_star_encoder.data.retrieval_data import RetrievalData
 from modular_star_encoder.evaluation.benchmarks.registry import choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.benchmarks.rows import read_json
-from modular_star_encoder.evaluation.bm25 import BM25
-from modular_star_encoder.evaluation.fingerprint import checkpoint_fingerprint
 from modular_star_encoder.evaluation.harness import Cell, evaluate_tasks
-from modular_star_encoder.evaluation.held_out import held_out_tasks
-from modular_star_encoder.evaluation.tasks import RetrievalTask
+from modular_star_encoder.evaluation.lexical import BM25
+from modular_star_encoder.evaluation.tasks import RetrievalTask, held_out_tasks
+from modular_star_encoder.inference.load import checkpoint_fingerprint
 from modular_star_encoder.training.ablation_recipe import AblationCell, AblationRecipe
-from modular_star_encoder.training.ablation_report import without_places, write_ablation_report
-from modular_star_encoder.training.ablation_results import Values, compare
+from modular_star_encoder.training.ablation_report import Values, compare, without_places, write_ablation_report
 from modular_star_encoder.training.finetuning import check_recipe, evaluate_checkpoint, finetune, prepare_data
-from modular_star_encoder.training.saving import ADAPTER, MODEL
-from modular_star_encoder.training.starting_points import starting_source
-from modular_star_encoder.training.training_recipe import has_weights, open_run, processes_of_run
+from modular_star_encoder.training.recipes import has_weights, open_run, processes_of_run
+from modular_star_encoder.training.starting_points import ADAPTER, MODEL, starting_source
+from modular_star_encoder.utils.files import write_json
 
 SCORES, STARTS = "scores.json", "starting_points.json"
 

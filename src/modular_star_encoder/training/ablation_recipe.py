@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from modular_star_encoder.data.settings import build_settings, load_settings
-from modular_star_encoder.training.finetuning_recipe import FinetuningRecipe
+from modular_star_encoder.training.recipes import FinetuningRecipe
+from modular_star_encoder.utils.settings import build_settings, load_settings
 
 SELF_DISTILLED = "self-distilled"
 

@@ -1,15 +1,168 @@
-"""An ablation as Markdown, JSON and a picture."""
+"""From the reciprocal ranks of single queries to the figures of an ablation.
+
+Every figure is a mean over queries of the mean over seeds; its interval is a percentile bootstrap over the queries, and
+that of a difference a paired one: the same queries are drawn for both. Benchmarks of several tasks weigh every task the
+same (see `significance.spread`). Seeds are told one by one: three of them make no interval.
+"""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from modular_star_encoder.data.files import staged_file, write_json, write_text
-from modular_star_encoder.evaluation.markdown import markdown_table, metric_label, percent
+import numpy as np
+
 from modular_star_encoder.evaluation.report import versions
-from modular_star_encoder.training.ablation_results import METRICS
+from modular_star_encoder.evaluation.significance import bootstrap_interval, spread
+from modular_star_encoder.training.ablation_recipe import SELF_DISTILLED
+from modular_star_encoder.utils.files import staged_file, write_json, write_text
+from modular_star_encoder.utils.markdown import markdown_table, metric_label, percent
+
+Values = Mapping[str, Mapping[str, float]]
+"""task → query → value."""
+
+Scores = Mapping[tuple[str, int], Mapping[str, Mapping[int, Values]]]
+"""(kind of model, seed) → benchmark → exit → the reciprocal rank of each query."""
+
+METRICS: dict[str, Callable[[float], float]] = {
+    "mrr": lambda reciprocal_rank: reciprocal_rank,
+    "recall@1": lambda reciprocal_rank: float(reciprocal_rank == 1.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SeededFigure:
+    """A figure or a difference, as a fraction, with its 95 % bootstrap interval over the queries.
+
+    Attributes:
+        value, low, high: of the mean over seeds.
+        by_seed: the value of each seed.
+    """
+
+    value: float
+    low: float
+    high: float
+    by_seed: list[float]
+
+
+def compare(
+    scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants: Sequence[str], *, draws: int = 0
+) -> dict[str, Any]:
+    """Compare self-distilled exits with those trained alone, and variants with the self-distilled model.
+
+    Args:
+        scores: of every cell.
+        exits: of the model.
+        seeds: in the order of `by_seed`.
+        variants: their names.
+        draws: seed of the bootstrap.
+
+    Returns:
+        `exits`, `seeds`, and `benchmarks`: name → `queries`, `exits` (exit → `self_distilled` and, where there is a
+        baseline, `alone` and `difference`, each with `mrr` and `recall@1`), `mean_difference` over these exits, and
+        `variants` (name → the figures and differences of each exit, `mean_difference` over all exits, and
+        `recommended`).
+    """
+    benchmarks = scores[SELF_DISTILLED, seeds[0]]
+    return {
+        "exits": list(exits),
+        "seeds": list(seeds),
+        "benchmarks": {name: _Benchmark(name, scores, exits, seeds, draws).results(variants) for name in benchmarks},
+    }
+
+
+class _Benchmark:
+    """The scores of all models on one benchmark."""
+
+    def __init__(self, name: str, scores: Scores, exits: Sequence[int], seeds: Sequence[int], draws: int) -> None:
+        self.name, self.scores, self.exits, self.seeds, self.draws = name, scores, exits, seeds, draws
+
+    def results(self, variants: Sequence[str]) -> dict[str, Any]:
+        """Everything about the benchmark."""
+        alone = [exit_layer for exit_layer in self.exits if (f"exit-{exit_layer}", self.seeds[0]) in self.scores]
+        by_exit: dict[str, Any] = {}
+        for exit_layer in self.exits:
+            own = self.values(SELF_DISTILLED, exit_layer)
+            by_exit[str(exit_layer)] = {"self_distilled": self.figures(own)}
+            if exit_layer in alone:
+                other = self.values(f"exit-{exit_layer}", exit_layer)
+                by_exit[str(exit_layer)] |= {
+                    "alone": self.figures(other),
+                    "difference": self.figures(own, other),
+                }
+        found = {"queries": sum(map(len, self.values(SELF_DISTILLED, self.exits[0])[0].values())), "exits": by_exit}
+        if alone:
+            found["mean_difference"] = self.figures(
+                self.over_exits([self.values(SELF_DISTILLED, exit_layer) for exit_layer in alone]),
+                self.over_exits([self.values(f"exit-{exit_layer}", exit_layer) for exit_layer in alone]),
+            )
+        return found | {"variants": {name: self.variant(name) for name in variants}}
+
+    def variant(self, name: str) -> dict[str, Any]:
+        """A variant beside the self-distilled model.
+
+        It is recommended if it raises the mean over exits (the interval of the difference lies above 0) and lowers no
+        exit (no interval of an exit's difference lies below 0), by MRR.
+        """
+        pairs = {
+            exit_layer: (self.values(name, exit_layer), self.values(SELF_DISTILLED, exit_layer))
+            for exit_layer in self.exits
+        }
+        by_exit = {
+            str(exit_layer): {"figures": self.figures(own), "difference": self.figures(own, reference)}
+            for exit_layer, (own, reference) in pairs.items()
+        }
+        own, reference = (self.over_exits([pair[side] for pair in pairs.values()]) for side in (0, 1))
+        mean = self.figures(own, reference)
+        lowered = [exit_layer for exit_layer, found in by_exit.items() if found["difference"]["mrr"]["high"] < 0]
+        return {
+            "exits": by_exit,
+            "mean_difference": mean,
+            "lowered_exits": list(map(int, lowered)),
+            "recommended": mean["mrr"]["low"] > 0 and not lowered,
+        }
+
+    def values(self, model: str, exit_layer: int) -> list[Values]:
+        """Reciprocal ranks at an exit, by seed."""
+        return [self.scores[model, seed][self.name][exit_layer] for seed in self.seeds]
+
+    def over_exits(self, by_exit: Sequence[list[Values]]) -> list[list[Values]]:
+        """By seed, the values of several exits."""
+        return [list(of_seed) for of_seed in zip(*by_exit, strict=True)]
+
+    def figures(self, own: Sequence[Any], reference: Sequence[Any] | None = None) -> dict[str, dict[str, Any]]:
+        """Metric → figure of `own`, or of its difference to `reference`; both by seed, of one exit or of several."""
+        found = {}
+        for metric, of_rank in METRICS.items():
+            by_seed = [_average(_as_list(values), of_rank) for values in own]
+            if reference is not None:
+                others = [_average(_as_list(values), of_rank) for values in reference]
+                by_seed = [_minus(first, second) for first, second in zip(by_seed, others, strict=True)]
+            queries = spread(list(_average(by_seed).values()))
+            means = [float(np.mean([np.mean(list(task.values())) for task in one.values()])) for one in by_seed]
+            low, high = bootstrap_interval(queries, self.draws)
+            found[metric] = asdict(SeededFigure(float(queries.mean()), low, high, means))
+        return found
+
+
+def _as_list(values: Values | list[Values]) -> list[Values]:
+    return values if isinstance(values, list) else [values]
+
+
+def _average(several: Sequence[Values], function: Callable[[float], float] = float) -> Values:
+    """The mean, query by query, of a function of the values."""
+    first = several[0]
+    return {
+        task: {query: float(np.mean([function(values[task][query]) for values in several])) for query in first[task]}
+        for task in first
+    }
+
+
+def _minus(first: Values, second: Values) -> Values:
+    return {task: {query: value - second[task][query] for query, value in of.items()} for task, of in first.items()}
+
 
 _PANEL = (4.6, 3.4)  # inches
 

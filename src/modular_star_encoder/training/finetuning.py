@@ -12,29 +12,32 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 from transformers.utils import logging
 
 from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
-from modular_star_encoder.data.files import write_json
-from modular_star_encoder.data.parallel_texts import ParallelText
+from modular_star_encoder.data.pairs import ParallelText
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalCollator, RetrievalTexts
 from modular_star_encoder.data.retrieval_data import RetrievalData, prepare_retrieval_data
-from modular_star_encoder.evaluation.bm25 import BM25
-from modular_star_encoder.evaluation.checkpoint import load_checkpoint
-from modular_star_encoder.evaluation.encoders import ExitEncoder
 from modular_star_encoder.evaluation.harness import Cell, evaluate_tasks
-from modular_star_encoder.evaluation.held_out import held_out_tasks
-from modular_star_encoder.evaluation.systems import EmbeddingSystem
-from modular_star_encoder.evaluation.tasks import RetrievalTask
-from modular_star_encoder.hub.sentence_transformer_files import is_servable, write_sentence_transformer_files
+from modular_star_encoder.evaluation.lexical import BM25
+from modular_star_encoder.evaluation.retrievers import EmbeddingSystem
+from modular_star_encoder.evaluation.tasks import RetrievalTask, held_out_tasks
+from modular_star_encoder.inference.checkpoints import is_servable, write_sentence_transformer_files
+from modular_star_encoder.inference.encoders import ExitEncoder
+from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.objectives import ContrastiveObjective, exit_weights
-from modular_star_encoder.training.adapters import add_adapters
-from modular_star_encoder.training.finetuning_preflight import FinetuningPreflight, finetuning_preflight
-from modular_star_encoder.training.finetuning_recipe import FinetuningRecipe
-from modular_star_encoder.training.saving import MODEL, save_trained
+from modular_star_encoder.objectives import exit_losses as exit_weights
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.training.preflight import FinetuningPreflight, finetuning_preflight
+from modular_star_encoder.training.recipes import LOG, FinetuningRecipe, finite, open_run, processes_of_run
 from modular_star_encoder.training.stages import train_to_the_end
-from modular_star_encoder.training.starting_points import starting_config, starting_model
+from modular_star_encoder.training.starting_points import (
+    MODEL,
+    add_adapters,
+    save_trained,
+    starting_config,
+    starting_model,
+)
 from modular_star_encoder.training.trainer import MultiExitTrainer
-from modular_star_encoder.training.training_recipe import LOG, finite, open_run, processes_of_run
+from modular_star_encoder.utils.files import write_json
 
 logger = logging.get_logger(__name__)
 

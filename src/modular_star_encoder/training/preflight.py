@@ -1,13 +1,16 @@
 """What a run of training will take, estimated before it starts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from modular_star_encoder.data.batch_plan import CODE_TO_CODE, TEXT_TO_CODE
 from modular_star_encoder.modeling import (
     ModularStarEncoderConfig,
     ModularStarEncoderForPreTraining,
+    ModularStarEncoderForRetrieval,
     ModularStarEncoderPreTrainedModel,
 )
-from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe
+from modular_star_encoder.training.recipes import FinetuningRecipe, PretrainingRecipe
 
 # Per token and layer, in units of the hidden size, what the backward pass of a pre-norm block keeps in 2-byte numbers:
 # block input, two normalised inputs, queries, keys and values, attention output, projections, residuals.
@@ -94,3 +97,103 @@ def activation_bytes(config: ModularStarEncoderConfig, tokens: int) -> int:
     """Bytes that the backward pass through all layers needs of so many tokens at once; an estimate."""
     kept = _KEPT_PER_HIDDEN * config.hidden_size + _KEPT_PER_INTERMEDIATE * config.intermediate_size
     return 2 * tokens * config.num_hidden_layers * kept
+
+
+@dataclass(frozen=True)
+class FinetuningPreflight:
+    """Size of a run.
+
+    Attributes:
+        parameters, trained_parameters: of the model with its heads; with adapters, few of them are trained.
+        groups: kind of pairs → number of groups of rows without common texts.
+        pairs_per_step, steps, processes: of the run.
+        epochs: kind of pairs → how often each group has its turn.
+        tokens_per_pair: mean of query, document and negative together, padding not counted; 0 if no data was seen.
+        flops_per_pair: floating-point operations of training on one pair.
+        memory_bytes: on each device: float32 weights, gradients and two moments, and activations; an upper estimate.
+    """
+
+    parameters: int
+    trained_parameters: int
+    groups: Mapping[str, int]
+    pairs_per_step: int
+    steps: int
+    processes: int
+    epochs: Mapping[str, float]
+    tokens_per_pair: float
+    flops_per_pair: float
+    memory_bytes: int
+
+    def __str__(self) -> str:
+        pairs = self.pairs_per_step * self.steps
+        return "\n".join(
+            [
+                f"parameters            {self.parameters:,}, of which {self.trained_parameters:,} are trained",
+                *(
+                    f"{kind:21} {self.groups[kind]:,} groups without common texts, {self.epochs[kind]:.2f} epochs"
+                    if kind in self.groups
+                    else f"{kind:21} none in this data"
+                    for kind in (TEXT_TO_CODE, CODE_TO_CODE)
+                ),
+                f"pairs per step        {self.pairs_per_step:,} ({self.pairs_per_step // self.processes:,} on each of "
+                f"{self.processes} processes)",
+                f"steps                 {self.steps:,} ({pairs:,} pairs of {self.tokens_per_pair:.0f} tokens)",
+                f"training FLOPs        {self.flops_per_pair:.2e} per pair, {self.flops_per_pair * pairs:.2e} in all",
+                f"memory per device     at most about {self.memory_bytes / 2**30:.1f} GiB",
+            ]
+        )
+
+
+def finetuning_preflight(
+    model: ModularStarEncoderForRetrieval,
+    recipe: FinetuningRecipe,
+    processes: int,
+    groups: Mapping[str, int],
+    tokens: tuple[float, float],
+    trained_parameters: int | None = None,
+) -> FinetuningPreflight:
+    """Estimate a run; FLOPs are counted as for pre-training, and a third more where gradients are cached.
+
+    Args:
+        model: may be on the meta device.
+        recipe: what to do.
+        processes: devices that train.
+        groups: of each kind of pairs; see `BatchPlan`.
+        tokens: mean tokens of a description and of a snippet; a hard negative is counted as a snippet.
+        trained_parameters: all of the model if None.
+
+    Raises:
+        ValueError: texts are longer than the model takes, or `batch_size` does not divide; nothing is started.
+    """
+    config, settings = model.config, recipe.contrastive()
+    longest = max(recipe.max_text_tokens, recipe.max_code_tokens)
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"max_text_tokens and max_code_tokens must be at most the model's max_position_embeddings "
+            f"{config.max_position_embeddings}, not {longest}."
+        )
+    rows = recipe.pairs_per_device(processes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = parameters if trained_parameters is None else trained_parameters
+    text, code = tokens
+    sides = {TEXT_TO_CODE: (text, code), CODE_TO_CODE: (code, code)}
+    # A batch has as many pairs of each kind that there is.
+    negatives = [code] * (len(settings.sides) - 2)
+    pairs = [[*sides[kind], *negatives] for kind in (groups or [TEXT_TO_CODE])]
+    texts = [length for pair in pairs for length in pair]
+    in_batch = len(settings.sides) * rows * longest
+    in_memory = min(settings.mini_batch_tokens or in_batch, in_batch)
+    stacks = 2 * 4 * len(config.exit_layers) * len(settings.sides) * recipe.batch_size * config.projection_size
+    passes = 1.0 if settings.mini_batch_tokens is None else 4 / 3
+    return FinetuningPreflight(
+        parameters=parameters,
+        trained_parameters=trained,
+        groups=dict(groups),
+        pairs_per_step=recipe.batch_size,
+        steps=recipe.steps,
+        processes=processes,
+        epochs={kind: recipe.steps * recipe.batch_size / len(groups) / count for kind, count in groups.items()},
+        tokens_per_pair=sum(texts) / len(pairs),
+        flops_per_pair=passes * sum(trunk_flops_per_token(model, length) * length for length in texts) / len(pairs),
+        memory_bytes=4 * parameters + 12 * trained + activation_bytes(config, in_memory) + stacks,
+    )

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,24 +11,79 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.corpora import open_corpus
-from modular_star_encoder.data.files import staged_folder, write_json
-from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator, check_special_tokens
-from modular_star_encoder.data.packing import PackingCollator
-from modular_star_encoder.data.source_files import SourceReader
+from modular_star_encoder.data.in_context import InContextPairs, PackingCollator, PaddingCollator, check_special_tokens
+from modular_star_encoder.data.sources.corpora import open_corpus
+from modular_star_encoder.data.sources.source_files import SourceReader
 from modular_star_encoder.data.token_store import TokenStore, build_token_store
 from modular_star_encoder.data.tokenizer import load_tokenizer, token_spellings, train_tokenizer
-from modular_star_encoder.evaluation.identifier_overlap import identifier_overlap_accuracy
+from modular_star_encoder.evaluation.lexical import identifier_overlap_accuracy
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives import InContextObjective, exit_weights
-from modular_star_encoder.training.curves import plot_curves
-from modular_star_encoder.training.initialization import start_from_spellings, start_from_unigrams
+from modular_star_encoder.objectives import exit_losses as exit_weights
+from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.training.preflight import Preflight, preflight
-from modular_star_encoder.training.pretraining_recipe import PretrainingRecipe
-from modular_star_encoder.training.schedule import MultiStepSchedule
+from modular_star_encoder.training.recipes import (
+    PretrainingRecipe,
+    finite,
+    has_weights,
+    model_folder,
+    open_run,
+    processes_of_run,
+)
 from modular_star_encoder.training.stages import train_to_the_end
-from modular_star_encoder.training.trainer import MultiExitTrainer
-from modular_star_encoder.training.training_recipe import finite, has_weights, model_folder, open_run, processes_of_run
+from modular_star_encoder.training.starting_points import start_from_spellings, start_from_unigrams
+from modular_star_encoder.training.trainer import MultiExitTrainer, MultiStepSchedule
+from modular_star_encoder.utils.files import staged_file, staged_folder, write_json
+
+PANELS = (("mlm_loss", "masked-token loss (nats)"), ("icc_accuracy", "in-context classification accuracy"))
+
+
+def plot_curves(log: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw masked-token loss and in-context accuracy of every exit over the steps.
+
+    Thin lines are training rows, dots held-out repositories; dashes are what needs no model: the unigram entropy, and
+    the accuracy of identifier overlap on the held-out rows.
+
+    Args:
+        log: what `pretrain` returns, or the content of its `training_log.json`.
+        path: PNG file to write, replaced if it is there.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the log has no line of training.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Curves need matplotlib: pip install 'modular-star-encoder[plots]'.") from error
+    history = log["log_history"]
+    exits = _exits(history)
+    if not exits:
+        raise ValueError("The log has no line of training to draw.")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    floors = {"mlm_loss": log["unigram_entropy"], "icc_accuracy": log["identifier_overlap"]["accuracy"]}
+    for axes, (metric, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        for number, exit_layer in enumerate(exits):
+            colour = f"C{number}"
+            axes.plot(*_series(history, f"{metric}_exit_{exit_layer}"), color=colour, linewidth=0.7, alpha=0.5)
+            held_out = _series(history, f"eval_{metric}_exit_{exit_layer}")
+            axes.plot(*held_out, color=colour, marker="o", markersize=3, label=f"exit {exit_layer}")
+        axes.axhline(floors[metric], color="grey", linestyle="--", linewidth=0.8)
+        axes.set(xlabel="step", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    with staged_file(Path(path)) as staging:
+        figure.savefig(staging, format="png", dpi=120)
+
+
+def _exits(history: Sequence[Mapping[str, Any]]) -> list[int]:
+    prefix = "mlm_loss_exit_"
+    return sorted({int(key.removeprefix(prefix)) for line in history for key in line if key.startswith(prefix)})
+
+
+def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    points = {line["step"]: line[key] for line in history if line.get(key) is not None}
+    return list(points), list(points.values())
+
 
 LOG, CURVES = Path("model", "training_log.json"), Path("model", "curves.png")
 

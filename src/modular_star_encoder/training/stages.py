@@ -12,9 +12,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProgressCallback, TrainingArguments
 
-from modular_star_encoder.objectives import Objective
-from modular_star_encoder.training.progress import ExitProgressCallback
-from modular_star_encoder.training.trainer import MultiExitTrainer, last_checkpoint
+from modular_star_encoder.objectives.exit_losses import Objective
+from modular_star_encoder.training.trainer import ExitProgressCallback, MultiExitTrainer, last_checkpoint
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,27 @@
 """The model that a fine-tuning starts from, and its tokenizer."""
 
 import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.tokenizer import load_tokenizer, with_template
-from modular_star_encoder.hub.slicing import keep_only_exit
+from modular_star_encoder.inference.checkpoints import keep_only_exit
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
-from modular_star_encoder.training.training_recipe import StartingRecipe, has_weights, model_folder
+from modular_star_encoder.training.recipes import StartingRecipe, has_weights, model_folder
+from modular_star_encoder.training.trainer import MultiExitTrainer
+from modular_star_encoder.utils.files import staged_folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 
@@ -101,3 +110,138 @@ def _is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+@torch.no_grad()
+def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
+    """Set the vocabulary projection's bias to the tokens' log frequencies, add-one smoothed.
+
+    Otherwise the first hundreds of steps go into learning them. In a small model, fine-tuning from such a start was
+    much slower than from random weights; from this one it was about as fast.
+
+    Args:
+        decoder: (features → V), with a bias.
+        token_counts: (V,) occurrences in the corpus.
+    """
+    counts = token_counts.to(decoder.bias) + 1
+    decoder.bias.copy_((counts / counts.sum()).log())
+
+
+@torch.no_grad()
+def start_from_spellings(
+    embedding: nn.Embedding, spellings: Sequence[str], *, shared: float = 0.8, std: float = 0.3, seed: int = 0
+) -> None:
+    """Draw token vectors anew so that tokens with the same spelling start out similar.
+
+    A byte-level tokenizer has several tokens for one word ("parse", " parse", "Parse", " PARSE"); a description uses
+    one and the code another, and nothing but training says that they belong together. After one hundred steps of
+    fine-tuning the quickstart's model, retrieval reached an MRR of 0.36 from this start and 0.33 with `std` 0.1;
+    independent vectors reached 0.23 with 0.1 and 0.21 with the configuration's 0.018.
+
+    Each vector is drawn from N(0, std²); any two tokens with one spelling correlate by `shared`, others by 0.
+
+    Args:
+        embedding: (V, H). The vector of the padding token is left as it is.
+        spellings: V keys, such as `data.tokenizer.token_spellings` gives.
+        shared: correlation within a spelling, between 0 and 1.
+        std: standard deviation of each coordinate.
+        seed: of the random draws; the same seed gives the same vectors.
+
+    Raises:
+        ValueError: there is not one spelling per token, or `shared` is not between 0 and 1.
+    """
+    if len(spellings) != embedding.num_embeddings:
+        raise ValueError(f"Got {len(spellings)} spellings for an embedding of {embedding.num_embeddings} tokens.")
+    if not 0 <= shared <= 1:
+        raise ValueError(f"shared must be between 0 and 1, not {shared}.")
+    generator = torch.Generator().manual_seed(seed)
+    groups = {spelling: group for group, spelling in enumerate(dict.fromkeys(spellings))}
+    common = torch.randn(len(groups), embedding.embedding_dim, generator=generator)
+    own = torch.randn(len(spellings), embedding.embedding_dim, generator=generator)
+    members = torch.tensor([groups[spelling] for spelling in spellings])
+    vectors = std * (shared**0.5 * common[members] + (1 - shared) ** 0.5 * own)
+    if embedding.padding_idx is not None:
+        vectors[embedding.padding_idx] = embedding.weight[embedding.padding_idx].cpu()
+    embedding.weight.copy_(vectors)
+
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj")
+DEFAULTS = {"r": 16, "lora_alpha": 32, "target_modules": list(LINEAR_LAYERS)}
+
+
+def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> "PeftModel":
+    """Freeze the trunk and give its linear layers adapters; heads stay trainable and are saved with the adapters.
+
+    Args:
+        model: a retrieval or classification model.
+        settings: of `peft.LoraConfig`, in place of rank 16, alpha 32 and all linear layers of the trunk.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: a setting that `LoraConfig` does not have, or layers that the model does not have.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("lora needs peft: pip install 'modular-star-encoder[peft]'.") from error
+    try:
+        config = LoraConfig(**{"modules_to_save": heads_of(model), **DEFAULTS, **settings})
+    except TypeError as error:
+        raise ValueError(f"lora: {error}.") from error
+    return get_peft_model(model, config)
+
+
+def heads_of(model: ModularStarEncoderPreTrainedModel) -> list[str]:
+    """Names of the modules beside the trunk; of several projection heads each, for peft takes no `ModuleDict`."""
+    names = []
+    for name, module in model.named_children():
+        if name == "projection_heads":
+            names += [f"{name}.{exit_layer}" for exit_layer in module]
+        elif module is not model.base_model and any(True for _ in module.parameters()):
+            names.append(name)
+    return names
+
+
+def merged_model(
+    model: ModularStarEncoderPreTrainedModel, adapter: str | os.PathLike
+) -> ModularStarEncoderPreTrainedModel:
+    """The model with the adapters of a folder, and the heads saved with them, merged into its weights.
+
+    Args:
+        model: what the adapters were trained on; its heads are replaced.
+        adapter: folder that a model of `add_adapters` was saved to.
+    """
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, os.fspath(adapter)).merge_and_unload()
+
+
+MODEL, ADAPTER = "model", "adapter"
+
+
+def save_trained(
+    trainer: MultiExitTrainer,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    start: Callable[[], ModularStarEncoderPreTrainedModel] | None = None,
+) -> None:
+    """Write `model/` with weights, code and tokenizer; of a model with adapters `adapter/` too, and merged weights.
+
+    Every process calls, for a model may be spread over them.
+
+    Args:
+        trainer: after training.
+        tokenizer: goes with the weights.
+        out: folder of the run.
+        start: makes the model as it was before it got adapters; None for a model without.
+    """
+    trainer.save_model(os.fspath(out / (MODEL if start is None else ADAPTER)))
+    if not trainer.is_world_process_zero():
+        return
+    if start is not None and not (out / MODEL).exists():
+        with staged_folder(out / MODEL) as staging:
+            merged = merged_model(start(), out / ADAPTER)
+            # `start` sets it as in training; the model that was trained has its own value back by now.
+            merged.config.unpad_inputs = trainer.model.config.unpad_inputs
+            merged.save_pretrained(staging)
+    tokenizer.save_pretrained(out / MODEL)

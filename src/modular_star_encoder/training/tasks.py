@@ -7,12 +7,10 @@ from typing import Any
 
 import yaml
 
-from modular_star_encoder.data.settings import load_settings
-from modular_star_encoder.training.classification import finetune_classifier
-from modular_star_encoder.training.classification_recipe import ClassificationRecipe
+from modular_star_encoder.training.clone_detection import finetune_classifier
 from modular_star_encoder.training.finetuning import finetune
-from modular_star_encoder.training.finetuning_recipe import FinetuningRecipe
-from modular_star_encoder.training.training_recipe import TASKS, StartingRecipe
+from modular_star_encoder.training.recipes import TASKS, ClassificationRecipe, FinetuningRecipe, StartingRecipe
+from modular_star_encoder.utils.settings import load_settings
 
 _KINDS: dict[str, tuple[type[StartingRecipe], Callable[..., dict[str, Any]]]] = {
     "retrieval": (FinetuningRecipe, finetune),

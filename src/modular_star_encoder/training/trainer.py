@@ -1,22 +1,130 @@
 """The one `Trainer` subclass: any objective, a loss per exit, each of them logged."""
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from modular_star_encoder.objectives import Objective, exit_weights
-from modular_star_encoder.training.non_finite import stop_for_non_finite_loss
-from modular_star_encoder.training.schedule import MultiStepSchedule
+from modular_star_encoder.objectives import exit_losses as exit_weights
+from modular_star_encoder.objectives.exit_losses import Objective
+from modular_star_encoder.utils.files import write_json
+
+
+class NonFiniteLossError(ValueError):
+    """The loss is infinite or not a number; the message names the file that holds the batch."""
+
+
+def stop_for_non_finite_loss(
+    batch: Mapping[str, Any], losses: Mapping[int, float], folder: str | os.PathLike, *, step: int, rank: int = 0
+) -> NoReturn:
+    """Write a batch and raise.
+
+    `non_finite_loss_step_{step}_rank_{rank}.safetensors` gets the tensors, named by their place in the batch
+    (`query.input_ids`), and the `.json` beside it the losses and what else the batch holds.
+
+    Args:
+        batch: tensors and other values, in mappings and lists of any depth.
+        losses: exit → its loss.
+        folder: where to write, made if missing.
+        step: the optimiser step in progress, counted from 1.
+        rank: number of this process.
+
+    Raises:
+        NonFiniteLossError: always.
+    """
+    leaves = dict(_leaves(batch))
+    tensors = {name: value.detach().cpu().clone() for name, value in leaves.items() if isinstance(value, torch.Tensor)}
+    path = Path(folder, f"non_finite_loss_step_{step}_rank_{rank}.safetensors").absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    report = {
+        "step": step,
+        "rank": rank,
+        # JSON has neither infinities nor NaN.
+        "losses": {str(exit_layer): loss if math.isfinite(loss) else str(loss) for exit_layer, loss in losses.items()},
+        "other_values": {name: str(value) for name, value in leaves.items() if name not in tensors},
+    }
+    write_json(path.with_suffix(".json"), report)
+    by_exit = ", ".join(f"exit {exit_layer}: {loss:g}" for exit_layer, loss in losses.items())
+    raise NonFiniteLossError(f"The loss of step {step} is not finite ({by_exit}); its batch is in {path}.")
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values of everything in nested mappings and lists."""
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    else:
+        yield name, value
+        return
+    for key, part in parts:
+        yield from _leaves(part, f"{name}.{key}" if name else str(key))
+
+
+@dataclass(frozen=True)
+class MultiStepSchedule:
+    """Linear warm-up, then a constant rate that falls in steps.
+
+    The paper (arXiv 2503.03008, pre-training) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and 0.001 at
+    steps 120k, 185k, 220k, 230k and 240k of 245k. It does not say whether the factors multiply; they are read here as
+    fractions of the peak, one per step, since multiplied they would end at 1e-9 of it.
+
+    Args:
+        warmup_steps: the rate at step s < `warmup_steps` is s / `warmup_steps` of the peak.
+        milestones: steps, ascending, from which on the next fraction applies.
+        fractions: of the peak, one per milestone.
+
+    Raises:
+        ValueError: milestones are not ascending, begin within the warm-up, or are not as many as the fractions; or a
+            fraction is not from 0 on.
+    """
+
+    warmup_steps: int = 0
+    milestones: Sequence[int] = ()
+    fractions: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        steps = list(self.milestones)
+        if len(steps) != len(self.fractions):
+            raise ValueError(f"There are {len(steps)} milestones and {len(self.fractions)} fractions; give one each.")
+        if steps != sorted(set(steps)) or (steps and steps[0] < self.warmup_steps):
+            raise ValueError(f"milestones {steps} must ascend, from warmup_steps {self.warmup_steps} on.")
+        if not all(0 <= fraction < float("inf") for fraction in self.fractions):
+            raise ValueError(f"fractions {list(self.fractions)} must be numbers from 0 on.")
+
+    def fraction(self, step: int) -> float:
+        """Fraction of the peak rate in the optimiser step with this index, counted from 0."""
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        passed = sum(step >= milestone for milestone in self.milestones)
+        return self.fractions[passed - 1] if passed else 1.0
+
+    def scheduler(self, optimizer: Optimizer) -> LambdaLR:
+        """A scheduler of `optimizer`, whose rate is the peak."""
+        return LambdaLR(optimizer, self.fraction)
+
 
 logger = logging.get_logger(__name__)
 
@@ -254,3 +362,37 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
         except (ValueError, KeyError):
             continue
     return max(found)[1] if found else None
+
+
+PER_EXIT = re.compile(r"(?P<metric>.+)_exit_(?P<exit>\d+)")
+
+
+def format_log(logs: dict[str, float]) -> str:
+    """`{"loss": 1.2, "clip_loss_exit_4": 1.3, "clip_loss_exit_9": 1}` → `loss 1.200 · clip_loss 4: 1.300, 9: 1.000`."""
+    single, per_exit = [], defaultdict(list)
+    for name, value in logs.items():
+        match = PER_EXIT.fullmatch(name)
+        if match:
+            per_exit[match["metric"]].append(f"{match['exit']}: {value:.3f}")
+        elif name in ("loss", "eval_loss", "grad_norm", "logit_scale", "masked_negatives"):
+            single.append(f"{name} {value:.3f}")
+        elif name == "learning_rate":
+            single.append(f"{name} {value:.1e}")
+    return " · ".join(single + [f"{metric} {', '.join(values)}" for metric, values in per_exit.items()])
+
+
+class ExitProgressCallback(ProgressCallback):
+    """`Trainer`'s progress bar, with readable log lines."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one line above the bar; the summary at the end of training has no line."""
+        line = format_log(logs or {})
+        if state.is_world_process_zero and self.training_bar is not None and line:
+            self.training_bar.write(f"step {state.global_step}/{state.max_steps} · {line}")

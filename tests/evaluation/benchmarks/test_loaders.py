@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation.benchmarks import codesearchnet_999, registry
+from modular_star_encoder.evaluation.benchmarks import codesearchnet as codesearchnet_999
+from modular_star_encoder.evaluation.benchmarks import registry
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import query_of, strip_docstring
 from modular_star_encoder.evaluation.benchmarks.registry import BENCHMARKS, choose_benchmarks, load_benchmark
-from modular_star_encoder.evaluation.bm25 import BM25
 from modular_star_encoder.evaluation.harness import evaluate_tasks
+from modular_star_encoder.evaluation.lexical import BM25
 from tests.evaluation.benchmarks import published
 from tests.evaluation.benchmarks.published import NAMES, WRITERS
 

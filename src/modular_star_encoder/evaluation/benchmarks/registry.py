@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from modular_star_encoder.evaluation.benchmarks.advtest import load_advtest
-from modular_star_encoder.evaluation.benchmarks.bigclonebench import load_bigclonebench
-from modular_star_encoder.evaluation.benchmarks.code_folder import load_code_folder
-from modular_star_encoder.evaluation.benchmarks.codesearchnet_999 import load_distractors
-from modular_star_encoder.evaluation.benchmarks.codesearchnet_full import load_full_pool
-from modular_star_encoder.evaluation.benchmarks.codesearchnet_human import load_human
-from modular_star_encoder.evaluation.benchmarks.codesearchnet_mteb import load_mteb
-from modular_star_encoder.evaluation.benchmarks.cosqa import load_cosqa
-from modular_star_encoder.evaluation.benchmarks.exercism import load_exercism
-from modular_star_encoder.evaluation.benchmarks.poj104 import load_poj104
-from modular_star_encoder.evaluation.benchmarks.translation import load_translation
+from modular_star_encoder.evaluation.benchmarks.code_to_code import (
+    load_bigclonebench,
+    load_exercism,
+    load_poj104,
+    load_translation,
+)
+from modular_star_encoder.evaluation.benchmarks.codesearchnet import (
+    load_distractors,
+    load_full_pool,
+    load_human,
+    load_mteb,
+)
+from modular_star_encoder.evaluation.benchmarks.text_to_code import load_advtest, load_code_folder, load_cosqa
 from modular_star_encoder.evaluation.tasks import Task
 
 

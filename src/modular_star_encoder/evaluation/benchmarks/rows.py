@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from modular_star_encoder.data.dataset_rows import not_unicode
+from modular_star_encoder.data.sources.dataset_rows import not_unicode
 
 Fields = Mapping[str, type | tuple[type, ...]]
 """The names of a row's required fields and the types of their values."""

@@ -1,0 +1,84 @@
+"""The commands of `mose` that write and publish checkpoints: slice, card, publish."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+
+def add_hub_commands(commands: Any) -> None:
+    """Add them to the commands of `mose`, an action of `argparse`."""
+    cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
+    cut.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
+    cut.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
+    cut.set_defaults(run=run_slice)
+
+    card = commands.add_parser("card", help="print the card of a checkpoint: usage, and what was measured")
+    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder")
+    _add_folder_options(card)
+    card.add_argument("--out", metavar="FOLDER", help="write README.md and the figure there instead")
+    card.set_defaults(run=run_card)
+
+    publish = commands.add_parser("publish", help="verify repositories and say what would change; --upload does it")
+    publish.add_argument("source", metavar="MANIFEST", help="such as hub_configs/quickstart/publish.yaml; or a folder")
+    publish.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: namespace=NAME")
+    _add_folder_options(publish)
+    publish.add_argument("--upload", action="store_true", help="upload, one commit for each repository that differs")
+    publish.add_argument("--public", action="store_true", help="make new repositories public")
+    publish.add_argument("--out", metavar="FOLDER", help="keep what was staged there; it must not exist")
+    publish.set_defaults(run=run_publish)
+
+
+def _add_folder_options(parser: argparse.ArgumentParser) -> None:
+    """What a manifest says, for one checkpoint folder."""
+    parser.add_argument("--repository", metavar="OWNER/NAME", help="of a folder: its repository on the Hub")
+    parser.add_argument("--license", metavar="NAME", help="of a folder: the Hub's name of the licence (apache-2.0)")
+    parser.add_argument(
+        "--evaluation", metavar="FILE", action="append", default=[], help="of a folder: figures of mose evaluate"
+    )
+
+
+def run_slice(arguments: argparse.Namespace) -> None:
+    """`mose slice`."""
+    from modular_star_encoder.inference.checkpoints import slice_checkpoint
+
+    slice_checkpoint(arguments.checkpoint, arguments.exit_layer, arguments.out)
+    print(arguments.out)
+
+
+def run_card(arguments: argparse.Namespace) -> None:
+    """`mose card`."""
+    from modular_star_encoder.hub.publishing import write_folder_card
+
+    text = write_folder_card(_folder_manifest(arguments, arguments.folder), arguments.out)
+    print(text if arguments.out is None else os.path.join(arguments.out, "README.md"), end="\n" * bool(arguments.out))
+
+
+def run_publish(arguments: argparse.Namespace) -> None:
+    """`mose publish`."""
+    from modular_star_encoder.hub.manifest import load_manifest
+    from modular_star_encoder.hub.publishing import publish
+
+    if os.path.isdir(arguments.source):
+        if arguments.overrides:
+            raise ValueError(f"{arguments.overrides[0]} changes a manifest, and {arguments.source} is a folder.")
+        manifest = _folder_manifest(arguments, arguments.source)
+    else:
+        given = [name for name in ("repository", "license", "evaluation") if getattr(arguments, name)]
+        if given:
+            found = "is a manifest, which says it itself" if os.path.exists(arguments.source) else "does not exist"
+            raise ValueError(f"--{given[0]} goes with a checkpoint folder, and {arguments.source} {found}.")
+        manifest = load_manifest(arguments.source, arguments.overrides)
+    publications = publish(manifest, upload=arguments.upload, private=not arguments.public, staging=arguments.out)
+    print(*publications, sep="\n\n")
+
+
+def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
+    from modular_star_encoder.hub.manifest import folder_manifest
+
+    if not arguments.repository:
+        raise ValueError(f"--repository OWNER/NAME must say where {folder} goes.")
+    options = {"license": arguments.license} if arguments.license else {}
+    return folder_manifest(folder, arguments.repository, evaluation=arguments.evaluation, **options)

@@ -1,0 +1,388 @@
+"""The functions of a source text, found in its syntax tree: their spans, names, descriptions and code.
+
+Trees are read by queries, which run outside Python and without recursion, so that nesting is limited by memory only.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from tree_sitter import Node, QueryCursor, Tree
+
+from modular_star_encoder.data.languages.documentation import Comments, docstring_description, docstring_of
+from modular_star_encoder.data.languages.grammars import (
+    Grammar,
+    UnparsableSourceError,
+    load_grammar,
+    parse,
+    parse_around_macros,
+)
+from modular_star_encoder.data.languages.syntax import SourceText
+
+_Captures = dict[str, list[Node]]
+
+_CONTROL_FLOW = {"if", "else", "for", "while", "switch", "return", "do", "catch", "sizeof", "defined"}
+_OBJECTS_WITHOUT_NAME = {"exports", "module", "prototype", "this"}
+_MEMBERS = re.compile(r"[\w$#]+(?:\.[\w$#]+)*")
+_C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_name", "operator_name"}
+_MAX_NAME_LENGTH = 200
+
+
+def function_name(captures: _Captures, source: bytes, language: str) -> str | None:
+    """Return the name of the function or scope of one match, dotted where the text is qualified.
+
+    None stands for a match that is no function: a macro, or a statement that error recovery took for one.
+    """
+    if "declarator" in captures:
+        name = _declared_name(captures["declarator"][0], source)
+    else:
+        name = _text(captures["name"][0], source)
+        if language == "javascript":
+            name = _member_name(name)
+        elif language == "ruby":
+            name = name.replace("::", ".")
+        elif language == "cpp":
+            name = name.partition("<")[0]
+        elif "receiver" in captures:
+            name = f"{_receiver(_text(captures['receiver'][0], source))}.{name}"
+    return name if name and len(name) <= _MAX_NAME_LENGTH else None
+
+
+def _text(node: Node, source: bytes) -> str:
+    return " ".join(source[node.start_byte : node.end_byte].decode(errors="replace").split())
+
+
+def _member_name(text: str) -> str:
+    """Return `"Stack.push"` for `Stack.prototype.push`, `"push"` for `exports.push` and for `'push'`."""
+    text = re.sub(r"\s*\.\s*", ".", text.strip("'\""))
+    if "." not in text or text.startswith("["):
+        return text
+    if not _MEMBERS.fullmatch(text):  # `get("stack").push`
+        return text.rpartition(".")[2]
+    parts = text.split(".")
+    return ".".join([part for part in parts if part not in _OBJECTS_WITHOUT_NAME] or parts[-1:])
+
+
+def _receiver(text: str) -> str:
+    """Return `"Stack"` for the receiver's type `*Stack[T]`."""
+    return text.lstrip("*( ").partition("[")[0].rstrip(") ")
+
+
+def _declared_name(declarator: Node, source: bytes) -> str | None:
+    """Return the dotted name that a C or C++ declarator of a function declares, or None if it declares none."""
+    node: Node | None = declarator
+    is_function = False
+    while node is not None and node.type not in _C_NAMES:
+        if node.type == "operator_cast":
+            return _text(node, source).partition("(")[0].rstrip()
+        if node.type == "template_function":
+            node = node.child_by_field_name("name")
+        elif node.type == "qualified_identifier":
+            name = _qualified_name(node, source)
+            return name if is_function or "operator" in name else None
+        else:
+            is_function = is_function or node.type == "function_declarator"
+            node = node.child_by_field_name("declarator") or _inner_declarator(node)
+    name = _text(node, source) if node is not None else ""
+    return name if is_function and name not in _CONTROL_FLOW else None
+
+
+def _inner_declarator(node: Node) -> Node | None:
+    """Return the declarator inside parentheses or behind `&`, which these nodes hold without naming it."""
+    return next(
+        (child for child in node.named_children if child.type.endswith("declarator") or child.type in _C_NAMES), None
+    )
+
+
+def _qualified_name(node: Node | None, source: bytes) -> str:
+    """Return `"Stack.push"` for `Stack<T>::push`."""
+    parts = []
+    while node is not None and node.type == "qualified_identifier":
+        scope = node.child_by_field_name("scope")
+        if scope is not None:
+            parts.append(_text(scope, source).partition("<")[0])
+        node = node.child_by_field_name("name")
+    if node is not None and node.type == "template_function":
+        node = node.child_by_field_name("name")
+    return ".".join([*parts, _text(node, source).partition("(")[0].rstrip() if node is not None else ""])
+
+
+Cut = tuple[int, int, bytes]
+"""(first byte, byte after the last, what takes its place)."""
+
+_STRINGS = {"string", "concatenated_string", "parenthesized_expression"}
+# What may follow a docstring on its last line, and the blank lines after it.
+_REST_OF_DOCSTRING_LINE = re.compile(rb"[ \t\f]*;?[ \t\f]*(?:#[^\n]*)?(?:\n(?:[ \t\f]*\n)*|\Z)")
+_INDENT = re.compile(rb"[ \t\f]*")
+
+
+def python_docstring(body: Node, source: SourceText) -> tuple[Node, str] | None:
+    """Return (statement, value) of the docstring with which the body of a definition begins, or None."""
+    statement = next(_statements(body), None)
+    if statement is None or statement.type != "expression_statement" or statement.named_child_count != 1:
+        return None
+    literal = statement.named_child(0)
+    value = (
+        docstring_of(source.bytes[literal.start_byte : literal.end_byte].decode()) if literal.type in _STRINGS else None
+    )
+    return None if value is None else (statement, value)
+
+
+def is_docstring_only(body: Node, source: SourceText) -> bool:
+    """Whether the body of a Python definition is one statement, which is a docstring."""
+    statements = _statements(body)
+    next(statements, None)
+    return next(statements, None) is None and python_docstring(body, source) is not None
+
+
+def end_of_last_statement(node: Node) -> int:
+    """Return where the last token of a Python definition ends; comments may follow it inside the node."""
+    while node.child_count:
+        children = (node.child(index) for index in reversed(range(node.child_count)))
+        last = next((child for child in children if not child.is_extra), None)
+        if last is None:
+            break
+        node = last
+    return node.end_byte
+
+
+def docstring_cut(body: Node, source: SourceText) -> Cut | None:
+    """Return the cut that removes the docstring of a Python definition, if it has one."""
+    found = python_docstring(body, source)
+    if found is None:
+        return None
+    docstring, _ = found
+    if is_docstring_only(body, source):
+        return docstring.start_byte, docstring.end_byte, b"pass"
+    rest = _REST_OF_DOCSTRING_LINE.match(source.bytes, docstring.end_byte)
+    if rest:
+        return source.line_start(docstring.start_byte), rest.end(), b""
+    following = list(_statements(body))[1]  # `def f(): "docstring"; return 1`
+    return docstring.start_byte, following.start_byte, b""
+
+
+def indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]) -> Iterator[Cut]:
+    """Yield the cuts that take the indentation of the first line away from the others of a span.
+
+    Args:
+        source: The text.
+        start: First byte of the span.
+        end: The byte after its last.
+        fixed_lines: Where lines begin that lie inside a string: their white space is content.
+    """
+    first = source.line_start(start)
+    found = _INDENT.match(source.bytes, first, start)
+    indent = found[0].rpartition(b"\f")[2] if found else b""
+    if indent:
+        for at in source.line_starts_between(start, end):
+            if at not in fixed_lines and source.bytes.startswith(indent, at):
+                yield at, at + len(indent), b""
+
+
+def cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
+    """Return the text from `start` to `end` without what is cut; of cuts that overlap, the first and widest counts."""
+    pieces = []
+    at = start
+    for cut_start, cut_end, replacement in sorted(cuts, key=lambda cut: (cut[0], -cut[1])):
+        if at <= cut_start < end:
+            pieces += [source[at:cut_start], replacement]
+            at = min(cut_end, end)
+    pieces.append(source[at:end])
+    return b"".join(pieces).decode().rstrip()
+
+
+def _statements(body: Node) -> Iterator[Node]:
+    """Yield the statements of a block, without comments and the like."""
+    return (child for child in body.named_children if not child.is_extra)
+
+
+MAX_NESTING = 16
+"""Functions inside so many others and classes are left out: each repeats the text of those inside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFunction:
+    """A function of a text.
+
+    Attributes:
+        line: 1-based line at which it begins.
+        name: Dotted name inside the text, such as `"Stack.push"`.
+        description: First paragraph of the documentation, in one line; empty without one.
+        code: The function dedented, with `\\n` line ends and, in Python, without docstrings.
+        source: The function as it stands in the text.
+        start_byte: Its first byte in the UTF-8 encoding of the text.
+        end_byte: The byte after its last.
+    """
+
+    line: int
+    name: str
+    description: str
+    code: str
+    source: str
+    start_byte: int
+    end_byte: int
+
+
+@dataclass(slots=True)
+class _Definition:
+    """A function or scope of the tree; offsets are those of `SourceText.bytes`."""
+
+    node: Node
+    name: str
+    is_function: bool
+    body: Node | None
+
+
+def find_functions(
+    text: str, language: str, *, documented_only: bool = False, counts: Counter[str] | None = None
+) -> list[FoundFunction]:
+    """Return the functions of `text` that hold no syntax error, in order, methods and nested functions included.
+
+    Python functions whose body is nothing but a docstring are left out, and so is whatever has no body.
+
+    Args:
+        text: The content of a source file. PHP needs its `<?php`.
+        language: One of `grammars.SUPPORTED_LANGUAGES`.
+        documented_only: Whether to leave out functions without a description.
+        counts: When given, `"files with a syntax error"`, `"functions with a syntax error"` and `"functions nested too
+            deeply"` are counted in it.
+
+    Raises:
+        ValueError: If the language is not supported.
+        UnparsableSourceError: If `text` is not worth parsing (see `grammars.parse`), or holds a syntax error and no
+            function without one.
+    """
+    grammar = load_grammar(language)
+    source = SourceText(text)
+    parser = parse_around_macros if language in ("c", "cpp") else parse
+    tree = parser(source.bytes, grammar)
+    finder = _Finder(source, tree, grammar, language)
+    found = list(finder.functions(documented_only))
+    if tree.root_node.has_error:
+        if not finder.sound:
+            raise UnparsableSourceError("The text has a syntax error, and no function is without one.")
+        finder.counts["files with a syntax error"] += 1
+    if counts is not None:
+        counts.update(finder.counts)
+    return found
+
+
+class _Finder:
+    """Reads one tree."""
+
+    def __init__(self, source: SourceText, tree: Tree, grammar: Grammar, language: str) -> None:
+        self.counts: Counter[str] = Counter()
+        self.sound = 0
+        self._source, self._language = source, language
+        self._strings: list[Node] = []
+        self._definitions: list[_Definition] = []
+        self._untyped: set[int] = set()
+        comments: list[tuple[int, int]] = []
+        functions: dict[int, _Definition] = {}
+        for _, captures in QueryCursor(grammar.query).matches(tree.root_node):
+            if "comment" in captures:
+                comments += [node.byte_range for node in captures["comment"]]
+            elif "verbatim" in captures:
+                self._strings += captures["verbatim"]
+            elif "untyped" in captures:
+                self._untyped.add(captures["untyped"][0].id)
+            else:
+                self._add(captures, functions)
+        self._definitions += functions.values()
+        self._definitions.sort(key=lambda one: (one.node.start_byte, -one.node.end_byte))
+        self._comments = Comments(comments, source, language)
+        heredocs = (node for node in self._strings if node.type == "heredoc_body")
+        self._heredocs = {node.start_byte: node.end_byte for node in heredocs}
+        self._fixed_lines: set[int] | None = None
+
+    def _add(self, captures: dict[str, list[Node]], functions: dict[int, _Definition]) -> None:
+        name = function_name(captures, self._source.bytes, self._language)
+        if name is None or ("scope" in captures and name == "exports"):  # `module.exports = {…}` names nothing
+            return
+        body = captures["body"][0] if "body" in captures else None
+        if "scope" in captures:
+            self._definitions.append(_Definition(captures["scope"][0], name, False, body))
+            return
+        node = captures["function"][0]
+        key = (body or node).id
+        if key not in functions or _length(node) > _length(functions[key].node):
+            functions[key] = _Definition(node, name, True, body)
+
+    def functions(self, documented_only: bool) -> Iterator[FoundFunction]:
+        """Yield the functions without a syntax error, in the order of the text."""
+        enclosing: list[_Definition] = []
+        for index, one in enumerate(self._definitions):
+            while enclosing and enclosing[-1].node.end_byte <= one.node.start_byte:
+                enclosing.pop()
+            if self._is_macro(one, enclosing):
+                continue
+            if one.is_function:
+                if one.node.has_error:
+                    self.counts["functions with a syntax error"] += 1
+                elif len(enclosing) >= MAX_NESTING:
+                    self.counts["functions nested too deeply"] += 1
+                else:
+                    self.sound += 1
+                    found = self._found(
+                        index, ".".join([*(outer.name for outer in enclosing), one.name]), documented_only
+                    )
+                    if found:
+                        yield found
+            enclosing.append(one)
+
+    def _is_macro(self, one: _Definition, enclosing: list[_Definition]) -> bool:
+        """Whether what looks like a C++ constructor is not inside the class of that name."""
+        is_untyped = one.body is not None and one.body.id in self._untyped
+        return is_untyped and not (enclosing and enclosing[-1].name == one.name)
+
+    def _found(self, index: int, name: str, documented_only: bool) -> FoundFunction | None:
+        """Build the function at `index` of the definitions, or None if it is not wanted."""
+        one = self._definitions[index]
+        start, end = one.node.start_byte, one.node.end_byte
+        if self._language == "python" and one.body is not None:
+            docstring = python_docstring(one.body, self._source)
+            if docstring and is_docstring_only(one.body, self._source):
+                return None
+            description = docstring_description(docstring[1]) if docstring else ""
+            end = end_of_last_statement(one.node)
+        else:
+            description = self._comments.description_before(start)
+            if self._language == "ruby":
+                end = self._end_of_heredocs(end)
+        if documented_only and not description:
+            return None
+        cuts = list(indent_cuts(self._source, start, end, self._lines_inside_strings()))
+        if self._language == "python":
+            cuts += self._docstring_cuts(index, end)
+        code = cut_out(self._source.bytes, start, end, cuts)
+        first, last, text = self._source.original_span(start, end)
+        return FoundFunction(self._source.line(start), name, description, code, text, first, last)
+
+    def _lines_inside_strings(self) -> set[int]:
+        """Return where the lines begin whose white space is part of a string."""
+        if self._fixed_lines is None:
+            lines = self._source.line_starts_between
+            spans = (node.byte_range for node in self._strings if node.start_point.row < node.end_point.row)
+            self._fixed_lines = {at for start, end in spans for at in lines(start, end)}
+        return self._fixed_lines
+
+    def _docstring_cuts(self, index: int, end: int) -> Iterator[Cut]:
+        """Yield the cuts for the docstrings of a Python function and of all that is defined inside it."""
+        while index < len(self._definitions) and self._definitions[index].node.start_byte < end:
+            body = self._definitions[index].body
+            cut = docstring_cut(body, self._source) if body else None
+            if cut:
+                yield cut
+            index += 1
+
+    def _end_of_heredocs(self, end: int) -> int:
+        """Return where the heredocs end that begin on the last line of a Ruby method, whose node does not hold them."""
+        line_end = self._source.bytes.find(b"\n", end)
+        while line_end in self._heredocs and not self._source.bytes[end:line_end].strip():
+            end = line_end = self._heredocs[line_end]
+        return end
+
+
+def _length(node: Node) -> int:
+    return node.end_byte - node.start_byte

@@ -1,0 +1,239 @@
+"""Embed texts at every exit in one pass through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from modular_star_encoder.data.sources.dataset_rows import not_unicode
+
+
+def encode_exits(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    exit_layers: Sequence[int] | None = None,
+    prompt: str = "",
+    max_length: int | None = None,
+    tokens_per_batch: int = 8192,
+    progress: bool = True,
+    dtype: torch.dtype | None = None,
+) -> dict[int, np.ndarray]:
+    """Sentence embeddings of `texts` at each exit, the layers up to the deepest exit being computed once.
+
+    Texts are sorted by length and batched so that a batch holds at most `tokens_per_batch` tokens, padding included (a
+    longer text goes alone); on a CPU no padding is computed. The order of the result is that of `texts`. Equal texts
+    are encoded once, so that their embeddings are equal to the last bit and tie.
+
+    Args:
+        model: a `ModularStarEncoderForRetrieval`, on any device; it is put in evaluation mode for the time of the call.
+        exit_layers: which exits; all that the model has if None.
+        prompt: goes before every text.
+        max_length: longer texts are cut to this number of tokens, specials included; the model's
+            `max_position_embeddings` if None.
+        dtype: compute under autocast in this type; the model's own type if None.
+
+    Returns:
+        {exit_layer: (N, D) float32, L2-normalised}, ascending by exit.
+
+    Raises:
+        ValueError: an exit that the model doesn't have, a tokenizer without a padding token, or a text with halves of
+            characters.
+    """
+    config = model.config
+    exits = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
+    with evaluating(model), without_padding(model), _autocast(model, dtype):
+        embeddings = encode_batches(
+            tokenizer,
+            texts,
+            lambda batch: _encode_batch(model, batch, exits),
+            prompt=prompt,
+            max_length=max_length or config.max_position_embeddings,
+            tokens_per_batch=tokens_per_batch,
+            progress=progress,
+        )
+    if embeddings is None:
+        embeddings = np.empty((len(exits), 0, config.projection_size), dtype=np.float32)
+    return dict(zip(exits, embeddings, strict=True))
+
+
+def encode_batches(
+    tokenizer: Any,
+    texts: Sequence[str],
+    encode_batch: Callable[[Mapping[str, torch.Tensor]], np.ndarray],
+    *,
+    max_length: int,
+    prompt: str = "",
+    tokens_per_batch: int = 8192,
+    progress: bool = True,
+) -> np.ndarray | None:
+    """Tokenize, sort and pad as `encode_exits` does, for whatever computes the embeddings.
+
+    Args:
+        encode_batch: `input_ids` and `attention_mask`, int64 (B, T), to embeddings (E, B, D) float32.
+        max_length, prompt, tokens_per_batch: as for `encode_exits`.
+
+    Returns:
+        (E, N, D) float32 in the order of `texts`; None if there is no text.
+
+    Raises:
+        ValueError: a tokenizer without a padding token, one string in place of a list, or a text with halves of
+            characters.
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of strings, not one string.")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token.")
+    unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
+    if broken := [text for text in unique if not_unicode(text)]:
+        raise ValueError(f"{len(broken)} texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}.")
+    token_ids = tokenize(tokenizer, [prompt + text for text in unique], max_length, progress)
+    embeddings: np.ndarray | None = None
+    with tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar:
+        for rows in length_batches([len(ids) for ids in token_ids], tokens_per_batch):
+            batch = tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt")
+            stack = encode_batch(batch)
+            if embeddings is None:
+                embeddings = np.empty((stack.shape[0], len(unique), stack.shape[-1]), dtype=np.float32)
+            embeddings[:, rows] = stack
+            bar.update(len(rows))
+    return None if embeddings is None else embeddings[:, [unique[text] for text in texts]]
+
+
+def tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) -> list[list[int]]:
+    """Token ids of each text, specials included, cut to `max_length`."""
+    token_ids: list[list[int]] = []
+    chunk = 1024  # large enough for the tokenizer's threads, small enough for a bar that moves
+    starts = range(0, len(texts), chunk)
+    for start in tqdm(starts, desc="tokenizing", unit="chunk", disable=not progress, leave=False):
+        batch = tokenizer(texts[start : start + chunk], truncation=True, max_length=max_length)
+        token_ids.extend(batch["input_ids"])
+    return token_ids
+
+
+def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Row numbers of each batch, longest first: a batch too large for memory fails at once and not at the end."""
+    rows: list[int] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if rows and longest * (len(rows) + 1) > tokens_per_batch:
+            yield rows
+            rows = []
+        if not rows:
+            longest = lengths[row]
+        rows.append(row)
+    if rows:
+        yield rows
+
+
+def _encode_batch(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], exits: tuple[int, ...]) -> np.ndarray:
+    """(E, B, D) float32 embeddings of one batch."""
+    device = next(model.parameters()).device
+    output = model(
+        input_ids=batch["input_ids"].to(device),
+        attention_mask=batch["attention_mask"].to(device),
+        exit_layers=exits,
+    )
+    return output.exit_embeddings.float().cpu().numpy()
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation and inference mode, and back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def without_padding(model: torch.nn.Module) -> Iterator[None]:
+    """On a CPU, where the pooling allows it, batches are computed without their padding meanwhile."""
+    config = model.config
+    as_configured = config.unpad_inputs
+    if next(model.parameters()).device.type == "cpu" and config.pooling != "legacy":
+        config.unpad_inputs = True
+    try:
+        yield
+    finally:
+        config.unpad_inputs = as_configured
+
+
+def _autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
+
+
+_TOKENS_PER_BATCH = 8192
+
+
+def encode_states(
+    model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], exit_layers: Sequence[int]
+) -> tuple[dict[int, np.ndarray], list[np.ndarray]]:
+    """Embeddings of texts at several exits, and their states at the shallowest of these.
+
+    Args:
+        model, tokenizer: as `load_checkpoint` returns them.
+        texts: N texts with their prompts; cut to what the model takes.
+        exit_layers: exits of the model.
+
+    Returns:
+        {exit_layer: (N, D) float32}, and of each text (T, H) float32, its real tokens' states before the final norm.
+    """
+    exits = model.config.resolve_exits(exit_layers=exit_layers)
+    token_ids = tokenize(tokenizer, list(texts), model.config.max_position_embeddings, progress=False)
+    embeddings = {exit_layer: np.empty((len(texts), model.config.projection_size), np.float32) for exit_layer in exits}
+    states: list[np.ndarray] = [np.empty((0, model.config.hidden_size), np.float32)] * len(texts)
+    device = next(model.parameters()).device
+    with evaluating(model), without_padding(model):
+        for rows in length_batches([len(ids) for ids in token_ids], _TOKENS_PER_BATCH):
+            batch = tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt").to(device)
+            mask = batch["attention_mask"]
+            output = model(batch["input_ids"], mask, exit_layers=exits, output_residual_states=True)
+            for exit_layer, values in zip(exits, output.exit_embeddings, strict=True):
+                embeddings[exit_layer][rows] = values.float().cpu().numpy()
+            shallowest = output.residual_states[0]
+            for place, row in enumerate(rows):
+                states[row] = shallowest[place][mask[place].bool()].float().cpu().numpy()
+    return embeddings, states
+
+
+def resume_states(
+    model: torch.nn.Module, states: Sequence[np.ndarray], start_layer: int, exit_layer: int
+) -> np.ndarray:
+    """Embeddings at an exit, computed from the states of a shallower one.
+
+    Args:
+        model: one with this exit.
+        states: of each text (T, H), as `encode_states` returns them.
+        start_layer: the exit that the states are of.
+        exit_layer: a deeper one.
+
+    Returns:
+        (N, D) float32, what a straight pass gives.
+    """
+    parameter = next(model.parameters())
+    embeddings = np.empty((len(states), model.config.projection_size), np.float32)
+    with evaluating(model), without_padding(model):
+        for rows in length_batches([len(one) for one in states], _TOKENS_PER_BATCH):
+            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(states[row]) for row in rows], batch_first=True)
+            lengths = torch.tensor([len(states[row]) for row in rows])
+            mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+            output = model(
+                inputs_embeds=padded.to(parameter.device, parameter.dtype),
+                attention_mask=mask.to(parameter.device),
+                start_layer=start_layer,
+                exit_layer=exit_layer,
+            )
+            embeddings[rows] = output.sentence_embedding.float().cpu().numpy()
+    return embeddings

@@ -1,0 +1,341 @@
+"""Measure the exit profile of a checkpoint on this machine.
+
+Latency: batches of random tokens without padding, after a warm-up. The exits take turns, in an order drawn anew for
+each round, so that whatever else the machine does meanwhile hits them alike. Memory: on a CPU each exit in a process of
+its own (`profile_memory`), on a GPU each exit loaded alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from modular_star_encoder.inference.exit_profile import PROFILE_NAME, ExitProfile, Measurement, ProfiledExit
+from modular_star_encoder.inference.load import check_checkpoint, checkpoint_fingerprint, load_checkpoint
+from modular_star_encoder.inference.profile_memory import MemoryUse, measure_memory
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+from modular_star_encoder.utils.files import check_writable
+from modular_star_encoder.utils.machine import library_versions, machine_kind
+
+
+def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: int) -> float:
+    """Floating-point operations for each token of a text of `length` tokens, embedded at one exit.
+
+    Matrix products alone are counted, a multiplication with its addition as two operations, as in Kaplan et al. (2020,
+    arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`. With hidden size H, size of keys K (key-value heads
+    times head size), MLP size I, projection size D and T tokens:
+
+        layer      2 · (2·H·H + 2·H·K + 2·H·I)     queries and outputs, keys and values, MLP
+        attention  4 · T·H                         scores, and their weighted sum of values; grows with the text
+        head       2 · (H·D + D·D)                 of every token; with `pool_then_project` once more for the text
+
+    and `exit_layer` times layer and attention, plus one head. Tokens of padding cost as much as others unless
+    `config.unpad_inputs`.
+
+    Raises:
+        ValueError: an exit that the model doesn't have, or no tokens.
+    """
+    config.check_exit(exit_layer)
+    if length < 1:
+        raise ValueError(f"A text has at least one token, not {length}.")
+    hidden, projection = config.hidden_size, config.projection_size
+    keys = config.num_key_value_heads * config.head_dim
+    layer = 2 * (2 * hidden * hidden + 2 * hidden * keys + 2 * hidden * config.intermediate_size)
+    attention = 4 * length * hidden
+    head = 2 * (hidden * projection + projection * projection)
+    if config.projection_order == "pool_then_project":
+        head += head / length
+    return float(exit_layer * (layer + attention) + head)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+WARM_UP_ROUNDS = 2
+FEWEST_ROUNDS = 5
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ProfilePlan:
+    """What is measured.
+
+    Args:
+        batch_sizes, lengths: texts at once, and tokens of each; every combination is measured.
+        rounds: how often each exit is timed at each shape.
+        seconds_per_shape: a shape ends early, though not before five rounds, once it has taken this long.
+        memory: whether to measure memory.
+
+    Raises:
+        ValueError: a number that is not positive.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 8)
+    lengths: tuple[int, ...] = (128, 512)
+    rounds: int = 30
+    seconds_per_shape: float = 60.0
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        numbers = (*self.batch_sizes, *self.lengths, self.rounds, self.seconds_per_shape)
+        if not self.batch_sizes or not self.lengths or min(numbers) <= 0:
+            raise ValueError("Batch sizes, lengths, rounds and seconds must be positive, and at least one of each.")
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """All (batch_size, length), the smallest first."""
+        shapes = {(size, length) for size in self.batch_sizes for length in self.lengths}
+        return tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape)))
+
+
+def profile_checkpoint(
+    checkpoint: str | os.PathLike,
+    plan: ProfilePlan | None = None,
+    *,
+    exit_layers: Sequence[int] | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: bool = True,
+) -> ExitProfile:
+    """Measure every exit of a retrieval checkpoint.
+
+    Args:
+        checkpoint: folder or Hub id.
+        plan: shapes and repetitions; `ProfilePlan()` if None.
+        exit_layers: which exits; all that the checkpoint has if None.
+        device: `"cpu"` or `"cuda"`; a GPU if there is one and None is given.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own if None.
+
+    Raises:
+        ValueError: a device, a dtype or an exit that there isn't, texts longer than the model takes, or not a retrieval
+            checkpoint of ours.
+        OSError: the checkpoint isn't there, or a process that measures memory failed.
+    """
+    plan = plan or ProfilePlan()
+    device = _device(device)
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}.")
+    path = os.path.expanduser(os.fspath(checkpoint))
+    model, _ = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
+    config, dtype = model.config, str(model.dtype).removeprefix("torch.")
+    exits = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
+    if max(plan.lengths) > config.max_position_embeddings:
+        raise ValueError(f"The model takes {config.max_position_embeddings} tokens at most, not {max(plan.lengths)}.")
+    times = _measure_times(model, exits, plan, progress)
+    sizes = {exit_layer: _size(model, exit_layer) for exit_layer in exits}
+    attention = config._attn_implementation
+    del model  # a GPU must not hold it while the exits' memory is measured
+    memory = _measure_memory(path, exits, plan, device, dtype, progress)
+    profiled = {
+        exit_layer: ProfiledExit(
+            *sizes[exit_layer],
+            tuple(
+                _measurement(shape, times[exit_layer, shape], peak, flops_per_token(config, exit_layer, shape[1]))
+                for shape, peak in zip(plan.shapes, memory[exit_layer].peaks, strict=True)
+            ),
+        )
+        for exit_layer in exits
+    }
+    return ExitProfile(
+        exits=profiled,
+        device=device,
+        dtype=dtype,
+        attn_implementation=attention,
+        checkpoint=checkpoint_fingerprint(path),
+        base_memory_mb=memory[exits[0]].base,
+        machine=machine_kind(device),
+        versions=library_versions(),
+        date=datetime.now(UTC).date().isoformat(),
+    )
+
+
+def profile_to_file(
+    checkpoint: str | os.PathLike,
+    plan: ProfilePlan | None = None,
+    *,
+    out: str | os.PathLike | None = None,
+    **options: Any,
+) -> tuple[ExitProfile, Path]:
+    """Measure a checkpoint and write its profile; an old one stays whole until then.
+
+    Args:
+        checkpoint, plan, options: as for `profile_checkpoint`.
+        out: file to write, `exit_profile.json` in the checkpoint's folder if None. Of an older file of the same
+            weights, the quality figures of exits that are measured now are kept, and nothing else.
+
+    Returns:
+        The profile, and the file.
+
+    Raises:
+        ValueError: a repository of the Hub without `out`, or a file that can't be written, holds something else, or has
+            exits that `exit_layers` leaves out; and as `profile_checkpoint`.
+    """
+    path = profile_path(checkpoint, out)
+    check_writable(path)
+    older = ExitProfile.load(path) if path.is_file() else None
+    if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
+        raise ValueError(
+            f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost: measure them too, or "
+            "name another file (--out)."
+        )
+    profile = profile_checkpoint(checkpoint, plan, **options)
+    if older is not None:
+        profile = profile.with_quality_of(older)
+    profile.save(path)
+    return profile, path
+
+
+def profile_path(checkpoint: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
+    """Where a checkpoint's profile lies: `out`, or in its folder.
+
+    Raises:
+        ValueError: neither; the checkpoint is no local folder.
+    """
+    if out is not None:
+        return Path(out).expanduser()
+    check_checkpoint(checkpoint)
+    folder = Path(checkpoint).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{checkpoint} is not a folder here, so name the profile's file (--out).")
+    return folder / PROFILE_NAME
+
+
+def random_batch(model: ModularStarEncoderForRetrieval, batch_size: int, length: int) -> dict[str, torch.Tensor]:
+    """Token ids drawn at random, the same in every call, and a mask without padding, both int64 (B, T)."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=generator).to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def embed(model: ModularStarEncoderForRetrieval, batch: dict[str, torch.Tensor], exit_layer: int) -> float:
+    """Seconds that it takes to embed a batch at an exit, until the device has finished."""
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(model.device)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        model(**batch, exit_layer=exit_layer)
+    if on_gpu:
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - start
+
+
+def format_profile(profile: ExitProfile) -> str:
+    """One Markdown table per shape, aligned for reading as plain text, and a line on the circumstances."""
+    header = ("exit", "parameters", "MFLOP/token", "p50 ms", "p95 ms", "texts/s", "peak MB", *profile.benchmarks)
+    blocks = []
+    for shape in profile.shapes:
+        rows = [header, *(_row(profile, exit_layer, shape) for exit_layer in profile.exits)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in rows]
+        lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+        blocks.append("\n".join([f"{shape[0]} × {shape[1]} tokens", "", *lines]))
+    machine = profile.machine.get("gpu") or f"{profile.machine['processor']}, {profile.machine['threads']} threads"
+    return "\n\n".join([*blocks, f"{profile.device}, {profile.dtype}, {machine}, {profile.date}"])
+
+
+def _row(profile: ExitProfile, exit_layer: int, shape: Shape) -> tuple[str, ...]:
+    profiled, measured = profile.exits[exit_layer], profile.measurement(exit_layer, shape)
+    peak, qualities = measured.peak_memory_mb, (profiled.quality.get(name) for name in profile.benchmarks)
+    return (
+        str(exit_layer),
+        f"{profiled.parameters:,}",
+        f"{measured.flops_per_token / 1e6:,.1f}",
+        f"{measured.latency_ms_p50:.2f}",
+        f"{measured.latency_ms_p95:.2f}",
+        f"{measured.texts_per_second:,.1f}",
+        "–" if peak is None else f"{peak:,.0f}",
+        *("–" if quality is None else f"{quality:.3f}" for quality in qualities),
+    )
+
+
+def _device(device: str | None) -> str:
+    """The device asked for, or the one there is."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} must be cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("There is no GPU here that torch can use: leave out device, or say cpu.")
+    return device
+
+
+def _size(model: ModularStarEncoderForRetrieval, exit_layer: int) -> tuple[int, float]:
+    """Parameters and MB of the model cut at an exit."""
+    parameters = list(model.slice(exit_layer).parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return sum(parameter.numel() for parameter in parameters), size / 1e6
+
+
+def _measure_times(
+    model: ModularStarEncoderForRetrieval, exits: Sequence[int], plan: ProfilePlan, progress: bool
+) -> dict[tuple[int, Shape], list[float]]:
+    """Seconds of every run of each exit and shape, warm-up left out."""
+    random = np.random.default_rng(0)
+    times: dict[tuple[int, Shape], list[float]] = {
+        (exit_layer, shape): [] for exit_layer in exits for shape in plan.shapes
+    }
+    total = len(plan.shapes) * (WARM_UP_ROUNDS + plan.rounds)
+    with tqdm(total=total, desc="timing", unit="round", disable=not progress, leave=False) as bar:
+        for shape in plan.shapes:
+            batch, start = random_batch(model, *shape), time.perf_counter()
+            for done in range(-WARM_UP_ROUNDS, plan.rounds):
+                if done >= FEWEST_ROUNDS and time.perf_counter() - start > plan.seconds_per_shape:
+                    bar.update(plan.rounds - done)
+                    break
+                for exit_layer in random.permutation(exits).tolist():
+                    seconds = embed(model, batch, exit_layer)
+                    if done >= 0:
+                        times[exit_layer, shape].append(seconds)
+                bar.update()
+    return times
+
+
+def _measure_memory(
+    checkpoint: str, exits: Sequence[int], plan: ProfilePlan, device: str, dtype: str, progress: bool
+) -> dict[int, MemoryUse]:
+    """What each exit needs for each shape."""
+    if not plan.memory:
+        return dict.fromkeys(exits, MemoryUse(None, [None] * len(plan.shapes)))
+    threads, use = torch.get_num_threads(), {}
+    for exit_layer in tqdm(exits, desc="measuring memory", unit="exit", disable=not progress, leave=False):
+        if device == "cuda":
+            use[exit_layer] = _measure_gpu_memory(checkpoint, exit_layer, dtype, plan.shapes)
+        else:
+            use[exit_layer] = measure_memory(checkpoint, exit_layer, dtype, plan.shapes, threads)
+    return use
+
+
+def _measure_gpu_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape]) -> MemoryUse:
+    gc.collect()  # the model before this one
+    model, _ = load_checkpoint(checkpoint, exit_layer, "cuda", dtype)
+    peaks: list[float | None] = []
+    for shape in shapes:
+        torch.cuda.reset_peak_memory_stats()
+        embed(model, random_batch(model, *shape), exit_layer)
+        peaks.append(torch.cuda.max_memory_allocated() / 1e6)
+    return MemoryUse(None, peaks)
+
+
+def _measurement(shape: Shape, seconds: list[float], peak: float | None, flops: float) -> Measurement:
+    median, late = np.percentile(seconds, [50, 95])
+    return Measurement(
+        batch_size=shape[0],
+        length=shape[1],
+        flops_per_token=flops,
+        latency_ms_p50=round(1000 * median, 4),
+        latency_ms_p95=round(1000 * late, 4),
+        texts_per_second=round(shape[0] / median, 2),
+        tokens_per_second=round(shape[0] * shape[1] / median, 1),
+        peak_memory_mb=None if peak is None else round(peak, 1),
+        runs=len(seconds),
+    )

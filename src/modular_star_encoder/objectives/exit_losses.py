@@ -1,0 +1,85 @@
+"""What every objective returns: one loss per exit, and metrics."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+@dataclass
+class ObjectiveOutput:
+    """Losses and metrics of one batch.
+
+    Args:
+        losses: (E,) float32 with gradient, one loss per exit, shallowest first.
+        metrics: name → (E,), or () for what belongs to no exit; detached, averaged over batches for the logs.
+    """
+
+    losses: torch.Tensor
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """A training objective: a value given to the trainer, called with the model and one batch.
+
+    It may have three members more: `check(exit_layers, embedding_size)`, which the trainer calls when it is made and
+    which raises a `ValueError` if the objective does not fit the model; `check_rotation(exit_layers)`, the same where
+    each step trains the deepest exit and one other; and `caches_gradients`, true where no graph leads from the losses
+    to the parameters.
+    """
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
+        """Losses (E,) and metrics of `batch` at `exit_layers`."""
+        ...
+
+
+WEIGHTINGS = ("paper", "uniform", "linear")
+
+
+def exit_weights(
+    weighting: str | Sequence[float], exit_layers: Sequence[int], depth: int, *, normalize: bool = False
+) -> torch.Tensor:
+    """Weight of each exit's loss.
+
+    Args:
+        weighting: `"paper"`: i/depth, where i is the number of layers executed (arXiv 2503.03008, pre-training loss:
+            i/36); `"uniform"`: 1 for every exit; `"linear"`: j/E for the j-th of E exits, whatever their depths; or
+            one non-negative number per exit.
+        exit_layers: the exits, shallowest first.
+        depth: layers of the full model (for a slice: of its parent).
+        normalize: divide by the sum, so that the total has the size of one loss.
+
+    Returns:
+        (E,) float32.
+
+    Raises:
+        ValueError: an unknown name, or explicit weights that are negative, all zero, or not one per exit.
+    """
+    if weighting == "paper":
+        weights = torch.tensor([exit_layer / depth for exit_layer in exit_layers])
+    elif weighting == "uniform":
+        weights = torch.ones(len(exit_layers))
+    elif weighting == "linear":
+        weights = torch.arange(1, len(exit_layers) + 1) / len(exit_layers)
+    else:
+        weights = _explicit_weights(weighting)
+        if len(weights) != len(exit_layers) or not (weights >= 0).all() or weights.sum() == 0:
+            raise ValueError(
+                f"exit weights {list(weighting)} must be {len(exit_layers)} non-negative numbers, not all zero, one "
+                f"for each of the exits {', '.join(map(str, exit_layers))}."
+            )
+    return weights / weights.sum() if normalize else weights
+
+
+def _explicit_weights(weighting: Any) -> torch.Tensor:
+    """(W,) float32, what a recipe gives as a list; anything else is refused."""
+    try:
+        if isinstance(weighting, str | Mapping):
+            raise TypeError
+        return torch.tensor([float(weight) for weight in weighting])
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"exit weights {weighting!r} must be one of {', '.join(WEIGHTINGS)}, or a list of one number per exit."
+        ) from None

@@ -1,0 +1,346 @@
+"""Build a dataset from a recipe, stage by stage, going on where an earlier call was interrupted."""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from modular_star_encoder.data.pairs import open_triplets
+from modular_star_encoder.data.sources.dataset_rows import open_texts
+from modular_star_encoder.data.splits import draw_repositories
+from modular_star_encoder.synthconl.card import dataset_card, dataset_statistics
+from modular_star_encoder.synthconl.cleaning import REASONS, clean_translation
+from modular_star_encoder.synthconl.completions import target_language
+from modular_star_encoder.synthconl.extraction import function_rows, open_source
+from modular_star_encoder.synthconl.near_duplicates.fingerprints import minhash_class
+from modular_star_encoder.synthconl.near_duplicates.job import drop_near_duplicates
+from modular_star_encoder.synthconl.recipe import DATASET_SCHEMA, FUNCTION_SCHEMA, DatasetRecipe, published_name
+from modular_star_encoder.synthconl.row_files import read_file, read_rows, row_files, write_rows, write_split
+from modular_star_encoder.synthconl.translation import translate
+from modular_star_encoder.utils.files import staged_folder, write_json
+
+REPORT = "report.json"
+CARD, STATISTICS = "README.md", "statistics.json"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """A recipe, the folder that it is built in, and whether to show progress bars."""
+
+    recipe: DatasetRecipe
+    out: Path
+    progress: bool = True
+
+    def report(self, stage: str) -> dict[str, Any]:
+        """What a finished stage counted."""
+        return json.loads((self.out / stage / REPORT).read_text(encoding="utf-8"))
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage is finished."""
+        return (self.out / stage / REPORT).is_file()
+
+
+def functions(build: Build, out: Path) -> None:
+    """Extract the documented functions of the corpora."""
+    recipe, counts, repositories = build.recipe, Counter[str](), set[str]()
+    rows = function_rows(
+        recipe.corpus,
+        languages=recipe.languages,
+        max_characters=recipe.max_characters,
+        counts=counts,
+        processes=recipe.processes,
+        progress=build.progress,
+    )
+
+    def seen() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            repositories.add(row["repository_name"] or "")
+            yield row
+
+    with staged_folder(out) as staging:
+        if not write_rows(staging, seen(), FUNCTION_SCHEMA):
+            raise ValueError(f"The corpus holds no documented function to translate ({_listed(counts)}).")
+        if len(repositories) < 2:  # told before the translation is paid for
+            raise ValueError(
+                f"All functions are of one repository, {min(repositories)!r}, and a dataset needs another one: whole "
+                "repositories are held out for validation."
+            )
+        write_json(staging / REPORT, {"counts": dict(sorted(counts.items(), key=_place))})
+
+
+def translations(build: Build, out: Path) -> None:
+    """Ask the model for every function's translation."""
+    out.mkdir(exist_ok=True)
+    for path in out.glob(".*.tmp"):
+        path.unlink()
+    settings, seed = build.recipe.translation, build.recipe.seed
+    report = translate(build.out / "functions", out, settings, seed=seed, progress=build.progress)
+    write_json(out / REPORT, report)
+
+
+def triplets(build: Build, out: Path) -> None:
+    """Clean the answers, and put those that are accepted beside their functions."""
+    rejected, pairs, examples = Counter[str](), defaultdict[str, Counter[str]](Counter), {}
+    recipe = build.recipe
+
+    def accepted() -> Iterator[dict[str, Any]]:
+        for function, completion in _answers(build.out):
+            source = function["language1_CSN"]
+            target = target_language(function["id"], source, seed=recipe.seed, targets=recipe.translation.targets)
+            translation = clean_translation(
+                completion["text"],
+                completion["finish_reason"],
+                source=function["func1_CSN"],
+                source_language=source,
+                target_language=target,
+                max_error_share=recipe.max_syntax_error_share,
+            )
+            pairs[f"{source} → {target}"][translation.rejected or "accepted"] += 1
+            if translation.rejected:
+                rejected[translation.rejected] += 1
+                examples.setdefault(translation.rejected, function["id"])
+            else:
+                names = {"language1_CSN": published_name(source), "language2": published_name(target)}
+                yield {**function, **names, "func2": translation.code}
+
+    with staged_folder(out) as staging:
+        count = write_rows(staging, accepted(), DATASET_SCHEMA)
+        if not count:
+            raise ValueError(f"No translation was accepted ({_listed(rejected)}); the answers are in {build.out}.")
+        report = {
+            "accepted": count,
+            "rejected": {reason: rejected[reason] for reason in REASONS if rejected[reason]},
+            "examples": examples,
+            "pairs": {pair: {"accepted": counts["accepted"], **counts} for pair, counts in sorted(pairs.items())},
+        }
+        write_json(staging / REPORT, report)
+
+
+def near_duplicates(build: Build, out: Path) -> None:
+    """Drop near-duplicates; the stage goes on by itself where it stopped."""
+    against = {name: open_texts(**one) for name, one in build.recipe.against.items()}
+    drop_near_duplicates(
+        build.out / "triplets",
+        out,
+        columns=build.recipe.duplicate_columns,
+        id_column="id",
+        against=against,
+        settings=build.recipe.duplicate_settings,
+        progress=build.progress,
+    )
+
+
+def split(build: Build, out: Path) -> None:
+    """Draw the repositories of the validation split."""
+    sizes = Counter(row["repository_name"] for row in read_rows(build.out / "near_duplicates", ["repository_name"]))
+    held_out = draw_repositories(
+        sizes,
+        seed=build.recipe.seed,
+        min_test=build.recipe.validation_rows,
+        max_repository_share=build.recipe.max_repository_share,
+    )
+    counts = {
+        name: {"rows": sum(sizes[one] for one in names), "repositories": len(names)}
+        for name, names in zip(SPLITS, (set(sizes) - held_out, held_out), strict=True)
+    }
+    with staged_folder(out) as staging:
+        write_json(staging / REPORT, {"splits": counts, "validation": sorted(held_out)})
+
+
+def dataset(build: Build, out: Path) -> None:
+    """Write the splits, their statistics and the card."""
+    report = build.report("split")
+    held_out, licenses = set(report["validation"]), Counter[str]()
+
+    def rows(name: str) -> Iterator[dict[str, Any]]:
+        for row in read_rows(build.out / "near_duplicates"):
+            if (row["repository_name"] in held_out) == (name == "validation"):
+                licenses[row["license"] or "unknown"] += 1
+                yield row
+
+    with staged_folder(out) as staging:
+        (staging / "data").mkdir()
+        for name in SPLITS:
+            write_split(staging / "data", name, rows(name), DATASET_SCHEMA)
+        # Read as a user will; a row that is no triplet would be a mistake of ours.
+        triplets_of = (open_triplets(staging, split=name, strict=True) for name in SPLITS)
+        statistics = dataset_statistics(chain.from_iterable(triplets_of))
+        settings = build.recipe.stage_settings()
+        card = dataset_card(
+            card=settings["dataset"]["card"],
+            settings=settings,
+            reports={name: build.report(name) for name in ("functions", "translations", "triplets", "near_duplicates")},
+            splits=report["splits"],
+            statistics=statistics,
+            licenses=dict(licenses.most_common()),
+            versions=_versions(),
+        )
+        (staging / CARD).write_text(card, encoding="utf-8")
+        write_json(staging / STATISTICS, statistics.to_dict())
+        write_json(staging / REPORT, {"rows": statistics.rows, "splits": report["splits"]})
+
+
+STAGES: tuple[Callable[[Build, Path], None], ...] = (
+    functions,
+    translations,
+    triplets,
+    near_duplicates,
+    split,
+    dataset,
+)
+"""All stages in order; each has the name of its folder."""
+
+
+def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield every function with the model's answer to it."""
+    for file in row_files(out / "functions"):
+        rows, answers = read_file(file), read_file(out / "translations" / file.name)
+        if [row["id"] for row in rows] != [answer["id"] for answer in answers]:
+            raise ValueError(f"The answers in {out / 'translations' / file.name} are not those to {file}.")
+        yield from zip(rows, answers, strict=True)
+
+
+def _place(count: tuple[str, int]) -> tuple[int, int]:
+    """Where a count of the extraction stands: files, functions, what was dropped by how often, what is left."""
+    name, number = count
+    starts = ("files", "rows", "documented", "dropped", "functions kept")
+    return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}: {count:,}" for name, count in counts.items()) or "it is empty"
+
+
+def _versions() -> dict[str, str]:
+    names = ("modular-star-encoder", "rensa", "tree-sitter")
+    return {"Python": platform.python_version()} | {name: version(name) for name in names}
+
+
+LOG, LOCK = "build.json", ".lock"
+
+# The workers of a process that was killed hold its lock for a moment.
+LOCK_SECONDS = 5.0
+
+
+def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
+    """Build a dataset, or go on with what an earlier call with this recipe left in `out`.
+
+    Killed at any point, the same call goes on: a finished stage is not done again, no row is lost, doubled or given
+    another's translation, and of the translations at most those under way are asked for again.
+
+    Args:
+        recipe: What to build.
+        out: The folder to work in: one that does not exist, is empty, or was begun with the same settings. It gets a
+            folder for each stage; see `stages`.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The folder of the finished dataset, `out/dataset`: parquet files in `data`, `statistics.json` and a card,
+        `README.md`.
+
+    Raises:
+        ValueError: If `out` holds something else, was begun with other settings, or another process is at work in it;
+            if the corpus, a benchmark to be kept away from or the endpoint's settings can't be used, or nothing passes
+            a stage.
+        BackendError: If the back end can't go on. What it had answered is kept.
+        ImportError: If a package that is needed isn't installed.
+    """
+    build = Build(recipe, Path(out).absolute(), progress)
+    log = _read_log(build.out)
+    _check_settings(build, log)
+    # What can be told before the first stage is told now, not after hours of translation.
+    minhash_class()
+    if not build.is_done("translations"):
+        recipe.translation.open()
+    if not build.is_done("functions"):
+        for corpus in recipe.corpus:
+            open_source(corpus, recipe.languages)
+    if not build.is_done("near_duplicates"):
+        for one in recipe.against.values():
+            next(open_texts(**one), None)
+    build.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(build.out / LOCK, timeout=LOCK_SECONDS):
+            log = _read_log(build.out)
+            _clear(build.out)
+            for stage in STAGES:
+                if not build.is_done(stage.__name__):
+                    _run(build, stage, log)
+    except Timeout:
+        raise ValueError(f"Another process is at work in {build.out}.") from None
+    return build.out / STAGES[-1].__name__
+
+
+def _run(build: Build, stage: Any, log: dict[str, Any]) -> None:
+    name, start = stage.__name__, time.monotonic()
+    seconds = log.get(name, {}).get("seconds", 0.0)
+    log[name] = {"settings": _settings_up_to(build.recipe, name), "seconds": seconds}
+    write_json(build.out / LOG, log)
+    stage(build, build.out / name)
+    log[name]["seconds"] = round(seconds + time.monotonic() - start, 3)
+    write_json(build.out / LOG, log)
+
+
+def _clear(out: Path) -> None:
+    """Remove what a killed process was about to rename."""
+    for path in out.glob(f".{LOG}.*.tmp"):
+        path.unlink()
+    for stage in STAGES:
+        for path in out.glob(f".{stage.__name__}-*"):
+            shutil.rmtree(path)
+
+
+def _settings_up_to(recipe: DatasetRecipe, name: str) -> dict[str, Any]:
+    """By stage up to this one, what decides its result."""
+    settings = recipe.stage_settings()
+    names = list(settings)
+    return {one: settings[one] for one in names[: names.index(name) + 1]}
+
+
+def _read_log(out: Path) -> dict[str, Any]:
+    path = out / LOG
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    ours = (LOCK, f".{LOG}.")
+    if out.exists() and (not out.is_dir() or not all(entry.name.startswith(ours) for entry in out.iterdir())):
+        raise ValueError(f"{out} holds something else; name a folder that does not exist yet, or an empty one.")
+    return {}
+
+
+def _check_settings(build: Build, log: dict[str, Any]) -> None:
+    """Check that what is there was made with the same settings; what is not there yet may have others.
+
+    Raises:
+        ValueError: A stage that was begun has others.
+    """
+    for stage in STAGES:
+        name = stage.__name__
+        if name not in log or not (build.out / name).exists():
+            continue
+        other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
+        if other:
+            raise ValueError(
+                f"{build.out / name} was made with another {', '.join(other)}; name another folder, or remove that one "
+                "and those of the stages after it, to make them anew."
+            )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Yield the dotted names of the settings that differ."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        if before != now:
+            yield name
+        return
+    for key in {**before, **now}:
+        yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)

@@ -1,0 +1,143 @@
+"""From what a model wrote to the translated function, or the reason to reject it."""
+
+import re
+from dataclasses import dataclass
+
+from modular_star_encoder.data.functions import code_key
+from modular_star_encoder.data.languages.syntax import holds_function, syntax_error_share
+from modular_star_encoder.data.sources.source_files import LANGUAGES
+from modular_star_encoder.synthconl.completions import ERROR, TOO_LONG
+
+MAX_SYNTAX_ERROR_SHARE = 0.05
+
+REASONS = (
+    "not answered",
+    "prompt too long",
+    "refused",
+    "truncated",
+    "empty",
+    "same as the source",
+    "not the target language",
+    "unparsable",
+    "no function",
+)
+"""Why a translation is rejected, in the order in which it is looked at."""
+
+_REASON_OF_FINISH = {
+    ERROR: "not answered",
+    TOO_LONG: "prompt too long",
+    "content_filter": "refused",
+    "length": "truncated",
+}
+
+_TAGS = {
+    "python": ("python", "py", "python3"),
+    "javascript": ("javascript", "js", "node", "jsx", "mjs"),
+    "go": ("go", "golang"),
+    "java": ("java",),
+    "php": ("php",),
+    "ruby": ("ruby", "rb"),
+    "c": ("c", "h"),
+    "cpp": ("cpp", "c++", "cc", "cxx", "hpp"),
+}
+_LANGUAGE_OF_TAG = {tag: language for language, tags in _TAGS.items() for tag in tags}
+
+_BLOCK = re.compile(
+    r"^[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[\w+#.-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)[ \t]*$|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+# What reasoning models write before their answer; the tag that begins it may have been part of the prompt.
+_REASONING = re.compile(r"\A(?:\s*<think>.*?(?:</think>|\Z)|.*?^[ \t]*</think>[ \t]*$)", re.MULTILINE | re.DOTALL)
+_OPENING = re.compile(
+    r"\A\s*(?:sure|certainly|of course|okay|here(?:'s| is| are)|below|this is|the (?:following|translated))\b"
+    r"[^\n]*[:.!][ \t]*\n",
+    re.IGNORECASE,
+)
+_CLOSING = re.compile(
+    r"\n[ \t]*\n(?:(?:notes?|explanation|key changes|key differences):|(?:note that|please note|let me know|i hope)\b|"
+    r"(?:in )?(?:this|the (?:above|translated)) (?:code|function|method|translation|implementation|version)\b).*\Z",
+    re.IGNORECASE | re.DOTALL,
+)
+_REFUSAL = re.compile(
+    r"\A\s*(?:(?:sorry|unfortunately),|(?:i(?:'|’| a)m (?:sorry|unable|not able|afraid)|i apologi[sz]e|"
+    r"i can(?:'|’|no)t|as an ai)\b)",
+    re.IGNORECASE,
+)
+_PHP_TAGS = re.compile(r"\A\s*<\?php\b[ \t]*\n?|\n?\?>\s*\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """A translated function, or why there is none.
+
+    Attributes:
+        code: The function; empty if it is rejected.
+        rejected: One of `REASONS`; empty if it is accepted.
+    """
+
+    code: str
+    rejected: str = ""
+
+
+def clean_translation(
+    text: str,
+    finish_reason: str,
+    *,
+    source: str,
+    source_language: str,
+    target_language: str,
+    max_error_share: float = MAX_SYNTAX_ERROR_SHARE,
+) -> Translation:
+    """Take the code out of an answer and judge it.
+
+    The code is what stands in the answer's code block, of several the longest one in the target language; without a
+    block, it is the answer without what is said before and after. Reasoning (`<think>…</think>`) is no part of it.
+    It is accepted if a function is in it and it parses as the target language, or nearly so and not better as the
+    source language. Grammars forgive much: of 200 real functions of one language, up to 72 % parse as another with few
+    errors (JavaScript as C++); by this rule, up to 23 % are accepted (Java as C++), and all as what they are.
+
+    Args:
+        text: The answer.
+        finish_reason: Why it ended; see `Completion`.
+        source: The function that was to be translated.
+        source_language: Its language.
+        target_language: The language to translate to.
+        max_error_share: Largest share of a translation that may not parse as the target language; with 1, syntax is
+            not looked at.
+    """
+    reason = _REASON_OF_FINISH.get(finish_reason)
+    if reason:
+        return Translation("", reason)
+    text = _REASONING.sub("", text.replace("\r\n", "\n"))  # a fence ends with its line
+    block = _block(text, target_language)
+    language, code = block or ("", _CLOSING.sub("", _OPENING.sub("", text)))
+    code = (_PHP_TAGS.sub("", code) if target_language == "php" else code).strip("\n").rstrip()
+    if not code:
+        reason = "empty"
+    elif block is None and _REFUSAL.match(text):
+        reason = "refused"
+    elif code_key(code) == code_key(source):
+        reason = "same as the source"
+    elif language not in ("", target_language):
+        reason = "not the target language"
+    else:
+        reason = _fault(code, source_language, target_language, max_error_share)
+    return Translation("", reason) if reason else Translation(code)
+
+
+def _block(text: str, target: str) -> tuple[str, str] | None:
+    """The language that a code block says it is in, or "", and its code; None if there is no block."""
+    blocks = [(_LANGUAGE_OF_TAG.get(block["tag"].lower(), ""), block["code"]) for block in _BLOCK.finditer(text)]
+    # The longest in the target language, else in none that is known, else in another one.
+    return max(blocks, key=lambda block: (block[0] == target, block[0] == "", len(block[1])), default=None)
+
+
+def _fault(code: str, source: str, target: str, max_error_share: float) -> str:
+    """Why code is not what was asked for, by its syntax; "" if it is."""
+    if max_error_share >= 1:
+        return ""
+    share = syntax_error_share(code, target)
+    if share == 0 or (share <= max_error_share and syntax_error_share(code, source) > 0):
+        return "" if holds_function(code, target) else "no function"
+    others = (language for language in LANGUAGES if language != target)
+    return "not the target language" if any(syntax_error_share(code, other) == 0 for other in others) else "unparsable"

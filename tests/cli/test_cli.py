@@ -1,0 +1,242 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import modular_star_encoder.cli.main as cli
+from tests.tiny import save_tiny_checkpoint
+from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
+
+FUNCTION = '''\
+def {verb}_{noun}(value):
+    """{verb} the {noun} of a value."""
+    result = {noun}(value)
+    return {verb}(result)
+
+
+'''
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.set_num_threads(1)
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model"))
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("code")
+    pairs = [(verb, noun) for verb in ("add", "find", "show") for noun in ("file", "name")]
+    (folder / "module.py").write_text("".join(FUNCTION.format(verb=verb, noun=noun) for verb, noun in pairs))
+    return str(folder)
+
+
+def run(capsys, *arguments):
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_and_version_do_not_import_torch():
+    program = "import sys, modular_star_encoder.cli.main as cli\ntry: cli.main([{!r}])\nexcept SystemExit: pass\n"
+    program += "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    for option in ("--help", "--version"):
+        output = subprocess.run(
+            [sys.executable, "-c", program.format(option)], capture_output=True, text=True, check=True
+        )
+        assert output.stdout.splitlines()[-1] == "[]"
+        assert "mose" in output.stdout
+
+
+def test_search_prints_path_line_score_name_and_exit(capsys, checkpoint, code):
+    status, out, _ = run(
+        capsys, "search", "add", "--folder", code, "--model", checkpoint, "--exit-layer", "2", "--top-k", "3"
+    )
+    assert status == 0
+    hits = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert len(hits) == 3
+    assert all(re.fullmatch(rf"{code}/module\.py:\d+  [█▉-▏ ]+ -?\d\.\d\d\d  \w+  \(exit 2\)", line) for line in hits)
+
+
+def test_search_prints_json(capsys, checkpoint, code):
+    status, out, _ = run(capsys, "search", "add", "find", "--folder", code, "--model", checkpoint, "--json")
+    answers = json.loads(out)
+    assert status == 0
+    assert [answer["question"] for answer in answers] == ["add", "find"]
+    assert set(answers[0]["hits"][0]) == {
+        "path",
+        "line",
+        "last_line",
+        "name",
+        "score",
+        "exit_layer",
+        "language",
+        "text",
+    }
+    assert len(answers[0]["hits"]) == 5
+    assert answers[0]["hits"][0]["exit_layer"] == 4
+
+
+def test_evaluate_prints_the_table_and_writes_the_same_figures(capsys, checkpoint, code, tmp_path):
+    file = tmp_path / "results.json"
+    status, out, err = run(
+        capsys, "evaluate", checkpoint, "--data", code, "--exit-layers", "1,2", "--untrained", "--json", str(file)
+    )
+    assert status == 0
+    results = json.loads(file.read_text())
+    assert list(results["exits"]) == list(results["untrained"]) == ["1", "2"]
+    assert results["bm25"]["distractors"] == 5
+    assert f"{100 * results['exits']['2']['mrr']:.1f}" in next(
+        line for line in out.splitlines() if line.startswith("| exit 2")
+    )
+    assert "only 6 documented functions" in err
+
+
+def test_evaluate_measures_all_exits_by_default(capsys, checkpoint, code):
+    _, out, _ = run(capsys, "evaluate", checkpoint, "--data", code)
+    assert re.findall(r"^\| exit (\d+)", out, re.MULTILINE) == ["1", "2", "4"]
+
+
+def test_evaluate_reads_every_language(capsys, checkpoint, tmp_path):
+    (tmp_path / "a.py").write_text(FUNCTION.format(verb="add", noun="file"))
+    (tmp_path / "b.go").write_text("package b\n\n// Find looks for a name.\nfunc Find() int {\n\treturn 1\n}\n")
+    (tmp_path / "c.h").write_text("/* Shows the name of a file. */\nint show(void)\n{ return 1;\n}\n")
+    status, _, err = run(capsys, "evaluate", checkpoint, "--data", str(tmp_path))
+    assert status == 0
+    assert "only 3 documented functions" in err
+
+
+def test_slice_writes_a_checkpoint_that_search_reads(capsys, checkpoint, code, tmp_path):
+    out = str(tmp_path / "slice")
+    assert run(capsys, "slice", checkpoint, "--exit-layer", "2", out)[:2] == (0, f"{out}\n")
+    _, full, _ = run(capsys, "search", "add", "--folder", code, "--model", checkpoint, "--exit-layer", "2")
+    _, sliced, _ = run(capsys, "search", "add", "--folder", code, "--model", out)
+    assert "(exit 2)" in full
+    assert sliced == full
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("CHECKPOINT", "--exit-layer", "3", "OUT"), "its exits are 1, 2, 4"),
+        (("NO_WEIGHTS", "--exit-layer", "2", "OUT"), "has no weights"),
+        (("EMPTY", "--exit-layer", "2", "OUT"), "has no config.json"),
+        (("CHECKPOINT", "--exit-layer", "2", "NO_WEIGHTS"), "already exists"),
+    ],
+)
+def test_a_slice_that_cannot_be_made_leaves_nothing_behind(capsys, checkpoint, tmp_path, arguments, message):
+    places = {"CHECKPOINT": checkpoint, "OUT": str(tmp_path / "out")}
+    for name in ("NO_WEIGHTS", "EMPTY"):
+        places[name] = str(tmp_path / name)
+        (tmp_path / name).mkdir()
+    shutil.copy(Path(checkpoint, "config.json"), places["NO_WEIGHTS"])
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = run(capsys, "slice", *(places.get(argument, argument) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith("mose: error: ")
+    assert message in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("search", "add", "--folder", "CODE", "--model", "./no-such-folder"), "There is no checkpoint folder"),
+        (("search", "add", "--folder", "./no-such-folder", "--model", "CHECKPOINT"), "does not exist"),
+        (("search", " ", "--folder", "CODE", "--model", "CHECKPOINT"), "blank"),
+        (("search", "add", "--folder", "CODE", "--model", "CHECKPOINT", "--exit-layer", "3"), "its exits are 1, 2, 4"),
+        (("evaluate", "CHECKPOINT", "--data", "CODE", "--exit-layers", "1,3"), "its exits are 1, 2, 4"),
+        (("evaluate", "CHECKPOINT", "--data", "CODE", "--json", "no-such-folder/results.json"), "there is no folder"),
+        (("evaluate", "CHECKPOINT", "--data", "./no-such-folder"), "does not exist"),
+        (("publish", "./no-such-folder", "--repository", "me/model"), "./no-such-folder does not exist"),
+        (("publish", "MANIFEST", "--repository", "me/model"), "is a manifest, which says it itself"),
+    ],
+)
+def test_mistakes_are_one_line_on_stderr_and_status_2(capsys, checkpoint, code, arguments, message):
+    places = {"CHECKPOINT": checkpoint, "CODE": code, "MANIFEST": "hub_configs/quickstart/publish.yaml"}
+    status, out, err = run(capsys, *(places.get(argument, argument) for argument in arguments))
+    assert (status, out) == (2, "")
+    line = err.splitlines()[-1]
+    assert line.startswith("mose: error: ")
+    assert message in line
+    assert "Traceback" not in err
+
+
+def test_nothing_is_written_when_the_evaluation_fails(capsys, checkpoint, tmp_path):
+    (tmp_path / "constants.py").write_text("PI = 3\n")
+    status, _, err = run(
+        capsys, "evaluate", checkpoint, "--data", str(tmp_path), "--json", str(tmp_path / "results.json")
+    )
+    assert status == 2
+    assert "holds 0 documented functions" in err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["constants.py"]
+
+
+def test_few_compiled_operations_are_kept_unless_the_user_says_how_many(monkeypatch):
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "")  # so that it is put back
+    monkeypatch.delenv("LRU_CACHE_CAPACITY")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "5")
+    assert cli.main(["evaluate", "./no-such-model", "--data", "./no-such-folder"]) == 2
+    assert os.environ["LRU_CACHE_CAPACITY"] == "64"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "5"
+
+
+def test_ctrl_c_is_one_line_and_status_130(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modular_star_encoder.cli.hub.run_slice", interrupted)
+    assert run(capsys, "slice", "checkpoint", "--exit-layer", "4", "out") == (130, "", "mose: interrupted\n")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def mistaken(*_):
+        raise TypeError("a mistake of ours")
+
+    monkeypatch.setattr("modular_star_encoder.cli.hub.run_slice", mistaken)
+    with pytest.raises(TypeError):
+        cli.main(["slice", "checkpoint", "--exit-layer", "4", "out"])
+
+
+@pytest.mark.parametrize("exits", ["", "4,", "deepest"])
+def test_a_list_of_exits_that_is_none_is_wrong_usage(capsys, exits):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["evaluate", "checkpoint", "--data", ".", "--exit-layers", exits])
+    assert error.value.code == 2
+    assert "neither all nor a list of numbers" in capsys.readouterr().err
+
+
+def test_settings_may_stand_before_and_after_options():
+    arguments = cli.parse(["pretrain", "recipe.yaml", "steps=3", "--out", "run", "corpus.folder=code", "seed=1"])
+    assert (arguments.recipe, arguments.out) == ("recipe.yaml", "run")
+    assert arguments.overrides == ["steps=3", "corpus.folder=code", "seed=1"]
+
+
+def test_finetune_trains_what_the_recipe_says(capsys, tmp_path):
+    settings = finetuning_settings(write_checkpoint(tmp_path / "checkpoint"), write_triplets(tmp_path))
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", settings))
+    status, out, _ = run(capsys, "finetune", recipe, "steps=1", "--out", str(tmp_path / "run"), "seed=1")
+    assert status == 0
+    assert out.splitlines()[-1] == f"1 steps; result in {tmp_path / 'run' / 'model'}"
+    assert "pairs per step        8 (8 on each of 1 processes)" in out
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("command", ["finetune", "ablate"])
+def test_a_recipe_that_is_not_there_is_one_line(capsys, command, tmp_path):
+    status, out, err = run(capsys, command, "missing.yaml", "--out", str(tmp_path / "run"))
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"mose: error: There is no recipe missing.yaml; ours are hub_configs/small/.*\n", err)
+
+
+@pytest.mark.parametrize("extra", [["--seed=1"], ["seed"]])
+def test_what_is_no_setting_is_refused_after_options_too(extra, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["pretrain", "recipe.yaml", "--out", "run", *extra])
+    assert extra[0] in capsys.readouterr().err

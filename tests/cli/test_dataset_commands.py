@@ -1,0 +1,142 @@
+"""The commands of `mose dataset`."""
+
+import json
+
+import pytest
+import yaml
+
+import modular_star_encoder.cli.main as cli
+from tests.synthconl.build_samples import translation, write_corpus
+from tests.synthconl.openai_server import OpenAIServer
+
+
+def run(capsys, *arguments):
+    status = cli.main(["dataset", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def write_recipe(folder, base_url, **changes):
+    recipe = {
+        "corpus": {"folder": "no/such/folder"},
+        "translation": {"backend": "openai", "model": "model", "options": {"base_url": base_url}},
+        "max_repository_share": 0.5,
+        "processes": 0,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | changes))
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder in which `mose dataset build` has worked, and what it printed."""
+    folder = tmp_path_factory.mktemp("build")
+    write_corpus(folder / "corpus")
+    with OpenAIServer(translation) as server, pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *words, **_: printed.append(words))
+        recipe, out = write_recipe(folder, server.base_url), folder / "out"
+        arguments = [recipe, f"corpus.folder={folder / 'corpus'}", "--out", out, "validation_rows=4"]
+        assert cli.main(["dataset", "build", *map(str, arguments)]) == 0
+    return out, printed
+
+
+def test_build_prints_where_the_dataset_is(built):
+    out, printed = built
+    assert [str(word) for words in printed for word in words] == [str(out / "dataset")]
+    assert (out / "dataset" / "README.md").is_file()
+
+
+def test_stats_prints_the_table_and_writes_the_same_figures(capsys, built, tmp_path):
+    status, out, err = run(capsys, "stats", built[0], "--split", "validation", "--json", tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (status, err) == (0, "")
+    assert f"| all | {figures['rows']} |" in out
+    assert figures["rows"] >= 4
+    assert set(figures["original"]) == {"python"}
+
+
+def test_stats_says_what_it_left_out(capsys, tmp_path):
+    row = {"func_documentation_string": "Adds.", "func1_CSN": "x", "language1_CSN": "go", "repository_name": "r"}
+    rows = [row | {"func2": "y", "language2": "c"}, row | {"func2": "", "language2": "c"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    status, out, err = run(capsys, "stats", tmp_path / "rows.jsonl")
+    assert status == 0
+    assert "| all | 1 | 1 | 1 | 1 |" in out
+    assert "1 rows left out (empty func2), such as" in err
+    assert "line 2" in err
+
+
+def test_push_tells_what_it_would_upload(capsys, built):
+    status, out, _ = run(capsys, "push", built[0], "owner/name")
+    assert status == 0
+    assert "README.md" in out
+    assert "a dry run" in out
+
+
+def test_dedup_writes_the_rows_that_are_kept(capsys, built, tmp_path):
+    status, out, _ = run(
+        capsys, "dedup", built[0] / "triplets", "--out", tmp_path / "out", "--columns", "func1_CSN", "--id-column", "id"
+    )
+    assert status == 0
+    counts = {line.split(maxsplit=1)[1]: int(line.split()[0].replace(",", "")) for line in out.splitlines()}
+    kept = json.loads((tmp_path / "out" / "report.json").read_text())["counts"]["kept"]
+    assert counts["kept"] == kept < sum(counts.values())
+
+
+def test_dedup_drops_what_is_near_a_benchmark(capsys, built, tmp_path):
+    everything = built[0] / "triplets" / "rows-00000.parquet"
+    status, out, _ = run(
+        capsys, "dedup", built[0] / "triplets", "--out", tmp_path / "out", "--against", f"{everything}:func1_CSN"
+    )
+    assert status == 0
+    assert out.splitlines()[0].split() == ["0", "kept"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("build", "RECIPE", "--out", "OUT"), "does not exist; pass a folder that holds repositories"),
+        (("build", "RECIPE", "--out", "OUT", "translation.backend=gpt"), "backend must be one of"),
+        (
+            ("build", "RECIPE", "--out", "OUT", "translation.options.api_key_variable=NO_KEY"),
+            "NO_KEY must hold the API",
+        ),
+        (("build", "none.yaml", "--out", "OUT"), "no recipe none.yaml; ours are examples/dataset/recipe.yaml"),
+        (("stats", "OUT"), "cannot be read"),
+        (("push", "OUT", "owner/name"), "holds no finished dataset"),
+        (("dedup", "RECIPE", "--out", "OUT", "--against", "file"), "SOURCE:COLUMN"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing_behind(capsys, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    places = {"RECIPE": write_recipe(tmp_path, "http://127.0.0.1:1/v1"), "OUT": tmp_path / "out.parquet"}
+    status, out, err = run(capsys, *(places.get(argument, argument) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith("mose: error: ")
+    assert sentence in err
+    assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize("words", [["--outt", "x"], ["a=b", "-x"]])
+def test_unknown_options_are_wrong_usage(capsys, words):
+    with pytest.raises(SystemExit):
+        cli.main(["dataset", "build", "recipe.yaml", "--out", "out", *words])
+    assert "unrecognized arguments" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["dataset", "stats", "rows.jsonl", "a=b"])
+
+
+def test_a_package_that_is_missing_is_one_line_and_a_broken_one_a_traceback(capsys, monkeypatch, tmp_path):
+    def missing(*_):
+        raise ImportError("Near-duplicates need rensa: pip install 'modular-star-encoder[dataset]'.")
+
+    def broken(*_):
+        import modular_star_encoder.no_such_module  # noqa: F401
+
+    monkeypatch.setattr(cli, "run_dataset_push", missing)
+    assert run(capsys, "push", tmp_path, "a/b")[0] == 2
+    monkeypatch.setattr(cli, "run_dataset_push", broken)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["dataset", "push", str(tmp_path), "a/b"])

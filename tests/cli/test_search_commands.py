@@ -1,0 +1,138 @@
+"""`mose index` and `mose search` as they are typed."""
+
+import json
+import shutil
+
+import pytest
+
+import modular_star_encoder.cli.main as cli
+from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
+from modular_star_encoder.inference.exit_profile import PROFILE_NAME
+from tests.demo.profiles import profile_of
+from tests.search.samples import build, write_code
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint(tmp_path_factory):
+    model = tiny_model()
+    model.get_input_embeddings().weight.data[0] += 1
+    return save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path_factory.mktemp("other") / "model")
+
+
+@pytest.fixture
+def indexed(code, checkpoint, capsys):
+    """A folder with its index in `.mose`, of which one file was too large to read."""
+    with open(code / "huge.py", "wb") as file:
+        file.truncate(100_000_000)
+    status, out, err = run(capsys, "index", code, "--model", checkpoint, "--exit-layers", "1,4")
+    assert (status, "7 functions and windows of 4 files at exit 1, 4; embedded 4 files (7 rows)" in out) == (0, True)
+    assert "mose: note: 1 files left out (too large)" in err
+    return code
+
+
+def run(capsys, *arguments):
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_a_margin_that_is_no_number_is_told_what_it_may_be(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["search", "x", "--margin", "abc"])
+    assert "'abc' is neither fit nor a number such as 0.02" in capsys.readouterr().err
+
+
+def test_a_second_run_reports_what_changed_as_json(indexed, checkpoint, capsys):
+    (indexed / "stack.py").write_text("def peek(items):\n    return items[-1]\n")
+    status, out, _ = run(capsys, "index", indexed, "--model", checkpoint, "--exit-layers", "1,4", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["index"] == str(indexed / ".mose")
+    counts = {name: report[name] for name in ("files", "embedded_files", "embedded_rows", "removed_files", "rows")}
+    assert counts == {"files": 4, "embedded_files": 1, "embedded_rows": 1, "removed_files": 0, "rows": 6}
+    assert report["skipped"] == {"too large": 1}
+
+
+def test_an_index_is_brought_up_to_date_without_repeating_how_it_was_made(code, checkpoint, tmp_path, capsys):
+    made = ("--model", checkpoint, "--exit-layers", "1,4", "--languages", "python,go")
+    for out in ((), ("--out", tmp_path / "index")):
+        assert run(capsys, "index", code, *out, *made)[0] == 0
+        write_code(code, {"stack.py": f"OUT = {str(out)!r}\n", "other.js": "function other() {\n}\n"})
+        status, out_text, _ = run(capsys, "index", f"{code}/src/..", *out)
+        assert (status, "at exit 1, 4; embedded 1 files (1 rows), removed 0" in out_text) == (0, True)
+    status, _, err = run(capsys, "index", code / "src", "--out", tmp_path / "index")
+    assert (status, f"the folder {code}, not {code / 'src'}" in err) == (2, True)
+    status, _, err = run(capsys, "index", code, "--model", checkpoint)
+    assert (status, "was built with exit 1, 4, not 4; languages python, go, not " in err) == (2, True)
+    assert run(capsys, "index", code, *made[:-1], "go,python")[0] == 0
+
+
+def test_the_index_of_the_working_folder_is_asked(indexed, capsys, monkeypatch):
+    monkeypatch.chdir(indexed / "src")
+    status, out, _ = run(capsys, "search", "add two numbers", "--languages", "go", "--exit-layer", "1")
+    assert status == 0
+    assert "add.go:3 " in out.splitlines()[0]
+    cascade = ("search", "push", "pop", "--rerank-exit-layer", "4", "--candidates", "3", "--fuse")
+    _, out, err = run(capsys, *cascade)
+    assert "# push" in out
+    assert "exit 4 ranked 2 of 2 questions" in err
+    status, out, _ = run(capsys, *cascade, "--json")
+    answers = json.loads(out)
+    assert (status, [answer["question"] for answer in answers]) == (0, ["push", "pop"])
+    assert all(answer["reranked"] and answer["method"] == "fused" for answer in answers)
+
+
+@pytest.mark.parametrize(("milliseconds", "exit_layer"), [("2", 1), ("100", 4)])
+def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
+    code, checkpoint, tmp_path, capsys, milliseconds, exit_layer
+):
+    built_with, moved = tmp_path / "model", tmp_path / "moved"
+    index = build(code, tmp_path / "index", shutil.copytree(checkpoint, built_with), exit_layers=(1, 4))
+    profile_of(index.settings.fingerprint).save(built_with.rename(moved) / PROFILE_NAME)
+    search = ("search", "push", "--index", tmp_path / "index", "--model", moved, "--json")
+    status, out, _ = run(capsys, *search, "--latency-ms", milliseconds)
+    assert (status, json.loads(out)[0]["hits"][0]["exit_layer"]) == (0, exit_layer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("index", "FOLDER", "--model", "OTHER", "--exit-layers", "1,4"), "was built with another checkpoint"),
+        (("index", "FOLDER", "--model", "SAME", "--exit-layer", "2"), "was built with exit 1, 4, not 2"),
+        (("index", "FOLDER", "--model", "SAME", "--exit-layers", "1,4", "--dimension", "7"), "16 components, not 7"),
+        (("index", "FOLDER/nowhere", "--model", "SAME"), "is no folder"),
+        (("search", "x", "--index", "INDEX", "--model", "OTHER"), "was built with another checkpoint"),
+        (("search", "x", "--index", "INDEX", "--exit-layer", "2"), "was built at exit 1, 4, not 2"),
+        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "3"), "3"),
+        (("search", "x", "--index", "INDEX", "--exit-layer", "4", "--rerank-exit-layer", "2"), "isn't deeper"),
+        (("search", "x", "--index", "INDEX", "--margin", "0.1"), "--margin needs --rerank-exit-layer"),
+        (("search", "x", "--index", "INDEX", "--candidates", "9"), "--candidates needs --rerank-exit-layer"),
+        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "0"), "its exits are 1, 2, 4"),
+        (
+            ("search", "x", "--index", "INDEX", "--exit-layer", "1", "--rerank-exit-layer", "4", "--margin", "nan"),
+            "nan",
+        ),
+        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "4", "--candidates", "0"), "at least 2, not 0"),
+        (("search", "x", "--folder", "FOLDER", "--margin", "0"), "--margin needs an index"),
+        (("search", "x", "--folder", "FOLDER", "--rerank-exit-layer", "0"), "--rerank-exit-layer needs an index"),
+        (("search", "x", "--folder", "FOLDER", "--candidates", "0"), "--candidates needs an index"),
+        (("search", "x", "--folder", "FOLDER", "--model", "SAME", "--exit-layer", "0"), "its exits are 1, 2, 4"),
+        (("search", "x", "--index", "FOLDER"), "holds other things"),
+        (("search", "x", "--index", "FOLDER/src/nowhere"), "There is no index"),
+        (("search", " ", "--index", "INDEX"), "none of them blank"),
+        (("search", "x", "--index", "INDEX", "--languages", "cobol"), "cobol"),
+    ],
+)
+def test_what_an_index_cannot_do_is_refused_in_one_sentence(
+    shared_index, checkpoint, other_checkpoint, capsys, arguments, message
+):
+    names = {"SAME": checkpoint, "OTHER": other_checkpoint, "INDEX": shared_index.store.location}
+    names["FOLDER"] = shared_index.folder
+    arguments = [str(names.get(one, one.replace("FOLDER", str(shared_index.folder)))) for one in arguments]
+    if arguments[0] == "index":
+        arguments += ["--out", str(shared_index.store.location)]
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("mose: error: ")

@@ -1,0 +1,134 @@
+import contextlib
+from collections import Counter
+
+import pytest
+
+from modular_star_encoder.data.languages import grammars
+from modular_star_encoder.data.languages.function_finder import MAX_NESTING, find_functions
+from modular_star_encoder.data.languages.grammars import SUPPORTED_LANGUAGES, UnparsableSourceError
+from modular_star_encoder.data.sources.source_files import LANGUAGES
+from tests.data.polyglot import MARKED, NAMES, SOURCES, marked
+
+
+def test_all_languages_of_the_model_are_supported():
+    assert set(SUPPORTED_LANGUAGES) == set(LANGUAGES) == set(MARKED)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("language", MARKED)
+def test_spans_are_exact_in_bytes_of_the_file(language, end):
+    for mark in ("", "\ufeff"):
+        text, expected = marked(mark + MARKED[language].replace("\n", end))
+        found = find_functions(text, language)
+        assert [(one.start_byte, one.end_byte) for one in found] == expected
+        for one in found:
+            assert text.encode()[one.start_byte : one.end_byte].decode() == one.source
+            before = text.encode()[: one.start_byte].decode().replace("\r\n", "\n").replace("\r", "\n")
+            assert one.line == before.count("\n") + 1
+
+
+@pytest.mark.parametrize("language", MARKED)
+def test_names_and_descriptions_are_those_that_a_reader_would_give(language):
+    assert {one.name: one.description for one in find_functions(SOURCES[language], language)} == NAMES[language]
+
+
+@pytest.mark.parametrize("language", MARKED)
+def test_only_the_documented_are_found_on_request(language):
+    documented = [name for name, description in NAMES[language].items() if description]
+    assert [one.name for one in find_functions(SOURCES[language], language, documented_only=True)] == documented
+
+
+@pytest.mark.parametrize("language", MARKED)
+def test_code_does_not_depend_on_line_ends(language):
+    codes = [one.code for one in find_functions(SOURCES[language], language)]
+    assert codes == [one.code for one in find_functions(SOURCES[language].replace("\n", "\r\n"), language)]
+    assert not any("\r" in code for code in codes)
+
+
+@pytest.mark.parametrize(
+    ("language", "name", "code"),
+    [
+        ("python", "Ähre.wächst.inner", 'def inner():\n\treturn """ä\n\t\tkept\n"""'),
+        ("java", "Größe.größe", '@Override("é")\npublic <T> List<T> größe(int a) throws E {\n'
+         '\tString s = """\n\t\t  ü\n\t\t  """; return null;\n}'),
+        ("ruby", "Größe.A.B.wächst", "def wächst(a)\n  x = <<~EOS\n        ü\n    not code\n      EOS\n  x\nend"),
+        ("php", "T.tut", "#[X]\npublic static function tut() { return 'a\n\t b'; }"),
+        ("cpp", "B.operator==", 'bool operator==(const B& o) { return R"(\n\tkept)"; }'),
+    ],
+)  # fmt: skip
+def test_code_is_dedented_except_inside_strings(language, name, code):
+    assert {one.name: one.code for one in find_functions(SOURCES[language], language)}[name] == code
+
+
+BROKEN = {
+    "python": "def {name}():\n    return {error}1\n",
+    "java": "class A {{ int {name}() {{ return {error}1; }} }}\n",
+    "go": "func {name}() int {{ return {error}1 }}\n",
+    "php": "<?php\nfunction {name}() {{ return {error}1; }}\n",
+    "ruby": "def {name}\n  x = {error}1\nend\n",
+    "javascript": "function {name}() {{ return {error}1; }}\n",
+    "c": "int {name}() {{ return {error}1; }}\n",
+    "cpp": "int A::{name}() {{ return {error}1; }}\n",
+}
+
+
+@pytest.mark.parametrize("language", MARKED)
+def test_a_syntax_error_costs_its_function_and_no_other(language):
+    counts = Counter()
+    good, bad, after = (
+        BROKEN[language].format(name=name, error=error) for name, error in (("good", ""), ("bad", "* )"), ("after", ""))
+    )
+    names = [one.name for one in find_functions(good + bad + after, language, counts=counts)]
+    assert [name.rpartition(".")[2] for name in names] == ["good", "after"]
+    assert counts == {"files with a syntax error": 1, "functions with a syntax error": 1}
+    with pytest.raises(UnparsableSourceError, match="no function is without one"):
+        find_functions(bad, language)
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "names"),
+    [
+        ("c", "int f(void) { else if (x) { y(); } return 1; }\n", ["f"]),
+        ("c", "TEST(a, b) { x(); }\nint f(void) { return 1; }\n", ["f"]),
+        ("c", 'MODULE("x")\nint f(int argc UNUSED, int v) { return (CAST int) v; }\n', ["f"]),
+        ("c", "#define M(x) do { \\\n x; } while (0)\nint f(void) { M(1); return 1; }\n", ["f"]),
+        ("cpp", "LIB_BEGIN\ntemplate <class T> T f(T x) LIB_NOEXCEPT { return x; }\nLIB_END\n", ["f"]),
+        ("cpp", "template <class R> int f(R p) { return typename R::Point(p); }\n", ["f"]),
+    ],
+)  # fmt: skip
+def test_macros_hide_no_function_and_become_none(language, text, names):
+    found = find_functions(text, language)
+    assert [one.name for one in found] == names
+    assert all(one.source in text for one in found)
+
+
+def test_functions_nested_too_deeply_are_counted():
+    counts = Counter()
+    text = "".join(f"function f{i}() {{ " for i in range(MAX_NESTING + 5)) + "}" * (MAX_NESTING + 5)
+    assert len(find_functions(text, "javascript", counts=counts)) == MAX_NESTING
+    assert counts == {"functions nested too deeply": 5}
+
+
+@pytest.mark.parametrize("language", MARKED)
+@pytest.mark.parametrize("unit", ["(\n", "{\n", "[\n", "if (x)\n", "-\n", "'\"\n", "a.b(\n", "<<A\n"])
+def test_deep_nesting_overflows_no_stack(language, unit):
+    text = ("<?php\n" if language == "php" else "") + unit * 1000
+    with contextlib.suppress(UnparsableSourceError):
+        assert find_functions(text, language) == []
+
+
+def test_a_very_long_line_and_null_bytes_are_refused():
+    with pytest.raises(UnparsableSourceError, match="longer than 10,000 bytes"):
+        find_functions("x = " + "a<" * 10_000, "java")
+    with pytest.raises(UnparsableSourceError, match="null bytes"):
+        find_functions("int x = 1;\0", "c")
+    assert find_functions("x = 1\n" * 20_000, "python") == []
+
+
+def test_a_parse_that_takes_too_long_is_given_up_and_the_next_is_not_disturbed(monkeypatch):
+    text = "int f() { return 1; }\n" * 5000
+    with monkeypatch.context() as patched:
+        patched.setattr(grammars, "MAX_PARSE_SECONDS", -1)
+        with pytest.raises(UnparsableSourceError, match="takes longer"):
+            find_functions(text, "c")
+    assert [one.name for one in find_functions("int g() { return 1; }", "c")] == ["g"]

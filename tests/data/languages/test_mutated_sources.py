@@ -1,0 +1,88 @@
+"""Mutated source files through the extractor: whatever is found is exact, and nothing crashes.
+
+`MOSE_MUTATIONS` sets the number of files (default 400), `MOSE_MUTATION_SOURCES` a folder whose files are mutated in
+place of the small ones here:
+
+    MOSE_MUTATIONS=10000 MOSE_MUTATION_SOURCES=~/code pytest -s tests/data/test_mutated_sources.py
+"""
+
+import os
+import random
+from collections import Counter
+
+from modular_star_encoder.data.functions import extract_functions
+from modular_star_encoder.data.sources.repositories import folder_repositories
+from modular_star_encoder.data.sources.source_files import SourceFile
+from tests.data.polyglot import SOURCES
+
+MUTATIONS = int(os.environ.get("MOSE_MUTATIONS", "400"))
+FOLDER = os.environ.get("MOSE_MUTATION_SOURCES")
+SNIPPETS = [
+    *"(){}[]<>;:,\"'`#@$\\/%\t\n\r",
+    *('"""', "'''", "/*", "*/", "/**", "//", "<<~EOS\n", "<<<EOT\n", "?>", "<?php", "=begin\n", "=end\n", "\r\n", "#{"),
+    *("é", "ß", "\u2028", "\x0c", "\ufeff", "\U0001f600", "e\u0301", "\0", "\ud800", "${", "\\\n", "  ", "return "),
+    *("def f():\n", "end\n", "class A {", "if (x) {", "template <", 'R"x(', "#ifdef A\n", "#endif\n", "MACRO(x)\n"),
+    *("=> ", "function ", "func "),
+]  # fmt: skip
+
+
+def files():
+    if FOLDER:
+        return list(folder_repositories(FOLDER))
+    return [SourceFile("repository", "file", language, text) for language, text in SOURCES.items()]
+
+
+def mutated(text, other, draw):
+    for _ in range(draw.randint(1, 6)):
+        start = draw.randint(0, len(text))
+        end = min(len(text), start + draw.choice((1, 1, 5, 40, 400)))
+        kind = draw.randrange(8)
+        if kind == 0:
+            text = text[:start] + text[end:]
+        elif kind == 1:
+            text = text[:end] + text[start:]
+        elif kind == 2:
+            text = text[:start]
+        elif kind == 3:
+            text = text.replace("\n", draw.choice(("\r\n", "\r", "\n\n", "\n\t")))
+        elif kind == 4:
+            at = draw.randint(0, len(other))
+            text = text[:start] + other[at : at + end - start] + text[end:]
+        else:
+            text = text[:start] + draw.choice(SNIPPETS) + text[start if kind < 7 else end :]
+    return text
+
+
+def check(file, counts):
+    functions = extract_functions(file, counts, documented_only=False)
+    encoded = file.text.encode(errors="surrogatepass")
+    for function in functions:
+        assert encoded[function.start_byte : function.end_byte].decode() == function.source
+        before = encoded[: function.start_byte].decode().replace("\r\n", "\n").replace("\r", "\n")
+        assert function.line == before.count("\n") + 1
+        assert function.name
+        assert function.code.strip() == function.code.rstrip()
+        assert "\r" not in function.code
+        assert "\n" not in function.description
+        assert function.description.encode() is not None
+    assert sorted(functions, key=lambda one: (one.start_byte, -one.end_byte)) == functions
+    return functions
+
+
+def test_mutated_files_never_crash_and_what_is_found_is_exact():
+    sources = files()
+    counts, found = Counter(), 0
+    for number in range(MUTATIONS):
+        draw = random.Random(f"mutation {number}")
+        file = sources[number % len(sources)] if not FOLDER else draw.choice(sources)
+        text = mutated(file.text, draw.choice(sources).text, draw)
+        try:
+            functions = check(SourceFile(file.repository, file.path, file.language, text), counts)
+        except Exception as error:
+            raise AssertionError(f"mutation {number}, of {file.repository}/{file.path}") from error
+        found += len(functions)
+    print(f"{MUTATIONS} files, {found} functions, {dict(counts)}")
+    # Neither harmless nor hopeless: most files are broken, and most of those still give functions.
+    assert counts["files with a syntax error"] + counts["files that do not parse"] > MUTATIONS / 3
+    assert counts["files with a syntax error"] > counts["files that do not parse"]
+    assert found > MUTATIONS

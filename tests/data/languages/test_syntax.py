@@ -1,0 +1,88 @@
+import pytest
+
+from modular_star_encoder.data.languages.function_finder import find_functions
+from modular_star_encoder.data.languages.syntax import holds_function, syntax_error_share
+from tests.data.polyglot import SOURCES
+
+SNIPPETS = [
+    ("python", "    def f(self):\n        return 1\n"),
+    ("python", "    @property\n    def f(self):\n        return '''\na'''\n"),
+    ("java", "@Override\npublic int f() { return 1; }"),
+    ("java", "Stack(int x) { super(x); }"),
+    ("java", "default int f() { return 1; }"),
+    ("java", "import java.util.List;\n\npublic class A { int f() { return 1; } }"),
+    ("go", "func (s *Stack) Push(x int) { s.items = append(s.items, x) }"),
+    ("go", "package main\n\nfunc main() { f() }"),
+    ("php", "function f($x) { return $x; }"),
+    ("php", "<?php\nfunction f($x) { return $x; }"),
+    ("php", "public static function f(): int { return 1; }"),
+    ("php", "private function f() { ?><b><?php return 1; }"),
+    ("ruby", "def self.f(x)\n  x\nend"),
+    ("javascript", "async push(x) { this.items.push(x); }"),
+    ("javascript", "get size() { return 1; }"),
+    ("javascript", "push: function (x) { return x; }"),
+    ("javascript", "static #f = (x) => x"),
+    ("javascript", "const f = (x) => x;"),
+    ("javascript", "export default async function f() {}"),
+    ("c", "static int *f(void) { return 0; }"),
+    ("c", "int WINAPI f(int argc UNUSED) { return 0; }"),
+    ("cpp", "int f() const override { return 1; }"),
+    ("cpp", "template <class T> T A<T>::f() { return T(); }"),
+    ("cpp", "public:\n  int f() { return 1; }"),
+]
+
+
+@pytest.mark.parametrize(("language", "code"), SNIPPETS)
+def test_a_bare_function_or_method_is_valid(language, code):
+    for end in ("\n", "\r\n"):
+        assert syntax_error_share(code.replace("\n", end), language) == 0
+        assert holds_function(code.replace("\n", end), language)
+
+
+@pytest.mark.parametrize("language", SOURCES)
+def test_every_function_that_is_found_stands_alone(language):
+    for found in find_functions(SOURCES[language], language):
+        assert syntax_error_share(found.code, language) == 0, found.code
+        assert holds_function(found.code, language), found.code
+
+
+@pytest.mark.parametrize(("language", "code"), [row for row in SNIPPETS if row[1].endswith(("}", "end"))])
+def test_a_function_cut_short_is_not_valid(language, code):
+    assert syntax_error_share(code.removesuffix("end").rstrip("}\n "), language) > 0.01
+
+
+@pytest.mark.parametrize("language", SOURCES)
+def test_a_broken_line_counts_by_its_share(language):
+    good = find_functions(SOURCES[language], language)[0].code
+    assert 0 < syntax_error_share(good + "\n) = ( ]", language) < 1
+    assert syntax_error_share(") = ( ] }{", language) > 0.3
+
+
+@pytest.mark.parametrize("language", SOURCES)
+def test_prose_is_no_function(language):
+    prose = "I am sorry, but I cannot translate this function, since it has no equivalent."
+    assert not holds_function(prose, language)
+    assert syntax_error_share(prose, language) > 0 or language == "ruby"
+
+
+@pytest.mark.parametrize("code", ["", " \n\t", "int f() {\0}", "x" * 20_000])
+def test_what_cannot_be_parsed_at_all_is_wrong_from_end_to_end(code):
+    assert syntax_error_share(code, "c") == 1
+    assert not holds_function(code, "c")
+
+
+def test_code_that_closes_its_class_is_no_method():
+    assert syntax_error_share("int f() { return 1; } }\nclass B { int g() { return 1; }", "java") > 0
+
+
+def test_other_languages_are_refused():
+    with pytest.raises(ValueError, match="'cobol' is not supported"):
+        syntax_error_share("x", "cobol")
+
+
+@pytest.mark.parametrize(
+    ("language", "code"),
+    [("python", "int f() { return 1; }"), ("java", "def f(x):\n    return x"), ("go", "def f(x)\n  x\nend")],
+)
+def test_another_language_is_an_error(language, code):
+    assert syntax_error_share(code, language) > 0.2 or not holds_function(code, language)

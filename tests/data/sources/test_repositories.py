@@ -1,0 +1,258 @@
+import os
+from collections import Counter
+from importlib import metadata
+from operator import length_hint
+
+import pytest
+
+from modular_star_encoder.data.sources.corpora import open_corpus
+from modular_star_encoder.data.sources.repositories import STANDARD_LIBRARY, folder_repositories, installed_repositories
+from modular_star_encoder.data.sources.source_files import FileFilters
+
+
+def write(root, files):
+    for path, content in files.items():
+        target = root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def names(reader):
+    return [(file.repository, file.path) for file in reader]
+
+
+def install(root, name, files):
+    """Lay out an installed distribution: its files, and a RECORD that lists them."""
+    write(root, files)
+    info = f"{name.replace('-', '_')}-1.0.dist-info"
+    record = "".join(f"{path},,\n" for path in [*files, "../../bin/tool.py"])
+    write(root, {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", f"{info}/RECORD": record})
+
+
+@pytest.fixture
+def site_packages(tmp_path, monkeypatch):
+    """Only the distributions of this folder are installed, and the standard library is two files."""
+    site, stdlib = tmp_path / "site", tmp_path / "stdlib"
+    install(site, "Zeta.Tools", {"zeta/core.py": "x = 1\n", "zeta/_vendor/six.py": "y = 1\n", "zeta/data.txt": "no"})
+    install(site, "alpha", {"alpha.py": "a = 1\n", "alpha_tests/t.py": "b = 1\n", "pkg/test_it.py": "c = 1\n"})
+    install(site, "modular-star-encoder", {"own.py": "o = 1\n"})
+    write(stdlib, {"json.py": "j = 1\n", "test/big.py": "t = 1\n", "site-packages/other.py": "s = 1\n"})
+    monkeypatch.setattr(metadata, "distributions", lambda: metadata.Distribution.discover(path=[str(site)]))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(stdlib))
+    return site
+
+
+def test_every_installed_distribution_and_the_standard_library_are_repositories(site_packages):
+    reader = installed_repositories()
+    assert names(reader) == [("alpha", "alpha.py"), (STANDARD_LIBRARY, "json.py"), ("zeta-tools", "zeta/core.py")]
+    assert reader.repositories == ("alpha", STANDARD_LIBRARY, "zeta-tools")
+
+
+def test_vendored_and_test_code_is_left_out_and_counted(site_packages):
+    reader = installed_repositories()
+    list(reader)
+    assert reader.skipped == {"vendored code": 1, "test code": 3}
+
+
+def test_excluded_names_may_be_spelled_in_any_way(site_packages):
+    assert installed_repositories(exclude=["zeta_TOOLS", STANDARD_LIBRARY]).repositories == ("alpha",)
+
+
+def test_this_environment_has_no_file_of_our_own_and_excludes_transformers():
+    repositories = installed_repositories().repositories
+    assert {"torch", "tokenizers", STANDARD_LIBRARY} <= set(repositories)
+    assert not {"transformers", "modular-star-encoder"} & set(repositories)
+
+
+def test_each_sub_folder_with_python_is_a_repository_in_sorted_order(tmp_path):
+    write(tmp_path, {"b/x.py": "1", "a/z.py": "1", "a/deep/y.py": "1", "docs/readme.md": "no", "loose.py": "1"})
+    assert names(folder_repositories(tmp_path)) == [
+        (".", "loose.py"),
+        ("a", "deep/y.py"),
+        ("a", "z.py"),
+        ("b", "x.py"),
+    ]
+
+
+@pytest.mark.parametrize("marker", ["pyproject.toml", ".git/HEAD", "__init__.py"])
+def test_a_checkout_is_one_repository_named_after_its_folder(tmp_path, marker):
+    write(tmp_path, {f"project/{marker}": "x = 1", "project/src/a.py": "1", "project/tools/b.py": "1"})
+    files = names(folder_repositories(tmp_path / "project"))
+    assert {repository for repository, _ in files} == {"project"}
+    assert {"src/a.py", "tools/b.py"} <= {path for _, path in files}
+
+
+def test_hidden_folders_environments_and_links_are_not_entered(tmp_path):
+    outside = tmp_path / "outside"
+    write(outside, {"secret.py": "1"})
+    root = tmp_path / "root"
+    write(root, {"a/ok.py": "1", "a/.tox/x.py": "1", "a/env/pyvenv.cfg": "", "a/env/lib/x.py": "1"})
+    write(root, {"a/node_modules/x.py": "1", "a/tests/x.py": "1", "tests/x.py": "1"})
+    (root / "link").symlink_to(outside)
+    (root / "a" / "loop").symlink_to(root)
+    (root / "a" / "linked.py").symlink_to(outside / "secret.py")
+    reader = folder_repositories(root)
+    assert names(reader) == [("a", "ok.py")]
+    assert reader.skipped == {"test code": 2}
+
+
+def test_the_name_of_the_folder_that_holds_the_checkouts_does_not_matter(tmp_path):
+    write(tmp_path, {"tests/.hidden/site-packages/a/ok.py": "1"})
+    assert names(folder_repositories(tmp_path / "tests" / ".hidden" / "site-packages")) == [("a", "ok.py")]
+
+
+def test_files_that_are_no_ordinary_source_text_are_counted_by_reason(tmp_path):
+    write(
+        tmp_path,
+        {
+            "a/ok.py": "x = 1\n",
+            "a/latin.py": "# \xe9".encode("latin-1"),
+            "a/big.py": "x = 1\n" * 100,
+            "a/minified.py": "x" * 60,
+            "a/blank.py": " \n",
+            "a/null.py": "x = '\0'",
+        },
+    )
+    reader = folder_repositories(tmp_path, filters=FileFilters(max_bytes=300, max_line_length=50))
+    expected = {"not UTF-8": 1, "too large": 1, "very long lines": 1, "empty": 1, "contains null bytes": 1}
+    for _ in range(2):  # a second iteration does not count twice
+        assert names(reader) == [("a", "ok.py")]
+        assert reader.skipped == expected
+
+
+def test_an_unreadable_file_is_counted(tmp_path):
+    write(tmp_path, {"a/ok.py": "1", "a/gone.py": "1"})
+    reader = folder_repositories(tmp_path)
+    (tmp_path / "a" / "gone.py").unlink()
+    assert names(reader) == [("a", "ok.py")]
+    assert reader.skipped == {"unreadable": 1}
+
+
+def test_line_ends_are_kept_and_a_byte_order_mark_is_not(tmp_path):
+    write(tmp_path, {"a/x.py": b"\xef\xbb\xbfa = 1\r\nb = 2\r\n"})
+    (file,) = folder_repositories(tmp_path)
+    assert file.text == "a = 1\r\nb = 2\r\n"
+    assert file.language == "python"
+
+
+def test_a_folder_without_python_is_refused_in_one_sentence(tmp_path):
+    write(tmp_path, {"docs/readme.md": "x", "tests/x.py": "1"})
+    with pytest.raises(ValueError, match="holds no Python file to read \\(1 left out as test code\\)"):
+        folder_repositories(tmp_path, languages=["python"])
+    with pytest.raises(ValueError, match="does not exist"):
+        folder_repositories(tmp_path / "missing")
+    with pytest.raises(ValueError, match="is not a folder"):
+        folder_repositories(tmp_path / "docs" / "readme.md")
+
+
+LANGUAGE_FILES = {
+    "python": ["a.py"],
+    "javascript": ["a.js", "b.mjs", "c.cjs", "d.jsx"],
+    "go": ["a.go"],
+    "java": ["A.java"],
+    "php": ["a.php"],
+    "ruby": ["a.rb"],
+    "c": ["a.c", "b.h"],
+    "cpp": ["a.cc", "b.cpp", "c.cxx", "d.hpp", "e.hh", "f.hxx"],
+}
+
+
+def test_the_eight_languages_are_told_by_their_suffixes(tmp_path):
+    write(tmp_path, {f"r/{language}/{name}": "x" for language, names in LANGUAGE_FILES.items() for name in names})
+    write(tmp_path, {"r/a.txt": "x", "r/a.ts": "x", "r/Makefile": "x"})
+    found = [(file.language, file.path) for file in folder_repositories(tmp_path)]
+    assert found == sorted((one, f"{one}/{name}") for one, names in LANGUAGE_FILES.items() for name in names)
+
+
+def test_only_the_chosen_languages_are_read_and_counted(tmp_path):
+    write(tmp_path, {"r/a.py": "x", "r/a.go": "x", "r/a_test.go": "x", "r/test_a.py": "x", "s/a.rb": "x"})
+    reader = folder_repositories(tmp_path, languages=["go"])
+    assert names(reader) == [("r", "a.go")]
+    assert reader.skipped == {"test code": 1}
+    for wrong in (["cobol"], [], "go"):
+        with pytest.raises(ValueError, match="languages must be a list out of python, javascript"):
+            folder_repositories(tmp_path, languages=wrong)
+
+
+def test_installed_distributions_are_read_in_python_unless_asked_otherwise(site_packages):
+    install(site_packages, "mixed", {"mixed/a.py": "x", "mixed/a.js": "x", "mixed/a.h": "x"})
+    read = {language for file in installed_repositories() for language in [file.language]}
+    assert read == {"python"}
+    reader = installed_repositories(languages=("javascript", "c"))
+    assert names(reader) == [("mixed", "mixed/a.h"), ("mixed", "mixed/a.js")]
+
+
+def test_repositories_may_lie_deeper(tmp_path):
+    write(tmp_path, {"go.mod": "x", "a/b/c/x.go": "1", "a/b/y.go": "1", "a/d/x.go": "1", "a/z.go": "1", "w.go": "1"})
+    assert names(folder_repositories(tmp_path, depth=2)) == [
+        (".", "w.go"),
+        ("a", "z.go"),
+        ("a/b", "c/x.go"),
+        ("a/b", "y.go"),
+        ("a/d", "x.go"),
+    ]
+    assert folder_repositories(tmp_path, depth=0).repositories == (tmp_path.name,)
+    (tmp_path / ".git").mkdir()
+    assert folder_repositories(tmp_path).repositories == (tmp_path.name,)
+    assert folder_repositories(tmp_path, depth=1).repositories == (".", "a")
+    with pytest.raises(ValueError, match="from 0, not -1"):
+        folder_repositories(tmp_path, depth=-1)
+
+
+def test_shards_share_out_every_repository_and_every_count_once(tmp_path):
+    write(tmp_path, {f"{name}/{file}.py": "x" for name in "abcde" for file in "xy"})
+    write(tmp_path, {"a/test_x.py": "x", "b/latin.py": b"\xe9", "only_tests/test_x.py": "x"})
+    whole = folder_repositories(tmp_path)
+    everything, counts = names(whole), whole.skipped
+    for count in (1, 2, 3, 7):
+        shards = [whole.shard(index, count) for index in range(count)]
+        assert sorted(row for shard in shards for row in names(shard)) == everything
+        assert sum((shard.skipped for shard in shards), Counter()) == counts
+        assert sum(map(length_hint, shards)) == length_hint(whole)
+    assert whole.shard(1, 2).repositories == ("b", "d")
+    assert whole.shard(0, 2).shard(1, 2).repositories == ("c",)
+
+
+def test_a_reader_can_start_at_a_later_repository(tmp_path):
+    write(tmp_path, {f"{name}/x.py": "x" for name in "abcdef"})
+    reader = folder_repositories(tmp_path)
+    assert reader.skip(2).repositories == ("c", "d", "e", "f")
+    assert reader.shard(1, 2).skip(1).repositories == ("d", "f")
+    assert reader.skip(1).shard(1, 2).repositories == ("c", "e")
+    assert names(reader.skip(9)) == []
+    with pytest.raises(ValueError, match="from 0, not -1"):
+        reader.skip(-1)
+    for index, count in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="shard needs an index"):
+            reader.shard(index, count)
+
+
+def test_an_iteration_that_was_abandoned_does_not_add_to_the_counts_of_the_next(tmp_path):
+    write(tmp_path, {"a/a.py": "x", "a/b.py": b"\xe9", "a/c.py": "x"})
+    reader = folder_repositories(tmp_path)
+    abandoned = iter(reader)
+    next(abandoned)
+    assert len(names(reader)) == 2
+    list(abandoned)
+    assert reader.skipped == {"not UTF-8": 1}
+
+
+@pytest.mark.parametrize("snippets", ["files", "functions"])
+def test_names_that_are_no_unicode_can_be_written_where_they_come_from_a_recipe(tmp_path, snippets):
+    folder = os.fsencode(tmp_path) + b"/r\xffepository"
+    os.mkdir(folder)
+    with open(folder + b"/caf\xe9.py", "w") as file:
+        file.write("def size(value):\n    return value.size\n")
+    (raw,) = names(folder_repositories(tmp_path))
+    assert raw == ("r\udcffepository", "caf\udce9.py")
+    reader = open_corpus({"folder": str(tmp_path), "snippets": snippets})
+    for one in (reader, reader.skip(0), reader.shard(0, 1)):
+        ((repository, path),) = names(one)
+        assert (repository, path.partition("#")[0]) == (r"r\udcffepository", r"caf\udce9.py")
+
+
+def test_installed_packages_are_left_out_by_a_list_of_names_and_not_by_letters():
+    with pytest.raises(ValueError, match="exclude must be a list of names of distributions, not 'numpy'"):
+        open_corpus({"installed": True, "exclude": "numpy"})
+    with pytest.raises(ValueError, match="is `installed: true`, not False"):
+        open_corpus({"installed": False})

@@ -1,0 +1,202 @@
+import time
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from modular_star_encoder.data.sources.dataset_rows import THE_STACK_COLUMNS, RowColumns, row_repositories
+from modular_star_encoder.data.sources.source_files import FileFilters
+
+COLUMNS = RowColumns(repository="repo", path="file", text="code", language="lang", license="terms")
+
+
+def row(number, **changes):
+    values = {"repo": f"r{number // 3}", "file": f"{number}.py", "code": f"x = {number}", "lang": "Python"}
+    return {**values, "terms": ["mit"], "unused": number, **changes}
+
+
+def write_parquet(path, rows, row_group_size=7):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=row_group_size)
+    return path
+
+
+def read_paths(reader):
+    return [file.path for file in reader]
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Ninety rows in three files of 20, 30 and 40 rows."""
+    start = 0
+    for index, size in enumerate((20, 30, 40)):
+        write_parquet(tmp_path / f"{index}.parquet", [row(number) for number in range(start, start + size)])
+        start += size
+    return tmp_path
+
+
+def test_the_columns_named_become_source_files(tmp_path):
+    rows = [row(0), row(1, file="/src/a.cc", lang="C++", terms=["mit", "bsd"]), row(2, terms=[])]
+    reader = row_repositories(write_parquet(tmp_path / "a.parquet", rows), COLUMNS)
+    seen = [(file.repository, file.path, file.language, file.text, file.license) for file in reader]
+    assert seen == [
+        ("r0", "0.py", "python", "x = 0", "mit"),
+        ("r0", "src/a.cc", "cpp", "x = 1", "mit, bsd"),
+        ("r0", "2.py", "python", "x = 2", None),
+    ]
+    assert reader.repositories is None
+
+
+def test_without_a_column_of_languages_the_suffix_tells(tmp_path):
+    rows = [row(0, file="a.go", lang="Python"), row(1, file="a.txt")]
+    reader = row_repositories(
+        write_parquet(tmp_path / "a.parquet", rows), RowColumns(repository="repo", path="file", text="code")
+    )
+    assert [(file.language, file.license) for file in reader] == [("go", None)]
+    assert reader.skipped == {"another language": 1}
+
+
+def test_the_columns_of_the_stack_are_known(tmp_path):
+    published = {
+        "max_stars_repo_name": "a/b",
+        "max_stars_repo_path": "x.js",
+        "max_stars_repo_licenses": ["MIT"],
+        "content": "x = 1",
+        "lang": "JavaScript",
+        "hexsha": "0",
+    }
+    (file,) = row_repositories(write_parquet(tmp_path / "a.parquet", [published]), THE_STACK_COLUMNS)
+    assert (file.repository, file.language, file.license) == ("a/b", "javascript", "MIT")
+
+
+def test_what_is_left_out_is_counted_by_reason_in_every_iteration(tmp_path):
+    rows = [
+        row(0),
+        row(1, lang="Rust"),
+        row(2, lang=None),
+        row(3, file="tests/a.py"),
+        row(4, file="vendor/a.py"),
+        row(5, file=".github/a.py"),
+        row(6, code=None),
+        row(7, code="x" * 60),
+        row(8, code="é" * 49),
+    ]
+    reader = row_repositories(
+        write_parquet(tmp_path / "a.parquet", rows), COLUMNS, filters=FileFilters(max_line_length=50, max_bytes=90)
+    )
+    for _ in range(2):
+        assert read_paths(reader) == ["0.py"]
+        assert reader.skipped == {
+            "another language": 2,
+            "test code": 1,
+            "vendored code": 1,
+            "hidden or closed folder": 1,
+            "empty": 1,
+            "very long lines": 1,
+            "too large": 1,
+        }
+
+
+def test_a_folder_of_files_is_read_in_the_order_of_their_names_again_and_again(numbered):
+    reader = row_repositories(numbered, COLUMNS)
+    expected = [f"{number}.py" for number in range(90)]
+    assert read_paths(reader) == expected
+    assert read_paths(reader) == expected
+
+
+def test_only_the_columns_named_are_kept(numbered):
+    reader = row_repositories(numbered, COLUMNS)
+    assert set(next(iter(reader._rows))) == set(COLUMNS.names())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 100])
+def test_shards_share_out_every_row_once(numbered, count):
+    reader = row_repositories(numbered, COLUMNS)
+    shards = [read_paths(reader.shard(index, count)) for index in range(count)]
+    assert sorted(path for shard in shards for path in shard) == sorted(f"{number}.py" for number in range(90))
+
+
+def test_shards_of_many_pieces_read_their_own_only(tmp_path):
+    for number in range(4):
+        write_parquet(tmp_path / f"{number}.parquet", [row(number), row(number)])
+    reader = row_repositories(tmp_path, COLUMNS).shard(1, 2)
+    for number in (0, 2):
+        (tmp_path / f"{number}.parquet").unlink()
+    assert read_paths(reader) == ["1.py", "1.py", "3.py", "3.py"]
+
+
+@pytest.mark.parametrize("units", [0, 1, 6, 7, 19, 20, 63, 64, 65, 89, 90, 200])
+def test_a_reader_can_start_at_any_row(numbered, units):
+    reader = row_repositories(numbered, COLUMNS)
+    assert read_paths(reader.skip(units)) == read_paths(reader)[units:]
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_a_shard_resumes_where_it_stopped(numbered, count):
+    reader = row_repositories(numbered, COLUMNS)
+    for index in range(count):
+        shard = reader.shard(index, count)
+        assert read_paths(shard.skip(13)) == read_paths(shard)[13:]
+        assert read_paths(shard.skip(5).skip(8)) == read_paths(shard)[13:]
+
+
+class WorkerRows(torch.utils.data.IterableDataset):
+    def __init__(self, reader):
+        self.reader = reader
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        return (file.path for file in self.reader.shard(worker.id, worker.num_workers))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_of_a_data_loader_share_out_every_row_once(numbered, workers):
+    loader = torch.utils.data.DataLoader(
+        WorkerRows(row_repositories(numbered, COLUMNS)), batch_size=None, num_workers=workers
+    )
+    assert sorted(loader) == sorted(f"{number}.py" for number in range(90))
+
+
+def test_a_slow_consumer_does_not_fill_the_memory(tmp_path):
+    rows = [row(number, code=f"{number} word " * 50_000) for number in range(100)]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5, use_dictionary=False)
+    del rows
+    size = table.nbytes
+    del table
+    before, peak = pyarrow.total_allocated_bytes(), 0
+    for _ in row_repositories(tmp_path, COLUMNS, filters=FileFilters(max_line_length=10**6)):
+        time.sleep(0.01)
+        peak = max(peak, pyarrow.total_allocated_bytes() - before)
+    assert 0 < peak < size / 2
+
+
+def test_wrong_sources_are_refused_in_one_sentence(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", [row(0)])
+    with pytest.raises(ValueError, match="has no column 'content'; it has repo, file, code, lang, terms, unused"):
+        row_repositories(tmp_path, RowColumns(repository="repo", path="file", text="content"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no parquet file"):
+        row_repositories(tmp_path / "empty", COLUMNS)
+    with pytest.raises(ValueError, match=r"missing.parquet' cannot be read"):
+        row_repositories(tmp_path / "missing.parquet", COLUMNS)
+    (tmp_path / "broken.parquet").write_text("x")
+    with pytest.raises(ValueError, match=r"broken.parquet' cannot be read"):
+        row_repositories(tmp_path / "broken.parquet", COLUMNS)
+    with pytest.raises(ValueError, match="'cobol' is unknown"):
+        row_repositories(tmp_path / "a.parquet", COLUMNS, languages=["cobol"])
+
+
+def test_a_name_of_the_hub_is_opened_as_a_stream_with_its_options(monkeypatch, tmp_path):
+    import datasets
+
+    local = datasets.load_dataset(
+        "parquet", data_files=str(write_parquet(tmp_path / "a.parquet", [row(0)])), split="train", streaming=True
+    )
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: calls.append((names, options)) or local)
+    reader = row_repositories("owner/name", COLUMNS, config="Python", split="test", revision="v1", data_dir="data/go")
+    assert read_paths(reader) == ["0.py"]
+    expected = {"split": "test", "revision": "v1", "data_dir": "data/go", "streaming": True}
+    assert calls == [(("owner/name", "Python"), expected)]

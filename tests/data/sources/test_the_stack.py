@@ -1,0 +1,244 @@
+import gzip
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from modular_star_encoder.data.sources.source_files import FileFilters
+from modular_star_encoder.data.sources.the_stack import ContentSource, the_stack_repositories, unpack
+
+
+def blob(number):
+    return f"{number:040x}"
+
+
+def record(number, **changes):
+    """A file as The Stack v2 lists it."""
+    values = {
+        "blob_id": blob(number),
+        "path": f"/src/{number}.py",
+        "content_id": "0" * 40,
+        "language": "Python",
+        "length_bytes": 20,
+        "detected_licenses": ["MIT"],
+        "license_type": "permissive",
+        "src_encoding": "UTF-8",
+        "is_vendor": False,
+        "is_generated": False,
+        "alpha_fraction": 0.5,
+    }
+    return {**values, **changes}
+
+
+class Contents(ThreadingHTTPServer):
+    """Serves contents at /content/<blob>; `answers` maps a blob to bytes or to the statuses of its first answers."""
+
+    daemon_threads = True
+    request_queue_size = 64  # a full queue makes a client wait for a second
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers, self.asked = {}, Counter()
+        self.waiting, self.most_waiting, self.lock = 0, 0, threading.Lock()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/content/{{blob_id}}?signature=secret"
+
+
+class Handler(BaseHTTPRequestHandler):
+    wbufsize = -1  # headers and body in one packet
+
+    def do_GET(self):
+        name = self.path.partition("?")[0].removeprefix("/content/")
+        self.server.asked[name] += 1
+        with self.server.lock:
+            self.server.waiting += 1
+            self.server.most_waiting = max(self.server.most_waiting, self.server.waiting)
+        answer = self.server.answers.get(name, gzip.compress(f"x = {int(name, 16)}".encode()))
+        if isinstance(answer, list):
+            answer = answer.pop(0) if len(answer) > 1 else answer[0]
+        status, body = (answer, b"") if isinstance(answer, int) else (200, answer)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        with self.server.lock:
+            self.server.waiting -= 1
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Contents() as contents:
+        thread = threading.Thread(target=contents.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield contents
+        contents.shutdown()
+
+
+@pytest.fixture
+def reader_of(tmp_path, server):
+    """Makes a reader of repositories, given as lists of their records."""
+
+    def make(*repositories, url=server.url, threads=4, attempts=3, **options):
+        rows = [
+            {"repo_name": f"owner/r{number}", "num_files": len(files), "files": files}
+            for number, files in enumerate(repositories)
+        ]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "ids.parquet", row_group_size=3)
+        contents = ContentSource(url=url, threads=threads, attempts=attempts, pause=0.001)
+        return the_stack_repositories(tmp_path / "ids.parquet", contents, progress=False, **options)
+
+    return make
+
+
+def texts(reader):
+    return [file.text for file in reader]
+
+
+def test_the_files_of_a_repository_are_fetched_unpacked_and_decoded(reader_of, server):
+    server.answers[blob(2)] = gzip.compress("# caf\xe9".encode("latin-1"))
+    server.answers[blob(3)] = b"int not_compressed;"
+    reader = reader_of(
+        [record(1), record(2, src_encoding="ISO-8859-1")],
+        [record(3, path="/a.hpp", language="C++", detected_licenses=[], license_type="no_license")],
+    )
+    expected = [
+        ("owner/r0", "src/1.py", "python", "x = 1", "MIT"),
+        ("owner/r0", "src/2.py", "python", "# café", "MIT"),
+        ("owner/r1", "a.hpp", "cpp", "int not_compressed;", "no_license"),
+    ]
+    for _ in range(2):
+        seen = [(file.repository, file.path, file.language, file.text, file.license) for file in reader]
+        assert seen == expected
+        assert reader.skipped == {}
+
+
+def test_the_order_is_that_of_the_rows_whatever_arrives_first(reader_of, server):
+    reader = reader_of(*([record(10 * row + file) for file in range(10)] for row in range(20)), threads=8)
+    assert texts(reader) == [f"x = {number}" for number in range(200)]
+    assert 1 < server.most_waiting <= 8
+
+
+def test_what_the_row_tells_is_enough_to_leave_a_file_out_without_fetching_it(reader_of, server):
+    reader = reader_of(
+        [
+            record(1),
+            record(2, language="Rust"),
+            record(3, is_vendor=True),
+            record(4, is_generated=True),
+            record(5, length_bytes=2_000_000),
+            record(6, path="/tests/a.py"),
+            record(7, blob_id="../../etc/passwd"),
+            record(8, blob_id=None),
+        ],
+        [],
+        filters=FileFilters(generated=False),
+    )
+    assert texts(reader) == ["x = 1"]
+    assert reader.skipped == {
+        "another language": 1,
+        "vendored code": 1,
+        "generated code": 1,
+        "too large": 1,
+        "test code": 1,
+        "no valid blob_id": 2,
+    }
+    assert list(server.asked) == [blob(1)]
+
+
+def test_missing_and_forbidden_contents_are_asked_for_once_and_counted(reader_of, server):
+    server.answers.update({blob(1): 404, blob(2): 403})
+    reader = reader_of([record(1), record(2), record(3)])
+    assert texts(reader) == ["x = 3"]
+    assert reader.skipped == {"content missing or forbidden": 2}
+    assert server.asked == {blob(1): 1, blob(2): 1, blob(3): 1}
+
+
+def test_failures_of_the_server_are_tried_again_a_few_times(reader_of, server):
+    server.answers.update({blob(1): [503, 500, gzip.compress(b"late = 1")], blob(2): 503})
+    reader = reader_of([record(1), record(2), record(3)], attempts=3)
+    assert texts(reader) == ["late = 1", "x = 3"]
+    assert reader.skipped == {"content not fetched": 1}
+    assert server.asked == {blob(1): 3, blob(2): 3, blob(3): 1}
+
+
+def test_contents_that_are_no_source_text_are_counted(reader_of, server):
+    server.answers.update(
+        {
+            blob(1): gzip.compress(b"x = 1")[:-4] + b"1234",
+            blob(2): gzip.compress(b"\xff\xff"),
+            blob(3): gzip.compress(b"x = 3")[:12],
+            blob(4): gzip.compress(b"x\n" * 1_000_000),
+        }
+    )
+    reader = reader_of([record(number) for number in range(1, 6)], filters=FileFilters(max_bytes=1000))
+    assert texts(reader) == ["x = 5"]
+    assert reader.skipped == {"damaged content": 2, "not in its declared encoding": 1, "too large": 1}
+
+
+def test_a_content_that_unpacks_to_much_is_not_unpacked_beyond_the_limit():
+    assert len(unpack(gzip.compress(b"\0" * 50_000_000), 1000)) == 1001
+    assert unpack(gzip.compress(b"x" * 1000), 1000) == b"x" * 1000
+
+
+def test_without_any_access_reading_stops_with_one_sentence_that_shows_no_secret(reader_of, server):
+    server.answers.update({blob(number): 403 for number in range(1000)})
+    reader = reader_of([record(number) for number in range(1000)])
+    with pytest.raises(ValueError, match="None of the first 200 contents could be fetched by http") as caught:
+        texts(reader)
+    assert "secret" not in str(caught.value)
+    assert "403" in str(caught.value)
+    assert server.asked.total() < 300
+
+
+def test_failures_after_a_success_do_not_stop_reading(reader_of, server):
+    server.answers.update({blob(number): 404 for number in range(1, 400)})
+    reader = reader_of([record(number) for number in range(401)])
+    assert texts(reader) == ["x = 0", "x = 400"]
+    assert reader.skipped == {"content missing or forbidden": 399}
+
+
+def test_only_a_few_contents_are_fetched_ahead(reader_of, server):
+    reader = reader_of([record(number) for number in range(500)], threads=2)
+    iterator = iter(reader)
+    next(iterator)
+    time.sleep(0.3)
+    iterator.close()
+    assert server.asked.total() <= 12
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_shards_and_resumed_readers_share_out_repositories(reader_of, count):
+    reader = reader_of(*([record(2 * row), record(2 * row + 1)] for row in range(10)))
+    everything = texts(reader)
+    shards = [texts(reader.shard(index, count)) for index in range(count)]
+    assert sorted(text for shard in shards for text in shard) == sorted(everything)
+    assert texts(reader.skip(4)) == everything[8:]
+    assert texts(reader.shard(0, count).skip(1)) == shards[0][2:]
+
+
+def test_contents_may_come_from_a_folder(reader_of, tmp_path):
+    (tmp_path / blob(1)).write_bytes(gzip.compress(b"local = 1"))
+    reader = reader_of([record(1), record(2)], url=f"file://{tmp_path}/{{blob_id}}")
+    assert texts(reader) == ["local = 1"]
+    assert reader.skipped == {"content missing or forbidden": 1}
+
+
+def test_wrong_sources_of_contents_are_refused_in_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="must hold"):
+        ContentSource(url="https://example.org/content")
+    with pytest.raises(ValueError, match="cannot be fetched by 'nosuch'"):
+        ContentSource(url="nosuch://bucket/{blob_id}")
+    with pytest.raises(ValueError, match="threads and attempts"):
+        ContentSource(url="https://example.org/{blob_id}", threads=0)
+    pyarrow.parquet.write_table(pyarrow.table({"repo_name": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has no column 'files'"):
+        the_stack_repositories(tmp_path / "a.parquet", ContentSource(url="https://example.org/{blob_id}"))

@@ -1,0 +1,107 @@
+import multiprocessing
+
+import numpy as np
+import pytest
+
+from modular_star_encoder.inference.embedding_cache import EmbeddingCache
+
+TEXTS = [("", "alpha"), ("", "beta"), ("query: ", "alpha"), ("", "query: alpha")]
+
+
+def embeddings(texts, size=8):
+    return np.random.default_rng(len(texts)).normal(size=(len(texts), size)).astype(np.float32)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_was_added_comes_back_in_any_order_and_from_several_shards(tmp_path, on_disk):
+    cache, values = EmbeddingCache(tmp_path if on_disk else None), embeddings(TEXTS)
+    cache.add("m/full", TEXTS[:2], values[:2])
+    assert cache.missing("m/full", TEXTS) == TEXTS[2:]
+    cache.add("m/full", TEXTS[2:], values[2:])
+    assert cache.missing("m/full", TEXTS) == []
+    rows = cache.rows("m/full", [TEXTS[i] for i in (3, 0, 3, 1)])
+    assert len(rows) == 4
+    assert np.array_equal(rows[:], values[[3, 0, 3, 1]])
+    assert np.array_equal(rows[np.array([2, 1])], values[[3, 0]])
+    assert np.array_equal(rows[1:3], values[[0, 3]])
+
+
+def test_a_prompt_and_a_text_that_begins_with_it_are_two_things(tmp_path):
+    cache = EmbeddingCache()
+    cache.add("m", TEXTS[2:3], embeddings(TEXTS[2:3]))
+    assert cache.missing("m", TEXTS[3:]) == TEXTS[3:]
+
+
+def test_another_process_finds_them_and_another_space_does_not(tmp_path):
+    EmbeddingCache(tmp_path).add("m/exit-4", TEXTS, embeddings(TEXTS))
+    assert EmbeddingCache(tmp_path).missing("m/exit-4", TEXTS) == []
+    assert EmbeddingCache(tmp_path).missing("m/exit-9", TEXTS) == TEXTS
+    assert np.array_equal(EmbeddingCache(tmp_path).rows("m/exit-4", TEXTS)[:], embeddings(TEXTS))
+
+
+def test_embeddings_are_mapped_and_not_read(tmp_path):
+    EmbeddingCache(tmp_path).add("m", TEXTS, embeddings(TEXTS))
+    rows = EmbeddingCache(tmp_path).rows("m", TEXTS)
+    assert all(isinstance(shard, np.memmap) for shard in rows._shards)
+
+
+def test_a_shard_without_its_keys_does_not_count(tmp_path):
+    EmbeddingCache(tmp_path).add("m", TEXTS, embeddings(TEXTS))
+    next(tmp_path.glob("m/*.keys.npy")).unlink()  # as a process that was killed between the two leaves it
+    cache = EmbeddingCache(tmp_path)
+    assert cache.missing("m", TEXTS) == TEXTS
+    cache.add("m", TEXTS, embeddings(TEXTS))
+    assert EmbeddingCache(tmp_path).missing("m", TEXTS) == []
+
+
+def test_damaged_shards_are_refused_by_name(tmp_path):
+    EmbeddingCache(tmp_path).add("m", TEXTS, embeddings(TEXTS))
+    keys = next(tmp_path.glob("m/*.keys.npy"))
+    for damage in (b"", keys.read_bytes()[:100], b"\x80\x04N."):
+        keys.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"keys\.npy of the embedding cache is damaged"):
+            EmbeddingCache(tmp_path).missing("m", TEXTS)
+
+
+def test_pickles_are_never_read(tmp_path):
+    (tmp_path / "m").mkdir()
+    np.save(tmp_path / "m" / "a.keys.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="damaged"):
+        EmbeddingCache(tmp_path).missing("m", TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.ones((3, 8)), "4 texts need embeddings"),
+        (np.ones(4), "4 texts need embeddings"),
+        (np.full((4, 8), np.nan), "NaN"),
+        (np.ones((4, 5)), "5 components, earlier ones have 8"),
+    ],
+)
+def test_wrong_embeddings_are_refused_and_not_kept(tmp_path, values, message):
+    cache = EmbeddingCache(tmp_path)
+    cache.add("m", [("", "first")], np.ones((1, 8)))
+    with pytest.raises(ValueError, match=message):
+        cache.add("m", TEXTS, values)
+    assert EmbeddingCache(tmp_path).missing("m", TEXTS) == TEXTS
+
+
+def _fill(folder, number):
+    cache = EmbeddingCache(folder)
+    for start in range(0, 60, 5):
+        texts = [("", f"text {i}") for i in range(start, start + 5)]
+        cache.add("m", texts, np.array([[i] for i in range(start, start + 5)]))
+
+
+def test_processes_that_write_the_same_at_once_leave_a_whole_cache(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_fill, args=(tmp_path, number)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    texts = [("", f"text {i}") for i in range(60)]
+    assert EmbeddingCache(tmp_path).rows("m", texts)[:].ravel().tolist() == list(range(60))
+    assert not list(tmp_path.rglob("*.tmp"))

@@ -1,0 +1,157 @@
+import numpy as np
+import pytest
+import torch
+
+from modular_star_encoder.inference.encode import encode_exits
+from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, tiny_model
+
+TEXTS = ["return x", "def add(first, second):\n    return first + second", "", "x", "return first + second - third"]
+
+
+def encode(model, tokenizer, texts, **options):
+    return encode_exits(model, tokenizer, texts, progress=False, **options)
+
+
+class Spy(torch.nn.Module):
+    """Passes calls on to a model and notes the shapes of their inputs."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.config, self.shapes = model, model.config, []
+
+    def forward(self, input_ids, **inputs):
+        self.shapes.append(tuple(input_ids.shape))
+        self.was_training, self.had_gradients = self.inner.training, torch.is_grad_enabled()
+        return self.inner(input_ids, **inputs)
+
+
+def test_every_exit_equals_the_model_called_with_one_text(model, tokenizer):
+    embeddings = encode(model, tokenizer, TEXTS, tokens_per_batch=60)
+    assert tuple(embeddings) == EXIT_LAYERS
+    model.eval()
+    for exit_layer, stack in embeddings.items():
+        assert stack.shape == (len(TEXTS), PROJECTION_SIZE)
+        assert stack.dtype == np.float32
+        for text, embedding in zip(TEXTS, stack, strict=True):
+            inputs = tokenizer(text, return_tensors="pt")
+            with torch.no_grad():
+                alone = model(inputs["input_ids"], inputs["attention_mask"], exit_layer=exit_layer).sentence_embedding
+            assert np.allclose(alone[0].numpy(), embedding, atol=1e-5)
+    assert not np.allclose(embeddings[1], embeddings[4], atol=0.1)
+
+
+def test_halves_of_characters_are_refused_in_a_sentence(model, tokenizer):
+    with pytest.raises(ValueError, match=r"1 texts hold halves of characters \(lone surrogates\), such as 'a\\ud800b'"):
+        encode(model, tokenizer, ["whole \U0001f600", "a\ud800b"])
+
+
+def test_one_pass_gives_all_exits(model, tokenizer):
+    spy = Spy(model)
+    encode(spy, tokenizer, TEXTS)
+    assert len(spy.shapes) == 1
+
+
+def test_batches_keep_to_the_token_budget_and_a_long_text_goes_alone(model, tokenizer):
+    texts = ["return " * n for n in range(1, 30)] + ["first, second " * 15]
+    spy = Spy(model)
+    encode(spy, tokenizer, texts, tokens_per_batch=64)
+    assert sum(rows for rows, _ in spy.shapes) == len(texts)
+    assert all(rows == 1 or rows * length <= 64 for rows, length in spy.shapes)
+    assert max(length for _, length in spy.shapes) > 64
+    assert len(spy.shapes) < len(texts)
+
+
+def test_equal_texts_get_equal_embeddings_to_the_last_bit(model, tokenizer):
+    spy = Spy(model)
+    embeddings = encode(spy, tokenizer, ["return x", "x", "return x"])[4]
+    assert np.array_equal(embeddings[0], embeddings[2])
+    assert not np.array_equal(embeddings[0], embeddings[1])
+    assert spy.shapes[0][0] == 2
+
+
+def test_the_prompt_goes_before_every_text(model, tokenizer):
+    prompted = encode(model, tokenizer, ["x", "y"], prompt="find:<sep>")[4]
+    assert np.allclose(prompted, encode(model, tokenizer, ["find:<sep>x", "find:<sep>y"])[4], atol=1e-6)
+    assert not np.allclose(prompted, encode(model, tokenizer, ["x", "y"])[4], atol=1e-3)
+
+
+def test_long_texts_are_cut_to_max_length_and_by_default_to_what_the_model_reads(model, tokenizer):
+    for options, expected in (({"max_length": 10}, 10), ({}, model.config.max_position_embeddings)):
+        spy = Spy(model)
+        encode(spy, tokenizer, ["first, second " * 200], **options)
+        assert spy.shapes == [(1, expected)]
+
+
+def test_only_the_exits_asked_for_are_given_in_ascending_order(model, tokenizer):
+    assert tuple(encode(model, tokenizer, TEXTS, exit_layers=[2, 1])) == (1, 2)
+
+
+def test_an_unknown_exit_lists_those_that_exist(model, tokenizer):
+    with pytest.raises(ValueError, match="exit_layer 3 is not an exit of this model; its exits are 1, 2, 4"):
+        encode(model, tokenizer, TEXTS, exit_layers=[3])
+
+
+def test_no_texts_give_empty_arrays(model, tokenizer):
+    embeddings = encode(model, tokenizer, [])
+    assert {exit_layer: stack.shape for exit_layer, stack in embeddings.items()} == dict.fromkeys(
+        EXIT_LAYERS, (0, PROJECTION_SIZE)
+    )
+
+
+def test_one_string_is_no_list_of_texts(model, tokenizer):
+    with pytest.raises(ValueError, match="list of strings"):
+        encode(model, tokenizer, "return x")
+
+
+def test_a_tokenizer_without_padding_token_is_refused(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "_special_tokens_map", {**tokenizer._special_tokens_map, "pad_token": None})
+    with pytest.raises(ValueError, match="no padding token"):
+        encode(model, tokenizer, TEXTS)
+
+
+def test_the_model_runs_in_evaluation_mode_and_is_left_as_it_was(model, tokenizer):
+    spy = Spy(model).train()
+    encode(spy, tokenizer, TEXTS)
+    assert not spy.was_training
+    assert not spy.had_gradients
+    assert spy.inner.training
+    assert torch.is_grad_enabled()
+
+
+def test_dtype_computes_in_lower_precision_and_still_returns_float32(model, tokenizer):
+    full, half = encode(model, tokenizer, TEXTS)[4], encode(model, tokenizer, TEXTS, dtype=torch.bfloat16)[4]
+    assert half.dtype == np.float32
+    assert not np.array_equal(full, half)
+    assert np.allclose(full, half, atol=0.1)
+
+
+def test_progress_is_shown_unless_it_is_switched_off(model, tokenizer, capsys):
+    encode(model, tokenizer, TEXTS)
+    assert capsys.readouterr().err == ""
+    encode_exits(model, tokenizer, TEXTS)
+    assert "encoding" in capsys.readouterr().err
+
+
+SHORT_AND_LONG = ["x", "def f(a, b):\n    return a + b\n" * 3]
+
+
+def tokens_through_the_layers(model, tokenizer):
+    """How many tokens an MLP sees of a text and a much longer one."""
+    seen = []
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output[..., 0]))
+    encode(model, tokenizer, SHORT_AND_LONG)
+    hook.remove()
+    return sum(states.numel() for states in seen)
+
+
+def test_no_padding_is_computed_and_the_setting_is_left_as_it_was(model, tokenizer):
+    lengths = [len(ids) for ids in tokenizer(SHORT_AND_LONG)["input_ids"]]
+    assert lengths[1] > 2 * lengths[0]
+    assert tokens_through_the_layers(model, tokenizer) == sum(lengths)
+    assert model.config.unpad_inputs is False
+
+
+def test_legacy_pooling_may_read_padding_which_is_then_computed(tokenizer):
+    model = tiny_model(pooling="legacy").eval()
+    lengths = [len(ids) for ids in tokenizer(SHORT_AND_LONG)["input_ids"]]
+    assert tokens_through_the_layers(model, tokenizer) == 2 * max(lengths)

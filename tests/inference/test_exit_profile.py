@@ -1,0 +1,181 @@
+"""The file of the profile, and the choice of an exit by budgets."""
+
+import dataclasses
+import json
+
+import pytest
+
+import modular_star_encoder.cli.main as cli
+from modular_star_encoder.inference.exit_profile import (
+    ExitProfile,
+    Measurement,
+    ProfiledExit,
+    quality_from_results,
+    select_exit,
+)
+
+SHAPES = ((1, 128), (8, 128))
+
+
+def measurement(exit_layer, batch_size, length, memory):
+    latency = 5.0 * exit_layer * batch_size
+    return Measurement(batch_size, length, 2e6, latency / 2, latency, 1.0, 128.0, memory, 30)
+
+
+def made_up_profile(quality=None, memory=True):
+    """Exits 4, 9 and 18: 20, 45 and 90 ms at the 95th percentile for one text, 400, 900 and 1800 MB."""
+    exits = {
+        exit_layer: ProfiledExit(
+            exit_layer * 1000,
+            exit_layer * 0.004,
+            tuple(measurement(exit_layer, *shape, 100.0 * exit_layer if memory else None) for shape in SHAPES),
+        )
+        for exit_layer in (4, 9, 18)
+    }
+    machine = {"processor": "made up", "cores": 2, "threads": 2, "memory_gb": 8.0}
+    profile = ExitProfile(exits, "cpu", "float32", "sdpa", "0123", 300.0, machine, {"torch": "2.13.0"}, "2026-11-21")
+    return profile if quality is None else profile.with_quality("mrr", quality)
+
+
+@pytest.mark.parametrize(
+    ("budget", "chosen"),
+    [
+        ({"latency_ms": 90}, 18),
+        ({"latency_ms": 89.999}, 9),
+        ({"latency_ms": 45}, 9),
+        ({"latency_ms": 20}, 4),
+        ({"memory_mb": 1800}, 18),
+        ({"memory_mb": 1799}, 9),
+        ({"latency_ms": 90, "memory_mb": 400}, 4),
+        ({"latency_ms": 160, "batch_size": 8}, 4),
+        ({"latency_ms": 360, "batch_size": 8, "length": 128}, 9),
+    ],
+)
+def test_the_deepest_exit_whose_figures_just_reach_the_budgets_is_chosen(budget, chosen):
+    assert select_exit(made_up_profile(), **budget) == chosen
+
+
+@pytest.mark.parametrize(
+    ("quality", "budget", "chosen"),
+    [
+        ({4: 0.5, 9: 0.7, 18: 0.6}, {"latency_ms": 90}, 9),
+        ({4: 0.5, 9: 0.7, 18: 0.7}, {"latency_ms": 90}, 9),
+        ({4: 0.5, 9: 0.7, 18: 0.6}, {"latency_ms": 44}, 4),
+        ({4: 0.5, 9: 0.7, 18: 0.8}, {"min_quality": 0.8}, 18),
+        ({4: 0.5, 9: 0.7, 18: 0.8}, {"min_quality": 0.7, "latency_ms": 45}, 9),
+        ({4: 0.5, 9: 0.7}, {"min_quality": 0.1}, 9),
+        ({4: 0.5, 9: 0.7}, {"latency_ms": 90}, 18),
+    ],
+    ids=["best", "shallowest of equals", "within time", "just good enough", "both", "unknown is not enough", "gaps"],
+)
+def test_the_best_exit_is_chosen_where_quality_is_known(quality, budget, chosen):
+    assert select_exit(made_up_profile(quality), **budget) == chosen
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (
+            {"latency_ms": 19.9},
+            "keeps latency_ms=19.9 for batches of 1 × 128 tokens; the nearest possible: latency_ms 20 ms (exit 4).",
+        ),
+        ({"min_quality": 0.9}, "the nearest possible: min_quality 0.8 (exit 18)."),
+        (
+            {"min_quality": 0.7, "latency_ms": 20},
+            "the nearest possible with the other budgets kept: latency_ms 45 ms (exit 9), or min_quality 0.5 (exit 4).",
+        ),
+        (
+            {"latency_ms": 1, "memory_mb": 1},
+            "the best of each alone: latency_ms 20 ms (exit 4), memory_mb 400 MB (exit 4).",
+        ),
+        ({}, "Give at least one budget: latency_ms, memory_mb or min_quality."),
+        ({"latency_ms": 20, "length": 64}, "no batch of any number of texts of 64 tokens; it has 1 × 128, 8 × 128."),
+        ({"min_quality": 0.5, "benchmark": "cosqa"}, "knows no quality on cosqa; it knows mrr."),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_told_with_what_can(budget, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message follows
+        select_exit(made_up_profile({4: 0.5, 9: 0.7, 18: 0.8}), **budget)
+    assert message in str(error.value)
+
+
+def test_budgets_on_what_is_not_known_are_refused():
+    with pytest.raises(ValueError, match="memory_mb is not known of any exit"):
+        select_exit(made_up_profile(memory=False), memory_mb=1000)
+    with pytest.raises(ValueError, match="knows no quality, so min_quality can't be asked for"):
+        select_exit(made_up_profile(), min_quality=0.5)
+    two = made_up_profile({4: 0.5, 9: 0.7, 18: 0.8}).with_quality("cosqa", {4: 0.9, 9: 0.1, 18: 0.2})
+    with pytest.raises(ValueError, match="knows cosqa, mrr: name one"):
+        select_exit(two, min_quality=0.5)
+    assert select_exit(two, min_quality=0.5, benchmark="cosqa") == 4
+    assert select_exit(two, latency_ms=90) == 18  # which of the two counts is not said
+
+
+def test_the_file_holds_the_profile(tmp_path):
+    profile = made_up_profile({4: 0.5, 18: 0.8})
+    profile.save(tmp_path / "profile.json")
+    assert ExitProfile.load(tmp_path / "profile.json") == profile
+    assert list(json.loads((tmp_path / "profile.json").read_text())["exits"]) == ["4", "9", "18"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:100],
+        lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: text.replace('"runs"', '"times"'),
+        lambda text: text.replace('"dtype": "float32",', ""),
+        lambda text: "[]",
+        lambda text: json.dumps({**json.loads(text), "exits": {}}),
+        lambda text: text.replace('"batch_size": 8', '"batch_size": 9', 1),
+    ],
+    ids=["half", "later format", "unknown field", "missing field", "a list", "no exits", "unequal shapes"],
+)
+def test_a_file_that_is_no_profile_is_refused(tmp_path, damage):
+    path = tmp_path / "profile.json"
+    made_up_profile().save(path)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=r"profile\.json is not an exit profile"):
+        ExitProfile.load(path)
+    with pytest.raises(FileNotFoundError, match="`mose profile` measures one"):
+        ExitProfile.load(tmp_path / "missing.json")
+
+
+def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text(
+        json.dumps({"exits": {"4": {"mrr": 0.5, "recall_at_1": 0.4}, "9": {"mrr": 0.6, "recall_at_1": 0.5}}})
+    )
+    assert quality_from_results(file) == {4: 0.5, 9: 0.6}
+    assert quality_from_results(file, "recall_at_1") == {4: 0.4, 9: 0.5}
+    profile = made_up_profile().with_quality("csn", quality_from_results(file))
+    assert [dict(profiled.quality) for profiled in profile.exits.values()] == [{"csn": 0.5}, {"csn": 0.6}, {}]
+    with pytest.raises(ValueError, match=r"results\.json has no ndcg of each exit"):
+        quality_from_results(file, "ndcg")
+    with pytest.raises(ValueError, match="csn has figures of exits 5, and the profile of exits 4, 9, 18"):
+        profile.with_quality("csn", {5: 0.1})
+
+
+@pytest.mark.parametrize("content", ['{"exits": {"4": {"mrr": NaN}}}', '{"exits": {}}'])
+def test_figures_that_are_none_are_refused(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"results\.json has no mrr of each exit"):
+        quality_from_results(tmp_path / "results.json")
+
+
+def test_quality_of_other_weights_is_refused(tmp_path, capsys):
+    made_up_profile().save(tmp_path / "profile.json")
+    file = tmp_path / "results.json"
+    command = ["profile", str(tmp_path), "--out", str(tmp_path / "profile.json"), "--quality", f"csn={file}"]
+    for fingerprint, status, benchmarks in (("4567", 2, ()), ("0123", 0, ("csn",))):
+        file.write_text(json.dumps({"checkpoint_fingerprint": fingerprint, "exits": {"4": {"mrr": 0.5}}}))
+        assert cli.main(command) == status
+        assert ExitProfile.load(tmp_path / "profile.json").benchmarks == benchmarks
+    assert "figures of the weights 4567, not of 0123" in capsys.readouterr().err
+
+
+def test_quality_is_carried_over_between_profiles_of_the_same_weights_only():
+    older = made_up_profile({4: 0.5, 18: 0.8})
+    assert made_up_profile().with_quality_of(older) == older
+    other = dataclasses.replace(older, checkpoint="4567")
+    assert made_up_profile().with_quality_of(other) == made_up_profile()

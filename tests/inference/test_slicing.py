@@ -1,0 +1,236 @@
+"""Slices: the exit of the full model, bit for bit, by every way of loading."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
+
+import modular_star_encoder.cli.main as cli
+from modular_star_encoder.data.prompts import text_prompt
+from modular_star_encoder.hub.serving_folder import checkpoint_prompts
+from modular_star_encoder.hub.verification import reload_in_clean_process
+from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint, slice_checkpoint
+from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
+from modular_star_encoder.utils.files import staged_folder
+from tests.hub.test_cached_repository import REPOSITORY, cache_repository
+from tests.published.stand_in import write_stand_in
+from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_batch, tiny_config, tiny_model, tiny_tokenizer
+
+TEXTS = ["add two numbers", "def subtract(first, second):\n    return first - second", "x"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("full") / "model")
+
+
+def load(folder, **options):
+    return SentenceTransformer(str(folder), device="cpu", **options)
+
+
+@pytest.mark.parametrize("exit_layer", EXIT_LAYERS)
+def test_encode_at_an_exit_equals_encode_of_the_slice_bit_for_bit(checkpoint, tmp_path, exit_layer):
+    sliced = slice_checkpoint(checkpoint, exit_layer, tmp_path / "slice")
+    expected = load(checkpoint).encode(TEXTS, prompt_name="query", exit_layer=exit_layer)
+    assert np.array_equal(load(sliced).encode(TEXTS, prompt_name="query"), expected)
+    assert np.array_equal(
+        load(checkpoint, config_kwargs={"exit_layer": exit_layer}).encode(TEXTS, prompt_name="query"), expected
+    )
+    assert expected.shape == (3, 16)
+    if exit_layer != max(EXIT_LAYERS):
+        assert not np.allclose(expected, load(checkpoint).encode(TEXTS, prompt_name="query"), atol=1e-2)
+
+
+def test_a_slice_still_offers_its_shallower_exits(checkpoint, tmp_path):
+    sliced = slice_checkpoint(checkpoint, 2, tmp_path / "slice")
+    assert np.array_equal(load(sliced).encode(TEXTS, exit_layer=1), load(checkpoint).encode(TEXTS, exit_layer=1))
+
+
+def test_a_slice_of_a_slice_is_the_slice(checkpoint, tmp_path):
+    direct = slice_checkpoint(checkpoint, 1, tmp_path / "direct")
+    twice = slice_checkpoint(slice_checkpoint(checkpoint, 2, tmp_path / "first"), 1, tmp_path / "second")
+    assert (direct / "model.safetensors").read_bytes() == (twice / "model.safetensors").read_bytes()
+
+
+def test_the_models_own_embedding_is_what_sentence_transformers_computes(checkpoint):
+    model, tokenizer = AutoModel.from_pretrained(checkpoint).eval(), tiny_tokenizer()
+    batch = tokenizer([text_prompt() + text for text in TEXTS], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        own = model(**batch).sentence_embedding.numpy()
+    np.testing.assert_array_equal(own, load(checkpoint).encode(TEXTS, prompt_name="query"))
+
+
+def test_a_slice_is_honest_about_what_it_holds(checkpoint, tmp_path):
+    config = json.loads((slice_checkpoint(checkpoint, 2, tmp_path / "slice") / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["exit_layers"], config["exit_norm"]) == (2, [1, 2], "none")
+    assert (config["parent_num_hidden_layers"], config["parent_exit_layers"]) == (4, [1, 2, 4])
+    assert config["exit_layer"] is None
+
+
+def test_a_model_fine_tuned_without_instructions_says_so(tmp_path):
+    folder = save_retrieval_checkpoint(tiny_model(instruction_prompts=False), tiny_tokenizer(), tmp_path / "model")
+    prompts = load(folder).prompts
+    assert prompts["query"] == prompts["document_python"] == ""
+    assert AutoModel.from_pretrained(folder).config.instruction_prompts is False
+
+
+def test_only_exit_keeps_one_head_and_the_same_embedding(checkpoint, tmp_path):
+    sliced = slice_checkpoint(checkpoint, 2, tmp_path / "slice", only_exit=True)
+    model = AutoModel.from_pretrained(sliced)
+    assert set(model.projection_heads) == {"2"}
+    assert np.array_equal(load(sliced).encode(TEXTS), load(checkpoint).encode(TEXTS, exit_layer=2))
+
+
+def test_a_slice_of_a_pretrained_model_keeps_its_heads_and_rows(tmp_path):
+    full = tiny_model(ModularStarEncoderForPreTraining).eval()
+    full.save_pretrained(tmp_path / "full")
+    tiny_tokenizer().save_pretrained(tmp_path / "full")
+    slice_checkpoint(tmp_path / "full", 2, tmp_path / "slice", only_exit=True)
+    sliced = ModularStarEncoderForPreTraining.from_pretrained(tmp_path / "slice")
+    with torch.inference_mode():
+        assert torch.equal(full(**tiny_batch(), exit_layer=2).logits, sliced(**tiny_batch()).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exit_layer", [2, 4])
+def test_a_slice_needs_nothing_of_this_package(checkpoint, tmp_path, exit_layer):
+    sliced = slice_checkpoint(checkpoint, exit_layer, tmp_path / "slice")
+    reloaded = reload_in_clean_process(sliced, TEXTS, prompt=text_prompt())
+    expected = load(checkpoint).encode(TEXTS, prompt_name="query", exit_layer=exit_layer)
+    assert np.array_equal(reloaded.auto_model, expected)
+    assert np.array_equal(reloaded.sentence_transformer, expected)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_not_self_contained_is_found_out(checkpoint, tmp_path):
+    sliced = slice_checkpoint(checkpoint, 1, tmp_path / "slice")
+    (sliced / "modeling_modular_star_encoder.py").unlink()
+    with pytest.raises(RuntimeError, match="cannot be loaded without this package"):
+        reload_in_clean_process(sliced, TEXTS)
+
+
+def test_wrong_input_writes_nothing(checkpoint, tmp_path):
+    out = tmp_path / "slice"
+    with pytest.raises(ValueError, match=r"exit_layer 3 is not an exit of this model; its exits are 1, 2, 4\."):
+        slice_checkpoint(checkpoint, 3, out)
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+        slice_checkpoint(tmp_path / "missing", 2, out)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text((checkpoint / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match="has no weights"):
+        slice_checkpoint(tmp_path / "empty", 2, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "holds a model of type 'bert', not a Modular"),
+        ({"exit_norm": "lst"}, "can't be loaded: .*exit_norm 'lst' must be one of last, all, none"),
+        ({}, "can't be loaded: .*deserializing"),
+    ],
+)
+def test_what_is_damaged_or_none_of_ours_is_one_sentence(checkpoint, tmp_path, config, sentence, capsys):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | config))
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
+    assert cli.main(["slice", str(copy), "--exit-layer", "2", str(tmp_path / "slice")]) == 2
+    assert re.search(f"mose: error: {copy} {sentence}", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_head_that_is_not_in_the_file_is_not_drawn_at_random(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    tensors = {name: tensor.clone() for name, tensor in load_file(copy / "model.safetensors").items()}
+    del tensors["projection_heads.2.dense.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 tensors are missing from .*, such as projection_heads\.2\.dense\.weight"):
+        slice_checkpoint(copy, 2, tmp_path / "slice")
+    save_file({**tensors, "model.layers.4.mlp.c_fc.bias": torch.ones(2)}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 tensors are too many in .*, such as model\.layers\.4\.mlp\.c_fc\.bias"):
+        slice_checkpoint(copy, 1, tmp_path / "slice")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_damaged_tokenizer_is_one_sentence(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(ValueError, match=r"The tokenizer of .*copy is missing or damaged"):
+        slice_checkpoint(copy, 2, tmp_path / "slice")
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"The tokenizer of .*copy is missing or damaged"):
+        slice_checkpoint(copy, 2, tmp_path / "slice")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_slice_of_a_repository_is_a_sentence_transformer_too(checkpoint, tmp_path, monkeypatch):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    settings = json.loads((copy / "config_sentence_transformers.json").read_text())
+    settings["prompts"] = {"query": "find: "}
+    (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    cache_repository(copy, tmp_path / "hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    from_folder = slice_checkpoint(copy, 2, tmp_path / "from-folder")
+    from_hub = slice_checkpoint(REPOSITORY, 2, tmp_path / "from-hub")
+    files = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (from_folder, from_hub)]
+    assert files[0] == files[1]
+    assert load(from_hub).prompts["query"] == "find: "
+    assert checkpoint_prompts(REPOSITORY, tiny_config()) == {"query": "find: "}
+
+
+def test_a_tilde_is_the_home_folder(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    sliced = slice_checkpoint("~/model", 2, "~/slice")
+    assert sliced == checkpoint.parent / "slice"
+    assert sliced.is_dir()
+
+
+def test_a_folder_that_is_taken_is_left_alone(checkpoint, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="already exists"):
+        slice_checkpoint(checkpoint, 2, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
+    def write_half() -> None:
+        with staged_folder(tmp_path / "out") as staging:
+            (staging / "half").write_text("")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+    with staged_folder(tmp_path / "out") as staging:
+        (staging / "whole").write_text("")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+
+
+def test_a_published_checkpoint_is_sliced_into_our_layout(tmp_path):
+    write_stand_in(tmp_path / "published", "finetuned")
+    full = AutoModel.from_pretrained(tmp_path / "published", dtype=torch.float32)
+    exit_layer = full.config.exit_layers[1]
+    sliced = slice_checkpoint(tmp_path / "published", exit_layer, tmp_path / "slice")
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with torch.inference_mode():
+        expected = full(**batch, exit_layer=exit_layer).sentence_embedding
+        found = AutoModel.from_pretrained(sliced, dtype=torch.float32)(**batch).sentence_embedding
+    assert torch.equal(found, expected)
+
+
+def test_a_class_of_somebody_elses_is_not_sliced_in_half(tmp_path, checkpoint):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["TheirModel"]}))
+    with pytest.raises(ValueError, match="holds a TheirModel, no class of this package"):
+        slice_checkpoint(copy, 2, tmp_path / "slice")
+    assert not (tmp_path / "slice").exists()

@@ -1,0 +1,125 @@
+"""A loopback server of OpenAI's chat protocol, for tests and trial builds: answers come from a function or a model.
+
+python -m tests.synthconl.openai_server --port 8000 --model FOLDER    # any causal model; without --model, a stand-in
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+from modular_star_encoder.synthconl.completions import TOO_LONG, Completion, CompletionRequest
+from modular_star_encoder.synthconl.local_backends import TransformersBackend
+from tests.loopback import LoopbackHandler, LoopbackServer
+from tests.synthconl.stand_in import save_stand_in
+
+Answer = Callable[[str], Completion]
+Fault = Callable[[int, dict[str, Any], dict[str, str]], tuple[int, Any, dict[str, str]] | None]
+
+
+class OpenAIServer:
+    """Serves while it is used as a context manager.
+
+    Attributes:
+        base_url: What a client is given.
+        prompts: The prompts of all requests that were answered with a completion, in order.
+        bodies: The bodies of all requests.
+    """
+
+    def __init__(self, answer: Answer, fault: Fault | None = None, port: int = 0) -> None:
+        """`fault` sees the number of a request, its body and its headers, and may give another reply."""
+        self.answer, self.fault = answer, fault
+        self.prompts: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
+        self._server = LoopbackServer(_Handler, self, port)
+        self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self) -> "OpenAIServer":
+        self._server.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.__exit__()
+
+
+class _Handler(LoopbackHandler):
+    def do_POST(self) -> None:
+        owner: OpenAIServer = self.server.owner
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with owner.lock:
+            number = len(owner.bodies)
+            owner.bodies.append(body)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        reply = owner.fault(number, body, headers) if owner.fault else None
+        if reply is None and self.path != "/v1/chat/completions":
+            reply = 404, {"error": {"message": "Not found"}}, {}
+        if reply is None:
+            prompt = body["messages"][0]["content"]
+            completion = owner.answer(prompt)
+            if completion.error:
+                code = "context_length_exceeded" if completion.finish_reason == TOO_LONG else None
+                reply = 400, {"error": {"message": completion.error, "code": code}}, {}
+            else:
+                with owner.lock:
+                    owner.prompts.append(prompt)
+                reply = 200, _content(body["model"], completion), {}
+        self.reply(*reply)
+
+
+def _content(model: str, completion: Completion) -> dict[str, Any]:
+    message = {"role": "assistant", "content": completion.text}
+    usage = {"prompt_tokens": completion.prompt_tokens, "completion_tokens": completion.completion_tokens}
+    choice = {"index": 0, "message": message, "finish_reason": completion.finish_reason}
+    return {"id": "chatcmpl-0", "object": "chat.completion", "model": model, "choices": [choice], "usage": usage}
+
+
+class ModelAnswers:
+    """Answers prompts with a causal model; those that wait at the same time make one batch."""
+
+    def __init__(self, folder: str | Path, max_tokens: int, batch_size: int = 32) -> None:
+        self._backend = TransformersBackend(str(folder), max_tokens, batch_size=batch_size)
+        self._waiting: Queue[tuple[str, Queue[Completion]]] = Queue()
+        self._batch_size = batch_size
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def __call__(self, prompt: str) -> Completion:
+        """Wait for the answer."""
+        answer: Queue[Completion] = Queue()
+        self._waiting.put((prompt, answer))
+        return answer.get()
+
+    def _work(self) -> None:
+        while True:
+            batch = [self._waiting.get()]
+            try:
+                while len(batch) < self._batch_size:
+                    batch.append(self._waiting.get(timeout=0.002))
+            except Empty:
+                pass
+            requests = [CompletionRequest(str(place), prompt) for place, (prompt, _) in enumerate(batch)]
+            for completion in self._backend.complete(requests):
+                batch[int(completion.id)][1].put(completion)
+
+
+def main() -> None:
+    """Serve until Ctrl-C."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--model", help="folder of a causal model; a stand-in of random weights by default")
+    parser.add_argument("--max-tokens", type=int, default=16)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        sources = (path.read_text(encoding="utf-8") for path in sorted(Path("src").rglob("*.py")))
+        model = arguments.model or save_stand_in(Path(folder), texts=sources, positions=4096, vocabulary=4096)
+        with OpenAIServer(ModelAnswers(model, arguments.max_tokens), port=arguments.port) as server:
+            print(server.base_url, flush=True)
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

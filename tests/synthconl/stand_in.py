@@ -1,0 +1,78 @@
+"""A causal language model of random weights, small enough to answer thousands of prompts a minute on one core."""
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from modular_star_encoder.synthconl.completions import PROMPT
+
+TEMPLATE = "{% for message in messages %}<user>{{ message['content'] }}<end>{% endfor %}<assistant>"
+CODE = "def add(first, second):\n    return first + second\n\nfunc Add(a int, b int) int {\n\treturn a + b\n}\n"
+
+
+def save_stand_in(
+    folder: Path, *, texts: Iterable[str] = (PROMPT, CODE), positions: int = 512, vocabulary: int = 384
+) -> Path:
+    """Write a checkpoint. A tenth of the tokens end a text, so that some texts end before they are cut.
+
+    `texts` are what the tokenizer is trained on: on more of them, and with a larger vocabulary, prompts are shorter.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<user>", "<end>", "<assistant>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        initializer_range=0.5,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = [2, *range(100, 100 + len(fast) // 10)]
+    # As Qwen's checkpoints have, and stronger: what a greedy back end must not follow.
+    model.generation_config.update(do_sample=True, temperature=2.0, repetition_penalty=9.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+class Oracle:
+    """What a checkpoint's greedy answer is, token by token and one prompt at a time, without `generate`."""
+
+    def __init__(self, folder: Path, max_tokens: int) -> None:
+        self._model = LlamaForCausalLM.from_pretrained(folder).eval()
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        self._max_tokens = max_tokens
+        self.answer_tokens = cache(self._answer_tokens)
+
+    def answer(self, prompt: str) -> tuple[str, str, int, int]:
+        """Text, finish reason, tokens of the prompt, tokens written."""
+        # The chat template, written out.
+        prompt = f"<user>{prompt}<end><assistant>"
+        return self.answer_tokens(tuple(self._tokenizer(prompt, add_special_tokens=False)["input_ids"]))
+
+    @torch.inference_mode()
+    def _answer_tokens(self, prompt: tuple[int, ...]) -> tuple[str, str, int, int]:
+        written: list[int] = []
+        ends = self._model.generation_config.eos_token_id
+        while len(written) < self._max_tokens and not (written and written[-1] in ends):
+            written.append(int(self._model(torch.tensor([[*prompt, *written]])).logits[0, -1].argmax()))
+        stopped = written[-1] in ends
+        text = self._tokenizer.decode(written[:-1] if stopped else written, skip_special_tokens=True)
+        return text, "stop" if stopped else "length", len(prompt), len(written)

@@ -1,0 +1,270 @@
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+from filelock import FileLock
+
+from modular_star_encoder.data.pairs import open_triplets
+from modular_star_encoder.data.sources.source_files import LANGUAGES
+from modular_star_encoder.synthconl import row_files
+from modular_star_encoder.synthconl.build import SPLITS, STAGES, build_dataset
+from modular_star_encoder.synthconl.completions import BackendError, target_language
+from modular_star_encoder.synthconl.recipe import DATASET_COLUMNS
+from modular_star_encoder.synthconl.row_files import SCHEMA, read_rows
+from tests.synthconl.build_samples import build_and_die, marker, small_recipe, translation, write_corpus
+from tests.synthconl.openai_server import OpenAIServer
+from tests.synthconl.samples import ended_by_sigkill, start_process
+
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "repositories")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with OpenAIServer(translation) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, server, tmp_path_factory):
+    """A build that nothing interrupted."""
+    out = tmp_path_factory.mktemp("build") / "out"
+    assert build_dataset(small_recipe(corpus, server.base_url), out, progress=False) == out / "dataset"
+    return out
+
+
+def report(out, stage):
+    return json.loads((out / stage / "report.json").read_text())
+
+
+def published(out):
+    """Split and row by id, as the Hub's library reads them by the card's metadata."""
+    rows = {}
+    for split, part in datasets.load_dataset(str(out / "dataset"), cache_dir=str(out.parent / "cache")).items():
+        for row in part:
+            assert row["id"] not in rows
+            rows[row["id"]] = (split, row)
+    return rows
+
+
+def assert_rows_are_their_own(out):
+    """Every row has its own function's translation, into the language that its id draws."""
+    functions = {row["id"]: row for row in read_rows(out / "functions")}
+    for split, row in published(out).values():
+        function = functions[row["id"]]
+        assert row["func1_CSN"] == function["func1_CSN"]
+        assert row["func_documentation_string"] == function["func_documentation_string"]
+        assert row["repository_name"] == function["repository_name"]
+        assert marker(function["func1_CSN"]) in row["func2"]
+        target = target_language(row["id"], function["language1_CSN"], seed=SEED)
+        assert row["language2"] == ("c++" if target == "cpp" else target)
+        assert split in SPLITS
+
+
+def test_a_build_has_every_row_that_passes_once_and_with_its_own_translation(finished):
+    assert_rows_are_their_own(finished)
+    answers, accepted, kept = (report(finished, name) for name in ("translations", "triplets", "near_duplicates"))
+    count = len(list(read_rows(finished / "functions")))
+    assert answers["completions"] == count == 35
+    assert set(accepted["rejected"]) == {"truncated", "refused"}
+    assert accepted["accepted"] + sum(accepted["rejected"].values()) == count
+    assert sum(sum(pair.values()) for pair in accepted["pairs"].values()) == count
+    assert 0 < kept["counts"]["kept"] < kept["rows"] == accepted["accepted"]
+    assert len(published(finished)) == kept["counts"]["kept"]
+    triplets = {row["id"] for row in read_rows(finished / "triplets")}
+    assert {row["id"] for row in read_rows(finished / "near_duplicates")} == set(published(finished)) < triplets
+
+
+def test_the_splits_share_no_repository(finished):
+    repositories = {split: set() for split in SPLITS}
+    for split, row in published(finished).values():
+        repositories[split].add(row["repository_name"])
+    assert all(repositories.values())
+    assert not set.intersection(*repositories.values())
+    counts = Counter(split for split, _ in published(finished).values())
+    splits = report(finished, "split")["splits"]
+    assert {name: one["rows"] for name, one in splits.items()} == counts
+    assert {name: one["repositories"] for name, one in splits.items()} == {
+        name: len(names) for name, names in repositories.items()
+    }
+
+
+def test_the_result_reads_as_triplets_with_the_columns_of_synthconl(finished):
+    rows = [row for split, row in published(finished).values() if split == "train"]
+    assert all(list(row) == list(DATASET_COLUMNS) for row in rows)
+    triplets = list(open_triplets(finished / "dataset", strict=True))
+    assert [triplet.other_code for triplet in triplets] == [row["func2"] for row in rows]
+    assert {triplet.language for triplet in triplets} == {"python"}
+    assert {triplet.other_language for triplet in triplets} <= set(LANGUAGES) - {"python"}
+
+
+def test_only_what_is_published_lies_in_the_folder(finished):
+    files = {path.relative_to(finished / "dataset").as_posix() for path in (finished / "dataset").rglob("*.*")}
+    assert files == {
+        "README.md",
+        "statistics.json",
+        "report.json",
+        "data/train-00000-of-00001.parquet",
+        "data/validation-00000-of-00001.parquet",
+    }
+    assert {path.name for path in finished.iterdir()} == {stage.__name__ for stage in STAGES} | {".lock", "build.json"}
+
+
+def test_a_finished_build_is_not_built_again(corpus, finished, server):
+    asked, before = len(server.bodies), (finished / "build.json").read_bytes()
+    build_dataset(small_recipe(corpus, "http://127.0.0.1:1/v1"), finished, progress=False)
+    assert len(server.bodies) == asked
+    assert (finished / "build.json").read_bytes() == before
+
+
+def done(out):
+    return sum((out / stage.__name__ / "report.json").is_file() for stage in STAGES)
+
+
+def test_killed_before_every_renaming_of_every_stage_nothing_is_lost_doubled_or_mismatched(
+    corpus, finished, server, tmp_path
+):
+    # A process dies before its first renaming, the next before its second, and so on until one finishes a stage; then
+    # again from the first. What is on disk changes by renaming, so these are all the states that a death can leave.
+    out, asked = tmp_path / "out", len(server.bodies)
+    deaths = Counter()
+    while (stage := done(out)) < len(STAGES):
+        process = start_process(build_and_die, corpus, server.base_url, out, deaths[stage] + 1)
+        killed = ended_by_sigkill(process)
+        assert killed or process.exitcode == 0
+        deaths[stage] += killed
+    assert min(deaths[stage] for stage in range(len(STAGES))) >= 2
+    build_dataset(small_recipe(corpus, server.base_url), out, progress=False)
+    assert_rows_are_their_own(out)
+    assert published(out) == published(finished)
+    assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
+    # The stage of translation starts as often as it is killed, with at most four requests under way.
+    assert len(server.bodies) - asked <= 35 + 4 * deaths[1]
+
+
+def test_killed_while_several_processes_extract_it_leaves_none_behind(corpus, finished, server, tmp_path):
+    # With two rows in a file, the second renaming, that of the first file, comes while the others are still at work.
+    options = {"rows_per_file": 2, "processes": 2}
+    assert ended_by_sigkill(start_process(build_and_die, corpus, server.base_url, tmp_path / "out", 2, **options))
+    assert done(tmp_path / "out") == 0
+    build_dataset(small_recipe(corpus, server.base_url), tmp_path / "out", progress=False)
+    assert published(tmp_path / "out") == published(finished)
+
+
+def test_an_endpoint_that_fails_stops_the_build_and_the_next_one_goes_on(corpus, tmp_path, finished):
+    def no_credit(number, *_):
+        return (402, {"error": {"message": "Out of credit."}}, {}) if number == 9 else None
+
+    with OpenAIServer(translation, no_credit) as server:
+        recipe = small_recipe(corpus, server.base_url)
+        with pytest.raises(BackendError, match=r"status 402, Out of credit\.$"):
+            build_dataset(recipe, tmp_path / "out", progress=False)
+        build_dataset(recipe, tmp_path / "out", progress=False)
+        assert len(server.prompts) == 35
+    assert published(tmp_path / "out") == published(finished)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"translation": {"model": "another"}}, r"translations was made with another translations\.model;"),
+        ({"translation": {"max_tokens": 9}}, r"another translations\.max_tokens"),
+        ({"seed": 4}, r"another translations\.seed"),
+        ({"options": {"body": {"seed": 1}}}, r"another translations\.options\.body"),
+        ({"languages": ["python", "go"]}, r"functions was made with another functions\.languages"),
+        ({"max_syntax_error_share": 0.5}, r"triplets was made with another triplets\.max_syntax_error_share"),
+        ({"near_duplicates": {"threshold": 0.5}}, r"near_duplicates was made with another near_duplicates\.threshold"),
+        ({"validation_rows": 6}, r"split was made with another split\.validation_rows"),
+        ({"card": {"name": "Mine"}}, r"dataset was made with another dataset\.card\.name"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused(corpus, finished, server, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build_dataset(small_recipe(corpus, server.base_url, **changes), finished, progress=False)
+
+
+def test_a_stage_that_is_removed_is_made_anew_with_other_settings(corpus, finished, server, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    recipe = small_recipe(corpus, server.base_url, card={"name": "Mine"})
+    shutil.rmtree(out / "dataset")
+    build_dataset(recipe, out, progress=False)
+    assert "pretty_name: Mine" in (out / "dataset" / "README.md").read_text()
+    assert published(out) == published(finished)
+
+
+def test_answers_to_other_functions_are_refused(corpus, finished, server, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for name in ("triplets", "near_duplicates", "split", "dataset"):
+        shutil.rmtree(out / name)
+    file = out / "translations" / "rows-00000.parquet"
+    row_files.write_parquet(file, [pq.read_table(file).take([1, 0, *range(2, 35)])], SCHEMA)
+    with pytest.raises(ValueError, match=r"answers in .*translations/rows-00000.parquet are not those to"):
+        build_dataset(small_recipe(corpus, server.base_url), out, progress=False)
+    assert not (out / "triplets").exists()
+
+
+def test_how_it_is_run_may_change(corpus, finished, server):
+    build_dataset(
+        small_recipe(corpus, "http://127.0.0.1:1/v1", options={"concurrency": 9}, processes=1), finished, progress=False
+    )
+
+
+def test_wrong_folders_are_refused_and_left_alone(corpus, server, tmp_path, monkeypatch):
+    monkeypatch.setattr("modular_star_encoder.synthconl.build.LOCK_SECONDS", 0.0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    recipe = small_recipe(corpus, server.base_url)
+    with pytest.raises(ValueError, match="holds something else"):
+        build_dataset(recipe, tmp_path / "mine", progress=False)
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ValueError, match="Another process is at work in"):
+        build_dataset(recipe, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "sentence"),
+    [
+        ({"source": "none.jsonl", "column": "code"}, "There is no file none.jsonl"),
+        ({"source": "{rows}", "column": "code", "spilt": "test"}, "has no option spilt; there are split"),
+        ({"source": "{rows}", "column": "cod"}, "line 1 has no text in column 'cod'"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_read_is_told_before_anything_is_asked(corpus, tmp_path, benchmark, sentence):
+    (tmp_path / "rows.jsonl").write_text('{"code": "x"}\n')
+    benchmark = benchmark | {"source": benchmark["source"].format(rows=tmp_path / "rows.jsonl")}
+    recipe = small_recipe(corpus, "http://127.0.0.1:1", against={"benchmark": benchmark})
+    with pytest.raises(ValueError, match=sentence):
+        build_dataset(recipe, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_of_one_repository_is_told_before_anything_is_asked(tmp_path):
+    write_corpus(tmp_path / "corpus", repositories=1)
+    recipe = small_recipe(tmp_path / "corpus", "http://127.0.0.1:1")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="All functions are of one repository, 'repository0', and a dataset needs"):
+            build_dataset(recipe, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "functions").exists()
+
+
+def test_nothing_to_translate_and_nothing_accepted_are_one_sentence(corpus, tmp_path):
+    Path(tmp_path, "corpus", "a").mkdir(parents=True)
+    Path(tmp_path, "corpus", "a", "a.py").write_text("x = 1\n")
+    with OpenAIServer(lambda prompt: translation(prompt)) as server:
+        with pytest.raises(ValueError, match=r"no documented function to translate \(files left out: few letters: 1\)"):
+            build_dataset(small_recipe(tmp_path / "corpus", server.base_url), tmp_path / "one", progress=False)
+        recipe = small_recipe(corpus, server.base_url)
+        server.answer = lambda prompt: replace(translation(prompt), finish_reason="length")
+        with pytest.raises(ValueError, match=r"No translation was accepted \(truncated: 35\)"):
+            build_dataset(recipe, tmp_path / "two", progress=False)

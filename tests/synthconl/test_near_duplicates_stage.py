@@ -1,0 +1,337 @@
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import modular_star_encoder
+from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
+from modular_star_encoder.synthconl.near_duplicates import job as job_module
+from modular_star_encoder.synthconl.near_duplicates import storage as shards
+from modular_star_encoder.synthconl.near_duplicates.clusters import find_near_duplicates
+from modular_star_encoder.synthconl.near_duplicates.fingerprints import DuplicateSettings
+from modular_star_encoder.synthconl.near_duplicates.job import WORK, DuplicateJob, drop_near_duplicates, prepare_job
+from tests.synthconl.near_duplicate_samples import (
+    code,
+    mutated,
+    rows_with_near_duplicates,
+    sliding_windows,
+    true_jaccard,
+)
+
+AGAINST = {"bench": ["x = 1", ""]}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Rows of two columns of text, in no order of their ids, some of them blank or null."""
+    rng = random.Random(0)
+    first, second = rows_with_near_duplicates(300, seed=1), rows_with_near_duplicates(300, seed=2)
+    first[7], second[8], second[9], first[10], second[10] = "", None, "x = 1", None, None
+    rows = [
+        {"id": f"id-{number:03d}", "code": one, "translation": other, "number": number, "unused": [number]}
+        for number, (one, other) in enumerate(zip(first, second, strict=True))
+    ]
+    rng.shuffle(rows)
+    return rows
+
+
+def write_shards(folder, rows, sizes=(120, 0, 130, 50)):
+    start = 0
+    schema = pa.Table.from_pylist(rows).schema.with_metadata({"about": "rows of a test"})
+    for number, size in enumerate(sizes):
+        path = folder / f"part-{number % 2}" / f"{number}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows[start : start + size], schema), path, row_group_size=32)
+        start += size
+    assert start == len(rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, rows):
+    return write_shards(tmp_path_factory.mktemp("rows"), rows)
+
+
+def written_order(source):
+    return [
+        row for path in sorted(source.rglob("*.parquet")) for row in pq.read_table(path, partitioning=None).to_pylist()
+    ]
+
+
+def content(out):
+    """Everything in a folder but its name: file contents, by path."""
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def drop(source, out, **options):
+    options = {"columns": ["code", "translation"], "id_column": "id", "against": AGAINST, "progress": False, **options}
+    return drop_near_duplicates(source, out, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "rows"
+    return drop(source, out), out
+
+
+@pytest.mark.parametrize("match", ["either", "both"])
+def test_the_stage_keeps_what_the_search_in_memory_keeps(source, tmp_path, match):
+    settings = DuplicateSettings(match=match, recall="high")
+    rows = written_order(source)
+    columns = {name: [row[name] for row in rows] for name in ("code", "translation")}
+    expected = find_near_duplicates(columns, ids=[row["id"] for row in rows], against=AGAINST, settings=settings)
+    report = drop(source, tmp_path / "out", settings=settings)
+    assert written_order(tmp_path / "out") == [row for row, kept in zip(rows, expected.kept, strict=True) if kept]
+    assert report.counts == expected.counts
+    assert (report.rows, report.kept) == (300, expected.kept.sum())
+    assert (report.pairs_compared, report.near_pairs) == (expected.compared, len(expected.pairs))
+    assert report.largest_clusters == expected.cluster_sizes[:20].tolist()
+    assert report.counts["near another row"] > (50 if match == "either" else -1)
+    assert report.counts["near a text of bench"] == 1
+
+
+def test_files_are_read_and_written_some_rows_at_a_time(source, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_ROWS_AT_A_TIME", 5)
+    assert drop(source, tmp_path / "out") == finished[0]
+    assert written_order(tmp_path / "out") == written_order(finished[1])
+
+
+def test_files_keep_their_names_columns_and_schema(source, finished):
+    _, out = finished
+    names = [path.relative_to(source) for path in sorted(source.rglob("*.parquet"))]
+    assert [path.relative_to(out) for path in sorted(out.rglob("*.parquet"))] == names
+    for name in names:
+        before, after = pq.read_schema(source / name), pq.read_schema(out / name)
+        assert after.equals(before, check_metadata=True)
+    assert sorted(path.name for path in out.iterdir()) == ["dropped.jsonl", "part-0", "part-1", "report.json"]
+
+
+def test_every_row_dropped_has_a_line_that_says_why(source, finished):
+    report, out = finished
+    rows = {row["id"]: row for row in written_order(source)}
+    kept = {row["id"] for row in written_order(out)}
+    lines = [json.loads(line) for line in (out / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {line["id"] for line in lines} == rows.keys() - kept
+    assert len(lines) == report.rows - report.kept
+    for line in lines:
+        if line["reason"].startswith("near a text of"):
+            assert AGAINST["bench"][line["nearest"]] in (rows[line["id"]]["code"], rows[line["id"]]["translation"])
+        else:
+            assert line["cluster"] in kept
+            assert line["cluster"] < line["id"]
+            row, nearest = rows[line["id"]], rows[line["nearest"]]
+            near = [true_jaccard(row[name] or "", nearest[name] or "") for name in ("code", "translation")]
+            assert line["similarity"] == max(near) >= 0.7
+    assert json.loads((out / "report.json").read_text())["counts"] == report.counts
+
+
+def test_without_ids_the_first_row_of_the_first_file_stays(tmp_path):
+    text = code(random.Random(0))
+    near = mutated(text, 0.9, random.Random(0))
+    write_shards(tmp_path / "in", [{"code": near}, {"code": "x = 1"}, {"code": text}], sizes=(2, 1))
+    report = drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None, against=None)
+    assert [row["code"] for row in written_order(tmp_path / "out")] == [near, "x = 1"]
+    assert json.loads((tmp_path / "out" / "dropped.jsonl").read_text())["nearest"] == "part-0/0.parquet:0"
+    assert report.clusters == 1
+
+
+def test_files_of_which_every_row_is_dropped_are_read_by_all(tmp_path):
+    rows = [{"code": code(random.Random(seed))} for seed in range(5)]
+    for name in ("a", "b"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / f"{name}.parquet")
+    drop_near_duplicates(tmp_path / "in", tmp_path / "out", columns=["code"], progress=False)
+    assert pq.read_table(tmp_path / "out" / "b.parquet").to_pylist() == []
+    assert pq.read_metadata(tmp_path / "out" / "b.parquet").num_row_groups == 0
+    assert [row for _, row in open_dataset_rows(tmp_path / "out", ["code"])] == rows
+
+
+def test_giant_clusters_are_reported_by_id(tmp_path):
+    rows = [{"id": 100 - number, "code": text} for number, text in enumerate(sliding_windows(30, step=2))]
+    write_shards(tmp_path / "in", rows, sizes=(30,))
+    with pytest.warns(UserWarning, match="more than 10 different rows"):
+        report = drop(
+            tmp_path / "in",
+            tmp_path / "out",
+            columns=["code"],
+            against=None,
+            settings=DuplicateSettings(giant_cluster=10),
+        )
+    (giant,) = report.giant_clusters
+    assert giant == {"cluster": 71, "rows": 30, "kept": report.kept}
+    assert 2 < report.kept < 30
+
+
+def test_a_finished_job_is_reported_as_it_is(source, finished, monkeypatch):
+    report, out = finished
+    before = content(out)
+    for task in ("fingerprint", "propose", "compare", "decide", "write"):
+        monkeypatch.setattr(DuplicateJob, task, None)
+    assert drop(source, out) == report
+    assert content(out) == before
+
+
+def test_interrupted_by_ctrl_c_it_leaves_nothing_half_written_and_goes_on(source, finished, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    rows_until_interrupt = iter(range(3))
+
+    def interrupted(*arguments):
+        if next(rows_until_interrupt, None) is None:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    original = job_module.read_texts
+    monkeypatch.setattr(job_module, "read_texts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        drop(source, out)
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+    assert (out / WORK / "shard-00002").exists()
+    monkeypatch.undo()
+    assert drop(source, out) == finished[0]
+    assert content(out) == content(finished[1])
+
+
+KILLED_AGAIN_AND_AGAIN = """
+import os, random, signal, sys, time, types
+import rensa, scipy.sparse.csgraph  # here, not in every child
+package = types.ModuleType("modular_star_encoder")  # which would load torch
+package.__path__ = [sys.argv[3]]
+sys.modules[package.__name__] = package
+from modular_star_encoder.synthconl.near_duplicates.job import drop_near_duplicates
+
+source, out = sys.argv[1:3]
+
+def run():
+    options = {"columns": ["code", "translation"], "id_column": "id", "against": {"bench": ["x = 1", ""]}}
+    drop_near_duplicates(source, out, **options, progress=False)
+
+def kill_at_the_second_renaming(before):
+    renamings = []
+    rename = os.replace
+    def replace(*names):
+        renamings.append(names)
+        if len(renamings) == 2 and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*names)
+        if len(renamings) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = replace
+
+kills, exit_code = 0, None
+moment = random.Random(0)
+while exit_code is None:
+    child = os.fork()
+    if not child:
+        if kills % 3:
+            kill_at_the_second_renaming(before=kills % 3 == 1)
+        run()
+        os._exit(0)
+    if not kills % 3:
+        time.sleep(moment.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        kills += 1
+    else:
+        exit_code = os.WEXITSTATUS(status)
+print(kills)
+sys.exit(exit_code)
+"""
+
+
+def test_killed_in_every_task_and_restarted_it_gives_the_same(source, finished, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, str(source), str(out), *modular_star_encoder.__path__]
+    environment = os.environ | {"RAYON_NUM_THREADS": "1"}
+    killed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert killed.returncode == 0, killed.stderr
+    assert int(killed.stdout.split()[-1]) >= 6
+    assert content(out) == content(finished[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": ["code", "text"]}, "has no column 'text'; it has id, code, translation, number, unused"),
+        ({"columns": ["number"]}, "'number' of part-0/0.parquet holds int64; it must be text"),
+        ({"columns": "code"}, "columns must be a list"),
+        ({"columns": []}, "columns must be a list"),
+        ({"id_column": "unused"}, "ids must be text or integers"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_written(source, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        drop(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("ids", "message"), [((1, 2, 1), "1 repeats"), (("a", None, "b"), "1 are missing")])
+def test_ids_must_be_there_and_differ(tmp_path, ids, message):
+    write_shards(tmp_path / "in", [{"id": one, "code": "x = 1"} for one in ids], sizes=(2, 1))
+    with pytest.raises(ValueError, match=message):
+        drop(tmp_path / "in", tmp_path / "out", columns=["code"])
+
+
+@pytest.mark.parametrize("kinds", [("uint64", "uint64"), ("int32", "string"), ("string", "large_string")])
+def test_ids_may_be_of_any_integer_or_text_type(tmp_path, kinds):
+    text = code(random.Random(0))
+    for number, kind in enumerate(kinds):
+        values = pa.array([2**31 - 2 - number], pa.int64()).cast(kind)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"id": values, "code": [text]}), tmp_path / "in" / f"{number}.parquet")
+    drop(tmp_path / "in", tmp_path / "out", columns=["code"], against=None)
+    assert [str(row["id"]) for row in written_order(tmp_path / "out")] == ["2147483645"]
+
+
+def test_folders_that_will_not_do_are_refused(source, finished, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no parquet file"):
+        drop(tmp_path, tmp_path / "out")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1, but no more")
+    with pytest.raises(ValueError, match=r"broken.parquet can't be read as a parquet file"):
+        drop(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="holds something else"):
+        drop(source, tmp_path)
+    with pytest.raises(ValueError, match="holds the files to read"):
+        drop(source, source)
+    with pytest.raises(ValueError, match="lies inside the folder to read"):
+        drop(source, source / "out")
+    with pytest.raises(ValueError, match="was begun with other against; name another folder"):
+        drop(source, finished[1], against={"bench": ["x = 1", "y"]})
+    with pytest.raises(ValueError, match="was begun with other settings"):
+        drop(source, finished[1], settings=DuplicateSettings(threshold=0.8))
+
+
+def test_a_job_goes_on_only_with_the_files_it_began_with(rows, tmp_path):
+    source = write_shards(tmp_path / "in", rows)
+    prepare_job(source, tmp_path / "out", columns=["code"])
+    write_shards(tmp_path / "in", list(reversed(rows)))
+    with pytest.raises(ValueError, match="was begun with other files"):
+        prepare_job(source, tmp_path / "out", columns=["code"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_datatroves_executors_do_the_same_job(source, finished, tmp_path):
+    local = pytest.importorskip("datatrove.executor.local")
+    from modular_star_encoder.synthconl.near_duplicates.datatrove_steps import near_duplicate_steps
+
+    out = tmp_path / "out"
+    job = prepare_job(source, out, columns=["code", "translation"], id_column="id", against=AGAINST)
+    executor = None
+    for name, step, tasks in near_duplicate_steps(job, compare_tasks=3):
+        options = {"tasks": min(tasks, 2), "workers": 1, "depends": executor, "logging_dir": str(tmp_path / name)}
+        executor = local.LocalPipelineExecutor([step], **options)
+    executor.run()
+    assert content(out) == content(finished[1])
+    assert drop(source, out) == finished[0]
+
+
+def test_without_datatrove_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datatrove.pipeline.base", None)
+    monkeypatch.delitem(sys.modules, "modular_star_encoder.synthconl.near_duplicates.datatrove_steps", raising=False)
+    with pytest.raises(ImportError, match=r"modular-star-encoder\[dataset,datatrove\]"):
+        import modular_star_encoder.synthconl.near_duplicates.datatrove_steps  # noqa: F401

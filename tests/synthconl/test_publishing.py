@@ -1,0 +1,201 @@
+from itertools import pairwise
+
+import httpx2
+import huggingface_hub
+import pytest
+from huggingface_hub import DatasetCard
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from modular_star_encoder.synthconl import build as stages
+from modular_star_encoder.synthconl import publishing
+from modular_star_encoder.synthconl.build import build_dataset
+from modular_star_encoder.synthconl.card import dataset_card, size_category
+from modular_star_encoder.synthconl.publishing import push_dataset
+from tests.synthconl.build_samples import small_recipe, translation, write_corpus
+from tests.synthconl.openai_server import OpenAIServer
+
+CARD = {"name": "Mine | ours", "corpus": "Functions of six repositories.", "license_link": "https://example.org/terms"}
+FILES = {
+    "README.md",
+    "statistics.json",
+    "data/train-00000-of-00001.parquet",
+    "data/validation-00000-of-00001.parquet",
+}
+
+
+def build(folder):
+    with OpenAIServer(translation) as server:
+        changes = {"card": CARD, "options": {"body": {"seed": 7}, "revision": "a1b2c3"}}
+        build_dataset(small_recipe(folder / "corpus", server.base_url, **changes), folder / "out", progress=False)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("build")
+    write_corpus(folder / "corpus")
+    build(folder)
+    return folder / "out"
+
+
+class Hub:
+    """The part of `HfApi` that an upload uses; `error` is raised by the first call."""
+
+    error = None
+    calls = ()
+
+    def create_repo(self, repository, **options):
+        if Hub.error:
+            raise Hub.error
+        Hub.calls = [("create_repo", repository, options)]
+        return f"https://hub.example/datasets/{repository}"
+
+    def upload_folder(self, **options):
+        Hub.calls.append(("upload_folder", options))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(publishing, "HfApi", Hub)
+    Hub.error, Hub.calls = None, []
+    return Hub
+
+
+def test_a_dry_run_tells_the_files_and_sends_nothing(built, monkeypatch):
+    monkeypatch.setattr(publishing, "HfApi", None)
+    upload = push_dataset(built, "owner/name")
+    assert {name for name, _ in upload.files} == FILES
+    assert all(size == (built / "dataset" / name).stat().st_size for name, size in upload.files)
+    assert str(upload).splitlines()[-1] == "nothing was uploaded to owner/name: a dry run"
+    assert upload == push_dataset(built / "dataset", "owner/name")
+
+
+def test_an_upload_sends_these_files_alone_to_a_private_repository(built, hub):
+    upload = push_dataset(built, "owner/name", upload=True)
+    create, (_, options) = hub.calls
+    assert create == ("create_repo", "owner/name", {"repo_type": "dataset", "private": True, "exist_ok": True})
+    assert (options["repo_id"], options["repo_type"]) == ("owner/name", "dataset")
+    assert options["folder_path"] == built / "dataset"
+    assert set(options["allow_patterns"]) == FILES
+    assert str(upload).endswith("uploaded to https://hub.example/datasets/owner/name")
+
+
+def test_the_hub_takes_the_arguments_that_are_given():
+    import inspect
+
+    for name in ("create_repo", "upload_folder"):
+        parameters = inspect.signature(getattr(huggingface_hub.HfApi, name)).parameters
+        assert {"repo_type", "repo_id"} <= set(parameters)
+    assert {"allow_patterns", "delete_patterns", "commit_message"} <= set(
+        inspect.signature(huggingface_hub.HfApi.upload_folder).parameters
+    )
+
+
+def refusal():
+    reply = httpx2.Response(403, request=httpx2.Request("POST", "https://hub.example"))
+    return HfHubHTTPError("403 Forbidden: no rights.\nRequest id: 1", response=reply)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (LocalTokenNotFoundError("long text"), "needs a token: log in with `hf auth login`, or set HF_TOKEN"),
+        (refusal(), "refuses the upload to owner/name: 403 Forbidden: no rights"),
+        (httpx2.ConnectError("refused"), "can't be reached"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(built, hub, error, sentence):
+    hub.error = error
+    with pytest.raises(OSError, match=sentence) as raised:
+        push_dataset(built, "owner/name", upload=True)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_dataset_is_refused(built, tmp_path):
+    with pytest.raises(ValueError, match="holds no finished dataset"):
+        push_dataset(tmp_path, "owner/name")
+    with pytest.raises(ValueError, match=r"'name' is no id of a repository such as owner/name"):
+        push_dataset(built, "name")
+    with pytest.raises(ValueError, match=r"'a/b/c' is no id of a repository"):
+        push_dataset(built, "a/b/c")
+
+
+def test_the_card_has_the_metadata_of_the_hub(built):
+    data = DatasetCard.load(built / "dataset" / "README.md").data.to_dict()
+    assert data["license"] == "other"
+    assert (data["license_name"], data["license_link"]) == ("as-in-the-repositories", CARD["license_link"])
+    assert data["size_categories"] == ["n<1K"]
+    assert "text-retrieval" in data["task_categories"]
+    (config,) = data["configs"]
+    assert [one["split"] for one in config["data_files"]] == ["train", "validation"]
+    assert [size_category(rows) for rows in (999, 1000, 10**6, 5 * 10**6, 10**7)] == [
+        "n<1K",
+        "1K<n<10K",
+        "1M<n<10M",
+        "1M<n<10M",
+        "10M<n<100M",
+    ]
+
+
+def test_the_card_says_how_the_dataset_was_made(built):
+    card = (built / "dataset" / "README.md").read_text()
+    for text in (
+        "# Mine | ours",
+        "Functions of six repositories.",
+        "| model | `model` |",
+        '| body | {"seed": 7} |',
+        "| revision | a1b2c3 |",
+        "| largest answer | 2048 tokens |",
+        "Translate the function below from {source_language} to {target_language}.",
+        "Of 35 answers,",
+        "| functions kept | 35 |",
+        "| tokens written | 175 |",
+        "func1_CSN and func2, either of which",
+        "a true Jaccard similarity of at least 0.7",
+        "| unknown |",
+        "| rensa | ",
+    ):
+        assert text in card
+    lines = [line for line in card.splitlines() if line.startswith("|")]
+    for before, line in pairwise(lines):
+        if line.startswith("|---"):
+            assert before.count("|") == line.count("|")
+    assert "{{" not in card.partition("The prompt:")[0]
+    assert "\n\n\n" not in card
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """What a card is made of."""
+    folder, arguments = tmp_path_factory.mktemp("card"), {}
+    write_corpus(folder / "corpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "dataset_card", lambda **given: arguments.update(given) or "card")
+        build(folder)
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, "translated once, greedily, to a language drawn uniformly from the others: a function"),
+        ({"options": {}}, "translated once, greedily, to"),
+        ({"options": {"body": {"temperature": 0.7}}}, "translated once, to"),
+        ({"options": {"body": {"temperature": None}}}, "translated once, to"),
+        ({"targets": ["cpp", "go"]}, "drawn uniformly from Go, C++, without its own: a function"),
+    ],
+)
+def test_the_card_says_greedily_and_all_languages_only_where_that_is_so(arguments, changes, sentence):
+    settings = {**arguments["settings"], "translations": arguments["settings"]["translations"] | changes}
+    assert sentence in dataset_card(**arguments | {"settings": settings})
+
+
+def test_a_card_without_rejected_answers_has_no_empty_table(arguments):
+    triplets = {**arguments["reports"]["triplets"], "rejected": {}}
+    rejected, none = (
+        dataset_card(**arguments | {"reports": {**arguments["reports"], "triplets": one}})
+        for one in (arguments["reports"]["triplets"], triplets)
+    )
+    assert "rejected for these reasons:\n\n| reason |" in rejected
+    assert "taken out of its block.\n" in none
+    assert "| reason |" not in none
+    assert "\n\n\n" not in none

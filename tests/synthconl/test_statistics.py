@@ -1,0 +1,26 @@
+from modular_star_encoder.data.pairs import Triplet
+from modular_star_encoder.synthconl.card import CodeFigures, dataset_statistics
+
+
+def test_samples_and_average_lengths_are_those_of_each_language_and_side():
+    statistics = dataset_statistics(
+        [
+            Triplet("12345", "ab", "python", "abcd", "cpp"),
+            Triplet("123", "abcd", "python", "ab", "go"),
+            Triplet("1", "é" * 9, "go", "abcdef", "cpp"),
+        ]
+    )
+    assert statistics.rows == 3
+    assert statistics.original == {"python": CodeFigures(2, 3.0), "go": CodeFigures(1, 9.0)}
+    assert statistics.synthetic == {"cpp": CodeFigures(2, 5.0), "go": CodeFigures(1, 2.0)}
+    assert statistics.average_description_characters == 3.0
+    assert statistics.to_markdown().splitlines()[2:] == [
+        "| Python | 2 | 3 | 0 | 0 |",
+        "| Go | 1 | 9 | 1 | 2 |",
+        "| C++ | 0 | 0 | 2 | 5 |",
+        "| all | 3 | 5 | 3 | 4 |",
+    ]
+
+
+def test_a_dataset_without_rows_has_figures_too():
+    assert dataset_statistics([]).to_markdown().splitlines()[2:] == ["| all | 0 | 0 | 0 | 0 |"]

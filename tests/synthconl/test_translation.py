@@ -1,0 +1,282 @@
+import json
+import threading
+from collections import Counter
+
+import pytest
+
+from modular_star_encoder.data.sources.source_files import LANGUAGES
+from modular_star_encoder.synthconl import row_files
+from modular_star_encoder.synthconl.completions import (
+    LANGUAGE_NAMES,
+    PROMPT,
+    BackendError,
+    Completion,
+    target_language,
+    translation_request,
+)
+from modular_star_encoder.synthconl.row_files import read_rows
+from modular_star_encoder.synthconl.translation import TranslationSettings, translate
+from tests.synthconl.openai_server import OpenAIServer
+from tests.synthconl.samples import (
+    FUNCTION_SCHEMA,
+    echo,
+    ended_by_sigkill,
+    endpoint_settings,
+    function_rows,
+    kill,
+    start_process,
+)
+
+ROWS = 30
+SEED = 5
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "ROWS_PER_FILE", 7)
+    for name in ("functions", "out"):
+        (tmp_path / name).mkdir()
+    row_files.write_rows(tmp_path / "functions", function_rows(ROWS), FUNCTION_SCHEMA)
+    return tmp_path / "functions", tmp_path / "out"
+
+
+def run(folders, server, **changes):
+    return translate(*folders, endpoint_settings(server, **changes), seed=SEED, progress=False)
+
+
+def prompt_of(row):
+    source = row["language1_CSN"]
+    return translation_request(
+        row["id"], row["func1_CSN"], source, target_language(row["id"], source, seed=SEED)
+    ).prompt
+
+
+def assert_complete(folder):
+    """Every function has one completion, its own, at its place."""
+    expected = [(row["id"], f"<{prompt_of(row)}>") for row in function_rows(ROWS)]
+    assert [(row["id"], row["text"]) for row in read_rows(folder)] == expected
+    assert {path.suffix for path in folder.iterdir()} == {".parquet", ".json"}
+
+
+def test_the_target_is_one_of_the_other_seven_and_a_function_of_seed_and_id():
+    drawn = Counter(target_language(f"id{i}", "go", seed=0) for i in range(7000))
+    assert set(drawn) == set(LANGUAGES) - {"go"}
+    assert all(880 < count < 1120 for count in drawn.values())
+    again = Counter(target_language(f"id{i}", "go", seed=0) for i in reversed(range(7000)))
+    assert drawn == again
+    assert [target_language(f"id{i}", "go", seed=1) for i in range(9)] != [
+        target_language(f"id{i}", "go", seed=0) for i in range(9)
+    ]
+    assert target_language("id0", "go", seed=0, targets=("go", "c")) == "c"
+    with pytest.raises(ValueError, match="no language to translate go to"):
+        target_language("id0", "go", seed=0, targets=("go",))
+
+
+def test_a_prompt_has_instruction_both_languages_and_the_code_as_it_is():
+    prompt = translation_request("id", "{x} = %s {code}", "javascript", "cpp").prompt
+    instruction, _, rest = prompt.partition("\n\n")
+    assert "Translate" in instruction
+    assert rest == "Source language: JavaScript\nTarget language: C++\nCode:\n{x} = %s {code}\n"
+    assert set(LANGUAGE_NAMES) == set(LANGUAGES)
+
+
+def test_every_function_gets_its_own_completion(folders):
+    with OpenAIServer(echo) as server:
+        report = run(folders, server, prompt_price=2.0, completion_price=10.0)
+        assert len(server.prompts) == ROWS
+        assert {body["temperature"] for body in server.bodies} == {0}
+    assert_complete(folders[1])
+    assert len({prompt_of(row) for row in function_rows(ROWS)}) < ROWS
+    assert (report["completions"], report["errors"]) == (ROWS, 0)
+    assert (report["prompt_tokens"], report["completion_tokens"]) == (10 * ROWS, 2 * ROWS)
+    assert report["cost"] == pytest.approx((10 * ROWS * 2 + 2 * ROWS * 10) / 1e6)
+    assert report["completions_per_second"] == pytest.approx(ROWS / report["seconds"], rel=0.01)
+    assert report["backends"] == [{"backend": "openai", "model": "model", "revision": None, "served": ["model"]}]
+
+
+def test_what_is_complete_is_not_asked_again(folders):
+    with OpenAIServer(echo) as server:
+        first, again = run(folders, server), run(folders, server)
+        assert len(server.bodies) == ROWS
+    assert first == again
+
+
+@pytest.mark.parametrize("answered", [0, 1, 6, 7, 8, 20])
+def test_an_endpoint_that_stops_answering_loses_nothing(folders, answered):
+    def out_of_credit(number, *_):
+        return (401, {"error": {"message": "No more credit."}}, {}) if number >= answered else None
+
+    with OpenAIServer(echo, out_of_credit) as server:
+        with pytest.raises(BackendError, match="No more credit"):
+            run(folders, server)
+        assert len(server.prompts) == answered
+        server.fault = None
+        report = run(folders, server)
+        assert len(server.prompts) == ROWS
+    assert_complete(folders[1])
+    assert report["completions"] == ROWS
+    sessions = json.loads((folders[1] / "sessions.json").read_text())
+    assert sum(session["completions"] for session in sessions) == ROWS
+
+
+def translate_in_a_process(functions, out, base_url):
+    settings = TranslationSettings(backend="openai", model="model", options={"base_url": base_url, "concurrency": 4})
+    translate(functions, out, settings, seed=SEED, progress=False)
+
+
+def test_killed_again_and_again_it_pays_at_most_what_was_under_way_again(folders):
+    kills, processes = (3, 9, 15, 26), []
+    started = threading.Event()
+
+    def answer(prompt):
+        if len(server.prompts) in kills and not killed[len(server.prompts)]:
+            killed[len(server.prompts)] = True
+            started.wait(10)
+            kill(processes[-1])
+        return echo(prompt)
+
+    killed = dict.fromkeys(kills, False)
+    with OpenAIServer(answer) as server:
+        while not processes or ended_by_sigkill(processes[-1]):
+            started.clear()
+            processes.append(start_process(translate_in_a_process, *folders, server.base_url))
+            started.set()
+        assert processes[-1].exitcode == 0
+        assert [process.exitcode for process in processes[:-1]] == [-9] * len(kills)
+        assert ROWS < len(server.bodies) <= ROWS + 4 * len(kills)
+    assert_complete(folders[1])
+
+
+@pytest.fixture
+def interrupted(folders):
+    """A run whose endpoint gave up after 5 answers, and the journal that they are in."""
+    with OpenAIServer(echo, lambda number, *_: (401, {}, {}) if number >= 5 else None) as server:
+        with pytest.raises(BackendError):
+            run(folders, server)
+        server.fault = None
+        yield server, folders[1] / "rows-00000.parquet.journal"
+
+
+def test_a_line_that_was_cut_short_is_asked_again_and_no_other(folders, interrupted):
+    server, journal = interrupted
+    journal.write_bytes(journal.read_bytes()[:-3])
+    run(folders, server)
+    assert len(server.prompts) == ROWS + 1
+    assert_complete(folders[1])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ('{"id": "id', '{"di": "id', "is damaged in line 1"),
+        ('{"id": "id', 'x{"id": "id', "is damaged in line 1"),
+        ('{"id": "id', '{"id": "another', "answer to another., which is no row of rows-00000.parquet"),
+    ],
+)
+def test_a_journal_that_was_tampered_with_is_refused(folders, interrupted, before, after, sentence):
+    server, journal = interrupted
+    journal.write_text(journal.read_text().replace(before, after, 1))
+    with pytest.raises(ValueError, match=sentence):
+        run(folders, server)
+
+
+def test_a_request_of_its_own_fault_is_recorded_once_others_are_answered(folders):
+    def answer(prompt):
+        return Completion("", "", "error", error="Too long.") if "function 11" in prompt else echo(prompt)
+
+    with OpenAIServer(answer) as server:
+        report = run(folders, server)
+        assert len(server.bodies) == ROWS
+    rows = {row["id"]: row for row in read_rows(folders[1])}
+    assert report["errors"] == 1
+    assert (rows["id11"]["finish_reason"], rows["id11"]["text"]) == ("error", "")
+    assert "Too long" in rows["id11"]["error"]
+    assert rows["id12"]["finish_reason"] == "stop"
+
+
+def test_any_number_of_prompts_may_be_too_long(folders):
+    def answer(prompt):
+        return echo(prompt) if "function 27" in prompt else Completion("", "", "too_long", error="27 tokens fit.")
+
+    with OpenAIServer(answer) as server:
+        assert run(folders, server)["errors"] == ROWS - 3
+        assert len(server.bodies) == ROWS
+    assert [row["finish_reason"] for row in read_rows(folders[1])] == ["too_long"] * (ROWS - 3) + ["stop"] * 3
+
+
+def test_prompts_that_are_too_long_do_not_excuse_errors(folders):
+    def answer(prompt):
+        reason = "too_long" if int(prompt.rsplit(maxsplit=1)[1]) % 5 == 2 else "error"
+        return Completion("", "", reason, error="No such model.")
+
+    with OpenAIServer(answer) as server:
+        with pytest.raises(BackendError, match="none of the last"):
+            run(folders, server)
+        asked = len(server.bodies)
+        server.answer = echo
+        run(folders, server)
+        assert ROWS < asked + len(server.prompts) < 2 * ROWS
+    assert {row["finish_reason"] for row in read_rows(folders[1])} == {"too_long", "stop"}
+
+
+def test_errors_alone_stop_the_run_and_are_asked_again(folders):
+    with OpenAIServer(echo, lambda *_: (400, {"error": {"message": "No model 'model'."}}, {})) as server:
+        with pytest.raises(BackendError, match=r"none of the last 20 requests: status 400, No model 'model'"):
+            run(folders, server)
+        server.fault = None
+        run(folders, server)
+        assert len(server.prompts) == ROWS
+    assert_complete(folders[1])
+
+
+def test_errors_that_are_all_that_is_left_are_recorded(folders):
+    def answer(prompt):
+        return Completion("", "", "error", error="Too long.") if "function 27" in prompt else echo(prompt)
+
+    stop = (401, {}, {})
+    with OpenAIServer(answer, lambda _, body, __: stop if "function 27" in str(body) else None) as server:
+        with pytest.raises(BackendError):
+            run(folders, server)
+        server.fault = None
+        assert run(folders, server)["errors"] == 3
+
+
+def test_text_that_no_file_can_hold_is_mended(folders):
+    with OpenAIServer(lambda prompt: Completion("", "a\udc80b\0", "stop")) as server:
+        run(folders, server)
+    assert {row["text"] for row in read_rows(folders[1])} == {"a?b\0"}
+
+
+def test_errors_that_no_file_can_hold_are_mended(folders):
+    def answer(prompt):
+        return Completion("", "", "error", error="half: \ud83d.") if "function 27" in prompt else echo(prompt)
+
+    with OpenAIServer(answer) as server:
+        assert run(folders, server)["errors"] == 3
+    assert {row["error"] for row in read_rows(folders[1])} == {"", "status 400, half: ?"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"backend": "gpt"}, "backend must be one of vllm, openai, transformers"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"targets": ("go", "cobol")}, "'cobol' is unknown"),
+        ({"prompt": "Translate {code}"}, "must have the fields"),
+        ({"prompt": PROMPT + "{"}, "not a template"),
+        ({"prompt": PROMPT + "{code.__class__}"}, "and no others"),
+        ({"options": []}, "options must be a mapping"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TranslationSettings(**{"backend": "vllm", "model": "model", **changes})
+
+
+def test_how_a_back_end_is_run_does_not_change_what_it_is():
+    def identity(**options):
+        return TranslationSettings(backend="openai", model="model", options=options).identity()
+
+    assert identity(base_url="http://a/v1", concurrency=4) == identity(base_url="http://b/v1", timeout=9)
+    assert identity(base_url="http://a/v1", body={"seed": 1}) != identity(base_url="http://a/v1")
+    assert json.loads(json.dumps(identity())) == identity()
