@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives import exit_losses as exit_weights
+from modular_star_encoder.objectives.exit_losses import exit_weights
 
 SHAPES = {
     "small": {

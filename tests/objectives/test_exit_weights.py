@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modular_star_encoder.objectives import exit_losses as exit_weights
+from modular_star_encoder.objectives.exit_losses import exit_weights
 
 PAPER = (4, 9, 18, 27, 36)
 

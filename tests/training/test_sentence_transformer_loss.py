@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderModel
-from modular_star_encoder.objectives import exit_losses as exit_weights
+from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.training.sentence_transformer_loss import MultiExitContrastiveLoss

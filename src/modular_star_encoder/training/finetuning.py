@@ -24,7 +24,7 @@ from modular_star_encoder.inference.checkpoints import is_servable, write_senten
 from modular_star_encoder.inference.encoders import ExitEncoder
 from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.objectives import exit_losses as exit_weights
+from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.training.preflight import FinetuningPreflight, finetuning_preflight
 from modular_star_encoder.training.recipes import LOG, FinetuningRecipe, finite, open_run, processes_of_run

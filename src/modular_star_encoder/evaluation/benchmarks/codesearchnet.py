@@ -131,7 +131,7 @@ def _without_first_string(code: str) -> str:
     """The code without the string that its body begins with."""
     depth, in_body, passed, pieces = 0, False, False, []
     for kind, text in PythonLexer(stripnl=False, ensurenl=False).get_tokens(code):
-        if in_body and not passed and not (kind in Text or kind in Comment):
+        if in_body and not passed and not (kind in TextToken or kind in Comment):
             if kind in String:  # one string is several tokens
                 continue
             passed = True
