@@ -21,7 +21,7 @@ from modular_star_encoder.evaluation.exits import RetrievalRow, RetrievalSet
 from modular_star_encoder.inference.encode import encode_exits
 
 # What sentence-transformers calls our poolings.
-POOLING_MODES = {"mean": "mean", "cls": "lasttoken"}
+POOLING_MODES = {"mean": "mean", "lasttoken": "lasttoken"}
 
 
 class MultiExitEvaluator(BaseEvaluator):
