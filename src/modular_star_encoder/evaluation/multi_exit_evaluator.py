@@ -20,9 +20,6 @@ from modular_star_encoder.evaluation.tasks import RetrievalTask, pairs_task, tas
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.utils.errors import UserError
 
-# Names of our poolings in sentence-transformers.
-POOLING_MODES = {"mean": "mean", "cls": "lasttoken"}
-
 
 class MultiExitEvaluator(BaseEvaluator):
     """Text → code retrieval at every exit: MRR, NDCG@10 and Recall@k, and their mean and worst value over the exits.
@@ -284,7 +281,7 @@ def _network(model: SentenceTransformer) -> nn.Module:
         names in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
         and hasattr(network, "projection_heads")
         and config.projection_order == "project_then_pool"
-        and model[1].pooling_mode == POOLING_MODES.get(config.pooling)
+        and model[1].pooling_mode == config.pooling
         and model[1].include_prompt
     )
     if not pools_alike:
