@@ -85,7 +85,7 @@ def test_search_prints_json(capsys, checkpoint, code):
 
 def test_evaluate_prints_the_table_and_writes_the_same_figures(capsys, checkpoint, code, tmp_path):
     file = tmp_path / "results.json"
-    status, out, err = run(
+    status, out, _ = run(
         capsys, "evaluate", checkpoint, "--data", code, "--exit-layers", "1,2", "--untrained", "--json", str(file)
     )
     assert status == 0
@@ -93,7 +93,8 @@ def test_evaluate_prints_the_table_and_writes_the_same_figures(capsys, checkpoin
     (table,) = results["tables"]
     assert [row["exit_layer"] for row in table["rows"]] == [1, 2, 1, 2, None]
     assert "6 candidates each" in out
-    assert f"{100 * table['rows'][1]['mean']['value']:.1f}" in next(line for line in out.splitlines() if "exit 2" in line)
+    line = next(line for line in out.splitlines() if "exit 2" in line)
+    assert f"{100 * table['rows'][1]['mean']['value']:.1f}" in line
     assert "only 6 documented functions" in out
 
 

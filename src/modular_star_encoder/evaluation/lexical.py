@@ -51,8 +51,8 @@ class BM25:
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> BM25Scores:
         """Scores of prepared texts."""
-        tokens = [[self._tokens[text.text] for text in texts] for texts in (queries, documents)]
-        return BM25Scores(*tokens, self.k1, self.b)
+        query_tokens, document_tokens = ([self._tokens[text.text] for text in texts] for texts in (queries, documents))
+        return BM25Scores(query_tokens, document_tokens, self.k1, self.b)
 
 
 class BM25Scores:
@@ -186,6 +186,7 @@ def _overlaps(
     for row in rows:
         ids = row["labels"].where(row["labels"] != _IGNORED_LABEL, row["input_ids"])
         middle = (ids == tokenizer.sep_token_id).nonzero().squeeze(-1)[1]
-        overlaps.append(identifier_overlap(tokenizer.decode(ids[1:middle]), tokenizer.decode(ids[middle + 1 : -1])))
+        first, second = (str(tokenizer.decode(part)) for part in (ids[1:middle], ids[middle + 1 : -1]))
+        overlaps.append(identifier_overlap(first, second))
         labels.append(bool(row["icc_label"]))
     return np.array(overlaps), np.array(labels)

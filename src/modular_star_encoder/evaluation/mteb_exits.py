@@ -139,13 +139,13 @@ class ExitEncoder:
         prompt = self._prompt(task_metadata, hf_subset, prompt_type)
         return self.shared.encode(texts, self.exit_layer, prompt, progress=options.get("show_progress_bar", True))
 
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Cosine similarity (N, M) of (N, D) and (M, D)."""
         from mteb.similarity_functions import cos_sim
 
         return cos_sim(embeddings1, embeddings2)
 
-    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Cosine similarity (N,) of the rows of (N, D) and (N, D)."""
         from mteb.similarity_functions import pairwise_cos_sim
 
@@ -168,10 +168,10 @@ class ExitEncoder:
 
 
 def run_mteb(
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
     tasks: str | AbsTask | Iterable[str | AbsTask],
     exit_layers: Sequence[int] | None = None,
-    out: str | os.PathLike = "runs/mteb",
+    out: str | os.PathLike[str] = "runs/mteb",
     *,
     model_name: str | None = None,
     prompts: Mapping[str, str] | None = None,
@@ -257,7 +257,7 @@ def _run_task(
 
 
 def exit_model_metas(
-    checkpoint: str | os.PathLike, exit_layers: Sequence[int] | None = None, model_name: str | None = None
+    checkpoint: str | os.PathLike[str], exit_layers: Sequence[int] | None = None, model_name: str | None = None
 ) -> list[ModelMeta]:
     """The `ModelMeta` of each exit, by which mteb can load it; no weights are loaded here.
 
@@ -276,7 +276,7 @@ def exit_model_metas(
 
 
 def register_exits(
-    checkpoint: str | os.PathLike, exit_layers: Sequence[int] | None = None, model_name: str | None = None
+    checkpoint: str | os.PathLike[str], exit_layers: Sequence[int] | None = None, model_name: str | None = None
 ) -> list[str]:
     """Make the exits known to mteb in this process, so that `mteb.get_model(name)` and its lists have them.
 
@@ -285,9 +285,9 @@ def register_exits(
     """
     from mteb.models.model_implementations import MODEL_REGISTRY
 
-    metas = exit_model_metas(checkpoint, exit_layers, model_name)
-    MODEL_REGISTRY.update({meta.name: meta for meta in metas})
-    return [meta.name for meta in metas]
+    metas = {str(meta.name): meta for meta in exit_model_metas(checkpoint, exit_layers, model_name)}
+    MODEL_REGISTRY.update(metas)
+    return list(metas)
 
 
 def load_exit_encoder(
@@ -355,9 +355,10 @@ def _import_mteb() -> Any:
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
     """Task objects, those of a benchmark in its order, each once."""
     import mteb
+    from mteb.abstasks import AbsTask
 
     def resolved() -> Iterator[AbsTask]:
-        for task in [tasks] if isinstance(tasks, str) or hasattr(tasks, "metadata") else tasks:
+        for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
             if not isinstance(task, str):
                 yield task
                 continue
@@ -419,7 +420,7 @@ def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTas
             modalities=["text"],
         )
 
-        def load_data(self, **_: Any) -> None:
+        def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
             data = RetrievalSplitData(
                 queries=Dataset.from_list([{"id": f"q{row}", "text": text} for row, text in enumerate(queries)]),
                 corpus=Dataset.from_list(

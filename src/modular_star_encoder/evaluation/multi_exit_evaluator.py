@@ -18,6 +18,7 @@ from modular_star_encoder.evaluation.metrics import query_values
 from modular_star_encoder.evaluation.scores import CosineScores, pool_judgements, rank_judged
 from modular_star_encoder.evaluation.tasks import RetrievalTask, pairs_task, task_from_mappings
 from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 
 
@@ -129,9 +130,9 @@ class MultiExitEvaluator(BaseEvaluator):
 
     def __call__(
         self,
-        model: SentenceTransformer | nn.Module,
+        model: SentenceTransformer | ModularStarEncoderForRetrieval,
         output_path: str | None = None,
-        epoch: float = -1,
+        epoch: int = -1,
         steps: int = -1,
         *,
         across_processes: bool = False,
@@ -188,7 +189,7 @@ class MultiExitEvaluator(BaseEvaluator):
             for code, language in self.task.documents
         ]
 
-    def _parts(self, model: SentenceTransformer | nn.Module) -> _Parts:
+    def _parts(self, model: SentenceTransformer | ModularStarEncoderForRetrieval) -> _Parts:
         """What encoding needs from either kind of model."""
         if isinstance(model, SentenceTransformer):
             network = _network(model)
@@ -251,7 +252,7 @@ class MultiExitEvaluator(BaseEvaluator):
 
 def _over_exits(per_exit: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     """Each metric at each exit, its mean and its worst: `{4: {"mrr": 0.5}}` → `mrr_exit_4`, `mrr_mean`, `mrr_worst`."""
-    result = {}
+    result: dict[str, float] = {}
     for metric in next(iter(per_exit.values())):
         values = {exit_layer: scores[metric] for exit_layer, scores in per_exit.items()}
         result |= {f"{metric}_exit_{exit_layer}": value for exit_layer, value in values.items()}
@@ -262,26 +263,25 @@ def _over_exits(per_exit: Mapping[int, Mapping[str, float]]) -> dict[str, float]
 class _Parts(NamedTuple):
     """What encoding needs of a model; `max_length` None is the network's limit."""
 
-    network: nn.Module
+    network: ModularStarEncoderForRetrieval
     tokenizer: Any
     prompts: Mapping[str, str]
     max_length: int | None
 
 
-def _network(model: SentenceTransformer) -> nn.Module:
+def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
     """The network of a SentenceTransformer whose other modules do what the network does itself.
 
     Raises:
         UserError: another network, or modules that would change its embeddings.
     """
-    network = getattr(model[0], "auto_model", None)
+    network: Any = getattr(model[0], "auto_model", None)  # AutoModel may have loaded it by remote code: another class
     names = [type(module).__name__ for module in model]
-    config = getattr(network, "config", None)
     pools_alike = (
         names in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
         and hasattr(network, "projection_heads")
-        and config.projection_order == "project_then_pool"
-        and model[1].pooling_mode == config.pooling
+        and network.config.projection_order == "project_then_pool"
+        and model[1].pooling_mode == network.config.pooling
         and model[1].include_prompt
     )
     if not pools_alike:

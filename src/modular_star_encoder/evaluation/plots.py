@@ -74,7 +74,7 @@ def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
     figure, panels = _panels(len(tables))
     for axes, table in zip(panels, tables, strict=True):
         for name, rows in _with_exits(table).items():
-            _line(axes, [row.exit_layer for row in rows], rows, name)
+            _line(axes, [row.exit_layer or 0 for row in rows], rows, name)
         for number, row in enumerate(row for row in table.rows if row.exit_layer is None):
             axes.axhline(100 * row.mean.value, linestyle="--", linewidth=1, color=f"C{7 + number}", label=row.label)
         axes.set_xlabel("layers executed")
@@ -101,7 +101,7 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
     for axes, table in zip(panels, tables, strict=True):
         for name, rows in _with_exits(table).items():
             if timed := _timed(rows, latencies):
-                times = [latencies[row.retriever][row.exit_layer] for row in timed]
+                times = [latencies[row.retriever][row.exit_layer or 0] for row in timed]
                 _line(axes, times, timed, name)
                 for row, milliseconds in zip(timed, times, strict=True):
                     axes.annotate(str(row.exit_layer), (milliseconds, 100 * row.mean.value), fontsize="small")
@@ -123,7 +123,7 @@ def _with_exits(table: Table) -> dict[str, list[Row]]:
         if row.exit_layer is not None:
             name = row.retriever if row.dimensions is None else f"{row.retriever}, {row.dimensions} dimensions"
             found.setdefault(name, []).append(row)
-    return {name: sorted(rows, key=lambda row: row.exit_layer) for name, rows in found.items()}
+    return {name: sorted(rows, key=lambda row: row.exit_layer or 0) for name, rows in found.items()}
 
 
 def _timed(rows: Sequence[Row], latencies: Mapping[str, Mapping[int, float]]) -> list[Row]:

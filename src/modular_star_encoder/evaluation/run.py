@@ -11,14 +11,13 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from modular_star_encoder.evaluation.benchmarks import (
@@ -59,13 +58,17 @@ from modular_star_encoder.evaluation.tasks import (
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
 from modular_star_encoder.inference.load import checkpoint_checksum
+from modular_star_encoder.modeling import (
+    ModularStarEncoderForRetrieval,
+    ModularStarEncoderForSequenceClassification,
+)
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 
 PROTOCOL = 1
 """Increased when the same scores would give other results."""
 
-LEXICAL = {"bm25": BM25, "tfidf": TfIdf}
+LEXICAL: dict[str, Callable[[], Retriever]] = {"bm25": BM25, "tfidf": TfIdf}
 
 
 def run_benchmarks(
@@ -150,7 +153,7 @@ def run_benchmarks(
 
 
 def evaluate_exits(
-    model: nn.Module,
+    model: ModularStarEncoderForRetrieval,
     tokenizer: Any,
     rows: Sequence[tuple[str, str, str | None]],
     *,
@@ -391,7 +394,10 @@ def _without_paths(command: str) -> str:
 
 @torch.inference_mode()
 def classification_scores(
-    model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], *, progress: bool = True
+    model: ModularStarEncoderForSequenceClassification,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    *,
+    progress: bool = True,
 ) -> dict[int, dict[str, float]]:
     """Accuracy, and precision, recall and F1 of class 1 (the metric of BigCloneBench since 2021-09-13) of each exit.
 

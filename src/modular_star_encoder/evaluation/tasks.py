@@ -267,16 +267,16 @@ def pairs_task(
     Raises:
         UserError: fewer than two rows.
     """
-    rows = [RetrievalRow(*row) for row in rows]
-    batches = candidate_batches(len(rows), size or POOL, seed)
+    pairs = [RetrievalRow(*row) for row in rows]
+    batches = candidate_batches(len(pairs), size or POOL, seed)
     return RetrievalTask(
         benchmark=benchmark,
         name=name,
-        queries=[Text(row.description) for row in rows],
-        documents=[Text(row.code, row.language) for row in rows],
-        query_ids=[str(number) for number in range(len(rows))] if ids is None else list(ids),
-        judgements=Judgements.one_each(range(len(rows))),
-        pools=tuple(Pool(batch, batch) for batch in batches) if size else full_pool(len(rows), len(rows)),
+        queries=[Text(row.description) for row in pairs],
+        documents=[Text(row.code, row.language) for row in pairs],
+        query_ids=[str(number) for number in range(len(pairs))] if ids is None else list(ids),
+        judgements=Judgements.one_each(range(len(pairs))),
+        pools=tuple(Pool(batch, batch) for batch in batches) if size else full_pool(len(pairs), len(pairs)),
         **options,
     )
 
@@ -336,7 +336,7 @@ def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed
         limit: queries of a task, drawn at random; above 1000 whole thousands of them, each ranked within its own.
         seed: of the draw.
     """
-    tasks = []
+    tasks: list[RetrievalTask] = []
     for kind, groups in PairGroups(texts).rows.items():
         generator = np.random.default_rng((seed, len(tasks)))
         drawn = generator.permutation(len(groups))[:limit]

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.load import check_checkpoint, load_checkpoint
-from modular_star_encoder.modeling import ModularStarEncoderConfig
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import HTTPClient, check_url, token_from_environment
 
@@ -135,7 +135,7 @@ class ExitEncoder:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: ModularStarEncoderForRetrieval,
         tokenizer: Any,
         name: str,
         *,
@@ -171,8 +171,9 @@ class ExitEncoder:
     ) -> Mapping[int | None, np.ndarray]:
         """See `Encoder`."""
         prompted = [prompt + text for prompt, text in texts]
-        options = {"exit_layers": exit_layers, "progress": progress, **self._options}
-        return encode_exits(self.model, self.tokenizer, prompted, **options)
+        exits = [exit_layer for exit_layer in exit_layers if exit_layer is not None]
+        options = {"exit_layers": exits, "progress": progress, **self._options}
+        return dict(encode_exits(self.model, self.tokenizer, prompted, **options))
 
 
 class SentenceTransformerEncoder:
@@ -279,7 +280,7 @@ class EndpointEncoder:
     ) -> None:
         self.name, self.base_url, self.key_variable = model, check_url(base_url), key_variable
         self.batch_size, self.max_characters = batch_size, max_characters
-        self._client_options = {"attempts": retries + 1, "pause": pause, "timeout": timeout}
+        self._client_options: dict[str, Any] = {"attempts": retries + 1, "pause": pause, "timeout": timeout}
         identity = json.dumps([model, self.base_url, max_characters])
         self.checksum = "endpoint-" + hashlib.sha256(identity.encode()).hexdigest()[:32]
 

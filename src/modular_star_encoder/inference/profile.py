@@ -106,7 +106,7 @@ class ProfilePlan:
 
 
 def profile_checkpoint(
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
     plan: ProfilePlan | None = None,
     *,
     exit_layers: Sequence[int] | None = None,
@@ -174,10 +174,10 @@ def profile_checkpoint(
 
 
 def profile_to_file(
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
     plan: ProfilePlan | None = None,
     *,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[ExitProfile, Path]:
     """Measure a checkpoint and write its profile, in place of an older one.
@@ -210,7 +210,7 @@ def profile_to_file(
     return profile, path
 
 
-def profile_path(checkpoint: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
+def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
     """The path of a checkpoint's profile: `out`, or the file in its folder.
 
     Raises:

@@ -159,7 +159,7 @@ def load_benchmark(
     else:
         inside = Path(data).expanduser() / benchmark.folder
         folder = inside if inside.is_dir() else Path(data).expanduser()
-    options = {"allow_subset": allow_subset} if benchmark.sized else {}
+    options: dict[str, object] = {"allow_subset": allow_subset} if benchmark.sized else {}
     if candidates is not None:
         if not benchmark.with_candidates:
             raise UserError("evaluation.candidates.not_used", f"{name} draws no candidates: leave out their lists.")
