@@ -171,7 +171,7 @@ class ExitEncoder:
     ) -> Mapping[int | None, np.ndarray]:
         """See `Encoder`."""
         prompted = [prompt + text for prompt, text in texts]
-        exits = [exit_layer for exit_layer in exit_layers if exit_layer is not None]
+        exits = tuple(exit_layer for exit_layer in exit_layers if exit_layer is not None)
         options = {"exit_layers": exits, "progress": progress, **self._options}
         return dict(encode_exits(self.model, self.tokenizer, prompted, **options))
 
