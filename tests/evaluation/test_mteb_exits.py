@@ -11,7 +11,7 @@ import pytest
 from modular_star_encoder.data.prompts import ANY_CODE_INSTRUCTION, code_prompt, text_prompt
 from modular_star_encoder.evaluation import mteb_exits
 from modular_star_encoder.evaluation.mteb_exits import (
-    ExitEncoder,
+    MtebExitEncoder,
     SharedExits,
     exit_model_metas,
     local_task,
@@ -132,7 +132,7 @@ def test_rows_that_would_be_wrong_answers_to_each_other_are_dropped():
 
 
 def encoder_of(model, tokenizer, prompts=None, **options):
-    return ExitEncoder(SharedExits(model, tokenizer, (1, 4), **options), 4, None, prompts)
+    return MtebExitEncoder(SharedExits(model, tokenizer, (1, 4), **options), 4, None, prompts)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,7 @@ def test_exits_that_would_take_too_much_memory_are_computed_one_by_one(model, to
     assert passes == [(2, 4), (2, 4)]
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_before_anything_is_run(checkpoint, tmp_path):
     with raises("mteb.task.unknown", "'CosQB'", "Did you mean: 'CosQA'"):
         run_mteb(checkpoint, ["CosQA", "CosQB"], out=tmp_path / "out")

@@ -119,6 +119,7 @@ def test_with_several_eval_datasets_the_evaluator_runs_once_beside_their_losses(
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_sentence_transformer_trainer_keeps_the_best_checkpoint_too(tmp_path, sentence_transformer):
     evaluator = MultiExitEvaluator.from_pairs(ROWS, candidates=8)
     run = SentenceTransformerTrainer(

@@ -37,6 +37,7 @@ def mose(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_one_command_runs_all_benchmarks_of_a_folder_through_a_model_and_baselines(capsys, checkpoint, data, tmp_path):
     out = tmp_path / "out"
     options = ("--allow-subset", "--baselines", "bm25,tfidf", "--untrained", "--exit-layers", "1,4")
@@ -133,6 +134,7 @@ def test_latencies_that_were_not_measured_alike_are_not_drawn_together(data, tmp
     assert ("a/model and b/model are of different machines" in capsys.readouterr().err) != drawn
 
 
+@pytest.mark.slow
 def test_lists_of_an_earlier_run_are_used_beside_other_benchmarks(checkpoint, data, tmp_path):
     options = {"allow_subset": True, "progress": False}
     names = ["codesearchnet-999", "cosqa"]

@@ -9,7 +9,10 @@ from modular_star_encoder.inference.load import _in_chunks, compile_for_inferenc
 from tests.errors import raises
 from tests.tiny import tiny_batch, tiny_model
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
+]
 
 
 @pytest.fixture(scope="module")

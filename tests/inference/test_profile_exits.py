@@ -32,6 +32,7 @@ def checkpoint(tmp_path_factory):
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
 
 
+@pytest.mark.slow
 def test_mose_profile_measures_a_checkpoint_and_adds_its_quality(capsys, checkpoint, tmp_path):
     file, results = tmp_path / "profile.json", tmp_path / "results.json"
     results.write_text(json.dumps({"exits": {"2": {"mrr": 0.25}}}))

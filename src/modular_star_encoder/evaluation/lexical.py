@@ -38,7 +38,7 @@ class BM25:
     """
 
     name = "BM25"
-    variants = (ExitVariant(),)
+    variants: tuple[ExitVariant, ...] = (ExitVariant(),)
 
     def __init__(self, k1: float = 1.2, b: float = 0.75) -> None:
         self.k1, self.b = k1, b
@@ -95,7 +95,7 @@ class TfIdf:
     """TF-IDF cosine as a `Retriever`, with sublinear term frequency and the document frequencies of each pool."""
 
     name = "TF-IDF"
-    variants = (ExitVariant(),)
+    variants: tuple[ExitVariant, ...] = (ExitVariant(),)
 
     def __init__(self) -> None:
         self.checksum = f"tfidf-sublinear-{version('scikit-learn')}"

@@ -299,7 +299,7 @@ def bootstrap_f1_interval(
 def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000) -> float:
     """Two-sided p-value of a paired permutation test: is the mean of (Q,) differences 0?
 
-    If two systems are exchangeable, each difference is as likely to have the other sign. The p-value counts the
+    If two retrievers are exchangeable, each difference is as likely to have the other sign. The p-value counts the
     observed signs as one of the resamples, so that it is never 0 (Phipson & Smyth 2010).
 
     Raises:
@@ -322,11 +322,11 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
 
 
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Two-sided p-value of a paired permutation test: do two systems have the same F1?
+    """Two-sided p-value of a paired permutation test: do two retrievers have the same F1?
 
     Args:
-        first, second: (N,) outcomes of the same pairs. Swapping the systems at a pair moves it from one cell of the
-            4 × 4 table of outcomes to the mirrored one, so a resample is one binomial draw per cell.
+        first, second: (N,) outcomes of the same pairs. Swapping the retrievers at a pair moves it from one entry of the
+            4 × 4 table of outcomes to the mirrored one, so a resample is one binomial draw per entry.
     """
     table = np.zeros((4, 4), dtype=np.int64)
     np.add.at(table, (first, second), 1)

@@ -104,7 +104,7 @@ class SharedExits:
         self.exit_layers = tuple(exit_layers)
 
 
-class ExitEncoder:
+class MtebExitEncoder:
     """One exit as an `EncoderProtocol` of mteb.
 
     Prompts are the published ones, chosen by what a side of a task is (`TASK_SIDES`), because the queries of a
@@ -192,7 +192,7 @@ def run_mteb(
         exit_layers: which exits; all that the checkpoint has if None.
         out: folder of mteb's results: `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`.
         model_name: `owner/model` in the results; by default the Hub id, or `local/{folder}`.
-        prompts: as for `ExitEncoder`.
+        prompts: as for `MtebExitEncoder`.
         device, dtype: as for `load_checkpoint`.
         memory_gb: as for `SharedExits`.
         overwrite: evaluate again where results exist.
@@ -213,7 +213,7 @@ def run_mteb(
     model, tokenizer = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
     shared = SharedExits(model, tokenizer, exit_layers or model.config.exit_layers, memory_gb, **encode_options)
     metas = _metas(path, model.config, shared.exit_layers, model_name)
-    encoders = [ExitEncoder(shared, k, meta, prompts) for k, meta in zip(shared.exit_layers, metas, strict=True)]
+    encoders = [MtebExitEncoder(shared, k, meta, prompts) for k, meta in zip(shared.exit_layers, metas, strict=True)]
     cache = mteb.ResultCache(Path(out).expanduser())
     scores: dict[int, dict[str, float]] = {exit_layer: {} for exit_layer in shared.exit_layers}
     with tqdm(total=len(chosen) * len(encoders), desc="mteb", unit="run", disable=not progress) as bar:
@@ -226,7 +226,7 @@ def run_mteb(
 
 
 def _run_task(
-    task: AbsTask, encoders: Sequence[ExitEncoder], cache: ResultCache, overwrite: bool, progress: bool
+    task: AbsTask, encoders: Sequence[MtebExitEncoder], cache: ResultCache, overwrite: bool, progress: bool
 ) -> Iterator[tuple[int, float]]:
     """Exit and main score, one exit after the other; results go into the cache."""
     import mteb
@@ -300,12 +300,12 @@ def load_exit_encoder(
     dtype: str | None = None,
     prompts: Mapping[str, str] | None = None,
     **encode_options: Any,
-) -> ExitEncoder:
+) -> MtebExitEncoder:
     """What mteb calls to load an exit by its `ModelMeta`; `model_name` and `revision` are those of the exit."""
     model, tokenizer = load_checkpoint(checkpoint, exit_layer, device, dtype)
     shared = SharedExits(model, tokenizer, (exit_layer,), **encode_options)
     (meta,) = _metas(checkpoint, model.config, (exit_layer,), model_name.removesuffix(f"-exit-{exit_layer}"), revision)
-    return ExitEncoder(shared, exit_layer, meta, prompts)
+    return MtebExitEncoder(shared, exit_layer, meta, prompts)
 
 
 def _metas(

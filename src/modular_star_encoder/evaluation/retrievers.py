@@ -37,12 +37,9 @@ class Retriever(Protocol):
         variants: the available ones.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def checksum(self) -> str: ...
-    @property
-    def variants(self) -> tuple[ExitVariant, ...]: ...
+    name: str
+    checksum: str
+    variants: tuple[ExitVariant, ...]
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
         """Do now what can be done for all texts at once, such as embedding them."""

@@ -1,4 +1,4 @@
-"""Slices: stand-alone smaller checkpoints, the first layers of a larger one with their heads."""
+"""Write checkpoints: slices (the first layers of a larger one with their heads), and files of a SentenceTransformer."""
 
 import json
 import os
@@ -161,7 +161,7 @@ def write_sentence_transformer_files(
     dimension: int | None = None,
     pooling: str | None = None,
 ) -> None:
-    """Write `modules.json` and the modules' settings beside a checkpoint.
+    """Write `modules.json` and the modules' settings into a checkpoint's folder.
 
     A retrieval model's `last_hidden_state` are the exit's projected tokens, so stock pooling and normalisation follow,
     and `encode(..., exit_layer=k)` reaches the model.

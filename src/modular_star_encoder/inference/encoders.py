@@ -46,14 +46,10 @@ class Encoder(Protocol):
         dimensions: sizes to which its embeddings can be truncated and normalised again, or (None,).
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def checksum(self) -> str: ...
-    @property
-    def exit_layers(self) -> tuple[int | None, ...]: ...
-    @property
-    def dimensions(self) -> tuple[int | None, ...]: ...
+    name: str
+    checksum: str
+    exit_layers: tuple[int | None, ...]
+    dimensions: tuple[int | None, ...]
 
     def prompt(self, text: Text) -> str:
         """The prefix of the text."""
@@ -144,9 +140,10 @@ class ExitEncoder:
     ) -> None:
         config = model.config
         self.model, self.tokenizer, self.name, self._options = model, tokenizer, name, encode_options
-        self.exit_layers = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
+        exits = config.exit_layers if exit_layers is None else exit_layers
+        self.exit_layers: tuple[int | None, ...] = config.resolve_exits(exit_layers=exits)
         nested = sorted({*(getattr(config, "nested_dimensions", None) or ()), config.projection_size}, reverse=True)
-        self.dimensions = tuple(nested) if len(nested) > 1 else (None,)
+        self.dimensions: tuple[int | None, ...] = tuple(nested) if len(nested) > 1 else (None,)
         settings = {name: str(value) for name, value in encode_options.items() if name != "tokens_per_batch"}
         self.checksum = weights_checksum(model, tokenizer, config.to_json_string(), settings)
 
@@ -156,8 +153,8 @@ class ExitEncoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = type(self.model)(self.model.config).to(device=parameter.device, dtype=parameter.dtype)
-        name = f"{self.name}, untrained"
-        return ExitEncoder(model, self.tokenizer, name, exit_layers=self.exit_layers, **self._options)
+        exits = [exit_layer for exit_layer in self.exit_layers if exit_layer is not None]
+        return ExitEncoder(model, self.tokenizer, f"{self.name}, untrained", exit_layers=exits, **self._options)
 
     def prompt(self, text: Text) -> str:
         """The published instruction, if the model was fine-tuned with instructions."""
@@ -173,7 +170,8 @@ class ExitEncoder:
         prompted = [prompt + text for prompt, text in texts]
         exits = tuple(exit_layer for exit_layer in exit_layers if exit_layer is not None)
         options = {"exit_layers": exits, "progress": progress, **self._options}
-        return dict(encode_exits(self.model, self.tokenizer, prompted, **options))
+        embeddings = encode_exits(self.model, self.tokenizer, prompted, **options)
+        return {exit_layer: embeddings[exit_layer] for exit_layer in exits}
 
 
 class SentenceTransformerEncoder:

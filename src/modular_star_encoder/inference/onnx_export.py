@@ -130,7 +130,7 @@ def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
     if sum(tensor.nbytes for tensor in tensors if tensor is not None) > _LARGEST_FILE:
         onnx_ir.save(graph, path, external_data=f"{Path(path).name}_data")
     else:
-        # Weights that were read from a file beside another graph would stay there.
+        # Weights read from another graph's data file would stay there.
         onnx_ir.save(onnx_ir.external_data.load_to_model(graph), path)
 
 
@@ -268,8 +268,10 @@ def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]
         raise missing_extra() from error
     # The quantiser names weights that don't fit into a file otherwise than serving software expects.
     with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=Path(target).parent) as folder:
-        beside = Path(f"{os.fspath(source)}_data").exists()
+        options = SETTINGS | {"use_external_data_format": Path(f"{os.fspath(source)}_data").exists()}
         draft = Path(folder, "model.onnx")
         with quiet_libraries():
-            quantize_dynamic(source, draft, weight_type=QuantType.QInt8, use_external_data_format=beside, **SETTINGS)
+            quantize_dynamic(
+                source, draft, weight_type=QuantType.QInt8, use_external_data_format=has_data_file, **SETTINGS
+            )
         save_graph(onnx_ir.load(draft), target)

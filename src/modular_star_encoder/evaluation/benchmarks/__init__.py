@@ -34,7 +34,7 @@ class Benchmark:
         name: as users name it.
         title: the heading of its table.
         folder: of its files, below a folder of several benchmarks.
-        load: reads that folder.
+        load: reads that folder; raises UserError for a damaged or partial file and FileNotFoundError for a missing one.
         hub: the dataset repository on the Hub with the same files; empty where there is none.
         sized: whether `load` takes `allow_subset`.
         with_candidates: whether candidates are drawn, so that `load` takes `candidates`, lists of an earlier run.

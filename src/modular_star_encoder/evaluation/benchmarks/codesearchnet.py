@@ -95,10 +95,6 @@ def load_with_candidates(
         candidates: folder of the lists that `write_candidates` wrote; rows that they do not name are left out.
         allow_subset: accept files with fewer rows than the official split.
         seed: of the shuffle, without lists.
-
-    Raises:
-        UserError: a damaged or partial file, or a list that names a missing function.
-        FileNotFoundError: no test file of any language, or no list for one.
     """
 
     def load(language: str) -> RetrievalTask:
@@ -138,9 +134,6 @@ def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> 
 
     Args:
         leaky: leave the docstring in Python code, as most published values have it.
-
-    Raises:
-        UserError: a row of another language, without documentation or code, or with the url of an earlier one.
     """
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
@@ -224,12 +217,7 @@ def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
 
 
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """CodeXGLUE's filtered version: one task for each language whose folder is there, all of its code as candidates.
-
-    Raises:
-        UserError: a damaged or partial file, a url that comes twice, or a query whose code is not a candidate.
-        FileNotFoundError: no language, or one without its codebase.
-    """
+    """CodeXGLUE's filtered version: one task for each language whose folder is there, all of its code as candidates."""
 
     def load(language: str) -> RetrievalTask:
         (test, *_), (codebase, *_) = (
@@ -264,10 +252,6 @@ def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
     Args:
         folder: holds `annotationStore.csv` (also under `resources/`) and a folder of JSON lines for each language.
         allow_subset: accept other numbers of annotations, and missing functions.
-
-    Raises:
-        UserError: a damaged or partial file, or a missing annotated function.
-        FileNotFoundError: no annotations, or no functions.
     """
     (annotations, *_) = require_files(folder, (ANNOTATIONS, f"resources/{ANNOTATIONS}"))
     grades, count = _read_grades(annotations)
@@ -333,12 +317,7 @@ def _read_code(paths: list[Path]) -> dict[str, str]:
 
 
 def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """MTEB's 1000 × 1000: one task for each language whose folders are there.
-
-    Raises:
-        UserError: a damaged or partial file, or a judgement about a missing query or document.
-        FileNotFoundError: no language, or one that lacks a folder.
-    """
+    """MTEB's 1000 × 1000: one task for each language whose folders are there."""
 
     def load(language: str) -> RetrievalTask:
         documents, document_ids, notes = _read_mteb(folder, language, "corpus", "documents", allow_subset)
@@ -391,11 +370,7 @@ def _read_mteb(
 
 
 def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> list[str]:
-    """For each row of `path` the tokens of the first of these fields that it has, joined by spaces.
-
-    Raises:
-        UserError: none is there, or it is not a list of strings.
-    """
+    """For each row of `path` the tokens of the first of these fields that it has, joined by spaces."""
     texts = []
     for number, row in enumerate(rows, start=1):
         name = next((name for name in names if name in row), None)
@@ -409,11 +384,7 @@ def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> li
 
 
 def load_code_folder(folder: Path, *, seed: int = 0) -> list[RetrievalTask]:
-    """One task of the documented functions in a folder of source code, by the protocol of 1000 candidates.
-
-    Raises:
-        UserError: fewer than two documented functions.
-    """
+    """One task of the documented functions in a folder of source code, by the protocol of 1000 candidates."""
     functions = collect_functions(folder_repositories(folder)).functions
     if len(functions) < 2:
         raise UserError(

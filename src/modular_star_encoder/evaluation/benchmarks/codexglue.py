@@ -58,12 +58,7 @@ _OWN_OBJECT = ("this", "self")  # PHP's lexer takes $this for a variable like ot
 
 
 def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """The one task, from `test.jsonl` of the authors' preprocess.py: documentation → code.
-
-    Raises:
-        UserError: a damaged or partial file, or an idx that comes twice.
-        FileNotFoundError: there is no `test.jsonl`.
-    """
+    """The one task, from `test.jsonl` of the authors' preprocess.py: documentation → code."""
     (path, *_) = require_files(folder, ("test.jsonl", "test.jsonl.gz"))
     rows = read_jsonl(path, {"idx": (int, str), "url": str, "docstring_tokens": list})
     ids = check_unique(path, [row["idx"] for row in rows], "idx")
@@ -82,12 +77,7 @@ def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalT
 
 
 def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """The one task: web queries → code.
-
-    Raises:
-        UserError: a damaged or partial file, or a query whose code is not in the code base.
-        FileNotFoundError: one of the two files is missing.
-    """
+    """The one task: web queries → code."""
     (base, *_), (test, *_) = (
         require_files(folder, [name]) for name in ("code_idx_map.txt", "cosqa-retrieval-test-500.json")
     )
@@ -119,10 +109,6 @@ def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool =
 
     Args:
         masked: replace names (see `mask_names`).
-
-    Raises:
-        UserError: a partial file, an empty line, or files of different lengths.
-        FileNotFoundError: one of the two files is missing.
     """
     (first, *_), (second, *_) = (require_files(folder, [f"test.java-cs.txt.{ending}"]) for ending in ("java", "cs"))
     texts = {"java": _read_translation(first, "java", masked), "c#": _read_translation(second, "c#", masked)}
@@ -147,12 +133,7 @@ def _read_translation(path: Path, language: str, masked: bool) -> list[Text]:
 
 
 def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """The one task: a program → the others that solve the same problem.
-
-    Raises:
-        UserError: a damaged or partial file, an index that comes twice, or a problem with a single program.
-        FileNotFoundError: neither `test.jsonl` nor `ProgramData/`.
-    """
+    """The one task: a program → the others that solve the same problem."""
     (path, *_) = require_files(folder, ("test.jsonl", f"ProgramData/{POJ_PROBLEMS[0]}/*.txt"))
     if path.name == "test.jsonl":
         rows = read_jsonl(path, {"label": str, "index": str, "code": str})
@@ -202,12 +183,7 @@ def _read_programs(folder: Path) -> tuple[list[str], list[str], list[str]]:
 
 
 def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[PairTask]:
-    """The one task.
-
-    Raises:
-        UserError: a damaged or partial file, or a pair with a function that `data.jsonl` lacks.
-        FileNotFoundError: one of the three files is missing.
-    """
+    """The one task."""
     functions, valid, test = (require_files(folder, [name])[0] for name in ("data.jsonl", "valid.txt", "test.txt"))
     rows = read_jsonl(functions, {"func": str, "idx": (str, int)})
     places = check_unique(functions, [str(row["idx"]) for row in rows], "idx")
@@ -255,10 +231,6 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
     Args:
         from_code: code → code.
         masked: replace names in code (see `mask_names`).
-
-    Raises:
-        UserError: a damaged file, a slug that comes twice, or a solution that is not a text.
-        FileNotFoundError: there is no `exercises.jsonl`.
     """
     (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
     exercises = _read_exercism(path, masked)
@@ -300,9 +272,6 @@ def mask_names(code: str, language: str) -> str:
     Args:
         code: a snippet or a file.
         language: any name that Pygments knows, such as "python", "c++", "c#".
-
-    Raises:
-        UserError: Pygments has no lexer for the language.
     """
     names: dict[str, str] = {}
 
