@@ -51,9 +51,6 @@ def rank_scores(scores: Sequence[np.ndarray], gains: Sequence[np.ndarray]) -> Ra
     Args:
         scores: for each query the scores (C,) of its candidates, compared as float32; higher is better.
         gains: for each query how relevant its candidates (C,) are; 0 for the irrelevant ones.
-
-    Raises:
-        UserError: no query, lists that don't fit together, a score that is NaN, or a gain below 0.
     """
     if not len(scores) or len(scores) != len(gains):
         raise UserError(
@@ -85,11 +82,7 @@ def check_scores(scores: np.ndarray) -> None:
 
 
 def reciprocal_ranks(ranking: Ranking, cutoff: int | None = None) -> np.ndarray:
-    """1 / rank of the first relevant document of each query, (Q,) in [0, 1]; 0 if its rank is above `cutoff`.
-
-    Raises:
-        UserError: a query without relevant documents, or a cutoff below 1.
-    """
+    """1 / rank of the first relevant document of each query, (Q,) in [0, 1]; 0 if its rank is above `cutoff`."""
     _check_k(cutoff)
     relevant = _relevant(ranking)
     first = np.full(ranking.queries, np.inf)
@@ -98,11 +91,7 @@ def reciprocal_ranks(ranking: Ranking, cutoff: int | None = None) -> np.ndarray:
 
 
 def recalls(ranking: Ranking, k: int) -> np.ndarray:
-    """Share of the relevant documents of each query that are among the first `k`, (Q,) in [0, 1].
-
-    Raises:
-        UserError: a query without relevant documents, or k below 1.
-    """
+    """Share of the relevant documents of each query that are among the first `k`, (Q,) in [0, 1]."""
     _check_k(k)
     relevant = _relevant(ranking)
     found = np.bincount(relevant.query[relevant.rank <= k], minlength=ranking.queries)
@@ -114,9 +103,6 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
 
     Gain 2^gain − 1, discount log2(rank + 1), as in CodeSearchNet's relevanceeval.py; the ideal ranking is cut at `k`
     too. A query without relevant documents gets NaN, to be left out of the mean.
-
-    Raises:
-        UserError: k below 1.
     """
     _check_k(k)
     limit = np.inf if k is None else k
@@ -145,9 +131,6 @@ def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
 
     The mean over the relevant documents of (their place among the relevant ones / their rank), where those below rank R
     count 0. The divisor is R and not the number found, as in CodeXGLUE's evaluator for POJ-104.
-
-    Raises:
-        UserError: a query without relevant documents.
     """
     relevant = _relevant(ranking)
     order = np.lexsort((relevant.rank, relevant.query))
@@ -162,9 +145,6 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
 
     `ndcg-judged@K` is CodeSearchNet's NDCG within the annotated documents, of the first K of the whole ranking, and
     `ndcg-full@K` its NDCG of the full ranking, whose ideal isn't cut.
-
-    Raises:
-        UserError: an unknown name, or what the metric itself refuses.
     """
     name, at, cut = metric.partition("@")
     k = int(cut) if cut.isdecimal() else None
@@ -188,11 +168,7 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
 
 
 def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Outcome (N,) int64 of each decision about a pair, from decisions and labels (N,) of 0 and 1.
-
-    Raises:
-        UserError: other values, other shapes, or no pair at all.
-    """
+    """Outcome (N,) int64 of each decision about a pair, from decisions and labels (N,) of 0 and 1."""
     decisions, labels = np.asarray(decisions), np.asarray(labels)
     if decisions.shape != labels.shape or decisions.ndim != 1 or not len(labels):
         shapes = f"{decisions.shape} and {labels.shape}"
@@ -229,9 +205,6 @@ def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     Args:
         scores: (N,), compared as float32.
         labels: (N,) of 0 and 1.
-
-    Raises:
-        UserError: a score is NaN, or no label is 1.
     """
     scores, labels = np.asarray(scores, dtype=np.float32), np.asarray(labels)
     check_scores(scores)
@@ -269,11 +242,7 @@ _DRAWS_PER_CHUNK = 1 << 22
 def bootstrap_interval(
     values: np.ndarray, seed: int, resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of (Q,) values (Efron 1979), the same for the same seed.
-
-    Raises:
-        UserError: no value, a level outside (0, 1), or fewer than one resample.
-    """
+    """Percentile bootstrap interval of the mean of (Q,) values (Efron 1979), the same for the same seed."""
     values = _not_empty(values)
     _check_bootstrap(resamples, level)
     generator = np.random.default_rng(seed)
@@ -301,9 +270,6 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
 
     If two retrievers are exchangeable, each difference is as likely to have the other sign. The p-value counts the
     observed signs as one of the resamples, so that it is never 0 (Phipson & Smyth 2010).
-
-    Raises:
-        UserError: no difference, or fewer than one resample.
     """
     differences = _not_empty(differences)
     _check_bootstrap(resamples, 0.5)

@@ -263,11 +263,6 @@ def exit_model_metas(
 
     Args:
         checkpoint, exit_layers, model_name: as for `run_mteb`.
-
-    Raises:
-        ImportError: mteb is not installed.
-        UserError: an exit that the checkpoint does not have, or not a checkpoint of ours.
-        OSError: no such checkpoint.
     """
     _import_mteb()
     path = os.path.expanduser(os.fspath(checkpoint))
@@ -385,10 +380,6 @@ def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTas
         rows: (description, code, language). Of several with the same description or the same code only the first is
             kept, because the others would be wrong answers to it.
         name: of the task, and so of its result files.
-
-    Raises:
-        ImportError: mteb is not installed.
-        UserError: fewer than two rows are left.
     """
     _import_mteb()
     from datasets import Dataset

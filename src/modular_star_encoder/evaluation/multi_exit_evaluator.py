@@ -270,11 +270,7 @@ class _Parts(NamedTuple):
 
 
 def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
-    """The network of a SentenceTransformer whose other modules do what the network does itself.
-
-    Raises:
-        UserError: another network, or modules that would change its embeddings.
-    """
+    """The network of a SentenceTransformer whose other modules do what the network does itself."""
     network: Any = getattr(model[0], "auto_model", None)  # AutoModel may have loaded it by remote code: another class
     names = [type(module).__name__ for module in model]
     pools_alike = (

@@ -29,10 +29,6 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
         tables: one panel each.
         profiles: {retriever: the file where its exit profile would be}.
         folder: of the plots.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        UserError: the profiles cannot be compared, or are of other exits.
     """
     by_depth, by_latency = folder / "quality_by_depth.png", folder / "quality_by_latency.png"
     for path in (by_depth, by_latency):
@@ -64,10 +60,6 @@ def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
     """A panel for each table: the main metric of each exit against its number of layers, with intervals.
 
     Retrievers without exits are dashed horizontal lines.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        UserError: no table has a retriever with exits.
     """
     if not any(row.exit_layer is not None for table in tables for row in table.rows):
         raise UserError("evaluation.plots.no_exits", "No retriever has exits, so quality by depth cannot be plotted.")
@@ -88,10 +80,6 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
 
     Args:
         latencies: {retriever: {exit_layer: milliseconds}}, all on one machine (see `median_latencies`).
-
-    Raises:
-        ImportError: matplotlib is missing.
-        UserError: no row has a latency.
     """
     if not any(_timed(rows, latencies) for table in tables for rows in _with_exits(table).values()):
         raise UserError(

@@ -186,9 +186,6 @@ def make_report(
         results: of all retrievers on all tasks, in any order.
         seed: of intervals and permutations.
         command, checksum: see `Report`.
-
-    Raises:
-        UserError: a result is missing.
     """
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
     tables = [_table(name, [task for task in tasks if task.benchmark == name], results, seed) for name in benchmarks]

@@ -117,12 +117,7 @@ class EmbeddingCache:
         return [text for text in texts if _key(text) not in places]
 
     def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray) -> None:
-        """Store embeddings (N, F) float32 of N texts.
-
-        Raises:
-            UserError: an embedding holds NaN or infinite components, or the shape is not (N, F).
-            OSError: the folder cannot be written to.
-        """
+        """Store embeddings (N, F) float32 of N texts."""
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
         if embeddings.ndim != 2 or len(embeddings) != len(texts):
             raise UserError(
@@ -137,11 +132,7 @@ class EmbeddingCache:
         self._space(space).add([_key(text) for text in texts], embeddings)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
-        """The embeddings of texts that were added, read on access.
-
-        Raises:
-            KeyError: a text that was never added.
-        """
+        """The embeddings of texts that were added, read on access."""
         found = self._space(space)
         return CachedRows(found.shards, np.array([found.places[_key(text)] for text in texts]).reshape(-1, 2))
 

@@ -305,11 +305,7 @@ def _evaluate_pairs(task: PairTask, retriever: Retriever, variant: ExitVariant, 
 
 
 def read_result(path: Path) -> TaskResult:
-    """A stored result, also of versions that wrote `system` and `figures`.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """A stored result, also of versions that wrote `system` and `figures`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         names = {"system": "retriever", "figures": "estimates"}

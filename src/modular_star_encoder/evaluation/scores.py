@@ -144,9 +144,6 @@ def rank_judged(
         scores: (Q, D); each row is ranked on its own.
         judgements: rows and columns of `scores`.
         exclude_self: leave column i out of row i.
-
-    Raises:
-        ValueError: a score is NaN.
     """
     bounds = np.searchsorted(judgements.query, np.arange(scores.shape[0] + 1))
     judged_scores = np.full(len(judgements.query), np.nan, dtype=np.float32)

@@ -222,9 +222,6 @@ def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarra
 
     With fewer than `size` rows there is one batch of them all. The shuffle is the one of `np.random.seed(seed)`, which
     CodeSearchNet and CodeBERT use: same rows, same batches.
-
-    Raises:
-        UserError: fewer than two rows, or a batch of fewer than two.
     """
     if n < 2 or size < 2:
         raise UserError(
@@ -263,9 +260,6 @@ def pairs_task(
         size: candidates of each query, in the batches of `candidate_batches`; all documents if None.
         seed: of the batches.
         options: other fields of the task.
-
-    Raises:
-        UserError: fewer than two rows.
     """
     pairs = [RetrievalRow(*row) for row in rows]
     batches = candidate_batches(len(pairs), size or POOL, seed)
@@ -295,10 +289,6 @@ def task_from_mappings(
         relevant: id of a query → ids of its relevant documents.
         language: of all documents; None if it is unknown or they are prose.
         options: other fields of the task.
-
-    Raises:
-        UserError: no query has a relevant document, there are fewer than two documents, or `relevant` names a document
-            that `corpus` does not hold.
     """
     places = {name: place for place, name in enumerate(corpus)}
     answered = [name for name in queries if relevant.get(name)]

@@ -74,10 +74,6 @@ def write_checkpoint(
         out: a folder.
         exit_layer, only_exit: as for `slice_checkpoint`; not cut if None.
         tokenizer: folder of the tokenizer; that of the checkpoint if None.
-
-    Raises:
-        UserError: the checkpoint has no such exit, is damaged, or is of a class that is not ours.
-        OSError: its folder lacks configuration or weights, or the Hub has no such repository.
     """
     config = load_config(checkpoint)
     checkpoint = os.path.expanduser(checkpoint)
@@ -173,9 +169,6 @@ def write_sentence_transformer_files(
         modules: content of `modules.json`.
         dimension: size of the embeddings; `config.projection_size` if None.
         pooling: of a model that has no embeddings of its own, `"mean"` or `"lasttoken"`; the retrieval model's if None.
-
-    Raises:
-        UserError: a retrieval model whose embeddings the modules would not give. Nothing is written.
     """
     if pooling is None:
         check_servable(config)
@@ -205,9 +198,6 @@ def save_retrieval_checkpoint(
 
     Args:
         out: folder to write; it must not exist, or be empty. It appears whole or not at all.
-
-    Raises:
-        UserError: `out` is not empty, or a SentenceTransformer's modules cannot compute the model's embeddings.
     """
     with staged_folder(out) as staging:
         model.save_pretrained(staging)

@@ -91,9 +91,6 @@ def encode_batches(
 
     Returns:
         (E, N, D) float32 in the order of `texts`; None if there is no text.
-
-    Raises:
-        UserError: one string in place of a list, a tokenizer without a padding token, or a text with lone surrogates.
     """
     if isinstance(texts, str):
         raise UserError("encode.texts.one_string", f"texts must be a list of strings, not the string {texts[:40]!r}.")

@@ -124,9 +124,6 @@ class ExitEncoder:
         name: as tables show it.
         exit_layers: which exits; all that the model has if None.
         encode_options: go to `encode_exits`: max_length, tokens_per_batch, dtype.
-
-    Raises:
-        UserError: an exit that the model doesn't have.
     """
 
     def __init__(
@@ -256,9 +253,6 @@ class EndpointEncoder:
         retries: how often a request is repeated after an overloaded or unreachable server (see `HTTPClient`).
         pause: seconds before the first repetition, doubled for each further one.
         timeout: seconds per request without any data.
-
-    Raises:
-        UserError: `base_url` is not an http or https address.
     """
 
     exit_layers: tuple[int | None, ...] = (None,)
@@ -289,12 +283,7 @@ class EndpointEncoder:
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
-        """See `Encoder`.
-
-        Raises:
-            UserError: the endpoint refuses, cannot be reached, stays overloaded, or does not answer with one embedding
-                per text.
-        """
+        """See `Encoder`."""
         # Endpoints refuse empty inputs.
         inputs = [(prompt + text)[: self.max_characters] or " " for prompt, text in texts]
         batches = range(0, len(inputs), self.batch_size)

@@ -123,9 +123,6 @@ class ExitProfile:
         Args:
             benchmark: a name for the values, such as `"codesearchnet-python-mrr"`.
             values: exit_layer → quality, higher is better.
-
-        Raises:
-            UserError: no exit of `values` is in this profile.
         """
         if not set(values) & set(self.exits):
             raise UserError(
@@ -167,12 +164,7 @@ class ExitProfile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExitProfile:
-        """Read a file that `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is none.
-            UserError: it is not an exit profile, or one of a later format.
-        """
+        """Read a file that `save` wrote."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no exit profile {path}: `mose profile` measures one.")

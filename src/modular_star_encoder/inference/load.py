@@ -75,11 +75,7 @@ def load_checkpoint(
 
 
 def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
-    """The configuration alone: which exits there are, and how texts are prompted.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError, UserError, OSError: as `load_checkpoint`.
-    """
+    """The configuration alone: which exits there are, and how texts are prompted."""
     check_checkpoint(path)
     path = os.path.expanduser(os.fspath(path))
     with _clear_errors(path):
@@ -92,12 +88,7 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
 
 
 def load_own_tokenizer(path: str) -> Any:
-    """The tokenizer of a checkpoint folder or of a Hub repository.
-
-    Raises:
-        UserError: it is damaged or missing.
-        OSError: a file cannot be read or downloaded.
-    """
+    """The tokenizer of a checkpoint folder or of a Hub repository."""
     with _clear_errors(path):
         try:
             return load_tokenizer(path)
@@ -144,12 +135,7 @@ def _clear_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Check that a local path is a checkpoint folder, before anything is loaded; names of the Hub pass.
-
-    Raises:
-        FileNotFoundError: no such folder, or one without config.json or weights.
-        NotADirectoryError: `path` is a file.
-    """
+    """Check that a local path is a checkpoint folder, before anything is loaded; names of the Hub pass."""
     folder = Path(path).expanduser()
     if not folder.exists():
         if not isinstance(path, str) or not _could_be_on_the_hub(path):
@@ -175,12 +161,7 @@ def _one_line(error: Exception) -> str:
 def load_whole(
     model_class: type[ModularStarEncoderPreTrainedModel], path: str | os.PathLike[str], exit_layer: int | None = None
 ) -> ModularStarEncoderPreTrainedModel:
-    """A model of any of our classes, in the checkpoint's dtype, none of whose tensors is drawn at random.
-
-    Raises:
-        UserError: damaged weights, or others than the configuration describes.
-        OSError: a file cannot be read or downloaded.
-    """
+    """A model of any of our classes, in the checkpoint's dtype, none of whose tensors is drawn at random."""
     path = os.path.expanduser(os.fspath(path))
     with _clear_errors(path):
         model, info = model_class.from_pretrained(path, exit_layer=exit_layer, output_loading_info=True)
@@ -189,11 +170,7 @@ def load_whole(
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """A file of a checkpoint folder or of a Hub repository; None if it has none, or offline if it was never fetched.
-
-    Raises:
-        OSError: the Hub has no such repository, or cannot be reached.
-    """
+    """A file of a checkpoint folder or of a Hub repository; None if it has none, or offline if it was never fetched."""
     path = os.path.expanduser(os.fspath(path))
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None

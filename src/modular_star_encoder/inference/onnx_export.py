@@ -107,11 +107,7 @@ def export_onnx(
 
 
 def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = None) -> torch.nn.Module:
-    """The computation of the exported file, as a module in evaluation mode that shares the model's weights.
-
-    Raises:
-        UserError: an exit that the model does not have.
-    """
+    """The computation of the exported file, as a module in evaluation mode that shares the model's weights."""
     cut = model.slice(model.config.num_hidden_layers if exit_layer is None else exit_layer)
     # Leaving padding out needs lengths on the host, and a graph has none.
     cut.config.unpad_inputs = False
@@ -135,11 +131,7 @@ def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
 
 
 def open_session(path: str | os.PathLike[str]) -> Any:
-    """An `onnxruntime.InferenceSession` of a file on the CPU, with as many threads as torch has.
-
-    Raises:
-        ImportError: onnxruntime is missing.
-    """
+    """An `onnxruntime.InferenceSession` of a file on the CPU, with as many threads as torch has."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -257,9 +249,6 @@ def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]
     Args:
         source: an ONNX file with float32 weights.
         target: the file to write; its folder must exist.
-
-    Raises:
-        ImportError: onnxruntime is missing.
     """
     try:
         import onnx_ir
@@ -271,7 +260,5 @@ def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]
         options = SETTINGS | {"use_external_data_format": Path(f"{os.fspath(source)}_data").exists()}
         draft = Path(folder, "model.onnx")
         with quiet_libraries():
-            quantize_dynamic(
-                source, draft, weight_type=QuantType.QInt8, use_external_data_format=has_data_file, **SETTINGS
-            )
+            quantize_dynamic(source, draft, weight_type=QuantType.QInt8, **options)
         save_graph(onnx_ir.load(draft), target)

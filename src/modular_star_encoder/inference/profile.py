@@ -29,6 +29,7 @@ from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarE
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_writable
 from modular_star_encoder.utils.machine import library_versions, machine_kind
+from modular_star_encoder.utils.markdown import markdown_table
 
 
 def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: int) -> float:
@@ -80,9 +81,6 @@ class ProfilePlan:
         rounds: how often each exit is timed at each shape.
         seconds_per_shape: a shape ends early, though not before five rounds, once it has taken this long.
         memory: whether to measure memory.
-
-    Raises:
-        UserError: a number that is not positive.
     """
 
     batch_sizes: tuple[int, ...] = (1, 8)
@@ -211,11 +209,7 @@ def profile_to_file(
 
 
 def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
-    """The path of a checkpoint's profile: `out`, or the file in its folder.
-
-    Raises:
-        UserError: no `out`, and the checkpoint is not a local folder.
-    """
+    """The path of a checkpoint's profile: `out`, or the file in its folder."""
     if out is not None:
         return Path(out).expanduser()
     check_checkpoint(checkpoint)
@@ -251,10 +245,7 @@ def format_profile(profile: ExitProfile) -> str:
     blocks = []
     for shape in profile.shapes:
         rows = [header, *(_row(profile, exit_layer, shape) for exit_layer in profile.exits)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in rows]
-        lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-        blocks.append("\n".join([f"{shape[0]} × {shape[1]} tokens", "", *lines]))
+        blocks.append("\n".join([f"{shape[0]} × {shape[1]} tokens", "", *markdown_table(rows)]))
     machine = profile.machine.get("gpu") or f"{profile.machine['processor']}, {profile.machine['threads']} threads"
     return "\n\n".join([*blocks, f"{profile.device}, {profile.dtype}, {machine}, {profile.date}"])
 
@@ -362,9 +353,6 @@ def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequenc
 
     Returns:
         Peaks in the order of `shapes`.
-
-    Raises:
-        OSError: the process failed, perhaps for lack of memory; the message holds its last line.
     """
     request = json.dumps([checkpoint, exit_layer, dtype, shapes, threads])
     process = subprocess.run(  # noqa: S603 - our own module, arguments passed as a list

@@ -31,6 +31,14 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-12])
 
 
+def wrong_index(path):
+    path.write_text(path.read_text().replace('"retrieval_idx": 3', '"retrieval_idx": 33'))
+
+
+def emptied(path):
+    path.write_bytes(gzip.compress(b""))
+
+
 def damage(name, file, function, message):
     return pytest.param(name, lambda folder: function(folder / file), file, message, id=f"{name} {message}")
 
@@ -50,108 +58,53 @@ JAVA, CS = "test.java-cs.txt.java", "test.java-cs.txt.cs"
 COSQA = "cosqa-retrieval-test-500.json"
 EXERCISES = "exercises.jsonl.gz"
 
+CSN, FULL, SAMPLE, JUDGED = (f"codesearchnet-{kind}" for kind in ("999", "full", "mteb", "human"))
+URL = published.hub_rows("go")[0]["func_code_url"]
+OTHER_URL = published.original_rows("ruby")[3]["url"]
+
 WRONG = [
-    row("codesearchnet-999", GO, 2, "line 2: expected whole characters, found halves", func_code_string="a\ud800b"),
-    row("codesearchnet-999", GO, 2, "line 2: expected the field 'func_code_string'", func_code_string=None),
-    row("codesearchnet-999", GO, 3, "line 3: expected a row of go, found php", language="php"),
-    row("codesearchnet-999", GO, 4, "line 4: expected code and documentation", func_documentation_string="\n"),
-    row(
-        "codesearchnet-999",
-        GO,
-        4,
-        "line 4: expected a url that no earlier row has",
-        func_code_url=published.hub_rows("go")[0]["func_code_url"],
-    ),
-    row("codesearchnet-999", RUBY, 1, "line 1: expected a string as 'docstring', found a list", docstring=["a"]),
-    line("codesearchnet-999", GO, 2, "{broken", "line 2: expected a JSON object with 'language', found '{broken'"),
-    line("codesearchnet-999", GO, 2, "[1]", "line 2: expected an object with 'language', found a list"),
-    damage("codesearchnet-999", GO, cut_off, "expected more lines, found the end of a file that was cut off"),
-    damage("codesearchnet-999", GO, lambda path: path.write_bytes(b"plain"), "line 1: expected a gzip file"),
-    damage("codesearchnet-999", "python/test-00000-of-00001.parquet", cut_off, "expected a Parquet file"),
-    row(
-        "codesearchnet-full", "ruby/test.jsonl", 2, "line 2: expected a url that codebase.jsonl holds", url="elsewhere"
-    ),
-    row("codesearchnet-full", "ruby/codebase.jsonl", 1, "line 1: expected a list as 'code_tokens'", code_tokens="a b"),
-    row(
-        "codesearchnet-full",
-        "ruby/codebase.jsonl",
-        1,
-        "line 1: expected a list of strings as 'code_tokens'",
-        code_tokens=[1],
-    ),
-    row(
-        "codesearchnet-full",
-        "ruby/codebase.jsonl",
-        4,
-        "line 4: expected another url than in line 1",
-        url=published.original_rows("ruby")[3]["url"],
-    ),
-    row("codesearchnet-mteb", MTEB_CORPUS, 2, "line 2: expected a string as 'id' or '_id'", _id=None),
-    row(
-        "codesearchnet-mteb",
-        MTEB_JUDGED,
-        3,
-        "line 3: expected ids of a query and a document, found 9 and",
-        **{"query-id": "9"},
-    ),
-    row("codesearchnet-mteb", MTEB_JUDGED, 3, "expected a relevant document for query 2", score=0),
-    row("codesearchnet-mteb", MTEB_QUERIES, 1, "line 1: expected the field 'text'", text=None),
-    line(
-        "codesearchnet-human",
-        HUMAN,
-        1,
-        "Language,Query,Url,Relevance,Notes",
-        "line 1: expected the columns Language, Query, GitHubUrl",
-    ),
-    line(
-        "codesearchnet-human",
-        HUMAN,
-        3,
-        "Go,open file,https://x,4,",
-        "line 3: expected a language, a query, a url and a relevance from 0 to 3",
-    ),
-    row("codesearchnet-human", "go/undocumented.jsonl", 1, "line 1: expected a url and the code", function=" "),
+    row(CSN, GO, 2, "line 2: expected whole characters, found halves", func_code_string="a\ud800b"),
+    row(CSN, GO, 2, "line 2: expected the field 'func_code_string'", func_code_string=None),
+    row(CSN, GO, 3, "line 3: expected a row of go, found php", language="php"),
+    row(CSN, GO, 4, "line 4: expected code and documentation", func_documentation_string="\n"),
+    row(CSN, GO, 4, "line 4: expected a url that no earlier row has", func_code_url=URL),
+    row(CSN, RUBY, 1, "line 1: expected a string as 'docstring', found a list", docstring=["a"]),
+    line(CSN, GO, 2, "{broken", "line 2: expected a JSON object with 'language', found '{broken'"),
+    line(CSN, GO, 2, "[1]", "line 2: expected an object with 'language', found a list"),
+    damage(CSN, GO, cut_off, "expected more lines, found the end of a file that was cut off"),
+    damage(CSN, GO, lambda path: path.write_bytes(b"plain"), "line 1: expected a gzip file"),
+    damage(CSN, "python/test-00000-of-00001.parquet", cut_off, "expected a Parquet file"),
+    row(FULL, "ruby/test.jsonl", 2, "line 2: expected a url that codebase.jsonl holds", url="elsewhere"),
+    row(FULL, "ruby/codebase.jsonl", 1, "line 1: expected a list as 'code_tokens'", code_tokens="a b"),
+    row(FULL, "ruby/codebase.jsonl", 1, "line 1: expected a list of strings as 'code_tokens'", code_tokens=[1]),
+    row(FULL, "ruby/codebase.jsonl", 4, "line 4: expected another url than in line 1", url=OTHER_URL),
+    row(SAMPLE, MTEB_CORPUS, 2, "line 2: expected a string as 'id' or '_id'", _id=None),
+    row(SAMPLE, MTEB_JUDGED, 3, "line 3: expected ids of a query and a document, found 9", **{"query-id": "9"}),
+    row(SAMPLE, MTEB_JUDGED, 3, "expected a relevant document for query 2", score=0),
+    row(SAMPLE, MTEB_QUERIES, 1, "line 1: expected the field 'text'", text=None),
+    line(JUDGED, HUMAN, 1, "Language,Query,Url,Relevance,Notes", "line 1: expected the columns Language, Query"),
+    line(JUDGED, HUMAN, 3, "Go,open file,https://x,4,", "line 3: expected a language, a query, a url and a relevance"),
+    row(JUDGED, "go/undocumented.jsonl", 1, "line 1: expected a url and the code", function=" "),
     line("translation", JAVA, 2, " ", "line 2: expected a function, found an empty line"),
-    damage(
-        "translation",
-        CS,
-        lambda path: path.write_text("one\n"),
-        "expected 4 lines, as in test.java-cs.txt.java, found 1",
-    ),
+    damage("translation", CS, lambda path: path.write_text("one\n"), "expected 4 lines, as in test.java-cs.txt.java"),
     damage("translation", CS, lambda path: path.write_bytes(b"a\nb\xff\nc\nd\n"), "line 2: expected text in utf-8"),
     row("poj104", "test.jsonl", 4, "line 4: expected a label from 81 to 104, found '64'", label="64"),
-    row("poj104", "test.jsonl", 4, "expected as many programs, two or more, of each of several problems", label="81"),
+    row("poj104", "test.jsonl", 4, "expected as many programs, two or more, of each of several", label="81"),
     row("poj104", "test.jsonl", 5, "line 5: expected another index than in line 1", index="40243"),
     row("poj104", "test.jsonl", 5, "line 5: expected a string as 'index', found a whole number", index=3),
     line("bigclonebench", "test.txt", 2, "0\t7", "line 2: expected two ids and a label 0 or 1"),
     line("bigclonebench", "valid.txt", 1, "0\t8\t1", "line 1: expected ids of functions in data.jsonl, found 8"),
     damage("bigclonebench", "valid.txt", lambda path: path.write_text("0\t7\t1\n"), "expected pairs of both labels"),
     row("advtest", "test.jsonl", 3, "line 3: expected another idx than in line 1", idx=0),
-    row(
-        "advtest",
-        "test.jsonl",
-        3,
-        "line 3: expected the field 'function_tokens' or 'code_tokens'",
-        function_tokens=None,
-    ),
+    row("advtest", "test.jsonl", 3, "line 3: expected the field 'function_tokens' or", function_tokens=None),
     line("cosqa", "code_idx_map.txt", 1, "[]", "line 1: expected an object from code to whole numbers"),
     line("cosqa", COSQA, 3, "  oops", "line 3: expected one JSON value"),
-    damage(
-        "cosqa",
-        COSQA,
-        lambda path: path.write_text(path.read_text().replace('"retrieval_idx": 3', '"retrieval_idx": 33')),
-        "line 1: expected a retrieval_idx that code_idx_map.txt holds, found 33",
-    ),
+    damage("cosqa", COSQA, wrong_index, "line 1: expected a retrieval_idx that code_idx_map.txt holds, found 33"),
     damage("cosqa", COSQA, lambda path: path.write_text("[]"), "line 1: expected a list of objects"),
     row("exercism-text", EXERCISES, 2, "line 2: expected a solution in go, found none", code={"go": ""}),
     row("exercism-text", EXERCISES, 2, "line 2: expected another slug than in line 1, found 'open'", slug="open"),
     row("exercism-code", EXERCISES, 1, "line 1: expected an object as 'code', found a list", code=[]),
-    damage(
-        "exercism-code",
-        EXERCISES,
-        lambda path: path.write_bytes(gzip.compress(b"")),
-        "line 1: expected a JSON object with 'slug'",
-    ),
+    damage("exercism-code", EXERCISES, emptied, "line 1: expected a JSON object with 'slug'"),
 ]
 
 

@@ -110,11 +110,7 @@ WITH_CANDIDATES = tuple(name for name, benchmark in BENCHMARKS.items() if benchm
 
 
 def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
-    """The names, each once; `all` means the benchmarks whose folders are in `data`.
-
-    Raises:
-        UserError: an unknown name, or `all` where no benchmark's folder is.
-    """
+    """The names, each once; `all` means the benchmarks whose folders are in `data`."""
     chosen: list[str] = []
     for name in names:
         if name == ALL:

@@ -43,12 +43,7 @@ def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end) of a text file or of one compressed with gzip.
-
-    Raises:
-        UserError: the file is cut off, no gzip, or in another encoding.
-        OSError: it can't be read.
-    """
+    """(line number from 1, line without its end) of a text file or of one compressed with gzip."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -63,11 +58,7 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
 
 
 def read_jsonl(path: Path, fields: Fields) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line.
-
-    Raises:
-        UserError: no line, or a line that isn't an object with these fields, in whole characters.
-    """
+    """The objects of a file with one JSON object per line."""
     rows = []
     for number, line in read_lines(path):
         try:
@@ -80,11 +71,7 @@ def read_jsonl(path: Path, fields: Fields) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """The one JSON value of a file.
-
-    Raises:
-        UserError: it isn't JSON, cut off, or holds halves of characters.
-    """
+    """The one JSON value of a file."""
     text = "\n".join(line for _, line in read_lines(path))
     try:
         value = json.loads(text)
@@ -102,11 +89,7 @@ def check_rows(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
 
 
 def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
-    """Rows of a Parquet file, or of JSON lines by any other ending.
-
-    Raises:
-        UserError: the file is damaged, or a row lacks a field.
-    """
+    """Rows of a Parquet file, or of JSON lines by any other ending."""
     if path.suffix != ".parquet":
         return read_jsonl(path, fields)
     import pyarrow
@@ -120,11 +103,7 @@ def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Notes on the size of a benchmark: none if it is whole, one if a part of it is allowed.
-
-    Raises:
-        UserError: another number than `expected`, unless a subset is allowed and it is smaller.
-    """
+    """Notes on the size of a benchmark: none if it is whole, one if a part of it is allowed."""
     if found == expected:
         return ()
     if found > expected or not allow_subset:
