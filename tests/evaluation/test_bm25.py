@@ -54,7 +54,7 @@ def test_queries_and_documents_without_words_score_zero():
 
 
 @pytest.mark.skipif(not DATA, reason="MOSE_DATA is not set to a folder with codesearchnet/*_test.jsonl.gz")
-def test_bm25_reaches_its_known_figures_on_codesearchnet():
+def test_bm25_reaches_its_known_mrr_on_codesearchnet():
     cells = evaluate_tasks(load_benchmark("codesearchnet-999", DATA, allow_subset=True), [BM25()], progress=False)
     figures = {cell.task: 100 * cell.estimates["mrr"].value for cell in cells}
     assert figures == pytest.approx({"ruby": 50.6, "javascript": 48.3, "go": 73.9}, abs=1)

@@ -55,7 +55,7 @@ def test_a_shard_without_its_keys_does_not_count(tmp_path):
     assert EmbeddingCache(tmp_path).missing("m", TEXTS) == []
 
 
-def test_damaged_shards_are_refused_by_name(tmp_path):
+def test_damaged_shards_are_an_error_by_name(tmp_path):
     EmbeddingCache(tmp_path).add("m", TEXTS, embeddings(TEXTS))
     keys = next(tmp_path.glob("m/*.keys.npy"))
     for damage in (b"", keys.read_bytes()[:100], b"\x80\x04N."):

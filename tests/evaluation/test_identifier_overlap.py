@@ -32,7 +32,7 @@ def pairs(tokenizer, same_words, seed):
     return InContextPairs(texts, tokenizer, length=200, max_tokens=128, seed=seed, progress=False)
 
 
-def test_repositories_with_words_of_their_own_are_told_apart_and_others_are_not(tokenizer):
+def test_repositories_with_words_of_their_own_are_distinguished_and_others_are_not(tokenizer):
     clear = identifier_overlap_accuracy(pairs(tokenizer, True, 0), pairs(tokenizer, True, 1), tokenizer)
     assert clear["accuracy"] > 0.95
     assert 0 <= clear["threshold"] < 1

@@ -96,6 +96,6 @@ def test_comments_and_docstrings_go_and_strings_stay():
     assert '"items left"' in masked
 
 
-def test_a_language_that_nobody_knows_is_refused():
+def test_a_language_that_nobody_knows_is_an_error():
     with raises("benchmark.masking.language", "'klingon'"):
         mask_names("x", "klingon")

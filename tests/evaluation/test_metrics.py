@@ -55,7 +55,7 @@ def test_both_ndcgs_of_the_human_judgements_are_those_of_the_authors_script(metr
     assert query_values(part, metric) == pytest.approx(expected, abs=0.35)
 
 
-def test_ties_count_against_the_system():
+def test_ties_count_against_the_retriever():
     ranking = rank_scores([np.zeros(4)], [np.array([0, 1, 0, 0])])
     assert query_values(ranking, "mrr") == [1 / 4]
     assert query_values(rank_scores([np.zeros(4)], [np.array([3, 1, 2, 0])]), "ndcg@1") == [0]
@@ -67,7 +67,7 @@ def test_one_relevant_document_makes_recall_a_hit_or_a_miss():
     assert query_values(rank_scores(scores, gains), "recall@2").tolist() == [0, 1, 1]
 
 
-def test_a_query_without_relevant_documents_is_refused_and_has_no_ndcg():
+def test_a_query_without_relevant_documents_is_an_error_and_has_no_ndcg():
     ranking = rank_scores([np.arange(3.0), np.arange(3.0)], [np.eye(3)[0], np.zeros(3)])
     for metric in ("mrr", "recall@1", "map@r"):
         with raises("evaluation.query.no_relevant", "Query 1"):

@@ -179,7 +179,7 @@ def test_exits_that_would_take_too_much_memory_are_computed_one_by_one(model, to
 
 
 @pytest.mark.slow
-def test_mistakes_are_told_before_anything_is_run(checkpoint, tmp_path):
+def test_mistakes_are_reported_before_anything_is_run(checkpoint, tmp_path):
     with raises("mteb.task.unknown", "'CosQB'", "Did you mean: 'CosQA'"):
         run_mteb(checkpoint, ["CosQA", "CosQB"], out=tmp_path / "out")
     with raises("mteb.task.missing"):

@@ -139,7 +139,7 @@ def test_sentence_transformer_trainer_keeps_the_best_checkpoint_too(tmp_path, se
     assert float(lines[0]["mrr_mean"]) == evaluations(run)[1]["eval_mrr_mean"]
 
 
-def test_figures_are_those_of_encode_at_each_exit_with_the_published_prompts(sentence_transformer):
+def test_metrics_are_those_of_encode_at_each_exit_with_the_published_prompts(sentence_transformer):
     found = MultiExitEvaluator.from_pairs(ROWS, candidates=8, seed=1)(sentence_transformer)
     languages = {"python": "python", "ruby": "ruby", "sql": None}  # the published prompts don't know SQL
     codes = [code_prompt(languages[language]) + code for _, code, language in ROWS]

@@ -81,7 +81,7 @@ def test_a_missing_result_is_an_error(results):
         make_report(TASKS, results[1:])
 
 
-def test_markdown_shows_figures_intervals_command_and_notes(report, tables):
+def test_markdown_shows_values_intervals_command_and_notes(report, tables):
     text = report.to_markdown()
     row = next(line for line in text.splitlines() if line.startswith("| given, exit 2 "))
     mean = tables[0].rows[1].mean
@@ -126,7 +126,7 @@ def test_all_reports_are_written_and_json_holds_what_tables_show(tmp_path, repor
     assert "values" not in data["results"][0]
 
 
-def test_figures_show_each_exit_at_its_depth_and_latency(tmp_path, tables, monkeypatch):
+def test_plots_show_each_exit_at_its_depth_and_latency(tmp_path, tables, monkeypatch):
     from matplotlib.axes import Axes
 
     drawn = []

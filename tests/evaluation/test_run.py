@@ -156,7 +156,7 @@ def test_queries_without_relevant_documents_are_left_out_of_ndcg():
     assert result.estimates["ndcg-full@300"].value <= result.estimates["ndcg-judged@300"].value
 
 
-def test_a_task_without_a_judgement_is_refused_by_name():
+def test_a_task_without_a_judgement_is_an_error_by_name():
     task = retrieval_task(judgements=Judgements.of([{}] * 20), metrics=("ndcg@10",))
     with raises("evaluation.task.no_relevant", "toy, one"):
         run([task], [given_retriever(exit_layers=(3,))])

@@ -91,7 +91,7 @@ def test_a_run_that_is_started_again_computes_nothing_twice(checkpoint, data, tm
     assert len(scored) > cells
 
 
-def test_an_exit_profile_beside_the_checkpoint_gives_the_figure_of_latencies(checkpoint, data, tmp_path):
+def test_an_exit_profile_with_the_checkpoint_gives_the_plot_of_latencies(checkpoint, data, tmp_path):
     profile = Path(checkpoint, PROFILE_NAME)
     try:
         made_up_profile().save(profile)  # of exits 4, 9 and 18
@@ -103,7 +103,7 @@ def test_an_exit_profile_beside_the_checkpoint_gives_the_figure_of_latencies(che
     assert not (tmp_path / "quality_by_latency.png").exists()  # it would show the earlier run's
 
 
-def test_a_profile_of_other_exits_costs_a_figure_and_not_the_reports(checkpoint, data, tmp_path, capsys):
+def test_a_profile_of_other_exits_costs_a_plot_and_not_the_reports(checkpoint, data, tmp_path, capsys):
     profile = Path(checkpoint, PROFILE_NAME)
     try:
         made_up_profile().save(profile)
@@ -135,7 +135,7 @@ def test_latencies_that_were_not_measured_alike_are_not_drawn_together(data, tmp
 
 
 @pytest.mark.slow
-def test_lists_of_an_earlier_run_are_used_beside_other_benchmarks(checkpoint, data, tmp_path):
+def test_lists_of_an_earlier_run_are_used_with_other_benchmarks(checkpoint, data, tmp_path):
     options = {"allow_subset": True, "progress": False}
     names = ["codesearchnet-999", "cosqa"]
     first = run_benchmarks(checkpoint, names, data, tmp_path / "a", **options)

@@ -54,7 +54,7 @@ def test_ranks_are_those_of_a_brute_force_ranking(metric, tied):
 
 
 @pytest.mark.parametrize(("block", "wide"), [(1, 10**6), (64, 10**6), (256, 40), (1, 8), (10**6, 60)])
-def test_figures_do_not_depend_on_the_size_of_a_block(monkeypatch, block, wide):
+def test_ranks_do_not_depend_on_the_size_of_a_block(monkeypatch, block, wide):
     queries, documents = embeddings(50), embeddings(90, seed=1)
     documents[40:60] = documents[5]  # twenty that tie
     judged = judgements(50, 90)
@@ -142,7 +142,7 @@ def test_shorter_embeddings_are_cut_and_normalised_again():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_embeddings_that_are_not_finite_are_refused(value):
+def test_embeddings_that_are_not_finite_are_an_error(value):
     queries, documents = embeddings(5), embeddings(5, seed=1)
     documents[3, 0] = value
     with raises("evaluation.scores.nan"):

@@ -31,7 +31,7 @@ def test_a_lower_level_gives_a_narrower_interval():
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 
-def test_a_mean_of_nothing_is_refused():
+def test_a_mean_of_nothing_is_an_error():
     for function in (bootstrap_interval, permutation_test):
         with raises("evaluation.bootstrap.no_values"):
             function(np.array([]), 0)
@@ -53,7 +53,7 @@ def test_the_p_value_is_the_share_of_signs_that_are_as_extreme():
     assert permutation_test(differences, 0, resamples=40_000) == pytest.approx(exact, abs=0.01)
 
 
-def test_equal_systems_do_not_differ_and_different_ones_do():
+def test_equal_retrievers_do_not_differ_and_different_ones_do():
     assert permutation_test(np.zeros(10), 0) == 1
     assert permutation_test(np.full(40, 0.1), 0) == pytest.approx(1 / 10_001)
     p = [permutation_test(np.random.default_rng(seed).normal(size=50), seed, 500) for seed in range(100)]

@@ -46,7 +46,7 @@ def test_the_sentence_transformer_is_cut_at_the_same_exit(checkpoint):
     assert np.array_equal(model.encode(["add two numbers"]), full.encode(["add two numbers"], exit_layer=2))
 
 
-def test_the_model_has_the_dtype_that_was_profiled_unless_told(checkpoint):
+def test_the_model_has_the_dtype_of_the_profile_by_default(checkpoint):
     measured = ExitProfile.load(checkpoint / "exit_profile.json")
     assert measured.dtype == "float32"
     profile = dataclasses.replace(measured, dtype="bfloat16")
@@ -69,7 +69,7 @@ def test_a_profile_of_another_machine_is_used_with_a_warning(checkpoint, monkeyp
         load_at_budget(checkpoint, min_quality=0.3)
 
 
-def test_what_keeps_no_budget_or_has_no_profile_is_refused(checkpoint, tmp_path):
+def test_a_budget_too_small_or_a_missing_profile_is_an_error(checkpoint, tmp_path):
     with raises("budget.too_small", "min_quality 0.5 (exit 2)"):
         load_at_budget(checkpoint, min_quality=0.6)
     bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=lambda *_: ["exit_profile.json"])

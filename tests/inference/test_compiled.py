@@ -71,7 +71,7 @@ def test_a_compiled_model_saves_the_same_tensors(pair, tmp_path):
     assert all(torch.equal(saved[name], own[name]) for name in own)
 
 
-def test_chunks_of_one_token_and_other_devices_are_refused():
+def test_chunks_of_one_token_and_other_devices_are_an_error():
     with raises("compile.tokens_per_chunk", 1):
         compile_for_inference(tiny_model(), tokens_per_chunk=1)
     with raises("compile.device", "meta"):

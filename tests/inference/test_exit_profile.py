@@ -52,7 +52,7 @@ def made_up_profile(quality=None, memory=True):
         ({"latency_ms": 360, "batch_size": 8, "length": 128}, 9),
     ],
 )
-def test_the_deepest_exit_whose_figures_just_reach_the_budgets_is_chosen(budget, chosen):
+def test_the_deepest_exit_whose_values_just_reach_the_budgets_is_chosen(budget, chosen):
     assert select_exit(made_up_profile(), **budget) == chosen
 
 
@@ -98,7 +98,7 @@ def test_a_budget_that_no_exit_keeps_is_an_error_that_names_the_nearest_exits(bu
         select_exit(made_up_profile({4: 0.5, 9: 0.7, 18: 0.8}), **budget)
 
 
-def test_budgets_on_what_is_not_known_are_refused():
+def test_budgets_on_what_is_not_known_are_an_error():
     with raises("budget.too_small", "memory_mb is not known of any exit"):
         select_exit(made_up_profile(memory=False), memory_mb=1000)
     with raises("budget.benchmark.missing"):
@@ -130,7 +130,7 @@ def test_the_file_holds_the_profile(tmp_path):
     ],
     ids=["half", "later format", "unknown field", "missing field", "a list", "no exits", "unequal shapes"],
 )
-def test_a_file_that_is_no_profile_is_refused(tmp_path, damage):
+def test_a_file_that_is_no_profile_is_an_error(tmp_path, damage):
     path = tmp_path / "profile.json"
     made_up_profile().save(path)
     path.write_text(damage(path.read_text()))
@@ -156,13 +156,13 @@ def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"exits": {"4": {"mrr": NaN}}}', '{"exits": {}}'])
-def test_figures_that_are_none_are_refused(tmp_path, content):
+def test_values_that_are_not_numbers_are_an_error(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with raises("profile.quality.unreadable", "results.json", "mrr"):
         quality_from_results(tmp_path / "results.json")
 
 
-def test_quality_of_other_weights_is_refused(tmp_path, capsys):
+def test_quality_of_other_weights_is_an_error(tmp_path, capsys):
     made_up_profile().save(tmp_path / "profile.json")
     file = tmp_path / "results.json"
     command = ["profile", str(tmp_path), "--out", str(tmp_path / "profile.json"), "--quality", f"csn={file}"]

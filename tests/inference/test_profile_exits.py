@@ -125,7 +125,7 @@ def test_a_profile_of_fewer_exits_does_not_replace_a_fuller_one(checkpoint, tmp_
     assert ExitProfile.load(out) == full
 
 
-def test_the_profile_lies_beside_the_checkpoint_by_default(tmp_path):
+def test_the_profile_is_stored_with_the_checkpoint_by_default(tmp_path):
     checkpoint = save_tiny_checkpoint(tmp_path / "model")
     _, path = profile_to_file(checkpoint, PLAN, device="cpu", progress=False)
     assert path == checkpoint / "exit_profile.json"
@@ -150,7 +150,7 @@ def test_the_profile_lies_beside_the_checkpoint_by_default(tmp_path):
         (["CHECKPOINT", "--quality", "csn=no-such-file"], "There is no exit profile"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_measured(capsys, checkpoint, arguments, message):
+def test_mistakes_are_reported_before_anything_is_measured(capsys, checkpoint, arguments, message):
     assert cli.main(["profile", *(str(checkpoint) if word == "CHECKPOINT" else word for word in arguments)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("mose: error: ")
@@ -158,7 +158,7 @@ def test_mistakes_are_told_before_anything_is_measured(capsys, checkpoint, argum
     assert not (checkpoint / "exit_profile.json").exists()
 
 
-def test_a_process_that_cannot_measure_memory_is_told_in_a_sentence(tmp_path, monkeypatch):
+def test_a_process_that_cannot_measure_memory_is_reported_in_a_sentence(tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho one >&2\necho 'MemoryError: no room' >&2\nexit 1\n")
     python.chmod(0o755)

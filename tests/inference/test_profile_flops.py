@@ -33,7 +33,7 @@ def test_the_papers_model_costs_about_two_operations_per_parameter():
     assert flops_per_token(config, 36, 2048) > 1.1 * flops_per_token(config, 36, 1)
 
 
-def test_what_has_no_cost_is_refused():
+def test_an_unknown_exit_or_an_empty_text_is_an_error():
     config = load_config("finetuned")
     with pytest.raises(ValueError, match="its exits are 4, 9, 18, 27, 36"):
         flops_per_token(config, 5, 10)

@@ -68,7 +68,7 @@ def test_the_models_own_embedding_is_what_sentence_transformers_computes(checkpo
     np.testing.assert_array_equal(own, load(checkpoint).encode(TEXTS, prompt_name="query"))
 
 
-def test_a_slice_is_honest_about_what_it_holds(checkpoint, tmp_path):
+def test_the_configuration_of_a_slice_describes_it(checkpoint, tmp_path):
     config = json.loads((slice_checkpoint(checkpoint, 2, tmp_path / "slice") / "config.json").read_text())
     assert (config["num_hidden_layers"], config["exit_layers"], config["exit_norm"]) == (2, [1, 2], "none")
     assert (config["parent_num_hidden_layers"], config["parent_exit_layers"]) == (4, [1, 2, 4])
@@ -110,7 +110,7 @@ def test_a_slice_needs_nothing_of_this_package(checkpoint, tmp_path, exit_layer)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_is_not_self_contained_is_found_out(checkpoint, tmp_path):
+def test_a_checkpoint_that_is_not_self_contained_is_detected(checkpoint, tmp_path):
     sliced = slice_checkpoint(checkpoint, 1, tmp_path / "slice")
     (sliced / "modeling_modular_star_encoder.py").unlink()
     with pytest.raises(RuntimeError, match="cannot be loaded without this package"):
@@ -138,7 +138,7 @@ def test_wrong_input_writes_nothing(checkpoint, tmp_path):
         ({}, "cannot be loaded: .*deserializing"),
     ],
 )
-def test_what_is_damaged_or_none_of_ours_is_one_sentence(checkpoint, tmp_path, config, sentence, capsys):
+def test_a_damaged_or_foreign_checkpoint_is_one_sentence(checkpoint, tmp_path, config, sentence, capsys):
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | config))
     (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
@@ -147,26 +147,36 @@ def test_what_is_damaged_or_none_of_ours_is_one_sentence(checkpoint, tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-def test_a_head_that_is_not_in_the_file_is_not_drawn_at_random(checkpoint, tmp_path):
-    copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    tensors = {name: tensor.clone() for name, tensor in load_file(copy / "model.safetensors").items()}
+def without_a_tensor(folder):
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     del tensors["projection_heads.2.dense.weight"]
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with raises("checkpoint.tensors", "1 tensors are missing", "projection_heads.2.dense.weight"):
-        slice_checkpoint(copy, 2, tmp_path / "slice")
-    save_file({**tensors, "model.layers.4.mlp.c_fc.bias": torch.ones(2)}, copy / "model.safetensors")
-    with raises("checkpoint.tensors", "1 tensors are too many", "model.layers.4.mlp.c_fc.bias"):
-        slice_checkpoint(copy, 1, tmp_path / "slice")
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_damaged_tokenizer_is_one_sentence(checkpoint, tmp_path):
+def with_a_tensor_too_many(folder):
+    tensors = load_file(folder / "model.safetensors") | {"model.layers.4.mlp.c_fc.bias": torch.ones(2)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def of_another_class(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["TheirModel"]}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "key", "values"),
+    [
+        (without_a_tensor, "checkpoint.tensors", ("1 tensors are missing", "projection_heads.2.dense.weight")),
+        (with_a_tensor_too_many, "checkpoint.tensors", ("1 tensors are too many", "model.layers.4.mlp.c_fc.bias")),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"version"'), "checkpoint.tokenizer", ("copy",)),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "checkpoint.tokenizer", ("copy",)),
+        (of_another_class, "checkpoint.other_class", ("TheirModel",)),
+    ],
+)
+def test_a_damaged_checkpoint_is_not_sliced(checkpoint, tmp_path, damage, key, values):
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    (copy / "tokenizer.json").write_text('{"version"')
-    with raises("checkpoint.tokenizer", "copy"):
-        slice_checkpoint(copy, 2, tmp_path / "slice")
-    (copy / "tokenizer.json").unlink()
-    with raises("checkpoint.tokenizer", "copy"):
+    damage(copy)
+    with raises(key, *values):
         slice_checkpoint(copy, 2, tmp_path / "slice")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
@@ -226,12 +236,3 @@ def test_a_published_checkpoint_is_sliced_into_our_layout(tmp_path):
         expected = full(**batch, exit_layer=exit_layer).sentence_embedding
         found = AutoModel.from_pretrained(sliced, dtype=torch.float32)(**batch).sentence_embedding
     assert torch.equal(found, expected)
-
-
-def test_a_class_of_somebody_elses_is_not_sliced_in_half(tmp_path, checkpoint):
-    copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["TheirModel"]}))
-    with raises("checkpoint.other_class", "TheirModel"):
-        slice_checkpoint(copy, 2, tmp_path / "slice")
-    assert not (tmp_path / "slice").exists()

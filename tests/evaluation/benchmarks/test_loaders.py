@@ -52,7 +52,7 @@ def test_codesearchnet_is_read_from_the_hub_the_archive_and_plain_files(tmp_path
         assert len(task.notes) == 1
 
 
-def test_python_docstrings_are_stripped_unless_the_leak_is_asked_for(tmp_path):
+def test_python_docstrings_are_stripped_unless_leaky(tmp_path):
     python = load("codesearchnet-999", tmp_path)["python"]
     assert [text.text for text in python.documents] == [f"def {n}(file):\n    return {n}er(file)" for n in NAMES]
     leaky = load("codesearchnet-999-leaky", tmp_path)
@@ -189,7 +189,7 @@ def test_exercises_pair_what_both_languages_have(tmp_path):
     assert {text.text for text in masked["csharp → go"].queries} == {"class name1 { }"}
 
 
-def test_all_stands_for_the_benchmarks_that_are_there(tmp_path, monkeypatch):
+def test_all_means_the_benchmarks_whose_folders_exist(tmp_path, monkeypatch):
     published.codesearchnet(tmp_path / "codesearchnet")
     published.exercism(tmp_path / "exercism")
     chosen = choose_benchmarks(["all"], tmp_path)

@@ -109,7 +109,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "spoil", "file", "message"), WRONG)
-def test_a_wrong_file_is_refused_by_name_and_line(tmp_path, name, spoil, file, message):
+def test_a_wrong_file_is_an_error_by_name_and_line(tmp_path, name, spoil, file, message):
     WRITERS[name](tmp_path)
     load_benchmark(name, tmp_path, allow_subset=True)
     spoil(tmp_path)
@@ -120,7 +120,7 @@ def test_a_wrong_file_is_refused_by_name_and_line(tmp_path, name, spoil, file, m
 
 
 @pytest.mark.parametrize("name", [name for name, benchmark in BENCHMARKS.items() if benchmark.sized])
-def test_a_part_of_a_benchmark_is_refused_unless_it_is_allowed_and_then_noted(tmp_path, name):
+def test_a_part_of_a_benchmark_is_an_error_unless_it_is_allowed_and_then_noted(tmp_path, name):
     WRITERS[name](tmp_path)
     with raises("benchmark.file.unexpected", "found"):
         load_benchmark(name, tmp_path)
@@ -146,7 +146,7 @@ def test_a_folder_without_the_files_says_what_was_expected(tmp_path, name):
         ("{}", "the field 'pools'"),
     ],
 )
-def test_lists_of_candidates_that_do_not_fit_are_refused(tmp_path, content, message):
+def test_lists_of_candidates_that_do_not_fit_are_an_error(tmp_path, content, message):
     published.write_rows(tmp_path / GO, published.hub_rows("go"))
     lists = tmp_path / "lists"
     with pytest.raises(FileNotFoundError, match=r"no list of candidates .*go\.json"):
