@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--quality",
         metavar="NAME=FILE",
         type=named_file,
-        help="measure nothing; add to the profile the MRR of each exit from FILE, written by mose evaluate --json",
+        help="measure nothing; add to the profile the quality of each exit from FILE, written by mose evaluate",
     )
     profile.set_defaults(run=run_profile)
 

@@ -28,7 +28,7 @@ _INPUTS = """
 Args:
     predictions: for each query the scores of its candidates, float32; for f1 a decision, 0 or 1, for each pair.
     references: for each query how relevant its candidates are, 0 for the irrelevant ones; for f1 the labels.
-    k: where recall and ndcg are cut (10 if it isn't given), and mrr (not at all if it isn't given).
+    k: where recall and ndcg are cut (at 10 by default), and mrr (not by default).
 Returns:
     {name: the mean over queries}, a fraction between 0 and 1.
 """

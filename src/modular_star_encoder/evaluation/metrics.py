@@ -144,7 +144,7 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
     """The values (Q,) of a metric by its name: mrr, mrr@K, recall@K, ndcg, ndcg@K, ndcg-judged@K, map@r.
 
     `ndcg-judged@K` is CodeSearchNet's NDCG within the annotated documents, of the first K of the whole ranking, and
-    `ndcg-full@K` its NDCG of the full ranking, whose ideal isn't cut.
+    `ndcg-full@K` its NDCG of the full ranking, whose ideal is not cut.
     """
     name, at, cut = metric.partition("@")
     k = int(cut) if cut.isdecimal() else None

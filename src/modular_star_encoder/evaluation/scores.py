@@ -65,7 +65,7 @@ class CosineScores:
 
     Args:
         queries, documents: (Q, F) and (D, F); they are read in slices and may be larger than memory.
-        dimensions: use the first so many components, normalised again; all if None.
+        dimensions: number of components to use, normalised again; all if None.
     """
 
     def __init__(self, queries: Rows, documents: Rows, dimensions: int | None = None) -> None:

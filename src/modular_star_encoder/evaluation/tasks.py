@@ -1,4 +1,4 @@
-"""What an evaluation asks (tasks: rank documents for queries, or decide about pairs) and what it finds (task results).
+"""Tasks (rank documents for queries, or decide about pairs) and their results.
 
 A task holds texts and relevance judgements, and nothing about a model. Benchmarks make tasks; `run` evaluates them.
 """

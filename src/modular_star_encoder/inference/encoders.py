@@ -123,7 +123,7 @@ class ExitEncoder:
         model, tokenizer: as `load_checkpoint` returns them.
         name: as tables show it.
         exit_layers: which exits; all that the model has if None.
-        encode_options: go to `encode_exits`: max_length, tokens_per_batch, dtype.
+        encode_options: for `encode_exits`: max_length, tokens_per_batch, dtype.
     """
 
     def __init__(

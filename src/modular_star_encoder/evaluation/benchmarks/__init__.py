@@ -147,7 +147,7 @@ def load_benchmark(
 
     Raises:
         UserError: a damaged or partial file, with its name, the line, and what was expected.
-        OSError: no such folder or file, or the Hub can't be reached.
+        OSError: no such folder or file, or the Hub cannot be reached.
     """
     benchmark = BENCHMARKS[name]
     if _is_on_hub(data):

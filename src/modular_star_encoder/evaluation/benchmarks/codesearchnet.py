@@ -167,7 +167,7 @@ def _read(path: Path, language: str) -> Iterator[tuple[str, str, str]]:
 
 
 def strip_docstring(code: str) -> str:
-    """A Python function without its docstring; what doesn't parse is cut by its tokens."""
+    """A Python function without its docstring; code that does not parse is cut by its tokens."""
     try:
         found = find_functions(textwrap.dedent(code).strip("\n"), "python")
     except UnparsableSourceError:
