@@ -28,6 +28,11 @@ from modular_star_encoder.utils.errors import UserError
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILE = "tokenizer.json"
+DECISIVE_FILES = ("config.json", TOKENIZER_FILE, "model*.safetensors")
+"""Files that the checksum of a checkpoint covers."""
+
+TOKENS_PER_CHUNK = 1024
+"""Tokens that go through a compiled MLP at once."""
 
 _TRUNK = re.compile(r"(^|\.)(embed_tokens|layers|norm)\.")
 
@@ -185,9 +190,6 @@ def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
     return None
 
 
-TOKENS_PER_CHUNK = 1024
-
-
 def compile_for_inference(
     model: ModularStarEncoderForRetrieval, *, tokens_per_chunk: int = TOKENS_PER_CHUNK, progress: bool = True
 ) -> ModularStarEncoderForRetrieval:
@@ -205,6 +207,10 @@ def compile_for_inference(
 
     Raises:
         UserError: a model on another device, a chunk of fewer than two tokens, or torch.compile failed.
+
+    Example:
+        >>> model, tokenizer = load_checkpoint("runs/model", device="cpu", dtype="bfloat16")  # doctest: +SKIP
+        >>> embeddings = encode_exits(compile_for_inference(model), tokenizer, texts)  # doctest: +SKIP
     """
     if model.device.type != "cpu":
         raise UserError("compile.device", f"compile_for_inference is for CPUs; the model is on {model.device}.")
@@ -252,9 +258,6 @@ def _in_chunks(
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(states)
 
     return forward
-
-
-DECISIVE_FILES = ("config.json", "tokenizer.json", "model*.safetensors")
 
 
 def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
