@@ -12,6 +12,7 @@ from modular_star_encoder.data.languages.function_finder import find_functions
 from modular_star_encoder.data.sources.source_files import SourceFile
 from tests.data.polyglot import NAMES, SOURCES
 from tests.data.samples import extract_one, source
+from tests.errors import raises
 
 GOOD = 'def {name}(x):\n    """{doc}"""\n    y = x + {number}\n    return y\n'
 
@@ -203,7 +204,7 @@ def test_a_header_is_c_or_cpp_by_its_text():
 
 
 def test_an_unknown_language_is_refused_with_those_that_are_known():
-    with pytest.raises(ValueError, match="'cobol' is not supported; use one of python, java, go"):
+    with raises("data.language.unknown", "cobol", "python, javascript"):
         extract_functions(replace(source("x"), language="cobol"))
 
 

@@ -5,10 +5,12 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 
 from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
+from modular_star_encoder.data.collators import RetrievalCollator
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalCollator, RetrievalPairs, RetrievalTexts
+from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalPairs, RetrievalTexts
 from tests.data.samples import function, small_tokenizer
+from tests.errors import raises
 
 
 def functions(count=6):
@@ -73,15 +75,15 @@ def test_rows_that_repeat_a_description_or_a_code_are_dropped_and_counted(tokeni
 
 
 def test_bad_input_is_refused_in_one_sentence(tokenizer):
-    with pytest.raises(ValueError, match="at least one documented function"):
+    with raises("data.retrieval.no_rows"):
         make(tokenizer, [])
-    with pytest.raises(ValueError, match="max_text_tokens must be above"):
+    with raises("data.retrieval.max_tokens", "max_text_tokens"):
         make(tokenizer, max_text_tokens=5)
-    with pytest.raises(ValueError, match="max_code_tokens must be above"):
+    with raises("data.retrieval.max_tokens", "max_code_tokens"):
         make(tokenizer, max_code_tokens=5)
     bare = small_tokenizer()
     bare.cls_token = "<other>"
-    with pytest.raises(ValueError, match="template must end with its cls_token"):
+    with raises("data.tokenizer.template", "cls_token"):
         make(bare)
 
 
@@ -176,7 +178,7 @@ def test_hard_negatives_are_a_third_side_framed_and_renamed_as_code_is(tokenizer
     assert 0.2 < changed / 240 < 0.4
     batch = RetrievalCollator(tokenizer)([plain[i] for i in range(4)])
     assert list(batch) == ["query", "document", "negative"]
-    with pytest.raises(ValueError, match="Row 3 has no hard negative"):
+    with pytest.raises(IndexError, match="row 3 has no hard negative"):
         RetrievalTexts(
             parallel_texts(), tokenizer, max_text_tokens=99, max_code_tokens=99, prompts=True, progress=False
         ).negative(3)
@@ -207,7 +209,7 @@ def test_a_renamed_snippet_is_another_one_in_the_next_epoch(tokenizer):
 def test_places_beyond_the_last_batch_and_odd_shares_are_refused(tokenizer):
     with pytest.raises(IndexError):
         batches(tokenizer)[24]
-    with pytest.raises(ValueError, match="identifier_rename_prob must be between 0 and 1, not 30"):
+    with raises("data.retrieval.identifier_rename_prob", "identifier_rename_prob", 0, 1, 30):
         batches(tokenizer, identifier_rename_prob=30)
 
 

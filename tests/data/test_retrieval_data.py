@@ -5,7 +5,8 @@ import json
 import pytest
 
 from modular_star_encoder.data.functions import code_key, description_key
-from modular_star_encoder.data.retrieval_data import prepare_retrieval_data
+from modular_star_encoder.data.splits import prepare_retrieval_data
+from tests.errors import raises
 
 
 def write_rows(folder, triplets=60, exercises=20):
@@ -85,7 +86,7 @@ def test_data_of_which_nothing_is_left_to_train_on_is_refused_and_not_written(tm
     settings = {"triplets": write_rows(tmp_path)["triplets"]}
     rows = [json.loads(line) | {"func2": "int same() { return 1; }"} for line in (tmp_path / "triplets.jsonl").open()]
     (tmp_path / "triplets.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match="shares its content or repository with one held out"):
+    with raises("data.split.nothing_to_train"):
         prepare(settings, tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
@@ -106,7 +107,7 @@ def test_a_second_call_reads_what_the_first_one_wrote(tmp_path):
 def test_a_folder_of_other_settings_is_refused(tmp_path, change, name):
     settings = write_rows(tmp_path)
     prepare(settings, tmp_path / "data")
-    with pytest.raises(ValueError, match=f"data of another {name}; name another folder"):
+    with raises("data.split.other_settings", name):
         prepare(settings, tmp_path / "data", **change)
 
 
@@ -116,7 +117,7 @@ def test_samples_are_drawn_by_seed_in_the_order_of_the_sources(tmp_path):
     some = [prepare(settings, tmp_path / f"some{i}", max_train_samples=20).train for i in range(2)]
     assert some[0] == some[1] == [text for text in all_rows if text in some[0]]
     assert len(some[0]) == 20
-    with pytest.raises(ValueError, match="samples is 1000, and there are"):
+    with raises("data.split.max_train_samples", 1000):
         prepare(settings, tmp_path / "many", max_train_samples=1000)
     assert not (tmp_path / "many").exists()
 

@@ -1,10 +1,9 @@
 from collections import Counter
 from dataclasses import replace
 
-import pytest
-
 from modular_star_encoder.data.splits import drop_near_identical_descriptions, split_by_repository
 from tests.data.samples import function
+from tests.errors import raises
 
 
 def corpus(sizes):
@@ -91,10 +90,10 @@ def test_what_is_held_out_is_not_trained_on_under_another_name():
 
 
 def test_bad_input_is_refused_in_one_sentence():
-    with pytest.raises(ValueError, match="at least two repositories; these are of 1"):
+    with raises("data.split.too_few_repositories", 1):
         split_by_repository(corpus({"a": 5}), seed=0)
-    with pytest.raises(ValueError, match="min_test must be at least 1"):
+    with raises("data.split.arguments", "min_test", 1):
         split_by_repository(corpus({"a": 5, "b": 5}), seed=0, min_test=0)
     twins = [row for name in "ab" for row in [function(name)]]
-    with pytest.raises(ValueError, match="add repositories that differ"):
+    with raises("data.split.nothing_to_train"):
         split_by_repository(twins, seed=0)

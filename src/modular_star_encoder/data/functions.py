@@ -8,6 +8,7 @@ Source of the rules: Husain et al., "CodeSearchNet Challenge", 2019 (arXiv 1909.
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from typing import Self
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.function_finder import find_functions
-from modular_star_encoder.data.languages.grammars import SUPPORTED_LANGUAGES, UnparsableSourceError, is_cpp_header
+from modular_star_encoder.data.languages.parsing import UnparsableSourceError
+from modular_star_encoder.data.languages.registry import LANGUAGES, language_entry, language_of_text
 from modular_star_encoder.data.sources.source_files import SourceFile, SourceReader
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 
@@ -84,26 +86,6 @@ MIN_DESCRIPTION_WORDS = 3
 MAX_DESCRIPTION_WORDS = 256
 MIN_CODE_LINES = 3
 
-_CONSTRUCTORS = {
-    "python": {"__init__", "__new__", "__del__"},
-    "javascript": {"constructor"},
-    "php": {"__construct", "__destruct"},
-    "ruby": {"initialize", "initialize_copy"},
-}
-_NAMED_LIKE_THEIR_CLASS = {"java", "cpp"}
-_SPECIAL_METHODS = {
-    "java": {"toString", "hashCode", "equals", "clone", "finalize", "notify", "notifyAll"},
-    "go": {"String", "GoString", "Error", "init", "main"},
-    "php": {
-        *("__call", "__callStatic", "__get", "__set", "__isset", "__unset", "__sleep", "__wakeup", "__serialize"),
-        *("__unserialize", "__toString", "__invoke", "__set_state", "__clone", "__debugInfo"),
-    },
-    "javascript": {"toString", "toLocaleString", "valueOf"},
-    "ruby": {"to_s", "to_str", "to_text", "inspect", "display", "dup", "clone", "hash", "eql?", "equal?", "between?"},
-    "c": {"main"},
-    "cpp": {"main"},
-}
-
 
 def is_well_described(function: DocumentedFunction) -> bool:
     """Whether the description has 3 to 256 words."""
@@ -124,22 +106,16 @@ def is_long_enough(function: DocumentedFunction) -> bool:
 
 def is_no_constructor(function: DocumentedFunction) -> bool:
     """Whether the function does not construct or destroy an object."""
+    entry = language_entry(function.language)
     outer, _, name = function.name.rpartition(".")
-    if name in _CONSTRUCTORS.get(function.language, ()):
-        return False
-    return function.language not in _NAMED_LIKE_THEIR_CLASS or name.lstrip("~") != outer.rpartition(".")[2]
+    named_like_class = entry.constructors_named_like_class and name.lstrip("~") == outer.rpartition(".")[2]
+    return name not in entry.constructors and not named_like_class
 
 
 def is_no_special_method(function: DocumentedFunction) -> bool:
-    """Whether the name is none that the language itself gives a meaning: `__str__`, `toString`, `==`, `main`."""
-    name = _own_name(function)
-    if function.language == "python" and name.startswith("__") and name.endswith("__"):
-        return False
-    if function.language == "cpp" and name.startswith("operator") and not name[8:9].isidentifier():
-        return False
-    if function.language == "ruby" and not any(map(str.isalnum, name)):
-        return False
-    return name not in _SPECIAL_METHODS.get(function.language, ())
+    """Whether the language gives no meaning to the name, as to `__str__`, `toString`, `==`, `main`."""
+    entry, name = language_entry(function.language), _own_name(function)
+    return name not in entry.special_methods and not re.fullmatch(entry.special_method, name, re.DOTALL)
 
 
 def is_no_test(function: DocumentedFunction) -> bool:
@@ -161,19 +137,6 @@ FILTERS: dict[str, Callable[[DocumentedFunction], bool]] = {
 }
 """In the order in which they are applied: what is dropped, and the test that keeps the rest."""
 
-
-__all__ = [
-    "FILTERS",
-    "SUPPORTED_LANGUAGES",
-    "DocumentedFunction",
-    "FunctionCollection",
-    "code_key",
-    "collect_functions",
-    "description_key",
-    "extract_functions",
-    "filtered_functions",
-    "function_id",
-]
 
 _FILES_PER_CHUNK = 64
 
@@ -205,10 +168,9 @@ def extract_functions(
         documented_only: Whether to leave out functions without a description; if kept, it is empty.
 
     Raises:
-        ValueError: If the language of the file is not one of `SUPPORTED_LANGUAGES`.
+        ValueError: If the language of the file is not one of `LANGUAGES`.
     """
-    is_cpp = file.language == "c" and file.path.endswith(".h") and is_cpp_header(file.text)
-    language = "cpp" if is_cpp else file.language
+    language = language_of_text(file.language, file.path, file.text)
     try:
         found = find_functions(file.text, language, documented_only=documented_only, counts=counts)
     except UnparsableSourceError:
@@ -281,7 +243,7 @@ def _extract_chunk(files: list[SourceFile]) -> _Chunk:
     counts: Counter[str] = Counter(files=len(files))
     kept: list[DocumentedFunction] = []
     for file in files:
-        if file.language not in SUPPORTED_LANGUAGES:
+        if file.language not in LANGUAGES:
             counts["files in an unsupported language"] += 1
             continue
         for function in extract_functions(file, counts):
@@ -342,7 +304,7 @@ def _functions(files: list[SourceFile]) -> _SnippetChunk:
     found: list[SourceFile] = []
     skipped: Counter[str] = Counter()
     for file in files:
-        if file.language not in SUPPORTED_LANGUAGES:
+        if file.language not in LANGUAGES:
             skipped["unsupported language"] += 1
             continue
         counts: Counter[str] = Counter()

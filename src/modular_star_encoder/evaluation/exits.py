@@ -15,7 +15,7 @@ from modular_star_encoder.evaluation.retrievers import EmbeddingSystem
 from modular_star_encoder.evaluation.scores import cosine_scores
 from modular_star_encoder.evaluation.tasks import Judgements, Pool, RetrievalTask, distractor_batches
 from modular_star_encoder.inference.encoders import ExitEncoder, Text
-from modular_star_encoder.utils.markdown import markdown_table, percent
+from modular_star_encoder.utils.reports import markdown_table, percent
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from modular_star_encoder.evaluation.report import Row, Table, title
 from modular_star_encoder.inference.exit_profile import ExitProfile
-from modular_star_encoder.utils.markdown import metric_label
+from modular_star_encoder.utils.reports import metric_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,7 +24,7 @@ from modular_star_encoder.evaluation.significance import (
 )
 from modular_star_encoder.evaluation.tasks import Task
 from modular_star_encoder.utils.files import write_json, write_text
-from modular_star_encoder.utils.markdown import markdown_table, metric_label, percent
+from modular_star_encoder.utils.reports import markdown_table, metric_label, percent
 
 _Key = tuple[str, int | None, int | None]
 """System, exit, dimensions: one row."""

@@ -25,7 +25,7 @@ from modular_star_encoder.inference.load import check_checkpoint, checkpoint_fin
 from modular_star_encoder.inference.profile_memory import MemoryUse, measure_memory
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.files import check_writable
-from modular_star_encoder.utils.machine import library_versions, machine_kind
+from modular_star_encoder.utils.reports import library_versions, machine_kind
 
 
 def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: int) -> float:

@@ -3,7 +3,7 @@ import tracemalloc
 
 import pytest
 
-from modular_star_encoder.data.languages.grammars import error_bytes, load_grammar, parse
+from modular_star_encoder.data.languages.parsing import error_bytes, load_grammar, parse_once
 from tests.data.polyglot import SOURCES
 
 
@@ -15,17 +15,17 @@ def test_a_text_read_in_pieces_gives_the_tree_of_the_whole(language):
         text = SOURCES[language] + "\n// é\U0001f600 "
         text += "".join(draw.choice("aé\u20ac\U0001f600 \n") for _ in range(size))
         whole = grammar.parser.parse(text.encode())
-        assert str(parse(text.encode(), grammar).root_node) == str(whole.root_node)
+        assert str(parse_once(text.encode(), grammar).root_node) == str(whole.root_node)
 
 
 def test_parsing_leaves_nothing_in_memory():
     grammar = load_grammar("c")
     source = b"int f(void) { return 1; }\n" * 5000
-    parse(source, grammar)
+    parse_once(source, grammar)
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     for _ in range(5):
-        parse(bytes(bytearray(source)), grammar)
+        parse_once(bytes(bytearray(source)), grammar)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert after - before < len(source)
@@ -35,7 +35,7 @@ def test_errors_are_counted_in_bytes_and_missing_tokens_as_one():
     grammar = load_grammar("c")
 
     def errors(source, *span):
-        return error_bytes(parse(source, grammar), grammar, *span)
+        return error_bytes(parse_once(source, grammar), grammar, *span)
 
     assert errors(b"int f(void) { return 1; }") == 0
     assert errors(b"int f(void) { return 1 }") == 1

@@ -1,8 +1,9 @@
 import pytest
 
 from modular_star_encoder.data.languages.function_finder import find_functions
-from modular_star_encoder.data.languages.syntax import holds_function, syntax_error_share
+from modular_star_encoder.data.languages.parsing import holds_function, syntax_error_share
 from tests.data.polyglot import SOURCES
+from tests.errors import raises
 
 SNIPPETS = [
     ("python", "    def f(self):\n        return 1\n"),
@@ -76,7 +77,7 @@ def test_code_that_closes_its_class_is_no_method():
 
 
 def test_other_languages_are_refused():
-    with pytest.raises(ValueError, match="'cobol' is not supported"):
+    with raises("data.language.unknown", "cobol", "python, javascript"):
         syntax_error_share("x", "cobol")
 
 

@@ -8,8 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from modular_star_encoder.data.sources.dataset_files import ContentSource, the_stack_repositories, unpack
 from modular_star_encoder.data.sources.source_files import FileFilters
-from modular_star_encoder.data.sources.the_stack import ContentSource, the_stack_repositories, unpack
+from tests.errors import raises
 
 
 def blob(number):
@@ -192,7 +193,7 @@ def test_a_content_that_unpacks_to_much_is_not_unpacked_beyond_the_limit():
 def test_without_any_access_reading_stops_with_one_sentence_that_shows_no_secret(reader_of, server):
     server.answers.update({blob(number): 403 for number in range(1000)})
     reader = reader_of([record(number) for number in range(1000)])
-    with pytest.raises(ValueError, match="None of the first 200 contents could be fetched by http") as caught:
+    with raises("data.contents.no_access", 200) as caught:
         texts(reader)
     assert "secret" not in str(caught.value)
     assert "403" in str(caught.value)
@@ -233,12 +234,12 @@ def test_contents_may_come_from_a_folder(reader_of, tmp_path):
 
 
 def test_wrong_sources_of_contents_are_refused_in_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="must hold"):
+    with raises("data.contents.url"):
         ContentSource(url="https://example.org/content")
-    with pytest.raises(ValueError, match="cannot be fetched by 'nosuch'"):
+    with raises("data.contents.url", "nosuch"):
         ContentSource(url="nosuch://bucket/{blob_id}")
-    with pytest.raises(ValueError, match="threads and attempts"):
+    with raises("http.settings"):
         ContentSource(url="https://example.org/{blob_id}", threads=0)
     pyarrow.parquet.write_table(pyarrow.table({"repo_name": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="has no column 'files'"):
+    with raises("data.source.column", "files"):
         the_stack_repositories(tmp_path / "a.parquet", ContentSource(url="https://example.org/{blob_id}"))

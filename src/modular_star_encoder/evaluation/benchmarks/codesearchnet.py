@@ -20,7 +20,7 @@ from pygments.lexers import PythonLexer
 from pygments.token import Comment, Punctuation, String
 
 from modular_star_encoder.data.languages.function_finder import find_functions
-from modular_star_encoder.data.languages.grammars import UnparsableSourceError
+from modular_star_encoder.data.languages.parsing import UnparsableSourceError
 from modular_star_encoder.data.sources.codesearchnet import documentation_summary
 from modular_star_encoder.evaluation.benchmarks.rows import (
     Fields,
