@@ -62,14 +62,15 @@ def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -
 
     None if there is a row without a negative.
     """
-    if not texts or any(text.negative is None for text in texts):
+    negatives = [text.negative for text in texts if text.negative is not None]
+    if not texts or len(negatives) < len(texts):
         return None
     group_of = {
         _digest(code_key(snippet.code)): group
         for text, group in zip(texts, groups.tolist(), strict=True)
         for snippet in text.snippets
     }
-    return np.array([group_of.get(_digest(code_key(text.negative.code)), -1) for text in texts], dtype=np.int64)
+    return np.array([group_of.get(_digest(code_key(one.code)), -1) for one in negatives], dtype=np.int64)
 
 
 def _digest(key: str) -> bytes:

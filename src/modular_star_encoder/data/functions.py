@@ -11,7 +11,8 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from operator import length_hint
 from typing import Self
 
@@ -26,23 +27,22 @@ from modular_star_encoder.utils.crash_safe import crash_safe_map
 
 @dataclass(frozen=True, slots=True)
 class DocumentedFunction:
-    """A function and what its author says about it.
+    """A function and its author's description.
 
     Attributes:
         repository: Name of its repository.
         path: Path of its file, with forward slashes.
-        line: 1-based line of the file at which the function begins: that of its first decorator, if it has any; 0 if
-            its origin does not tell.
+        line: 1-based line of the file at which the function, with its decorators, begins; 0 if unknown.
         language: Lower-case name of the programming language.
         name: Dotted name inside the file, such as `"Stack.push"`.
         description: First paragraph of the documentation, in one line; empty for the undocumented that a search keeps.
-        code: Decorators, signature and body, dedented, with `\\n` line ends and without documentation: docstrings are
-            taken out, and comments stand before a function, not in it.
-        source: The whole function as its file has it, docstrings, line ends and indentation included; comments before
-            it are no part of it. SynthCoNL's column `func1_CSN` is this text.
-        start_byte: Its first byte in the UTF-8 encoding of the file's text; None if its origin does not tell.
+        code: Decorators, signature and body, dedented, with `\\n` line ends, without docstrings and the comments before
+            it.
+        source: The whole function as in its file, with docstrings, line ends and indentation, without the comments
+            before it. SynthCoNL's column `func1_CSN` is this text.
+        start_byte: Its first byte in the UTF-8 encoding of the file's text; None if unknown.
         end_byte: The byte after its last: `text.encode()[start_byte:end_byte].decode() == source`.
-        license: What the origin of the file says of its licence, if it says anything.
+        license: The licence according to the origin of the file, if any.
     """
 
     repository: str
@@ -59,7 +59,7 @@ class DocumentedFunction:
 
 
 def function_id(function: DocumentedFunction) -> str:
-    """Return an identifier of `function`: 32 hexadecimal digits, the same on every machine and in every run.
+    """An identifier of `function`: 32 hexadecimal digits, the same on every machine and in every run.
 
     It is the beginning of the SHA-256 of the repository, the path, the language, the place (line and first byte) and
     the source: a function that moves or changes becomes another one. Its name, description and licence do not count.
@@ -73,12 +73,12 @@ def function_id(function: DocumentedFunction) -> str:
 
 
 def code_key(code: str) -> str:
-    """Return `code` with every run of white space made one space: equal for functions that differ in layout only."""
+    """`code` with one space for every run of white space: equal for functions that differ in layout only."""
     return " ".join(code.split())
 
 
 def description_key(description: str) -> str:
-    """Return the lower-cased letters and digits of `description`: equal for near-identical descriptions."""
+    """The lower-cased letters and digits of `description`: equal for near-identical descriptions."""
     return "".join(filter(str.isalnum, description.lower()))
 
 
@@ -135,7 +135,7 @@ FILTERS: dict[str, Callable[[DocumentedFunction], bool]] = {
     "special method": is_no_special_method,
     "name contains test": is_no_test,
 }
-"""In the order in which they are applied: what is dropped, and the test that keeps the rest."""
+"""In the order of application: the reason to drop a function, and the test that it fails."""
 
 
 _FILES_PER_CHUNK = 64
@@ -154,21 +154,18 @@ class FunctionCollection:
 def extract_functions(
     file: SourceFile, counts: Counter[str] | None = None, documented_only: bool = True
 ) -> list[DocumentedFunction]:
-    """Return the documented functions of `file`, in the order of the text, methods and nested functions included.
+    """The documented functions of `file`, in the order of the text, methods and nested functions included.
 
-    No filter is applied, but functions without a body, or with nothing but a docstring in it, are left out, and so are
-    those with a syntax error. A file that does not parse yields no function. A `.h` that is read as C and
-    is C++ yields functions in C++.
+    No filter is applied, but functions without a body, with only a docstring in it, or with a syntax error are left
+    out. A file that does not parse yields no function. A `.h` that was read as C and is C++ yields functions in C++.
 
     Args:
         file: The source file.
-        counts: When given, it counts `"files that do not parse"` (no text, far too hard to parse, or a syntax error and
-            no function without one), `"files with a syntax error"` of which some functions were read, and what
-            `find_functions` counts.
-        documented_only: Whether to leave out functions without a description; if kept, it is empty.
+        counts: When given, `"files that do not parse"` and the counts of `find_functions` are added to it.
+        documented_only: Whether to leave out functions without a description.
 
     Raises:
-        ValueError: If the language of the file is not one of `LANGUAGES`.
+        UserError: `data.language.unknown` if the language of the file is not one of `LANGUAGES`.
     """
     language = language_of_text(file.language, file.path, file.text)
     try:
@@ -177,22 +174,8 @@ def extract_functions(
         if counts is not None:
             counts["files that do not parse"] += 1
         return []
-    return [
-        DocumentedFunction(
-            repository=file.repository,
-            path=file.path,
-            line=one.line,
-            language=language,
-            name=one.name,
-            description=one.description,
-            code=one.code,
-            source=one.source,
-            start_byte=one.start_byte,
-            end_byte=one.end_byte,
-            license=file.license,
-        )
-        for one in found
-    ]
+    origin = partial(DocumentedFunction, repository=file.repository, path=file.path, language=language)
+    return [origin(license=file.license, **asdict(one)) for one in found]
 
 
 def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress: bool = True) -> FunctionCollection:
@@ -206,9 +189,8 @@ def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress:
         progress: Whether to show a progress bar.
 
     Returns:
-        The functions, in the order of `files`, and counts: `"files"`, `"documented functions"`, one count for each
-        reason to drop a function, those of `extract_functions`, and `"functions kept"`. With several processes, a file
-        that kills its process is counted as `"files that crash the parser"`.
+        The functions, in the order of `files`, and counts: `"files"`, `"documented functions"`, one for each reason to
+        drop a function, those of `extract_functions`, `"functions kept"`, and `"files that crash the parser"`.
     """
     counts: Counter[str] = Counter()
     kept: list[DocumentedFunction] = []
@@ -232,9 +214,9 @@ def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress:
 def filtered_functions(
     files: Iterable[SourceFile], processes: int = 2
 ) -> Iterator[tuple[list[DocumentedFunction], Counter[str]]]:
-    """Yield the documented functions that pass `FILTERS`, and counts, of some files after the others, in order.
+    """Yield the documented functions that pass `FILTERS`, and counts, for some files at a time, in order.
 
-    For corpora whose functions do not fit into memory; `collect_functions` says more. Equal functions are not dropped.
+    As `collect_functions`, for corpora whose functions do not fit into memory; equal functions are not dropped.
     """
     yield from crash_safe_map(_extract_chunk, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
 
@@ -260,7 +242,6 @@ def _crashed(_: SourceFile) -> _Chunk:
     return [], Counter({"files": 1, "files that crash the parser": 1})
 
 
-_SNIPPET_FILES_PER_CHUNK = 64
 _PROCESSES = 2
 
 _SnippetChunk = tuple[list[SourceFile], Counter[str]]
@@ -269,8 +250,8 @@ _SnippetChunk = tuple[list[SourceFile], Counter[str]]
 class FunctionFiles(SourceReader):
     """Yields every function of a reader's files, documented or not, as a file whose path ends in `#L{line}`.
 
-    A function inside another one is part of that and no text of its own. Units are those of the reader. `skipped`
-    counts the files that the reader leaves out, those that do not parse, and those that kill the parser.
+    A function inside another one belongs to that one. Units are those of the reader. `skipped` counts the files that
+    the reader leaves out, those that do not parse, and those that crash the parser.
     """
 
     def __init__(self, files: SourceReader) -> None:
@@ -291,7 +272,7 @@ class FunctionFiles(SourceReader):
             _functions,
             self._files,
             processes=_PROCESSES,
-            chunk_size=_SNIPPET_FILES_PER_CHUNK,
+            chunk_size=_FILES_PER_CHUNK,
             crashed=_crashed_snippets,
         )
         for functions, counts in chunks:
@@ -310,8 +291,8 @@ def _functions(files: list[SourceFile]) -> _SnippetChunk:
         counts: Counter[str] = Counter()
         end = 0
         for one in extract_functions(file, counts, documented_only=False):
-            if one.start_byte >= end:
-                end = one.end_byte
+            if (one.start_byte or 0) >= end:
+                end = one.end_byte or 0
                 path = f"{one.path}#L{one.line}"
                 found.append(SourceFile(one.repository, path, one.language, one.source, one.license))
         skipped["does not parse"] += counts["files that do not parse"]

@@ -338,6 +338,7 @@ class PairSampler:
     def _candidates(self, repository: int, language: int, length: int) -> tuple[int, int]:
         """Return the bounds of the texts to draw one from."""
         group = self._group(repository, language)
+        assert group is not None, "a repository is drawn only if it has texts of the language"
         start, end = self._group_bounds[group : group + 2].tolist()
         lengths = self._lengths[start:end]
         full = length == self.room

@@ -47,7 +47,7 @@ class LabelledPairs:
 
 
 def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]:
-    """Read the splits that a recipe's `data` names.
+    """Read the splits in a recipe's `data`.
 
     Args:
         settings: `bigclonebench`, the folder of the four files; or `train`, `valid` and optionally `test`, each a JSON
@@ -117,7 +117,7 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
 
 def _bigclonebench(folder: Path) -> dict[str, LabelledPairs]:
     places: dict[str, int] = {}
-    codes = []
+    codes: list[str] = []
     for where, row in open_dataset_rows(folder / "data.jsonl", ["func", "idx"]):
         if not isinstance(row, dict) or not _is_code(row.get("func")) or "idx" not in row:
             raise UserError("data.row", f"{where} must have func, in whole characters, and idx.")
@@ -150,11 +150,12 @@ def _pairs_of_rows(source: str | os.PathLike[str]) -> LabelledPairs:
     rows = []
     for where, row in open_dataset_rows(source, ["first", "second", "label"]):
         values = row if isinstance(row, dict) else {}
-        texts, label = [values.get("first"), values.get("second")], values.get("label")
-        if not all(map(_is_code, texts)) or label not in (0, 1):
+        first, second, label = values.get("first"), values.get("second"), values.get("label")
+        if not (_is_code(first) and _is_code(second)) or label not in (0, 1):
             message = f"{where} must have code as first and second, in whole characters, and a label 0 or 1."
             raise UserError("data.row", message)
-        rows.append((*(places.setdefault(text, len(places)) for text in texts), int(label)))
+        a, b = (places.setdefault(str(text), len(places)) for text in (first, second))
+        rows.append((a, b, int(label)))
     return _pairs(list(places), rows, source)
 
 

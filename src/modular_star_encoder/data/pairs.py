@@ -99,7 +99,9 @@ class TripletReader:
     def placed(self) -> Iterator[tuple[str, Triplet]]:
         """Iterate over pairs of where a triplet is, for messages, and the triplet."""
         # Each iteration has counters of its own; one that was abandoned cannot add to those of the next.
-        self.skipped, self.examples = skipped, examples = Counter(), {}
+        skipped: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        self.skipped, self.examples = skipped, examples
         for place, row in self._rows:
             triplet = row.reason if isinstance(row, BadLine) else _triplet(row, self._columns)
             if isinstance(triplet, Triplet):
@@ -309,27 +311,27 @@ def _parallel(settings: Any, progress: bool) -> SourceExamples:
     found = SourceExamples()
     rows = open_dataset_rows(options.pop("source"), [name, code], **options)
     for place, row in tqdm(rows, desc="Reading parallel solutions", unit=" rows", disable=not progress):
-        solutions = row.get(code) if isinstance(row, dict) else None
-        if not isinstance(solutions, Mapping) or not isinstance(row.get(name), str):
-            reason = row.reason if isinstance(row, BadLine) else f"no {name}, or no mapping {code}"
-            found.skip(reason, row_example(place, row), strict)
+        slug, solutions = (row.get(name), row.get(code)) if isinstance(row, dict) else (None, None)
+        if not isinstance(solutions, Mapping) or not isinstance(slug, str):
+            fault = row.reason if isinstance(row, BadLine) else f"no {name}, or no mapping {code}"
+            found.skip(fault, row_example(place, row), strict)
             continue
-        snippets = []
+        snippets: list[Snippet] = []
         for language, solution in solutions.items():
             if solution is None:  # parquet has every language in every row
                 continue
             known = language_named(language)
             reason = f"language {language}, none of ours" if known is None else _not_code(solution)
             if reason is None:
-                snippets.append(Snippet(known, solution))
+                snippets.append(Snippet(known or "", solution))
             else:
                 found.skip(reason, row_example(place, solution), strict)
-        if reason := not_unicode(row[name]):
+        if reason := not_unicode(slug):
             found.skip(reason, row_example(place, row), strict)
         elif len(snippets) > 1:
-            found.texts.append(RetrievalExample("", tuple(snippets), row[name]))
+            found.texts.append(RetrievalExample("", tuple(snippets), slug))
         else:
-            found.skip("fewer than two solutions", row_example(place, row[name]), strict)
+            found.skip("fewer than two solutions", row_example(place, slug), strict)
     return found
 
 

@@ -115,7 +115,7 @@ class RetrievalTexts:
             raise IndexError(f"row {row} has no hard negative")
         return self._code(negative, self._negatives[row], renaming)
 
-    def _code(self, snippet: Snippet, content: torch.Tensor, renaming: np.random.Generator | None) -> torch.Tensor:
+    def _code(self, snippet: Snippet, content: np.ndarray, renaming: np.random.Generator | None) -> torch.Tensor:
         if renaming is not None:
             (content,) = self._encoder([rename_frequent_words(snippet.code, renaming)])
         return _framed(content, self._code_frames[snippet.language], self._limits[1])

@@ -199,7 +199,7 @@ class TokenStore(TokenCorpus):
         _check_sizes(folder, state)
         names = (folder / _NAMES).read_bytes()[: state.name_bytes].splitlines()
         super().__init__(
-            rows=_MappedRows(folder),
+            rows=_MappedRows(folder, state),
             row_numbers=np.arange(state.files),
             repository_names=tuple(json.loads(line) for line in names),
             repository_of=_mapped(folder / "repositories.bin", _INDEX, state.files),
@@ -210,8 +210,10 @@ class TokenStore(TokenCorpus):
 
 
 class _MappedRows(TokenRows):
-    def __init__(self, folder: Path) -> None:
-        state = _read_state(folder)
+    def __init__(self, folder: Path, state: _State | None = None) -> None:
+        state = state or _read_state(folder)
+        if state is None:
+            raise UserError("data.token_store.missing", f"{str(folder)!r} holds no token store.")
         self._folder = folder.absolute()
         super().__init__(
             _mapped(folder / "tokens.bin", np.dtype(state.dtype), state.tokens),

@@ -151,8 +151,8 @@ def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     Tokens without any (punctuation, parts of characters, special tokens) keep their own form, which no other has.
     """
     spellings = []
-    for index, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
-        text = "" if index in tokenizer.all_special_ids else tokenizer.decode([index])
+    for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+        text = "" if index in tokenizer.all_special_ids else str(tokenizer.decode([index]))
         letters = "".join(character for character in text.lower() if character.isalnum())
         spellings.append(letters or f"<{index}> {token}")
     return spellings

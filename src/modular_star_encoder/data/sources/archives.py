@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import IO, Any
 
@@ -25,7 +26,7 @@ from modular_star_encoder.data.sources.source_files import FileFilters, SourceFi
 from modular_star_encoder.utils.errors import UserError
 
 ZIP_SUFFIXES = (".zip", ".whl", ".jar")
-TAR_OPENERS: dict[str, Callable[[Any], IO[bytes]]] = {
+TAR_OPENERS: dict[str, Callable[..., Any]] = {
     ".tar": lambda file: file,
     ".tar.gz": gzip.open,
     ".tgz": gzip.open,
@@ -117,8 +118,8 @@ class _ZipBytes(io.FileIO):
 
     largest: int | None = None
 
-    def read(self, size: int = -1, /) -> bytes:
-        if self.largest is not None and size > self.largest:
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.largest is not None and (size or 0) > self.largest:
             raise ArchiveLimitError("rest of an archive with too many members")
         return super().read(size) or b""
 
@@ -146,7 +147,7 @@ def _zip_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
                     info.filename,
                     "folder" if info.is_dir() else "file" if is_file else "other",
                     info.file_size,
-                    lambda size, info=info: read(info, size),
+                    partial(read, info),
                 )
 
 
@@ -168,7 +169,7 @@ class _TarInfo(tarfile.TarInfo):
     """A header; if it announces a huge name or huge attributes, ArchiveLimitError comes before these are read."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_TarInfo":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
         info = super().frombuf(buf, encoding, errors)
         if info.size > _HEADER_BYTES and info.type in _HEADER_TYPES:
             raise ArchiveLimitError("rest of an archive with huge headers")
@@ -185,7 +186,7 @@ def _tar_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
         while (info := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep every header
             kind = "file" if info.isreg() and not info.issparse() else "folder" if info.isdir() else "other"
-            yield Member(info.name, kind, info.size, lambda size, info=info: _extract(archive, info, size))
+            yield Member(info.name, kind, info.size, partial(_extract, archive, info))
 
 
 def _extract(archive: tarfile.TarFile, info: tarfile.TarInfo, size: int) -> bytes:

@@ -57,7 +57,8 @@ class SourceReader(ABC):
 
     def __iter__(self) -> Iterator[SourceFile]:
         # Each iteration has a counter of its own; one that was abandoned cannot add to that of the next.
-        self.skipped = skipped = Counter()
+        skipped: Counter[str] = Counter()
+        self.skipped = skipped
         for file in self._read(skipped):
             yield _with_unicode_names(file) if self.unicode_names else file
 
