@@ -53,6 +53,7 @@ def test_both_labels_are_equally_likely(rows):
     assert 0.46 < np.mean([int(row["icc_label"]) for row in rows]) < 0.54
 
 
+@pytest.mark.slow
 def test_one_snippet_alone_does_not_tell_the_label(tokenizer):
     # Very different repositories: with a careless draw the large one is commoner in positives.
     texts = {name: rows * (40 if name == "repo0" else 1) for name, rows in repository_texts(repositories=3).items()}

@@ -70,6 +70,7 @@ def test_rows_are_mapped_not_read(tmp_path, tokenizer):
     assert (tmp_path / "tokens.bin").stat().st_size == 2 * sum(map(len, store.rows))
 
 
+@pytest.mark.slow
 def test_large_vocabularies_take_four_bytes(tmp_path):
     tokenizer = small_tokenizer()
     tokenizer.add_tokens([f"word{i}" for i in range(2**16)])
@@ -113,6 +114,7 @@ def build_and_die(folder, tokenizer, moment, count):
         build(folder, tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize(
     "moment",
@@ -234,6 +236,7 @@ def test_pairs_from_disk_are_those_from_memory(tmp_path, tokenizer):
     assert equal_rows(*pairs)
 
 
+@pytest.mark.slow
 def test_a_dataset_sent_to_another_process_opens_the_store_there(tmp_path, tokenizer):
     big = [dataclasses.replace(file, text=file.text * 200) for file in source_files()]
     pairs = InContextPairs(build(tmp_path, tokenizer, big), tokenizer, length=9, max_tokens=96, seed=0)

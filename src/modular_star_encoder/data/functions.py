@@ -257,7 +257,11 @@ class FunctionFiles(SourceReader):
     def __init__(self, files: SourceReader) -> None:
         super().__init__()
         self._files = files
-        self.repositories = files.repositories
+
+    @property
+    def repositories(self) -> tuple[str, ...] | None:
+        """Those of the files' reader."""
+        return self._files.repositories
 
     def skip(self, units: int) -> Self:
         """See `SourceReader`."""

@@ -59,6 +59,7 @@ def test_excluded_names_may_be_spelled_in_any_way(site_packages):
     assert installed_repositories(exclude=["zeta_TOOLS", STANDARD_LIBRARY]).repositories == ("alpha",)
 
 
+@pytest.mark.slow
 def test_this_environment_has_no_file_of_our_own_and_excludes_transformers():
     repositories = installed_repositories().repositories
     assert {"torch", "tokenizers", STANDARD_LIBRARY} <= set(repositories)

@@ -111,6 +111,7 @@ def test_only_the_columns_named_are_kept(numbered):
     assert set(next(iter(reader._rows))) == set(COLUMNS.names())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 100])
 def test_shards_share_out_every_row_once(numbered, count):
     reader = row_repositories(numbered, COLUMNS)
@@ -159,6 +160,7 @@ def test_workers_of_a_data_loader_share_out_every_row_once(numbered, workers):
     assert sorted(loader) == sorted(f"{number}.py" for number in range(90))
 
 
+@pytest.mark.slow
 def test_a_slow_consumer_does_not_fill_the_memory(tmp_path):
     rows = [row(number, code=f"{number} word " * 50_000) for number in range(100)]
     table = pyarrow.Table.from_pylist(rows)

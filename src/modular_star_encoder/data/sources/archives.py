@@ -207,18 +207,11 @@ class ArchiveReader(SourceReader):
         filters: FileFilters,
         limits: ArchiveLimits,
     ) -> None:
-        super().__init__()
-        self._units = tuple(sorted(archives))
+        super().__init__(sorted(archives))
         self._languages, self._filters, self._limits = languages, filters, limits
-        self.repositories = tuple(name for name, _ in self._units)
-
-    def _window(self, start: int, step: int) -> "ArchiveReader":
-        reader = super()._window(start, step)
-        reader.repositories = tuple(name for name, _ in reader._chosen(reader._units))
-        return reader
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
-        for repository, location in self._chosen(self._units):
+        for repository, location in self._chosen():
             try:
                 for member in archive_members(location, self._limits):
                     file = self._file(repository, member, skipped)

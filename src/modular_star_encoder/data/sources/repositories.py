@@ -35,31 +35,20 @@ class FileReader(SourceReader):
 
     def __init__(self, repositories: dict[str, _Repository], filters: FileFilters) -> None:
         """`repositories` may hold some without a file to read; only the files left out of them are counted."""
-        super().__init__()
         self._filters = filters
-        self._units = tuple((name, one) for name, one in sorted(repositories.items()) if one.files)
+        units = [(name, one) for name, one in sorted(repositories.items()) if one.files]
         rest = sum((one.left_out for one in repositories.values() if not one.files), Counter())
-        if self._units:  # the counts of all shards together are those of the whole
-            self._units[0][1].left_out.update(rest)
-        for _, one in self._units:
+        if units:  # the counts of all shards together are those of the whole
+            units[0][1].left_out.update(rest)
+        for _, one in units:
             one.files.sort()
-        self._refresh()
-
-    def _window(self, start: int, step: int) -> "FileReader":
-        reader = super()._window(start, step)
-        reader._refresh()
-        return reader
-
-    def _refresh(self) -> None:
-        self.repositories = tuple(name for name, _ in self._chosen(self._units))
-        self.skipped = self._left_out()
+        super().__init__(units)
 
     def _left_out(self) -> Counter[str]:
-        return sum((one.left_out for _, one in self._chosen(self._units)), Counter())
+        return sum((one.left_out for _, one in self._chosen()), Counter())
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
-        skipped.update(self._left_out())
-        for repository, one in self._chosen(self._units):
+        for repository, one in self._chosen():
             for path, location in one.files:
                 text, reason = self._text(location)
                 if reason:
@@ -81,7 +70,7 @@ class FileReader(SourceReader):
 
     def __length_hint__(self) -> int:
         """The number of files that an iteration reads: an upper bound of those that it yields."""
-        return sum(len(one.files) for _, one in self._chosen(self._units))
+        return sum(len(one.files) for _, one in self._chosen())
 
 
 def installed_repositories(

@@ -4,7 +4,7 @@ import re
 import string
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -41,24 +41,27 @@ class SourceReader(ABC):
     `reader.shard(index, count).skip(units)`.
 
     Attributes:
-        repositories: The repositories' names in the order of reading, or None where only reading can tell. Some may
-            have no readable file.
-        skipped: Number of files by reason, of the last iteration.
+        skipped: Number of files left out by reason, in the last iteration.
         unicode_names: Whether bytes in names of files and repositories that are not Unicode become `\\udcff`, which can
             be written everywhere, instead of Python's halves of characters, by which such a file can be opened.
     """
 
-    repositories: tuple[str, ...] | None = None
     unicode_names = False
 
-    def __init__(self) -> None:
-        self.skipped: Counter[str] = Counter()
+    def __init__(self, units: Iterable[tuple[str, Any]] | None = None) -> None:
+        """`units` are the repositories with whatever the reader needs of them, if they are known before reading."""
+        self._units = None if units is None else tuple(units)
         self._start, self._step = 0, 1
+        self.skipped = self._left_out()
+
+    @property
+    def repositories(self) -> tuple[str, ...] | None:
+        """The repositories' names in the order of reading, or None where only reading can tell."""
+        return None if self._units is None else tuple(name for name, _ in self._chosen())
 
     def __iter__(self) -> Iterator[SourceFile]:
         # Each iteration has a counter of its own; one that was abandoned cannot add to that of the next.
-        skipped: Counter[str] = Counter()
-        self.skipped = skipped
+        self.skipped = skipped = self._left_out()
         for file in self._read(skipped):
             yield _with_unicode_names(file) if self.unicode_names else file
 
@@ -89,12 +92,16 @@ class SourceReader(ABC):
 
     def _window(self, start: int, step: int) -> Self:
         reader = copy(self)
-        reader.skipped = Counter()
         reader._start, reader._step = start, step
+        reader.skipped = reader._left_out()
         return reader
 
-    def _chosen(self, units: tuple[Any, ...]) -> tuple[Any, ...]:
-        return units[self._start :: self._step]
+    def _chosen(self) -> tuple[tuple[str, Any], ...]:
+        return (self._units or ())[self._start :: self._step]
+
+    def _left_out(self) -> Counter[str]:
+        """The files of the chosen units that are left out before reading."""
+        return Counter()
 
 
 def _with_unicode_names(file: SourceFile) -> SourceFile:

@@ -102,6 +102,7 @@ def trained(tokenizer, collator, folder, workers=0):
     return trainer.state.log_history
 
 
+@pytest.mark.slow
 def test_the_trainer_takes_the_same_steps_as_with_padding(tokenizer, tmp_path):
     padded = trained(tokenizer, PaddingCollator(tokenizer), tmp_path / "padded")
     packed = trained(tokenizer, PackingCollator(tokenizer), tmp_path / "packed", workers=1)

@@ -10,6 +10,8 @@ from modular_star_encoder.data.token_store import TokenCorpus
 from modular_star_encoder.data.tokenizer import ContentEncoder, TokenRows
 from tests.errors import raises
 
+pytestmark = pytest.mark.slow  # thousands of draws
+
 LANGUAGES = 3
 REPOSITORIES = 40
 HALF = 10_000
