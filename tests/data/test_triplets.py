@@ -146,7 +146,7 @@ BAD = {
 
 # What parquet can't hold: a column of several kinds, halves of characters.
 BAD_IN_JSON = {
-    "repository_name is no text": row(repository_name=5),
+    "repository_name is not a text": row(repository_name=5),
     "halves of characters (lone surrogates)": row(repository_name="\ud800"),
 }
 

@@ -110,15 +110,15 @@ class PairGroups:
     def largest_batch(self) -> int:
         """The most pairs that a batch can have, whichever rows are drawn first."""
         if len(self.numbers) < 2:
-            return min(sum(self.counts.values()), self.most_beside_a_negative)
-        # Each half may have as many as its kind has groups, and the second must find as many beside the first.
+            return min(sum(self.counts.values()), self.most_groups_with_negative)
+        # Each half may have as many as its kind has groups, and the second must find as many next to the first.
         code, text = self.numbers[CODE_TO_CODE], self.numbers[TEXT_TO_CODE]
         common = len(np.intersect1d(code, text))
-        beside = max(min(len(code) // 2, common), len(code) - common)
-        return 2 * min(len(text), len(code), beside, self.most_beside_a_negative // 2)
+        apart = max(min(len(code) // 2, common), len(code) - common)
+        return 2 * min(len(text), len(code), apart, self.most_groups_with_negative // 2)
 
     @property
-    def most_beside_a_negative(self) -> int:
+    def most_groups_with_negative(self) -> int:
         """The most groups that a batch can have while there is always a hard negative outside them."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
@@ -150,14 +150,14 @@ class BatchPlan:
         self._numbers, self._rows, self._counts = groups.numbers, groups.rows, groups.counts
         self._of_rows, self._negatives = groups.of_rows, groups.negatives
         self._kinds = tuple(groups.numbers)
-        largest, beside = groups.largest_batch, groups.most_beside_a_negative
+        largest, outside = groups.largest_batch, groups.most_groups_with_negative
         if batch_size > largest or batch_size < 2 or batch_size % len(self._kinds):
             listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in self._counts.items())
             raise UserError(
                 "data.batch_size",
                 f"A batch must have from 2 to {largest} pairs{', an even number' if len(self._kinds) > 1 else ''}, not "
                 f"{batch_size}: there are {listed or 'no pairs'} without common texts"
-                + (f", and hard negatives of {beside + 1} of them" if beside < batch_size else "")
+                + (f", and hard negatives of {outside + 1} of them" if outside < batch_size else "")
                 + ".",
             )
         self._latest: tuple[int, list[Draw]] = (-1, [])

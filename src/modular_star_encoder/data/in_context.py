@@ -22,8 +22,8 @@ of the label*, and each snippet alone too:
 5. **The label**, a fair coin: same repository → (a₁, a₂), different ones → (a₁, b₂).
 
 The label comes last, so (l₁, l₂, n₁, n₂) has one law under both. A and B are exchangeable, and stay so when cell and
-lengths are given, since these are symmetric in them: a₂ and b₂ have one law, and the second snippet alone tells
-nothing. Neither does the first, which is a₁ in any case.
+lengths are given, since these are symmetric in them: a₂ and b₂ have one law, and the second snippet alone gives
+nothing away. Neither does the first, which is a₁ in any case.
 
 The cost is length: of two texts the shorter counts. From texts of 630 tokens on average (log-normal with σ = 1, cut at
 2,048) rows of at most 2,048 have about 1,120 tokens on average, and one in seven is full. The paper reports about 1,300

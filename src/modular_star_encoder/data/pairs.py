@@ -155,7 +155,7 @@ def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> Triplet | str:
         languages.append(language)
     repository = row[columns.repository] or ""
     if not isinstance(repository, str):
-        return f"{columns.repository} is no text"
+        return f"{columns.repository} is not a text"
     code, other_code = row[columns.code], row[columns.other_code]
     negative = (row[columns.negative], languages[2]) if columns.negative else ()
     triplet = Triplet(row[columns.description], code, languages[0], other_code, languages[1], repository, *negative)

@@ -158,7 +158,7 @@ def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return spellings
 
 
-class TokenRows(Sequence[np.ndarray]):
+class TokenRows:
     """Rows of token ids in one flat array: 20 million tokens take 40 MB (vocabularies up to 65,536).
 
     Row `i` is an integer array of shape (number of tokens,), a view.

@@ -119,7 +119,7 @@ def test_rows_that_cannot_be_stripped_are_left_out_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (broken, PYTHON)))
     counts = Counter()
     assert [one.code for one in read_codesearchnet(tmp_path, counts=counts)] == ["def a(self):\n        return 1"]
-    assert counts == {"rows": 2, "docstring cannot be taken out": 1}
+    assert counts == {"rows": 2, "docstring cannot be removed": 1}
 
 
 def test_a_damaged_file_is_named_and_a_byte_order_mark_is_none_of_its_damage(tmp_path):

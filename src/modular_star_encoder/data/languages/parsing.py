@@ -177,7 +177,7 @@ _MACRO_LINE = re.compile(rb"^[ \t]*[A-Z][A-Z0-9_]{3,}[ \t]*(?:\([^()\n]*\))?[ \t
 
 
 def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
-    """`source` with blanks for words like macros that are a syntax error or stand next to one.
+    """`source` with blanks for words like macros that are a syntax error or next to one.
 
     The parser may have taken the neighbour of a macro for the error.
     """
@@ -198,7 +198,7 @@ def syntax_error_share(code: str, language: str) -> float:
 
     The bytes are those under ERROR nodes of the tree-sitter grammar; a missing token counts as one. Text that can't be
     parsed at all (see `parse`) and blank text are 1.0. Grammars tolerate much, Ruby's most of all: plain prose may
-    parse, which `holds_function` tells from code.
+    parse; `holds_function` is false for it.
 
     Args:
         code: A function, a method without its class, or any other piece of code; PHP may lack its `<?php`. It is tried
@@ -231,7 +231,7 @@ def _best_parse(code: str, language: str) -> tuple[float, bool]:
         # The code may have closed its frame and opened another.
         if before and after and sum(node.type != "php_tag" for node in tree.root_node.named_children) != 1:
             continue
-        # An error may lie in the frame alone, as with a brace too few.
+        # An error may be in the frame alone, as with a missing brace.
         errors = max(int(tree.root_node.has_error), error_bytes(tree, grammar, len(before), len(before) + len(body)))
         found = "function" in QueryCursor(grammar.query).captures(tree.root_node)
         best = min(best, (min(1.0, errors / len(body)), found), key=lambda one: (one[0], not one[1]))

@@ -40,7 +40,7 @@ class Language:
         has_docstrings: Whether documentation is a string inside the function, not a comment before it.
         line_comment: Pattern of the marker of a line comment.
         documented_by_blocks: Whether only `/** */` documents.
-        gap: Pattern of what may stand between a comment and its function.
+        gap: Pattern of the text allowed between a comment and its function.
         markup: Markup in comments: `html`, `doxygen`, `rdoc`.
         constructors: Names of functions that construct or destroy objects.
         constructors_named_like_class: Whether constructors have the name of their class.
@@ -295,7 +295,7 @@ LANGUAGES = tuple(_LANGUAGE)
 LANGUAGE_OF_SUFFIX = {suffix: one.name for one in _ENTRIES for suffix in one.suffixes}
 _LANGUAGE_OF_NAME = {name: one.name for one in _ENTRIES for name in (one.name, one.display_name) if name}
 
-# The signs of C++ by which GitHub's linguist tells the headers apart (its heuristics.yml, `.h`).
+# The signs of C++ by which GitHub's linguist classifies headers (its heuristics.yml, `.h`).
 _CPP_LINE = re.compile(
     r"^[ \t]*(?:template[ \t]*<|(?:class|(?:using[ \t]+)?namespace)[ \t]+\w+|(?:private|public|protected)[ \t]*:"
     r"|(?:try|constexpr)\b|catch[ \t]*\(|#[ \t]*include[ \t]*<(?:cstdint|string|vector|map|list|iostream|memory)>)"

@@ -1,4 +1,4 @@
-"""The rows of CodeSearchNet as they are published: its authors' JSON lines, or the columns of the Hub's dataset.
+"""The rows of CodeSearchNet as published: its authors' JSON lines, or the columns of the Hub's dataset.
 
 Source of both formats: github.com/github/CodeSearchNet (README, "Data Format") and the Hub's `code_search_net`.
 """
@@ -56,7 +56,7 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
 
     Raises:
         UserError: `data.codesearchnet.column` if a column is missing; `data.language.unknown`.
-        LeakingDocstringError: If Python code does not parse, or is nothing but its docstring.
+        LeakingDocstringError: If Python code does not parse, or is only a docstring.
     """
     missing = [" or ".join(dict.fromkeys(names)) for names in _REQUIRED.values() if _text(row, names) is None]
     if missing:
@@ -92,7 +92,7 @@ def read_codesearchnet(
             or the name of a dataset of the Hub.
         languages: The languages to read; None for all.
         split: `"train"`, `"valid"` or `"test"` to read that part alone; on the Hub the name of its split.
-        counts: When given, `"rows"`, and `"docstring cannot be taken out"` for Python rows left out, are counted in it.
+        counts: When given, `"rows"`, and `"docstring cannot be removed"` for Python rows left out, are counted in it.
 
     Raises:
         UserError: `data.source.*` if the source can't be read; `data.language.unknown`; `data.row` or
@@ -114,7 +114,7 @@ def read_codesearchnet(
         try:
             yield codesearchnet_function(row)
         except LeakingDocstringError:
-            counts["docstring cannot be taken out"] += 1
+            counts["docstring cannot be removed"] += 1
 
 
 def _text(row: Mapping[str, Any], names: tuple[str, str]) -> str | None:

@@ -56,7 +56,7 @@ def open_rows(
             # Without a size of its own, a batch is as large as the first row group, which may have no rows.
             options = {"split": "rows", "streaming": True, "batch_size": _ROWS_PER_TABLE}
             rows = datasets.load_dataset("parquet", data_files={"rows": files}, **options)
-            # Row groups in place of files: pyarrow reads ahead of a slow consumer, up to the whole of what it has.
+            # Row groups instead of files: pyarrow reads ahead of a slow consumer, up to a whole file.
             rows = rows.reshard() if hasattr(rows, "reshard") else rows
         else:
             rows = datasets.load_dataset(
@@ -67,10 +67,8 @@ def open_rows(
         if files and all(map(os.path.isfile, files)):
             advice = "is it damaged, or not parquet?"
         else:
-            advice = (
-                "there are no such files, no dataset of that name on the Hub, or it is gated: accept its terms there "
-            )
-            advice += "and log in with `hf auth login`."
+            advice = "no such file, no dataset of that name on the Hub, or a gated one: accept its terms and log in "
+            advice += "with `hf auth login`."
         message = f"The dataset {shown!r} cannot be read ({type(error).__name__}): {advice}"
         raise UserError("data.source.unreadable", message) from error
     missing = [name for name in columns if name not in known]

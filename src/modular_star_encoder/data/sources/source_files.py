@@ -113,7 +113,7 @@ INSTALL_FOLDERS = {"site-packages", "dist-packages"}
 CLOSED_FOLDERS = {"__pycache__", "node_modules"} | INSTALL_FOLDERS
 
 _VENDOR_FOLDERS = {"_vendor", "_vendored", "vendor", "vendored", "extern", "externals", "third_party"}
-_VENDOR_FOLDERS_BESIDE_PYTHON = {"bower_components", "third-party", "thirdparty", "3rdparty", "Godeps"}
+_VENDOR_FOLDERS_EXCEPT_IN_PYTHON = {"bower_components", "third-party", "thirdparty", "3rdparty", "Godeps"}
 _TEST_FOLDER = re.compile(r"(.*_)?(tests?|testing)", re.IGNORECASE)
 _TEST_FILE = re.compile(r"test_.*|.*_tests?|conftest", re.IGNORECASE)
 _GENERATED_PHRASES = re.compile(
@@ -136,7 +136,7 @@ _MAX_ENCODED_CHARACTERS, _MAX_ENCODED_SHARE = 1024, 0.5
 def is_vendored(path: PurePath, language: str) -> bool:
     """Whether a folder of `path` holds copies of other projects."""
     folders = set(path.parts[:-1])
-    if language != "python" and folders & _VENDOR_FOLDERS_BESIDE_PYTHON:
+    if language != "python" and folders & _VENDOR_FOLDERS_EXCEPT_IN_PYTHON:
         return True
     return not folders.isdisjoint(_VENDOR_FOLDERS | INSTALL_FOLDERS)
 
