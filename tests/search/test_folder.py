@@ -137,5 +137,5 @@ def test_a_folder_without_functions_is_refused(tmp_path, model, tokenizer):
     with pytest.raises(ValueError, match="does not exist"):
         search(tmp_path / "no", ["push"], model, tokenizer)
     (tmp_path / "constants.py").write_text("PI = 3\n")
-    with pytest.raises(ValueError, match="holds no function in python, java, go"):
+    with pytest.raises(ValueError, match="holds no function in python, javascript, go"):
         search(tmp_path, ["push"], model, tokenizer)

@@ -68,7 +68,7 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
     if not {"train", "valid"} <= set(settings) <= set(SPLITS):
         raise UserError(
             "data.pairs.settings",
-            "data must name bigclonebench, a folder, or the files train, valid and (optionally) test; not "
+            "data must name bigclonebench, a folder, or the files train, valid and test; not "
             f"{', '.join(map(str, settings))}.",
         )
     return {split: _pairs_of_rows(settings[split]) for split in SPLITS if split in settings}

@@ -236,7 +236,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     settings = {name: source for name, source in settings.items() if source is not None}
     unknown = sorted(set(settings) - set(_SOURCES))
     if unknown or not settings:
-        given = f"unknown: {', '.join(unknown)}" if unknown else "none is set"
+        given = f"not {', '.join(unknown)}" if unknown else "none is set"
         raise UserError("data.sources", f"data needs one or several of the sources {', '.join(_SOURCES)}; {given}.")
     if have_negatives(settings) and len(settings) > 1:
         others = " and ".join(f"data.{name}" for name in settings if name != "triplets")

@@ -11,10 +11,11 @@ import os
 import re
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,6 +42,7 @@ _AHEAD_PER_THREAD = 4
 _GZIP_OVERHEAD = 65_536
 _NOT_AVAILABLE = (401, 403, 404, 410)
 _MAX_FAILURES_AT_FIRST = 200
+_MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,62 +130,41 @@ class ContentSource:
         return self.protocol in ("http", "https")
 
 
-class _Contents:
-    """Fetches contents in the background; leaving it cancels what is under way."""
-
-    def __init__(self, source: ContentSource, max_bytes: int) -> None:
-        self._source, self._stack = source, ExitStack()
+@contextmanager
+def _background_fetch(source: ContentSource, max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
+    """Yield a function that fetches a content in the background; leaving cancels what is under way."""
+    with ExitStack() as stack:
         if source.is_http:
-            self._client = self._stack.enter_context(
-                HTTPClient(
-                    concurrency=source.threads,
-                    attempts=source.attempts,
-                    pause=source.pause,
-                    timeout=source.timeout,
-                    max_bytes=max_bytes,
-                    follow_redirects=True,
-                )
+            client = HTTPClient(
+                concurrency=source.threads,
+                attempts=source.attempts,
+                pause=source.pause,
+                timeout=source.timeout,
+                max_bytes=max_bytes,
+                follow_redirects=True,
             )
+            submit = partial(stack.enter_context(client).submit, "GET")
         else:
-            self._executor = ThreadPoolExecutor(source.threads)
-            self._stack.callback(self._executor.shutdown, cancel_futures=True)
-
-    def __enter__(self) -> "_Contents":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def submit(self, blob_id: str) -> "Future[Any]":
-        url = self._source.url.replace("{blob_id}", blob_id)
-        return self._client.submit("GET", url) if self._source.is_http else self._executor.submit(self._read, url)
-
-    def _read(self, url: str) -> bytes:
-        file_system, _ = fsspec.url_to_fs(url, **self._source.options or {})
-        return file_system.cat_file(url)
-
-    @staticmethod
-    def received(future: "Future[Any]") -> tuple[bytes, str | None, str]:
-        """(content, why it is left out, the kind of error) of a fetch; messages may hold the URL."""
-        try:
-            content = future.result()
-        except HTTPRequestError as error:
-            if error.key == "http.too_large":
-                return b"", "too large", ""
-            missing = error.status in _NOT_AVAILABLE
-            return (
-                b"",
-                _MISSING if missing else _NOT_FETCHED,
-                f"status {error.status}" if error.status else error.reason,
-            )
-        except (FileNotFoundError, PermissionError) as error:
-            return b"", _MISSING, type(error).__name__
-        except Exception as error:  # every protocol raises kinds of its own
-            return b"", _NOT_FETCHED, type(error).__name__
-        return content if isinstance(content, bytes) else content.content, None, ""
+            executor = ThreadPoolExecutor(source.threads)
+            stack.callback(executor.shutdown, cancel_futures=True)
+            file_system, _ = fsspec.url_to_fs(source.url, **source.options or {})
+            submit = partial(executor.submit, file_system.cat_file)
+        yield lambda blob_id: submit(source.url.replace("{blob_id}", blob_id))
 
 
-_MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
+def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
+    """(content, why it is left out, the kind of error) of a fetch; an error's own message may hold the URL."""
+    try:
+        content = future.result()
+    except HTTPRequestError as error:
+        if error.key == "http.too_large":
+            return b"", "too large", ""
+        kind = f"status {error.status}" if error.status else error.reason
+        return b"", _MISSING if error.status in _NOT_AVAILABLE else _NOT_FETCHED, kind
+    except Exception as error:  # every protocol raises kinds of its own
+        missing = isinstance(error, FileNotFoundError | PermissionError)
+        return b"", _MISSING if missing else _NOT_FETCHED, type(error).__name__
+    return content if isinstance(content, bytes) else content.content, None, ""
 
 
 def unpack(content: bytes, max_bytes: int) -> bytes:
@@ -320,7 +301,7 @@ class TheStackReader(DatasetReader):
         files = (file for row in self._chosen_rows() for file in self._wanted(row, skipped))
         with tqdm(desc="Fetching contents", unit=" files", disable=not self._progress) as bar:
             for file, encoding, future in self._fetched(files):
-                content, reason, last = _Contents.received(future)
+                content, reason, last = _received(future)
                 text = ""
                 if not reason:
                     fetched += 1
@@ -362,9 +343,9 @@ class TheStackReader(DatasetReader):
     def _fetched(self, files: Iterable[tuple[SourceFile, str, str]]) -> Iterator[tuple[SourceFile, str, Future[Any]]]:
         """Yield (file, encoding, its content) in order; only a few are fetched ahead."""
         waiting: deque[tuple[SourceFile, str, Future[Any]]] = deque()
-        with _Contents(self._contents, self._filters.max_bytes + _GZIP_OVERHEAD) as contents:
+        with _background_fetch(self._contents, self._filters.max_bytes + _GZIP_OVERHEAD) as fetch:
             for file, blob_id, encoding in files:
-                waiting.append((file, encoding, contents.submit(blob_id)))
+                waiting.append((file, encoding, fetch(blob_id)))
                 if len(waiting) > _AHEAD_PER_THREAD * self._contents.threads:
                     yield waiting.popleft()
             while waiting:

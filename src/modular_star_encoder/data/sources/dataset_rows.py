@@ -151,13 +151,13 @@ def open_dataset_rows(
     """
     name = _shown(source)
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
-        message = f"Reading {name!r} has no option {', '.join(unknown)}; available: split, {', '.join(_HUB_OPTIONS)}."
+        message = f"Reading {name!r} has no option {', '.join(unknown)}; there are split, {', '.join(_HUB_OPTIONS)}."
         raise UserError("data.source.options", message)
     files = _files(source, split)
     if files and all(file.endswith(_JSON_LINES) for file in files):
         for file in files:
             if not Path(file).is_file():
-                raise UserError("data.source.no_files", f"File {file} not found.")
+                raise UserError("data.source.no_files", f"There is no file {file}.")
         return _JsonLines(files)
     rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
     return _DatasetRows(rows, name)
