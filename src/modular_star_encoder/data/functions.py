@@ -186,7 +186,6 @@ def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress:
     Args:
         files: Source files; those in unsupported languages are counted and skipped.
         processes: Number of worker processes; with 0 or 1 the work is done in this process.
-        progress: Whether to show a progress bar.
 
     Returns:
         The functions, in the order of `files`, and counts: `"files"`, `"documented functions"`, one for each reason to

@@ -77,7 +77,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         seed: int,
         progress: bool = True,
     ) -> None:
-        """Take tokenized texts, or tokenize texts once, into memory.
+        """Take tokenized texts, or tokenize texts into memory.
 
         Args:
             texts: A corpus (a `TokenStore`, a part of it, or one in memory), or the texts (files, functions) of each
@@ -87,7 +87,6 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             max_tokens: Largest number of tokens of a row, special tokens included; at least 35.
             mlm_probability: Share of the text tokens to predict.
             seed: Any integer from 0.
-            progress: Whether to show a progress bar while tokenizing.
 
         Raises:
             UserError: `data.in_context.arguments` if an argument is out of range; `data.tokenizer.token_missing` if the
@@ -287,7 +286,7 @@ class PairSampler:
         return int(self._group_language[group]), min(int(self._lengths[text]), self.room)
 
     def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
-        """Return A and B, or `None` where a limited number of proposals does not hold two."""
+        """A and B, or None where a limited number of proposals does not hold two."""
         # The side with the fewer repositories proposes, the other is looked up.
         if cell.first_language == cell.second_language:
             proposing = cell.first_language
@@ -336,7 +335,7 @@ class PairSampler:
                 return texts
 
     def _candidates(self, repository: int, language: int, length: int) -> tuple[int, int]:
-        """Return the bounds of the texts to draw one from."""
+        """The bounds of the texts to draw one from."""
         group = self._group(repository, language)
         assert group is not None, "a repository is drawn only if it has texts of the language"
         start, end = self._group_bounds[group : group + 2].tolist()

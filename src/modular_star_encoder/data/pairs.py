@@ -223,7 +223,6 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
 
             A row with empty code, an unknown language, or prose in place of code (see `reads_as_prose`) is skipped and
             counted; with `strict: true` it is an error (`data.row`).
-        progress: Whether to show progress bars.
 
     Returns:
         The rows by source, in this order.

@@ -164,7 +164,6 @@ class RetrievalPairs(Dataset[dict[str, torch.Tensor]]):
             max_text_tokens: Largest number of tokens of `query_ids`, prompt and special tokens included.
             max_code_tokens: The same for `document_ids`.
             prompts: Whether texts carry the published prompts.
-            progress: Whether to show progress bars.
 
         Raises:
             UserError: `data.retrieval.no_rows` if there is no function; `data.tokenizer.template` if the tokenizer adds

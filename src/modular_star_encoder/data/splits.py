@@ -177,7 +177,6 @@ def prepare_retrieval_data(
         eval_fraction: Share of each source's rows to hold out, up to a fifth.
         seed: Decides which repositories are held out, and which rows are drawn.
         max_train_samples: Number of rows to train on, drawn at random; all if None.
-        progress: Whether to show progress bars.
 
     Raises:
         UserError: If a source cannot be read; `data.split.too_few_repositories` if one has fewer than two;

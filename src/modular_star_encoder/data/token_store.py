@@ -106,10 +106,7 @@ def corpus_of_files(
 ) -> TokenCorpus:
     """Tokenize source files into memory; `build_token_store` is for those that do not fit.
 
-    Args:
-        files: Source files, in any order; one row each.
-        tokenizer: A fast tokenizer.
-        progress: Whether to show a progress bar.
+    `files` come in any order and are one row each.
     """
     kept = list(files)
     repository_names, repository_of = _numbered([file.repository for file in kept])
@@ -128,13 +125,7 @@ def corpus_of_files(
 def corpus_of_texts(
     texts_by_repository: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerFast, *, progress: bool = True
 ) -> TokenCorpus:
-    """Tokenize texts (files, functions) of one language into memory.
-
-    Args:
-        texts_by_repository: The texts of each repository.
-        tokenizer: A fast tokenizer.
-        progress: Whether to show a progress bar.
-    """
+    """Tokenize the texts (files, functions) of each repository, all of one language, into memory."""
     texts = [(name, text) for name in sorted(texts_by_repository) for text in texts_by_repository[name]]
     files = [SourceFile(name, "", UNNAMED_LANGUAGE, text) for name, text in texts]
     return corpus_of_files(files, tokenizer, progress=progress)
@@ -242,10 +233,8 @@ def build_token_store(
 
     Args:
         files: Source files; they are iterated once, and some thousands are in memory at a time.
-        tokenizer: A fast tokenizer.
         folder: A store that was begun with this tokenizer, or a folder that is empty or does not exist.
         files_per_commit: Number of files after which the work so far is safe.
-        progress: Whether to show a progress bar.
 
     Raises:
         UserError: `data.token_store.other_content`, `.other_tokenizer`, `.other_files` or `.damaged` if `folder` holds

@@ -46,7 +46,6 @@ def train_tokenizer(
         vocab_size: Number of entries, special tokens included. A small corpus may fill fewer: size the model by
             `len(tokenizer)`.
         max_length: `model_max_length`, in tokens, special tokens included.
-        progress: Whether to show a progress bar.
 
     Raises:
         UserError: `data.tokenizer.sizes` if `vocab_size` is below 260 or `max_length` below 4;
@@ -212,7 +211,7 @@ class ContentEncoder:
         self.checksum = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each text, `dtype` (tokens,)."""
+        """The ids of each text, `dtype` (tokens,)."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
@@ -223,9 +222,7 @@ def encode_content(
     """Encode texts into one flat array, as `ContentEncoder` does.
 
     Args:
-        tokenizer: A fast tokenizer. It is not changed.
         texts: One row each.
-        progress: Whether to show a progress bar.
         description: Label of the progress bar.
     """
     encoder = ContentEncoder(tokenizer)

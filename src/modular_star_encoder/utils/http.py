@@ -242,7 +242,7 @@ def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeou
 
 
 def check_url(url: str) -> str:
-    """Return `url` without slashes at its end.
+    """`url` without slashes at its end.
 
     Raises:
         UserError: `http.url` if it is not an http or https address with a host.

@@ -173,17 +173,7 @@ MAX_NESTING = 16
 
 @dataclass(frozen=True, slots=True)
 class FoundFunction:
-    """A function of a text.
-
-    Attributes:
-        line: 1-based line at which it begins.
-        name: Dotted name inside the text, such as `"Stack.push"`.
-        description: First paragraph of the documentation, in one line; empty without one.
-        code: The function dedented, with `\\n` line ends and, in Python, without docstrings.
-        source: The function as in the text.
-        start_byte: Its first byte in the UTF-8 encoding of the text.
-        end_byte: The byte after its last.
-    """
+    """A function of a text; the fields are those of `DocumentedFunction`."""
 
     line: int
     name: str

@@ -263,8 +263,6 @@ def archive_repositories(
 
     Args:
         source: An archive or a folder of archives.
-        languages: The languages to read; None for all of `LANGUAGES`.
-        filters: Which files are left out; by default, `FileFilters()`.
         limits: How much of an archive is read at most; by default, `ArchiveLimits()`.
 
     Raises:

@@ -90,7 +90,6 @@ def read_codesearchnet(
     Args:
         source: See `open_dataset_rows`: JSON Lines files, parquet files with the Hub's columns, a folder of one kind,
             or the name of a dataset of the Hub.
-        languages: The languages to read; None for all.
         split: `"train"`, `"valid"` or `"test"` to read that part alone; on the Hub the name of its split.
         counts: When given, `"rows"`, and `"docstring cannot be removed"` for Python rows left out, are counted in it.
 

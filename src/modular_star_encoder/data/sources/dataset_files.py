@@ -274,8 +274,6 @@ def row_repositories(
     Args:
         source: Parquet files or the name of a dataset of the Hub; see `open_rows`.
         columns: Names of its columns, such as `THE_STACK_COLUMNS`.
-        languages: The languages to read; None for all of `LANGUAGES`.
-        filters: Which files are left out; by default, `FileFilters()`.
         options: Further arguments of `open_rows`.
 
     Raises:
@@ -376,9 +374,6 @@ def the_stack_repositories(
     Args:
         source: Name of the dataset, such as `"bigcode/the-stack-v2-train-smol-ids"`, or parquet files with its schema.
         contents: Where contents are fetched, such as `ContentSource(url=SOFTWARE_HERITAGE_S3)`.
-        languages: The languages to read; None for all of `LANGUAGES`.
-        filters: Which files are left out; by default, `FileFilters()`.
-        progress: Whether to show a progress bar while reading.
         options: Further arguments of `open_rows`.
 
     Raises:

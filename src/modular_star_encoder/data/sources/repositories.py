@@ -86,8 +86,6 @@ def installed_repositories(
 
     Args:
         exclude: Names of distributions to leave out, in any spelling.
-        languages: The languages to read; None for all of `LANGUAGES`.
-        filters: Which files are left out; by default, `FileFilters()`.
 
     Raises:
         UserError: `data.language.unknown`; `data.installed.exclude` if `exclude` is a single text.
@@ -137,9 +135,7 @@ def folder_repositories(
 
     Args:
         folder: A folder of checkouts, or one checkout.
-        languages: The languages to read; None for all of `LANGUAGES`.
         depth: Number of levels from `folder` down to the repositories; by default, the two rules above.
-        filters: Which files are left out; by default, `FileFilters()`.
         may_be_empty: Whether a folder without a source file to read gives a reader of nothing.
 
     Raises:

@@ -38,7 +38,8 @@ class SourceReader(ABC):
 
     A corpus is a sequence of *units*: repositories, or the rows of a data set. Every iteration yields the same files in
     the same order. `skip` and `shard` return readers of some of the units and can be combined; a resumed shard is
-    `reader.shard(index, count).skip(units)`.
+    `reader.shard(index, count).skip(units)`. The functions that open readers take the `languages` to read (None for
+    all) and `filters` (None for `FileFilters()`).
 
     Attributes:
         skipped: Number of files left out by reason, in the last iteration.
