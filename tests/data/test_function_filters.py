@@ -38,59 +38,26 @@ def reasons(language, name):
 
 
 @pytest.mark.parametrize(
-    ("language", "name"),
+    ("language", "constructors", "special", "kept"),
     [
-        ("python", "Stack.__init__"),
-        ("java", "Outer.Stack.Stack"),
-        ("php", "Stack.__construct"),
-        ("ruby", "Stack.initialize"),
-        ("javascript", "Stack.constructor"),
-        ("cpp", "Stack.Stack"),
-        ("cpp", "Stack.~Stack"),
+        ("python", "Stack.__init__", "Stack.__len__", "__private|toString"),
+        ("java", "Outer.Stack.Stack", "Stack.toString|Stack.hashCode", "Stack.stack|Stack.toStringList"),
+        ("php", "Stack.__construct", "Stack.__get", "__"),
+        ("ruby", "Stack.initialize", "Stack.==|Stack.to_s", "Stack.empty?|Stack.size="),
+        ("javascript", "Stack.constructor", "Stack.toString", "Stack.Stack"),
+        ("go", None, "Stack.String|main", "NewStack"),
+        ("c", None, "main", "initialize"),
+        (
+            "cpp",
+            "Stack.Stack|Stack.~Stack",
+            "main|Stack.operator==|Stack.operator bool",
+            "operate|Stack.operator_name|Stack.push",
+        ),
     ],
 )
-def test_constructors_are_dropped(language, name):
-    assert reasons(language, name) == ["constructor"]
-
-
-@pytest.mark.parametrize(
-    ("language", "name"),
-    [
-        ("python", "Stack.__len__"),
-        ("java", "Stack.toString"),
-        ("java", "Stack.hashCode"),
-        ("php", "Stack.__get"),
-        ("ruby", "Stack.=="),
-        ("ruby", "Stack.to_s"),
-        ("javascript", "Stack.toString"),
-        ("go", "Stack.String"),
-        ("go", "main"),
-        ("c", "main"),
-        ("cpp", "Stack.operator=="),
-        ("cpp", "Stack.operator bool"),
-    ],
-)
-def test_methods_that_the_language_calls_are_dropped(language, name):
-    assert reasons(language, name) == ["special method"]
-
-
-@pytest.mark.parametrize(
-    ("language", "name"),
-    [
-        ("python", "__private"),
-        ("python", "toString"),
-        ("java", "Stack.stack"),
-        ("java", "Stack.toStringList"),
-        ("php", "__"),
-        ("ruby", "Stack.empty?"),
-        ("ruby", "Stack.size="),
-        ("go", "NewStack"),
-        ("javascript", "Stack.Stack"),
-        ("c", "initialize"),
-        ("cpp", "operate"),
-        ("cpp", "Stack.operator_name"),
-        ("cpp", "Stack.push"),
-    ],
-)
-def test_names_that_look_alike_are_kept(language, name):
-    assert reasons(language, name) == []
+def test_names_of_constructors_and_special_methods_are_dropped_and_similar_ones_kept(
+    language, constructors, special, kept
+):
+    for names, expected in ((constructors, ["constructor"]), (special, ["special method"]), (kept, [])):
+        for name in names.split("|") if names else ():
+            assert reasons(language, name) == expected, name

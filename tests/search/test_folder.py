@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from modular_star_encoder.data.languages.registry import LANGUAGE_OF_SUFFIX
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.data.sources.source_files import LANGUAGE_OF_SUFFIX
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.search.folder import Hit, folder_functions, search_folder
 from tests.data.polyglot import NAMES, SOURCES
@@ -137,5 +137,5 @@ def test_a_folder_without_functions_is_refused(tmp_path, model, tokenizer):
     with pytest.raises(ValueError, match="does not exist"):
         search(tmp_path / "no", ["push"], model, tokenizer)
     (tmp_path / "constants.py").write_text("PI = 3\n")
-    with pytest.raises(ValueError, match="holds no function in python, java, go"):
+    with pytest.raises(ValueError, match="holds no function in python, javascript, go"):
         search(tmp_path, ["push"], model, tokenizer)

@@ -297,7 +297,7 @@ def _clear(out: Path) -> None:
     for path in out.glob(f".{LOG}.*.tmp"):
         path.unlink()
     for stage in STAGES:
-        for path in out.glob(f".{stage.__name__}-*"):
+        for path in out.glob(f".{stage.__name__}.*.tmp"):
             shutil.rmtree(path)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from modular_star_encoder.data.retrieval_data import RetrievalData
+from modular_star_encoder.data.splits import RetrievalData
 from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.benchmarks.rows import read_json
 from modular_star_encoder.evaluation.lexical import BM25

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from modular_star_encoder.data.labelled_pairs import ClassificationCollator, ClassificationRows, read_labelled_pairs
+from modular_star_encoder.data.collators import ClassificationCollator
+from modular_star_encoder.data.labelled_pairs import ClassificationRows, read_labelled_pairs
 from modular_star_encoder.evaluation.run import classification_scores
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.objectives.classification import ClassificationObjective

@@ -167,7 +167,7 @@ class HTTPClient:
                             await asyncio.sleep(self._seconds_to_wait(attempt, failed.retry_after))
                         try:
                             response = await self._receive(method, url, body)
-                        except httpx.TransportError as error:
+                        except httpx.RequestError as error:
                             failed = _Failure(f"no answer ({type(error).__name__})")
                             continue
                         if response.status < 300 and not (retry_if and retry_if(response)):
@@ -242,7 +242,7 @@ def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeou
 
 
 def check_url(url: str) -> str:
-    """Return `url` without slashes at its end.
+    """`url` without slashes at its end.
 
     Raises:
         UserError: `http.url` if it is not an http or https address with a host.

@@ -12,46 +12,26 @@ from modular_star_encoder.data.sources.source_files import (
     is_vendored,
     line_lengths,
 )
+from tests.errors import raises
 
 CODE = "def run(first, second):\n    return first + second\n"
 
 
 @pytest.mark.parametrize(
-    ("path", "language"),
+    ("language", "tests", "others"),
     [
-        ("tests/a.py", "python"),
-        ("pkg/test_a.py", "python"),
-        ("a/b_test.go", "go"),
-        ("a/testdata/b.go", "go"),
-        ("src/test/java/A.java", "java"),
-        ("src/StackTest.java", "java"),
-        ("src/TestStack.java", "java"),
-        ("src/StackTestCase.php", "php"),
-        ("lib/__tests__/a.js", "javascript"),
-        ("lib/a.spec.js", "javascript"),
-        ("lib/a-test.mjs", "javascript"),
-        ("spec/a.rb", "ruby"),
-        ("lib/a_spec.rb", "ruby"),
-        ("src/stack_test.cc", "cpp"),
+        ("python", "tests/a.py pkg/test_a.py", "pkg/spec/a.py pkg/StackTest.py"),
+        ("go", "a/b_test.go a/testdata/b.go", ""),
+        ("java", "src/test/java/A.java src/StackTest.java src/TestStack.java", "src/Latest.java"),
+        ("php", "src/StackTestCase.php", "src/Contest.php"),
+        ("javascript", "lib/__tests__/a.js lib/a.spec.js lib/a-test.mjs", "lib/attest.js"),
+        ("ruby", "spec/a.rb lib/a_spec.rb", "lib/inspect.rb"),
+        ("cpp", "src/stack_test.cc", ""),
     ],
 )
-def test_test_code_is_known_by_the_conventions_of_its_language(path, language):
-    assert is_test(PurePath(path), language)
-
-
-@pytest.mark.parametrize(
-    ("path", "language"),
-    [
-        ("pkg/spec/a.py", "python"),
-        ("pkg/StackTest.py", "python"),
-        ("src/Latest.java", "java"),
-        ("src/Contest.php", "php"),
-        ("lib/attest.js", "javascript"),
-        ("lib/inspect.rb", "ruby"),
-    ],
-)
-def test_names_that_only_look_like_tests_are_kept(path, language):
-    assert not is_test(PurePath(path), language)
+def test_test_code_follows_the_conventions_of_its_language(language, tests, others):
+    assert [path for path in tests.split() if not is_test(PurePath(path), language)] == []
+    assert [path for path in others.split() if is_test(PurePath(path), language)] == []
 
 
 def test_vendored_folders_of_web_projects_do_not_count_in_python():
@@ -150,5 +130,5 @@ def test_tests_and_vendored_code_are_kept_on_request():
 
 @pytest.mark.parametrize("wrong", [{"max_bytes": 0}, {"max_average_line_length": -1}, {"min_alphabetic_share": 2}])
 def test_bounds_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match="bounds of FileFilters"):
+    with raises("data.filters", *wrong.values()):
         FileFilters(**wrong)
