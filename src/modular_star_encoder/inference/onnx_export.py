@@ -244,7 +244,7 @@ SETTINGS: dict[str, Any] = {"per_channel": True, "reduce_range": True}
 def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Write `source` with int8 weights of its linear layers and its token embedding.
 
-    The loss of quality has to be measured, see `hub.onnx_folder.compare_rankings`.
+    What it costs in quality has to be measured: see `hub.onnx_folder.compare_rankings`.
 
     Args:
         source: an ONNX file with float32 weights.
