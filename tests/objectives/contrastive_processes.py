@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
-from modular_star_encoder.training.sentence_transformer_loss import MultiExitContrastiveLoss
+from modular_star_encoder.objectives.sentence_transformer_loss import MultiExitContrastiveLoss
 from tests.objectives.contrastive_batches import WEIGHTS, every_option, every_side, with_dropout
 from tests.processes import leave_together
 from tests.tiny import EXIT_LAYERS, tiny_tokenizer

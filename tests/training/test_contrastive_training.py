@@ -7,14 +7,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
 
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.objectives.exit_losses import ObjectiveOutput
-from modular_star_encoder.training.trainer import MultiExitTrainer, NonFiniteLossError
+from modular_star_encoder.training.arguments import MultiExitTrainingArguments
+from modular_star_encoder.training.runs import NonFiniteLossError
+from modular_star_encoder.training.trainer import MultiExitTrainer
+from tests.errors import raises
 from tests.objectives.contrastive_batches import every_option, every_side, texts, with_dropout
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
@@ -34,17 +36,16 @@ def collate(indices):
     return {"query": texts(lengths, seed=sum(indices)), "document": texts(lengths[::-1], seed=1 + sum(indices))}
 
 
-def trainer_of(model, folder, settings, objective=None, own=None, **changes):
+def trainer_of(model, folder, settings, objective=None, **changes):
     arguments = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 6, "save_strategy": "no"}
     arguments |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "learning_rate": 1e-2}
     return MultiExitTrainer(
         model,
-        TrainingArguments(output_dir=str(folder), **(arguments | changes)),
+        MultiExitTrainingArguments(output_dir=str(folder), **(arguments | changes)),
         objective or ContrastiveObjective(settings),
         train_dataset=Rows(),
         eval_dataset=Rows(),
         data_collator=collate,
-        **(own or {}),
     )
 
 
@@ -118,23 +119,23 @@ def test_a_learned_scale_is_trained_beside_lora_and_comes_back(tmp_path):
 
 
 def test_settings_that_do_not_fit_the_trainer_are_refused_before_training(tmp_path):
-    for settings, own, sentence in (
-        (ContrastiveSettings(mini_batch_tokens=8), {"log_gradient_norms": True}, "does not go with mini_batch_tokens"),
-        (ContrastiveSettings(teacher=3, distillation_weight=1.0), {}, "teacher names exit 3"),
+    for settings, own, key in (
+        ({"mini_batch_tokens": 8}, {"log_gradient_norms": True}, "training.log_gradient_norms.cached"),
+        ({"teacher": 3, "distillation_weight": 1.0}, {}, "contrastive.exit"),
         (
-            ContrastiveSettings(teacher="next_deeper", distillation_weight=1.0),
+            {"teacher": "next_deeper", "distillation_weight": 1.0},
             {"rotate_shallow_exits": True},
-            "'next_deeper' does not go with rotate_shallow_exits",
+            "contrastive.rotation",
         ),
-        (ContrastiveSettings(dimensions=[17]), {}, "at most the embedding's 16"),
+        ({"dimensions": [17]}, {}, "contrastive.dimensions"),
     ):
-        with pytest.raises(ValueError, match=sentence):
-            trainer_of(tiny_model(), tmp_path, settings, own=own)
+        with raises(key):
+            trainer_of(tiny_model(), tmp_path, ContrastiveSettings(**settings), **own)
 
 
 def test_exits_with_sizes_of_their_own_may_be_trained_in_turn(tmp_path):
     settings = ContrastiveSettings(dimensions={1: [4], 4: [8, 16]}, mini_batch_tokens=16)
-    trainer = trainer_of(tiny_model(), tmp_path, settings, own={"rotate_shallow_exits": True})
+    trainer = trainer_of(tiny_model(), tmp_path, settings, rotate_shallow_exits=True)
     trainer.train()
     assert "clip_loss_exit_1" in trainer.state.log_history[0]
     assert "clip_loss_exit_2" in trainer.state.log_history[1]
@@ -179,7 +180,7 @@ def test_any_objective_is_stopped(tmp_path):
             return ObjectiveOutput(output.losses / 0.0, output.metrics)
 
     trainer = trainer_of(tiny_model(ModularStarEncoderForPreTraining), tmp_path, None, Infinite())
-    with pytest.raises(NonFiniteLossError, match="exit 1: inf"):
+    with raises("training.loss.not_finite", "exit 1: inf"):
         trainer.compute_loss(trainer.model.train(), {**batch, "kind": "in context"})
     report = json.loads((tmp_path / "non_finite_loss_step_1_rank_0.json").read_text())
     assert report["other_values"] == {"kind": "in context"}
