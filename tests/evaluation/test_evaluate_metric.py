@@ -6,6 +6,7 @@ import pytest
 
 from modular_star_encoder.evaluation import evaluate_metric
 from modular_star_encoder.evaluation.evaluate_metric import RetrievalMetric
+from tests.errors import raises
 from tests.evaluation import brute_force
 from tests.evaluation.test_metrics import cases
 
@@ -38,7 +39,7 @@ def test_f1_is_that_of_the_positive_class(tmp_path):
 
 
 def test_there_are_no_others(tmp_path):
-    with pytest.raises(ValueError, match=r"no metric 'default'; there are mrr, recall, ndcg, map_at_r, f1"):
+    with raises("evaluation.metric.unknown", "'default'", "mrr, recall, ndcg, map_at_r, f1"):
         RetrievalMetric(cache_dir=str(tmp_path))
 
 

@@ -5,7 +5,7 @@ import json
 
 from modular_star_encoder.hub.manifest import Manifest
 from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, ProfiledExit
-from modular_star_encoder.inference.load import checkpoint_fingerprint
+from modular_star_encoder.inference.load import checkpoint_checksum
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -26,7 +26,7 @@ def write_pretrained(folder):
 def write_finetuned(folder):
     """A fine-tuned checkpoint with its exit profile, and beside it report.json."""
     save_tiny_checkpoint(folder)
-    fingerprint = checkpoint_fingerprint(folder)
+    fingerprint = checkpoint_checksum(folder)
     exits = {}
     for k in EXIT_LAYERS:
         measured = Measurement(1, 128, 1e6 * k, 2.0 * k, 2.5 * k, 500 / k, 64000 / k, 300.0 + k, 20)
@@ -45,7 +45,7 @@ def write_finetuned(folder):
 
 def row(system, exit_layer, value):
     mean = {"value": value, "low": value - 0.02, "high": value + 0.02}
-    place = {"system": system, "exit_layer": exit_layer, "dimensions": None}
+    place = {"retriever": system, "exit_layer": exit_layer, "dimensions": None}
     return {**place, "columns": {"all": mean}, "mean": mean, "others": {}, "difference": {"value": 0.1, "p": 0.5}}
 
 

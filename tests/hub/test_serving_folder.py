@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.evaluation.exits import RetrievalRow, pairs_task
-from modular_star_encoder.evaluation.harness import evaluate_tasks
-from modular_star_encoder.evaluation.retrievers import EmbeddingSystem
+from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
+from modular_star_encoder.evaluation.run import evaluate_tasks
+from modular_star_encoder.evaluation.tasks import RetrievalRow, pairs_task
 from modular_star_encoder.hub import serving_folder
 from modular_star_encoder.hub.onnx_ranking import OnnxEncoder, compare_rankings, compare_tops
 from modular_star_encoder.hub.serving_folder import export_for_serving
@@ -203,9 +203,9 @@ def test_what_int8_costs_is_measured(folders, checkpoint):
     report = json.loads((folders[2] / "onnx/quantization.json").read_text())
     (ranking,) = report["rankings"]
     encoder = ExitEncoder(AutoModel.from_pretrained(checkpoint), tiny_tokenizer(), "model", exit_layers=(2,))
-    file = EmbeddingSystem(OnnxEncoder(folders[2] / QUANTIZED_FILE, encoder, "int8"))
-    cells = evaluate_tasks([TASK], [EmbeddingSystem(encoder), file], progress=False)
-    assert [ranking["model"], ranking["file"]] == [cell.figures["mrr"].value for cell in cells]
+    file = EmbeddingRetriever(OnnxEncoder(folders[2] / QUANTIZED_FILE, encoder, "int8"))
+    cells = evaluate_tasks([TASK], [EmbeddingRetriever(encoder), file], progress=False)
+    assert [ranking["model"], ranking["file"]] == [cell.estimates["mrr"].value for cell in cells]
     assert ranking["difference"]["value"] == pytest.approx(ranking["file"] - ranking["model"])
     assert ranking["same_top_10"] < len(ROWS)
     assert 0.3 < ranking["shared_top_10"] < 1

@@ -14,8 +14,9 @@ from modular_star_encoder.inference.exit_profile import (
     load_at_budget,
     load_sentence_transformer_at_budget,
 )
-from modular_star_encoder.inference.load import checkpoint_fingerprint
+from modular_star_encoder.inference.load import checkpoint_checksum
 from modular_star_encoder.inference.profile import ProfilePlan, profile_to_file
+from tests.errors import raises
 from tests.hub.test_cached_repository import REPOSITORY, cache_repository
 from tests.tiny import save_tiny_checkpoint, tiny_batch, tiny_model
 
@@ -69,7 +70,7 @@ def test_a_profile_of_another_machine_is_used_with_a_warning(checkpoint, monkeyp
 
 
 def test_what_keeps_no_budget_or_has_no_profile_is_refused(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"min_quality 0\.5 \(exit 2\)"):
+    with raises("budget.too_small", "min_quality 0.5 (exit 2)"):
         load_at_budget(checkpoint, min_quality=0.6)
     bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=lambda *_: ["exit_profile.json"])
     with pytest.raises(FileNotFoundError, match="There is no exit profile"):
@@ -83,7 +84,7 @@ def test_a_repository_of_the_hub_brings_its_profile(checkpoint, tmp_path, monkey
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     snapshot = cache_repository(checkpoint, tmp_path)
     assert checkpoint_profile(REPOSITORY) == ExitProfile.load(checkpoint / "exit_profile.json")
-    assert checkpoint_fingerprint(REPOSITORY) == snapshot.name
+    assert checkpoint_checksum(REPOSITORY) == snapshot.name
     (snapshot / "exit_profile.json").unlink()
-    with pytest.raises(OSError, match=r"exit profile of some-org.* can't be had from the Hub"):
+    with pytest.raises(OSError, match=r"exit profile of some-org.* cannot be downloaded from the Hub"):
         checkpoint_profile(REPOSITORY)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from modular_star_encoder.inference.encode import encode_exits
+from tests.errors import raises
 from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, tiny_model
 
 TEXTS = ["return x", "def add(first, second):\n    return first + second", "", "x", "return first + second - third"]
@@ -41,7 +42,7 @@ def test_every_exit_equals_the_model_called_with_one_text(model, tokenizer):
 
 
 def test_halves_of_characters_are_refused_in_a_sentence(model, tokenizer):
-    with pytest.raises(ValueError, match=r"1 texts hold halves of characters \(lone surrogates\), such as 'a\\ud800b'"):
+    with raises("encode.texts.not_unicode", "1 texts", r"'a\ud800b'"):
         encode(model, tokenizer, ["whole \U0001f600", "a\ud800b"])
 
 
@@ -99,13 +100,13 @@ def test_no_texts_give_empty_arrays(model, tokenizer):
 
 
 def test_one_string_is_no_list_of_texts(model, tokenizer):
-    with pytest.raises(ValueError, match="list of strings"):
+    with raises("encode.texts.one_string"):
         encode(model, tokenizer, "return x")
 
 
 def test_a_tokenizer_without_padding_token_is_refused(model, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "_special_tokens_map", {**tokenizer._special_tokens_map, "pad_token": None})
-    with pytest.raises(ValueError, match="no padding token"):
+    with raises("encode.tokenizer.no_padding"):
         encode(model, tokenizer, TEXTS)
 
 

@@ -281,7 +281,7 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("identifier_rename_prob=30", "settings.value", "identifier_rename_prob"),
         ("eval_fraction=0.5", "settings.value", "0.2, not 0.5"),
         ("exit_weights=heavy", "exit_weights", "paper, uniform, linear"),
-        ("objective.logit_scale=0", "settings.value", "logit_scale must be greater than 0, not 0"),
+        ("objective.logit_scale=0", "settings.value", "logit_scale must be a number above 0, not 0.0"),
         ("objective.teechar=3", "settings.unknown", "objective: unknown setting teechar; did you mean teacher?"),
         ("objective={teacher: 3, distillation_weight: 1}", "contrastive.exit", "teacher names exit 3"),
         ("objective.pairs=[[query, document, negative]]", "training.objective.pairs", "objective.pairs"),

@@ -1,4 +1,4 @@
-"""The ranking metrics and F1 for users of Hugging Face's `evaluate`, by the same code as the harness.
+"""The ranking metrics and F1 for users of Hugging Face's `evaluate`, by the same code as `mose evaluate`.
 
     import evaluate
     from modular_star_encoder.evaluation import evaluate_metric
@@ -6,7 +6,7 @@
     ndcg = evaluate.load(evaluate_metric.__file__, "ndcg")  # or evaluate_metric.RetrievalMetric("ndcg")
     ndcg.compute(predictions=[[0.9, 0.3, 0.5]], references=[[1, 0, 0]], k=10)  # {"ndcg@10": 1.0}
 
-Loading the file by its path needs no network; no other file of this package is copied. Names: `mrr`, `recall`, `ndcg`,
+Loading the file by its path needs no network. Names: `mrr`, `recall`, `ndcg`,
 `map_at_r`, `f1`.
 """
 
@@ -19,10 +19,11 @@ import evaluate
 import numpy as np
 
 from modular_star_encoder.evaluation.metrics import f1, outcomes, query_values, rank_scores
+from modular_star_encoder.utils.errors import UserError
 
 NAMES = ("mrr", "recall", "ndcg", "map_at_r", "f1")
 
-_DESCRIPTION = "Retrieval metrics whose ties count against the system, and F1 of the positive class."
+_DESCRIPTION = "Retrieval metrics whose ties count against the retriever, and F1 of the positive class."
 _INPUTS = """
 Args:
     predictions: for each query the scores of its candidates, float32; for f1 a decision, 0 or 1, for each pair.
@@ -38,7 +39,9 @@ class RetrievalMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in NAMES:
-            raise ValueError(f"There is no metric {self.config_name!r}; there are {', '.join(NAMES)}.")
+            raise UserError(
+                "evaluation.metric.unknown", f"Unknown metric {self.config_name!r}. Available: {', '.join(NAMES)}."
+            )
         single = self.config_name == "f1"
         kinds = {
             "predictions": datasets.Value("int64") if single else datasets.Sequence(datasets.Value("float32")),

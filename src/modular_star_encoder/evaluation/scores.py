@@ -1,9 +1,9 @@
-"""How similar queries and documents are, in blocks small enough for memory, and the ranks that follow from it.
+"""Scores of queries and documents in blocks small enough for memory, and the ranks that follow from them.
 
 A cosine similarity is the float64 sum of products of unit vectors, added up pairwise in the order of the components,
 then rounded to float32. Matrix products add in whatever order is fastest for their shape, so a block rounds at once
 only what rounds alike with any such error, and computes the few other scores in the fixed order. Equal vectors then get
-equal scores wherever they stand, and no figure depends on the size of a block or on the library that multiplies.
+equal scores in every place, and no result depends on the size of a block or on the library that multiplies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK = 1 << 22
 """Scores per block: 32 MiB in float64."""
 
 _NOTHING = 2.0**-24
-"""Similarities closer to 0 are 0: below, float32 tells apart what float64 sums don't."""
+"""Similarities closer to 0 are set to 0: below, float32 distinguishes numbers that float64 sums do not."""
 
 _PAIRS = 4096  # pairs of vectors in memory at a time
 _SHOWN = 10**8  # scores that take seconds
@@ -222,8 +222,3 @@ def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np
     rank = np.empty(len(order))
     rank[order] = above[order] - (last - first + 1) + place + 1
     return Ranking(queries, judgements.query, judgements.gain, rank)
-
-
-def cosine_scores(query_embeddings: np.ndarray, document_embeddings: np.ndarray) -> np.ndarray:
-    """Cosine similarity (Q, D) float32 of (Q, F) and (D, F) embeddings; see `scores` for what is larger than memory."""
-    return similarities(unit_rows(query_embeddings), unit_rows(document_embeddings))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +12,8 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modular_star_encoder.evaluation.harness import Figure
 from modular_star_encoder.evaluation.plots import median_latencies, plot_quality_by_depth, plot_quality_by_latency
-from modular_star_encoder.evaluation.report import Difference, Row, Table, interval, title
+from modular_star_encoder.evaluation.report import Row, Table, interval
 from modular_star_encoder.hub.manifest import MAIN, Manifest
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
@@ -59,68 +57,6 @@ def count_parameters(
         return {k: model_class(config.cut(k)).num_parameters() for k in config.exit_layers}
 
 
-def read_tables(path: str | os.PathLike, checkpoint: str = "") -> list[Table]:
-    """The tables of a file of figures, each with the rows of the model's exits and of systems without exits.
-
-    Args:
-        path: report.json of `mose evaluate --out`, or what `mose evaluate --json` or the quickstart wrote.
-        checkpoint: fingerprint of the weights that the figures have to be of.
-
-    Raises:
-        OSError: the file can't be read.
-        ValueError: it holds no such figures, or figures of other weights.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        measured = content.get("checkpoint_fingerprint")
-        tables = _report_tables(content) if "tables" in content else [_exits_table(content)]
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise ValueError(f"{path} holds no figures as `mose evaluate` writes them: {error!r}.") from error
-    if measured and checkpoint and measured != checkpoint:
-        raise ValueError(f"{path} holds figures of other weights ({measured}, not {checkpoint}): evaluate again.")
-    return tables
-
-
-def _report_tables(content: Mapping[str, Any]) -> list[Table]:
-    tables = []
-    for kept in content["tables"]:
-        fields = {name: value for name, value in kept.items() if name not in ("title", "rows")}
-        rows = [_row(row) for row in kept["rows"]]
-        own = next(row.system for row in rows if row.difference is None)
-        rows = [row for row in rows if row.system == own or row.exit_layer is None]
-        whole = {(row.system, row.exit_layer): row for row in sorted(rows, key=_size)}
-        tables.append(Table(**fields, rows=[row for row in rows if row is whole[row.system, row.exit_layer]]))
-    return tables
-
-
-def _size(row: Row) -> tuple[bool, int]:
-    """Orders rows by the size of their embeddings, whole ones last."""
-    return row.dimensions is None, row.dimensions or 0
-
-
-def _row(kept: Mapping[str, Any]) -> Row:
-    columns = {name: Figure(**figure) for name, figure in kept["columns"].items()}
-    difference = None if kept["difference"] is None else Difference(**kept["difference"])
-    return Row(**{**kept, "columns": columns, "mean": Figure(**kept["mean"]), "difference": difference})
-
-
-def _exits_table(content: Mapping[str, Any]) -> Table:
-    """The one table of figures by exit; the quickstart's are of repositories that it held out."""
-    held_out = "retrieval" in content
-    scores = content["retrieval"] if held_out else content
-    rows = [_exit_row("model", int(k), one) for k, one in scores["exits"].items()]
-    rows.sort(key=lambda row: row.exit_layer)
-    rows.append(_exit_row("BM25", None, scores["bm25"]))
-    size = f"{scores['bm25']['queries']:,} queries, {scores['bm25']['distractors'] + 1:,} candidates each"
-    name = "Functions of repositories that were held out" if held_out else "folder"
-    return Table(name, "mrr", rows, "", size, ())
-
-
-def _exit_row(system: str, exit_layer: int | None, scores: Mapping[str, Any]) -> Row:
-    mrr = Figure(scores["mrr"], *scores["interval"])
-    return Row(system, exit_layer, None, {}, mrr, {}, None)
-
-
 def _rows_of(table: Table, exits: Mapping[int, Any]) -> list[Row]:
     """The rows of these exits and of systems without exits; nothing if there are none of the exits."""
     rows = [row for row in table.rows if row.exit_layer is None or row.exit_layer in exits]
@@ -135,16 +71,16 @@ def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[s
     """
     exits = list(measurements.parameters)
     others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
-    systems = list(dict.fromkeys(row.system for row in others))
+    systems = list(dict.fromkeys(row.retriever for row in others))
     header = ["", *(f"exit {k}" for k in exits), *systems]
     blank = [""] * len(systems)
     rows = [["parameters", *(f"{count:,}" for count in measurements.parameters.values()), *blank]]
     rows += [[name, *cells, *blank] for name, cells in _cost_rows(measurements.profile, exits)]
     for table in measurements.tables:
         by_exit = {row.exit_layer: row for row in table.rows if row.exit_layer is not None}
-        by_system = {row.system: row for row in table.rows if row.exit_layer is None}
+        by_system = {row.retriever: row for row in table.rows if row.exit_layer is None}
         cells = [_quality(by_exit.get(k)) for k in exits] + [_quality(by_system.get(name)) for name in systems]
-        rows.append([f"{title(table)}: {metric_label(table.metric)} × 100", *cells])
+        rows.append([f"{table.title}: {metric_label(table.metric)} × 100", *cells])
     return header, rows
 
 
@@ -181,7 +117,7 @@ def eval_results(measurements: Measurements) -> list[EvalResult]:
                 task_type=kind,
                 task_name=name,
                 dataset_type=re.sub(r"\W+", "-", table.benchmark).lower(),
-                dataset_name=title(table),
+                dataset_name=table.title,
                 metric_type=table.metric,
                 metric_name=f"{metric_label(table.metric)} at exit {row.exit_layer}",
                 metric_value=round(100 * row.mean.value, 2),
@@ -206,7 +142,7 @@ def draw(measurements: Measurements, folder: Path) -> str | None:
     if measurements.profile is None:
         return plot_quality_by_depth(measurements.tables, folder / DEPTH_FIGURE).name
     times = median_latencies(measurements.profile)
-    systems = {row.system for table in measurements.tables for row in table.rows if row.exit_layer is not None}
+    systems = {row.retriever for table in measurements.tables for row in table.rows if row.exit_layer is not None}
     return plot_quality_by_latency(measurements.tables, dict.fromkeys(systems, times), folder / LATENCY_FIGURE).name
 
 

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from modular_star_encoder.evaluation.harness import Cell, Figure, evaluate_tasks
-from modular_star_encoder.evaluation.retrievers import EmbeddingSystem, System
-from modular_star_encoder.evaluation.significance import bootstrap_interval
-from modular_star_encoder.evaluation.tasks import RetrievalTask
-from modular_star_encoder.inference.embedding_cache import Prompted
+from modular_star_encoder.evaluation.metrics import bootstrap_interval
+from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever, Retriever
+from modular_star_encoder.evaluation.run import evaluate_tasks
+from modular_star_encoder.evaluation.tasks import Estimate, RetrievalTask, TaskResult
 from modular_star_encoder.inference.encode import encode_batches
-from modular_star_encoder.inference.encoders import ExitEncoder, Text
+from modular_star_encoder.inference.encoders import ExitEncoder, Prompted, Text
 from modular_star_encoder.inference.onnx_export import open_session
 from modular_star_encoder.utils.markdown import markdown_table, metric_label, percent
 
@@ -42,12 +41,12 @@ class OnnxEncoder:
     def __init__(self, path: str | os.PathLike, reference: ExitEncoder, name: str) -> None:
         self.name, self.exit_layers = name, reference.exit_layers
         self._session, self._reference = open_session(path), reference
-        digest = hashlib.sha256(reference.fingerprint.encode())
+        digest = hashlib.sha256(reference.checksum.encode())
         for file in (Path(path), Path(f"{os.fspath(path)}_data")):
             if file.is_file():
                 with file.open("rb") as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())
-        self.fingerprint = digest.hexdigest()
+        self.checksum = digest.hexdigest()
 
     def prompt(self, text: Text) -> str:
         """The model's prompt."""
@@ -99,7 +98,7 @@ class RankingComparison:
     metric: str
     model: float
     file: float
-    difference: Figure
+    difference: Estimate
 
     @property
     def agrees(self) -> bool:
@@ -136,11 +135,11 @@ def compare_rankings(
     """
     if len(reference.exit_layers) != 1:
         raise ValueError(f"An ONNX file has one exit; the model is to rank at {list(reference.exit_layers)}.")
-    model = EmbeddingSystem(reference)
-    systems = {name: EmbeddingSystem(OnnxEncoder(path, reference, name)) for name, path in files.items()}
+    model = EmbeddingRetriever(reference)
+    systems = {name: EmbeddingRetriever(OnnxEncoder(path, reference, name)) for name, path in files.items()}
     cells = evaluate_tasks(tasks, [model, *systems.values()], seed=seed, progress=progress)
     own = [
-        [cell for cell in cells if (cell.system, cell.dimensions) == (system.name, system.variants[0].dimensions)]
+        [cell for cell in cells if (cell.retriever, cell.dimensions) == (system.name, system.variants[0].dimensions)]
         for system in (model, *systems.values())
     ]
     return {
@@ -150,7 +149,7 @@ def compare_rankings(
 
 
 def _comparison(
-    task: RetrievalTask, systems: tuple[System, System], cells: Sequence[Cell], seed: int
+    task: RetrievalTask, systems: tuple[Retriever, Retriever], cells: Sequence[TaskResult], seed: int
 ) -> RankingComparison:
     tops = _compare_tops(task, *systems)
     model, file = cells
@@ -164,9 +163,9 @@ def _comparison(
         ties_in_top_10=int((tops.tied & ~tops.same).sum()),
         shared_top_10=float(tops.shared.mean()),
         metric=model.main,
-        model=model.figures[model.main].value,
-        file=file.figures[file.main].value,
-        difference=Figure(float(changes.mean()), *bootstrap_interval(changes, seed)),
+        model=model.estimates[model.main].value,
+        file=file.estimates[file.main].value,
+        difference=Estimate(float(changes.mean()), *bootstrap_interval(changes, seed)),
     )
 
 
@@ -196,7 +195,7 @@ def compare_tops(expected: np.ndarray, found: np.ndarray) -> TopTen:
     )
 
 
-def _compare_tops(task: RetrievalTask, model: System, other: System) -> TopTen:
+def _compare_tops(task: RetrievalTask, model: Retriever, other: Retriever) -> TopTen:
     """All queries of a task, in the order of its pools."""
     parts = []
     for pool in task.pools:

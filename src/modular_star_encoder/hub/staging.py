@@ -16,6 +16,7 @@ import yaml
 from transformers import AutoConfig
 
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
+from modular_star_encoder.evaluation.report import read_tables
 from modular_star_encoder.hub.manifest import Manifest, RepositorySettings
 from modular_star_encoder.hub.model_card import (
     CARD,
@@ -26,11 +27,10 @@ from modular_star_encoder.hub.model_card import (
     count_parameters,
     draw,
     model_card,
-    read_tables,
 )
 from modular_star_encoder.inference.checkpoints import class_named, write_checkpoint, write_sentence_transformer_files
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME, ExitProfile
-from modular_star_encoder.inference.load import check_checkpoint, checkpoint_fingerprint
+from modular_star_encoder.inference.load import check_checkpoint, checkpoint_checksum
 from modular_star_encoder.modeling import (
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
@@ -132,7 +132,7 @@ def _stage(
     measured = parent.card.measurements.cut(parameters) if entry.slice_of else _measure(entry, source, parameters)
     if measured.profile is not None:
         # The same weights in another folder, perhaps written by another version.
-        replace(measured.profile, checkpoint=checkpoint_fingerprint(folder)).save(folder / PROFILE_NAME)
+        replace(measured.profile, checkpoint=checkpoint_checksum(folder)).save(folder / PROFILE_NAME)
     figure = _figure(measured, folder)
     _copy_files(entry, folder)
     training = {} if entry.slice_of else _training(entry, source)
@@ -190,7 +190,7 @@ def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, i
     Raises:
         ValueError, OSError: a file isn't there, or its figures are of other weights.
     """
-    fingerprint = checkpoint_fingerprint(source)
+    fingerprint = checkpoint_checksum(source)
     path = Path(entry.profile).expanduser() if entry.profile else source / PROFILE_NAME
     profile = ExitProfile.load(path) if entry.profile or path.is_file() else None
     if profile is not None and profile.checkpoint != fingerprint:

@@ -1,4 +1,4 @@
-"""Slices: stand-alone smaller checkpoints, the first layers of a larger one with their heads."""
+"""Write checkpoints: slices (the first layers of a larger one with their heads), and files of a SentenceTransformer."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.inference.load import checkpoint_file, load_config, load_own_tokenizer, load_whole
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder
 
 SENTENCE_TRANSFORMER_FILES = (
@@ -26,27 +27,31 @@ SENTENCE_TRANSFORMER_FILES = (
 
 
 def slice_checkpoint(
-    checkpoint: str | os.PathLike, exit_layer: int, out: str | os.PathLike, *, only_exit: bool = False
+    checkpoint: str | os.PathLike[str], exit_layer: int, out: str | os.PathLike[str], *, only_exit: bool = False
 ) -> Path:
-    """Write the first `exit_layer` layers of a checkpoint as a checkpoint of its own.
+    """Write the first `exit_layer` layers of a checkpoint as a stand-alone checkpoint.
 
-    The slice holds the same tensors, in the dtype that the configuration names, so its outputs at each of its exits
-    equal those of the full model as it is loaded, bit for bit. Its configuration says what it holds, and keeps the
-    depth and the exits of its parent.
+    The slice holds the same tensors, in the configuration's dtype: its outputs at each of its exits equal those of the
+    full model bit for bit. Its configuration also keeps the depth and the exits of its parent.
 
     Args:
         checkpoint: a folder or Hub id.
-        exit_layer: the slice's depth, an exit of the checkpoint.
-        out: folder to write; it must not exist, or be empty.
+        exit_layer: depth of the slice, an exit of the checkpoint.
+        out: folder to write; it must not exist, or be empty. It appears whole or not at all.
         only_exit: keep the projection head of this exit alone, as the published cut models do.
 
     Returns:
-        The folder written.
+        The written folder.
 
     Raises:
-        ValueError: the checkpoint has no such exit (the message lists those it has), is damaged or none of ours, or
-            `out` is taken. Nothing is written then.
-        OSError: its folder lacks configuration or weights, or the Hub doesn't give them. Nothing is written either.
+        UserError: the checkpoint has no such exit (the message lists its exits), is damaged or not ours, or `out` is
+            not empty. Nothing is written.
+        OSError: its folder lacks configuration or weights, or the Hub has no such repository. Nothing is written.
+
+    Example:
+        >>> slice_checkpoint("runs/model", 4, "runs/model-exit-4")  # doctest: +SKIP
+        >>> AutoModel.from_pretrained("runs/model-exit-4").config.num_hidden_layers  # doctest: +SKIP
+        4
     """
     out = Path(out).expanduser()
     with staged_folder(out) as staging:
@@ -55,14 +60,14 @@ def slice_checkpoint(
 
 
 def write_checkpoint(
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
     out: Path,
     exit_layer: int | None = None,
     *,
     only_exit: bool = False,
-    tokenizer: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write a checkpoint once more, whole or cut, with this package's model code.
+    """Write a copy of a checkpoint, whole or cut, with this package's model code.
 
     Args:
         checkpoint: a folder or Hub id.
@@ -71,8 +76,8 @@ def write_checkpoint(
         tokenizer: folder of the tokenizer; that of the checkpoint if None.
 
     Raises:
-        ValueError: the checkpoint has no such exit, is damaged, or is of a class that is none of ours.
-        OSError: its folder lacks configuration or weights, or the Hub doesn't give them.
+        UserError: the checkpoint has no such exit, is damaged, or is of a class that is not ours.
+        OSError: its folder lacks configuration or weights, or the Hub has no such repository.
     """
     config = load_config(checkpoint)
     checkpoint = os.path.expanduser(checkpoint)
@@ -92,17 +97,20 @@ def write_checkpoint(
             shutil.copyfile(source, out / name)
 
 
-def class_named(name: str, checkpoint: str | os.PathLike) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """The class of ours with this name; for a published checkpoint the base class, which looks what it holds."""
+def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
+    """Our class of this name; for a published checkpoint the base class, which reads the tensor names."""
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
-        raise ValueError(f"{checkpoint} holds a {name}, no class of this package; load it and save model.slice(…).")
+        raise UserError(
+            "checkpoint.other_class",
+            f"{checkpoint} holds a {name}, which is not a class of this package: load it and save model.slice(…).",
+        )
     return getattr(modeling, name)
 
 
 def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
-    """Drop every exit of a model but this one, with their projection heads; the layers stay."""
+    """Drop the other exits of a model with their projection heads; the layers stay."""
     for other in set(model.config.exit_layers) - {exit_layer}:
         if hasattr(model, "projection_heads"):
             del model.projection_heads[str(other)]
@@ -120,8 +128,12 @@ MODULES = (
 # text-embeddings-inference reads the first two without a default (router/src/lib.rs), so none is left out.
 POOLING_MODES = ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_lasttoken")
 
-SERVABLE = {"pooling": ("mean", "cls"), "projection_order": ("project_then_pool",), "embedding_normalization": ("l2",)}
-"""What pooling and normalisation outside the model, in SentenceTransformers' modules, can express."""
+SERVABLE = {
+    "pooling": ("mean", "lasttoken"),
+    "projection_order": ("project_then_pool",),
+    "embedding_normalization": ("l2",),
+}
+"""Settings of a model whose embedding SentenceTransformers' modules can compute."""
 
 
 def is_servable(config: ModularStarEncoderConfig) -> bool:
@@ -130,21 +142,18 @@ def is_servable(config: ModularStarEncoderConfig) -> bool:
 
 
 def check_servable(config: ModularStarEncoderConfig) -> None:
-    """Refuse a model whose embedding SentenceTransformers' own pooling and normalisation would not give.
-
-    Raises:
-        ValueError: the message says which setting that is.
-    """
+    """Raise UserError if SentenceTransformers' own pooling and normalisation would not give the model's embedding."""
     for name, allowed in SERVABLE.items():
         if getattr(config, name) not in allowed:
-            raise ValueError(
-                f"A model with {name}={getattr(config, name)!r} can't be a SentenceTransformer, whose modules know "
-                f"only {' and '.join(map(repr, allowed))}."
+            raise UserError(
+                "checkpoint.not_servable",
+                f"A model with {name}={getattr(config, name)!r} cannot be a SentenceTransformer, whose modules know "
+                f"only {' and '.join(map(repr, allowed))}.",
             )
 
 
 def write_sentence_transformer_files(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     config: ModularStarEncoderConfig,
     prompts: Mapping[str, str],
     modules: Sequence[Mapping[str, Any]] = MODULES,
@@ -152,25 +161,25 @@ def write_sentence_transformer_files(
     dimension: int | None = None,
     pooling: str | None = None,
 ) -> None:
-    """Write `modules.json` and the modules' settings beside a checkpoint.
+    """Write `modules.json` and the modules' settings into a checkpoint's folder.
 
     A retrieval model's `last_hidden_state` are the exit's projected tokens, so stock pooling and normalisation follow,
     and `encode(..., exit_layer=k)` reaches the model.
 
     Args:
         folder: the checkpoint's folder.
-        config: its configuration, which says the embedding size and the pooling.
+        config: its configuration.
         prompts: name → prefix, as `SentenceTransformer.encode(prompt_name=…)` takes them.
         modules: content of `modules.json`.
         dimension: size of the embeddings; `config.projection_size` if None.
-        pooling: of a model that has no embeddings of its own, `"mean"` or `"cls"`; the retrieval model's if None.
+        pooling: of a model that has no embeddings of its own, `"mean"` or `"lasttoken"`; the retrieval model's if None.
 
     Raises:
-        ValueError: a retrieval model whose embeddings the modules would not give. Nothing is written then.
+        UserError: a retrieval model whose embeddings the modules would not give. Nothing is written.
     """
     if pooling is None:
         check_servable(config)
-    mode = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_lasttoken"}[pooling or config.pooling]
+    mode = {"mean": "pooling_mode_mean_tokens", "lasttoken": "pooling_mode_lasttoken"}[pooling or config.pooling]
     files = {
         "modules.json": list(modules),
         "sentence_bert_config.json": {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},
@@ -190,7 +199,7 @@ def write_sentence_transformer_files(
 
 
 def save_retrieval_checkpoint(
-    model: ModularStarEncoderForRetrieval, tokenizer: PreTrainedTokenizerBase, out: str | os.PathLike
+    model: ModularStarEncoderForRetrieval, tokenizer: PreTrainedTokenizerBase, out: str | os.PathLike[str]
 ) -> Path:
     """Write model, code, tokenizer, and the prompts and modules of a SentenceTransformer.
 
@@ -198,7 +207,7 @@ def save_retrieval_checkpoint(
         out: folder to write; it must not exist, or be empty. It appears whole or not at all.
 
     Raises:
-        ValueError: `out` is taken, or the model's embeddings are not what a SentenceTransformer's modules can make.
+        UserError: `out` is not empty, or a SentenceTransformer's modules cannot compute the model's embeddings.
     """
     with staged_folder(out) as staging:
         model.save_pretrained(staging)

@@ -11,10 +11,12 @@ import torch
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.sources.dataset_rows import not_unicode
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
+from modular_star_encoder.utils.errors import UserError
 
 
 def encode_exits(
-    model: torch.nn.Module,
+    model: ModularStarEncoderForRetrieval,
     tokenizer: Any,
     texts: Sequence[str],
     *,
@@ -25,26 +27,34 @@ def encode_exits(
     progress: bool = True,
     dtype: torch.dtype | None = None,
 ) -> dict[int, np.ndarray]:
-    """Sentence embeddings of `texts` at each exit, the layers up to the deepest exit being computed once.
+    """Embed N texts at several exits in one pass; the layers up to the deepest exit are computed once.
 
-    Texts are sorted by length and batched so that a batch holds at most `tokens_per_batch` tokens, padding included (a
-    longer text goes alone); on a CPU no padding is computed. The order of the result is that of `texts`. Equal texts
-    are encoded once, so that their embeddings are equal to the last bit and tie.
+    Texts are sorted by length and batched; on a CPU no padding is computed. The result is in the order of `texts`.
+    Equal texts are encoded once, so their embeddings are equal to the last bit.
 
     Args:
-        model: a `ModularStarEncoderForRetrieval`, on any device; it is put in evaluation mode for the time of the call.
-        exit_layers: which exits; all that the model has if None.
-        prompt: goes before every text.
-        max_length: longer texts are cut to this number of tokens, specials included; the model's
+        model: a `ModularStarEncoderForRetrieval`, on any device. It is in evaluation mode for the time of the call.
+        tokenizer: the model's tokenizer.
+        texts: without prompts.
+        exit_layers: exits of the model; all if None.
+        prompt: prefix of every text, see `data.prompts`.
+        max_length: tokens, special ones included, to which longer texts are cut; the model's
             `max_position_embeddings` if None.
-        dtype: compute under autocast in this type; the model's own type if None.
+        tokens_per_batch: most tokens of a batch, padding included; a longer text is a batch of its own.
+        progress: show progress bars.
+        dtype: compute under autocast in this dtype; in the model's own if None.
 
     Returns:
-        {exit_layer: (N, D) float32, L2-normalised}, ascending by exit.
+        {exit_layer: (N, D) float32, L2-normalised}, ascending by exit; D is `config.projection_size`.
 
     Raises:
-        ValueError: an exit that the model doesn't have, a tokenizer without a padding token, or a text with halves of
-            characters.
+        UserError: an exit that the model does not have, one string in place of a list, a tokenizer without a padding
+            token, or a text with lone surrogates.
+
+    Example:
+        >>> embeddings = encode_exits(model, tokenizer, ["def f(): pass"], exit_layers=[4, 9])  # doctest: +SKIP
+        >>> embeddings[4].shape  # doctest: +SKIP
+        (1, 1024)
     """
     config = model.config
     exits = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
@@ -73,7 +83,7 @@ def encode_batches(
     tokens_per_batch: int = 8192,
     progress: bool = True,
 ) -> np.ndarray | None:
-    """Tokenize, sort and pad as `encode_exits` does, for whatever computes the embeddings.
+    """Tokenize, sort and pad as `encode_exits` does, for any function that computes embeddings of a batch.
 
     Args:
         encode_batch: `input_ids` and `attention_mask`, int64 (B, T), to embeddings (E, B, D) float32.
@@ -83,16 +93,18 @@ def encode_batches(
         (E, N, D) float32 in the order of `texts`; None if there is no text.
 
     Raises:
-        ValueError: a tokenizer without a padding token, one string in place of a list, or a text with halves of
-            characters.
+        UserError: one string in place of a list, a tokenizer without a padding token, or a text with lone surrogates.
     """
     if isinstance(texts, str):
-        raise ValueError("texts must be a list of strings, not one string.")
+        raise UserError("encode.texts.one_string", f"texts must be a list of strings, not the string {texts[:40]!r}.")
     if tokenizer.pad_token_id is None:
-        raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token.")
+        raise UserError("encode.tokenizer.no_padding", "The tokenizer has no padding token: set tokenizer.pad_token.")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     if broken := [text for text in unique if not_unicode(text)]:
-        raise ValueError(f"{len(broken)} texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}.")
+        raise UserError(
+            "encode.texts.not_unicode",
+            f"{len(broken)} texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}.",
+        )
     token_ids = tokenize(tokenizer, [prompt + text for text in unique], max_length, progress)
     embeddings: np.ndarray | None = None
     with tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar:
@@ -118,7 +130,7 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) 
 
 
 def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Row numbers of each batch, longest first: a batch too large for memory fails at once and not at the end."""
+    """Row numbers of each batch, longest first, so that a batch too large for memory fails at the start."""
     rows: list[int] = []
     longest = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -132,7 +144,9 @@ def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[i
         yield rows
 
 
-def _encode_batch(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], exits: tuple[int, ...]) -> np.ndarray:
+def _encode_batch(
+    model: ModularStarEncoderForRetrieval, batch: Mapping[str, torch.Tensor], exits: tuple[int, ...]
+) -> np.ndarray:
     """(E, B, D) float32 embeddings of one batch."""
     device = next(model.parameters()).device
     output = model(
@@ -156,8 +170,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_padding(model: torch.nn.Module) -> Iterator[None]:
-    """On a CPU, where the pooling allows it, batches are computed without their padding meanwhile."""
+def without_padding(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
+    """Compute batches without their padding, on a CPU and if the pooling allows it."""
     config = model.config
     as_configured = config.unpad_inputs
     if next(model.parameters()).device.type == "cpu" and config.pooling != "legacy":
@@ -168,7 +182,7 @@ def without_padding(model: torch.nn.Module) -> Iterator[None]:
         config.unpad_inputs = as_configured
 
 
-def _autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def _autocast(model: ModularStarEncoderForRetrieval, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     if dtype is None:
         return nullcontext()
     return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
@@ -178,7 +192,7 @@ _TOKENS_PER_BATCH = 8192
 
 
 def encode_states(
-    model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], exit_layers: Sequence[int]
+    model: ModularStarEncoderForRetrieval, tokenizer: Any, texts: Sequence[str], exit_layers: Sequence[int]
 ) -> tuple[dict[int, np.ndarray], list[np.ndarray]]:
     """Embeddings of texts at several exits, and their states at the shallowest of these.
 
@@ -209,7 +223,7 @@ def encode_states(
 
 
 def resume_states(
-    model: torch.nn.Module, states: Sequence[np.ndarray], start_layer: int, exit_layer: int
+    model: ModularStarEncoderForRetrieval, states: Sequence[np.ndarray], start_layer: int, exit_layer: int
 ) -> np.ndarray:
     """Embeddings at an exit, computed from the states of a shallower one.
 

@@ -1,7 +1,7 @@
-"""The exit profile: what each exit of a checkpoint costs on one machine, and the choice of an exit by a budget.
+"""The exit profile: cost and quality of each exit of a checkpoint, and the choice of an exit by a budget.
 
-It lies beside the checkpoint as `exit_profile.json`; `profile_exits` measures it. Times are milliseconds, MB are 10^6
-bytes.
+It is stored with the checkpoint as `exit_profile.json`; `profile.profile_checkpoint` measures it. Times are
+milliseconds, MB are 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoModel
 
 from modular_star_encoder.inference.load import check_checkpoint
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 from modular_star_encoder.utils.machine import machine_kind
 
@@ -36,18 +38,18 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One exit at one shape of batch.
+    """The cost of one exit at one shape of batch.
 
     Args:
         batch_size: texts embedded at once.
         length: tokens of each.
-        flops_per_token: by the formula of `profile_flops`.
+        flops_per_token: see `profile.flops_per_token`.
         latency_ms_p50, latency_ms_p95: median and 95th percentile of the time of a batch.
         texts_per_second, tokens_per_second: at the median time.
         peak_memory_mb: on a CPU the largest resident memory of a process that loads the checkpoint at this exit and
-            embeds such batches, interpreter and libraries included; on a GPU the most that torch had allocated. None
-            where the system doesn't tell.
-        runs: how often it was timed.
+            embeds such batches, interpreter and libraries included; on a GPU the most that torch allocated. None
+            where the system does not report it.
+        runs: number of timings.
     """
 
     batch_size: int
@@ -69,7 +71,7 @@ class ProfiledExit:
         parameters: of the checkpoint loaded at this exit, shallower exits' heads included.
         weights_mb: their size in the profile's dtype.
         measurements: one per shape of batch.
-        quality: benchmark → figure, higher is better.
+        quality: benchmark → value, higher is better.
     """
 
     parameters: int
@@ -80,16 +82,16 @@ class ProfiledExit:
 
 @dataclass(frozen=True, slots=True)
 class ExitProfile:
-    """All exits that were measured, ascending, and the circumstances.
+    """All measured exits, ascending, and the conditions of the measurement.
 
     Args:
-        exits: exit_layer → what was measured.
+        exits: exit_layer → its cost and quality.
         device: `"cpu"` or `"cuda"`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`, of weights and computation.
         attn_implementation: attention backend.
-        checkpoint: fingerprint of the weights measured (see `fingerprint`).
-        base_memory_mb: of the peaks on a CPU, what the interpreter and the libraries take before anything is loaded;
-            None on a GPU, or where memory was not measured.
+        checkpoint: checksum of the weights (see `checkpoint_checksum`).
+        base_memory_mb: memory of interpreter and libraries before anything is loaded, part of the peaks on a CPU; None
+            on a GPU, or where memory was not measured.
         machine: processor model, cores, threads used, memory; the GPU, if it was used.
         versions: of Python and of the libraries.
         date: day of the measurement, ISO 8601, UTC.
@@ -102,7 +104,7 @@ class ExitProfile:
     checkpoint: str
     base_memory_mb: float | None
     machine: Mapping[str, Any]
-    versions: Mapping[str, str]
+    versions: Mapping[str, str | None]
     date: str
 
     @property
@@ -111,23 +113,24 @@ class ExitProfile:
         return _shapes(next(iter(self.exits.values())))
 
     def measurement(self, exit_layer: int, shape: tuple[int, int]) -> Measurement:
-        """What was measured at one exit and shape, both of this profile."""
+        """The measurement of one exit and shape, both in this profile."""
         measurements = self.exits[exit_layer].measurements
         return next(measured for measured in measurements if (measured.batch_size, measured.length) == shape)
 
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
-        """A profile that also holds the quality of exits on a benchmark, in place of older figures of that name.
+        """A profile that also holds the quality of exits on a benchmark, in place of older values of that name.
 
         Args:
-            benchmark: a name for the figures, such as `"codesearchnet-python-mrr"`.
-            values: exit_layer → figure, higher is better.
+            benchmark: a name for the values, such as `"codesearchnet-python-mrr"`.
+            values: exit_layer → quality, higher is better.
 
         Raises:
-            ValueError: no exit of `values` is in this profile.
+            UserError: no exit of `values` is in this profile.
         """
         if not set(values) & set(self.exits):
-            raise ValueError(
-                f"{benchmark} has figures of exits {_listed(values)}, and the profile of exits {_listed(self.exits)}."
+            raise UserError(
+                "profile.quality.other_exits",
+                f"{benchmark} has values of exits {_listed(values)}, and the profile of exits {_listed(self.exits)}.",
             )
         exits = {
             exit_layer: dataclasses.replace(profiled, quality={**profiled.quality, benchmark: values[exit_layer]})
@@ -138,7 +141,7 @@ class ExitProfile:
         return dataclasses.replace(self, exits=exits)
 
     def with_quality_of(self, other: ExitProfile) -> ExitProfile:
-        """A profile with the quality figures of another one, if that is of the same weights."""
+        """A profile with the quality values of another one, if that is of the same weights."""
         profile = self
         if other.checkpoint == self.checkpoint:
             for benchmark in other.benchmarks:
@@ -149,26 +152,26 @@ class ExitProfile:
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
-        """Names of the quality figures, sorted."""
+        """Names of the quality values, sorted."""
         return tuple(sorted({name for profiled in self.exits.values() for name in profiled.quality}))
 
     def to_dict(self) -> dict[str, Any]:
-        """What the file holds; exits become strings, as JSON wants."""
+        """The content of the file; exits become strings, because JSON has no other keys."""
         exits = {str(exit_layer): dataclasses.asdict(profiled) for exit_layer, profiled in self.exits.items()}
         others = {part.name: getattr(self, part.name) for part in dataclasses.fields(self) if part.name != "exits"}
         return {"format": FORMAT, **others, "exits": exits}
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all."""
         write_json(Path(path), self.to_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> ExitProfile:
+    def load(cls, path: str | os.PathLike[str]) -> ExitProfile:
         """Read a file that `save` wrote.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it isn't an exit profile, or one of a later format.
+            UserError: it is not an exit profile, or one of a later format.
         """
         path = Path(path)
         if not path.is_file():
@@ -183,7 +186,9 @@ class ExitProfile:
             if len(shapes) != 1 or shapes == {()}:
                 raise ValueError("it has no exits, or not the same measurements of each")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not an exit profile as `mose profile` writes it: {error}.") from error
+            raise UserError(
+                "profile.file.unreadable", f"{path} is not an exit profile as `mose profile` writes it: {error}."
+            ) from error
         return profile
 
 
@@ -197,32 +202,53 @@ def _profiled_exit(values: dict[str, Any]) -> ProfiledExit:
 
 
 def quality_from_results(
-    path: str | os.PathLike, metric: str = "mrr", *, checkpoint: str | None = None
+    path: str | os.PathLike[str], metric: str = "mrr", *, checkpoint: str | None = None
 ) -> dict[int, float]:
-    """A figure of each exit from a file of results, as `mose evaluate --json` writes it: `exits.{exit_layer}.{metric}`.
+    """{exit_layer: quality} from a file that `mose evaluate` wrote, also by older versions.
 
     Args:
-        checkpoint: fingerprint of the weights that the figures must be of; files that name no weights pass.
+        path: report.json, or a file of `--json`. Of a report with several tables the first is used.
+        metric: `mrr`, or another metric in the file.
+        checkpoint: checksum of the weights that the results must be of; a file without one passes.
 
     Raises:
-        OSError: the file can't be read.
-        ValueError: it holds no such figures, or those of other weights.
+        OSError: the file cannot be read.
+        UserError: it holds no such results, or results of other weights.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        values = {int(exit_layer): float(scores[metric]) for exit_layer, scores in content["exits"].items()}
+        if "tables" in content:
+            values = _quality_in_table(content["tables"][0], metric)
+        else:
+            values = {int(exit_layer): float(scores[metric]) for exit_layer, scores in content["exits"].items()}
         if not values or not all(map(math.isfinite, values.values())):
-            raise ValueError("no figure, or one that is no number")
-        measured = content.get("checkpoint_fingerprint")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has no {metric} of each exit, as `mose evaluate --json` writes it.") from error
+            raise ValueError("no value, or one that is not a number")
+        measured = content.get("checkpoint_checksum", content.get("checkpoint_fingerprint"))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(
+            "profile.quality.unreadable", f"{path} has no {metric} of each exit as `mose evaluate` writes it."
+        ) from error
     if None not in (checkpoint, measured) and measured != checkpoint:
-        raise ValueError(f"{path} holds figures of the weights {measured}, not of {checkpoint}, which are wanted.")
+        raise UserError(
+            "profile.quality.other_weights",
+            f"{path} holds results of the weights {measured}, and the profile is of {checkpoint}: evaluate again.",
+        )
     return values
 
 
+def _quality_in_table(table: Mapping[str, Any], metric: str) -> dict[int, float]:
+    """Of the evaluated model, whose deepest exit is the row without a difference; of several sizes the largest."""
+    name = "retriever" if "retriever" in table["rows"][0] else "system"
+    own = next(row[name] for row in table["rows"] if row["difference"] is None)
+    rows = [row for row in table["rows"] if row[name] == own and row["exit_layer"] is not None]
+    rows.sort(key=lambda row: (row["dimensions"] is None, row["dimensions"] or 0))
+    return {
+        row["exit_layer"]: row["mean"]["value"] if metric == table["metric"] else row["others"][metric] for row in rows
+    }
+
+
 class _Budget(NamedTuple):
-    """One limit: what it is called, its value, an exit's own value, whether that satisfies, and the unit."""
+    """One limit: its name, its value, an exit's own value, whether that must be below, and the unit."""
 
     name: str
     limit: float
@@ -230,12 +256,12 @@ class _Budget(NamedTuple):
     at_most: bool
     unit: str
 
-    def is_kept_by(self, exit_layer: int) -> bool:
+    def allows(self, exit_layer: int) -> bool:
         value = self.value(exit_layer)
         return value is not None and (value <= self.limit if self.at_most else value >= self.limit)
 
-    def nearest(self, exits: list[int]) -> str:
-        """The best that these exits offer, in words."""
+    def nearest(self, exits: Collection[int]) -> str:
+        """The best value among these exits, in words."""
         known = [(value, exit_layer) for exit_layer in exits if (value := self.value(exit_layer)) is not None]
         if not known:
             return f"{self.name} is not known of any exit"
@@ -253,115 +279,130 @@ def select_exit(
     batch_size: int | None = None,
     length: int | None = None,
 ) -> int:
-    """The best of the exits that keep all budgets.
+    """The best exit within all budgets.
 
-    That is the one of the highest quality on `benchmark`, the shallowest of equals; where the quality of one of them is
-    not known, the deepest.
+    That is the exit of the highest quality on `benchmark`, the shallowest of equals; the deepest, if the quality of one
+    of the exits is not known.
 
     Args:
-        profile: what each exit costs.
-        latency_ms: the 95th percentile of a batch's time may reach this many milliseconds.
-        memory_mb: the peak memory may reach this many MB (10^6 bytes).
-        min_quality: the quality on `benchmark` must reach this.
-        benchmark: which quality counts; may be left out if the profile knows one.
-        batch_size, length: shape of the batch that the budgets are about; the first one of the profile that fits.
+        profile: cost and quality of each exit.
+        latency_ms: limit of the 95th percentile of a batch's time, in milliseconds.
+        memory_mb: limit of the peak memory, in MB (10^6 bytes).
+        min_quality: the least quality on `benchmark`.
+        benchmark: whose quality counts; optional if the profile has one.
+        batch_size, length: shape of the batch that the budgets are about; by default the first one of the profile.
+
+    Returns:
+        The exit layer.
 
     Raises:
-        ValueError: no budget is given, the profile lacks the shape or the benchmark, or no exit keeps all budgets; the
-            message then names what the nearest exits offer.
+        UserError: no budget is given, the profile lacks the shape or the benchmark, or no exit is within all budgets;
+            the message then names the nearest exits.
+
+    Example:
+        >>> profile = ExitProfile.load("runs/model/exit_profile.json")  # doctest: +SKIP
+        >>> select_exit(profile, latency_ms=20, batch_size=1)  # doctest: +SKIP
+        9
     """
-    if latency_ms is None and memory_mb is None and min_quality is None:
-        raise ValueError("Give at least one budget: latency_ms, memory_mb or min_quality.")
     shape = _shape(profile, batch_size, length)
     quality = _quality(profile, benchmark, needed=min_quality is not None)
-    limits = [
-        _Budget("latency_ms", latency_ms, lambda k: profile.measurement(k, shape).latency_ms_p95, True, " ms"),
-        _Budget("memory_mb", memory_mb, lambda k: profile.measurement(k, shape).peak_memory_mb, True, " MB"),
-        _Budget("min_quality", min_quality, quality.get, False, ""),
-    ]
-    budgets = [budget for budget in limits if budget.limit is not None]
-    exits = [exit_layer for exit_layer in profile.exits if all(budget.is_kept_by(exit_layer) for budget in budgets)]
+    measured = partial(profile.measurement, shape=shape)
+    budgets = []
+    if latency_ms is not None:
+        budgets.append(_Budget("latency_ms", latency_ms, lambda k: measured(k).latency_ms_p95, True, " ms"))
+    if memory_mb is not None:
+        budgets.append(_Budget("memory_mb", memory_mb, lambda k: measured(k).peak_memory_mb, True, " MB"))
+    if min_quality is not None:
+        budgets.append(_Budget("min_quality", min_quality, quality.get, False, ""))
+    if not budgets:
+        raise UserError("budget.missing", "Give at least one budget: latency_ms, memory_mb or min_quality.")
+    exits = _within(budgets, profile.exits)
     if not exits:
-        raise ValueError(_none_fits(profile, budgets, shape))
+        raise UserError("budget.too_small", _none_fits(profile, budgets, shape))
     if set(exits) <= set(quality):
         return max(exits, key=lambda exit_layer: (quality[exit_layer], -exit_layer))
     return max(exits)
 
 
+def _within(budgets: Sequence[_Budget], exits: Iterable[int]) -> list[int]:
+    return [exit_layer for exit_layer in exits if all(budget.allows(exit_layer) for budget in budgets)]
+
+
 def _none_fits(profile: ExitProfile, budgets: list[_Budget], shape: tuple[int, int]) -> str:
-    """Why no exit was chosen: for each budget the best value of the exits that keep the others, or of all."""
-    asked = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
-    nearest = []
-    for budget in budgets:
-        others = [other for other in budgets if other is not budget]
-        exits = [exit_layer for exit_layer in profile.exits if all(other.is_kept_by(exit_layer) for other in others)]
-        if exits:
-            nearest.append(budget.nearest(exits))
+    """For each budget the best value of the exits within the others, or of all exits."""
+    wanted = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
+    others = [(budget, _within([one for one in budgets if one is not budget], profile.exits)) for budget in budgets]
+    nearest = [budget.nearest(exits) for budget, exits in others if exits]
     if nearest:
-        kept = " with the other budgets kept" if len(budgets) > 1 else ""
+        kept = " within the other budgets" if len(budgets) > 1 else ""
         possible = f"the nearest possible{kept}: {', or '.join(nearest)}"
     else:
-        every = list(profile.exits)
-        possible = f"the best of each alone: {', '.join(budget.nearest(every) for budget in budgets)}"
-    return f"No exit keeps {asked} for batches of {shape[0]} × {shape[1]} tokens; {possible}."
+        possible = f"the best of each alone: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
+    return f"No exit has {wanted} for batches of {shape[0]} × {shape[1]} tokens; {possible}."
 
 
 def _shape(profile: ExitProfile, batch_size: int | None, length: int | None) -> tuple[int, int]:
-    """The first shape of the profile that has what is asked for."""
+    """The first shape of the profile with this batch size and length."""
     for shape in profile.shapes:
         if batch_size in (None, shape[0]) and length in (None, shape[1]):
             return shape
     measured = ", ".join(f"{size} × {tokens}" for size, tokens in profile.shapes)
-    asked = f"{batch_size or 'any number of'} texts of {length or 'any number of'} tokens"
-    raise ValueError(f"The profile has no batch of {asked}; it has {measured}.")
+    wanted = f"{batch_size or 'any number of'} texts of {length or 'any number of'} tokens"
+    raise UserError("budget.shape", f"The profile has no batch of {wanted}. Available: {measured}.")
 
 
 def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[int, float]:
-    """Quality of each exit for which it is known, on the benchmark named or the only one."""
+    """Quality of each exit for which it is known, on the named benchmark or the only one."""
     known = profile.benchmarks
     if benchmark is None and len(known) == 1:
         benchmark = known[0]
-    if benchmark is not None and benchmark not in known:
-        raise ValueError(f"The profile knows no quality on {benchmark}; it knows {_listed(known) or 'none'}.")
     if benchmark is None and needed:
-        raise ValueError(
-            f"min_quality needs a benchmark; the profile knows {_listed(known)}: name one."
-            if known
-            else "The profile knows no quality, so min_quality can't be asked for: `mose profile --quality` adds it."
+        how = f"name one of {_listed(known)}" if known else "the profile has none, `mose profile --quality` adds it"
+        raise UserError("budget.benchmark.missing", f"min_quality needs a benchmark: {how}.")
+    if benchmark is not None and benchmark not in known:
+        raise UserError(
+            "budget.benchmark.unknown",
+            f"The profile has no quality on {benchmark}. Available: {_listed(known) or 'none'}.",
         )
-    return {
-        exit_layer: profiled.quality[benchmark]
-        for exit_layer, profiled in profile.exits.items()
-        if benchmark in profiled.quality
-    }
+    if benchmark is None:
+        return {}
+    return {k: profiled.quality[benchmark] for k, profiled in profile.exits.items() if benchmark in profiled.quality}
 
 
-def _listed(items: Any) -> str:
+def _listed(items: Iterable[object]) -> str:
     return ", ".join(map(str, items))
 
 
 def load_at_budget(
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
     *,
     profile: ExitProfile | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **budget: Any,
 ) -> ModularStarEncoderForRetrieval:
-    """Load the model at the exit that `select_exit` chooses: `load_at_budget(folder, latency_ms=20)`.
+    """Load the model at the exit that `select_exit` chooses.
 
-    Only the layers up to that exit are read, in the dtype that was profiled; `model.config.num_hidden_layers` says
-    which exit it is. The device is the caller's affair, as with `AutoModel`.
+    Only the layers up to that exit are read, in the profile's dtype; `model.config.num_hidden_layers` is the exit. The
+    model stays on the CPU, as with `AutoModel`, unless `model_kwargs` has a `device_map`.
 
     Args:
         checkpoint: folder or Hub id.
-        profile: what the exits cost; by default `exit_profile.json` of the checkpoint, with a warning where that was
-            measured on another kind of machine.
+        profile: costs of the exits; by default the checkpoint's `exit_profile.json`, with a warning if it was measured
+            on another kind of machine.
         model_kwargs: for `AutoModel.from_pretrained`.
         budget: `latency_ms`, `memory_mb`, `min_quality` and the other arguments of `select_exit`.
 
+    Returns:
+        The model, in evaluation mode.
+
     Raises:
         FileNotFoundError: the checkpoint has no profile.
-        ValueError: no exit keeps the budget; the message names what the nearest exits offer.
+        UserError: no exit is within the budget; the message names the nearest exits.
+
+    Example:
+        >>> model = load_at_budget("runs/model", latency_ms=20)  # doctest: +SKIP
+        >>> model.config.num_hidden_layers  # doctest: +SKIP
+        9
     """
     profile = profile or checkpoint_profile(checkpoint)
     options = {"dtype": profile.dtype, **(model_kwargs or {})}
@@ -370,22 +411,22 @@ def load_at_budget(
 
 
 def load_sentence_transformer_at_budget(
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
     *,
     profile: ExitProfile | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     device: str | None = None,
     **budget: Any,
 ) -> SentenceTransformer:
-    """The same for a SentenceTransformer.
+    """Load a SentenceTransformer at the exit that `select_exit` chooses.
 
     Args:
         checkpoint, profile, budget: as for `load_at_budget`.
         model_kwargs: as SentenceTransformer's argument of this name.
-        device: where it goes; if None the device that was profiled, or the CPU where there is no GPU.
+        device: the profile's device if None, or the CPU where there is no GPU.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_at_budget`.
+        FileNotFoundError, UserError: as `load_at_budget`.
     """
     import torch
     from sentence_transformers import SentenceTransformer
@@ -401,27 +442,29 @@ def load_sentence_transformer_at_budget(
     )
 
 
-def checkpoint_profile(checkpoint: str | os.PathLike) -> ExitProfile:
-    """The profile that lies beside a checkpoint, local or on the Hub.
+def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
+    """The profile stored with a checkpoint, local or on the Hub.
 
-    Warns where it was measured on another kind of processor or GPU, or with another number of threads.
+    Warns if it was measured on another kind of processor or GPU, or with another number of threads.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the file isn't one.
-        OSError: the Hub has no such repository, or can't be reached.
+        UserError: the file is not a profile.
+        OSError: the Hub has no such repository, or cannot be reached.
     """
     file = _profile_file(os.path.expanduser(os.fspath(checkpoint)))
     profile = ExitProfile.load(file)
-    here, decisive = machine_kind(), ("processor", "threads")
     if profile.device == "cuda":
         import torch
 
-        here, decisive = machine_kind("cuda") if torch.cuda.is_available() else {"gpu": None}, ("gpu",)
+        here = machine_kind("cuda") if torch.cuda.is_available() else {}
+        decisive = ["gpu"]
+    else:
+        here, decisive = machine_kind(), ["processor", "threads"]
     other = [
-        f"{name} {profile.machine.get(name)!r}, here {here[name]!r}"
+        f"{name} {profile.machine.get(name)!r}, here {here.get(name)!r}"
         for name in decisive
-        if profile.machine.get(name) != here[name]
+        if profile.machine.get(name) != here.get(name)
     ]
     if other:
         warnings.warn(
@@ -437,7 +480,7 @@ def _profile_file(checkpoint: str) -> str:
     try:
         return hf_hub_download(checkpoint, PROFILE_NAME)
     except LocalEntryNotFoundError as error:
-        raise OSError(f"The exit profile of {checkpoint} can't be had from the Hub: {error}") from error
+        raise OSError(f"The exit profile of {checkpoint} cannot be downloaded from the Hub: {error}") from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(
             f"{checkpoint} has no {PROFILE_NAME}: measure one (`mose profile --out FILE`) and give it as `profile`."

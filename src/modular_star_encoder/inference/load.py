@@ -1,4 +1,4 @@
-"""Load a retrieval checkpoint, and say in one sentence what is wrong with one that can't be loaded."""
+"""Load a checkpoint at an exit, compile it for CPUs, and identify its weights; errors are one sentence each."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderForRetrieval,
     ModularStarEncoderPreTrainedModel,
 )
+from modular_star_encoder.utils.errors import UserError
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILE = "tokenizer.json"
@@ -32,12 +33,12 @@ _TRUNK = re.compile(r"(^|\.)(embed_tokens|layers|norm)\.")
 
 
 def load_checkpoint(
-    path: str | Path,
+    path: str | os.PathLike[str],
     exit_layer: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> tuple[ModularStarEncoderForRetrieval, Any]:
-    """The model, ready for inference, and the tokenizer of a local folder or of a Hub repository.
+    """Load a retrieval model, ready for inference, with its tokenizer.
 
     Args:
         path: a checkpoint folder, or a repository of the Hub ("owner/name"), of which no code is run.
@@ -48,12 +49,15 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: no such folder, or one without config.json, weights or tokenizer.json.
         NotADirectoryError: `path` is a file.
-        ValueError: not a retrieval checkpoint of ours, a damaged file, weights that aren't those of its configuration
-            (a head that is missing would be drawn at random), or an exit that it doesn't have.
-        OSError: the Hub has no such repository, or can't be reached.
+        UserError: not a retrieval checkpoint of ours, a damaged file, weights that do not fit its configuration (a
+            missing head would be drawn at random), or an exit that it does not have.
+        OSError: the Hub has no such repository, or cannot be reached.
+
+    Example:
+        >>> model, tokenizer = load_checkpoint("runs/model", exit_layer=4)  # doctest: +SKIP
     """
     config = load_config(path)
-    path = os.path.expanduser(path)
+    path = os.path.expanduser(os.fspath(path))
     arguments = {} if exit_layer is None else {"exit_layer": config.check_exit(exit_layer)}
     if dtype is not None:
         arguments["dtype"] = dtype
@@ -62,24 +66,28 @@ def load_checkpoint(
     with _clear_errors(path):
         model, info = AutoModel.from_pretrained(path, trust_remote_code=False, output_loading_info=True, **arguments)
     if not isinstance(model, ModularStarEncoderForRetrieval):
-        raise ValueError(f"{path} is a pre-trained model without projection heads: fine-tune it for retrieval first.")
+        raise UserError(
+            "checkpoint.not_retrieval", f"{path} is a pre-trained model without projection heads: fine-tune it first."
+        )
     _check_names(path, info)
     tokenizer = load_own_tokenizer(path)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
-def load_config(path: str | Path) -> ModularStarEncoderConfig:
+def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
     """The configuration alone: which exits there are, and how texts are prompted.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, ValueError, OSError: as `load_checkpoint`.
+        FileNotFoundError, NotADirectoryError, UserError, OSError: as `load_checkpoint`.
     """
     check_checkpoint(path)
-    path = os.path.expanduser(path)
+    path = os.path.expanduser(os.fspath(path))
     with _clear_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not isinstance(config, ModularStarEncoderConfig):
-        raise ValueError(f"{path} holds a model of type {config.model_type!r}, not a ModularStarEncoder.")
+        raise UserError(
+            "checkpoint.other_model", f"{path} holds a model of type {config.model_type!r}, not a ModularStarEncoder."
+        )
     return config
 
 
@@ -87,8 +95,8 @@ def load_own_tokenizer(path: str) -> Any:
     """The tokenizer of a checkpoint folder or of a Hub repository.
 
     Raises:
-        ValueError: it is damaged or missing.
-        OSError: a file can't be read, or had from the Hub.
+        UserError: it is damaged or missing.
+        OSError: a file cannot be read or downloaded.
     """
     with _clear_errors(path):
         try:
@@ -96,41 +104,47 @@ def load_own_tokenizer(path: str) -> Any:
         except OSError:
             raise
         except Exception as error:  # of a damaged file; tokenizers raises nothing narrower
-            raise ValueError(f"The tokenizer of {path} is missing or damaged: {_one_line(error)}") from error
+            raise UserError(
+                "checkpoint.tokenizer", f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
+            ) from error
 
 
 def _check_names(path: str, info: dict[str, Any]) -> None:
-    """Refuse a model some of whose tensors were not in the file, or in whose file there is more of a trunk."""
+    """Raise UserError if tensors of the model are not in the file, or the file has more of a trunk than the model."""
     # A published model may lack its vocabulary's bias, which is a bias of zero then.
     missing = set(info["missing_keys"]) - {"heads.decoder.bias"}
     names = {"missing from": missing, "too many in": filter(_TRUNK.search, info["unexpected_keys"])}
     for problem, found in names.items():
         if listed := sorted(found):
-            raise ValueError(
-                f"{len(listed)} tensors are {problem} {path}, such as {listed[0]}: its configuration doesn't describe "
-                "its weights."
+            raise UserError(
+                "checkpoint.tensors",
+                f"{len(listed)} tensors are {problem} {path}, such as {listed[0]}: its configuration does not describe "
+                "its weights.",
             )
 
 
 @contextmanager
-def _clear_errors(path: str | Path) -> Iterator[None]:
-    """Say in one sentence what is wrong with a checkpoint."""
+def _clear_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors of transformers and the Hub into one sentence."""
     try:
         yield
     except (SafetensorError, StrictDataclassError) as error:
-        raise ValueError(f"{path} can't be loaded: {_one_line(error)}") from error
+        raise UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
-        raise ValueError(f"{path} can't be loaded: its weights haven't the shapes of its configuration.") from error
+        raise UserError(
+            "checkpoint.shapes", f"{path} cannot be loaded: its weights do not have the shapes of its configuration."
+        ) from error
     except OSError as error:
         if os.path.isdir(path):
             raise
-        raise OSError(f"{path} is no folder here and can't be had from the Hub: {_one_line(error)}") from error
+        message = f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}"
+        raise OSError(message) from error
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Refuse a local path that is no checkpoint folder, before anything is loaded; names of the Hub pass.
+    """Check that a local path is a checkpoint folder, before anything is loaded; names of the Hub pass.
 
     Raises:
         FileNotFoundError: no such folder, or one without config.json or weights.
@@ -164,8 +178,8 @@ def load_whole(
     """A model of any of our classes, in the checkpoint's dtype, none of whose tensors is drawn at random.
 
     Raises:
-        ValueError: damaged weights, or others than the configuration describes.
-        OSError: a file can't be read, or had from the Hub.
+        UserError: damaged weights, or others than the configuration describes.
+        OSError: a file cannot be read or downloaded.
     """
     path = os.path.expanduser(os.fspath(path))
     with _clear_errors(path):
@@ -178,7 +192,7 @@ def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
     """A file of a checkpoint folder or of a Hub repository; None if it has none, or offline if it was never fetched.
 
     Raises:
-        OSError: the Hub has no such repository, or can't be reached.
+        OSError: the Hub has no such repository, or cannot be reached.
     """
     path = os.path.expanduser(os.fspath(path))
     if os.path.isdir(path):
@@ -213,12 +227,12 @@ def compile_for_inference(
         progress: show a bar while compiling.
 
     Raises:
-        ValueError: a model on another device, a chunk of fewer than two tokens, or torch.compile failed.
+        UserError: a model on another device, a chunk of fewer than two tokens, or torch.compile failed.
     """
     if model.device.type != "cpu":
-        raise ValueError(f"compile_for_inference is for CPUs; the model is on {model.device}.")
+        raise UserError("compile.device", f"compile_for_inference is for CPUs; the model is on {model.device}.")
     if tokens_per_chunk < 2:
-        raise ValueError(f"tokens_per_chunk {tokens_per_chunk} must be at least 2.")
+        raise UserError("compile.tokens_per_chunk", f"tokens_per_chunk must be at least 2, not {tokens_per_chunk}.")
     compiled = model.slice(model.config.num_hidden_layers).eval()
     for layer in tqdm(compiled.model.layers, desc="compiling", unit="layer", disable=not progress, leave=False):
         # An attribute of the instance: names of parameters, and so saving, stay as they are.
@@ -235,14 +249,14 @@ def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[
     # All layers share one code object, and so count as recompilations of one function.
     limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
     compiled = torch.compile(mlp.forward, dynamic=True, fullgraph=True)
-    # Several lengths, for what torch takes for constant at the first is compiled anew at the second.
+    # Two lengths, because torch takes the first for constant and compiles for any length at the second.
     with limits, torch._inductor.config.patch(freezing=True), torch.inference_mode():
         try:
             for tokens in (64, 96):
                 compiled(torch.zeros(tokens, model.config.hidden_size, dtype=model.dtype))
         except BackendCompilerFailed as error:
             reason = str(error.inner_exception).partition("\n")[0]
-            raise ValueError(f"torch.compile failed; is there a C++ compiler? {reason}") from error
+            raise UserError("compile.failed", f"torch.compile failed. Is a C++ compiler installed? {reason}") from error
     return compiled
 
 
@@ -266,15 +280,15 @@ def _in_chunks(
 DECISIVE_FILES = ("config.json", "tokenizer.json", "model*.safetensors")
 
 
-def checkpoint_fingerprint(checkpoint: str | os.PathLike) -> str:
-    """What tells these weights from others.
+def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
+    """An identifier of a checkpoint's weights.
 
     Returns:
         Of a folder the first 16 hexadecimal digits of a SHA-256 of its configuration, tokenizer and weights (reads them
         all, about a second per GB); of a repository of the Hub the commit that is loaded.
 
     Raises:
-        OSError: the Hub has no such repository, or can't be reached.
+        OSError: the Hub has no such repository, or cannot be reached.
     """
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
+from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
     import onnx_ir
 
 
 ONNX_FILE = "onnx/model.onnx"
-"""Where sentence-transformers and text-embeddings-inference look for it in a folder."""
+"""Its path in a folder, for sentence-transformers and text-embeddings-inference."""
 
 INPUTS = ("input_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
@@ -48,11 +49,14 @@ class _ServedExit(torch.nn.Module):
         return {name: output[name] for name in OUTPUTS}
 
 
-def export_onnx(model: ModularStarEncoderForRetrieval, path: str | os.PathLike, exit_layer: int | None = None) -> None:
-    """Write one exit of a model as an ONNX file; nothing is compared yet (see `check_onnx`).
+def export_onnx(
+    model: ModularStarEncoderForRetrieval, path: str | os.PathLike[str], exit_layer: int | None = None
+) -> None:
+    """Write one exit of a model as an ONNX file (`check_onnx` compares it with the model).
 
-    The exporter is torch's own, on top of `torch.export`. Weights of more than 2 GB lie beside the file, as
-    `{path}_data`.
+    Inputs are `input_ids` and `attention_mask`, int64 (batch_size, sequence_length); outputs `last_hidden_state`
+    (batch_size, sequence_length, D) and `sentence_embedding` (batch_size, D), float32. Weights of more than 2 GB are
+    written to `{path}_data`.
 
     Args:
         model: in float32, on the CPU. It is not changed.
@@ -60,21 +64,28 @@ def export_onnx(model: ModularStarEncoderForRetrieval, path: str | os.PathLike, 
         exit_layer: the deepest exit if None.
 
     Raises:
-        ValueError: an exit that the model doesn't have, or weights that are not float32 on the CPU.
-        ImportError: onnxscript is missing.
+        UserError: an exit that the model does not have, or weights that are not float32 on the CPU.
+        ImportError: onnxscript is missing (extra `onnx`).
+
+    Example:
+        >>> model = AutoModel.from_pretrained("runs/model", dtype=torch.float32)  # doctest: +SKIP
+        >>> export_onnx(model, "model.onnx", exit_layer=4)  # doctest: +SKIP
+        >>> check_onnx(model, "model.onnx", exit_layer=4).sentence_embedding < 1e-4  # doctest: +SKIP
+        True
     """
     parameter = next(model.parameters())
     if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-        raise ValueError(
+        raise UserError(
+            "onnx.dtype",
             f"ONNX files are made of float32 weights on the CPU, not of {parameter.dtype} on {parameter.device}: "
-            "load the model with dtype=torch.float32."
+            "load the model with dtype=torch.float32.",
         )
     served = served_exit(model, exit_layer)
     sample = {
         "input_ids": torch.zeros(2, 3, dtype=torch.long),
         "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]]),
     }
-    longest = served.model.config.max_position_embeddings
+    longest = model.config.max_position_embeddings
     sizes = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length", max=longest)}
     try:
         import onnxscript  # noqa: F401 - torch's exporter needs it
@@ -99,7 +110,7 @@ def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = 
     """The computation of the exported file, as a module in evaluation mode that shares the model's weights.
 
     Raises:
-        ValueError: an exit that the model doesn't have.
+        UserError: an exit that the model does not have.
     """
     cut = model.slice(model.config.num_hidden_layers if exit_layer is None else exit_layer)
     # Leaving padding out needs lengths on the host, and a graph has none.
@@ -108,7 +119,7 @@ def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = 
     return _ServedExit(cut).eval()
 
 
-def save_graph(graph: onnx_ir.Model, path: str | os.PathLike) -> None:
+def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
     """Write a graph, with its weights in `{path}_data` where they don't fit into one file.
 
     optimum and text-embeddings-inference fetch a file of this name and no other.
@@ -119,11 +130,11 @@ def save_graph(graph: onnx_ir.Model, path: str | os.PathLike) -> None:
     if sum(tensor.nbytes for tensor in tensors if tensor is not None) > _LARGEST_FILE:
         onnx_ir.save(graph, path, external_data=f"{Path(path).name}_data")
     else:
-        # Weights that were read from a file beside another graph would stay there.
+        # Weights read from another graph's data file would stay there.
         onnx_ir.save(onnx_ir.external_data.load_to_model(graph), path)
 
 
-def open_session(path: str | os.PathLike) -> Any:
+def open_session(path: str | os.PathLike[str]) -> Any:
     """An `onnxruntime.InferenceSession` of a file on the CPU, with as many threads as torch has.
 
     Raises:
@@ -152,7 +163,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def missing_extra() -> ImportError:
-    """What to raise where a package of the extra is missing."""
+    """The error for a missing package of the extra."""
     return ImportError("ONNX files need onnxruntime and onnxscript: pip install 'modular-star-encoder[onnx]'.")
 
 
@@ -178,7 +189,7 @@ class OnnxDifferences:
 
 def check_onnx(
     model: ModularStarEncoderForRetrieval,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     exit_layer: int | None = None,
     *,
     tolerance: float = TOLERANCE,
@@ -191,7 +202,7 @@ def check_onnx(
         exit_layer: as it was given there.
 
     Raises:
-        ValueError: an output differs by more than `tolerance`, or is NaN; the message says which, where and by how
+        UserError: an output differs by more than `tolerance`, or is NaN; the message says which, where and by how
             much.
         ImportError: onnxruntime is missing.
     """
@@ -205,17 +216,18 @@ def check_onnx(
         for name, values in zip(OUTPUTS, map(torch.from_numpy, found), strict=True):
             wanted = expected[name]
             if name == "last_hidden_state":
-                # What stands at padding is arbitrary, and never read.
+                # Values at padding are arbitrary, and never read.
                 values, wanted = values[real], wanted[real]
             difference = float((values - wanted).abs().max() / wanted.abs().max().clamp(min=1))
             if not difference <= tolerance:
-                raise ValueError(
+                raise UserError(
+                    "onnx.difference",
                     f"{path} does not compute what the model computes: {name} differs by {difference:.2g} (allowed: "
-                    f"{tolerance:g}) at a batch of {real.shape[0]} × {real.shape[1]} tokens."
+                    f"{tolerance:g}) at a batch of {real.shape[0]} × {real.shape[1]} tokens.",
                 )
             largest[name] = max(largest[name], difference)
         batches += 1
-    return OnnxDifferences(*(largest[name] for name in OUTPUTS), batches)
+    return OnnxDifferences(**largest, batches=batches)
 
 
 def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -237,10 +249,10 @@ SETTINGS: dict[str, Any] = {"per_channel": True, "reduce_range": True}
 (onnxruntime's guide to quantisation), and a loss measured with VNNI would not hold there."""
 
 
-def quantize_onnx(source: str | os.PathLike, target: str | os.PathLike) -> None:
+def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Write `source` with int8 weights of its linear layers and its token embedding.
 
-    What it costs in quality has to be measured: see `onnx_ranking.compare_rankings`.
+    The loss of quality has to be measured, see `hub.onnx_folder.compare_rankings`.
 
     Args:
         source: an ONNX file with float32 weights.
@@ -256,8 +268,10 @@ def quantize_onnx(source: str | os.PathLike, target: str | os.PathLike) -> None:
         raise missing_extra() from error
     # The quantiser names weights that don't fit into a file otherwise than serving software expects.
     with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=Path(target).parent) as folder:
-        beside = Path(f"{os.fspath(source)}_data").exists()
+        options = SETTINGS | {"use_external_data_format": Path(f"{os.fspath(source)}_data").exists()}
         draft = Path(folder, "model.onnx")
         with quiet_libraries():
-            quantize_dynamic(source, draft, weight_type=QuantType.QInt8, use_external_data_format=beside, **SETTINGS)
+            quantize_dynamic(
+                source, draft, weight_type=QuantType.QInt8, use_external_data_format=has_data_file, **SETTINGS
+            )
         save_graph(onnx_ir.load(draft), target)

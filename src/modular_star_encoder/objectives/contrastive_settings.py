@@ -1,29 +1,20 @@
 """Settings of contrastive fine-tuning, and the exchange of embeddings between processes."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from pydantic import AfterValidator
-from pydantic import Field as Constraint
 from torch import distributed
 
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.settings import Count, Different, Float, NonNegative, Positive, settings_class
+
+DISTILLATION_TEACHERS = ("deepest", "next_deeper", "ensemble")
+ALIGNMENT_TARGETS = ("deepest", "next_deeper")
 
 
-def _different_anchors_and_positives(pairs: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-    if len({pair[:2] for pair in pairs}) < len(pairs):
-        raise ValueError("must not repeat an anchor with its positive")
-    return pairs
-
-
-Sizes = Annotated[tuple[Count, ...], Constraint(min_length=1), Different]
-Pair = Annotated[tuple[str, ...], Constraint(min_length=2), Different]
-Pairs = Annotated[tuple[Pair, ...], Constraint(min_length=1), AfterValidator(_different_anchors_and_positives)]
-
-
-@settings_class
+@dataclass(frozen=True)
 class ContrastiveSettings:
     """Settings of `ContrastiveObjective`; the paper's objective by default, all additions from `dimensions` on off.
 
@@ -58,29 +49,69 @@ class ContrastiveSettings:
         false_negative_factor: the same where it is above this factor times that of the pair.
 
     Raises:
-        UserError: a value is of another type or out of range (`settings.value`), or a name is not a setting
-            (`settings.unknown`).
+        UserError: a value is of another type or out of range (`settings.value`).
 
     Example:
         >>> ContrastiveSettings(dimensions=[128, 256], mini_batch_tokens=8192).sizes(exit_layer=4, embedding_size=256)
         (128, 256)
     """
 
-    pairs: Pairs = (("query", "document"),)
-    logit_scale: Positive = 10.0
-    mini_batch_tokens: Count | None = None
-    dimensions: Sizes | Mapping[Count, Sizes] | None = None
-    teacher: Literal["deepest", "next_deeper", "ensemble"] | Count = "deepest"
-    distillation_weight: NonNegative = 0.0
-    distillation_temperature: Positive = 1.0
-    alignment_weight: NonNegative = 0.0
-    alignment_target: Literal["deepest", "next_deeper"] | Count = "deepest"
-    false_negative_margin: Annotated[Float, Constraint(ge=-2, le=2)] | None = None
-    false_negative_factor: Positive | None = None
+    pairs: Sequence[Sequence[str]] = (("query", "document"),)
+    logit_scale: float = 10.0
+    mini_batch_tokens: int | None = None
+    dimensions: Sequence[int] | Mapping[int, Sequence[int]] | None = None
+    teacher: str | int = "deepest"
+    distillation_weight: float = 0.0
+    distillation_temperature: float = 1.0
+    alignment_weight: float = 0.0
+    alignment_target: str | int = "deepest"
+    false_negative_margin: float | None = None
+    false_negative_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.false_negative_margin is not None and self.false_negative_factor is not None:
-            raise ValueError("give either false_negative_margin or false_negative_factor, not both")
+        margin, factor = self.false_negative_margin, self.false_negative_factor
+        by_exit = self.dimensions if isinstance(self.dimensions, Mapping) else {1: self.dimensions}
+        positive, not_negative = "a number above 0", "a number from 0"
+        rules = {
+            "pairs": (_are_pairs(self.pairs), "lists of at least two different names: anchor, positive, negatives"),
+            "logit_scale": (_is_number(self.logit_scale) and self.logit_scale > 0, positive),
+            "mini_batch_tokens": (
+                self.mini_batch_tokens is None or _is_count(self.mini_batch_tokens),
+                "a whole number above 0, or None",
+            ),
+            "dimensions": (
+                self.dimensions is None or all(_is_count(key) and _are_sizes(by_exit[key]) for key in by_exit),
+                "different embedding sizes such as [64, 256], or such a list for each of several exits",
+            ),
+            "teacher": (
+                self.teacher in DISTILLATION_TEACHERS or _is_count(self.teacher),
+                f"one of {', '.join(DISTILLATION_TEACHERS)}, or an exit",
+            ),
+            "distillation_weight": (
+                _is_number(self.distillation_weight) and self.distillation_weight >= 0,
+                not_negative,
+            ),
+            "distillation_temperature": (
+                _is_number(self.distillation_temperature) and self.distillation_temperature > 0,
+                positive,
+            ),
+            "alignment_weight": (_is_number(self.alignment_weight) and self.alignment_weight >= 0, not_negative),
+            "alignment_target": (
+                self.alignment_target in ALIGNMENT_TARGETS or _is_count(self.alignment_target),
+                f"one of {', '.join(ALIGNMENT_TARGETS)}, or an exit",
+            ),
+            "false_negative_margin": (
+                margin is None or (_is_number(margin) and -2 <= margin <= 2),
+                "a difference of cosines, between -2 and 2",
+            ),
+            "false_negative_factor": (
+                factor is None or (_is_number(factor) and factor > 0 and margin is None),
+                "a number above 0, such as 0.95, and without false_negative_margin",
+            ),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise UserError("settings.value", f"{name} must be {rule}, not {getattr(self, name)!r}.")
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -148,6 +179,30 @@ def _check_exits(name: str, named: Iterable[int], exit_layers: Sequence[int]) ->
         if exit_layer not in exit_layers:
             exits = ", ".join(map(str, exit_layers))
             raise UserError("contrastive.exit", f"{name} names exit {exit_layer}. The trained exits are {exits}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_count, value)) and 0 < len(set(value)) == len(value)
+
+
+def _are_pairs(value: Any) -> bool:
+    """Whether these are lists of at least two different names, without two lists of one anchor and positive."""
+    if not isinstance(value, list | tuple) or not all(isinstance(pair, list | tuple) for pair in value):
+        return False
+    are_names = all(isinstance(side, str) for pair in value for side in pair)
+    return (
+        are_names
+        and all(len(set(pair)) == len(pair) >= 2 for pair in value)
+        and (0 < len({tuple(pair[:2]) for pair in value}) == len(value))
+    )
 
 
 def rank_and_count() -> tuple[int, int]:

@@ -1,15 +1,13 @@
 """The seam of all objectives: one loss per exit and metrics; and the weights of the exits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.settings import Float
 
 
 @dataclass
@@ -70,8 +68,8 @@ def exit_weights(
         weights = torch.arange(1, len(exit_layers) + 1) / len(exit_layers)
     else:
         try:
-            weights = torch.tensor(TypeAdapter(list[Float]).validate_python(weighting))
-        except ValidationError:
+            weights = torch.tensor([float(weight) for weight in weighting if not isinstance(weighting, str | Mapping)])
+        except (TypeError, ValueError):
             weights = torch.empty(0)
         if len(weights) != len(exit_layers) or not (weights >= 0).all() or weights.sum() == 0:
             raise UserError(

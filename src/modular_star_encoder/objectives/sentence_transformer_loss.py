@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import nn
 
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
@@ -158,7 +157,7 @@ class MultiExitContrastiveLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """All settings, for the model card."""
-        settings = TypeAdapter(ContrastiveSettings).dump_python(self.settings, mode="json", exclude={"pairs"})
+        settings = {name: value for name, value in asdict(self.settings).items() if name != "pairs"}
         weights = self.weighting if isinstance(self.weighting, str) else list(self.weighting)
         own = {"exit_layers": list(self.exit_layers), "weights": weights, "normalize_weights": self.normalize_weights}
         return own | settings

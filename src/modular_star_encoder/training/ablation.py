@@ -19,12 +19,12 @@ from pydantic import AfterValidator
 from pydantic import Field as Constraint
 
 from modular_star_encoder.data.retrieval_data import RetrievalData
-from modular_star_encoder.evaluation.benchmarks.registry import choose_benchmarks, load_benchmark
+from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.benchmarks.rows import read_json
-from modular_star_encoder.evaluation.harness import Cell, evaluate_tasks
 from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.tasks import RetrievalTask, held_out_tasks
-from modular_star_encoder.inference.load import checkpoint_fingerprint
+from modular_star_encoder.evaluation.run import evaluate_tasks
+from modular_star_encoder.evaluation.tasks import RetrievalTask, TaskResult, held_out_tasks
+from modular_star_encoder.inference.load import checkpoint_checksum
 from modular_star_encoder.training.ablation_report import (
     SELF_DISTILLED,
     Values,
@@ -250,7 +250,7 @@ def _refuse_other_folders(out: Path) -> None:
 def _refuse_other_starting_points(cells: Sequence[AblationCell], path: Path) -> None:
     """Raise UserError if a model that cells start from has other weights than in an earlier call."""
     known = read_json(path) if path.is_file() else {}
-    found = {name: checkpoint_fingerprint(starting_source(name)[0]) for name in {cell.recipe.model for cell in cells}}
+    found = {name: checkpoint_checksum(starting_source(name)[0]) for name in {cell.recipe.model for cell in cells}}
     if other := ", ".join(sorted(name for name in found if known.get(name, found[name]) != found[name])):
         raise UserError(
             "ablation.starting_points",
@@ -285,7 +285,7 @@ def _run_cell(
 ) -> dict[str, dict[int, Values]]:
     """Train and measure one model, unless that is done: benchmark → exit → reciprocal ranks, in every process."""
     run, state = folder / cell.folder, processes_of_run()
-    names = [task.fingerprint() for task in tasks]
+    names = [task.checksum() for task in tasks]
     with state.main_process_first():
         open_run(run, cell.recipe, "an ablation", until_trained=cell.recipe.to_dict())
         known = _read_scores(run)
@@ -309,12 +309,12 @@ def _run_cell(
     return found
 
 
-def _by_task(tasks: Sequence[RetrievalTask], cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, float]]]:
+def _by_task(tasks: Sequence[RetrievalTask], cells: Sequence[TaskResult]) -> dict[str, dict[str, dict[str, float]]]:
     """Checksum of a task → exit → query → reciprocal rank; embeddings whole, where they can be cut."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    fingerprints = {(task.benchmark, task.name): task.fingerprint() for task in tasks}
+    checksums = {(task.benchmark, task.name): task.checksum() for task in tasks}
     for cell in sorted(cells, key=lambda cell: cell.dimensions or 0):
-        place = found.setdefault(fingerprints[cell.benchmark, cell.task], {})
+        place = found.setdefault(checksums[cell.benchmark, cell.task], {})
         place[str(cell.exit_layer)] = dict(zip(cell.ids, cell.values, strict=True))
     return found
 
@@ -338,7 +338,7 @@ def _lexical(tasks: Sequence[RetrievalTask], progress: bool) -> dict[str, float]
     """MRR of BM25, the mean over tasks, by benchmark."""
     found: dict[str, list[float]] = {}
     for cell in evaluate_tasks(tasks, [BM25()], progress=progress):
-        found.setdefault(cell.benchmark, []).append(cell.figures["mrr"].value)
+        found.setdefault(cell.benchmark, []).append(cell.estimates["mrr"].value)
     return {benchmark: sum(values) / len(values) for benchmark, values in found.items()}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from modular_star_encoder.data.labelled_pairs import ClassificationCollator, ClassificationRows, read_labelled_pairs
-from modular_star_encoder.evaluation.tasks import classification_scores
+from modular_star_encoder.evaluation.run import classification_scores
 from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
 from modular_star_encoder.objectives.classification import ClassificationObjective
 from modular_star_encoder.objectives.exit_losses import exit_weights
