@@ -34,7 +34,7 @@ from modular_star_encoder.inference.encode import encode_exits, tokenize
 from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.inference.profile import flops_per_token
 from modular_star_encoder.search.cascade import FittedMargin, fit_threshold
-from modular_star_encoder.utils.markdown import markdown_table, percent
+from modular_star_encoder.utils.reports import markdown_table, percent
 
 CANDIDATES = (10, 50, 200)
 SEED = 0

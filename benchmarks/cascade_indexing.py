@@ -14,7 +14,7 @@ from modular_star_encoder.inference.encode import evaluating, length_batches
 from modular_star_encoder.inference.profile import flops_per_token
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training.recipes import load_config
-from modular_star_encoder.utils.markdown import markdown_table
+from modular_star_encoder.utils.reports import markdown_table
 
 SHAPES = {"paper": "finetuned", "small": "small"}
 """Folders of hub_configs/."""

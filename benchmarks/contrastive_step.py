@@ -43,8 +43,8 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from modular_star_encoder.cli.main import keep_few_compiled_operations
+from modular_star_encoder.data.collators import pad_inputs
 from modular_star_encoder.data.functions import collect_functions
-from modular_star_encoder.data.in_context import pad_inputs
 from modular_star_encoder.data.retrieval import RetrievalPairs
 from modular_star_encoder.data.sources.repositories import installed_repositories
 from modular_star_encoder.data.tokenizer import train_tokenizer
@@ -57,7 +57,7 @@ from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.training.recipes import load_config
-from modular_star_encoder.utils.markdown import markdown_table
+from modular_star_encoder.utils.reports import markdown_table
 
 CONTENDERS = ("cached", "whole", "adaptive")
 SIDES = ("query", "document")

@@ -22,7 +22,7 @@ from modular_star_encoder.hub.onnx_ranking import format_rankings
 from modular_star_encoder.hub.serving_folder import export_for_serving
 from modular_star_encoder.inference.onnx_export import ONNX_FILE, QUANTIZED_FILE, SETTINGS
 from modular_star_encoder.modeling import ModularStarEncoderConfig
-from modular_star_encoder.utils.machine import library_versions
+from modular_star_encoder.utils.reports import library_versions
 
 
 def main() -> None:

@@ -11,8 +11,7 @@ from typing import Any
 from ratios import describe, is_met, target_of
 from row_figure import plot_rows
 
-from modular_star_encoder.utils.machine import library_versions, processor_model
-from modular_star_encoder.utils.markdown import markdown_table
+from modular_star_encoder.utils.reports import library_versions, markdown_table, processor_model
 
 COMMITTED = Path(__file__).parent / "results"
 RESULTS = Path(os.environ.get("MOSE_BENCH_RESULTS", COMMITTED))

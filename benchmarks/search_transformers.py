@@ -25,8 +25,7 @@ from report import write
 
 from modular_star_encoder.search.hits import Answer
 from modular_star_encoder.search.index import CodeIndex
-from modular_star_encoder.utils.machine import library_versions
-from modular_star_encoder.utils.markdown import markdown_table, percent
+from modular_star_encoder.utils.reports import library_versions, markdown_table, percent
 
 QUESTIONS = Path(__file__).parent.parent / "examples" / "search" / "questions.jsonl"
 DISTRIBUTION = "transformers"

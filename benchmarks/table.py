@@ -14,7 +14,7 @@ from typing import Any
 from ratios import describe, figure, is_met, target_of
 from report import COMMITTED
 
-from modular_star_encoder.utils.markdown import markdown_table
+from modular_star_encoder.utils.reports import markdown_table
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- made by table.py -->", "<!-- end -->"

@@ -32,8 +32,7 @@ from modular_star_encoder.search import lance_store
 from modular_star_encoder.search.lance_store import LanceStore
 from modular_star_encoder.search.snippets import Snippet
 from modular_star_encoder.search.vector_store import Filter, Row, content_hash, file_id, row_id
-from modular_star_encoder.utils.machine import library_versions
-from modular_star_encoder.utils.markdown import markdown_table
+from modular_star_encoder.utils.reports import library_versions, markdown_table
 
 CHUNK = 50_000
 QUESTIONS = 200

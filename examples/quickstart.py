@@ -30,9 +30,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modular_star_encoder import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
 from modular_star_encoder.cli.main import keep_few_compiled_operations
+from modular_star_encoder.data.collators import PaddingCollator, RetrievalCollator
 from modular_star_encoder.data.functions import DocumentedFunction, collect_functions
-from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
-from modular_star_encoder.data.retrieval import RetrievalCollator, RetrievalPairs
+from modular_star_encoder.data.in_context import InContextPairs
+from modular_star_encoder.data.retrieval import RetrievalPairs
 from modular_star_encoder.data.sources.repositories import folder_repositories, installed_repositories
 from modular_star_encoder.data.splits import Split, drop_near_identical_descriptions, split_by_repository
 from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer

@@ -2,7 +2,8 @@
 
 import pytest
 
-from modular_star_encoder.data.sources.corpora import open_corpus
+from modular_star_encoder.data.sources import open_corpus
+from tests.errors import raises
 
 PYTHON = (
     "import os\n\n# Licence: any.\n\n\ndef outer(a):\n    def inner():\n        return a\n\n"
@@ -37,5 +38,5 @@ def test_units_are_those_of_the_files(corpus):
 
 
 def test_unknown_snippets_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="one of files, functions, not 'classes'"):
+    with raises("data.corpus.snippets", "classes"):
         open_corpus({"folder": str(tmp_path), "snippets": "classes"})

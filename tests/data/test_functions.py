@@ -7,11 +7,18 @@ from dataclasses import replace
 import pytest
 
 from modular_star_encoder.data import functions
-from modular_star_encoder.data.functions import collect_functions, extract_functions
+from modular_star_encoder.data.functions import (
+    code_key,
+    collect_functions,
+    description_key,
+    extract_functions,
+    function_id,
+)
 from modular_star_encoder.data.languages.function_finder import find_functions
 from modular_star_encoder.data.sources.source_files import SourceFile
 from tests.data.polyglot import NAMES, SOURCES
-from tests.data.samples import extract_one, source
+from tests.data.samples import extract_one, function, source
+from tests.errors import raises
 
 GOOD = 'def {name}(x):\n    """{doc}"""\n    y = x + {number}\n    return y\n'
 
@@ -203,7 +210,7 @@ def test_a_header_is_c_or_cpp_by_its_text():
 
 
 def test_an_unknown_language_is_refused_with_those_that_are_known():
-    with pytest.raises(ValueError, match="'cobol' is not supported; use one of python, java, go"):
+    with raises("data.language.unknown", "cobol", "python, javascript"):
         extract_functions(replace(source("x"), language="cobol"))
 
 
@@ -251,3 +258,39 @@ def test_a_file_that_kills_its_process_is_counted_and_costs_no_other(monkeypatch
     collection = collect_functions(files, processes=2, progress=False)
     assert collection.functions == expected.functions
     assert collection.counts == expected.counts + Counter({"files": 1, "files that crash the parser": 1})
+
+
+def test_keys_ignore_layout_and_punctuation_only():
+    assert code_key("a =  1\n\tb") == code_key("a = 1\nb") != code_key("a = 1\nc")
+    assert description_key("Return the Index.") == description_key("return (the) index") != description_key("the index")
+
+
+def test_an_identifier_is_the_same_in_every_run():
+    assert function_id(function()) == "cd8ab7017bc4282883e87ef5f3d2370e"
+    assert function_id(function()) == function_id(replace(function(), name="x", description="y", license="MIT"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"repository": "r"},
+        {"path": "p"},
+        {"language": "go"},
+        {"line": 9},
+        {"start_byte": 9},
+        {"source": "x"},
+        {"code": "y"},
+    ],
+)
+def test_an_identifier_tells_apart_what_is_not_the_same_function(change):
+    assert function_id(replace(function(), **change)) != function_id(function())
+
+
+def test_parts_of_an_identifier_do_not_run_into_each_other():
+    one, other = replace(function(), repository="a", path="bc"), replace(function(), repository="ab", path="c")
+    assert function_id(one) != function_id(other)
+
+
+def test_two_functions_of_one_line_have_identifiers_of_their_own():
+    first = extract_one("def f(): 'Doc.'; return 1\n")
+    assert function_id(first) != function_id(replace(first, start_byte=30))

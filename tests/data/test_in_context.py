@@ -8,8 +8,10 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import AddedToken
 
-from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
+from modular_star_encoder.data.collators import PaddingCollator
+from modular_star_encoder.data.in_context import InContextPairs
 from tests.data.samples import repository_texts, small_tokenizer
+from tests.errors import raises
 
 
 def make(tokenizer, texts=None, **changes):
@@ -51,6 +53,7 @@ def test_both_labels_are_equally_likely(rows):
     assert 0.46 < np.mean([int(row["icc_label"]) for row in rows]) < 0.54
 
 
+@pytest.mark.slow
 def test_one_snippet_alone_does_not_tell_the_label(tokenizer):
     # Very different repositories: with a careless draw the large one is commoner in positives.
     texts = {name: rows * (40 if name == "repo0" else 1) for name, rows in repository_texts(repositories=3).items()}
@@ -127,15 +130,15 @@ def test_texts_that_cannot_form_pairs_are_left_out_and_counted(tokenizer):
 
 
 def test_bad_input_is_refused_in_one_sentence(tokenizer):
-    with pytest.raises(ValueError, match=r"at least two repositories.*1 of 2 qualify"):
+    with raises("data.in_context.too_few_repositories", 1, 2):
         make(tokenizer, repository_texts(repositories=1) | {"short": ["x", "y"]})
-    with pytest.raises(ValueError, match="max_tokens must be at least 35"):
+    with raises("data.in_context.arguments", "max_tokens", 35):
         make(tokenizer, max_tokens=34)
-    with pytest.raises(ValueError, match="mlm_probability between 0 and 1"):
+    with raises("data.in_context.arguments", "mlm_probability", 0, 1):
         make(tokenizer, mlm_probability=0)
     bare = small_tokenizer()
     bare.mask_token = None
-    with pytest.raises(ValueError, match="must define sep_token, cls_token and mask_token"):
+    with raises("data.tokenizer.token_missing", "mask_token"):
         make(bare)
 
 

@@ -1,14 +1,18 @@
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 
 from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
+from modular_star_encoder.data.collators import RetrievalCollator
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalCollator, RetrievalPairs, RetrievalTexts
+from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalPairs, RetrievalTexts, rename_frequent_words
 from tests.data.samples import function, small_tokenizer
+from tests.errors import raises
 
 
 def functions(count=6):
@@ -73,15 +77,15 @@ def test_rows_that_repeat_a_description_or_a_code_are_dropped_and_counted(tokeni
 
 
 def test_bad_input_is_refused_in_one_sentence(tokenizer):
-    with pytest.raises(ValueError, match="at least one documented function"):
+    with raises("data.retrieval.no_rows"):
         make(tokenizer, [])
-    with pytest.raises(ValueError, match="max_text_tokens must be above"):
+    with raises("data.retrieval.max_tokens", "max_text_tokens"):
         make(tokenizer, max_text_tokens=5)
-    with pytest.raises(ValueError, match="max_code_tokens must be above"):
+    with raises("data.retrieval.max_tokens", "max_code_tokens"):
         make(tokenizer, max_code_tokens=5)
     bare = small_tokenizer()
     bare.cls_token = "<other>"
-    with pytest.raises(ValueError, match="template must end with its cls_token"):
+    with raises("data.tokenizer.template", "cls_token"):
         make(bare)
 
 
@@ -176,7 +180,7 @@ def test_hard_negatives_are_a_third_side_framed_and_renamed_as_code_is(tokenizer
     assert 0.2 < changed / 240 < 0.4
     batch = RetrievalCollator(tokenizer)([plain[i] for i in range(4)])
     assert list(batch) == ["query", "document", "negative"]
-    with pytest.raises(ValueError, match="Row 3 has no hard negative"):
+    with pytest.raises(IndexError, match="row 3 has no hard negative"):
         RetrievalTexts(
             parallel_texts(), tokenizer, max_text_tokens=99, max_code_tokens=99, prompts=True, progress=False
         ).negative(3)
@@ -207,7 +211,7 @@ def test_a_renamed_snippet_is_another_one_in_the_next_epoch(tokenizer):
 def test_places_beyond_the_last_batch_and_odd_shares_are_refused(tokenizer):
     with pytest.raises(IndexError):
         batches(tokenizer)[24]
-    with pytest.raises(ValueError, match="identifier_rename_prob must be between 0 and 1, not 30"):
+    with raises("data.retrieval.identifier_rename_prob", "identifier_rename_prob", 0, 1, 30):
         batches(tokenizer, identifier_rename_prob=30)
 
 
@@ -230,3 +234,43 @@ def test_mean_tokens_count_what_the_encoder_reads(tokenizer):
     assert max(map(max, lengths)) <= 40
     assert texts.mean_tokens()[1] == sum(map(sum, lengths)) / 8
     assert texts.mean_tokens()[0] == sum(len(texts.description(row)) for row in range(4)) / 4
+
+
+CODE = "def total(values, start):\n    # values, values\n    x = start\n    for value in values:\n        x += value"
+
+
+def rename(code=CODE, seed=0):
+    return rename_frequent_words(code, np.random.default_rng(seed))
+
+
+def test_every_occurrence_of_a_frequent_word_gets_the_same_new_name():
+    renamed = rename()
+    pattern = re.escape(CODE).replace("values", "(?P<name>[a-z]{3,8})", 1).replace("values", "(?P=name)")
+    match = re.fullmatch(pattern, renamed)
+    assert match
+    assert match["name"] not in re.findall(r"\w+", CODE)
+
+
+def test_only_words_that_occur_three_times_and_have_three_characters_are_replaced():
+    renamed = rename("ab ab ab; twice twice; abc abc abc; 100 100 100")
+    assert re.fullmatch(r"ab ab ab; twice twice; ([a-z]{3,8}) \1 \1; 100 100 100", renamed)
+
+
+def test_numbers_with_letters_in_them_are_no_words():
+    code = "0xFFFF | 0xFFFF | 0xFFFF; 100ULL, 100ULL, 100ULL"
+    assert rename(code) == code
+
+
+def test_parts_of_longer_words_stay():
+    assert re.fullmatch(r"([a-z]{3,8}) \1 \1 name_of rename names", rename("name name name name_of rename names"))
+
+
+def test_two_words_never_get_one_name():
+    words = [f"word{number}" for number in range(300)]
+    renamed = rename(" ".join(words * 3)).split()
+    assert len(set(renamed)) == 300
+    assert renamed[:300] == renamed[300:600] == renamed[600:]
+
+
+def test_equal_generators_give_equal_results_and_others_do_not():
+    assert rename(seed=3) == rename(seed=3) != rename(seed=4)

@@ -6,6 +6,7 @@ from transformers import AutoTokenizer
 
 from modular_star_encoder.data.prompts import SPECIAL_TOKENS, code_prompt
 from modular_star_encoder.data.tokenizer import encode_content, load_tokenizer, train_tokenizer, with_template
+from tests.errors import raises
 from tests.published.stand_in import write_tokenizer
 
 TEXT = "def añb(x):\n\treturn x1234  # 漢字 🙂\r\n"
@@ -88,11 +89,11 @@ def test_rows_of_content_equal_the_tokenizers_ids_and_are_small(tokenizer):
 
 
 def test_bad_arguments_are_refused_in_one_sentence():
-    with pytest.raises(ValueError, match="vocab_size must be at least 260"):
+    with raises("data.tokenizer.sizes", "vocab_size", 260):
         train_tokenizer(["a"], 259)
-    with pytest.raises(ValueError, match="max_length must be at least 4"):
+    with raises("data.tokenizer.sizes", "max_length", 4):
         train_tokenizer(["a"], 300, max_length=3)
-    with pytest.raises(ValueError, match="at least one text"):
+    with raises("data.tokenizer.no_text"):
         train_tokenizer([], 300, progress=False)
     assert len(train_tokenizer(["a"], 260, progress=False)) == 260
 
@@ -125,8 +126,8 @@ def test_a_tokenizer_of_ours_stays_and_one_without_the_tokens_is_refused(tokeniz
     assert with_template(tokenizer) is tokenizer
     bare = write_tokenizer(tmp_path, max_length=64)
     bare.add_tokens(["<sep>"])
-    with pytest.raises(ValueError, match="another token that is spelled <sep>"):
+    with raises("data.tokenizer.spelling"):
         with_template(bare)
     bare.cls_token = None
-    with pytest.raises(ValueError, match="must define sep_token and cls_token"):
+    with raises("data.tokenizer.token_missing", "cls_token"):
         with_template(bare)

@@ -1,7 +1,7 @@
 """Exit profiles with figures that no other place knows."""
 
 from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, ProfiledExit
-from modular_star_encoder.utils.machine import machine_kind
+from modular_star_encoder.utils.reports import machine_kind
 
 
 def profile_of(fingerprint, exits=(1, 2, 4), quality=True, machine=None):

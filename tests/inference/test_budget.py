@@ -64,7 +64,7 @@ def test_a_profile_of_a_gpu_serves_where_there_is_none(checkpoint, monkeypatch):
 
 
 def test_a_profile_of_another_machine_is_used_with_a_warning(checkpoint, monkeypatch):
-    monkeypatch.setattr("modular_star_encoder.utils.machine.processor_model", lambda: "another processor")
+    monkeypatch.setattr("modular_star_encoder.utils.reports.processor_model", lambda: "another processor")
     with pytest.warns(UserWarning, match=r"measured on another machine \(processor .*here 'another processor'\)"):
         load_at_budget(checkpoint, min_quality=0.3)
 

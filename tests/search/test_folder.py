@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from modular_star_encoder.data.languages.registry import LANGUAGE_OF_SUFFIX
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.data.sources.source_files import LANGUAGE_OF_SUFFIX
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.search.folder import Hit, folder_functions, search_folder
 from tests.data.polyglot import NAMES, SOURCES

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import modular_star_encoder.synthconl.openai_backend  # noqa: F401  processes that are started often have it loaded
-from modular_star_encoder.data.sources.source_files import LANGUAGES
+from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.build import build_dataset
 from modular_star_encoder.synthconl.completions import LANGUAGE_NAMES, Completion

@@ -6,7 +6,7 @@ import signal
 
 import pyarrow as pa
 
-from modular_star_encoder.data.sources.source_files import LANGUAGES
+from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl.completions import Completion
 from modular_star_encoder.synthconl.translation import TranslationSettings
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
+from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import open_triplets
-from modular_star_encoder.data.sources.source_files import LANGUAGES
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.build import SPLITS, STAGES, build_dataset
 from modular_star_encoder.synthconl.completions import BackendError, target_language

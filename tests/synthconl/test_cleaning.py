@@ -1,6 +1,6 @@
 import pytest
 
-from modular_star_encoder.data.languages.syntax import syntax_error_share
+from modular_star_encoder.data.languages.parsing import syntax_error_share
 from modular_star_encoder.synthconl.cleaning import REASONS, clean_translation
 
 SOURCE = "def add(a, b):\n    return a + b"

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from modular_star_encoder.data.sources.source_files import LANGUAGES
+from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl.extraction import function_rows
 from modular_star_encoder.synthconl.recipe import FUNCTION_COLUMNS
 

@@ -113,9 +113,9 @@ def test_what_the_hub_refuses_is_one_sentence(built, hub, error, sentence):
 def test_what_is_no_dataset_is_refused(built, tmp_path):
     with pytest.raises(ValueError, match="holds no finished dataset"):
         push_dataset(tmp_path, "owner/name")
-    with pytest.raises(ValueError, match=r"'name' is no id of a repository such as owner/name"):
+    with pytest.raises(ValueError, match=r"'name' is not the id of a repository, such as owner/name"):
         push_dataset(built, "name")
-    with pytest.raises(ValueError, match=r"'a/b/c' is no id of a repository"):
+    with pytest.raises(ValueError, match=r"'a/b/c' is not the id of a repository"):
         push_dataset(built, "a/b/c")
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from modular_star_encoder.data.sources.source_files import LANGUAGES
+from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.completions import (
     LANGUAGE_NAMES,

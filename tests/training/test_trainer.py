@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from modular_star_encoder.data.in_context import InContextPairs, PaddingCollator
+from modular_star_encoder.data.collators import PaddingCollator
+from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective

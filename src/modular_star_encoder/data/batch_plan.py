@@ -1,9 +1,9 @@
-"""Which rows stand in which batch of fine-tuning: a function of (seed, step) alone.
+"""Which rows are in which batch of fine-tuning: a function of (seed, step) alone.
 
-Contrastive learning takes every other row of a batch for a wrong answer, so rows that say the same must not meet. Rows
+In contrastive learning every other row of a batch is a wrong answer, so rows with the same meaning must not meet. Rows
 that share a description or a code, directly or through others, form a *group*, and a batch takes at most one row of a
-group. A hard negative must not say what another row of the batch says, either. Resuming needs no state but the step,
-and each process takes its own slice of the batch.
+group. A hard negative must not mean the same as another row of the batch, either. Resuming needs no state but the
+step, and each process takes its own slice of the batch.
 """
 
 import hashlib
@@ -16,10 +16,11 @@ import numpy as np
 
 from modular_star_encoder.data.functions import code_key, description_key
 from modular_star_encoder.data.pairs import RetrievalExample
+from modular_star_encoder.utils.errors import UserError
 
 TEXT_TO_CODE, CODE_TO_CODE = "text → code", "code → code"
 
-# Streams of random numbers beside those of the two kinds of pairs.
+# Streams of random numbers besides those of the two kinds of pairs.
 _REPLACEMENTS, _NEGATIVES = 2, 3
 
 
@@ -31,10 +32,10 @@ class Draw(NamedTuple):
 
 
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
-    """Number the groups of rows that share a description or a code.
+    """The groups of rows that share a description or a code.
 
-    Descriptions are compared by their letters and digits in lower case, code without regard to white space. A group is
-    everything that is connected: if A shares a code with B and B its description with C, A and C are in one group.
+    Descriptions are compared by their letters and digits in lower case, code without white space. Groups are connected
+    components: if A shares a code with B and B its description with C, A and C are in one group.
 
     Returns:
         The group of each row, int64 (rows,), numbered from 0 in the order of their first rows.
@@ -57,18 +58,19 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """The group, int64 (rows,), of the rows whose code is the hard negative of each row; -1 where it is no row's.
+    """The group, int64 (rows,), of the rows whose code is the hard negative of each row; -1 where no row has that code.
 
-    `None` if there is a row without a negative.
+    None if there is a row without a negative.
     """
-    if not texts or any(text.negative is None for text in texts):
+    negatives = [text.negative for text in texts if text.negative is not None]
+    if not texts or len(negatives) < len(texts):
         return None
     group_of = {
         _digest(code_key(snippet.code)): group
         for text, group in zip(texts, groups.tolist(), strict=True)
         for snippet in text.snippets
     }
-    return np.array([group_of.get(_digest(code_key(text.negative.code)), -1) for text in texts], dtype=np.int64)
+    return np.array([group_of.get(_digest(code_key(one.code)), -1) for one in negatives], dtype=np.int64)
 
 
 def _digest(key: str) -> bytes:
@@ -106,18 +108,18 @@ class PairGroups:
 
     @property
     def largest_batch(self) -> int:
-        """The most pairs that a batch can have, whatever is drawn first."""
+        """The most pairs that a batch can have, whichever rows are drawn first."""
         if len(self.numbers) < 2:
-            return min(sum(self.counts.values()), self.most_beside_a_negative)
-        # Each half may have as many as its kind has groups, and the second must find as many beside the first.
+            return min(sum(self.counts.values()), self.most_groups_with_negative)
+        # Each half may have as many as its kind has groups, and the second must find as many next to the first.
         code, text = self.numbers[CODE_TO_CODE], self.numbers[TEXT_TO_CODE]
         common = len(np.intersect1d(code, text))
-        beside = max(min(len(code) // 2, common), len(code) - common)
-        return 2 * min(len(text), len(code), beside, self.most_beside_a_negative // 2)
+        apart = max(min(len(code) // 2, common), len(code) - common)
+        return 2 * min(len(text), len(code), apart, self.most_groups_with_negative // 2)
 
     @property
-    def most_beside_a_negative(self) -> int:
-        """The most groups that a batch can have, if there is always to be a hard negative outside them."""
+    def most_groups_with_negative(self) -> int:
+        """The most groups that a batch can have while there is always a hard negative outside them."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1
@@ -127,35 +129,36 @@ class BatchPlan:
     """The rows of every batch.
 
     Where the data gives both kinds of pairs, even places of a batch are text → code and odd ones code → code; otherwise
-    all are of the one kind there is. The groups of a kind are taken in a random order, a new one in each epoch; what is
-    left at the end of an epoch and fills no batch is left out. When it is a group's turn, another of its rows is taken
-    in each epoch. A code → code pair whose group already stands in the batch with its description is replaced by
-    another one, drawn at random; and so is a hard negative that says what a row of the batch says.
+    all are of one kind. The groups of a kind are taken in a random order, a new one in each epoch; groups at the end of
+    an epoch that fill no batch are left out. Each epoch takes another row of a group. A code → code pair whose group is
+    already in the batch with its description is replaced by another one, drawn at random; and so is a hard negative
+    that means the same as a row of the batch.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
         """Nothing is drawn yet.
 
         Args:
-            groups: Who may meet whom.
+            groups: Which rows may be in one batch.
             batch_size: Pairs of one batch, of all processes together; even, if there are both kinds.
             seed: Any integer from 0.
 
         Raises:
-            ValueError: If the batch size is odd or below 2, or larger than what the groups allow.
+            UserError: `data.batch_size` if the batch size is odd or below 2, or larger than the groups allow.
         """
         self.batch_size, self.seed = batch_size, seed
         self._numbers, self._rows, self._counts = groups.numbers, groups.rows, groups.counts
         self._of_rows, self._negatives = groups.of_rows, groups.negatives
         self._kinds = tuple(groups.numbers)
-        largest, beside = groups.largest_batch, groups.most_beside_a_negative
+        largest, outside = groups.largest_batch, groups.most_groups_with_negative
         if batch_size > largest or batch_size < 2 or batch_size % len(self._kinds):
             listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in self._counts.items())
-            raise ValueError(
+            raise UserError(
+                "data.batch_size",
                 f"A batch must have from 2 to {largest} pairs{', an even number' if len(self._kinds) > 1 else ''}, not "
                 f"{batch_size}: there are {listed or 'no pairs'} without common texts"
-                + (f", and hard negatives of {beside + 1} of them" if beside < batch_size else "")
-                + "."
+                + (f", and hard negatives of {outside + 1} of them" if outside < batch_size else "")
+                + ".",
             )
         self._latest: tuple[int, list[Draw]] = (-1, [])
         self._latest_negatives: tuple[int, list[int]] = (-1, [])
@@ -168,7 +171,7 @@ class BatchPlan:
         return self._latest[1]
 
     def negatives(self, step: int) -> list[int] | None:
-        """The row whose hard negative stands at each place of the batch; `None` if rows have none."""
+        """The row whose hard negative is at each place of the batch; None if rows have none."""
         if self._negatives is None:
             return None
         if self._latest_negatives[0] != step:
@@ -180,7 +183,7 @@ class BatchPlan:
         used = set(self._of_rows[rows].tolist())
         generator = np.random.default_rng((self.seed, _NEGATIVES, step))
         for place, row in enumerate(rows):
-            # `PairGroups.largest_batch` sees to it that there is one.
+            # `PairGroups.largest_batch` guarantees that there is one.
             while int(groups[row]) in used:
                 row = generator.integers(len(groups))
             rows[place] = row
@@ -212,7 +215,7 @@ class BatchPlan:
         return self._orders[kind][1]
 
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
-        """The same places of code → code groups, others in place of those whose group is taken."""
+        """The places of code → code groups, with others in place of those whose group is taken."""
         numbers = self._numbers[CODE_TO_CODE]
         meets = np.flatnonzero(np.isin(numbers[places], taken))
         if not len(meets):
@@ -220,7 +223,7 @@ class BatchPlan:
         used = set(taken.tolist()).union(numbers[places].tolist())
         generator, places = np.random.default_rng((self.seed, _REPLACEMENTS, step)), places.copy()
         for index in meets:
-            # `PairGroups.largest_batch` sees to it that there is one.
+            # `PairGroups.largest_batch` guarantees that there is one.
             while int(numbers[place := generator.integers(len(numbers))]) in used:
                 pass
             places[index] = place

@@ -8,39 +8,41 @@ Source of the rules: Husain et al., "CodeSearchNet Challenge", 2019 (arXiv 1909.
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from operator import length_hint
 from typing import Self
 
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.function_finder import find_functions
-from modular_star_encoder.data.languages.grammars import SUPPORTED_LANGUAGES, UnparsableSourceError, is_cpp_header
+from modular_star_encoder.data.languages.parsing import UnparsableSourceError
+from modular_star_encoder.data.languages.registry import LANGUAGES, language_entry, language_of_text
 from modular_star_encoder.data.sources.source_files import SourceFile, SourceReader
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentedFunction:
-    """A function and what its author says about it.
+    """A function and its author's description.
 
     Attributes:
         repository: Name of its repository.
         path: Path of its file, with forward slashes.
-        line: 1-based line of the file at which the function begins: that of its first decorator, if it has any; 0 if
-            its origin does not tell.
+        line: 1-based line of the file at which the function, with its decorators, begins; 0 if unknown.
         language: Lower-case name of the programming language.
         name: Dotted name inside the file, such as `"Stack.push"`.
         description: First paragraph of the documentation, in one line; empty for the undocumented that a search keeps.
-        code: Decorators, signature and body, dedented, with `\\n` line ends and without documentation: docstrings are
-            taken out, and comments stand before a function, not in it.
-        source: The whole function as its file has it, docstrings, line ends and indentation included; comments before
-            it are no part of it. SynthCoNL's column `func1_CSN` is this text.
-        start_byte: Its first byte in the UTF-8 encoding of the file's text; None if its origin does not tell.
+        code: Decorators, signature and body, dedented, with `\\n` line ends, without docstrings and the comments before
+            it.
+        source: The whole function as in its file, with docstrings, line ends and indentation, without the comments
+            before it. SynthCoNL's column `func1_CSN` is this text.
+        start_byte: Its first byte in the UTF-8 encoding of the file's text; None if unknown.
         end_byte: The byte after its last: `text.encode()[start_byte:end_byte].decode() == source`.
-        license: What the origin of the file says of its licence, if it says anything.
+        license: The licence according to the origin of the file, if any.
     """
 
     repository: str
@@ -57,7 +59,7 @@ class DocumentedFunction:
 
 
 def function_id(function: DocumentedFunction) -> str:
-    """Return an identifier of `function`: 32 hexadecimal digits, the same on every machine and in every run.
+    """An identifier of `function`: 32 hexadecimal digits, the same on every machine and in every run.
 
     It is the beginning of the SHA-256 of the repository, the path, the language, the place (line and first byte) and
     the source: a function that moves or changes becomes another one. Its name, description and licence do not count.
@@ -71,38 +73,18 @@ def function_id(function: DocumentedFunction) -> str:
 
 
 def code_key(code: str) -> str:
-    """Return `code` with every run of white space made one space: equal for functions that differ in layout only."""
+    """`code` with one space for every run of white space: equal for functions that differ in layout only."""
     return " ".join(code.split())
 
 
 def description_key(description: str) -> str:
-    """Return the lower-cased letters and digits of `description`: equal for near-identical descriptions."""
+    """The lower-cased letters and digits of `description`: equal for near-identical descriptions."""
     return "".join(filter(str.isalnum, description.lower()))
 
 
 MIN_DESCRIPTION_WORDS = 3
 MAX_DESCRIPTION_WORDS = 256
 MIN_CODE_LINES = 3
-
-_CONSTRUCTORS = {
-    "python": {"__init__", "__new__", "__del__"},
-    "javascript": {"constructor"},
-    "php": {"__construct", "__destruct"},
-    "ruby": {"initialize", "initialize_copy"},
-}
-_NAMED_LIKE_THEIR_CLASS = {"java", "cpp"}
-_SPECIAL_METHODS = {
-    "java": {"toString", "hashCode", "equals", "clone", "finalize", "notify", "notifyAll"},
-    "go": {"String", "GoString", "Error", "init", "main"},
-    "php": {
-        *("__call", "__callStatic", "__get", "__set", "__isset", "__unset", "__sleep", "__wakeup", "__serialize"),
-        *("__unserialize", "__toString", "__invoke", "__set_state", "__clone", "__debugInfo"),
-    },
-    "javascript": {"toString", "toLocaleString", "valueOf"},
-    "ruby": {"to_s", "to_str", "to_text", "inspect", "display", "dup", "clone", "hash", "eql?", "equal?", "between?"},
-    "c": {"main"},
-    "cpp": {"main"},
-}
 
 
 def is_well_described(function: DocumentedFunction) -> bool:
@@ -124,22 +106,16 @@ def is_long_enough(function: DocumentedFunction) -> bool:
 
 def is_no_constructor(function: DocumentedFunction) -> bool:
     """Whether the function does not construct or destroy an object."""
+    entry = language_entry(function.language)
     outer, _, name = function.name.rpartition(".")
-    if name in _CONSTRUCTORS.get(function.language, ()):
-        return False
-    return function.language not in _NAMED_LIKE_THEIR_CLASS or name.lstrip("~") != outer.rpartition(".")[2]
+    named_like_class = entry.constructors_named_like_class and name.lstrip("~") == outer.rpartition(".")[2]
+    return name not in entry.constructors and not named_like_class
 
 
 def is_no_special_method(function: DocumentedFunction) -> bool:
-    """Whether the name is none that the language itself gives a meaning: `__str__`, `toString`, `==`, `main`."""
-    name = _own_name(function)
-    if function.language == "python" and name.startswith("__") and name.endswith("__"):
-        return False
-    if function.language == "cpp" and name.startswith("operator") and not name[8:9].isidentifier():
-        return False
-    if function.language == "ruby" and not any(map(str.isalnum, name)):
-        return False
-    return name not in _SPECIAL_METHODS.get(function.language, ())
+    """Whether the language gives no meaning to the name, as to `__str__`, `toString`, `==`, `main`."""
+    entry, name = language_entry(function.language), _own_name(function)
+    return name not in entry.special_methods and not re.fullmatch(entry.special_method, name, re.DOTALL)
 
 
 def is_no_test(function: DocumentedFunction) -> bool:
@@ -159,21 +135,8 @@ FILTERS: dict[str, Callable[[DocumentedFunction], bool]] = {
     "special method": is_no_special_method,
     "name contains test": is_no_test,
 }
-"""In the order in which they are applied: what is dropped, and the test that keeps the rest."""
+"""In the order of application: the reason to drop a function, and the test that it fails."""
 
-
-__all__ = [
-    "FILTERS",
-    "SUPPORTED_LANGUAGES",
-    "DocumentedFunction",
-    "FunctionCollection",
-    "code_key",
-    "collect_functions",
-    "description_key",
-    "extract_functions",
-    "filtered_functions",
-    "function_id",
-]
 
 _FILES_PER_CHUNK = 64
 
@@ -191,46 +154,28 @@ class FunctionCollection:
 def extract_functions(
     file: SourceFile, counts: Counter[str] | None = None, documented_only: bool = True
 ) -> list[DocumentedFunction]:
-    """Return the documented functions of `file`, in the order of the text, methods and nested functions included.
+    """The documented functions of `file`, in the order of the text, methods and nested functions included.
 
-    No filter is applied, but functions without a body, or with nothing but a docstring in it, are left out, and so are
-    those with a syntax error. A file that does not parse yields no function. A `.h` that is read as C and
-    is C++ yields functions in C++.
+    No filter is applied, but functions without a body, with only a docstring in it, or with a syntax error are left
+    out. A file that does not parse yields no function. A `.h` that was read as C and is C++ yields functions in C++.
 
     Args:
         file: The source file.
-        counts: When given, it counts `"files that do not parse"` (no text, far too hard to parse, or a syntax error and
-            no function without one), `"files with a syntax error"` of which some functions were read, and what
-            `find_functions` counts.
-        documented_only: Whether to leave out functions without a description; if kept, it is empty.
+        counts: When given, `"files that do not parse"` and the counts of `find_functions` are added to it.
+        documented_only: Whether to leave out functions without a description.
 
     Raises:
-        ValueError: If the language of the file is not one of `SUPPORTED_LANGUAGES`.
+        UserError: `data.language.unknown` if the language of the file is not one of `LANGUAGES`.
     """
-    is_cpp = file.language == "c" and file.path.endswith(".h") and is_cpp_header(file.text)
-    language = "cpp" if is_cpp else file.language
+    language = language_of_text(file.language, file.path, file.text)
     try:
         found = find_functions(file.text, language, documented_only=documented_only, counts=counts)
     except UnparsableSourceError:
         if counts is not None:
             counts["files that do not parse"] += 1
         return []
-    return [
-        DocumentedFunction(
-            repository=file.repository,
-            path=file.path,
-            line=one.line,
-            language=language,
-            name=one.name,
-            description=one.description,
-            code=one.code,
-            source=one.source,
-            start_byte=one.start_byte,
-            end_byte=one.end_byte,
-            license=file.license,
-        )
-        for one in found
-    ]
+    origin = partial(DocumentedFunction, repository=file.repository, path=file.path, language=language)
+    return [origin(license=file.license, **asdict(one)) for one in found]
 
 
 def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress: bool = True) -> FunctionCollection:
@@ -244,9 +189,8 @@ def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress:
         progress: Whether to show a progress bar.
 
     Returns:
-        The functions, in the order of `files`, and counts: `"files"`, `"documented functions"`, one count for each
-        reason to drop a function, those of `extract_functions`, and `"functions kept"`. With several processes, a file
-        that kills its process is counted as `"files that crash the parser"`.
+        The functions, in the order of `files`, and counts: `"files"`, `"documented functions"`, one for each reason to
+        drop a function, those of `extract_functions`, `"functions kept"`, and `"files that crash the parser"`.
     """
     counts: Counter[str] = Counter()
     kept: list[DocumentedFunction] = []
@@ -270,9 +214,9 @@ def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress:
 def filtered_functions(
     files: Iterable[SourceFile], processes: int = 2
 ) -> Iterator[tuple[list[DocumentedFunction], Counter[str]]]:
-    """Yield the documented functions that pass `FILTERS`, and counts, of some files after the others, in order.
+    """Yield the documented functions that pass `FILTERS`, and counts, for some files at a time, in order.
 
-    For corpora whose functions do not fit into memory; `collect_functions` says more. Equal functions are not dropped.
+    As `collect_functions`, for corpora whose functions do not fit into memory; equal functions are not dropped.
     """
     yield from crash_safe_map(_extract_chunk, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
 
@@ -281,7 +225,7 @@ def _extract_chunk(files: list[SourceFile]) -> _Chunk:
     counts: Counter[str] = Counter(files=len(files))
     kept: list[DocumentedFunction] = []
     for file in files:
-        if file.language not in SUPPORTED_LANGUAGES:
+        if file.language not in LANGUAGES:
             counts["files in an unsupported language"] += 1
             continue
         for function in extract_functions(file, counts):
@@ -298,7 +242,6 @@ def _crashed(_: SourceFile) -> _Chunk:
     return [], Counter({"files": 1, "files that crash the parser": 1})
 
 
-_SNIPPET_FILES_PER_CHUNK = 64
 _PROCESSES = 2
 
 _SnippetChunk = tuple[list[SourceFile], Counter[str]]
@@ -307,14 +250,18 @@ _SnippetChunk = tuple[list[SourceFile], Counter[str]]
 class FunctionFiles(SourceReader):
     """Yields every function of a reader's files, documented or not, as a file whose path ends in `#L{line}`.
 
-    A function inside another one is part of that and no text of its own. Units are those of the reader. `skipped`
-    counts the files that the reader leaves out, those that do not parse, and those that kill the parser.
+    A function inside another one belongs to that one. Units are those of the reader. `skipped` counts the files that
+    the reader leaves out, those that do not parse, and those that crash the parser.
     """
 
     def __init__(self, files: SourceReader) -> None:
         super().__init__()
         self._files = files
-        self.repositories = files.repositories
+
+    @property
+    def repositories(self) -> tuple[str, ...] | None:
+        """Those of the files' reader."""
+        return self._files.repositories
 
     def skip(self, units: int) -> Self:
         """See `SourceReader`."""
@@ -329,7 +276,7 @@ class FunctionFiles(SourceReader):
             _functions,
             self._files,
             processes=_PROCESSES,
-            chunk_size=_SNIPPET_FILES_PER_CHUNK,
+            chunk_size=_FILES_PER_CHUNK,
             crashed=_crashed_snippets,
         )
         for functions, counts in chunks:
@@ -342,14 +289,14 @@ def _functions(files: list[SourceFile]) -> _SnippetChunk:
     found: list[SourceFile] = []
     skipped: Counter[str] = Counter()
     for file in files:
-        if file.language not in SUPPORTED_LANGUAGES:
+        if file.language not in LANGUAGES:
             skipped["unsupported language"] += 1
             continue
         counts: Counter[str] = Counter()
         end = 0
         for one in extract_functions(file, counts, documented_only=False):
-            if one.start_byte >= end:
-                end = one.end_byte
+            if (one.start_byte or 0) >= end:
+                end = one.end_byte or 0
                 path = f"{one.path}#L{one.line}"
                 found.append(SourceFile(one.repository, path, one.language, one.source, one.license))
         skipped["does not parse"] += counts["files that do not parse"]

@@ -1,51 +1,49 @@
 """Rows of in-context pre-training: two snippets, are they from the same repository? Some tokens are masked.
 
-Source: the MoSE paper (arXiv 2503.03008): label 1 means "same repository". 15 % masked, 80/10/10, as in BERT. How the
-two snippets are drawn, and why nothing but their relation tells the label, is told in `pair_sampler.py`.
+Source: the MoSE paper (arXiv 2503.03008): label 1 means "same repository"; 15 % of the tokens are masked, 80/10/10, as
+in BERT.
+
+Two snippets of one repository share their language more often than two of different ones, and their lengths are alike:
+a classifier could read the label off these. The law by which the two are drawn makes *languages and lengths independent
+of the label*, and each snippet alone too:
+
+1. **A cell.** A repository C is drawn in proportion to the square root of its number of texts (a compromise between
+   every text and every repository being seen equally often), and two different texts of it. Of these only the two
+   languages (l₁, l₂) and the two lengths (t₁, t₂), in tokens and at most the room of a row, are kept. The law of cells
+   is symmetric, and languages go together as they do in repositories.
+2. **Two repositories.** A ≠ B are drawn by the same weights among those that have, for this cell, two different texts:
+   one of language l₁ with t₁ tokens or more and one of language l₂ with t₂ or more; where no two are found, among those
+   that have two different texts of these languages; and if that fails too, another cell is drawn.
+3. **Two texts of each**, (a₁, a₂) of A and (b₁, b₂) of B, by one law: different ones, each among the texts of its
+   language whose length differs from t by a tenth at most (where these are fewer than 4, among the 4 nearest in order
+   of length; all that fill the room count as equally long).
+4. **Windows**: the first has n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|), unless they exceed the room.
+   Then each may take half of it, and what one leaves is the other's. They are cut anywhere in their texts.
+5. **The label**, a fair coin: same repository → (a₁, a₂), different ones → (a₁, b₂).
+
+The label comes last, so (l₁, l₂, n₁, n₂) has one law under both. A and B are exchangeable, and stay so when cell and
+lengths are given, since these are symmetric in them: a₂ and b₂ have one law, and the second snippet alone gives
+nothing away. Neither does the first, which is a₁ in any case.
+
+The cost is length: of two texts the shorter counts. From texts of 630 tokens on average (log-normal with σ = 1, cut at
+2,048) rows of at most 2,048 have about 1,120 tokens on average, and one in seven is full. The paper reports about 1,300
+from 630, and one in five; two texts of 630 tokens have 1,263 with the special tokens, before any cut.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.pair_sampler import MIN_SNIPPET_TOKENS, PairSampler
+from modular_star_encoder.data.collators import IGNORED_LABEL
 from modular_star_encoder.data.token_store import TokenCorpus, corpus_of_texts
-from modular_star_encoder.data.tokenizer import ContentEncoder, special_token_ids
+from modular_star_encoder.data.tokenizer import ContentEncoder, check_special_tokens, special_token_ids
+from modular_star_encoder.utils.errors import UserError
 
-
-def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str, multiple_of: int = 1) -> torch.Tensor:
-    """Return the rows as an int64 tensor of shape (rows, length of the longest, rounded up), filled with `value`.
-
-    Args:
-        rows: Tensors of shape (tokens,), at least one.
-        value: What fills the rest.
-        side: `"left"` or `"right"`: where the filling goes.
-        multiple_of: The length is rounded up to a multiple of this number.
-    """
-    longest = max(len(row) for row in rows)
-    length = -(-longest // multiple_of) * multiple_of
-    padded = torch.full((len(rows), length), value, dtype=torch.int64)
-    for target, row in zip(padded, rows, strict=True):
-        span = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        target[span] = row
-    return padded
-
-
-def pad_inputs(
-    rows: Sequence[torch.Tensor], pad_token_id: int, side: str, multiple_of: int = 1
-) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `attention_mask`, both int64 of shape (rows, length)."""
-    return {
-        "input_ids": pad_rows(rows, pad_token_id, side, multiple_of),
-        "attention_mask": pad_rows([torch.ones_like(row) for row in rows], 0, side, multiple_of),
-    }
-
-
-IGNORED_LABEL = -100
+MIN_SNIPPET_TOKENS = 16
 MIN_ROW_TOKENS = 3 + 2 * MIN_SNIPPET_TOKENS
 
 _MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1
@@ -60,7 +58,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
     - `labels`, int64 (T,): the original ids of the masked positions (one at least), −100 elsewhere;
     - `icc_label`, int64 scalar: 1 if both snippets are from one repository, otherwise 0, with equal chances.
 
-    A snippet is a window of one text; the two are always of different texts. See `pair_sampler.py` for the law.
+    A snippet is a window of one text; the two are always of different texts, drawn by the law above.
 
     Attributes:
         repositories: Names of the repositories in use: those with two texts of at least 16 tokens, in languages that
@@ -92,20 +90,25 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             progress: Whether to show a progress bar while tokenizing.
 
         Raises:
-            ValueError: If an argument is out of range, the tokenizer lacks one of these tokens or did not make the
-                corpus, or fewer than two repositories have two texts of one language and at least 16 tokens.
+            UserError: `data.in_context.arguments` if an argument is out of range; `data.tokenizer.token_missing` if the
+                tokenizer lacks one of these tokens; `data.in_context.other_tokenizer` if it did not make the corpus;
+                `data.in_context.too_few_repositories` if fewer than two repositories have two texts of one language
+                and at least 16 tokens.
         """
-        if length < 1 or seed < 0 or not 0 < mlm_probability < 1:
-            raise ValueError("length must be at least 1, seed at least 0, and mlm_probability between 0 and 1.")
-        if max_tokens < MIN_ROW_TOKENS:
-            raise ValueError(
-                f"max_tokens must be at least {MIN_ROW_TOKENS}: 3 special tokens and two snippets of "
-                f"{MIN_SNIPPET_TOKENS}; not {max_tokens}."
+        if length < 1 or seed < 0 or not 0 < mlm_probability < 1 or max_tokens < MIN_ROW_TOKENS:
+            raise UserError(
+                "data.in_context.arguments",
+                "length must be at least 1, seed at least 0, mlm_probability between 0 and 1, and max_tokens at least "
+                f"{MIN_ROW_TOKENS} (3 special tokens and two snippets of {MIN_SNIPPET_TOKENS}); not {length}, {seed}, "
+                f"{mlm_probability} and {max_tokens}.",
             )
         check_special_tokens(tokenizer)
         corpus = texts if isinstance(texts, TokenCorpus) else corpus_of_texts(texts, tokenizer, progress=progress)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
-            raise ValueError("The corpus was made with another tokenizer; pass the one that made it.")
+            raise UserError(
+                "data.in_context.other_tokenizer",
+                "The corpus was made with another tokenizer; pass that one.",
+            )
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)
@@ -157,94 +160,230 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         return labels
 
 
-def check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Refuse a tokenizer that rows can't be framed and masked with.
+_BAND = 1.1
+_MIN_CANDIDATES = 4
+_MAX_PROPOSALS = 64
+_MAX_CELLS = 10_000
 
-    Raises:
-        ValueError: If it lacks `<sep>`, `<cls>` or `<mask>`.
+
+class Window(NamedTuple):
+    """A window: tokens `start` to `start + length` of row `row`."""
+
+    row: int
+    start: int
+    length: int
+
+
+class WindowPair(NamedTuple):
+    """Two snippets of different texts, and whether these are of one repository."""
+
+    first: Window
+    second: Window
+    same_repository: bool
+
+
+class _Cell(NamedTuple):
+    first_language: int
+    first_length: int
+    second_language: int
+    second_length: int
+
+
+class _Proposals(NamedTuple):
+    """The repositories of one language, those with the longest texts first."""
+
+    groups: np.ndarray
+    negative_longest: np.ndarray
+    cumulative_weights: np.ndarray
+
+
+class PairSampler:
+    """Draws pairs by the law above. One draw takes about a tenth of a millisecond, whatever the corpus.
+
+    In use are texts of at least 16 tokens, in repositories with two of them and languages of two repositories. Memory:
+    about 20 bytes per text.
+
+    Attributes:
+        repositories: Indices (of `corpus.repository_names`) of the repositories in use, sorted.
+        dropped_texts: Number of texts that are not.
     """
-    if None in (tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id):
-        raise ValueError("The tokenizer must define sep_token, cls_token and mask_token.")
 
-
-class PaddingCollator:
-    """Pads rows of `InContextPairs` on the tokenizer's side.
-
-    Returns, for B rows of at most T tokens, int64 tensors: `input_ids`, `attention_mask` and `labels` (−100 on padding)
-    of shape (B, T), and `icc_labels` of shape (B,).
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, pad_to_multiple_of: int = 1) -> None:
-        if tokenizer.pad_token_id is None:
-            raise ValueError("The tokenizer must define pad_token.")
-        self._pad_token_id: int = tokenizer.pad_token_id
-        self._side: str = tokenizer.padding_side
-        self._multiple_of = pad_to_multiple_of
-
-    def __call__(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        inputs = pad_inputs([row["input_ids"] for row in rows], self._pad_token_id, self._side, self._multiple_of)
-        labels = pad_rows([row["labels"] for row in rows], IGNORED_LABEL, self._side, self._multiple_of)
-        return inputs | {"labels": labels, "icc_labels": torch.stack([row["icc_label"] for row in rows])}
-
-
-class PackingCollator:
-    """Lays rows of `InContextPairs` one after the other; drop-in for `PaddingCollator`.
-
-    Returns, for P rows of N tokens together, what `ModularStarEncoderForPreTraining` takes on every attention backend:
-
-    - `input_ids`, `position_ids` (from 0 in every row) and `labels`, int64 (1, N);
-    - `cu_seq_lens_q`, `cu_seq_lens_k`: the one tensor of the rows' bounds, int32 (P + 1,);
-    - `max_length_q`, `max_length_k`: the number of tokens of the longest row, plain integers, since flash attention
-      wants them on the CPU;
-    - `icc_labels`, int64 (P,).
-
-    Losses are those of the padded batch. Such a batch cannot be sliced or concatenated along its first dimension: train
-    without accelerate's `split_batches` and `dispatch_batches`, and on one device per process.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int | None = None) -> None:
-        """Set the limit.
+    def __init__(self, corpus: TokenCorpus, room: int) -> None:
+        """Sort the texts by repository, language and length.
 
         Args:
-            tokenizer: That of the rows, which must end with its `<cls>`: an unfinished row would change unnoticed what
-                the classifier of its neighbours is read from.
-            max_tokens: Largest N, to bound the memory of a step. Batch size × tokens per row keeps it for certain.
+            corpus: Where to draw from.
+            room: Largest number of tokens of both snippets together, at least 32.
 
         Raises:
-            ValueError: If the tokenizer lacks `<cls>` or `max_tokens` is below 1.
+            UserError: `data.in_context.too_few_repositories` if there is no language in which two repositories have two
+                texts of at least 16 tokens.
         """
-        if tokenizer.cls_token_id is None:
-            raise ValueError("The tokenizer must define cls_token.")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {max_tokens}.")
-        self._cls: int = tokenizer.cls_token_id
-        self._max_tokens = max_tokens
+        self.room = room
+        numbers = corpus.row_numbers
+        lengths = corpus.rows.bounds[numbers + 1] - corpus.rows.bounds[numbers]
+        repository, language = corpus.repository_of[numbers], corpus.language_of[numbers]
+        _check(repository, language, lengths, len(corpus.language_names))
+        used = _usable(repository, language, lengths)
+        self.dropped_texts = len(numbers) - len(used)
+        order = used[np.lexsort((lengths[used], language[used], repository[used]))]
+        self._rows = numbers[order]
+        self._lengths = np.minimum(lengths[order], np.iinfo(np.int32).max).astype(np.int32)
+        self.repositories, repository = np.unique(repository[order], return_inverse=True)
+        language = language[order]
+        # A group: the texts of one repository and one language, the shortest first.
+        new = (np.diff(repository) != 0) | (np.diff(language) != 0)
+        self._group_bounds = np.concatenate([[0], np.flatnonzero(new) + 1, [len(order)]])
+        starts, ends = self._group_bounds[:-1], self._group_bounds[1:]
+        self._group_repository, self._group_language = repository[starts], language[starts]
+        self._languages = len(corpus.language_names)
+        self._group_keys = self._group_repository.astype(np.int64) * self._languages + self._group_language
+        self._longest = self._lengths[ends - 1]
+        self._second_longest = np.where(ends - starts > 1, self._lengths[np.maximum(ends - 2, 0)], 0)
+        self._repository_bounds = np.searchsorted(repository, np.arange(len(self.repositories) + 1))
+        weights = np.sqrt(np.diff(self._repository_bounds))
+        self._cumulative_weights = np.cumsum(weights)
+        self._proposals = {int(one): self._of_language(one, weights) for one in np.unique(language)}
 
-    def __call__(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
-        """Pack the rows.
+    def _of_language(self, language: int, weights: np.ndarray) -> _Proposals:
+        groups = np.flatnonzero(self._group_language == language)
+        groups = groups[np.argsort(-self._longest[groups], kind="stable")]
+        return _Proposals(groups, -self._longest[groups], np.cumsum(weights[self._group_repository[groups]]))
+
+    def draw(self, rng: np.random.Generator) -> WindowPair:
+        """Draw one pair.
 
         Raises:
-            ValueError: If they have more than `max_tokens` tokens together, or one does not end with `<cls>`.
+            RuntimeError: If ten thousand cells in a row fit no two repositories: nearly all texts are then in languages
+                that no two repositories share.
         """
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        total, longest = int(bounds[-1]), int(lengths.max())
-        if self._max_tokens is not None and total > self._max_tokens:
-            raise ValueError(
-                f"{len(rows)} rows have {total} tokens together, above max_tokens={self._max_tokens}; "
-                "use smaller batches or a larger limit."
-            )
-        input_ids = torch.cat([row["input_ids"] for row in rows])
-        if (input_ids[bounds[1:] - 1] != self._cls).any():
-            raise ValueError("Every row must end with <cls>, as those of InContextPairs do.")
-        marks = bounds.to(torch.int32)
-        return {
-            "input_ids": input_ids[None],
-            "position_ids": (torch.arange(total) - bounds[:-1].repeat_interleave(lengths))[None],
-            "labels": torch.cat([row["labels"] for row in rows])[None],
-            "cu_seq_lens_q": marks,
-            "cu_seq_lens_k": marks,
-            "max_length_q": longest,
-            "max_length_k": longest,
-            "icc_labels": torch.stack([row["icc_label"] for row in rows]),
-        }
+        for _ in range(_MAX_CELLS):
+            cell = self._draw_cell(rng)
+            any_length = cell._replace(first_length=0, second_length=0)
+            repositories = self._draw_repositories(rng, cell) or self._draw_repositories(rng, any_length)
+            if repositories is not None:
+                break
+        else:
+            raise RuntimeError("Hardly any two repositories share a language; leave out the rare languages.")
+        first, partner = self._draw_texts(rng, repositories[0], cell)
+        first_alternative, stranger = self._draw_texts(rng, repositories[1], cell)
+        longest_first = int(min(self._lengths[first], self._lengths[first_alternative]))
+        longest_second = int(min(self._lengths[partner], self._lengths[stranger]))
+        first_length = min(longest_first, self.room - min(longest_second, self.room // 2))
+        second_length = min(longest_second, self.room - first_length)
+        same = rng.random() < 0.5
+        second = partner if same else stranger
+        return WindowPair(self._window(rng, first, first_length), self._window(rng, second, second_length), same)
+
+    def _draw_cell(self, rng: np.random.Generator) -> _Cell:
+        repository = _weighted(rng, self._cumulative_weights)
+        start, end = self._repository_bounds[repository : repository + 2].tolist()
+        first, second = rng.integers(start, end), rng.integers(start, end - 1)
+        second += second >= first
+        return _Cell(*self._language_and_length(first), *self._language_and_length(second))
+
+    def _language_and_length(self, text: int) -> tuple[int, int]:
+        group = np.searchsorted(self._group_bounds, text, side="right") - 1
+        return int(self._group_language[group]), min(int(self._lengths[text]), self.room)
+
+    def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
+        """Return A and B, or `None` where a limited number of proposals does not hold two."""
+        # The side with the fewer repositories proposes, the other is looked up.
+        if cell.first_language == cell.second_language:
+            proposing = cell.first_language
+            length, other_length = sorted((cell.first_length, cell.second_length), reverse=True)
+            proposed = self._count(proposing, length)
+        else:
+            sides = [(self._count(cell[i], cell[i + 1]), i) for i in (0, 2)]
+            proposed, i = min(sides)
+            proposing, other, other_length = cell[i], cell[2 - i], cell[3 - i]
+        if proposed < 2:
+            return None
+        table = self._proposals[proposing]
+        cumulative = table.cumulative_weights[:proposed]
+        found: list[int] = []
+        for _ in range(_MAX_PROPOSALS):
+            group = int(table.groups[_weighted(rng, cumulative)])
+            repository = int(self._group_repository[group])
+            if cell.first_language == cell.second_language:
+                fits = self._second_longest[group] >= max(other_length, 1)
+            else:
+                other_group = self._group(repository, other)
+                fits = other_group is not None and self._longest[other_group] >= other_length
+            if fits:
+                found.append(repository)
+            if len(found) == 2:
+                if found[0] != found[1]:
+                    return found[0], found[1]
+                found = []  # draw both again: keeping the first would give the two different laws
+        return None
+
+    def _count(self, language: int, length: int) -> int:
+        """How many repositories have a text of this language with this number of tokens or more."""
+        return int(np.searchsorted(self._proposals[language].negative_longest, -length, side="right"))
+
+    def _group(self, repository: int, language: int) -> int | None:
+        key = repository * self._languages + language
+        group = int(np.searchsorted(self._group_keys, key))
+        return group if group < len(self._group_keys) and self._group_keys[group] == key else None
+
+    def _draw_texts(self, rng: np.random.Generator, repository: int, cell: _Cell) -> tuple[int, int]:
+        first = self._candidates(repository, cell.first_language, cell.first_length)
+        second = self._candidates(repository, cell.second_language, cell.second_length)
+        while True:
+            texts = int(rng.integers(*first)), int(rng.integers(*second))
+            if texts[0] != texts[1]:
+                return texts
+
+    def _candidates(self, repository: int, language: int, length: int) -> tuple[int, int]:
+        """Return the bounds of the texts to draw one from."""
+        group = self._group(repository, language)
+        assert group is not None, "a repository is drawn only if it has texts of the language"
+        start, end = self._group_bounds[group : group + 2].tolist()
+        lengths = self._lengths[start:end]
+        full = length == self.room
+        low, nearest = np.searchsorted(lengths, (length if full else length / _BAND, length)).tolist()
+        high = end - start if full else int(np.searchsorted(lengths, length * _BAND, side="right"))
+        if high - low < _MIN_CANDIDATES:
+            low = max(min(low, nearest - _MIN_CANDIDATES // 2, end - start - _MIN_CANDIDATES), 0)
+            high = max(high, min(low + _MIN_CANDIDATES, end - start))
+        return start + low, start + high
+
+    def _window(self, rng: np.random.Generator, text: int, length: int) -> Window:
+        start = int(rng.integers(int(self._lengths[text]) - length + 1))
+        return Window(int(self._rows[text]), start, length)
+
+
+def _weighted(rng: np.random.Generator, cumulative: np.ndarray) -> int:
+    # The product may round up to the last weight itself.
+    place = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+    return min(place, len(cumulative) - 1)
+
+
+def _usable(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The places of the texts in use: leaving out one repository may leave a language with a single one."""
+    places = np.flatnonzero(lengths >= MIN_SNIPPET_TOKENS)
+    while True:
+        texts = np.bincount(repository[places])
+        kept = places[texts[repository[places]] >= 2]
+        languages = int(language.max()) + 1
+        groups = np.unique(repository[kept].astype(np.int64) * languages + language[kept])
+        spread = np.bincount(groups % languages, minlength=languages)
+        kept = kept[spread[language[kept]] >= 2]
+        if len(kept) == len(places):
+            return places
+        places = kept
+
+
+def _check(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray, languages: int) -> None:
+    """Raise UserError if there is no language in which two repositories have two texts that are long enough."""
+    long_enough = lengths >= MIN_SNIPPET_TOKENS
+    keys = repository[long_enough].astype(np.int64) * languages + language[long_enough]
+    groups, texts = np.unique(keys, return_counts=True)
+    qualified = np.bincount(groups[texts >= 2] % languages).max(initial=0) if languages else 0
+    if qualified < 2:
+        raise UserError(
+            "data.in_context.too_few_repositories",
+            f"Pairs need at least two repositories, each with two texts of one language and {MIN_SNIPPET_TOKENS} "
+            f"tokens or more; {qualified} of {len(np.unique(repository))} qualify.",
+        )

@@ -5,7 +5,7 @@ functions (`func`, `idx`), and `train.txt`, `valid.txt` and `test.txt` two ids a
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.in_context import pad_inputs
 from modular_star_encoder.data.sources.dataset_rows import not_unicode, open_dataset_rows
-from modular_star_encoder.data.tokenizer import encode_content
+from modular_star_encoder.data.tokenizer import check_special_tokens, encode_content
+from modular_star_encoder.utils.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 _SPECIAL_TOKENS = 3
@@ -47,7 +47,7 @@ class LabelledPairs:
 
 
 def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]:
-    """Read the splits that a recipe's `data` names.
+    """Read the splits in a recipe's `data`.
 
     Args:
         settings: `bigclonebench`, the folder of the four files; or `train`, `valid` and optionally `test`, each a JSON
@@ -57,16 +57,20 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
         The pairs of `train`, `valid` and, if there is one, `test`.
 
     Raises:
-        ValueError: If other settings are given, a file is missing, or a row is no labelled pair; the message names it.
+        UserError: `data.pairs.settings` if the settings are others; `data.source.*` if a file can't be read, or has no
+            pair; `data.row` if a row is not a labelled pair.
     """
     for name, source in settings.items():
         if not isinstance(source, str | os.PathLike) or not os.fspath(source):
-            raise ValueError(f"data.{name} must be the name of a file or folder, not {source!r}.")
+            raise UserError("data.pairs.settings", f"data.{name} must be the name of a file or folder, not {source!r}.")
     if set(settings) == {"bigclonebench"}:
         return _bigclonebench(Path(settings["bigclonebench"]).expanduser())
     if not {"train", "valid"} <= set(settings) <= set(SPLITS):
-        given = ", ".join(map(str, settings))
-        raise ValueError(f"data must name bigclonebench, a folder, or the files train, valid and test; not {given}.")
+        raise UserError(
+            "data.pairs.settings",
+            "data must name bigclonebench, a folder, or the files train, valid and (optionally) test; not "
+            f"{', '.join(map(str, settings))}.",
+        )
     return {split: _pairs_of_rows(settings[split]) for split in SPLITS if split in settings}
 
 
@@ -74,8 +78,8 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
     """Rows of clone detection, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, version 2).
 
     Row `i` holds `input_ids`, int64 (T,), T ≤ `max_tokens`, and `labels`, an int64 scalar. Where both snippets do not
-    fit, each gets half of the room, or what the other leaves of it. Special tokens that are written in code are
-    ordinary characters.
+    fit, each gets half of the room, or the part of it that the other leaves. Special tokens that are written in code
+    are ordinary characters.
     """
 
     def __init__(
@@ -84,12 +88,14 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
         """Tokenize each snippet once.
 
         Raises:
-            ValueError: If the tokenizer lacks `<sep>` or `<cls>`, or `max_tokens` leaves no room for two snippets.
+            UserError: `data.tokenizer.token_missing` if the tokenizer lacks `<sep>` or `<cls>`; `data.pairs.max_tokens`
+                if `max_tokens` leaves no room for two snippets.
         """
-        if None in (tokenizer.sep_token_id, tokenizer.cls_token_id):
-            raise ValueError("The tokenizer must define sep_token and cls_token.")
+        check_special_tokens(tokenizer, "sep", "cls")
         if max_tokens < _SPECIAL_TOKENS + 2:
-            raise ValueError(f"max_tokens must be at least {_SPECIAL_TOKENS + 2}, not {max_tokens}.")
+            raise UserError(
+                "data.pairs.max_tokens", f"max_tokens must be at least {_SPECIAL_TOKENS + 2}, not {max_tokens}."
+            )
         self.pairs = pairs
         self._sep, self._cls, self._room = tokenizer.sep_token_id, tokenizer.cls_token_id, max_tokens - _SPECIAL_TOKENS
         self._codes = encode_content(tokenizer, pairs.codes, progress=progress, description="Code")
@@ -109,25 +115,12 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
         }
 
 
-class ClassificationCollator:
-    """Pads rows on the tokenizer's side: `input_ids` and `attention_mask`, int64 (B, T), and `labels` (B,)."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        if tokenizer.pad_token_id is None:
-            raise ValueError("The tokenizer must define pad_token.")
-        self._pad_token_id, self._side = tokenizer.pad_token_id, tokenizer.padding_side
-
-    def __call__(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        inputs = pad_inputs([row["input_ids"] for row in rows], self._pad_token_id, self._side)
-        return inputs | {"labels": torch.stack([row["labels"] for row in rows])}
-
-
 def _bigclonebench(folder: Path) -> dict[str, LabelledPairs]:
     places: dict[str, int] = {}
-    codes = []
+    codes: list[str] = []
     for where, row in open_dataset_rows(folder / "data.jsonl", ["func", "idx"]):
         if not isinstance(row, dict) or not _is_code(row.get("func")) or "idx" not in row:
-            raise ValueError(f"{where} must have func, in whole characters, and idx.")
+            raise UserError("data.row", f"{where} must have func, in whole characters, and idx.")
         places[str(row["idx"])] = len(codes)
         codes.append(row["func"])
     splits = {}
@@ -136,7 +129,7 @@ def _bigclonebench(folder: Path) -> dict[str, LabelledPairs]:
         if path.is_file():
             splits[split] = _pairs_of_lines(path, codes, places)
     if not {"train", "valid"} <= set(splits):
-        raise ValueError(f"{folder} must hold train.txt and valid.txt beside data.jsonl.")
+        raise UserError("data.source.no_files", f"{folder} must hold train.txt and valid.txt besides data.jsonl.")
     return splits
 
 
@@ -146,7 +139,8 @@ def _pairs_of_lines(path: Path, codes: list[str], places: Mapping[str, int]) -> 
         for number, line in enumerate(lines, 1):
             parts = line.split()
             if len(parts) != 3 or parts[2] not in ("0", "1") or not (parts[0] in places and parts[1] in places):
-                raise ValueError(f"{path}, line {number}, must have two ids of data.jsonl and a label 0 or 1.")
+                message = f"{path}, line {number}, must have two ids of data.jsonl and a label 0 or 1."
+                raise UserError("data.row", message)
             rows.append((places[parts[0]], places[parts[1]], int(parts[2])))
     return _pairs(codes, rows, path)
 
@@ -156,10 +150,12 @@ def _pairs_of_rows(source: str | os.PathLike[str]) -> LabelledPairs:
     rows = []
     for where, row in open_dataset_rows(source, ["first", "second", "label"]):
         values = row if isinstance(row, dict) else {}
-        texts, label = [values.get("first"), values.get("second")], values.get("label")
-        if not all(map(_is_code, texts)) or label not in (0, 1):
-            raise ValueError(f"{where} must have code as first and second, in whole characters, and a label 0 or 1.")
-        rows.append((*(places.setdefault(text, len(places)) for text in texts), int(label)))
+        first, second, label = values.get("first"), values.get("second"), values.get("label")
+        if not (_is_code(first) and _is_code(second)) or label not in (0, 1):
+            message = f"{where} must have code as first and second, in whole characters, and a label 0 or 1."
+            raise UserError("data.row", message)
+        a, b = (places.setdefault(str(text), len(places)) for text in (first, second))
+        rows.append((a, b, int(label)))
     return _pairs(list(places), rows, source)
 
 
@@ -169,6 +165,6 @@ def _is_code(text: Any) -> bool:
 
 def _pairs(codes: list[str], rows: list[tuple[int, int, int]], source: str | os.PathLike[str]) -> LabelledPairs:
     if not rows:
-        raise ValueError(f"{source} holds no pair.")
+        raise UserError("data.source.empty", f"{source} holds no pair.")
     table = np.array(rows, dtype=np.int64)
     return LabelledPairs(codes, table[:, :2], table[:, 2])

@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.data.functions import DocumentedFunction, code_key, collect_functions, description_key
 from modular_star_encoder.data.languages.documentation import reads_as_prose
-from modular_star_encoder.data.sources.corpora import open_corpus
+from modular_star_encoder.data.languages.registry import language_named
+from modular_star_encoder.data.sources import open_corpus
 from modular_star_encoder.data.sources.dataset_rows import BadLine, not_unicode, open_dataset_rows, row_example
-from modular_star_encoder.data.sources.source_files import LANGUAGES, language_named
+from modular_star_encoder.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,11 @@ class TripletColumns:
 
     def __post_init__(self) -> None:
         if self.negative_language is not None and self.negative is None:
-            raise ValueError("columns: negative_language is named, and negative, the column of the code, is not.")
+            raise UserError(
+                "data.triplets.negative_language",
+                f"columns: negative_language is {self.negative_language!r}, and negative, the column of the code, is "
+                "not set.",
+            )
 
     def names(self) -> list[str]:
         """The columns to read."""
@@ -72,10 +77,6 @@ class TripletColumns:
 
 
 SYNTHCONL_COLUMNS = TripletColumns()
-
-
-class BadRowError(ValueError):
-    """A row that is no triplet, where none may be skipped."""
 
 
 class TripletReader:
@@ -98,17 +99,19 @@ class TripletReader:
     def placed(self) -> Iterator[tuple[str, Triplet]]:
         """Iterate over pairs of where a triplet is, for messages, and the triplet."""
         # Each iteration has counters of its own; one that was abandoned cannot add to those of the next.
-        self.skipped, self.examples = skipped, examples = Counter(), {}
+        skipped: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        self.skipped, self.examples = skipped, examples
         for place, row in self._rows:
-            reason = row.reason if isinstance(row, BadLine) else _fault(row, self._columns)
-            if reason is None:
-                yield place, _triplet(row, self._columns)
+            triplet = row.reason if isinstance(row, BadLine) else _triplet(row, self._columns)
+            if isinstance(triplet, Triplet):
+                yield place, triplet
                 continue
             example = row_example(place, row)
             if self._strict:
-                raise BadRowError(f"A row is no triplet ({reason}): {example}")
-            skipped[reason] += 1
-            examples.setdefault(reason, example)
+                raise UserError("data.row", f"A row is not a triplet ({triplet}): {example}")
+            skipped[triplet] += 1
+            examples.setdefault(triplet, example)
 
 
 def open_triplets(
@@ -125,50 +128,38 @@ def open_triplets(
         source: A parquet or JSON Lines file, a list of them, a folder of them, or the name of a dataset of the Hub.
         split: The split to read; see `open_dataset_rows`.
         columns: The names of its columns.
-        strict: Whether a row that is no triplet is an error; otherwise it is skipped and counted. A triplet has a
+        strict: Whether a bad row is an error (`data.row`); otherwise it is skipped and counted. A triplet has a
             description, two codes that are not blank, two of our languages, in any spelling (`C++` is `cpp`), and as
             repository a text or nothing.
         options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
 
     Raises:
-        ValueError: If the dataset cannot be read, has no such split, or lacks a column.
+        UserError: `data.source.*` if the dataset cannot be read, has no such split, or lacks a column.
     """
     return TripletReader(open_dataset_rows(source, columns.names(), split=split, **options), columns, strict)
 
 
-def _fault(row: Mapping[str, Any], columns: TripletColumns) -> str | None:
-    """Why a row is no triplet; None if it is one."""
+def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> Triplet | str:
+    """The triplet of a row, or why it is not one."""
     for name in columns.names():
         if name not in row:
             return f"no column {name}"
     for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):
         if not isinstance(row[name], str) or not row[name].strip():
             return f"empty {name}"
-    for name in filter(None, (columns.language, columns.other_language, columns.negative_language)):
-        if not isinstance(row[name], str) or language_named(row[name]) not in LANGUAGES:
+    languages = []
+    for name in (columns.language, columns.other_language, columns.negative_language or columns.language):
+        language = language_named(row[name])
+        if language is None:
             return f"unknown {name}"
-    repository = row[columns.repository]
-    if repository is not None and not isinstance(repository, str):
-        return f"{columns.repository} is no text"
-    return not_unicode(repository or "")
-
-
-def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> Triplet:
-    return Triplet(
-        row[columns.description],
-        row[columns.code],
-        language_named(row[columns.language]) or "",
-        row[columns.other_code],
-        language_named(row[columns.other_language]) or "",
-        row[columns.repository] or "",
-        *_negative(row, columns),
-    )
-
-
-def _negative(row: Mapping[str, Any], columns: TripletColumns) -> tuple[str, str]:
-    if columns.negative is None:
-        return "", ""
-    return row[columns.negative], language_named(row[columns.negative_language or columns.language]) or ""
+        languages.append(language)
+    repository = row[columns.repository] or ""
+    if not isinstance(repository, str):
+        return f"{columns.repository} is not a text"
+    code, other_code = row[columns.code], row[columns.other_code]
+    negative = (row[columns.negative], languages[2]) if columns.negative else ()
+    triplet = Triplet(row[columns.description], code, languages[0], other_code, languages[1], repository, *negative)
+    return not_unicode(repository) or triplet
 
 
 class Snippet(NamedTuple):
@@ -180,12 +171,12 @@ class Snippet(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RetrievalExample:
-    """One meaning, said several times.
+    """One meaning in several texts: a row of fine-tuning for retrieval.
 
     Attributes:
-        description: It in prose; empty if there is none.
-        snippets: It in code, at least one; the description was written for the first.
-        repository: Where it is from. Rows are held out by it; empty if that is unknown.
+        description: The meaning in prose; empty if there is none.
+        snippets: The meaning in code, at least once; the description was written for the first.
+        repository: Where it is from. Rows are held out by repository; empty if it is unknown.
         negative: Code that is much like it and means something else (a hard negative).
     """
 
@@ -209,14 +200,16 @@ class SourceExamples:
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
-    def skip(self, reason: str, example: str) -> None:
-        """Count something that is left out."""
+    def skip(self, reason: str, example: str, strict: bool) -> None:
+        """Count something that is left out; with `strict`, raise UserError (`data.row`)."""
+        if strict:
+            raise UserError("data.row", f"A row can't be trained on ({reason}): {example}")
         self.skipped[reason] += 1
         self.examples.setdefault(reason, example)
 
 
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:
-    """Read every source that a recipe's `data` names.
+    """Read every source in a recipe's `data`.
 
     Args:
         settings: One or several of (None is as if left out)
@@ -228,35 +221,40 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
               to solutions); or a mapping with `source`, `name` and `code` (other names of these columns), `strict` and
               the arguments of `open_dataset_rows`.
 
-            A row with empty code, a language that is none of ours, or prose in place of code (see
-            `reads_as_prose`) is skipped and counted; with `strict: true` it is an error.
+            A row with empty code, an unknown language, or prose in place of code (see `reads_as_prose`) is skipped and
+            counted; with `strict: true` it is an error (`data.row`).
         progress: Whether to show progress bars.
 
     Returns:
         The rows by source, in this order.
 
     Raises:
-        ValueError: If no source is named, one is unknown, can't be read, or has no row that is good.
+        UserError: `data.sources` if no source is set, or one is unknown; `data.sources.negatives` if only one of
+            several has hard negatives; `data.source.*` if one can't be read or has no good row.
     """
-    # So that `data.triplets=null` takes a recipe's source away.
+    # So that `data.triplets=null` removes a recipe's source.
     settings = {name: source for name, source in settings.items() if source is not None}
     unknown = sorted(set(settings) - set(_SOURCES))
     if unknown or not settings:
-        given = f"not {', '.join(unknown)}" if unknown else "none is given"
-        raise ValueError(f"data has one or several of the sources {', '.join(_SOURCES)}; {given}.")
+        given = f"unknown: {', '.join(unknown)}" if unknown else "none is set"
+        raise UserError("data.sources", f"data needs one or several of the sources {', '.join(_SOURCES)}; {given}.")
     if have_negatives(settings) and len(settings) > 1:
         others = " and ".join(f"data.{name}" for name in settings if name != "triplets")
-        raise ValueError(f"data.triplets names a column of hard negatives, and {others} has none: use it alone.")
+        raise UserError(
+            "data.sources.negatives",
+            f"data.triplets has a column of hard negatives, and {others} has none: use triplets alone.",
+        )
     found = {}
-    for name in _SOURCES:
-        if name in settings:
-            try:
-                found[name] = _SOURCES[name](settings[name], progress)
-            except TypeError as error:
-                raise ValueError(f"data.{name} can't be used: {error}.") from error
-            if not found[name].texts:
-                reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
-                raise ValueError(f"data.{name} has no row to train on{': ' if reasons else '.'}{reasons}")
+    for name in (name for name in _SOURCES if name in settings):
+        try:
+            found[name] = _SOURCES[name](settings[name], progress)
+        except TypeError as error:
+            raise UserError("data.source.options", f"data.{name} can't be used: {error}.") from error
+        if not found[name].texts:
+            reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
+            raise UserError(
+                "data.source.empty", f"data.{name} has no row to train on{': ' if reasons else '.'}{reasons}"
+            )
     return found
 
 
@@ -289,7 +287,7 @@ def _triplets(settings: Any, progress: bool) -> SourceExamples:
         if reason is None:
             found.texts.append(RetrievalExample(row.description, snippets, row.repository, negative))
         else:
-            _leave_out(found, reason, row_example(place, snippets), strict)
+            found.skip(reason, row_example(place, snippets), strict)
     found.skipped += reader.skipped
     found.examples |= reader.examples
     return found
@@ -297,7 +295,10 @@ def _triplets(settings: Any, progress: bool) -> SourceExamples:
 
 def _functions(settings: Any, progress: bool) -> SourceExamples:
     if not isinstance(settings, Mapping):
-        raise ValueError(f"data.functions must be the settings of a corpus such as `folder: PATH`, not {settings!r}.")
+        raise UserError(
+            "data.functions",
+            f"data.functions must be the settings of a corpus such as `folder: PATH`, not {settings!r}.",
+        )
     reader = open_corpus(settings)
     collection = collect_functions(reader, progress=progress)
     dropped = Counter({reason: count for reason, count in collection.counts.items() if reason.startswith("dropped")})
@@ -310,27 +311,27 @@ def _parallel(settings: Any, progress: bool) -> SourceExamples:
     found = SourceExamples()
     rows = open_dataset_rows(options.pop("source"), [name, code], **options)
     for place, row in tqdm(rows, desc="Reading parallel solutions", unit=" rows", disable=not progress):
-        solutions = row.get(code) if isinstance(row, dict) else None
-        if not isinstance(solutions, Mapping) or not isinstance(row.get(name), str):
-            reason = row.reason if isinstance(row, BadLine) else f"no {name}, or no mapping {code}"
-            _leave_out(found, reason, row_example(place, row), strict)
+        slug, solutions = (row.get(name), row.get(code)) if isinstance(row, dict) else (None, None)
+        if not isinstance(solutions, Mapping) or not isinstance(slug, str):
+            fault = row.reason if isinstance(row, BadLine) else f"no {name}, or no mapping {code}"
+            found.skip(fault, row_example(place, row), strict)
             continue
-        snippets = []
+        snippets: list[Snippet] = []
         for language, solution in solutions.items():
             if solution is None:  # parquet has every language in every row
                 continue
             known = language_named(language)
             reason = f"language {language}, none of ours" if known is None else _not_code(solution)
             if reason is None:
-                snippets.append(Snippet(known, solution))
+                snippets.append(Snippet(known or "", solution))
             else:
-                _leave_out(found, reason, row_example(place, solution), strict)
-        if reason := not_unicode(row[name]):
-            _leave_out(found, reason, row_example(place, row), strict)
+                found.skip(reason, row_example(place, solution), strict)
+        if reason := not_unicode(slug):
+            found.skip(reason, row_example(place, row), strict)
         elif len(snippets) > 1:
-            found.texts.append(RetrievalExample("", tuple(snippets), row[name]))
+            found.texts.append(RetrievalExample("", tuple(snippets), slug))
         else:
-            _leave_out(found, "fewer than two solutions", row_example(place, row[name]), strict)
+            found.skip("fewer than two solutions", row_example(place, slug), strict)
     return found
 
 
@@ -349,15 +350,9 @@ def _options(settings: Any) -> dict[str, Any]:
 
 
 def _not_code(code: Any, description: str = "") -> str | None:
-    """Why a text is no code; None if it is."""
+    """Why a text is not code; None if it is."""
     if not isinstance(code, str) or not code.strip():
         return "empty code"
-    if bool(description) and description_key(code) == description_key(description):
+    if description and description_key(code) == description_key(description):
         return "description in place of code"
     return "prose in place of code" if reads_as_prose(code) else not_unicode(code)
-
-
-def _leave_out(found: SourceExamples, reason: str, example: str, strict: bool) -> None:
-    if strict:
-        raise BadRowError(f"A row can't be trained on ({reason}): {example}")
-    found.skip(reason, example)

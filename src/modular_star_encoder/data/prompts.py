@@ -2,11 +2,15 @@
 
 A text enters the encoder as `<sep>{instruction}<sep>{text}<cls>`. The tokenizer's template adds the outer `<sep>` and
 the `<cls>`; a prompt is a prefix of the text and carries the instruction and the inner `<sep>`. Training, evaluation,
-model cards and search all take them from here.
+model cards and search all use these.
 
 Source: the model cards of modularStarEncoder/ModularStarEncoder-finetuned (instructions and order) and
 bigcode-project/bigcode-encoder (spelling of the special tokens).
 """
+
+from modular_star_encoder.data.languages import registry
+from modular_star_encoder.data.languages.registry import display_name
+from modular_star_encoder.utils.errors import UserError
 
 PAD_TOKEN = "<pad>"  # noqa: S105 - a vocabulary entry, not a password
 SEP_TOKEN = "<sep>"  # noqa: S105
@@ -24,12 +28,12 @@ ANY_CODE_INSTRUCTION = "Represent this code snippet for retrieval:"
 """Ours, for code whose language is unknown: the published instruction always names the language."""
 TEXT_INSTRUCTION = "Represent this code description for retrieving supporting snippets of code:"
 
-LANGUAGES = ("c", "c++", "go", "java", "javascript", "php", "python", "ruby")
-"""The programming languages that the published model was fine-tuned on, as they are written in a prompt."""
+LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))
+"""The programming languages that the published model was fine-tuned on, as a prompt writes them."""
 
 
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
-    """Return the prefix of a code snippet, `"{instruction}<sep>"`.
+    """The prefix of a code snippet, `"{instruction}<sep>"`.
 
     Args:
         language: Name of the programming language; it is lower-cased, as published, and `"cpp"` becomes `"c++"`.
@@ -37,32 +41,33 @@ def code_prompt(language: str | None = None, *, instructions: bool = True) -> st
         instructions: `False` for a model that was fine-tuned without them (`config.instruction_prompts`): no prefix.
 
     Raises:
-        ValueError: If `language` is blank or contains a special token.
+        UserError: `data.prompt.language` if `language` is blank or contains a special token.
     """
     if not instructions:
         return ""
     if language is None:
         return ANY_CODE_INSTRUCTION + SEP_TOKEN
-    name = language.strip().lower()
+    name = display_name(language)
     if not name or any(token in name for token in SPECIAL_TOKENS):
-        raise ValueError(
-            f"language must be the name of a programming language, such as 'python', or None: {language!r}."
+        raise UserError(
+            "data.prompt.language",
+            f"language must be the name of a programming language, such as 'python', or None; not {language!r}.",
         )
-    return CODE_INSTRUCTION.format(language="c++" if name == "cpp" else name) + SEP_TOKEN
+    return CODE_INSTRUCTION.format(language=name) + SEP_TOKEN
 
 
 def text_prompt(*, instructions: bool = True) -> str:
-    """Return the prefix of a natural-language query, `"{instruction}<sep>"`, or nothing without `instructions`."""
+    """The prefix of a natural-language query, `"{instruction}<sep>"`; empty without `instructions`."""
     return TEXT_INSTRUCTION + SEP_TOKEN if instructions else ""
 
 
 def sentence_transformer_prompts(*, instructions: bool = True) -> dict[str, str]:
-    """Return the `prompts` of a SentenceTransformer, by prompt name.
+    """The `prompts` of a SentenceTransformer, by prompt name.
 
-    `"query"` is for descriptions and `"document"` for code of any language: `encode_query` and `encode_document` pick
-    these two by themselves. `"document_python"`, `"document_c++"` and so on, one for each of `LANGUAGES`, give the
-    published wording, which names the language; use them with `encode(..., prompt_name="document_python")`. Without
-    `instructions` the names are the same and every prompt is empty, so that users need not know.
+    `"query"` is for descriptions and `"document"` for code of any language: `encode_query` and `encode_document` use
+    these two. `"document_python"`, `"document_c++"` and so on, one for each of `LANGUAGES`, give the published wording,
+    which names the language; use them with `encode(..., prompt_name="document_python")`. Without `instructions` the
+    names are the same and every prompt is empty, so that callers need not know which kind of model they have.
     """
     prompts = {
         "query": text_prompt(instructions=instructions),

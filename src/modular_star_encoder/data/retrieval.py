@@ -3,7 +3,7 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.batch_plan import TEXT_TO_CODE, BatchPlan, same_content_groups
 from modular_star_encoder.data.functions import DocumentedFunction
-from modular_star_encoder.data.in_context import pad_inputs
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet, described
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.tokenizer import ContentEncoder, encode_content
+from modular_star_encoder.utils.errors import UserError
 
 MIN_OCCURRENCES, MIN_CHARACTERS = 3, 3
 SHORTEST_NAME, LONGEST_NAME = 3, 8
@@ -29,11 +29,8 @@ def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
 
     A word is a run of letters, digits and underscores that does not begin with a digit. The paper says "words", so
     reserved words, and words in comments and strings, are replaced like any other. Every occurrence gets the same new
-    name: 3 to 8 random lower-case letters, different from every other word of the result.
-
-    Args:
-        code: A snippet.
-        generator: Draws the names; as many draws for the same snippet, so that equal generators give equal results.
+    name: 3 to 8 random lower-case letters, different from every other word of the result. Equal generators give equal
+    results.
     """
     counts = Counter(_WORD.findall(code))
     taken = set(counts)
@@ -53,7 +50,7 @@ def _new_name(taken: set[str], generator: np.random.Generator) -> str:
             return name
 
 
-# Streams of random numbers beside those of `BatchPlan`.
+# Streams of random numbers besides those of `BatchPlan`.
 _SNIPPETS, _NAMES = 10, 11
 
 
@@ -115,10 +112,10 @@ class RetrievalTexts:
         """The hard negative of a row, which must have one; as `snippet`."""
         negative = self.texts[row].negative
         if negative is None:
-            raise ValueError(f"Row {row} has no hard negative.")
+            raise IndexError(f"row {row} has no hard negative")
         return self._code(negative, self._negatives[row], renaming)
 
-    def _code(self, snippet: Snippet, content: torch.Tensor, renaming: np.random.Generator | None) -> torch.Tensor:
+    def _code(self, snippet: Snippet, content: np.ndarray, renaming: np.random.Generator | None) -> torch.Tensor:
         if renaming is not None:
             (content,) = self._encoder([rename_frequent_words(snippet.code, renaming)])
         return _framed(content, self._code_frames[snippet.language], self._limits[1])
@@ -138,7 +135,7 @@ class RetrievalTexts:
 
 
 class RetrievalPairs(Dataset[dict[str, torch.Tensor]]):
-    """(description, code) rows of documented functions, each once; any of them may stand in a batch.
+    """(description, code) rows of documented functions, each once; any of them may be in a batch.
 
     Row `i` holds `query_ids` and `document_ids`, int64 of shape (T,); see `RetrievalTexts`. Of functions that share a
     description or code (see `same_content_groups`) only the first is kept: in one batch they would be negatives of each
@@ -170,11 +167,11 @@ class RetrievalPairs(Dataset[dict[str, torch.Tensor]]):
             progress: Whether to show progress bars.
 
         Raises:
-            ValueError: If there is no function, the tokenizer adds no `<cls>` at the end, or a limit leaves no room
-                for text beside its prompt.
+            UserError: `data.retrieval.no_rows` if there is no function; `data.tokenizer.template` if the tokenizer adds
+                no `<cls>` at the end; `data.retrieval.max_tokens` if a limit leaves no room for text after its prompt.
         """
         if not functions:
-            raise ValueError("RetrievalPairs needs at least one documented function.")
+            raise UserError("data.retrieval.no_rows", "RetrievalPairs needs at least one documented function.")
         _, first_rows = np.unique(same_content_groups(described(functions)), return_index=True)
         self.functions = [functions[row] for row in first_rows]
         self.dropped = len(functions) - len(self.functions)
@@ -199,7 +196,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
 
     Row `i` depends on the seed of the plan and `i` only, so any worker, process or resumed run makes the same one. It
     holds `query_ids` and `document_ids`, int64 (T,): a description and its code, or code and the same in another
-    language. Of several snippets, two are drawn anew each time. Where every row has a hard negative, there are
+    language. Of several snippets, two are drawn each time. Where every row has a hard negative, there are
     `negative_ids`, too.
 
     Attributes:
@@ -212,13 +209,19 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         """Nothing is computed yet.
 
         Args:
-            texts: What the plan was made of.
-            plan: Which row stands where.
+            texts: The rows of the plan.
+            plan: Which row is where.
             steps: Number of batches.
             identifier_rename_prob: Probability from 0 to 1 that the frequent words of a snippet are renamed.
+
+        Raises:
+            UserError: `data.retrieval.identifier_rename_prob` if that is not from 0 to 1.
         """
         if not 0 <= identifier_rename_prob <= 1:
-            raise ValueError(f"identifier_rename_prob must be between 0 and 1, not {identifier_rename_prob}.")
+            raise UserError(
+                "data.retrieval.identifier_rename_prob",
+                f"identifier_rename_prob must be from 0 to 1, not {identifier_rename_prob}.",
+            )
         self._texts, self._plan, self._identifier_rename_prob = texts, plan, identifier_rename_prob
         self.batch_size = plan.batch_size
         self._length = steps * plan.batch_size
@@ -245,40 +248,23 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return found
 
     def _renaming(self, generator: np.random.Generator) -> np.random.Generator | None:
-        """The generator, for the share of snippets that are renamed."""
+        """The generator if the snippet is renamed, otherwise None."""
         return generator if generator.random() < self._identifier_rename_prob else None
 
 
-class RetrievalCollator:
-    """Pads rows of `RetrievalPairs` and `RetrievalBatches` on the tokenizer's side.
-
-    Returns `{"query": {...}, "document": {...}}`, each with `input_ids` and `attention_mask`, int64 of shape (B, T); T
-    is that of the longest query or document. Row `i` of the one belongs to row `i` of the other. With hard negatives,
-    `negative` is a third side.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, pad_to_multiple_of: int = 1) -> None:
-        if tokenizer.pad_token_id is None:
-            raise ValueError("The tokenizer must define pad_token.")
-        self._pad_token_id: int = tokenizer.pad_token_id
-        self._side: str = tokenizer.padding_side
-        self._multiple_of = pad_to_multiple_of
-
-    def __call__(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
-        return {
-            side: pad_inputs([row[f"{side}_ids"] for row in rows], self._pad_token_id, self._side, self._multiple_of)
-            for side in ("query", "document", "negative")
-            if f"{side}_ids" in rows[0]
-        }
-
-
 def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> tuple[list[int], int]:
-    """Return (the ids before a text, the id after it), as the tokenizer's template puts them around prompt + text."""
+    """(the ids before a text, the id after it), as the tokenizer's template puts them around prompt + text."""
     ids = tokenizer(prompt)["input_ids"]
     if not ids or ids[-1] != tokenizer.cls_token_id:
-        raise ValueError("The tokenizer's template must end with its cls_token; train_tokenizer makes one that does.")
+        raise UserError(
+            "data.tokenizer.template",
+            "The tokenizer's template must end with its cls_token; train_tokenizer makes one that does.",
+        )
     if max_tokens <= len(ids):
-        raise ValueError(f"{argument} must be above {len(ids)}, the length of the prompt and special tokens alone.")
+        raise UserError(
+            "data.retrieval.max_tokens",
+            f"{argument} must be above {len(ids)}, the length of prompt and special tokens alone; not {max_tokens}.",
+        )
     return ids[:-1], ids[-1]
 
 

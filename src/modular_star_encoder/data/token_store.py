@@ -9,8 +9,8 @@ A store is a folder of flat little-endian arrays, without a header, and two text
     repositories.jsonl    one JSON string per line
     state.json            how much of these files counts, and what they were made from
 
-Files only ever grow, and `state.json` is replaced atomically after what it counts has reached the disk. Whatever lies
-beyond its counts was being written when the process ended, and is cut off by the next.
+Files only grow, and `state.json` is replaced atomically after what it counts has reached the disk. Anything beyond its
+counts was being written when the process ended, and the next process cuts it off.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from operator import length_hint
 from pathlib import Path
@@ -29,6 +29,8 @@ from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.sources.source_files import SourceFile
 from modular_star_encoder.data.tokenizer import TEXTS_PER_BATCH, ContentEncoder, TokenRows, encode_content
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import staged_file
 
 UNNAMED_LANGUAGE = ""
 
@@ -64,39 +66,39 @@ class TokenCorpus:
         return tuple(self.repository_names[i] for i in np.unique(self.repository_of[self.row_numbers]))
 
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
-        """Return (what is left, what is held out): two views that share no repository.
+        """(corpus to train on, held-out corpus): two views that share no repository.
 
         Args:
             eval_fraction: Share of the repositories to hold out, between 0 and 1; at least one is, and one is left.
             seed: Decides which. The draw depends on the seed and the names alone, not on their order or their texts.
 
         Raises:
-            ValueError: If the share is out of range or there are fewer than two repositories.
+            UserError: `data.split.eval_fraction` if the fraction is out of range; `data.split.too_few_repositories` if
+                there are fewer than two.
         """
         if not 0 < eval_fraction < 1:
-            raise ValueError(f"eval_fraction must lie between 0 and 1, not be {eval_fraction}.")
+            raise UserError("data.split.eval_fraction", f"eval_fraction must be between 0 and 1, not {eval_fraction}.")
         used = np.unique(self.repository_of[self.row_numbers])
         if len(used) < 2:
-            raise ValueError(f"A split needs texts of at least two repositories; these are of {len(used)}.")
+            raise UserError(
+                "data.split.too_few_repositories",
+                f"A split needs texts of at least two repositories; these are of {len(used)}.",
+            )
         # A hash rather than a generator's shuffle: stable everywhere, and a new repository does not reorder the others.
         order = sorted(used, key=lambda i: hashlib.sha256(f"{seed}:{self.repository_names[i]}".encode()).digest())
         count = min(max(round(eval_fraction * len(used)), 1), len(used) - 1)
         held_out = np.zeros(len(self.repository_names), dtype=bool)
         held_out[order[:count]] = True
         is_held_out = held_out[self.repository_of[self.row_numbers]]
-        left, right = self.row_numbers[~is_held_out], self.row_numbers[is_held_out]
-        return self._part(left), self._part(right)
-
-    def _part(self, row_numbers: np.ndarray) -> "TokenCorpus":
-        return TokenCorpus(
-            self.rows,
-            row_numbers,
-            self.repository_names,
-            self.repository_of,
-            self.language_names,
-            self.language_of,
-            self.tokenizer_checksum,
+        train, evaluation = (
+            replace(_view(self), row_numbers=self.row_numbers[part]) for part in (~is_held_out, is_held_out)
         )
+        return train, evaluation
+
+
+def _view(corpus: TokenCorpus) -> TokenCorpus:
+    """The corpus as a plain `TokenCorpus`."""
+    return TokenCorpus(**{one.name: getattr(corpus, one.name) for one in fields(TokenCorpus)})
 
 
 def corpus_of_files(
@@ -110,12 +112,16 @@ def corpus_of_files(
         progress: Whether to show a progress bar.
     """
     kept = list(files)
-    return _corpus(
-        [file.text for file in kept],
-        [file.repository for file in kept],
-        [file.language for file in kept],
-        tokenizer,
-        progress,
+    repository_names, repository_of = _numbered([file.repository for file in kept])
+    language_names, language_of = _numbered([file.language for file in kept])
+    return TokenCorpus(
+        encode_content(tokenizer, [file.text for file in kept], progress=progress),
+        np.arange(len(kept)),
+        repository_names,
+        repository_of,
+        language_names,
+        language_of,
+        ContentEncoder(tokenizer).checksum,
     )
 
 
@@ -129,46 +135,26 @@ def corpus_of_texts(
         tokenizer: A fast tokenizer.
         progress: Whether to show a progress bar.
     """
-    repositories = [name for name in sorted(texts_by_repository) for _ in texts_by_repository[name]]
-    texts = [text for name in sorted(texts_by_repository) for text in texts_by_repository[name]]
-    return _corpus(texts, repositories, [UNNAMED_LANGUAGE] * len(texts), tokenizer, progress)
-
-
-def _corpus(
-    texts: Sequence[str],
-    repositories: Sequence[str],
-    languages: Sequence[str],
-    tokenizer: PreTrainedTokenizerFast,
-    progress: bool,
-) -> TokenCorpus:
-    repository_names, repository_of = _numbered(repositories)
-    language_names, language_of = _numbered(languages)
-    return TokenCorpus(
-        encode_content(tokenizer, texts, progress=progress),
-        np.arange(len(texts)),
-        repository_names,
-        repository_of,
-        language_names,
-        language_of,
-        ContentEncoder(tokenizer).checksum,
-    )
+    texts = [(name, text) for name in sorted(texts_by_repository) for text in texts_by_repository[name]]
+    files = [SourceFile(name, "", UNNAMED_LANGUAGE, text) for name, text in texts]
+    return corpus_of_files(files, tokenizer, progress=progress)
 
 
 def _numbered(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the different names, sorted, and the index of each name among them."""
+    """The different names, sorted, and the index of each name among them."""
     different = sorted(set(names))
     index = {name: i for i, name in enumerate(different)}
     return tuple(different), np.array([index[name] for name in names], dtype=np.int32)
 
 
-_STATE, _NEW_STATE = "state.json", "state.json.new"
+_STATE = "state.json"
 _NAMES = "repositories.jsonl"
 _BOUND, _INDEX = np.dtype("<i8"), np.dtype("<i4")
 
 
 @dataclass
 class _State:
-    """What `state.json` says; sizes are in entries, except that of the names, in bytes."""
+    """The content of `state.json`; sizes are in entries, except that of the names, in bytes."""
 
     tokenizer: str
     dtype: str
@@ -180,7 +166,7 @@ class _State:
     languages: list[str] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
-        """The size in bytes that each file has at least; one row per file."""
+        """The smallest size of each file, in bytes."""
         return {
             "tokens.bin": self.tokens * np.dtype(self.dtype).itemsize,
             "bounds.bin": (self.files + 1) * _BOUND.itemsize,
@@ -193,27 +179,27 @@ class _State:
 class TokenStore(TokenCorpus):
     """The corpus that `build_token_store` made, memory-mapped: opening it reads next to nothing.
 
-    It can be handed to worker processes: they open it anew.
+    Worker processes that get it open the files themselves.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Open a finished store.
 
         Raises:
-            ValueError: If `folder` holds no store, one that is not finished, or one whose files were cut short.
+            UserError: `data.token_store.missing` if `folder` holds no finished store; `data.token_store.damaged` if its
+                files were cut short.
         """
         folder = Path(folder)
         state = _read_state(folder)
-        if state is None:
-            raise ValueError(f"{str(folder)!r} holds no token store; make one with build_token_store.")
-        if not state.complete:
-            raise ValueError(
-                f"The token store {str(folder)!r} is not finished; call build_token_store again with the same files."
+        if state is None or not state.complete:
+            raise UserError(
+                "data.token_store.missing",
+                f"{str(folder)!r} holds no token store, or an unfinished one; call build_token_store with its files.",
             )
         _check_sizes(folder, state)
         names = (folder / _NAMES).read_bytes()[: state.name_bytes].splitlines()
         super().__init__(
-            rows=_MappedRows(folder),
+            rows=_MappedRows(folder, state),
             row_numbers=np.arange(state.files),
             repository_names=tuple(json.loads(line) for line in names),
             repository_of=_mapped(folder / "repositories.bin", _INDEX, state.files),
@@ -224,8 +210,10 @@ class TokenStore(TokenCorpus):
 
 
 class _MappedRows(TokenRows):
-    def __init__(self, folder: Path) -> None:
-        state = _read_state(folder)
+    def __init__(self, folder: Path, state: _State | None = None) -> None:
+        state = state or _read_state(folder)
+        if state is None:
+            raise UserError("data.token_store.missing", f"{str(folder)!r} holds no token store.")
         self._folder = folder.absolute()
         super().__init__(
             _mapped(folder / "tokens.bin", np.dtype(state.dtype), state.tokens),
@@ -245,37 +233,43 @@ def build_token_store(
     files_per_commit: int = 4096,
     progress: bool = True,
 ) -> TokenStore:
-    """Tokenize `files` into a store, or go on with one that was interrupted, at any moment and in any way.
+    """Tokenize `files` into a store, or continue one that was interrupted, at any moment and in any way.
 
     Texts are encoded as by `encode_content`: special tokens written in them are ordinary characters. Every file is one
-    row, in the order of `files`. To go on, give the same files in the same order: those already stored are read again
-    and compared, but not tokenized. A finished store is opened as it is, without a look at `files`. Let one process at
-    a time work on a folder.
+    row, in the order of `files`. To continue, pass the same files in the same order: those already stored are read
+    again and compared, but not tokenized. A finished store is opened without reading `files`. Only one process may work
+    on a folder at a time.
 
     Args:
         files: Source files; they are iterated once, and some thousands are in memory at a time.
         tokenizer: A fast tokenizer.
         folder: A store that was begun with this tokenizer, or a folder that is empty or does not exist.
-        files_per_commit: After so many files the work so far is safe.
+        files_per_commit: Number of files after which the work so far is safe.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If `folder` holds something else, was begun with another tokenizer or other files, or its files
-            were cut short; or if `files_per_commit` is below 1.
+        UserError: `data.token_store.other_content`, `.other_tokenizer`, `.other_files` or `.damaged` if `folder` holds
+            something else, was begun with another tokenizer or other files, or its files were cut short;
+            `data.token_store.files_per_commit` if that is below 1.
     """
     if files_per_commit < 1:
-        raise ValueError(f"files_per_commit must be at least 1, not {files_per_commit}.")
+        raise UserError(
+            "data.token_store.files_per_commit", f"files_per_commit must be at least 1, not {files_per_commit}."
+        )
     folder, encoder = Path(folder), ContentEncoder(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder) or _begin(folder, encoder)
     if state.tokenizer != encoder.checksum:
-        raise ValueError(f"The token store {str(folder)!r} was made with another tokenizer; name another folder.")
+        raise UserError(
+            "data.token_store.other_tokenizer",
+            f"The token store {str(folder)!r} was made with another tokenizer; name another folder.",
+        )
     if not state.complete:
         with closing(_Writer(folder, state, encoder)) as writer:
             iterator = iter(files)
             with tqdm(desc="Tokenizing", total=length_hint(files) or None, unit=" files", disable=not progress) as bar:
                 _skip_stored(state, iterator, bar)
-                for batch in _batches(iterator, files_per_commit):
+                while batch := list(islice(iterator, files_per_commit)):
                     for start in range(0, len(batch), TEXTS_PER_BATCH):
                         bar.update(writer.append(batch[start : start + TEXTS_PER_BATCH]))
                     writer.commit()
@@ -298,7 +292,7 @@ class _Writer:
         self._outputs = {name: (folder / name).open("ab") for name in state.sizes()}
 
     def append(self, files: list[SourceFile]) -> int:
-        """Write a few files; return how many."""
+        """Append a row for each of a few files; return their number."""
         state = self._state
         rows = self._encoder([file.text for file in files])
         bounds = state.tokens + np.cumsum([len(row) for row in rows])
@@ -323,7 +317,7 @@ class _Writer:
         return len(files)
 
     def commit(self) -> None:
-        """Bring what was appended to the disk, and only then count it."""
+        """Flush the appended rows to the disk, and only then count them."""
         for output in self._outputs.values():
             output.flush()
             os.fsync(output.fileno())
@@ -335,14 +329,15 @@ class _Writer:
 
 
 def _skip_stored(state: _State, files: Iterator[SourceFile], bar: tqdm) -> None:
-    """Pass over the files that are stored, and refuse others."""
+    """Read past the files that are stored; UserError if they are others."""
     digest = ""
     for file in islice(files, state.files):
         digest = _digest(digest, file)
         bar.update()
     if digest != state.files_digest:
-        raise ValueError(
-            "The token store was begun with other files; give the same ones in the same order, or name another folder."
+        raise UserError(
+            "data.token_store.other_files",
+            "The token store was begun with other files; pass the same ones in the same order, or name another folder.",
         )
 
 
@@ -352,13 +347,13 @@ def _digest(before: str, file: SourceFile) -> str:
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def _batches(files: Iterator[SourceFile], size: int) -> Iterator[list[SourceFile]]:
-    return iter(lambda: list(islice(files, size)), [])
-
-
 def _begin(folder: Path, encoder: ContentEncoder) -> _State:
-    if any(entry.name not in (_NEW_STATE, *_State("", "<u2").sizes()) for entry in folder.iterdir()):
-        raise ValueError(f"{str(folder)!r} is not empty and holds no token store; name another folder.")
+    leftovers = {f".{_STATE}.tmp", f"{_STATE}.new", *_State("", "<u2").sizes()}
+    if any(entry.name not in leftovers for entry in folder.iterdir()):
+        raise UserError(
+            "data.token_store.other_content",
+            f"{str(folder)!r} is not empty and holds no token store; name another folder.",
+        )
     state = _State(encoder.checksum, encoder.dtype.newbyteorder("<").str)
     for name in state.sizes():
         (folder / name).write_bytes(bytes(_BOUND.itemsize) if name == "bounds.bin" else b"")
@@ -372,23 +367,25 @@ def _read_state(folder: Path) -> _State | None:
     except FileNotFoundError:
         return None
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{str(folder / _STATE)!r} was not written by this version; make the store anew.") from error
+        raise UserError(
+            "data.token_store.damaged",
+            f"{str(folder / _STATE)!r} was not written by this version; remove the folder and build the store again.",
+        ) from error
 
 
 def _write_state(folder: Path, state: _State) -> None:
-    new = folder / _NEW_STATE
-    with new.open("w", encoding="utf-8") as output:
-        json.dump(asdict(state), output, indent=1)
-        output.flush()
-        os.fsync(output.fileno())
-    os.replace(new, folder / _STATE)
+    with staged_file(folder / _STATE, resumable=True) as temporary:
+        temporary.write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
 
 
 def _check_sizes(folder: Path, state: _State) -> None:
     for name, size in state.sizes().items():
         path = folder / name
         if not path.exists() or path.stat().st_size < size:
-            raise ValueError(f"{str(path)!r} is missing or was cut short; remove the folder and make the store anew.")
+            raise UserError(
+                "data.token_store.damaged",
+                f"{str(path)!r} is missing or was cut short; remove the folder and build the store again.",
+            )
 
 
 def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:

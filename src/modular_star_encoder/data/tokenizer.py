@@ -24,6 +24,7 @@ from modular_star_encoder.data.prompts import (
     SINGLE_TEMPLATE,
     SPECIAL_TOKENS,
 )
+from modular_star_encoder.utils.errors import UserError
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
@@ -48,16 +49,15 @@ def train_tokenizer(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If `vocab_size` is below 260 (256 bytes and 4 special tokens), `max_length` leaves no room for
-            text, or there is no text.
+        UserError: `data.tokenizer.sizes` if `vocab_size` is below 260 or `max_length` below 4;
+            `data.tokenizer.no_text` if there is no text.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(
-            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special tokens), "
-            f"not {vocab_size}."
+    if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
+        raise UserError(
+            "data.tokenizer.sizes",
+            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special tokens) and "
+            f"max_length at least 4 (a pair has 3 special tokens); not {vocab_size} and {max_length}.",
         )
-    if max_length < 4:
-        raise ValueError(f"max_length must be at least 4: a pair alone takes 3 special tokens; not {max_length}.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -92,31 +92,31 @@ def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
         empty = False
         yield text
     if empty:
-        raise ValueError("A tokenizer needs at least one text to train on; `texts` is empty.")
+        raise UserError("data.tokenizer.no_text", "A tokenizer needs at least one text to train on; `texts` is empty.")
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or Hub repository, exactly as its tokenizer.json says.
+    """The tokenizer of a folder or Hub repository, exactly as in its tokenizer.json.
 
-    `AutoTokenizer` obeys the class that tokenizer_config.json names, and GPT-2's, which StarCoder2's descendants name,
+    `AutoTokenizer` uses the class that tokenizer_config.json names. GPT-2's, which StarCoder2's descendants name,
     replaces the pre-tokenizer: numbers would no longer be split into digits.
     """
     return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return the tokenizer with the template of `prompts.py`, and `<sep>`, `<cls>` and `<mask>` spelled as there.
+    """The tokenizer with the template of `prompts.py`, and `<sep>`, `<cls>` and `<mask>` spelled as there.
 
-    The published tokenizer has no template, for its users write the special tokens into their texts, and may spell them
-    otherwise. Every token keeps its id. A tokenizer that has all this is returned as it is.
+    The published tokenizer has no template, because its users write the special tokens into their texts, and may spell
+    them in another way. Every token keeps its id. A tokenizer that has all this is returned unchanged.
 
     Raises:
-        ValueError: If it has no `sep_token` or `cls_token`, or uses one of our spellings for another token.
+        UserError: `data.tokenizer.token_missing` if it has no `sep_token` or `cls_token`; `data.tokenizer.spelling` if
+            it uses one of our spellings for another token.
     """
+    check_special_tokens(tokenizer, "sep", "cls")
     ours = {"sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
     theirs = {role: getattr(tokenizer, role) for role in ours if getattr(tokenizer, role) is not None}
-    if not {"sep_token", "cls_token"} <= set(theirs):
-        raise ValueError("The tokenizer must define sep_token and cls_token.")
     framed = [tokenizer.sep_token_id, tokenizer.cls_token_id]
     if theirs.items() <= ours.items() and tokenizer("")["input_ids"] == framed:
         return tokenizer
@@ -128,7 +128,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     known = [entry["content"] for entry in state["added_tokens"]]
     taken = [name for old, name in spellings.items() if old != name and (known.count(name) > 1 or name in vocabulary)]
     if taken:
-        raise ValueError(f"The tokenizer has another token that is spelled {taken[0]}.")
+        raise UserError("data.tokenizer.spelling", f"The tokenizer has another token that is spelled {taken[0]}.")
     state["model"]["vocab"] = {spellings.get(token, token): index for token, index in vocabulary.items()}
     backend = Tokenizer.from_str(json.dumps(state))
     backend.post_processor = _template(backend)
@@ -151,20 +151,20 @@ def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     Tokens without any (punctuation, parts of characters, special tokens) keep their own form, which no other has.
     """
     spellings = []
-    for index, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
-        text = "" if index in tokenizer.all_special_ids else tokenizer.decode([index])
+    for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+        text = "" if index in tokenizer.all_special_ids else str(tokenizer.decode([index]))
         letters = "".join(character for character in text.lower() if character.isalnum())
         spellings.append(letters or f"<{index}> {token}")
     return spellings
 
 
-class TokenRows(Sequence[np.ndarray]):
-    """Rows of token ids in one flat array: a corpus of 20 million tokens takes 40 MB (vocabularies up to 65,536).
+class TokenRows:
+    """Rows of token ids in one flat array: 20 million tokens take 40 MB (vocabularies up to 65,536).
 
     Row `i` is an integer array of shape (number of tokens,), a view.
 
     Attributes:
-        bounds: int64 (rows + 1,): row `i` lies at `bounds[i]:bounds[i + 1]` of the flat array.
+        bounds: int64 (rows + 1,): row `i` is `bounds[i]:bounds[i + 1]` of the flat array.
     """
 
     def __init__(self, flat: np.ndarray, bounds: np.ndarray) -> None:
@@ -192,12 +192,12 @@ class TokenRows(Sequence[np.ndarray]):
 
 
 class ContentEncoder:
-    """Encodes texts as ordinary characters: no template, no truncation, and special tokens written in them are spelled.
+    """Encodes texts as ordinary characters: no template, no truncation, and no special tokens, even if written there.
 
     Attributes:
         dtype: uint16 for vocabularies up to 65,536, otherwise uint32.
-        checksum: SHA-256 of what decides the ids, as hexadecimal digits. The template, padding and truncation are
-            no part of it, so that it survives their change and saving and loading.
+        checksum: SHA-256 of what decides the ids, as hexadecimal digits. It does not depend on the template, padding
+            and truncation, nor on saving and loading.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -237,6 +237,18 @@ def encode_content(
             bar.update(len(encoded))
     flat = np.concatenate(parts) if parts else np.empty(0, encoder.dtype)
     return TokenRows(flat, np.cumsum([0, *map(len, parts)], dtype=np.int64))
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> None:
+    """Check that a tokenizer has the special tokens with these roles; by default `sep`, `cls` and `mask`.
+
+    Raises:
+        UserError: `data.tokenizer.token_missing` if one is missing.
+    """
+    names = [f"{role}_token" for role in roles or ("sep", "cls", "mask")]
+    missing = [name for name in names if getattr(tokenizer, f"{name}_id") is None]
+    if missing:
+        raise UserError("data.tokenizer.token_missing", f"The tokenizer must define {', '.join(missing)}.")
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:

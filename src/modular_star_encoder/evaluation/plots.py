@@ -10,7 +10,7 @@ from modular_star_encoder.evaluation.report import Row, Table
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file
-from modular_star_encoder.utils.markdown import metric_label
+from modular_star_encoder.utils.reports import metric_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

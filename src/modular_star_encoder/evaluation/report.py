@@ -27,8 +27,7 @@ from modular_star_encoder.evaluation.metrics import (
 from modular_star_encoder.evaluation.tasks import Estimate, Task, TaskResult
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json, write_text
-from modular_star_encoder.utils.machine import library_versions
-from modular_star_encoder.utils.markdown import markdown_table, metric_label, percent
+from modular_star_encoder.utils.reports import library_versions, markdown_table, metric_label, percent
 
 PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
 

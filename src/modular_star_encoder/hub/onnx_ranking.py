@@ -19,7 +19,7 @@ from modular_star_encoder.evaluation.tasks import Estimate, RetrievalTask, TaskR
 from modular_star_encoder.inference.encode import encode_batches
 from modular_star_encoder.inference.encoders import ExitEncoder, Prompted, Text
 from modular_star_encoder.inference.onnx_export import open_session
-from modular_star_encoder.utils.markdown import markdown_table, metric_label, percent
+from modular_star_encoder.utils.reports import markdown_table, metric_label, percent
 
 TOP = 10
 

@@ -42,7 +42,7 @@ from modular_star_encoder.inference.onnx_export import (
 )
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.utils.files import staged_folder, write_json
-from modular_star_encoder.utils.machine import library_versions, machine_kind
+from modular_star_encoder.utils.reports import library_versions, machine_kind
 
 EXPORT_REPORT = "onnx/export.json"
 QUANTIZATION_REPORT = "onnx/quantization.json"

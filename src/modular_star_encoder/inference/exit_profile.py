@@ -24,7 +24,7 @@ from transformers import AutoModel
 from modular_star_encoder.inference.load import check_checkpoint
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
-from modular_star_encoder.utils.machine import machine_kind
+from modular_star_encoder.utils.reports import machine_kind
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

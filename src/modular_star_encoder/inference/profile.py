@@ -28,7 +28,7 @@ from modular_star_encoder.inference.load import check_checkpoint, checkpoint_che
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_writable
-from modular_star_encoder.utils.machine import library_versions, machine_kind
+from modular_star_encoder.utils.reports import library_versions, machine_kind
 
 
 def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: int) -> float:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from modular_star_encoder.data.functions import SUPPORTED_LANGUAGES, DocumentedFunction, extract_functions
+from modular_star_encoder.data.functions import DocumentedFunction, extract_functions
+from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.sources.repositories import CHECKOUT_MARKERS, folder_repositories
 from modular_star_encoder.inference.encode import encode_exits
@@ -95,7 +96,7 @@ def folder_functions(folder: str | os.PathLike[str], *, progress: bool = True) -
     for file in files:
         functions += extract_functions(file, documented_only=False)
     if not functions:
-        raise ValueError(f"{os.fspath(folder)!r} holds no function in {', '.join(SUPPORTED_LANGUAGES)}.")
+        raise ValueError(f"{os.fspath(folder)!r} holds no function in {', '.join(LANGUAGES)}.")
     return functions
 
 

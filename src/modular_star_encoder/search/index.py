@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from modular_star_encoder.data.sources.source_files import check_languages
+from modular_star_encoder.data.languages.registry import check_languages
 from modular_star_encoder.search.building import UpdateReport, update_store
 from modular_star_encoder.search.cascade import Cascade
 from modular_star_encoder.search.embedder import Embedder

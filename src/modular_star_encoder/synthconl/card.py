@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData
 
+from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import Triplet
-from modular_star_encoder.data.sources.source_files import LANGUAGES
 from modular_star_encoder.synthconl.completions import LANGUAGE_NAMES
 from modular_star_encoder.synthconl.recipe import DATASET_COLUMNS, MEANINGS
 from modular_star_encoder.utils.hub import cell, render_card

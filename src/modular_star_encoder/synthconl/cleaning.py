@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 
 from modular_star_encoder.data.functions import code_key
-from modular_star_encoder.data.languages.syntax import holds_function, syntax_error_share
-from modular_star_encoder.data.sources.source_files import LANGUAGES
+from modular_star_encoder.data.languages.parsing import holds_function, syntax_error_share
+from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl.completions import ERROR, TOO_LONG
 
 MAX_SYNTAX_ERROR_SHARE = 0.05

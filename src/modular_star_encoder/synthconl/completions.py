@@ -11,7 +11,7 @@ from itertools import islice
 from string import Formatter
 from typing import Any, Protocol, TypeVar
 
-from modular_star_encoder.data.sources.source_files import LANGUAGES
+from modular_star_encoder.data.languages.registry import LANGUAGES
 
 Item = TypeVar("Item")
 

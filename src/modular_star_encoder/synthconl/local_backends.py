@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modular_star_encoder.data.in_context import pad_inputs
+from modular_star_encoder.data.collators import pad_inputs
 from modular_star_encoder.synthconl.completions import BackendError, Completion, CompletionRequest, batches, tokenized
 
 _BATCHES_SORTED_TOGETHER = 16

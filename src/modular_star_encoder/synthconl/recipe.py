@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from modular_star_encoder.data.sources.source_files import LANGUAGES, check_languages
+from modular_star_encoder.data.languages.registry import LANGUAGES, check_languages
 from modular_star_encoder.synthconl.cleaning import MAX_SYNTAX_ERROR_SHARE
 from modular_star_encoder.synthconl.near_duplicates.fingerprints import DuplicateSettings
 from modular_star_encoder.synthconl.translation import TranslationSettings

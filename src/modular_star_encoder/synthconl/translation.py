@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from modular_star_encoder.data.sources.source_files import LANGUAGES, check_languages
+from modular_star_encoder.data.languages.registry import LANGUAGES, check_languages
 from modular_star_encoder.synthconl.backends import FREE_OPTIONS, open_backend
 from modular_star_encoder.synthconl.completions import (
     ERROR,

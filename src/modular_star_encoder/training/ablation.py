@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator
 from pydantic import Field as Constraint
 
-from modular_star_encoder.data.retrieval_data import RetrievalData
+from modular_star_encoder.data.splits import RetrievalData
 from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.benchmarks.rows import read_json
 from modular_star_encoder.evaluation.lexical import BM25

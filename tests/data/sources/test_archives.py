@@ -9,6 +9,7 @@ import pytest
 
 from modular_star_encoder.data.sources.archives import ArchiveLimits, archive_repositories
 from modular_star_encoder.data.sources.source_files import FileFilters
+from tests.errors import raises
 
 TAR_MODES = {".tar": "w", ".tar.gz": "w:gz", ".tgz": "w:gz", ".tar.bz2": "w:bz2", ".tar.xz": "w:xz"}
 
@@ -259,13 +260,13 @@ def test_shards_of_a_folder_of_archives_share_out_every_archive_once(tmp_path):
 
 def test_what_is_no_archive_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "x.py").write_text("x")
-    with pytest.raises(ValueError, match="does not exist"):
+    with raises("data.source.missing", "missing.zip"):
         archive_repositories(tmp_path / "missing.zip")
     for source in (tmp_path, tmp_path / "x.py"):
-        with pytest.raises(ValueError, match=r"holds no archive; known are \.zip"):
+        with raises("data.source.no_files", source, ".zip"):
             archive_repositories(source)
     make_zip(tmp_path / "a.zip", {"x.py": "x"})
-    with pytest.raises(ValueError, match="'cobol' is unknown"):
+    with raises("data.language.unknown", "cobol"):
         archive_repositories(tmp_path, languages=["cobol"])
-    with pytest.raises(ValueError, match="must be positive"):
+    with raises("data.archive.limits", "max_members=0"):
         ArchiveLimits(max_members=0)

@@ -12,6 +12,7 @@ from modular_star_encoder.data.sources.codesearchnet import (
     documentation_summary,
     read_codesearchnet,
 )
+from tests.errors import raises
 
 HUB = {
     "repository_name": "owner/name",
@@ -82,15 +83,15 @@ def test_python_code_that_may_keep_its_query_is_refused(code):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "key", "value"),
     [
-        ({"func_code_string": None}, "column func_code_string or code"),
-        ({"language": None}, "column language"),
-        ({"language": "cobol"}, "'cobol' cannot be read"),
+        ({"func_code_string": None}, "data.codesearchnet.column", "func_code_string or code"),
+        ({"language": None}, "data.codesearchnet.column", "language"),
+        ({"language": "cobol"}, "data.language.unknown", "cobol"),
     ],
 )
-def test_other_rows_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
+def test_other_rows_are_refused(change, key, value):
+    with raises(key, value):
         codesearchnet_function({**HUB, **change})
 
 
@@ -118,7 +119,7 @@ def test_rows_that_cannot_be_stripped_are_left_out_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (broken, PYTHON)))
     counts = Counter()
     assert [one.code for one in read_codesearchnet(tmp_path, counts=counts)] == ["def a(self):\n        return 1"]
-    assert counts == {"rows": 2, "docstring cannot be taken out": 1}
+    assert counts == {"rows": 2, "docstring cannot be removed": 1}
 
 
 def test_a_damaged_file_is_named_and_a_byte_order_mark_is_none_of_its_damage(tmp_path):
@@ -127,12 +128,12 @@ def test_a_damaged_file_is_named_and_a_byte_order_mark_is_none_of_its_damage(tmp
     assert len(list(read_codesearchnet(tmp_path))) == 50
     for content in (whole[:-20], whole[:30] + bytes(20) + whole[50:]):
         (tmp_path / "a.jsonl.gz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.jsonl\.gz is damaged"):
+        with raises("data.source.damaged", "a.jsonl.gz"):
             list(read_codesearchnet(tmp_path))
 
 
-@pytest.mark.parametrize(("line", "message"), [("{", "line 2: not JSON"), ("[]", "line 2: not a row")])
-def test_broken_lines_are_named(tmp_path, line, message):
+@pytest.mark.parametrize("line", ["{", "[]"])
+def test_broken_lines_are_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(json.dumps(HUB) + f"\n{line}\n")
-    with pytest.raises(ValueError, match=message):
+    with raises("data.row", "line 2"):
         list(read_codesearchnet(tmp_path))

@@ -12,6 +12,7 @@ from modular_star_encoder.data.sources.source_files import (
     is_vendored,
     line_lengths,
 )
+from tests.errors import raises
 
 CODE = "def run(first, second):\n    return first + second\n"
 
@@ -150,5 +151,5 @@ def test_tests_and_vendored_code_are_kept_on_request():
 
 @pytest.mark.parametrize("wrong", [{"max_bytes": 0}, {"max_average_line_length": -1}, {"min_alphabetic_share": 2}])
 def test_bounds_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match="bounds of FileFilters"):
+    with raises("data.filters", *wrong.values()):
         FileFilters(**wrong)

@@ -5,8 +5,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from modular_star_encoder.data.sources.dataset_rows import THE_STACK_COLUMNS, RowColumns, row_repositories
+from modular_star_encoder.data.sources.dataset_files import THE_STACK_COLUMNS, RowColumns, row_repositories
 from modular_star_encoder.data.sources.source_files import FileFilters
+from tests.errors import raises
 
 COLUMNS = RowColumns(repository="repo", path="file", text="code", language="lang", license="terms")
 
@@ -110,6 +111,7 @@ def test_only_the_columns_named_are_kept(numbered):
     assert set(next(iter(reader._rows))) == set(COLUMNS.names())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 100])
 def test_shards_share_out_every_row_once(numbered, count):
     reader = row_repositories(numbered, COLUMNS)
@@ -158,6 +160,7 @@ def test_workers_of_a_data_loader_share_out_every_row_once(numbered, workers):
     assert sorted(loader) == sorted(f"{number}.py" for number in range(90))
 
 
+@pytest.mark.slow
 def test_a_slow_consumer_does_not_fill_the_memory(tmp_path):
     rows = [row(number, code=f"{number} word " * 50_000) for number in range(100)]
     table = pyarrow.Table.from_pylist(rows)
@@ -174,17 +177,17 @@ def test_a_slow_consumer_does_not_fill_the_memory(tmp_path):
 
 def test_wrong_sources_are_refused_in_one_sentence(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", [row(0)])
-    with pytest.raises(ValueError, match="has no column 'content'; it has repo, file, code, lang, terms, unused"):
+    with raises("data.source.column", "content"):
         row_repositories(tmp_path, RowColumns(repository="repo", path="file", text="content"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no parquet file"):
+    with raises("data.source.no_files"):
         row_repositories(tmp_path / "empty", COLUMNS)
-    with pytest.raises(ValueError, match=r"missing.parquet' cannot be read"):
+    with raises("data.source.unreadable", "missing.parquet"):
         row_repositories(tmp_path / "missing.parquet", COLUMNS)
     (tmp_path / "broken.parquet").write_text("x")
-    with pytest.raises(ValueError, match=r"broken.parquet' cannot be read"):
+    with raises("data.source.unreadable", "broken.parquet"):
         row_repositories(tmp_path / "broken.parquet", COLUMNS)
-    with pytest.raises(ValueError, match="'cobol' is unknown"):
+    with raises("data.language.unknown", "cobol"):
         row_repositories(tmp_path / "a.parquet", COLUMNS, languages=["cobol"])
 
 

@@ -1,15 +1,15 @@
 import gzip
-import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from modular_star_encoder.data.sources.dataset_files import ContentSource, the_stack_repositories, unpack
 from modular_star_encoder.data.sources.source_files import FileFilters
-from modular_star_encoder.data.sources.the_stack import ContentSource, the_stack_repositories, unpack
+from tests.errors import raises
+from tests.utils.http_server import LocalServer
 
 
 def blob(number):
@@ -34,65 +34,35 @@ def record(number, **changes):
     return {**values, **changes}
 
 
-class Contents(ThreadingHTTPServer):
-    """Serves contents at /content/<blob>; `answers` maps a blob to bytes or to the statuses of its first answers."""
-
-    daemon_threads = True
-    request_queue_size = 64  # a full queue makes a client wait for a second
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers, self.asked = {}, Counter()
-        self.waiting, self.most_waiting, self.lock = 0, 0, threading.Lock()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/content/{{blob_id}}?signature=secret"
-
-
-class Handler(BaseHTTPRequestHandler):
-    wbufsize = -1  # headers and body in one packet
-
-    def do_GET(self):
-        name = self.path.partition("?")[0].removeprefix("/content/")
-        self.server.asked[name] += 1
-        with self.server.lock:
-            self.server.waiting += 1
-            self.server.most_waiting = max(self.server.most_waiting, self.server.waiting)
-        answer = self.server.answers.get(name, gzip.compress(f"x = {int(name, 16)}".encode()))
-        if isinstance(answer, list):
-            answer = answer.pop(0) if len(answer) > 1 else answer[0]
-        status, body = (answer, b"") if isinstance(answer, int) else (200, answer)
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-        with self.server.lock:
-            self.server.waiting -= 1
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def server():
-    with Contents() as contents:
-        thread = threading.Thread(target=contents.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield contents
-        contents.shutdown()
+    """Serves contents at /content/<blob>; `answers` maps a blob to bytes or to the statuses of its first answers."""
+
+    def answer(request):
+        name = request.path.partition("?")[0].removeprefix("/content/")
+        server.asked[name] += 1
+        time.sleep(0.002)
+        given = server.answers.get(name, gzip.compress(f"x = {int(name, 16)}".encode()))
+        if isinstance(given, list):
+            given = given.pop(0) if len(given) > 1 else given[0]
+        return (given, b"", {}) if isinstance(given, int) else (200, given, {})
+
+    with LocalServer(answer) as server:
+        server.answers, server.asked = {}, Counter()
+        yield server
 
 
 @pytest.fixture
 def reader_of(tmp_path, server):
     """Makes a reader of repositories, given as lists of their records."""
 
-    def make(*repositories, url=server.url, threads=4, attempts=3, **options):
+    def make(*repositories, url=None, threads=4, attempts=3, **options):
         rows = [
             {"repo_name": f"owner/r{number}", "num_files": len(files), "files": files}
             for number, files in enumerate(repositories)
         ]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "ids.parquet", row_group_size=3)
+        url = url or f"{server.url}/content/{{blob_id}}?signature=secret"
         contents = ContentSource(url=url, threads=threads, attempts=attempts, pause=0.001)
         return the_stack_repositories(tmp_path / "ids.parquet", contents, progress=False, **options)
 
@@ -124,7 +94,7 @@ def test_the_files_of_a_repository_are_fetched_unpacked_and_decoded(reader_of, s
 def test_the_order_is_that_of_the_rows_whatever_arrives_first(reader_of, server):
     reader = reader_of(*([record(10 * row + file) for file in range(10)] for row in range(20)), threads=8)
     assert texts(reader) == [f"x = {number}" for number in range(200)]
-    assert 1 < server.most_waiting <= 8
+    assert 1 < server.most_at_once <= 8
 
 
 def test_what_the_row_tells_is_enough_to_leave_a_file_out_without_fetching_it(reader_of, server):
@@ -192,7 +162,7 @@ def test_a_content_that_unpacks_to_much_is_not_unpacked_beyond_the_limit():
 def test_without_any_access_reading_stops_with_one_sentence_that_shows_no_secret(reader_of, server):
     server.answers.update({blob(number): 403 for number in range(1000)})
     reader = reader_of([record(number) for number in range(1000)])
-    with pytest.raises(ValueError, match="None of the first 200 contents could be fetched by http") as caught:
+    with raises("data.contents.no_access", 200) as caught:
         texts(reader)
     assert "secret" not in str(caught.value)
     assert "403" in str(caught.value)
@@ -233,12 +203,12 @@ def test_contents_may_come_from_a_folder(reader_of, tmp_path):
 
 
 def test_wrong_sources_of_contents_are_refused_in_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="must hold"):
+    with raises("data.contents.url"):
         ContentSource(url="https://example.org/content")
-    with pytest.raises(ValueError, match="cannot be fetched by 'nosuch'"):
+    with raises("data.contents.url", "nosuch"):
         ContentSource(url="nosuch://bucket/{blob_id}")
-    with pytest.raises(ValueError, match="threads and attempts"):
+    with raises("http.settings"):
         ContentSource(url="https://example.org/{blob_id}", threads=0)
     pyarrow.parquet.write_table(pyarrow.table({"repo_name": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="has no column 'files'"):
+    with raises("data.source.column", "files"):
         the_stack_repositories(tmp_path / "a.parquet", ContentSource(url="https://example.org/{blob_id}"))

@@ -11,40 +11,25 @@ from dataclasses import dataclass
 from tree_sitter import Node, QueryCursor, Tree
 
 from modular_star_encoder.data.languages.documentation import Comments, docstring_description, docstring_of
-from modular_star_encoder.data.languages.grammars import (
-    Grammar,
-    UnparsableSourceError,
-    load_grammar,
-    parse,
-    parse_around_macros,
-)
-from modular_star_encoder.data.languages.syntax import SourceText
+from modular_star_encoder.data.languages.parsing import Grammar, SourceText, UnparsableSourceError, load_grammar, parse
+from modular_star_encoder.data.languages.registry import Language
 
 _Captures = dict[str, list[Node]]
 
-_CONTROL_FLOW = {"if", "else", "for", "while", "switch", "return", "do", "catch", "sizeof", "defined"}
-_OBJECTS_WITHOUT_NAME = {"exports", "module", "prototype", "this"}
-_MEMBERS = re.compile(r"[\w$#]+(?:\.[\w$#]+)*")
 _C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_name", "operator_name"}
 _MAX_NAME_LENGTH = 200
 
 
-def function_name(captures: _Captures, source: bytes, language: str) -> str | None:
-    """Return the name of the function or scope of one match, dotted where the text is qualified.
+def function_name(captures: _Captures, source: bytes, language: Language) -> str | None:
+    """The name of the function or scope of one match, dotted where the text is qualified.
 
-    None stands for a match that is no function: a macro, or a statement that error recovery took for one.
+    None for a match that is not a function: a macro, or a statement that error recovery took for one.
     """
     if "declarator" in captures:
-        name = _declared_name(captures["declarator"][0], source)
+        name = _declared_name(captures["declarator"][0], source, language)
     else:
-        name = _text(captures["name"][0], source)
-        if language == "javascript":
-            name = _member_name(name)
-        elif language == "ruby":
-            name = name.replace("::", ".")
-        elif language == "cpp":
-            name = name.partition("<")[0]
-        elif "receiver" in captures:
+        name = language.dotted_name(_text(captures["name"][0], source))
+        if "receiver" in captures:
             name = f"{_receiver(_text(captures['receiver'][0], source))}.{name}"
     return name if name and len(name) <= _MAX_NAME_LENGTH else None
 
@@ -53,24 +38,13 @@ def _text(node: Node, source: bytes) -> str:
     return " ".join(source[node.start_byte : node.end_byte].decode(errors="replace").split())
 
 
-def _member_name(text: str) -> str:
-    """Return `"Stack.push"` for `Stack.prototype.push`, `"push"` for `exports.push` and for `'push'`."""
-    text = re.sub(r"\s*\.\s*", ".", text.strip("'\""))
-    if "." not in text or text.startswith("["):
-        return text
-    if not _MEMBERS.fullmatch(text):  # `get("stack").push`
-        return text.rpartition(".")[2]
-    parts = text.split(".")
-    return ".".join([part for part in parts if part not in _OBJECTS_WITHOUT_NAME] or parts[-1:])
-
-
 def _receiver(text: str) -> str:
-    """Return `"Stack"` for the receiver's type `*Stack[T]`."""
+    """`"Stack"` for the receiver's type `*Stack[T]`."""
     return text.lstrip("*( ").partition("[")[0].rstrip(") ")
 
 
-def _declared_name(declarator: Node, source: bytes) -> str | None:
-    """Return the dotted name that a C or C++ declarator of a function declares, or None if it declares none."""
+def _declared_name(declarator: Node, source: bytes, language: Language) -> str | None:
+    """The dotted name that a C or C++ declarator of a function declares, or None if it declares none."""
     node: Node | None = declarator
     is_function = False
     while node is not None and node.type not in _C_NAMES:
@@ -85,18 +59,18 @@ def _declared_name(declarator: Node, source: bytes) -> str | None:
             is_function = is_function or node.type == "function_declarator"
             node = node.child_by_field_name("declarator") or _inner_declarator(node)
     name = _text(node, source) if node is not None else ""
-    return name if is_function and name not in _CONTROL_FLOW else None
+    return name if is_function and name not in language.keywords else None
 
 
 def _inner_declarator(node: Node) -> Node | None:
-    """Return the declarator inside parentheses or behind `&`, which these nodes hold without naming it."""
+    """The declarator inside parentheses or behind `&`, which has no field name in these nodes."""
     return next(
         (child for child in node.named_children if child.type.endswith("declarator") or child.type in _C_NAMES), None
     )
 
 
 def _qualified_name(node: Node | None, source: bytes) -> str:
-    """Return `"Stack.push"` for `Stack<T>::push`."""
+    """`"Stack.push"` for `Stack<T>::push`."""
     parts = []
     while node is not None and node.type == "qualified_identifier":
         scope = node.child_by_field_name("scope")
@@ -109,7 +83,7 @@ def _qualified_name(node: Node | None, source: bytes) -> str:
 
 
 Cut = tuple[int, int, bytes]
-"""(first byte, byte after the last, what takes its place)."""
+"""(first byte, byte after the last, replacement)."""
 
 _STRINGS = {"string", "concatenated_string", "parenthesized_expression"}
 # What may follow a docstring on its last line, and the blank lines after it.
@@ -118,7 +92,7 @@ _INDENT = re.compile(rb"[ \t\f]*")
 
 
 def python_docstring(body: Node, source: SourceText) -> tuple[Node, str] | None:
-    """Return (statement, value) of the docstring with which the body of a definition begins, or None."""
+    """(statement, value) of the docstring at the beginning of a definition's body, or None."""
     statement = next(_statements(body), None)
     if statement is None or statement.type != "expression_statement" or statement.named_child_count != 1:
         return None
@@ -130,14 +104,14 @@ def python_docstring(body: Node, source: SourceText) -> tuple[Node, str] | None:
 
 
 def is_docstring_only(body: Node, source: SourceText) -> bool:
-    """Whether the body of a Python definition is one statement, which is a docstring."""
+    """Whether a docstring is the only statement in the body of a Python definition."""
     statements = _statements(body)
     next(statements, None)
     return next(statements, None) is None and python_docstring(body, source) is not None
 
 
 def end_of_last_statement(node: Node) -> int:
-    """Return where the last token of a Python definition ends; comments may follow it inside the node."""
+    """Where the last token of a Python definition ends; comments may follow it inside the node."""
     while node.child_count:
         children = (node.child(index) for index in reversed(range(node.child_count)))
         last = next((child for child in children if not child.is_extra), None)
@@ -148,7 +122,7 @@ def end_of_last_statement(node: Node) -> int:
 
 
 def docstring_cut(body: Node, source: SourceText) -> Cut | None:
-    """Return the cut that removes the docstring of a Python definition, if it has one."""
+    """The cut that removes the docstring of a Python definition, if it has one."""
     found = python_docstring(body, source)
     if found is None:
         return None
@@ -163,13 +137,9 @@ def docstring_cut(body: Node, source: SourceText) -> Cut | None:
 
 
 def indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]) -> Iterator[Cut]:
-    """Yield the cuts that take the indentation of the first line away from the others of a span.
+    """Yield the cuts that remove the indentation of a span's first line from its other lines.
 
-    Args:
-        source: The text.
-        start: First byte of the span.
-        end: The byte after its last.
-        fixed_lines: Where lines begin that lie inside a string: their white space is content.
+    `fixed_lines` are the beginnings of lines inside strings, whose white space is content.
     """
     first = source.line_start(start)
     found = _INDENT.match(source.bytes, first, start)
@@ -181,7 +151,7 @@ def indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int])
 
 
 def cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
-    """Return the text from `start` to `end` without what is cut; of cuts that overlap, the first and widest counts."""
+    """The text from `start` to `end` with the cuts made; of cuts that overlap, the first and widest counts."""
     pieces = []
     at = start
     for cut_start, cut_end, replacement in sorted(cuts, key=lambda cut: (cut[0], -cut[1])):
@@ -198,7 +168,7 @@ def _statements(body: Node) -> Iterator[Node]:
 
 
 MAX_NESTING = 16
-"""Functions inside so many others and classes are left out: each repeats the text of those inside it."""
+"""Functions inside so many others and classes are left out: each level repeats the text of those inside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +180,7 @@ class FoundFunction:
         name: Dotted name inside the text, such as `"Stack.push"`.
         description: First paragraph of the documentation, in one line; empty without one.
         code: The function dedented, with `\\n` line ends and, in Python, without docstrings.
-        source: The function as it stands in the text.
+        source: The function as in the text.
         start_byte: Its first byte in the UTF-8 encoding of the text.
         end_byte: The byte after its last.
     """
@@ -237,31 +207,30 @@ class _Definition:
 def find_functions(
     text: str, language: str, *, documented_only: bool = False, counts: Counter[str] | None = None
 ) -> list[FoundFunction]:
-    """Return the functions of `text` that hold no syntax error, in order, methods and nested functions included.
+    """The functions of `text` without a syntax error, in order, methods and nested functions included.
 
-    Python functions whose body is nothing but a docstring are left out, and so is whatever has no body.
+    Functions without a body are left out, and Python functions with only a docstring in it.
 
     Args:
         text: The content of a source file. PHP needs its `<?php`.
-        language: One of `grammars.SUPPORTED_LANGUAGES`.
+        language: One of `LANGUAGES`.
         documented_only: Whether to leave out functions without a description.
         counts: When given, `"files with a syntax error"`, `"functions with a syntax error"` and `"functions nested too
             deeply"` are counted in it.
 
     Raises:
-        ValueError: If the language is not supported.
-        UnparsableSourceError: If `text` is not worth parsing (see `grammars.parse`), or holds a syntax error and no
-            function without one.
+        UserError: `data.language.unknown` if the language is not one of `LANGUAGES`.
+        UnparsableSourceError: If `text` can't be parsed (see `parse`), or holds a syntax error and no function
+            without one.
     """
     grammar = load_grammar(language)
     source = SourceText(text)
-    parser = parse_around_macros if language in ("c", "cpp") else parse
-    tree = parser(source.bytes, grammar)
-    finder = _Finder(source, tree, grammar, language)
+    tree = parse(source.bytes, grammar)
+    finder = _Finder(source, tree, grammar)
     found = list(finder.functions(documented_only))
     if tree.root_node.has_error:
         if not finder.sound:
-            raise UnparsableSourceError("The text has a syntax error, and no function is without one.")
+            raise UnparsableSourceError("The text has a syntax error and no function without one.")
         finder.counts["files with a syntax error"] += 1
     if counts is not None:
         counts.update(finder.counts)
@@ -271,10 +240,10 @@ def find_functions(
 class _Finder:
     """Reads one tree."""
 
-    def __init__(self, source: SourceText, tree: Tree, grammar: Grammar, language: str) -> None:
+    def __init__(self, source: SourceText, tree: Tree, grammar: Grammar) -> None:
         self.counts: Counter[str] = Counter()
         self.sound = 0
-        self._source, self._language = source, language
+        self._source, self._language = source, grammar.language
         self._strings: list[Node] = []
         self._definitions: list[_Definition] = []
         self._untyped: set[int] = set()
@@ -291,7 +260,7 @@ class _Finder:
                 self._add(captures, functions)
         self._definitions += functions.values()
         self._definitions.sort(key=lambda one: (one.node.start_byte, -one.node.end_byte))
-        self._comments = Comments(comments, source, language)
+        self._comments = Comments(comments, source, grammar.language)
         heredocs = (node for node in self._strings if node.type == "heredoc_body")
         self._heredocs = {node.start_byte: node.end_byte for node in heredocs}
         self._fixed_lines: set[int] | None = None
@@ -332,15 +301,15 @@ class _Finder:
             enclosing.append(one)
 
     def _is_macro(self, one: _Definition, enclosing: list[_Definition]) -> bool:
-        """Whether what looks like a C++ constructor is not inside the class of that name."""
+        """Whether something like a C++ constructor is outside the class of that name."""
         is_untyped = one.body is not None and one.body.id in self._untyped
         return is_untyped and not (enclosing and enclosing[-1].name == one.name)
 
     def _found(self, index: int, name: str, documented_only: bool) -> FoundFunction | None:
-        """Build the function at `index` of the definitions, or None if it is not wanted."""
+        """The function at `index` of the definitions, or None if it is left out."""
         one = self._definitions[index]
         start, end = one.node.start_byte, one.node.end_byte
-        if self._language == "python" and one.body is not None:
+        if self._language.has_docstrings and one.body is not None:
             docstring = python_docstring(one.body, self._source)
             if docstring and is_docstring_only(one.body, self._source):
                 return None
@@ -348,19 +317,18 @@ class _Finder:
             end = end_of_last_statement(one.node)
         else:
             description = self._comments.description_before(start)
-            if self._language == "ruby":
-                end = self._end_of_heredocs(end)
+            end = self._end_of_heredocs(end)
         if documented_only and not description:
             return None
         cuts = list(indent_cuts(self._source, start, end, self._lines_inside_strings()))
-        if self._language == "python":
+        if self._language.has_docstrings:
             cuts += self._docstring_cuts(index, end)
         code = cut_out(self._source.bytes, start, end, cuts)
         first, last, text = self._source.original_span(start, end)
         return FoundFunction(self._source.line(start), name, description, code, text, first, last)
 
     def _lines_inside_strings(self) -> set[int]:
-        """Return where the lines begin whose white space is part of a string."""
+        """Where the lines begin whose white space is part of a string."""
         if self._fixed_lines is None:
             lines = self._source.line_starts_between
             spans = (node.byte_range for node in self._strings if node.start_point.row < node.end_point.row)
@@ -368,7 +336,7 @@ class _Finder:
         return self._fixed_lines
 
     def _docstring_cuts(self, index: int, end: int) -> Iterator[Cut]:
-        """Yield the cuts for the docstrings of a Python function and of all that is defined inside it."""
+        """Yield the cuts for the docstrings of a Python function and of the definitions inside it."""
         while index < len(self._definitions) and self._definitions[index].node.start_byte < end:
             body = self._definitions[index].body
             cut = docstring_cut(body, self._source) if body else None
@@ -377,7 +345,7 @@ class _Finder:
             index += 1
 
     def _end_of_heredocs(self, end: int) -> int:
-        """Return where the heredocs end that begin on the last line of a Ruby method, whose node does not hold them."""
+        """Where the heredocs end that begin on the last line of a Ruby method; its node does not hold them."""
         line_end = self._source.bytes.find(b"\n", end)
         while line_end in self._heredocs and not self._source.bytes[end:line_end].strip():
             end = line_end = self._heredocs[line_end]

@@ -1,7 +1,7 @@
-"""Source files out of zip and tar archives, member by member: nothing is ever written to disk.
+"""Source files out of zip and tar archives, member by member; nothing is written to disk.
 
-An archive is material of unknown origin. Links, devices and members whose path leads outside are counted, never
-followed; the size of members, their number and the number of bytes that an archive may unpack to are bounded.
+Archives are of unknown origin. Links, devices and members whose path leads outside are counted, never followed; the
+size of members, their number and the number of bytes that an archive may unpack to are limited.
 """
 
 import bz2
@@ -17,20 +17,16 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import IO, Any
 
-from modular_star_encoder.data.sources.source_files import (
-    FileFilters,
-    SourceFile,
-    SourceReader,
-    check_languages,
-    is_closed,
-    language_of,
-)
+from modular_star_encoder.data.languages.registry import check_languages, language_of
+from modular_star_encoder.data.sources.source_files import FileFilters, SourceFile, SourceReader, is_closed
+from modular_star_encoder.utils.errors import UserError
 
 ZIP_SUFFIXES = (".zip", ".whl", ".jar")
-TAR_OPENERS: dict[str, Callable[[Any], IO[bytes]]] = {
+TAR_OPENERS: dict[str, Callable[..., Any]] = {
     ".tar": lambda file: file,
     ".tar.gz": gzip.open,
     ".tgz": gzip.open,
@@ -69,21 +65,19 @@ class ArchiveLimits:
     """How much of one archive is read.
 
     Attributes:
-        max_members: Later members are not looked at.
+        max_members: Later members are not read.
         max_bytes: Reading stops when the archive has unpacked to so many bytes (of a zip, only the members read count).
+
+    Raises:
+        UserError: `data.archive.limits` if one is not positive.
     """
 
     max_members: int = 200_000
     max_bytes: int = 8_000_000_000
 
     def __post_init__(self) -> None:
-        """Check the figures.
-
-        Raises:
-            ValueError: If one is not positive.
-        """
         if min(self.max_members, self.max_bytes) < 1:
-            raise ValueError("The bounds of ArchiveLimits must be positive.")
+            raise UserError("data.archive.limits", f"The limits of archives must be positive, not {self}.")
 
 
 class ArchiveLimitError(Exception):
@@ -101,12 +95,12 @@ class Member:
 
 
 def archive_suffix(path: Path) -> str:
-    """Return the suffix that tells the kind of archive, or an empty string."""
+    """The suffix of a known kind of archive, or an empty string."""
     return next((suffix for suffix in ARCHIVE_SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
 def archive_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
-    """Yield the members of an archive in their order; each can be read until the next is asked for.
+    """Yield the members of an archive in their order; each can be read until the next is requested.
 
     Raises:
         ArchiveLimitError: If it exceeds a limit.
@@ -120,12 +114,12 @@ def archive_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
 
 
 class _ZipBytes(io.FileIO):
-    """A zip file that refuses to be read in huge pieces: zipfile reads the whole directory at once."""
+    """A zip file with a limit for one read: zipfile reads the whole directory at once."""
 
     largest: int | None = None
 
-    def read(self, size: int = -1, /) -> bytes:
-        if self.largest is not None and size > self.largest:
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.largest is not None and (size or 0) > self.largest:
             raise ArchiveLimitError("rest of an archive with too many members")
         return super().read(size) or b""
 
@@ -153,7 +147,7 @@ def _zip_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
                     info.filename,
                     "folder" if info.is_dir() else "file" if is_file else "other",
                     info.file_size,
-                    lambda size, info=info: read(info, size),
+                    partial(read, info),
                 )
 
 
@@ -172,10 +166,10 @@ class _TarBytes:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A header; one that announces a long name or attributes of a huge size is refused before these are read."""
+    """A header; if it announces a huge name or huge attributes, ArchiveLimitError comes before these are read."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_TarInfo":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
         info = super().frombuf(buf, encoding, errors)
         if info.size > _HEADER_BYTES and info.type in _HEADER_TYPES:
             raise ArchiveLimitError("rest of an archive with huge headers")
@@ -192,7 +186,7 @@ def _tar_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
         while (info := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep every header
             kind = "file" if info.isreg() and not info.issparse() else "folder" if info.isdir() else "other"
-            yield Member(info.name, kind, info.size, lambda size, info=info: _extract(archive, info, size))
+            yield Member(info.name, kind, info.size, partial(_extract, archive, info))
 
 
 def _extract(archive: tarfile.TarFile, info: tarfile.TarInfo, size: int) -> bytes:
@@ -213,18 +207,11 @@ class ArchiveReader(SourceReader):
         filters: FileFilters,
         limits: ArchiveLimits,
     ) -> None:
-        super().__init__()
-        self._units = tuple(sorted(archives))
+        super().__init__(sorted(archives))
         self._languages, self._filters, self._limits = languages, filters, limits
-        self.repositories = tuple(name for name, _ in self._units)
-
-    def _window(self, start: int, step: int) -> "ArchiveReader":
-        reader = super()._window(start, step)
-        reader.repositories = tuple(name for name, _ in reader._chosen(reader._units))
-        return reader
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
-        for repository, location in self._chosen(self._units):
+        for repository, location in self._chosen():
             try:
                 for member in archive_members(location, self._limits):
                     file = self._file(repository, member, skipped)
@@ -249,9 +236,9 @@ class ArchiveReader(SourceReader):
         text = ""
         if not reason:
             try:
-                # One byte more than allowed: the size that an archive declares may be a lie.
+                # One byte more than allowed: the size that an archive declares may be wrong.
                 content = member.read(self._filters.max_bytes + 1)
-            except BROKEN_ARCHIVE:  # a member that is encrypted or damaged; the next may be sound
+            except BROKEN_ARCHIVE:  # an encrypted or damaged member; the next may be readable
                 reason = "unreadable"
             else:
                 text, reason = self._filters.decode(content)
@@ -268,7 +255,7 @@ def archive_repositories(
     filters: FileFilters | None = None,
     limits: ArchiveLimits | None = None,
 ) -> ArchiveReader:
-    """Return a reader of one archive, or of every archive under a folder; each is one repository.
+    """A reader of one archive, or of every archive under a folder; each is one repository.
 
     Zip files (`.zip`, `.whl`, `.jar`) and tar files (`.tar`, also with `.gz`, `.bz2`, `.xz`, `.tgz` and the like) are
     read. A repository has the name of its file, without the suffix; in a folder, its path from there. Symbolic links
@@ -281,18 +268,21 @@ def archive_repositories(
         limits: How much of an archive is read at most; by default, `ArchiveLimits()`.
 
     Raises:
-        ValueError: If `source` does not exist, is no archive or holds none, or a language is unknown.
+        UserError: `data.source.missing` if `source` does not exist; `data.source.no_files` if it is not an archive and
+            holds none; `data.language.unknown`.
     """
     root = Path(source).expanduser()
     if not root.exists():
-        raise ValueError(f"{os.fspath(source)!r} does not exist; pass an archive or a folder of archives.")
+        message = f"{os.fspath(source)!r} does not exist; pass an archive or a folder of archives."
+        raise UserError("data.source.missing", message)
     if root.is_dir():
         found = [path for path in root.rglob("*") if archive_suffix(path) and path.is_file() and not path.is_symlink()]
         names = [path.relative_to(root).as_posix() for path in found]
     else:
         found, names = [root] if archive_suffix(root) else [], [root.name]
     if not found:
-        raise ValueError(f"{os.fspath(source)!r} holds no archive; known are {', '.join(ARCHIVE_SUFFIXES)}.")
+        message = f"{os.fspath(source)!r} holds no archive with one of the suffixes {', '.join(ARCHIVE_SUFFIXES)}."
+        raise UserError("data.source.no_files", message)
     short = [name[: -len(archive_suffix(path))] for name, path in zip(names, found, strict=True)]
     counts = Counter(short)
     unique = [name if counts[brief] > 1 else brief for name, brief in zip(names, short, strict=True)]

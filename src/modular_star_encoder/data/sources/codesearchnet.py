@@ -1,23 +1,20 @@
-"""The rows of CodeSearchNet as they are published: its authors' JSON lines, or the columns of the Hub's dataset.
+"""The rows of CodeSearchNet as published: its authors' JSON lines, or the columns of the Hub's dataset.
 
 Source of both formats: github.com/github/CodeSearchNet (README, "Data Format") and the Hub's `code_search_net`.
 """
 
-import gzip
-import json
 import os
 import re
 import textwrap
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from modular_star_encoder.data.functions import DocumentedFunction
 from modular_star_encoder.data.languages.function_finder import find_functions
-from modular_star_encoder.data.languages.grammars import UnparsableSourceError
-from modular_star_encoder.data.sources.source_files import check_languages, language_named
+from modular_star_encoder.data.languages.parsing import UnparsableSourceError
+from modular_star_encoder.data.languages.registry import check_languages, language_entry, language_named
+from modular_star_encoder.utils.errors import UserError
 
 # Of each, the name on the Hub and the one of the JSON lines.
 _REQUIRED = {
@@ -33,7 +30,6 @@ _OPTIONAL = {
     "url": ("func_code_url", "url"),
     "split": ("split_name", "partition"),
 }
-_SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
 class LeakingDocstringError(ValueError):
@@ -50,7 +46,7 @@ def documentation_summary(documentation: str) -> str:
 
 
 def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
-    """Return the function of one row.
+    """The function of one row.
 
     Its code is the row's, in Python without the docstring: with it, BM25 reaches an MRR of 97 %. The line is that of
     the row's URL, 0 without one; offsets in the file and the licence are unknown.
@@ -59,16 +55,15 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
         row: Of the Hub's columns, or the fields of the JSON lines. Code, documentation and language are needed.
 
     Raises:
-        ValueError: If a column is missing, or the language is not one of ours.
-        LeakingDocstringError: If Python code does not parse, or is nothing but its docstring.
+        UserError: `data.codesearchnet.column` if a column is missing; `data.language.unknown`.
+        LeakingDocstringError: If Python code does not parse, or is only a docstring.
     """
     missing = [" or ".join(dict.fromkeys(names)) for names in _REQUIRED.values() if _text(row, names) is None]
     if missing:
-        raise ValueError(f"A row of CodeSearchNet needs text in the column {', '.join(missing)}.")
+        message = f"A row of CodeSearchNet needs text in the column {', '.join(missing)}."
+        raise UserError("data.codesearchnet.column", message)
     values = {what: _text(row, names) or "" for what, names in (_REQUIRED | _OPTIONAL).items()}
-    language = language_named(values["language"])
-    if language is None:
-        raise ValueError(f"CodeSearchNet's rows in {values['language']!r} cannot be read: it is none of our languages.")
+    language = language_entry(language_named(values["language"]) or values["language"]).name
     line = re.search(r"#L(\d+)", values["url"])
     code = values["code"].replace("\r\n", "\n").replace("\r", "\n")
     return DocumentedFunction(
@@ -93,18 +88,24 @@ def read_codesearchnet(
     """Yield the functions of CodeSearchNet's rows, in the order of the files.
 
     Args:
-        source: A file `.jsonl` or `.jsonl.gz`, a folder of such files at any depth, or whatever `open_rows` opens:
-            parquet files with the Hub's columns, or the name of a dataset of the Hub that has them.
+        source: See `open_dataset_rows`: JSON Lines files, parquet files with the Hub's columns, a folder of one kind,
+            or the name of a dataset of the Hub.
         languages: The languages to read; None for all.
         split: `"train"`, `"valid"` or `"test"` to read that part alone; on the Hub the name of its split.
-        counts: When given, `"rows"`, and `"docstring cannot be taken out"` for Python rows left out, are counted in it.
+        counts: When given, `"rows"`, and `"docstring cannot be removed"` for Python rows left out, are counted in it.
 
     Raises:
-        ValueError: If there is no such source, a language is unknown, or a row is not one of CodeSearchNet.
+        UserError: `data.source.*` if the source can't be read; `data.language.unknown`; `data.row` or
+            `data.codesearchnet.column` if a row is not one of CodeSearchNet.
     """
     wanted = set(check_languages(languages))
     counts = Counter() if counts is None else counts
-    for row in _rows(source, split):
+    from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows  # imports `datasets`: a second
+
+    columns = [names[0] for what, names in (_REQUIRED | _OPTIONAL).items() if what != "split"]
+    for place, row in open_dataset_rows(source, columns, split=split or "train"):
+        if not isinstance(row, dict):
+            raise UserError("data.row", f"{place}: a row of CodeSearchNet is expected, not: {row}.")
         if language_named(row.get("language")) not in wanted:
             continue
         if split is not None and (_text(row, _OPTIONAL["split"]) or split) != split:
@@ -113,7 +114,7 @@ def read_codesearchnet(
         try:
             yield codesearchnet_function(row)
         except LeakingDocstringError:
-            counts["docstring cannot be taken out"] += 1
+            counts["docstring cannot be removed"] += 1
 
 
 def _text(row: Mapping[str, Any], names: tuple[str, str]) -> str | None:
@@ -121,7 +122,7 @@ def _text(row: Mapping[str, Any], names: tuple[str, str]) -> str | None:
 
 
 def _without_docstring(code: str) -> str:
-    """Return Python `code` without its docstring; it may be indented like a method."""
+    """Python `code` without its docstring; it may be indented like a method."""
     try:
         found = find_functions(textwrap.dedent(code), "python")
     except UnparsableSourceError:
@@ -129,31 +130,3 @@ def _without_docstring(code: str) -> str:
     if found and found[0].line == 1 + code[: len(code) - len(code.lstrip())].count("\n"):
         return found[0].code
     raise LeakingDocstringError("The code of this Python row does not parse, or is nothing but its docstring.")
-
-
-def _rows(source: str | os.PathLike[str], split: str | None) -> Iterator[Mapping[str, Any]]:
-    path = Path(source).expanduser()
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.name.endswith(_SUFFIXES))
-    if any(file.name.endswith(_SUFFIXES) for file in files):
-        for file in files:
-            yield from _json_lines(file)
-        return
-    from modular_star_encoder.data.sources.dataset_rows import open_rows  # imports `datasets`, which takes a second
-
-    columns = [names[0] for what, names in (_REQUIRED | _OPTIONAL).items() if what != "split"]
-    yield from open_rows(source, columns=columns, **({"split": split} if split else {}))
-
-
-def _json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}, line {number}: not JSON ({error}).") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{file}, line {number}: not a row of CodeSearchNet but {type(row).__name__}.")
-                yield row
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file} is damaged: {error}.") from error

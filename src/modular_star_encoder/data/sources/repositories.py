@@ -1,7 +1,6 @@
 """Source files, repository by repository: installed Python distributions or a folder of checkouts.
 
-Test files, vendored code and hidden folders are left out, as are files that cannot be read as ordinary source text.
-A reader can be iterated again and again, always in the same order (repository, then path).
+Files come in the order of repository and path.
 """
 
 import os
@@ -14,14 +13,9 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path, PurePath
 
-from modular_star_encoder.data.sources.source_files import (
-    CLOSED_FOLDERS,
-    FileFilters,
-    SourceFile,
-    SourceReader,
-    check_languages,
-    language_of,
-)
+from modular_star_encoder.data.languages.registry import check_languages, language_of
+from modular_star_encoder.data.sources.source_files import CLOSED_FOLDERS, FileFilters, SourceFile, SourceReader
+from modular_star_encoder.utils.errors import UserError
 
 STANDARD_LIBRARY = "python-standard-library"
 OWN_DISTRIBUTION = "modular-star-encoder"
@@ -37,35 +31,24 @@ class _Repository:
 
 
 class FileReader(SourceReader):
-    """Reads files that lie on this machine; its units are the repositories, sorted by name."""
+    """Reads files of this machine; its units are the repositories, sorted by name."""
 
     def __init__(self, repositories: dict[str, _Repository], filters: FileFilters) -> None:
-        """`repositories` may hold some without a file to read; only what was left out of them is counted."""
-        super().__init__()
+        """`repositories` may hold some without a file to read; only the files left out of them are counted."""
         self._filters = filters
-        self._units = tuple((name, one) for name, one in sorted(repositories.items()) if one.files)
+        units = [(name, one) for name, one in sorted(repositories.items()) if one.files]
         rest = sum((one.left_out for one in repositories.values() if not one.files), Counter())
-        if self._units:  # the counts of all shards together are those of the whole
-            self._units[0][1].left_out.update(rest)
-        for _, one in self._units:
+        if units:  # the counts of all shards together are those of the whole
+            units[0][1].left_out.update(rest)
+        for _, one in units:
             one.files.sort()
-        self._refresh()
-
-    def _window(self, start: int, step: int) -> "FileReader":
-        reader = super()._window(start, step)
-        reader._refresh()
-        return reader
-
-    def _refresh(self) -> None:
-        self.repositories = tuple(name for name, _ in self._chosen(self._units))
-        self.skipped = self._left_out()
+        super().__init__(units)
 
     def _left_out(self) -> Counter[str]:
-        return sum((one.left_out for _, one in self._chosen(self._units)), Counter())
+        return sum((one.left_out for _, one in self._chosen()), Counter())
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
-        skipped.update(self._left_out())
-        for repository, one in self._chosen(self._units):
+        for repository, one in self._chosen():
             for path, location in one.files:
                 text, reason = self._text(location)
                 if reason:
@@ -86,8 +69,8 @@ class FileReader(SourceReader):
         return self._filters.decode(content)
 
     def __length_hint__(self) -> int:
-        """Return the number of files that an iteration looks at: an upper bound of those that it yields."""
-        return sum(len(one.files) for _, one in self._chosen(self._units))
+        """The number of files that an iteration reads: an upper bound of those that it yields."""
+        return sum(len(one.files) for _, one in self._chosen())
 
 
 def installed_repositories(
@@ -96,7 +79,7 @@ def installed_repositories(
     languages: Iterable[str] | None = ("python",),
     filters: FileFilters | None = None,
 ) -> FileReader:
-    """Return a reader of the code installed in this Python environment.
+    """A reader of the code installed in this Python environment.
 
     Every installed distribution is one repository, under its normalised name (PEP 503), and so is the standard
     library (`"python-standard-library"`). This package itself is never among them.
@@ -107,10 +90,11 @@ def installed_repositories(
         filters: Which files are left out; by default, `FileFilters()`.
 
     Raises:
-        ValueError: If a language is unknown, or `exclude` is a single text.
+        UserError: `data.language.unknown`; `data.installed.exclude` if `exclude` is a single text.
     """
     if isinstance(exclude, str):
-        raise ValueError(f"exclude must be a list of names of distributions, not {exclude!r}.")
+        message = f"exclude must be a list of names of distributions, not {exclude!r}."
+        raise UserError("data.installed.exclude", message)
     excluded = {_normalised_name(name) for name in (*exclude, OWN_DISTRIBUTION)}
     chosen = set(check_languages(languages))
     filters = filters or FileFilters()
@@ -139,15 +123,15 @@ def folder_repositories(
     filters: FileFilters | None = None,
     may_be_empty: bool = False,
 ) -> FileReader:
-    """Return a reader of the code under `folder`.
+    """A reader of the code under `folder`.
 
     - A folder that is itself a checkout or a package (it holds one of `CHECKOUT_MARKERS`) is one repository, named
       after the folder.
-    - In any other folder every direct sub-folder with source files is a repository, and source files that lie
-      directly in the folder make one more, named `"."`.
+    - In any other folder every direct sub-folder with source files is a repository, and source files directly in the
+      folder make one more, named `"."`.
 
-    With `depth`, repositories are the folders so many levels down, named by their path (`"a/b"` at depth 2; a file in
-    `a` itself belongs to `"a"`); at depth 0 the folder is one repository. Large trees hold many in one checkout.
+    With `depth`, repositories are the folders that many levels down, named by their path (`"a/b"` at depth 2; a file in
+    `a` itself belongs to `"a"`); at depth 0 the folder is one repository.
 
     Symbolic links are not followed. Hidden folders, virtual environments, `node_modules` and the like are not entered.
 
@@ -156,32 +140,33 @@ def folder_repositories(
         languages: The languages to read; None for all of `LANGUAGES`.
         depth: Number of levels from `folder` down to the repositories; by default, the two rules above.
         filters: Which files are left out; by default, `FileFilters()`.
-        may_be_empty: Whether a folder without a source file that is read gives a reader of nothing.
+        may_be_empty: Whether a folder without a source file to read gives a reader of nothing.
 
     Raises:
-        ValueError: If `folder` does not exist, is no folder, or holds no source file that is read (unless it may be
-            empty); if a language is unknown, or `depth` negative.
+        UserError: `data.source.missing` if `folder` is not a folder; `data.source.no_files` if it holds no source file
+            to read (unless it may be empty); `data.language.unknown`; `data.folder.depth` if `depth` is negative.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise ValueError(f"{os.fspath(folder)!r} {what}; pass a folder that holds repositories.")
+        raise UserError("data.source.missing", f"{os.fspath(folder)!r} {what}; pass a folder of repositories.")
     if depth is None:
         depth = 0 if any((root / marker).exists() for marker in CHECKOUT_MARKERS) else 1
     elif depth < 0:
-        raise ValueError(f"depth must be a number of levels from 0, not {depth}.")
+        raise UserError("data.folder.depth", f"depth must be a number of levels from 0, not {depth}.")
     chosen = check_languages(languages)
     filters = filters or FileFilters()
     repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
     for path, location in _source_files(root, set(chosen)):
         name = "/".join(path.parts[:-1][:depth]) if depth else root.name
-        # Judged by the whole path, so that a folder `tests` beside the sources is no repository of its own.
+        # Filtered by the whole path, so that a folder `tests` next to the sources is not a repository.
         _sort_in(repositories[name or "."], path, location, filters, inside=name if depth else "")
     if not may_be_empty and not any(one.files for one in repositories.values()):
         left_out = sum((one.left_out for one in repositories.values()), Counter())
         aside = ", ".join(f"{count} left out as {reason}" for reason, count in sorted(left_out.items()))
         what = chosen[0].capitalize() if len(chosen) == 1 else "source"
-        raise ValueError(f"{os.fspath(folder)!r} holds no {what} file to read{f' ({aside})' if aside else ''}.")
+        message = f"{os.fspath(folder)!r} holds no {what} file to read{f' ({aside})' if aside else ''}."
+        raise UserError("data.source.no_files", message)
     return FileReader(repositories, filters)
 
 

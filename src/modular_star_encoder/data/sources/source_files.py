@@ -1,4 +1,4 @@
-"""What every reader of source code shares: the languages, the `SourceFile`, and the interface `SourceReader`."""
+"""What readers of source code share: the file, the reader, and the filters by path and by text."""
 
 import re
 import string
@@ -10,30 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, Self
 
-LANGUAGE_OF_SUFFIX = {
-    ".py": "python",
-    ".js": "javascript",
-    ".mjs": "javascript",
-    ".cjs": "javascript",
-    ".jsx": "javascript",
-    ".go": "go",
-    ".java": "java",
-    ".php": "php",
-    ".rb": "ruby",
-    ".c": "c",
-    ".h": "c",
-    ".cc": "cpp",
-    ".cpp": "cpp",
-    ".cxx": "cpp",
-    ".hpp": "cpp",
-    ".hh": "cpp",
-    ".hxx": "cpp",
-}
-"""The languages of ModularStarEncoder by file suffix. A `.h` is read as C, though C++ uses the suffix too."""
-
-LANGUAGES = tuple(dict.fromkeys(LANGUAGE_OF_SUFFIX.values()))
-
-_LANGUAGE_OF_NAME = {**{name: name for name in LANGUAGES}, "c++": "cpp"}
+from modular_star_encoder.data.languages.registry import language_entry
+from modular_star_encoder.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +23,7 @@ class SourceFile:
         path: Path with forward slashes, relative to the repository (for installed distributions: to site-packages).
         language: Lower-case name of the programming language.
         text: The content without a byte-order mark; line ends are those of the file.
-        license: What the source of the file says of its licence, if it says anything.
+        license: The licence according to the source of the file, if any.
     """
 
     repository: str
@@ -55,57 +33,35 @@ class SourceFile:
     license: str | None = None
 
 
-def check_languages(languages: Iterable[str] | None) -> tuple[str, ...]:
-    """Return `languages`, or all of `LANGUAGES` for None.
-
-    Raises:
-        ValueError: If one of them is not in `LANGUAGES`, there is none, or a single string is given.
-    """
-    if languages is None:
-        return LANGUAGES
-    chosen = () if isinstance(languages, str) else tuple(dict.fromkeys(languages))
-    unknown = [name for name in chosen if name not in LANGUAGES]
-    if not chosen or unknown:
-        given = f"{', '.join(map(repr, unknown))} is unknown" if unknown else f"{languages!r} is not"
-        raise ValueError(f"languages must be a list out of {', '.join(LANGUAGES)}; {given}.")
-    return chosen
-
-
-def language_of(path: PurePath) -> str | None:
-    """Return the language that the suffix of `path` tells, or None."""
-    return LANGUAGE_OF_SUFFIX.get(path.suffix)
-
-
-def language_named(name: Any) -> str | None:
-    """Return our name of a language that a dataset calls `name` (`"C++"` is `"cpp"`), or None if it is none of ours."""
-    return _LANGUAGE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
-
-
 class SourceReader(ABC):
-    """Iterates over the `SourceFile`s of a corpus and counts what it leaves out; never holds the corpus in memory.
+    """Iterates over the `SourceFile`s of a corpus and counts those that it leaves out; the corpus is never in memory.
 
-    A corpus is a sequence of *units*: repositories, or the rows of a dataset. Every iteration yields the same files in
-    the same order. `skip` and `shard` return readers of some of the units and can be combined; a shard that is
-    resumed is `reader.shard(index, count).skip(units)`.
+    A corpus is a sequence of *units*: repositories, or the rows of a data set. Every iteration yields the same files in
+    the same order. `skip` and `shard` return readers of some of the units and can be combined; a resumed shard is
+    `reader.shard(index, count).skip(units)`.
 
     Attributes:
-        repositories: The repositories' names in the order of reading, or None where only reading tells. Some may turn
-            out to have no readable file.
-        skipped: Number of files by reason, of the last iteration.
-        unicode_names: Whether bytes of names of files and repositories that are no Unicode come as `\\udcff`, which can
-            be written everywhere, and not as Python's halves of characters, by which such a file can be opened.
+        skipped: Number of files left out by reason, in the last iteration.
+        unicode_names: Whether bytes in names of files and repositories that are not Unicode become `\\udcff`, which can
+            be written everywhere, instead of Python's halves of characters, by which such a file can be opened.
     """
 
-    repositories: tuple[str, ...] | None = None
     unicode_names = False
 
-    def __init__(self) -> None:
-        self.skipped: Counter[str] = Counter()
+    def __init__(self, units: Iterable[tuple[str, Any]] | None = None) -> None:
+        """`units` are the repositories with whatever the reader needs of them, if they are known before reading."""
+        self._units = None if units is None else tuple(units)
         self._start, self._step = 0, 1
+        self.skipped = self._left_out()
+
+    @property
+    def repositories(self) -> tuple[str, ...] | None:
+        """The repositories' names in the order of reading, or None where only reading can tell."""
+        return None if self._units is None else tuple(name for name, _ in self._chosen())
 
     def __iter__(self) -> Iterator[SourceFile]:
         # Each iteration has a counter of its own; one that was abandoned cannot add to that of the next.
-        self.skipped = skipped = Counter()
+        self.skipped = skipped = self._left_out()
         for file in self._read(skipped):
             yield _with_unicode_names(file) if self.unicode_names else file
 
@@ -114,33 +70,38 @@ class SourceReader(ABC):
         """Yield the files of the units `_start`, `_start + _step`, …"""
 
     def skip(self, units: int) -> Self:
-        """Return a reader without the first `units` units.
+        """A reader without the first `units` units.
 
         Raises:
-            ValueError: If `units` is negative.
+            UserError: `data.reader.skip` if `units` is negative.
         """
         if units < 0:
-            raise ValueError(f"skip needs a number of units from 0, not {units}.")
+            raise UserError("data.reader.skip", f"skip needs a number of units from 0, not {units}.")
         return self._window(self._start + units * self._step, self._step)
 
     def shard(self, index: int, count: int) -> Self:
-        """Return a reader of the units `index`, `index + count`, …: `count` such readers share out every unit once.
+        """A reader of the units `index`, `index + count`, …: `count` such readers read every unit once.
 
         Raises:
-            ValueError: If `index` is not from 0 to `count` − 1.
+            UserError: `data.reader.shard` if `index` is not from 0 to `count` − 1.
         """
         if not 0 <= index < count:
-            raise ValueError(f"shard needs an index from 0 to {count - 1} of {count} shards, not {index}.")
+            message = f"shard needs an index from 0 to {count - 1} of {count} shards, not {index}."
+            raise UserError("data.reader.shard", message)
         return self._window(self._start + index * self._step, self._step * count)
 
     def _window(self, start: int, step: int) -> Self:
         reader = copy(self)
-        reader.skipped = Counter()
         reader._start, reader._step = start, step
+        reader.skipped = reader._left_out()
         return reader
 
-    def _chosen(self, units: tuple[Any, ...]) -> tuple[Any, ...]:
-        return units[self._start :: self._step]
+    def _chosen(self) -> tuple[tuple[str, Any], ...]:
+        return (self._units or ())[self._start :: self._step]
+
+    def _left_out(self) -> Counter[str]:
+        """The files of the chosen units that are left out before reading."""
+        return Counter()
 
 
 def _with_unicode_names(file: SourceFile) -> SourceFile:
@@ -152,31 +113,18 @@ INSTALL_FOLDERS = {"site-packages", "dist-packages"}
 CLOSED_FOLDERS = {"__pycache__", "node_modules"} | INSTALL_FOLDERS
 
 _VENDOR_FOLDERS = {"_vendor", "_vendored", "vendor", "vendored", "extern", "externals", "third_party"}
-_VENDOR_FOLDERS_BESIDE_PYTHON = {"bower_components", "third-party", "thirdparty", "3rdparty", "Godeps"}
+_VENDOR_FOLDERS_EXCEPT_IN_PYTHON = {"bower_components", "third-party", "thirdparty", "3rdparty", "Godeps"}
 _TEST_FOLDER = re.compile(r"(.*_)?(tests?|testing)", re.IGNORECASE)
 _TEST_FILE = re.compile(r"test_.*|.*_tests?|conftest", re.IGNORECASE)
-_CAMEL_CASE_TEST = r"Test[A-Z0-9].*|.*[a-z0-9](Tests?|TestCase)"
-_TEST_FOLDERS = {
-    "javascript": re.compile(r"__(tests?|mocks|fixtures)__|spec"),
-    "go": re.compile(r"testdata"),
-    "ruby": re.compile(r"spec"),
-}
-_TEST_FILES = {
-    "javascript": re.compile(r".*[.-](test|spec)"),
-    "java": re.compile(_CAMEL_CASE_TEST),
-    "php": re.compile(_CAMEL_CASE_TEST),
-    "ruby": re.compile(r".*_spec"),
-}
-
 _GENERATED_PHRASES = re.compile(
     r"auto-?generated|automatically generated|generated automatically|this file is generated|@generated\b",
     re.IGNORECASE,
 )
-# Go's convention (https://go.dev/s/generatedcode), which others follow; licences often stand above it.
+# Go's convention (https://go.dev/s/generatedcode), which others follow; licences often come before it.
 _GENERATED_LINE = re.compile(r"\W*(code )?generated .*do not edit\W*", re.IGNORECASE)
 _PHRASE_LINES, _MARKER_LINES = 5, 40
 
-# Base64, hexadecimal, Unicode escapes: the paper's patterns, each with what a text must hold to be searched at all.
+# Base64, hexadecimal, Unicode escapes: the paper's patterns, each with a string that a text must hold to be searched.
 _ENCODED_DATA = (
     ("", re.compile(r"[a-zA-Z0-9+/\n=]{64,}")),
     ("", re.compile(r"(?:\b(?:0x|\\x)?[0-9a-fA-F]{2}(?:,|\b\s*)){8,}")),
@@ -186,30 +134,28 @@ _MAX_ENCODED_CHARACTERS, _MAX_ENCODED_SHARE = 1024, 0.5
 
 
 def is_vendored(path: PurePath, language: str) -> bool:
-    """Whether a folder of `path` is one that holds copies of other projects."""
+    """Whether a folder of `path` holds copies of other projects."""
     folders = set(path.parts[:-1])
-    if language != "python" and folders & _VENDOR_FOLDERS_BESIDE_PYTHON:
+    if language != "python" and folders & _VENDOR_FOLDERS_EXCEPT_IN_PYTHON:
         return True
     return not folders.isdisjoint(_VENDOR_FOLDERS | INSTALL_FOLDERS)
 
 
 def is_test(path: PurePath, language: str) -> bool:
     """Whether the name of the file or of a folder of `path` is that of tests in `language`."""
-    folders = path.parts[:-1]
-    if _TEST_FILE.fullmatch(path.stem) or any(map(_TEST_FOLDER.fullmatch, folders)):
-        return True
-    if language in _TEST_FILES and _TEST_FILES[language].fullmatch(path.stem):
-        return True
-    return language in _TEST_FOLDERS and any(map(_TEST_FOLDERS[language].fullmatch, folders))
+    entry, folders = language_entry(language), path.parts[:-1]
+    return any(re.fullmatch(pattern, path.stem) for pattern in (_TEST_FILE, entry.test_file)) or any(
+        re.fullmatch(pattern, folder) for pattern in (_TEST_FOLDER, entry.test_folder) for folder in folders
+    )
 
 
 def is_closed(path: PurePath) -> bool:
-    """Whether a folder of `path` is hidden, or one that no reader of folders enters (`CLOSED_FOLDERS`)."""
+    """Whether a folder of `path` is hidden, or in `CLOSED_FOLDERS`, which readers of folders don't enter."""
     return any(name.startswith(".") or name in CLOSED_FOLDERS for name in path.parts[:-1])
 
 
 def is_generated(text: str) -> bool:
-    """Whether a program says, in the first lines, that it wrote `text`.
+    """Whether the first lines say that a program wrote `text`.
 
     The paper's phrases and `@generated` count in the first 5 lines, "Code generated by … DO NOT EDIT." in the first 40.
     """
@@ -218,7 +164,7 @@ def is_generated(text: str) -> bool:
 
 
 def line_lengths(text: str) -> tuple[int, float]:
-    """Return (length of the longest line, average length), in characters without line ends."""
+    """(length of the longest line, average length), in characters without line ends."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     lengths = list(map(len, text.split("\n")))
@@ -226,7 +172,7 @@ def line_lengths(text: str) -> tuple[int, float]:
 
 
 def alphabetic_share(text: str) -> float:
-    """Return the share of letters among the characters of `text`; 0 if it is empty."""
+    """The share of letters among the characters of `text`; 0 if it is empty."""
     # Deleting from bytes runs in C: fifteen times as fast as asking every character.
     if text.isascii():
         letters = len(text) - len(text.encode().translate(None, string.ascii_letters.encode()))
@@ -248,17 +194,18 @@ def holds_encoded_data(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileFilters:
-    """What a reader leaves out. The default asks for ordinary source text only; `STARCODER2_FILTERS` is for training.
+    """What a reader leaves out. The default keeps ordinary source text only; `STARCODER2_FILTERS` is for training.
 
     Attributes:
         max_bytes: Larger files are left out.
         max_line_length: Files with a longer line, in characters, are left out: they are minified or hold data.
         max_average_line_length: The same for the average; None for no bound.
         min_alphabetic_share: Files with a smaller share of letters are left out.
-        generated: Whether files that a program wrote are kept.
-        encoded_data: Whether files with long Base64 or hexadecimal data are kept.
-        vendored: Whether copies of other projects are kept.
-        tests: Whether test code is kept.
+        generated, encoded_data, vendored, tests: Whether files that a program wrote, files with long Base64 or
+            hexadecimal data, copies of other projects, and test code are kept.
+
+    Raises:
+        UserError: `data.filters` if a bound is not positive, or the share not from 0 to 1.
     """
 
     max_bytes: int = 1_000_000
@@ -271,23 +218,19 @@ class FileFilters:
     tests: bool = False
 
     def __post_init__(self) -> None:
-        """Check the figures.
-
-        Raises:
-            ValueError: If a bound is not positive, or the share not from 0 to 1.
-        """
         bounds = (self.max_bytes, self.max_line_length, self.max_average_line_length or 1)
         if min(bounds) <= 0 or not 0 <= self.min_alphabetic_share <= 1:
-            raise ValueError("The bounds of FileFilters must be positive, and min_alphabetic_share from 0 to 1.")
+            message = f"The bounds of filters must be positive, and min_alphabetic_share from 0 to 1; not {self}."
+            raise UserError("data.filters", message)
 
     def reason_by_path(self, path: PurePath, language: str) -> str | None:
-        """Return why the file at `path`, relative to its repository, is left out, or None."""
+        """Why the file at `path`, relative to its repository, is left out, or None."""
         if not self.vendored and is_vendored(path, language):
             return "vendored code"
         return "test code" if not self.tests and is_test(path, language) else None
 
     def reason_by_text(self, text: str) -> str | None:
-        """Return why a file that holds `text` is left out, or None."""
+        """Why a file that holds `text` is left out, or None."""
         # A text has at least as many bytes as characters: the long ones need no encoding to be measured.
         if len(text) > self.max_bytes or len(text.encode(errors="surrogatepass")) > self.max_bytes:
             return "too large"
@@ -307,7 +250,7 @@ class FileFilters:
         return "encoded data" if not self.encoded_data and holds_encoded_data(text) else None
 
     def decode(self, content: bytes, encoding: str = "utf-8-sig") -> tuple[str, str | None]:
-        """Return (text, None), or ("", why a file with these bytes is left out)."""
+        """(text without a byte-order mark, None), or ("", why a file with these bytes is left out)."""
         if len(content) > self.max_bytes:
             return "", "too large"
         try:
@@ -323,4 +266,4 @@ class FileFilters:
 STARCODER2_FILTERS = FileFilters(
     max_average_line_length=100, min_alphabetic_share=0.25, generated=False, encoded_data=False
 )
-"""The rules of StarCoder2 on single files, go-enry's list of generators apart, and at most 1 MB."""
+"""StarCoder2's rules for single files, except go-enry's list of generators, and at most 1 MB."""

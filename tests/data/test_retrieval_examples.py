@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from modular_star_encoder.data.pairs import BadRowError, RetrievalExample, Snippet, read_retrieval_examples
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet, read_retrieval_examples
+from tests.errors import raises
 
 PYTHON, GO = "def add(a, b):\n    return a + b", "func add(a, b int) int {\n\treturn a + b\n}"
 
@@ -56,7 +57,7 @@ def test_bad_rows_are_skipped_with_a_count_and_an_example_or_refused(tmp_path, r
     assert set(found.examples) == {reason}
     assert ", line 2: " in found.examples[reason]
     assert found.examples[reason].encode()
-    with pytest.raises(BadRowError, match=reason.split()[0]):
+    with raises("data.row", reason.split()[0]):
         read({"triplets": {"source": file, "strict": True}})
 
 
@@ -73,7 +74,7 @@ def test_hard_negatives_are_code_that_is_not_the_rows_own(tmp_path):
     found = read({"triplets": source})["triplets"]
     assert [text.negative for text in found.texts] == [Snippet("python", "def sub(a, b): ...")]
     assert found.skipped == {"its own code as the negative": 1, "prose in place of code": 1}
-    with pytest.raises(ValueError, match=r"data\.functions has none: use it alone"):
+    with raises("data.sources.negatives", "data.functions"):
         read({"functions": {"folder": str(tmp_path)}, "triplets": source})
 
 
@@ -118,20 +119,20 @@ def test_a_source_that_is_none_is_as_if_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "key", "value"),
     [
-        ({"triplets": None}, "none is given"),
-        ({}, "one or several of the sources triplets, functions, parallel; none is given"),
-        ({"tripletz": "x"}, "not tripletz"),
-        ({"triplets": {}}, "data.triplets can't be used: source"),
-        ({"triplets": {"source": "FILE", "columns": {"text": "x"}}}, "data.triplets can't be used"),
-        ({"functions": "code"}, "settings of a corpus"),
-        ({"triplets": "FILE"}, "no row to train on: 1 × empty func2"),
-        ({"parallel": "missing.jsonl"}, "no file"),
+        ({"triplets": None}, "data.sources", "none"),
+        ({}, "data.sources", "triplets, functions, parallel"),
+        ({"tripletz": "x"}, "data.sources", "tripletz"),
+        ({"triplets": {}}, "data.source.options", "data.triplets can't be used: source"),
+        ({"triplets": {"source": "FILE", "columns": {"text": "x"}}}, "data.source.options", "data.triplets"),
+        ({"functions": "code"}, "data.functions", "code"),
+        ({"triplets": "FILE"}, "data.source.empty", "1 × empty func2"),
+        ({"parallel": "missing.jsonl"}, "data.source.no_files", "missing.jsonl"),
     ],
 )
-def test_sources_that_cannot_be_used_are_refused_in_one_sentence(tmp_path, settings, message):
+def test_sources_that_cannot_be_used_are_refused_in_one_sentence(tmp_path, settings, key, value):
     file = write(tmp_path / "rows.jsonl", [triplet(func2="")])
     settings = json.loads(json.dumps(settings).replace("FILE", file))
-    with pytest.raises(ValueError, match=message):
+    with raises(key, value):
         read(settings)

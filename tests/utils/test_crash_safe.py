@@ -24,6 +24,7 @@ def test_results_come_in_order_whatever_the_number_of_processes():
     assert run(range(24)) == run(range(24), processes=1) == [number * number for number in range(24)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deadly", [{0}, {23}, {5, 6, 20}])
 def test_an_item_that_kills_its_process_costs_no_other(deadly):
     numbers = [-number - 1 if number in deadly else number for number in range(24)]

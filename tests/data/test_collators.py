@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from modular_star_encoder.data.in_context import InContextPairs, PackingCollator, PaddingCollator
+from modular_star_encoder.data.collators import PackingCollator, PaddingCollator
+from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.data.samples import WORDS
+from tests.errors import raises
 from tests.tiny import tiny_model
 
 NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0}
@@ -100,6 +102,7 @@ def trained(tokenizer, collator, folder, workers=0):
     return trainer.state.log_history
 
 
+@pytest.mark.slow
 def test_the_trainer_takes_the_same_steps_as_with_padding(tokenizer, tmp_path):
     padded = trained(tokenizer, PaddingCollator(tokenizer), tmp_path / "padded")
     packed = trained(tokenizer, PackingCollator(tokenizer), tmp_path / "packed", workers=1)
@@ -112,11 +115,11 @@ def test_the_trainer_takes_the_same_steps_as_with_padding(tokenizer, tmp_path):
 def test_too_many_tokens_and_unfinished_rows_are_refused(tokenizer, rows):
     total = sum(len(row["input_ids"]) for row in rows)
     assert PackingCollator(tokenizer, max_tokens=total)(rows)["input_ids"].shape == (1, total)
-    with pytest.raises(ValueError, match=f"{total} tokens together, above max_tokens={total - 1}"):
+    with raises("data.packing.too_long", total, "max_tokens", total - 1):
         PackingCollator(tokenizer, max_tokens=total - 1)(rows)
-    with pytest.raises(ValueError, match="end with <cls>"):
+    with raises("data.packing.unfinished"):
         PackingCollator(tokenizer)(
             [{**rows[0], "input_ids": rows[0]["input_ids"][:-1], "labels": rows[0]["labels"][:-1]}]
         )
-    with pytest.raises(ValueError, match="at least 1"):
+    with raises("data.packing.max_tokens", 1):
         PackingCollator(tokenizer, max_tokens=0)

@@ -5,10 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.data.pair_sampler import PairSampler
+from modular_star_encoder.data.in_context import InContextPairs, PairSampler
 from modular_star_encoder.data.token_store import TokenCorpus
 from modular_star_encoder.data.tokenizer import ContentEncoder, TokenRows
+from tests.errors import raises
+
+pytestmark = pytest.mark.slow  # thousands of draws
 
 LANGUAGES = 3
 REPOSITORIES = 40
@@ -44,7 +46,7 @@ def telling_corpus(tokenizer):
     usual = rng.normal(3.7, 0.7, size=REPOSITORIES)[repository] + 0.3 * language
     lengths = np.exp(rng.normal(usual, 0.5)).astype(int) + 10
     tokens = 4 + repository * LANGUAGES + language
-    return corpus(lengths, repository, language, tokens, ContentEncoder(tokenizer).fingerprint)
+    return corpus(lengths, repository, language, tokens, ContentEncoder(tokenizer).checksum)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +183,7 @@ def test_a_short_snippet_leaves_its_room_to_the_other():
 
 
 def test_a_corpus_without_two_comparable_repositories_is_refused():
-    with pytest.raises(ValueError, match=r"two texts of one language and 16 tokens.*1 of 2 qualify"):
+    with raises("data.in_context.too_few_repositories", 16, 1, 2):
         PairSampler(corpus([40] * 4, [0, 0, 1, 1], [0, 0, 0, 1]), room=64)
 
 

@@ -1,8 +1,55 @@
+import random
+import tracemalloc
+
 import pytest
 
 from modular_star_encoder.data.languages.function_finder import find_functions
-from modular_star_encoder.data.languages.syntax import holds_function, syntax_error_share
+from modular_star_encoder.data.languages.parsing import (
+    error_bytes,
+    holds_function,
+    load_grammar,
+    parse_once,
+    syntax_error_share,
+)
 from tests.data.polyglot import SOURCES
+from tests.errors import raises
+
+
+@pytest.mark.parametrize("language", SOURCES)
+def test_a_text_read_in_pieces_gives_the_tree_of_the_whole(language):
+    grammar = load_grammar(language)
+    draw = random.Random(0)
+    for size in [*range(1, 24), 4096, 70_000]:
+        text = SOURCES[language] + "\n// é\U0001f600 "
+        text += "".join(draw.choice("aé\u20ac\U0001f600 \n") for _ in range(size))
+        whole = grammar.parser.parse(text.encode())
+        assert str(parse_once(text.encode(), grammar).root_node) == str(whole.root_node)
+
+
+def test_parsing_leaves_nothing_in_memory():
+    grammar = load_grammar("c")
+    source = b"int f(void) { return 1; }\n" * 5000
+    parse_once(source, grammar)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for _ in range(5):
+        parse_once(bytes(bytearray(source)), grammar)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < len(source)
+
+
+def test_errors_are_counted_in_bytes_and_missing_tokens_as_one():
+    grammar = load_grammar("c")
+
+    def errors(source, *span):
+        return error_bytes(parse_once(source, grammar), grammar, *span)
+
+    assert errors(b"int f(void) { return 1; }") == 0
+    assert errors(b"int f(void) { return 1 }") == 1
+    assert errors(b"int f(void) { return 1; @@ }") == errors(b"int f(void) { return 1; @@ }", 20, 28) == 2
+    assert errors(b"int f(void) { return 1; @@ }", 0, 20) == 0
+
 
 SNIPPETS = [
     ("python", "    def f(self):\n        return 1\n"),
@@ -76,7 +123,7 @@ def test_code_that_closes_its_class_is_no_method():
 
 
 def test_other_languages_are_refused():
-    with pytest.raises(ValueError, match="'cobol' is not supported"):
+    with raises("data.language.unknown", "cobol", "python, javascript"):
         syntax_error_share("x", "cobol")
 
 

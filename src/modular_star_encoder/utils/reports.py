@@ -1,6 +1,4 @@
-"""What kind of machine this is, without its name: belongs beside every figure of speed or memory."""
-
-from __future__ import annotations
+"""What reports of results need: numbers and tables as text, the kind of machine (without its name), versions."""
 
 import os
 import platform
@@ -12,9 +10,31 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "modular-star-encoder")
 
 
+def percent(value: float) -> str:
+    """A fraction × 100, with one digit after the point."""
+    return f"{100 * value:.1f}"
+
+
+def metric_label(name: str) -> str:
+    """The name of a metric in tables: `mrr` → MRR, `recall@10` → R@10."""
+    if name in ("precision", "recall"):
+        return name
+    return name.replace("recall@", "R@").upper()
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, aligned for reading as plain text; the first row is its header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("| " + " | ".join(cells) + " |")
+    rule = "|" + "|".join("-" * (width + 1) + (":" if column else "-") for column, width in enumerate(widths)) + "|"
+    return [lines[0], rule, *lines[1:]]
+
+
 def machine_kind(device: str = "cpu") -> dict[str, Any]:
-    """Processor model, cores, threads that torch uses, memory in GB (10^9 bytes; None if unknown), and for `"cuda"`
-    the GPU's model and memory."""
+    """Processor model, cores, torch's threads, memory in GB (10^9 bytes, or None); for `"cuda"` also the GPU."""
     import torch
 
     kind: dict[str, Any] = {
@@ -30,7 +50,7 @@ def machine_kind(device: str = "cpu") -> dict[str, Any]:
 
 
 def processor_model() -> str:
-    """The processor's model as Linux tells it; elsewhere what Python knows."""
+    """The processor's model according to Linux; on other systems, according to Python."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,0 +1,249 @@
+"""From source text to syntax trees: lines and offsets of a text, tree-sitter parsers, and syntax checks."""
+
+import re
+import textwrap
+import time
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from itertools import accumulate
+
+from tree_sitter import Language as TreeSitterLanguage
+from tree_sitter import Parser, Point, Query, QueryCursor, Tree
+
+from modular_star_encoder.data.languages.registry import Language, language_entry
+
+MAX_PARSE_SECONDS = 5.0
+"""Processor time after which a parse is given up. A file of 1 MB takes about half a second on one core."""
+MAX_LINE_BYTES = 10_000
+"""A text with a longer line is not parsed: it is data or minified, and nested deeply enough to exhaust the memory."""
+
+_BYTE_ORDER_MARK = "\ufeff"
+
+# tree-sitter 0.26 never releases what a read callback returns, so every text passes through one buffer, in views of few
+# sizes: powers of two, and any below 16, since the first character of a view must be whole.
+_BUFFER = bytearray(1 << 16)
+_VIEWS = {size: memoryview(_BUFFER)[:size] for size in (*range(16), *(1 << power for power in range(4, 17)))}
+
+
+class UnparsableSourceError(ValueError):
+    """The text can't be parsed as source code: it is not text, or too much work."""
+
+
+class SourceText:
+    """The text of a file with `\\n` for every `\\r\\n` and `\\r`, encoded in UTF-8.
+
+    Grammars differ in how they read `\\r`, and code is stored with `\\n`; yet offsets are those of the file.
+
+    Attributes:
+        bytes: The encoded text, without a byte-order mark.
+    """
+
+    def __init__(self, text: str) -> None:
+        """Encode `text`.
+
+        Raises:
+            UnparsableSourceError: If `text` holds half a surrogate pair, which has no encoding.
+        """
+        try:
+            self._original = text.encode()
+        except UnicodeEncodeError:
+            raise UnparsableSourceError("The text holds half a surrogate pair.") from None
+        self._skipped = len(_BYTE_ORDER_MARK.encode()) if text.startswith(_BYTE_ORDER_MARK) else 0
+        body = self._original[self._skipped :]
+        self._removed: list[int] = []
+        if b"\r" in body:
+            pairs = [match.start() for match in re.finditer(rb"\r\n", body)]
+            self._removed = [start - number for number, start in enumerate(pairs)]
+            body = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        self.bytes = body
+        self._line_starts = [0, *accumulate(len(line) + 1 for line in body.split(b"\n")[:-1])]
+
+    def line(self, offset: int) -> int:
+        """The 1-based line of an offset of `bytes`."""
+        return bisect_right(self._line_starts, offset)
+
+    def line_start(self, offset: int) -> int:
+        """The offset at which the line of `offset` begins."""
+        return self._line_starts[self.line(offset) - 1]
+
+    def line_starts_between(self, start: int, end: int) -> list[int]:
+        """Where the lines begin that follow the one of `start` and begin before `end`."""
+        return self._line_starts[self.line(start) : bisect_left(self._line_starts, end)]
+
+    def original_span(self, start: int, end: int) -> tuple[int, int, str]:
+        """(first byte, byte after the last, text) of a span of `bytes` in the UTF-8 encoding of the original."""
+        first, last = (at + bisect_left(self._removed, at) + self._skipped for at in (start, end))
+        return first, last, self._original[first:last].decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A language's parser, its query for functions, and a query for `@error` and `@missing` nodes."""
+
+    language: Language
+    parser: Parser
+    query: Query
+    errors: Query
+
+
+@cache
+def load_grammar(language: str) -> Grammar:
+    """The grammar of a language: one object per process, which threads must not share.
+
+    Raises:
+        UserError: `data.language.unknown` if the language is not one of `LANGUAGES`.
+    """
+    entry = language_entry(language)
+    grammar = TreeSitterLanguage(getattr(import_module(entry.grammar), entry.grammar_function)())
+    return Grammar(
+        entry, Parser(grammar), Query(grammar, entry.query), Query(grammar, "(ERROR) @error (MISSING) @missing")
+    )
+
+
+def parse(source: bytes, grammar: Grammar) -> Tree:
+    """As `parse_once`; in languages with macros, those that break the syntax are read as white space.
+
+    All offsets stay the same. Of several attempts, the tree with the fewest errors is returned.
+    """
+    tree = best = parse_once(source, grammar)
+    fewest = error_bytes(tree, grammar) if grammar.language.has_macros else 0
+    for number in range(_MAX_PASSES if fewest else 0):
+        blanked = _without_macro_words(source, tree, grammar)
+        if number == 0:
+            blanked = _MACRO_LINE.sub(lambda match: b" " * len(match[0]), blanked)
+        if blanked == source:
+            break
+        source = blanked
+        tree = parse_once(source, grammar)
+        errors = error_bytes(tree, grammar)
+        if errors < fewest:
+            best, fewest = tree, errors
+    return best
+
+
+def parse_once(source: bytes, grammar: Grammar) -> Tree:
+    """The syntax tree of UTF-8 `source`, whose line ends are `\\n`; invalid code becomes ERROR nodes.
+
+    The `text` of nodes must not be read: slice `source`.
+
+    Raises:
+        UnparsableSourceError: If `source` holds null bytes or a line longer than `MAX_LINE_BYTES`, or takes longer
+            than `MAX_PARSE_SECONDS`: recovering from errors is quadratic, and worse in some grammars.
+    """
+    if b"\0" in source:
+        raise UnparsableSourceError("The text holds null bytes.")
+    if len(source) > MAX_LINE_BYTES and max(map(len, source.split(b"\n"))) > MAX_LINE_BYTES:
+        raise UnparsableSourceError(f"A line is longer than {MAX_LINE_BYTES:,} bytes.")
+    deadline = time.thread_time() + MAX_PARSE_SECONDS
+
+    def read(offset: int, _: Point) -> memoryview:
+        size = max(0, len(source) - offset)
+        if size >= 16:
+            size = min(len(_BUFFER), 1 << (size.bit_length() - 1))
+        _BUFFER[:size] = source[offset : offset + size]
+        return _VIEWS[size]
+
+    try:
+        return grammar.parser.parse(read, progress_callback=lambda *_: time.thread_time() > deadline)
+    except ValueError:
+        grammar.parser.reset()  # or the next parse would continue this one
+        raise UnparsableSourceError(f"Parsing takes longer than {MAX_PARSE_SECONDS:g} s.") from None
+
+
+def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = None) -> int:
+    """Number of bytes from `start` to `end` of a tree's text under ERROR nodes; a missing token counts as one byte."""
+    root = tree.root_node
+    if not root.has_error:
+        return 0
+    end = root.end_byte if end is None else end
+    captures = QueryCursor(grammar.errors).captures(root)
+    total, at = 0, start
+    for first, last in sorted(node.byte_range for node in captures.get("error", [])):
+        total += max(0, min(last, end) - max(first, at))
+        at = max(at, last)
+    return total + len(captures.get("missing", []))
+
+
+_MAX_PASSES = 3
+# `static void WINAPI run(…)`, `int argc UNUSED`; and `typename`, which the grammar of C++ knows in declarations only.
+_MACRO_WORD = re.compile(rb"[A-Z][A-Z0-9_]+|__\w+|typename|template")
+_WORD_BEFORE = re.compile(rb"\b([^\W\d]\w*)\s+\Z")
+_WORD_AFTER = re.compile(rb"\s+([^\W\d]\w*)")
+_MAX_WORD_BYTES = 80
+# `LIBRARY_NAMESPACE_BEGIN`, `REGISTER_TYPE(name)` on lines of their own, without a semicolon.
+_MACRO_LINE = re.compile(rb"^[ \t]*[A-Z][A-Z0-9_]{3,}[ \t]*(?:\([^()\n]*\))?[ \t]*$", re.MULTILINE)
+
+
+def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
+    """`source` with blanks for words like macros that are a syntax error or next to one.
+
+    The parser may have taken the neighbour of a macro for the error.
+    """
+    text = bytearray(source)
+    for node in QueryCursor(grammar.errors).captures(tree.root_node).get("error", []):
+        start, end = node.byte_range
+        before = _WORD_BEFORE.search(source, max(0, start - _MAX_WORD_BYTES), start)
+        after = _WORD_AFTER.match(source, end)
+        for first, last in ((start, end), *(match.span(1) for match in (after, before) if match)):
+            if _MACRO_WORD.fullmatch(source, first, last):
+                text[first:last] = b" " * (last - first)
+                break
+    return bytes(text)
+
+
+def syntax_error_share(code: str, language: str) -> float:
+    """The share of the bytes of `code` that are not valid `language`: from 0.0 for valid code to 1.0.
+
+    The bytes are those under ERROR nodes of the tree-sitter grammar; a missing token counts as one. Text that can't be
+    parsed at all (see `parse`) and blank text are 1.0. Grammars tolerate much, Ruby's most of all: plain prose may
+    parse; `holds_function` is false for it.
+
+    Args:
+        code: A function, a method without its class, or any other piece of code; PHP may lack its `<?php`. It is tried
+            as it is and in the frames of its language, and the best result counts.
+        language: One of `LANGUAGES`.
+
+    Raises:
+        UserError: `data.language.unknown` if the language is not one of `LANGUAGES`.
+    """
+    return _best_parse(code, language)[0]
+
+
+def holds_function(code: str, language: str) -> bool:
+    """Whether `code` defines a function with a name and a body; arguments and errors as for `syntax_error_share`."""
+    return _best_parse(code, language)[1]
+
+
+def _best_parse(code: str, language: str) -> tuple[float, bool]:
+    """(error share, whether there is a function) of `code` in the frame that suits it best."""
+    grammar = load_grammar(language)
+    body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")
+    if not body.strip():
+        return 1.0, False
+    best = (1.0, False)
+    for before, after in _frames(body, grammar.language):
+        try:
+            tree = parse(before + body + after, grammar)
+        except UnparsableSourceError:
+            break
+        # The code may have closed its frame and opened another.
+        if before and after and sum(node.type != "php_tag" for node in tree.root_node.named_children) != 1:
+            continue
+        # An error may be in the frame alone, as with a missing brace.
+        errors = max(int(tree.root_node.has_error), error_bytes(tree, grammar, len(before), len(before) + len(body)))
+        found = "function" in QueryCursor(grammar.query).captures(tree.root_node)
+        best = min(best, (min(1.0, errors / len(body)), found), key=lambda one: (one[0], not one[1]))
+        if best == (0.0, True):
+            break
+    return best
+
+
+def _frames(body: bytes, language: Language) -> list[tuple[bytes, bytes]]:
+    frames = [(b"", b""), *language.frames]
+    if not language.opening:
+        return frames
+    if body.lstrip().startswith(language.opening[:2]):
+        return frames[:1]
+    return [(language.opening + before, after) for before, after in frames]

@@ -1,0 +1,353 @@
+"""The programming languages: one entry for each, with everything that the package knows about it.
+
+Supporting a new language means adding one entry to `_ENTRIES` and its tree-sitter grammar to the dependencies.
+
+Captures of an entry's query:
+
+- `@function`: the smallest text that is the function with its name, decorators and template parameters;
+- `@name`: its name, or that of a scope; C and C++ give the `@declarator` that holds it, Go the `@receiver`'s type too;
+- `@body`: what makes it a definition; of several patterns that find one body, the widest `@function` counts;
+- `@scope`: what lends its name to the functions inside;
+- `@untyped`: the body of a C++ function without a type, which is a constructor or a macro;
+- `@comment`: every comment; and `@verbatim`: what may span lines whose white space is content.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from modular_star_encoder.utils.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Language:
+    """What the package knows about one language.
+
+    Attributes:
+        name: Our lower-case name, in `LANGUAGES`, rows and settings.
+        suffixes: Suffixes of its files, with the dot.
+        query: The tree-sitter query that finds functions, scopes, comments and strings; see the module.
+        grammar: Module of its tree-sitter grammar.
+        grammar_function: The module's function that returns the grammar.
+        display_name: How prompts and data sets write it, if not like `name`.
+        opening: What a file must begin with, such as PHP's `<?php`.
+        frames: Text before and after a snippet that makes a file of it: a method needs its class.
+        has_macros: Whether words of the preprocessor may break the syntax.
+        keywords: Words that error recovery may take for the name of a function.
+        dotted_name: Makes the dotted name of a function out of its name in the tree.
+        has_docstrings: Whether documentation is a string inside the function, not a comment before it.
+        line_comment: Pattern of the marker of a line comment.
+        documented_by_blocks: Whether only `/** */` documents.
+        gap: Pattern of the text allowed between a comment and its function.
+        markup: Markup in comments: `html`, `doxygen`, `rdoc`.
+        constructors: Names of functions that construct or destroy objects.
+        constructors_named_like_class: Whether constructors have the name of their class.
+        special_methods: Names to which the language gives a meaning.
+        special_method: Pattern of further such names.
+        test_folder, test_file: Patterns of the names of folders and files (without suffix) with tests, besides those
+            that all languages share.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    query: str
+    grammar: str
+    grammar_function: str = "language"
+    display_name: str = ""
+    opening: bytes = b""
+    frames: tuple[tuple[bytes, bytes], ...] = ()
+    has_macros: bool = False
+    keywords: frozenset[str] = frozenset()
+    dotted_name: Callable[[str], str] = str
+    has_docstrings: bool = False
+    line_comment: str = r"\s*//+[!<]*"
+    documented_by_blocks: bool = False
+    gap: bytes = rb"\s*"
+    markup: frozenset[str] = frozenset({"html"})
+    constructors: frozenset[str] = frozenset()
+    constructors_named_like_class: bool = False
+    special_methods: frozenset[str] = frozenset()
+    special_method: str = r"(?!)"
+    test_folder: str = r"(?!)"
+    test_file: str = r"(?!)"
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def _member_name(text: str) -> str:
+    """`"Stack.push"` for `Stack.prototype.push`, `"push"` for `exports.push` and for `'push'`."""
+    text = re.sub(r"\s*\.\s*", ".", text.strip("'\""))
+    if "." not in text or text.startswith("["):
+        return text
+    if not re.fullmatch(r"[\w$#]+(?:\.[\w$#]+)*", text):  # `get("stack").push`
+        return text.rpartition(".")[2]
+    parts = text.split(".")
+    return ".".join([part for part in parts if part not in _words("exports module prototype this")] or parts[-1:])
+
+
+_FUNCTION_VALUES = (
+    "(function_expression body: (_) @body) (generator_function body: (_) @body) (arrow_function body: (_) @body)"
+)
+_DECLARATOR = f"(variable_declarator name: (identifier) @name value: [{_FUNCTION_VALUES}])"
+_ASSIGNMENT = f"(assignment_expression left: [(identifier) (member_expression)] @name right: [{_FUNCTION_VALUES}])"
+_CLASS_FRAME = (b"class A {\n", b"\n}")
+_INTERFACE_FRAME = (b"interface A {\n", b"\n}")
+_CAMEL_CASE_TEST = r"Test[A-Z0-9].*|.*[a-z0-9](Tests?|TestCase)"
+_C_KEYWORDS = _words("if else for while switch return do catch sizeof defined")
+_C_GAP = rb'\s*(?:extern\s+"C"\s*)?'
+
+_ENTRIES = (
+    Language(
+        name="python",
+        suffixes=(".py",),
+        grammar="tree_sitter_python",
+        query="""
+        (function_definition name: (_) @name body: (_) @body) @function
+        (decorated_definition definition: (function_definition name: (_) @name body: (_) @body)) @function
+        (class_definition name: (_) @name body: (_) @body) @scope
+        (string) @verbatim
+        """,
+        frames=((b"if 1:\n", b"\n"),),
+        has_docstrings=True,
+        constructors=_words("__init__ __new__ __del__"),
+        special_method=r"(?=__).*(?<=__)",
+    ),
+    Language(
+        name="javascript",
+        suffixes=(".js", ".mjs", ".cjs", ".jsx"),
+        grammar="tree_sitter_javascript",
+        query=f"""
+        (function_declaration name: (_) @name body: (_) @body) @function
+        (generator_function_declaration name: (_) @name body: (_) @body) @function
+        (function_expression name: (_) @name body: (_) @body) @function
+        (generator_function name: (_) @name body: (_) @body) @function
+        (method_definition name: (_) @name body: (_) @body) @function
+        {_DECLARATOR} @function
+        (lexical_declaration . {_DECLARATOR} .) @function
+        (variable_declaration . {_DECLARATOR} .) @function
+        {_ASSIGNMENT} @function
+        (expression_statement {_ASSIGNMENT}) @function
+        (pair key: (_) @name value: [{_FUNCTION_VALUES}]) @function
+        (field_definition property: (_) @name value: [{_FUNCTION_VALUES}]) @function
+        (export_statement "default" @name value: [
+            (function_expression !name body: (_) @body)
+            (generator_function !name body: (_) @body)
+            (arrow_function body: (_) @body)
+        ] @function)
+        (class_declaration name: (_) @name) @scope
+        (variable_declarator name: (identifier) @name value: [(object) (class)]) @scope
+        (assignment_expression left: [(identifier) (member_expression)] @name right: [(object) (class)]) @scope
+        (pair key: (_) @name value: (object)) @scope
+        (comment) @comment
+        [(template_string) (string)] @verbatim
+        """,
+        frames=(_CLASS_FRAME, (b"({\n", b"\n})"), (b"(\n", b"\n)")),
+        dotted_name=_member_name,
+        documented_by_blocks=True,
+        gap=rb"\s*(?:export\s+(?:default\s+)?)?(?:(?:var|let|const)\s+)?",
+        constructors=_words("constructor"),
+        special_methods=_words("toString toLocaleString valueOf"),
+        test_folder=r"__(tests?|mocks|fixtures)__|spec",
+        test_file=r".*[.-](test|spec)",
+    ),
+    Language(
+        name="go",
+        suffixes=(".go",),
+        grammar="tree_sitter_go",
+        query="""
+        (function_declaration name: (_) @name body: (_) @body) @function
+        (method_declaration
+            receiver: (parameter_list (parameter_declaration type: (_) @receiver)) name: (_) @name body: (_) @body
+        ) @function
+        (comment) @comment
+        (raw_string_literal) @verbatim
+        """,
+        markup=frozenset(),
+        special_methods=_words("String GoString Error init main"),
+        test_folder=r"testdata",
+    ),
+    Language(
+        name="java",
+        suffixes=(".java",),
+        grammar="tree_sitter_java",
+        query="""
+        (method_declaration name: (_) @name body: (_) @body) @function
+        (constructor_declaration name: (_) @name body: (_) @body) @function
+        (compact_constructor_declaration name: (_) @name body: (_) @body) @function
+        (class_declaration name: (_) @name) @scope
+        (interface_declaration name: (_) @name) @scope
+        (enum_declaration name: (_) @name) @scope
+        (record_declaration name: (_) @name) @scope
+        (annotation_type_declaration name: (_) @name) @scope
+        [(block_comment) (line_comment)] @comment
+        (string_literal (multiline_string_fragment)) @verbatim
+        """,
+        frames=(_CLASS_FRAME, _INTERFACE_FRAME, (b"enum A { B;\n", b"\n}")),
+        documented_by_blocks=True,
+        constructors_named_like_class=True,
+        special_methods=_words("toString hashCode equals clone finalize notify notifyAll"),
+        test_file=_CAMEL_CASE_TEST,
+    ),
+    Language(
+        name="php",
+        suffixes=(".php",),
+        grammar="tree_sitter_php",
+        grammar_function="language_php",
+        query="""
+        (function_definition name: (_) @name body: (_) @body) @function
+        (method_declaration name: (_) @name body: (_) @body) @function
+        (class_declaration name: (_) @name) @scope
+        (interface_declaration name: (_) @name) @scope
+        (trait_declaration name: (_) @name) @scope
+        (enum_declaration name: (_) @name) @scope
+        (comment) @comment
+        [(heredoc) (nowdoc) (string) (encapsed_string)] @verbatim
+        """,
+        opening=b"<?php\n",
+        frames=(_CLASS_FRAME, _INTERFACE_FRAME),
+        documented_by_blocks=True,
+        constructors=_words("__construct __destruct"),
+        special_methods=_words(
+            "__call __callStatic __get __set __isset __unset __sleep __wakeup __serialize __unserialize __toString "
+            "__invoke __set_state __clone __debugInfo"
+        ),
+        test_file=_CAMEL_CASE_TEST,
+    ),
+    Language(
+        name="ruby",
+        suffixes=(".rb",),
+        grammar="tree_sitter_ruby",
+        query="""
+        (method name: (_) @name) @function
+        (singleton_method name: (_) @name) @function
+        (class name: (_) @name) @scope
+        (module name: (_) @name) @scope
+        (comment) @comment
+        [(heredoc_body) (string)] @verbatim
+        """,
+        dotted_name=lambda name: name.replace("::", "."),
+        line_comment=r"\s*#+",
+        gap=rb"\s*(?:[a-z]\w*[ \t(]+)?",
+        markup=frozenset({"html", "rdoc"}),
+        constructors=_words("initialize initialize_copy"),
+        special_methods=_words("to_s to_str to_text inspect display dup clone hash eql? equal? between?"),
+        special_method=r"[\W_]*",
+        test_folder=r"spec",
+        test_file=r".*_spec",
+    ),
+    Language(
+        name="c",
+        suffixes=(".c", ".h"),  # C++ uses .h too; see `language_of_text`
+        grammar="tree_sitter_c",
+        query="""
+        (function_definition type: (_) declarator: (_) @declarator body: (_) @body) @function
+        (comment) @comment
+        (string_literal) @verbatim
+        """,
+        has_macros=True,
+        keywords=_C_KEYWORDS,
+        gap=_C_GAP,
+        markup=frozenset({"html", "doxygen"}),
+        special_methods=_words("main"),
+    ),
+    Language(
+        name="cpp",
+        suffixes=(".cc", ".cpp", ".cxx", ".hpp", ".hh", ".hxx"),
+        grammar="tree_sitter_cpp",
+        display_name="c++",
+        # Without a type, a plain name is a constructor if the class around it has the same name, and a macro
+        # otherwise. A word between `class` and the name, as in `class EXPORT Name {…}`, makes the class look like a
+        # function.
+        query="""
+        (function_definition declarator: (_) @declarator body: (_) @body) @function
+        (template_declaration (function_definition declarator: (_) @declarator body: (_) @body)) @function
+        (template_declaration (template_declaration
+            (function_definition declarator: (_) @declarator body: (_) @body))) @function
+        (function_definition
+            !type declarator: (function_declarator declarator: [(identifier) (field_identifier)]) body: (_) @untyped)
+        (class_specifier name: (_) @name body: (_)) @scope
+        (struct_specifier name: (_) @name body: (_)) @scope
+        (union_specifier name: (_) @name body: (_)) @scope
+        (function_definition type: [(class_specifier) (struct_specifier)] declarator: (identifier) @name) @scope
+        (comment) @comment
+        [(raw_string_literal) (string_literal)] @verbatim
+        """,
+        frames=((b"class A {\n", b"\n};"),),
+        has_macros=True,
+        keywords=_C_KEYWORDS,
+        dotted_name=lambda name: name.partition("<")[0],
+        gap=_C_GAP,
+        markup=frozenset({"html", "doxygen"}),
+        constructors_named_like_class=True,
+        special_methods=_words("main"),
+        special_method=r"operator(?:[\W\d].*)?",
+    ),
+)
+
+_LANGUAGE = {one.name: one for one in _ENTRIES}
+LANGUAGES = tuple(_LANGUAGE)
+"""Our names of the languages, those of ModularStarEncoder."""
+
+LANGUAGE_OF_SUFFIX = {suffix: one.name for one in _ENTRIES for suffix in one.suffixes}
+_LANGUAGE_OF_NAME = {name: one.name for one in _ENTRIES for name in (one.name, one.display_name) if name}
+
+# The signs of C++ by which GitHub's linguist classifies headers (its heuristics.yml, `.h`).
+_CPP_LINE = re.compile(
+    r"^[ \t]*(?:template[ \t]*<|(?:class|(?:using[ \t]+)?namespace)[ \t]+\w+|(?:private|public|protected)[ \t]*:"
+    r"|(?:try|constexpr)\b|catch[ \t]*\(|#[ \t]*include[ \t]*<(?:cstdint|string|vector|map|list|iostream|memory)>)"
+    r"|\bstd::\w",
+    re.MULTILINE,
+)
+
+
+def language_entry(name: str) -> Language:
+    """The entry of a language.
+
+    Raises:
+        UserError: `data.language.unknown` if `name` is not one of `LANGUAGES`.
+    """
+    if name not in _LANGUAGE:
+        raise UserError("data.language.unknown", f"Language {name!r} is unknown. Available: {', '.join(LANGUAGES)}.")
+    return _LANGUAGE[name]
+
+
+def check_languages(languages: Iterable[str] | None) -> tuple[str, ...]:
+    """`languages` without repetitions; all of `LANGUAGES` for None.
+
+    Raises:
+        UserError: `data.language.unknown` if one is not in `LANGUAGES`; `data.languages.list` if there is none, or
+            `languages` is a single string.
+    """
+    if languages is None:
+        return LANGUAGES
+    chosen = () if isinstance(languages, str) else tuple(dict.fromkeys(languages))
+    if not chosen:
+        raise UserError(
+            "data.languages.list", f"languages must be a list of {', '.join(LANGUAGES)}; not {languages!r}."
+        )
+    return tuple(language_entry(name).name for name in chosen)
+
+
+def language_of(path: PurePath) -> str | None:
+    """The language of a file by the suffix of its path, or None. A `.h` is C."""
+    return LANGUAGE_OF_SUFFIX.get(path.suffix)
+
+
+def language_of_text(language: str, path: str, text: str) -> str:
+    """The language of a file's text: C++ for a `.h` that was read as C and holds C++, otherwise `language`."""
+    return "cpp" if language == "c" and path.endswith(".h") and _CPP_LINE.search(text) else language
+
+
+def language_named(name: Any) -> str | None:
+    """Our name of a language that a data set calls `name` (`"C++"` is `"cpp"`), or None if it is not one of ours."""
+    return _LANGUAGE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
+
+
+def display_name(name: str) -> str:
+    """How prompts write a language: lower case, and `"c++"` for `"cpp"`; unknown names as they are."""
+    name = name.strip().lower()
+    return (_LANGUAGE[name].display_name if name in _LANGUAGE else "") or name

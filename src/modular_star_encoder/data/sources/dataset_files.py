@@ -1,0 +1,408 @@
+"""Source files out of data sets: those with one file a row, and The Stack v2, which lists files stored elsewhere.
+
+`bigcode/the-stack-v2-train-smol-ids` and `-full-ids` have one row a repository, with `repo_name` and `files`, a list of
+records with `blob_id`, `path`, `language`, `src_encoding`, `length_bytes`, `is_vendor`, `is_generated`,
+`detected_licenses` and `license_type`. Contents are gzip-compressed in the bucket of Software Heritage, at
+`s3://softwareheritage/content/{blob_id}`; bulk access needs an agreement with Software Heritage and Inria, and is the
+user's own. Source: the dataset cards, and Lozhkov et al., 2024 (arXiv 2402.19173).
+"""
+
+import os
+import re
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import urlsplit
+
+import datasets
+import fsspec
+from tqdm.auto import tqdm
+
+from modular_star_encoder.data.languages.registry import check_languages, language_named, language_of
+from modular_star_encoder.data.sources.dataset_rows import open_rows
+from modular_star_encoder.data.sources.source_files import FileFilters, SourceFile, SourceReader, is_closed
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_http_settings
+
+_ROWS_PER_BATCH = 16
+_MANY_PIECES = 10  # a share is then at most a tenth larger than another
+
+SOFTWARE_HERITAGE_S3 = "s3://softwareheritage/content/{blob_id}"
+"""Needs `s3fs`, and credentials where that looks for them."""
+
+_BLOB_ID = re.compile(r"[0-9a-f]{40}")
+_GZIP_MAGIC = b"\x1f\x8b"
+_AHEAD_PER_THREAD = 4
+_GZIP_OVERHEAD = 65_536
+_NOT_AVAILABLE = (401, 403, 404, 410)
+_MAX_FAILURES_AT_FIRST = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowColumns:
+    """The names of the columns of a data set with one file a row.
+
+    With `language` None, the suffix of the path decides; `license` may hold a string or a list.
+    """
+
+    repository: str
+    path: str
+    text: str
+    language: str | None = None
+    license: str | None = None
+
+    def names(self) -> list[str]:
+        """The columns to read."""
+        named = (self.repository, self.path, self.text, self.language, self.license)
+        return [name for name in named if name is not None]
+
+
+THE_STACK_COLUMNS = RowColumns(
+    repository="max_stars_repo_name",
+    path="max_stars_repo_path",
+    text="content",
+    language="lang",
+    license="max_stars_repo_licenses",
+)
+"""`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1)."""
+
+STARCODERDATA_COLUMNS = RowColumns(repository="max_stars_repo_name", path="max_stars_repo_path", text="content")
+"""`bigcode/starcoderdata`."""
+
+GITHUB_CODE_COLUMNS = RowColumns(
+    repository="repo_name", path="path", text="code", language="language", license="license"
+)
+"""`codeparrot/github-code` and `codeparrot/github-code-clean`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContentSource:
+    """Where and how contents are fetched.
+
+    Attributes:
+        url: URL with `{blob_id}` in it: http, https, or any protocol that fsspec knows (s3, file). It is never printed,
+            as it may hold a signature.
+        threads: Number of contents fetched at the same time.
+        attempts: How often a fetch by http is tried; a content that does not exist or is forbidden is requested once.
+            Other protocols retry in their own way.
+        pause: Seconds before the second attempt; twice as many before each further one.
+        timeout: Seconds without an answer after which an attempt has failed; http and https only.
+        options: Options of fsspec's file system, such as `{"anon": True}` for s3; not for http and https.
+
+    Raises:
+        UserError: `data.contents.url` if the URL lacks `{blob_id}` or its protocol cannot be used; `http.settings` if a
+            number is out of range.
+    """
+
+    url: str
+    threads: int = 16
+    attempts: int = 4
+    pause: float = 0.5
+    timeout: float = 30.0
+    options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_http_settings(concurrency=self.threads, attempts=self.attempts, pause=self.pause, timeout=self.timeout)
+        if "{blob_id}" not in self.url:
+            raise UserError("data.contents.url", "The URL of contents must hold {blob_id}, like SOFTWARE_HERITAGE_S3.")
+        try:
+            if not self.is_http:
+                fsspec.get_filesystem_class(self.protocol)
+        except (ImportError, ValueError) as error:
+            message = f"Contents cannot be fetched by {self.protocol!r}: {str(error).rstrip('.')}."
+            raise UserError("data.contents.url", message) from error
+
+    @property
+    def protocol(self) -> str:
+        """The URL's protocol; "file" if it has none."""
+        return urlsplit(self.url).scheme or "file"
+
+    @property
+    def is_http(self) -> bool:
+        """Whether the protocol is http or https; fsspec would need aiohttp for these."""
+        return self.protocol in ("http", "https")
+
+
+class _Contents:
+    """Fetches contents in the background; leaving it cancels what is under way."""
+
+    def __init__(self, source: ContentSource, max_bytes: int) -> None:
+        self._source, self._stack = source, ExitStack()
+        if source.is_http:
+            self._client = self._stack.enter_context(
+                HTTPClient(
+                    concurrency=source.threads,
+                    attempts=source.attempts,
+                    pause=source.pause,
+                    timeout=source.timeout,
+                    max_bytes=max_bytes,
+                    follow_redirects=True,
+                )
+            )
+        else:
+            self._executor = ThreadPoolExecutor(source.threads)
+            self._stack.callback(self._executor.shutdown, cancel_futures=True)
+
+    def __enter__(self) -> "_Contents":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def submit(self, blob_id: str) -> "Future[Any]":
+        url = self._source.url.replace("{blob_id}", blob_id)
+        return self._client.submit("GET", url) if self._source.is_http else self._executor.submit(self._read, url)
+
+    def _read(self, url: str) -> bytes:
+        file_system, _ = fsspec.url_to_fs(url, **self._source.options or {})
+        return file_system.cat_file(url)
+
+    @staticmethod
+    def received(future: "Future[Any]") -> tuple[bytes, str | None, str]:
+        """(content, why it is left out, the kind of error) of a fetch; messages may hold the URL."""
+        try:
+            content = future.result()
+        except HTTPRequestError as error:
+            if error.key == "http.too_large":
+                return b"", "too large", ""
+            missing = error.status in _NOT_AVAILABLE
+            return (
+                b"",
+                _MISSING if missing else _NOT_FETCHED,
+                f"status {error.status}" if error.status else error.reason,
+            )
+        except (FileNotFoundError, PermissionError) as error:
+            return b"", _MISSING, type(error).__name__
+        except Exception as error:  # every protocol raises kinds of its own
+            return b"", _NOT_FETCHED, type(error).__name__
+        return content if isinstance(content, bytes) else content.content, None, ""
+
+
+_MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
+
+
+def unpack(content: bytes, max_bytes: int) -> bytes:
+    """`content` without its gzip compression, if it has one; at most `max_bytes` + 1 bytes.
+
+    Raises:
+        zlib.error: If the compressed data is damaged.
+    """
+    if not content.startswith(_GZIP_MAGIC):
+        return content[: max_bytes + 1]
+    unpacker = zlib.decompressobj(wbits=31)
+    unpacked = unpacker.decompress(content, max_bytes + 1)
+    if not unpacker.eof and len(unpacked) <= max_bytes:
+        raise zlib.error("incomplete")
+    return unpacked
+
+
+class DatasetReader(SourceReader):
+    """What the readers of data sets share: the units are the rows of a data set opened by `open_rows`.
+
+    A data set comes in pieces: the row groups of parquet files, the data files of a dataset of the Hub. If they can be
+    divided evenly, a shard reads its own only; otherwise it reads all and decodes its share of the rows. About one
+    piece is held in memory at a time.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        *,
+        languages: Iterable[str] | None = None,
+        filters: FileFilters | None = None,
+    ) -> None:
+        super().__init__()
+        self._rows = rows
+        self._languages = check_languages(languages)
+        self._filters = filters or FileFilters()
+
+    def shard(self, index: int, count: int) -> "DatasetReader":
+        """A reader of every `count`-th row, or of the rows of every `count`-th piece of the data set.
+
+        Raises:
+            UserError: `data.reader.shard` if `index` is not from 0 to `count` − 1.
+        """
+        reader = super().shard(index, count)
+        pieces = self._rows.num_shards
+        even = pieces % count == 0 or pieces >= _MANY_PIECES * count
+        if (self._start, self._step) == (0, 1) and even:
+            reader._rows = self._rows.shard(count, index, contiguous=False)
+            reader._start, reader._step = 0, 1
+        return reader
+
+    def _chosen_rows(self) -> Iterator[dict[str, Any]]:
+        # Whole tables are skipped without decoding them. `iter`, unlike `__iter__`, does not divide the data among
+        # the workers of a DataLoader by itself: `shard` alone decides.
+        rows = self._rows.skip(self._start).with_format("arrow")
+        next_row = 0
+        for table in rows.iter(batch_size=_ROWS_PER_BATCH):
+            while next_row < len(table):
+                yield table.slice(next_row, 1).to_pylist()[0]
+                next_row += self._step
+            next_row -= len(table)
+
+    def _reason(self, path: PurePath, language: str | None) -> str | None:
+        """Why the file at `path` of a repository is left out before its text is read, or None."""
+        if language not in self._languages:
+            return "another language"
+        return "hidden or closed folder" if is_closed(path) else self._filters.reason_by_path(path, language or "")
+
+
+class RowReader(DatasetReader):
+    """Reads a data set with one file a row."""
+
+    def __init__(self, rows: datasets.IterableDataset, columns: RowColumns, **options: Any) -> None:
+        """See `row_repositories`."""
+        super().__init__(rows, **options)
+        self._columns = columns
+
+    def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
+        columns = self._columns
+        for row in self._chosen_rows():
+            path = PurePath((row[columns.path] or "").lstrip("/"))
+            language = language_named(row[columns.language]) if columns.language else language_of(path)
+            text = (row[columns.text] or "").removeprefix("\ufeff")
+            reason = self._reason(path, language) or self._filters.reason_by_text(text)
+            if reason:
+                skipped[reason] += 1
+                continue
+            license_name = joined_licenses(row[columns.license]) if columns.license else None
+            yield SourceFile(row[columns.repository] or "", path.as_posix(), language or "", text, license_name)
+
+
+def joined_licenses(value: str | Sequence[str] | None) -> str | None:
+    """The names of licences, one or several, as one string; None if there is none."""
+    return value or None if isinstance(value, str) else ", ".join(value or ()) or None
+
+
+def row_repositories(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    columns: RowColumns,
+    *,
+    languages: Iterable[str] | None = None,
+    filters: FileFilters | None = None,
+    **options: Any,
+) -> RowReader:
+    """A reader of a data set with one file a row; its units are the rows.
+
+    Args:
+        source: Parquet files or the name of a dataset of the Hub; see `open_rows`.
+        columns: Names of its columns, such as `THE_STACK_COLUMNS`.
+        languages: The languages to read; None for all of `LANGUAGES`.
+        filters: Which files are left out; by default, `FileFilters()`.
+        options: Further arguments of `open_rows`.
+
+    Raises:
+        UserError: `data.source.*` if the data set cannot be opened or lacks a column; `data.language.unknown`.
+    """
+    check_languages(languages)
+    rows = open_rows(source, columns=columns.names(), **options)
+    return RowReader(rows, columns, languages=languages, filters=filters)
+
+
+class TheStackReader(DatasetReader):
+    """Reads rows with lists of files, whose contents are fetched ahead; its units are repositories."""
+
+    def __init__(
+        self, rows: datasets.IterableDataset, contents: ContentSource, *, progress: bool = True, **options: Any
+    ) -> None:
+        """See `the_stack_repositories`."""
+        super().__init__(rows, **options)
+        self._contents, self._progress = contents, progress
+
+    def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
+        fetched = 0
+        files = (file for row in self._chosen_rows() for file in self._wanted(row, skipped))
+        with tqdm(desc="Fetching contents", unit=" files", disable=not self._progress) as bar:
+            for file, encoding, future in self._fetched(files):
+                content, reason, last = _Contents.received(future)
+                text = ""
+                if not reason:
+                    fetched += 1
+                    text, reason = self._decode(content, encoding)
+                bar.update()
+                if reason:
+                    skipped[reason] += 1
+                else:
+                    yield SourceFile(file.repository, file.path, file.language, text, file.license)
+                # A wrong URL or missing access should not be noticed after a week of skipping.
+                if not fetched and skipped[_MISSING] + skipped[_NOT_FETCHED] >= _MAX_FAILURES_AT_FIRST:
+                    raise UserError(
+                        "data.contents.no_access",
+                        f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched by "
+                        f"{self._contents.protocol} (the last: {last}); check the URL and your access to it.",
+                    )
+
+    def _wanted(self, row: dict[str, Any], skipped: Counter[str]) -> Iterator[tuple[SourceFile, str, str]]:
+        """Yield (file without its text, blob, encoding) of the files of a row to fetch."""
+        for record in row["files"] or ():
+            path = PurePath((record["path"] or "").lstrip("/"))
+            language = language_named(record["language"])
+            reason = self._reason(path, language)
+            if not reason and record.get("is_vendor") and not self._filters.vendored:
+                reason = "vendored code"
+            if not reason and record.get("is_generated") and not self._filters.generated:
+                reason = "generated code"
+            if not reason and (record.get("length_bytes") or 0) > self._filters.max_bytes:
+                reason = "too large"
+            if not reason and not _BLOB_ID.fullmatch(record["blob_id"] or ""):
+                reason = "no valid blob_id"
+            if reason:
+                skipped[reason] += 1
+                continue
+            terms = joined_licenses(record.get("detected_licenses")) or record.get("license_type")
+            file = SourceFile(row["repo_name"] or "", path.as_posix(), language or "", "", terms)
+            yield file, record["blob_id"], record.get("src_encoding") or "UTF-8"
+
+    def _fetched(self, files: Iterable[tuple[SourceFile, str, str]]) -> Iterator[tuple[SourceFile, str, Future[Any]]]:
+        """Yield (file, encoding, its content) in order; only a few are fetched ahead."""
+        waiting: deque[tuple[SourceFile, str, Future[Any]]] = deque()
+        with _Contents(self._contents, self._filters.max_bytes + _GZIP_OVERHEAD) as contents:
+            for file, blob_id, encoding in files:
+                waiting.append((file, encoding, contents.submit(blob_id)))
+                if len(waiting) > _AHEAD_PER_THREAD * self._contents.threads:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+
+    def _decode(self, content: bytes, encoding: str) -> tuple[str, str | None]:
+        try:
+            unpacked = unpack(content, self._filters.max_bytes)
+        except zlib.error:
+            return "", "damaged content"
+        return self._filters.decode(unpacked, encoding)
+
+
+def the_stack_repositories(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    contents: ContentSource,
+    *,
+    languages: Iterable[str] | None = None,
+    filters: FileFilters | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> TheStackReader:
+    """A reader of The Stack v2, repository by repository, in the order of its rows.
+
+    Files that cannot be fetched are counted in `skipped` and left out, but if none of the first 200 can be fetched,
+    iterating raises UserError (`data.contents.no_access`).
+
+    Args:
+        source: Name of the dataset, such as `"bigcode/the-stack-v2-train-smol-ids"`, or parquet files with its schema.
+        contents: Where contents are fetched, such as `ContentSource(url=SOFTWARE_HERITAGE_S3)`.
+        languages: The languages to read; None for all of `LANGUAGES`.
+        filters: Which files are left out; by default, `FileFilters()`.
+        progress: Whether to show a progress bar while reading.
+        options: Further arguments of `open_rows`.
+
+    Raises:
+        UserError: `data.source.*` if the data set cannot be opened or lacks a column; `data.language.unknown`.
+    """
+    check_languages(languages)
+    rows = open_rows(source, columns=("repo_name", "files"), **options)
+    return TheStackReader(rows, contents, languages=languages, filters=filters, progress=progress)
