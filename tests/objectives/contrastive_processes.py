@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def new_model(dtype="float32"):
     learned_scale = 12.0 if dtype == "float32" else None  # it is float32 in any model
-    return with_dropout(0.0, learned_logit_scale=learned_scale).to(DTYPES[dtype])
+    return with_dropout(0.0, logit_scale_init_value=learned_scale).to(DTYPES[dtype])
 
 
 def weighted_loss(model, batch, settings):

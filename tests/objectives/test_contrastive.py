@@ -23,7 +23,7 @@ def test_both_sides_are_embedded_at_every_exit():
 
 
 def test_every_option_reports_its_term():
-    model = tiny_model(learned_logit_scale=7.0)
+    model = tiny_model(logit_scale_init_value=7.0)
     output = ContrastiveObjective(every_option())(model, every_side(), EXIT_LAYERS)
     terms = {"clip_loss", "clip_accuracy", "clip_accuracy_smallest", "distillation_loss", "alignment_loss"}
     pairs = {"clip_accuracy_query_document", "clip_accuracy_document_translation"}

@@ -44,7 +44,7 @@ def cached_backward(model, batch, settings):
 @pytest.mark.parametrize("tokens", [1, 13, 40, 10_000])
 def test_any_mini_batch_size_gives_plain_autograds_losses_and_gradients_with_dropout_and_every_option(tokens):
     settings, batch = every_option(mini_batch_tokens=tokens), every_side()
-    model = with_dropout(0.2, learned_logit_scale=12.0)
+    model = with_dropout(0.2, logit_scale_init_value=12.0)
     torch.manual_seed(5)
     expected_losses = losses_of_mini_batches_in_one_graph(model, batch, settings, tokens)
     (expected_losses * WEIGHTS).sum().backward()

@@ -279,7 +279,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_
 def test_baselines_have_no_options_about_other_exits(recipe_file):
     objective = {"teacher": 4, "distillation_weight": 1, "alignment_weight": 1, "dimensions": {1: [8, 16]}}
     recipe = load_recipe(AblationRecipe, recipe_file, ["exit_layers=[1, 2]", f"finetuning.objective={objective}"])
-    settings = {cell.name: cell.recipe.contrastive() for cell in recipe.cells(EXIT_LAYERS)}
+    settings = {cell.name: cell.recipe.objective for cell in recipe.cells(EXIT_LAYERS)}
     for exit_layer, sizes in ((1, (8, 16)), (2, (64,))):
         alone = settings[f"exit-{exit_layer}"]
         alone.check((exit_layer,), 64)
@@ -326,6 +326,6 @@ def test_our_recipe_trains_a_baseline_for_each_exit_and_tries_options_one_at_a_t
     assert len(cells) == 3 * (1 + 5 + len(recipe.variants))
     assert {cell.recipe.exit_layer for cell in cells} == {None, 1, 2, 4, 6, 8}
     assert {cell.recipe.seed for cell in cells} == {0, 1, 2}
-    weights = {cell.name: cell.recipe.contrastive().distillation_weight for cell in cells}
+    weights = {cell.name: cell.recipe.objective.distillation_weight for cell in cells}
     assert weights["distilled-from-ensemble"] == 1.0
     assert weights["self-distilled"] == weights["aligned"] == 0.0

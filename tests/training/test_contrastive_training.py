@@ -50,7 +50,7 @@ def trainer_of(model, folder, settings, objective=None, **changes):
 
 
 def train(folder, tokens, **changes):
-    model = with_dropout(0.0, learned_logit_scale=12.0)
+    model = with_dropout(0.0, logit_scale_init_value=12.0)
     settings = ContrastiveSettings(mini_batch_tokens=tokens, alignment_weight=0.1)
     trainer = trainer_of(model, folder, settings, **changes)
     trainer.train()
@@ -64,7 +64,7 @@ def test_mini_batches_train_as_whole_batches_do(tmp_path, changes):
     for expected, found in zip(plain.state.log_history[:3], cached.state.log_history[:3], strict=True):
         assert {name: found[name] for name in names} == pytest.approx({name: expected[name] for name in names}, 1e-3)
     assert plain.state.log_history[2]["logit_scale"] != pytest.approx(12.0, abs=1e-3)
-    before = with_dropout(0.0, learned_logit_scale=12.0)
+    before = with_dropout(0.0, logit_scale_init_value=12.0)
     states = (trainer.model.state_dict() for trainer in (plain, cached))
     distances = [
         torch.stack([(first[name] - second[name]).norm() for name in first]).norm()
@@ -88,7 +88,7 @@ def test_evaluation_needs_no_gradients(tmp_path):
 def test_a_learned_scale_is_resumed_saved_and_loaded(tmp_path):
     straight = train(tmp_path / "straight", 16, max_steps=4, save_strategy="steps", save_steps=2)
     resumed = trainer_of(
-        with_dropout(0.0, learned_logit_scale=12.0),
+        with_dropout(0.0, logit_scale_init_value=12.0),
         tmp_path / "resumed",
         ContrastiveSettings(mini_batch_tokens=16, alignment_weight=0.1),
         max_steps=4,
@@ -104,7 +104,7 @@ def test_a_learned_scale_is_resumed_saved_and_loaded(tmp_path):
 
 def test_a_learned_scale_is_trained_beside_lora_and_comes_back(tmp_path):
     def adapted():
-        return with_dropout(0.0, learned_logit_scale=12.0)
+        return with_dropout(0.0, logit_scale_init_value=12.0)
 
     lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["dense", "out_proj", "logit_scale"])
     trainer = trainer_of(get_peft_model(adapted(), lora), tmp_path, ContrastiveSettings(mini_batch_tokens=16))
@@ -187,7 +187,7 @@ def test_any_objective_is_stopped(tmp_path):
 
 
 def test_every_option_trains_through_the_trainer(tmp_path):
-    model = tiny_model(learned_logit_scale=10.0)
+    model = tiny_model(logit_scale_init_value=10.0)
     trainer = trainer_of(model, tmp_path, every_option(mini_batch_tokens=20), max_steps=1)
     trainer.data_collator = lambda indices: every_side()
     trainer.train()

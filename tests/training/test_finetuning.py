@@ -164,7 +164,7 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(recip
 
 
 def test_data_that_could_not_be_read_may_be_replaced_in_the_same_folder(recipe_file, tmp_path):
-    with pytest.raises(ValueError, match="no file"):
+    with pytest.raises(ValueError, match=r"missing\.jsonl"):
         run(recipe_file, tmp_path / "run", "max_steps=1", "data.triplets=missing.jsonl")
     log, _ = run(recipe_file, tmp_path / "run", "max_steps=1")
     assert log["steps"] == 1
@@ -173,13 +173,13 @@ def test_data_that_could_not_be_read_may_be_replaced_in_the_same_folder(recipe_f
 
 
 def test_lora_trains_adapters_and_heads_resumes_and_saves_both_ways(recipe_file, checkpoint, tmp_path, monkeypatch):
-    settings = ("lora={}", "config.learned_logit_scale=10")
+    settings = ("lora={}", "config.logit_scale_init_value=10")
     estimate = straight_and_interrupted(recipe_file, tmp_path, monkeypatch, *settings)
     (tmp_path / "interrupted").rename(tmp_path / "run")
     assert estimate.trained_parameters < 0.7 * estimate.parameters
     merged = AutoModel.from_pretrained(tmp_path / "run" / "model")
     assert not merged.config.unpad_inputs
-    base = ModularStarEncoderForRetrieval.from_pretrained(checkpoint, learned_logit_scale=10)
+    base = ModularStarEncoderForRetrieval.from_pretrained(checkpoint, logit_scale_init_value=10)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     torch.testing.assert_close(embed(adapted), embed(merged), rtol=0, atol=1e-5)
@@ -309,8 +309,8 @@ def test_wrong_settings_are_refused_before_anything_is_trained(recipe_file, tmp_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.rows=x", "not rows"),
-        ("data.triplets=missing.jsonl", "no file missing.jsonl"),
+        ("data.rows=x", "rows"),
+        ("data.triplets=missing.jsonl", "missing.jsonl"),
         ("exit_layer=3", "1, 2, 4"),
         ("attn_implementation=fast", "fast"),
         ("batch_size=96", "from 2 to 44 pairs"),
@@ -332,6 +332,8 @@ def test_old_names_of_settings_are_read_with_a_warning(recipe_file, tmp_path):
     assert (recipe.max_steps, recipe.max_train_samples, recipe.eval_fraction) == (3, 9, 0.1)
     assert recipe.training["lr_scheduler_type"] == "constant_with_warmup"
     assert recipe.training["bf16"] is False
+    older = load_recipe(FinetuningRecipe, recipe_file, ["config.learned_logit_scale=10"])
+    assert older.config == {"logit_scale_init_value": 10}
 
 
 def test_a_run_of_an_older_version_is_continued(recipe_file, tmp_path):
@@ -369,7 +371,7 @@ def test_the_papers_recipe_holds_its_figures():
         0,
         "paper",
     ]
-    assert (recipe.contrastive().logit_scale, recipe.identifier_rename_prob) == (10.0, 0.3)
+    assert (recipe.objective.logit_scale, recipe.identifier_rename_prob) == (10.0, 0.3)
     assert recipe.max_code_tokens == 2048
 
 
@@ -378,7 +380,7 @@ def test_the_recommended_recipe_is_the_papers_with_a_scale_learned_from_30_and_u
         load_recipe(FinetuningRecipe, hub_config_folder("finetuned") / f"{name}.yaml")
         for name in ("recipe", "recommended")
     )
-    changes = {"config": {"learned_logit_scale": 30.0}, "exit_weights": "uniform"}
+    changes = {"config": {"logit_scale_init_value": 30.0}, "exit_weights": "uniform"}
     assert ours.to_dict() == paper.to_dict() | changes
 
 

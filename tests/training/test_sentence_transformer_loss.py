@@ -25,7 +25,7 @@ LINES = [f"add {i} and {i * i % 7}" for i in range(24)], [f"def f{i}(x):\n    re
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    model = tiny_model(learned_logit_scale=12.0, **NO_DROPOUT)
+    model = tiny_model(logit_scale_init_value=12.0, **NO_DROPOUT)
     return save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path_factory.mktemp("checkpoint") / "model")
 
 

@@ -112,7 +112,7 @@ def test_gradient_norms_per_exit_are_those_of_each_weighted_loss_on_the_trunk(tm
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_weight_decay_is_not_applied_to_biases_norms_and_the_learned_scale(tmp_path, adapters):
-    model = tiny_model(learned_logit_scale=10.0)
+    model = tiny_model(logit_scale_init_value=10.0)
     model = add_adapters(model, {}) if adapters else model
     trainer = make_trainer(tmp_path, model=model, weight_decay=0.1)
     decayed = {

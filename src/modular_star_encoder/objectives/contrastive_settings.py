@@ -23,7 +23,7 @@ class ContrastiveSettings:
             negatives. `(("query", "document", "negative"),)`, or text→code and code→code pairs that share a side:
             `(("description", "code"), ("code", "translation"))`. The loss is the mean over all pairs.
         logit_scale: multiplies similarities, the paper's "temperature 10.0" (a temperature of 0.1). A model with a
-            learned scale (`learned_logit_scale` in its configuration) uses its own.
+            learned scale (`logit_scale_init_value` in its configuration) uses its own.
         mini_batch_tokens: embed the batch by mini-batches of at most this many tokens, padding included, and keep no
             activations of the others (gradient caching): memory hardly grows with the batch (benchmarks/README.md),
             and each text is embedded twice. `None` embeds each side at once. In bfloat16 on a CPU, set the environment

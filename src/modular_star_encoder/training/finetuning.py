@@ -98,23 +98,19 @@ def finetune(
             return log
         data = data or prepare_data(recipe, out / "data", progress and state.is_main_process)
     model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
-    texts = _texts(recipe, data, tokenizer, prompts=model.config.instruction_prompts)
-    groups = PairGroups(data.train)
-    plan = BatchPlan(groups, recipe.batch_size, recipe.seed)
-    batches = RetrievalBatches(texts[0], plan, recipe.max_steps, identifier_rename_prob=recipe.identifier_rename_prob)
-    unseen = _held_out_batches(recipe, texts[1], state.num_processes)
+    prompts = model.config.instruction_prompts
+    train, unseen, groups, tokens = _batches(recipe, data, prompts, tokenizer, state.num_processes)
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    tokens = texts[0].mean_tokens()
-    estimate = finetuning_preflight(blueprint, recipe, state.num_processes, groups.counts, tokens, trained)
+    estimate = finetuning_preflight(blueprint, recipe, state.num_processes, groups, tokens, trained)
     if state.is_main_process:
         announce(estimate)
     arguments.per_device_eval_batch_size = unseen.batch_size // state.num_processes
     trainer = MultiExitTrainer(
         adapted,
         arguments,
-        ContrastiveObjective(recipe.contrastive()),
-        train_dataset=batches,
+        ContrastiveObjective(recipe.objective),
+        train_dataset=train,
         eval_dataset=unseen,
         data_collator=RetrievalCollator(tokenizer),
     )
@@ -124,8 +120,8 @@ def finetune(
     save_trained(trainer, tokenizer, out, recipe)
     if state.is_main_process:
         if is_servable(model.config):
-            prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
-            write_sentence_transformer_files(out / MODEL, model.config, prompts)
+            prompts_of_files = sentence_transformer_prompts(instructions=prompts)
+            write_sentence_transformer_files(out / MODEL, model.config, prompts_of_files)
         log |= {"data": data.report, "retrieval": _retrieval(recipe, data, out, progress)}
         write_log(out, log)
     state.wait_for_everyone()
@@ -151,9 +147,9 @@ def check_recipe(
     finetuning_preflight(model, recipe, processes, {}, (0.0, 0.0))
     model.set_attn_implementation(recipe.attn_implementation)
     exit_weights(recipe.training["exit_weights"], config.exit_layers, config.parent_num_hidden_layers)
-    recipe.contrastive().check(config.exit_layers, config.projection_size)
+    recipe.objective.check(config.exit_layers, config.projection_size)
     if recipe.training["rotate_shallow_exits"]:
-        recipe.contrastive().check_rotation(config.exit_layers)
+        recipe.objective.check_rotation(config.exit_layers)
     # Batches are planned: in this order, and each of them is a whole step.
     planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
     rows = recipe.pairs_per_device(processes)
@@ -180,22 +176,23 @@ def prepare_data(recipe: FinetuningRecipe, folder: Path, progress: bool) -> Retr
     return data
 
 
-def _texts(
-    recipe: FinetuningRecipe, data: RetrievalData, tokenizer: PreTrainedTokenizerFast, *, prompts: bool
-) -> tuple[RetrievalTexts, RetrievalTexts]:
-    """The tokenized rows to train on, and those held out."""
+def _batches(
+    recipe: FinetuningRecipe,
+    data: RetrievalData,
+    prompts: bool,
+    tokenizer: PreTrainedTokenizerFast,
+    processes: int,
+) -> tuple[RetrievalBatches, RetrievalBatches, Mapping[str, int], tuple[float, float]]:
+    """Batches to train on and of every evaluation, groups of each kind of pairs, mean tokens of texts and of code."""
     lengths = {"max_text_tokens": recipe.max_text_tokens, "max_code_tokens": recipe.max_code_tokens}
     train, held_out = (
         RetrievalTexts(texts, tokenizer, prompts=prompts, progress=False, **lengths)
         for texts in (data.train, data.held_out)
     )
-    return train, held_out
-
-
-def _held_out_batches(recipe: FinetuningRecipe, held_out: RetrievalTexts, processes: int) -> RetrievalBatches:
-    """The batches of every evaluation, as large as those of training if there are as many rows."""
-    groups = PairGroups(held_out.texts)
-    most = min(recipe.batch_size, groups.largest_batch)
+    groups, held_out_groups = PairGroups(data.train), PairGroups(held_out.texts)
+    plan = BatchPlan(groups, recipe.batch_size, recipe.seed)
+    # Batches of an evaluation are as large as those of training if there are as many rows.
+    most = min(recipe.batch_size, held_out_groups.largest_batch)
     size = most // (2 * processes) * 2 * processes
     if not size:
         raise UserError(
@@ -203,8 +200,13 @@ def _held_out_batches(recipe: FinetuningRecipe, held_out: RetrievalTexts, proces
             f"At most {most} held-out rows fit into one batch, too few for {processes} processes. Raise eval_fraction, "
             "or add data.",
         )
-    plan = BatchPlan(groups, size, recipe.seed + 1)
-    return RetrievalBatches(held_out, plan, max(1, recipe.eval_pairs // size))
+    unseen = BatchPlan(held_out_groups, size, recipe.seed + 1)
+    return (
+        RetrievalBatches(train, plan, recipe.max_steps, identifier_rename_prob=recipe.identifier_rename_prob),
+        RetrievalBatches(held_out, unseen, max(1, recipe.eval_pairs // size)),
+        groups.counts,
+        train.mean_tokens(),
+    )
 
 
 def evaluate_checkpoint(
@@ -212,7 +214,7 @@ def evaluate_checkpoint(
     checkpoint: Path,
     tasks: Sequence[RetrievalTask],
     *,
-    out: Path | None = None,
+    lexical: bool = False,
     progress: bool = True,
 ) -> list[TaskResult]:
     """The results of every exit of a checkpoint on tasks, with texts as long as in training.
@@ -221,20 +223,20 @@ def evaluate_checkpoint(
         recipe: the recipe of the checkpoint.
         checkpoint: its folder.
         tasks: the tasks.
-        out: folder that keeps finished results; see `evaluate_tasks`.
+        lexical: whether to add the results of BM25.
         progress: whether to show progress bars.
     """
     model, tokenizer = load_checkpoint(checkpoint)
     longest = max(recipe.max_text_tokens, recipe.max_code_tokens)
     encoder = ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=longest)
-    return evaluate_tasks(tasks, [EmbeddingRetriever(encoder)], out=out, progress=progress)
+    retrievers = [*([BM25()] if lexical else []), EmbeddingRetriever(encoder)]
+    return evaluate_tasks(tasks, retrievers, progress=progress)
 
 
 def _retrieval(recipe: FinetuningRecipe, data: RetrievalData, out: Path, progress: bool) -> Mapping[str, Any]:
     """Benchmark → retriever → estimates of the saved model's exits and of BM25 on the held-out rows."""
     tasks = held_out_tasks(data.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
-    results = evaluate_tasks(tasks, [BM25()], progress=progress)
-    results += evaluate_checkpoint(recipe, out / MODEL, tasks, progress=progress)
+    results = evaluate_checkpoint(recipe, out / MODEL, tasks, lexical=True, progress=progress)
     found: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
     for result in results:
         name = result.retriever if result.exit_layer is None else f"exit {result.exit_layer}"

@@ -171,12 +171,12 @@ def finetuning_preflight(
         trained_parameters: all of the model if None.
 
     Raises:
-        UserError: texts are longer than the model takes, or `batch_size` does not divide.
+        UserError: texts are longer than the model takes.
     """
-    config, settings = model.config, recipe.contrastive()
+    config, settings = model.config, recipe.objective
     check_length(config, max_text_tokens=recipe.max_text_tokens, max_code_tokens=recipe.max_code_tokens)
     longest = max(recipe.max_text_tokens, recipe.max_code_tokens)
-    rows = recipe.pairs_per_device(processes)
+    rows = recipe.batch_size // processes
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = parameters if trained_parameters is None else trained_parameters
     text, code = tokens

@@ -99,11 +99,13 @@ class TrainingSettings:
 
     @classmethod
     def upgrade(cls, content: Mapping[Any, Any]) -> dict[Any, Any]:
-        """The content with the settings of the old mapping `trainer` as keys of their own."""
+        """The content with the keys of the old mapping `trainer` as its own, and current names in `config`."""
         upgraded: dict[Any, Any] = {}
         for name, value in content.items():
             if name == "schedule" and value == "constant":
                 value = "constant_with_warmup"
+            if name == "config" and isinstance(value, Mapping):
+                value = {ModularStarEncoderConfig.attribute_map.get(key, key): one for key, one in value.items()}
             if name == "trainer" and isinstance(value, Mapping):
                 if value:
                     keys = ", ".join(map(str, value))
@@ -318,7 +320,7 @@ class FinetuningRecipe(StartingRecipe):
         max_train_samples: rows to train on, drawn at random; all if None.
         max_text_tokens, max_code_tokens: longest description and code, prompt and special tokens included.
         identifier_rename_prob: share of the code snippets whose frequent words become random strings.
-        objective: settings of the loss; see `ContrastiveSettings`.
+        objective: settings of the loss; see `ContrastiveSettings`. The data decides its `pairs`.
         eval_fraction: share of each source's rows, at most a fifth, kept for evaluation, by whole repositories.
         eval_pairs: held-out pairs of one evaluation.
     """
@@ -337,22 +339,19 @@ class FinetuningRecipe(StartingRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.objective.pairs != ContrastiveSettings().pairs:
+        default = ContrastiveSettings().pairs
+        pairs = (("query", "document", "negative"),) if have_negatives(self.data) else default
+        if tuple(map(tuple, self.objective.pairs)) not in (default, pairs):
             raise UserError(
                 "training.objective.pairs", "Leave out objective.pairs: the data decides whether there are negatives."
             )
+        object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
         if self.training["log_gradient_norms"] and self.objective.mini_batch_tokens is not None:
             raise UserError(
                 "training.log_gradient_norms.cached",
                 "log_gradient_norms does not work with objective.mini_batch_tokens, which keeps no graph; "
                 "switch one of them off.",
             )
-
-    def contrastive(self) -> ContrastiveSettings:
-        """The settings of the loss, with the sides that batches of the data have."""
-        if not have_negatives(self.data):
-            return self.objective
-        return replace(self.objective, pairs=(("query", "document", "negative"),))
 
     def pairs_per_device(self, processes: int) -> int:
         """Pairs of one step on each of `processes` devices.
