@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from modular_star_encoder.cli.main import keep_few_compiled_operations
-from modular_star_encoder.training.tasks import load_task
+from modular_star_encoder.training.finetuning import load_finetuning
 
 
 def main() -> int:
@@ -19,10 +19,10 @@ def main() -> int:
     parser.add_argument("recipe", help="a YAML file, such as hub_configs/small/finetune.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that differ from the recipe")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
-    arguments = parser.parse_intermixed_args()  # settings may also stand after --out
+    arguments = parser.parse_intermixed_args()  # settings may also follow --out
     keep_few_compiled_operations()
     try:
-        recipe, finetune = load_task(arguments.recipe, arguments.overrides)
+        recipe, finetune = load_finetuning(arguments.recipe, arguments.overrides)
         log = finetune(recipe, arguments.out)
     except KeyboardInterrupt:
         print("\nfinetune: interrupted; start it again to continue from the last checkpoint.", file=sys.stderr)

@@ -11,7 +11,7 @@ import sys
 
 from modular_star_encoder.cli.main import keep_few_compiled_operations
 from modular_star_encoder.training.pretraining import pretrain
-from modular_star_encoder.training.recipes import load_pretraining_recipe
+from modular_star_encoder.training.recipes import PretrainingRecipe, load_recipe
 
 
 def main() -> int:
@@ -20,10 +20,10 @@ def main() -> int:
     parser.add_argument("recipe", help="a YAML file, such as hub_configs/small/recipe.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that differ from the recipe")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
-    arguments = parser.parse_intermixed_args()  # settings may also stand after --out
+    arguments = parser.parse_intermixed_args()  # settings may also follow --out
     keep_few_compiled_operations()
     try:
-        log = pretrain(load_pretraining_recipe(arguments.recipe, arguments.overrides), arguments.out)
+        log = pretrain(load_recipe(PretrainingRecipe, arguments.recipe, arguments.overrides), arguments.out)
     except KeyboardInterrupt:
         print("\npretrain: interrupted; start it again to continue from the last checkpoint.", file=sys.stderr)
         return 130

@@ -45,9 +45,16 @@ from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.search.folder import search_folder
-from modular_star_encoder.training.recipes import Recipe, hub_config_folder, load_config, load_recipe
-from modular_star_encoder.training.stages import bf16_is_faster, run_stage
+from modular_star_encoder.training.recipes import (
+    QuickstartRecipe,
+    StageSettings,
+    hub_config_folder,
+    load_config,
+    load_recipe,
+)
+from modular_star_encoder.training.runs import train_to_the_end
 from modular_star_encoder.training.starting_points import start_from_spellings, start_from_unigrams
+from modular_star_encoder.training.trainer import MultiExitTrainer
 from modular_star_encoder.utils.files import staged_folder, write_json
 
 # Never trained on: `transformers` is what later examples search, and the default folder to search here is held out too.
@@ -98,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
     """All stages in order; each is skipped when its result is there already."""
     start = time.perf_counter()
     transformers.logging.set_verbosity_error()
-    recipe = load_recipe(arguments.recipe or hub_config_folder("quickstart") / "recipe.yaml")
+    recipe = load_recipe(QuickstartRecipe, arguments.recipe or hub_config_folder("quickstart") / "recipe.yaml")
     config = load_config("quickstart")
     middle = config.exit_layers[len(config.exit_layers) // 2]
     slice_exit = config.check_exit(arguments.slice_exit_layer or middle)
@@ -155,7 +162,7 @@ def names(functions: list[DocumentedFunction]) -> list[str]:
     return sorted({function.repository for function in functions})
 
 
-def open_output(arguments: argparse.Namespace, recipe: Recipe) -> Path:
+def open_output(arguments: argparse.Namespace, recipe: QuickstartRecipe) -> Path:
     """The output folder, new or left by an interrupted run with the same settings.
 
     Raises:
@@ -178,7 +185,7 @@ def open_output(arguments: argparse.Namespace, recipe: Recipe) -> Path:
     return out
 
 
-def collect(reader: Any, recipe: Recipe) -> Split:
+def collect(reader: Any, recipe: QuickstartRecipe) -> Split:
     """Documented functions, split by repository, without near-identical descriptions."""
     collection = collect_functions(reader)
     for reason, count in reader.skipped.most_common():
@@ -196,7 +203,7 @@ def collect(reader: Any, recipe: Recipe) -> Split:
     return split
 
 
-def make_tokenizer(functions: list[DocumentedFunction], recipe: Recipe, out: Path) -> PreTrainedTokenizerFast:
+def make_tokenizer(functions: list[DocumentedFunction], recipe: QuickstartRecipe, out: Path) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the training split."""
     folder = out / "tokenizer"
     if not folder.exists():
@@ -210,7 +217,7 @@ def pretrain(
     functions: list[DocumentedFunction],
     tokenizer: PreTrainedTokenizerFast,
     config: transformers.PreTrainedConfig,
-    recipe: Recipe,
+    recipe: QuickstartRecipe,
     out: Path,
 ) -> dict[str, Any]:
     """In-context pre-training on the code of the training split."""
@@ -220,23 +227,14 @@ def pretrain(
         for function in functions:
             code[function.repository].append(function.code)
         pairs = InContextPairs(
-            code, tokenizer, length=stage.steps * stage.batch_size, max_tokens=stage.max_tokens, seed=recipe.seed
+            code, tokenizer, length=stage.max_steps * stage.batch_size, max_tokens=stage.max_tokens, seed=recipe.seed
         )
         torch.manual_seed(recipe.seed)
         model = ModularStarEncoderForPreTraining(config)
         start_from_spellings(model.get_input_embeddings(), token_spellings(tokenizer), seed=recipe.seed)
         start_from_unigrams(model.heads.decoder, pairs.token_counts())
         model.set_attn_implementation(recipe.attn_implementation)
-        log = run_stage(
-            model,
-            pairs,
-            PaddingCollator(tokenizer),
-            InContextObjective(),
-            stage,
-            out / "pretraining",
-            seed=recipe.seed,
-            bf16=bf16_is_faster(),
-        )
+        log = train(model, InContextObjective(), pairs, PaddingCollator(tokenizer), stage, out / "pretraining", recipe)
         with staged_folder(folder) as staging:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
@@ -248,7 +246,7 @@ def finetune(
     functions: list[DocumentedFunction],
     tokenizer: PreTrainedTokenizerFast,
     config: transformers.PreTrainedConfig,
-    recipe: Recipe,
+    recipe: QuickstartRecipe,
     out: Path,
 ) -> dict[str, Any]:
     """Contrastive fine-tuning of the pre-trained trunk with a new projection head per exit."""
@@ -265,19 +263,28 @@ def finetune(
         model = ModularStarEncoderForRetrieval.from_pretrained(
             out / "pretrained", attn_implementation=recipe.attn_implementation
         )
-        log = run_stage(
-            model,
-            pairs,
-            RetrievalCollator(tokenizer),
-            ContrastiveObjective(),
-            stage,
-            out / "finetuning",
-            seed=recipe.seed,
-            bf16=bf16_is_faster(),
+        log = train(
+            model, ContrastiveObjective(), pairs, RetrievalCollator(tokenizer), stage, out / "finetuning", recipe
         )
         save_retrieval_checkpoint(model, tokenizer, folder)
         write_json(folder / "training_log.json", log)
     return finish_stage(folder, out / "finetuning")
+
+
+def train(
+    model: transformers.PreTrainedModel,
+    objective: Any,
+    dataset: Any,
+    collator: Any,
+    stage: StageSettings,
+    folder: Path,
+    recipe: QuickstartRecipe,
+) -> dict[str, Any]:
+    """Train a model in place, from the last complete checkpoint in the folder if there is one; its log."""
+    arguments = stage.arguments(folder, stage.batch_size, progress=True)
+    arguments.seed = recipe.seed
+    trainer = MultiExitTrainer(model, arguments, objective, train_dataset=dataset, data_collator=collator)
+    return train_to_the_end(trainer, folder)
 
 
 def finish_stage(folder: Path, checkpoints: Path) -> dict[str, Any]:

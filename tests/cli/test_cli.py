@@ -213,15 +213,15 @@ def test_a_list_of_exits_that_is_none_is_wrong_usage(capsys, exits):
 
 
 def test_settings_may_stand_before_and_after_options():
-    arguments = cli.parse(["pretrain", "recipe.yaml", "steps=3", "--out", "run", "corpus.folder=code", "seed=1"])
+    arguments = cli.parse(["pretrain", "recipe.yaml", "max_steps=3", "--out", "run", "corpus.folder=code", "seed=1"])
     assert (arguments.recipe, arguments.out) == ("recipe.yaml", "run")
-    assert arguments.overrides == ["steps=3", "corpus.folder=code", "seed=1"]
+    assert arguments.overrides == ["max_steps=3", "corpus.folder=code", "seed=1"]
 
 
 def test_finetune_trains_what_the_recipe_says(capsys, tmp_path):
     settings = finetuning_settings(write_checkpoint(tmp_path / "checkpoint"), write_triplets(tmp_path))
     recipe = str(write_recipe(tmp_path / "recipe.yaml", settings))
-    status, out, _ = run(capsys, "finetune", recipe, "steps=1", "--out", str(tmp_path / "run"), "seed=1")
+    status, out, _ = run(capsys, "finetune", recipe, "max_steps=1", "--out", str(tmp_path / "run"), "seed=1")
     assert status == 0
     assert out.splitlines()[-1] == f"1 steps; result in {tmp_path / 'run' / 'model'}"
     assert "pairs per step        8 (8 on each of 1 processes)" in out

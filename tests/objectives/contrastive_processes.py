@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
-from modular_star_encoder.training.sentence_transformer_loss import MultiExitContrastiveLoss
+from modular_star_encoder.objectives.sentence_transformer_loss import MultiExitContrastiveLoss
 from tests.objectives.contrastive_batches import WEIGHTS, every_option, every_side, with_dropout
 from tests.processes import leave_together
 from tests.tiny import EXIT_LAYERS, tiny_tokenizer
@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def new_model(dtype="float32"):
     learned_scale = 12.0 if dtype == "float32" else None  # it is float32 in any model
-    return with_dropout(0.0, learned_logit_scale=learned_scale).to(DTYPES[dtype])
+    return with_dropout(0.0, logit_scale_init_value=learned_scale).to(DTYPES[dtype])
 
 
 def weighted_loss(model, batch, settings):

@@ -5,6 +5,7 @@ import torch
 
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective, losses_from_embeddings
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from tests.errors import raises
 from tests.objectives.contrastive_batches import every_option, every_side
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
@@ -22,7 +23,7 @@ def test_both_sides_are_embedded_at_every_exit():
 
 
 def test_every_option_reports_its_term():
-    model = tiny_model(learned_logit_scale=7.0)
+    model = tiny_model(logit_scale_init_value=7.0)
     output = ContrastiveObjective(every_option())(model, every_side(), EXIT_LAYERS)
     terms = {"clip_loss", "clip_accuracy", "clip_accuracy_smallest", "distillation_loss", "alignment_loss"}
     pairs = {"clip_accuracy_query_document", "clip_accuracy_document_translation"}
@@ -34,7 +35,7 @@ def test_every_option_reports_its_term():
 
 
 def test_a_batch_with_other_sides_is_refused_before_it_is_embedded():
-    with pytest.raises(ValueError, match="has the sides document, negative, query, translation"):
+    with raises("contrastive.sides", "document, negative, query, translation"):
         ContrastiveObjective()(None, every_side(), EXIT_LAYERS)
 
 
@@ -46,5 +47,5 @@ def test_an_output_that_mixes_exits_and_texts_is_refused():
             return output
 
     batch = {"query": tiny_batch(), "document": tiny_batch()}
-    with pytest.raises(ValueError, match="one process per device"):
+    with raises("contrastive.data_parallel"):
         ContrastiveObjective()(Halves(), batch, EXIT_LAYERS)

@@ -6,6 +6,7 @@ import torch
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective, losses_from_embeddings
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.objectives.gradient_cache import cut_mini_batches, split_further
+from tests.errors import raises
 from tests.objectives.contrastive_batches import (
     WEIGHTS,
     assert_same_gradients,
@@ -43,7 +44,7 @@ def cached_backward(model, batch, settings):
 @pytest.mark.parametrize("tokens", [1, 13, 40, 10_000])
 def test_any_mini_batch_size_gives_plain_autograds_losses_and_gradients_with_dropout_and_every_option(tokens):
     settings, batch = every_option(mini_batch_tokens=tokens), every_side()
-    model = with_dropout(0.2, learned_logit_scale=12.0)
+    model = with_dropout(0.2, logit_scale_init_value=12.0)
     torch.manual_seed(5)
     expected_losses = losses_of_mini_batches_in_one_graph(model, batch, settings, tokens)
     (expected_losses * WEIGHTS).sum().backward()
@@ -206,5 +207,5 @@ def test_mini_batches_are_split_until_there_are_as_many_as_elsewhere():
 
 def test_packed_texts_are_refused():
     batch = pair_batch() | {"query": {"input_ids": torch.ones(1, 8), "cu_seq_lens_q": torch.arange(7)}}
-    with pytest.raises(ValueError, match="'query' is packed into one row"):
+    with raises("contrastive.mini_batches.packed", "'query'"):
         ContrastiveObjective(ContrastiveSettings(mini_batch_tokens=8))(with_dropout(0.0), batch, EXIT_LAYERS)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.training import ablation as ablation_module
-from modular_star_encoder.training.ablation import ablate
-from modular_star_encoder.training.ablation_recipe import AblationRecipe, load_ablation_recipe
+from modular_star_encoder.training.ablation import AblationRecipe, ablate
 from modular_star_encoder.training.ablation_report import compare, plot_ablation, to_markdown, without_places
 from modular_star_encoder.training.finetuning import finetune
-from modular_star_encoder.training.recipes import hub_config_folder
+from modular_star_encoder.training.recipes import hub_config_folder, load_recipe
+from tests.errors import raises
 from tests.tiny import EXIT_LAYERS
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
 
@@ -22,14 +23,14 @@ from tests.training.retrieval_runs import finetuning_settings, write_checkpoint,
 def recipe_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     settings = finetuning_settings(write_checkpoint(folder / "checkpoint"), write_triplets(folder))
-    settings |= {"steps": 1, "eval_steps": 1, "save_steps": 1}
+    settings |= {"max_steps": 1, "eval_steps": 1, "save_steps": 1}
     recipe = {"finetuning": settings, "seeds": [0], "exit_layers": [2], "variants": {}}
     return write_recipe(folder / "recipe.yaml", recipe)
 
 
 def run(recipe_file, out, *overrides):
     lines = []
-    recipe = load_ablation_recipe(recipe_file, overrides)
+    recipe = load_recipe(AblationRecipe, recipe_file, overrides)
     return ablate(recipe, out, command="mose ablate", progress=False, announce=lines.append), lines
 
 
@@ -87,7 +88,7 @@ def test_baselines_are_cut_from_the_same_checkpoint_and_see_the_same_batches(rec
         torch.testing.assert_close(alone[name], both[name], rtol=0, atol=1e-20)
     logs = [json.loads((model / "training_log.json").read_text()) for model in models]
     assert logs[0]["data"] == logs[1]["data"]
-    names = {"model", "steps", "batch_size", "seed", "learning_rate", "data"}
+    names = {"model", "max_steps", "batch_size", "seed", "learning_rate", "data"}
     assert {name: logs[0]["recipe"][name] for name in names} == {name: logs[1]["recipe"][name] for name in names}
     assert set(results["benchmarks"]) == {"held-out, text → code", "held-out, code → code"}
 
@@ -202,7 +203,7 @@ def results(draws=0):
     given = scores(
         {"self-distilled": {1: GOOD, 2: GOOD}, "exit-1": {1: BAD}, "exit-2": {2: BAD}, "other": {1: BAD, 2: GOOD}}
     )
-    recipe = {"finetuning": {"steps": 3, "batch_size": 4, "model": "m"}}
+    recipe = {"finetuning": {"max_steps": 3, "batch_size": 4, "model": "m"}}
     extra = {"command": "mose ablate x", "recipe": recipe, "bm25": {"bench": 0.5}}
     return {**extra, **compare(given, (1, 2), (0, 1), ["other"], draws=draws)}
 
@@ -241,55 +242,57 @@ def test_reports_hold_no_places_of_this_machine(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "key", "value"),
     [
-        ("seeds=[]", "seeds must be different whole numbers"),
-        ("seeds=[1, 1]", "seeds must be different whole numbers"),
-        ("exit_layers=[3]", "exit_layers names 3; the model's exits are 1, 2, 4"),
-        ("exit_layers=2", "exit_layers must be a list of exits, not 2"),
-        ("exit_layers=[two]", "exit_layers must be a list of exits"),
-        ("benchmarks=codesearchnet-999", "benchmarks must be a list of names, not 'codesearchnet-999'"),
-        ("benchmarks=null", "benchmarks must be a list of names"),
-        ("variants={1: {}}", "variants must be names with settings that differ; 1 can't be used"),
-        ("variants={a: {1: 2}}", "'a' can't be used"),
-        ("variants={self-distilled: {}}", "'self-distilled' can't be used"),
-        ("variants={../x: {}}", "can't be used"),
-        ("variants={a: {data.triplets: x}}", "must not change data.triplets"),
-        ("variants={a: {objective.speed: 3}}", "a can't be used: objective has unknown settings speed"),
-        ("variants={a: {steps.x: 3}}", "steps is not a mapping"),
+        ("seeds=[]", "settings.value", "seeds"),
+        ("seeds=[1, 1]", "settings.value", "seeds"),
+        ("exit_layers=[3]", "ablation.exit_layers", "exit_layers names 3; the model's exits are 1, 2, 4"),
+        ("exit_layers=2", "settings.value", "exit_layers"),
+        ("exit_layers=[two]", "settings.value", "exit_layers"),
+        ("benchmarks=codesearchnet-999", "settings.value", "'codesearchnet-999'"),
+        ("benchmarks=null", "settings.value", "benchmarks"),
+        ("variants={1: {}}", "settings.value", "variants"),
+        ("variants={a: {1: 2}}", "settings.value", "variants.a"),
+        ("variants={self-distilled: {}}", "settings.value", "'self-distilled'"),
+        ("variants={../x: {}}", "settings.value", "'../x'"),
+        ("variants={a: {data.triplets: x}}", "ablation.variants", "data.triplets"),
+        ("variants={a: {samples: 3}}", "ablation.variants", "samples"),
+        ("variants={a: {objective.speed: 3}}", "settings.unknown", "a: objective: unknown setting speed"),
+        ("variants={a: {max_steps.x: 3}}", "settings.override", "max_steps is not a mapping"),
         (
             "variants={a: {objective: {teacher: 3, distillation_weight: 1}}}",
-            "The model a can't be trained: teacher names exit 3",
+            "contrastive.exit",
+            "a: teacher names exit",
         ),
-        ("held_out=false", "Nothing is measured"),
-        ("benchmarks=[exercism-code]", "need benchmark_data"),
-        ("finetuning.steps=0", "steps must be above 0"),
-        ("finetuning=3", "finetuning must be a mapping"),
+        ("held_out=false", "ablation.benchmarks", "held_out"),
+        ("benchmarks=[exercism-code]", "ablation.benchmark_data", "benchmark_data"),
+        ("finetuning.max_steps=0", "settings.value", "max_steps"),
+        ("finetuning=3", "settings.value", "finetuning"),
     ],
 )
-def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, override, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_path, override, key, value):
+    with raises(key, value):
         run(recipe_file, tmp_path / "run", override)
     assert not (tmp_path / "run").exists()
 
 
 def test_baselines_have_no_options_about_other_exits(recipe_file):
     objective = {"teacher": 4, "distillation_weight": 1, "alignment_weight": 1, "dimensions": {1: [8, 16]}}
-    recipe = load_ablation_recipe(recipe_file, ["exit_layers=[1, 2]", f"finetuning.objective={objective}"])
-    settings = {cell.name: cell.recipe.contrastive() for cell in recipe.cells(EXIT_LAYERS)}
+    recipe = load_recipe(AblationRecipe, recipe_file, ["exit_layers=[1, 2]", f"finetuning.objective={objective}"])
+    settings = {cell.name: cell.recipe.objective for cell in recipe.cells(EXIT_LAYERS)}
     for exit_layer, sizes in ((1, (8, 16)), (2, (64,))):
         alone = settings[f"exit-{exit_layer}"]
         alone.check((exit_layer,), 64)
         assert alone.sizes(exit_layer, 64) == sizes
         assert alone.distillation_weight == alone.alignment_weight == 0
     assert settings["self-distilled"].teacher == 4
-    plain = load_ablation_recipe(recipe_file).cells(EXIT_LAYERS)
-    assert [cell.recipe.objective for cell in plain] == [{}, {}]
+    plain = load_recipe(AblationRecipe, recipe_file).cells(EXIT_LAYERS)
+    assert {cell.recipe.objective for cell in plain} == {ContrastiveSettings()}
 
 
 def test_cells_of_other_settings_are_refused(recipe_file, tmp_path):
     run(recipe_file, tmp_path / "run", "baselines=false")
-    with pytest.raises(ValueError, match="another batch_size; name another folder"):
+    with raises("training.run.other_settings", "another batch_size;"):
         run(recipe_file, tmp_path / "run", "baselines=false", "finetuning.batch_size=6")
 
 
@@ -301,28 +304,28 @@ def test_cells_of_another_checkpoint_at_the_same_place_are_refused(recipe_file, 
     save_file(
         {name: tensor + 1 for name, tensor in weights.items()}, checkpoint / "model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(ValueError, match=r"start from another .*/checkpoint than is there now"):
+    with raises("ablation.starting_points", checkpoint):
         run(recipe_file, tmp_path / "run", *settings, "seeds=[0, 1]")
     assert not (tmp_path / "run" / "cells" / "self-distilled" / "seed-1").exists()
-    # An ablation of a version that wrote no fingerprints.
+    # An ablation of a version that wrote no checksums.
     (tmp_path / "run" / "starting_points.json").unlink()
     run(recipe_file, tmp_path / "run", *settings)
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(recipe_file, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="holds no ablation"):
+    with raises("training.run.not_a_run", tmp_path):
         run(recipe_file, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_our_recipe_trains_a_baseline_for_each_exit_and_tries_options_one_at_a_time():
-    recipe = load_ablation_recipe(hub_config_folder("small") / "ablation.yaml")
+    recipe = load_recipe(AblationRecipe, hub_config_folder("small") / "ablation.yaml")
     assert isinstance(recipe, AblationRecipe)
     cells = recipe.cells((1, 2, 4, 6, 8))
     assert len(cells) == 3 * (1 + 5 + len(recipe.variants))
     assert {cell.recipe.exit_layer for cell in cells} == {None, 1, 2, 4, 6, 8}
     assert {cell.recipe.seed for cell in cells} == {0, 1, 2}
-    weights = {cell.name: cell.recipe.contrastive().distillation_weight for cell in cells}
+    weights = {cell.name: cell.recipe.objective.distillation_weight for cell in cells}
     assert weights["distilled-from-ensemble"] == 1.0
     assert weights["self-distilled"] == weights["aligned"] == 0.0

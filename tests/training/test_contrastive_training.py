@@ -7,14 +7,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
 
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.objectives.exit_losses import ObjectiveOutput
-from modular_star_encoder.training.trainer import MultiExitTrainer, NonFiniteLossError
+from modular_star_encoder.training.arguments import MultiExitTrainingArguments
+from modular_star_encoder.training.runs import NonFiniteLossError
+from modular_star_encoder.training.trainer import MultiExitTrainer
+from tests.errors import raises
 from tests.objectives.contrastive_batches import every_option, every_side, texts, with_dropout
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
@@ -34,22 +36,21 @@ def collate(indices):
     return {"query": texts(lengths, seed=sum(indices)), "document": texts(lengths[::-1], seed=1 + sum(indices))}
 
 
-def trainer_of(model, folder, settings, objective=None, own=None, **changes):
+def trainer_of(model, folder, settings, objective=None, **changes):
     arguments = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 6, "save_strategy": "no"}
     arguments |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "learning_rate": 1e-2}
     return MultiExitTrainer(
         model,
-        TrainingArguments(output_dir=str(folder), **(arguments | changes)),
+        MultiExitTrainingArguments(output_dir=str(folder), **(arguments | changes)),
         objective or ContrastiveObjective(settings),
         train_dataset=Rows(),
         eval_dataset=Rows(),
         data_collator=collate,
-        **(own or {}),
     )
 
 
 def train(folder, tokens, **changes):
-    model = with_dropout(0.0, learned_logit_scale=12.0)
+    model = with_dropout(0.0, logit_scale_init_value=12.0)
     settings = ContrastiveSettings(mini_batch_tokens=tokens, alignment_weight=0.1)
     trainer = trainer_of(model, folder, settings, **changes)
     trainer.train()
@@ -63,7 +64,7 @@ def test_mini_batches_train_as_whole_batches_do(tmp_path, changes):
     for expected, found in zip(plain.state.log_history[:3], cached.state.log_history[:3], strict=True):
         assert {name: found[name] for name in names} == pytest.approx({name: expected[name] for name in names}, 1e-3)
     assert plain.state.log_history[2]["logit_scale"] != pytest.approx(12.0, abs=1e-3)
-    before = with_dropout(0.0, learned_logit_scale=12.0)
+    before = with_dropout(0.0, logit_scale_init_value=12.0)
     states = (trainer.model.state_dict() for trainer in (plain, cached))
     distances = [
         torch.stack([(first[name] - second[name]).norm() for name in first]).norm()
@@ -87,7 +88,7 @@ def test_evaluation_needs_no_gradients(tmp_path):
 def test_a_learned_scale_is_resumed_saved_and_loaded(tmp_path):
     straight = train(tmp_path / "straight", 16, max_steps=4, save_strategy="steps", save_steps=2)
     resumed = trainer_of(
-        with_dropout(0.0, learned_logit_scale=12.0),
+        with_dropout(0.0, logit_scale_init_value=12.0),
         tmp_path / "resumed",
         ContrastiveSettings(mini_batch_tokens=16, alignment_weight=0.1),
         max_steps=4,
@@ -103,7 +104,7 @@ def test_a_learned_scale_is_resumed_saved_and_loaded(tmp_path):
 
 def test_a_learned_scale_is_trained_beside_lora_and_comes_back(tmp_path):
     def adapted():
-        return with_dropout(0.0, learned_logit_scale=12.0)
+        return with_dropout(0.0, logit_scale_init_value=12.0)
 
     lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["dense", "out_proj", "logit_scale"])
     trainer = trainer_of(get_peft_model(adapted(), lora), tmp_path, ContrastiveSettings(mini_batch_tokens=16))
@@ -118,23 +119,23 @@ def test_a_learned_scale_is_trained_beside_lora_and_comes_back(tmp_path):
 
 
 def test_settings_that_do_not_fit_the_trainer_are_refused_before_training(tmp_path):
-    for settings, own, sentence in (
-        (ContrastiveSettings(mini_batch_tokens=8), {"log_gradient_norms": True}, "does not go with mini_batch_tokens"),
-        (ContrastiveSettings(teacher=3, distillation_weight=1.0), {}, "teacher names exit 3"),
+    for settings, own, key in (
+        ({"mini_batch_tokens": 8}, {"log_gradient_norms": True}, "training.log_gradient_norms.cached"),
+        ({"teacher": 3, "distillation_weight": 1.0}, {}, "contrastive.exit"),
         (
-            ContrastiveSettings(teacher="next_deeper", distillation_weight=1.0),
+            {"teacher": "next_deeper", "distillation_weight": 1.0},
             {"rotate_shallow_exits": True},
-            "'next_deeper' does not go with rotate_shallow_exits",
+            "contrastive.rotation",
         ),
-        (ContrastiveSettings(dimensions=[17]), {}, "at most the embedding's 16"),
+        ({"dimensions": [17]}, {}, "contrastive.dimensions"),
     ):
-        with pytest.raises(ValueError, match=sentence):
-            trainer_of(tiny_model(), tmp_path, settings, own=own)
+        with raises(key):
+            trainer_of(tiny_model(), tmp_path, ContrastiveSettings(**settings), **own)
 
 
 def test_exits_with_sizes_of_their_own_may_be_trained_in_turn(tmp_path):
     settings = ContrastiveSettings(dimensions={1: [4], 4: [8, 16]}, mini_batch_tokens=16)
-    trainer = trainer_of(tiny_model(), tmp_path, settings, own={"rotate_shallow_exits": True})
+    trainer = trainer_of(tiny_model(), tmp_path, settings, rotate_shallow_exits=True)
     trainer.train()
     assert "clip_loss_exit_1" in trainer.state.log_history[0]
     assert "clip_loss_exit_2" in trainer.state.log_history[1]
@@ -179,14 +180,14 @@ def test_any_objective_is_stopped(tmp_path):
             return ObjectiveOutput(output.losses / 0.0, output.metrics)
 
     trainer = trainer_of(tiny_model(ModularStarEncoderForPreTraining), tmp_path, None, Infinite())
-    with pytest.raises(NonFiniteLossError, match="exit 1: inf"):
+    with raises("training.loss.not_finite", "exit 1: inf"):
         trainer.compute_loss(trainer.model.train(), {**batch, "kind": "in context"})
     report = json.loads((tmp_path / "non_finite_loss_step_1_rank_0.json").read_text())
     assert report["other_values"] == {"kind": "in context"}
 
 
 def test_every_option_trains_through_the_trainer(tmp_path):
-    model = tiny_model(learned_logit_scale=10.0)
+    model = tiny_model(logit_scale_init_value=10.0)
     trainer = trainer_of(model, tmp_path, every_option(mini_batch_tokens=20), max_steps=1)
     trainer.data_collator = lambda indices: every_side()
     trainer.train()

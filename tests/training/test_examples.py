@@ -1,4 +1,4 @@
-"""The scripts to copy: their documented commands are understood, and what a user can mend is told in one line."""
+"""The scripts to copy: their documented commands are understood, and wrong input is one line."""
 
 import runpy
 import shlex
@@ -27,18 +27,18 @@ def run(name, monkeypatch, raised=None):
         def load(*arguments):
             raise raised
 
-        monkeypatch.setitem(main.__globals__, {"finetune": "load_task"}.get(name, "load_pretraining_recipe"), load)
+        monkeypatch.setitem(main.__globals__, {"finetune": "load_finetuning"}.get(name, "load_recipe"), load)
     monkeypatch.setattr("sys.argv", [script, "nowhere.yaml", *others])
     return main()
 
 
 @pytest.mark.parametrize("name", ["finetune", "pretrain"])
-def test_the_documented_command_is_understood_as_it_stands(name, monkeypatch, capsys):
+def test_the_documented_command_is_understood(name, monkeypatch, capsys):
     assert run(name, monkeypatch) == 2
-    assert capsys.readouterr().err.startswith(f"{name}: error: There is no recipe nowhere.yaml")
+    assert capsys.readouterr().err.startswith(f"{name}: error: Recipe nowhere.yaml not found.")
 
 
 @pytest.mark.parametrize("name", ["finetune", "pretrain"])
-def test_a_package_that_is_missing_is_told_in_one_line(name, monkeypatch, capsys):
+def test_a_missing_package_is_reported_in_one_line(name, monkeypatch, capsys):
     assert run(name, monkeypatch, ImportError("lora needs\npeft: pip install it.")) == 2
     assert capsys.readouterr().err == f"{name}: error: lora needs peft: pip install it.\n"

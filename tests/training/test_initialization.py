@@ -5,6 +5,7 @@ import torch
 
 from modular_star_encoder.data.tokenizer import token_spellings
 from modular_star_encoder.training.starting_points import start_from_spellings, start_from_unigrams
+from tests.errors import raises
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
 
@@ -36,7 +37,7 @@ def test_the_same_seed_gives_the_same_vectors():
 
 @pytest.mark.parametrize(("spellings", "shared"), [(["a"], 0.5), (["a", "b"], 1.5)])
 def test_bad_arguments_are_refused(spellings, shared):
-    with pytest.raises(ValueError, match=r"spellings for an embedding|between 0 and 1"):
+    with raises("training.spellings", shared):
         start_from_spellings(torch.nn.Embedding(2, 4), spellings, shared=shared)
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForPreTraining, AutoTokenizer
 
 from modular_star_encoder.data.tokenizer import train_tokenizer
 from modular_star_encoder.training.pretraining import model_config, pretrain
-from modular_star_encoder.training.recipes import PretrainingRecipe, hub_config_folder, load_pretraining_recipe
-from modular_star_encoder.training.trainer import NonFiniteLossError
+from modular_star_encoder.training.recipes import PretrainingRecipe, hub_config_folder, load_recipe
+from tests.errors import raises
 from tests.tiny import tiny_config
 
 
@@ -42,14 +42,14 @@ def recipe_file(tmp_path_factory, corpus):
     settings = {
         "model": str(folder),
         "corpus": {"folder": str(corpus)},
-        "steps": 6,
+        "max_steps": 6,
         "tokens_per_step": 256,
         "rows_per_device": 2,
         "max_tokens": 64,
         "learning_rate": 1e-2,
         "warmup_steps": 2,
         "start_from_corpus": True,
-        "held_out_share": 0.3,
+        "eval_fraction": 0.3,
         "eval_rows": 8,
         "logging_steps": 1,
         "eval_steps": 3,
@@ -62,13 +62,13 @@ def recipe_file(tmp_path_factory, corpus):
 
 def run(recipe_file, out, *overrides):
     estimates = []
-    recipe = load_pretraining_recipe(recipe_file, overrides)
+    recipe = load_recipe(PretrainingRecipe, recipe_file, overrides)
     return pretrain(recipe, out, progress=False, announce=estimates.append), estimates[0]
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_a_recipe_makes_a_checkpoint_that_loads_and_a_log_of_every_exit(recipe_file, tmp_path, packing):
-    log, estimate = run(recipe_file, tmp_path / "run", f"packing={packing}", "steps=30", "learning_rate=2.0e-3")
+    log, estimate = run(recipe_file, tmp_path / "run", f"packing={packing}", "max_steps=30", "learning_rate=2.0e-3")
     model = AutoModelForPreTraining.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     assert estimate.parameters == model.num_parameters()
@@ -86,46 +86,58 @@ def test_a_recipe_makes_a_checkpoint_that_loads_and_a_log_of_every_exit(recipe_f
 
 
 def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):
-    run(recipe_file, tmp_path / "run", "steps=2")
-    with pytest.raises(ValueError, match="another seed, steps"):
-        run(recipe_file, tmp_path / "run", "steps=4", "seed=1")
+    run(recipe_file, tmp_path / "run", "max_steps=2")
+    with raises("training.run.other_settings", "another max_steps, seed"):
+        run(recipe_file, tmp_path / "run", "max_steps=4", "seed=1")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="holds no run"):
+    with raises("training.run.not_a_run", "other"):
         run(recipe_file, tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "key", "value"),
     [
-        ("max_tokens=512", "max_tokens 512 must be at most the model's max_position_embeddings 128"),
-        ("tokens_per_step=200", r"multiple of rows_per_device × max_tokens × processes = 2 × 64 × 1 = 128"),
-        ("corpus.rows=x", "exactly one source"),
-        ("corpus.folder=/does/not/exist", "does not exist"),
-        ("corpus.speed=3", "can't be used"),
-        ("stepz=3", "unknown settings stepz"),
-        ("steps=many", "steps must be a number"),
-        ("held_out_share=2", "between 0 and 1"),
-        ("steps", "form key=value"),
-        ("model=nowhere", "no configuration 'nowhere'"),
-        ("exit_weights=heavy", "one of paper, uniform, linear"),
-        ("trainer.speed=3", "trainer: .*speed"),
-        ("milestones=[1, 2]", "2 milestones and 0 fractions"),
-        ("attn_implementation=fast", "fast"),
-        ("eval_rows=0", "eval_rows must be above 0"),
-        ("corpus=code", "corpus must be a mapping"),
-        ("steps=.inf", "steps must be a number"),
-        ("milestones=4", "milestones must be a list of numbers, not 4"),
-        ("milestones='42'", "milestones must be a list of numbers, not '42'"),
-        ("milestones=[2.5]", r"milestones must be whole numbers of steps, not \[2.5\]"),
-        ("fractions=[half]", r"fractions must be a list of numbers, not \['half'\]"),
-        ("mask_probability=15", "mask_probability must be between 0 and 1, not 15.0"),
-        ("max_tokens=32", "max_tokens must be at least 35, not 32"),
-        ("corpus.depth=0", "two repositories to train on and two to hold out, .* it has 1: corpus"),
+        ("max_tokens=512", "training.length.too_long", "max_tokens 512 must be at most"),
+        ("tokens_per_step=200", "training.tokens_per_step.multiple", "2 × 64 × 1 = 128"),
+        ("max_stepz=3", "settings.unknown", "max_steps"),
+        ("max_steps=many", "settings.value", "'many'"),
+        ("eval_fraction=2", "settings.value", "eval_fraction"),
+        ("max_steps", "settings.override", "'max_steps'"),
+        ("corpus.=3", "settings.override", "corpus."),
+        ("steps.x=3", "settings.override", "steps"),
+        ("model=nowhere", "config.unknown", "'nowhere'"),
+        ("exit_weights=heavy", "exit_weights", "paper, uniform, linear"),
+        ("milestones=[1, 2]", "training.schedule", "2 milestones and 0 fractions"),
+        ("eval_rows=0", "settings.value", "eval_rows"),
+        ("corpus=code", "settings.value", "corpus"),
+        ("max_steps=.inf", "settings.value", "inf"),
+        ("milestones=4", "training.schedule", "4"),
+        ("milestones='42'", "training.schedule", "'42'"),
+        ("milestones=[2.5]", "training.schedule", "[2.5]"),
+        ("fractions=[half]", "training.schedule", "['half']"),
+        ("mlm_probability=15", "settings.value", "mlm_probability"),
+        ("max_tokens=32", "settings.value", "max_tokens must be greater than or equal to 35, not 32"),
+        ("corpus.depth=0", "training.corpus.too_few_repositories", "it has 1: corpus"),
     ],
 )
-def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, override, message):
+def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_path, override, key, value):
+    with raises(key, value):
+        run(recipe_file, tmp_path / "run", *(["steps=1"] if override.startswith("steps.") else []), override)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("corpus.rows=x", "exactly one source"),
+        ("corpus.folder=/does/not/exist", "does not exist"),
+        ("corpus.speed=3", "speed"),
+        ("attn_implementation=fast", "fast"),
+    ],
+)
+def test_faults_that_other_rooms_find_stop_before_anything_is_written(recipe_file, tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         run(recipe_file, tmp_path / "run", override)
     assert not (tmp_path / "run").exists()
@@ -133,42 +145,42 @@ def test_what_cannot_work_is_refused_before_training(recipe_file, tmp_path, over
 
 def test_settings_of_training_may_change_until_something_is_trained(recipe_file, tmp_path):
     with pytest.raises(ValueError, match="two repositories"):
-        run(recipe_file, tmp_path / "run", "held_out_share=0.01")
-    log, _ = run(recipe_file, tmp_path / "run", "held_out_share=0.3", "steps=2")
+        run(recipe_file, tmp_path / "run", "eval_fraction=0.01")
+    log, _ = run(recipe_file, tmp_path / "run", "eval_fraction=0.3", "max_steps=2")
     assert log["steps"] == 2
-    with pytest.raises(ValueError, match="another corpus"):
-        run(recipe_file, tmp_path / "run", "steps=2", "corpus.depth=2")
+    with raises("training.run.other_settings", "another corpus"):
+        run(recipe_file, tmp_path / "run", "max_steps=2", "corpus.depth=2")
 
 
 def test_a_finished_run_is_not_trained_again(recipe_file, tmp_path):
-    first, _ = run(recipe_file, tmp_path / "run", "steps=2")
+    first, _ = run(recipe_file, tmp_path / "run", "max_steps=2")
     weights = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
-    recipe = load_pretraining_recipe(recipe_file, ["steps=2"])
+    recipe = load_recipe(PretrainingRecipe, recipe_file, ["max_steps=2"])
     again = pretrain(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
     assert again["seconds"] == first["seconds"]
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == weights
 
 
 def test_a_run_that_diverges_stops_and_leaves_the_batch(recipe_file, tmp_path):
-    with pytest.raises(NonFiniteLossError, match="loss of step 2 is not finite"):
-        run(recipe_file, tmp_path / "run", "learning_rate=1e30", "max_grad_norm=0", "warmup_steps=0", "steps=4")
+    with raises("training.loss.not_finite", "step 2"):
+        run(recipe_file, tmp_path / "run", "learning_rate=1e30", "max_grad_norm=0", "warmup_steps=0", "max_steps=4")
     assert list((tmp_path / "run" / "checkpoints").glob("non_finite_loss_step_2_*.safetensors"))
     assert not (tmp_path / "run" / "model").exists()
 
 
 def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_path):
-    run(recipe_file, tmp_path / "first", "steps=2")
+    run(recipe_file, tmp_path / "first", "max_steps=2")
     model = tmp_path / "first" / "model"
-    run(recipe_file, tmp_path / "second", "steps=2", f"model={model}")
+    run(recipe_file, tmp_path / "second", "max_steps=2", f"model={model}")
     assert (tmp_path / "second/model/tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
     assert not (tmp_path / "second" / "tokenizer").exists()
 
 
 def test_a_named_tokenizer_may_have_fewer_tokens_than_the_model(recipe_file, tmp_path):
-    run(recipe_file, tmp_path / "first", "steps=1")
+    run(recipe_file, tmp_path / "first", "max_steps=1")
     tiny_config(vocab_size=500).save_pretrained(tmp_path / "larger")
     override = f"model={tmp_path / 'larger'}", f"tokenizer={tmp_path / 'first' / 'tokenizer'}"
-    log, _ = run(recipe_file, tmp_path / "second", "steps=1", *override)
+    log, _ = run(recipe_file, tmp_path / "second", "max_steps=1", *override)
     assert log["steps"] == 1
     weights = load_file(tmp_path / "second" / "model" / "model.safetensors")
     bias = next(value for name, value in weights.items() if name.endswith("decoder.bias"))
@@ -177,17 +189,12 @@ def test_a_named_tokenizer_may_have_fewer_tokens_than_the_model(recipe_file, tmp
     assert bias[400:].max() < bias[4:400].mean()
 
 
-@pytest.mark.parametrize(
-    ("lacks", "message"),
-    [("mask_token", "sep_token, cls_token and mask_token"), ("pad_token", "must define pad_token")],
-)
-def test_a_tokenizer_that_lacks_a_token_is_refused_before_the_corpus_is_tokenized(
-    recipe_file, tmp_path, lacks, message
-):
+@pytest.mark.parametrize("lacks", ["mask_token", "pad_token"])
+def test_a_tokenizer_that_lacks_a_token_is_refused_before_the_corpus_is_tokenized(recipe_file, tmp_path, lacks):
     tokenizer = train_tokenizer(["def f(): return 1"], 300, progress=False)
     setattr(tokenizer, lacks, None)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match=message):
+    with raises("data.tokenizer.token_missing", lacks):
         run(recipe_file, tmp_path / "run", f"tokenizer={tmp_path / 'tokenizer'}")
     assert not (tmp_path / "run" / "tokens").exists()
 
@@ -197,41 +204,39 @@ def test_a_folder_that_happens_to_be_there_is_not_taken_for_a_configuration_of_o
     tiny_config().save_pretrained(tmp_path / "small")
     tiny_config().save_pretrained(tmp_path / "mine")
     recipe = hub_config_folder("small") / "recipe.yaml"
-    assert model_config(load_pretraining_recipe(recipe)).num_hidden_layers == 8
+    assert model_config(load_recipe(PretrainingRecipe, recipe)).num_hidden_layers == 8
     for name in ("./small", "mine"):
-        assert model_config(load_pretraining_recipe(recipe, [f"model={name}"])).num_hidden_layers == 4
+        assert model_config(load_recipe(PretrainingRecipe, recipe, [f"model={name}"])).num_hidden_layers == 4
 
 
-def test_a_recipe_that_is_not_there_or_is_no_yaml_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="There is no recipe"):
-        load_pretraining_recipe(tmp_path / "nowhere.yaml")
+def test_a_recipe_that_is_missing_or_not_a_yaml_mapping_is_refused(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
-    with pytest.raises(ValueError, match="must be a mapping"):
-        load_pretraining_recipe(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("steps: [1")
-    with pytest.raises(ValueError, match="not a YAML file"):
-        load_pretraining_recipe(tmp_path / "broken.yaml")
+    for name in ("nowhere", "list", "broken"):
+        with raises("settings.file", f"{name}.yaml"):
+            load_recipe(PretrainingRecipe, tmp_path / f"{name}.yaml")
 
 
 def test_numbers_that_yaml_reads_as_words_are_numbers(recipe_file):
-    assert load_pretraining_recipe(recipe_file, ["adam_epsilon=1e-6"]).adam_epsilon == 1e-6
-    recipe = load_pretraining_recipe(recipe_file, ["milestones=[1e3, 2000]", "fractions=[1e-1, 0]"])
-    assert (recipe.milestones, recipe.fractions) == ((1000, 2000), (0.1, 0.0))
+    assert load_recipe(PretrainingRecipe, recipe_file, ["adam_epsilon=1e-6"]).training["adam_epsilon"] == 1e-6
+    recipe = load_recipe(PretrainingRecipe, recipe_file, ["milestones=[1e3, 2000]", "fractions=[1e-1, 0]"])
+    arguments = recipe.arguments(recipe_file.parent, 2, progress=False)
+    assert (arguments.milestones, arguments.fractions) == ([1000, 2000], [0.1, 0.0])
 
 
 def test_the_papers_recipe_is_the_papers():
-    recipe = load_pretraining_recipe(hub_config_folder("pretrained") / "recipe.yaml")
+    recipe = load_recipe(PretrainingRecipe, hub_config_folder("pretrained") / "recipe.yaml")
     assert recipe.tokens_per_step == pytest.approx(3.99e6, rel=0.005)
-    assert (recipe.steps, recipe.learning_rate, recipe.max_tokens) == (245_000, 6.24e-4, 2048)
-    assert (recipe.adam_beta1, recipe.adam_beta2, recipe.adam_epsilon) == (0.9, 0.95, 1e-6)
-    assert (recipe.weight_decay, recipe.exit_weights) == (0.1, "paper")
+    assert (recipe.max_steps, recipe.max_tokens) == (245_000, 2048)
+    expected = {"learning_rate": 6.24e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+    assert (expected | {"weight_decay": 0.1, "exit_weights": "paper"}).items() <= recipe.training.items()
     assert recipe.accumulation(processes=8) == recipe.tokens_per_step // (8 * 4 * 2048)
     assert model_config(recipe).num_hidden_layers == 36
 
 
 def test_every_recipe_of_ours_fits_its_model():
     for name in ("pretrained", "small"):
-        recipe = load_pretraining_recipe(hub_config_folder(name) / "recipe.yaml")
+        recipe = load_recipe(PretrainingRecipe, hub_config_folder(name) / "recipe.yaml")
         assert isinstance(recipe, PretrainingRecipe)
         assert recipe.model == name
         assert recipe.max_tokens <= model_config(recipe).max_position_embeddings
@@ -240,7 +245,7 @@ def test_every_recipe_of_ours_fits_its_model():
 @pytest.mark.slow
 def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_weights(recipe_file, tmp_path):
     out, generator, kills = tmp_path / "killed", random.Random(0), 0
-    command = [sys.executable, "-m", "modular_star_encoder.cli.main", "pretrain", str(recipe_file), "steps=40"]
+    command = [sys.executable, "-m", "modular_star_encoder.cli.main", "pretrain", str(recipe_file), "max_steps=40"]
     subprocess.run([*command, "--out", str(tmp_path / "straight")], check=True, capture_output=True)
     for _ in range(12):
         process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

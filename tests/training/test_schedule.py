@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modular_star_encoder.training.trainer import MultiStepSchedule
+from modular_star_encoder.training.arguments import MultiStepSchedule
+from tests.errors import raises
 
 PAPER = MultiStepSchedule(4_000, (120_000, 185_000, 220_000, 230_000, 240_000), (0.36, 0.1, 0.031, 0.01, 0.001))
 
@@ -45,15 +46,15 @@ def test_the_scheduler_sets_these_rates():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "value"),
     [
-        ((0, (5, 5), (0.1, 0.1)), "must ascend"),
+        ((0, (5, 5), (0.1, 0.1)), "[5, 5]"),
         ((6, (5,), (0.1,)), "warmup_steps 6"),
         ((0, (5,), ()), "1 milestones and 0 fractions"),
-        ((0, (5,), (-0.1,)), r"fractions \[-0.1\] must be numbers from 0 on"),
-        ((0, (5,), (float("nan"),)), "must be numbers from 0 on"),
+        ((0, (5,), (-0.1,)), "[-0.1]"),
+        ((0, (5,), (float("nan"),)), "[nan]"),
     ],
 )
-def test_contradictions_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_contradictions_are_refused(arguments, value):
+    with raises("training.schedule", value):
         MultiStepSchedule(*arguments)

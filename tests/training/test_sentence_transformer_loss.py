@@ -13,7 +13,8 @@ from modular_star_encoder.modeling import ModularStarEncoderModel
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.objectives.exit_losses import exit_weights
-from modular_star_encoder.training.sentence_transformer_loss import MultiExitContrastiveLoss
+from modular_star_encoder.objectives.sentence_transformer_loss import MultiExitContrastiveLoss
+from tests.errors import raises
 from tests.objectives.contrastive_batches import assert_same_gradients, every_option, every_side
 from tests.tiny import EXIT_LAYERS, tiny_model, tiny_tokenizer
 
@@ -24,7 +25,7 @@ LINES = [f"add {i} and {i * i % 7}" for i in range(24)], [f"def f{i}(x):\n    re
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    model = tiny_model(learned_logit_scale=12.0, **NO_DROPOUT)
+    model = tiny_model(logit_scale_init_value=12.0, **NO_DROPOUT)
     return save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path_factory.mktemp("checkpoint") / "model")
 
 
@@ -130,16 +131,16 @@ def test_its_settings_can_be_written_into_a_model_card(model):
 
 
 def test_what_does_not_fit_is_refused(model, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="at least two columns"):
+    with raises("contrastive.columns"):
         MultiExitContrastiveLoss(model)(columns()[:1])
-    with pytest.raises(ValueError, match="pairs can't be set here"):
+    with raises("contrastive.pairs"):
         MultiExitContrastiveLoss(model, ContrastiveSettings(pairs=PAIRS))
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
         MultiExitContrastiveLoss(model, exit_layers=[3])
-    with pytest.raises(ValueError, match="at most the embedding's 16"):
+    with raises("contrastive.dimensions", 16):
         MultiExitContrastiveLoss(model, ContrastiveSettings(dimensions=[32]))
     tiny_model(ModularStarEncoderModel).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     trunk = Transformer(str(tmp_path))
-    with pytest.raises(ValueError, match="not of a ModularStarEncoderModel"):
+    with raises("contrastive.model", "ModularStarEncoderModel"):
         MultiExitContrastiveLoss(SentenceTransformer(modules=[trunk, Pooling(32)], device="cpu"))

@@ -5,19 +5,18 @@ import json
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from modular_star_encoder.data.collators import PaddingCollator
 from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
-from modular_star_encoder.training.stages import Stage, run_stage
+from modular_star_encoder.training.arguments import MultiExitTrainingArguments
+from modular_star_encoder.training.runs import last_checkpoint, train_to_the_end
 from modular_star_encoder.training.starting_points import add_adapters
-from modular_star_encoder.training.trainer import MultiExitTrainer, MultiStepSchedule, last_checkpoint
+from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
-
-OWN_ARGUMENTS = ("rotate_shallow_exits", "log_gradient_norms", "schedule")
 
 
 class Pairs(Dataset):
@@ -41,22 +40,19 @@ def collate(rows):
 
 def arguments(folder, **changes):
     settings = {"max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no"}
-    return TrainingArguments(
+    return MultiExitTrainingArguments(
         output_dir=str(folder), use_cpu=True, disable_tqdm=True, report_to="none", **(settings | changes)
     )
 
 
 def make_trainer(folder, weights="paper", model=None, **changes):
-    own = {name: changes.pop(name) for name in OWN_ARGUMENTS if name in changes}
     return MultiExitTrainer(
         tiny_model() if model is None else model,
-        arguments(folder, **changes),
+        arguments(folder, exit_weights=weights, **changes),
         ContrastiveObjective(),
-        weights=weights,
         train_dataset=Pairs(),
         eval_dataset=Pairs(),
         data_collator=collate,
-        **own,
     )
 
 
@@ -116,7 +112,7 @@ def test_gradient_norms_per_exit_are_those_of_each_weighted_loss_on_the_trunk(tm
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_weight_decay_is_not_applied_to_biases_norms_and_the_learned_scale(tmp_path, adapters):
-    model = tiny_model(learned_logit_scale=10.0)
+    model = tiny_model(logit_scale_init_value=10.0)
     model = add_adapters(model, {}) if adapters else model
     trainer = make_trainer(tmp_path, model=model, weight_decay=0.1)
     decayed = {
@@ -129,8 +125,8 @@ def test_weight_decay_is_not_applied_to_biases_norms_and_the_learned_scale(tmp_p
 
 
 def test_a_schedule_of_steps_replaces_trainers_own(tmp_path):
-    schedule = MultiStepSchedule(2, (3,), (0.5,))
-    trainer = make_trainer(tmp_path, logging_steps=1, learning_rate=1e-3, schedule=schedule)
+    schedule = {"warmup_steps": 2, "milestones": [3], "fractions": [0.5]}
+    trainer = make_trainer(tmp_path, logging_steps=1, learning_rate=1e-3, **schedule)
     trainer.train()
     rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
     assert rates == pytest.approx([0.0, 0.0005, 0.001, 0.0005])
@@ -190,7 +186,7 @@ def test_an_exit_that_the_model_lacks_is_refused(tmp_path):
 def pretraining_stage(tokenizer, folder, monkeypatch=None, stop_after=None):
     """Six steps of pre-training with dropout; `stop_after` interrupts it as Ctrl-C would."""
     texts = {f"repository {i}": [f"def f{i}_{j}(x): return x + {i * j} " * 4 for j in range(6)] for i in range(4)}
-    stage = Stage(steps=6, batch_size=4, learning_rate=1e-2, logging_steps=1, save_steps=2, max_tokens=48)
+    settings = {"max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "save_strategy": "steps"}
     rows = InContextPairs(texts, tokenizer, length=24, max_tokens=48, seed=0, progress=False)
     model = tiny_model(ModularStarEncoderForPreTraining, residual_dropout=0.2)
     if stop_after is not None:
@@ -206,8 +202,14 @@ def pretraining_stage(tokenizer, folder, monkeypatch=None, stop_after=None):
             original(self, *args, callbacks=[Interrupt()], **kwargs)
 
         monkeypatch.setattr(MultiExitTrainer, "__init__", with_interrupt)
-    log = run_stage(model, rows, PaddingCollator(tokenizer), InContextObjective(), stage, folder, progress=False)
-    return model, log
+    trainer = MultiExitTrainer(
+        model,
+        arguments(folder, **settings),
+        InContextObjective(),
+        train_dataset=rows,
+        data_collator=PaddingCollator(tokenizer),
+    )
+    return model, train_to_the_end(trainer, folder, progress=False)
 
 
 def test_interrupted_training_resumes_to_the_same_losses_and_weights(tmp_path, tokenizer, monkeypatch):
@@ -241,6 +243,6 @@ def test_a_half_written_checkpoint_is_passed_over_and_removed(tmp_path, tokenize
     assert json.loads(state.read_text())["global_step"] == 6
 
 
-def test_there_is_no_last_checkpoint_in_an_empty_folder(tmp_path):
+def test_an_empty_folder_has_no_last_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path) is None
     assert last_checkpoint(tmp_path / "missing") is None

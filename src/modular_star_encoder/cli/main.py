@@ -130,13 +130,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     finetune = commands.add_parser("finetune", help="fine-tune a model on pairs, as a recipe says")
     finetune.add_argument("recipe", metavar="RECIPE", help="a YAML file, for example hub_configs/small/finetune.yaml")
-    finetune.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: steps=500")
+    finetune.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: max_steps=500")
     finetune.add_argument("--out", metavar="FOLDER", required=True, help="where the run is; an old one is continued")
     finetune.set_defaults(run=run_finetune)
 
     ablate = commands.add_parser("ablate", help="exits trained together against exits trained alone, and other options")
     ablate.add_argument("recipe", metavar="RECIPE", help="a YAML file, for example hub_configs/small/ablation.yaml")
-    ablate.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: finetuning.steps=500")
+    ablate.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: finetuning.max_steps=500")
     ablate.add_argument("--out", metavar="FOLDER", required=True, help="cells and reports; an old one is continued")
     ablate.set_defaults(run=run_ablate)
     return parser
@@ -259,9 +259,9 @@ def run_profile(arguments: argparse.Namespace) -> None:
 def run_pretrain(arguments: argparse.Namespace) -> None:
     """`mose pretrain`."""
     from modular_star_encoder.training.pretraining import pretrain
-    from modular_star_encoder.training.recipes import load_pretraining_recipe
+    from modular_star_encoder.training.recipes import PretrainingRecipe, load_recipe
 
-    log = pretrain(load_pretraining_recipe(arguments.recipe, arguments.overrides), arguments.out)
+    log = pretrain(load_recipe(PretrainingRecipe, arguments.recipe, arguments.overrides), arguments.out)
     print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
 
 
@@ -324,19 +324,19 @@ def run_dataset_push(arguments: argparse.Namespace) -> None:
 
 def run_finetune(arguments: argparse.Namespace) -> None:
     """`mose finetune`."""
-    from modular_star_encoder.training.tasks import load_task
+    from modular_star_encoder.training.finetuning import load_finetuning
 
-    recipe, finetune = load_task(arguments.recipe, arguments.overrides)
+    recipe, finetune = load_finetuning(arguments.recipe, arguments.overrides)
     log = finetune(recipe, arguments.out)
     print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
 
 
 def run_ablate(arguments: argparse.Namespace) -> None:
     """`mose ablate`."""
-    from modular_star_encoder.training.ablation import ablate
-    from modular_star_encoder.training.ablation_recipe import load_ablation_recipe
+    from modular_star_encoder.training.ablation import AblationRecipe, ablate
+    from modular_star_encoder.training.recipes import load_recipe
 
-    recipe = load_ablation_recipe(arguments.recipe, arguments.overrides)
+    recipe = load_recipe(AblationRecipe, arguments.recipe, arguments.overrides)
     if ablate(recipe, arguments.out, command=shlex.join(["mose", *sys.argv[1:]])):
         with open(os.path.join(arguments.out, "ablation.md"), encoding="utf-8") as report:
             print(report.read(), end="")

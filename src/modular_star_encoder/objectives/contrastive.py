@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings, gather_stacks, rank_and_count
 from modular_star_encoder.objectives.exit_losses import ObjectiveOutput
 from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
+from modular_star_encoder.utils.errors import UserError
 
 # Similarities computed at once, of all exits: 2**20 float32 are 4 MiB, however large the batch.
 SCORES_PER_CHUNK = 2**20
@@ -51,7 +52,7 @@ def losses_from_embeddings(
     Args:
         stacks: side → (E, B, D), L2-normalised; row b of a pair's positive and negatives belongs to its anchor's.
         exit_layers: the exits, in the order of E.
-        settings: what is computed.
+        settings: which terms are computed.
         logit_scale: a learned multiplier of similarities (1,), in place of `settings.logit_scale`.
 
     Returns:
@@ -61,8 +62,8 @@ def losses_from_embeddings(
         `masked_negatives` (share) and `logit_scale`.
 
     Raises:
-        ValueError: a side is missing or superfluous, the sides of a pair have different numbers of rows, or the
-            settings name an exit or a size that is not there.
+        UserError: a side is missing or superfluous, the sides of a pair have different numbers of rows, or the settings
+            name an exit or a size that does not exist.
     """
     settings = settings or ContrastiveSettings()
     settings.check_sides({side: stack.shape[1] for side, stack in stacks.items()})
@@ -115,7 +116,7 @@ def _add_term(output: ContrastiveTerms, name: str, term: torch.Tensor, weight: f
 
 @dataclass(frozen=True)
 class _Scoring:
-    """What the scores of a batch are turned into.
+    """How the scores of a batch become losses.
 
     Args:
         sizes: embedding size → places of the exits that are trained at it.
@@ -265,7 +266,7 @@ def _index(places: list[int], like: torch.Tensor) -> torch.Tensor:
 def _similarities(
     rows: torch.Tensor, columns: torch.Tensor, cut: int | None = None, size: int | None = None
 ) -> torch.Tensor:
-    """(E, R, C) similarities of embeddings, cut to their first `cut` of `size` numbers and normalised anew."""
+    """(E, R, C) similarities of embeddings, cut to their first `cut` of `size` numbers and normalised again."""
     if cut != size:
         rows, columns = (nn.functional.normalize(states[..., :cut], dim=-1) for states in (rows, columns))
     return rows @ columns.transpose(1, 2)
@@ -280,7 +281,7 @@ def _cross_entropies(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring) -> torch.Tensor:
     """Sums over rows (E,) of the divergence from the teachers' distributions over the candidates, times T²."""
     temperature = scoring.settings.distillation_temperature
-    # The scale is no means to please the teacher.
+    # Training must not change the scale in order to please the teacher.
     scale = scoring.logit_scale.detach() / temperature
     wanted, found = ((scale * part).log_softmax(dim=-1) for part in (teachers, scores))
     divergences = nn.functional.kl_div(found, wanted, reduction="none", log_target=True)
@@ -302,7 +303,7 @@ def _false_negatives(
 
 
 class ContrastiveObjective:
-    """CLIP loss between descriptions and code, or code and code, at each exit.
+    """CLIP loss between descriptions and code, or code and code, at each exit; an objective of `MultiExitTrainer`.
 
     Over several processes, candidates come from all of them and the gradients are those of the joint batch, which needs
     batches of equal size and a wrapper that averages gradients (DDP, FSDP2). Accumulated batches are separate ones:
@@ -310,6 +311,12 @@ class ContrastiveObjective:
 
     Args:
         settings: by default the paper's.
+
+    Example:
+        >>> objective = ContrastiveObjective(ContrastiveSettings(logit_scale=30.0))
+        >>> query = {"input_ids": torch.ones(4, 6, dtype=torch.long), "attention_mask": torch.ones(4, 6)}
+        >>> batch = {"query": query, "document": query}
+        >>> # objective(model, batch, exit_layers=(4, 9)).losses: float32, shape (2,)
     """
 
     def __init__(self, settings: ContrastiveSettings | None = None) -> None:
@@ -321,11 +328,11 @@ class ContrastiveObjective:
         return self.settings.mini_batch_tokens is not None
 
     def check(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Refuse settings that do not fit a model; see `ContrastiveSettings.check`."""
+        """Raise UserError if the settings do not fit a model; see `ContrastiveSettings.check`."""
         self.settings.check(exit_layers, embedding_size)
 
     def check_rotation(self, exit_layers: Sequence[int]) -> None:
-        """Refuse settings that do not fit training in turn; see `ContrastiveSettings.check_rotation`."""
+        """Raise UserError if the settings need exits that a step lacks; see `ContrastiveSettings.check_rotation`."""
         self.settings.check_rotation(exit_layers)
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
@@ -339,14 +346,20 @@ class ContrastiveObjective:
                 kinds (descriptions and code).
             exit_layers: the exits to train.
 
+        Returns:
+            `losses` (E,), float32 with gradient, and `metrics`; see `losses_from_embeddings`.
+
         Raises:
-            ValueError: sides, rows, exits or processes do not fit together; the message says which.
+            UserError: sides, rows, exits or processes do not fit together.
         """
 
         def embed(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
             output = model(**inputs, exit_layers=exit_layers)
             if len(output.exit_embeddings) != len(exit_layers):
-                raise ValueError("nn.DataParallel mixes up exits and texts; start one process per device (torchrun).")
+                raise UserError(
+                    "contrastive.data_parallel",
+                    "nn.DataParallel mixes up exits and texts; start one process per device (torchrun).",
+                )
             return output.exit_embeddings, output.logit_scale
 
         self.settings.check_sides({side: number_of_texts(inputs) for side, inputs in batch.items()})

@@ -1,4 +1,4 @@
-"""Settings of contrastive fine-tuning, all checked when they are made."""
+"""Settings of contrastive fine-tuning, and the exchange of embeddings between processes."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,29 +8,31 @@ from typing import Any
 import torch
 from torch import distributed
 
+from modular_star_encoder.utils.errors import UserError
+
 DISTILLATION_TEACHERS = ("deepest", "next_deeper", "ensemble")
 ALIGNMENT_TARGETS = ("deepest", "next_deeper")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ContrastiveSettings:
-    """The paper's objective by default; everything from `dimensions` on is an addition to it, off by default.
+    """Settings of `ContrastiveObjective`; the paper's objective by default, all additions from `dimensions` on off.
 
     Args:
         pairs: sets of pairs, each of them the names of sides of a batch: anchor, positive, and any number of hard
             negatives. `(("query", "document", "negative"),)`, or text→code and code→code pairs that share a side:
             `(("description", "code"), ("code", "translation"))`. The loss is the mean over all pairs.
         logit_scale: multiplies similarities, the paper's "temperature 10.0" (a temperature of 0.1). A model with a
-            learned scale (`learned_logit_scale` in its configuration) uses its own.
+            learned scale (`logit_scale_init_value` in its configuration) uses its own.
         mini_batch_tokens: embed the batch by mini-batches of at most this many tokens, padding included, and keep no
             activations of the others (gradient caching): memory hardly grows with the batch (benchmarks/README.md),
             and each text is embedded twice. `None` embeds each side at once. In bfloat16 on a CPU, set the environment
             variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY to 64, as `mose` does: by default torch
             keeps up to 2,048 compiled operations, one for each length.
         dimensions: sizes of the embedding that each exit is trained at (Matryoshka, arXiv 2205.13147): for all exits
-            alike, or by exit, `{4: (64, 256)}`. Embeddings are cut and normalised anew; an exit's loss is the mean over
-            its sizes. List the full size too where it is to be trained. `None`, or an exit that is not named: the full
-            size alone.
+            alike, or by exit, `{4: (64, 256)}`. Embeddings are cut and normalised again; the loss of an exit is the
+            mean over its sizes. List the full size too if it is to be trained. `None`, or an exit without an entry: the
+            full size alone.
         teacher: exit whose scores the others are trained to have: `"deepest"`, `"next_deeper"`, `"ensemble"` (mean of
             the scores of all exits), or an exit's number. It is never trained by its pupils. One that isn't trained
             yet teaches noise (benchmarks/results/mini_parallel_ablation.md): begin with fine-tuned models.
@@ -47,7 +49,11 @@ class ContrastiveSettings:
         false_negative_factor: the same where it is above this factor times that of the pair.
 
     Raises:
-        ValueError: a value is not as described; the message says what is allowed.
+        UserError: a value is of another type or out of range (`settings.value`).
+
+    Example:
+        >>> ContrastiveSettings(dimensions=[128, 256], mini_batch_tokens=8192).sizes(exit_layer=4, embedding_size=256)
+        (128, 256)
     """
 
     pairs: Sequence[Sequence[str]] = (("query", "document"),)
@@ -63,41 +69,49 @@ class ContrastiveSettings:
     false_negative_factor: float | None = None
 
     def __post_init__(self) -> None:
-        _check_pairs(self.pairs)
-        for name in ("logit_scale", "distillation_temperature"):
-            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)!r} must be positive.")
-        for name in ("distillation_weight", "alignment_weight"):
-            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)!r} must be zero or a positive number.")
-        if self.mini_batch_tokens is not None and not _is_count(self.mini_batch_tokens):
-            raise ValueError(f"mini_batch_tokens {self.mini_batch_tokens!r} must be a positive whole number, or None.")
-        for name, allowed in (("teacher", DISTILLATION_TEACHERS), ("alignment_target", ALIGNMENT_TARGETS)):
-            if getattr(self, name) not in allowed and not _is_count(getattr(self, name)):
-                raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(allowed)}, or an exit.")
-        self._check_dimensions()
-        self._check_false_negatives()
-
-    def _check_dimensions(self) -> None:
-        by_exit = self.dimensions if isinstance(self.dimensions, Mapping) else {1: self.dimensions}
-        for exit_layer, sizes in by_exit.items():
-            if sizes is None and self.dimensions is None:
-                continue
-            are_sizes = isinstance(sizes, Sequence) and len(sizes) > 0 and all(map(_is_count, sizes))
-            if not _is_count(exit_layer) or not are_sizes or len(set(sizes)) < len(sizes):
-                raise ValueError(
-                    f"dimensions {self.dimensions!r} must be different embedding sizes such as [64, 256], or such a "
-                    "list for each of several exits."
-                )
-
-    def _check_false_negatives(self) -> None:
         margin, factor = self.false_negative_margin, self.false_negative_factor
-        if margin is not None and factor is not None:
-            raise ValueError("Give either false_negative_margin or false_negative_factor, not both.")
-        if margin is not None and (not _is_number(margin) or not -2 <= margin <= 2):
-            raise ValueError(f"false_negative_margin {margin!r} must be a difference of cosines, between -2 and 2.")
-        if factor is not None and (not _is_number(factor) or factor <= 0):
-            raise ValueError(f"false_negative_factor {factor!r} must be a positive number, such as 0.95.")
+        by_exit = self.dimensions if isinstance(self.dimensions, Mapping) else {1: self.dimensions}
+        positive, not_negative = "a number above 0", "a number from 0"
+        rules = {
+            "pairs": (_are_pairs(self.pairs), "lists of at least two different names: anchor, positive, negatives"),
+            "logit_scale": (_is_number(self.logit_scale) and self.logit_scale > 0, positive),
+            "mini_batch_tokens": (
+                self.mini_batch_tokens is None or _is_count(self.mini_batch_tokens),
+                "a whole number above 0, or None",
+            ),
+            "dimensions": (
+                self.dimensions is None or all(_is_count(key) and _are_sizes(by_exit[key]) for key in by_exit),
+                "different embedding sizes such as [64, 256], or such a list for each of several exits",
+            ),
+            "teacher": (
+                self.teacher in DISTILLATION_TEACHERS or _is_count(self.teacher),
+                f"one of {', '.join(DISTILLATION_TEACHERS)}, or an exit",
+            ),
+            "distillation_weight": (
+                _is_number(self.distillation_weight) and self.distillation_weight >= 0,
+                not_negative,
+            ),
+            "distillation_temperature": (
+                _is_number(self.distillation_temperature) and self.distillation_temperature > 0,
+                positive,
+            ),
+            "alignment_weight": (_is_number(self.alignment_weight) and self.alignment_weight >= 0, not_negative),
+            "alignment_target": (
+                self.alignment_target in ALIGNMENT_TARGETS or _is_count(self.alignment_target),
+                f"one of {', '.join(ALIGNMENT_TARGETS)}, or an exit",
+            ),
+            "false_negative_margin": (
+                margin is None or (_is_number(margin) and -2 <= margin <= 2),
+                "a difference of cosines, between -2 and 2",
+            ),
+            "false_negative_factor": (
+                factor is None or (_is_number(factor) and factor > 0 and margin is None),
+                "a number above 0, such as 0.95, and without false_negative_margin",
+            ),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise UserError("settings.value", f"{name} must be {rule}, not {getattr(self, name)!r}.")
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -115,12 +129,7 @@ class ContrastiveSettings:
         return (embedding_size,) if listed is None else tuple(sorted(listed))
 
     def check(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Refuse settings that do not fit a model whose exits `exit_layers` are trained.
-
-        Raises:
-            ValueError: an exit that is named is not among them, or a size is above `embedding_size`; the message says
-                what there is.
-        """
+        """Raise UserError if an exit is not among the trained `exit_layers`, or a size is above `embedding_size`."""
         self.check_step(exit_layers, embedding_size)
         if isinstance(self.dimensions, Mapping):
             _check_exits("dimensions", self.dimensions, exit_layers)
@@ -133,41 +142,35 @@ class ContrastiveSettings:
             _check_exits("alignment_target", [self.alignment_target], exit_layers)
         largest = max(self.sizes(exit_layer, 1)[-1] for exit_layer in exit_layers)
         if largest > embedding_size:
-            raise ValueError(f"dimensions must be at most the embedding's {embedding_size}, not {largest}.")
+            raise UserError(
+                "contrastive.dimensions", f"dimensions must be at most the embedding's {embedding_size}, not {largest}."
+            )
 
     def check_rotation(self, exit_layers: Sequence[int]) -> None:
-        """Refuse settings that need more exits than a step has that trains the deepest one and one other.
-
-        Raises:
-            ValueError: the exits are to be taught by, or aligned to, another one than the deepest.
-        """
+        """Raise UserError if exits learn from another one than the deepest, which a step with two exits may lack."""
         chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
         for name, weight in chosen.items():
             if weight and len(exit_layers) > 1 and getattr(self, name) not in ("deepest", exit_layers[-1]):
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} does not go with rotate_shallow_exits, by which each step has the "
-                    "deepest exit and one other: name deepest."
+                raise UserError(
+                    "contrastive.rotation",
+                    f"{name} {getattr(self, name)!r} does not work with rotate_shallow_exits, where each step has the "
+                    "deepest exit and one other: set deepest.",
                 )
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
-        """Refuse a batch that has not the sides of `pairs`, or not as many rows in all sides of a pair.
-
-        Args:
-            rows: side → its number of rows.
-
-        Raises:
-            ValueError: as said.
-        """
+        """Raise UserError if a batch, as side → number of rows, does not have the sides and equal rows of `pairs`."""
         if set(rows) != set(self.sides):
-            raise ValueError(
+            raise UserError(
+                "contrastive.sides",
                 f"The batch has the sides {', '.join(sorted(rows))}; the objective's pairs use "
-                f"{', '.join(sorted(self.sides))}."
+                f"{', '.join(sorted(self.sides))}.",
             )
         for pair in self.pairs:
             numbers = [rows[side] for side in pair]
             if len(set(numbers)) > 1 or not numbers[0]:
-                raise ValueError(
-                    f"{', '.join(pair)} have {', '.join(map(str, numbers))} rows; they must have as many each."
+                raise UserError(
+                    "contrastive.rows",
+                    f"{', '.join(pair)} have {', '.join(map(str, numbers))} rows; their numbers must be equal.",
                 )
 
 
@@ -175,23 +178,7 @@ def _check_exits(name: str, named: Iterable[int], exit_layers: Sequence[int]) ->
     for exit_layer in named:
         if exit_layer not in exit_layers:
             exits = ", ".join(map(str, exit_layers))
-            raise ValueError(f"{name} names exit {exit_layer}, which is not trained here; the exits are {exits}.")
-
-
-def _check_pairs(pairs: Any) -> None:
-    def is_list(value: Any) -> bool:
-        return isinstance(value, Sequence) and not isinstance(value, str)
-
-    if (
-        not is_list(pairs)
-        or not pairs
-        or not all(is_list(pair) and len(pair) >= 2 and len(set(pair)) == len(pair) for pair in pairs)
-        or not all(isinstance(side, str) for pair in pairs for side in pair)
-        or len({tuple(pair[:2]) for pair in pairs}) < len(pairs)
-    ):
-        raise ValueError(
-            f"pairs {pairs!r} must be lists, each of at least two different names: anchor, positive, negatives."
-        )
+            raise UserError("contrastive.exit", f"{name} names exit {exit_layer}. The trained exits are {exits}.")
 
 
 def _is_number(value: Any) -> bool:
@@ -202,8 +189,24 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_count, value)) and 0 < len(set(value)) == len(value)
+
+
+def _are_pairs(value: Any) -> bool:
+    """Whether these are lists of at least two different names, without two lists of one anchor and positive."""
+    if not isinstance(value, list | tuple) or not all(isinstance(pair, list | tuple) for pair in value):
+        return False
+    are_names = all(isinstance(side, str) for pair in value for side in pair)
+    return (
+        are_names
+        and all(len(set(pair)) == len(pair) >= 2 for pair in value)
+        and (0 < len({tuple(pair[:2]) for pair in value}) == len(value))
+    )
+
+
 def rank_and_count() -> tuple[int, int]:
-    """The number of this process and how many there are; (0, 1) without `torch.distributed`."""
+    """The rank of this process and the number of processes; (0, 1) without `torch.distributed`."""
     if not distributed.is_available() or not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()

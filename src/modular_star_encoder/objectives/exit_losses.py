@@ -1,4 +1,4 @@
-"""What every objective returns: one loss per exit, and metrics."""
+"""The seam of all objectives: one loss per exit and metrics; and the weights of the exits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from modular_star_encoder.utils.errors import UserError
 
 
 @dataclass
@@ -24,8 +26,8 @@ class ObjectiveOutput:
 class Objective(Protocol):
     """A training objective: a value given to the trainer, called with the model and one batch.
 
-    It may have three members more: `check(exit_layers, embedding_size)`, which the trainer calls when it is made and
-    which raises a `ValueError` if the objective does not fit the model; `check_rotation(exit_layers)`, the same where
+    It may have three more members: `check(exit_layers, embedding_size)`, which the trainer calls when it is created and
+    which raises a `UserError` if the objective does not fit the model; `check_rotation(exit_layers)`, the same where
     each step trains the deepest exit and one other; and `caches_gradients`, true where no graph leads from the losses
     to the parameters.
     """
@@ -55,7 +57,8 @@ def exit_weights(
         (E,) float32.
 
     Raises:
-        ValueError: an unknown name, or explicit weights that are negative, all zero, or not one per exit.
+        UserError: an unknown name, or explicit weights that are negative, all zero, or not one per exit
+            (`exit_weights`).
     """
     if weighting == "paper":
         weights = torch.tensor([exit_layer / depth for exit_layer in exit_layers])
@@ -64,22 +67,14 @@ def exit_weights(
     elif weighting == "linear":
         weights = torch.arange(1, len(exit_layers) + 1) / len(exit_layers)
     else:
-        weights = _explicit_weights(weighting)
+        try:
+            weights = torch.tensor([float(weight) for weight in weighting if not isinstance(weighting, str | Mapping)])
+        except (TypeError, ValueError):
+            weights = torch.empty(0)
         if len(weights) != len(exit_layers) or not (weights >= 0).all() or weights.sum() == 0:
-            raise ValueError(
-                f"exit weights {list(weighting)} must be {len(exit_layers)} non-negative numbers, not all zero, one "
-                f"for each of the exits {', '.join(map(str, exit_layers))}."
+            raise UserError(
+                "exit_weights",
+                f"exit_weights {weighting!r} must be one of {', '.join(WEIGHTINGS)}, or {len(exit_layers)} numbers "
+                f"from 0, not all 0, one for each of the exits {', '.join(map(str, exit_layers))}.",
             )
     return weights / weights.sum() if normalize else weights
-
-
-def _explicit_weights(weighting: Any) -> torch.Tensor:
-    """(W,) float32, what a recipe gives as a list; anything else is refused."""
-    try:
-        if isinstance(weighting, str | Mapping):
-            raise TypeError
-        return torch.tensor([float(weight) for weight in weighting])
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"exit weights {weighting!r} must be one of {', '.join(WEIGHTINGS)}, or a list of one number per exit."
-        ) from None

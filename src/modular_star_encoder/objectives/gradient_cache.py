@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from modular_star_encoder.objectives.contrastive_settings import gather_numbers
+from modular_star_encoder.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> lis
         tokens: rows times columns of a mini-batch.
 
     Raises:
-        ValueError: a side is packed into one row, or its mask is not (B, T).
+        UserError: a side is packed into one row, or its mask is not (B, T).
     """
     mini_batches = []
     for side, inputs in sides.items():
@@ -101,12 +102,18 @@ def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
 def _spans(side: str, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """First column (B,) of each row's real tokens, and the number (B,) of columns to the last one."""
     if "cu_seq_lens_q" in inputs:
-        raise ValueError(f"{side!r} is packed into one row; mini_batch_tokens needs one row per text.")
+        raise UserError(
+            "contrastive.mini_batches.packed",
+            f"{side!r} is packed into one row; mini_batch_tokens needs one row per text.",
+        )
     input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     if mask is None:
         mask = torch.ones_like(input_ids)
     if mask.shape != input_ids.shape:
-        raise ValueError(f"{side!r} has an attention_mask of shape {tuple(mask.shape)}; it must be that of input_ids.")
+        raise UserError(
+            "contrastive.mini_batches.mask",
+            f"{side!r} has an attention_mask of shape {tuple(mask.shape)}; it must be that of input_ids.",
+        )
     real = mask.bool()
     firsts = real.long().argmax(dim=1)
     lasts = real.shape[1] - 1 - real.flip(1).long().argmax(dim=1)
@@ -133,7 +140,7 @@ def embed_sides(
         side → (E, B, D), and the learned logit scale (1,) or `None`; both with gradient where it is enabled.
 
     Raises:
-        ValueError: processes have different numbers of texts, or a side can't be cut into mini-batches.
+        UserError: processes have different numbers of texts, or a side can't be cut into mini-batches.
     """
     mini_batches = None if mini_batch_tokens is None else cut_mini_batches(sides, mini_batch_tokens)
     device = next(iter(sides.values()))["input_ids"].device
@@ -162,9 +169,10 @@ def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, 
     everyones = gather_numbers([*texts, mini_batches], device)
     if any(others[:-1] != texts for others in everyones):
         rows = " and ".join(sorted({"/".join(map(str, others[:-1])) for others in everyones}))
-        raise ValueError(
+        raise UserError(
+            "contrastive.processes",
             f"Processes have {rows} texts in their batches; contrastive batches must be equally large in all of them "
-            "(dataloader_drop_last=True)."
+            "(dataloader_drop_last=True).",
         )
     return max(others[-1] for others in everyones)
 
@@ -197,7 +205,10 @@ class _Passes:
     ) -> None:
         self.model = getattr(model, "_orig_mod", model)
         if getattr(self.model, "static_graph", False):
-            raise ValueError("mini_batch_tokens does not work with DDP's static_graph; leave it off.")
+            raise UserError(
+                "contrastive.mini_batches.static_graph",
+                "mini_batch_tokens does not work with DDP's static_graph; switch static_graph off.",
+            )
         self.embed, self.sides, self.mini_batches, self.device = embed, sides, mini_batches, device
         self.autocast = _autocast_as_now(device)
         self.random_states: list[RandomState] = []

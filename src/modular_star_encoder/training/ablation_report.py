@@ -1,8 +1,8 @@
-"""From the reciprocal ranks of single queries to the figures of an ablation.
+"""From the reciprocal ranks of single queries to the tables and the plot of an ablation.
 
-Every figure is a mean over queries of the mean over seeds; its interval is a percentile bootstrap over the queries, and
-that of a difference a paired one: the same queries are drawn for both. Benchmarks of several tasks weigh every task the
-same (see `significance.spread`). Seeds are told one by one: three of them make no interval.
+Every estimate is a mean over queries of the mean over seeds. Its interval is a percentile bootstrap over the queries,
+paired for differences. Benchmarks of several tasks weigh every task equally (see `spread`). Seeds are reported one by
+one, because three of them make no interval.
 """
 
 import os
@@ -16,9 +16,10 @@ import numpy as np
 
 from modular_star_encoder.evaluation.metrics import bootstrap_interval, spread
 from modular_star_encoder.evaluation.report import versions
-from modular_star_encoder.training.ablation_recipe import SELF_DISTILLED
 from modular_star_encoder.utils.files import staged_file, write_json, write_text
 from modular_star_encoder.utils.reports import markdown_table, metric_label, percent
+
+SELF_DISTILLED = "self-distilled"
 
 Values = Mapping[str, Mapping[str, float]]
 """task → query → value."""
@@ -33,8 +34,8 @@ METRICS: dict[str, Callable[[float], float]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class SeededFigure:
-    """A figure or a difference, as a fraction, with its 95 % bootstrap interval over the queries.
+class SeededEstimate:
+    """A score or a difference, as a fraction, with its 95 % bootstrap interval over the queries.
 
     Attributes:
         value, low, high: of the mean over seeds.
@@ -60,7 +61,7 @@ def compare(
         draws: seed of the bootstrap.
 
     Returns:
-        `exits`, `seeds`, and `benchmarks`: name → `queries`, `exits` (exit → `self_distilled` and, where there is a
+        `exits`, `seeds`, and `benchmarks`: name → `queries`, `exits` (exit → `self_distilled` and, with a
         baseline, `alone` and `difference`, each with `mrr` and `recall@1`), `mean_difference` over these exits, and
         `variants` (name → the figures and differences of each exit, `mean_difference` over all exits, and
         `recommended`).
@@ -80,7 +81,7 @@ class _Benchmark:
         self.name, self.scores, self.exits, self.seeds, self.draws = name, scores, exits, seeds, draws
 
     def results(self, variants: Sequence[str]) -> dict[str, Any]:
-        """Everything about the benchmark."""
+        """All estimates on the benchmark."""
         alone = [exit_layer for exit_layer in self.exits if (f"exit-{exit_layer}", self.seeds[0]) in self.scores]
         by_exit: dict[str, Any] = {}
         for exit_layer in self.exits:
@@ -101,7 +102,7 @@ class _Benchmark:
         return found | {"variants": {name: self.variant(name) for name in variants}}
 
     def variant(self, name: str) -> dict[str, Any]:
-        """A variant beside the self-distilled model.
+        """The estimates of a variant, and of its difference from the self-distilled model.
 
         It is recommended if it raises the mean over exits (the interval of the difference lies above 0) and lowers no
         exit (no interval of an exit's difference lies below 0), by MRR.
@@ -143,7 +144,7 @@ class _Benchmark:
             queries = spread(list(_average(by_seed).values()))
             means = [float(np.mean([np.mean(list(task.values())) for task in one.values()])) for one in by_seed]
             low, high = bootstrap_interval(queries, self.draws)
-            found[metric] = asdict(SeededFigure(float(queries.mean()), low, high, means))
+            found[metric] = asdict(SeededEstimate(float(queries.mean()), low, high, means))
         return found
 
 
@@ -171,7 +172,7 @@ def write_ablation_report(results: Mapping[str, Any], folder: Path) -> None:
     """Write `ablation.json`, `ablation.md` and, where matplotlib is installed, `ablation.png`.
 
     Args:
-        results: what `compare` returns, with `command`, `recipe`, `seconds` and `bm25` (benchmark → MRR).
+        results: those of `compare`, with `command`, `recipe`, `seconds` and `bm25` (benchmark → MRR).
         folder: where to write.
     """
     write_json(folder / "ablation.json", {**results, "versions": dict(versions())})
@@ -181,7 +182,7 @@ def write_ablation_report(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def without_places(value: Any) -> Any:
-    """The same with `$MOSE_DATA` and `$HOME` in place of where they are on this machine."""
+    """The same with `$MOSE_DATA` and `$HOME` in place of their paths on this machine."""
     if isinstance(value, Mapping):
         return {key: without_places(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -200,8 +201,9 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     parts = [
         "# Ablation: exits trained together and alone",
         *([f"    {results['command']}"] if results["command"] else []),
-        f"{recipe['steps']} steps of {recipe['batch_size']} pairs from {recipe['model']}; means over seeds {seeds}. "
-        "Scores × 100. Intervals: 95 %, bootstrap over queries, paired for differences; ties count against the system.",
+        f"{recipe['max_steps']} steps of {recipe['batch_size']} pairs from {recipe['model']}; means over seeds "
+        f"{seeds}. Scores × 100. Intervals: 95 %, bootstrap over queries, paired for differences; ties count against "
+        "the retriever.",
         ", ".join(f"{name} {version}" for name, version in versions().items()),
     ]
     for name, found in results["benchmarks"].items():

@@ -1,19 +1,17 @@
 """Fine-tuning for retrieval from a recipe: pairs → batches → model, restartable at every stage."""
 
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
 from modular_star_encoder.data.collators import RetrievalCollator
-from modular_star_encoder.data.pairs import RetrievalExample
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalTexts
 from modular_star_encoder.data.splits import RetrievalData, prepare_retrieval_data
@@ -27,137 +25,145 @@ from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.exit_losses import exit_weights
+from modular_star_encoder.training.arguments import MultiExitTrainingArguments
+from modular_star_encoder.training.clone_detection import finetune_classifier
 from modular_star_encoder.training.preflight import FinetuningPreflight, finetuning_preflight
-from modular_star_encoder.training.recipes import LOG, FinetuningRecipe, finite, open_run, processes_of_run
-from modular_star_encoder.training.stages import train_to_the_end
-from modular_star_encoder.training.starting_points import (
+from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe, load_recipe
+from modular_star_encoder.training.runs import (
+    CHECKPOINTS,
     MODEL,
-    add_adapters,
-    save_trained,
-    starting_config,
-    starting_model,
+    open_run,
+    processes_of_run,
+    train_to_the_end,
+    write_log,
 )
+from modular_star_encoder.training.starting_points import add_adapters, save_trained, starting_config, starting_model
 from modular_star_encoder.training.trainer import MultiExitTrainer
-from modular_star_encoder.utils.files import write_json
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.settings import read_mapping
 
 logger = logging.get_logger(__name__)
 
 
+def load_finetuning(
+    path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> tuple[StartingRecipe, Callable[..., dict[str, Any]]]:
+    """Read a recipe of any `task`; the recipe, and the function that runs it: `run(recipe, out, progress=…)`.
+
+    Arguments and errors as for `load_recipe`.
+    """
+    task = read_mapping(path, overrides, example="hub_configs/small/finetune.yaml").get("task", "retrieval")
+    if task == "classification":
+        return load_recipe(ClassificationRecipe, path, overrides), finetune_classifier
+    if task == "retrieval":
+        return load_recipe(FinetuningRecipe, path, overrides), finetune
+    raise UserError("training.task", f"task must be retrieval or classification, not {task!r}.")
+
+
 def finetune(
     recipe: FinetuningRecipe,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     data: RetrievalData | None = None,
     progress: bool = True,
     announce: Callable[[FinetuningPreflight], None] = print,
 ) -> dict[str, Any]:
-    """Fine-tune a model, continuing whatever an earlier call with this recipe left in `out`.
+    """Fine-tune a model, continuing from anything that an earlier call with this recipe left in `out`.
 
     `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and in the end `model/`, a checkpoint
     for `AutoModel` and, where its modules can compute the embeddings, `SentenceTransformer`, with `training_log.json`;
-    with `lora` also `adapter/`, and `model/` holds the merged weights. A run that has its log is finished, and the log
-    is returned. With several processes (`accelerate launch`, `torchrun`) each calls this.
+    with `lora` also `adapter/`, and `model/` has the merged weights. A run with a log is finished, and the log is
+    returned. With several processes (`accelerate launch`, `torchrun`) each calls this.
 
     Args:
-        recipe: what to do.
+        recipe: the settings.
         out: folder of this run.
-        data: rows that were prepared before, in place of the recipe's `data`.
+        data: prepared rows, in place of the recipe's `data`.
         progress: whether to show progress bars.
-        announce: called with the estimate of what the run will take, before anything is trained.
+        announce: called with the estimated size of the run before anything is trained.
 
     Returns:
-        The training log: that of `run_stage`, and `evaluation` (losses and accuracies on held-out pairs at the end),
-        `retrieval` (benchmark → system → figures: every exit, and BM25, on `held_out_tasks`), `recipe`, `preflight`
-        and `data`, the report of what was read, skipped and held out.
+        The training log: that of `train_to_the_end`, and `evaluation` (losses and accuracies on held-out pairs at the
+        end), `retrieval` (benchmark → retriever → estimates: every exit, and BM25, on `held_out_tasks`), `recipe`,
+        `preflight` and `data`, the report of the rows that were read, skipped and held out.
 
     Raises:
-        ValueError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
+        UserError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
     """
     out, state = Path(out), processes_of_run()
     blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress)
     with state.main_process_first():
-        settings = recipe.to_dict()
-        open_run(out, settings, "fine-tuning", until_trained=("data", "held_out_share", "samples", "seed"))
-        if (out / LOG).is_file():
-            return json.loads((out / LOG).read_text(encoding="utf-8"))
+        log = open_run(out, recipe, "fine-tuning", until_trained=("data", "eval_fraction", "max_train_samples", "seed"))
+        if log is not None:
+            return log
         data = data or prepare_data(recipe, out / "data", progress and state.is_main_process)
-    model, tokenizer = _model(recipe)
-    train, held_out = (_texts(recipe, model, texts, tokenizer) for texts in (data.train, data.held_out))
-    groups = PairGroups(data.train)
-    batches = RetrievalBatches(
-        train,
-        BatchPlan(groups, recipe.batch_size, recipe.seed),
-        recipe.steps,
-        identifier_rename_prob=recipe.renamed_share,
-    )
-    unseen = _held_out_batches(recipe, held_out, state.num_processes)
+    model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
+    prompts = model.config.instruction_prompts
+    train, unseen, groups, tokens = _batches(recipe, data, prompts, tokenizer, state.num_processes)
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    estimate = finetuning_preflight(blueprint, recipe, state.num_processes, groups.counts, train.mean_tokens(), trained)
+    estimate = finetuning_preflight(blueprint, recipe, state.num_processes, groups, tokens, trained)
     if state.is_main_process:
         announce(estimate)
     arguments.per_device_eval_batch_size = unseen.batch_size // state.num_processes
     trainer = MultiExitTrainer(
         adapted,
         arguments,
-        ContrastiveObjective(recipe.contrastive()),
-        train_dataset=batches,
+        ContrastiveObjective(recipe.objective),
+        train_dataset=train,
         eval_dataset=unseen,
         data_collator=RetrievalCollator(tokenizer),
-        **recipe.trainer_options(),
     )
-    log = train_to_the_end(trainer, out / "checkpoints", progress=progress)
-    log |= {"evaluation": trainer.evaluate(), "recipe": settings, "preflight": asdict(estimate), "data": data.report}
+    log = train_to_the_end(trainer, out / CHECKPOINTS, progress=progress)
+    log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "preflight": asdict(estimate)}
     model.config.unpad_inputs = blueprint.config.unpad_inputs
-    save_trained(trainer, tokenizer, out, None if recipe.lora is None else lambda: _model(recipe)[0])
+    save_trained(trainer, tokenizer, out, recipe)
     if state.is_main_process:
         if is_servable(model.config):
-            prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
-            write_sentence_transformer_files(out / MODEL, model.config, prompts)
-        log["retrieval"] = _retrieval(recipe, data, out, progress)
-        write_json(out / LOG, finite(log))
+            prompts_of_files = sentence_transformer_prompts(instructions=prompts)
+            write_sentence_transformer_files(out / MODEL, model.config, prompts_of_files)
+        log |= {"data": data.report, "retrieval": _retrieval(recipe, data, out, progress)}
+        write_log(out, log)
     state.wait_for_everyone()
     return log
 
 
 def check_recipe(
     recipe: FinetuningRecipe, out: Path, processes: int, progress: bool
-) -> tuple[ModularStarEncoderForRetrieval, TrainingArguments]:
-    """Refuse what can be told without data and weights; return the model without weights, and Trainer's arguments.
+) -> tuple[ModularStarEncoderForRetrieval, MultiExitTrainingArguments]:
+    """The model without weights and the trainer's arguments, after the checks that need neither data nor weights.
 
     Raises:
-        ValueError: the recipe contradicts itself or the model.
+        UserError: the recipe contradicts itself or the model.
     """
     config, _ = starting_config(recipe)
     if not is_servable(config):
         logger.warning_once(
-            "SentenceTransformers' modules can't compute this model's embeddings (pooling, projection_order or "
-            "embedding_normalization): it will be saved for AutoModel alone."
+            "SentenceTransformer's modules cannot compute this model's embeddings (pooling, projection_order or "
+            "embedding_normalization): it is saved for AutoModel alone."
         )
     with torch.device("meta"):
         model = ModularStarEncoderForRetrieval(config)
     finetuning_preflight(model, recipe, processes, {}, (0.0, 0.0))
     model.set_attn_implementation(recipe.attn_implementation)
-    exit_weights(recipe.exit_weights, config.exit_layers, config.parent_num_hidden_layers)
-    recipe.contrastive().check(config.exit_layers, config.projection_size)
-    if recipe.rotate_shallow_exits:
-        recipe.contrastive().check_rotation(config.exit_layers)
-    schedule = {"constant": "constant_with_warmup"}.get(recipe.schedule, recipe.schedule)
-    rows = recipe.pairs_per_device(processes)
+    exit_weights(recipe.training["exit_weights"], config.exit_layers, config.parent_num_hidden_layers)
+    recipe.objective.check(config.exit_layers, config.projection_size)
+    if recipe.training["rotate_shallow_exits"]:
+        recipe.objective.check_rotation(config.exit_layers)
     # Batches are planned: in this order, and each of them is a whole step.
     planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
-    options = {"lr_scheduler_type": schedule, **planned}
-    return model, recipe.arguments(out / "checkpoints", rows, progress=progress, **options)
+    rows = recipe.pairs_per_device(processes)
+    return model, recipe.arguments(out / CHECKPOINTS, rows, progress=progress, **planned)
 
 
 def prepare_data(recipe: FinetuningRecipe, folder: Path, progress: bool) -> RetrievalData:
-    """The rows of a recipe, and with `progress` what was skipped; see `prepare_retrieval_data`."""
+    """The rows of a recipe; with `progress` the numbers of rows and of skipped rows are printed."""
     data = prepare_retrieval_data(
         recipe.data,
         folder,
-        eval_fraction=recipe.held_out_share,
+        eval_fraction=recipe.eval_fraction,
         seed=recipe.seed,
-        max_train_samples=recipe.samples,
+        max_train_samples=recipe.max_train_samples,
         progress=progress,
     )
     if progress:
@@ -170,38 +176,37 @@ def prepare_data(recipe: FinetuningRecipe, folder: Path, progress: bool) -> Retr
     return data
 
 
-def _model(recipe: FinetuningRecipe) -> tuple[ModularStarEncoderForRetrieval, PreTrainedTokenizerFast]:
-    return starting_model(ModularStarEncoderForRetrieval, recipe)
-
-
-def _texts(
+def _batches(
     recipe: FinetuningRecipe,
-    model: ModularStarEncoderForRetrieval,
-    texts: list[RetrievalExample],
+    data: RetrievalData,
+    prompts: bool,
     tokenizer: PreTrainedTokenizerFast,
-) -> RetrievalTexts:
-    return RetrievalTexts(
-        texts,
-        tokenizer,
-        max_text_tokens=recipe.max_text_tokens,
-        max_code_tokens=recipe.max_code_tokens,
-        prompts=model.config.instruction_prompts,
-        progress=False,
+    processes: int,
+) -> tuple[RetrievalBatches, RetrievalBatches, Mapping[str, int], tuple[float, float]]:
+    """Batches to train on and of every evaluation, groups of each kind of pairs, mean tokens of texts and of code."""
+    lengths = {"max_text_tokens": recipe.max_text_tokens, "max_code_tokens": recipe.max_code_tokens}
+    train, held_out = (
+        RetrievalTexts(texts, tokenizer, prompts=prompts, progress=False, **lengths)
+        for texts in (data.train, data.held_out)
     )
-
-
-def _held_out_batches(recipe: FinetuningRecipe, held_out: RetrievalTexts, processes: int) -> RetrievalBatches:
-    """The batches of one evaluation, the same at every step, as large as those of training if there are as many."""
-    groups = PairGroups(held_out.texts)
-    most = min(recipe.batch_size, groups.largest_batch)
+    groups, held_out_groups = PairGroups(data.train), PairGroups(held_out.texts)
+    plan = BatchPlan(groups, recipe.batch_size, recipe.seed)
+    # Batches of an evaluation are as large as those of training if there are as many rows.
+    most = min(recipe.batch_size, held_out_groups.largest_batch)
     size = most // (2 * processes) * 2 * processes
     if not size:
-        raise ValueError(
-            f"Of the held-out rows at most {most} can stand in one batch; that is too few for {processes} processes. "
-            "Raise held_out_share, or add data."
+        raise UserError(
+            "training.held_out.too_few",
+            f"At most {most} held-out rows fit into one batch, too few for {processes} processes. Raise eval_fraction, "
+            "or add data.",
         )
-    plan = BatchPlan(groups, size, recipe.seed + 1)
-    return RetrievalBatches(held_out, plan, max(1, recipe.eval_pairs // size))
+    unseen = BatchPlan(held_out_groups, size, recipe.seed + 1)
+    return (
+        RetrievalBatches(train, plan, recipe.max_steps, identifier_rename_prob=recipe.identifier_rename_prob),
+        RetrievalBatches(held_out, unseen, max(1, recipe.eval_pairs // size)),
+        groups.counts,
+        train.mean_tokens(),
+    )
 
 
 def evaluate_checkpoint(
@@ -209,31 +214,31 @@ def evaluate_checkpoint(
     checkpoint: Path,
     tasks: Sequence[RetrievalTask],
     *,
-    out: Path | None = None,
+    lexical: bool = False,
     progress: bool = True,
 ) -> list[TaskResult]:
-    """Every exit of a checkpoint on tasks, with texts as long as in training.
+    """The results of every exit of a checkpoint on tasks, with texts as long as in training.
 
     Args:
-        recipe: what the checkpoint was trained by.
+        recipe: the recipe of the checkpoint.
         checkpoint: its folder.
-        tasks: what is measured.
-        out: folder that keeps finished figures; see `evaluate_tasks`.
+        tasks: the tasks.
+        lexical: whether to add the results of BM25.
         progress: whether to show progress bars.
     """
     model, tokenizer = load_checkpoint(checkpoint)
     longest = max(recipe.max_text_tokens, recipe.max_code_tokens)
     encoder = ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=longest)
-    return evaluate_tasks(tasks, [EmbeddingRetriever(encoder)], out=out, progress=progress)
+    retrievers = [*([BM25()] if lexical else []), EmbeddingRetriever(encoder)]
+    return evaluate_tasks(tasks, retrievers, progress=progress)
 
 
-def _retrieval(recipe: FinetuningRecipe, data: RetrievalData, out: Path, progress: bool) -> dict[str, Any]:
-    """Figures of the saved model's exits and of BM25 on the held-out rows, by task and system."""
+def _retrieval(recipe: FinetuningRecipe, data: RetrievalData, out: Path, progress: bool) -> Mapping[str, Any]:
+    """Benchmark → retriever → estimates of the saved model's exits and of BM25 on the held-out rows."""
     tasks = held_out_tasks(data.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
-    cells = evaluate_tasks(tasks, [BM25()], progress=progress)
-    cells += evaluate_checkpoint(recipe, out / MODEL, tasks, progress=progress)
+    results = evaluate_checkpoint(recipe, out / MODEL, tasks, lexical=True, progress=progress)
     found: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
-    for cell in cells:
-        name = cell.retriever if cell.exit_layer is None else f"exit {cell.exit_layer}"
-        found[cell.benchmark][name] = {metric: asdict(figure) for metric, figure in cell.estimates.items()}
+    for result in results:
+        name = result.retriever if result.exit_layer is None else f"exit {result.exit_layer}"
+        found[result.benchmark][name] = {metric: asdict(estimate) for metric, estimate in result.estimates.items()}
     return found

@@ -1,4 +1,4 @@
-"""What a run of training will take, estimated before it starts."""
+"""Size and cost of a training run, estimated before it starts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderPreTrainedModel,
 )
 from modular_star_encoder.training.recipes import FinetuningRecipe, PretrainingRecipe
+from modular_star_encoder.utils.errors import UserError
 
 # Per token and layer, in units of the hidden size, what the backward pass of a pre-norm block keeps in 2-byte numbers:
 # block input, two normalised inputs, queries, keys and values, attention output, projections, residuals.
@@ -58,32 +59,39 @@ class Preflight:
 
 
 def preflight(model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int) -> Preflight:
-    """Estimate a run; `model` may be on the meta device.
+    """Estimate a pre-training run; `model` may be on the meta device.
 
     FLOPs per token are 6 per parameter of a layer and 12 × T × H per layer for attention over T tokens, as in Chowdhery
     et al. (arXiv 2204.02311, appendix B), and, at the masked tokens only, 6 per parameter of the heads at each exit.
 
     Raises:
-        ValueError: rows are longer than the model takes, or `tokens_per_step` does not divide; nothing is started.
+        UserError: rows are longer than the model takes, or `tokens_per_step` does not divide.
     """
     config = model.config
-    if recipe.max_tokens > config.max_position_embeddings:
-        raise ValueError(
-            f"max_tokens {recipe.max_tokens} must be at most the model's max_position_embeddings "
-            f"{config.max_position_embeddings}."
-        )
+    check_length(config, max_tokens=recipe.max_tokens)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    exits = 2 if recipe.rotate_shallow_exits else len(config.exit_layers)
+    exits = 2 if recipe.training["rotate_shallow_exits"] else len(config.exit_layers)
     return Preflight(
         parameters=parameters,
         tokens_per_step=recipe.tokens_per_step,
-        steps=recipe.steps,
+        steps=recipe.max_steps,
         accumulation=recipe.accumulation(processes),
         processes=processes,
-        flops_per_token=trunk_flops_per_token(model, recipe.max_tokens) + 6.0 * recipe.mask_probability * exits * heads,
+        flops_per_token=trunk_flops_per_token(model, recipe.max_tokens) + 6.0 * recipe.mlm_probability * exits * heads,
         memory_bytes=16 * parameters + activation_bytes(config, recipe.rows_per_device * recipe.max_tokens),
     )
+
+
+def check_length(config: ModularStarEncoderConfig, **lengths: int) -> None:
+    """Raise UserError if a setting for the longest text is above the model's `max_position_embeddings`."""
+    for name, length in lengths.items():
+        if length > config.max_position_embeddings:
+            raise UserError(
+                "training.length.too_long",
+                f"{name} {length} must be at most the model's max_position_embeddings "
+                f"{config.max_position_embeddings}.",
+            )
 
 
 def trunk_flops_per_token(model: ModularStarEncoderPreTrainedModel, tokens: float) -> float:
@@ -152,32 +160,28 @@ def finetuning_preflight(
     tokens: tuple[float, float],
     trained_parameters: int | None = None,
 ) -> FinetuningPreflight:
-    """Estimate a run; FLOPs are counted as for pre-training, and a third more where gradients are cached.
+    """Estimate a fine-tuning run; FLOPs are counted as for pre-training, and a third more where gradients are cached.
 
     Args:
         model: may be on the meta device.
-        recipe: what to do.
+        recipe: the settings.
         processes: devices that train.
-        groups: of each kind of pairs; see `BatchPlan`.
-        tokens: mean tokens of a description and of a snippet; a hard negative is counted as a snippet.
+        groups: number of groups of each kind of pairs; see `BatchPlan`.
+        tokens: mean tokens of a description and of a snippet; a hard negative counts as a snippet.
         trained_parameters: all of the model if None.
 
     Raises:
-        ValueError: texts are longer than the model takes, or `batch_size` does not divide; nothing is started.
+        UserError: texts are longer than the model takes.
     """
-    config, settings = model.config, recipe.contrastive()
+    config, settings = model.config, recipe.objective
+    check_length(config, max_text_tokens=recipe.max_text_tokens, max_code_tokens=recipe.max_code_tokens)
     longest = max(recipe.max_text_tokens, recipe.max_code_tokens)
-    if longest > config.max_position_embeddings:
-        raise ValueError(
-            f"max_text_tokens and max_code_tokens must be at most the model's max_position_embeddings "
-            f"{config.max_position_embeddings}, not {longest}."
-        )
-    rows = recipe.pairs_per_device(processes)
+    rows = recipe.batch_size // processes
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = parameters if trained_parameters is None else trained_parameters
     text, code = tokens
     sides = {TEXT_TO_CODE: (text, code), CODE_TO_CODE: (code, code)}
-    # A batch has as many pairs of each kind that there is.
+    # A batch has equally many pairs of each kind in the data.
     negatives = [code] * (len(settings.sides) - 2)
     pairs = [[*sides[kind], *negatives] for kind in (groups or [TEXT_TO_CODE])]
     texts = [length for pair in pairs for length in pair]
@@ -190,9 +194,9 @@ def finetuning_preflight(
         trained_parameters=trained,
         groups=dict(groups),
         pairs_per_step=recipe.batch_size,
-        steps=recipe.steps,
+        steps=recipe.max_steps,
         processes=processes,
-        epochs={kind: recipe.steps * recipe.batch_size / len(groups) / count for kind, count in groups.items()},
+        epochs={kind: recipe.max_steps * recipe.batch_size / len(groups) / count for kind, count in groups.items()},
         tokens_per_pair=sum(texts) / len(pairs),
         flops_per_pair=passes * sum(trunk_flops_per_token(model, length) * length for length in texts) / len(pairs),
         memory_bytes=4 * parameters + 12 * trained + activation_bytes(config, in_memory) + stacks,

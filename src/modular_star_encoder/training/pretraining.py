@@ -1,8 +1,7 @@
 """In-context pre-training from a recipe: corpus → tokenizer → token store → model, restartable at every stage."""
 
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,71 +21,28 @@ from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarE
 from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.training.preflight import Preflight, preflight
-from modular_star_encoder.training.recipes import (
-    PretrainingRecipe,
-    finite,
-    has_weights,
-    model_folder,
+from modular_star_encoder.training.recipes import PretrainingRecipe
+from modular_star_encoder.training.runs import (
+    CHECKPOINTS,
+    MODEL,
     open_run,
     processes_of_run,
+    train_to_the_end,
+    write_log,
 )
-from modular_star_encoder.training.stages import train_to_the_end
-from modular_star_encoder.training.starting_points import start_from_spellings, start_from_unigrams
-from modular_star_encoder.training.trainer import MultiExitTrainer, MultiStepSchedule
-from modular_star_encoder.utils.files import staged_file, staged_folder, write_json
+from modular_star_encoder.training.starting_points import (
+    check_vocabulary,
+    has_weights,
+    model_folder,
+    start_from_spellings,
+    start_from_unigrams,
+)
+from modular_star_encoder.training.trainer import MultiExitTrainer
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import staged_file, staged_folder
 
 PANELS = (("mlm_loss", "masked-token loss (nats)"), ("icc_accuracy", "in-context classification accuracy"))
-
-
-def plot_curves(log: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw masked-token loss and in-context accuracy of every exit over the steps.
-
-    Thin lines are training rows, dots held-out repositories; dashes are what needs no model: the unigram entropy, and
-    the accuracy of identifier overlap on the held-out rows.
-
-    Args:
-        log: what `pretrain` returns, or the content of its `training_log.json`.
-        path: PNG file to write, replaced if it is there.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: the log has no line of training.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Curves need matplotlib: pip install 'modular-star-encoder[plots]'.") from error
-    history = log["log_history"]
-    exits = _exits(history)
-    if not exits:
-        raise ValueError("The log has no line of training to draw.")
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    floors = {"mlm_loss": log["unigram_entropy"], "icc_accuracy": log["identifier_overlap"]["accuracy"]}
-    for axes, (metric, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        for number, exit_layer in enumerate(exits):
-            colour = f"C{number}"
-            axes.plot(*_series(history, f"{metric}_exit_{exit_layer}"), color=colour, linewidth=0.7, alpha=0.5)
-            held_out = _series(history, f"eval_{metric}_exit_{exit_layer}")
-            axes.plot(*held_out, color=colour, marker="o", markersize=3, label=f"exit {exit_layer}")
-        axes.axhline(floors[metric], color="grey", linestyle="--", linewidth=0.8)
-        axes.set(xlabel="step", ylabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
-    with staged_file(Path(path)) as staging:
-        figure.savefig(staging, format="png", dpi=120)
-
-
-def _exits(history: Sequence[Mapping[str, Any]]) -> list[int]:
-    prefix = "mlm_loss_exit_"
-    return sorted({int(key.removeprefix(prefix)) for line in history for key in line if key.startswith(prefix)})
-
-
-def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = {line["step"]: line[key] for line in history if line.get(key) is not None}
-    return list(points), list(points.values())
-
-
-LOG, CURVES = Path("model", "training_log.json"), Path("model", "curves.png")
+"""Metric → label of the panels of `curves.png`."""
 
 # Enough for the merges of a large vocabulary; more text makes training the tokenizer slower, not better.
 TOKENIZER_CHARACTERS = 100_000_000
@@ -94,66 +50,63 @@ TOKENIZER_CHARACTERS = 100_000_000
 
 def pretrain(
     recipe: PretrainingRecipe,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     progress: bool = True,
     announce: Callable[[Preflight], None] = print,
 ) -> dict[str, Any]:
-    """Pre-train a model, continuing whatever an earlier call with this recipe left in `out`.
+    """Pre-train a model, continuing from anything that an earlier call with this recipe left in `out`.
 
     `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and in the end `model/`, a checkpoint
-    with `training_log.json` and, where matplotlib is installed, `curves.png`; a run that has its log is finished, and
+    with `training_log.json` and, where matplotlib is installed, `curves.png`; a run with a log is finished, and
     the log is returned. With several processes (`accelerate launch`, `torchrun`) each calls this.
 
     Args:
-        recipe: what to do.
+        recipe: the settings.
         out: folder of this run.
         progress: whether to show progress bars.
-        announce: called with the estimate of what the run will take, before anything is trained.
+        announce: called with the estimated size of the run before anything is trained.
 
     Returns:
-        The training log: that of `run_stage`, and `evaluation` at the end, `recipe`, `preflight`, `unigram_entropy`
-        (nats per token of the training part), `identifier_overlap` (in-context classification without a model) and
-        the names of the held-out repositories.
+        The training log: that of `train_to_the_end`, and `evaluation` at the end, `recipe`, `preflight`,
+        `unigram_entropy` (nats per token of the training part), `identifier_overlap` (in-context classification without
+        a model) and the names of the held-out repositories.
 
     Raises:
-        ValueError: the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
+        UserError: the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
     """
     out, state = Path(out), processes_of_run()
     config = model_config(recipe)
-    # What can be told without the corpus is told before it is read.
+    # All checks that need no corpus come before it is read.
     with torch.device("meta"):
         model = ModularStarEncoderForPreTraining(config)
     preflight(model, recipe, state.num_processes)
     model.set_attn_implementation(recipe.attn_implementation)
-    exit_weights(recipe.exit_weights, config.exit_layers, config.parent_num_hidden_layers)
+    exit_weights(recipe.training["exit_weights"], config.exit_layers, config.parent_num_hidden_layers)
+    accumulation = recipe.accumulation(state.num_processes)
     arguments = recipe.arguments(
-        out / "checkpoints",
-        recipe.rows_per_device,
-        progress=progress,
-        gradient_accumulation_steps=recipe.accumulation(state.num_processes),
+        out / CHECKPOINTS, recipe.rows_per_device, progress=progress, gradient_accumulation_steps=accumulation
     )
-    schedule = _schedule(recipe)
     _check_repositories(open_corpus(recipe.corpus))
     with state.main_process_first():
-        open_run(out, recipe.to_dict(), "pre-training", until_trained=("corpus", "tokenizer", "model"))
-        if (out / LOG).is_file():
-            return json.loads((out / LOG).read_text(encoding="utf-8"))
+        log = open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model"))
+        if log is not None:
+            return log
         tokenizer = _tokenizer(recipe, config, out, progress and state.is_main_process)
         check_special_tokens(tokenizer)
         collator = (PackingCollator if recipe.packing else PaddingCollator)(tokenizer)
         store = _token_store(recipe, tokenizer, out, progress and state.is_main_process)
-    train, held_out = store.split(recipe.held_out_share, recipe.seed)
+    train, held_out = store.split(recipe.eval_fraction, recipe.seed)
     model = _model(recipe, config, len(tokenizer))
     estimate = preflight(model, recipe, state.num_processes)
     if state.is_main_process:
         announce(estimate)
-    rows_per_step = recipe.rows_per_device * recipe.accumulation(state.num_processes) * state.num_processes
-    options = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mask_probability, "progress": False}
-    pairs = InContextPairs(train, tokenizer, length=recipe.steps * rows_per_step, seed=recipe.seed, **options)
+    rows = recipe.max_steps * recipe.rows_per_device * accumulation * state.num_processes
+    options = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability, "progress": False}
+    pairs = InContextPairs(train, tokenizer, length=rows, seed=recipe.seed, **options)
     unseen = InContextPairs(held_out, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 1, **options)
     if recipe.start_from_corpus and not has_weights(model_folder(recipe.model)):
-        # A tokenizer that was named may have fewer tokens than the model; each of the others is a word of its own.
+        # A named tokenizer may have fewer tokens than the model; each of the others is a word of its own.
         unused = range(len(tokenizer), model.config.vocab_size)
         spellings = token_spellings(tokenizer) + [f"<{index}> unused" for index in unused]
         start_from_spellings(model.get_input_embeddings(), spellings, seed=recipe.seed)
@@ -164,13 +117,11 @@ def pretrain(
         model,
         arguments,
         InContextObjective(),
-        schedule=schedule,
         train_dataset=pairs,
         eval_dataset=unseen,
         data_collator=collator,
-        **recipe.trainer_options(),
     )
-    log = train_to_the_end(trainer, out / "checkpoints", progress=progress)
+    log = train_to_the_end(trainer, out / CHECKPOINTS, progress=progress)
     counts = pairs.token_counts().double()
     log |= {
         "evaluation": trainer.evaluate(),
@@ -180,20 +131,20 @@ def pretrain(
         "identifier_overlap": overlap,
         "held_out_repositories": list(held_out.repositories),
     }
-    trainer.save_model(os.fspath(out / "model"))
+    trainer.save_model(os.fspath(out / MODEL))
     if state.is_main_process:
-        tokenizer.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / MODEL)
         if find_spec("matplotlib"):
-            plot_curves(log, out / CURVES)
-        write_json(out / LOG, finite(log))
+            plot_curves(log, out / MODEL / "curves.png")
+        write_log(out, log)
     return log
 
 
 def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
-    """The configuration that a recipe names: one of ours, or that of a folder.
+    """The configuration of a recipe's `model`: one of ours, or that of a folder.
 
     Raises:
-        ValueError: there is neither.
+        UserError: neither exists (`config.unknown`).
     """
     return ModularStarEncoderConfig.from_pretrained(model_folder(recipe.model), dtype=torch.float32)
 
@@ -208,7 +159,7 @@ def _tokenizer(
     folder = out / "tokenizer"
     if not folder.exists():
 
-        def texts() -> Any:
+        def texts() -> Iterator[str]:
             left = TOKENIZER_CHARACTERS
             for file in open_corpus(recipe.corpus):
                 left -= len(file.text)
@@ -239,33 +190,68 @@ def _token_store(
 def _model(
     recipe: PretrainingRecipe, config: ModularStarEncoderConfig, vocab_size: int
 ) -> ModularStarEncoderForPreTraining:
-    """A new model, or the one whose weights lie beside the configuration."""
+    """A new model, or that of the recipe's folder where it has weights."""
     torch.manual_seed(recipe.seed)
     if has_weights(model_folder(recipe.model)):
         model = ModularStarEncoderForPreTraining.from_pretrained(recipe.model, dtype=torch.float32)
     else:
         config.vocab_size = max(vocab_size, config.vocab_size if recipe.tokenizer else 0)
         model = ModularStarEncoderForPreTraining(config)
-    if vocab_size > model.config.vocab_size:
-        raise ValueError(f"The tokenizer has {vocab_size} tokens, more than the model's {model.config.vocab_size}.")
+    check_vocabulary(vocab_size, model.config.vocab_size)
     model.set_attn_implementation(recipe.attn_implementation)
     return model
 
 
 def _check_repositories(corpus: SourceReader) -> None:
-    """Refuse, before anything is tokenized, a corpus that can't be split into two parts that pairs are drawn from.
-
-    Raises:
-        ValueError: it has fewer than four repositories; where only reading tells how many, that is told later.
-    """
+    """Raise UserError if a corpus has fewer than four repositories; of some, only reading it shows the number."""
     if corpus.repositories is not None and len(corpus.repositories) < 4:
-        raise ValueError(
-            "The corpus must have at least two repositories to train on and two to hold out, for a pair of snippets is "
-            f"of one or of two; it has {len(corpus.repositories)}: {', '.join(corpus.repositories) or 'none'}."
+        raise UserError(
+            "training.corpus.too_few_repositories",
+            "The corpus must have at least two repositories to train on and two to hold out, because pairs of snippets "
+            "are drawn from one or from two; "
+            f"it has {len(corpus.repositories)}: {', '.join(corpus.repositories) or 'none'}.",
         )
 
 
-def _schedule(recipe: PretrainingRecipe) -> MultiStepSchedule | None:
-    if not recipe.milestones and not recipe.fractions:
-        return None
-    return MultiStepSchedule(recipe.warmup_steps, recipe.milestones, recipe.fractions)
+def plot_curves(log: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw masked-token loss and in-context accuracy of every exit over the steps.
+
+    Thin lines are training rows, dots held-out repositories; dashes need no model: the unigram entropy, and the
+    accuracy of identifier overlap on the held-out rows.
+
+    Args:
+        log: the result of `pretrain`, or the content of its `training_log.json`.
+        path: PNG file to write, replaced if it exists.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        UserError: the log has no line of training.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Curves need matplotlib: pip install 'modular-star-encoder[plots]'.") from error
+    history = log["log_history"]
+    prefix = "mlm_loss_exit_"
+    exits = sorted({int(key.removeprefix(prefix)) for line in history for key in line if key.startswith(prefix)})
+    if not exits:
+        raise UserError("training.log.empty", "The log has no line of training to draw.")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    floors = {"mlm_loss": log["unigram_entropy"], "icc_accuracy": log["identifier_overlap"]["accuracy"]}
+    for axes, (metric, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        for number, exit_layer in enumerate(exits):
+            colour = f"C{number}"
+            axes.plot(*_series(history, f"{metric}_exit_{exit_layer}"), color=colour, linewidth=0.7, alpha=0.5)
+            held_out = _series(history, f"eval_{metric}_exit_{exit_layer}")
+            axes.plot(*held_out, color=colour, marker="o", markersize=3, label=f"exit {exit_layer}")
+        axes.axhline(floors[metric], color="grey", linestyle="--", linewidth=0.8)
+        axes.set(xlabel="step", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    with staged_file(Path(path)) as staging:
+        figure.savefig(staging, format="png", dpi=120)
+
+
+def _series(history: list[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    points = {line["step"]: line[key] for line in history if line.get(key) is not None}
+    return list(points), list(points.values())

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from modular_star_encoder.data.tokenizer import load_tokenizer, with_template
 from modular_star_encoder.inference.checkpoints import keep_only_exit
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
-from modular_star_encoder.training.recipes import StartingRecipe, has_weights, model_folder
+from modular_star_encoder.training.recipes import StartingRecipe, hub_config_folder
+from modular_star_encoder.training.runs import ADAPTER, MODEL
 from modular_star_encoder.training.trainer import MultiExitTrainer
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder
 
 if TYPE_CHECKING:
@@ -26,29 +28,47 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 
 
-def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Where a model is, and whether it has weights; what is no folder is taken for a Hub id.
+def has_weights(folder: Path) -> bool:
+    """Whether a folder contains weights."""
+    return any(folder.glob("model*.safetensors"))
+
+
+def model_folder(name: str) -> Path:
+    """The folder that a recipe's `model` names: one of our configurations first, so that its meaning is stable.
 
     Raises:
-        ValueError: there is neither a folder of this name nor a configuration of ours, and it is no Hub id.
+        UserError: `name` is neither a configuration of ours nor a folder with a config.json (`config.unknown`).
+    """
+    try:
+        return hub_config_folder(name)
+    except UserError as error:
+        folder = Path(name).expanduser()
+        if (folder / "config.json").is_file():
+            return folder
+        raise UserError(error.key, f"{error} A folder {name} with a config.json was not found either.") from error
+
+
+def starting_source(name: str) -> tuple[str | Path, bool]:
+    """Where a model is, and whether it has weights; a name of the form owner/name that is no folder is a Hub id.
+
+    Raises:
+        UserError: as `model_folder`.
     """
     try:
         folder = model_folder(name)
-    except ValueError as error:
+    except UserError as error:
         if "/" in name and not Path(name).expanduser().exists() and _is_hub_id(name):
             return name, True
-        raise ValueError(
-            f"{error} Nor is there a folder {name} with a config.json; pre-train first, or name a Hub id owner/name."
-        ) from error
+        raise UserError(error.key, f"{error} Pre-train first, or give a Hub id owner/name.") from error
     return folder, has_weights(folder)
 
 
 def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, bool]:
-    """The configuration of the model that a recipe starts from, and whether there are weights.
+    """The configuration of the model that a recipe starts from, and whether it has weights.
 
     Raises:
-        ValueError: the model has no such exit, or settings contradict each other.
-        OSError: there is neither a folder nor a Hub repository of this name.
+        UserError: the model does not have the recipe's exit, or settings contradict each other.
+        OSError: neither a folder nor a Hub repository of this name exists.
     """
     source, weights = starting_source(recipe.model)
     try:
@@ -58,12 +78,12 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
         # Values given to `from_pretrained` are set after the configuration's own validation.
         in_training.validate()
     except StrictDataclassError as error:
-        raise ValueError(f"{recipe.model} can't be started from: {' '.join(str(error).split())}") from error
+        raise UserError("training.model.config", f"{recipe.model}: {' '.join(str(error).split())}") from error
     except OSError as error:
         if isinstance(source, Path):
             raise
         raise OSError(
-            f"{source} is no folder with a config.json (pre-train first), and it can't be had from the Hub: "
+            f"{source} is not a folder with a config.json (pre-train first), and loading it from the Hub failed: "
             f"{' '.join(str(error).split())}"
         ) from error
     if recipe.exit_layer is not None:
@@ -73,18 +93,19 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
 
 
 def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Model, PreTrainedTokenizerFast]:
-    """The model that a recipe starts from, in float32, and its tokenizer; heads that it lacks are drawn by the seed.
+    """The model that a recipe starts from, in float32, and its tokenizer; missing heads are drawn by the seed.
 
-    A tokenizer without template, as the published one is, gets ours.
+    A tokenizer without a template, such as the published one, gets ours.
 
     Raises:
-        ValueError: there is no tokenizer, it has more tokens than the model, or the model can't be had as asked for.
-        OSError: there is neither a folder nor a Hub repository of this name.
+        UserError: the model has no tokenizer, fewer tokens than the tokenizer, or not the recipe's exit.
+        OSError: neither a folder nor a Hub repository of this name exists.
     """
     source, weights = starting_source(recipe.model)
     if recipe.tokenizer is None and not weights:
-        raise ValueError(
-            f"The model {recipe.model} has no weights, and so no tokenizer of its own: name one as tokenizer."
+        raise UserError(
+            "training.tokenizer.missing",
+            f"{recipe.model} has no weights and no tokenizer; set tokenizer in the recipe.",
         )
     tokenizer = with_template(load_tokenizer(recipe.tokenizer or source))
     torch.manual_seed(recipe.seed)
@@ -97,11 +118,18 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
         config, _ = starting_config(recipe)
         config.vocab_size = max(len(tokenizer), config.vocab_size)
         model = model_class(config)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, more than the model's {model.config.vocab_size}.")
+    check_vocabulary(len(tokenizer), model.config.vocab_size)
     model.set_attn_implementation(recipe.attn_implementation)
     model.config.unpad_inputs = recipe.unpad_inputs
     return model, tokenizer
+
+
+def check_vocabulary(tokens: int, vocab_size: int) -> None:
+    """Raise UserError if the tokenizer has more tokens than the model."""
+    if tokens > vocab_size:
+        raise UserError(
+            "training.tokenizer.too_large", f"The tokenizer has {tokens} tokens, more than the model's {vocab_size}."
+        )
 
 
 def _is_hub_id(name: str) -> bool:
@@ -131,7 +159,7 @@ def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
 def start_from_spellings(
     embedding: nn.Embedding, spellings: Sequence[str], *, shared: float = 0.8, std: float = 0.3, seed: int = 0
 ) -> None:
-    """Draw token vectors anew so that tokens with the same spelling start out similar.
+    """Draw token vectors so that tokens with the same spelling start out similar.
 
     A byte-level tokenizer has several tokens for one word ("parse", " parse", "Parse", " PARSE"); a description uses
     one and the code another, and nothing but training says that they belong together. After one hundred steps of
@@ -148,12 +176,14 @@ def start_from_spellings(
         seed: of the random draws; the same seed gives the same vectors.
 
     Raises:
-        ValueError: there is not one spelling per token, or `shared` is not between 0 and 1.
+        UserError: the number of spellings is not that of tokens, or `shared` is not between 0 and 1.
     """
-    if len(spellings) != embedding.num_embeddings:
-        raise ValueError(f"Got {len(spellings)} spellings for an embedding of {embedding.num_embeddings} tokens.")
-    if not 0 <= shared <= 1:
-        raise ValueError(f"shared must be between 0 and 1, not {shared}.")
+    if len(spellings) != embedding.num_embeddings or not 0 <= shared <= 1:
+        raise UserError(
+            "training.spellings",
+            f"Give {embedding.num_embeddings} spellings, one per token, and shared between 0 and 1, not "
+            f"{len(spellings)} and {shared}.",
+        )
     generator = torch.Generator().manual_seed(seed)
     groups = {spelling: group for group, spelling in enumerate(dict.fromkeys(spellings))}
     common = torch.randn(len(groups), embedding.embedding_dim, generator=generator)
@@ -178,7 +208,8 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
 
     Raises:
         ImportError: peft is missing.
-        ValueError: a setting that `LoraConfig` does not have, or layers that the model does not have.
+        UserError: a setting that `LoraConfig` does not have (`training.lora`).
+        ValueError: layers that the model does not have.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -187,12 +218,12 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
     try:
         config = LoraConfig(**{"modules_to_save": heads_of(model), **DEFAULTS, **settings})
     except TypeError as error:
-        raise ValueError(f"lora: {error}.") from error
+        raise UserError("training.lora", f"lora: {error}.") from error
     return get_peft_model(model, config)
 
 
 def heads_of(model: ModularStarEncoderPreTrainedModel) -> list[str]:
-    """Names of the modules beside the trunk; of several projection heads each, for peft takes no `ModuleDict`."""
+    """Names of the modules beside the trunk; each of the projection heads, because peft takes no `ModuleDict`."""
     names = []
     for name, module in model.named_children():
         if name == "projection_heads":
@@ -216,32 +247,21 @@ def merged_model(
     return PeftModel.from_pretrained(model, os.fspath(adapter)).merge_and_unload()
 
 
-MODEL, ADAPTER = "model", "adapter"
-
-
 def save_trained(
-    trainer: MultiExitTrainer,
-    tokenizer: PreTrainedTokenizerFast,
-    out: Path,
-    start: Callable[[], ModularStarEncoderPreTrainedModel] | None = None,
+    trainer: MultiExitTrainer, tokenizer: PreTrainedTokenizerFast, out: Path, recipe: StartingRecipe
 ) -> None:
     """Write `model/` with weights, code and tokenizer; of a model with adapters `adapter/` too, and merged weights.
 
-    Every process calls, for a model may be spread over them.
-
-    Args:
-        trainer: after training.
-        tokenizer: goes with the weights.
-        out: folder of the run.
-        start: makes the model as it was before it got adapters; None for a model without.
+    Every process calls this, because a model may be spread over them.
     """
-    trainer.save_model(os.fspath(out / (MODEL if start is None else ADAPTER)))
+    adapted = recipe.lora is not None
+    trainer.save_model(os.fspath(out / (ADAPTER if adapted else MODEL)))
     if not trainer.is_world_process_zero():
         return
-    if start is not None and not (out / MODEL).exists():
+    if adapted and not (out / MODEL).exists():
+        trained = trainer.model.get_base_model()
         with staged_folder(out / MODEL) as staging:
-            merged = merged_model(start(), out / ADAPTER)
-            # `start` sets it as in training; the model that was trained has its own value back by now.
-            merged.config.unpad_inputs = trainer.model.config.unpad_inputs
+            merged = merged_model(starting_model(type(trained), recipe)[0], out / ADAPTER)
+            merged.config.unpad_inputs = trained.config.unpad_inputs
             merged.save_pretrained(staging)
     tokenizer.save_pretrained(out / MODEL)

@@ -1,129 +1,22 @@
-"""The one `Trainer` subclass: any objective, a loss per exit, each of them logged."""
+"""`MultiExitTrainer`, the one subclass of `Trainer`: any objective, one loss per exit, each of them logged."""
 
-import json
-import math
 import os
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import save_file
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from modular_star_encoder.objectives.exit_losses import Objective, exit_weights
-from modular_star_encoder.utils.files import write_json
-
-
-class NonFiniteLossError(ValueError):
-    """The loss is infinite or not a number; the message names the file that holds the batch."""
-
-
-def stop_for_non_finite_loss(
-    batch: Mapping[str, Any], losses: Mapping[int, float], folder: str | os.PathLike, *, step: int, rank: int = 0
-) -> NoReturn:
-    """Write a batch and raise.
-
-    `non_finite_loss_step_{step}_rank_{rank}.safetensors` gets the tensors, named by their place in the batch
-    (`query.input_ids`), and the `.json` beside it the losses and what else the batch holds.
-
-    Args:
-        batch: tensors and other values, in mappings and lists of any depth.
-        losses: exit → its loss.
-        folder: where to write, made if missing.
-        step: the optimiser step in progress, counted from 1.
-        rank: number of this process.
-
-    Raises:
-        NonFiniteLossError: always.
-    """
-    leaves = dict(_leaves(batch))
-    tensors = {name: value.detach().cpu().clone() for name, value in leaves.items() if isinstance(value, torch.Tensor)}
-    path = Path(folder, f"non_finite_loss_step_{step}_rank_{rank}.safetensors").absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    report = {
-        "step": step,
-        "rank": rank,
-        # JSON has neither infinities nor NaN.
-        "losses": {str(exit_layer): loss if math.isfinite(loss) else str(loss) for exit_layer, loss in losses.items()},
-        "other_values": {name: str(value) for name, value in leaves.items() if name not in tensors},
-    }
-    write_json(path.with_suffix(".json"), report)
-    by_exit = ", ".join(f"exit {exit_layer}: {loss:g}" for exit_layer, loss in losses.items())
-    raise NonFiniteLossError(f"The loss of step {step} is not finite ({by_exit}); its batch is in {path}.")
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values of everything in nested mappings and lists."""
-    if isinstance(value, Mapping):
-        parts = value.items()
-    elif isinstance(value, list | tuple):
-        parts = enumerate(value)
-    else:
-        yield name, value
-        return
-    for key, part in parts:
-        yield from _leaves(part, f"{name}.{key}" if name else str(key))
-
-
-@dataclass(frozen=True)
-class MultiStepSchedule:
-    """Linear warm-up, then a constant rate that falls in steps.
-
-    The paper (arXiv 2503.03008, pre-training) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and 0.001 at
-    steps 120k, 185k, 220k, 230k and 240k of 245k. It does not say whether the factors multiply; they are read here as
-    fractions of the peak, one per step, since multiplied they would end at 1e-9 of it.
-
-    Args:
-        warmup_steps: the rate at step s < `warmup_steps` is s / `warmup_steps` of the peak.
-        milestones: steps, ascending, from which on the next fraction applies.
-        fractions: of the peak, one per milestone.
-
-    Raises:
-        ValueError: milestones are not ascending, begin within the warm-up, or are not as many as the fractions; or a
-            fraction is not from 0 on.
-    """
-
-    warmup_steps: int = 0
-    milestones: Sequence[int] = ()
-    fractions: Sequence[float] = ()
-
-    def __post_init__(self) -> None:
-        steps = list(self.milestones)
-        if len(steps) != len(self.fractions):
-            raise ValueError(f"There are {len(steps)} milestones and {len(self.fractions)} fractions; give one each.")
-        if steps != sorted(set(steps)) or (steps and steps[0] < self.warmup_steps):
-            raise ValueError(f"milestones {steps} must ascend, from warmup_steps {self.warmup_steps} on.")
-        if not all(0 <= fraction < float("inf") for fraction in self.fractions):
-            raise ValueError(f"fractions {list(self.fractions)} must be numbers from 0 on.")
-
-    def fraction(self, step: int) -> float:
-        """Fraction of the peak rate in the optimiser step with this index, counted from 0."""
-        if step < self.warmup_steps:
-            return step / self.warmup_steps
-        passed = sum(step >= milestone for milestone in self.milestones)
-        return self.fractions[passed - 1] if passed else 1.0
-
-    def scheduler(self, optimizer: Optimizer) -> LambdaLR:
-        """A scheduler of `optimizer`, whose rate is the peak."""
-        return LambdaLR(optimizer, self.fraction)
-
+from modular_star_encoder.training.arguments import MultiExitTrainingArguments
+from modular_star_encoder.training.runs import stop_for_non_finite_loss
+from modular_star_encoder.utils.errors import UserError
 
 logger = logging.get_logger(__name__)
 
@@ -146,26 +39,35 @@ class MultiExitTrainer(Trainer):
 
     The total loss is the weighted sum of the objective's losses per exit. Every metric of the objective is averaged
     over the batches between two log lines, over all processes, and logged as `{metric}_exit_{layer}`. A loss that is
-    not finite ends the training, and the batch is written to the output folder.
+    not finite stops the training, and its batch is written to the output folder.
 
     Args:
-        model: a ModularStarEncoder model with heads that suit the objective.
-        args: as for `Trainer`. `remove_unused_columns` is switched off, for batches are the objective's own.
-        objective: called as `objective(model, batch, exit_layers)`; see `modular_star_encoder.objectives`.
-        weights: weighting of the exits, `"paper"` (i/depth), `"uniform"`, or one number per exit.
-        normalize_weights: divide the weights by their sum.
-        exit_layers: exits to train; by default all of the model.
-        rotate_shallow_exits: train the deepest exit and one other per step, each in its turn, instead of all.
-        log_gradient_norms: with every log line also the norm of the gradient that each exit's weighted loss alone has
-            on the trunk, `gradient_norm_exit_{layer}`; one more backward pass per exit in that step. Not under FSDP.
-        schedule: a learning-rate schedule in place of `args.lr_scheduler_type`.
-        evaluator: called whenever the trainer evaluates, with or without an `eval_dataset` (once where that is a
-            mapping of several); its metrics are logged with `eval_` in front and can be `args.metric_for_best_model`.
-        **kwargs: passed to `Trainer`.
+        model: a ModularStarEncoder model with heads that fit the objective, or one wrapped by PEFT.
+        args: a `MultiExitTrainingArguments`, or a `TrainingArguments` for the defaults. `remove_unused_columns` is set
+            to False, because the objective defines the columns of a batch.
+        objective: called as `objective(model, batch, exit_layers)`; returns an `ObjectiveOutput` with one float32 loss
+            per exit, shape (E,). See `modular_star_encoder.objectives`.
+        exit_layers: the exits to train; all of the model by default.
+        evaluator: called at every evaluation, with or without an `eval_dataset` (once if that is a mapping of
+            several), such as a `MultiExitEvaluator`; its metrics are logged with the prefix `eval_` and can be
+            `args.metric_for_best_model`.
+        **kwargs: passed to `Trainer`: `train_dataset`, `eval_dataset`, `data_collator`, `callbacks`, …
 
     Raises:
-        ValueError: exits that the model does not have, weights that do not fit them, or an objective that does not fit
-            the model, `rotate_shallow_exits` or `log_gradient_norms`.
+        UserError: the model does not have these exits, the weights do not fit them, or the objective does not fit the
+            model, `rotate_shallow_exits` or `log_gradient_norms`.
+
+    Example:
+        >>> from modular_star_encoder import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+        >>> from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+        >>> config = ModularStarEncoderConfig(
+        ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2], num_attention_heads=4,
+        ...     num_key_value_heads=2, intermediate_size=64, projection_size=16,
+        ... )
+        >>> arguments = MultiExitTrainingArguments("runs/example", exit_weights="uniform", use_cpu=True)
+        >>> trainer = MultiExitTrainer(ModularStarEncoderForRetrieval(config), arguments, ContrastiveObjective())
+        >>> trainer.exit_layers
+        (1, 2)
     """
 
     def __init__(
@@ -174,36 +76,40 @@ class MultiExitTrainer(Trainer):
         args: TrainingArguments,
         objective: Objective,
         *,
-        weights: str | Sequence[float] = "paper",
-        normalize_weights: bool = False,
         exit_layers: Sequence[int] | None = None,
-        rotate_shallow_exits: bool = False,
-        log_gradient_norms: bool = False,
-        schedule: MultiStepSchedule | None = None,
         evaluator: ExitEvaluator | None = None,
         **kwargs: Any,
     ) -> None:
+        own = args if isinstance(args, MultiExitTrainingArguments) else None
         args.remove_unused_columns = False
         self.evaluator = evaluator
         if evaluator is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # `Trainer` would not evaluate without one
-        self.rotate_shallow_exits, self.log_gradient_norms = rotate_shallow_exits, log_gradient_norms
-        self.schedule = schedule
+        self.rotate_shallow_exits = own is not None and own.rotate_shallow_exits
+        self.log_gradient_norms = own is not None and own.log_gradient_norms
+        self.schedule = own.schedule if own is not None else None
         self.objective = objective
-        self.exit_layers = model.config.resolve_exits(exit_layers=exit_layers or model.config.exit_layers)
+        config = model.config
+        self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
         if hasattr(objective, "check"):
-            objective.check(self.exit_layers, model.config.projection_size)
-        if rotate_shallow_exits and hasattr(objective, "check_rotation"):
+            objective.check(self.exit_layers, config.projection_size)
+        if self.rotate_shallow_exits and hasattr(objective, "check_rotation"):
             objective.check_rotation(self.exit_layers)
-        if log_gradient_norms and getattr(objective, "caches_gradients", False):
-            raise ValueError(
-                "log_gradient_norms needs a graph down to the trunk; it does not go with mini_batch_tokens."
+        if self.log_gradient_norms and getattr(objective, "caches_gradients", False):
+            raise UserError(
+                "training.log_gradient_norms.cached",
+                "log_gradient_norms needs a graph down to the trunk and does not work with mini_batch_tokens; "
+                "switch one of them off.",
             )
-        depth = model.config.parent_num_hidden_layers
-        self.exit_weights = exit_weights(weights, self.exit_layers, depth, normalize=normalize_weights)
+        self.exit_weights = exit_weights(
+            own.exit_weights if own is not None else "paper",
+            self.exit_layers,
+            config.parent_num_hidden_layers,
+            normalize=own is not None and own.normalize_exit_weights,
+        )
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
-        if rotate_shallow_exits and args.ddp_find_unused_parameters is None:
+        if self.rotate_shallow_exits and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True
         super().__init__(model, args, **kwargs)
         # Losses are means over the batch already: Trainer must divide them by the accumulation steps.
@@ -238,7 +144,7 @@ class MultiExitTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """`schedule`, where one was given."""
+        """The schedule of `args.milestones`, or that of `args.lr_scheduler_type`."""
         if self.schedule is not None and self.lr_scheduler is None:
             self.lr_scheduler = self.schedule.scheduler(optimizer or self.optimizer)
             self._created_lr_scheduler = True
@@ -346,52 +252,3 @@ class MultiExitTrainer(Trainer):
         metrics = dict(zip(self._sums, means, strict=True))
         self._sums, self._counts = {}, {}
         return metrics
-
-
-def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint folder in `output_dir` that was written to its end, or `None`.
-
-    `trainer_state.json` is the last file that `Trainer` writes into a checkpoint: a folder without it, or with half of
-    it, was interrupted and is passed over.
-    """
-    found = []
-    for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
-        try:
-            found.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
-        except (ValueError, KeyError):
-            continue
-    return max(found)[1] if found else None
-
-
-PER_EXIT = re.compile(r"(?P<metric>.+)_exit_(?P<exit>\d+)")
-
-
-def format_log(logs: dict[str, float]) -> str:
-    """`{"loss": 1.2, "clip_loss_exit_4": 1.3, "clip_loss_exit_9": 1}` → `loss 1.200 · clip_loss 4: 1.300, 9: 1.000`."""
-    single, per_exit = [], defaultdict(list)
-    for name, value in logs.items():
-        match = PER_EXIT.fullmatch(name)
-        if match:
-            per_exit[match["metric"]].append(f"{match['exit']}: {value:.3f}")
-        elif name in ("loss", "eval_loss", "grad_norm", "logit_scale", "masked_negatives"):
-            single.append(f"{name} {value:.3f}")
-        elif name == "learning_rate":
-            single.append(f"{name} {value:.1e}")
-    return " · ".join(single + [f"{metric} {', '.join(values)}" for metric, values in per_exit.items()])
-
-
-class ExitProgressCallback(ProgressCallback):
-    """`Trainer`'s progress bar, with readable log lines."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write one line above the bar; the summary at the end of training has no line."""
-        line = format_log(logs or {})
-        if state.is_world_process_zero and self.training_bar is not None and line:
-            self.training_bar.write(f"step {state.global_step}/{state.max_steps} · {line}")

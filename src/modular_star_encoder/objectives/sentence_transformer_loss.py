@@ -13,6 +13,7 @@ from modular_star_encoder.objectives.contrastive import losses_from_embeddings
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
+from modular_star_encoder.utils.errors import UserError
 
 
 class MultiExitContrastiveLoss(nn.Module):
@@ -22,19 +23,20 @@ class MultiExitContrastiveLoss(nn.Module):
     embeds a column at all exits: each exit's projected tokens go through the modules that follow the transformer, as in
     `encode(..., exit_layer=k)`. With `mini_batch_tokens`, batches of any size fit into the memory of a mini-batch.
 
-        model = SentenceTransformer("path/to/checkpoint")
-        trainer = SentenceTransformerTrainer(
-            model, arguments, train_dataset=pairs, loss=MultiExitContrastiveLoss(model)
-        )
-
     Args:
         model: a SentenceTransformer whose first module is a `ModularStarEncoderForRetrieval`.
-        settings: what is computed; `pairs` stay at their default, for the columns say them.
+        settings: see `ContrastiveSettings`; leave `pairs` at its default, because the columns define the pairs.
         weights, normalize_weights: weighting of the exits; see `exit_weights`.
-        exit_layers: exits to train; by default all of the model.
+        exit_layers: exits to train; all of the model by default.
 
     Raises:
-        ValueError: another model, exits that it does not have, or settings that do not fit it.
+        UserError: another model, exits that it does not have, or settings that do not fit it.
+
+    Example:
+        >>> from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+        >>> model = SentenceTransformer("path/to/checkpoint")  # doctest: +SKIP
+        >>> loss = MultiExitContrastiveLoss(model, ContrastiveSettings(mini_batch_tokens=8192))  # doctest: +SKIP
+        >>> SentenceTransformerTrainer(model, train_dataset=pairs, loss=loss).train()  # doctest: +SKIP
     """
 
     def __init__(
@@ -51,10 +53,17 @@ class MultiExitContrastiveLoss(nn.Module):
         self.settings = settings or ContrastiveSettings()
         self.weighting, self.normalize_weights = weights, normalize_weights
         if self.settings.pairs != ContrastiveSettings().pairs:
-            raise ValueError("pairs can't be set here: a dataset's columns are anchor, positive and negatives.")
+            raise UserError(
+                "contrastive.pairs",
+                "Leave out pairs: the columns of the dataset are anchor, positive and negatives.",
+            )
         config = self._encoder().config
         if config.projection_order != "project_then_pool":
-            raise ValueError(f"projection_order {config.projection_order!r} has no tokens for a SentenceTransformer.")
+            raise UserError(
+                "contrastive.projection_order",
+                f"projection_order {config.projection_order!r} has no tokens for a SentenceTransformer; it must be "
+                "project_then_pool.",
+            )
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
         self.settings.check(self.exit_layers, config.projection_size)
         depth = config.parent_num_hidden_layers
@@ -70,11 +79,13 @@ class MultiExitContrastiveLoss(nn.Module):
             labels: not used.
 
         Raises:
-            ValueError: there is one column only, or columns or processes have different numbers of rows.
+            UserError: the dataset has one column only, or columns or processes have different numbers of rows.
         """
         columns = list(sentence_features)
         if len(columns) < 2:
-            raise ValueError("The dataset needs at least two columns of texts: anchor and positive.")
+            raise UserError(
+                "contrastive.columns", "The dataset needs at least two columns of texts: anchor and positive."
+            )
         names = ("query", "document", *(f"negative_{number}" for number in range(1, len(columns) - 1)))
         settings = replace(self.settings, pairs=(names,))
         sides = dict(zip(names, columns, strict=True))
@@ -137,9 +148,10 @@ class MultiExitContrastiveLoss(nn.Module):
         if hasattr(encoder, "get_base_model"):
             encoder = encoder.get_base_model()
         if not isinstance(encoder, ModularStarEncoderForRetrieval):
-            raise ValueError(
+            raise UserError(
+                "contrastive.model",
                 "MultiExitContrastiveLoss needs a SentenceTransformer of a ModularStarEncoderForRetrieval, not of a "
-                f"{type(encoder).__name__}."
+                f"{type(encoder).__name__}.",
             )
         return encoder
 
