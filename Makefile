@@ -1,32 +1,48 @@
 # make quickstart    train, measure, slice and search a small model (under ten minutes on two cores)
+# make test-fast     the quick tests (under a minute on two cores): what to run while editing
 # make test          every test
+# make lint          ruff, who may import whom, types
+# make format        let ruff mend what it can
 # make test-common   transformers' own common tests on our models (fetched from PyPI once)
+# make lint-modeling transformers' linter of model files
 # make bench         every benchmark, and the table in benchmarks/README.md (hours; MOSE_DATA=folder for real rows)
 # make bench-quick   ratios that guard against regressions (under three minutes on two cores)
-# make lint          ruff
-# make lint-modeling transformers' linter of model files
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Two processes of one thread each: tests are too small for more threads, and OMP's would wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-common bench bench-quick lint lint-modeling clean
+.PHONY: quickstart test test-fast test-common bench bench-quick lint format lint-modeling clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
+test-fast: $(INSTALLED)
+	$(PYTEST) -q -m "not slow" --ignore=tests/common $(ARGS)
+
 test: $(INSTALLED)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
 	$(MAKE) test-common ARGS=
 	$(PYTEST) --ignore=tests/common $(ARGS)
 
 test-common: $(INSTALLED)
 	$(BIN)/python -m tests.common.prepare
 	$(PYTEST) -q -rs tests/common $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint-modeling: $(INSTALLED)
+	$(BIN)/python -m tests.common.structure
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
@@ -35,18 +51,11 @@ bench: $(INSTALLED)
 bench-quick: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --quick $(ARGS)
 
-lint: $(INSTALLED)
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-
-lint-modeling: $(INSTALLED)
-	$(BIN)/python -m tests.common.structure
-
 # The marker file, not the folder: an interrupted installation is repeated.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
-	$(BIN)/python -m pip install --constraint constraints.txt --group dev --editable .
+	$(BIN)/python -m pip install --constraint constraints.txt --group dev --editable .[all]
 	touch $(INSTALLED)
 
 clean:

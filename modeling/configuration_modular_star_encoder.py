@@ -102,13 +102,13 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         projection_order (`str`, defaults to `"project_then_pool"`): Whether tokens are projected and then pooled, or
             `"pool_then_project"`. They differ, since the heads are not linear.
         pooling (`str`, defaults to `"mean"`): Pooling of tokens: `"mean"` over all real tokens; `"lasttoken"`, the last
-            real one; or `"legacy"`, the token at place `attention_mask.sum() - 1` of the row, as in the published models'
-            ancestor: with padding on the left this is not the last token, and depends on the padding.
+            real one; or `"legacy"`, the token at place `attention_mask.sum() - 1` of the row, as in the published
+            models' ancestor: with padding on the left this is not the last token, and depends on the padding.
         embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides embeddings by their norm; `"clip"` only
             where the norm is above 1, as in the published models' ancestor.
         logit_scale_init_value (`float`, *optional*): Start value, between 1 and 100, of a multiplier of similarities
-            that contrastive training learns, and that the retrieval model then has among its weights. By default there is
-            none, and the training objective has a fixed one.
+            that contrastive training learns, and that the retrieval model then has among its weights. By default there
+            is none, and the training objective has a fixed one.
         pooler_position (`str`, defaults to `"last"`): Token that classifiers read: the `"last"` real one (`<cls>`) or
             the `"first"`.
         output_all_exits (`bool`, *optional*): Whether a forward in which no exit is named returns every exit,
@@ -188,7 +188,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     parent_exit_layers: list[int] | tuple[int, ...] | None = None
     parent_num_hidden_layers: int | None = None
 
-    default_theta: ClassVar[float] = 999999.4420358813
+    default_theta = 999999.4420358813
 
     def __post_init__(self, **kwargs: Any) -> None:
         for published, ours in PUBLISHED_ALIASES.items():

@@ -49,8 +49,7 @@ from transformers.masking_utils import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -83,11 +82,11 @@ class ModularStarEncoderModelOutput(ModelOutput):
         attentions: attention weights of each executed layer, (B, heads, T, T).
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    exit_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    residual_states: tuple[torch.FloatTensor, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
+    exit_hidden_states: tuple[torch.Tensor, ...] | None = None
+    residual_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -104,16 +103,16 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
         exit_hidden_states, hidden_states, attentions: as in the trunk's output.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    icc_logits: torch.FloatTensor | None = None
-    mlm_losses: torch.FloatTensor | None = None
-    mlm_accuracies: torch.FloatTensor | None = None
-    icc_losses: torch.FloatTensor | None = None
-    icc_accuracies: torch.FloatTensor | None = None
-    exit_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    icc_logits: torch.Tensor | None = None
+    mlm_losses: torch.Tensor | None = None
+    mlm_accuracies: torch.Tensor | None = None
+    icc_losses: torch.Tensor | None = None
+    icc_accuracies: torch.Tensor | None = None
+    exit_hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
     @property
     def prediction_logits(self) -> torch.Tensor | None:
@@ -138,14 +137,14 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
         exit_hidden_states, residual_states, hidden_states, attentions: as in the trunk's output.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    sentence_embedding: torch.FloatTensor | None = None
-    exit_embeddings: torch.FloatTensor | None = None
-    logit_scale: torch.FloatTensor | None = None
-    exit_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    residual_states: tuple[torch.FloatTensor, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
+    sentence_embedding: torch.Tensor | None = None
+    exit_embeddings: torch.Tensor | None = None
+    logit_scale: torch.Tensor | None = None
+    exit_hidden_states: tuple[torch.Tensor, ...] | None = None
+    residual_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
     @property
     def projected_pooled_normalized(self) -> list[torch.Tensor] | torch.Tensor:
@@ -169,11 +168,11 @@ class ModularStarEncoderForSequenceClassificationOutput(ModelOutput):
         hidden_states, attentions: as in the trunk's output.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    exit_logits: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    exit_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
@@ -198,11 +197,11 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out: softmax in float32; returns (B, T, heads, head_dim) and the weights (B, heads, T, T)."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    groups: Any = module.num_key_value_groups
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -221,8 +220,8 @@ class DocumentGroup:
         mask: attention mask of the backend in use, as `create_bidirectional_mask` makes it.
     """
 
-    tokens: torch.LongTensor
-    real: torch.BoolTensor | None
+    tokens: torch.Tensor
+    real: torch.Tensor | None
     mask: Any = None
 
     def without_padding(self, states: torch.Tensor) -> torch.Tensor:
@@ -235,7 +234,7 @@ class DocumentGroups:
     """All texts of a flat batch of N tokens; `order` (N,) brings the groups' tokens back into the batch's order."""
 
     groups: list[DocumentGroup]
-    order: torch.LongTensor
+    order: torch.Tensor
 
     @classmethod
     def of_similar_length(cls, lengths: list[int], device: torch.device) -> "DocumentGroups":
@@ -335,7 +334,7 @@ class ModularStarEncoderAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         document_groups: DocumentGroups | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = hidden_states.shape[:-1]
         head_shape = (*shape, -1, self.head_dim)
@@ -391,7 +390,7 @@ class ModularStarEncoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> torch.Tensor:
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states),
@@ -410,13 +409,13 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     config_class = ModularStarEncoderConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["ModularStarEncoderLayer"]
+    _no_split_modules: ClassVar = ["ModularStarEncoderLayer"]  # type: ignore[misc]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs: ClassVar = {
+    _can_record_outputs: ClassVar = {  # type: ignore[misc]
         "hidden_states": ModularStarEncoderLayer,
         "attentions": ModularStarEncoderAttention,
     }
@@ -459,7 +458,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         model_class = cls
         for reader in cls._layout_readers:
             model_class, kwargs = reader(model_class, pretrained_model_name_or_path, kwargs)
-        load = super(ModularStarEncoderPreTrainedModel, model_class).from_pretrained
+        load: Any = super(ModularStarEncoderPreTrainedModel, model_class).from_pretrained
         model, info = load(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
         if check:
             _check_trunk(info, pretrained_model_name_or_path)
@@ -493,7 +492,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         The default mechanism lists only the class that is saved, and finds no file for wrapped or user-defined classes.
         """
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -591,7 +590,8 @@ def _whole_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     # Here, for it takes most of a second to import.
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    tensors: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return tensors
 
 
 def _move_checkpoint(source: Path, target: Path) -> None:
@@ -629,15 +629,15 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         exit_layer: int | None = None,
         exit_layers: Sequence[int] | None = None,
         start_layer: int = 0,
         output_residual_states: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple | ModularStarEncoderModelOutput:
         r"""Run the layers up to the deepest exit asked for.
 
@@ -688,7 +688,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
                 # CODEPATH: the published models norm their last layer alone; with exit_norm="all", every exit.
                 exit_states.append(self.norm(hidden_states) if self.config.has_norm_at(index + 1) else hidden_states)
         if restore is not None:
-            residual_states, exit_states = map(restore, residual_states), list(map(restore, exit_states))
+            residual_states, exit_states = list(map(restore, residual_states)), list(map(restore, exit_states))
         return ModularStarEncoderModelOutput(
             last_hidden_state=exit_states[-1],
             exit_hidden_states=tuple(exit_states),
@@ -701,7 +701,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.LongTensor, Any, Callable[[torch.Tensor], torch.Tensor] | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Any, Callable[[torch.Tensor], torch.Tensor] | None]:
         """How the texts of a batch share its rows: padded as given, or flat, one after the other without padding.
 
         Returns the states (B, T, H), or flat (1, N, H); their positions; the attention mask of the backend; and for
@@ -780,7 +780,7 @@ def _document_bounds(
     return nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
-def _packed_positions(bounds: torch.Tensor) -> torch.LongTensor:
+def _packed_positions(bounds: torch.Tensor) -> torch.Tensor:
     """Positions (1, N) that count from 0 in each text of a flat batch."""
     starts = bounds[:-1].repeat_interleave(bounds.diff())
     return (torch.arange(starts.shape[0], device=bounds.device) - starts).unsqueeze(0)
@@ -816,7 +816,7 @@ def _rows(
     return states.flatten(0, 1)[bounds[:-1, None] + offsets * mask], mask.long()
 
 
-def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.LongTensor:
+def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
     """Positions (B, T) that count the real tokens of each row, so that padding on either side changes nothing."""
     if attention_mask is not None and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -852,7 +852,7 @@ class ModularStarEncoderExitEmbedding(nn.Embedding):
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config.exit_embedding_rows, config.exit_embedding_size)
 
-    def forward(self, exit_index: int) -> torch.Tensor:
+    def forward(self, exit_index: int) -> torch.Tensor:  # type: ignore[override]
         if exit_index >= self.num_embeddings:
             return self.weight.new_zeros(self.embedding_dim)
         return self.weight[exit_index]
@@ -978,15 +978,15 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        icc_labels: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        icc_labels: torch.Tensor | None = None,
         exit_layer: int | None = None,
         exit_layers: Sequence[int] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple | ModularStarEncoderForPreTrainingOutput:
         r"""Predict masked tokens and whether two snippets share a repository.
 
@@ -1039,7 +1039,8 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
             )
             result.icc_accuracies = (logits.argmax(dim=-1) == targets).float().mean(dim=1)
         if supervised:
-            losses = sum(part for part in (result.mlm_losses, result.icc_losses) if part is not None)
+            parts = [part for part in (result.mlm_losses, result.icc_losses) if part is not None]
+            losses = torch.stack(parts).sum(dim=0)
             weights = [self.config.exit_weight(exit_layer) for exit_layer in exits]
             result.loss = (losses * torch.tensor(weights, device=losses.device)).sum()
         # Once more, for fields stand in a tuple in the order in which they were set, and the loss belongs first.
@@ -1129,13 +1130,13 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         exit_layer: int | None = None,
         exit_layers: Sequence[int] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple | ModularStarEncoderForRetrievalOutput:
         r"""Embed a batch at one exit or at several from one pass.
 
@@ -1191,14 +1192,14 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         exit_layer: int | None = None,
         exit_layers: Sequence[int] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple | ModularStarEncoderForSequenceClassificationOutput:
         r"""Classify a batch at one exit or at several from one pass.
 
