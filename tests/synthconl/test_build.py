@@ -15,7 +15,8 @@ from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.build import SPLITS, STAGES, build_dataset
 from modular_star_encoder.synthconl.completions import BackendError, target_language
 from modular_star_encoder.synthconl.recipe import DATASET_COLUMNS
-from modular_star_encoder.synthconl.row_files import SCHEMA, read_rows
+from modular_star_encoder.synthconl.row_files import read_rows
+from modular_star_encoder.synthconl.translation import SCHEMA
 from tests.synthconl.build_samples import build_and_die, marker, small_recipe, translation, write_corpus
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import ended_by_sigkill, start_process

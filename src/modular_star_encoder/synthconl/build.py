@@ -22,8 +22,8 @@ from modular_star_encoder.synthconl.card import dataset_card, dataset_statistics
 from modular_star_encoder.synthconl.cleaning import REASONS, clean_translation
 from modular_star_encoder.synthconl.completions import target_language
 from modular_star_encoder.synthconl.extraction import function_rows, open_source
-from modular_star_encoder.synthconl.near_duplicates.fingerprints import minhash_class
 from modular_star_encoder.synthconl.near_duplicates.job import drop_near_duplicates
+from modular_star_encoder.synthconl.near_duplicates.minhash import minhash_class
 from modular_star_encoder.synthconl.recipe import DATASET_SCHEMA, FUNCTION_SCHEMA, DatasetRecipe, published_name
 from modular_star_encoder.synthconl.row_files import read_file, read_rows, row_files, write_rows, write_split
 from modular_star_encoder.synthconl.translation import translate

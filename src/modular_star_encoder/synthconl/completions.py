@@ -7,13 +7,10 @@ never matched by their text or their place.
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from string import Formatter
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from modular_star_encoder.data.sources.source_files import LANGUAGES
-
-Item = TypeVar("Item")
 
 ERROR, TOO_LONG = "error", "too_long"
 
@@ -81,12 +78,6 @@ class CompletionBackend(Protocol):
         Complete after the first completion.
         """
         ...
-
-
-def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield lists of `size` items, the last one shorter."""
-    iterator = iter(items)
-    return iter(lambda: list(islice(iterator, size)), [])
 
 
 def tokenized(

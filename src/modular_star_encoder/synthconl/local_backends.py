@@ -9,7 +9,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_star_encoder.data.in_context import pad_inputs
-from modular_star_encoder.synthconl.completions import BackendError, Completion, CompletionRequest, batches, tokenized
+from modular_star_encoder.synthconl.completions import BackendError, Completion, CompletionRequest, tokenized
+from modular_star_encoder.synthconl.row_files import batches
 
 _BATCHES_SORTED_TOGETHER = 16
 

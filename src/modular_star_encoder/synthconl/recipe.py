@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from modular_star_encoder.data.sources.source_files import LANGUAGES, check_languages
 from modular_star_encoder.synthconl.cleaning import MAX_SYNTAX_ERROR_SHARE
-from modular_star_encoder.synthconl.near_duplicates.fingerprints import DuplicateSettings
+from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings
 from modular_star_encoder.synthconl.translation import TranslationSettings
 from modular_star_encoder.utils.settings import build_settings, load_settings
 
