@@ -7,22 +7,22 @@ import pytest
 
 from modular_star_encoder.data.batch_plan import CODE_TO_CODE, TEXT_TO_CODE, BatchPlan, PairGroups, same_content_groups
 from modular_star_encoder.data.functions import code_key, description_key
-from modular_star_encoder.data.pairs import ParallelText, Snippet
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 
 
 def triplet(number, description=None, code=None, other=None):
-    return ParallelText(
+    return RetrievalExample(
         f"Does {number}." if description is None else description,
         (Snippet("python", code or f"def f{number}(): ..."), Snippet("go", other or f"func f{number}() {{}}")),
     )
 
 
 def function(number):
-    return ParallelText(f"Says {number}.", (Snippet("ruby", f"def g{number}; end"),))
+    return RetrievalExample(f"Says {number}.", (Snippet("ruby", f"def g{number}; end"),))
 
 
 def exercise(number):
-    return ParallelText("", tuple(Snippet(name, f"{name} {number}") for name in ("c", "java", "php")))
+    return RetrievalExample("", tuple(Snippet(name, f"{name} {number}") for name in ("c", "java", "php")))
 
 
 def plan_of(texts, batch_size, seed=0):

@@ -109,7 +109,7 @@ def test_masking_follows_bert(tokenizer, rows):
 
 
 def test_at_least_one_token_is_masked(tokenizer):
-    dataset = make(tokenizer, mask_probability=1e-9, length=20)
+    dataset = make(tokenizer, mlm_probability=1e-9, length=20)
     assert [int((dataset[i]["labels"] >= 0).sum()) for i in range(20)] == [1] * 20
 
 
@@ -131,8 +131,8 @@ def test_bad_input_is_refused_in_one_sentence(tokenizer):
         make(tokenizer, repository_texts(repositories=1) | {"short": ["x", "y"]})
     with pytest.raises(ValueError, match="max_tokens must be at least 35"):
         make(tokenizer, max_tokens=34)
-    with pytest.raises(ValueError, match="mask_probability between 0 and 1"):
-        make(tokenizer, mask_probability=0)
+    with pytest.raises(ValueError, match="mlm_probability between 0 and 1"):
+        make(tokenizer, mlm_probability=0)
     bare = small_tokenizer()
     bare.mask_token = None
     with pytest.raises(ValueError, match="must define sep_token, cls_token and mask_token"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from modular_star_encoder.data.pairs import BadRowError, ParallelText, Snippet, read_parallel_texts
+from modular_star_encoder.data.pairs import BadRowError, RetrievalExample, Snippet, read_retrieval_examples
 
 PYTHON, GO = "def add(a, b):\n    return a + b", "func add(a, b int) int {\n\treturn a + b\n}"
 
@@ -27,13 +27,13 @@ def write(path, rows):
 
 
 def read(settings):
-    return read_parallel_texts(settings, progress=False)
+    return read_retrieval_examples(settings, progress=False)
 
 
 def test_a_triplet_is_prose_and_two_snippets(tmp_path):
     found = read({"triplets": write(tmp_path / "rows.jsonl", [triplet()])})
     snippets = (Snippet("python", PYTHON), Snippet("go", GO))
-    assert found["triplets"].texts == [ParallelText("Adds two numbers.", snippets, "owner/name")]
+    assert found["triplets"].texts == [RetrievalExample("Adds two numbers.", snippets, "owner/name")]
 
 
 BAD_TRIPLETS = {
@@ -98,7 +98,7 @@ def test_parallel_solutions_have_no_description_and_only_our_languages(tmp_path)
         "{",
     ]
     found = read({"parallel": write(tmp_path / "exercises.jsonl", rows)})["parallel"]
-    assert found.texts == [ParallelText("", (Snippet("python", PYTHON), Snippet("go", GO)), "add")]
+    assert found.texts == [RetrievalExample("", (Snippet("python", PYTHON), Snippet("go", GO)), "add")]
     assert found.skipped == {
         "language rust, none of ours": 1,
         "fewer than two solutions": 2,

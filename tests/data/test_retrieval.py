@@ -5,7 +5,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 
 from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
-from modular_star_encoder.data.pairs import ParallelText, Snippet
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalCollator, RetrievalPairs, RetrievalTexts
 from tests.data.samples import function, small_tokenizer
@@ -102,7 +102,7 @@ def test_batches_are_padded_on_the_left_and_keep_the_order(tokenizer):
 def parallel_texts(count=12):
     """Triplets whose snippets have a word to rename."""
     return [
-        ParallelText(
+        RetrievalExample(
             f"Load table number {i}.",
             (
                 Snippet("python", f"def table{i}():\n    column = {i}\n    return column + column"),
@@ -147,7 +147,7 @@ def test_batches_alternate_text_to_code_and_code_to_code_with_their_prompts(toke
 
 
 def test_a_share_of_the_snippets_is_renamed_and_no_description(tokenizer):
-    plain, renamed = (batches(tokenizer, steps=60, renamed_share=share) for share in (0.0, 0.3))
+    plain, renamed = (batches(tokenizer, steps=60, identifier_rename_prob=share) for share in (0.0, 0.3))
     changed = {"text": 0, "code": 0}
     for i in range(240):
         for side in ("query_ids", "document_ids"):
@@ -155,7 +155,7 @@ def test_a_share_of_the_snippets_is_renamed_and_no_description(tokenizer):
             changed[kind] += plain[i][side].tolist() != renamed[i][side].tolist()
     assert changed["text"] == 0
     assert 0.2 < changed["code"] / 360 < 0.4
-    everything = batches(tokenizer, renamed_share=1.0)
+    everything = batches(tokenizer, identifier_rename_prob=1.0)
     assert "column" not in "".join(tokenizer.decode(side) for i in range(24) for side in everything[i].values())
 
 
@@ -164,7 +164,7 @@ def test_hard_negatives_are_a_third_side_framed_and_renamed_as_code_is(tokenizer
     rows = [replace(row, negative=rows[(i + 1) % 12].snippets[1]) for i, row in enumerate(rows)]
     texts = RetrievalTexts(rows, tokenizer, max_text_tokens=128, max_code_tokens=128, prompts=True, progress=False)
     plan = BatchPlan(PairGroups(rows), 4, 0)
-    plain, renamed = (RetrievalBatches(texts, plan, 60, renamed_share=share) for share in (0.0, 0.3))
+    plain, renamed = (RetrievalBatches(texts, plan, 60, identifier_rename_prob=share) for share in (0.0, 0.3))
     frame = tokenizer(code_prompt("cpp"))["input_ids"][:-1]
     changed = 0
     for i in range(240):
@@ -183,7 +183,7 @@ def test_hard_negatives_are_a_third_side_framed_and_renamed_as_code_is(tokenizer
 
 
 def test_a_row_is_a_function_of_seed_and_place_whoever_asks_first(tokenizer):
-    options = {"steps": 9, "renamed_share": 0.5}
+    options = {"steps": 9, "identifier_rename_prob": 0.5}
     forwards, backwards = batches(tokenizer, **options), batches(tokenizer, **options)
     rows = [forwards[i] for i in range(36)]
     again = [backwards[i] for i in reversed(range(36))][::-1]
@@ -194,7 +194,7 @@ def test_a_row_is_a_function_of_seed_and_place_whoever_asks_first(tokenizer):
 
 
 def test_a_renamed_snippet_is_another_one_in_the_next_epoch(tokenizer):
-    dataset = batches(tokenizer, steps=12, renamed_share=1.0, prompts=False)
+    dataset = batches(tokenizer, steps=12, identifier_rename_prob=1.0, prompts=False)
     by_row = {}
     for i in range(0, 48, 2):
         by_row.setdefault(tuple(dataset[i]["query_ids"].tolist()), []).append(
@@ -207,8 +207,8 @@ def test_a_renamed_snippet_is_another_one_in_the_next_epoch(tokenizer):
 def test_places_beyond_the_last_batch_and_odd_shares_are_refused(tokenizer):
     with pytest.raises(IndexError):
         batches(tokenizer)[24]
-    with pytest.raises(ValueError, match="renamed_share must be between 0 and 1, not 30"):
-        batches(tokenizer, renamed_share=30)
+    with pytest.raises(ValueError, match="identifier_rename_prob must be between 0 and 1, not 30"):
+        batches(tokenizer, identifier_rename_prob=30)
 
 
 def test_processes_share_out_every_batch_half_and_half(tokenizer):

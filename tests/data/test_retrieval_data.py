@@ -31,7 +31,7 @@ def write_rows(folder, triplets=60, exercises=20):
 
 
 def prepare(settings, folder, **changes):
-    options = {"held_out_share": 0.1, "seed": 0, "progress": False} | changes
+    options = {"eval_fraction": 0.1, "seed": 0, "progress": False} | changes
     return prepare_retrieval_data(settings, folder, **options)
 
 
@@ -58,7 +58,7 @@ def test_a_repository_that_one_source_holds_out_is_not_trained_on_from_another(t
     rows = [json.loads(line) for line in (tmp_path / "exercises.jsonl").open()]
     rows = [row | {"slug": f"repository{i % 12}"} for i, row in enumerate(rows)]
     (tmp_path / "exercises.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = prepare(settings, tmp_path / "data", held_out_share=0.2)
+    data = prepare(settings, tmp_path / "data", eval_fraction=0.2)
     assert not {text.repository for text in data.train} & set(data.report["held_out_repositories"])
     assert {bool(text.description) for text in data.train} == {bool(text.description) for text in data.held_out}
     assert len(data.train) + len(data.held_out) + data.report["shared_with_held_out"] == 80
@@ -101,7 +101,7 @@ def test_a_second_call_reads_what_the_first_one_wrote(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [({"seed": 1}, "seed"), ({"samples": 3}, "samples"), ({"held_out_share": 0.2}, "held_out_share")],
+    [({"seed": 1}, "seed"), ({"max_train_samples": 3}, "max_train_samples"), ({"eval_fraction": 0.2}, "eval_fraction")],
 )
 def test_a_folder_of_other_settings_is_refused(tmp_path, change, name):
     settings = write_rows(tmp_path)
@@ -113,11 +113,11 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, change, name):
 def test_samples_are_drawn_by_seed_in_the_order_of_the_sources(tmp_path):
     settings = write_rows(tmp_path)
     all_rows = prepare(settings, tmp_path / "all").train
-    some = [prepare(settings, tmp_path / f"some{i}", samples=20).train for i in range(2)]
+    some = [prepare(settings, tmp_path / f"some{i}", max_train_samples=20).train for i in range(2)]
     assert some[0] == some[1] == [text for text in all_rows if text in some[0]]
     assert len(some[0]) == 20
     with pytest.raises(ValueError, match="samples is 1000, and there are"):
-        prepare(settings, tmp_path / "many", samples=1000)
+        prepare(settings, tmp_path / "many", max_train_samples=1000)
     assert not (tmp_path / "many").exists()
 
 

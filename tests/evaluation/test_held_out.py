@@ -1,17 +1,17 @@
 """Held-out rows as tasks."""
 
-from modular_star_encoder.data.pairs import ParallelText, Snippet
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.evaluation.tasks import held_out_tasks
 
 
 def triplet(number, description=None):
-    return ParallelText(
+    return RetrievalExample(
         description or f"Does {number}.", (Snippet("go", f"func f{number}() {{}}"), Snippet("c", f"void f{number}();"))
     )
 
 
 def exercise(number):
-    return ParallelText("", tuple(Snippet(name, f"{name} {number}") for name in ("java", "php", "ruby")))
+    return RetrievalExample("", tuple(Snippet(name, f"{name} {number}") for name in ("java", "php", "ruby")))
 
 
 def test_descriptions_find_their_code_and_code_the_same_in_another_language():

@@ -1,14 +1,16 @@
 import json
+import os
 
 import pytest
 
-from modular_star_encoder.utils.files import check_writable, write_json
+from modular_star_encoder.utils.files import check_writable, staged_file, staged_folder, write_json
+from tests.errors import raises
 
 
 def test_what_was_written_is_read_back_and_nothing_else_is_left(tmp_path):
     write_json(tmp_path / "results.json", {"mrr": 0.5, "größe": [1, 2]})
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {"mrr": 0.5, "größe": [1, 2]}
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert os.listdir(tmp_path) == ["results.json"]
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
@@ -24,12 +26,29 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_json(path, {"mrr": 0.6})
     assert json.loads(path.read_text()) == {"mrr": 0.5}
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert os.listdir(tmp_path) == ["results.json"]
 
 
-def test_a_file_that_could_not_be_written_is_refused_beforehand(tmp_path):
+def test_a_resumable_write_removes_what_a_killed_one_left(tmp_path):
+    (tmp_path / ".rows.tmp").mkdir()
+    (tmp_path / ".rows.tmp" / "half").touch()
+    with staged_folder(tmp_path / "rows", resumable=True) as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "whole").write_text("1")
+    with staged_file(tmp_path / "rows.txt", resumable=True) as path:
+        path.write_text("2")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["rows", "rows.txt", "whole"]
+
+
+def test_a_folder_with_content_is_not_replaced(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    with raises("files.folder.not_empty", tmp_path), staged_folder(tmp_path):
+        pass
+
+
+def test_a_file_that_could_not_be_written_is_reported_beforehand(tmp_path):
     check_writable(tmp_path / "results.json")
-    with pytest.raises(ValueError, match="there is no folder"):
+    with raises("files.not_writable", tmp_path / "no"):
         check_writable(tmp_path / "no" / "results.json")
-    with pytest.raises(ValueError, match="is a folder"):
+    with raises("files.not_writable", "is a folder"):
         check_writable(tmp_path)

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from modular_star_encoder.utils.crash_safe import map_in_processes
+from modular_star_encoder.utils.crash_safe import crash_safe_map
 
 
 def squares(numbers):
@@ -17,7 +17,7 @@ def squares(numbers):
 
 def run(numbers, processes=2, chunk_size=3):
     options = {"processes": processes, "chunk_size": chunk_size, "crashed": lambda number: [("crashed", number)]}
-    return [result for results in map_in_processes(squares, iter(numbers), **options) for result in results]
+    return [result for results in crash_safe_map(squares, iter(numbers), **options) for result in results]
 
 
 def test_results_come_in_order_whatever_the_number_of_processes():

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from modular_star_encoder.data.functions import code_key, description_key
-from modular_star_encoder.data.pairs import ParallelText
+from modular_star_encoder.data.pairs import RetrievalExample
 
 TEXT_TO_CODE, CODE_TO_CODE = "text → code", "code → code"
 
@@ -30,7 +30,7 @@ class Draw(NamedTuple):
     kind: str
 
 
-def same_content_groups(texts: Sequence[ParallelText]) -> np.ndarray:
+def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
     """Number the groups of rows that share a description or a code.
 
     Descriptions are compared by their letters and digits in lower case, code without regard to white space. A group is
@@ -56,7 +56,7 @@ def same_content_groups(texts: Sequence[ParallelText]) -> np.ndarray:
     return np.array([numbers.setdefault(root(row), len(numbers)) for row in range(len(texts))], dtype=np.int64)
 
 
-def groups_of_negatives(texts: Sequence[ParallelText], groups: np.ndarray) -> np.ndarray | None:
+def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
     """The group, int64 (rows,), of the rows whose code is the hard negative of each row; -1 where it is no row's.
 
     `None` if there is a row without a negative.
@@ -85,7 +85,7 @@ class PairGroups:
         negatives: the group that has the hard negative of each row; see `groups_of_negatives`.
     """
 
-    def __init__(self, texts: Sequence[ParallelText]) -> None:
+    def __init__(self, texts: Sequence[RetrievalExample]) -> None:
         """Group rows; those with a description give text → code pairs, those with two snippets code → code pairs."""
         rows: dict[str, dict[int, list[int]]] = {TEXT_TO_CODE: defaultdict(list), CODE_TO_CODE: defaultdict(list)}
         groups = same_content_groups(texts)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from modular_star_encoder.data.languages.function_finder import find_functions
 from modular_star_encoder.data.languages.grammars import SUPPORTED_LANGUAGES, UnparsableSourceError, is_cpp_header
 from modular_star_encoder.data.sources.source_files import SourceFile, SourceReader
-from modular_star_encoder.utils.crash_safe import map_in_processes
+from modular_star_encoder.utils.crash_safe import crash_safe_map
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,9 +274,7 @@ def filtered_functions(
 
     For corpora whose functions do not fit into memory; `collect_functions` says more. Equal functions are not dropped.
     """
-    yield from map_in_processes(
-        _extract_chunk, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed
-    )
+    yield from crash_safe_map(_extract_chunk, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
 
 
 def _extract_chunk(files: list[SourceFile]) -> _Chunk:
@@ -327,7 +325,7 @@ class FunctionFiles(SourceReader):
         return type(self)(self._files.shard(index, count))
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
-        chunks = map_in_processes(
+        chunks = crash_safe_map(
             _functions,
             self._files,
             processes=_PROCESSES,

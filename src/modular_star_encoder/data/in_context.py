@@ -75,7 +75,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         *,
         length: int,
         max_tokens: int,
-        mask_probability: float = 0.15,
+        mlm_probability: float = 0.15,
         seed: int,
         progress: bool = True,
     ) -> None:
@@ -87,7 +87,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             tokenizer: A fast tokenizer with `<sep>`, `<cls>` and `<mask>`; for a corpus, the one that made it.
             length: Number of rows.
             max_tokens: Largest number of tokens of a row, special tokens included; at least 35.
-            mask_probability: Share of the text tokens to predict.
+            mlm_probability: Share of the text tokens to predict.
             seed: Any integer from 0.
             progress: Whether to show a progress bar while tokenizing.
 
@@ -95,8 +95,8 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             ValueError: If an argument is out of range, the tokenizer lacks one of these tokens or did not make the
                 corpus, or fewer than two repositories have two texts of one language and at least 16 tokens.
         """
-        if length < 1 or seed < 0 or not 0 < mask_probability < 1:
-            raise ValueError("length must be at least 1, seed at least 0, and mask_probability between 0 and 1.")
+        if length < 1 or seed < 0 or not 0 < mlm_probability < 1:
+            raise ValueError("length must be at least 1, seed at least 0, and mlm_probability between 0 and 1.")
         if max_tokens < MIN_ROW_TOKENS:
             raise ValueError(
                 f"max_tokens must be at least {MIN_ROW_TOKENS}: 3 special tokens and two snippets of "
@@ -104,9 +104,9 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             )
         check_special_tokens(tokenizer)
         corpus = texts if isinstance(texts, TokenCorpus) else corpus_of_texts(texts, tokenizer, progress=progress)
-        if corpus.tokenizer_fingerprint != ContentEncoder(tokenizer).fingerprint:
+        if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
             raise ValueError("The corpus was made with another tokenizer; pass the one that made it.")
-        self.length, self.max_tokens, self.mask_probability, self.seed = length, max_tokens, mask_probability, seed
+        self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)
         self._ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), special_token_ids(tokenizer))
@@ -144,7 +144,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         """Mask `ids` in place, never at the special tokens (first, `middle`, last), and return the labels."""
         drawn = rng.random(len(ids), dtype=np.float32)
         drawn[[0, middle, -1]] = 1
-        chosen = np.flatnonzero(drawn < self.mask_probability)
+        chosen = np.flatnonzero(drawn < self.mlm_probability)
         if not len(chosen):
             place = rng.integers(1, len(ids) - 2)
             chosen = np.array([place + (place >= middle)])

@@ -179,7 +179,7 @@ class Snippet(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ParallelText:
+class RetrievalExample:
     """One meaning, said several times.
 
     Attributes:
@@ -196,7 +196,7 @@ class ParallelText:
 
 
 @dataclass(slots=True)
-class ParallelTexts:
+class SourceExamples:
     """What was read from one source.
 
     Attributes:
@@ -205,7 +205,7 @@ class ParallelTexts:
         examples: The first of them by reason: where it is, and how it begins.
     """
 
-    texts: list[ParallelText] = field(default_factory=list)
+    texts: list[RetrievalExample] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
@@ -215,7 +215,7 @@ class ParallelTexts:
         self.examples.setdefault(reason, example)
 
 
-def read_parallel_texts(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, ParallelTexts]:
+def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:
     """Read every source that a recipe's `data` names.
 
     Args:
@@ -261,23 +261,23 @@ def read_parallel_texts(settings: Mapping[str, Any], *, progress: bool = True) -
 
 
 def have_negatives(settings: Mapping[str, Any]) -> bool:
-    """Whether the rows of these sources (see `read_parallel_texts`) each have a hard negative."""
+    """Whether the rows of these sources (see `read_retrieval_examples`) each have a hard negative."""
     triplets = settings.get("triplets")
     columns = triplets.get("columns") if isinstance(triplets, Mapping) else None
     return isinstance(columns, Mapping) and columns.get("negative") is not None
 
 
-def described(functions: Iterable[DocumentedFunction]) -> list[ParallelText]:
+def described(functions: Iterable[DocumentedFunction]) -> list[RetrievalExample]:
     """Documented functions as rows."""
-    return [ParallelText(one.description, (Snippet(one.language, one.code),), one.repository) for one in functions]
+    return [RetrievalExample(one.description, (Snippet(one.language, one.code),), one.repository) for one in functions]
 
 
-def _triplets(settings: Any, progress: bool) -> ParallelTexts:
+def _triplets(settings: Any, progress: bool) -> SourceExamples:
     options = _options(settings)
     strict = options.get("strict", False)
     if "columns" in options:
         options["columns"] = TripletColumns(**options["columns"])
-    reader, found = open_triplets(**options), ParallelTexts()
+    reader, found = open_triplets(**options), SourceExamples()
     for place, row in tqdm(reader.placed(), desc="Reading triplets", unit=" rows", disable=not progress):
         snippets = (Snippet(row.language, row.code), Snippet(row.other_language, row.other_code))
         negative = Snippet(row.negative_language, row.negative) if row.negative else None
@@ -287,7 +287,7 @@ def _triplets(settings: Any, progress: bool) -> ParallelTexts:
         if reason is None and negative and code_key(negative.code) in {code_key(one.code) for one in snippets}:
             reason = "its own code as the negative"
         if reason is None:
-            found.texts.append(ParallelText(row.description, snippets, row.repository, negative))
+            found.texts.append(RetrievalExample(row.description, snippets, row.repository, negative))
         else:
             _leave_out(found, reason, row_example(place, snippets), strict)
     found.skipped += reader.skipped
@@ -295,19 +295,19 @@ def _triplets(settings: Any, progress: bool) -> ParallelTexts:
     return found
 
 
-def _functions(settings: Any, progress: bool) -> ParallelTexts:
+def _functions(settings: Any, progress: bool) -> SourceExamples:
     if not isinstance(settings, Mapping):
         raise ValueError(f"data.functions must be the settings of a corpus such as `folder: PATH`, not {settings!r}.")
     reader = open_corpus(settings)
     collection = collect_functions(reader, progress=progress)
     dropped = Counter({reason: count for reason, count in collection.counts.items() if reason.startswith("dropped")})
-    return ParallelTexts(described(collection.functions), dropped + reader.skipped)
+    return SourceExamples(described(collection.functions), dropped + reader.skipped)
 
 
-def _parallel(settings: Any, progress: bool) -> ParallelTexts:
+def _parallel(settings: Any, progress: bool) -> SourceExamples:
     options = _options(settings)
     strict, name, code = options.pop("strict", False), options.pop("name", "slug"), options.pop("code", "code")
-    found = ParallelTexts()
+    found = SourceExamples()
     rows = open_dataset_rows(options.pop("source"), [name, code], **options)
     for place, row in tqdm(rows, desc="Reading parallel solutions", unit=" rows", disable=not progress):
         solutions = row.get(code) if isinstance(row, dict) else None
@@ -328,13 +328,13 @@ def _parallel(settings: Any, progress: bool) -> ParallelTexts:
         if reason := not_unicode(row[name]):
             _leave_out(found, reason, row_example(place, row), strict)
         elif len(snippets) > 1:
-            found.texts.append(ParallelText("", tuple(snippets), row[name]))
+            found.texts.append(RetrievalExample("", tuple(snippets), row[name]))
         else:
             _leave_out(found, "fewer than two solutions", row_example(place, row[name]), strict)
     return found
 
 
-_SOURCES: dict[str, Callable[[Any, bool], ParallelTexts]] = {
+_SOURCES: dict[str, Callable[[Any, bool], SourceExamples]] = {
     "triplets": _triplets,
     "functions": _functions,
     "parallel": _parallel,
@@ -357,7 +357,7 @@ def _not_code(code: Any, description: str = "") -> str | None:
     return "prose in place of code" if reads_as_prose(code) else not_unicode(code)
 
 
-def _leave_out(found: ParallelTexts, reason: str, example: str, strict: bool) -> None:
+def _leave_out(found: SourceExamples, reason: str, example: str, strict: bool) -> None:
     if strict:
         raise BadRowError(f"A row can't be trained on ({reason}): {example}")
     found.skip(reason, example)

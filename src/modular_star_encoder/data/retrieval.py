@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from modular_star_encoder.data.batch_plan import TEXT_TO_CODE, BatchPlan, same_content_groups
 from modular_star_encoder.data.functions import DocumentedFunction
 from modular_star_encoder.data.in_context import pad_inputs
-from modular_star_encoder.data.pairs import ParallelText, Snippet, described
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet, described
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.tokenizer import ContentEncoder, encode_content
 
@@ -69,7 +69,7 @@ class RetrievalTexts:
 
     def __init__(
         self,
-        texts: Sequence[ParallelText],
+        texts: Sequence[RetrievalExample],
         tokenizer: PreTrainedTokenizerFast,
         *,
         max_text_tokens: int,
@@ -206,18 +206,20 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         batch_size: Pairs of one batch, of all processes together.
     """
 
-    def __init__(self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, renamed_share: float = 0.0) -> None:
+    def __init__(
+        self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, identifier_rename_prob: float = 0.0
+    ) -> None:
         """Nothing is computed yet.
 
         Args:
             texts: What the plan was made of.
             plan: Which row stands where.
             steps: Number of batches.
-            renamed_share: Share of the snippets whose frequent words are renamed (see `augmentation`), between 0 and 1.
+            identifier_rename_prob: Probability from 0 to 1 that the frequent words of a snippet are renamed.
         """
-        if not 0 <= renamed_share <= 1:
-            raise ValueError(f"renamed_share must be between 0 and 1, not {renamed_share}.")
-        self._texts, self._plan, self._renamed_share = texts, plan, renamed_share
+        if not 0 <= identifier_rename_prob <= 1:
+            raise ValueError(f"identifier_rename_prob must be between 0 and 1, not {identifier_rename_prob}.")
+        self._texts, self._plan, self._identifier_rename_prob = texts, plan, identifier_rename_prob
         self.batch_size = plan.batch_size
         self._length = steps * plan.batch_size
 
@@ -244,7 +246,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
 
     def _renaming(self, generator: np.random.Generator) -> np.random.Generator | None:
         """The generator, for the share of snippets that are renamed."""
-        return generator if generator.random() < self._renamed_share else None
+        return generator if generator.random() < self._identifier_rename_prob else None
 
 
 class RetrievalCollator:

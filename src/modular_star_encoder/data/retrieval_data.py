@@ -13,11 +13,13 @@ import pyarrow
 import pyarrow.parquet
 
 from modular_star_encoder.data.batch_plan import groups_of_negatives, same_content_groups
-from modular_star_encoder.data.pairs import ParallelText, ParallelTexts, Snippet, read_parallel_texts
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet, SourceExamples, read_retrieval_examples
 from modular_star_encoder.data.splits import draw_repositories
 from modular_star_encoder.utils.files import staged_folder, write_json
 
 REPORT = "report.json"
+
+_EARLIER_NAMES = {"held_out_share": "eval_fraction", "samples": "max_train_samples"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,8 @@ class RetrievalData:
             `train` and `held_out`, numbers of rows; and the names of `held_out_repositories`.
     """
 
-    train: list[ParallelText]
-    held_out: list[ParallelText]
+    train: list[RetrievalExample]
+    held_out: list[RetrievalExample]
     report: dict[str, Any]
 
 
@@ -41,9 +43,9 @@ def prepare_retrieval_data(
     settings: Mapping[str, Any],
     folder: str | os.PathLike[str],
     *,
-    held_out_share: float,
+    eval_fraction: float,
     seed: int,
-    samples: int | None = None,
+    max_train_samples: int | None = None,
     progress: bool = True,
 ) -> RetrievalData:
     """Read the sources, hold out whole repositories of each, and write the result; or read what an earlier call wrote.
@@ -51,36 +53,42 @@ def prepare_retrieval_data(
     `folder` gets `train.parquet`, `held_out.parquet` and `report.json`, all at once.
 
     Args:
-        settings: The sources; see `read_parallel_texts`.
+        settings: The sources; see `read_retrieval_examples`.
         folder: Where the data is, or will be.
-        held_out_share: Share of each source's rows to hold out, up to a fifth.
+        eval_fraction: Share of each source's rows to hold out, up to a fifth.
         seed: Decides which repositories are held out, and which rows are drawn.
-        samples: Train on so many rows, drawn at random; all if None.
+        max_train_samples: Train on so many rows, drawn at random; all if None.
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If a source cannot be read, has fewer than two repositories, or has fewer rows than `samples`; if
-            no row is left to train on; or if `folder` holds data of other settings.
+        ValueError: If a source cannot be read, has fewer than two repositories, or has fewer rows than
+            `max_train_samples`; if no row is left to train on; or if `folder` holds data of other settings.
     """
     folder = Path(folder)
-    asked = {"data": dict(settings), "held_out_share": held_out_share, "seed": seed, "samples": samples}
+    asked = {
+        "data": dict(settings),
+        "eval_fraction": eval_fraction,
+        "seed": seed,
+        "max_train_samples": max_train_samples,
+    }
     asked = json.loads(json.dumps(asked, default=str))
     if not (folder / REPORT).is_file():
-        sources = read_parallel_texts(settings, progress=progress)
-        data = _split(sources, held_out_share, seed, samples, asked)
+        sources = read_retrieval_examples(settings, progress=progress)
+        data = _split(sources, eval_fraction, seed, max_train_samples, asked)
         with staged_folder(folder) as staging:
             for name in ("train", "held_out"):
                 pyarrow.parquet.write_table(_table(getattr(data, name)), staging / f"{name}.parquet")
             write_json(staging / REPORT, data.report)
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    if report["settings"] != asked:
-        other = ", ".join(name for name in asked if report["settings"].get(name) != asked[name])
+    stored = {_EARLIER_NAMES.get(name, name): value for name, value in report["settings"].items()}
+    if stored != asked:
+        other = ", ".join(name for name in asked if stored.get(name) != asked[name])
         raise ValueError(f"{folder} holds data of another {other}; name another folder.")
     return RetrievalData(_rows(folder / "train.parquet"), _rows(folder / "held_out.parquet"), report)
 
 
 def _split(
-    sources: Mapping[str, ParallelTexts], share: float, seed: int, samples: int | None, asked: dict[str, Any]
+    sources: Mapping[str, SourceExamples], share: float, seed: int, max_train_samples: int | None, asked: dict[str, Any]
 ) -> RetrievalData:
     texts = [text for found in sources.values() for text in found.texts]
     held_out = np.concatenate([_held_out(found.texts, share, seed) for found in sources.values()])
@@ -96,10 +104,10 @@ def _split(
     train = np.flatnonzero(~held_out & ~leaked)
     if not len(train):
         raise ValueError("Every row to train on shares its content or repository with one held out; add data.")
-    if samples is not None:
-        if samples > len(train):
-            raise ValueError(f"samples is {samples}, and there are {len(train)} rows to train on.")
-        train = np.sort(np.random.default_rng(seed).permutation(train)[:samples])
+    if max_train_samples is not None:
+        if max_train_samples > len(train):
+            raise ValueError(f"max_train_samples is {max_train_samples}, and there are {len(train)} rows to train on.")
+        train = np.sort(np.random.default_rng(seed).permutation(train)[:max_train_samples])
     report = {
         "settings": asked,
         "sources": {
@@ -114,14 +122,14 @@ def _split(
     return RetrievalData([texts[row] for row in train], [texts[row] for row in unseen], report)
 
 
-def _held_out(texts: Sequence[ParallelText], share: float, seed: int) -> np.ndarray:
+def _held_out(texts: Sequence[RetrievalExample], share: float, seed: int) -> np.ndarray:
     """Which rows of a source are held out, bool (rows,). A row of unknown repository is one of its own."""
     names = [text.repository or f"row {row}" for row, text in enumerate(texts)]
     drawn = draw_repositories(Counter(names), seed=seed, min_test=max(1, round(share * len(texts))))
     return np.array([name in drawn for name in names])
 
 
-def _table(texts: Sequence[ParallelText]) -> pyarrow.Table:
+def _table(texts: Sequence[RetrievalExample]) -> pyarrow.Table:
     columns = {
         "description": [text.description for text in texts],
         "languages": [[snippet.language for snippet in text.snippets] for text in texts],
@@ -135,9 +143,9 @@ def _table(texts: Sequence[ParallelText]) -> pyarrow.Table:
     return pyarrow.table(columns, schema=pyarrow.schema(list(zip(columns, kinds, strict=True))))
 
 
-def _rows(path: Path) -> list[ParallelText]:
+def _rows(path: Path) -> list[RetrievalExample]:
     return [
-        ParallelText(
+        RetrievalExample(
             row["description"],
             tuple(map(Snippet, row["languages"], row["codes"])),
             row["repository"],

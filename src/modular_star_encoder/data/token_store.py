@@ -44,7 +44,7 @@ class TokenCorpus:
         repository_of: int32 (rows,): the repository of each row, as an index of `repository_names`.
         language_names: Lower-case names of all languages of `rows`.
         language_of: int32 (rows,): the language of each row, as an index of `language_names`.
-        tokenizer_fingerprint: That of the tokenizer that made the rows; see `ContentEncoder`.
+        tokenizer_checksum: That of the tokenizer that made the rows; see `ContentEncoder`.
     """
 
     rows: TokenRows
@@ -53,7 +53,7 @@ class TokenCorpus:
     repository_of: np.ndarray
     language_names: tuple[str, ...]
     language_of: np.ndarray
-    tokenizer_fingerprint: str
+    tokenizer_checksum: str
 
     def __len__(self) -> int:
         return len(self.row_numbers)
@@ -63,24 +63,24 @@ class TokenCorpus:
         """Names of the repositories that have a text in this corpus, in the order of `repository_names`."""
         return tuple(self.repository_names[i] for i in np.unique(self.repository_of[self.row_numbers]))
 
-    def split(self, held_out_share: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
+    def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
         """Return (what is left, what is held out): two views that share no repository.
 
         Args:
-            held_out_share: Share of the repositories to hold out, between 0 and 1; at least one is, and one is left.
+            eval_fraction: Share of the repositories to hold out, between 0 and 1; at least one is, and one is left.
             seed: Decides which. The draw depends on the seed and the names alone, not on their order or their texts.
 
         Raises:
             ValueError: If the share is out of range or there are fewer than two repositories.
         """
-        if not 0 < held_out_share < 1:
-            raise ValueError(f"held_out_share must lie between 0 and 1, not be {held_out_share}.")
+        if not 0 < eval_fraction < 1:
+            raise ValueError(f"eval_fraction must lie between 0 and 1, not be {eval_fraction}.")
         used = np.unique(self.repository_of[self.row_numbers])
         if len(used) < 2:
             raise ValueError(f"A split needs texts of at least two repositories; these are of {len(used)}.")
         # A hash rather than a generator's shuffle: stable everywhere, and a new repository does not reorder the others.
         order = sorted(used, key=lambda i: hashlib.sha256(f"{seed}:{self.repository_names[i]}".encode()).digest())
-        count = min(max(round(held_out_share * len(used)), 1), len(used) - 1)
+        count = min(max(round(eval_fraction * len(used)), 1), len(used) - 1)
         held_out = np.zeros(len(self.repository_names), dtype=bool)
         held_out[order[:count]] = True
         is_held_out = held_out[self.repository_of[self.row_numbers]]
@@ -95,7 +95,7 @@ class TokenCorpus:
             self.repository_of,
             self.language_names,
             self.language_of,
-            self.tokenizer_fingerprint,
+            self.tokenizer_checksum,
         )
 
 
@@ -150,7 +150,7 @@ def _corpus(
         repository_of,
         language_names,
         language_of,
-        ContentEncoder(tokenizer).fingerprint,
+        ContentEncoder(tokenizer).checksum,
     )
 
 
@@ -219,7 +219,7 @@ class TokenStore(TokenCorpus):
             repository_of=_mapped(folder / "repositories.bin", _INDEX, state.files),
             language_names=tuple(state.languages),
             language_of=_mapped(folder / "languages.bin", _INDEX, state.files),
-            tokenizer_fingerprint=state.tokenizer,
+            tokenizer_checksum=state.tokenizer,
         )
 
 
@@ -268,7 +268,7 @@ def build_token_store(
     folder, encoder = Path(folder), ContentEncoder(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder) or _begin(folder, encoder)
-    if state.tokenizer != encoder.fingerprint:
+    if state.tokenizer != encoder.checksum:
         raise ValueError(f"The token store {str(folder)!r} was made with another tokenizer; name another folder.")
     if not state.complete:
         with closing(_Writer(folder, state, encoder)) as writer:
@@ -359,7 +359,7 @@ def _batches(files: Iterator[SourceFile], size: int) -> Iterator[list[SourceFile
 def _begin(folder: Path, encoder: ContentEncoder) -> _State:
     if any(entry.name not in (_NEW_STATE, *_State("", "<u2").sizes()) for entry in folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty and holds no token store; name another folder.")
-    state = _State(encoder.fingerprint, encoder.dtype.newbyteorder("<").str)
+    state = _State(encoder.checksum, encoder.dtype.newbyteorder("<").str)
     for name in state.sizes():
         (folder / name).write_bytes(bytes(_BOUND.itemsize) if name == "bounds.bin" else b"")
     _write_state(folder, state)

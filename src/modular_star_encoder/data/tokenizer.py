@@ -196,7 +196,7 @@ class ContentEncoder:
 
     Attributes:
         dtype: uint16 for vocabularies up to 65,536, otherwise uint32.
-        fingerprint: SHA-256 of what decides the ids, as hexadecimal digits. The template, padding and truncation are
+        checksum: SHA-256 of what decides the ids, as hexadecimal digits. The template, padding and truncation are
             no part of it, so that it survives their change and saving and loading.
     """
 
@@ -209,7 +209,7 @@ class ContentEncoder:
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         description = json.loads(self._backend.to_str())
         decisive = {name: description[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
-        self.fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        self.checksum = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, `dtype` (tokens,)."""

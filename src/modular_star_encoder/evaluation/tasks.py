@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.batch_plan import CODE_TO_CODE, TEXT_TO_CODE, PairGroups
-from modular_star_encoder.data.pairs import ParallelText
+from modular_star_encoder.data.pairs import RetrievalExample
 from modular_star_encoder.inference.encoders import Text
 
 
@@ -170,7 +170,7 @@ POOL = 1000
 BENCHMARKS = {TEXT_TO_CODE: "held-out, text → code", CODE_TO_CODE: "held-out, code → code"}
 
 
-def held_out_tasks(texts: Sequence[ParallelText], *, limit: int = 1000, seed: int = 0) -> list[RetrievalTask]:
+def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = 1000, seed: int = 0) -> list[RetrievalTask]:
     """A task for each kind of pairs of which there are two at least.
 
     Args:
@@ -190,7 +190,7 @@ def held_out_tasks(texts: Sequence[ParallelText], *, limit: int = 1000, seed: in
     return tasks
 
 
-def _task(kind: str, texts: Sequence[ParallelText], generator: np.random.Generator) -> RetrievalTask:
+def _task(kind: str, texts: Sequence[RetrievalExample], generator: np.random.Generator) -> RetrievalTask:
     queries, documents = [], []
     for text in texts:
         if kind == TEXT_TO_CODE:

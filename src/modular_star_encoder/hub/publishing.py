@@ -20,7 +20,7 @@ from modular_star_encoder.hub.model_card import CARD, check_card
 from modular_star_encoder.hub.staging import StagedRepository, stage_repositories, write_card
 from modular_star_encoder.hub.verification import verify_repositories
 from modular_star_encoder.utils.files import staged_folder
-from modular_star_encoder.utils.hub import hub_errors
+from modular_star_encoder.utils.hub import wrap_hub_errors
 
 KEPT = (".gitattributes",)
 """Files that the Hub writes itself."""
@@ -148,7 +148,7 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
         OSError: the Hub refuses, can't be reached, or has another commit meanwhile.
     """
     repository, branch = staged.repository, staged.settings.branch
-    with hub_errors(repository):
+    with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)
         changes = compare(staged.folder, there)
         if not upload or not changes:

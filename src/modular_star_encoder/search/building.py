@@ -32,7 +32,7 @@ from modular_star_encoder.search.vector_store import (
     row_id,
     words_of,
 )
-from modular_star_encoder.utils.crash_safe import map_in_processes
+from modular_star_encoder.utils.crash_safe import crash_safe_map
 
 _FILES_PER_CHUNK = 8
 _ROWS_PER_BATCH = 256
@@ -95,7 +95,7 @@ def update_store(
     ):
         # Processes that parse never touch LanceDB, which warns of those that would.
         warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
-        chunks = map_in_processes(
+        chunks = crash_safe_map(
             partial(_extract, windows=settings.windows),
             writer.changed(reader, bar),
             processes=processes,

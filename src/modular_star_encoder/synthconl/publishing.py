@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import DatasetCard, HfApi
 
 from modular_star_encoder.synthconl.build import CARD, STATISTICS
-from modular_star_encoder.utils.hub import check_repository_id, hub_errors
+from modular_star_encoder.utils.hub import check_repository_id, wrap_hub_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def push_dataset(
     if not upload:
         return Upload(repository, files)
     api = HfApi()
-    with hub_errors(repository):
+    with wrap_hub_errors(repository):
         url = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repository,

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 from transformers.utils import logging
 
 from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
-from modular_star_encoder.data.pairs import ParallelText
+from modular_star_encoder.data.pairs import RetrievalExample
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalCollator, RetrievalTexts
 from modular_star_encoder.data.retrieval_data import RetrievalData, prepare_retrieval_data
@@ -24,8 +24,8 @@ from modular_star_encoder.inference.checkpoints import is_servable, write_senten
 from modular_star_encoder.inference.encoders import ExitEncoder
 from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.training.preflight import FinetuningPreflight, finetuning_preflight
 from modular_star_encoder.training.recipes import LOG, FinetuningRecipe, finite, open_run, processes_of_run
 from modular_star_encoder.training.stages import train_to_the_end
@@ -84,7 +84,10 @@ def finetune(
     train, held_out = (_texts(recipe, model, texts, tokenizer) for texts in (data.train, data.held_out))
     groups = PairGroups(data.train)
     batches = RetrievalBatches(
-        train, BatchPlan(groups, recipe.batch_size, recipe.seed), recipe.steps, renamed_share=recipe.renamed_share
+        train,
+        BatchPlan(groups, recipe.batch_size, recipe.seed),
+        recipe.steps,
+        identifier_rename_prob=recipe.renamed_share,
     )
     unseen = _held_out_batches(recipe, held_out, state.num_processes)
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
@@ -151,9 +154,9 @@ def prepare_data(recipe: FinetuningRecipe, folder: Path, progress: bool) -> Retr
     data = prepare_retrieval_data(
         recipe.data,
         folder,
-        held_out_share=recipe.held_out_share,
+        eval_fraction=recipe.held_out_share,
         seed=recipe.seed,
-        samples=recipe.samples,
+        max_train_samples=recipe.samples,
         progress=progress,
     )
     if progress:
@@ -173,7 +176,7 @@ def _model(recipe: FinetuningRecipe) -> tuple[ModularStarEncoderForRetrieval, Pr
 def _texts(
     recipe: FinetuningRecipe,
     model: ModularStarEncoderForRetrieval,
-    texts: list[ParallelText],
+    texts: list[RetrievalExample],
     tokenizer: PreTrainedTokenizerFast,
 ) -> RetrievalTexts:
     return RetrievalTexts(

@@ -148,7 +148,7 @@ def pretrain(
     if state.is_main_process:
         announce(estimate)
     rows_per_step = recipe.rows_per_device * recipe.accumulation(state.num_processes) * state.num_processes
-    options = {"max_tokens": recipe.max_tokens, "mask_probability": recipe.mask_probability, "progress": False}
+    options = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mask_probability, "progress": False}
     pairs = InContextPairs(train, tokenizer, length=recipe.steps * rows_per_step, seed=recipe.seed, **options)
     unseen = InContextPairs(held_out, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 1, **options)
     if recipe.start_from_corpus and not has_weights(model_folder(recipe.model)):

@@ -418,7 +418,7 @@ class FinetuningRecipe(StartingRecipe):
     """How a model is fine-tuned on pairs; see `StartingRecipe` and `TrainingRecipe` for the other settings.
 
     Args:
-        data: sources of pairs; see `data.parallel_texts.read_parallel_texts`.
+        data: sources of pairs; see `data.parallel_texts.read_retrieval_examples`.
         batch_size: pairs of one step over all processes, all of them candidates for each other.
         samples: rows to train on, drawn at random; all of them if None.
         max_text_tokens, max_code_tokens: longest description and code, prompt and special tokens included.

@@ -1,4 +1,4 @@
-"""A map over several processes that goes on when one of them dies: parsers written in C can crash on bad input."""
+"""A map over several processes that continues when one of them dies: parsers written in C can crash on bad input."""
 
 import os
 import signal
@@ -10,13 +10,13 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def map_in_processes(
+def crash_safe_map(
     function: Callable[[list[Item]], Result],
     items: Iterable[Item],
     *,
@@ -24,16 +24,16 @@ def map_in_processes(
     chunk_size: int,
     crashed: Callable[[Item], Result],
 ) -> Iterator[Result]:
-    """Yield the results of `function` on one chunk of `items` after the other, in order.
+    """Yield the results of `function` for one chunk of `items` after another, in order.
 
-    When a process dies, the chunk that it may have died of is divided until a single item is left, and that item's
-    result is `crashed(item)`. Ctrl-C is the business of the calling process.
+    When a process dies, the chunk that may have killed it is halved until a single item is left, and the result of that
+    item is `crashed(item)`. Ctrl-C is left to the calling process.
 
     Args:
         function: A function of a module, so that it can be pickled.
         items: Read as they are needed: a few chunks for each process.
-        processes: Number of processes; with 0 or 1 the work is done in this one, which nothing protects.
-        chunk_size: Number of items that are handed over at once.
+        processes: Number of processes; with 0 or 1 the work is done in this one, without protection.
+        chunk_size: Number of items in a chunk.
         crashed: Gives the result for an item that kills its process; called here.
     """
     iterator = iter(items)
@@ -41,72 +41,68 @@ def map_in_processes(
     if processes <= 1:
         yield from map(function, chunks)
         return
-    pool = _SurvivingPool(function, processes, crashed)
-    try:
-        for chunk in chunks:
-            pool.submit(chunk)
-            # A short queue, so that a large corpus is never all in memory.
-            if len(pool.waiting) > 4 * processes:
-                yield from pool.next_results()
-        while pool.waiting:
-            yield from pool.next_results()
-    finally:
-        pool.executor.shutdown(cancel_futures=True)
+    executor = _executor(processes)
+    waiting: deque[tuple[list[Item], Future[Result], ProcessPoolExecutor]] = deque()
 
+    def replace_executor() -> None:
+        nonlocal executor
+        executor.shutdown()
+        executor = _executor(processes)
 
-class _SurvivingPool(Generic[Item, Result]):
-    def __init__(
-        self, function: Callable[[list[Item]], Result], processes: int, crashed: Callable[[Item], Result]
-    ) -> None:
-        self.function, self.processes, self.crashed = function, processes, crashed
-        self.executor = _new_executor(processes)
-        self.waiting: deque[tuple[list[Item], Future[Result], ProcessPoolExecutor]] = deque()
-
-    def submit(self, chunk: list[Item]) -> None:
+    def submit(chunk: list[Item]) -> None:
         try:
-            future = self.executor.submit(self.function, chunk)
+            future = executor.submit(function, chunk)
         except BrokenProcessPool:
-            self._replace_executor()
-            future = self.executor.submit(self.function, chunk)
-        self.waiting.append((chunk, future, self.executor))
+            replace_executor()
+            future = executor.submit(function, chunk)
+        waiting.append((chunk, future, executor))
 
-    def next_results(self) -> Iterator[Result]:
-        """Yield the result of the first chunk that waits, or the results of its parts."""
-        chunk, future, executor = self.waiting.popleft()
+    def next_results() -> Iterator[Result]:
+        chunk, future, used = waiting.popleft()
         try:
             yield future.result()
-        except BrokenProcessPool:  # all that waited for this executor comes here, one chunk after the other
-            if executor is self.executor:
-                self._replace_executor()
-            yield from self._divided(chunk)
+        except BrokenProcessPool:  # every chunk that waits for a broken executor gets here in its turn
+            if used is executor:
+                replace_executor()
+            yield from _halved(function, chunk, crashed)
 
-    def _replace_executor(self) -> None:
-        self.executor.shutdown()
-        self.executor = _new_executor(self.processes)
+    try:
+        for chunk in chunks:
+            submit(chunk)
+            # A short queue, so that a large corpus is never all in memory.
+            if len(waiting) > 4 * processes:
+                yield from next_results()
+        while waiting:
+            yield from next_results()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
-    def _divided(self, chunk: list[Item]) -> Iterator[Result]:
-        executor = _new_executor(1)
+
+def _halved(
+    function: Callable[[list[Item]], Result], chunk: list[Item], crashed: Callable[[Item], Result]
+) -> Iterator[Result]:
+    with _executor(1) as executor:
         try:
-            yield executor.submit(self.function, chunk).result()
+            yield executor.submit(function, chunk).result()
+            return
         except BrokenProcessPool:
-            if len(chunk) == 1:
-                yield self.crashed(chunk[0])
-            else:
-                middle = len(chunk) // 2
-                yield from self._divided(chunk[:middle])
-                yield from self._divided(chunk[middle:])
-        finally:
-            executor.shutdown()
+            pass
+    if len(chunk) == 1:
+        yield crashed(chunk[0])
+    else:
+        middle = len(chunk) // 2
+        yield from _halved(function, chunk[:middle], crashed)
+        yield from _halved(function, chunk[middle:], crashed)
 
 
-def _new_executor(processes: int) -> ProcessPoolExecutor:
+def _executor(processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, initializer=_prepare_worker)
 
 
 def _prepare_worker() -> None:
-    # The parent alone handles Ctrl-C; workers would each print a traceback of their own.
+    # The parent alone handles Ctrl-C; each worker would print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Workers of a parent that is killed would wait for work for ever, and keep what they inherited: open files, locks.
+    # Workers of a killed parent would wait for ever and keep its open files and locks.
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

@@ -1,44 +1,46 @@
-"""Files and folders that appear whole or not at all."""
-
-from __future__ import annotations
+"""Files and folders that appear complete or not at all."""
 
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from modular_star_encoder.utils.errors import UserError
 
-def check_writable(path: str | Path) -> None:
-    """Say now, not after an hour of measuring, that a result file couldn't be written.
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Check that a result file can be written, before the work that produces the result.
 
     Raises:
-        ValueError: `path` is a folder, or the folder that it would lie in doesn't exist or is read-only.
+        UserError: `files.not_writable` if `path` is a folder, or its folder is missing or read-only.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file to write to.")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{path} can't be written: there is no folder {path.absolute().parent}.")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise ValueError(f"{path} can't be written: its folder is read-only.")
+        reason = "it is a folder; name a file"
+    elif not path.parent.is_dir():
+        reason = f"the folder {path.parent} does not exist"
+    elif not os.access(path.parent, os.W_OK):
+        reason = f"the folder {path.parent} is read-only"
+    else:
+        return
+    raise UserError("files.not_writable", f"{path} can't be written: {reason}.")
 
 
-def write_json(path: str | Path, data: Any) -> None:
-    """Write `data` as indented UTF-8 JSON; see `write_text`.
+def write_json(path: str | os.PathLike[str], data: Any) -> None:
+    """Write `data` as indented UTF-8 JSON, atomically.
 
     Raises:
-        TypeError, ValueError: `data` isn't JSON (NaN isn't either); `path` stays as it was.
+        TypeError, ValueError: `data` isn't JSON (NaN isn't either); `path` is unchanged.
         OSError: the folder can't be written to.
     """
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name and rename it, so that no reader sees half a file.
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text atomically: no reader sees half a file.
 
     Raises:
         OSError: the folder can't be written to.
@@ -48,39 +50,58 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def staged_file(target: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `target` whose file takes its name when the block ends without an error."""
+def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `target`; the file written there replaces `target` if no error occurs.
+
+    Args:
+        target: the file to write.
+        resumable: for steps of a job that is killed and resumed, one process at a time: the data reaches the disk
+            before the rename, and the temporary name is always the same, so that the next attempt removes what a
+            killed one left.
+    """
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")
+    _remove(temporary)
     try:
         yield temporary
+        if resumable:
+            for path in (temporary, *temporary.rglob("*")):
+                if path.is_file():
+                    _flush_to_disk(path)
         os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 @contextmanager
-def staged_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its name when the block ends without an error.
+def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder next to `target`; it takes that name if no error occurs.
+
+    Args:
+        target: the folder to write; it doesn't exist yet or is empty. Missing parents are created.
+        resumable: see `staged_file`.
 
     Raises:
-        ValueError: `target` exists and is not an empty folder.
+        UserError: `files.folder.not_empty` if `target` exists and is not an empty folder.
     """
     target = Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} already exists; name a folder that does not exist yet, or an empty one.")
+        raise UserError(
+            "files.folder.not_empty", f"{target} already exists; name a folder that does not exist yet or is empty."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield staging
-        os.chmod(staging, 0o777 & ~_umask())
-        os.replace(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with staged_file(target, resumable=resumable) as temporary:
+        temporary.mkdir()
+        yield temporary
 
 
-def _umask() -> int:
-    """The process's file mode mask, which `mkdtemp` does not follow."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

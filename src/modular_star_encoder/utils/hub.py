@@ -1,4 +1,4 @@
-"""What the Hub's client raises, as one sentence."""
+"""The Hub: its repositories' ids, its errors as one sentence, and the cards of what is published there."""
 
 import sys
 from collections.abc import Iterator
@@ -11,15 +11,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from modular_star_encoder.utils.errors import UserError
+
 CONFLICT = 412
-"""The status by which the Hub refuses a commit whose parent is no longer the newest."""
+"""Status of a commit that the Hub refuses because its parent is no longer the newest."""
 
 
 def check_repository_id(repository: str) -> None:
-    """Refuse what is no id of a repository.
+    """Check that `repository` has the form owner/name.
 
     Raises:
-        ValueError: `repository` is not of the form owner/name.
+        UserError: `hub.repository_id` if it has not.
     """
     try:
         validate_repo_id(repository)
@@ -27,18 +29,18 @@ def check_repository_id(repository: str) -> None:
     except HFValidationError:
         valid = False
     if not valid:
-        raise ValueError(f"{repository!r} is no id of a repository such as owner/name.")
+        raise UserError("hub.repository_id", f"{repository!r} is not the id of a repository, such as owner/name.")
 
 
 @contextmanager
-def hub_errors(repository: str) -> Iterator[None]:
-    """Turn what goes wrong between here and the Hub into an OSError of one sentence, without any access token.
+def wrap_hub_errors(repository: str) -> Iterator[None]:
+    """Raise errors of the Hub and of the network as OSError with one sentence, without the access token.
 
     Args:
         repository: id of the repository that is read or written.
 
     Raises:
-        OSError: the Hub refuses, or can't be reached.
+        OSError: the Hub refuses or can't be reached.
     """
     try:
         yield
@@ -49,10 +51,10 @@ def hub_errors(repository: str) -> Iterator[None]:
 
 
 def _sentence(repository: str, error: Exception) -> str:
-    """What happened; the client wraps the error of a single file into a RuntimeError."""
+    # The client wraps the error of a single file in a RuntimeError.
     cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
     if isinstance(cause, HfHubHTTPError) and cause.response.status_code == CONFLICT:
-        return f"{repository} was changed by someone else meanwhile; nothing was written: look again, then repeat."
+        return f"{repository} was changed by someone else at the same time; nothing was written. Check it and repeat."
     if isinstance(cause, network_errors()):
         return f"The Hub can't be reached ({type(cause).__name__}); the upload can be repeated."
     first_line = str(cause).strip().partition("\n")[0]
@@ -61,20 +63,20 @@ def _sentence(repository: str, error: Exception) -> str:
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What the Hub's client raises when the network fails: httpx's errors, under one of two names by its version."""
+    """The Hub client's exceptions for network failures: those of httpx, which newer versions call httpx2."""
     loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
     return tuple(module.TransportError for module in loaded if module)
 
 
 def render_card(template: str, **values: Any) -> str:
-    """A card: YAML metadata and Markdown.
+    """Render a card: YAML metadata and Markdown.
 
     Args:
         template: name of a file in model_cards.
-        values: what it shows; one that is missing is an error.
+        values: the template's variables; a missing one is an error.
     """
     environment = Environment(  # noqa: S701  Markdown, not HTML
-        loader=FunctionLoader(_read),
+        loader=FunctionLoader(_read_template),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -84,12 +86,12 @@ def render_card(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values).lstrip()
 
 
-def _read(name: str) -> str:
+def _read_template(name: str) -> str:
     return files("modular_star_encoder.model_cards").joinpath(name).read_text(encoding="utf-8")
 
 
 def cell(value: Any) -> str:
-    """What stands in a cell of a Markdown table."""
+    """The text of a value in a Markdown table's cell."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return " ".join(str(value).split()).replace("|", "\\|")

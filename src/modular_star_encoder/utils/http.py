@@ -1,0 +1,288 @@
+"""The HTTP client: time-outs, limits, retries with growing pauses, and one sentence for each failure, without secrets.
+
+Requests run on an event loop in a thread of the client, so that they can be concurrent and be cancelled, whether or
+not the caller has an event loop itself.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from modular_star_encoder.utils.errors import UserError
+
+try:  # huggingface_hub 2 brings httpx2, and 1 brings httpx
+    import httpx2 as httpx
+except ImportError:
+    import httpx  # type: ignore[no-redef]
+
+_PASSING_STATUSES = frozenset({408, 409, 425, 429})
+_LONGEST_PAUSE = 60.0
+_LONGEST_REASON = 300
+
+
+class HTTPRequestError(UserError):
+    """A request that failed for good.
+
+    Keys: `http.status` (the server refuses), `http.no_answer` (unreachable or busy in every attempt), `http.too_slow`
+    (over the total time), `http.too_large` (over the size limit).
+
+    Attributes:
+        status: status of the last response; None if there was none.
+        reason: what happened, without the host: "status 401, Incorrect API key provided".
+        text: beginning of the last response's body, as text, without the token.
+    """
+
+    def __init__(self, key: str, message: str, *, status: int | None = None, reason: str = "", text: str = "") -> None:
+        super().__init__(key, message)
+        self.status, self.reason, self.text = status, reason, text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, str(self)), vars(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A successful response: its status, its headers (names in lower case) and its whole body."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+    def json(self) -> Any:
+        """The body's JSON value; None if the body is not JSON."""
+        try:
+            return json.loads(self.content)
+        except ValueError:
+            return None
+
+
+class HTTPClient:
+    """Sends requests to http and https addresses. Use it as a context manager: leaving cancels what is under way.
+
+    Failures that may pass (status 408, 409, 425, 429 and 5xx, time-outs, broken connections) are retried after a
+    pause: what the server names in `Retry-After`, at most 60 seconds, or `pause`, doubled for each further attempt and
+    varied at random by half, so that concurrent requests don't return together.
+
+    Args:
+        token: sent as bearer token; never shown in an error or `repr`.
+        concurrency: number of requests under way at once; further ones wait.
+        attempts: how often a request is sent at most.
+        pause: seconds before the second attempt.
+        timeout: seconds without any data after which an attempt has failed.
+        total_time: seconds for one request with all its attempts and pauses.
+        max_bytes: size limit of a response's body, after decompression by HTTP.
+        follow_redirects: whether to follow redirects; don't for requests with a token, which would reach other hosts.
+
+    Raises:
+        UserError: `http.settings` if a number is out of range.
+
+    Example:
+        >>> with HTTPClient(attempts=1) as client:  # doctest: +SKIP
+        ...     client.request("GET", "https://huggingface.co/api/models?limit=1").json()
+    """
+
+    def __init__(
+        self,
+        *,
+        token: str = "",
+        concurrency: int = 16,
+        attempts: int = 6,
+        pause: float = 1.0,
+        timeout: float = 60.0,
+        total_time: float = 3600.0,
+        max_bytes: int = 2**28,
+        follow_redirects: bool = False,
+    ) -> None:
+        check_http_settings(concurrency=concurrency, attempts=attempts, pause=pause, timeout=timeout)
+        self._token, self._attempts, self._pause = token, attempts, pause
+        self._total_time, self._max_bytes = total_time, max_bytes
+        self._slots = asyncio.Semaphore(concurrency)
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=timeout,
+            follow_redirects=follow_redirects,
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel the requests under way and close the connections. No request can be sent afterwards."""
+        if self._loop.is_closed():
+            return
+        self._run(self._abandon()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def request(
+        self, method: str, url: str, *, body: Any = None, retry_if: Callable[[Response], bool] | None = None
+    ) -> Response:
+        """Send a request and wait for its response; see `submit`."""
+        return self.submit(method, url, body=body, retry_if=retry_if).result()
+
+    def submit(
+        self, method: str, url: str, *, body: Any = None, retry_if: Callable[[Response], bool] | None = None
+    ) -> "Future[Response]":
+        """Send a request in the background.
+
+        Args:
+            method: `"GET"`, `"POST"`, …
+            url: an http or https address. It may hold a secret: errors name the host only.
+            body: sent as JSON, if not None.
+            retry_if: whether a successful response is a failure to retry after all, as some gateways send.
+
+        Returns:
+            A future of the response, which has a status below 300. It raises HTTPRequestError if the request fails.
+        """
+        return self._run(self._send(method, url, body, retry_if))
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> "Future[Any]":
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _send(self, method: str, url: str, body: Any, retry_if: Callable[[Response], bool] | None) -> Response:
+        failed = _Failure(f"{url_host(url)} does not answer")
+        async with self._slots:
+            try:
+                async with asyncio.timeout(self._total_time):
+                    for attempt in range(self._attempts):
+                        if attempt:
+                            await asyncio.sleep(self._seconds_to_wait(attempt, failed.retry_after))
+                        try:
+                            response = await self._receive(method, url, body)
+                        except httpx.TransportError as error:
+                            failed = _Failure(f"no answer ({type(error).__name__})")
+                            continue
+                        if response.status < 300 and not (retry_if and retry_if(response)):
+                            return response
+                        failed = self._failure(response)
+                        if 300 <= response.status < 500 and response.status not in _PASSING_STATUSES:
+                            raise failed.error("http.status", f"{url_host(url)} refuses the request: {failed.reason}.")
+            except TimeoutError:
+                message = f"{url_host(url)} took more than {self._total_time:g} seconds ({failed.reason})."
+                raise failed.error("http.too_slow", message) from None
+        attempts = f"{self._attempts} attempt{'s' if self._attempts > 1 else ''}"
+        message = f"{url_host(url)} does not answer after {attempts}: {failed.reason}."
+        raise failed.error("http.no_answer", message)
+
+    async def _receive(self, method: str, url: str, body: Any) -> Response:
+        content = bytearray()
+        async with self._client.stream(method, url, json=body) as stream:
+            async for part in stream.aiter_bytes():
+                content += part
+                if len(content) > self._max_bytes:
+                    message = f"{url_host(url)} sends more than {self._max_bytes:,} bytes."
+                    raise HTTPRequestError("http.too_large", message, status=stream.status_code)
+            return Response(stream.status_code, dict(stream.headers), bytes(content))
+
+    def _failure(self, response: Response) -> "_Failure":
+        text = hide_secrets(response.content.decode(errors="replace"), self._token)
+        content = response.json()
+        error = content.get("error", content) if isinstance(content, dict) else None
+        message = error.get("message", "") if isinstance(error, dict) else error or ""
+        message = hide_secrets(" ".join(str(message).split()), self._token)[:_LONGEST_REASON].rstrip(".")
+        reason = f"status {response.status}" + (f", {message}" if message else "")
+        return _Failure(reason, response.status, text[:4096], _retry_after(response.headers))
+
+    def _seconds_to_wait(self, attempt: int, retry_after: float | None) -> float:
+        if retry_after is not None:
+            return min(max(retry_after, 0.0), _LONGEST_PAUSE)
+        return min(self._pause * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.5)  # noqa: S311
+
+    async def _abandon(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why one attempt failed."""
+
+    reason: str
+    status: int | None = None
+    text: str = ""
+    retry_after: float | None = None
+
+    def error(self, key: str, message: str) -> HTTPRequestError:
+        return HTTPRequestError(key, message, status=self.status, reason=self.reason, text=self.text)
+
+
+def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeout: float) -> None:
+    """Check the numbers of an `HTTPClient` before one is opened.
+
+    Raises:
+        UserError: `http.settings` if one is out of range.
+    """
+    if concurrency < 1 or attempts < 1 or pause < 0 or timeout <= 0:
+        raise UserError(
+            "http.settings",
+            "The number of concurrent requests and of attempts must be at least 1, pause at least 0 and timeout above "
+            f"0; not {concurrency}, {attempts}, {pause} and {timeout}.",
+        )
+
+
+def check_url(url: str) -> str:
+    """Return `url` without slashes at its end.
+
+    Raises:
+        UserError: `http.url` if it is not an http or https address with a host.
+    """
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        raise UserError("http.url", f"{url!r} is not an address such as https://api.openai.com/v1.")
+    return url.rstrip("/")
+
+
+def url_host(url: str) -> str:
+    """The host of an address, with its port, without user and password."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
+def token_from_environment(variable: str | None, *, required: bool = True) -> str:
+    """The token in an environment variable, without white space around it; "" if `variable` is None.
+
+    Raises:
+        UserError: `http.token.missing` if the variable is empty and a token is required; `http.token.characters` if
+            its value can't be a token. The message names the variable, never the value.
+    """
+    token = os.environ.get(variable, "").strip() if variable else ""
+    if variable and required and not token:
+        raise UserError("http.token.missing", f"The environment variable {variable} must hold the endpoint's API key.")
+    if not (token.isascii() and token.isprintable()):
+        raise UserError("http.token.characters", f"The environment variable {variable} holds more than an API key.")
+    return token
+
+
+def hide_secrets(text: str, token: str = "") -> str:
+    """`text` with `***` for the token and for words that look like an API key of OpenAI."""
+    text = text.replace(token, "***") if token else text
+    return " ".join("***" if "sk-" in word else word for word in text.split(" ")) if "sk-" in text else text
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds that the server asks to wait, which it writes as a number or as a date."""
+    value = headers.get("retry-after", "")
+    with contextlib.suppress(ValueError, TypeError):
+        return float(value)
+    with contextlib.suppress(ValueError, TypeError):
+        return parsedate_to_datetime(value).timestamp() - time.time()
+    return None

@@ -1,0 +1,159 @@
+import asyncio
+import pickle
+import time
+from email.utils import formatdate
+
+import pytest
+
+from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_url, token_from_environment
+from tests.errors import raises
+from tests.utils.http_server import LocalServer
+
+TOKEN = "sk-a-very-secret-key"
+BUSY = 503, {"error": {"message": "Slow down."}}, {}
+
+
+def send(answers, *, method="POST", body=None, retry_if=None, **options):
+    """(Response to one request, the requests that arrived); the last answer repeats."""
+    with (
+        LocalServer(lambda request: answers[min(request.number, len(answers) - 1)]) as server,
+        HTTPClient(**{"pause": 0.001, "attempts": 3} | options) as client,
+    ):
+        try:
+            return client.request(method, f"{server.url}/v1", body=body, retry_if=retry_if), server.requests
+        except HTTPRequestError as error:
+            error.requests = server.requests
+            raise
+
+
+def test_a_request_carries_its_body_and_token_and_returns_json():
+    response, (request,) = send([(200, {"found": 1}, {})], body={"a": "ä"}, token=TOKEN)
+    assert (response.status, response.json(), request.body) == (200, {"found": 1}, {"a": "ä"})
+    assert request.headers["authorization"] == f"Bearer {TOKEN}"
+    response, (request,) = send([(200, b"<html>", {})], method="GET")
+    assert (response.content, response.json(), request.body) == (b"<html>", None, None)
+    assert "authorization" not in request.headers
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 503, 529])
+def test_failures_that_may_pass_are_retried(status):
+    response, requests = send([(status, b"busy", {}), (status, {}, {}), (200, {}, {})])
+    assert (response.status, len(requests)) == (200, 3)
+
+
+def test_a_success_that_the_caller_calls_a_failure_is_retried():
+    answers = [(200, {"error": "overloaded"}, {}), (200, {"ok": 1}, {})]
+    assert send(answers, retry_if=lambda response: "error" in response.json())[0].json() == {"ok": 1}
+
+
+def test_lasting_failures_are_one_sentence():
+    with raises("http.no_answer", "127.0.0.1", "3 attempts", "status 503, Slow down") as caught:
+        send([BUSY])
+    assert (caught.value.status, caught.value.reason) == (503, "status 503, Slow down")
+    assert len(caught.value.requests) == 3
+    with HTTPClient(attempts=1) as client, raises("http.no_answer", "1 attempt:", "ConnectError"):
+        client.request("GET", "http://127.0.0.1:9/")
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(400, "x" * 290 + TOKEN), (401, f"Wrong key {TOKEN}"), (302, ""), (404, "")]
+)
+def test_a_refusal_stops_at_once_and_never_shows_the_token(status, message):
+    with raises("http.status", f"status {status}", message.replace(TOKEN, "***")[:290]) as caught:
+        send([(status, {"error": {"message": message}}, {"Location": "http://127.0.0.1:9/"})], token=TOKEN)
+    assert len(caught.value.requests) == 1
+    for shown in (str(caught.value), caught.value.text, caught.value.reason):
+        assert TOKEN[:9] not in shown
+        assert "\n" not in shown
+    assert pickle.loads(pickle.dumps(caught.value)).status == status
+
+
+@pytest.mark.parametrize("retry_after", ["0.2", lambda: formatdate(time.time() + 1.3, usegmt=True)])
+def test_a_pause_that_the_server_names_is_kept(retry_after):
+    start, value = time.monotonic(), retry_after if isinstance(retry_after, str) else retry_after()
+    send([(429, {}, {"Retry-After": value}), (200, {}, {})], pause=30.0)
+    assert 0.2 <= time.monotonic() - start < 5
+
+
+def test_pauses_double_up_to_a_minute(monkeypatch):
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    monkeypatch.setattr("modular_star_encoder.utils.http.asyncio.sleep", sleep)
+    with raises("http.no_answer", "10 attempts"):
+        send([BUSY], pause=8.0, attempts=10)
+    assert len(pauses) == 9
+    for number, pause in enumerate(pauses):
+        assert 0.5 <= pause / min(8 * 2**number, 60) <= 1.5
+
+
+def test_slow_broken_and_large_answers_are_stopped():
+    def answer(request):
+        if request.number == 0:
+            time.sleep(0.5)
+        elif request.number == 1:
+            raise ConnectionError("the handler gives up without a reply")
+        return 200, b"x" * 100, {}
+
+    with LocalServer(answer) as server:
+        with HTTPClient(pause=0.001, timeout=0.2, max_bytes=100) as client:
+            assert client.request("GET", server.url).content == b"x" * 100
+        with HTTPClient(max_bytes=99) as client, raises("http.too_large", "99"):
+            client.request("GET", server.url)
+    with raises("http.too_slow", "0.3", "status 503"):
+        send([BUSY], pause=1.0, total_time=0.3)
+
+
+def test_redirects_are_followed_only_on_request():
+    answers = [(302, b"", {"Location": "/there"}), (200, {"there": 1}, {})]
+    assert send(answers, method="GET", follow_redirects=True)[0].json() == {"there": 1}
+
+
+def test_requests_run_concurrently_up_to_a_limit():
+    with (
+        LocalServer(lambda request: (time.sleep(0.03), (200, {}, {}))[1]) as server,
+        HTTPClient(concurrency=3) as client,
+    ):
+        futures = [client.submit("GET", server.url) for _ in range(12)]
+        assert {future.result().status for future in futures} == {200}
+    assert server.most_at_once == 3
+
+
+def test_closing_cancels_what_is_under_way():
+    with LocalServer(lambda request: (time.sleep(3), (200, {}, {}))[1]) as server:
+        client = HTTPClient()
+        future = client.submit("GET", server.url)
+        time.sleep(0.1)
+        start = time.monotonic()
+        client.close()
+        client.close()
+        assert future.cancelled()
+        assert time.monotonic() - start < 2
+
+
+def test_it_works_inside_a_running_event_loop():
+    async def notebook():
+        return send([(200, {"ok": 1}, {})])[0].json()
+
+    assert asyncio.run(notebook()) == {"ok": 1}
+
+
+def test_addresses_settings_and_tokens_are_checked(monkeypatch):
+    assert check_url("https://api.example/v1/") == "https://api.example/v1"
+    for wrong in ("file:///etc/passwd", "api.example/v1", "https://"):
+        with raises("http.url", wrong):
+            check_url(wrong)
+    with raises("http.settings", -1):
+        HTTPClient(pause=-1)
+    monkeypatch.setenv("A_KEY", f"{TOKEN}\r\n")  # files of keys end in a newline
+    assert token_from_environment("A_KEY") == TOKEN
+    assert token_from_environment(None) == token_from_environment("NO_KEY", required=False) == ""
+    with raises("http.token.missing", "NO_KEY"):
+        token_from_environment("NO_KEY")
+    for wrong in (f"{TOKEN}\n{TOKEN}", f"{TOKEN}…"):
+        monkeypatch.setenv("A_KEY", wrong)
+        with raises("http.token.characters", "A_KEY") as caught:
+            token_from_environment("A_KEY")
+        assert TOKEN not in str(caught.value)
