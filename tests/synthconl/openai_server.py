@@ -12,8 +12,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from modular_star_encoder.synthconl.completions import TOO_LONG, Completion, CompletionRequest
-from modular_star_encoder.synthconl.local_backends import TransformersBackend
+from modular_star_encoder.synthconl.backends import TOO_LONG, Completion, CompletionRequest, TransformersBackend
 from tests.loopback import LoopbackHandler, LoopbackServer
 from tests.synthconl.stand_in import save_stand_in
 

@@ -328,7 +328,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
 def run_dataset_stats(arguments: argparse.Namespace) -> None:
     """`mose dataset stats`."""
     from modular_star_encoder.data.pairs import open_triplets
-    from modular_star_encoder.synthconl.card import dataset_statistics
+    from modular_star_encoder.synthconl.publishing import dataset_statistics
     from modular_star_encoder.utils.files import check_writable, write_json
 
     if arguments.json:

@@ -1,4 +1,4 @@
-"""Recipes of a dataset: one YAML file that says which functions are translated by what, and what is kept."""
+"""Recipes of a dataset: one YAML file for what is translated, by which model, and what is kept; and its columns."""
 
 import json
 import os
@@ -9,35 +9,11 @@ from typing import Any
 import pyarrow as pa
 
 from modular_star_encoder.data.sources.source_files import LANGUAGES, check_languages
-from modular_star_encoder.synthconl.cleaning import MAX_SYNTAX_ERROR_SHARE
 from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings
+from modular_star_encoder.synthconl.prompts import MAX_SYNTAX_ERROR_SHARE, target_language
 from modular_star_encoder.synthconl.translation import TranslationSettings
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import build_settings, load_settings
-
-FUNCTION_COLUMNS = (
-    "id",
-    "repository_name",
-    "func_path_in_repository",
-    "func_code_url",
-    "language1_CSN",
-    "func1_CSN",
-    "func_documentation_string",
-    "license",
-)
-"""What is known of a function before it is translated."""
-
-DATASET_COLUMNS = (
-    "repository_name",
-    "func_path_in_repository",
-    "func_documentation_string",
-    "func_code_url",
-    "language1_CSN",
-    "func1_CSN",
-    "language2",
-    "func2",
-    "id",
-    "license",
-)
 
 MEANINGS = {
     "repository_name": "repository that the function comes from",
@@ -51,18 +27,24 @@ MEANINGS = {
     "id": "id of the row, a function of where the function was found and of its code",
     "license": "licence of the repository or file, if the source says it",
 }
+"""The columns of the dataset."""
+
+DATASET_COLUMNS = tuple(MEANINGS)
+FUNCTION_COLUMNS = (
+    "id",
+    "repository_name",
+    "func_path_in_repository",
+    "func_code_url",
+    "language1_CSN",
+    "func1_CSN",
+    "func_documentation_string",
+    "license",
+)
+"""The columns of a function before its translation."""
 
 FUNCTION_SCHEMA = pa.schema([(name, pa.string()) for name in FUNCTION_COLUMNS])
 DATASET_SCHEMA = pa.schema([(name, pa.string()) for name in DATASET_COLUMNS])
-
 CODE_COLUMNS = ("func1_CSN", "func2")
-
-_PUBLISHED_NAMES = {"cpp": "c++"}
-
-
-def published_name(language: str) -> str:
-    """The name of one of `LANGUAGES` in the dataset and in prompts: `"cpp"` is `"c++"` there."""
-    return _PUBLISHED_NAMES.get(language, language)
 
 
 EXAMPLE = "examples/dataset/recipe.yaml"
@@ -70,11 +52,11 @@ EXAMPLE = "examples/dataset/recipe.yaml"
 
 @dataclass(frozen=True)
 class CardSettings:
-    """What only the user knows of the dataset, for its card.
+    """What the user adds to the dataset's card.
 
     Args:
         name: title of the card.
-        corpus: what the functions were taken from, in a sentence.
+        corpus: the source of the functions, in a sentence.
         license: the dataset's licence, as the Hub spells it.
         license_name, license_link: name and address of a licence that the Hub does not know (`license: other`).
         tags: further tags.
@@ -88,9 +70,8 @@ class CardSettings:
     tags: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Check the tags."""
         if not isinstance(self.tags, list | tuple) or not all(isinstance(tag, str) for tag in self.tags):
-            raise ValueError(f"tags must be a list of words, not {self.tags!r}.")
+            raise UserError("synthconl.recipe", f"tags must be a list of words, not {self.tags!r}.")
 
 
 @dataclass(frozen=True)
@@ -98,7 +79,7 @@ class DatasetRecipe:
     """How a dataset is built.
 
     Args:
-        corpus: a source of files and its options, or a list of them; see `open_source`.
+        corpus: a source of files and its options, or a list of them; see `extraction.open_source`.
         translation: see `TranslationSettings`.
         languages: languages of the functions.
         max_characters: longest function, in characters; longer ones are not translated.
@@ -111,7 +92,10 @@ class DatasetRecipe:
         max_repository_share: largest share of the rows of a repository that is held out, if the others suffice.
         card: see `CardSettings`.
         processes: processes that extract functions.
-        seed: of everything that is drawn.
+        seed: of all random draws.
+
+    Raises:
+        UserError: `synthconl.recipe`, `synthconl.targets`, or as the settings in it.
     """
 
     corpus: Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -128,39 +112,33 @@ class DatasetRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Make settings of the mappings in it, and check what is told by the recipe alone."""
-        for name in ("near_duplicates", "against"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must be a mapping of settings, not {getattr(self, name)!r}.")
+        self._check("near_duplicates", isinstance(self.near_duplicates, Mapping), "a mapping of settings")
+        self._check("against", isinstance(self.against, Mapping), "a mapping of settings")
+        for name, one in self.against.items():
+            if not isinstance(one, Mapping) or not {"source", "column"} <= set(one):
+                raise UserError("synthconl.recipe", f"against.{name} must have a source and a column, not {one!r}.")
         for name, kind in (("translation", TranslationSettings), ("card", CardSettings)):
             if not isinstance(getattr(self, name), kind):
                 object.__setattr__(self, name, build_settings(kind, getattr(self, name), name))
         object.__setattr__(self, "languages", check_languages(self.languages))
         corpora = [self.corpus] if isinstance(self.corpus, Mapping) else self.corpus
-        if not isinstance(corpora, list | tuple) or not all(isinstance(one, Mapping) for one in corpora) or not corpora:
-            raise ValueError(
-                f"corpus must be a mapping such as `folder: PATH`, or a list of them, not {self.corpus!r}."
-            )
+        are_mappings = isinstance(corpora, list | tuple) and all(isinstance(one, Mapping) for one in corpora)
+        self._check("corpus", corpora and are_mappings, "a mapping such as `folder: PATH`, or a list of them")
         object.__setattr__(self, "corpus", tuple(corpora))
-        if self.max_characters < 1 or self.validation_rows < 1:
-            raise ValueError("max_characters and validation_rows must be at least 1.")
-        if not 0 <= self.max_syntax_error_share <= 1 or not 0 < self.max_repository_share <= 1:
-            raise ValueError("max_syntax_error_share and max_repository_share must be from 0 to 1.")
+        for name in ("max_characters", "validation_rows"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("max_syntax_error_share", "max_repository_share"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         for language in self.languages:
-            if not set(self.translation.targets) - {language}:
-                raise ValueError(f"translation.targets must have a language other than {language}.")
-        self._check_comparisons()
-
-    def _check_comparisons(self) -> None:
+            target_language("", language, seed=0, targets=self.translation.targets)
         columns = self.duplicate_columns
-        if not isinstance(columns, list | tuple) or not columns or not set(columns) <= set(CODE_COLUMNS):
-            raise ValueError(
-                f"near_duplicates.columns must be a list out of {', '.join(CODE_COLUMNS)}, not {columns!r}."
-            )
+        are_known = isinstance(columns, list | tuple) and set(columns) <= set(CODE_COLUMNS)
+        self._check("duplicate_columns", columns and are_known, f"a list of {' or '.join(CODE_COLUMNS)}")
         self.duplicate_settings  # noqa: B018  it checks itself
-        for name, one in self.against.items():
-            if not isinstance(one, Mapping) or not {"source", "column"} <= set(one):
-                raise ValueError(f"against.{name} must have a source and a column.")
+
+    def _check(self, name: str, valid: object, rule: str) -> None:
+        if not valid:
+            raise UserError("synthconl.recipe", f"{name} must be {rule}, not {getattr(self, name)!r}.")
 
     @property
     def duplicate_columns(self) -> Sequence[str]:
@@ -174,7 +152,7 @@ class DatasetRecipe:
         return build_settings(DuplicateSettings, content, "near_duplicates")
 
     def stage_settings(self) -> dict[str, dict[str, Any]]:
-        """By stage, in order, what decides its result beside what the stages before it do; plain values."""
+        """By stage, in order, the settings that decide its result, as plain values."""
         settings = {
             "functions": {
                 "corpus": self.corpus,
@@ -206,7 +184,7 @@ def load_dataset_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) 
         overrides: `key=value`, with dots for settings inside settings (`translation.model=…`); values are YAML.
 
     Raises:
-        ValueError: the file or an override is not of this form, or a setting is unknown, missing or out of range.
+        UserError: the file or an override is not of this form, or a setting is unknown, missing or out of range.
         OSError: the file is there and can't be read.
     """
     return load_settings(DatasetRecipe, path, overrides, example=EXAMPLE)

@@ -1,9 +1,7 @@
 """Rows in parquet files: numbered files written and read one at a time, and any user's files as shards of rows."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import staged_file
 
 ROWS_PER_FILE = 1000
 ROWS_PER_PUBLISHED_FILE = 100_000
@@ -29,36 +28,13 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     return iter(lambda: list(islice(iterator, size)), [])
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path`; the file or folder made there takes the place of `path` if no error occurs.
-
-    The name is always the same, so that repeating the work removes what a killed process left.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    _remove(temporary)
-    try:
-        yield temporary
-        for file in (temporary, *temporary.rglob("*")):
-            if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
     """Write tables as the row groups of one file, which appears when it is complete; return the number of rows."""
     rows = 0
-    with whole(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with (
+        staged_file(path, resumable=True) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
         for table in tables:
             if len(table):  # some readers fail on a row group without rows
                 writer.write_table(table)

@@ -54,10 +54,10 @@ from modular_star_encoder.synthconl.row_files import (
     id_order,
     read_ids,
     read_texts,
-    whole,
     write_kept,
 )
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import staged_file, staged_folder, write_json
 
 WORK, REPORT, DROPPED = ".near-duplicates", "report.json", "dropped.jsonl"
 _ROW_ARRAYS = ("kept", "reason", "clusters", "nearest", "similarity")
@@ -225,9 +225,8 @@ def prepare_job(
         order = id_order(shards, id_column)
         texts = [text for one in other_sets.values() for text in one]
         out.mkdir(parents=True, exist_ok=True)
-        with whole(job.work) as folder:
-            folder.mkdir()
-            (folder / "job.json").write_text(_json(description), encoding="utf-8")
+        with staged_folder(job.work, resumable=True) as folder:
+            write_json(folder / "job.json", description)
             np.save(folder / "order.npy", order)
             some = ([batch] for batch in batches(texts, _TEXTS_AT_A_TIME))
             store_fingerprints(folder / "against", some, 1, job.settings.banding)
@@ -256,10 +255,6 @@ def _digest(texts: list[str]) -> str:
         content = text.encode("utf-8", "surrogatepass")
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def _read_json(path: Path) -> Any:
@@ -306,7 +301,7 @@ class DuplicateJob:
                 yield batch
                 advance(len(batch[0]))
 
-        with whole(target) as folder:
+        with staged_folder(target, resumable=True) as folder:
             store_fingerprints(folder, counted(), len(self.columns), self.settings.banding)
 
     def propose(self) -> None:
@@ -320,14 +315,13 @@ class DuplicateJob:
         del digests
         search = self._search(columns, rows)
         within, counts = search.candidates_within()
-        with whole(target) as folder:
-            folder.mkdir()
+        with staged_folder(target, resumable=True) as folder:
             np.save(folder / "rows.npy", rows.rows)
             np.save(folder / "numbers.npy", rows.numbers)
             for name, tasks in (("within", within), ("between", search.candidates_between())):
                 for task, pairs in enumerate(tasks):
                     np.save(folder / f"{name}-{task:03d}.npy", pairs)
-            (folder / "counts.json").write_text(_json(counts), encoding="utf-8")
+            write_json(folder / "counts.json", counts)
 
     def proposed_pairs(self) -> int:
         """The number of pairs to compare."""
@@ -339,8 +333,7 @@ class DuplicateJob:
         if self.finished or target.exists():
             return
         search = self._search(self._stored_columns(), self._distinct_rows())
-        with whole(target) as folder:
-            folder.mkdir()
+        with staged_folder(target, resumable=True) as folder:
             for name, compare in (("within", search.compare_within), ("between", search.compare_between)):
                 near = []
                 for task, path in enumerate(self._proposals(name)):
@@ -366,11 +359,10 @@ class DuplicateJob:
         counts = _read_json(self.work / "proposed" / "counts.json")
         result = decide(self._distinct_rows(), within, between, self.other_sets, self.settings, **counts)
         report = DuplicateReport.of(result, read_ids(self.shards, self.id_column))
-        with whole(target) as folder:
-            folder.mkdir()
+        with staged_folder(target, resumable=True) as folder:
             for name in _ROW_ARRAYS:
                 np.save(folder / f"{name}.npy", getattr(result, name))
-            (folder / "report.json").write_text(_json(asdict(report)), encoding="utf-8")
+            write_json(folder / "report.json", asdict(report))
 
     def write(self, shard: int, advance: Callable[[int], object] = _ignore) -> None:
         """Write the rows of a shard that are kept, under its name."""
@@ -385,12 +377,17 @@ class DuplicateJob:
         """Write `dropped.jsonl` and `report.json`, remove the work folder, and return the report."""
         if not self.finished:
             report = DuplicateReport.read(self.work / "decided" / "report.json")
-            with whole(self.out / DROPPED) as temporary, temporary.open("w", encoding="utf-8") as output:
+            with (
+                staged_file(self.out / DROPPED, resumable=True) as temporary,
+                temporary.open("w", encoding="utf-8") as output,
+            ):
                 for line in self._dropped_rows(tuple(report.counts)):
                     output.write(json.dumps(line, ensure_ascii=False) + "\n")
             job = _read_json(self.work / "job.json")
-            with whole(self.out / REPORT) as temporary:
-                temporary.write_text(_json({**asdict(report), "job": job}), encoding="utf-8")
+            with staged_file(self.out / REPORT, resumable=True) as temporary:
+                temporary.write_text(
+                    json.dumps({**asdict(report), "job": job}, indent=2, ensure_ascii=False), encoding="utf-8"
+                )
         shutil.rmtree(self.work, ignore_errors=True)
         return DuplicateReport.read(self.out / REPORT)
 

@@ -262,15 +262,15 @@ _FILES = ("text", "bounds", "digests", "keys")
 def store_fingerprints(
     folder: Path, batches: Iterable[Sequence[Sequence[str | None]]], columns: int, banding: Banding
 ) -> None:
-    """Write texts and their fingerprints to a new folder, as flat little-endian arrays that `StoredColumn` maps.
+    """Write texts and their fingerprints to a folder, as flat little-endian arrays that `StoredColumn` maps.
 
     Args:
-        folder: The folder; it must not exist.
+        folder: The folder; it is created if it doesn't exist.
         batches: For some rows at a time, the texts of each column.
         columns: The number of columns.
         banding: The banding of the keys.
     """
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
         outputs = [
             {name: stack.enter_context((folder / f"{column}.{name}").open("wb")) for name in _FILES}
