@@ -5,7 +5,7 @@ import json
 
 from modular_star_encoder.hub.manifest import Manifest
 from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, ProfiledExit
-from modular_star_encoder.inference.load import checkpoint_fingerprint
+from modular_star_encoder.inference.load import checkpoint_checksum
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -26,7 +26,7 @@ def write_pretrained(folder):
 def write_finetuned(folder):
     """A fine-tuned checkpoint with its exit profile, and beside it report.json."""
     save_tiny_checkpoint(folder)
-    fingerprint = checkpoint_fingerprint(folder)
+    fingerprint = checkpoint_checksum(folder)
     exits = {}
     for k in EXIT_LAYERS:
         measured = Measurement(1, 128, 1e6 * k, 2.0 * k, 2.5 * k, 500 / k, 64000 / k, 300.0 + k, 20)
@@ -38,7 +38,7 @@ def write_finetuned(folder):
     rows[2]["difference"] = None
     table = {"title": "CoSQA", "benchmark": "cosqa", "metric": "mrr", "rows": rows, "reference": "model, exit 4"}
     table |= {"size": "500 queries, 6,267 candidates each", "notes": ["a subset"]}
-    report = {"command": "mose evaluate", "checkpoint_fingerprint": fingerprint, "tables": [table], "cells": []}
+    report = {"command": "mose evaluate", "checkpoint_checksum": fingerprint, "tables": [table], "cells": []}
     (folder.parent / "report.json").write_text(json.dumps(report))
     return folder
 
@@ -51,7 +51,7 @@ def row(system, exit_layer, value):
 
 def manifest(repositories, **changes):
     settings = {"namespace": "me", "title": "Tiny", "license": "apache-2.0", "repositories": repositories}
-    return Manifest(**(settings | changes))
+    return Manifest(**settings | changes)
 
 
 def finetuned_entry(folder, **changes):

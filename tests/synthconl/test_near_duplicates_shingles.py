@@ -37,7 +37,7 @@ def test_the_banding_follows_the_threshold():
 )
 def test_settings_out_of_range_are_refused(values):
     (name,) = values
-    with raises("synthconl.near_duplicates.setting", name, *values.values()):
+    with raises("settings.value", name, *values.values()):
         DuplicateSettings(**values)
 
 

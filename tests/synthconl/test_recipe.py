@@ -15,8 +15,8 @@ def test_the_example_is_a_recipe_of_the_papers_settings():
     assert recipe.corpus == ({"folder": "/code"},)
     assert recipe.translation.model == "Qwen/Qwen2.5-Coder-7B-Instruct"
     assert recipe.translation.options["concurrency"] == 3
-    assert recipe.duplicate_settings.threshold == 0.7
-    assert tuple(recipe.duplicate_columns) == ("func1_CSN", "func2")
+    assert recipe.near_duplicates.threshold == 0.7
+    assert tuple(recipe.near_duplicates.columns) == ("func1_CSN", "func2")
     recipe.translation.open()
 
 
@@ -39,14 +39,14 @@ def test_several_corpora_are_a_list():
         ({"max_syntax_error_share": 1.5}, ["max_syntax_error_share", "1.5"]),
         ({"validation_rows": 0}, ["validation_rows", "0"]),
         ({"near_duplicates": {"threshold": 2}}, ["threshold", "2"]),
-        ({"near_duplicates": {"columns": ["code"]}}, ["columns", "func1_CSN or func2", "['code']"]),
+        ({"near_duplicates": {"columns": ["code"]}}, ["columns", "'func1_CSN' or 'func2'", "'code'"]),
         ({"near_duplicates": {"columns": "func2"}}, ["columns", "'func2'"]),
         ({"near_duplicates": 0.7}, ["near_duplicates", "0.7"]),
-        ({"against": {"benchmark": {"source": "a"}}}, ["against.benchmark", "column"]),
+        ({"against": {"benchmark": {"source": "a"}}}, ["against.benchmark", "{'source': 'a'}"]),
         ({"against": ["benchmark"]}, ["against", "['benchmark']"]),
         ({"card": {"title": "x"}}, ["card", "title"]),
         ({"card": {"tags": "security"}}, ["tags", "'security'"]),
-        ({"card": {"tags": [2024]}}, ["tags", "[2024]"]),
+        ({"card": {"tags": [2024]}}, ["tags", "2024"]),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence_that_names_the_setting(tmp_path, changes, values):

@@ -254,9 +254,9 @@ def test_errors_that_no_file_can_hold_are_mended(folders):
 @pytest.mark.parametrize(
     ("changes", "key", "value"),
     [
-        ({"backend": "gpt"}, "synthconl.translation", "vllm, openai, transformers, not 'gpt'"),
-        ({"max_tokens": 0}, "synthconl.translation", "max_tokens must be at least 1, not 0"),
-        ({"options": []}, "synthconl.translation", "[]"),
+        ({"backend": "gpt"}, "settings.value", "'gpt'"),
+        ({"max_tokens": 0}, "settings.value", "max_tokens"),
+        ({"options": []}, "settings.value", "options"),
         ({"prompt": "Translate {code}"}, "synthconl.prompt", "Found: code"),
         ({"prompt": PROMPT + "{"}, "synthconl.prompt", "'{'"),
         ({"prompt": PROMPT + "{code.__class__}"}, "synthconl.prompt", "code.__class__"),

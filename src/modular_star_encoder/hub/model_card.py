@@ -1,9 +1,6 @@
-"""The card of a published model: metadata for the Hub, and for its readers what was measured and nothing else."""
-
-from __future__ import annotations
+"""The card of a published model: metadata for the Hub, and for its readers only what was measured."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +10,18 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modular_star_encoder.evaluation.harness import Figure
-from modular_star_encoder.evaluation.plots import median_latencies, plot_quality_by_depth, plot_quality_by_latency
-from modular_star_encoder.evaluation.report import Difference, Row, Table, interval, title
+from modular_star_encoder.evaluation.report import (
+    Row,
+    Table,
+    interval,
+    median_latencies,
+    plot_quality_by_depth,
+    plot_quality_by_latency,
+)
 from modular_star_encoder.hub.manifest import MAIN, Manifest
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.hub import render_card
 from modular_star_encoder.utils.markdown import metric_label, percent
 
@@ -28,20 +31,20 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """Of the exits of one repository.
+    """The measurements of the exits of one repository.
 
     Args:
         parameters: exit_layer → parameters of the model loaded at this exit, counted.
-        profile: costs, of these exits alone; None if they were not measured.
-        tables: benchmarks, with the rows of these exits and of systems without exits; none if nothing was measured.
+        profile: costs of these exits; None if they were not measured.
+        tables: benchmarks, with the rows of these exits and of retrievers without exits.
     """
 
     parameters: Mapping[int, int]
     profile: ExitProfile | None
     tables: Sequence[Table]
 
-    def cut(self, parameters: Mapping[int, int]) -> Measurements:
-        """Those of a slice with these exits, whose embeddings are the parent's."""
+    def cut(self, parameters: Mapping[int, int]) -> "Measurements":
+        """The measurements of a slice with these exits, whose embeddings are the parent's."""
         profile = self.profile
         if profile is not None:
             kept = {k: profiled for k, profiled in profile.exits.items() if k in parameters}
@@ -54,97 +57,31 @@ class Measurements:
 def count_parameters(
     model_class: type[ModularStarEncoderPreTrainedModel], config: ModularStarEncoderConfig
 ) -> dict[int, int]:
-    """Parameters of a model of this configuration, loaded at each of its exits; no memory is taken."""
+    """Parameters of a model of this configuration, loaded at each of its exits; allocates no weights."""
     with torch.device("meta"):
         return {k: model_class(config.cut(k)).num_parameters() for k in config.exit_layers}
 
 
-def read_tables(path: str | os.PathLike, checkpoint: str = "") -> list[Table]:
-    """The tables of a file of figures, each with the rows of the model's exits and of systems without exits.
-
-    Args:
-        path: report.json of `mose evaluate --out`, or what `mose evaluate --json` or the quickstart wrote.
-        checkpoint: fingerprint of the weights that the figures have to be of.
-
-    Raises:
-        OSError: the file can't be read.
-        ValueError: it holds no such figures, or figures of other weights.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        measured = content.get("checkpoint_fingerprint")
-        tables = _report_tables(content) if "tables" in content else [_exits_table(content)]
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise ValueError(f"{path} holds no figures as `mose evaluate` writes them: {error!r}.") from error
-    if measured and checkpoint and measured != checkpoint:
-        raise ValueError(f"{path} holds figures of other weights ({measured}, not {checkpoint}): evaluate again.")
-    return tables
-
-
-def _report_tables(content: Mapping[str, Any]) -> list[Table]:
-    tables = []
-    for kept in content["tables"]:
-        fields = {name: value for name, value in kept.items() if name not in ("title", "rows")}
-        rows = [_row(row) for row in kept["rows"]]
-        own = next(row.system for row in rows if row.difference is None)
-        rows = [row for row in rows if row.system == own or row.exit_layer is None]
-        whole = {(row.system, row.exit_layer): row for row in sorted(rows, key=_size)}
-        tables.append(Table(**fields, rows=[row for row in rows if row is whole[row.system, row.exit_layer]]))
-    return tables
-
-
-def _size(row: Row) -> tuple[bool, int]:
-    """Orders rows by the size of their embeddings, whole ones last."""
-    return row.dimensions is None, row.dimensions or 0
-
-
-def _row(kept: Mapping[str, Any]) -> Row:
-    columns = {name: Figure(**figure) for name, figure in kept["columns"].items()}
-    difference = None if kept["difference"] is None else Difference(**kept["difference"])
-    return Row(**{**kept, "columns": columns, "mean": Figure(**kept["mean"]), "difference": difference})
-
-
-def _exits_table(content: Mapping[str, Any]) -> Table:
-    """The one table of figures by exit; the quickstart's are of repositories that it held out."""
-    held_out = "retrieval" in content
-    scores = content["retrieval"] if held_out else content
-    rows = [_exit_row("model", int(k), one) for k, one in scores["exits"].items()]
-    rows.sort(key=lambda row: row.exit_layer)
-    rows.append(_exit_row("BM25", None, scores["bm25"]))
-    size = f"{scores['bm25']['queries']:,} queries, {scores['bm25']['distractors'] + 1:,} candidates each"
-    name = "Functions of repositories that were held out" if held_out else "folder"
-    return Table(name, "mrr", rows, "", size, ())
-
-
-def _exit_row(system: str, exit_layer: int | None, scores: Mapping[str, Any]) -> Row:
-    mrr = Figure(scores["mrr"], *scores["interval"])
-    return Row(system, exit_layer, None, {}, mrr, {}, None)
-
-
 def _rows_of(table: Table, exits: Mapping[int, Any]) -> list[Row]:
-    """The rows of these exits and of systems without exits; nothing if there are none of the exits."""
+    """The rows of these exits and of retrievers without exits; nothing without a row of these exits."""
     rows = [row for row in table.rows if row.exit_layer is None or row.exit_layer in exits]
     return rows if any(row.exit_layer is not None for row in rows) else []
 
 
 def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[str]]]:
-    """The table of a card, a column for each exit and for each system without exits.
-
-    Returns:
-        The header, and the rows: parameters, then what was measured.
-    """
+    """The header and the rows of a card's table, with a column for each exit and each retriever without exits."""
     exits = list(measurements.parameters)
     others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
-    systems = list(dict.fromkeys(row.system for row in others))
-    header = ["", *(f"exit {k}" for k in exits), *systems]
-    blank = [""] * len(systems)
+    retrievers = list(dict.fromkeys(row.retriever for row in others))
+    header = ["", *(f"exit {k}" for k in exits), *retrievers]
+    blank = [""] * len(retrievers)
     rows = [["parameters", *(f"{count:,}" for count in measurements.parameters.values()), *blank]]
     rows += [[name, *cells, *blank] for name, cells in _cost_rows(measurements.profile, exits)]
     for table in measurements.tables:
         by_exit = {row.exit_layer: row for row in table.rows if row.exit_layer is not None}
-        by_system = {row.system: row for row in table.rows if row.exit_layer is None}
-        cells = [_quality(by_exit.get(k)) for k in exits] + [_quality(by_system.get(name)) for name in systems]
-        rows.append([f"{title(table)}: {metric_label(table.metric)} × 100", *cells])
+        by_name = {row.retriever: row for row in table.rows if row.exit_layer is None}
+        cells = [_quality(by_exit.get(k)) for k in exits] + [_quality(by_name.get(name)) for name in retrievers]
+        rows.append([f"{table.title}: {metric_label(table.metric)} × 100", *cells])
     return header, rows
 
 
@@ -171,7 +108,7 @@ def _quality(row: Row | None) -> str:
 
 
 def eval_results(measurements: Measurements) -> list[EvalResult]:
-    """The `model-index`: a figure × 100 for each benchmark and exit."""
+    """The `model-index`: the main metric × 100 for each benchmark and exit."""
     tasks = {"f1": ("text-classification", "Clone detection")}
     results = []
     for table in measurements.tables:
@@ -181,7 +118,7 @@ def eval_results(measurements: Measurements) -> list[EvalResult]:
                 task_type=kind,
                 task_name=name,
                 dataset_type=re.sub(r"\W+", "-", table.benchmark).lower(),
-                dataset_name=title(table),
+                dataset_name=table.title,
                 metric_type=table.metric,
                 metric_name=f"{metric_label(table.metric)} at exit {row.exit_layer}",
                 metric_value=round(100 * row.mean.value, 2),
@@ -193,10 +130,10 @@ def eval_results(measurements: Measurements) -> list[EvalResult]:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Draw quality against latency, or where that was not measured against depth.
+    """Draw quality by latency, or by depth where latency was not measured.
 
     Returns:
-        The file's name; None where there is nothing to draw, for a curve needs two exits.
+        The file's name; None for fewer than two exits or without benchmarks.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -206,11 +143,10 @@ def draw(measurements: Measurements, folder: Path) -> str | None:
     if measurements.profile is None:
         return plot_quality_by_depth(measurements.tables, folder / DEPTH_FIGURE).name
     times = median_latencies(measurements.profile)
-    systems = {row.system for table in measurements.tables for row in table.rows if row.exit_layer is not None}
-    return plot_quality_by_latency(measurements.tables, dict.fromkeys(systems, times), folder / LATENCY_FIGURE).name
+    names = {row.retriever for table in measurements.tables for row in table.rows if row.exit_layer is not None}
+    return plot_quality_by_latency(measurements.tables, dict.fromkeys(names, times), folder / LATENCY_FIGURE).name
 
 
-TEMPLATE = "model.md.jinja"
 CARD = "README.md"
 HUB = "https://huggingface.co"
 TAGS = ("modular-star-encoder", "multi-exit", "code", "code-search")
@@ -218,13 +154,13 @@ TAGS = ("modular-star-encoder", "multi-exit", "code", "code-search")
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """What a model comes from.
+    """The model that another one comes from.
 
     Args:
-        repository, branch: where that is published.
-        is_slice: whether the model was cut from it; otherwise its training started from it.
-        layers: how many it has.
-        revision: the commit; None while it is not known.
+        repository, branch: where it is published.
+        is_slice: whether the other model was cut from it; otherwise its training started from it.
+        layers: number of its layers.
+        revision: its commit; None while it is not known.
     """
 
     repository: str
@@ -235,13 +171,13 @@ class Parent:
 
     @property
     def link(self) -> str:
-        """In Markdown, to the revision."""
+        """A Markdown link to the revision."""
         return repository_link(self.repository, self.branch, self.revision)
 
 
 @dataclass(frozen=True, slots=True)
 class SliceLink:
-    """A slice that a model's card names: its weights' SHA-256 stands for its revision, for that links back."""
+    """A slice in the card of its parent: named by the SHA-256 of its weights, since its revision links back."""
 
     repository: str
     branch: str
@@ -251,19 +187,19 @@ class SliceLink:
 
 @dataclass(frozen=True, slots=True)
 class CardContent:
-    """All that a card says.
+    """The content of a card.
 
     Args:
         repository, branch: where the model is published.
-        heading: which model of the manifest's title this is.
+        heading: what distinguishes it from the manifest's other models.
         config: of the model.
         retrieval: whether it embeds; otherwise it is a pre-trained model.
         prompts: of its SentenceTransformer.
         measurements: of its exits.
         figure: file name of the figure; None if there is none.
-        parent, slices: what it comes from, and what was cut from it.
-        only_exit: whether it holds one exit's head alone, although it is deeper than others.
-        training_data, training_rows, recipe: what its training was, where that is known; the recipe as YAML.
+        parent, slices: the model that it comes from, and those cut from it.
+        only_exit: whether it has one exit's head alone, although it is deeper than others.
+        training_data, training_rows, recipe: its training, where known; the recipe as YAML.
     """
 
     repository: str
@@ -277,7 +213,7 @@ class CardContent:
     parent: Parent | None = None
     slices: Sequence[SliceLink] = ()
     only_exit: bool = False
-    training_data: str = ""
+    training_data: str | None = ""
     training_rows: Sequence[tuple[str, Any]] = ()
     recipe: str = ""
 
@@ -298,7 +234,7 @@ def model_card(content: CardContent, manifest: Manifest) -> str:
         r"\n{3,}",
         "\n\n",
         render_card(
-            TEMPLATE,
+            "model.md.jinja",
             metadata=card_metadata(content, manifest).to_yaml(line_break="\n"),
             title=manifest.title,
             heading=content.heading,
@@ -336,16 +272,12 @@ def model_card(content: CardContent, manifest: Manifest) -> str:
 
 
 def _literal(text: str) -> str:
-    """A text in Python code; JSON's escapes are Python's where characters need none."""
+    """A text as a literal of Python, whose escapes are JSON's."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def card_metadata(content: CardContent, manifest: Manifest) -> ModelCardData:
-    """The card's metadata block.
-
-    Raises:
-        ValueError: the Hub's client refuses the figures of the `model-index`.
-    """
+    """The card's metadata block."""
     parent = content.parent
     foreign = parent is not None and parent.repository != content.repository
     results = eval_results(content.measurements)
@@ -365,39 +297,36 @@ def card_metadata(content: CardContent, manifest: Manifest) -> ModelCardData:
 
 
 def check_card(path: Path) -> None:
-    """Refuse a card whose metadata the Hub's client can't read back.
+    """Check that the Hub's client can read a card's metadata, and that its figures exist.
 
     Raises:
-        ValueError: the metadata are missing or wrong, or a figure that the card shows isn't there.
+        UserError: `hub.card.metadata`: the metadata are missing or wrong; `hub.card.figure`: a figure is missing.
     """
     try:
         card = ModelCard.load(path)
         data = card.data.to_dict()
+        missing = [name for name in ("license", "library_name", "pipeline_tag", "tags") if not data.get(name)]
+        fault = f"lacks {', '.join(missing)}" if missing else ""
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"The metadata of {path} can't be read: {' '.join(str(error).split())}") from error
-    missing = [name for name in ("license", "library_name", "pipeline_tag", "tags") if not data.get(name)]
-    if missing:
-        raise ValueError(f"The metadata of {path} lacks {', '.join(missing)}.")
+        fault = f"can't be read: {' '.join(str(error).split())}"
+    if fault:
+        raise UserError("hub.card.metadata", f"The metadata of {path} {fault}.")
     for figure in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):
         if not (path.parent / figure).is_file():
-            raise ValueError(f"{path} shows {figure}, which is not there.")
+            raise UserError("hub.card.figure", f"{path} shows {figure}, which does not exist.")
 
 
 def _notes(content: CardContent) -> list[str]:
-    """What a reader of the table must know."""
+    """The notes below the table."""
     measured, notes = content.measurements, []
     if measured.tables:
         notes.append("Benchmarks: with the 95 % interval of a bootstrap over queries.")
-        notes += [f"{table.benchmark}: {table.size}{_after(table.notes)}." for table in measured.tables]
+        notes += [f"{table.benchmark}: {'; '.join([table.size, *table.notes])}." for table in measured.tables]
     if measured.profile is not None:
         notes.append(_conditions(measured.profile))
     if content.parent is not None and content.parent.is_slice and (measured.tables or measured.profile):
         notes.append("All of this was measured on the parent at this exit.")
     return notes
-
-
-def _after(notes: Sequence[str]) -> str:
-    return "".join(f"; {note}" for note in notes)
 
 
 def _conditions(profile: ExitProfile) -> str:

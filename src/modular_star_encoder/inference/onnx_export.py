@@ -240,7 +240,7 @@ SETTINGS: dict[str, Any] = {"per_channel": True, "reduce_range": True}
 def quantize_onnx(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """Write `source` with int8 weights of its linear layers and its token embedding.
 
-    What it costs in quality has to be measured: see `onnx_ranking.compare_rankings`.
+    What it costs in quality has to be measured: see `hub.onnx_folder.compare_rankings`.
 
     Args:
         source: an ONNX file with float32 weights.

@@ -180,10 +180,10 @@ def near_duplicates(build: Build, out: Path) -> None:
     drop_near_duplicates(
         build.out / "triplets",
         out,
-        columns=build.recipe.duplicate_columns,
+        columns=build.recipe.near_duplicates.columns,
         id_column="id",
         against={name: open_texts(**one) for name, one in build.recipe.against.items()},
-        settings=build.recipe.duplicate_settings,
+        settings=build.recipe.near_duplicates,
         progress=build.progress,
     )
 

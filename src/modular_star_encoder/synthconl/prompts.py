@@ -51,8 +51,8 @@ def target_language(row_id: str, source_language: str, *, seed: int, targets: Se
     return others[int.from_bytes(digest[:8]) % len(others)]
 
 
-def check_prompt(prompt: str) -> None:
-    """Check a template of prompts.
+def check_prompt(prompt: str) -> str:
+    """Check a template of prompts and return it.
 
     Raises:
         UserError: `synthconl.prompt`: its fields are not `{source_language}`, `{target_language}` and `{code}`.
@@ -67,6 +67,7 @@ def check_prompt(prompt: str) -> None:
             f"others; write other braces twice. Found: {', '.join(sorted(fields))}."
         )
         raise UserError("synthconl.prompt", message)
+    return prompt
 
 
 def translation_request(

@@ -6,13 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import AfterValidator
+from pydantic import Field as Constraint
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.sources.source_files import LANGUAGES, check_languages
@@ -30,6 +32,7 @@ from modular_star_encoder.synthconl.prompts import PROMPT, check_prompt, target_
 from modular_star_encoder.synthconl.row_files import count_rows, read_file, row_files, write_parquet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
+from modular_star_encoder.utils.settings import Count, NonNegative, settings_class
 
 MAX_ERRORS_IN_A_ROW = 20
 SESSIONS = "sessions.json"
@@ -41,7 +44,10 @@ SCHEMA = pa.schema(
 _SECONDS_BETWEEN_NOTES, _SECONDS_BETWEEN_SYNCS = 30.0, 1.0
 
 
-@dataclass(frozen=True)
+Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
+
+
+@settings_class
 class TranslationSettings:
     """How functions are translated.
 
@@ -53,30 +59,16 @@ class TranslationSettings:
         targets: languages to translate to; each row is translated to one other than its own.
         options: further arguments of the back end; see `VLLMBackend`, `OpenAIBackend` and `TransformersBackend`.
         prompt_price, completion_price: price of a million tokens, for the report.
-
-    Raises:
-        UserError: `synthconl.translation`, `synthconl.prompt`, or an unknown language.
     """
 
-    backend: str
+    backend: Literal["vllm", "openai", "transformers"]
     model: str
-    max_tokens: int = 2048
-    prompt: str = PROMPT
-    targets: Sequence[str] = LANGUAGES
-    options: Mapping[str, Any] = field(default_factory=dict)
-    prompt_price: float = 0.0
-    completion_price: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, valid, rule in (
-            ("backend", self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("options", isinstance(self.options, Mapping), "a mapping"),
-        ):
-            if not valid:
-                raise UserError("synthconl.translation", f"{name} must be {rule}, not {getattr(self, name)!r}.")
-        object.__setattr__(self, "targets", check_languages(self.targets))
-        check_prompt(self.prompt)
+    max_tokens: Count = 2048
+    prompt: Annotated[str, AfterValidator(check_prompt)] = PROMPT
+    targets: Languages = LANGUAGES
+    options: Mapping[str, Any] = Constraint(default_factory=dict)
+    prompt_price: NonNegative = 0.0
+    completion_price: NonNegative = 0.0
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the translations, up to rounding: without prices and how the back end is run."""

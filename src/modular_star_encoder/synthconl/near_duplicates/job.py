@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
@@ -217,7 +217,7 @@ def prepare_job(
         "columns": list(columns),
         "id_column": id_column,
         "against": {name: {"texts": len(texts), "digest": _digest(texts)} for name, texts in other_sets.items()},
-        "settings": asdict(job.settings),
+        "settings": {one.name: getattr(job.settings, one.name) for one in fields(DuplicateSettings)},
         "versions": {"rensa": version("rensa")},
     }
     before = _description_found(out)

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field as Constraint
 
-from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.settings import Count, Float, settings_class
 
 SHINGLE_CHARACTERS = 5
 PERMUTATIONS = 256
@@ -60,7 +61,7 @@ def optimal_banding(threshold: float, miss_weight: float = 0.5, permutations: in
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings_class
 class DuplicateSettings:
     """What counts as a near-duplicate.
 
@@ -77,29 +78,13 @@ class DuplicateSettings:
         giant_cluster: A cluster with more different rows is not reduced to one row. Similarity is not transitive:
             chains of near-duplicates join unlike rows, and boilerplate can chain a whole corpus. In such a cluster,
             rows are kept in the order of their ids unless they are near one kept before.
-
-    Raises:
-        UserError: `synthconl.near_duplicates.setting`: a value is out of range.
     """
 
-    threshold: float = 0.7
+    threshold: Annotated[Float, Constraint(gt=0, le=1)] = 0.7
     recall: Literal["default", "high"] = "default"
     match: Literal["either", "both"] = "either"
-    bucket_limit: int = 50
-    giant_cluster: int = 1000
-
-    def __post_init__(self) -> None:
-        rules = {
-            "threshold": (0 < self.threshold <= 1, "above 0 and at most 1"),
-            "recall": (self.recall in _MISS_WEIGHTS, "default or high"),
-            "match": (self.match in ("either", "both"), "either or both"),
-            "bucket_limit": (self.bucket_limit >= 1, "at least 1"),
-            "giant_cluster": (self.giant_cluster >= 1, "at least 1"),
-        }
-        for name, (valid, rule) in rules.items():
-            if not valid:
-                message = f"{name} must be {rule}, not {getattr(self, name)!r}."
-                raise UserError("synthconl.near_duplicates.setting", message)
+    bucket_limit: Count = 50
+    giant_cluster: Count = 1000
 
     @property
     def banding(self) -> Banding:
