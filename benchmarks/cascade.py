@@ -28,9 +28,8 @@ from report import RESULTS, write
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_patterns, read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
-from modular_star_encoder.evaluation.exits import RetrievalRow
-from modular_star_encoder.evaluation.metrics import worst_order
-from modular_star_encoder.evaluation.significance import bootstrap_interval, spread
+from modular_star_encoder.evaluation.metrics import bootstrap_interval, spread, worst_order
+from modular_star_encoder.evaluation.tasks import RetrievalRow
 from modular_star_encoder.inference.encode import encode_exits, tokenize
 from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.inference.profile import flops_per_token

@@ -17,8 +17,7 @@ from report import write
 
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_patterns, read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
-from modular_star_encoder.evaluation.exits import pairs_task
-from modular_star_encoder.evaluation.tasks import RetrievalTask
+from modular_star_encoder.evaluation.tasks import RetrievalTask, pairs_task
 from modular_star_encoder.hub.onnx_folder import export_onnx_folder, format_rankings
 from modular_star_encoder.inference.onnx_export import ONNX_FILE, QUANTIZED_FILE, SETTINGS
 from modular_star_encoder.modeling import ModularStarEncoderConfig

@@ -51,7 +51,7 @@ def texts(kind: str, size: int) -> list[tuple[str, str]]:
 
 def fill(folder: Path, size: int, dimensions: int) -> None:
     """Queries are random; document i is near query i."""
-    from modular_star_encoder.inference.embedding_cache import EmbeddingCache
+    from modular_star_encoder.evaluation.retrievers import EmbeddingCache
 
     cache, generator, shard = EmbeddingCache(folder), np.random.default_rng(0), 4096
     queries, documents = texts("query", size), texts("document", size)
@@ -66,9 +66,9 @@ def fill(folder: Path, size: int, dimensions: int) -> None:
 def rank(folder: Path, size: int, dimensions: int) -> dict[str, float]:
     """Peak memory, and the MRR as a sign that it did rank."""
     from modular_star_encoder.evaluation.metrics import reciprocal_ranks
+    from modular_star_encoder.evaluation.retrievers import EmbeddingCache
     from modular_star_encoder.evaluation.scores import CosineScores, rank_judged
     from modular_star_encoder.evaluation.tasks import Judgements
-    from modular_star_encoder.inference.embedding_cache import EmbeddingCache
 
     imports = resident_mb("VmRSS")
     cache = EmbeddingCache(folder)

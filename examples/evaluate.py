@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where reports and figures are written")
     arguments = parser.parse_args()
     try:
-        tables = run_benchmarks(
+        report = run_benchmarks(
             arguments.model,
             arguments.benchmarks,
             arguments.data,
@@ -42,7 +42,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    for table in tables:
+    for table in report.tables:
         print(f"\n{table.benchmark}, {table.metric}")
         for row in table.rows:
             print(f"  {row.label:40} {100 * row.mean.value:5.1f}  ({100 * row.mean.low:.1f}–{100 * row.mean.high:.1f})")

@@ -15,7 +15,7 @@ import sys
 from modular_star_encoder.cli.main import exit_list
 from modular_star_encoder.data.functions import collect_functions
 from modular_star_encoder.data.sources.repositories import folder_repositories
-from modular_star_encoder.evaluation.mteb_exits import pairs_task, run_mteb
+from modular_star_encoder.evaluation.mteb_exits import local_task, run_mteb
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
         if arguments.data:
             functions = collect_functions(folder_repositories(arguments.data)).functions
             rows = [(function.description, function.code, function.language) for function in functions]
-            tasks = [pairs_task(rows, "FunctionsOfAFolder")]
+            tasks = [local_task(rows, "FunctionsOfAFolder")]
         scores = run_mteb(arguments.checkpoint, tasks, arguments.exit_layers, arguments.out)
     except KeyboardInterrupt:
         print("\nmteb_exits: interrupted; start it again to continue.", file=sys.stderr)

@@ -36,7 +36,9 @@ from modular_star_encoder.data.retrieval import RetrievalCollator, RetrievalPair
 from modular_star_encoder.data.sources.repositories import folder_repositories, installed_repositories
 from modular_star_encoder.data.splits import Split, drop_near_identical_descriptions, split_by_repository
 from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
-from modular_star_encoder.evaluation.exits import ExitResults, RetrievalRow, evaluate_exits, format_table
+from modular_star_encoder.evaluation.report import Report
+from modular_star_encoder.evaluation.run import evaluate_exits
+from modular_star_encoder.evaluation.tasks import RetrievalRow
 from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint, slice_checkpoint
 from modular_star_encoder.objectives.classification import InContextObjective
@@ -136,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
     }
     write_json(out / "results.json", report)
-    print(f"\n{format_table(results)}\n")
+    print(f"\n{results.to_markdown()}\n")
     print(
         f"{report['parameters']:,} parameters · {seconds:.0f} s · checkpoint {out / 'model'} · {out / 'results.json'}"
     )
@@ -285,7 +287,7 @@ def finish_stage(folder: Path, checkpoints: Path) -> dict[str, Any]:
     return log
 
 
-def evaluate(functions: list[DocumentedFunction], tokenizer: PreTrainedTokenizerFast, out: Path) -> ExitResults:
+def evaluate(functions: list[DocumentedFunction], tokenizer: PreTrainedTokenizerFast, out: Path) -> Report:
     """MRR with 999 distractors at every exit, beside BM25 and the untrained model."""
     model = ModularStarEncoderForRetrieval.from_pretrained(out / "model")
     rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]

@@ -21,11 +21,13 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-# Keys of the published configurations (huggingface.co/modularStarEncoder): read, never written.
+# Keys of the published configurations (huggingface.co/modularStarEncoder), and one of ours until 0.1: read, never
+# written.
 PUBLISHED_ALIASES = {
     "matryoshka_layers": "exit_layers",
     "conditional_size": "exit_embedding_size",
     "layer_norm_eps": "norm_epsilon",
+    "learned_logit_scale": "logit_scale_init_value",
 }
 # `keys_to_ignore_at_inference` is a property of our class; the published files hold a string there.
 PUBLISHED_WITHOUT_EFFECT = (
@@ -40,7 +42,7 @@ PUBLISHED_WITHOUT_EFFECT = (
 CHOICES = {
     "exit_norm": ("last", "all", "none"),
     "projection_order": ("project_then_pool", "pool_then_project"),
-    "pooling": ("mean", "cls", "legacy"),
+    "pooling": ("mean", "lasttoken", "legacy"),
     "embedding_normalization": ("l2", "clip"),
     "pooler_position": ("last", "first"),
 }
@@ -99,13 +101,13 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         projection_act (`str`, defaults to `"leaky_relu"`): Activation inside the projection heads.
         projection_order (`str`, defaults to `"project_then_pool"`): Whether tokens are projected and then pooled, or
             `"pool_then_project"`. They differ, since the heads are not linear.
-        pooling (`str`, defaults to `"mean"`): Pooling of tokens: `"mean"` over all real tokens; `"cls"`, the last real
-            token; or `"legacy"`, the token at place `attention_mask.sum() - 1` of the row, as in the published models'
+        pooling (`str`, defaults to `"mean"`): Pooling of tokens: `"mean"` over all real tokens; `"lasttoken"`, the last
+            real one; or `"legacy"`, the token at place `attention_mask.sum() - 1` of the row, as in the published models'
             ancestor: with padding on the left this is not the last token, and depends on the padding.
         embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides embeddings by their norm; `"clip"` only
             where the norm is above 1, as in the published models' ancestor.
-        learned_logit_scale (`float`, *optional*): Start value, between 1 and 100, of a multiplier of similarities that
-            contrastive training learns, and that the retrieval model then has among its weights. By default there is
+        logit_scale_init_value (`float`, *optional*): Start value, between 1 and 100, of a multiplier of similarities
+            that contrastive training learns, and that the retrieval model then has among its weights. By default there is
             none, and the training objective has a fixed one.
         pooler_position (`str`, defaults to `"last"`): Token that classifiers read: the `"last"` real one (`<cls>`) or
             the `"first"`.
@@ -136,6 +138,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         "logit_scale",
         "exit_logits",
     ]
+    attribute_map: ClassVar[dict[str, str]] = {"learned_logit_scale": "logit_scale_init_value"}
     # StarCoder2's own plan (transformers, configuration_starcoder2.py): the blocks are the same.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -176,7 +179,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     projection_order: str = "project_then_pool"
     pooling: str = "mean"
     embedding_normalization: str = "l2"
-    learned_logit_scale: float | int | None = None
+    logit_scale_init_value: float | int | None = None
     pooler_position: str = "last"
     output_all_exits: bool | None = None
     classifier_dropout: float | int = 0.1
@@ -256,6 +259,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     def validate_choices(self) -> None:
         """Refuse words that an option does not know."""
+        if self.pooling == "cls":  # ours until 0.1: the last token is `<cls>`
+            self.pooling = "lasttoken"
         if self.unpad_inputs and self.pooling == "legacy":
             raise ValueError("unpad_inputs leaves out the padding that legacy pooling may read; use one of the two.")
         for name, allowed in CHOICES.items():
@@ -265,9 +270,10 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     def validate_logit_scale(self) -> None:
         """Refuse a start value outside the bounds."""
         lowest, highest = LOGIT_SCALE_BOUNDS
-        if self.learned_logit_scale is not None and not lowest <= self.learned_logit_scale <= highest:
+        if self.logit_scale_init_value is not None and not lowest <= self.logit_scale_init_value <= highest:
             raise ValueError(
-                f"learned_logit_scale {self.learned_logit_scale} must be between {lowest:g} and {highest:g}, or None."
+                f"logit_scale_init_value {self.logit_scale_init_value} must be between {lowest:g} and {highest:g}, "
+                "or None."
             )
 
     def validate_heads(self) -> None:

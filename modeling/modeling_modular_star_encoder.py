@@ -666,36 +666,9 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             raise ValueError(f"start_layer {start_layer} needs inputs_embeds, and exits deeper than it; got {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if position_ids is not None:
-            position_ids = position_ids.expand(inputs_embeds.shape[:2])
-        bounds = _document_bounds(inputs_embeds, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
-        restore = None
-        recorded = any(
-            kwargs.get(name) or getattr(self.config, name, False)
-            for name in ("output_hidden_states", "output_attentions")
+        inputs_embeds, position_ids, mask, restore = self._pack_inputs(
+            inputs_embeds, attention_mask, position_ids, kwargs
         )
-        two_dimensional = attention_mask is not None and attention_mask.dim() == 2
-        # CODEPATH: computing padding is simpler and compiles; leaving it out is faster on batches of mixed lengths.
-        # What is recorded inside layers has no way back to the padded shape.
-        if self.config.unpad_inputs and bounds is None and two_dimensional and not recorded and attention_mask.any():
-            if position_ids is not None:
-                position_ids = position_ids[attention_mask.bool()].unsqueeze(0)
-            inputs_embeds, bounds, restore = _unpad(inputs_embeds, attention_mask)
-        elif bounds is not None and inputs_embeds.shape[0] > 1:
-            if kwargs.get("cu_seq_lens_q") is not None:
-                raise ValueError("cu_seq_lens_q describes the texts of one row; give a flat batch of shape (1, N).")
-            if recorded:
-                bounds = None
-            else:
-                inputs_embeds, _, restore = _unpad(inputs_embeds, torch.ones_like(position_ids))
-                position_ids = position_ids.reshape(1, -1)
-        if bounds is not None:
-            kwargs.update(self._packing(bounds, inputs_embeds, kwargs))
-            mask = None
-            position_ids = _packed_positions(bounds) if position_ids is None else position_ids
-        else:
-            mask = self._attention_mask(inputs_embeds, attention_mask, position_ids)
-            position_ids = _positions(attention_mask, inputs_embeds) if position_ids is None else position_ids
         hidden_states = inputs_embeds
         if start_layer == 0:
             hidden_states = nn.functional.dropout(hidden_states, p=self.embedding_dropout, training=self.training)
@@ -722,43 +695,68 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             residual_states=tuple(residual_states) if output_residual_states else None,
         )
 
-    def _attention_mask(
+    def _pack_inputs(
         self,
-        inputs_embeds: torch.Tensor,
+        states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.LongTensor, Any, Callable[[torch.Tensor], torch.Tensor] | None]:
+        """How the texts of a batch share its rows: padded as given, or flat, one after the other without padding.
+
+        Returns the states (B, T, H), or flat (1, N, H); their positions; the attention mask of the backend; and for
+        states that were flattened the way back to (B, T, H). What keeps flat texts apart is added to `kwargs`.
+        """
+        if position_ids is not None:
+            position_ids = position_ids.expand(states.shape[:2])
+        bounds = _document_bounds(states, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        # What is recorded inside layers has no way back to the padded shape.
+        recorded = any(
+            kwargs.get(name) or getattr(self.config, name, False)
+            for name in ("output_hidden_states", "output_attentions")
+        )
+        restore = None
+        padded = attention_mask is not None and attention_mask.dim() == 2
+        # CODEPATH: computing padding is simpler and compiles; leaving it out is faster on batches of mixed lengths.
+        if self.config.unpad_inputs and bounds is None and padded and not recorded and attention_mask.any():
+            if position_ids is not None:
+                position_ids = position_ids[attention_mask.bool()].unsqueeze(0)
+            states, bounds, restore = _unpad(states, attention_mask)
+        elif bounds is not None and states.shape[0] > 1:
+            if kwargs.get("cu_seq_lens_q") is not None:
+                raise ValueError("cu_seq_lens_q describes the texts of one row; give a flat batch of shape (1, N).")
+            if recorded:
+                bounds = None
+            else:
+                states, _, restore = _unpad(states, torch.ones_like(position_ids))
+                position_ids = position_ids.reshape(1, -1)
+        if bounds is None:
+            mask = self._attention_mask(states, attention_mask, position_ids)
+            return states, _positions(attention_mask, states) if position_ids is None else position_ids, mask, restore
+        lengths = bounds.diff()
+        flash, documents = is_flash_attention_requested(self.config), None
+        if not flash:
+            documents = DocumentGroups.of_similar_length(lengths.tolist(), bounds.device)
+            for group in documents.groups:
+                group.mask = self._attention_mask(states[0][group.tokens], group.real)
+        cu_seq_lens = bounds.to(torch.int32) if flash else None
+        max_length = (kwargs.get("max_length_q") or int(lengths.max())) if flash else None
+        kwargs |= {"document_groups": documents, "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
+        kwargs |= {"max_length_q": max_length, "max_length_k": max_length}
+        return states, _packed_positions(bounds) if position_ids is None else position_ids, None, restore
+
+    def _attention_mask(
+        self, states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
     ) -> Any:
-        """The backend's mask: padding, and texts packed into one row (positions that restart) kept apart."""
-        documents = None
+        """The mask of the attention backend: padding, and texts packed into one row (positions that restart)."""
+        apart = None
         if attention_mask is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids)
-        # CODEPATH: ours see all tokens; whether the published SDPA path is causal is not known.
-        create_mask = create_causal_mask if self.config.is_causal else create_bidirectional_mask
-        return create_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=None,
-            and_mask_function=None if documents is None else packed_sequence_mask_function(documents),
-        )
-
-    def _packing(self, bounds: torch.Tensor, inputs_embeds: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
-        """What the layers need to keep the texts of a flat batch (1, N) apart."""
-        lengths = bounds.diff()
-        if is_flash_attention_requested(self.config):
-            max_length = given.get("max_length_q") or int(lengths.max())
-            bounds = bounds.to(torch.int32)
-            return {
-                "cu_seq_lens_q": bounds,
-                "cu_seq_lens_k": bounds,
-                "max_length_q": max_length,
-                "max_length_k": max_length,
-            }
-        documents = DocumentGroups.of_similar_length(lengths.tolist(), bounds.device)
-        for group in documents.groups:
-            group.mask = self._attention_mask(inputs_embeds[0][group.tokens], group.real)
-        unused = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
-        return {"document_groups": documents, **unused}
+            apart = None if documents is None else packed_sequence_mask_function(documents)
+        # CODEPATH: all tokens see each other; whether the published SDPA path is causal is not known.
+        if self.config.is_causal:
+            return create_causal_mask(self.config, states, attention_mask, None, and_mask_function=apart)
+        return create_bidirectional_mask(self.config, states, attention_mask, and_mask_function=apart)
 
 
 def _document_bounds(
@@ -826,8 +824,7 @@ def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor)
 
 
 def _token_at(states: torch.Tensor, attention_mask: torch.Tensor | None, position: str) -> torch.Tensor:
-    """The states (B, H) of one token per row: the last real one (`last`, or `cls`, which it is), the first, or the
-    `legacy` place."""
+    """States (B, H) of one token per row: the last real one (`last`, `lasttoken`), the `first`, the `legacy` place."""
     batch, length = states.shape[:2]
     rows, places = torch.arange(batch, device=states.device), torch.arange(length, device=states.device)
     if attention_mask is None:
@@ -1107,14 +1104,14 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             {str(exit_layer): ModularStarEncoderProjectionHead(self.config) for exit_layer in self.config.exit_layers}
         )
         # CODEPATH: the paper's scale is fixed; a learned one has to live where checkpoints are.
-        self.logit_scale = None if self.config.learned_logit_scale is None else ModularStarEncoderLogitScale()
+        self.logit_scale = None if self.config.logit_scale_init_value is None else ModularStarEncoderLogitScale()
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ModularStarEncoderLogitScale):
-            init.constant_(module.log_scale, math.log(self.config.learned_logit_scale))
+            init.constant_(module.log_scale, math.log(self.config.logit_scale_init_value))
 
     def _pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         # CODEPATH: models trained here pool the mean; the published ones do not say theirs, so it can be set.

@@ -71,7 +71,8 @@ def test_it_goes_the_whole_way_and_says_what_it_did(repositories, recipe, tmp_pa
     assert result.returncode == 0, result.stderr
     report = json.loads((out / "results.json").read_text())
     assert report["slice"]["identical"] == {"AutoModel": True, "SentenceTransformer": True}
-    assert set(report["retrieval"]["exits"]) == set(report["retrieval"]["untrained"]) == {"1", "2", "3"}
+    rows = [(row["retriever"], row["exit_layer"]) for row in report["retrieval"]["tables"][0]["rows"]]
+    assert rows == [*((name, k) for name in ("model", "model, untrained") for k in (1, 2, 3)), ("BM25", None)]
     assert not set(report["repositories"]["train"]) & set(report["repositories"]["test"])
     assert report["functions"]["train"] == 150
     assert "150 of 1" in result.stdout

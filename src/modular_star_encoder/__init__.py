@@ -50,15 +50,36 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# The first module of the Auto classes; the others are importable when it has run.
-_AUTO_CLASSES = "transformers.models.auto.configuration_auto"
+_AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+_MODEL_TYPE = "ModularStarEncoder"
 
 
-class _RegisterWithAutoClasses(MetaPathFinder, Loader):
-    """Import our model, which registers itself, right after transformers' Auto classes are first imported."""
+class _RegisteredWhenUsed(dict):
+    """Configurations registered with `AutoConfig`; ours is imported, and so registers all classes, at first use."""
+
+    def __getitem__(self, key: str) -> Any:
+        if key == _MODEL_TYPE:
+            self.load()
+        return super().__getitem__(key)
+
+    def values(self) -> Any:
+        self.load()
+        return super().values()
+
+    def items(self) -> Any:
+        self.load()
+        return super().items()
+
+    def load(self) -> None:
+        if dict.__getitem__(self, _MODEL_TYPE) is None:
+            import_module(f"{__name__}.modeling")
+
+
+class _RegisterWithAutoConfig(MetaPathFinder, Loader):
+    """Add our model type to `AutoConfig` right after transformers defines it, without importing a model."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != _AUTO_CLASSES:
+        if fullname != _AUTO_CONFIG:
             return None
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
@@ -70,12 +91,21 @@ class _RegisterWithAutoClasses(MetaPathFinder, Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        import_module(f"{__name__}.modeling")
+        _register(module)
 
 
-if _AUTO_CLASSES in sys.modules:
-    import_module(f"{__name__}.modeling")
+def _register(module: ModuleType) -> None:
+    """Add our model type to the mapping that `AutoConfig` and every other Auto class reads first."""
+    registered = module.CONFIG_MAPPING._extra_content
+    if _MODEL_TYPE not in registered:
+        module.CONFIG_MAPPING._extra_content = _RegisteredWhenUsed(registered | {_MODEL_TYPE: None})
+
+
+if _AUTO_CONFIG in sys.modules:
+    _register(sys.modules[_AUTO_CONFIG])
 else:
-    sys.meta_path.insert(0, _RegisterWithAutoClasses())
+    sys.meta_path.insert(0, _RegisterWithAutoConfig())

@@ -5,7 +5,7 @@ import pytest
 
 from modular_star_encoder.demo.page import ExitCosts, circumstances, cost_card, short_name
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
-from modular_star_encoder.inference.load import checkpoint_fingerprint
+from modular_star_encoder.inference.load import checkpoint_checksum
 from tests.demo.profiles import profile_of
 
 
@@ -15,7 +15,7 @@ def copy(checkpoint, tmp_path):
 
 
 def costs_of(folder, **options):
-    fingerprint = checkpoint_fingerprint(folder)
+    fingerprint = checkpoint_checksum(folder)
     profile_of(options.pop("fingerprint", fingerprint), **options).save(folder / PROFILE_NAME)
     return ExitCosts.of(str(folder), fingerprint)
 
@@ -37,7 +37,7 @@ def test_bars_are_shares_of_the_costliest_exit(copy):
 
 
 def test_a_checkpoint_without_a_profile_says_so_and_how_to_make_one(copy):
-    card = cost_card(ExitCosts.of(str(copy), checkpoint_fingerprint(copy)), 1)
+    card = cost_card(ExitCosts.of(str(copy), checkpoint_checksum(copy)), 1)
     assert "my-model has no exit profile" in card
     assert "mose profile my-model" in card
     assert not re.search(r"\d ms|MB", card)

@@ -3,10 +3,9 @@
 import numpy as np
 
 from modular_star_encoder.evaluation.metrics import query_values
-from modular_star_encoder.evaluation.retrievers import EmbeddingSystem
-from modular_star_encoder.evaluation.scores import CosineScores, rank_judged
-from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, distractor_batches, full_pool
-from modular_star_encoder.inference.embedding_cache import EmbeddingCache
+from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever
+from modular_star_encoder.evaluation.scores import Block, CosineScores, rank_judged
+from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, candidate_batches, full_pool
 from modular_star_encoder.inference.encoders import Text
 
 
@@ -15,7 +14,7 @@ class GivenEncoder:
 
     def __init__(self, name="given", exit_layers=(1, 2, 3), noise=0.0):
         self.name, self.exit_layers, self.dimensions = name, exit_layers, (None,)
-        self.fingerprint = f"{name}-{noise}"
+        self.checksum = f"{name}-{noise}"
         self.noise, self.calls = noise, []
 
     def prompt(self, text):
@@ -28,8 +27,21 @@ class GivenEncoder:
         return {k: np.pad(values[:, :k], ((0, 0), (0, values.shape[1] - k))) for k in exit_layers}
 
 
-def given_system(name="given", *, folder=None, **options):
-    return EmbeddingSystem(GivenEncoder(name, **options), EmbeddingCache(folder))
+class Matrix:
+    """Scores that are given."""
+
+    def __init__(self, scores):
+        self.scores, self.shape = scores, scores.shape
+
+    def blocks(self):
+        yield Block(0, 0, self.scores)
+
+    def of_pairs(self, queries, documents):
+        return self.scores[queries, documents]
+
+
+def given_retriever(name="given", *, folder=None, **options):
+    return EmbeddingRetriever(GivenEncoder(name, **options), EmbeddingCache(folder))
 
 
 def vectors(n, size=3, seed=0):
@@ -65,10 +77,11 @@ def pair_task(n=30, seed=0):
     return PairTask("pairs", "test", texts, pairs[:half], labels[:half], pairs[half:], labels[half:])
 
 
-def reciprocal_ranks_among_distractors(queries, documents, size, seed=0):
-    """Of embeddings of pairs in the batches of CodeSearchNet's protocol, by the harness."""
+def reciprocal_ranks(queries, documents, size, seed=0):
+    """Of embeddings of pairs, in batches of candidates or (size None) among all documents."""
+    everything = [np.arange(len(queries))]
     ranks = []
-    for rows in distractor_batches(len(queries), size, seed):
+    for rows in everything if size is None else candidate_batches(len(queries), size, seed):
         scores = CosineScores(queries[rows], documents[rows])
         ranks.append(query_values(rank_judged(scores, Judgements.one_each(range(len(rows)))), "mrr"))
     return np.concatenate(ranks)

@@ -3,10 +3,10 @@ import os
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation.benchmarks.registry import load_benchmark
-from modular_star_encoder.evaluation.harness import evaluate_tasks
+from modular_star_encoder.evaluation.benchmarks import load_benchmark
 from modular_star_encoder.evaluation.lexical import BM25, identifier_tokens
-from modular_star_encoder.evaluation.retrievers import Variant
+from modular_star_encoder.evaluation.retrievers import ExitVariant
+from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.inference.encoders import Text
 
 DATA = os.environ.get("MOSE_DATA")
@@ -15,8 +15,8 @@ DATA = os.environ.get("MOSE_DATA")
 def bm25_scores(queries, documents):
     system = BM25()
     queries, documents = ([Text(text) for text in texts] for texts in (queries, documents))
-    system.prepare([*queries, *documents], (Variant(),))
-    return np.concatenate([block.scores for block in system.scores(queries, documents, Variant()).blocks()])
+    system.prepare([*queries, *documents], (ExitVariant(),))
+    return np.concatenate([block.scores for block in system.scores(queries, documents, ExitVariant()).blocks()])
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,6 @@ def test_queries_and_documents_without_words_score_zero():
 @pytest.mark.skipif(not DATA, reason="MOSE_DATA is not set to a folder with codesearchnet/*_test.jsonl.gz")
 def test_bm25_reaches_its_known_figures_on_codesearchnet():
     cells = evaluate_tasks(load_benchmark("codesearchnet-999", DATA, allow_subset=True), [BM25()], progress=False)
-    figures = {cell.task: 100 * cell.figures["mrr"].value for cell in cells}
+    figures = {cell.task: 100 * cell.estimates["mrr"].value for cell in cells}
     assert figures == pytest.approx({"ruby": 50.6, "javascript": 48.3, "go": 73.9}, abs=1)
     assert {cell.task: (len(cell.values), cell.candidates) for cell in cells}["go"] == (2000, 1000)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.evaluation.metrics import best_f1_threshold, f1, outcomes, query_values, rank_scores
+from tests.errors import raises
 from tests.evaluation import brute_force
 
 METRICS = {
@@ -69,28 +70,28 @@ def test_one_relevant_document_makes_recall_a_hit_or_a_miss():
 def test_a_query_without_relevant_documents_is_refused_and_has_no_ndcg():
     ranking = rank_scores([np.arange(3.0), np.arange(3.0)], [np.eye(3)[0], np.zeros(3)])
     for metric in ("mrr", "recall@1", "map@r"):
-        with pytest.raises(ValueError, match="Query 1 has no relevant document"):
+        with raises("evaluation.query.no_relevant", "Query 1"):
             query_values(ranking, metric)
     assert np.isnan(query_values(ranking, "ndcg@10")).tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
-    ("scores", "gains", "message"),
+    ("scores", "gains", "fault"),
     [
-        ([], [], "as many lists"),
-        ([[0.5, np.nan]], [[1, 0]], "1 scores are NaN"),
+        ([], [], "shape"),
+        ([[0.5, np.nan]], [[1, 0]], "nan"),
         ([[0.5, 0.1]], [[1]], "shape"),
-        ([[0.5, 0.1]], [[1, -1]], "below 0"),
+        ([[0.5, 0.1]], [[1, -1]], "gain"),
     ],
 )
-def test_what_cannot_be_ranked_is_refused(scores, gains, message):
-    with pytest.raises(ValueError, match=message):
+def test_scores_that_cannot_be_ranked_are_an_error(scores, gains, fault):
+    with raises(f"evaluation.scores.{fault}"):
         rank_scores(scores, gains)
 
 
 @pytest.mark.parametrize("metric", ["mrr@0", "recall", "recall@0", "map", "ndcg@x", "mrr@", "f1"])
-def test_unknown_metrics_are_refused(metric):
-    with pytest.raises(ValueError, match=r"no metric|at least 1"):
+def test_unknown_metrics_are_an_error(metric):
+    with raises(f"evaluation.metric.{'k' if metric.endswith('0') else 'unknown'}"):
         query_values(rank_scores([[1.0]], [[1]]), metric)
 
 
@@ -110,7 +111,7 @@ def test_f1_and_its_best_threshold_are_those_of_trying_all(ties):
 
 def test_f1_without_positives_is_zero():
     assert f1([5, 0, 0, 0]) == 0
-    with pytest.raises(ValueError, match="at least one positive"):
+    with raises("evaluation.labels.value"):
         best_f1_threshold(np.ones(2), np.zeros(2))
-    with pytest.raises(ValueError, match="0 or 1"):
+    with raises("evaluation.labels.value"):
         outcomes(np.array([0, 2]), np.array([0, 1]))

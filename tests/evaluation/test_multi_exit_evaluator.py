@@ -14,11 +14,11 @@ from transformers import TrainerCallback, TrainingArguments
 from modular_star_encoder.data.functions import DocumentedFunction
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.retrieval import RetrievalCollator, RetrievalPairs
-from modular_star_encoder.evaluation.exits import RetrievalSet
 from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.training.trainer import MultiExitTrainer
-from tests.evaluation.samples import reciprocal_ranks_among_distractors
+from tests.errors import raises
+from tests.evaluation.samples import reciprocal_ranks
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model
 
 ROWS = [
@@ -120,7 +120,7 @@ def test_with_several_eval_datasets_the_evaluator_runs_once_beside_their_losses(
 
 
 def test_sentence_transformer_trainer_keeps_the_best_checkpoint_too(tmp_path, sentence_transformer):
-    evaluator = MultiExitEvaluator.from_pairs(ROWS, distractors=7)
+    evaluator = MultiExitEvaluator.from_pairs(ROWS, candidates=8)
     run = SentenceTransformerTrainer(
         sentence_transformer,
         SentenceTransformerTrainingArguments(str(tmp_path), **TRAINING),
@@ -139,7 +139,7 @@ def test_sentence_transformer_trainer_keeps_the_best_checkpoint_too(tmp_path, se
 
 
 def test_figures_are_those_of_encode_at_each_exit_with_the_published_prompts(sentence_transformer):
-    found = MultiExitEvaluator.from_pairs(ROWS, distractors=7, seed=1)(sentence_transformer)
+    found = MultiExitEvaluator.from_pairs(ROWS, candidates=8, seed=1)(sentence_transformer)
     languages = {"python": "python", "ruby": "ruby", "sql": None}  # the published prompts don't know SQL
     codes = [code_prompt(languages[language]) + code for _, code, language in ROWS]
     for exit_layer in EXIT_LAYERS:
@@ -147,7 +147,7 @@ def test_figures_are_those_of_encode_at_each_exit_with_the_published_prompts(sen
             sentence_transformer.encode(texts, prompt="", exit_layer=exit_layer)
             for texts in ([text_prompt() + row[0] for row in ROWS], codes)
         )
-        expected = reciprocal_ranks_among_distractors(queries, documents, size=8, seed=1)
+        expected = reciprocal_ranks(queries, documents, size=8, seed=1)
         assert found[f"mrr_exit_{exit_layer}"] == pytest.approx(expected.mean(), abs=1e-6)
 
 
@@ -176,27 +176,36 @@ def test_prompts_can_be_given(sentence_transformer):
 
 
 def test_a_name_tells_evaluators_apart(sentence_transformer, tmp_path):
-    retrieval_set = RetrievalSet.from_mappings({"q": "add"}, {"a": "def add", "b": "def find"}, {"q": ["a"]})
-    evaluator = MultiExitEvaluator(retrieval_set, name="small")
+    texts = ({"q": "add"}, {"a": "def add", "b": "def find"}, {"q": ["a"]})
+    evaluator = MultiExitEvaluator.from_mappings(*texts, name="small")
     assert evaluator.primary_metric == "small_mrr_mean"
     assert evaluator.primary_metric in evaluator(sentence_transformer, str(tmp_path))
     evaluator.recall_at = (5,)
-    with pytest.raises(ValueError, match=r"small_results\.csv holds other metrics; give this evaluator a name"):
+    with raises("evaluator.csv.other_metrics", "small_results.csv"):
         evaluator(sentence_transformer, str(tmp_path))
 
 
-def test_what_the_evaluator_cannot_score_is_refused(sentence_transformer, model):
+def test_other_models_and_embeddings_are_an_error(sentence_transformer, model):
     evaluator = MultiExitEvaluator.from_pairs(ROWS)
-    with pytest.raises(ValueError, match="Give the evaluator a tokenizer"):
+    with raises("evaluator.tokenizer.missing"):
         evaluator(model)
-    with pytest.raises(ValueError, match=r"nothing behind but a normalisation; this one has .*Dense"):
+    with raises("evaluator.model.other", "Dense"):
         evaluator(SentenceTransformer(modules=[*sentence_transformer, Dense(16, 4)]))
-    with pytest.raises(ValueError, match="pooled as its configuration says"):
+    with raises("evaluator.model.other"):
         evaluator(SentenceTransformer(modules=[sentence_transformer[0], Pooling(16, pooling_mode="max")]))
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
         MultiExitEvaluator.from_pairs(ROWS, exit_layers=(3,))(sentence_transformer)
-    with pytest.raises(ValueError, match="needs pairs"):
-        MultiExitEvaluator(RetrievalSet.from_mappings({"q": ""}, {"a": "", "b": ""}, {"q": ["a"]}), distractors=1)
+    with raises("evaluation.candidates.too_few", 1):
+        MultiExitEvaluator.from_pairs(ROWS, candidates=1)
+    embeddings = np.full((len(ROWS), 4), np.nan, dtype=np.float32)
+    with raises("evaluation.scores.nan"):
+        evaluator._score(embeddings, embeddings)
+
+
+def test_the_old_name_of_the_number_of_candidates_is_read():
+    with pytest.warns(FutureWarning, match="candidates=8"):
+        evaluator = MultiExitEvaluator.from_pairs(ROWS, distractors=7)
+    assert {len(pool.documents) for pool in evaluator.task.pools} == {8}
 
 
 def test_evaluation_leaves_the_model_in_training_mode(sentence_transformer):

@@ -6,11 +6,18 @@ import re
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation.harness import evaluate_tasks
 from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.plots import median_latencies, plot_quality_by_depth, plot_quality_by_latency
-from modular_star_encoder.evaluation.report import build_tables, to_csv, to_latex, to_markdown, write_report
-from tests.evaluation.samples import given_system, pair_task, retrieval_task
+from modular_star_encoder.evaluation.report import (
+    make_report,
+    read_tables,
+    to_csv,
+    to_latex,
+)
+from modular_star_encoder.evaluation.run import evaluate_tasks
+from modular_star_encoder.inference.exit_profile import quality_from_results
+from tests.errors import raises
+from tests.evaluation.samples import given_retriever, pair_task, retrieval_task
 from tests.inference.test_exit_profile import made_up_profile
 
 TASKS = [
@@ -18,24 +25,28 @@ TASKS = [
     retrieval_task(name="two_b", n=40, seed=1),
     pair_task(),
 ]
-SYSTEMS = ("given", "BM25")
 
 
 @pytest.fixture(scope="module")
-def cells():
-    return evaluate_tasks(TASKS, [given_system(), BM25()], progress=False)
+def results():
+    return evaluate_tasks(TASKS, [given_retriever(), BM25()], progress=False)
 
 
 @pytest.fixture(scope="module")
-def tables(cells):
-    return build_tables(TASKS, cells)
+def report(results):
+    return make_report(TASKS, results, command="mose evaluate MODEL")
 
 
-def test_a_table_has_a_row_for_each_exit_and_system_and_the_mean_of_its_columns(tables, cells):
+@pytest.fixture(scope="module")
+def tables(report):
+    return report.tables
+
+
+def test_a_table_has_a_row_for_each_exit_and_retriever_and_the_mean_of_its_columns(tables, results):
     toy, pairs = tables
     assert [row.label for row in toy.rows] == ["given, exit 1", "given, exit 2", "given, exit 3", "BM25"]
     for row in toy.rows:
-        figures = {cell.task: cell.figures["mrr"].value for cell in cells if _is(cell, row, "toy")}
+        figures = {result.task: result.estimates["mrr"].value for result in results if _is(result, row, "toy")}
         assert {column: figure.value for column, figure in row.columns.items()} == figures
         assert row.mean.value == pytest.approx(np.mean(list(figures.values())))
         assert row.mean.low < row.mean.value < row.mean.high
@@ -43,8 +54,8 @@ def test_a_table_has_a_row_for_each_exit_and_system_and_the_mean_of_its_columns(
     assert toy.size == "60 queries, 20 to 40 candidates each"
 
 
-def _is(cell, row, benchmark):
-    return (cell.benchmark, cell.system, cell.exit_layer) == (benchmark, row.system, row.exit_layer)
+def _is(result, row, benchmark):
+    return (result.benchmark, result.retriever, result.exit_layer) == (benchmark, row.retriever, row.exit_layer)
 
 
 def test_differences_are_to_the_deepest_exit(tables):
@@ -58,20 +69,20 @@ def test_differences_are_to_the_deepest_exit(tables):
     assert toy.rows[3].difference.p < 0.05  # numbers without words in common
 
 
-def test_tasks_of_one_column_share_it(cells):
+def test_tasks_of_one_column_share_it(results):
     tasks = [retrieval_task(column="all"), retrieval_task(name="two_b", n=40, seed=1, column="all")]
-    (table,) = build_tables(tasks, cells)
+    (table,) = make_report(tasks, results).tables
     assert list(table.rows[0].columns) == ["all"]
     assert table.rows[0].columns["all"] == table.rows[0].mean
 
 
-def test_a_missing_cell_is_told(cells):
-    with pytest.raises(ValueError, match="given has no figure for toy, one"):
-        build_tables(TASKS, cells[1:])
+def test_a_missing_result_is_an_error(results):
+    with raises("evaluation.result.missing", "given", "toy, one"):
+        make_report(TASKS, results[1:])
 
 
-def test_markdown_shows_figures_intervals_command_and_notes(tables):
-    text = to_markdown(tables, "mose evaluate MODEL")
+def test_markdown_shows_figures_intervals_command_and_notes(report, tables):
+    text = report.to_markdown()
     row = next(line for line in text.splitlines() if line.startswith("| given, exit 2 "))
     mean = tables[0].rows[1].mean
     assert f"{100 * mean.value:.1f}" in row
@@ -80,7 +91,7 @@ def test_markdown_shows_figures_intervals_command_and_notes(tables):
         "    mose evaluate MODEL",
         "torch ",
         "Note: half of it.",
-        "ties count against the system",
+        "ties count against the retriever",
         "paired permutation",
     ):
         assert part in text
@@ -88,12 +99,12 @@ def test_markdown_shows_figures_intervals_command_and_notes(tables):
     assert len(widths) == 1
 
 
-def test_csv_has_every_metric_of_every_cell(cells):
-    rows = list(csv.DictReader(io.StringIO(to_csv(cells))))
-    assert len(rows) == sum(len(cell.figures) for cell in cells)
+def test_csv_has_every_metric_of_every_result(results):
+    rows = list(csv.DictReader(io.StringIO(to_csv(results))))
+    assert len(rows) == sum(len(result.estimates) for result in results)
     first = next(row for row in rows if row["task"] == "two_b" and row["exit_layer"] == "3" and row["metric"] == "mrr")
-    cell = next(cell for cell in cells if (cell.task, cell.exit_layer) == ("two_b", 3))
-    assert float(first["value"]) == cell.figures["mrr"].value
+    result = next(result for result in results if (result.task, result.exit_layer) == ("two_b", 3))
+    assert float(first["value"]) == result.estimates["mrr"].value
     assert (first["queries"], first["candidates"]) == ("40", "40")
 
 
@@ -106,13 +117,13 @@ def test_latex_is_escaped_and_has_as_many_cells_as_columns(tables):
         assert {len(re.split(r"(?<!\\)&", row)) for row in rows} == {len(table[0])}
 
 
-def test_all_reports_are_written_and_json_holds_what_tables_show(tmp_path, tables, cells):
-    paths = write_report(tmp_path / "out", tables, cells, "mose evaluate")
+def test_all_reports_are_written_and_json_holds_what_tables_show(tmp_path, report, tables, results):
+    paths = report.write(tmp_path / "out")
     assert sorted(path.name for path in paths) == ["report.csv", "report.json", "report.md", "report.tex"]
     data = json.loads((tmp_path / "out" / "report.json").read_text())
     assert data["tables"][0]["rows"][1]["mean"]["value"] == tables[0].rows[1].mean.value
-    assert len(data["cells"]) == len(cells)
-    assert "values" not in data["cells"][0]
+    assert len(data["results"]) == len(results)
+    assert "values" not in data["results"][0]
 
 
 def test_figures_show_each_exit_at_its_depth_and_latency(tmp_path, tables, monkeypatch):
@@ -128,7 +139,7 @@ def test_figures_show_each_exit_at_its_depth_and_latency(tmp_path, tables, monke
     plot_quality_by_latency(tables, {"given": {1: 5.0, 3: 20.0}}, tmp_path / "latency.png")
     assert drawn[-2] == ([5.0, 20.0], [means[0], means[2]])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["depth.png", "latency.png"]
-    with pytest.raises(ValueError, match="No exit"):
+    with raises("evaluation.plots.no_latency"):
         plot_quality_by_latency(tables, {"BM25": {1: 1.0}}, tmp_path / "none.png")
 
 
@@ -140,3 +151,38 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, tables, monkeypatch):
 
 def test_latencies_are_the_medians_of_the_first_shape():
     assert median_latencies(made_up_profile()) == {4: 10.0, 9: 22.5, 18: 45.0}
+
+
+def test_files_of_older_versions_are_read(tmp_path, report):
+    path = tmp_path / "results.json"
+    scores = {"mrr": 0.5, "recall_at_1": 0.4, "interval": [0.4, 0.6], "queries": 20, "distractors": 9}
+    results = {"exits": {"2": scores, "1": scores}, "bm25": scores, "untrained": {}}
+    path.write_text(json.dumps(results))
+    (found,) = read_tables(path)
+    assert [(one.retriever, one.exit_layer) for one in found.rows] == [("model", 1), ("model", 2), ("BM25", None)]
+    assert found.size == "20 queries, 10 candidates each"
+    path.write_text(json.dumps({"retrieval": results}))
+    assert "held out" in read_tables(path)[0].benchmark
+    content = report.to_dict()
+    for row in content["tables"][0]["rows"]:
+        row["system"] = row.pop("retriever")
+    content["checkpoint_fingerprint"] = "0123"
+    del content["checkpoint_checksum"]
+    path.write_text(json.dumps(content))
+    assert read_tables(path, "0123")[0].rows == report.tables[0].rows
+    assert quality_from_results(path) == report.quality()
+    with raises("evaluation.report.other_weights", "0123", "4567"):
+        read_tables(path, "4567")
+    path.write_text("{}")
+    with raises("evaluation.report.unreadable", path):
+        read_tables(path)
+
+
+def test_of_a_model_at_several_sizes_the_whole_embeddings_are_read(tmp_path, report):
+    path, content = tmp_path / "report.json", report.to_dict()
+    table = content["tables"][0]
+    small = {**table["rows"][2], "dimensions": 64, "difference": {"value": -0.1, "p": 0.5}}
+    table["rows"].insert(0, {**small, "mean": {"value": 0.1, "low": 0.0, "high": 0.2}})
+    path.write_text(json.dumps(content))
+    assert read_tables(path)[0].rows == report.tables[0].rows
+    assert quality_from_results(path) == report.quality()

@@ -6,10 +6,11 @@ import pytest
 from modular_star_encoder.evaluation import scores as scores_module
 from modular_star_encoder.evaluation.lexical import BM25, TfIdf
 from modular_star_encoder.evaluation.metrics import query_values
-from modular_star_encoder.evaluation.retrievers import Variant
+from modular_star_encoder.evaluation.retrievers import ExitVariant
 from modular_star_encoder.evaluation.scores import CosineScores, pool_judgements, rank_judged, similarities, unit_rows
 from modular_star_encoder.evaluation.tasks import Judgements, Pool
 from modular_star_encoder.inference.encoders import Text
+from tests.errors import raises
 from tests.evaluation import brute_force
 
 
@@ -101,8 +102,8 @@ def test_scores_of_pairs_are_those_of_blocks_bit_for_bit():
 
 
 def lexical(system, queries, documents):
-    system.prepare([*queries, *documents], (Variant(),))
-    return system.scores(queries, documents, Variant())
+    system.prepare([*queries, *documents], (ExitVariant(),))
+    return system.scores(queries, documents, ExitVariant())
 
 
 def test_a_text_is_not_a_candidate_of_itself():
@@ -144,7 +145,7 @@ def test_shorter_embeddings_are_cut_and_normalised_again():
 def test_embeddings_that_are_not_finite_are_refused(value):
     queries, documents = embeddings(5), embeddings(5, seed=1)
     documents[3, 0] = value
-    with pytest.raises(ValueError, match="NaN"):
+    with raises("evaluation.scores.nan"):
         rank_judged(CosineScores(queries, documents), Judgements.one_each(range(5)))
 
 

@@ -45,7 +45,7 @@ def write_finetuned(folder):
 
 def row(system, exit_layer, value):
     mean = {"value": value, "low": value - 0.02, "high": value + 0.02}
-    place = {"system": system, "exit_layer": exit_layer, "dimensions": None}
+    place = {"retriever": system, "exit_layer": exit_layer, "dimensions": None}
     return {**place, "columns": {"all": mean}, "mean": mean, "others": {}, "difference": {"value": 0.1, "p": 0.5}}
 
 

@@ -171,7 +171,7 @@ def test_figures_of_other_weights_are_refused(tmp_path):
     report = tmp_path / "report.json"
     content = json.loads(report.read_text())
     report.write_text(json.dumps({**content, "checkpoint_checksum": "other"}))
-    with pytest.raises(ValueError, match="other"):
+    with raises("evaluation.report.other_weights", "other"):
         stage_repositories(manifest([finetuned_entry(folder)]), tmp_path / "staged")
     report.write_text(json.dumps(content))
     with_profile(folder, checkpoint="other")

@@ -14,7 +14,7 @@ from modular_star_encoder.inference.exit_profile import (
     load_at_budget,
     load_sentence_transformer_at_budget,
 )
-from modular_star_encoder.inference.load import checkpoint_fingerprint
+from modular_star_encoder.inference.load import checkpoint_checksum
 from modular_star_encoder.inference.profile import ProfilePlan, profile_to_file
 from tests.hub.test_cached_repository import REPOSITORY, cache_repository
 from tests.tiny import save_tiny_checkpoint, tiny_batch, tiny_model
@@ -83,7 +83,7 @@ def test_a_repository_of_the_hub_brings_its_profile(checkpoint, tmp_path, monkey
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     snapshot = cache_repository(checkpoint, tmp_path)
     assert checkpoint_profile(REPOSITORY) == ExitProfile.load(checkpoint / "exit_profile.json")
-    assert checkpoint_fingerprint(REPOSITORY) == snapshot.name
+    assert checkpoint_checksum(REPOSITORY) == snapshot.name
     (snapshot / "exit_profile.json").unlink()
     with pytest.raises(OSError, match=r"exit profile of some-org.* can't be had from the Hub"):
         checkpoint_profile(REPOSITORY)

@@ -4,14 +4,14 @@ from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.evaluation.retrievers import EmbeddingSystem, Variant
-from modular_star_encoder.evaluation.run import open_encoder, open_system
+from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant
+from modular_star_encoder.evaluation.run import open_retriever
 from modular_star_encoder.evaluation.scores import rank_judged
 from modular_star_encoder.evaluation.tasks import Judgements
 from modular_star_encoder.inference import encoders
-from modular_star_encoder.inference.embedding_cache import EmbeddingCache
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.encoders import ExitEncoder, SentenceTransformerEncoder, Text
+from modular_star_encoder.inference.encoders import ExitEncoder, SentenceTransformerEncoder, Text, load_encoder
+from tests.errors import raises
 from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 PROSE = [Text(f"{verb} the file") for verb in ("open", "close", "read", "write")]
@@ -33,19 +33,19 @@ def plain(tmp_path_factory):
     return str(folder)
 
 
-def ranks(system, variant):
+def ranks(retriever, variant):
     judged = Judgements.one_each(range(4))
-    return rank_judged(system.scores(PROSE, CODE, variant), judged).rank.tolist()
+    return rank_judged(retriever.scores(PROSE, CODE, variant), judged).rank.tolist()
 
 
 def test_exits_are_those_of_encode_exits_with_the_published_prompts(model, tokenizer):
-    system = EmbeddingSystem(ExitEncoder(model, tokenizer, "tiny"))
-    assert system.variants == (Variant(1), Variant(2), Variant(4))
-    system.prepare([*PROSE, *CODE], system.variants, progress=False)
+    retriever = EmbeddingRetriever(ExitEncoder(model, tokenizer, "tiny"))
+    assert retriever.variants == (ExitVariant(1), ExitVariant(2), ExitVariant(4))
+    retriever.prepare([*PROSE, *CODE], retriever.variants, progress=False)
     queries = encode_exits(model, tokenizer, [text_prompt() + text.text for text in PROSE], progress=False)
     codes = encode_exits(model, tokenizer, [code_prompt("python") + text.text for text in CODE], progress=False)
     for exit_layer in (1, 2, 4):
-        block = next(system.scores(PROSE, CODE, Variant(exit_layer)).blocks())
+        block = next(retriever.scores(PROSE, CODE, ExitVariant(exit_layer)).blocks())
         assert block.scores == pytest.approx(queries[exit_layer] @ codes[exit_layer].T, abs=1e-5)
 
 
@@ -59,73 +59,73 @@ def test_all_exits_come_from_one_pass_and_a_second_benchmark_costs_nothing(model
 
     monkeypatch.setattr(encoders, "encode_exits", counted)
     for _ in range(2):
-        system = EmbeddingSystem(ExitEncoder(model, tokenizer, "tiny"), EmbeddingCache(tmp_path))
-        system.prepare([*PROSE, *CODE, *PROSE], system.variants, progress=False)
+        retriever = EmbeddingRetriever(ExitEncoder(model, tokenizer, "tiny"), EmbeddingCache(tmp_path))
+        retriever.prepare([*PROSE, *CODE, *PROSE], retriever.variants, progress=False)
         assert calls == [(8, (1, 2, 4))]
-    system.prepare([*PROSE, Text("new")], (Variant(2),), progress=False)
+    retriever.prepare([*PROSE, Text("new")], (ExitVariant(2),), progress=False)
     assert calls[1:] == [(1, (2,))]
 
 
 def test_other_weights_do_not_find_them(model, tokenizer, tmp_path):
     first = ExitEncoder(model, tokenizer, "tiny")
-    assert first.fingerprint == ExitEncoder(model, tokenizer, "called otherwise").fingerprint
-    assert first.fingerprint != ExitEncoder(model, tokenizer, "tiny", max_length=5).fingerprint
-    assert first.fingerprint != first.untrained(seed=7).fingerprint
+    assert first.checksum == ExitEncoder(model, tokenizer, "called otherwise").checksum
+    assert first.checksum != ExitEncoder(model, tokenizer, "tiny", max_length=5).checksum
+    assert first.checksum != first.untrained(seed=7).checksum
     next(model.parameters()).data[0] += 1
-    assert first.fingerprint != ExitEncoder(model, tokenizer, "tiny").fingerprint
+    assert first.checksum != ExitEncoder(model, tokenizer, "tiny").checksum
 
 
 def test_a_tokenizer_that_was_used_is_the_same(model):
     tokenizer = tiny_tokenizer()
-    first = ExitEncoder(model, tokenizer, "tiny").fingerprint
+    first = ExitEncoder(model, tokenizer, "tiny").checksum
     tokenizer(["a b c d"], truncation=True, padding=True, max_length=3)
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 3
-    assert ExitEncoder(model, tokenizer, "tiny").fingerprint == first
+    assert ExitEncoder(model, tokenizer, "tiny").checksum == first
     tokenizer.add_tokens(["another"])
-    assert ExitEncoder(model, tokenizer, "tiny").fingerprint != first
+    assert ExitEncoder(model, tokenizer, "tiny").checksum != first
 
 
 def test_nested_dimensions_are_variants_of_every_exit(tokenizer):
     model = tiny_model()
     model.config.nested_dimensions = [4, 8]
-    system = EmbeddingSystem(ExitEncoder(model, tokenizer, "tiny", exit_layers=(2, 4)))
-    assert system.variants == tuple(Variant(k, size) for k in (2, 4) for size in (16, 8, 4))
-    system.prepare([*PROSE, *CODE], system.variants, progress=False)
+    retriever = EmbeddingRetriever(ExitEncoder(model, tokenizer, "tiny", exit_layers=(2, 4)))
+    assert retriever.variants == tuple(ExitVariant(k, size) for k in (2, 4) for size in (16, 8, 4))
+    retriever.prepare([*PROSE, *CODE], retriever.variants, progress=False)
     whole = encode_exits(model, tokenizer, [text_prompt() + text.text for text in PROSE], progress=False)[4]
     cut = whole[:, :4] / np.linalg.norm(whole[:, :4], axis=1, keepdims=True)
-    block = next(system.scores(PROSE, PROSE, Variant(4, 4)).blocks())
+    block = next(retriever.scores(PROSE, PROSE, ExitVariant(4, 4)).blocks())
     assert block.scores == pytest.approx(cut @ cut.T, abs=1e-5)
 
 
 def test_a_sentence_transformer_gets_its_own_prompts(plain):
     model = SentenceTransformer(plain, device="cpu", prompts={"query": "find: ", "document": "code: "})
-    system = EmbeddingSystem(SentenceTransformerEncoder(model, "bert"))
-    system.prepare([*PROSE, *CODE], system.variants, progress=False)
+    retriever = EmbeddingRetriever(SentenceTransformerEncoder(model, "bert"))
+    retriever.prepare([*PROSE, *CODE], retriever.variants, progress=False)
     queries = model.encode_query([text.text for text in PROSE], normalize_embeddings=True)
     codes = model.encode_document([text.text for text in CODE], normalize_embeddings=True)
-    block = next(system.scores(PROSE, CODE, Variant()).blocks())
+    block = next(retriever.scores(PROSE, CODE, ExitVariant()).blocks())
     assert block.scores == pytest.approx(queries @ codes.T, abs=1e-5)
 
 
 def test_a_folder_is_opened_as_what_it_is(checkpoint, plain):
-    ours, theirs = open_encoder(checkpoint), open_encoder(plain)
+    ours, theirs = load_encoder(checkpoint), load_encoder(plain)
     assert (ours.exit_layers, ours.name.split("/")[-1]) == ((1, 2, 4), "model")
     assert isinstance(theirs, SentenceTransformerEncoder)
-    assert open_encoder(checkpoint, (1, 2)).exit_layers == (1, 2)
-    assert [open_system(name).name for name in ("bm25", "tfidf")] == ["BM25", "TF-IDF"]
-    with pytest.raises(ValueError, match="no exits to choose"):
-        open_encoder(plain, (1,))
+    assert load_encoder(checkpoint, (1, 2)).exit_layers == (1, 2)
+    assert [open_retriever(name).name for name in ("bm25", "tfidf")] == ["BM25", "TF-IDF"]
+    with raises("encoder.no_exits", plain):
+        load_encoder(plain, (1,))
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
-        open_encoder(checkpoint, (3,))
+        load_encoder(checkpoint, (3,))
     with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
-        open_system("./nothing-here")
+        open_retriever("./nothing-here")
 
 
 def test_a_slice_ranks_as_the_exit_it_was_cut_at(checkpoint, tmp_path):
     from modular_star_encoder.inference.checkpoints import slice_checkpoint
 
     slice_checkpoint(checkpoint, 2, tmp_path / "slice")
-    systems = [open_system(checkpoint), open_system(str(tmp_path / "slice"))]
-    for system in systems:
-        system.prepare([*PROSE, *CODE], system.variants, progress=False)
-    assert ranks(systems[0], Variant(2)) == ranks(systems[1], Variant(2))
+    retrievers = [open_retriever(checkpoint), open_retriever(str(tmp_path / "slice"))]
+    for retriever in retrievers:
+        retriever.prepare([*PROSE, *CODE], retriever.variants, progress=False)
+    assert ranks(retrievers[0], ExitVariant(2)) == ranks(retrievers[1], ExitVariant(2))

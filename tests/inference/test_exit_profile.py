@@ -13,6 +13,7 @@ from modular_star_encoder.inference.exit_profile import (
     quality_from_results,
     select_exit,
 )
+from tests.errors import raises
 
 SHAPES = ((1, 128), (8, 128))
 
@@ -150,7 +151,7 @@ def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
     assert quality_from_results(file, "recall_at_1") == {4: 0.4, 9: 0.5}
     profile = made_up_profile().with_quality("csn", quality_from_results(file))
     assert [dict(profiled.quality) for profiled in profile.exits.values()] == [{"csn": 0.5}, {"csn": 0.6}, {}]
-    with pytest.raises(ValueError, match=r"results\.json has no ndcg of each exit"):
+    with raises("profile.quality.unreadable", file, "ndcg"):
         quality_from_results(file, "ndcg")
     with pytest.raises(ValueError, match="csn has figures of exits 5, and the profile of exits 4, 9, 18"):
         profile.with_quality("csn", {5: 0.1})
@@ -159,7 +160,7 @@ def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
 @pytest.mark.parametrize("content", ['{"exits": {"4": {"mrr": NaN}}}', '{"exits": {}}'])
 def test_figures_that_are_none_are_refused(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ValueError, match=r"results\.json has no mrr of each exit"):
+    with raises("profile.quality.unreadable", "results.json", "mrr"):
         quality_from_results(tmp_path / "results.json")
 
 
@@ -171,7 +172,7 @@ def test_quality_of_other_weights_is_refused(tmp_path, capsys):
         file.write_text(json.dumps({"checkpoint_fingerprint": fingerprint, "exits": {"4": {"mrr": 0.5}}}))
         assert cli.main(command) == status
         assert ExitProfile.load(tmp_path / "profile.json").benchmarks == benchmarks
-    assert "figures of the weights 4567, not of 0123" in capsys.readouterr().err
+    assert "the weights 4567, and the profile is of 0123" in capsys.readouterr().err
 
 
 def test_quality_is_carried_over_between_profiles_of_the_same_weights_only():

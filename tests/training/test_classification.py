@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from modular_star_encoder.data.labelled_pairs import ClassificationCollator, ClassificationRows, read_labelled_pairs
-from modular_star_encoder.evaluation.tasks import binary_scores, classification_scores
+from modular_star_encoder.evaluation.metrics import binary_scores
+from modular_star_encoder.evaluation.run import classification_scores
 from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
 from modular_star_encoder.objectives.classification import ClassificationObjective
 from modular_star_encoder.training.clone_detection import finetune_classifier

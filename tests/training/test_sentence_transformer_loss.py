@@ -10,9 +10,9 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderModel
-from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.training.sentence_transformer_loss import MultiExitContrastiveLoss
 from tests.objectives.contrastive_batches import assert_same_gradients, every_option, every_side
 from tests.tiny import EXIT_LAYERS, tiny_model, tiny_tokenizer

@@ -23,7 +23,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     """`mose export`."""
     if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
         raise ValueError("--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files.")
-    from modular_star_encoder.evaluation.benchmarks.registry import choose_benchmarks, load_benchmark
+    from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
     from modular_star_encoder.evaluation.tasks import RetrievalTask
     from modular_star_encoder.hub.onnx_folder import export_onnx_folder, format_rankings
 

@@ -18,7 +18,6 @@ from modular_star_encoder.cli.hub import add_hub_commands
 from modular_star_encoder.cli.search import add_search_commands
 
 EXPECTED_ERRORS = (ValueError, OSError)
-FULL_POOL = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,10 +85,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", metavar="FOLDER", required=True, help="source code, or files of benchmarks; or hub")
     evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
     evaluate.add_argument("--untrained", action="store_true", help="also measure the same model with fresh weights")
-    evaluate.add_argument("--json", metavar="FILE", help="without --out: also write the results to FILE")
+    evaluate.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     evaluate.add_argument("--out", metavar="FOLDER", help="reports and figures; an interrupted run is continued there")
     evaluate.add_argument(
-        "--baselines", metavar="NAMES", type=name_list, default=[], help="bm25, tfidf, other models, openai:MODEL@URL"
+        "--baselines", metavar="NAMES", type=name_list, help="bm25, tfidf, other models, openai:MODEL@URL"
     )
     evaluate.add_argument("--allow-subset", action="store_true", help="accept partial benchmark files, and say so")
     evaluate.add_argument("--candidates", metavar="FOLDER", help="lists of distractors that an earlier run wrote")
@@ -216,31 +215,27 @@ def name_list(text: str) -> list[str]:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """`mose evaluate`."""
-    if arguments.out:
-        run_benchmarks(arguments)
-        return
-    wanted = [name for name in ("baselines", "allow_subset", "candidates", "cache") if getattr(arguments, name)]
-    if arguments.benchmark != ["folder"] or wanted:
-        option = f"--{wanted[0].replace('_', '-')}" if wanted else f"--benchmark {','.join(arguments.benchmark)}"
-        raise ValueError(f"{option} needs --out, a folder for the reports.")
-    from modular_star_encoder.evaluation.benchmarks.text_to_code import read_code_folder
-    from modular_star_encoder.evaluation.exits import evaluate_exits, format_table
-    from modular_star_encoder.inference.load import checkpoint_fingerprint, load_checkpoint
+    from modular_star_encoder.evaluation.run import run_benchmarks
     from modular_star_encoder.utils.files import check_writable, write_json
 
     if arguments.json:
         check_writable(arguments.json)
-    deepest = max(arguments.exit_layers) if arguments.exit_layers else None
-    model, tokenizer = load_checkpoint(arguments.checkpoint, deepest)
-    rows = read_code_folder(arguments.data)
-    if len(rows) < FULL_POOL:
-        print(f"mose: note: only {len(rows)} documented functions, so fewer than 999 distractors", file=sys.stderr)
-    results = evaluate_exits(model, tokenizer, rows, exit_layers=arguments.exit_layers, untrained=arguments.untrained)
+    report = run_benchmarks(
+        arguments.checkpoint,
+        arguments.benchmark,
+        arguments.data,
+        arguments.out,
+        exit_layers=arguments.exit_layers,
+        baselines=arguments.baselines,
+        untrained=arguments.untrained,
+        allow_subset=arguments.allow_subset,
+        candidates=arguments.candidates,
+        cache=arguments.cache,
+        command=shlex.join(["mose", *sys.argv[1:]]),
+    )
     if arguments.json:
-        source = {"checkpoint": arguments.checkpoint, "data": arguments.data}
-        fingerprint = {"checkpoint_fingerprint": checkpoint_fingerprint(arguments.checkpoint)}
-        write_json(arguments.json, {**source, **fingerprint, **results.to_dict()})
-    print(format_table(results))
+        write_json(arguments.json, report.to_dict())
+    print(report.to_markdown(), end="")
 
 
 def run_profile(arguments: argparse.Namespace) -> None:
@@ -259,29 +254,6 @@ def run_profile(arguments: argparse.Namespace) -> None:
         options = {name: getattr(arguments, name) for name in ("out", "exit_layers", "device", "dtype")}
         profile, path = profile_to_file(arguments.checkpoint, plan, **options)
     print(format_profile(profile), path, sep="\n\n")
-
-
-def run_benchmarks(arguments: argparse.Namespace) -> None:
-    """`mose evaluate … --out FOLDER`."""
-    from modular_star_encoder.evaluation import run as running
-
-    if arguments.json:
-        raise ValueError("--json goes without --out, which writes report.json.")
-    running.run_benchmarks(
-        arguments.checkpoint,
-        arguments.benchmark,
-        arguments.data,
-        arguments.out,
-        exit_layers=arguments.exit_layers,
-        baselines=arguments.baselines,
-        untrained=arguments.untrained,
-        allow_subset=arguments.allow_subset,
-        candidates=arguments.candidates,
-        cache=arguments.cache,
-        command=shlex.join(["mose", *sys.argv[1:]]),
-    )
-    with open(os.path.join(os.path.expanduser(arguments.out), "report.md"), encoding="utf-8") as report:
-        print(report.read(), end="")
 
 
 def run_pretrain(arguments: argparse.Namespace) -> None:

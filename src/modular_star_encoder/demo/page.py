@@ -43,7 +43,7 @@ class ExitCosts:
 
         Args:
             checkpoint: folder or Hub id.
-            fingerprint: see `checkpoint_fingerprint`.
+            fingerprint: see `checkpoint_checksum`.
         """
         name = short_name(checkpoint)
         advice = f"“mose profile {name}” measures what each exit costs, and with --quality adds what it gives."

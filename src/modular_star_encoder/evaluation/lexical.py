@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-import bm25s
 import numpy as np
-import torch
-from pygments.lexer import Lexer
-from pygments.lexers import get_lexer_by_name
-from pygments.token import Comment, Name, String, _TokenType
-from scipy.sparse import csr_matrix
-from sklearn.feature_extraction.text import TfidfVectorizer
-from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.evaluation.retrievers import Variant
+from modular_star_encoder.evaluation.retrievers import ExitVariant
 from modular_star_encoder.evaluation.scores import BLOCK, Block
 from modular_star_encoder.inference.encoders import Text
+
+if TYPE_CHECKING:
+    import torch
+    from scipy.sparse import csr_matrix
+    from transformers import PreTrainedTokenizerFast
 
 _LETTER = r"[^\WA-Z\d_]"  # any letter but an ASCII capital: words of most other alphabets stay whole
 _PART = re.compile(rf"[A-Z]+(?!{_LETTER})|[A-Z]?{_LETTER}+|\d+")
@@ -35,24 +32,24 @@ def identifier_tokens(text: str) -> list[str]:
 
 
 class BM25:
-    """BM25 as a `System`, with the document frequencies of the candidates of each pool.
+    """BM25 as a `Retriever`, with the document frequencies of the candidates of each pool.
 
     A term counts once per query, however often it is repeated there. A query without known terms scores 0 everywhere.
     """
 
     name = "BM25"
-    variants = (Variant(),)
+    variants = (ExitVariant(),)
 
     def __init__(self, k1: float = 1.2, b: float = 0.75) -> None:
         self.k1, self.b = k1, b
-        self.fingerprint = f"bm25-{k1}-{b}-lucene-{version('bm25s')}"
+        self.checksum = f"bm25-{k1}-{b}-lucene-{version('bm25s')}"
         self._tokens: dict[str, list[str]] = {}
 
-    def prepare(self, texts: Sequence[Text], variants: Sequence[Variant], *, progress: bool = True) -> None:
+    def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
         """Split the texts."""
         self._tokens = {text.text: identifier_tokens(text.text) for text in texts}
 
-    def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: Variant) -> BM25Scores:
+    def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> BM25Scores:
         """Scores of prepared texts."""
         tokens = [[self._tokens[text.text] for text in texts] for texts in (queries, documents)]
         return BM25Scores(*tokens, self.k1, self.b)
@@ -62,6 +59,8 @@ class BM25Scores:
     """BM25 scores float32 of tokenised queries (Q) and documents (D), indexed together."""
 
     def __init__(self, queries: list[list[str]], documents: list[list[str]], k1: float, b: float) -> None:
+        import bm25s
+
         self.shape = (len(queries), len(documents))
         self._queries = [sorted(set(query)) for query in queries]
         self._index = None
@@ -93,19 +92,22 @@ class BM25Scores:
 
 
 class TfIdf:
-    """TF-IDF as a `System`: sublinear term frequency, document frequencies of the candidates of each pool, cosine."""
+    """TF-IDF cosine as a `Retriever`, with sublinear term frequency and the document frequencies of each pool."""
 
     name = "TF-IDF"
-    variants = (Variant(),)
+    variants = (ExitVariant(),)
 
     def __init__(self) -> None:
-        self.fingerprint = f"tfidf-sublinear-{version('scikit-learn')}"
+        self.checksum = f"tfidf-sublinear-{version('scikit-learn')}"
 
-    def prepare(self, texts: Sequence[Text], variants: Sequence[Variant], *, progress: bool = True) -> None:
+    def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
         """Nothing to do."""
 
-    def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: Variant) -> SparseScores:
+    def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> SparseScores:
         """Cosine similarities of weights that are fitted on the documents."""
+        from scipy.sparse import csr_matrix
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
         vectorizer = TfidfVectorizer(analyzer=identifier_tokens, sublinear_tf=True)
         try:
             fitted = vectorizer.fit_transform([text.text for text in documents])
@@ -182,58 +184,8 @@ def _overlaps(
     """The overlap of each pair, with its masked tokens restored, and whether both are from one repository."""
     overlaps, labels = [], []
     for row in rows:
-        ids = torch.where(row["labels"] != _IGNORED_LABEL, row["labels"], row["input_ids"])
+        ids = row["labels"].where(row["labels"] != _IGNORED_LABEL, row["input_ids"])
         middle = (ids == tokenizer.sep_token_id).nonzero().squeeze(-1)[1]
         overlaps.append(identifier_overlap(tokenizer.decode(ids[1:middle]), tokenizer.decode(ids[middle + 1 : -1])))
         labels.append(bool(row["icc_label"]))
     return np.array(overlaps), np.array(labels)
-
-
-_WORD = re.compile(r"[^\W\d]\w*")
-_KEPT = (Name.Builtin, Name.Entity, Name.Tag)
-_DIRECTIVES = re.compile(
-    r"define|undef|include|ifn?def|if|elif|else|endif|pragma|once|error|warning|line|defined|import|(end)?region"
-    r"|nullable|enable|disable|restore|php"
-)
-_OWN_OBJECT = ("this", "self")  # PHP's lexer takes $this for a variable like others
-
-
-@lru_cache(maxsize=1 << 14)
-def mask_names(code: str, language: str) -> str:
-    """The code with every identifier replaced by `name1`, `name2`, … in the order of their first appearance.
-
-    Args:
-        code: a snippet or a file.
-        language: any name that Pygments knows, such as "python", "c++", "c#".
-
-    Raises:
-        ValueError: Pygments has no lexer for the language.
-    """
-    names: dict[str, str] = {}
-
-    def placeholder(match: re.Match[str]) -> str:
-        return match[0] if match[0] in _OWN_OBJECT else names.setdefault(match[0], f"name{len(names) + 1}")
-
-    pieces = []
-    for kind, text in _lexer(language).get_tokens(code):
-        if kind in Comment.PreprocFile and not text.startswith("<"):
-            pieces.append(_WORD.sub(placeholder, text))
-        elif kind in Comment.Preproc:
-            pieces.append(_WORD.sub(lambda m: m[0] if _DIRECTIVES.fullmatch(m[0]) else placeholder(m), text))
-        elif kind in Comment.PreprocFile or (kind not in Comment and kind not in String.Doc):
-            pieces.append(_WORD.sub(placeholder, text) if _is_name(kind) else text)
-    lines = [line.rstrip() for line in "".join(pieces).split("\n")]
-    return "\n".join(line for line in lines if line)
-
-
-def _is_name(kind: _TokenType) -> bool:
-    return kind in String.Symbol or (kind in Name and not any(kind in kept for kept in _KEPT))
-
-
-@lru_cache
-def _lexer(language: str) -> Lexer:
-    options = {"startinline": True} if language == "php" else {}
-    try:
-        return get_lexer_by_name(language, stripnl=False, ensurenl=False, **options)
-    except ValueError:
-        raise ValueError(f"There is no lexer for {language!r}, so its names can't be masked.") from None

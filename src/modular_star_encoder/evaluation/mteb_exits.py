@@ -1,11 +1,10 @@
 """Exits as models of mteb (extra `mteb`): CoIR, MTEB(Code) and any other of its tasks, at several exits.
 
-Scores are mteb's own, from its own protocol, in which a tie may fall either way. Each exit is a model of its own name,
-`{owner}/{model}-exit-{k}`, so that the result files of two exits never meet; mteb's folders for experiments would tell
-them apart, too, but its loaders leave those out by default. The revision is the Hub's commit, or a fingerprint of the
-weights, so that results of a checkpoint that was trained further are new ones.
+Scores are mteb's own, by its own protocol, in which a tie may count either way. Each exit is a model with its own name,
+`{owner}/{model}-exit-{k}`, so that result files of two exits never collide. The revision is the Hub's commit, or a
+checksum of the weights, so that a checkpoint that was trained further gets new results.
 
-Needs network for mteb's data sets, unless they are in the local cache; tasks of your own need none.
+mteb's data sets need the network unless they are in the local cache; tasks of your own (`local_task`) need none.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ import torch
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.prompts import LANGUAGES, code_prompt, text_prompt
-from modular_star_encoder.evaluation.exits import RetrievalSet
+from modular_star_encoder.evaluation.tasks import pairs_task
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.load import checkpoint_fingerprint, load_checkpoint, load_config
+from modular_star_encoder.inference.load import checkpoint_checksum, load_checkpoint, load_config
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
     from mteb import ResultCache
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Side(NamedTuple):
-    """What the queries or the documents of a task are; a language of None is the subset's, where that is one."""
+    """What the queries or the documents of a task are; without a language, that of the subset, if it is one."""
 
     is_code: bool
     language: str | None = None
@@ -51,18 +51,18 @@ TASK_SIDES = {
     "CodeTransOceanDL": (PYTHON, PYTHON),
     "CosQA": (TEXT, PYTHON),
 }
-"""Queries and documents of mteb's code tasks; those that are not listed ask in prose for code."""
+"""Queries and documents of mteb's code tasks; tasks that are not listed have queries in prose and documents in code."""
 
 
 class SharedExits:
-    """Embeds at several exits in one pass, for one exit after the other, the shallowest first.
+    """Embeds at several exits in one pass, although mteb evaluates one exit after the other, the shallowest first.
 
-    What was embedded at deeper exits than the one that asks is remembered for them, up to a limit. A call that would
-    pass it is computed up to the exit that asks, so that at the worst nothing is gained.
+    Embeddings of deeper exits are kept until those are evaluated, up to a memory limit. A call that would exceed it is
+    computed at the requested exit only.
 
     Args:
         model, tokenizer: a retrieval model and its tokenizer.
-        exit_layers: the exits that will ask.
+        exit_layers: the exits that will be evaluated.
         memory_gb: the limit, 10^9 bytes.
         options: for `encode_exits`.
     """
@@ -99,22 +99,22 @@ class SharedExits:
         return embeddings[exit_layer]
 
     def expect(self, exit_layers: Sequence[int]) -> None:
-        """Forget what was remembered; from now on these exits will ask."""
+        """Drop the kept embeddings; these exits are evaluated next."""
         self._kept.clear()
         self.exit_layers = tuple(exit_layers)
 
 
 class ExitEncoder:
-    """One exit as mteb's `EncoderProtocol` wants it.
+    """One exit as an `EncoderProtocol` of mteb.
 
-    Prompts are the published ones, chosen by what a side of a task is (`TASK_SIDES`) and not by whether it asks: the
-    queries of a code-to-text task are code. Symmetric tasks have none.
+    Prompts are the published ones, chosen by what a side of a task is (`TASK_SIDES`), because the queries of a
+    code-to-text task are code. Symmetric tasks have none.
 
     Args:
         shared: embeds at this exit, among others.
         exit_layer: the exit.
         meta: how mteb names it.
-        prompts: other prefixes, by mteb's keys, most telling first: `{task}-query`, `{task}`, `{task type}-query`,
+        prompts: other prefixes, by mteb's keys, most specific first: `{task}-query`, `{task}`, `{task type}-query`,
             `{task type}`, `query`, and the same with `document`.
     """
 
@@ -184,7 +184,7 @@ def run_mteb(
 ) -> dict[int, dict[str, float]]:
     """Run tasks of mteb at several exits.
 
-    Results that are there already, of the same weights and data, are kept: an interrupted run goes on where it stopped.
+    Existing results of the same weights and data are kept: an interrupted run continues where it stopped.
 
     Args:
         checkpoint: folder or Hub id.
@@ -195,7 +195,7 @@ def run_mteb(
         prompts: as for `ExitEncoder`.
         device, dtype: as for `load_checkpoint`.
         memory_gb: as for `SharedExits`.
-        overwrite: run again what there are results of.
+        overwrite: evaluate again where results exist.
         progress: show progress bars.
         encode_options: for `encode_exits`: max_length, tokens_per_batch.
 
@@ -204,8 +204,8 @@ def run_mteb(
 
     Raises:
         ImportError: mteb is not installed.
-        ValueError: a task or an exit that there isn't, or not a retrieval checkpoint of ours.
-        OSError: the checkpoint isn't there, or a task's data is neither in the local cache nor to be had.
+        UserError: an unknown task or exit, or not a retrieval checkpoint of ours.
+        OSError: no such checkpoint, or a task's data cannot be loaded.
     """
     mteb = _import_mteb()
     chosen = _resolve_tasks(tasks)
@@ -259,15 +259,15 @@ def _run_task(
 def exit_model_metas(
     checkpoint: str | os.PathLike, exit_layers: Sequence[int] | None = None, model_name: str | None = None
 ) -> list[ModelMeta]:
-    """mteb's description of each exit as a model, with which mteb can load it by itself; no weights are loaded here.
+    """The `ModelMeta` of each exit, by which mteb can load it; no weights are loaded here.
 
     Args:
         checkpoint, exit_layers, model_name: as for `run_mteb`.
 
     Raises:
         ImportError: mteb is not installed.
-        ValueError: an exit that the checkpoint doesn't have, or not a checkpoint of ours.
-        OSError: the checkpoint isn't there.
+        UserError: an exit that the checkpoint does not have, or not a checkpoint of ours.
+        OSError: no such checkpoint.
     """
     _import_mteb()
     path = os.path.expanduser(os.fspath(checkpoint))
@@ -320,8 +320,8 @@ def _metas(
     folder = Path(checkpoint)
     name = model_name or (f"local/{folder.resolve().name}" if folder.is_dir() else checkpoint)
     if "/" not in name:
-        raise ValueError(f"model_name {name!r} must be of the form owner/model.")
-    revision = revision or checkpoint_fingerprint(checkpoint)
+        raise UserError("mteb.model_name", f"model_name {name!r} must have the form owner/model.")
+    revision = revision or checkpoint_checksum(checkpoint)
     metas = []
     for exit_layer in exit_layers:
         with torch.device("meta"):
@@ -367,38 +367,46 @@ def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTa
                 try:
                     yield from mteb.get_benchmark(task).tasks
                 except KeyError:
-                    raise ValueError(f"mteb knows no task or benchmark {task!r}: {error.args[0]}") from error
+                    raise UserError(
+                        "mteb.task.unknown", f"mteb has no task or benchmark {task!r}: {error.args[0]}"
+                    ) from error
 
     chosen = list({task.metadata.name: task for task in resolved()}.values())
     if not chosen:
-        raise ValueError("Name at least one task.")
+        raise UserError("mteb.task.missing", "Name at least one task.")
     return chosen
 
 
-def pairs_task(rows: Iterable[tuple[str, str, str]], name: str) -> AbsTask:
-    """A task in which descriptions ask for code, for `run_mteb`.
+def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTask:
+    """A retrieval task of mteb on your own pairs, for `run_mteb`: descriptions ask for code.
 
     Args:
         rows: (description, code, language). Of several with the same description or the same code only the first is
-            kept: the others would be wrong answers to it.
+            kept, because the others would be wrong answers to it.
         name: of the task, and so of its result files.
 
     Raises:
         ImportError: mteb is not installed.
-        ValueError: fewer than two rows are left.
+        UserError: fewer than two rows are left.
     """
-    try:
-        from datasets import Dataset
-        from mteb.abstasks import AbsTaskRetrieval
-        from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
-        from mteb.abstasks.task_metadata import TaskMetadata
-    except ImportError as error:
-        raise ImportError("mteb is not installed: pip install 'modular-star-encoder[mteb]'.") from error
+    _import_mteb()
+    from datasets import Dataset
+    from mteb.abstasks import AbsTaskRetrieval
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+    from mteb.abstasks.task_metadata import TaskMetadata
 
-    kept = RetrievalSet.from_pairs(_without_repetitions(rows))
-    digest = hashlib.sha256(json.dumps([kept.queries, kept.documents]).encode()).hexdigest()
+    descriptions, codes = set[str](), set[str]()
+    kept = []
+    for row in rows:
+        if row[0] not in descriptions and row[1] not in codes:
+            kept.append(row)
+            descriptions.add(row[0])
+            codes.add(row[1])
+    task = pairs_task(name, "all", kept, size=None)
+    queries, documents = ([text.text for text in texts] for texts in (task.queries, task.documents))
+    digest = hashlib.sha256(json.dumps([queries, documents]).encode()).hexdigest()
 
-    class PairsTask(AbsTaskRetrieval):
+    class LocalTask(AbsTaskRetrieval):
         metadata = TaskMetadata(
             name=name,
             description="Descriptions of code and the code that they describe.",
@@ -412,24 +420,14 @@ def pairs_task(rows: Iterable[tuple[str, str, str]], name: str) -> AbsTask:
         )
 
         def load_data(self, **_: Any) -> None:
-            documents = enumerate(kept.documents)
             data = RetrievalSplitData(
-                queries=Dataset.from_list([{"id": f"q{row}", "text": text} for row, text in enumerate(kept.queries)]),
-                corpus=Dataset.from_list([{"id": f"d{row}", "text": text, "title": ""} for row, text in documents]),
-                relevant_docs={f"q{row}": {f"d{row}": 1} for row in range(len(kept.queries))},
+                queries=Dataset.from_list([{"id": f"q{row}", "text": text} for row, text in enumerate(queries)]),
+                corpus=Dataset.from_list(
+                    [{"id": f"d{row}", "text": text, "title": ""} for row, text in enumerate(documents)]
+                ),
+                relevant_docs={f"q{row}": {f"d{row}": 1} for row in range(len(queries))},
                 top_ranked=None,
             )
             self.dataset, self.data_loaded = {"default": {"test": data}}, True
 
-    return PairsTask()
-
-
-def _without_repetitions(rows: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    seen: tuple[set[str], set[str]] = (set(), set())
-    kept = []
-    for row in rows:
-        if row[0] not in seen[0] and row[1] not in seen[1]:
-            kept.append(row)
-            seen[0].add(row[0])
-            seen[1].add(row[1])
-    return kept
+    return LocalTask()

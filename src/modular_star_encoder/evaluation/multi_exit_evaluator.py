@@ -1,13 +1,10 @@
-"""Retrieval quality of every exit while a model trains, as a metric that can choose the best checkpoint.
-
-The same evaluator serves `MultiExitTrainer(evaluator=…)` and, being one of sentence-transformers' own kind,
-`SentenceTransformerTrainer(evaluator=…)`. All exits come from one pass over the texts.
-"""
+"""Retrieval quality of every exit during training, as a metric that selects the best checkpoint."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,54 +14,55 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import distributed, nn
 
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.evaluation.exits import RetrievalRow, RetrievalSet
+from modular_star_encoder.evaluation.metrics import query_values
+from modular_star_encoder.evaluation.scores import CosineScores, pool_judgements, rank_judged
+from modular_star_encoder.evaluation.tasks import RetrievalTask, pairs_task, task_from_mappings
 from modular_star_encoder.inference.encode import encode_exits
-
-# What sentence-transformers calls our poolings.
-POOLING_MODES = {"mean": "mean", "cls": "lasttoken"}
+from modular_star_encoder.utils.errors import UserError
 
 
 class MultiExitEvaluator(BaseEvaluator):
-    """Text → code retrieval at every exit: MRR, NDCG@10 and Recall@k of each, their mean and their worst over exits.
+    """Text → code retrieval at every exit: MRR, NDCG@10 and Recall@k, and their mean and worst value over the exits.
 
-    The result names them `mrr_exit_4`, `mrr_mean`, `mrr_worst`, `ndcg_at_10_exit_4` and so on; trainers put `eval_` in
-    front, so that `TrainingArguments(metric_for_best_model="eval_mrr_mean", load_best_model_at_end=True)` keeps the
-    checkpoint whose exits are best on average, and `eval_mrr_worst` the one whose weakest exit is strongest. Ties count
-    against the model (see `RetrievalSet`).
+    It works with `MultiExitTrainer(evaluator=…)` and `SentenceTransformerTrainer(evaluator=…)`. All exits come from one
+    pass over the texts, and ties count against the model.
 
-    In a training of several processes: `MultiExitTrainer` has each process encode its share of the texts, all of
-    them score the whole, and the first one's figures are taken; with parameters split by FSDP every process encodes
-    all. `SentenceTransformerTrainer` decides itself: from version 6.2 on, the first process evaluates alone.
+    The metrics are named `mrr_exit_4`, `mrr_mean`, `mrr_worst`, `ndcg_at_10_exit_4`, …; trainers prefix `eval_`.
+    `TrainingArguments(metric_for_best_model="eval_mrr_mean", load_best_model_at_end=True)` keeps the checkpoint whose
+    exits are best on average, `eval_mrr_worst` the one whose weakest exit is best.
+
+    With several processes, `MultiExitTrainer` lets each process encode its share of the texts, and all of them score
+    the whole; with parameters split by FSDP every process encodes all texts. `SentenceTransformerTrainer` evaluates in
+    the first process alone from version 6.2 on.
 
     Args:
-        retrieval_set: queries and documents; `from_pairs` does without one.
-        tokenizer: needed for a `ModularStarEncoderForRetrieval`; a SentenceTransformer brings its own.
-        exit_layers: which exits; all that the model has if None.
-        distractors: rank each document among this many others (999 in the CodeSearchNet protocol, see `distractors`),
-            which needs pairs; None ranks the full pool for every query.
-        seed: of the batches of distractors.
+        task: queries, documents and relevance; see `from_pairs` and `from_mappings`.
+        tokenizer: needed for a `ModularStarEncoderForRetrieval`; a SentenceTransformer has its own.
+        exit_layers: exits to evaluate; all if None.
         recall_at: values of k for Recall@k.
         prompts: prefixes `query`, `document` and `document_{language}`; by default those of the SentenceTransformer,
-            or the published ones if the model's configuration asks for instructions.
-        max_length: longer texts are cut to this number of tokens; the model's limit if None.
+            or the published ones if the model's configuration has `instruction_prompts`.
+        max_length: tokens to which longer texts are cut; the model's limit if None.
         tokens_per_batch: padding included; see `encode_exits`.
-        name: goes before the names of the metrics, to tell several evaluators apart.
-        write_csv: append a line per evaluation to `Multi-Exit_evaluation_{name}_results.csv` in the `output_path` that
-            the trainer gives.
+        name: prefix of the metrics, to tell several evaluators apart.
+        write_csv: append a line per evaluation to `Multi-Exit_evaluation_{name}_results.csv` in the trainer's
+            `output_path`.
         progress: show progress bars.
 
-    Raises:
-        ValueError: `distractors` without pairs, or none.
+    Example:
+        >>> rows = [("Sorts a list.", "def f(x): return sorted(x)", "python"), ("Adds.", "int g(int a) …", "c")]
+        >>> evaluator = MultiExitEvaluator.from_pairs(rows, candidates=1000)
+        >>> evaluator.primary_metric
+        'mrr_mean'
+        >>> evaluator(SentenceTransformer("runs/model"))["mrr_exit_4"]  # doctest: +SKIP
     """
 
     def __init__(
         self,
-        retrieval_set: RetrievalSet,
+        task: RetrievalTask,
         *,
         tokenizer: Any = None,
         exit_layers: Sequence[int] | None = None,
-        distractors: int | None = None,
-        seed: int = 0,
         recall_at: Sequence[int] = (1, 10),
         prompts: Mapping[str, str] | None = None,
         max_length: int | None = None,
@@ -74,18 +72,60 @@ class MultiExitEvaluator(BaseEvaluator):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        if distractors is not None and (distractors < 1 or not retrieval_set.is_paired):
-            raise ValueError("distractors must be at least 1, and needs pairs: one document for each query.")
-        self.retrieval_set, self.tokenizer, self.exit_layers = retrieval_set, tokenizer, exit_layers
-        self.distractors, self.seed, self.recall_at = distractors, seed, tuple(recall_at)
+        self.task, self.tokenizer, self.exit_layers, self.recall_at = task, tokenizer, exit_layers, tuple(recall_at)
         self.prompts, self.max_length, self.tokens_per_batch = prompts, max_length, tokens_per_batch
         self.name, self.write_csv, self.progress = name, write_csv, progress
         self.primary_metric = f"{name}_mrr_mean" if name else "mrr_mean"
 
     @classmethod
-    def from_pairs(cls, rows: Iterable[RetrievalRow | tuple[str, str, str]], **options: Any) -> MultiExitEvaluator:
-        """An evaluator on (description, code, language) rows; `options` as for the class."""
-        return cls(RetrievalSet.from_pairs(rows), **options)
+    def from_pairs(
+        cls,
+        rows: Iterable[tuple[str, str, str | None]],
+        *,
+        candidates: int | None = None,
+        seed: int = 0,
+        distractors: int | None = None,
+        **options: Any,
+    ) -> MultiExitEvaluator:
+        """An evaluator on (description, code, language) rows.
+
+        Args:
+            rows: at least two.
+            candidates: rank each code among this many, its own included (1000 in the CodeSearchNet protocol), in
+                batches drawn by `seed`; among all if None.
+            seed: of the batches.
+            distractors: old name, one less than `candidates`.
+            options: as for the class.
+
+        Raises:
+            UserError: fewer than two rows, or fewer than two candidates.
+        """
+        if distractors is not None:
+            warnings.warn(
+                f"distractors={distractors} is now candidates={distractors + 1}.", FutureWarning, stacklevel=2
+            )
+            candidates = distractors + 1
+        return cls(pairs_task("pairs", "all", rows, size=candidates, seed=seed), **options)
+
+    @classmethod
+    def from_mappings(
+        cls,
+        queries: Mapping[str, str],
+        corpus: Mapping[str, str],
+        relevant: Mapping[str, Collection[str]],
+        language: str | None = None,
+        **options: Any,
+    ) -> MultiExitEvaluator:
+        """An evaluator on texts by id, as sentence-transformers' InformationRetrievalEvaluator takes them.
+
+        Args:
+            queries, corpus, relevant, language: see `evaluation.tasks.task_from_mappings`.
+            options: as for the class.
+
+        Raises:
+            UserError: no query has a relevant document, fewer than two documents, or an unknown document.
+        """
+        return cls(task_from_mappings(queries, corpus, relevant, language), **options)
 
     def __call__(
         self,
@@ -99,23 +139,24 @@ class MultiExitEvaluator(BaseEvaluator):
         """Evaluate a model.
 
         Args:
-            model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer of such a model, pooling as its
-                configuration says and at most a normalisation. It is in evaluation mode for the time of the call.
-            output_path: folder for the CSV file.
+            model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer of such a model that pools as its
+                configuration says and at most normalises. It is in evaluation mode for the time of the call.
+            output_path: folder of the CSV file.
             epoch, steps: written into it.
             across_processes: every process of the training calls this, so the texts may be divided among them.
 
+        Returns:
+            {metric: a fraction between 0 and 1}.
+
         Raises:
-            ValueError: a model of another kind, an exit that it doesn't have, no tokenizer, or embeddings that are NaN.
+            UserError: another kind of model, an exit that it does not have, no tokenizer, or embeddings that are NaN.
         """
         parts = self._parts(model)
-        asked = [parts.prompts.get("query", "") + query for query in self.retrieval_set.queries]
+        asked = [parts.prompts.get("query", "") + query.text for query in self.task.queries]
         queries = self._encode(parts, asked, across_processes)
         documents = self._encode(parts, self._documents(parts.prompts), across_processes)
-        protocol = {"distractors": self.distractors, "seed": self.seed, "recall_at": self.recall_at}
         per_exit = {
-            exit_layer: self.retrieval_set.score(embeddings, documents[exit_layer], **protocol)
-            for exit_layer, embeddings in queries.items()
+            exit_layer: self._score(embeddings, documents[exit_layer]) for exit_layer, embeddings in queries.items()
         }
         metrics = _over_exits(per_exit)
         if output_path is not None and self.write_csv:
@@ -126,26 +167,39 @@ class MultiExitEvaluator(BaseEvaluator):
         return metrics
 
     def get_config_dict(self) -> dict[str, Any]:
-        """What a model card says of the evaluator."""
-        return {"exit_layers": self.exit_layers, "distractors": self.distractors}
+        """Settings for the model card."""
+        return {"exit_layers": self.exit_layers, "candidates": len(self.task.pools[0].documents)}
+
+    def _score(self, queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
+        """Means over the queries, from embeddings (Q, D) and (N, D)."""
+        values: dict[str, list[np.ndarray]] = {}
+        for pool in self.task.pools:
+            scores = CosineScores(queries[pool.queries], documents[pool.documents])
+            ranking = rank_judged(scores, pool_judgements(self.task.judgements, pool), progress=False)
+            for metric in ("mrr", "ndcg@10", *(f"recall@{k}" for k in self.recall_at)):
+                values.setdefault(metric.replace("@", "_at_"), []).append(query_values(ranking, metric))
+        return {metric: float(np.mean(np.concatenate(found))) for metric, found in values.items()}
 
     def _documents(self, prompts: Mapping[str, str]) -> list[str]:
         """The documents, each with the prompt of its language, or that of any code."""
         any_code = prompts.get("document", "")
         return [
-            (prompts.get(f"document_{language}", any_code) if language else any_code) + document
-            for document, language in zip(self.retrieval_set.documents, self.retrieval_set.languages, strict=True)
+            (prompts.get(f"document_{language}", any_code) if language else any_code) + code
+            for code, language in self.task.documents
         ]
 
     def _parts(self, model: SentenceTransformer | nn.Module) -> _Parts:
-        """What encoding needs of either kind of model."""
+        """What encoding needs from either kind of model."""
         if isinstance(model, SentenceTransformer):
             network = _network(model)
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
             max_length = self.max_length or model.max_seq_length
             return _Parts(network, model.tokenizer, prompts if self.prompts is None else self.prompts, max_length)
         if self.tokenizer is None:
-            raise ValueError("Give the evaluator a tokenizer: a model that is no SentenceTransformer has none.")
+            raise UserError(
+                "evaluator.tokenizer.missing",
+                "Give MultiExitEvaluator a tokenizer: only a SentenceTransformer has one.",
+            )
         prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
         return _Parts(model, self.tokenizer, prompts if self.prompts is None else self.prompts, self.max_length)
 
@@ -186,7 +240,9 @@ class MultiExitEvaluator(BaseEvaluator):
             file.seek(0)
             columns = list(line) if is_new else next(csv.reader(file), [])
             if set(columns) != set(line):
-                raise ValueError(f"{path} holds other metrics; give this evaluator a name of its own.")
+                raise UserError(
+                    "evaluator.csv.other_metrics", f"{path} holds other metrics: give this evaluator another name."
+                )
             writer = csv.DictWriter(file, columns)
             if is_new:
                 writer.writeheader()
@@ -216,7 +272,7 @@ def _network(model: SentenceTransformer) -> nn.Module:
     """The network of a SentenceTransformer whose other modules do what the network does itself.
 
     Raises:
-        ValueError: another network, or modules that would change its embeddings.
+        UserError: another network, or modules that would change its embeddings.
     """
     network = getattr(model[0], "auto_model", None)
     names = [type(module).__name__ for module in model]
@@ -225,19 +281,20 @@ def _network(model: SentenceTransformer) -> nn.Module:
         names in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
         and hasattr(network, "projection_heads")
         and config.projection_order == "project_then_pool"
-        and model[1].pooling_mode == POOLING_MODES.get(config.pooling)
+        and model[1].pooling_mode == config.pooling
         and model[1].include_prompt
     )
     if not pools_alike:
-        raise ValueError(
-            "MultiExitEvaluator needs a SentenceTransformer of a ModularStarEncoderForRetrieval, pooled as its "
-            f"configuration says, with nothing behind but a normalisation; this one has {', '.join(names)}."
+        raise UserError(
+            "evaluator.model.other",
+            "MultiExitEvaluator needs a SentenceTransformer of a ModularStarEncoderForRetrieval with the configured "
+            f"pooling and at most a normalisation after it; this one has {', '.join(names)}.",
         )
     return network
 
 
 def _is_split(network: nn.Module) -> bool:
-    """Whether FSDP2 has split the parameters, so that every forward pass needs every process."""
+    """Whether FSDP2 has split the parameters: every forward pass then needs every process."""
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(module, FSDPModule) for module in network.modules())

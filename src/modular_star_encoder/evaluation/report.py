@@ -1,33 +1,45 @@
-"""Tables as Markdown, CSV, LaTeX and JSON."""
+"""Task results as tables (one per benchmark), in Markdown, CSV, LaTeX and JSON.
+
+`report.json` is the one file format of evaluations; `read_tables` reads it, and the files that older versions wrote.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-import platform
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from modular_star_encoder.evaluation.benchmarks.registry import BENCHMARKS
-from modular_star_encoder.evaluation.harness import Cell, Figure
-from modular_star_encoder.evaluation.significance import (
+from modular_star_encoder.evaluation.benchmarks import BENCHMARKS
+from modular_star_encoder.evaluation.metrics import (
     bootstrap_interval,
     f1_permutation_test,
     permutation_test,
     shares,
     spread,
 )
-from modular_star_encoder.evaluation.tasks import Task
+from modular_star_encoder.evaluation.tasks import Estimate, Task, TaskResult
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json, write_text
+from modular_star_encoder.utils.machine import library_versions
 from modular_star_encoder.utils.markdown import markdown_table, metric_label, percent
 
+PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
+
 _Key = tuple[str, int | None, int | None]
-"""System, exit, dimensions: one row."""
+"""Retriever, exit, dimensions: one row."""
+
+_TEX = str.maketrans(
+    {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "→": r"$\to$", "–": "--"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+    | {"Δ": r"$\Delta$", "×": r"$\times$"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +52,27 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One system at one exit and size.
+    """One retriever at one exit and embedding size.
 
     Attributes:
         columns: the main metric by column.
         mean: over all tasks.
         others: means of the other metrics.
-        difference: to the table's reference; None for the reference itself.
+        difference: from the table's reference; None for the reference itself.
     """
 
-    system: str
+    retriever: str
     exit_layer: int | None
     dimensions: int | None
-    columns: Mapping[str, Figure]
-    mean: Figure
+    columns: Mapping[str, Estimate]
+    mean: Estimate
     others: Mapping[str, float]
     difference: Difference | None
 
     @property
     def label(self) -> str:
-        """How tables call it."""
-        parts = [self.system]
+        """Its name in tables, such as "model, exit 4, 256 dimensions"."""
+        parts = [self.retriever]
         if self.exit_layer is not None:
             parts.append(f"exit {self.exit_layer}")
         if self.dimensions is not None:
@@ -75,10 +87,10 @@ class Table:
     Attributes:
         benchmark: its name.
         metric: the name of the main metric.
-        rows: in the order of the systems, exits ascending.
-        reference: the label of the row that differences are to.
+        rows: in the order of the retrievers, exits ascending.
+        reference: the label of the row that differences are from.
         size: queries (or pairs) and candidates, in words.
-        notes: what a reader must know.
+        notes: caveats.
     """
 
     benchmark: str
@@ -88,32 +100,109 @@ class Table:
     size: str
     notes: Sequence[str]
 
+    @property
+    def title(self) -> str:
+        """Its heading."""
+        known = BENCHMARKS.get(self.benchmark)
+        return self.benchmark if known is None else known.title
 
-def build_tables(tasks: Sequence[Task], cells: Sequence[Cell], *, seed: int = 0) -> list[Table]:
-    """One table for each benchmark of `tasks`, in their order.
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+        tables: one per benchmark.
+        results: of every retriever, exit and task, with the values of single queries.
+        command: what made it.
+        checksum: of the evaluated checkpoint (see `checkpoint_checksum`); None if it has none.
+
+    Example:
+        >>> report = evaluate_exits(model, tokenizer, rows)  # doctest: +SKIP
+        >>> print(report.to_markdown(), report.quality())  # doctest: +SKIP
+    """
+
+    tables: Sequence[Table]
+    results: Sequence[TaskResult]
+    command: str = ""
+    checksum: str | None = None
+
+    def quality(self) -> dict[int, float]:
+        """{exit_layer: mean of the main metric} of the evaluated model, from the first table."""
+        own = next(row.retriever for row in self.tables[0].rows if row.difference is None)
+        rows = [row for row in self.tables[0].rows if row.retriever == own and row.exit_layer is not None]
+        return {row.exit_layer: row.mean.value for row in sorted(rows, key=_size) if row.exit_layer is not None}
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write report.md, .csv, .tex and .json, each whole or not at all, and return their paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = {"md": self.to_markdown(), "csv": to_csv(self.results), "tex": to_latex(self.tables)}
+        for ending, text in texts.items():
+            write_text(folder / f"report.{ending}", text)
+        write_json(folder / "report.json", self.to_dict())
+        return [folder / f"report.{ending}" for ending in (*texts, "json")]
+
+    def to_markdown(self) -> str:
+        """A section with a table for each benchmark; scores × 100, aligned for reading as plain text."""
+        installed = ", ".join(f"{name} {version}" for name, version in versions().items())
+        head = ["# Evaluation", f"    {self.command}", installed] if self.command else ["# Evaluation", installed]
+        for table in self.tables:
+            head.append("\n".join([f"## {table.title}", "", *markdown_table(_cells(table)), "", *_explain(table)]))
+        return "\n\n".join(head) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, as report.json holds it: everything but the values of single queries, as fractions."""
+        results = [
+            {key: value for key, value in asdict(result).items() if key not in ("values", "ids")}
+            | {"queries": len(result.values)}
+            for result in self.results
+        ]
+        return {
+            "command": self.command,
+            "checkpoint_checksum": self.checksum,
+            "versions": versions(),
+            "tables": [{"title": table.title, **asdict(table)} for table in self.tables],
+            "results": results,
+        }
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that scores depend on."""
+    return {name: version for name, version in library_versions(PACKAGES).items() if version is not None}
+
+
+def make_report(
+    tasks: Sequence[Task],
+    results: Sequence[TaskResult],
+    *,
+    seed: int = 0,
+    command: str = "",
+    checksum: str | None = None,
+) -> Report:
+    """A report with one table for each benchmark of `tasks`, in their order.
 
     Args:
-        cells: of all systems on all tasks, in any order.
+        tasks: that were evaluated.
+        results: of all retrievers on all tasks, in any order.
         seed: of intervals and permutations.
+        command, checksum: see `Report`.
 
     Raises:
-        ValueError: a cell is missing.
+        UserError: a result is missing.
     """
-    return [
-        _table([task for task in tasks if task.benchmark == benchmark], cells, seed)
-        for benchmark in dict.fromkeys(task.benchmark for task in tasks)
-    ]
+    benchmarks = dict.fromkeys(task.benchmark for task in tasks)
+    tables = [_table(name, [task for task in tasks if task.benchmark == name], results, seed) for name in benchmarks]
+    return Report(tables, results, command, checksum)
 
 
-def _table(tasks: Sequence[Task], cells: Sequence[Cell], seed: int) -> Table:
-    benchmark = tasks[0].benchmark
-    rows: dict[_Key, dict[str, Cell]] = {}
-    for cell in cells:
-        if cell.benchmark == benchmark:
-            rows.setdefault((cell.system, cell.exit_layer, cell.dimensions), {})[cell.task] = cell
+def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult], seed: int) -> Table:
+    rows: dict[_Key, dict[str, TaskResult]] = {}
+    for result in results:
+        if result.benchmark == benchmark:
+            rows.setdefault((result.retriever, result.exit_layer, result.dimensions), {})[result.task] = result
     for key, found in rows.items():
         if missing := [task.name for task in tasks if task.name not in found]:
-            raise ValueError(f"{key[0]} has no figure for {benchmark}, {missing[0]}.")
+            raise UserError("evaluation.result.missing", f"{key[0]} has no result for {benchmark}, {missing[0]}.")
     groups = {key: [found[task.name] for task in tasks] for key, found in rows.items()}
     reference = _reference(list(groups))
     built = [
@@ -122,117 +211,75 @@ def _table(tasks: Sequence[Task], cells: Sequence[Cell], seed: int) -> Table:
     first = groups[reference]
     label = next(row.label for row in built if row.difference is None)
     notes = list(dict.fromkeys(note for task in tasks for note in task.notes))
-    return Table(benchmark, first[0].main, built, label, _size(first), notes)
+    return Table(benchmark, first[0].main, built, label, _size_in_words(first), notes)
 
 
 def _reference(keys: Sequence[_Key]) -> _Key:
-    """The deepest exit, whole, of the first system that has exits; otherwise the first system."""
+    """The deepest exit, not truncated, of the first retriever that has exits; otherwise the first retriever."""
     with_exits = [key for key in keys if key[1] is not None]
-    if not with_exits:
-        return keys[0]
     own = [key for key in with_exits if key[0] == with_exits[0][0]]
-    return max(own, key=lambda key: (key[1], key[2] or 0))
+    return max(own, key=lambda key: (key[1] or 0, key[2] or 0)) if own else keys[0]
 
 
 def _row(
     key: _Key,
     tasks: Sequence[Task],
-    cells: Sequence[Cell],
-    reference: Sequence[Cell] | None,
+    results: Sequence[TaskResult],
+    reference: Sequence[TaskResult] | None,
     seed: int,
 ) -> Row:
-    columns: dict[str, list[Cell]] = {}
-    for task, cell in zip(tasks, cells, strict=True):
-        columns.setdefault(task.column or task.name, []).append(cell)
-    others = [metric for metric in cells[0].figures if metric != cells[0].main]
+    columns: dict[str, list[TaskResult]] = {}
+    for task, result in zip(tasks, results, strict=True):
+        columns.setdefault(task.column or task.name, []).append(result)
+    others = [metric for metric in results[0].estimates if metric != results[0].main]
     return Row(
         *key,
-        columns={column: mean_figure(group, seed) for column, group in columns.items()},
-        mean=mean_figure(cells, seed),
-        others={metric: float(np.mean([cell.figures[metric].value for cell in cells])) for metric in others},
-        difference=None if reference is None else difference(cells, reference, seed),
+        columns={column: mean_estimate(group, seed) for column, group in columns.items()},
+        mean=mean_estimate(results, seed),
+        others={metric: float(np.mean([one.estimates[metric].value for one in results])) for metric in others},
+        difference=None if reference is None else difference(results, reference, seed),
     )
 
 
-def mean_figure(cells: Sequence[Cell], seed: int) -> Figure:
-    """The main metric's mean over tasks."""
-    if len(cells) == 1 or cells[0].main == "f1":
-        if len(cells) > 1:
-            raise ValueError("F1 has no mean over tasks.")
-        return cells[0].figures[cells[0].main]
-    values = spread([dict(zip(cell.ids, cell.values, strict=True)) for cell in cells])
-    return Figure(float(values.mean()), *bootstrap_interval(values, seed))
+def mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
+    """The main metric's mean over tasks; F1 has none, so its task must be alone."""
+    main = results[0].main
+    if len(results) == 1:
+        return results[0].estimates[main]
+    if main == "f1":
+        raise ValueError("F1 has no mean over tasks.")
+    values = spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
+    return Estimate(float(values.mean()), *bootstrap_interval(values, seed))
 
 
-def difference(cells: Sequence[Cell], reference: Sequence[Cell], seed: int) -> Difference:
-    """How far the mean of `cells` lies above that of `reference`, task by task the same queries."""
-    value = float(
-        np.mean([a.figures[a.main].value - b.figures[b.main].value for a, b in zip(cells, reference, strict=True)])
-    )
-    if cells[0].main == "f1":
-        outcomes = (np.array(cell.values, dtype=np.int64) for cell in (cells[0], reference[0]))
-        return Difference(value, f1_permutation_test(*outcomes, seed))
-    pairs = [
+def difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], seed: int) -> Difference:
+    """The mean of `results` minus that of `reference`, task by task the same queries."""
+    pairs = list(zip(results, reference, strict=True))
+    value = float(np.mean([a.estimates[a.main].value - b.estimates[b.main].value for a, b in pairs]))
+    if results[0].main == "f1":
+        first, second = (np.array(result.values, dtype=np.int64) for result in pairs[0])
+        return Difference(value, f1_permutation_test(first, second, seed))
+    differences = [
         {query: first - second for query, first, second in zip(a.ids, a.values, b.values, strict=True)}
-        for a, b in zip(cells, reference, strict=True)
+        for a, b in pairs
     ]
-    return Difference(value, permutation_test(shares(pairs), seed))
+    return Difference(value, permutation_test(shares(differences), seed))
 
 
-def _size(cells: Sequence[Cell]) -> str:
-    counts = [len(cell.values) for cell in cells]
-    if not cells[0].candidates:
-        return f"{sum(counts):,} pairs"
-    pools = sorted({cell.candidates for cell in cells})
+def _size_in_words(results: Sequence[TaskResult]) -> str:
+    count = sum(len(result.values) for result in results)
+    if not results[0].candidates:
+        return f"{count:,} pairs"
+    pools = sorted({result.candidates for result in results})
     candidates = f"{pools[0]:,}" if len(pools) == 1 else f"{pools[0]:,} to {pools[-1]:,}"
-    return f"{sum(counts):,} queries, {candidates} candidates each"
-
-
-PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
-
-_TEX = str.maketrans(
-    {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "→": r"$\to$", "–": "--"}
-    | {
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "\\": r"\textbackslash{}",
-        "Δ": r"$\Delta$",
-        "×": r"$\times$",
-    }
-)
-
-
-def write_report(
-    folder: Path, tables: Sequence[Table], cells: Sequence[Cell], command: str, fingerprint: str | None = None
-) -> list[Path]:
-    """Write report.md, report.csv, report.tex and report.json, each whole or not at all, and return their paths.
-
-    Args:
-        command: what made them; it stands in the Markdown and the JSON.
-        fingerprint: of the checkpoint that was measured (see `fingerprint`), for the JSON; None if it is no folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {"md": to_markdown(tables, command), "csv": to_csv(cells), "tex": to_latex(tables)}
-    for ending, text in texts.items():
-        write_text(folder / f"report.{ending}", text)
-    write_json(folder / "report.json", to_dict(tables, cells, command, fingerprint))
-    return [folder / f"report.{ending}" for ending in (*texts, "json")]
-
-
-def to_markdown(tables: Sequence[Table], command: str) -> str:
-    """A section with a table for each benchmark; scores × 100, aligned for reading as plain text."""
-    sections = [f"# Evaluation\n\n    {command}\n\n{', '.join(f'{k} {v}' for k, v in versions().items())}"]
-    for table in tables:
-        lines = markdown_table(_cells(table))
-        sections.append("\n".join([f"## {title(table)}", "", *lines, "", *_explain(table)]))
-    return "\n\n".join(sections) + "\n"
+    return f"{count:,} queries, {candidates} candidates each"
 
 
 def to_latex(tables: Sequence[Table]) -> str:
     """A `table` for each benchmark, for the package booktabs."""
     parts = []
     for table in tables:
-        caption = " ".join([f"{title(table)}.", *_explain(table)])
+        caption = " ".join([f"{table.title}.", *_explain(table)])
         header, *rows = [[cell.translate(_TEX) for cell in row] for row in _cells(table)]
         parts += [
             r"\begin{table}",
@@ -251,77 +298,108 @@ def to_latex(tables: Sequence[Table]) -> str:
     return "\n".join(parts)
 
 
-def to_csv(cells: Sequence[Cell]) -> str:
-    """A line for each metric of each cell, as fractions."""
+def to_csv(results: Sequence[TaskResult]) -> str:
+    """A line for each metric of each result, as fractions."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    names = ["benchmark", "task", "system", "exit_layer", "dimensions", "metric", "value", "low", "high"]
+    names = ["benchmark", "task", "retriever", "exit_layer", "dimensions", "metric", "value", "low", "high"]
     writer.writerow([*names, "queries", "candidates"])
-    for cell in cells:
-        place = [cell.benchmark, cell.task, cell.system, cell.exit_layer, cell.dimensions]
-        for metric, figure in cell.figures.items():
-            writer.writerow([*place, metric, figure.value, figure.low, figure.high, len(cell.values), cell.candidates])
+    for one in results:
+        place = [one.benchmark, one.task, one.retriever, one.exit_layer, one.dimensions]
+        for metric, estimate in one.estimates.items():
+            numbers = (estimate.value, estimate.low, estimate.high, len(one.values), one.candidates)
+            writer.writerow([*place, metric, *numbers])
     return file.getvalue()
 
 
-def to_dict(
-    tables: Sequence[Table], cells: Sequence[Cell], command: str, fingerprint: str | None = None
-) -> dict[str, Any]:
-    """Everything but the values of single queries, as fractions."""
-    figures = [{key: value for key, value in asdict(cell).items() if key not in ("values", "ids")} for cell in cells]
-    return {
-        "command": command,
-        "checkpoint_fingerprint": fingerprint,
-        "versions": versions(),
-        "tables": [{"title": title(table), **asdict(table)} for table in tables],
-        "cells": [{**figure, "queries": len(cell.values)} for figure, cell in zip(figures, cells, strict=True)],
-    }
-
-
-def title(table: Table) -> str:
-    """The heading of a table."""
-    known = BENCHMARKS.get(table.benchmark)
-    return table.benchmark if known is None else known.title
-
-
-def versions() -> Mapping[str, str]:
-    """Python and the packages that figures depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def interval(estimate: Estimate) -> str:
+    """Its bounds × 100."""
+    return f"{percent(estimate.low)}–{percent(estimate.high)}"
 
 
 def _cells(table: Table) -> list[list[str]]:
     """Header and rows as text."""
-    columns = list(table.rows[0].columns)
-    others = list(table.rows[0].others)
+    columns, others = list(table.rows[0].columns), list(table.rows[0].others)
     mean = ["mean"] if len(columns) > 1 else []
     header = ["", *columns, *mean, "95 % interval", *map(metric_label, others), f"Δ {metric_label(table.metric)}", "p"]
-    return [header, *([row.label, *_figures(row, bool(mean))] for row in table.rows)]
-
-
-def _figures(row: Row, with_mean: bool) -> list[str]:
-    means = [percent(row.mean.value)] if with_mean else []
-    changed = ["", ""]
-    if row.difference is not None:
-        changed = [f"{100 * row.difference.value:+.1f}", f"{row.difference.p:.4f}"]
-    figures = [percent(figure.value) for figure in row.columns.values()]
-    return [*figures, *means, interval(row.mean), *(percent(value) for value in row.others.values()), *changed]
-
-
-def interval(figure: Figure) -> str:
-    """Its bounds × 100."""
-    return f"{percent(figure.low)}–{percent(figure.high)}"
+    cells = [header]
+    for row in table.rows:
+        means = [percent(row.mean.value)] if mean else []
+        changed = ["", ""]
+        if row.difference is not None:
+            changed = [f"{100 * row.difference.value:+.1f}", f"{row.difference.p:.4f}"]
+        values = [percent(estimate.value) for estimate in row.columns.values()]
+        cells.append([row.label, *values, *means, interval(row.mean), *map(percent, row.others.values()), *changed])
+    return cells
 
 
 def _explain(table: Table) -> list[str]:
-    ties = "" if table.metric == "f1" else "; ties count against the system"
+    ties = "" if table.metric == "f1" else "; ties count against the retriever"
     return [
         f"{metric_label(table.metric)} × 100; {table.size}{ties}. Intervals: bootstrap over queries. "
-        f"Δ and p: to {table.reference}, paired permutation test.",
+        f"Δ and p: difference from {table.reference}, paired permutation test.",
         *(f"Note: {note}." for note in table.notes),
     ]
+
+
+def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Table]:
+    """The tables of a file of results: the rows of the evaluated model's exits and of retrievers without exits.
+
+    Args:
+        path: report.json or what `mose evaluate --json` or the quickstart wrote, also by older versions.
+        checkpoint: checksum of the weights that the results must be of; a file without one passes.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: it holds no results, or results of other weights.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        held_out = "retrieval" in content
+        content = content.get("retrieval", content)
+        measured = content.get("checkpoint_checksum", content.get("checkpoint_fingerprint"))
+        name = "Functions of repositories that were held out" if held_out else ""
+        tables = [_read_table(table, name) for table in content["tables"]] if "tables" in content else []
+        if not tables:
+            tables = [_read_scores_by_exit(content, name or "folder")]
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(
+            "evaluation.report.unreadable", f"{path} holds no results as `mose evaluate` writes them: {error!r}."
+        ) from error
+    if measured and checkpoint and measured != checkpoint:
+        raise UserError(
+            "evaluation.report.other_weights",
+            f"{path} holds results of other weights ({measured}, not {checkpoint}): evaluate again.",
+        )
+    return tables
+
+
+def _read_table(stored: Mapping[str, Any], name: str) -> Table:
+    fields = {key: value for key, value in stored.items() if key not in ("title", "rows")}
+    rows = []
+    for row in stored["rows"]:
+        row = {"retriever" if key == "system" else key: value for key, value in row.items()}
+        changed = row["difference"] and Difference(**row["difference"])
+        columns = {column: Estimate(**estimate) for column, estimate in row["columns"].items()}
+        rows.append(Row(**row | {"columns": columns, "mean": Estimate(**row["mean"]), "difference": changed}))
+    own = next(row.retriever for row in rows if row.difference is None)
+    rows = [row for row in rows if row.retriever == own or row.exit_layer is None]
+    whole = {(row.retriever, row.exit_layer): row for row in sorted(rows, key=_size)}
+    kept = [row for row in rows if row is whole[row.retriever, row.exit_layer]]
+    return Table(**fields | {"rows": kept, "benchmark": name or fields["benchmark"]})
+
+
+def _size(row: Row) -> tuple[bool, int]:
+    """Orders rows by the size of their embeddings, whole ones last."""
+    return row.dimensions is None, row.dimensions or 0
+
+
+def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
+    """The table of an older file: MRR by exit, and of BM25."""
+    exits = sorted((int(exit_layer), scores) for exit_layer, scores in content["exits"].items())
+    rows = [
+        Row(retriever, exit_layer, None, {}, Estimate(scores["mrr"], *scores["interval"]), {}, None)
+        for retriever, exit_layer, scores in [*(("model", *one) for one in exits), ("BM25", None, content["bm25"])]
+    ]
+    size = f"{content['bm25']['queries']:,} queries, {content['bm25']['distractors'] + 1:,} candidates each"
+    return Table(name, "mrr", rows, "", size, ())

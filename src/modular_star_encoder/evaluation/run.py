@@ -1,98 +1,81 @@
-"""Benchmarks on systems, from files to reports: what `mose evaluate` and examples/evaluate.py call."""
+"""The one path from tasks to scores: benchmarks and retrievers by name → task results → a report.
+
+`mose evaluate` calls `run_benchmarks`, training calls `evaluate_tasks` and `evaluate_exits`. With a folder `out`, each
+result is stored under a hash of what it depends on (the task's texts and protocol, the retriever's weights): a run that
+is started again computes only what is missing, and no stored result is overwritten.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
 
-from modular_star_encoder.evaluation.benchmarks.codesearchnet import write_candidates
-from modular_star_encoder.evaluation.benchmarks.registry import (
+from modular_star_encoder.evaluation.benchmarks import (
     ALL,
     BENCHMARKS,
     WITH_CANDIDATES,
     choose_benchmarks,
     load_benchmark,
 )
-from modular_star_encoder.evaluation.harness import evaluate_tasks
-from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.plots import median_latencies, plot_quality_by_depth, plot_quality_by_latency
-from modular_star_encoder.evaluation.report import Table, build_tables, write_report
-from modular_star_encoder.evaluation.retrievers import EmbeddingSystem, Encoder, System
-from modular_star_encoder.evaluation.tasks import Task
-from modular_star_encoder.inference.embedding_cache import EmbeddingCache
-from modular_star_encoder.inference.encoders import OPENAI_URL, EndpointEncoder, ExitEncoder, SentenceTransformerEncoder
-from modular_star_encoder.inference.exit_profile import PROFILE_NAME, ExitProfile
-from modular_star_encoder.inference.load import check_checkpoint, checkpoint_fingerprint, load_checkpoint
-from modular_star_encoder.modeling import ModularStarEncoderConfig
+from modular_star_encoder.evaluation.benchmarks.codesearchnet import write_candidates
+from modular_star_encoder.evaluation.lexical import BM25, TfIdf
+from modular_star_encoder.evaluation.metrics import (
+    FALSE_POSITIVE,
+    TRUE_POSITIVE,
+    Ranking,
+    best_f1_threshold,
+    binary_scores,
+    bootstrap_f1_interval,
+    bootstrap_interval,
+    check_scores,
+    f1,
+    outcomes,
+    query_values,
+)
+from modular_star_encoder.evaluation.plots import plot_report
+from modular_star_encoder.evaluation.report import Report, make_report
+from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant, Retriever
+from modular_star_encoder.evaluation.scores import pool_judgements, rank_judged
+from modular_star_encoder.evaluation.tasks import (
+    POOL,
+    Estimate,
+    PairTask,
+    RetrievalTask,
+    Task,
+    TaskResult,
+    pairs_task,
+)
+from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
+from modular_star_encoder.inference.exit_profile import PROFILE_NAME
+from modular_star_encoder.inference.load import checkpoint_checksum
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import write_json
 
-_ENDPOINT = "openai:"
+PROTOCOL = 1
+"""Increased when the same scores would give other results."""
 
-
-def open_system(name: str, cache: EmbeddingCache | None = None, exit_layers: Sequence[int] | None = None) -> System:
-    """The system of a name.
-
-    Args:
-        name: `bm25`, `tfidf`, `openai:MODEL` or `openai:MODEL@URL` (key in OPENAI_API_KEY), or the folder or Hub
-            repository of one of our checkpoints or of any model that sentence-transformers loads.
-        cache: where embeddings are kept.
-        exit_layers: exits of one of our checkpoints; all if None.
-
-    Raises:
-        ValueError: an exit that the model doesn't have, or a model that can't be loaded.
-        OSError: no such folder or repository.
-    """
-    if exit_layers and (name in ("bm25", "tfidf") or name.startswith(_ENDPOINT)):
-        raise ValueError(f"{name} is no ModularStarEncoder, so it has no exits to choose.")
-    if name == "bm25":
-        return BM25()
-    if name == "tfidf":
-        from modular_star_encoder.evaluation.lexical import TfIdf  # scikit-learn is slow to import
-
-        return TfIdf()
-    if name.startswith(_ENDPOINT):
-        model, _, url = name.removeprefix(_ENDPOINT).partition("@")
-        return EmbeddingSystem(EndpointEncoder(model, url or OPENAI_URL), cache)
-    return EmbeddingSystem(open_encoder(name, exit_layers), cache)
-
-
-def open_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder:
-    """One of our checkpoints, or any model that sentence-transformers loads; see `open_system`."""
-    folder = Path(name).expanduser()
-    label = "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else name
-    if not (folder / "modules.json").is_file():
-        check_checkpoint(name)
-    if _is_ours(name):
-        model, tokenizer = load_checkpoint(name, max(exit_layers) if exit_layers else None)
-        return ExitEncoder(model, tokenizer, label, exit_layers=exit_layers)
-    if exit_layers:
-        raise ValueError(f"{name} is no ModularStarEncoder, so it has no exits to choose.")
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformerEncoder(SentenceTransformer(str(folder) if folder.is_dir() else name), label)
-
-
-def _is_ours(name: str) -> bool:
-    try:
-        config = AutoConfig.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
-    except ValueError:  # a type that transformers doesn't know: not ours, and sentence-transformers will say so
-        return False
-    except OSError:  # sentence-transformers' older layout has no config.json at the top
-        return False
-    return isinstance(config, ModularStarEncoderConfig)
+LEXICAL = {"bm25": BM25, "tfidf": TfIdf}
 
 
 def run_benchmarks(
     model: str,
     benchmarks: Sequence[str],
     data: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     exit_layers: Sequence[int] | None = None,
-    baselines: Sequence[str] = (),
+    baselines: Sequence[str] | None = None,
     untrained: bool = False,
     allow_subset: bool = False,
     candidates: str | Path | None = None,
@@ -100,117 +83,334 @@ def run_benchmarks(
     seed: int = 0,
     command: str = "",
     progress: bool = True,
-) -> list[Table]:
-    """Measure a model and baselines on benchmarks, and write reports and figures; what is finished isn't done again.
+) -> Report:
+    """Evaluate a model and baselines on benchmarks.
 
     Args:
-        model: see `opening.open_system`; the deepest exit of this one is what differences are to.
-        benchmarks: names of `benchmarks.registry`, or "all".
+        model: see `open_retriever`; differences in the tables are to its deepest exit.
+        benchmarks: names in `evaluation.benchmarks.BENCHMARKS`, or "all".
         data: their folder (see `load_benchmark`).
-        out: folder for report.md, .csv, .tex, .json, figures, `cells/`, and the lists of candidates.
+        out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`), embeddings and the lists of
+            candidates; nothing is written if None.
         exit_layers: exits of the model; all if None.
-        baselines: other systems, by the names that `open_system` takes.
-        untrained: also the model with fresh weights.
-        allow_subset: take partial files, and say so under the tables.
-        candidates: folder of the lists of candidates of an earlier run (CodeSearchNet with distractors).
+        baselines: other retrievers, by the names that `open_retriever` takes; BM25 without `out`, and none with it, if
+            None.
+        untrained: also evaluate the model with fresh weights.
+        allow_subset: accept partial files, with a note under the tables.
+        candidates: folder of the lists of candidates of an earlier run (CodeSearchNet with 999 distractors).
         cache: folder for embeddings, shared by runs; `out/embeddings` if None.
         seed: of intervals, permutations and the untrained weights; candidates are always drawn as the protocol says.
-        command: written into the reports.
+        command: shown in the report.
+
+    Returns:
+        A report with a table for each benchmark.
 
     Raises:
-        ValueError: an unknown name or none, a damaged or partial file, or an exit that the model doesn't have.
-        OSError: something that isn't there, or `out` can't be written to.
+        UserError: an unknown name or none, a damaged or partial file, or an exit that the model does not have.
+        OSError: a file or folder is missing, or `out` cannot be written to.
+
+    Example:
+        >>> report = run_benchmarks("runs/model", ["cosqa"], "data", exit_layers=[4, 9])  # doctest: +SKIP
+        >>> print(report.to_markdown())  # doctest: +SKIP
     """
-    out = Path(out).expanduser()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: name a folder for the reports.")
-    tasks: list[Task] = []
+    folder = None if out is None else Path(out).expanduser()
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise UserError("evaluation.out.not_a_folder", f"{folder} is a file: name a folder for the reports.")
     chosen = choose_benchmarks(benchmarks, data)
     if not chosen:
-        raise ValueError(f"Name a benchmark: {', '.join(BENCHMARKS)}, or {ALL}.")
+        raise UserError("evaluation.benchmark.missing", f"Name a benchmark: {', '.join(BENCHMARKS)}, or {ALL}.")
     if candidates is not None and not any(name in WITH_CANDIDATES for name in chosen):
-        raise ValueError(f"Lists of candidates are only for {' and '.join(WITH_CANDIDATES)}.")
+        raise UserError(
+            "evaluation.candidates.not_used", f"Lists of candidates are only for {' and '.join(WITH_CANDIDATES)}."
+        )
+    tasks: list[Task] = []
     for name in chosen:
         lists = candidates if name in WITH_CANDIDATES else None
         tasks += load_benchmark(name, data, allow_subset=allow_subset, candidates=lists)
-    store = EmbeddingCache(out / "embeddings" if cache is None else Path(cache).expanduser())
-    systems = _open(model, baselines, store, exit_layers, untrained, seed)
-    out.mkdir(parents=True, exist_ok=True)  # if it can't be, say so before the work and not after it
-    for task in tasks:
-        if task.benchmark in WITH_CANDIDATES:
-            write_candidates(task, out / "candidates" / task.benchmark)
-    cells = evaluate_tasks(tasks, list(systems.values()), out=out, seed=seed, progress=progress)
-    tables = build_tables(tasks, cells, seed=seed)
-    folder = Path(model).expanduser()
-    write_report(out, tables, cells, _shown(command), checkpoint_fingerprint(folder) if folder.is_dir() else None)
-    _draw(tables, {name: system.name for name, system in systems.items()}, out)
-    return tables
+    store = Path(cache).expanduser() if cache is not None else None if folder is None else folder / "embeddings"
+    if baselines is None:
+        baselines = ["bm25"] if folder is None else []
+    retrievers = _open_all(model, baselines, EmbeddingCache(store), exit_layers, untrained, seed)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # fails before the work and not after it
+        for task in tasks:
+            if isinstance(task, RetrievalTask) and task.benchmark in WITH_CANDIDATES:
+                write_candidates(task, folder / "candidates" / task.benchmark)
+    results = evaluate_tasks(tasks, list(retrievers.values()), out=folder, seed=seed, progress=progress)
+    checksum = _checkpoint_checksum(model, retrievers[model])
+    report = make_report(tasks, results, seed=seed, command=_without_paths(command), checksum=checksum)
+    if folder is not None:
+        report.write(folder)
+        profiles = {one.name: Path(name).expanduser() / PROFILE_NAME for name, one in retrievers.items()}
+        try:
+            plot_report(report.tables, profiles, folder)
+        except (ImportError, ValueError) as error:  # the reports are written; a missing plot is only a note
+            print(f"mose: note: a plot is missing. {error}", file=sys.stderr)
+    return report
 
 
-def _open(
+def evaluate_exits(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[tuple[str, str, str | None]],
+    *,
+    exit_layers: Sequence[int] | None = None,
+    untrained: bool = False,
+    size: int = POOL,
+    seed: int = 0,
+    progress: bool = True,
+    **encode_options: Any,
+) -> Report:
+    """Rank each description's code among `size` candidates, at each exit of a loaded model and by BM25.
+
+    Args:
+        model: a `ModularStarEncoderForRetrieval`.
+        tokenizer: its tokenizer.
+        rows: (description, code, language). With several languages, candidates of other languages are easy ones.
+        exit_layers: exits to evaluate; all if None.
+        untrained: also evaluate the architecture with fresh weights (doubles time and memory).
+        size: candidates of each query, in the batches of `tasks.candidate_batches`.
+        seed: of batches, intervals and fresh weights.
+        encode_options: passed to `encode_exits`: max_length, tokens_per_batch, dtype.
+
+    Returns:
+        A report with one table: MRR, Recall@1, Recall@10 and NDCG@10. `report.quality()` is {exit_layer: MRR}.
+
+    Raises:
+        UserError: an exit that the model does not have, or fewer than two rows.
+    """
+    task = pairs_task("folder", "all", rows, size=size, seed=seed)
+    encoder = ExitEncoder(model, tokenizer, "model", exit_layers=exit_layers, **encode_options)
+    retrievers: list[Retriever] = [EmbeddingRetriever(encoder)]
+    if untrained:
+        retrievers.append(EmbeddingRetriever(encoder.untrained(seed)))
+    results = evaluate_tasks([task], [*retrievers, BM25()], seed=seed, progress=progress)
+    return make_report([task], results, seed=seed)
+
+
+def evaluate_tasks(
+    tasks: Sequence[Task],
+    retrievers: Sequence[Retriever],
+    *,
+    out: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[TaskResult]:
+    """The results of all variants of these retrievers on these tasks, retrievers outermost.
+
+    All texts of a retriever are embedded in one pass.
+
+    Args:
+        out: folder whose `cells/` holds stored results and gets new ones; nothing is stored if None.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: scores that are NaN, or a damaged stored result.
+        OSError: the folder cannot be written to.
+    """
+    checksums = [task.checksum() for task in tasks]
+    results = []
+    for retriever in retrievers:
+        paths = {
+            (number, variant): _path(out, checksum, retriever, variant, seed)
+            for number, checksum in enumerate(checksums)
+            for variant in retriever.variants
+        }
+        missing = {key for key, path in paths.items() if path is None or not path.is_file()}
+        if missing:
+            texts = [text for number in sorted({number for number, _ in missing}) for text in tasks[number].texts()]
+            variants = [variant for variant in retriever.variants if variant in {key[1] for key in missing}]
+            retriever.prepare(list(dict.fromkeys(texts)), variants, progress=progress)
+        bar = tqdm(paths.items(), desc=f"scoring, {retriever.name}", unit="task", disable=not progress, leave=False)
+        for (number, variant), path in bar:
+            task = tasks[number]
+            if path is not None and (number, variant) not in missing:
+                stored = read_result(path)  # perhaps of another name
+                result = replace(stored, benchmark=task.benchmark, task=task.name, retriever=retriever.name)
+            else:
+                result = evaluate_task(task, retriever, variant, seed=seed, progress=progress)
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(path, asdict(result))
+            results.append(result)
+    return results
+
+
+def evaluate_task(
+    task: Task, retriever: Retriever, variant: ExitVariant, *, seed: int = 0, progress: bool = True
+) -> TaskResult:
+    """One result; the retriever has prepared the task's texts."""
+    if isinstance(task, PairTask):
+        return _evaluate_pairs(task, retriever, variant, seed)
+    ranking, rows = _rank(task, retriever, variant, progress)
+    estimates: dict[str, Estimate] = {}
+    values_of = {metric: query_values(ranking, metric) for metric in task.metrics}
+    main = values_of[task.metrics[0]]
+    kept = np.flatnonzero(~np.isnan(main))
+    if not len(kept):
+        raise UserError(
+            "evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no query has a relevant document."
+        )
+    for metric, values in values_of.items():
+        values = values[~np.isnan(values)]
+        estimates[metric] = Estimate(float(values.mean()), *bootstrap_interval(values, seed))
+    return TaskResult(
+        benchmark=task.benchmark,
+        task=task.name,
+        retriever=retriever.name,
+        exit_layer=variant.exit_layer,
+        dimensions=variant.dimensions,
+        estimates=estimates,
+        values=main[kept].tolist(),
+        ids=[task.query_ids[rows[place]] for place in kept],
+        candidates=max(len(pool.documents) for pool in task.pools) - task.exclude_self,
+    )
+
+
+def _rank(
+    task: RetrievalTask, retriever: Retriever, variant: ExitVariant, progress: bool
+) -> tuple[Ranking, np.ndarray]:
+    """Ranks in all pools, queries numbered from 0 in the order of the pools, and their rows (Q,) in the task."""
+    rankings = []
+    for pool in task.pools:
+        queries = [task.queries[row] for row in pool.queries]
+        documents = [task.documents[row] for row in pool.documents]
+        judgements = pool_judgements(task.judgements, pool)
+        scores = retriever.scores(queries, documents, variant)
+        rankings.append(
+            rank_judged(scores, judgements, exclude_self=task.exclude_self, progress=progress, label=task.name)
+        )
+    starts = np.cumsum([0, *(ranking.queries for ranking in rankings)])
+    query = np.concatenate([ranking.query + start for ranking, start in zip(rankings, starts, strict=False)])
+    gain, rank = (np.concatenate([getattr(ranking, name) for ranking in rankings]) for name in ("gain", "rank"))
+    return Ranking(int(starts[-1]), query, gain, rank), np.concatenate([pool.queries for pool in task.pools])
+
+
+def _evaluate_pairs(task: PairTask, retriever: Retriever, variant: ExitVariant, seed: int) -> TaskResult:
+    scores = retriever.scores(task.documents, task.documents, variant)
+    valid, test = (scores.of_pairs(*pairs.T) for pairs in (task.valid_pairs, task.pairs))
+    check_scores(test)
+    threshold = best_f1_threshold(valid, task.valid_labels)
+    results = outcomes((test >= np.float32(threshold)).astype(int), task.labels)
+    value = float(f1(np.bincount(results, minlength=4)))
+    estimates = {"f1": Estimate(value, *bootstrap_f1_interval(results, seed))}
+    for name, members in (("precision", results >= FALSE_POSITIVE), ("recall", results % 2 == 1)):
+        hits = results[members] == TRUE_POSITIVE if members.any() else np.zeros(1)
+        estimates[name] = Estimate(float(np.mean(hits)), *bootstrap_interval(hits, seed))
+    names = (task.benchmark, task.name, retriever.name, variant.exit_layer, variant.dimensions)
+    return TaskResult(*names, estimates, results.tolist(), [], 0, threshold)
+
+
+def read_result(path: Path) -> TaskResult:
+    """A stored result, also of versions that wrote `system` and `figures`.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        names = {"system": "retriever", "figures": "estimates"}
+        data = {names.get(key, key): value for key, value in data.items()}
+        estimates = {name: Estimate(**estimate) for name, estimate in data.pop("estimates").items()}
+        return TaskResult(estimates=estimates, **data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            "evaluation.result.damaged", f"{path} is not a result of an evaluation ({error}): remove it and run again."
+        ) from None
+
+
+def _path(out: str | Path | None, task: str, retriever: Retriever, variant: ExitVariant, seed: int) -> Path | None:
+    if out is None:
+        return None
+    identity = json.dumps([PROTOCOL, task, retriever.checksum, variant.exit_layer, variant.dimensions, seed])
+    return Path(out) / "cells" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+
+
+def open_retriever(
+    name: str, cache: EmbeddingCache | None = None, exit_layers: Sequence[int] | None = None
+) -> Retriever:
+    """The retriever of a name.
+
+    Args:
+        name: `bm25`, `tfidf`, or a model by the names that `load_encoder` takes.
+        cache: of embeddings.
+        exit_layers: exits of one of our checkpoints; all if None.
+
+    Raises:
+        UserError: an exit that the model does not have, or a model that cannot be loaded.
+        OSError: no such folder or repository.
+    """
+    if name not in LEXICAL:
+        return EmbeddingRetriever(load_encoder(name, exit_layers), cache)
+    if exit_layers:
+        raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: leave them out.")
+    return LEXICAL[name]()
+
+
+def _open_all(
     model: str,
     baselines: Sequence[str],
     store: EmbeddingCache,
     exit_layers: Sequence[int] | None,
     untrained: bool,
     seed: int,
-) -> dict[str, System]:
-    """Systems by what they were called; no two have the same name in tables."""
-    systems: dict[str, System] = {model: open_system(model, store, exit_layers)}
+) -> dict[str, Retriever]:
+    """Retrievers by the names that were given; no two have the same name in tables."""
+    own = open_retriever(model, store, exit_layers)
+    retrievers = {model: own}
     if untrained:
-        own = systems[model]
-        if not isinstance(own, EmbeddingSystem) or not isinstance(own.encoder, ExitEncoder):
-            raise ValueError(f"{model} is none of our models, so it has no untrained counterpart.")
-        systems["untrained"] = EmbeddingSystem(own.encoder.untrained(seed), store)
+        if not isinstance(own, EmbeddingRetriever) or not isinstance(own.encoder, ExitEncoder):
+            raise UserError("evaluation.untrained.other_model", f"{model} is not ours: `untrained` cannot rebuild it.")
+        retrievers["untrained"] = EmbeddingRetriever(own.encoder.untrained(seed), store)
     for name in dict.fromkeys(baselines):
-        if name not in systems:
-            systems[name] = open_system(name, store)
-    names = [system.name for system in systems.values()]
+        if name not in retrievers:
+            retrievers[name] = open_retriever(name, store)
+    names = [retriever.name for retriever in retrievers.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Two systems would be called {repeated[0]!r} in the tables: rename a folder.")
-    return systems
-
-
-def _draw(tables: Sequence[Table], systems: dict[str, str], out: Path) -> None:
-    """The figures, if there is anything to draw and to draw with; otherwise a note, and none of an earlier run."""
-    by_depth, by_latency = out / "quality_by_depth.png", out / "quality_by_latency.png"
-    for path in (by_depth, by_latency):
-        path.unlink(missing_ok=True)
-    if not any(row.exit_layer is not None for table in tables for row in table.rows):
-        return
-    profiles = {label: Path(name).expanduser() / PROFILE_NAME for name, label in systems.items()}
-    try:
-        plot_quality_by_depth(tables, by_depth)
-        there = {label: ExitProfile.load(path) for label, path in profiles.items() if path.is_file()}
-        if there:
-            _check_comparable(there)
-            latencies = {label: median_latencies(profile) for label, profile in there.items()}
-            plot_quality_by_latency(tables, latencies, by_latency)
-    except (ImportError, ValueError) as error:  # the reports are written; a profile of other exits mustn't hide that
-        print(f"mose: note: a figure is missing. {error}", file=sys.stderr)
-
-
-def _check_comparable(profiles: Mapping[str, ExitProfile]) -> None:
-    """Refuse to draw latencies beside each other that were not measured alike.
-
-    Raises:
-        ValueError: two profiles are of different machines, devices, numbers of threads or shapes of batches.
-    """
-    parts = ("processor", "threads", "gpu")
-    alike = {
-        (profile.device, profile.shapes[0], *(profile.machine.get(part) for part in parts))
-        for profile in profiles.values()
-    }
-    if len(alike) > 1:
-        raise ValueError(
-            f"The exit profiles of {' and '.join(profiles)} are of different machines, devices, threads or shapes of "
-            "batches: measure them alike with `mose profile`."
+        raise UserError(
+            "evaluation.retriever.same_name",
+            f"Two retrievers would have the name {repeated[0]!r} in the tables: rename a folder.",
         )
+    return retrievers
 
 
-def _shown(command: str) -> str:
-    """The command without the places of this machine."""
+def _checkpoint_checksum(model: str, retriever: Retriever) -> str | None:
+    """The checksum of a checkpoint, local or ours on the Hub."""
+    folder = Path(model).expanduser()
+    ours = isinstance(retriever, EmbeddingRetriever) and isinstance(retriever.encoder, ExitEncoder)
+    return checkpoint_checksum(folder if folder.is_dir() else model) if folder.is_dir() or ours else None
+
+
+def _without_paths(command: str) -> str:
+    """The command without this machine's paths."""
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
             command = command.replace(place, f"${variable}")
     return command
+
+
+@torch.inference_mode()
+def classification_scores(
+    model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], *, progress: bool = True
+) -> dict[int, dict[str, float]]:
+    """Accuracy, and precision, recall and F1 of class 1 (the metric of BigCloneBench since 2021-09-13) of each exit.
+
+    Args:
+        model: a `ModularStarEncoderForSequenceClassification` with two classes, in evaluation mode.
+        batches: `input_ids`, `attention_mask` and `labels`, as `ClassificationCollator` makes them.
+        progress: show a progress bar.
+
+    Returns:
+        exit → name → a fraction between 0 and 1; precision, recall and F1 are 0 where undefined.
+    """
+    exits, device = tuple(model.config.exit_layers), next(model.parameters()).device
+    decisions, labels = [], []
+    for batch in tqdm(batches, desc="classifying", unit="batch", disable=not progress, leave=False):
+        inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        decisions.append(model(**inputs, exit_layers=exits).exit_logits.argmax(dim=-1).cpu().numpy())
+        labels.append(batch["labels"].numpy())
+    truth = np.concatenate(labels)
+    return {
+        exit_layer: binary_scores(found, truth)
+        for exit_layer, found in zip(exits, np.concatenate(decisions, axis=1), strict=True)
+    }

@@ -222,8 +222,3 @@ def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np
     rank = np.empty(len(order))
     rank[order] = above[order] - (last - first + 1) + place + 1
     return Ranking(queries, judgements.query, judgements.gain, rank)
-
-
-def cosine_scores(query_embeddings: np.ndarray, document_embeddings: np.ndarray) -> np.ndarray:
-    """Cosine similarity (Q, D) float32 of (Q, F) and (D, F) embeddings; see `scores` for what is larger than memory."""
-    return similarities(unit_rows(query_embeddings), unit_rows(document_embeddings))

@@ -120,7 +120,11 @@ MODULES = (
 # text-embeddings-inference reads the first two without a default (router/src/lib.rs), so none is left out.
 POOLING_MODES = ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_lasttoken")
 
-SERVABLE = {"pooling": ("mean", "cls"), "projection_order": ("project_then_pool",), "embedding_normalization": ("l2",)}
+SERVABLE = {
+    "pooling": ("mean", "lasttoken"),
+    "projection_order": ("project_then_pool",),
+    "embedding_normalization": ("l2",),
+}
 """What pooling and normalisation outside the model, in SentenceTransformers' modules, can express."""
 
 
@@ -163,14 +167,14 @@ def write_sentence_transformer_files(
         prompts: name → prefix, as `SentenceTransformer.encode(prompt_name=…)` takes them.
         modules: content of `modules.json`.
         dimension: size of the embeddings; `config.projection_size` if None.
-        pooling: of a model that has no embeddings of its own, `"mean"` or `"cls"`; the retrieval model's if None.
+        pooling: of a model that has no embeddings of its own, `"mean"` or `"lasttoken"`; the retrieval model's if None.
 
     Raises:
         ValueError: a retrieval model whose embeddings the modules would not give. Nothing is written then.
     """
     if pooling is None:
         check_servable(config)
-    mode = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_lasttoken"}[pooling or config.pooling]
+    mode = {"mean": "pooling_mode_mean_tokens", "lasttoken": "pooling_mode_lasttoken"}[pooling or config.pooling]
     files = {
         "modules.json": list(modules),
         "sentence_bert_config.json": {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},

@@ -1,32 +1,127 @@
-"""Models that embed texts, behind one protocol: ours at all exits, and whatever sentence-transformers loads."""
+"""Models that embed texts behind one protocol: our exits, any SentenceTransformer, an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.inference.embedding_cache import Prompted
 from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.inference.load import check_checkpoint, load_checkpoint
+from modular_star_encoder.modeling import ModularStarEncoderConfig
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.http import HTTPClient, check_url, token_from_environment
+
+OPENAI_URL = "https://api.openai.com/v1"
+ENDPOINT_PREFIX = "openai:"
+
+Prompted = tuple[str, str]
+"""A prompt and the text that follows it."""
+
+
+class Text(NamedTuple):
+    """A text to embed: prose, or code in a programming language ("python", "c++", "c#", …)."""
+
+    text: str
+    language: str | None = None
+
+
+class Encoder(Protocol):
+    """Anything that embeds texts.
+
+    Attributes:
+        name: as tables show it.
+        checksum: differs if any embedding could differ; embeddings are stored under it.
+        exit_layers: its exits, or (None,).
+        dimensions: sizes to which its embeddings can be truncated and normalised again, or (None,).
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def checksum(self) -> str: ...
+    @property
+    def exit_layers(self) -> tuple[int | None, ...]: ...
+    @property
+    def dimensions(self) -> tuple[int | None, ...]: ...
+
+    def prompt(self, text: Text) -> str:
+        """The prefix of the text."""
+        ...
+
+    def encode(
+        self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
+    ) -> Mapping[int | None, np.ndarray]:
+        """Embeddings (N, F) float32 of texts with their prompts at each exit, from one pass."""
+        ...
+
+
+def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder:
+    """Open a model by its name.
+
+    Args:
+        name: folder or Hub repository of one of our checkpoints or of any model that sentence-transformers loads, or
+            `openai:MODEL` or `openai:MODEL@URL` (API key in OPENAI_API_KEY).
+        exit_layers: exits of one of our checkpoints; all if None. Only the layers up to the deepest are loaded.
+
+    Returns:
+        An encoder with `encode(texts, exit_layers)`; its `exit_layers` are (None,) for other models than ours.
+
+    Raises:
+        UserError: an exit that the model does not have, or a model that cannot be loaded.
+        OSError: no such folder or repository.
+
+    Example:
+        >>> encoder = load_encoder("andreagurioli1995/ModularStarEncoder-finetuned", [4, 9])  # doctest: +SKIP
+        >>> encoder.encode([(encoder.prompt(Text("sort a list")), "sort a list")], [4])  # doctest: +SKIP
+    """
+    if name.startswith(ENDPOINT_PREFIX):
+        _check_no_exits(name, exit_layers)
+        model, _, url = name.removeprefix(ENDPOINT_PREFIX).partition("@")
+        return EndpointEncoder(model, url or OPENAI_URL)
+    folder = Path(name).expanduser()
+    source = str(folder) if folder.is_dir() else name
+    label = "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else name
+    if not (folder / "modules.json").is_file():
+        check_checkpoint(name)
+    if _is_ours(source):
+        own, tokenizer = load_checkpoint(name, max(exit_layers) if exit_layers else None)
+        return ExitEncoder(own, tokenizer, label, exit_layers=exit_layers)
+    _check_no_exits(name, exit_layers)
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformerEncoder(SentenceTransformer(source), label)
+
+
+def _check_no_exits(name: str, exit_layers: Sequence[int] | None) -> None:
+    if exit_layers:
+        raise UserError(
+            "encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: leave out the exit layers."
+        )
+
+
+def _is_ours(source: str) -> bool:
+    try:
+        return isinstance(AutoConfig.from_pretrained(source), ModularStarEncoderConfig)
+    except (ValueError, OSError):
+        # A type unknown to transformers, or sentence-transformers' older layout without config.json at the top.
+        return False
 
 
 class ExitEncoder:
     """A `ModularStarEncoderForRetrieval`, whose exits all come from one pass.
 
-    Sizes of nested embeddings are those that the configuration names (`nested_dimensions`), if it names any.
+    Its sizes are the configuration's `nested_dimensions`, if there are any.
 
     Args:
         model, tokenizer: as `load_checkpoint` returns them.
@@ -35,7 +130,7 @@ class ExitEncoder:
         encode_options: go to `encode_exits`: max_length, tokens_per_batch, dtype.
 
     Raises:
-        ValueError: an exit that the model doesn't have.
+        UserError: an exit that the model doesn't have.
     """
 
     def __init__(
@@ -53,10 +148,10 @@ class ExitEncoder:
         nested = sorted({*(getattr(config, "nested_dimensions", None) or ()), config.projection_size}, reverse=True)
         self.dimensions = tuple(nested) if len(nested) > 1 else (None,)
         settings = {name: str(value) for name, value in encode_options.items() if name != "tokens_per_batch"}
-        self.fingerprint = weights_fingerprint(model, tokenizer, config.to_json_string(), settings)
+        self.checksum = weights_checksum(model, tokenizer, config.to_json_string(), settings)
 
     def untrained(self, seed: int = 0) -> ExitEncoder:
-        """The same architecture with fresh weights: what the wording of texts gives away by itself."""
+        """The same architecture with fresh weights: a lower bound that shows what the wording of texts alone gives."""
         parameter = next(self.model.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -97,7 +192,7 @@ class SentenceTransformerEncoder:
     def __init__(self, model: Any, name: str, *, batch_size: int = 32) -> None:
         self.model, self.name, self._batch_size = model, name, batch_size
         settings = {"modules": str(model), "max_seq_length": model.max_seq_length}
-        self.fingerprint = weights_fingerprint(model, model.tokenizer, json.dumps(model.prompts), settings)
+        self.checksum = weights_checksum(model, model.tokenizer, json.dumps(model.prompts), settings)
 
     def prompt(self, text: Text) -> str:
         """The prompt `query` or `document`."""
@@ -124,10 +219,10 @@ class SentenceTransformerEncoder:
         return {None: np.empty((0, 1), dtype=np.float32) if embeddings is None else embeddings}
 
 
-def weights_fingerprint(model: torch.nn.Module, tokenizer: Any, config: str, settings: Mapping[str, Any]) -> str:
-    """A hash of what a model's embeddings depend on: weights and their types, configuration, tokenizer, settings.
+def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settings: Mapping[str, Any]) -> str:
+    """A hash of everything that a model's embeddings depend on: weights, dtypes, configuration, tokenizer, settings.
 
-    The device isn't in it: embeddings made on a GPU serve on a CPU, to which they are equal up to rounding.
+    The device is left out: embeddings made on a GPU equal those of a CPU up to rounding.
     """
     digest = hashlib.blake2b(json.dumps([config, settings], sort_keys=True, default=str).encode(), digest_size=20)
     digest.update(_tokenizer_state(tokenizer).encode(errors="surrogatepass"))
@@ -138,7 +233,7 @@ def weights_fingerprint(model: torch.nn.Module, tokenizer: Any, config: str, set
 
 
 def _tokenizer_state(tokenizer: Any) -> str:
-    """All that decides about token ids, without the truncation and padding that its last call has left behind."""
+    """Everything that decides the token ids, without truncation and padding, which the tokenizer's last call sets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -148,34 +243,23 @@ def _tokenizer_state(tokenizer: Any) -> str:
     return copy.to_str()
 
 
-OPENAI_URL = "https://api.openai.com/v1"
-_RETRIED = {408, 409, 429, 500, 502, 503, 504}
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
 class EndpointEncoder:
     """A model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
 
-    The key is read from the environment when a request is made; it is never kept, shown or logged.
+    The API key is read from the environment for each call of `encode`, and is never kept, shown or logged.
 
     Args:
         model: the name that the endpoint knows.
         base_url: without `/embeddings`.
-        key_variable: the environment variable that holds the key; without one, requests carry none.
+        key_variable: the environment variable with the API key; requests carry none if it is empty.
         batch_size: texts per request.
-        max_characters: longer texts are cut, since endpoints refuse what is longer than their model reads.
-        retries: how often a request is repeated after an overloaded or unreachable server, after 1, 2, 4 … seconds or
-            what the server asks for.
-        timeout: seconds per request.
+        max_characters: longer texts are cut, because endpoints refuse texts longer than their model reads.
+        retries: how often a request is repeated after an overloaded or unreachable server (see `HTTPClient`).
+        pause: seconds before the first repetition, doubled for each further one.
+        timeout: seconds per request without any data.
 
     Raises:
-        ValueError: `base_url` is no http or https address.
+        UserError: `base_url` is not an http or https address.
     """
 
     exit_layers: tuple[int | None, ...] = (None,)
@@ -190,19 +274,17 @@ class EndpointEncoder:
         batch_size: int = 128,
         max_characters: int = 16_000,
         retries: int = 6,
+        pause: float = 1.0,
         timeout: float = 120.0,
     ) -> None:
-        if not base_url.startswith(("https://", "http://")):
-            raise ValueError(f"{base_url!r} is no address of an endpoint: it must begin with https:// or http://.")
-        self.name, self.base_url = model, base_url.rstrip("/")
-        self.key_variable, self.batch_size, self.max_characters = key_variable, batch_size, max_characters
-        self.retries, self.timeout = retries, timeout
+        self.name, self.base_url, self.key_variable = model, check_url(base_url), key_variable
+        self.batch_size, self.max_characters = batch_size, max_characters
+        self._client_options = {"attempts": retries + 1, "pause": pause, "timeout": timeout}
         identity = json.dumps([model, self.base_url, max_characters])
-        self.fingerprint = "endpoint-" + hashlib.sha256(identity.encode()).hexdigest()[:32]
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self.checksum = "endpoint-" + hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     def prompt(self, text: Text) -> str:
-        """None: such endpoints take the text alone."""
+        """No prompt: such endpoints take the text alone."""
         return ""
 
     def encode(
@@ -211,73 +293,29 @@ class EndpointEncoder:
         """See `Encoder`.
 
         Raises:
-            ValueError: the endpoint refuses, or answers with something that isn't one embedding per text.
-            OSError: it can't be reached, or stays overloaded.
+            UserError: the endpoint refuses, cannot be reached, stays overloaded, or does not answer with one embedding
+                per text.
         """
         # Endpoints refuse empty inputs.
         inputs = [(prompt + text)[: self.max_characters] or " " for prompt, text in texts]
         batches = range(0, len(inputs), self.batch_size)
-        parts = [
-            self._embed(inputs[start : start + self.batch_size])
-            for start in tqdm(batches, desc=self.name, unit="request", disable=not progress, leave=False)
-        ]
+        parts = []
+        token = token_from_environment(self.key_variable, required=False)
+        with HTTPClient(token=token, **self._client_options) as client:
+            for start in tqdm(batches, desc=self.name, unit="request", disable=not progress, leave=False):
+                parts.append(self._embed(client, inputs[start : start + self.batch_size]))
         return {None: np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.float32)}
 
-    def _embed(self, inputs: list[str]) -> np.ndarray:
-        answer = self._post({"model": self.name, "input": inputs, "encoding_format": "float"})
+    def _embed(self, client: HTTPClient, inputs: list[str]) -> np.ndarray:
+        body = {"model": self.name, "input": inputs, "encoding_format": "float"}
+        answer = client.request("POST", f"{self.base_url}/embeddings", body=body).json()
         try:
             rows = sorted(answer["data"], key=lambda row: row["index"])
             if [row["index"] for row in rows] != list(range(len(inputs))):
                 raise ValueError
             return np.array([row["embedding"] for row in rows], dtype=np.float32).reshape(len(inputs), -1)
         except (KeyError, TypeError, ValueError):
-            raise ValueError(
-                f"{self.base_url} did not answer with one embedding for each of {len(inputs)} texts."
+            raise UserError(
+                "encoder.endpoint.answer",
+                f"{self.base_url} did not answer with one embedding for each of {len(inputs)} texts.",
             ) from None
-
-    def _post(self, body: Mapping[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        key = os.environ.get(self.key_variable, "").strip()  # files of keys end in a newline
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError(f"{self.key_variable} holds characters that no key has.")
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(  # noqa: S310 - the scheme was checked
-            f"{self.base_url}/embeddings", json.dumps(body).encode(), headers
-        )
-        for attempt in range(self.retries + 1):
-            pause = float(2**attempt)
-            try:
-                with self._opener.open(request, timeout=self.timeout) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as error:
-                if error.code not in _RETRIED:
-                    raise ValueError(
-                        f"{self.base_url} refuses with status {error.code}: {_reason(error, key)}"
-                    ) from None
-                failure, asked = f"status {error.code}", error.headers.get("Retry-After", "")
-                pause = min(float(asked), 60.0) if asked.isdecimal() else pause
-            except ValueError:
-                raise ValueError(f"{self.base_url} did not answer with JSON.") from None
-            except (OSError, http.client.HTTPException) as error:
-                failure = type(error).__name__ if not str(error) else str(error)
-            if attempt < self.retries:
-                time.sleep(pause)
-        raise OSError(f"{self.base_url} gave no embeddings after {self.retries + 1} attempts ({failure}).")
-
-
-def _reason(error: urllib.error.HTTPError, key: str) -> str:
-    """The server's message, without what is or looks like a key."""
-    try:
-        message = str(json.loads(error.read(4096))["error"]["message"])
-    except (ValueError, KeyError, TypeError, OSError):
-        return "no reason given"
-    words = ["…" if "sk-" in word or (key and key in word) else word for word in message.split()]
-    return " ".join(words)[:300]
-
-
-class Text(NamedTuple):
-    """A text to embed: prose, or code in a programming language ("python", "c++", "c#", …)."""
-
-    text: str
-    language: str | None = None

@@ -21,6 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoModel
 
 from modular_star_encoder.inference.load import check_checkpoint
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 from modular_star_encoder.utils.machine import machine_kind
 
@@ -199,26 +200,47 @@ def _profiled_exit(values: dict[str, Any]) -> ProfiledExit:
 def quality_from_results(
     path: str | os.PathLike, metric: str = "mrr", *, checkpoint: str | None = None
 ) -> dict[int, float]:
-    """A figure of each exit from a file of results, as `mose evaluate --json` writes it: `exits.{exit_layer}.{metric}`.
+    """{exit_layer: quality} from a file that `mose evaluate` wrote, also by older versions.
 
     Args:
-        checkpoint: fingerprint of the weights that the figures must be of; files that name no weights pass.
+        path: report.json, or a file of `--json`. Of a report with several tables the first is used.
+        metric: `mrr`, or another metric in the file.
+        checkpoint: checksum of the weights that the results must be of; a file without one passes.
 
     Raises:
-        OSError: the file can't be read.
-        ValueError: it holds no such figures, or those of other weights.
+        OSError: the file cannot be read.
+        UserError: it holds no such results, or results of other weights.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        values = {int(exit_layer): float(scores[metric]) for exit_layer, scores in content["exits"].items()}
+        if "tables" in content:
+            values = _quality_in_table(content["tables"][0], metric)
+        else:
+            values = {int(exit_layer): float(scores[metric]) for exit_layer, scores in content["exits"].items()}
         if not values or not all(map(math.isfinite, values.values())):
-            raise ValueError("no figure, or one that is no number")
-        measured = content.get("checkpoint_fingerprint")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has no {metric} of each exit, as `mose evaluate --json` writes it.") from error
+            raise ValueError("no value, or one that is not a number")
+        measured = content.get("checkpoint_checksum", content.get("checkpoint_fingerprint"))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(
+            "profile.quality.unreadable", f"{path} has no {metric} of each exit as `mose evaluate` writes it."
+        ) from error
     if None not in (checkpoint, measured) and measured != checkpoint:
-        raise ValueError(f"{path} holds figures of the weights {measured}, not of {checkpoint}, which are wanted.")
+        raise UserError(
+            "profile.quality.other_weights",
+            f"{path} holds results of the weights {measured}, and the profile is of {checkpoint}: evaluate again.",
+        )
     return values
+
+
+def _quality_in_table(table: Mapping[str, Any], metric: str) -> dict[int, float]:
+    """Of the evaluated model, whose deepest exit is the row without a difference; of several sizes the largest."""
+    name = "retriever" if "retriever" in table["rows"][0] else "system"
+    own = next(row[name] for row in table["rows"] if row["difference"] is None)
+    rows = [row for row in table["rows"] if row[name] == own and row["exit_layer"] is not None]
+    rows.sort(key=lambda row: (row["dimensions"] is None, row["dimensions"] or 0))
+    return {
+        row["exit_layer"]: row["mean"]["value"] if metric == table["metric"] else row["others"][metric] for row in rows
+    }
 
 
 class _Budget(NamedTuple):

@@ -266,7 +266,7 @@ def _in_chunks(
 DECISIVE_FILES = ("config.json", "tokenizer.json", "model*.safetensors")
 
 
-def checkpoint_fingerprint(checkpoint: str | os.PathLike) -> str:
+def checkpoint_checksum(checkpoint: str | os.PathLike) -> str:
     """What tells these weights from others.
 
     Returns:

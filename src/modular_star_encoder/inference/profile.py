@@ -1,29 +1,32 @@
-"""Measure the exit profile of a checkpoint on this machine.
+"""Measure the exit profile of a checkpoint on this machine: latency, memory, size and FLOPs of every exit.
 
-Latency: batches of random tokens without padding, after a warm-up. The exits take turns, in an order drawn anew for
-each round, so that whatever else the machine does meanwhile hits them alike. Memory: on a CPU each exit in a process of
-its own (`profile_memory`), on a GPU each exit loaded alone.
+Latency: batches of random tokens without padding, after a warm-up. The exits take turns in an order drawn for each
+round, so that other load on the machine affects them alike. Memory: on a CPU each exit runs in a fresh process (this
+module run as a script), because other work of a process would be measured with it; on a GPU each exit is loaded alone.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME, ExitProfile, Measurement, ProfiledExit
-from modular_star_encoder.inference.load import check_checkpoint, checkpoint_fingerprint, load_checkpoint
-from modular_star_encoder.inference.profile_memory import MemoryUse, measure_memory
+from modular_star_encoder.inference.load import check_checkpoint, checkpoint_checksum, load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_writable
 from modular_star_encoder.utils.machine import library_versions, machine_kind
 
@@ -43,11 +46,14 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
     `config.unpad_inputs`.
 
     Raises:
-        ValueError: an exit that the model doesn't have, or no tokens.
+        UserError: an exit that the model does not have, or no tokens.
+
+    Example:
+        >>> flops_per_token(model.config, exit_layer=4, length=512)  # doctest: +SKIP
     """
     config.check_exit(exit_layer)
     if length < 1:
-        raise ValueError(f"A text has at least one token, not {length}.")
+        raise UserError("profile.length", f"A text has at least one token, not {length}.")
     hidden, projection = config.hidden_size, config.projection_size
     keys = config.num_key_value_heads * config.head_dim
     layer = 2 * (2 * hidden * hidden + 2 * hidden * keys + 2 * hidden * config.intermediate_size)
@@ -76,7 +82,7 @@ class ProfilePlan:
         memory: whether to measure memory.
 
     Raises:
-        ValueError: a number that is not positive.
+        UserError: a number that is not positive.
     """
 
     batch_sizes: tuple[int, ...] = (1, 8)
@@ -88,7 +94,9 @@ class ProfilePlan:
     def __post_init__(self) -> None:
         numbers = (*self.batch_sizes, *self.lengths, self.rounds, self.seconds_per_shape)
         if not self.batch_sizes or not self.lengths or min(numbers) <= 0:
-            raise ValueError("Batch sizes, lengths, rounds and seconds must be positive, and at least one of each.")
+            raise UserError(
+                "profile.plan", f"Batch sizes, lengths, rounds and seconds must be positive, not {numbers}."
+            )
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -116,20 +124,27 @@ def profile_checkpoint(
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own if None.
 
     Raises:
-        ValueError: a device, a dtype or an exit that there isn't, texts longer than the model takes, or not a retrieval
-            checkpoint of ours.
-        OSError: the checkpoint isn't there, or a process that measures memory failed.
+        UserError: an unknown device, dtype or exit, texts longer than the model takes, or not a retrieval checkpoint of
+            ours.
+        OSError: no such checkpoint, or a process that measures memory failed.
+
+    Example:
+        >>> profile = profile_checkpoint("runs/model", ProfilePlan(batch_sizes=(1,), lengths=(128,)))  # doctest: +SKIP
+        >>> profile.save("runs/model/exit_profile.json")  # doctest: +SKIP
     """
     plan = plan or ProfilePlan()
     device = _device(device)
     if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}.")
+        raise UserError("profile.dtype", f"dtype {dtype!r} must be one of {', '.join(DTYPES)}.")
     path = os.path.expanduser(os.fspath(checkpoint))
     model, _ = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     exits = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
     if max(plan.lengths) > config.max_position_embeddings:
-        raise ValueError(f"The model takes {config.max_position_embeddings} tokens at most, not {max(plan.lengths)}.")
+        raise UserError(
+            "profile.length",
+            f"The model takes {config.max_position_embeddings} tokens at most, not {max(plan.lengths)}.",
+        )
     times = _measure_times(model, exits, plan, progress)
     sizes = {exit_layer: _size(model, exit_layer) for exit_layer in exits}
     attention = config._attn_implementation
@@ -150,7 +165,7 @@ def profile_checkpoint(
         device=device,
         dtype=dtype,
         attn_implementation=attention,
-        checkpoint=checkpoint_fingerprint(path),
+        checkpoint=checkpoint_checksum(path),
         base_memory_mb=memory[exits[0]].base,
         machine=machine_kind(device),
         versions=library_versions(),
@@ -165,27 +180,28 @@ def profile_to_file(
     out: str | os.PathLike | None = None,
     **options: Any,
 ) -> tuple[ExitProfile, Path]:
-    """Measure a checkpoint and write its profile; an old one stays whole until then.
+    """Measure a checkpoint and write its profile, in place of an older one.
 
     Args:
         checkpoint, plan, options: as for `profile_checkpoint`.
-        out: file to write, `exit_profile.json` in the checkpoint's folder if None. Of an older file of the same
-            weights, the quality figures of exits that are measured now are kept, and nothing else.
+        out: file to write, `exit_profile.json` in the checkpoint's folder if None. An older file of the same weights
+            keeps the quality of the exits that are measured now.
 
     Returns:
         The profile, and the file.
 
     Raises:
-        ValueError: a repository of the Hub without `out`, or a file that can't be written, holds something else, or has
+        UserError: a repository of the Hub without `out`, or a file that cannot be written, is not a profile, or has
             exits that `exit_layers` leaves out; and as `profile_checkpoint`.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
     older = ExitProfile.load(path) if path.is_file() else None
     if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
-        raise ValueError(
+        raise UserError(
+            "profile.out.other_exits",
             f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost: measure them too, or "
-            "name another file (--out)."
+            "name another file (--out).",
         )
     profile = profile_checkpoint(checkpoint, plan, **options)
     if older is not None:
@@ -195,17 +211,17 @@ def profile_to_file(
 
 
 def profile_path(checkpoint: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
-    """Where a checkpoint's profile lies: `out`, or in its folder.
+    """The path of a checkpoint's profile: `out`, or the file in its folder.
 
     Raises:
-        ValueError: neither; the checkpoint is no local folder.
+        UserError: no `out`, and the checkpoint is not a local folder.
     """
     if out is not None:
         return Path(out).expanduser()
     check_checkpoint(checkpoint)
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"{checkpoint} is not a folder here, so name the profile's file (--out).")
+        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder: name the profile's file (--out).")
     return folder / PROFILE_NAME
 
 
@@ -217,7 +233,7 @@ def random_batch(model: ModularStarEncoderForRetrieval, batch_size: int, length:
 
 
 def embed(model: ModularStarEncoderForRetrieval, batch: dict[str, torch.Tensor], exit_layer: int) -> float:
-    """Seconds that it takes to embed a batch at an exit, until the device has finished."""
+    """Seconds to embed a batch at an exit, until the device has finished."""
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(model.device)
@@ -259,13 +275,12 @@ def _row(profile: ExitProfile, exit_layer: int, shape: Shape) -> tuple[str, ...]
 
 
 def _device(device: str | None) -> str:
-    """The device asked for, or the one there is."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r} must be cpu or cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("There is no GPU here that torch can use: leave out device, or say cpu.")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(
+            "profile.device", f"device {device!r} is not available: use cpu, or cuda on a machine with a GPU."
+        )
     return device
 
 
@@ -300,10 +315,20 @@ def _measure_times(
     return times
 
 
+class MemoryUse(NamedTuple):
+    """Of a process that embeds, in MB (10^6 bytes), None where the system does not report it.
+
+    `base` is the memory with all libraries before anything is loaded, `peaks` the largest so far after each batch.
+    """
+
+    base: float | None
+    peaks: list[float | None]
+
+
 def _measure_memory(
     checkpoint: str, exits: Sequence[int], plan: ProfilePlan, device: str, dtype: str, progress: bool
 ) -> dict[int, MemoryUse]:
-    """What each exit needs for each shape."""
+    """Memory of each exit for each shape."""
     if not plan.memory:
         return dict.fromkeys(exits, MemoryUse(None, [None] * len(plan.shapes)))
     threads, use = torch.get_num_threads(), {}
@@ -326,6 +351,63 @@ def _measure_gpu_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Se
     return MemoryUse(None, peaks)
 
 
+def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape], threads: int) -> MemoryUse:
+    """Peak resident memory of a fresh process that loads an exit on the CPU and embeds one batch per shape.
+
+    Args:
+        checkpoint: folder or Hub id.
+        dtype: of weights and computation, such as `"float32"`.
+        shapes: (batch_size, length) each; the peak while loading counts for every shape.
+        threads: of torch.
+
+    Returns:
+        Peaks in the order of `shapes`.
+
+    Raises:
+        OSError: the process failed, perhaps for lack of memory; the message holds its last line.
+    """
+    request = json.dumps([checkpoint, exit_layer, dtype, shapes, threads])
+    process = subprocess.run(  # noqa: S603 - our own module, arguments passed as a list
+        [sys.executable, "-P", "-m", __name__, request],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
+        raise OSError(f"The memory of exit {exit_layer} cannot be measured, its process ended with: {last}")
+    return MemoryUse(*json.loads(process.stdout.splitlines()[-1]))
+
+
+def _measure_own_memory(
+    checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Sequence[int]], threads: int
+) -> MemoryUse:
+    """What the fresh process does: ascending by tokens, so that no batch is charged with a larger one before it."""
+    torch.set_num_threads(threads)
+    base = peak_memory_mb()
+    model, _ = load_checkpoint(checkpoint, exit_layer, "cpu", dtype)
+    peaks = {}
+    for size, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
+        embed(model, random_batch(model, size, length), exit_layer)
+        peaks[size, length] = peak_memory_mb()
+    return MemoryUse(base, [peaks[size, length] for size, length in shapes])
+
+
+def peak_memory_mb() -> float | None:
+    """Largest resident memory of this process so far, in MB (10^6 bytes); None where the system does not report it."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
 def _measurement(shape: Shape, seconds: list[float], peak: float | None, flops: float) -> Measurement:
     median, late = np.percentile(seconds, [50, 95])
     return Measurement(
@@ -339,3 +421,7 @@ def _measurement(shape: Shape, seconds: list[float], peak: float | None, flops: 
         peak_memory_mb=None if peak is None else round(peak, 1),
         runs=len(seconds),
     )
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure_own_memory(*json.loads(sys.argv[1]))))

@@ -12,7 +12,7 @@ import numpy as np
 
 from modular_star_encoder.data.prompts import CODE_INSTRUCTION, SEP_TOKEN, code_prompt, text_prompt
 from modular_star_encoder.inference.encode import encode_exits, encode_states, resume_states
-from modular_star_encoder.inference.load import checkpoint_fingerprint, load_checkpoint, load_config
+from modular_star_encoder.inference.load import checkpoint_checksum, load_checkpoint, load_config
 from modular_star_encoder.search.snippets import Snippet
 from modular_star_encoder.search.vector_store import Found, content_hash
 
@@ -26,7 +26,7 @@ class Embedder:
 
     Attributes:
         checkpoint: absolute path of the folder, or the repository's name.
-        fingerprint: see `checkpoint_fingerprint`.
+        fingerprint: see `checkpoint_checksum`.
         config: the configuration of the whole checkpoint.
 
     Args:
@@ -41,7 +41,7 @@ class Embedder:
         folder = Path(checkpoint).expanduser()
         self.checkpoint = str(folder.resolve()) if folder.is_dir() else os.fspath(checkpoint)
         self.config = load_config(self.checkpoint)
-        self.fingerprint = checkpoint_fingerprint(self.checkpoint)
+        self.fingerprint = checkpoint_checksum(self.checkpoint)
         self._device = device
         self._model: Any = None
         self._tokenizer: Any = None

@@ -28,7 +28,7 @@ class IndexSettings:
 
     Attributes:
         checkpoint: absolute path of a folder, or a repository's name.
-        fingerprint: of its weights, configuration and tokenizer (see `checkpoint_fingerprint`).
+        fingerprint: of its weights, configuration and tokenizer (see `checkpoint_checksum`).
         exit_layers: exits of which the index has embeddings, ascending.
         dimension: components of an embedding.
         prompts: `query` and `document`, as texts were embedded.

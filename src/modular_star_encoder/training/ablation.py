@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from modular_star_encoder.data.retrieval_data import RetrievalData
-from modular_star_encoder.evaluation.benchmarks.registry import choose_benchmarks, load_benchmark
+from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.benchmarks.rows import read_json
-from modular_star_encoder.evaluation.harness import Cell, evaluate_tasks
 from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.tasks import RetrievalTask, held_out_tasks
-from modular_star_encoder.inference.load import checkpoint_fingerprint
+from modular_star_encoder.evaluation.run import evaluate_tasks
+from modular_star_encoder.evaluation.tasks import RetrievalTask, TaskResult, held_out_tasks
+from modular_star_encoder.inference.load import checkpoint_checksum
 from modular_star_encoder.training.ablation_recipe import AblationCell, AblationRecipe
 from modular_star_encoder.training.ablation_report import Values, compare, without_places, write_ablation_report
 from modular_star_encoder.training.finetuning import check_recipe, evaluate_checkpoint, finetune, prepare_data
@@ -102,7 +102,7 @@ def _refuse_other_folders(out: Path) -> None:
 def _refuse_other_starting_points(cells: Sequence[AblationCell], path: Path) -> None:
     """Raise ValueError if models that cells start from are not what they were in earlier calls, by their weights."""
     known = read_json(path) if path.is_file() else {}
-    found = {name: checkpoint_fingerprint(starting_source(name)[0]) for name in {cell.recipe.model for cell in cells}}
+    found = {name: checkpoint_checksum(starting_source(name)[0]) for name in {cell.recipe.model for cell in cells}}
     if other := ", ".join(sorted(name for name in found if known.get(name, found[name]) != found[name])):
         raise ValueError(
             f"The cells in {path.parent} start from another {other} than is there now; name another folder."
@@ -135,7 +135,7 @@ def _run_cell(
 ) -> dict[str, dict[int, Values]]:
     """Train and measure one model, unless that is done: benchmark → exit → reciprocal ranks, in every process."""
     run, state = folder / cell.folder, processes_of_run()
-    settings, names = cell.recipe.to_dict(), [task.fingerprint() for task in tasks]
+    settings, names = cell.recipe.to_dict(), [task.checksum() for task in tasks]
     with state.main_process_first():
         open_run(run, settings, "an ablation", until_trained=settings)
         known = _read_scores(run)
@@ -159,10 +159,10 @@ def _run_cell(
     return found
 
 
-def _by_task(tasks: Sequence[RetrievalTask], cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, float]]]:
+def _by_task(tasks: Sequence[RetrievalTask], cells: Sequence[TaskResult]) -> dict[str, dict[str, dict[str, float]]]:
     """Fingerprint of a task → exit → query → reciprocal rank; embeddings whole, where they can be cut."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    fingerprints = {(task.benchmark, task.name): task.fingerprint() for task in tasks}
+    fingerprints = {(task.benchmark, task.name): task.checksum() for task in tasks}
     for cell in sorted(cells, key=lambda cell: cell.dimensions or 0):
         place = found.setdefault(fingerprints[cell.benchmark, cell.task], {})
         place[str(cell.exit_layer)] = dict(zip(cell.ids, cell.values, strict=True))
@@ -192,7 +192,7 @@ def _lexical(tasks: Sequence[RetrievalTask], progress: bool) -> dict[str, float]
     """MRR of BM25, the mean over tasks, by benchmark."""
     found: dict[str, list[float]] = {}
     for cell in evaluate_tasks(tasks, [BM25()], progress=progress):
-        found.setdefault(cell.benchmark, []).append(cell.figures["mrr"].value)
+        found.setdefault(cell.benchmark, []).append(cell.estimates["mrr"].value)
     return {benchmark: sum(values) / len(values) for benchmark, values in found.items()}
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from modular_star_encoder.evaluation.metrics import bootstrap_interval, spread
 from modular_star_encoder.evaluation.report import versions
-from modular_star_encoder.evaluation.significance import bootstrap_interval, spread
 from modular_star_encoder.training.ablation_recipe import SELF_DISTILLED
 from modular_star_encoder.utils.files import staged_file, write_json, write_text
 from modular_star_encoder.utils.markdown import markdown_table, metric_label, percent

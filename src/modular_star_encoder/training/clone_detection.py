@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from modular_star_encoder.data.labelled_pairs import ClassificationCollator, ClassificationRows, read_labelled_pairs
-from modular_star_encoder.evaluation.tasks import classification_scores
+from modular_star_encoder.evaluation.run import classification_scores
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForSequenceClassification
-from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.classification import ClassificationObjective
+from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.training.recipes import LOG, ClassificationRecipe, finite, open_run, processes_of_run
 from modular_star_encoder.training.stages import train_to_the_end
 from modular_star_encoder.training.starting_points import (

@@ -16,10 +16,10 @@ from modular_star_encoder.data.pairs import RetrievalExample
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalCollator, RetrievalTexts
 from modular_star_encoder.data.retrieval_data import RetrievalData, prepare_retrieval_data
-from modular_star_encoder.evaluation.harness import Cell, evaluate_tasks
 from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.retrievers import EmbeddingSystem
-from modular_star_encoder.evaluation.tasks import RetrievalTask, held_out_tasks
+from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
+from modular_star_encoder.evaluation.run import evaluate_tasks
+from modular_star_encoder.evaluation.tasks import RetrievalTask, TaskResult, held_out_tasks
 from modular_star_encoder.inference.checkpoints import is_servable, write_sentence_transformer_files
 from modular_star_encoder.inference.encoders import ExitEncoder
 from modular_star_encoder.inference.load import load_checkpoint
@@ -210,7 +210,7 @@ def evaluate_checkpoint(
     *,
     out: Path | None = None,
     progress: bool = True,
-) -> list[Cell]:
+) -> list[TaskResult]:
     """Every exit of a checkpoint on tasks, with texts as long as in training.
 
     Args:
@@ -223,7 +223,7 @@ def evaluate_checkpoint(
     model, tokenizer = load_checkpoint(checkpoint)
     longest = max(recipe.max_text_tokens, recipe.max_code_tokens)
     encoder = ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=longest)
-    return evaluate_tasks(tasks, [EmbeddingSystem(encoder)], out=out, progress=progress)
+    return evaluate_tasks(tasks, [EmbeddingRetriever(encoder)], out=out, progress=progress)
 
 
 def _retrieval(recipe: FinetuningRecipe, data: RetrievalData, out: Path, progress: bool) -> dict[str, Any]:
@@ -233,6 +233,6 @@ def _retrieval(recipe: FinetuningRecipe, data: RetrievalData, out: Path, progres
     cells += evaluate_checkpoint(recipe, out / MODEL, tasks, progress=progress)
     found: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
     for cell in cells:
-        name = cell.system if cell.exit_layer is None else f"exit {cell.exit_layer}"
-        found[cell.benchmark][name] = {metric: asdict(figure) for metric, figure in cell.figures.items()}
+        name = cell.retriever if cell.exit_layer is None else f"exit {cell.exit_layer}"
+        found[cell.benchmark][name] = {metric: asdict(figure) for metric, figure in cell.estimates.items()}
     return found

@@ -18,8 +18,8 @@ from modular_star_encoder.data.token_store import TokenStore, build_token_store
 from modular_star_encoder.data.tokenizer import load_tokenizer, token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.lexical import identifier_overlap_accuracy
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.classification import InContextObjective
+from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.training.preflight import Preflight, preflight
 from modular_star_encoder.training.recipes import (
     PretrainingRecipe,

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.contrastive import losses_from_embeddings
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
 
 

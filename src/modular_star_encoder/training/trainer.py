@@ -21,8 +21,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from modular_star_encoder.objectives.exit_losses import exit_weights
-from modular_star_encoder.objectives.exit_losses import Objective
+from modular_star_encoder.objectives.exit_losses import Objective, exit_weights
 from modular_star_encoder.utils.files import write_json
 
 

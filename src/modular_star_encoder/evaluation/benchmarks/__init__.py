@@ -1,0 +1,183 @@
+"""The benchmarks by name, and the folders of their files. To add one, write its `load` function and list it here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from modular_star_encoder.evaluation.benchmarks.codesearchnet import (
+    load_code_folder,
+    load_full_pool,
+    load_human,
+    load_mteb,
+    load_with_candidates,
+)
+from modular_star_encoder.evaluation.benchmarks.codexglue import (
+    load_advtest,
+    load_bigclonebench,
+    load_cosqa,
+    load_exercism,
+    load_poj104,
+    load_translation,
+)
+from modular_star_encoder.evaluation.tasks import Task
+from modular_star_encoder.utils.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """How to find and read a benchmark.
+
+    Attributes:
+        name: as users name it.
+        title: the heading of its table.
+        folder: of its files, below a folder of several benchmarks.
+        load: reads that folder.
+        hub: the dataset repository on the Hub with the same files; empty where there is none.
+        sized: whether `load` takes `allow_subset`.
+        with_candidates: whether candidates are drawn, so that `load` takes `candidates`, lists of an earlier run.
+        in_all: whether "all" includes it.
+    """
+
+    name: str
+    title: str
+    folder: str
+    load: Callable[..., Sequence[Task]]
+    hub: str = ""
+    sized: bool = True
+    with_candidates: bool = False
+    in_all: bool = True
+
+
+_BENCHMARKS = [
+    Benchmark(
+        "codesearchnet-999",
+        "CodeSearchNet, 999 distractors",
+        "codesearchnet",
+        load_with_candidates,
+        hub="code-search-net/code_search_net",
+        with_candidates=True,
+    ),
+    Benchmark(
+        "codesearchnet-999-leaky",
+        "CodeSearchNet, 999 distractors, docstrings in Python code",
+        "codesearchnet",
+        partial(load_with_candidates, leaky=True),
+        hub="code-search-net/code_search_net",
+        with_candidates=True,
+        in_all=False,
+    ),
+    Benchmark(
+        "codesearchnet-mteb",
+        "CodeSearchNet, MTEB's 1000 × 1000",
+        "codesearchnet-mteb",
+        load_mteb,
+        hub="mteb/CodeSearchNetRetrieval",
+    ),
+    Benchmark("codesearchnet-full", "CodeSearchNet, filtered, full pool", "codesearchnet-full", load_full_pool),
+    Benchmark("codesearchnet-human", "CodeSearchNet, human judgements", "codesearchnet-human", load_human),
+    Benchmark("translation", "Code translation as retrieval", "code-to-code-trans", load_translation),
+    Benchmark(
+        "translation-masked",
+        "Code translation as retrieval, names masked",
+        "code-to-code-trans",
+        partial(load_translation, masked=True),
+    ),
+    Benchmark("poj104", "POJ-104", "poj104", load_poj104),
+    Benchmark("bigclonebench", "BigCloneBench", "bigclonebench", load_bigclonebench),
+    Benchmark("advtest", "AdvTest", "advtest", load_advtest),
+    Benchmark("cosqa", "CoSQA", "cosqa", load_cosqa),
+    *(
+        Benchmark(
+            f"exercism-{query}{'-masked' if masked else ''}",
+            f"Exercism, {query} → code{', names masked' if masked else ''}",
+            "exercism",
+            partial(load_exercism, from_code=query == "code", masked=masked),
+            sized=False,
+        )
+        for query in ("text", "code")
+        for masked in (False, True)
+    ),
+    Benchmark("folder", "Functions of a folder", "", load_code_folder, sized=False, in_all=False),
+]
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _BENCHMARKS}
+
+ALL = "all"
+WITH_CANDIDATES = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.with_candidates)
+
+
+def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
+    """The names, each once; `all` means the benchmarks whose folders are in `data`.
+
+    Raises:
+        UserError: an unknown name, or `all` where no benchmark's folder is.
+    """
+    chosen: list[str] = []
+    for name in names:
+        if name == ALL:
+            if _is_on_hub(data):
+                raise UserError(
+                    "benchmark.all.on_hub", f"`{ALL}` means the benchmarks of a folder: name those of the Hub."
+                )
+            possible = [benchmark for benchmark in _BENCHMARKS if benchmark.in_all]
+            found = [one.name for one in possible if (Path(data).expanduser() / one.folder).is_dir()]
+            if not found:
+                folders = ", ".join(sorted({one.folder for one in possible}))
+                raise UserError(
+                    "benchmark.all.none", f"{data} holds no benchmark: expected at least one of the folders {folders}."
+                )
+            chosen += found
+        elif name in BENCHMARKS:
+            chosen.append(name)
+        else:
+            available = ", ".join([*BENCHMARKS, ALL])
+            raise UserError("benchmark.unknown", f"Unknown benchmark {name!r}. Available: {available}.")
+    return list(dict.fromkeys(chosen))
+
+
+def load_benchmark(
+    name: str, data: str | Path, *, allow_subset: bool = False, candidates: str | Path | None = None
+) -> list[Task]:
+    """The tasks of a benchmark.
+
+    Args:
+        data: its folder, a folder that holds it under its usual name, `hub` for its authors' repository on the Hub, or
+            `hub:OWNER/NAME` for another one with the same files.
+        allow_subset: accept partial files, with a note.
+        candidates: for benchmarks that draw candidates, the folder of the lists of an earlier run.
+
+    Raises:
+        UserError: a damaged or partial file, with its name, the line, and what was expected.
+        OSError: no such folder or file, or the Hub can't be reached.
+    """
+    benchmark = BENCHMARKS[name]
+    if _is_on_hub(data):
+        folder = _download(name, str(data).removeprefix("hub").removeprefix(":") or benchmark.hub)
+    else:
+        inside = Path(data).expanduser() / benchmark.folder
+        folder = inside if inside.is_dir() else Path(data).expanduser()
+    options = {"allow_subset": allow_subset} if benchmark.sized else {}
+    if candidates is not None:
+        if not benchmark.with_candidates:
+            raise UserError("evaluation.candidates.not_used", f"{name} draws no candidates: leave out their lists.")
+        options["candidates"] = Path(candidates)
+    return list(benchmark.load(folder, **options))
+
+
+def _is_on_hub(data: str | Path) -> bool:
+    return str(data) == "hub" or str(data).startswith("hub:")
+
+
+def _download(name: str, repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if not repository:
+        raise UserError(
+            "benchmark.not_on_hub",
+            f"{name} is not on the Hub as its authors publish it: name a folder, or hub:OWNER/NAME.",
+        )
+    ignored = ["*train*", "*validation*"]
+    return Path(snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))

@@ -1,8 +1,9 @@
-"""Rows of CodeSearchNet (Husain et al. 2019) as its authors, the Hub and CodeXGLUE write them.
+"""CodeSearchNet (Husain et al. 2019) in four protocols, and its protocol on the functions of a folder.
 
-Known flaws. Python's `code` holds the docstring that is the query: with it even BM25 reaches 97 MRR, without it 57 to
-59. Published figures for Python are often of that kind; we strip docstrings unless `leaky` is asked for. Documentation
-is not a search query: queries are what authors wrote beside the code, and share its words.
+Files may be those of its authors, of the Hub, of CodeXGLUE or of MTEB. Known flaws: Python's `code` holds the docstring
+that is the query. With it even BM25 reaches 97 MRR, without it 57 to 59; published values for Python are often of that
+kind. Docstrings are stripped here unless `leaky`. And documentation is not a search query: its authors wrote it next to
+the code, and it shares the code's words.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import csv
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from typing import Any
 import numpy as np
 from pygments.lexers import PythonLexer
 from pygments.token import Comment, Punctuation, String
+from pygments.token import Text as TextToken
 
+from modular_star_encoder.data.functions import collect_functions
 from modular_star_encoder.data.languages.function_finder import find_functions
 from modular_star_encoder.data.languages.grammars import UnparsableSourceError
 from modular_star_encoder.data.sources.codesearchnet import documentation_summary
+from modular_star_encoder.data.sources.repositories import folder_repositories
 from modular_star_encoder.evaluation.benchmarks.rows import (
     Fields,
     check_rows,
@@ -35,9 +39,17 @@ from modular_star_encoder.evaluation.benchmarks.rows import (
     refuse,
     require_files,
 )
-from modular_star_encoder.evaluation.exits import RetrievalRow, pairs_task
-from modular_star_encoder.evaluation.tasks import Judgements, Pool, RetrievalTask, full_pool
+from modular_star_encoder.evaluation.tasks import (
+    POOL,
+    Judgements,
+    Pool,
+    RetrievalRow,
+    RetrievalTask,
+    full_pool_task,
+    pairs_task,
+)
 from modular_star_encoder.inference.encoders import Text
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 
 LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
@@ -45,17 +57,73 @@ LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
 TEST_SIZES = {"go": 14_291, "java": 26_909, "javascript": 6_483, "php": 28_391, "python": 22_176, "ruby": 2_279}
 """Rows of the official test splits."""
 
-HUB_FIELDS: Fields = {
-    "language": str,
-    "func_code_string": str,
-    "func_documentation_string": str,
-    "func_code_url": str,
-}
-ORIGINAL_FIELDS: Fields = {"language": str, "code": str, "docstring": str, "url": str}
+QUERIES = {"go": 8_122, "java": 10_955, "javascript": 3_291, "php": 14_014, "python": 14_918, "ruby": 1_261}
+CANDIDATES = {"go": 28_120, "java": 40_347, "javascript": 13_981, "php": 52_660, "python": 43_827, "ruby": 4_360}
+"""Queries and code bases of CodeXGLUE's filtered version."""
+
+MTEB_SIZE = 1000
+"""Queries, and documents, of each language."""
+
+ANNOTATIONS = "annotationStore.csv"
+ANNOTATION_ROWS = 4_006
+
+Grades = dict[str, dict[str, list[float]]]
+"""{query: {url: the annotators' grades}}"""
+
+
+def _each_language(
+    folder: Path, patterns: Callable[[str], Sequence[str]], load: Callable[[str], RetrievalTask]
+) -> list[RetrievalTask]:
+    """The tasks of the languages whose files are in `folder`; at least one must be."""
+    require_files(folder, [pattern for language in LANGUAGES for pattern in patterns(language)])
+    return [load(language) for language in LANGUAGES if find_files(folder, patterns(language))]
+
+
+def load_with_candidates(
+    folder: Path,
+    *,
+    leaky: bool = False,
+    candidates: Path | None = None,
+    allow_subset: bool = False,
+    seed: int = 0,
+) -> list[RetrievalTask]:
+    """One task for each language whose test file is there: each query among 1000 candidates drawn at random.
+
+    Args:
+        folder: holds `{language}_test.jsonl.gz`, or the languages' folders of the Hub or of the authors' archives.
+        leaky: only Python, with its docstrings in the code, to compare with published values.
+        candidates: folder of the lists that `write_candidates` wrote; rows that they do not name are left out.
+        allow_subset: accept files with fewer rows than the official split.
+        seed: of the shuffle, without lists.
+
+    Raises:
+        UserError: a damaged or partial file, or a list that names a missing function.
+        FileNotFoundError: no test file of any language, or no list for one.
+    """
+
+    def load(language: str) -> RetrievalTask:
+        paths = find_files(folder, language_patterns("test", language))
+        rows = read_functions(paths, language, leaky=leaky)
+        notes: tuple[str, ...] = ("docstrings are in the code",) if leaky else ()
+        if candidates is None:
+            size = TEST_SIZES[language]
+            notes += check_size(paths[0], len(rows), size, "functions", allow_subset=allow_subset)
+        if len(rows) < 2:
+            refuse(paths[0], None, "at least two functions", str(len(rows)))
+        name = "codesearchnet-999-leaky" if leaky else "codesearchnet-999"
+        task = pairs_task(name, language, rows.values(), ids=list(rows), size=POOL, seed=seed, notes=notes)
+        if candidates is None:
+            return task
+        return replace(task, pools=_read_candidates(candidates / f"{language}.json", list(rows)))
+
+    def patterns(language: str) -> tuple[str, ...]:
+        return language_patterns("test", language) if language == "python" or not leaky else ()
+
+    return _each_language(folder, patterns, load)
 
 
 def language_patterns(split: str, language: str) -> tuple[str, ...]:
-    """Where the files of a split may lie: plain JSON lines, the Hub's Parquet, the authors' archive unpacked."""
+    """Where the files of a split may be: plain JSON lines, the Hub's Parquet, the authors' archive unpacked."""
     return (
         f"{language}_{split}.jsonl.gz",
         f"{language}_{split}.jsonl",
@@ -69,10 +137,10 @@ def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> 
     """{url: documented function} of the files of one language, in order.
 
     Args:
-        leaky: leave the docstring in Python code, as most published figures have it.
+        leaky: leave the docstring in Python code, as most published values have it.
 
     Raises:
-        ValueError: a row of another language, without documentation or code, or whose url an earlier one has.
+        UserError: a row of another language, without documentation or code, or with the url of an earlier one.
     """
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
@@ -92,6 +160,19 @@ def query_of(documentation: str) -> str:
     return documentation_summary(documentation) or documentation.strip()
 
 
+def _read(path: Path, language: str) -> Iterator[tuple[str, str, str]]:
+    """(url, code, documentation) of each row, by whichever names the file uses."""
+    rows = read_table(path, {"language": str})
+    fields = ("func_code_string", "func_documentation_string", "func_code_url")
+    if "func_code_string" not in rows[0]:
+        fields = ("code", "docstring", "url")
+    for number, row in enumerate(check_rows(path, rows, dict.fromkeys(fields, str)), start=1):
+        if row["language"] != language:
+            refuse(path, number, f"a row of {language}", row["language"])
+        code, documentation, url = (row[name] for name in fields)
+        yield url, code, documentation
+
+
 def strip_docstring(code: str) -> str:
     """A Python function without its docstring; what doesn't parse is cut by its tokens."""
     try:
@@ -99,32 +180,6 @@ def strip_docstring(code: str) -> str:
     except UnparsableSourceError:
         found = []
     return found[0].code if found and found[0].line == 1 else _without_first_string(code)
-
-
-def joined_tokens(path: Path, number: int, row: dict[str, Any], *names: str) -> str:
-    """The tokens of the first of these fields that a row has, joined by spaces.
-
-    Raises:
-        ValueError: none is there, or it isn't a list of strings.
-    """
-    for name in names:
-        if name in row:
-            tokens = row[name]
-            if isinstance(tokens, list) and all(isinstance(token, str) for token in tokens) and tokens:
-                return " ".join(tokens)
-            refuse(path, number, f"a list of strings as {name!r}")
-    refuse(path, number, f"the field {' or '.join(repr(name) for name in names)}")
-
-
-def _read(path: Path, language: str) -> Iterator[tuple[str, str, str]]:
-    """(url, code, documentation) of each row, by whichever names the file uses."""
-    rows = read_table(path, {"language": str})
-    fields = HUB_FIELDS if "func_code_string" in rows[0] else ORIGINAL_FIELDS
-    for number, row in enumerate(check_rows(path, rows, fields), start=1):
-        if row["language"] != language:
-            refuse(path, number, f"a row of {language}", row["language"])
-        _, code, documentation, url = (row[name] for name in fields)
-        yield url, code, documentation
 
 
 def _without_first_string(code: str) -> str:
@@ -142,53 +197,8 @@ def _without_first_string(code: str) -> str:
     return "".join(pieces)
 
 
-POOL = 1000
-
-
-def load_distractors(
-    folder: Path,
-    *,
-    leaky: bool = False,
-    candidates: Path | None = None,
-    allow_subset: bool = False,
-    seed: int = 0,
-) -> list[RetrievalTask]:
-    """One task for each language whose test file is there.
-
-    Args:
-        folder: holds `{language}_test.jsonl.gz`, or the languages' folders of the Hub or of the authors' archives.
-        leaky: only Python, with its docstrings in the code, to compare with published figures.
-        candidates: folder of the lists that `write_candidates` wrote; rows that they don't name are left out.
-        allow_subset: take files with fewer rows than the official split.
-        seed: of the shuffle, without lists.
-
-    Raises:
-        ValueError: a damaged or partial file, or a list that names a function which isn't there.
-        FileNotFoundError: no test file of any language, or no list for one.
-    """
-    languages = ("python",) if leaky else LANGUAGES
-    require_files(folder, [pattern for language in languages for pattern in language_patterns("test", language)])
-    tasks = []
-    for language in languages:
-        if not (paths := find_files(folder, language_patterns("test", language))):
-            continue
-        rows = read_functions(paths, language, leaky=leaky)
-        name = "codesearchnet-999-leaky" if leaky else "codesearchnet-999"
-        notes: tuple[str, ...] = ("docstrings are in the code",) if leaky else ()
-        if candidates is None:
-            size = TEST_SIZES[language]
-            notes += check_size(paths[0], len(rows), size, "functions", allow_subset=allow_subset)
-        if len(rows) < 2:
-            refuse(paths[0], None, "at least two functions", str(len(rows)))
-        task = pairs_task(name, language, list(rows.values()), ids=list(rows), size=POOL, seed=seed, notes=notes)
-        if candidates is not None:
-            task = replace(task, pools=_read_candidates(candidates / f"{language}.json", list(rows)))
-        tasks.append(task)
-    return tasks
-
-
 def write_candidates(task: RetrievalTask, folder: Path) -> Path:
-    """Write who is ranked against whom, as ids, to `folder/{language}.json`, and return its path."""
+    """Write which ids are ranked together to `folder/{language}.json`, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{task.name}.json"
     pools = [[task.query_ids[row] for row in pool.queries] for pool in task.pools]
@@ -213,113 +223,92 @@ def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
     return tuple(pools) or refuse(path, None, "at least one pool")
 
 
-QUERIES = {"go": 8_122, "java": 10_955, "javascript": 3_291, "php": 14_014, "python": 14_918, "ruby": 1_261}
-CANDIDATES = {"go": 28_120, "java": 40_347, "javascript": 13_981, "php": 52_660, "python": 43_827, "ruby": 4_360}
-
-
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """One task for each language whose folder is there.
+    """CodeXGLUE's filtered version: one task for each language whose folder is there, all of its code as candidates.
 
     Raises:
-        ValueError: a damaged or partial file, a url that comes twice, or a query whose code is no candidate.
+        UserError: a damaged or partial file, a url that comes twice, or a query whose code is not a candidate.
         FileNotFoundError: no language, or one without its codebase.
     """
-    require_files(folder, [f"{language}/test.jsonl*" for language in LANGUAGES])
-    present = [language for language in LANGUAGES if find_files(folder, [f"{language}/test.jsonl*"])]
-    return [_load_language_full(folder / language, language, allow_subset) for language in present]
 
+    def load(language: str) -> RetrievalTask:
+        (test, *_), (codebase, *_) = (
+            require_files(folder / language, [f"{name}.jsonl*"]) for name in ("test", "codebase")
+        )
+        queries = read_jsonl(test, {"url": str, "docstring_tokens": list})
+        candidates = read_jsonl(codebase, {"url": str, "code_tokens": list})
+        notes = check_size(test, len(queries), QUERIES[language], "queries", allow_subset=allow_subset)
+        notes += check_size(codebase, len(candidates), CANDIDATES[language], "candidates", allow_subset=allow_subset)
+        urls = list(check_unique(test, [row["url"] for row in queries], "url"))
+        places = check_unique(codebase, [row["url"] for row in candidates], "url")
+        for number, url in enumerate(urls, start=1):
+            if url not in places:
+                refuse(test, number, f"a url that {codebase.name} holds", url)
+        return full_pool_task(
+            "codesearchnet-full",
+            language,
+            [Text(text) for text in joined_tokens(test, queries, "docstring_tokens")],
+            [Text(text, language) for text in joined_tokens(codebase, candidates, "code_tokens")],
+            urls,
+            Judgements.one_each([places[url] for url in urls]),
+            metrics=("mrr@1000", "recall@1", "recall@10", "ndcg@10"),
+            notes=notes,
+        )
 
-def _load_language_full(folder: Path, language: str, allow_subset: bool) -> RetrievalTask:
-    (test, *_), (codebase, *_) = (require_files(folder, [f"{name}.jsonl*"]) for name in ("test", "codebase"))
-    queries = read_jsonl(test, {"url": str, "docstring_tokens": list})
-    candidates = read_jsonl(codebase, {"url": str, "code_tokens": list})
-    notes = check_size(test, len(queries), QUERIES[language], "queries", allow_subset=allow_subset)
-    notes += check_size(codebase, len(candidates), CANDIDATES[language], "candidates", allow_subset=allow_subset)
-    check_unique(test, [row["url"] for row in queries], "url")
-    places = check_unique(codebase, [row["url"] for row in candidates], "url")
-    relevant = []
-    for number, row in enumerate(queries, start=1):
-        if row["url"] not in places:
-            refuse(test, number, f"a url that {codebase.name} holds", row["url"])
-        relevant.append(places[row["url"]])
-    return RetrievalTask(
-        benchmark="codesearchnet-full",
-        name=language,
-        queries=[Text(joined_tokens(test, n, row, "docstring_tokens")) for n, row in enumerate(queries, start=1)],
-        documents=[
-            Text(joined_tokens(codebase, n, row, "code_tokens"), language) for n, row in enumerate(candidates, start=1)
-        ],
-        query_ids=[row["url"] for row in queries],
-        judgements=Judgements.one_each(relevant),
-        pools=full_pool(len(queries), len(candidates)),
-        metrics=("mrr@1000", "recall@1", "recall@10", "ndcg@10"),
-        notes=notes,
-    )
-
-
-ANNOTATIONS = "annotationStore.csv"
-ANNOTATION_ROWS = 4_006
-COLUMNS = ("Language", "Query", "GitHubUrl", "Relevance")
-CODE_FIELDS = ("function", "code", "func_code_string")
-
-Grades = dict[str, dict[str, list[float]]]
-"""{query: {url: the annotators' grades}}"""
+    return _each_language(folder, lambda language: (f"{language}/test.jsonl*",), load)
 
 
 def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """One task for each language whose functions are there.
+    """Annotators' judgements: one task for each language whose functions are there.
 
     Args:
         folder: holds `annotationStore.csv` (also under `resources/`) and a folder of JSON lines for each language.
+        allow_subset: accept other numbers of annotations, and missing functions.
 
     Raises:
-        ValueError: a damaged or partial file, or an annotated function that isn't there.
+        UserError: a damaged or partial file, or a missing annotated function.
         FileNotFoundError: no annotations, or no functions.
     """
     (annotations, *_) = require_files(folder, (ANNOTATIONS, f"resources/{ANNOTATIONS}"))
-    grades, rows = _read_grades(annotations)
-    if rows != ANNOTATION_ROWS and not allow_subset:
-        refuse(annotations, None, f"{ANNOTATION_ROWS:,} annotations", f"{rows:,}")
-    patterns = [f"{language}/**/*.jsonl*" for language in LANGUAGES]
-    require_files(folder, patterns)
-    tasks = []
-    for language in LANGUAGES:
-        if files := sorted(folder.glob(f"{language}/**/*.jsonl*")):
-            if language not in grades:
-                refuse(annotations, None, f"annotations of {language}")
-            tasks.append(_task(annotations, language, grades[language], _read_functions(files), allow_subset))
-    return tasks
+    grades, count = _read_grades(annotations)
+    if count != ANNOTATION_ROWS and not allow_subset:
+        refuse(annotations, None, f"{ANNOTATION_ROWS:,} annotations", f"{count:,}")
 
+    def load(language: str) -> RetrievalTask:
+        if language not in grades:
+            refuse(annotations, None, f"annotations of {language}")
+        functions = _read_code(sorted(folder.glob(f"{language}/**/*.jsonl*")))
+        places = {url: place for place, url in enumerate(functions)}
+        annotated = {url for judged in grades[language].values() for url in judged}
+        missing = sorted(annotated - set(functions))
+        if missing and not allow_subset:
+            expected = f"the annotated functions of {language}"
+            refuse(annotations, None, expected, f"{len(missing)} missing, such as {missing[0]}")
+        gains = [
+            {places[url]: sum(given) / len(given) for url, given in judged.items() if url in places}
+            for judged in grades[language].values()
+        ]
+        return full_pool_task(
+            "codesearchnet-human",
+            language,
+            [Text(query) for query in grades[language]],
+            [Text(code, language) for code in functions.values()],
+            list(grades[language]),
+            Judgements.of(gains),
+            metrics=("ndcg-judged@300", "ndcg-full@300"),
+            notes=(f"{len(missing)} of {len(annotated)} annotated functions are missing",) if missing else (),
+        )
 
-def _task(path: Path, language: str, grades: Grades, functions: dict[str, str], allow_subset: bool) -> RetrievalTask:
-    places = {url: place for place, url in enumerate(functions)}
-    annotated = {url for judged in grades.values() for url in judged}
-    missing = sorted(annotated - set(functions))
-    if missing and not allow_subset:
-        refuse(path, None, f"the annotated functions of {language}", f"{len(missing)} missing, such as {missing[0]}")
-    gains = [
-        {places[url]: sum(given) / len(given) for url, given in judged.items() if url in places}
-        for judged in grades.values()
-    ]
-    return RetrievalTask(
-        benchmark="codesearchnet-human",
-        name=language,
-        queries=[Text(query) for query in grades],
-        documents=[Text(code, language) for code in functions.values()],
-        query_ids=list(grades),
-        judgements=Judgements.of(gains),
-        pools=full_pool(len(grades), len(functions)),
-        metrics=("ndcg-judged@300", "ndcg-full@300"),
-        notes=(f"{len(missing)} of {len(annotated)} annotated functions are missing",) if missing else (),
-    )
+    return _each_language(folder, lambda language: (f"{language}/**/*.jsonl*",), load)
 
 
 def _read_grades(path: Path) -> tuple[dict[str, Grades], int]:
     """{language: grades} in lower case, and the number of annotations."""
     grades: dict[str, Grades] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     reader = csv.DictReader(line + "\n" for _, line in read_lines(path))
-    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-        refuse(path, 1, f"the columns {', '.join(COLUMNS)}", f"no {missing[0]}")
+    columns = ("Language", "Query", "GitHubUrl", "Relevance")
+    if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+        refuse(path, 1, f"the columns {', '.join(columns)}", f"no {missing[0]}")
     count = 0
     for row in reader:
         count += 1
@@ -330,76 +319,107 @@ def _read_grades(path: Path) -> tuple[dict[str, Grades], int]:
     return grades, count
 
 
-def _read_functions(paths: list[Path]) -> dict[str, str]:
+def _read_code(paths: list[Path]) -> dict[str, str]:
     """{url: code}; of the same function in several files, the first."""
     functions: dict[str, str] = {}
     for path in paths:
         for number, row in enumerate(read_jsonl(path, {}), start=1):
             url = row.get("url", row.get("func_code_url"))
-            code = next((row[name] for name in CODE_FIELDS if name in row), None)
+            code = next((row[name] for name in ("function", "code", "func_code_string") if name in row), None)
             if not isinstance(url, str) or not isinstance(code, str) or not code.strip():
                 refuse(path, number, "a url and the code of a function as 'function' or 'code'")
             functions.setdefault(url, code)
     return functions
 
 
-SIZE = 1000
-
-
 def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """One task for each language whose folders are there.
+    """MTEB's 1000 × 1000: one task for each language whose folders are there.
 
     Raises:
-        ValueError: a damaged or partial file, or a judgement about a query or document that isn't there.
+        UserError: a damaged or partial file, or a judgement about a missing query or document.
         FileNotFoundError: no language, or one that lacks a folder.
     """
-    require_files(folder, [pattern for language in LANGUAGES for pattern in _patterns(language, "corpus")])
-    present = [language for language in LANGUAGES if find_files(folder, _patterns(language, "corpus"))]
-    return [_load_language_mteb(folder, language, allow_subset) for language in present]
+
+    def load(language: str) -> RetrievalTask:
+        documents, document_ids, notes = _read_mteb(folder, language, "corpus", "documents", allow_subset)
+        queries, query_ids, more_notes = _read_mteb(folder, language, "queries", "queries", allow_subset)
+        paths = require_files(folder, _mteb_patterns(language, "qrels"))
+        fields: Fields = {"query-id": str, "corpus-id": str, "score": (int, float)}
+        gains: list[dict[int, float]] = [{} for _ in queries]
+        for number, row in enumerate((row for path in paths for row in read_table(path, fields)), start=1):
+            query, document = row["query-id"], row["corpus-id"]
+            if query not in query_ids or document not in document_ids:
+                refuse(paths[0], number, "ids of a query and a document", f"{query} and {document}")
+            gains[query_ids[query]][document_ids[document]] = float(row["score"])
+        for query, place in query_ids.items():
+            if not any(gain > 0 for gain in gains[place].values()):
+                refuse(paths[0], None, f"a relevant document for query {query}")
+        return full_pool_task(
+            "codesearchnet-mteb",
+            language,
+            [Text(text) for text in queries],
+            [Text(text, language) for text in documents],
+            list(query_ids),
+            Judgements.of(gains),
+            metrics=("ndcg@10", "mrr", "recall@1", "recall@10"),
+            notes=notes + more_notes,
+        )
+
+    return _each_language(folder, lambda language: _mteb_patterns(language, "corpus"), load)
 
 
-def _patterns(language: str, part: str) -> tuple[str, ...]:
+def _mteb_patterns(language: str, part: str) -> tuple[str, ...]:
     return (f"{language}-{part}/test-*.parquet", f"{language}-{part}/*.jsonl", f"{language}-{part}/*.jsonl.gz")
 
 
-def _load_language_mteb(folder: Path, language: str, allow_subset: bool) -> RetrievalTask:
-    corpus_path, corpus = _read_mteb(folder, language, "corpus", {"text": str})
-    query_path, queries = _read_mteb(folder, language, "queries", {"text": str})
-    judged_path, judged = _read_mteb(
-        folder, language, "qrels", {"query-id": str, "corpus-id": str, "score": (int, float)}
-    )
-    documents = check_unique(corpus_path, [_id(corpus_path, n, row) for n, row in enumerate(corpus, 1)], "id")
-    asked = check_unique(query_path, [_id(query_path, n, row) for n, row in enumerate(queries, 1)], "id")
-    notes = check_size(corpus_path, len(corpus), SIZE, "documents", allow_subset=allow_subset)
-    notes += check_size(query_path, len(queries), SIZE, "queries", allow_subset=allow_subset)
-    gains: list[dict[int, float]] = [{} for _ in queries]
-    for number, row in enumerate(judged, start=1):
-        if row["query-id"] not in asked or row["corpus-id"] not in documents:
-            refuse(judged_path, number, "ids of a query and a document", f"{row['query-id']} and {row['corpus-id']}")
-        gains[asked[row["query-id"]]][documents[row["corpus-id"]]] = float(row["score"])
-    for query, place in asked.items():
-        if not any(gain > 0 for gain in gains[place].values()):
-            refuse(judged_path, None, f"a relevant document for query {query}")
-    return RetrievalTask(
-        benchmark="codesearchnet-mteb",
-        name=language,
-        queries=[Text(row["text"]) for row in queries],
-        documents=[Text(row["text"], language) for row in corpus],
-        query_ids=list(asked),
-        judgements=Judgements.of(gains),
-        pools=full_pool(len(queries), len(corpus)),
-        metrics=("ndcg@10", "mrr", "recall@1", "recall@10"),
-        notes=notes,
+def _read_mteb(
+    folder: Path, language: str, part: str, what: str, allow_subset: bool
+) -> tuple[list[str], dict[str, int], tuple[str, ...]]:
+    """Texts, the place of each id, and notes on the size."""
+    paths = require_files(folder, _mteb_patterns(language, part))
+    rows = [row for path in paths for row in read_table(path, {"text": str})]
+    ids = [row.get("_id", row.get("id")) for row in rows]
+    for number, name in enumerate(ids, start=1):
+        if not isinstance(name, str):
+            refuse(paths[0], number, "a string as 'id' or '_id'")
+    places = check_unique(paths[0], ids, "id")
+    return (
+        [row["text"] for row in rows],
+        places,
+        check_size(paths[0], len(rows), MTEB_SIZE, what, allow_subset=allow_subset),
     )
 
 
-def _read_mteb(folder: Path, language: str, part: str, fields: Fields) -> tuple[Path, list[dict[str, Any]]]:
-    paths = require_files(folder, _patterns(language, part))
-    return paths[0], [row for path in paths for row in read_table(path, fields)]
+def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> list[str]:
+    """For each row of `path` the tokens of the first of these fields that it has, joined by spaces.
+
+    Raises:
+        UserError: none is there, or it is not a list of strings.
+    """
+    texts = []
+    for number, row in enumerate(rows, start=1):
+        name = next((name for name in names if name in row), None)
+        if name is None:
+            refuse(path, number, f"the field {' or '.join(map(repr, names))}")
+        tokens = row[name]
+        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+            refuse(path, number, f"a list of strings as {name!r}")
+        texts.append(" ".join(tokens))
+    return texts
 
 
-def _id(path: Path, number: int, row: dict[str, Any]) -> str:
-    name = row.get("_id", row.get("id"))
-    if not isinstance(name, str):
-        refuse(path, number, "a string as 'id' or '_id'")
-    return name
+def load_code_folder(folder: Path, *, seed: int = 0) -> list[RetrievalTask]:
+    """One task of the documented functions in a folder of source code, by the protocol of 1000 candidates.
+
+    Raises:
+        UserError: fewer than two documented functions.
+    """
+    functions = collect_functions(folder_repositories(folder)).functions
+    if len(functions) < 2:
+        raise UserError(
+            "benchmark.folder.too_few",
+            f"{folder} holds {len(functions)} documented functions that pass the filters; ranking needs two.",
+        )
+    rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
+    notes = (f"only {len(rows)} documented functions, so fewer than 999 distractors",) if len(rows) < POOL else ()
+    return [pairs_task("folder", "all", rows, seed=seed, notes=notes)]

@@ -1,4 +1,4 @@
-"""Read the files of benchmarks, and say of a wrong or partial one: file, line, what was expected."""
+"""Read the files of benchmarks; errors name the file, the line and what was expected there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from modular_star_encoder.data.sources.dataset_rows import not_unicode
+from modular_star_encoder.utils.errors import UserError
 
 Fields = Mapping[str, type | tuple[type, ...]]
 """The names of a row's required fields and the types of their values."""
@@ -18,9 +19,10 @@ _NAMES = {str: "a string", list: "a list", int: "a whole number", dict: "an obje
 
 
 def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoReturn:
-    """Raise ValueError with file, 1-based line or row, and what was expected there."""
+    """Raise UserError with file, 1-based line or row, and what was expected there."""
     place = f"{path}, line {line}" if line is not None else f"{path}"
-    raise ValueError(f"{place}: expected {expected}{f', found {found}' if found else ''}.")
+    message = f"{place}: expected {expected}{f', found {found}' if found else ''}."
+    raise UserError("benchmark.file.unexpected", message)
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -44,7 +46,7 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
     """(line number from 1, line without its end) of a text file or of one compressed with gzip.
 
     Raises:
-        ValueError: the file is cut off, no gzip, or in another encoding.
+        UserError: the file is cut off, no gzip, or in another encoding.
         OSError: it can't be read.
     """
     number = 0
@@ -64,7 +66,7 @@ def read_jsonl(path: Path, fields: Fields) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object per line.
 
     Raises:
-        ValueError: no line, or a line that isn't an object with these fields, in whole characters.
+        UserError: no line, or a line that isn't an object with these fields, in whole characters.
     """
     rows = []
     for number, line in read_lines(path):
@@ -81,7 +83,7 @@ def read_json(path: Path) -> Any:
     """The one JSON value of a file.
 
     Raises:
-        ValueError: it isn't JSON, cut off, or holds halves of characters.
+        UserError: it isn't JSON, cut off, or holds halves of characters.
     """
     text = "\n".join(line for _, line in read_lines(path))
     try:
@@ -103,7 +105,7 @@ def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
     """Rows of a Parquet file, or of JSON lines by any other ending.
 
     Raises:
-        ValueError: the file is damaged, or a row lacks a field.
+        UserError: the file is damaged, or a row lacks a field.
     """
     if path.suffix != ".parquet":
         return read_jsonl(path, fields)
@@ -121,7 +123,7 @@ def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset
     """Notes on the size of a benchmark: none if it is whole, one if a part of it is allowed.
 
     Raises:
-        ValueError: another number than `expected`, unless a subset is allowed and it is smaller.
+        UserError: another number than `expected`, unless a subset is allowed and it is smaller.
     """
     if found == expected:
         return ()
@@ -132,7 +134,7 @@ def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset
 
 
 def check_unique(path: Path, values: Sequence[Any], what: str) -> dict[Any, int]:
-    """{value: its place}, and ValueError where one comes twice."""
+    """{value: its place}; UserError if one comes twice."""
     places: dict[Any, int] = {}
     for number, value in enumerate(values):
         if value in places:

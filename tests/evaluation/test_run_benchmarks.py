@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 
 import modular_star_encoder.cli.main as cli
-from modular_star_encoder.evaluation import harness
+from modular_star_encoder.evaluation import run as run_module
 from modular_star_encoder.evaluation.run import run_benchmarks
 from modular_star_encoder.inference import encoders
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
+from modular_star_encoder.inference.load import checkpoint_checksum
+from tests.errors import raises
 from tests.evaluation.benchmarks import published
 from tests.inference.test_exit_profile import made_up_profile
 from tests.tiny import save_tiny_checkpoint
@@ -48,23 +50,36 @@ def test_one_command_runs_all_benchmarks_of_a_folder_through_a_model_and_baselin
         "codesearchnet-999", "cosqa", "exercism-text", "exercism-text-masked", "exercism-code", "exercism-code-masked",
     ]  # fmt: skip
     for table in tables:
-        systems = [(row["system"].split("/")[-1], row["exit_layer"]) for row in table["rows"]]
+        rows = [(row["retriever"].split("/")[-1], row["exit_layer"]) for row in table["rows"]]
         exits = [(name, k) for name in ("model", "model, untrained") for k in (1, 4)]
-        assert systems == [*exits, ("BM25", None), ("TF-IDF", None)]
+        assert rows == [*exits, ("BM25", None), ("TF-IDF", None)]
     names = {path.name for path in out.iterdir()}
     assert {"report.csv", "report.tex", "quality_by_depth.png", "candidates", "cells", "embeddings"} <= names
     lists = sorted(path.name for path in (out / "candidates" / "codesearchnet-999").iterdir())
     assert lists == ["go.json", "python.json", "ruby.json"]
 
 
+def test_without_out_the_same_report_goes_to_the_terminal_and_to_a_json_file(capsys, checkpoint, data, tmp_path):
+    options = ("--benchmark", "cosqa", "--data", data, "--allow-subset", "--exit-layers", "4")
+    assert mose(capsys, "evaluate", checkpoint, *options, "--baselines", "bm25", "--out", tmp_path / "out")[0] == 0
+    status, shown, _ = mose(capsys, "evaluate", checkpoint, *options, "--json", tmp_path / "results.json")
+    assert status == 0
+    assert "BM25" in shown
+    stored, written = (
+        json.loads(path.read_text()) for path in (tmp_path / "out/report.json", tmp_path / "results.json")
+    )
+    assert {**stored, "command": ""} == {**written, "command": ""}
+    assert written["checkpoint_checksum"] == checkpoint_checksum(checkpoint)
+
+
 def test_a_run_that_is_started_again_computes_nothing_twice(checkpoint, data, tmp_path, monkeypatch):
     encoded, scored = [], []
     monkeypatch.setattr(encoders, "encode_exits", lambda *a, **k: encoded.append(len(a[2])) or encode_exits(*a, **k))
-    original = harness.evaluate_task
-    monkeypatch.setattr(harness, "evaluate_task", lambda *a, **k: scored.append(1) or original(*a, **k))
+    original = run_module.evaluate_task
+    monkeypatch.setattr(run_module, "evaluate_task", lambda *a, **k: scored.append(1) or original(*a, **k))
 
     def run(*benchmarks):
-        return run_benchmarks(checkpoint, benchmarks, data, tmp_path / "out", allow_subset=True, progress=False)
+        return run_benchmarks(checkpoint, benchmarks, data, tmp_path / "out", allow_subset=True, progress=False).tables
 
     first = run("exercism-text")
     texts, cells = sum(encoded), len(scored)
@@ -95,7 +110,7 @@ def test_a_profile_of_other_exits_costs_a_figure_and_not_the_reports(checkpoint,
         run_benchmarks(checkpoint, ["cosqa"], data, tmp_path, **options)
     finally:
         profile.unlink()
-    assert "No exit of these systems has a latency" in capsys.readouterr().err
+    assert "a plot is missing" in capsys.readouterr().err
     assert {"report.md", "quality_by_depth.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -124,8 +139,8 @@ def test_lists_of_an_earlier_run_are_used_beside_other_benchmarks(checkpoint, da
     first = run_benchmarks(checkpoint, names, data, tmp_path / "a", **options)
     lists = tmp_path / "a" / "candidates" / "codesearchnet-999"
     again = run_benchmarks(checkpoint, names, data, tmp_path / "b", candidates=lists, **options)
-    assert [row.mean for row in again[0].rows] == [row.mean for row in first[0].rows]
-    with pytest.raises(ValueError, match="only for codesearchnet-999"):
+    assert [row.mean for row in again.tables[0].rows] == [row.mean for row in first.tables[0].rows]
+    with raises("evaluation.candidates.not_used", "codesearchnet-999"):
         run_benchmarks(checkpoint, ["cosqa"], data, tmp_path / "c", candidates=lists, **options)
 
 
@@ -146,16 +161,13 @@ def test_the_places_of_this_machine_are_not_in_the_report(checkpoint, data, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--benchmark", "cosqa"), "--benchmark cosqa needs --out"),
-        (("--baselines", "bm25"), "--baselines needs --out"),
-        (("--allow-subset",), "--allow-subset needs --out"),
-        (("--benchmark", "humaneval", "--out", "OUT"), "no benchmark 'humaneval'"),
+        (("--benchmark", "humaneval", "--out", "OUT"), "'humaneval'"),
         (("--benchmark", ",", "--out", "OUT"), "Name a benchmark: codesearchnet-999, "),
-        (("--benchmark", "all", "--data", "hub", "--out", "OUT"), "all stands for the benchmarks in a folder"),
+        (("--benchmark", "all", "--data", "hub", "--out", "OUT"), "the benchmarks of a folder"),
         (("--benchmark", "cosqa", "--out", "FILE/out", "--allow-subset"), "Not a directory"),
         (("--benchmark", "cosqa", "--out", "OUT"), "expected 6,267 codes, found 4"),
         (("--benchmark", "cosqa", "--out", "FILE"), "is a file: name a folder"),
-        (("--benchmark", "cosqa", "--out", "OUT", "--json", "x.json"), "--json goes without --out"),
+        (("--benchmark", "cosqa", "--out", "OUT", "--json", "FILE/x.json"), "file"),
         (("--benchmark", "cosqa", "--out", "OUT", "--exit-layers", "3", "--allow-subset"), "its exits are 1, 2, 4"),
         (
             ("--benchmark", "cosqa", "--out", "OUT", "--baselines", "./nowhere", "--allow-subset"),
@@ -163,12 +175,13 @@ def test_the_places_of_this_machine_are_not_in_the_report(checkpoint, data, tmp_
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_is_embedded_or_written(
+def test_mistakes_are_reported_before_anything_is_embedded_or_written(
     capsys, checkpoint, data, tmp_path, monkeypatch, options, message
 ):
     (tmp_path / "file").write_text("")
     places = {"OUT": tmp_path / "out", "FILE": tmp_path / "file", "FILE/out": tmp_path / "file" / "out"}
-    monkeypatch.setattr(encoders, "encode_exits", lambda *_, **__: pytest.fail("embedded before it was told"))
+    places["FILE/x.json"] = tmp_path / "file" / "x.json"
+    monkeypatch.setattr(encoders, "encode_exits", lambda *_, **__: pytest.fail("embedded before the error"))
     options = [places.get(option, option) for option in options]
     status, shown, errors = mose(capsys, "evaluate", checkpoint, "--data", data, *options)
     assert (status, shown) == (2, "")
@@ -176,18 +189,18 @@ def test_mistakes_are_told_before_anything_is_embedded_or_written(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_exits_of_a_system_without_exits_are_refused(data, tmp_path):
-    with pytest.raises(ValueError, match="bm25 is no ModularStarEncoder, so it has no exits"):
+def test_exits_of_a_retriever_without_exits_are_an_error(data, tmp_path):
+    with raises("encoder.no_exits", "bm25"):
         run_benchmarks("bm25", ["cosqa"], data, tmp_path / "out", exit_layers=(4,), allow_subset=True)
 
 
-def test_two_systems_of_one_name_are_refused(checkpoint, data, tmp_path):
+def test_two_retrievers_of_one_name_are_an_error(checkpoint, data, tmp_path):
     import shutil
 
     names = [tmp_path / place / "runs" / "model" for place in ("a", "b")]
     for name in names:
         shutil.copytree(checkpoint, name)
-    with pytest.raises(ValueError, match="Two systems would be called 'runs/model'"):
+    with raises("evaluation.retriever.same_name", "'runs/model'"):
         run_benchmarks(str(names[0]), ["cosqa"], data, tmp_path / "out", allow_subset=True, baselines=[str(names[1])])
 
 

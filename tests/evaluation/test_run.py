@@ -1,0 +1,162 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from modular_star_encoder.evaluation import run as run_module
+from modular_star_encoder.evaluation.lexical import BM25
+from modular_star_encoder.evaluation.metrics import query_values
+from modular_star_encoder.evaluation.retrievers import ExitVariant
+from modular_star_encoder.evaluation.run import evaluate_task, evaluate_tasks
+from modular_star_encoder.evaluation.scores import rank_judged
+from modular_star_encoder.evaluation.tasks import Judgements, Pool
+from modular_star_encoder.inference.encoders import Text
+from tests.errors import raises
+from tests.evaluation import brute_force
+from tests.evaluation.samples import given_retriever, pair_task, retrieval_task
+
+
+def run(tasks, retrievers, out=None):
+    return evaluate_tasks(tasks, retrievers, out=out, progress=False)
+
+
+def test_a_result_holds_every_metric_of_the_task_and_the_values_of_its_main_one():
+    task = retrieval_task(metrics=("ndcg@10", "mrr"))
+    (result,) = run([task], [given_retriever(exit_layers=(2,))])
+    scores = given_retriever(exit_layers=(2,))
+    scores.prepare(task.texts(), scores.variants, progress=False)
+    ranking = rank_judged(scores.scores(task.queries, task.documents, ExitVariant(2)), task.judgements)
+    assert result.main == "ndcg@10"
+    assert result.values == query_values(ranking, "ndcg@10").tolist()
+    assert result.estimates["mrr"].value == query_values(ranking, "mrr").mean()
+    assert result.estimates["mrr"].low <= result.estimates["mrr"].value <= result.estimates["mrr"].high
+    assert result.ids == [f"q{i}" for i in range(20)]
+    assert (result.exit_layer, result.candidates) == (2, 20)
+
+
+def test_each_query_is_ranked_in_its_own_pool():
+    pools = (Pool(np.array([3, 5]), np.array([5, 3])), Pool(np.array([0, 1]), np.array([0, 1, 2])))
+    task = retrieval_task(pools=pools)
+    (result,) = run([task], [given_retriever(exit_layers=(3,))])
+    assert result.ids == ["q3", "q5", "q0", "q1"]
+    for value, query in zip(result.values, (3, 5, 0, 1), strict=True):
+        documents = next(pool.documents for pool in pools if query in pool.queries)
+        numbers = [[float(x) for x in text.text.split()] for text in [*task.queries, *task.documents]]
+        row = [brute_force.cosine(numbers[query], numbers[20 + document]) for document in documents]
+        assert value == pytest.approx(brute_force.reciprocal_rank(row, [float(d == query) for d in documents]))
+
+
+def test_finished_results_are_kept_and_only_missing_ones_computed(tmp_path, monkeypatch):
+    tasks = [retrieval_task(), retrieval_task(name="two", seed=1)]
+    first = run(tasks, [given_retriever(exit_layers=(1, 2))], tmp_path)
+    computed = []
+    monkeypatch.setattr(run_module, "evaluate_task", lambda *a, **k: computed.append(a[2]) or evaluate_task(*a, **k))
+    retriever = given_retriever(exit_layers=(1, 2, 3), folder=tmp_path / "embeddings")
+    again = run(tasks, [retriever], tmp_path)
+    assert computed == [ExitVariant(3)] * 2
+    assert retriever.encoder.calls == [(80, (3,))]
+    assert [result for result in again if result.exit_layer < 3] == first
+    assert run(tasks, [given_retriever(exit_layers=(1, 2))], tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda task: replace(task, documents=[Text("1 2 3"), *task.documents[1:]]),
+        lambda task: replace(task, judgements=Judgements.one_each([1, *range(1, 20)])),
+        lambda task: replace(task, metrics=("recall@1",)),
+        lambda task: replace(task, pools=(Pool(np.arange(19), np.arange(20)),)),
+        lambda task: replace(task, exclude_self=True, judgements=Judgements.one_each([*range(1, 20), 0])),
+    ],
+)
+def test_another_task_of_the_same_name_is_evaluated_again(tmp_path, change):
+    task = retrieval_task()
+    run([task], [given_retriever(exit_layers=(3,))], tmp_path)
+    run([change(task)], [given_retriever(exit_layers=(3,))], tmp_path)
+    assert len(list(tmp_path.glob("cells/*.json"))) == 2
+
+
+def test_other_weights_under_the_same_name_are_evaluated_again(tmp_path):
+    task = retrieval_task()
+    for noise in (0.0, 0.5):
+        run([task], [given_retriever(exit_layers=(3,), noise=noise)], tmp_path)
+    assert len(list(tmp_path.glob("cells/*.json"))) == 2
+
+
+def test_an_interrupted_run_keeps_what_was_finished(tmp_path, monkeypatch):
+    def interrupted(task, *arguments, **options):
+        if task.name == "two":
+            raise KeyboardInterrupt
+        return evaluate_task(task, *arguments, **options)
+
+    tasks = [retrieval_task(), retrieval_task(name="two", seed=1)]
+    monkeypatch.setattr(run_module, "evaluate_task", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tasks, [given_retriever(exit_layers=(3,))], tmp_path)
+    assert [json.loads(path.read_text())["task"] for path in tmp_path.glob("cells/*")] == ["one"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"estimates": {"mrr": 1}}', "[]"])
+def test_a_damaged_result_is_an_error_that_names_the_file(tmp_path, content):
+    task = retrieval_task()
+    run([task], [given_retriever(exit_layers=(3,))], tmp_path)
+    (path,) = tmp_path.glob("cells/*.json")
+    path.write_text(content)
+    with raises("evaluation.result.damaged", path.name):
+        run([task], [given_retriever(exit_layers=(3,))], tmp_path)
+
+
+def test_results_of_older_versions_are_read(tmp_path):
+    task = retrieval_task()
+    first = run([task], [given_retriever(exit_layers=(3,))], tmp_path)
+    (path,) = tmp_path.glob("cells/*.json")
+    old = json.loads(path.read_text())
+    old["system"], old["figures"] = old.pop("retriever"), old.pop("estimates")
+    path.write_text(json.dumps(old))
+    assert run([task], [given_retriever(exit_layers=(3,))], tmp_path) == first
+
+
+def test_the_threshold_is_chosen_on_one_half_and_used_on_the_other():
+    task = pair_task(60)
+    (result,) = run([task], [given_retriever(exit_layers=(3,))])
+    numbers = [[float(x) for x in text.text.split()] for text in task.documents]
+    valid, test = (
+        [brute_force.cosine(*(numbers[i] for i in pair)) for pair in p] for p in (task.valid_pairs, task.pairs)
+    )
+
+    def quality(scores, labels, threshold):
+        return brute_force.f1([int(score >= threshold) for score in scores], labels.tolist())
+
+    best = max(valid, key=lambda threshold: (quality(valid, task.valid_labels, threshold), threshold))
+    assert result.threshold == pytest.approx(best)
+    assert result.estimates["f1"].value == pytest.approx(quality(test, task.labels, best), abs=1e-9)
+    said = np.array(test) >= best
+    assert result.estimates["precision"].value == pytest.approx(task.labels[said].mean())
+    assert result.estimates["recall"].value == pytest.approx(said[task.labels == 1].mean())
+
+
+def test_lexical_retrievers_run_the_same_tasks():
+    task = retrieval_task(pools=(Pool(np.arange(5), np.arange(20)),))
+    results = run([task, pair_task()], [BM25()])
+    assert [(result.retriever, result.exit_layer, result.main) for result in results] == [
+        ("BM25", None, "mrr"),
+        ("BM25", None, "f1"),
+    ]
+
+
+def test_queries_without_relevant_documents_are_left_out_of_ndcg():
+    judged = Judgements.of([{0: 3.0, 1: 0.0}, {1: 0.0}, {2: 1.0}])
+    task = retrieval_task(
+        judgements=judged, metrics=("ndcg-judged@300", "ndcg-full@300"), pools=(Pool(np.arange(3), np.arange(20)),)
+    )
+    (result,) = run([task], [given_retriever(exit_layers=(3,))])
+    assert result.ids == ["q0", "q2"]
+    assert result.estimates["ndcg-judged@300"].value == np.mean(result.values)
+    assert result.estimates["ndcg-full@300"].value <= result.estimates["ndcg-judged@300"].value
+
+
+def test_a_task_without_a_judgement_is_refused_by_name():
+    task = retrieval_task(judgements=Judgements.of([{}] * 20), metrics=("ndcg@10",))
+    with raises("evaluation.task.no_relevant", "toy, one"):
+        run([task], [given_retriever(exit_layers=(3,))])

@@ -1,0 +1,75 @@
+import math
+
+import numpy as np
+import pytest
+
+from modular_star_encoder.evaluation.metrics import query_values
+from modular_star_encoder.evaluation.scores import rank_judged
+from modular_star_encoder.evaluation.tasks import Judgements, candidate_batches, pairs_task, task_from_mappings
+from tests.errors import raises
+from tests.evaluation.samples import Matrix
+
+PAIRS = [(f"text {i}", f"code {i}", "python") for i in range(12)]
+
+
+def test_batches_are_disjoint_full_and_drop_the_rest():
+    batches = candidate_batches(2500)
+    assert [len(batch) for batch in batches] == [1000, 1000]
+    assert len(set(np.concatenate(batches))) == 2000
+    assert sorted(candidate_batches(30)[0]) == list(range(30))
+
+
+def test_batches_are_codesearchnets_shuffle_and_follow_the_seed():
+    np.random.seed(0)
+    order = np.arange(1500)
+    np.random.shuffle(order)
+    assert np.array_equal(candidate_batches(1500)[0], order[:1000])
+    assert not np.array_equal(candidate_batches(1500, seed=1)[0], order[:1000])
+
+
+def test_queries_without_a_relevant_document_are_left_out_and_spare_documents_are_candidates():
+    task = task_from_mappings({"q1": "one", "q2": "two"}, {"a": "A", "b": "B", "c": "C"}, {"q1": {"c", "a"}}, "ruby")
+    assert task.queries == [("one", None)]
+    assert task.documents == [("A", "ruby"), ("B", "ruby"), ("C", "ruby")]
+    assert (task.query_ids, task.judgements.document.tolist()) == (["q1"], [0, 2])
+    assert [len(part) for part in task.pools[0]] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("build", "key", "value"),
+    [
+        (lambda: candidate_batches(0), "evaluation.candidates.too_few", 0),
+        (lambda: candidate_batches(5, 1), "evaluation.candidates.too_few", 1),
+        (lambda: pairs_task("b", "t", PAIRS[:1], size=None), "evaluation.candidates.too_few", 1),
+        (
+            lambda: task_from_mappings({"q": ""}, {"a": "", "b": ""}, {"q": ["x"]}),
+            "evaluation.task.unknown_document",
+            "'x'",
+        ),
+        (lambda: task_from_mappings({"q": ""}, {"a": "", "b": ""}, {}), "evaluation.candidates.too_few", "0 and 2"),
+        (lambda: task_from_mappings({"q": ""}, {"a": ""}, {"q": ["a"]}), "evaluation.candidates.too_few", "1 and 1"),
+    ],
+)
+def test_too_few_texts_to_rank_are_an_error(build, key, value):
+    with raises(key, value):
+        build()
+
+
+def literal_metrics(scores, relevant, k):
+    """Sort so that wrong documents come first among equals, then read off the definitions."""
+    order = sorted(range(len(scores)), key=lambda place: (-scores[place], place in relevant))
+    hits = [rank for rank, place in enumerate(order, start=1) if place in relevant]
+    gain = sum(1 / math.log2(rank + 1) for rank in hits if rank <= 10)
+    ideal = sum(1 / math.log2(rank + 1) for rank in range(1, min(10, len(relevant)) + 1))
+    return 1 / hits[0], gain / ideal, sum(rank <= k for rank in hits) / len(hits)
+
+
+@pytest.mark.parametrize("levels", [3, 10_000], ids=["many ties", "few ties"])
+def test_metrics_of_several_relevant_documents_agree_with_their_definitions(levels):
+    generator = np.random.default_rng(0)
+    scores = generator.integers(levels, size=(200, 30)).astype(np.float32)
+    relevant = [generator.choice(30, size=generator.integers(1, 13), replace=False).tolist() for _ in scores]
+    ranking = rank_judged(Matrix(scores), Judgements.of([dict.fromkeys(sorted(one), 1.0) for one in relevant]))
+    found = [query_values(ranking, metric).mean() for metric in ("mrr", "ndcg@10", "recall@5")]
+    expected = [literal_metrics(row.tolist(), set(one), 5) for row, one in zip(scores, relevant, strict=True)]
+    np.testing.assert_allclose(found, np.mean(expected, axis=0), rtol=0, atol=1e-9)
