@@ -147,7 +147,7 @@ def test_a_commit_of_someone_else_is_not_overwritten(hub, api, staged):
             hub.repositories["me/tiny"].commit("main", theirs, "theirs")
 
     hub.fault = meanwhile
-    with pytest.raises(OSError, match="changed by someone else meanwhile; nothing was written"):
+    with pytest.raises(OSError, match="me/tiny was changed by someone else"):
         push(second, api, upload=True)
     assert hub.files("me/tiny") == {"theirs.txt": b"theirs"}
     hub.fault = None
