@@ -44,7 +44,7 @@ class Measurements:
             kept = {k: profiled for k, profiled in profile.exits.items() if k in parameters}
             exits = {k: replace(profiled, parameters=parameters[k]) for k, profiled in kept.items()}
             profile = replace(profile, exits=exits) if exits else None
-        tables = [replace(table, rows=kept) for table in self.tables if (kept := _rows_of(table, parameters))]
+        tables = [replace(table, rows=rows) for table in self.tables if (rows := _rows_of(table, parameters))]
         return Measurements(parameters, profile, tables)
 
 
@@ -223,46 +223,26 @@ def model_card(content: CardContent, manifest: Manifest) -> str:
     """The card as text."""
     config, measured = content.config, content.measurements
     head, rows = measurement_rows(measured)
-    prompts = content.prompts
-    return re.sub(
-        r"\n{3,}",
-        "\n\n",
-        render_card(
-            "model.md.jinja",
-            metadata=card_metadata(content, manifest).to_yaml(line_break="\n"),
-            title=manifest.title,
-            heading=content.heading,
-            repository=content.repository,
-            branch=content.branch,
-            retrieval=content.retrieval,
-            layers=config.num_hidden_layers,
-            parent_layers=content.parent and content.parent.layers,
-            exit_layers=config.exit_layers,
-            parameters=measured.parameters[config.num_hidden_layers],
-            dimension=config.projection_size if content.retrieval else config.hidden_size,
-            longest=config.max_position_embeddings,
-            instructions=any(prompts.values()),
-            query=_literal(prompts.get("query", "") + "sum of two numbers"),
-            code=_literal(prompts.get("document_python", "") + "def add(a, b):\n    return a + b"),
-            prompt_names=[f"`{name}`" for name in prompts],
-            measured_head=head,
-            measured_rows=rows,
-            measured=bool(measured.profile or measured.tables),
-            notes=list(_notes(content)),
-            figure=content.figure,
-            parent=content.parent,
-            only_exit=content.only_exit,
-            slices=[
-                (one.exit_layer, repository_link(one.repository, one.branch), f"`{one.sha256}`")
-                for one in content.slices
-            ],
-            training_data=content.training_data,
-            training_rows=content.training_rows,
-            recipe=content.recipe,
-            limits=manifest.limits,
-            license_text=_license(manifest),
-        ),
+    card = render_card(
+        "model.md.jinja",
+        content=content,
+        manifest=manifest,
+        metadata=card_metadata(content, manifest).to_yaml(line_break="\n"),
+        layers=config.num_hidden_layers,
+        exit_layers=config.exit_layers,
+        parameters=measured.parameters[config.num_hidden_layers],
+        dimension=config.projection_size if content.retrieval else config.hidden_size,
+        longest=config.max_position_embeddings,
+        query=_literal(content.prompts.get("query", "") + "sum of two numbers"),
+        code=_literal(content.prompts.get("document_python", "") + "def add(a, b):\n    return a + b"),
+        measured_head=head,
+        measured_rows=rows,
+        notes=_notes(content),
+        slices=[
+            (one.exit_layer, repository_link(one.repository, one.branch), f"`{one.sha256}`") for one in content.slices
+        ],
     )
+    return re.sub(r"\n{3,}", "\n\n", card)
 
 
 def _literal(text: str) -> str:
@@ -273,7 +253,7 @@ def _literal(text: str) -> str:
 def card_metadata(content: CardContent, manifest: Manifest) -> ModelCardData:
     """The card's metadata block."""
     parent = content.parent
-    foreign = parent is not None and parent.repository != content.repository
+    base = parent.repository if parent and parent.repository != content.repository else None
     results = eval_results(content.measurements)
     return ModelCardData(
         model_name=content.repository.partition("/")[2],
@@ -285,7 +265,7 @@ def card_metadata(content: CardContent, manifest: Manifest) -> ModelCardData:
         pipeline_tag="sentence-similarity" if content.retrieval else "fill-mask",
         tags=[*TAGS, *manifest.tags],
         datasets=list(manifest.datasets) or None,
-        base_model=parent.repository if foreign else None,
+        base_model=base,
         eval_results=results or None,
     )
 
@@ -332,8 +312,3 @@ def _conditions(profile: ExitProfile) -> str:
         f"Costs: batches of {size} × {length} tokens in {profile.dtype} on {place}{threads}, "
         f"torch {profile.versions.get('torch')}, {profile.date}; memory: of a process that loads this exit alone."
     )
-
-
-def _license(manifest: Manifest) -> str:
-    name = manifest.license_name or manifest.license
-    return f"[{name}]({manifest.license_link})." if manifest.license_link else f"{name}."

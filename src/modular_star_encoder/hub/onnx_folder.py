@@ -108,7 +108,7 @@ class OnnxFolder(NamedTuple):
 
 
 def export_onnx_folder(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | Path,
     exit_layer: int | None = None,
     out: str | os.PathLike[str] | None = None,
     *,
@@ -176,7 +176,7 @@ def export_onnx_folder(
                 raise UserError("hub.onnx.rankings", message)
         common = {"exit_layer": exit_layer, "versions": library_versions(PACKAGES), "machine": machine_kind()}
         compared = {"tolerance": TOLERANCE, **asdict(differences)}
-        own = {"differences_from_torch": compared, "rankings": list(map(asdict, rankings["float32"]))}
+        own: dict[str, Any] = {"differences_from_torch": compared, "rankings": list(map(asdict, rankings["float32"]))}
         write_json(staging / EXPORT_REPORT, {**common, **own})
         if int8:
             sizes = {f"{name}_bytes": path.stat().st_size for name, path in files.items()}
@@ -264,7 +264,7 @@ class OnnxEncoder:
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
         """See `Encoder`."""
-        config = self._reference.model.config
+        config: Any = self._reference.model.config
         embeddings = encode_batches(
             self._reference.tokenizer,
             [prompt + text for prompt, text in texts],

@@ -89,7 +89,7 @@ def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[St
         staged[entry.key] = _stage(manifest, entry, parent, Path(folder, entry.key.replace("/", "--")))
     for key, parent in staged.items():
         slices = [
-            SliceLink(one.repository, one.settings.branch, one.settings.exit_layer, _weights_sha256(one.folder))
+            SliceLink(one.repository, one.settings.branch, one.exit_layers[-1], _weights_sha256(one.folder))
             for one in staged.values()
             if one.settings.slice_of == key
         ]
@@ -130,8 +130,10 @@ def _stage(
         message = f"{source} must have the prompts query and document_python, which its card uses."
         raise UserError("hub.staging.prompts", message)
     parameters = count_parameters(model_class, config)
-    is_slice = parent is not None and entry.slice_of is not None
-    measured = parent.card.measurements.cut(parameters) if is_slice else _measure(entry, source, parameters)
+    if parent and entry.slice_of:
+        measured = parent.card.measurements.cut(parameters)
+    else:
+        measured = _measure(entry, source, parameters)
     if measured.profile is not None:
         # The checksum of the copy: another version may have written the source.
         replace(measured.profile, checkpoint=checkpoint_checksum(folder)).save(folder / PROFILE_NAME)

@@ -12,8 +12,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.abc import MetaPathFinder
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -134,13 +136,13 @@ def main(request_file: str, result_file: str) -> None:
     sys.meta_path.insert(0, Blocker())
     with open(request_file, encoding="utf-8") as file:
         requests = json.load(file)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for number, request in enumerate(requests):
         try:
             arrays |= {f"{number}/{name}": array for name, array in embed(**request).items()}
         except Exception as error:
             raise RuntimeError(f"request {number}: {type(error).__name__}: {error}") from error
-    np.savez(result_file, **arrays)
+    np.savez(result_file, **arrays)  # type: ignore[arg-type]
 
 
 def embed(
@@ -155,7 +157,7 @@ def embed(
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-    options = {"trust_remote_code": True, "revision": revision}
+    options: dict[str, Any] = {"trust_remote_code": True, "revision": revision}
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
     model = AutoModel.from_pretrained(checkpoint, **options).eval()
     if not type(model).__module__.startswith("transformers_modules."):
@@ -175,10 +177,10 @@ def embed(
             masked_lm = AutoModelForMaskedLM.from_pretrained(checkpoint, **options).eval()
             arrays["masked_lm"] = masked_lm(**batch).logits[:, -1].float().numpy()
     sentence_transformer = SentenceTransformer(checkpoint, device="cpu", **options)
-    encode = {"prompt": prompt, "show_progress_bar": False}
-    arrays["sentence_transformer"] = sentence_transformer.encode(texts, **encode)
+    encode = partial(sentence_transformer.encode, texts, prompt=prompt, show_progress_bar=False)
+    arrays["sentence_transformer"] = encode()
     for exit_layer in exit_layers:
-        arrays[f"exit-{exit_layer}"] = sentence_transformer.encode(texts, exit_layer=exit_layer, **encode)
+        arrays[f"exit-{exit_layer}"] = encode(exit_layer=exit_layer)
     return arrays
 
 

@@ -6,10 +6,10 @@ text or their position. Nothing here imports torch before the first request.
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -82,7 +82,7 @@ class CompletionBackend(Protocol):
     in_flight: int
     run_options: ClassVar[frozenset[str]]
 
-    def complete(self, requests: Iterable[CompletionRequest]) -> Iterator[Completion]:
+    def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
         """Yield one completion for each request, in any order, as soon as it is there.
 
         Requests are taken from the iterable as they are needed, at most `in_flight` ahead of what was yielded.
@@ -121,7 +121,7 @@ class OpenAIBackend:
             body that can't be set.
     """
 
-    run_options = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
+    run_options: ClassVar[frozenset[str]] = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
 
     def __init__(
         self,
@@ -139,23 +139,29 @@ class OpenAIBackend:
     ) -> None:
         if fixed := sorted({"messages", "model", "n", "stream"} & set(body or {})):
             raise UserError("synthconl.backend.body", f"The body of a request can't set {', '.join(fixed)}.")
-        settings = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
-        check_http_settings(**settings)
+        check_http_settings(concurrency=concurrency, attempts=attempts, pause=pause, timeout=timeout)
         self._url = check_url(base_url) + "/chat/completions"
-        self._client_options = {**settings, "total_time": attempts * (timeout + 60)}
-        self._token = token_from_environment(api_key_variable)
+        self._open_client = partial(
+            HTTPClient,
+            token=token_from_environment(api_key_variable),
+            concurrency=concurrency,
+            attempts=attempts,
+            pause=pause,
+            timeout=timeout,
+            total_time=attempts * (timeout + 60),
+        )
         self._model, self._revision = model, revision
         body = {"model": model, "temperature": 0, "max_tokens": max_tokens} | dict(body or {})
         self._body = {name: value for name, value in body.items() if value is not None}
         self._served: set[str] = set()
         self.in_flight = concurrency
 
-    def complete(self, requests: Iterable[CompletionRequest]) -> Iterator[Completion]:
+    def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
         """See `CompletionBackend`. When one request fails for good, those under way are waited for and yielded."""
         failure: BackendError | None = None
         asked: dict[Future[Response], CompletionRequest] = {}
         remaining = iter(requests)
-        with HTTPClient(token=self._token, **self._client_options) as client:
+        with self._open_client() as client:
             while True:
                 while not failure and len(asked) < self.in_flight and (request := next(remaining, None)):
                     body = self._body | {"messages": [{"role": "user", "content": request.prompt}]}
@@ -188,12 +194,12 @@ class OpenAIBackend:
             message, usage = choice["message"], content.get("usage") or {}
             text, refusal = message.get("content") or "", message.get("refusal")
             reason = "content_filter" if refusal and not text else choice.get("finish_reason") or "stop"
-            counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+            asked, written = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
             self._served.add(str(content.get("model") or self._model))
         except (TypeError, LookupError, AttributeError, ValueError):
             message = f"{url_host(self._url)} does not answer in OpenAI's chat protocol; check base_url."
             raise BackendError("synthconl.backend.protocol", message) from None
-        return Completion(request.id, str(text), str(reason), *counts)
+        return Completion(request.id, str(text), str(reason), asked, written)
 
 
 def _is_an_error(response: Response) -> bool:
@@ -220,7 +226,7 @@ class TransformersBackend:
         UserError: `synthconl.backend.batch_size`: it is below 1.
     """
 
-    run_options = frozenset({"batch_size", "device"})
+    run_options: ClassVar[frozenset[str]] = frozenset({"batch_size", "device"})
 
     def __init__(
         self,
@@ -238,7 +244,7 @@ class TransformersBackend:
         self._device = device
         self.in_flight = batch_size * 16
 
-    def complete(self, requests: Iterable[CompletionRequest]) -> Iterator[Completion]:
+    def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
         """See `CompletionBackend`."""
         for window in batches(requests, self.in_flight):
             rows, errors = _tokenized(window, self._tokenizer, self._longest_prompt)
@@ -283,7 +289,7 @@ class TransformersBackend:
 
         options = {name: value for name, value in self._options.items() if value is not None}
         try:
-            model = AutoModelForCausalLM.from_pretrained(self._name, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(self._name, **options)
         except (OSError, ValueError) as error:
             raise _not_loaded(self._name, error) from error
         model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
@@ -316,10 +322,11 @@ class TransformersBackend:
         inputs = pad_inputs([torch.tensor(ids) for _, ids in batch], self._tokenizer.pad_token_id, "left")
         width = inputs["input_ids"].shape[1]
         with torch.inference_mode():
-            written = self._model.generate(**{name: rows.to(self._model.device) for name, rows in inputs.items()})
+            generate: Any = self._model.generate
+            written = generate(**{name: rows.to(self._model.device) for name, rows in inputs.items()})
         for (request, ids), row in zip(batch, written[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in ends), None)
-            text = self._tokenizer.decode(row[:end], skip_special_tokens=True)
+            text = str(self._tokenizer.decode(row[:end], skip_special_tokens=True))
             reason, count = ("length", len(row)) if end is None else ("stop", end + 1)
             yield Completion(request.id, text, reason, len(ids), count)
 
@@ -344,7 +351,7 @@ class VLLMBackend:
         ImportError: vLLM isn't installed.
     """
 
-    run_options = frozenset({"batch_size", "tensor_parallel_size", "gpu_memory_utilization"})
+    run_options: ClassVar[frozenset[str]] = frozenset({"batch_size", "tensor_parallel_size", "gpu_memory_utilization"})
 
     def __init__(
         self,
@@ -378,7 +385,7 @@ class VLLMBackend:
         self._vllm = vllm
         self.in_flight = _check_batch_size(batch_size)
 
-    def complete(self, requests: Iterable[CompletionRequest]) -> Iterator[Completion]:
+    def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
         """See `CompletionBackend`."""
         for batch in batches(requests, self.in_flight):
             rows, errors = _tokenized(batch, self._tokenizer, self._longest_prompt)
@@ -447,7 +454,7 @@ def _tokenized(
     return rows, errors
 
 
-BACKENDS: Mapping[str, type[CompletionBackend]] = {
+BACKENDS: Mapping[str, type[VLLMBackend | OpenAIBackend | TransformersBackend]] = {
     "vllm": VLLMBackend,
     "openai": OpenAIBackend,
     "transformers": TransformersBackend,

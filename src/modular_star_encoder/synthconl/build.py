@@ -137,7 +137,8 @@ def translations(build: Build, out: Path) -> None:
 
 def triplets(build: Build, out: Path) -> None:
     """Clean the answers, and join the accepted ones with their functions."""
-    rejected, pairs, examples = Counter[str](), defaultdict[str, Counter[str]](Counter), {}
+    rejected, pairs = Counter[str](), defaultdict[str, Counter[str]](Counter)
+    examples: dict[str, str] = {}
     recipe = build.recipe
 
     def accepted() -> Iterator[dict[str, Any]]:

@@ -54,7 +54,7 @@ def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schem
 def write_split(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write rows as `{name}-00000-of-00002.parquet`, …, as datasets on the Hub are named."""
     tables = (pa.Table.from_pylist(batch, schema) for batch in batches(rows, ROWS_PER_FILE))
-    written = []
+    written: list[Path] = []
     for some in batches(tables, ROWS_PER_PUBLISHED_FILE // ROWS_PER_FILE):
         written.append(folder / f"{name}-{len(written):05d}.parquet")
         write_parquet(written[-1], some, schema)

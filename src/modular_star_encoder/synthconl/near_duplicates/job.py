@@ -294,7 +294,8 @@ class DuplicateJob:
         """Store the texts of a shard and their fingerprints; `advance` is called with the number of rows done."""
         target = self.work / f"shard-{shard:05d}"
         if self.finished or target.exists():
-            return advance(self.shards[shard].rows)
+            advance(self.shards[shard].rows)
+            return
 
         def counted() -> Iterator[list[list[str | None]]]:
             for batch in read_texts(self.shards[shard], self.columns):
@@ -368,7 +369,8 @@ class DuplicateJob:
         """Write the rows of a shard that are kept, under its name."""
         target = self.out / self.shards[shard].name
         if self.finished or target.exists():
-            return advance(self.shards[shard].rows)
+            advance(self.shards[shard].rows)
+            return
         start = sum(one.rows for one in self.shards[:shard])
         kept = _mapped(self.work / "decided" / "kept.npy")[start : start + self.shards[shard].rows]
         write_kept(self.shards[shard], target, kept, advance)
