@@ -1,10 +1,12 @@
-"""Numbers of recipes: what YAML makes of them, and what is made of that."""
+"""Settings: conversions, checks, messages, old keys and the reference."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import pytest
 
-from modular_star_encoder.utils.settings import build_settings
+from modular_star_encoder.utils.settings import Count, build_settings, format_reference, settings_class
+from tests.errors import raises
 
 
 @dataclass
@@ -38,19 +40,84 @@ def test_numbers_are_of_the_kind_that_is_wanted_or_none(name, given, expected):
 
 @pytest.mark.parametrize("name", ["whole", "whole_or_none", "fraction", "fraction_or_none"])
 @pytest.mark.parametrize("given", ["two", True, [1], {"a": 1}])
-def test_what_is_no_number_is_refused_by_name(name, given):
-    with pytest.raises(ValueError, match=f"^recipe: {name} must be a number( without fraction)?, not "):
+def test_other_values_than_numbers_are_refused_by_name(name, given):
+    with raises("settings.value", f"recipe: {name} must be", f"not {given!r}"):
         build_settings(Numbers, {name: given}, "recipe")
 
 
 @pytest.mark.parametrize(("name", "given"), [("whole", 1.5), ("whole_or_none", "1.5"), ("whole", None)])
-def test_a_whole_number_has_no_fraction_and_is_there(name, given):
-    with pytest.raises(ValueError, match=f"{name} must be a number without fraction, not "):
+def test_a_whole_number_has_no_fraction_and_is_required(name, given):
+    with raises("settings.value", name):
         build_settings(Numbers, {name: given}, "recipe")
 
 
 @pytest.mark.parametrize("given", ["flase", "no", 0, None])
-def test_a_switch_is_true_or_false_and_no_word_that_would_count_as_true(given):
+def test_a_switch_is_true_or_false_and_not_another_word_or_number(given):
     assert build_settings(Numbers, {"switch": True}, "recipe").switch is True
-    with pytest.raises(ValueError, match=f"^recipe: switch must be true or false, not {given!r}"):
+    with raises("settings.value", "recipe: switch", repr(given)):
         build_settings(Numbers, {"switch": given}, "recipe")
+
+
+@settings_class
+class Inner:
+    """Checked settings.
+
+    Args:
+        size: how large.
+        kind: which one.
+    """
+
+    size: Count = 3
+    kind: Literal["a", "b"] = "a"
+
+
+@settings_class
+class Outer:
+    """Settings with settings inside.
+
+    Args:
+        name: a word.
+        inner: more settings.
+    """
+
+    OLD_KEYS: ClassVar = {"title": "name"}
+
+    name: str
+    inner: Inner = field(default_factory=Inner)
+    sizes: tuple[Count, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "value"),
+    [
+        ({"name": "x", "inner": {"size": 0}}, "settings.value", "recipe: inner: size must be greater than 0, not 0"),
+        ({"name": "x", "inner": {"kind": "c"}}, "settings.value", "'a' or 'b', not 'c'"),
+        (
+            {"name": "x", "inner": {"sise": 1}},
+            "settings.unknown",
+            "inner: unknown setting sise; did you mean size?",
+        ),
+        ({"name": "x", "wrong": 1}, "settings.unknown", "available: inner, name, sizes"),
+        ({}, "settings.missing", "name"),
+        ({"name": "x", "inner": 3}, "settings.value", "inner"),
+        ({"name": "x", "sizes": ["1e1", "b"]}, "settings.value", "'b'"),
+        ([], "settings.value", "recipe must be a mapping"),
+    ],
+)
+def test_a_fault_is_named_with_its_place_its_rule_and_its_value(content, key, value):
+    with raises(key, value):
+        build_settings(Outer, content, "recipe")
+
+
+def test_an_old_key_is_read_with_a_warning_and_the_later_value_counts():
+    with pytest.warns(FutureWarning, match="title is now called name"):
+        assert build_settings(Outer, {"name": "x", "title": "y"}, "recipe").name == "y"
+
+
+def test_the_reference_lists_keys_with_type_default_and_meaning():
+    assert format_reference(Outer).splitlines() == [
+        "  name        str, required; a word.",
+        "  inner.size  int, default 3; how large.",
+        "  inner.kind  'a' | 'b', default a; which one.",
+        "  sizes       tuple[int, ...], default ()",
+    ]

@@ -158,19 +158,20 @@ def _stage(
         prompts=prompts,
         measurements=measured,
         figure=figure,
-        parent=parent
-        and Parent(
-            parent.repository,
-            parent.settings.branch,
-            entry.slice_of is not None,
-            parent.card.config.num_hidden_layers,
-        ),
+        parent=_parent(parent, entry),
         only_exit=entry.only_exit,
         **training,
     )
     return StagedRepository(
         entry, manifest.repository(entry), folder, source, retrieval, card, extra=tuple(entry.files)
     )
+
+
+def _parent(parent: StagedRepository | None, entry: RepositorySettings) -> Parent | None:
+    if parent is None:
+        return None
+    layers = parent.card.config.num_hidden_layers
+    return Parent(parent.repository, parent.settings.branch, entry.slice_of is not None, layers)
 
 
 def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularStarEncoderPreTrainedModel]:

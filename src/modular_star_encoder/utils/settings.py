@@ -1,97 +1,336 @@
-"""Settings out of YAML files: mappings that become dataclasses, with one sentence for every mistake."""
+"""Recipes and manifests: YAML files and `KEY=VALUE` words become checked dataclasses, and a reference of their keys.
+
+A settings class is a frozen dataclass; if it is made by `settings_class`, its types and constraints are the checks. It
+may define `OLD_KEYS` (old name → name), which are read with a FutureWarning, and `OPEN_KEYS` (field, dataclass): a
+mapping field that collects the keys of that other dataclass.
+"""
 
 import os
-from collections.abc import Sequence
-from dataclasses import fields
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, StrictBool, TypeAdapter, ValidationError
+from pydantic import Field as Constraint
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-_OPTIONAL = {int | None: int, float | None: float}
+from modular_star_encoder.utils.errors import UserError
+
+Settings = TypeVar("Settings")
 
 
-def load_settings(kind: type, path: str | os.PathLike, overrides: Sequence[str] = (), *, example: str = "") -> Any:
-    """Read a recipe: an instance of a dataclass from a YAML file.
+def _number(value: Any) -> Any:
+    """YAML reads `1e5`, which has no point, as a string, and pydantic takes true and false for numbers."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError("must be a number") from None
+
+
+def _different(values: Any) -> Any:
+    if len(set(values)) < len(values):
+        raise ValueError("must not repeat a value")
+    return values
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number), Constraint(allow_inf_nan=False)]
+Count = Annotated[Int, Constraint(gt=0)]
+Seed = Annotated[Int, Constraint(ge=0, lt=2**32)]
+Positive = Annotated[Float, Constraint(gt=0)]
+NonNegative = Annotated[Float, Constraint(ge=0)]
+Probability = Annotated[Float, Constraint(ge=0, le=1)]
+Share = Annotated[Float, Constraint(gt=0, lt=1)]
+Different = AfterValidator(_different)
+Switch = StrictBool
+
+_PLAIN: dict[Any, TypeAdapter[Any]] = {
+    int: TypeAdapter(Int),
+    float: TypeAdapter(Annotated[float, BeforeValidator(_number)]),
+    bool: TypeAdapter(Switch),
+    int | None: TypeAdapter(Int | None),
+    float | None: TypeAdapter(Annotated[float, BeforeValidator(_number)] | None),
+}
+"""Checks for fields of dataclasses that do not check themselves."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings_class(kind: type[Settings]) -> type[Settings]:
+    """A class decorator: a frozen dataclass with keyword arguments, which are converted and checked by their types.
+
+    A wrong argument raises a UserError of one sentence (`settings.value`, `settings.missing`, `settings.unknown`).
+
+    Example:
+        >>> @settings_class
+        ... class Run:
+        ...     steps: Count
+        >>> Run(steps="1e3")
+        Run(steps=1000)
+    """
+    made = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(kind)
+    check: Any = made.__init__
+
+    @wraps(check)
+    def __init__(self: Any, *positional: Any, **values: Any) -> None:
+        try:
+            check(self, *positional, **values)
+        except ValidationError as error:
+            raise _user_error(error, kind.__name__) from error
+
+    made.__init__ = __init__  # type: ignore[method-assign]
+    return made
+
+
+def load_settings(
+    kind: type[Settings], path: str | os.PathLike[str], overrides: Sequence[str] = (), *, example: str = ""
+) -> Settings:
+    """Read a recipe: an instance of a settings class from a YAML file.
 
     Args:
-        kind: the dataclass.
+        kind: the settings class.
         path: a YAML file.
         overrides: `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
-        example: a recipe to name when there is no file `path`.
+        example: a recipe to name when `path` does not exist.
 
     Raises:
-        ValueError: the file or an override is not of this form, or a setting is unknown, missing or out of range.
-        OSError: the file is there and can't be read.
+        UserError: the file is missing or not a YAML mapping (`settings.file`), an override is malformed
+            (`settings.override`), or the settings are wrong; see `build_settings`.
+        OSError: the file exists and cannot be read.
     """
+    return build_settings(kind, read_mapping(path, overrides, example=example), str(path))
+
+
+def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, example: str = "") -> dict[str, Any]:
+    """The content of a recipe with its overrides, unchecked; arguments and errors as for `load_settings`."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        hint = f"; ours are {example} and others" if example else ""
-        raise ValueError(f"There is no recipe {path}{hint}.") from None
+        hint = f" Available: {example} and others." if example else ""
+        raise UserError("settings.file", f"Recipe {path} not found.{hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+        raise UserError("settings.file", f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a mapping of settings.")
+        raise UserError("settings.file", f"{path} must be a mapping of settings.")
     for override in overrides:
-        _override(content, override)
-    return build_settings(kind, content, str(path))
+        key, equals, text = override.partition("=")
+        try:
+            if not equals:
+                raise yaml.YAMLError
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(
+                "settings.override", f"{override!r} must have the form key=value with a YAML value, such as seed=1."
+            ) from None
+        set_dotted(content, key, value, repr(override))
+    return content
 
 
-def build_settings(kind: type, content: Any, where: str) -> Any:
-    """An instance of a dataclass from a mapping.
+def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set `a.b.c` in nested mappings, adding those that are missing.
 
     Raises:
-        ValueError: a setting is unknown, missing, of the wrong kind, or refused by the class; the message names it.
+        UserError: a part of the key is empty, or a part before the last is not a mapping.
     """
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} must be a mapping of settings.")
-    known = {field.name: field for field in fields(kind)}
-    unknown = sorted(set(content) - set(known), key=str)
-    if unknown:
-        names = ", ".join(map(str, unknown))
-        raise ValueError(f"{where} has unknown settings {names}; known are {', '.join(sorted(known))}.")
-    values = {name: _checked(value, known[name].type, f"{where}: {name}") for name, value in content.items()}
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        message = f"is incomplete: {error}." if isinstance(error, TypeError) else f"can't be used: {error}"
-        raise ValueError(f"{where} {message}") from error
-
-
-def _checked(value: Any, kind: Any, where: str) -> Any:
-    """A number where one is wanted, or None where that is allowed: YAML reads `1e5`, which has no point, as a word.
-
-    What is to be true or false must be that: a word, such as a misspelt `flase`, would count as true.
-    """
-    if kind is bool and not isinstance(value, bool):
-        raise ValueError(f"{where} must be true or false, not {value!r}.")
-    if kind in _OPTIONAL:
-        if value is None:
-            return None
-        kind = _OPTIONAL[kind]
-    if kind not in (int, float):
-        return value
-    try:
-        given = float(value) if isinstance(value, str) else value
-        number = kind(given) if not isinstance(given, bool) else None
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or (kind is int and number != given):
-        raise ValueError(f"{where} must be a number{' without fraction' if kind is int else ''}, not {value!r}.")
-    return number
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ValueError(f"{override!r} must have the form key=value, for example steps=1000.")
     *parents, last = key.split(".")
+    if not all(parents) or not last:
+        raise UserError("settings.override", f"{where} must have the form key=value, such as seed=1.")
     for parent in parents:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
-            raise ValueError(f"{override!r}: {parent} is not a mapping of settings.")
+            raise UserError(
+                "settings.override", f"{where}: {parent} is not a mapping of settings, so {key} cannot be set."
+            )
+    content[last] = value
+
+
+def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
+    """An instance of a settings class from a mapping.
+
+    Args:
+        kind: the class.
+        content: key → value; old keys are renamed with a FutureWarning.
+        where: what the settings belong to, the beginning of every message.
+
+    Raises:
+        UserError: a key is unknown (`settings.unknown`; the message names the nearest one), missing
+            (`settings.missing`), or has a value of the wrong type or out of range (`settings.value`). An error with a
+            key of its own keeps it.
+    """
+    if not isinstance(content, Mapping):
+        raise UserError("settings.value", f"{where} must be a mapping of settings, not {content!r}.")
+    values, known = rename_old_keys(kind, content), {one.name: one for one in _keys(kind)}
+    if unknown := [str(name) for name in values if name not in known]:
+        check_names(unknown, known, where)
     try:
-        content[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: {text!r} is not a YAML value.") from error
+        for name, value in values.items():
+            expected = known[name].type
+            if isinstance(expected, type) and is_dataclass(expected) and isinstance(value, Mapping):
+                values[name] = build_settings(expected, value, name)
+            elif (check := _PLAIN.get(expected)) is not None:
+                values[name] = _named(check, name, value)
+        if collected := getattr(kind, "OPEN_KEYS", None):
+            own = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+            rest = {name: values.pop(name) for name in list(values) if name not in own}
+            values[collected[0]] = rest
+        return kind(**values)
+    except UserError as error:
+        if isinstance(error.__cause__, ValidationError):
+            raise _user_error(error.__cause__, where) from error
+        raise UserError(error.key, f"{where}: {error}") from error
+    except TypeError as error:
+        raise UserError("settings.missing", f"{where} is incomplete: {error}.") from error
+    except ValueError as error:
+        raise UserError("settings.value", f"{where}: {error}") from error
+
+
+def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], where: str) -> None:
+    """Raise UserError (`settings.unknown`) if a name is not known; the message names the nearest one."""
+    for name in names:
+        if name not in known:
+            nearest = get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"available: {', '.join(sorted(known))}."
+            raise UserError("settings.unknown", f"{where}: unknown setting {name}; {hint}")
+
+
+def rename_old_keys(kind: type, content: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The content with the current names of its keys; of two values for one key, the later wins.
+
+    Warns:
+        FutureWarning: for each old key, with the new name.
+    """
+    old_keys: Mapping[str, str] = getattr(kind, "OLD_KEYS", {})
+    content = kind.upgrade(content) if hasattr(kind, "upgrade") else content
+    renamed: dict[Any, Any] = {}
+    for name, value in content.items():
+        if name in old_keys:
+            warnings.warn(f"The setting {name} is now called {old_keys[name]}.", FutureWarning, stacklevel=4)
+        renamed[old_keys.get(name, name)] = value
+    return renamed
+
+
+def _keys(kind: type) -> list[Field[Any]]:
+    """The dataclass fields that are keys of a settings class, those it collects included."""
+    own = [one for one in fields(kind) if one.init]  # type: ignore[arg-type]
+    if collected := getattr(kind, "OPEN_KEYS", None):
+        names = {one.name for one in own}
+        own = [one for one in own if one.name != collected[0]]
+        own += [one for one in fields(collected[1]) if one.name not in names]
+    return own
+
+
+def _named(check: TypeAdapter[Any], name: str, value: Any) -> Any:
+    try:
+        return check.validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{name} {_sentence(error.errors()[0])}") from None
+
+
+def _user_error(error: ValidationError, where: str) -> UserError:
+    """The first fault of a validation as one sentence with the place, the rule and the value."""
+    faults = error.errors()
+    fault = next((one for one in faults if one["type"] == "unexpected_keyword_argument"), faults[0])
+    place = ".".join(
+        str(part) for part in fault["loc"] if not re.search(r"[\[(]|^(int|tuple|dict|literal)$", str(part))
+    )
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return UserError(cause.key, f"{where}: {f'{place}: ' if place else ''}{cause}")
+    if fault["type"] == "unexpected_keyword_argument":
+        parent, _, name = place.rpartition(".")
+        return UserError("settings.unknown", f"{where}: unknown setting {name}{f' of {parent}' if parent else ''}.")
+    if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return UserError("settings.missing", f"{where} is incomplete: {place} is missing.")
+    return UserError("settings.value", f"{where}: {place} {_sentence(fault)}".replace(":  ", ": "))
+
+
+def _sentence(fault: Any) -> str:
+    message = re.sub(r"^(Value error, |Input )", "", fault["msg"]).replace("should be", "must be")
+    return f"{message}, not {fault['input']!r}."
+
+
+@dataclass(frozen=True)
+class Key:
+    """One line of a reference: a dotted key, its type and default as text, and its meaning."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def reference(kind: type, prefix: str = "") -> Iterator[Key]:
+    """Every key of a settings class, keys of nested settings behind a dot.
+
+    Args:
+        kind: a settings class whose docstrings describe the keys under `Args:`. Of the dataclass in `OPEN_KEYS`, keys
+            are listed that the docstring of that class describes or that have a default in `kind.DEFAULTS`.
+        prefix: what the keys begin with.
+    """
+    meanings = _meanings(kind)
+    hints = get_type_hints(kind, include_extras=False)
+    collected = getattr(kind, "OPEN_KEYS", None)
+    defaults: Mapping[str, Any] = getattr(kind, "DEFAULTS", {})
+    if collected:
+        meanings |= {name: text for name, text in _meanings(collected[1]).items() if name not in meanings}
+        hints = get_type_hints(collected[1]) | hints
+    for one in _keys(kind):
+        if one not in fields(kind) and one.name not in meanings and one.name not in defaults:  # type: ignore[arg-type]
+            continue
+        inner = next((part for part in (hints[one.name], *get_args(hints[one.name])) if is_dataclass(part)), None)
+        if isinstance(inner, type):
+            yield from reference(inner, f"{prefix}{one.name}.")
+            continue
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        default = defaults.get(one.name, default)
+        required = default is MISSING or one.name in getattr(kind, "REQUIRED", ())
+        shown = "required" if required else str(default)
+        meaning = meanings.get(one.name) or (f"see {collected[1].__base__.__name__}." if collected else "")
+        yield Key(prefix + one.name, type_name(hints[one.name]), shown, meaning)
+
+
+def format_reference(kind: type) -> str:
+    """The reference of a settings class as aligned lines of text."""
+    keys = list(reference(kind))
+    width = max(len(key.name) for key in keys)
+    return "\n".join(
+        f"  {key.name:{width}}  {key.type}, {'' if key.default == 'required' else 'default '}{key.default}"
+        f"{f'; {key.meaning}' if key.meaning else ''}"
+        for key in keys
+    )
+
+
+def type_name(hint: Any) -> str:
+    """`int | None` for `Optional[int]`, `tuple[int, ...]`, and the names of classes without their modules."""
+    if hint is type(None):
+        return "None"
+    if get_origin(hint) is Annotated:
+        return type_name(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return " | ".join(map(repr, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(map(type_name, get_args(hint)))
+    if isinstance(hint, type) and not get_args(hint):
+        return hint.__name__
+    return re.sub(r"\b(\w+\.)+", "", str(hint)).replace("NoneType", "None")
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """Key → its description under `Args:` in the docstrings of a class and its bases."""
+    found: dict[str, str] = {}
+    for base in kind.__mro__:
+        if not is_dataclass(base) or base.__module__.startswith("transformers."):
+            continue
+        _, _, block = (base.__doc__ or "").partition("Args:\n")
+        for names, text in re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", block, flags=re.MULTILINE):
+            for name in names.split(", "):
+                found.setdefault(name, " ".join(text.split()))
+    return found
