@@ -37,6 +37,8 @@ from modular_star_encoder.inference.onnx_export import (
 from tests.errors import raises
 from tests.tiny import tiny_batch, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 EXITS = (1, 2)
 SHAPE = {"num_hidden_layers": 2, "exit_layers": EXITS}
 VERBS, NOUNS = ("add", "find", "show", "drop", "sort", "read"), ("file", "name", "list", "tree", "word")
@@ -343,7 +345,6 @@ def test_a_folder_goes_beside_its_checkpoint_by_default(folders, checkpoint):
     assert onnx_folder.default_folder("owner/name", 9) == Path("name-9-onnx")
 
 
-@pytest.mark.slow
 def test_the_last_token_learned_scale_and_unpadding_export_too(tmp_path):
     options = {"pooling": "cls", "exit_norm": "all", "learned_logit_scale": 10.0, "unpad_inputs": True}
     model = tiny_model(**SHAPE, **options).eval()

@@ -132,6 +132,7 @@ def done(out):
     return sum((out / stage.__name__ / "report.json").is_file() for stage in STAGES)
 
 
+@pytest.mark.slow
 def test_killed_before_every_renaming_of_every_stage_nothing_is_lost_doubled_or_mismatched(
     corpus, finished, server, tmp_path
 ):
@@ -153,6 +154,7 @@ def test_killed_before_every_renaming_of_every_stage_nothing_is_lost_doubled_or_
     assert len(server.bodies) - asked <= 35 + 4 * deaths[1]
 
 
+@pytest.mark.slow
 def test_killed_while_several_processes_extract_it_leaves_none_behind(corpus, finished, server, tmp_path):
     # With two rows in a file, the second renaming, that of the first file, comes while the others are still at work.
     options = {"rows_per_file": 2, "processes": 2}

@@ -251,6 +251,7 @@ sys.exit(exit_code)
 """
 
 
+@pytest.mark.slow
 def test_killed_in_every_task_and_restarted_it_gives_the_same(source, finished, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, str(source), str(out), *modular_star_encoder.__path__]

@@ -119,6 +119,7 @@ def translate_in_a_process(functions, out, base_url):
     translate(functions, out, settings, seed=SEED, progress=False)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_pays_at_most_what_was_under_way_again(folders):
     kills, processes = (3, 9, 15, 26), []
     started = threading.Event()

@@ -25,17 +25,11 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """The measurements of the exits of one repository.
+    """The measurements of the exits of one repository."""
 
-    Args:
-        parameters: exit_layer → parameters of the model loaded at this exit, counted.
-        profile: costs of these exits; None if they were not measured.
-        tables: benchmarks, with the rows of these exits and of retrievers without exits.
-    """
-
-    parameters: Mapping[int, int]
-    profile: ExitProfile | None
-    tables: Sequence[Table]
+    parameters: Mapping[int, int]  # exit_layer → parameters of the model loaded at this exit, counted
+    profile: ExitProfile | None  # costs of these exits; None if they were not measured
+    tables: Sequence[Table]  # benchmarks, with the rows of these exits and of retrievers without exits
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
         """The measurements of a slice with these exits, whose embeddings are the parent's."""
@@ -148,20 +142,13 @@ TAGS = ("modular-star-encoder", "multi-exit", "code", "code-search")
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """The model that another one comes from.
+    """The model that another one comes from."""
 
-    Args:
-        repository, branch: where it is published.
-        is_slice: whether the other model was cut from it; otherwise its training started from it.
-        layers: number of its layers.
-        revision: its commit; None while it is not known.
-    """
-
-    repository: str
+    repository: str  # where it is published
     branch: str
-    is_slice: bool
-    layers: int
-    revision: str | None = None
+    is_slice: bool  # whether the other model was cut from it; otherwise its training started from it
+    layers: int  # number of its layers
+    revision: str | None = None  # its commit; None while it is not known
 
     @property
     def link(self) -> str:
@@ -181,35 +168,22 @@ class SliceLink:
 
 @dataclass(frozen=True, slots=True)
 class CardContent:
-    """The content of a card.
-
-    Args:
-        repository, branch: where the model is published.
-        heading: what distinguishes it from the manifest's other models.
-        config: of the model.
-        retrieval: whether it embeds; otherwise it is a pre-trained model.
-        prompts: of its SentenceTransformer.
-        measurements: of its exits.
-        figure: file name of the figure; None if there is none.
-        parent, slices: the model that it comes from, and those cut from it.
-        only_exit: whether it has one exit's head alone, although it is deeper than others.
-        training_data, training_rows, recipe: its training, where known; the recipe as YAML.
-    """
+    """The content of a card."""
 
     repository: str
     branch: str
-    heading: str
+    heading: str  # what distinguishes it from the manifest's other models
     config: ModularStarEncoderConfig
-    retrieval: bool
-    prompts: Mapping[str, str]
-    measurements: Measurements
-    figure: str | None = None
-    parent: Parent | None = None
-    slices: Sequence[SliceLink] = ()
-    only_exit: bool = False
-    training_data: str | None = ""
+    retrieval: bool  # whether it embeds; otherwise it is a pre-trained model
+    prompts: Mapping[str, str]  # of its SentenceTransformer
+    measurements: Measurements  # of its exits
+    figure: str | None = None  # file name of the figure; None if there is none
+    parent: Parent | None = None  # the model that it comes from
+    slices: Sequence[SliceLink] = ()  # those cut from it
+    only_exit: bool = False  # whether it has one exit's head alone, although it is deeper than others
+    training_data: str | None = ""  # in prose
     training_rows: Sequence[tuple[str, Any]] = ()
-    recipe: str = ""
+    recipe: str = ""  # as YAML
 
 
 def repository_link(repository: str, branch: str = MAIN, revision: str | None = None) -> str:

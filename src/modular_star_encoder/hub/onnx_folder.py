@@ -73,31 +73,21 @@ TIE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class RankingComparison:
-    """A file compared with its model on one task.
-
-    Attributes:
-        benchmark, task, queries, candidates: what was ranked.
-        same_top_10: queries with the same first ten documents in the same order.
-        ties_in_top_10: queries where they differ, but only between documents whose similarities by the model are
-            closer than `TIE`.
-        shared_top_10: fraction of the model's first ten documents that the file also has, in any order; mean over
-            queries.
-        metric: the task's main metric, such as `mrr`.
-        model, file: its values, as fractions.
-        difference: `file` - `model`, with its 95 % bootstrap interval over the queries.
-    """
+    """A file compared with its model on one task."""
 
     benchmark: str
     task: str
     queries: int
     candidates: int
-    same_top_10: int
+    same_top_10: int  # queries with the same first ten documents in the same order
+    # queries where they differ, but only between documents whose similarities by the model are closer than `TIE`
     ties_in_top_10: int
+    # fraction of the model's first ten documents that the file also has, in any order; mean over queries
     shared_top_10: float
-    metric: str
-    model: float
-    file: float
-    difference: Estimate
+    metric: str  # the task's main metric, such as `mrr`
+    model: float  # the metric of the model, from 0 to 1
+    file: float  # and of the file
+    difference: Estimate  # `file` - `model`, with its 95 % bootstrap interval over the queries
 
 
 class OnnxFolder(NamedTuple):
@@ -357,18 +347,13 @@ def _comparison(
 
 
 class TopTen(NamedTuple):
-    """How the ten best columns of two score matrices (Q, N) compare, for each row.
+    """How the ten best columns of two score matrices (Q, N) compare, for each row."""
 
-    Attributes:
-        same: (Q,) bool, the same columns in the same order; those with equal scores are in ascending order.
-        tied: (Q,) bool, the same except for ties: position by position, the scores in the first matrix of its own
-            column and of the second matrix's column differ by less than `TIE`.
-        shared: (Q,) fraction of columns that both have, in any order.
-    """
-
-    same: np.ndarray
+    same: np.ndarray  # (Q,) bool, the same columns in the same order; those with equal scores are in ascending order
+    # (Q,) bool, the same except for ties: position by position, the scores in the first matrix of its own column and
+    # of the second matrix's column differ by less than `TIE`
     tied: np.ndarray
-    shared: np.ndarray
+    shared: np.ndarray  # (Q,) fraction of columns that both have, in any order
 
 
 def compare_tops(expected: np.ndarray, found: np.ndarray) -> TopTen:

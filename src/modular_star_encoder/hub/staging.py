@@ -44,25 +44,15 @@ HIDDEN = "(a local path)"
 
 @dataclass(frozen=True, slots=True)
 class StagedRepository:
-    """One complete repository in a folder.
+    """One complete repository in a folder."""
 
-    Args:
-        settings: its entry in the manifest.
-        repository: its id on the Hub.
-        folder: its files.
-        source: checkpoint folder whose outputs it must reproduce at its exits.
-        retrieval: whether it embeds; otherwise it is a pre-trained model.
-        card: content of its card.
-        extra: paths of files that not every repository has.
-    """
-
-    settings: RepositorySettings
-    repository: str
-    folder: Path
-    source: Path
-    retrieval: bool
-    card: CardContent
-    extra: tuple[str, ...] = ()
+    settings: RepositorySettings  # its entry in the manifest
+    repository: str  # its id on the Hub
+    folder: Path  # its files
+    source: Path  # checkpoint folder whose outputs it must reproduce at its exits
+    retrieval: bool  # whether it embeds; otherwise it is a pre-trained model
+    card: CardContent  # content of its card
+    extra: tuple[str, ...] = ()  # paths of files that not every repository has
 
     @property
     def exit_layers(self) -> tuple[int, ...]:

@@ -24,36 +24,24 @@ PACKAGE = "modular_star_encoder"
 
 @dataclass(frozen=True, slots=True)
 class ReloadRequest:
-    """What to embed with which checkpoint.
+    """What to embed with which checkpoint."""
 
-    Args:
-        checkpoint: folder of a retrieval or pre-trained checkpoint, or the id of a repository in the local Hub cache.
-        texts: the texts, as one padded batch.
-        prompt: prefix of every text.
-        exit_layers: exits to embed at, in addition to the deepest.
-        revision: of a repository.
-    """
-
-    checkpoint: str
-    texts: Sequence[str]
-    prompt: str = ""
-    exit_layers: Sequence[int] = ()
-    revision: str | None = None
+    checkpoint: str  # folder of a retrieval or pre-trained checkpoint, or the id of a repository in the local Hub cache
+    texts: Sequence[str]  # the texts, as one padded batch
+    prompt: str = ""  # prefix of every text
+    exit_layers: Sequence[int] = ()  # exits to embed at, in addition to the deepest
+    revision: str | None = None  # of a repository
 
 
 @dataclass(frozen=True)
 class ReloadedEmbeddings:
-    """Embeddings (N, D) float32 of the same texts, by the two ways in which users load a checkpoint.
+    """Embeddings (N, D) float32 of the same texts, by the two ways in which users load a checkpoint."""
 
-    Args:
-        auto_model, sentence_transformer: at the deepest exit.
-        exits: of the requested exits, by `SentenceTransformer.encode(exit_layer=…)`.
-        masked_lm: of a pre-trained model the logits (N, V) for the last token of each text; None for others.
-    """
-
-    auto_model: np.ndarray
-    sentence_transformer: np.ndarray
+    auto_model: np.ndarray  # at the deepest exit
+    sentence_transformer: np.ndarray  # at the deepest exit
+    # of the requested exits, by `SentenceTransformer.encode(exit_layer=…)`
     exits: Mapping[int, np.ndarray] = field(default_factory=dict)
+    # of a pre-trained model the logits (N, V) for the last token of each text; None for others
     masked_lm: np.ndarray | None = None
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,23 +44,12 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "float16": 2**
 elsewhere."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """A repository that passed.
-
-    Args:
-        repository: its id.
-        branch: of it.
-        difference: the largest between a component of the source's embeddings and of those that a stranger gets.
-    """
-
-    repository: str
-    branch: str
-    difference: float
-
-
-def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> list[Verified]:
+def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
     """Check staged repositories as a stranger would use them.
+
+    Returns:
+        For the key of each repository, the largest difference between a component of the source's embeddings and of
+        those that a stranger gets.
 
     Raises:
         UserError: `hub.files.*`: see `check_files`; `hub.card.*`: see `check_card`; `hub.tokenizer`: a tokenizer that
@@ -74,10 +62,7 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
         _check_tokenizer(one.folder)
     requests = [ReloadRequest(os.fspath(one.folder), TEXTS, _prompt(one), one.exit_layers) for one in staged]
     reloaded = verify_reload(requests, progress=progress)
-    return [
-        Verified(one.repository, one.settings.branch, _compare(one, found))
-        for one, found in zip(staged, reloaded, strict=True)
-    ]
+    return {one.settings.key: _compare(one, found) for one, found in zip(staged, reloaded, strict=True)}
 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:

@@ -33,38 +33,25 @@ ERROR, TOO_LONG = "error", "too_long"
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """One prompt.
+    """One prompt."""
 
-    Attributes:
-        id: Id of its row.
-        prompt: The user's message, without any chat template.
-    """
-
-    id: str
-    prompt: str
+    id: str  # id of its row
+    prompt: str  # the user's message, without any chat template
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A model's answer to one request.
+    """A model's answer to one request."""
 
-    Attributes:
-        id: Id of the request.
-        text: The answer.
-        finish_reason: Why it ended, in the words of OpenAI's protocol: `"stop"`, `"length"`, `"content_filter"`, or any
-            other word of an endpoint; `"too_long"` if the prompt leaves no room for an answer, and `"error"` if this
-            one request failed for another reason.
-        prompt_tokens: Tokens of the prompt, chat template included; 0 where an endpoint does not say.
-        completion_tokens: Tokens of the answer, the final one included; 0 where an endpoint does not say.
-        error: Why the request failed; empty otherwise.
-    """
-
-    id: str
-    text: str
+    id: str  # id of the request
+    text: str  # the answer
+    # Why it ended, in the words of OpenAI's protocol: `"stop"`, `"length"`, `"content_filter"`, or any other word of
+    # an endpoint; `"too_long"` if the prompt leaves no room for an answer, and `"error"` if this one request failed
+    # for another reason
     finish_reason: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    error: str = ""
+    prompt_tokens: int = 0  # tokens of the prompt, chat template included; 0 where an endpoint does not say
+    completion_tokens: int = 0  # tokens of the answer, the final one included; 0 where an endpoint does not say
+    error: str = ""  # why the request failed; empty otherwise
 
 
 class BackendError(UserError):
@@ -121,7 +108,9 @@ class OpenAIBackend:
             body that can't be set.
     """
 
-    run_options: ClassVar[frozenset[str]] = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
+    run_options: ClassVar[frozenset[str]] = frozenset(
+        {"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"}
+    )
 
     def __init__(
         self,

@@ -146,15 +146,10 @@ _PHP_TAGS = re.compile(r"\A\s*<\?php\b[ \t]*\n?|\n?\?>\s*\Z")
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """A translated function, or why there is none.
+    """A translated function, or why there is none."""
 
-    Attributes:
-        code: The function; empty if it is rejected.
-        rejected: One of `REASONS`; empty if it is accepted.
-    """
-
-    code: str
-    rejected: str = ""
+    code: str  # the function; empty if it is rejected
+    rejected: str = ""  # one of `REASONS`; empty if it is accepted
 
 
 def clean_translation(

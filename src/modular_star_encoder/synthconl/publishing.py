@@ -30,19 +30,12 @@ class CodeCounts:
 
 @dataclass(frozen=True, slots=True)
 class DatasetStatistics:
-    """Counts of a dataset.
+    """Counts of a dataset."""
 
-    Attributes:
-        rows: The number of triplets.
-        original: By language, the functions as people wrote them.
-        synthetic: By language, the translations.
-        average_description_characters: Average length of a description.
-    """
-
-    rows: int
-    original: dict[str, CodeCounts]
-    synthetic: dict[str, CodeCounts]
-    average_description_characters: float
+    rows: int  # the number of triplets
+    original: dict[str, CodeCounts]  # by language, the functions as people wrote them
+    synthetic: dict[str, CodeCounts]  # by language, the translations
+    average_description_characters: float  # average length of a description
 
     def to_dict(self) -> dict[str, Any]:
         """All counts, as plain values."""
@@ -202,17 +195,11 @@ def _pair_rows(languages: Sequence[str], pairs: Mapping[str, Mapping[str, int]])
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """The files that were, or would be, uploaded.
+    """The files that were, or would be, uploaded."""
 
-    Attributes:
-        repository: Id of the dataset repository.
-        files: (path in the repository, bytes) of every file.
-        url: The address of the uploaded dataset; empty if nothing was uploaded.
-    """
-
-    repository: str
-    files: tuple[tuple[str, int], ...]
-    url: str = ""
+    repository: str  # id of the dataset repository
+    files: tuple[tuple[str, int], ...]  # (path in the repository, bytes) of every file
+    url: str = ""  # the address of the uploaded dataset; empty if nothing was uploaded
 
     def __str__(self) -> str:
         """A line for each file, and one for all."""

@@ -27,15 +27,10 @@ _PAIRS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 8192, 1 << 23  # of eight bytes each, 
 
 @dataclass(frozen=True, slots=True)
 class DistinctRows:
-    """m distinct rows among n.
+    """m distinct rows among n."""
 
-    Attributes:
-        rows: int64 (m,): the row of smallest id among those that are equal.
-        numbers: int64 (n,): for each row, the number of the distinct row that it equals.
-    """
-
-    rows: np.ndarray
-    numbers: np.ndarray
+    rows: np.ndarray  # int64 (m,): the row of smallest id among those that are equal
+    numbers: np.ndarray  # int64 (n,): for each row, the number of the distinct row that it equals
 
 
 def distinct_rows(digests: np.ndarray, order: np.ndarray) -> DistinctRows:
@@ -62,15 +57,10 @@ def distinct_rows(digests: np.ndarray, order: np.ndarray) -> DistinctRows:
 
 @dataclass(frozen=True, slots=True)
 class NearPairs:
-    """Compared pairs that are near.
+    """Compared pairs that are near."""
 
-    Attributes:
-        pairs: uint64 (pairs,), ascending.
-        similarities: float64 (pairs,): true Jaccard similarities.
-    """
-
-    pairs: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    similarities: np.ndarray = field(default_factory=lambda: np.empty(0))
+    pairs: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # uint64 (pairs,), ascending
+    similarities: np.ndarray = field(default_factory=lambda: np.empty(0))  # float64 (pairs,): true Jaccard similarities
 
     @classmethod
     def merged(cls, parts: list["NearPairs"]) -> "NearPairs":
@@ -276,37 +266,24 @@ class GiantCluster:
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicates:
-    """Which of n rows are kept and why; rows are named by their position in the input.
+    """Which of n rows are kept and why; rows are named by their position in the input."""
 
-    Attributes:
-        kept: bool (n,).
-        reasons: The possible reasons; `reasons[reason[i]]` is that of row i.
-        reason: int64 (n,).
-        clusters: int64 (n,): the row of smallest id in the cluster of row i, which is i for a row alone.
-        nearest: int64 (n,): for a dropped row, the most similar row among those compared, or the number of the text of
-            the set that it is near; −1 for rows that are kept.
-        similarity: float64 (n,): the Jaccard similarity to `nearest`; 0 for rows that are kept.
-        pairs: int64 (pairs, 2): near pairs of distinct rows, of smaller id first. Equal rows share the pairs of the one
-            of smallest id.
-        pair_similarities: float64 (pairs,).
-        giant_clusters: The clusters that were not reduced to one row.
-        compared: Number of pairs compared.
-        largest_bucket: The most distinct rows that share a band.
-        rows_over_limit: The most rows, over the bands, that were compared with a part of their bucket only.
-    """
-
-    kept: np.ndarray
-    reasons: tuple[str, ...]
-    reason: np.ndarray
-    clusters: np.ndarray
+    kept: np.ndarray  # bool (n,)
+    reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is that of row i
+    reason: np.ndarray  # int64 (n,)
+    clusters: np.ndarray  # int64 (n,): the row of smallest id in the cluster of row i, which is i for a row alone
+    # int64 (n,): for a dropped row, the most similar row among those compared, or the number of the text of the set
+    # that it is near; −1 for rows that are kept
     nearest: np.ndarray
-    similarity: np.ndarray
+    similarity: np.ndarray  # float64 (n,): the Jaccard similarity to `nearest`; 0 for rows that are kept
+    # int64 (pairs, 2): near pairs of distinct rows, of smaller id first. Equal rows share the pairs of the one of
+    # smallest id
     pairs: np.ndarray
-    pair_similarities: np.ndarray
-    giant_clusters: tuple[GiantCluster, ...] = ()
-    compared: int = 0
-    largest_bucket: int = 0
-    rows_over_limit: int = 0
+    pair_similarities: np.ndarray  # float64 (pairs,)
+    giant_clusters: tuple[GiantCluster, ...] = ()  # the clusters that were not reduced to one row
+    compared: int = 0  # number of pairs compared
+    largest_bucket: int = 0  # the most distinct rows that share a band
+    rows_over_limit: int = 0  # the most rows, over the bands, that were compared with a part of their bucket only
 
     @property
     def counts(self) -> dict[str, int]:

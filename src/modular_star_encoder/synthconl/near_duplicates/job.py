@@ -66,29 +66,18 @@ _LARGEST_CLUSTERS, _TEXTS_AT_A_TIME, _LINES_AT_A_TIME, _PAIRS_PER_PART, _MAX_TAS
 
 @dataclass(frozen=True, slots=True)
 class DuplicateReport:
-    """Counts of a finished job, in rows.
+    """Counts of a finished job, in rows."""
 
-    Attributes:
-        rows: All rows.
-        counts: The rows kept, and those dropped, by reason.
-        clusters: The number of clusters of at least two rows.
-        largest_clusters: Their sizes, largest first, at most twenty.
-        giant_clusters: `"cluster"` (an id), `"rows"` and `"kept"` of those too large to be reduced to one row.
-        pairs_compared: Candidate pairs whose true similarity was computed.
-        near_pairs: Those at or above the threshold.
-        largest_bucket: The most distinct rows that share a band.
-        rows_over_limit: The most rows, over the bands, that were compared with a part of their bucket only.
-    """
-
-    rows: int
-    counts: dict[str, int]
-    clusters: int
-    largest_clusters: list[int]
+    rows: int  # all rows
+    counts: dict[str, int]  # the rows kept, and those dropped, by reason
+    clusters: int  # the number of clusters of at least two rows
+    largest_clusters: list[int]  # their sizes, largest first, at most twenty
+    # `"cluster"` (an id), `"rows"` and `"kept"` of those too large to be reduced to one row
     giant_clusters: list[dict[str, Any]]
-    pairs_compared: int
-    near_pairs: int
-    largest_bucket: int
-    rows_over_limit: int
+    pairs_compared: int  # candidate pairs whose true similarity was computed
+    near_pairs: int  # those at or above the threshold
+    largest_bucket: int  # the most distinct rows that share a band
+    rows_over_limit: int  # the most rows, over the bands, that were compared with a part of their bucket only
 
     @property
     def kept(self) -> int:
@@ -322,7 +311,7 @@ class DuplicateJob:
             for name, tasks in (("within", within), ("between", search.candidates_between())):
                 for task, pairs in enumerate(tasks):
                     np.save(folder / f"{name}-{task:03d}.npy", pairs)
-            write_json(folder / "counts.json", counts)
+            write_json(folder / "figures.json", counts)
 
     def proposed_pairs(self) -> int:
         """The number of pairs to compare."""
@@ -357,7 +346,7 @@ class DuplicateJob:
             )
             for name in ("within", "between")
         )
-        counts = _read_json(self.work / "proposed" / "counts.json")
+        counts = _read_json(self.work / "proposed" / "figures.json")
         result = decide(self._distinct_rows(), within, between, self.other_sets, self.settings, **counts)
         report = DuplicateReport.of(result, read_ids(self.shards, self.id_column))
         with staged_folder(target, resumable=True) as folder:

@@ -181,17 +181,11 @@ _MULTIPLIER, _SHIFT = np.uint64(0x9B05688C2B3E6C1F), np.uint64(29)
 
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
-    """The fingerprints of n texts, in order.
+    """The fingerprints of n texts, in order."""
 
-    Attributes:
-        digests: uint64 (n, 2): equal for equal texts, and zero for blank ones.
-        lengths: int64 (n,): characters; an upper bound where the text is stored as UTF-8.
-        keys: uint64 (n, bands): texts that share one are compared; meaningless for blank texts.
-    """
-
-    digests: np.ndarray
-    lengths: np.ndarray
-    keys: np.ndarray
+    digests: np.ndarray  # uint64 (n, 2): equal for equal texts, and zero for blank ones
+    lengths: np.ndarray  # int64 (n,): characters; an upper bound where the text is stored as UTF-8
+    keys: np.ndarray  # uint64 (n, bands): texts that share one are compared; meaningless for blank texts
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> Fingerprints:
