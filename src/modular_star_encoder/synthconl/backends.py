@@ -6,6 +6,7 @@ text or their position. Nothing here imports torch before the first request.
 
 import inspect
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -197,7 +198,63 @@ def _is_an_error(response: Response) -> bool:
     return isinstance(content, dict) and "choices" not in content and "error" in content
 
 
-class TransformersBackend:
+class _LocalBackend(ABC):
+    """What back ends in this process share: prompts become token ids, and requests batches of similar length.
+
+    Args:
+        model: folder or Hub id of the model.
+        max_tokens: largest number of tokens of an answer.
+        batch_size: number of prompts of a batch.
+        batches_together: number of batches whose requests are sorted by length together.
+    """
+
+    def __init__(self, model: str, max_tokens: int, batch_size: int, batches_together: int) -> None:
+        if batch_size < 1:
+            raise UserError("synthconl.backend.batch_size", f"batch_size must be at least 1, not {batch_size}.")
+        self._name, self._max_tokens, self._batch_size = model, max_tokens, batch_size
+        self.in_flight = batch_size * batches_together
+
+    def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
+        """See `CompletionBackend`."""
+        for window in batches(requests, self.in_flight):
+            rows = []
+            for request in window:
+                ids = self._token_ids(request.prompt)
+                if len(ids) <= self._longest_prompt:
+                    rows.append((request, ids))
+                else:
+                    message = f"The prompt has {len(ids)} tokens; {self._longest_prompt} fit."
+                    yield Completion(request.id, "", TOO_LONG, prompt_tokens=len(ids), error=message)
+            # The longest first: what does not fit into memory fails at once.
+            rows.sort(key=lambda row: len(row[1]), reverse=True)
+            for batch in batches(rows, self._batch_size):
+                yield from self._generate(batch)
+
+    def _token_ids(self, prompt: str) -> list[int]:
+        if not getattr(self._tokenizer, "chat_template", None):
+            return list(self._tokenizer(prompt)["input_ids"])
+        messages = [{"role": "user", "content": prompt}]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # The template has written the special tokens.
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @property
+    @abstractmethod
+    def _tokenizer(self) -> Any: ...
+
+    @property
+    @abstractmethod
+    def _longest_prompt(self) -> int: ...
+
+    @abstractmethod
+    def _generate(self, batch: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]: ...
+
+    def _not_loaded(self, error: Exception) -> BackendError:
+        first_line = str(error).strip().partition("\n")[0].rstrip(".")
+        return BackendError("synthconl.backend.model", f"The model {self._name!r} can't be loaded: {first_line}.")
+
+
+class TransformersBackend(_LocalBackend):
     """transformers' own generation, in this process: slow, and runs everywhere.
 
     Prompts of similar length, among 16 batches, make a batch, padded on the left.
@@ -228,20 +285,9 @@ class TransformersBackend:
         device: str | None = None,
         attn_implementation: str | None = None,
     ) -> None:
-        self._name, self._max_tokens, self._batch_size = model, max_tokens, _check_batch_size(batch_size)
+        super().__init__(model, max_tokens, batch_size, batches_together=16)
         self._options = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
         self._device = device
-        self.in_flight = batch_size * 16
-
-    def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
-        """See `CompletionBackend`."""
-        for window in batches(requests, self.in_flight):
-            rows, errors = _tokenized(window, self._tokenizer, self._longest_prompt)
-            yield from errors
-            # The longest first: what does not fit into memory fails at once.
-            rows.sort(key=lambda row: len(row[1]), reverse=True)
-            for batch in batches(rows, self._batch_size):
-                yield from self._generate(batch)
 
     def describe(self) -> dict[str, Any]:
         """The model, its commit on the Hub if it came from there, its dtype, and versions."""
@@ -263,7 +309,7 @@ class TransformersBackend:
                 self._name, revision=self._options["revision"], padding_side="left"
             )
         except (OSError, ValueError) as error:
-            raise _not_loaded(self._name, error) from error
+            raise self._not_loaded(error) from error
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id is None:
@@ -280,7 +326,7 @@ class TransformersBackend:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(self._name, **options)
         except (OSError, ValueError) as error:
-            raise _not_loaded(self._name, error) from error
+            raise self._not_loaded(error) from error
         model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         ends = model.generation_config.eos_token_id
         # Replaces the model's own settings, whose penalties and temperatures would not be greedy.
@@ -320,7 +366,7 @@ class TransformersBackend:
             yield Completion(request.id, text, reason, len(ids), count)
 
 
-class VLLMBackend:
+class VLLMBackend(_LocalBackend):
     """vLLM in this process: the engine schedules batches of prompts itself.
 
     Args:
@@ -358,7 +404,8 @@ class VLLMBackend:
         if max_model_len <= max_tokens:
             message = f"max_model_len {max_model_len} must be more than max_tokens, which is {max_tokens}."
             raise UserError("synthconl.backend.max_tokens", message)
-        self._name, self._max_tokens, self._longest_prompt = model, max_tokens, max_model_len - max_tokens
+        super().__init__(model, max_tokens, batch_size, batches_together=1)
+        self._max_model_len = max_model_len
         self._options = {
             "revision": revision,
             "dtype": dtype,
@@ -372,15 +419,6 @@ class VLLMBackend:
         except ImportError as error:
             raise ImportError("Translating with vLLM needs it: pip install 'modular-star-encoder[vllm]'.") from error
         self._vllm = vllm
-        self.in_flight = _check_batch_size(batch_size)
-
-    def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
-        """See `CompletionBackend`."""
-        for batch in batches(requests, self.in_flight):
-            rows, errors = _tokenized(batch, self._tokenizer, self._longest_prompt)
-            yield from errors
-            if rows:
-                yield from self._generate(rows)
 
     def describe(self) -> dict[str, Any]:
         """The model, its given revision and dtype, and the version of vLLM."""
@@ -394,11 +432,15 @@ class VLLMBackend:
         try:
             return self._vllm.LLM(model=self._name, **options)
         except (OSError, ValueError, TypeError) as error:
-            raise _not_loaded(self._name, error) from error
+            raise self._not_loaded(error) from error
 
     @cached_property
     def _tokenizer(self) -> Any:
         return self._engine.get_tokenizer()
+
+    @property
+    def _longest_prompt(self) -> int:
+        return self._max_model_len - self._max_tokens
 
     def _generate(self, rows: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]:
         greedy = self._vllm.SamplingParams(temperature=0.0, max_tokens=self._max_tokens)
@@ -410,37 +452,6 @@ class VLLMBackend:
                 raise RuntimeError("vLLM returned the answer to another prompt.")
             answer = output.outputs[0]
             yield Completion(request.id, answer.text, answer.finish_reason, len(ids), len(answer.token_ids))
-
-
-def _check_batch_size(batch_size: int) -> int:
-    if batch_size < 1:
-        raise UserError("synthconl.backend.batch_size", f"batch_size must be at least 1, not {batch_size}.")
-    return batch_size
-
-
-def _not_loaded(model: str, error: Exception) -> BackendError:
-    first_line = str(error).strip().partition("\n")[0].rstrip(".")
-    return BackendError("synthconl.backend.model", f"The model {model!r} can't be loaded: {first_line}.")
-
-
-def _tokenized(
-    requests: Iterable[CompletionRequest], tokenizer: Any, longest: int
-) -> tuple[list[tuple[CompletionRequest, list[int]]], list[Completion]]:
-    """Requests with their token ids, in the tokenizer's chat template if it has one; errors for the too long ones."""
-    rows, errors = [], []
-    for request in requests:
-        text, options = request.prompt, {}
-        if getattr(tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            options = {"add_special_tokens": False}  # the template has written them
-        ids = list(tokenizer(text, **options)["input_ids"])
-        if len(ids) <= longest:
-            rows.append((request, ids))
-        else:
-            message = f"The prompt has {len(ids)} tokens; {longest} fit."
-            errors.append(Completion(request.id, "", TOO_LONG, prompt_tokens=len(ids), error=message))
-    return rows, errors
 
 
 BACKENDS: Mapping[str, type[VLLMBackend | OpenAIBackend | TransformersBackend]] = {
