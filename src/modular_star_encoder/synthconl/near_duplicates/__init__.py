@@ -57,11 +57,15 @@ def find_near_duplicates(
         Column([others], [fingerprint(others, settings.banding)], np.arange(len(others))),
         settings,
     )
-    within, counts = search.candidates_within()
+    tasks, counts = search.candidates()
+    within, between = (
+        NearPairs.merged([search.compare(kind, *task) for task in enumerate(tasks[kind])])
+        for kind in ("within", "between")
+    )
     return decide(
         rows,
-        NearPairs.merged([search.compare_within(*task) for task in enumerate(within)]),
-        NearPairs.merged([search.compare_between(*task) for task in enumerate(search.candidates_between())]),
+        within,
+        between,
         {name: len(one) for name, one in other_sets.items()},
         settings,
         **counts,

@@ -225,30 +225,27 @@ class Search:
             message = f"There are more than {MAX_ROWS:,} rows; divide them into several searches."
             raise UserError("synthconl.near_duplicates.rows", message)
 
-    def candidates_within(self) -> tuple[list[np.ndarray], dict[str, int]]:
-        """The pairs of each task, uint64, and counts for the report (see `NearDuplicates`)."""
-        found = [_pairs_within(one, self.settings.bucket_limit) for one in self.columns]
-        tasks = [pairs for pairs, _, _ in found]
+    def candidates(self) -> tuple[dict[str, list[np.ndarray]], dict[str, int]]:
+        """The pairs of each task "within" and "between", uint64, and counts for the report (see `NearDuplicates`)."""
+        limit = self.settings.bucket_limit
+        found = [_pairs_within(one, limit) for one in self.columns]
+        within = [pairs for pairs, _, _ in found]
         if self.settings.match == "both":
-            tasks = [np.unique(np.concatenate(tasks))]
-        return tasks, {
-            "compared": sum(map(len, tasks)),
+            within = [np.unique(np.concatenate(within))]
+        between = [_pairs_between(one, self.others, limit) for one in self.columns]
+        return {"within": within, "between": between}, {
+            "compared": sum(map(len, within)),
             "largest_bucket": max(largest for _, largest, _ in found),
             "rows_over_limit": max(over for _, _, over in found),
         }
 
-    def candidates_between(self) -> list[np.ndarray]:
-        """The pairs of each task, one task for each column."""
-        return [_pairs_between(one, self.others, self.settings.bucket_limit) for one in self.columns]
-
-    def compare_within(self, task: int, pairs: np.ndarray) -> NearPairs:
+    def compare(self, kind: str, task: int, pairs: np.ndarray) -> NearPairs:
         """The `pairs` of a task that are near."""
-        columns = self.columns if self.settings.match == "both" else self.columns[task : task + 1]
-        return near_pairs(pairs, [(one, one) for one in columns], self.settings.threshold)
-
-    def compare_between(self, task: int, pairs: np.ndarray) -> NearPairs:
-        """The `pairs` of a task that are near."""
-        return near_pairs(pairs, [(self.columns[task], self.others)], self.settings.threshold)
+        columns = [(self.columns[task], self.others)]
+        if kind == "within":
+            chosen = self.columns if self.settings.match == "both" else self.columns[task : task + 1]
+            columns = [(one, one) for one in chosen]
+        return near_pairs(pairs, columns, self.settings.threshold)
 
 
 KEPT, EQUAL, NEAR = "kept", "equal to another row", "near another row"

@@ -304,13 +304,13 @@ class DuplicateJob:
         rows = distinct_rows(np.stack(digests, axis=1), np.load(self.work / "order.npy"))
         del digests
         search = self._search(columns, rows)
-        within, counts = search.candidates_within()
+        tasks, counts = search.candidates()
         with staged_folder(target, resumable=True) as folder:
             np.save(folder / "rows.npy", rows.rows)
             np.save(folder / "numbers.npy", rows.numbers)
-            for name, tasks in (("within", within), ("between", search.candidates_between())):
-                for task, pairs in enumerate(tasks):
-                    np.save(folder / f"{name}-{task:03d}.npy", pairs)
+            for kind, found in tasks.items():
+                for task, pairs in enumerate(found):
+                    np.save(folder / f"{kind}-{task:03d}.npy", pairs)
             write_json(folder / "figures.json", counts)
 
     def proposed_pairs(self) -> int:
@@ -324,15 +324,15 @@ class DuplicateJob:
             return
         search = self._search(self._stored_columns(), self._distinct_rows())
         with staged_folder(target, resumable=True) as folder:
-            for name, compare in (("within", search.compare_within), ("between", search.compare_between)):
+            for kind in ("within", "between"):
                 near = []
-                for task, path in enumerate(self._proposals(name)):
+                for task, path in enumerate(self._proposals(kind)):
                     pairs = _mapped(path)
                     start, stop = (len(pairs) * one // parts for one in (part, part + 1))
-                    near.append(compare(task, np.array(pairs[start:stop])))
+                    near.append(search.compare(kind, task, np.array(pairs[start:stop])))
                 merged = NearPairs.merged(near)
-                np.save(folder / f"{name}.npy", merged.pairs)
-                np.save(folder / f"{name}-similarities.npy", merged.similarities)
+                np.save(folder / f"{kind}.npy", merged.pairs)
+                np.save(folder / f"{kind}-similarities.npy", merged.similarities)
 
     def decide(self, parts: int) -> None:
         """Decide which rows are kept, from all `parts` of the comparison."""
