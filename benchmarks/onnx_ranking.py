@@ -18,8 +18,7 @@ from report import write
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_patterns, read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
 from modular_star_encoder.evaluation.tasks import RetrievalTask, pairs_task
-from modular_star_encoder.hub.onnx_ranking import format_rankings
-from modular_star_encoder.hub.serving_folder import export_for_serving
+from modular_star_encoder.hub.onnx_folder import export_onnx_folder, format_rankings
 from modular_star_encoder.inference.onnx_export import ONNX_FILE, QUANTIZED_FILE, SETTINGS
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.utils.reports import library_versions
@@ -55,7 +54,7 @@ def exits_of(checkpoint: str) -> list[int]:
 def measure(checkpoint: str, exit_layer: int, tasks: list[RetrievalTask]) -> dict[str, Any]:
     """One exit: sizes of its files, and how they rank beside torch."""
     with tempfile.TemporaryDirectory() as out:
-        written = export_for_serving(checkpoint, exit_layer, Path(out, "onnx"), int8=True, tasks=tasks)
+        written = export_onnx_folder(checkpoint, exit_layer, Path(out, "onnx"), int8=True, tasks=tasks)
         sizes = {file: (written.folder / file).stat().st_size for file in (ONNX_FILE, QUANTIZED_FILE)}
     print(f"exit {exit_layer}\n{format_rankings(written.rankings)}\n")
     rankings = {name: [asdict(one) for one in found] for name, found in written.rankings.items()}

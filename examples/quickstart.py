@@ -40,7 +40,7 @@ from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.report import Report
 from modular_star_encoder.evaluation.run import evaluate_exits
 from modular_star_encoder.evaluation.tasks import RetrievalRow
-from modular_star_encoder.hub.verification import reload_in_clean_process
+from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint, slice_checkpoint
 from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
@@ -311,7 +311,7 @@ def slice_and_reload(functions: list[DocumentedFunction], exit_layer: int, out: 
     full = SentenceTransformer(str(out / "model"), device="cpu")
     prompt = full.prompts["query"]
     expected = full.encode(texts, prompt=prompt, exit_layer=exit_layer, show_progress_bar=False)
-    reloaded = reload_in_clean_process(folder, texts, prompt=prompt)
+    (reloaded,) = verify_reload([ReloadRequest(str(folder), texts, prompt)])
     identical = {
         "AutoModel": bool(np.array_equal(expected, reloaded.auto_model)),
         "SentenceTransformer": bool(np.array_equal(expected, reloaded.sentence_transformer)),

@@ -409,7 +409,7 @@ def run_own_code(folder: Path, request: Mapping[str, Any], python: str = sys.exe
     Raises:
         RuntimeError: the process failed; the message holds the last line of what it said.
     """
-    from modular_star_encoder.hub.verification import wait_with_clock
+    from modular_star_encoder.hub.subprocess_check import wait_with_clock
 
     with tempfile.TemporaryDirectory() as scratch:
         question, result = Path(scratch, "request.json"), Path(scratch, "result.npz")

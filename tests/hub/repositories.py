@@ -38,7 +38,7 @@ def write_finetuned(folder):
     rows[2]["difference"] = None
     table = {"title": "CoSQA", "benchmark": "cosqa", "metric": "mrr", "rows": rows, "reference": "model, exit 4"}
     table |= {"size": "500 queries, 6,267 candidates each", "notes": ["a subset"]}
-    report = {"command": "mose evaluate", "checkpoint_fingerprint": fingerprint, "tables": [table], "cells": []}
+    report = {"command": "mose evaluate", "checkpoint_checksum": fingerprint, "tables": [table], "cells": []}
     (folder.parent / "report.json").write_text(json.dumps(report))
     return folder
 
@@ -51,7 +51,7 @@ def row(system, exit_layer, value):
 
 def manifest(repositories, **changes):
     settings = {"namespace": "me", "title": "Tiny", "license": "apache-2.0", "repositories": repositories}
-    return Manifest(**(settings | changes))
+    return Manifest(**settings | changes)
 
 
 def finetuned_entry(folder, **changes):

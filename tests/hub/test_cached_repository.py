@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from modular_star_encoder.data.prompts import text_prompt
-from modular_star_encoder.hub.verification import reload_in_clean_process
+from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
+from tests.errors import raises
 from tests.tiny import save_tiny_checkpoint
 
 REPOSITORY = "some-org/tiny.star-encoder"
@@ -45,7 +46,7 @@ def cache(tmp_path, monkeypatch):
 def test_a_cached_repository_loads_by_its_id_with_identical_embeddings(tmp_path, cache):
     checkpoint = save_tiny_checkpoint(tmp_path / "checkpoint")
     cache_repository(checkpoint, cache)
-    reloaded = reload_in_clean_process(REPOSITORY, TEXTS, prompt=text_prompt(), progress=False)
+    (reloaded,) = verify_reload([ReloadRequest(REPOSITORY, TEXTS, text_prompt())], progress=False)
 
     texts = [text_prompt() + text for text in TEXTS]
     batch = AutoTokenizer.from_pretrained(checkpoint)(texts, padding=True, return_tensors="pt")
@@ -59,5 +60,5 @@ def test_a_cached_repository_loads_by_its_id_with_identical_embeddings(tmp_path,
 def test_a_cached_repository_without_its_code_is_found_out(tmp_path, cache):
     snapshot = cache_repository(save_tiny_checkpoint(tmp_path / "checkpoint"), cache)
     (snapshot / "configuration_modular_star_encoder.py").unlink()
-    with pytest.raises(RuntimeError, match=f"{REPOSITORY} cannot be loaded without this package"):
-        reload_in_clean_process(REPOSITORY, TEXTS, progress=False)
+    with raises("hub.reload.failed", REPOSITORY):
+        verify_reload([ReloadRequest(REPOSITORY, TEXTS)], progress=False)

@@ -132,7 +132,7 @@ def test_a_slice_of_a_slice_names_its_parents_depth_and_no_exit_that_the_parent_
     last = stage_repositories(manifest(entries), tmp_path / "staged")[-1]
     assert "The first 1 of 2 layers of [me/tiny-2]" in card(last)
     entries[2]["exit_layer"] = 4
-    with pytest.raises(ValueError, match=r"tiny-1: exit_layer 4 is none of tiny-2's exits 1, 2\."):
+    with raises("hub.staging.exit_layer", "tiny-1", "4", "tiny-2", "1, 2"):
         stage_repositories(manifest(entries), tmp_path / "again")
 
 
@@ -162,7 +162,7 @@ def test_the_figure_shows_quality_against_latency(staged):
     # One exit makes no curve.
     assert not (staged["tiny-2"].folder / "quality_by_latency.png").exists()
     (staged["tiny@exit-2"].folder / "quality_by_latency.png").rename(staged["tiny"].folder / "moved.png")
-    with pytest.raises(ValueError, match=r"shows quality_by_latency\.png, which is not there"):
+    with raises("hub.card.figure", "quality_by_latency.png"):
         check_card(staged["tiny@exit-2"].folder / "README.md")
 
 
@@ -170,10 +170,10 @@ def test_figures_of_other_weights_are_refused(tmp_path):
     folder = write_finetuned(tmp_path / "model")
     report = tmp_path / "report.json"
     content = json.loads(report.read_text())
-    report.write_text(json.dumps({**content, "checkpoint_fingerprint": "other"}))
+    report.write_text(json.dumps({**content, "checkpoint_checksum": "other"}))
     with raises("evaluation.report.other_weights", "other"):
         stage_repositories(manifest([finetuned_entry(folder)]), tmp_path / "staged")
     report.write_text(json.dumps(content))
     with_profile(folder, checkpoint="other")
-    with pytest.raises(ValueError, match="measured on other weights"):
+    with raises("hub.staging.profile", folder):
         stage_repositories(manifest([finetuned_entry(folder)]), tmp_path / "again")

@@ -19,9 +19,10 @@ from torch.distributed.fsdp import fully_shard
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.hub import subprocess_check as subprocess_check
+from modular_star_encoder.hub import subprocess_check
 from modular_star_encoder.hub.publishing import publish
-from modular_star_encoder.hub.verification import TEXTS, ReloadRequest
+from modular_star_encoder.hub.subprocess_check import ReloadRequest
+from modular_star_encoder.hub.verification import TEXTS
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training.starting_points import add_adapters, merged_model
 from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained

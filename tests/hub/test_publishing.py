@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 from modular_star_encoder.hub import publishing
 from modular_star_encoder.hub.publishing import publish, push
 from modular_star_encoder.hub.staging import stage_repositories
+from tests.errors import raises
 from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
 from tests.hub.stand_in_hub import DROP, DROP_REPLY, TOKEN
 
@@ -146,7 +147,7 @@ def test_a_commit_of_someone_else_is_not_overwritten(hub, api, staged):
             hub.repositories["me/tiny"].commit("main", theirs, "theirs")
 
     hub.fault = meanwhile
-    with pytest.raises(OSError, match="changed by someone else meanwhile; nothing was written"):
+    with pytest.raises(OSError, match="me/tiny was changed by someone else"):
         push(second, api, upload=True)
     assert hub.files("me/tiny") == {"theirs.txt": b"theirs"}
     hub.fault = None
@@ -201,7 +202,7 @@ def test_nothing_is_sent_if_one_repository_does_not_pass(hub, api, plan, monkeyp
         return staged
 
     monkeypatch.setattr(publishing, "stage_repositories", spoilt)
-    with pytest.raises(ValueError, match=r"holds notes\.txt"):
+    with raises("hub.files.unexpected", "notes.txt"):
         publish(plan, upload=True, api=api, progress=False, staging=tmp_path / "staged")
     assert hub.requests == []
     assert list(tmp_path.iterdir()) == []

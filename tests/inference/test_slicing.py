@@ -14,8 +14,8 @@ from transformers import AutoModel
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.data.prompts import text_prompt
-from modular_star_encoder.hub.serving_folder import checkpoint_prompts
-from modular_star_encoder.hub.verification import reload_in_clean_process
+from modular_star_encoder.hub.onnx_folder import checkpoint_prompts
+from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint, slice_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from modular_star_encoder.utils.files import staged_folder
@@ -103,7 +103,7 @@ def test_a_slice_of_a_pretrained_model_keeps_its_heads_and_rows(tmp_path):
 @pytest.mark.parametrize("exit_layer", [2, 4])
 def test_a_slice_needs_nothing_of_this_package(checkpoint, tmp_path, exit_layer):
     sliced = slice_checkpoint(checkpoint, exit_layer, tmp_path / "slice")
-    reloaded = reload_in_clean_process(sliced, TEXTS, prompt=text_prompt())
+    (reloaded,) = verify_reload([ReloadRequest(str(sliced), TEXTS, text_prompt())])
     expected = load(checkpoint).encode(TEXTS, prompt_name="query", exit_layer=exit_layer)
     assert np.array_equal(reloaded.auto_model, expected)
     assert np.array_equal(reloaded.sentence_transformer, expected)
@@ -113,8 +113,8 @@ def test_a_slice_needs_nothing_of_this_package(checkpoint, tmp_path, exit_layer)
 def test_a_checkpoint_that_is_not_self_contained_is_detected(checkpoint, tmp_path):
     sliced = slice_checkpoint(checkpoint, 1, tmp_path / "slice")
     (sliced / "modeling_modular_star_encoder.py").unlink()
-    with pytest.raises(RuntimeError, match="cannot be loaded without this package"):
-        reload_in_clean_process(sliced, TEXTS)
+    with pytest.raises(ValueError, match="can't be loaded without this package"):
+        verify_reload([ReloadRequest(str(sliced), TEXTS)])
 
 
 def test_wrong_input_writes_nothing(checkpoint, tmp_path):

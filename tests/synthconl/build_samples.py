@@ -7,11 +7,11 @@ import re
 import signal
 from pathlib import Path
 
-import modular_star_encoder.synthconl.openai_backend  # noqa: F401  processes that are started often have it loaded
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
+from modular_star_encoder.synthconl.backends import Completion
 from modular_star_encoder.synthconl.build import build_dataset
-from modular_star_encoder.synthconl.completions import LANGUAGE_NAMES, Completion
+from modular_star_encoder.synthconl.prompts import LANGUAGE_NAMES
 from modular_star_encoder.synthconl.recipe import DatasetRecipe
 
 WORDS = ["load", "save", "parse", "build", "merge", "split", "index", "count", "table", "column", "buffer", "stream"]

@@ -12,10 +12,8 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from modular_star_encoder.synthconl.completions import TOO_LONG, Completion, CompletionRequest
-from modular_star_encoder.synthconl.local_backends import TransformersBackend
+from modular_star_encoder.synthconl.backends import TOO_LONG, Completion, CompletionRequest, TransformersBackend
 from tests.loopback import LoopbackHandler, LoopbackServer
-from tests.synthconl.stand_in import save_stand_in
 
 Answer = Callable[[str], Completion]
 Fault = Callable[[int, dict[str, Any], dict[str, str]], tuple[int, Any, dict[str, str]] | None]
@@ -108,6 +106,8 @@ class ModelAnswers:
 
 def main() -> None:
     """Serve until Ctrl-C."""
+    from tests.synthconl.stand_in import save_stand_in  # loads torch
+
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--model", help="folder of a causal model; a stand-in of random weights by default")

@@ -7,7 +7,7 @@ import signal
 import pyarrow as pa
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
-from modular_star_encoder.synthconl.completions import Completion
+from modular_star_encoder.synthconl.backends import Completion
 from modular_star_encoder.synthconl.translation import TranslationSettings
 
 FUNCTION_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "language1_CSN", "func1_CSN")])

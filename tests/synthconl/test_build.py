@@ -13,9 +13,11 @@ from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import open_triplets
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.build import SPLITS, STAGES, build_dataset
-from modular_star_encoder.synthconl.completions import BackendError, target_language
+from modular_star_encoder.synthconl.prompts import target_language
 from modular_star_encoder.synthconl.recipe import DATASET_COLUMNS
-from modular_star_encoder.synthconl.row_files import SCHEMA, read_rows
+from modular_star_encoder.synthconl.row_files import read_rows
+from modular_star_encoder.synthconl.translation import SCHEMA
+from tests.errors import raises
 from tests.synthconl.build_samples import build_and_die, marker, small_recipe, translation, write_corpus
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import ended_by_sigkill, start_process
@@ -130,6 +132,7 @@ def done(out):
     return sum((out / stage.__name__ / "report.json").is_file() for stage in STAGES)
 
 
+@pytest.mark.slow
 def test_killed_before_every_renaming_of_every_stage_nothing_is_lost_doubled_or_mismatched(
     corpus, finished, server, tmp_path
 ):
@@ -151,6 +154,7 @@ def test_killed_before_every_renaming_of_every_stage_nothing_is_lost_doubled_or_
     assert len(server.bodies) - asked <= 35 + 4 * deaths[1]
 
 
+@pytest.mark.slow
 def test_killed_while_several_processes_extract_it_leaves_none_behind(corpus, finished, server, tmp_path):
     # With two rows in a file, the second renaming, that of the first file, comes while the others are still at work.
     options = {"rows_per_file": 2, "processes": 2}
@@ -166,7 +170,7 @@ def test_an_endpoint_that_fails_stops_the_build_and_the_next_one_goes_on(corpus,
 
     with OpenAIServer(translation, no_credit) as server:
         recipe = small_recipe(corpus, server.base_url)
-        with pytest.raises(BackendError, match=r"status 402, Out of credit\.$"):
+        with raises("http.status", "status 402, Out of credit."):
             build_dataset(recipe, tmp_path / "out", progress=False)
         build_dataset(recipe, tmp_path / "out", progress=False)
         assert len(server.prompts) == 35
@@ -174,21 +178,21 @@ def test_an_endpoint_that_fails_stops_the_build_and_the_next_one_goes_on(corpus,
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "setting"),
     [
-        ({"translation": {"model": "another"}}, r"translations was made with another translations\.model;"),
-        ({"translation": {"max_tokens": 9}}, r"another translations\.max_tokens"),
-        ({"seed": 4}, r"another translations\.seed"),
-        ({"options": {"body": {"seed": 1}}}, r"another translations\.options\.body"),
-        ({"languages": ["python", "go"]}, r"functions was made with another functions\.languages"),
-        ({"max_syntax_error_share": 0.5}, r"triplets was made with another triplets\.max_syntax_error_share"),
-        ({"near_duplicates": {"threshold": 0.5}}, r"near_duplicates was made with another near_duplicates\.threshold"),
-        ({"validation_rows": 6}, r"split was made with another split\.validation_rows"),
-        ({"card": {"name": "Mine"}}, r"dataset was made with another dataset\.card\.name"),
+        ({"translation": {"model": "another"}}, "translations.model"),
+        ({"translation": {"max_tokens": 9}}, "translations.max_tokens"),
+        ({"seed": 4}, "translations.seed"),
+        ({"options": {"body": {"seed": 1}}}, "translations.options.body"),
+        ({"languages": ["python", "go"]}, "functions.languages"),
+        ({"max_syntax_error_share": 0.5}, "triplets.max_syntax_error_share"),
+        ({"near_duplicates": {"threshold": 0.5}}, "near_duplicates.threshold"),
+        ({"validation_rows": 6}, "split.validation_rows"),
+        ({"card": {"name": "Mine"}}, "dataset.card.name"),
     ],
 )
-def test_other_settings_in_the_same_folder_are_refused(corpus, finished, server, changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_other_settings_in_the_same_folder_are_refused(corpus, finished, server, changes, setting):
+    with raises("synthconl.build.other_settings", setting, finished / setting.partition(".")[0]):
         build_dataset(small_recipe(corpus, server.base_url, **changes), finished, progress=False)
 
 
@@ -209,7 +213,7 @@ def test_answers_to_other_functions_are_refused(corpus, finished, server, tmp_pa
         shutil.rmtree(out / name)
     file = out / "translations" / "rows-00000.parquet"
     row_files.write_parquet(file, [pq.read_table(file).take([1, 0, *range(2, 35)])], SCHEMA)
-    with pytest.raises(ValueError, match=r"answers in .*translations/rows-00000.parquet are not those to"):
+    with raises("synthconl.build.other_answers", "translations/rows-00000.parquet"):
         build_dataset(small_recipe(corpus, server.base_url), out, progress=False)
     assert not (out / "triplets").exists()
 
@@ -225,10 +229,10 @@ def test_wrong_folders_are_refused_and_left_alone(corpus, server, tmp_path, monk
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
     recipe = small_recipe(corpus, server.base_url)
-    with pytest.raises(ValueError, match="holds something else"):
+    with raises("synthconl.build.out", tmp_path / "mine"):
         build_dataset(recipe, tmp_path / "mine", progress=False)
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ValueError, match="Another process is at work in"):
+    with FileLock(tmp_path / "out" / ".lock"), raises("synthconl.build.running", tmp_path / "out"):
         build_dataset(recipe, tmp_path / "out", progress=False)
 
 
@@ -253,7 +257,7 @@ def test_a_corpus_of_one_repository_is_told_before_anything_is_asked(tmp_path):
     write_corpus(tmp_path / "corpus", repositories=1)
     recipe = small_recipe(tmp_path / "corpus", "http://127.0.0.1:1")
     for _ in range(2):
-        with pytest.raises(ValueError, match="All functions are of one repository, 'repository0', and a dataset needs"):
+        with raises("synthconl.build.one_repository", "'repository0'"):
             build_dataset(recipe, tmp_path / "out", progress=False)
     assert not (tmp_path / "out" / "functions").exists()
 
@@ -262,9 +266,9 @@ def test_nothing_to_translate_and_nothing_accepted_are_one_sentence(corpus, tmp_
     Path(tmp_path, "corpus", "a").mkdir(parents=True)
     Path(tmp_path, "corpus", "a", "a.py").write_text("x = 1\n")
     with OpenAIServer(lambda prompt: translation(prompt)) as server:
-        with pytest.raises(ValueError, match=r"no documented function to translate \(files left out: few letters: 1\)"):
+        with raises("synthconl.build.empty", "(files left out: few letters: 1)"):
             build_dataset(small_recipe(tmp_path / "corpus", server.base_url), tmp_path / "one", progress=False)
         recipe = small_recipe(corpus, server.base_url)
         server.answer = lambda prompt: replace(translation(prompt), finish_reason="length")
-        with pytest.raises(ValueError, match=r"No translation was accepted \(truncated: 35\)"):
+        with raises("synthconl.build.empty", "(truncated: 35)"):
             build_dataset(recipe, tmp_path / "two", progress=False)

@@ -6,10 +6,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from modular_star_encoder.synthconl.near_duplicates import candidates as verification
-from modular_star_encoder.synthconl.near_duplicates.candidates import TextColumn, near_pairs
-from modular_star_encoder.synthconl.near_duplicates.clusters import find_near_duplicates
-from modular_star_encoder.synthconl.near_duplicates.fingerprints import DuplicateSettings
+from modular_star_encoder.synthconl.near_duplicates import clusters, find_near_duplicates
+from modular_star_encoder.synthconl.near_duplicates.clusters import Column, near_pairs
+from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings, fingerprint
+from tests.errors import raises
 from tests.synthconl.near_duplicate_samples import (
     code,
     mutated,
@@ -75,12 +75,10 @@ def test_candidates_below_the_threshold_are_compared_and_turned_down(texts):
 def test_a_similarity_right_at_the_threshold_is_near():
     # Ten different shingles, of which the first text has seven.
     pair = "abcdefghijk", "abcdefghijklmn"
-    column = TextColumn(
-        lambda numbers: [pair[one] for one in numbers], np.array([[1, 1], [2, 2]], "u8"), np.array([11, 14])
-    )
-    (found,), (similarity,) = near_pairs(np.array([1], "u8"), [(column, column)], 0.7)
-    assert (found, similarity) == (1, 0.7)
-    assert len(near_pairs(np.array([1], "u8"), [(column, column)], 0.7000001)[0]) == 0
+    column = Column([pair], [fingerprint(pair, DuplicateSettings().banding)], np.arange(2))
+    found = near_pairs(np.array([1], "u8"), [(column, column)], 0.7)
+    assert (found.pairs.tolist(), found.similarities.tolist()) == ([1], [0.7])
+    assert len(near_pairs(np.array([1], "u8"), [(column, column)], 0.7000001).pairs) == 0
 
 
 def test_every_row_dropped_is_told_with_the_row_nearest_to_it(texts):
@@ -163,7 +161,7 @@ def test_rows_near_in_both_columns_are_one_pair_with_the_larger_similarity():
 @pytest.mark.parametrize(("name", "value"), [("_PAIRS_AT_A_TIME", 3), ("_CHARACTERS_AT_A_TIME", 700)])
 def test_the_result_does_not_depend_on_how_many_pairs_are_compared_at_a_time(texts, monkeypatch, name, value):
     expected = find_near_duplicates({"code": texts})
-    monkeypatch.setattr(verification, name, value)
+    monkeypatch.setattr(clusters, name, value)
     result = find_near_duplicates({"code": texts})
     np.testing.assert_array_equal(result.pairs, expected.pairs)
     np.testing.assert_array_equal(result.pair_similarities, expected.pair_similarities)
@@ -294,11 +292,11 @@ def test_the_work_stays_linear_where_many_rows_share_a_band():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match="at least one column"):
+    with raises("synthconl.near_duplicates.columns"):
         find_near_duplicates({})
-    with pytest.raises(ValueError, match="code 2, translation 1, ids 2"):
+    with raises("synthconl.near_duplicates.columns", "code 2, translation 1, ids 2"):
         find_near_duplicates({"code": ["a", "b"], "translation": ["a"]}, ids=[1, 2])
-    with pytest.raises(ValueError, match="ids must be different"):
+    with raises("synthconl.near_duplicates.ids"):
         find_near_duplicates({"code": ["a", "b"]}, ids=["x", "x"])
 
 

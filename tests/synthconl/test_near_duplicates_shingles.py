@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from modular_star_encoder.synthconl.near_duplicates.fingerprints import (
+from modular_star_encoder.synthconl.near_duplicates.minhash import (
     Banding,
     DuplicateSettings,
     hash_shingles,
@@ -11,6 +11,7 @@ from modular_star_encoder.synthconl.near_duplicates.fingerprints import (
     optimal_banding,
     shingle_sets,
 )
+from tests.errors import raises
 from tests.synthconl.near_duplicate_samples import code, mutated, shingle_set, true_jaccard
 
 
@@ -36,7 +37,7 @@ def test_the_banding_follows_the_threshold():
 )
 def test_settings_out_of_range_are_refused(values):
     (name,) = values
-    with pytest.raises(ValueError, match=f"{name} must be"):
+    with raises("settings.value", name, *values.values()):
         DuplicateSettings(**values)
 
 

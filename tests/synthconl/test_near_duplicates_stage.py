@@ -10,11 +10,18 @@ import pytest
 
 import modular_star_encoder
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
+from modular_star_encoder.synthconl import row_files
+from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 from modular_star_encoder.synthconl.near_duplicates import job as job_module
-from modular_star_encoder.synthconl.near_duplicates import storage as shards
-from modular_star_encoder.synthconl.near_duplicates.clusters import find_near_duplicates
-from modular_star_encoder.synthconl.near_duplicates.fingerprints import DuplicateSettings
-from modular_star_encoder.synthconl.near_duplicates.job import WORK, DuplicateJob, drop_near_duplicates, prepare_job
+from modular_star_encoder.synthconl.near_duplicates.job import (
+    WORK,
+    DuplicateJob,
+    datatrove_steps,
+    drop_near_duplicates,
+    prepare_job,
+)
+from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings
+from tests.errors import raises
 from tests.synthconl.near_duplicate_samples import (
     code,
     mutated,
@@ -96,7 +103,7 @@ def test_the_stage_keeps_what_the_search_in_memory_keeps(source, tmp_path, match
 
 
 def test_files_are_read_and_written_some_rows_at_a_time(source, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_ROWS_AT_A_TIME", 5)
+    monkeypatch.setattr(row_files, "_ROWS_AT_A_TIME", 5)
     assert drop(source, tmp_path / "out") == finished[0]
     assert written_order(tmp_path / "out") == written_order(finished[1])
 
@@ -244,6 +251,7 @@ sys.exit(exit_code)
 """
 
 
+@pytest.mark.slow
 def test_killed_in_every_task_and_restarted_it_gives_the_same(source, finished, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, str(source), str(out), *modular_star_encoder.__path__]
@@ -255,25 +263,25 @@ def test_killed_in_every_task_and_restarted_it_gives_the_same(source, finished, 
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "key", "values"),
     [
-        ({"columns": ["code", "text"]}, "has no column 'text'; it has id, code, translation, number, unused"),
-        ({"columns": ["number"]}, "'number' of part-0/0.parquet holds int64; it must be text"),
-        ({"columns": "code"}, "columns must be a list"),
-        ({"columns": []}, "columns must be a list"),
-        ({"id_column": "unused"}, "ids must be text or integers"),
+        ({"columns": ["code", "text"]}, "shards.column_missing", ["'text'", "id, code, translation, number, unused"]),
+        ({"columns": ["number"]}, "shards.column_type", ["'number'", "part-0/0.parquet", "int64"]),
+        ({"columns": "code"}, "near_duplicates.columns", ["'code'"]),
+        ({"columns": []}, "near_duplicates.columns", []),
+        ({"id_column": "unused"}, "shards.column_type", ["'unused'"]),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_is_written(source, tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_columns_are_reported_before_anything_is_written(source, tmp_path, options, key, values):
+    with raises(f"synthconl.{key}", *values):
         drop(source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("ids", "message"), [((1, 2, 1), "1 repeats"), (("a", None, "b"), "1 are missing")])
-def test_ids_must_be_there_and_differ(tmp_path, ids, message):
+@pytest.mark.parametrize(("ids", "fault"), [((1, 2, 1), "1 repeats"), (("a", None, "b"), "1 are missing")])
+def test_ids_must_be_there_and_differ(tmp_path, ids, fault):
     write_shards(tmp_path / "in", [{"id": one, "code": "x = 1"} for one in ids], sizes=(2, 1))
-    with pytest.raises(ValueError, match=message):
+    with raises("synthconl.shards.ids", "'id'", fault):
         drop(tmp_path / "in", tmp_path / "out", columns=["code"])
 
 
@@ -288,50 +296,41 @@ def test_ids_may_be_of_any_integer_or_text_type(tmp_path, kinds):
     assert [str(row["id"]) for row in written_order(tmp_path / "out")] == ["2147483645"]
 
 
-def test_folders_that_will_not_do_are_refused(source, finished, tmp_path):
-    with pytest.raises(ValueError, match=r"holds no parquet file"):
+def test_folders_that_cannot_be_used_are_reported(source, finished, tmp_path):
+    with raises("synthconl.shards.missing", tmp_path):
         drop(tmp_path, tmp_path / "out")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1, but no more")
-    with pytest.raises(ValueError, match=r"broken.parquet can't be read as a parquet file"):
+    with raises("synthconl.shards.unreadable", "broken.parquet"):
         drop(tmp_path, tmp_path / "out")
-    with pytest.raises(ValueError, match="holds something else"):
-        drop(source, tmp_path)
-    with pytest.raises(ValueError, match="holds the files to read"):
-        drop(source, source)
-    with pytest.raises(ValueError, match="lies inside the folder to read"):
-        drop(source, source / "out")
-    with pytest.raises(ValueError, match="was begun with other against; name another folder"):
-        drop(source, finished[1], against={"bench": ["x = 1", "y"]})
-    with pytest.raises(ValueError, match="was begun with other settings"):
-        drop(source, finished[1], settings=DuplicateSettings(threshold=0.8))
+    for out in (tmp_path, source, source / "out"):
+        with raises("synthconl.near_duplicates.out", out):
+            drop(source, out)
+    for options, changed in (
+        ({"against": {"bench": ["x = 1", "y"]}}, "against"),
+        ({"settings": DuplicateSettings(threshold=0.8)}, "settings"),
+    ):
+        with raises("synthconl.near_duplicates.other_job", finished[1], changed):
+            drop(source, finished[1], **options)
 
 
 def test_a_job_goes_on_only_with_the_files_it_began_with(rows, tmp_path):
     source = write_shards(tmp_path / "in", rows)
     prepare_job(source, tmp_path / "out", columns=["code"])
     write_shards(tmp_path / "in", list(reversed(rows)))
-    with pytest.raises(ValueError, match="was begun with other files"):
+    with raises("synthconl.near_duplicates.other_job", "files"):
         prepare_job(source, tmp_path / "out", columns=["code"])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_datatroves_executors_do_the_same_job(source, finished, tmp_path):
     local = pytest.importorskip("datatrove.executor.local")
-    from modular_star_encoder.synthconl.near_duplicates.datatrove_steps import near_duplicate_steps
 
     out = tmp_path / "out"
     job = prepare_job(source, out, columns=["code", "translation"], id_column="id", against=AGAINST)
     executor = None
-    for name, step, tasks in near_duplicate_steps(job, compare_tasks=3):
+    for name, step, tasks in datatrove_steps(job, compare_tasks=3):
         options = {"tasks": min(tasks, 2), "workers": 1, "depends": executor, "logging_dir": str(tmp_path / name)}
         executor = local.LocalPipelineExecutor([step], **options)
     executor.run()
     assert content(out) == content(finished[1])
     assert drop(source, out) == finished[0]
-
-
-def test_without_datatrove_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datatrove.pipeline.base", None)
-    monkeypatch.delitem(sys.modules, "modular_star_encoder.synthconl.near_duplicates.datatrove_steps", raising=False)
-    with pytest.raises(ImportError, match=r"modular-star-encoder\[dataset,datatrove\]"):
-        import modular_star_encoder.synthconl.near_duplicates.datatrove_steps  # noqa: F401

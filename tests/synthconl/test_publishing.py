@@ -9,8 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from modular_star_encoder.synthconl import build as stages
 from modular_star_encoder.synthconl import publishing
 from modular_star_encoder.synthconl.build import build_dataset
-from modular_star_encoder.synthconl.card import dataset_card, size_category
-from modular_star_encoder.synthconl.publishing import push_dataset
+from modular_star_encoder.synthconl.publishing import dataset_card, push_dataset, size_category
+from tests.errors import raises
 from tests.synthconl.build_samples import small_recipe, translation, write_corpus
 from tests.synthconl.openai_server import OpenAIServer
 
@@ -111,12 +111,11 @@ def test_what_the_hub_refuses_is_one_sentence(built, hub, error, sentence):
 
 
 def test_what_is_no_dataset_is_refused(built, tmp_path):
-    with pytest.raises(ValueError, match="holds no finished dataset"):
+    with raises("synthconl.push.no_dataset", tmp_path):
         push_dataset(tmp_path, "owner/name")
-    with pytest.raises(ValueError, match=r"'name' is not the id of a repository, such as owner/name"):
-        push_dataset(built, "name")
-    with pytest.raises(ValueError, match=r"'a/b/c' is not the id of a repository"):
-        push_dataset(built, "a/b/c")
+    for name in ("name", "a/b/c"):
+        with raises("hub.repository_id", repr(name)):
+            push_dataset(built, name)
 
 
 def test_the_card_has_the_metadata_of_the_hub(built):

@@ -1,5 +1,5 @@
 from modular_star_encoder.data.pairs import Triplet
-from modular_star_encoder.synthconl.card import CodeFigures, dataset_statistics
+from modular_star_encoder.synthconl.publishing import CodeCounts, dataset_statistics
 
 
 def test_samples_and_average_lengths_are_those_of_each_language_and_side():
@@ -11,8 +11,8 @@ def test_samples_and_average_lengths_are_those_of_each_language_and_side():
         ]
     )
     assert statistics.rows == 3
-    assert statistics.original == {"python": CodeFigures(2, 3.0), "go": CodeFigures(1, 9.0)}
-    assert statistics.synthetic == {"cpp": CodeFigures(2, 5.0), "go": CodeFigures(1, 2.0)}
+    assert statistics.original == {"python": CodeCounts(2, 3.0), "go": CodeCounts(1, 9.0)}
+    assert statistics.synthetic == {"cpp": CodeCounts(2, 5.0), "go": CodeCounts(1, 2.0)}
     assert statistics.average_description_characters == 3.0
     assert statistics.to_markdown().splitlines()[2:] == [
         "| Python | 2 | 3 | 0 | 0 |",

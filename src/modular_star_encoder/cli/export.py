@@ -25,15 +25,14 @@ def run_export(arguments: argparse.Namespace) -> None:
         raise ValueError("--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files.")
     from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
     from modular_star_encoder.evaluation.tasks import RetrievalTask
-    from modular_star_encoder.hub.onnx_ranking import format_rankings
-    from modular_star_encoder.hub.serving_folder import export_for_serving
+    from modular_star_encoder.hub.onnx_folder import export_onnx_folder, format_rankings
 
     tasks = []
     for name in choose_benchmarks([arguments.benchmark], arguments.data) if arguments.data else ():
         tasks += load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset)
     if not all(isinstance(task, RetrievalTask) for task in tasks):
         raise ValueError(f"{arguments.benchmark} is about pairs, and an export is measured by rankings.")
-    written = export_for_serving(
+    written = export_onnx_folder(
         arguments.checkpoint, arguments.exit_layer, arguments.out, int8=arguments.int8, tasks=tasks
     )
     if tasks:

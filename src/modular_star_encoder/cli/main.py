@@ -276,8 +276,8 @@ def run_dataset_build(arguments: argparse.Namespace) -> None:
 def run_dataset_dedup(arguments: argparse.Namespace) -> None:
     """`mose dataset dedup`."""
     from modular_star_encoder.data.sources.dataset_rows import open_texts
-    from modular_star_encoder.synthconl.near_duplicates.fingerprints import DuplicateSettings
     from modular_star_encoder.synthconl.near_duplicates.job import drop_near_duplicates
+    from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings
 
     against = {}
     for name in arguments.against:
@@ -300,7 +300,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
 def run_dataset_stats(arguments: argparse.Namespace) -> None:
     """`mose dataset stats`."""
     from modular_star_encoder.data.pairs import open_triplets
-    from modular_star_encoder.synthconl.card import dataset_statistics
+    from modular_star_encoder.synthconl.publishing import dataset_statistics
     from modular_star_encoder.utils.files import check_writable, write_json
 
     if arguments.json:

@@ -2,36 +2,37 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
-from typing import Any
 
+from pydantic import Field
+
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.hub import check_repository_id
-from modular_star_encoder.utils.settings import build_settings, load_settings
+from modular_star_encoder.utils.settings import Switch, load_settings, settings_class
 
 MAIN = "main"
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class RepositorySettings:
     """One repository, or one branch of a repository.
 
     Args:
         name: of the repository, without its namespace.
-        checkpoint: folder of what is published, whole; or
-        slice_of, exit_layer: the key of an entry above, and the exit at which it is cut.
+        checkpoint: folder to publish as it is; or
+        slice_of, exit_layer: the key of an entry above, and the exit at which to cut it.
         only_exit: a slice keeps this exit's head alone, as the published cut models do.
-        branch: where it goes.
-        trained_from: key of an entry above that this one's training started from.
+        branch: of the repository.
+        trained_from: key of the entry above whose model was the start of this one's training.
         tokenizer: folder of the tokenizer; that of the checkpoint if None.
-        evaluation: files of figures, as `mose evaluate` (report.json, or --json) or the quickstart (results.json)
-            writes them; a slice has those of its parent, cut to its exits.
-        profile: file of `mose profile`; `exit_profile.json` in the checkpoint's folder if None and it is there.
-        training_log: file of `mose pretrain` and `mose finetune`; the one in the checkpoint's folder or in the folder
-            around it if None and it is there.
-        recipe: YAML or JSON file of the recipe, where the training log holds none.
-        training_data: what it was trained on, in prose.
-        files: other files that the repository holds: path there → file here, such as
+        evaluation: results of `mose evaluate` (report.json, or --json) or of the quickstart (results.json); a slice
+            takes those of its parent, cut to its exits.
+        profile: file of `mose profile`; by default `exit_profile.json` in the checkpoint's folder, if it exists.
+        training_log: file of `mose pretrain` and `mose finetune`; by default the one in the checkpoint's folder or its
+            parent folder, if it exists.
+        recipe: YAML or JSON file of the recipe, where the training log has none.
+        training_data: the training data, in prose.
+        files: further files of the repository: path there → file here, such as
             `onnx/model.onnx: runs/export/model.onnx`.
     """
 
@@ -39,7 +40,7 @@ class RepositorySettings:
     checkpoint: str | None = None
     slice_of: str | None = None
     exit_layer: int | None = None
-    only_exit: bool = False
+    only_exit: Switch = False
     branch: str = MAIN
     trained_from: str | None = None
     tokenizer: str | None = None
@@ -47,25 +48,28 @@ class RepositorySettings:
     profile: str | None = None
     training_log: str | None = None
     recipe: str | None = None
-    training_data: str = ""
-    files: Mapping[str, str] = field(default_factory=dict)
+    training_data: str | None = None
+    files: Mapping[str, str] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if (self.checkpoint is None) == (self.slice_of is None):
-            raise ValueError(f"{self.key} needs either checkpoint or slice_of.")
+        if self.slice_of:
+            own = {"checkpoint", "evaluation", "profile", "training_log", "recipe", "trained_from"}
+            if given := sorted(name for name in own if getattr(self, name)):
+                message = f"{self.key} is a slice of {self.slice_of}, which decides {', '.join(given)}; remove them."
+                raise UserError("hub.manifest.slice", message)
+        elif self.checkpoint is None:
+            raise UserError("hub.manifest.checkpoint", f"{self.key} needs either checkpoint or slice_of.")
         if (self.slice_of is None) != (self.exit_layer is None):
-            raise ValueError(f"{self.key}: exit_layer goes with slice_of, and slice_of with exit_layer.")
-        if self.slice_of and (self.evaluation or self.profile or self.training_log or self.recipe or self.trained_from):
-            raise ValueError(f"{self.key} is a slice: figures and training are those of {self.slice_of}.")
-        _check_kinds(self, f"{self.key}: ")
+            raise UserError("hub.manifest.exit_layer", f"{self.key} needs slice_of and exit_layer together.")
         for path in self.files:
             parts = PurePosixPath(path).parts
             if not parts or parts[0] == "/" or ".." in parts or "\\" in path:
-                raise ValueError(f"{self.key}: {path!r} must be a path inside the repository.")
+                message = f"files of {self.key}: {path!r} must be a path inside the repository."
+                raise UserError("hub.manifest.files", message)
 
     @property
     def key(self) -> str:
-        """How other entries call it: its name, with the branch behind an @ where that isn't main."""
+        """How other entries refer to it: its name, with `@branch` where that isn't main."""
         return self.name if self.branch == MAIN else f"{self.name}@{self.branch}"
 
     @property
@@ -74,92 +78,52 @@ class RepositorySettings:
         return self.slice_of or self.trained_from
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Manifest:
-    """What is published together.
+    """The repositories to publish together.
 
     Args:
-        namespace: user or organisation of the Hub that owns the repositories.
+        namespace: user or organisation on the Hub that owns the repositories.
         title: heading of the cards.
         license: the Hub's name for the licence of the weights; with `other` also `license_name` and `license_link`.
-        repositories: in the order in which they are published: parents before what comes from them.
-        datasets: ids of the Hub that were trained on.
-        tags: more words to be found by.
+        repositories: in the order of publication: parents before what comes from them.
+        datasets: ids on the Hub of the training data.
+        tags: further tags.
         limits: what users should know, in prose.
     """
 
-    namespace: str
+    namespace: str | None
     title: str
-    license: str
-    repositories: Sequence[RepositorySettings]
+    license: str | None
+    repositories: Sequence[RepositorySettings] = Field(min_length=1)
     license_name: str | None = None
     license_link: str | None = None
     datasets: Sequence[str] = ()
     tags: Sequence[str] = ()
-    limits: str = ""
+    limits: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.namespace, str) or not self.namespace:
-            raise ValueError("namespace must be yours on the Hub: namespace=NAME.")
-        if not isinstance(self.license, str) or not self.license:
-            raise ValueError("license must be the Hub's name for one, such as apache-2.0.")
-        if self.license == "other" and not self.license_name:
-            raise ValueError("license other needs license_name, and license_link where there is one.")
-        if not isinstance(self.repositories, list | tuple) or not self.repositories:
-            raise ValueError("repositories must be a list of at least one.")
-        _check_kinds(self)
-        entries = [
-            entry
-            if isinstance(entry, RepositorySettings)
-            else build_settings(RepositorySettings, entry, f"repository {number}")
-            for number, entry in enumerate(self.repositories, 1)
-        ]
-        object.__setattr__(self, "repositories", tuple(entries))
+        if not self.namespace:
+            raise UserError("hub.manifest.namespace", "namespace must be yours on the Hub: namespace=NAME.")
+        if not self.license or (self.license == "other" and not self.license_name):
+            message = "license must be the Hub's name of a licence, such as apache-2.0, or other with license_name."
+            raise UserError("hub.manifest.license", message)
         above: set[str] = set()
-        for entry in entries:
+        for entry in self.repositories:
             check_repository_id(self.repository(entry))
             if entry.key in above:
-                raise ValueError(f"{entry.key} stands twice among the repositories.")
+                raise UserError("hub.manifest.twice", f"{entry.key} is listed twice in repositories.")
             if entry.parent is not None and entry.parent not in above:
-                raise ValueError(f"{entry.key} comes from {entry.parent}, which must stand above it.")
+                message = f"{entry.key} comes from {entry.parent}, which must be listed above it."
+                raise UserError("hub.manifest.parent", message)
             above.add(entry.key)
 
     def repository(self, entry: RepositorySettings) -> str:
-        """Its id on the Hub."""
+        """The id of an entry on the Hub."""
         return f"{self.namespace}/{entry.name}"
 
-    def entry(self, key: str) -> RepositorySettings:
-        """The entry of this key."""
-        return next(entry for entry in self.repositories if entry.key == key)
 
-
-def _check_kinds(settings: Any, where: str = "") -> None:
-    """Refuse values of another kind than the settings': YAML reads `1.0` as a number, and one word is no list.
-
-    Raises:
-        ValueError: the message names the setting.
-    """
-    for setting in fields(settings):
-        kind, name, value = setting.type, setting.name, getattr(settings, setting.name)
-        wanted = None
-        # Prose that is left out may be written as nothing.
-        if kind in (str, str | None) and not isinstance(value, kind) and (value is not None or setting.default != ""):
-            wanted = "words (in quotes, if YAML takes them for something else)"
-        elif kind is bool and not isinstance(value, bool):
-            wanted = "true or false"
-        elif kind == Sequence[str] and not (isinstance(value, list | tuple) and _all_words(value)):
-            wanted = "a list of words"
-        elif kind == Mapping[str, str] and not (isinstance(value, Mapping) and _all_words([*value, *value.values()])):
-            wanted = "a mapping of files"
-        if wanted:
-            raise ValueError(f"{where}{name} must be {wanted}, not {value!r}.")
-
-
-def _all_words(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
-def load_manifest(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Manifest:
+def load_manifest(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Manifest:
     """Read a manifest.
 
     Args:
@@ -167,26 +131,21 @@ def load_manifest(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Man
         overrides: `key=value`, such as `namespace=my-name`; values are YAML.
 
     Raises:
-        ValueError: the file or an override is not of this form, or a setting is unknown, missing or out of range.
-        OSError: the file is there and can't be read.
+        UserError: the file or an override is malformed, or a setting is unknown, missing or wrong.
+        OSError: the file exists and can't be read.
     """
     return load_settings(Manifest, path, overrides, example="hub_configs/quickstart/publish.yaml")
 
 
 def folder_manifest(
-    folder: str | os.PathLike,
-    repository: str,
-    *,
-    license: str = "apache-2.0",
-    evaluation: Sequence[str] = (),
+    folder: str | os.PathLike[str], repository: str, *, license: str = "apache-2.0", evaluation: Sequence[str] = ()
 ) -> Manifest:
     """The manifest of one checkpoint folder.
 
     Raises:
-        ValueError: `repository` is not of the form owner/name.
+        UserError: `hub.repository_id`: `repository` is not of the form owner/name.
     """
-    namespace, slash, name = repository.partition("/")
-    if not slash:
-        raise ValueError(f"{repository!r} is no id of a repository such as owner/name.")
+    check_repository_id(repository)
+    namespace, _, name = repository.partition("/")
     entry = RepositorySettings(name=name, checkpoint=os.fspath(folder), evaluation=tuple(evaluation))
-    return Manifest(namespace=namespace, title=name, license=license, repositories=[entry])
+    return Manifest(namespace=namespace, title=name, license=license, repositories=(entry,))

@@ -1,6 +1,4 @@
-"""The card of a published model: metadata for the Hub, and for its readers what was measured and nothing else."""
-
-from __future__ import annotations
+"""The card of a published model: metadata for the Hub, and for its readers only what was measured."""
 
 import json
 import re
@@ -17,6 +15,7 @@ from modular_star_encoder.evaluation.report import Row, Table, interval
 from modular_star_encoder.hub.manifest import MAIN, Manifest
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.hub import render_card
 from modular_star_encoder.utils.reports import metric_label, percent
 
@@ -26,60 +25,50 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """Of the exits of one repository.
+    """The measurements of the exits of one repository."""
 
-    Args:
-        parameters: exit_layer → parameters of the model loaded at this exit, counted.
-        profile: costs, of these exits alone; None if they were not measured.
-        tables: benchmarks, with the rows of these exits and of systems without exits; none if nothing was measured.
-    """
+    parameters: Mapping[int, int]  # exit_layer → parameters of the model loaded at this exit, counted
+    profile: ExitProfile | None  # costs of these exits; None if they were not measured
+    tables: Sequence[Table]  # benchmarks, with the rows of these exits and of retrievers without exits
 
-    parameters: Mapping[int, int]
-    profile: ExitProfile | None
-    tables: Sequence[Table]
-
-    def cut(self, parameters: Mapping[int, int]) -> Measurements:
-        """Those of a slice with these exits, whose embeddings are the parent's."""
+    def cut(self, parameters: Mapping[int, int]) -> "Measurements":
+        """The measurements of a slice with these exits, whose embeddings are the parent's."""
         profile = self.profile
         if profile is not None:
             kept = {k: profiled for k, profiled in profile.exits.items() if k in parameters}
             exits = {k: replace(profiled, parameters=parameters[k]) for k, profiled in kept.items()}
             profile = replace(profile, exits=exits) if exits else None
-        tables = [replace(table, rows=kept) for table in self.tables if (kept := _rows_of(table, parameters))]
+        tables = [replace(table, rows=rows) for table in self.tables if (rows := _rows_of(table, parameters))]
         return Measurements(parameters, profile, tables)
 
 
 def count_parameters(
     model_class: type[ModularStarEncoderPreTrainedModel], config: ModularStarEncoderConfig
 ) -> dict[int, int]:
-    """Parameters of a model of this configuration, loaded at each of its exits; no memory is taken."""
+    """Parameters of a model of this configuration, loaded at each of its exits; allocates no weights."""
     with torch.device("meta"):
         return {k: model_class(config.cut(k)).num_parameters() for k in config.exit_layers}
 
 
 def _rows_of(table: Table, exits: Mapping[int, Any]) -> list[Row]:
-    """The rows of these exits and of systems without exits; nothing if there are none of the exits."""
+    """The rows of these exits and of retrievers without exits; nothing without a row of these exits."""
     rows = [row for row in table.rows if row.exit_layer is None or row.exit_layer in exits]
     return rows if any(row.exit_layer is not None for row in rows) else []
 
 
 def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[str]]]:
-    """The table of a card, a column for each exit and for each system without exits.
-
-    Returns:
-        The header, and the rows: parameters, then what was measured.
-    """
+    """The header and the rows of a card's table, with a column for each exit and each retriever without exits."""
     exits = list(measurements.parameters)
     others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
-    systems = list(dict.fromkeys(row.retriever for row in others))
-    header = ["", *(f"exit {k}" for k in exits), *systems]
-    blank = [""] * len(systems)
+    retrievers = list(dict.fromkeys(row.retriever for row in others))
+    header = ["", *(f"exit {k}" for k in exits), *retrievers]
+    blank = [""] * len(retrievers)
     rows = [["parameters", *(f"{count:,}" for count in measurements.parameters.values()), *blank]]
     rows += [[name, *cells, *blank] for name, cells in _cost_rows(measurements.profile, exits)]
     for table in measurements.tables:
         by_exit = {row.exit_layer: row for row in table.rows if row.exit_layer is not None}
-        by_system = {row.retriever: row for row in table.rows if row.exit_layer is None}
-        cells = [_quality(by_exit.get(k)) for k in exits] + [_quality(by_system.get(name)) for name in systems]
+        by_name = {row.retriever: row for row in table.rows if row.exit_layer is None}
+        cells = [_quality(by_exit.get(k)) for k in exits] + [_quality(by_name.get(name)) for name in retrievers]
         rows.append([f"{table.title}: {metric_label(table.metric)} × 100", *cells])
     return header, rows
 
@@ -107,7 +96,7 @@ def _quality(row: Row | None) -> str:
 
 
 def eval_results(measurements: Measurements) -> list[EvalResult]:
-    """The `model-index`: a figure × 100 for each benchmark and exit."""
+    """The `model-index`: the main metric × 100 for each benchmark and exit."""
     tasks = {"f1": ("text-classification", "Clone detection")}
     results = []
     for table in measurements.tables:
@@ -129,10 +118,10 @@ def eval_results(measurements: Measurements) -> list[EvalResult]:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Draw quality against latency, or where that was not measured against depth.
+    """Draw quality by latency, or by depth where latency was not measured.
 
     Returns:
-        The file's name; None where there is nothing to draw, for a curve needs two exits.
+        The file's name; None for fewer than two exits or without benchmarks.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -142,11 +131,10 @@ def draw(measurements: Measurements, folder: Path) -> str | None:
     if measurements.profile is None:
         return plot_quality_by_depth(measurements.tables, folder / DEPTH_FIGURE).name
     times = median_latencies(measurements.profile)
-    systems = {row.retriever for table in measurements.tables for row in table.rows if row.exit_layer is not None}
-    return plot_quality_by_latency(measurements.tables, dict.fromkeys(systems, times), folder / LATENCY_FIGURE).name
+    names = {row.retriever for table in measurements.tables for row in table.rows if row.exit_layer is not None}
+    return plot_quality_by_latency(measurements.tables, dict.fromkeys(names, times), folder / LATENCY_FIGURE).name
 
 
-TEMPLATE = "model.md.jinja"
 CARD = "README.md"
 HUB = "https://huggingface.co"
 TAGS = ("modular-star-encoder", "multi-exit", "code", "code-search")
@@ -154,30 +142,23 @@ TAGS = ("modular-star-encoder", "multi-exit", "code", "code-search")
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """What a model comes from.
+    """The model that another one comes from."""
 
-    Args:
-        repository, branch: where that is published.
-        is_slice: whether the model was cut from it; otherwise its training started from it.
-        layers: how many it has.
-        revision: the commit; None while it is not known.
-    """
-
-    repository: str
+    repository: str  # where it is published
     branch: str
-    is_slice: bool
-    layers: int
-    revision: str | None = None
+    is_slice: bool  # whether the other model was cut from it; otherwise its training started from it
+    layers: int  # number of its layers
+    revision: str | None = None  # its commit; None while it is not known
 
     @property
     def link(self) -> str:
-        """In Markdown, to the revision."""
+        """A Markdown link to the revision."""
         return repository_link(self.repository, self.branch, self.revision)
 
 
 @dataclass(frozen=True, slots=True)
 class SliceLink:
-    """A slice that a model's card names: its weights' SHA-256 stands for its revision, for that links back."""
+    """A slice in the card of its parent: named by the SHA-256 of its weights, since its revision links back."""
 
     repository: str
     branch: str
@@ -187,35 +168,22 @@ class SliceLink:
 
 @dataclass(frozen=True, slots=True)
 class CardContent:
-    """All that a card says.
-
-    Args:
-        repository, branch: where the model is published.
-        heading: which model of the manifest's title this is.
-        config: of the model.
-        retrieval: whether it embeds; otherwise it is a pre-trained model.
-        prompts: of its SentenceTransformer.
-        measurements: of its exits.
-        figure: file name of the figure; None if there is none.
-        parent, slices: what it comes from, and what was cut from it.
-        only_exit: whether it holds one exit's head alone, although it is deeper than others.
-        training_data, training_rows, recipe: what its training was, where that is known; the recipe as YAML.
-    """
+    """The content of a card."""
 
     repository: str
     branch: str
-    heading: str
+    heading: str  # what distinguishes it from the manifest's other models
     config: ModularStarEncoderConfig
-    retrieval: bool
-    prompts: Mapping[str, str]
-    measurements: Measurements
-    figure: str | None = None
-    parent: Parent | None = None
-    slices: Sequence[SliceLink] = ()
-    only_exit: bool = False
-    training_data: str = ""
+    retrieval: bool  # whether it embeds; otherwise it is a pre-trained model
+    prompts: Mapping[str, str]  # of its SentenceTransformer
+    measurements: Measurements  # of its exits
+    figure: str | None = None  # file name of the figure; None if there is none
+    parent: Parent | None = None  # the model that it comes from
+    slices: Sequence[SliceLink] = ()  # those cut from it
+    only_exit: bool = False  # whether it has one exit's head alone, although it is deeper than others
+    training_data: str | None = ""  # in prose
     training_rows: Sequence[tuple[str, Any]] = ()
-    recipe: str = ""
+    recipe: str = ""  # as YAML
 
 
 def repository_link(repository: str, branch: str = MAIN, revision: str | None = None) -> str:
@@ -229,61 +197,37 @@ def model_card(content: CardContent, manifest: Manifest) -> str:
     """The card as text."""
     config, measured = content.config, content.measurements
     head, rows = measurement_rows(measured)
-    prompts = content.prompts
-    return re.sub(
-        r"\n{3,}",
-        "\n\n",
-        render_card(
-            TEMPLATE,
-            metadata=card_metadata(content, manifest).to_yaml(line_break="\n"),
-            title=manifest.title,
-            heading=content.heading,
-            repository=content.repository,
-            branch=content.branch,
-            retrieval=content.retrieval,
-            layers=config.num_hidden_layers,
-            parent_layers=content.parent and content.parent.layers,
-            exit_layers=config.exit_layers,
-            parameters=measured.parameters[config.num_hidden_layers],
-            dimension=config.projection_size if content.retrieval else config.hidden_size,
-            longest=config.max_position_embeddings,
-            instructions=any(prompts.values()),
-            query=_literal(prompts.get("query", "") + "sum of two numbers"),
-            code=_literal(prompts.get("document_python", "") + "def add(a, b):\n    return a + b"),
-            prompt_names=[f"`{name}`" for name in prompts],
-            measured_head=head,
-            measured_rows=rows,
-            measured=bool(measured.profile or measured.tables),
-            notes=list(_notes(content)),
-            figure=content.figure,
-            parent=content.parent,
-            only_exit=content.only_exit,
-            slices=[
-                (one.exit_layer, repository_link(one.repository, one.branch), f"`{one.sha256}`")
-                for one in content.slices
-            ],
-            training_data=content.training_data,
-            training_rows=content.training_rows,
-            recipe=content.recipe,
-            limits=manifest.limits,
-            license_text=_license(manifest),
-        ),
+    card = render_card(
+        "model.md.jinja",
+        content=content,
+        manifest=manifest,
+        metadata=card_metadata(content, manifest).to_yaml(line_break="\n"),
+        layers=config.num_hidden_layers,
+        exit_layers=config.exit_layers,
+        parameters=measured.parameters[config.num_hidden_layers],
+        dimension=config.projection_size if content.retrieval else config.hidden_size,
+        longest=config.max_position_embeddings,
+        query=_literal(content.prompts.get("query", "") + "sum of two numbers"),
+        code=_literal(content.prompts.get("document_python", "") + "def add(a, b):\n    return a + b"),
+        measured_head=head,
+        measured_rows=rows,
+        notes=_notes(content),
+        slices=[
+            (one.exit_layer, repository_link(one.repository, one.branch), f"`{one.sha256}`") for one in content.slices
+        ],
     )
+    return re.sub(r"\n{3,}", "\n\n", card)
 
 
 def _literal(text: str) -> str:
-    """A text in Python code; JSON's escapes are Python's where characters need none."""
+    """A text as a literal of Python, whose escapes are JSON's."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def card_metadata(content: CardContent, manifest: Manifest) -> ModelCardData:
-    """The card's metadata block.
-
-    Raises:
-        ValueError: the Hub's client refuses the figures of the `model-index`.
-    """
+    """The card's metadata block."""
     parent = content.parent
-    foreign = parent is not None and parent.repository != content.repository
+    base = parent.repository if parent and parent.repository != content.repository else None
     results = eval_results(content.measurements)
     return ModelCardData(
         model_name=content.repository.partition("/")[2],
@@ -295,45 +239,42 @@ def card_metadata(content: CardContent, manifest: Manifest) -> ModelCardData:
         pipeline_tag="sentence-similarity" if content.retrieval else "fill-mask",
         tags=[*TAGS, *manifest.tags],
         datasets=list(manifest.datasets) or None,
-        base_model=parent.repository if foreign else None,
+        base_model=base,
         eval_results=results or None,
     )
 
 
 def check_card(path: Path) -> None:
-    """Refuse a card whose metadata the Hub's client can't read back.
+    """Check that the Hub's client can read a card's metadata, and that its figures exist.
 
     Raises:
-        ValueError: the metadata are missing or wrong, or a figure that the card shows isn't there.
+        UserError: `hub.card.metadata`: the metadata are missing or wrong; `hub.card.figure`: a figure is missing.
     """
     try:
         card = ModelCard.load(path)
         data = card.data.to_dict()
+        missing = [name for name in ("license", "library_name", "pipeline_tag", "tags") if not data.get(name)]
+        fault = f"lacks {', '.join(missing)}" if missing else ""
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"The metadata of {path} can't be read: {' '.join(str(error).split())}") from error
-    missing = [name for name in ("license", "library_name", "pipeline_tag", "tags") if not data.get(name)]
-    if missing:
-        raise ValueError(f"The metadata of {path} lacks {', '.join(missing)}.")
+        fault = f"can't be read: {' '.join(str(error).split())}"
+    if fault:
+        raise UserError("hub.card.metadata", f"The metadata of {path} {fault}.")
     for figure in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):
         if not (path.parent / figure).is_file():
-            raise ValueError(f"{path} shows {figure}, which is not there.")
+            raise UserError("hub.card.figure", f"{path} shows {figure}, which does not exist.")
 
 
 def _notes(content: CardContent) -> list[str]:
-    """What a reader of the table must know."""
+    """The notes below the table."""
     measured, notes = content.measurements, []
     if measured.tables:
         notes.append("Benchmarks: with the 95 % interval of a bootstrap over queries.")
-        notes += [f"{table.benchmark}: {table.size}{_after(table.notes)}." for table in measured.tables]
+        notes += [f"{table.benchmark}: {'; '.join([table.size, *table.notes])}." for table in measured.tables]
     if measured.profile is not None:
         notes.append(_conditions(measured.profile))
     if content.parent is not None and content.parent.is_slice and (measured.tables or measured.profile):
         notes.append("All of this was measured on the parent at this exit.")
     return notes
-
-
-def _after(notes: Sequence[str]) -> str:
-    return "".join(f"; {note}" for note in notes)
 
 
 def _conditions(profile: ExitProfile) -> str:
@@ -345,8 +286,3 @@ def _conditions(profile: ExitProfile) -> str:
         f"Costs: batches of {size} × {length} tokens in {profile.dtype} on {place}{threads}, "
         f"torch {profile.versions.get('torch')}, {profile.date}; memory: of a process that loads this exit alone."
     )
-
-
-def _license(manifest: Manifest) -> str:
-    name = manifest.license_name or manifest.license
-    return f"[{name}]({manifest.license_link})." if manifest.license_link else f"{name}."

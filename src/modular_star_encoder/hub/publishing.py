@@ -1,6 +1,4 @@
-"""Staged repositories to the Hub: what would change, and one commit for each."""
-
-from __future__ import annotations
+"""Publish staged repositories on the Hub: report what would change, or make one commit for each."""
 
 import hashlib
 import os
@@ -39,12 +37,12 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What went, or would go, to one repository.
+    """The changes of one repository.
 
     Attributes:
         repository, branch: where.
-        changes: what differs from what the Hub has.
-        revision: the commit that the branch is at; None where there is none yet.
+        changes: the differences from the files on the Hub.
+        revision: the commit of the branch; None where there is none yet.
         uploaded: whether the changes were committed.
     """
 
@@ -69,26 +67,43 @@ def publish(
     *,
     upload: bool = False,
     private: bool = True,
-    staging: str | os.PathLike | None = None,
+    staging: str | os.PathLike[str] | None = None,
     api: HfApi | None = None,
     progress: bool = True,
 ) -> list[Publication]:
-    """Stage and verify all repositories of a manifest, then upload them, or say what would be uploaded.
+    """Stage and verify all repositories of a manifest, then upload them, or report what would be uploaded.
 
-    Every repository gets one commit, parents first; one that holds the same already gets none. Where something fails,
-    repositories are at their old or at their new revision, and the next call does the rest.
+    Staging writes each repository to a folder: checkpoint, SentenceTransformer files, exit profile, figure and card.
+    Verification looks for secrets, pickles and unexpected files, and compares the embeddings of a process that has
+    only the repository's own code with those of the source; nothing is uploaded unless all repositories pass. Every
+    repository gets one commit, parents first; one without a difference gets none. After a failure, each repository is
+    at its old or its new revision, and the next call does the rest.
 
     Args:
-        manifest: what is published.
-        upload: whether to upload; nothing is sent otherwise.
+        manifest: the repositories; see `load_manifest` (a YAML file) and `folder_manifest` (one checkpoint folder).
+        upload: whether to upload; otherwise nothing is sent.
         private: whether new repositories are private.
-        staging: folder that keeps what was staged; it must not exist, or be empty. Removed in the end if None.
+        staging: folder that keeps the staged repositories; it must not exist, or be empty. By default, they are
+            removed.
         api: the Hub's client; by default the one of `hf auth login`, `HF_TOKEN` and `HF_ENDPOINT`.
         progress: whether to show progress.
 
+    Returns:
+        The changes of each repository, in the order of the manifest; `str` gives the lines that `mose publish` prints.
+
     Raises:
-        ValueError: something doesn't pass the verification; nothing was sent.
+        UserError: a checkpoint can't be staged (`hub.staging.*`) or doesn't pass the verification (`hub.files.*`,
+            `hub.card.*`, `hub.tokenizer`, `hub.reload.*`); nothing was sent.
         OSError: the Hub refuses, or can't be reached.
+
+    Example:
+        >>> from modular_star_encoder.hub.manifest import folder_manifest
+        >>> manifest = folder_manifest("runs/finetuned/model", "my-name/my-encoder")
+        >>> print(*publish(manifest), sep="\\n")  # doctest: +SKIP
+        my-name/my-encoder:
+                 5,123  + README.md
+        ...
+        nothing was uploaded: a dry run
     """
     api = api or HfApi()
     with _folder(staging) as folder:
@@ -98,24 +113,24 @@ def publish(
         for one in staged:
             parent = published.get(one.settings.parent or "")
             if parent is not None:
-                # In a dry run the revision is not known before the parent has got its commit.
+                # In a dry run the revision is not known before the parent has its commit.
                 write_card(one, manifest, None if parent.changes and not parent.uploaded else parent.revision)
                 check_card(one.folder / CARD)
             published[one.settings.key] = push(one, api, upload=upload, private=private)
     return list(published.values())
 
 
-def write_folder_card(manifest: Manifest, out: str | os.PathLike | None = None) -> str:
+def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = None) -> str:
     """The card of a manifest's first repository.
 
     Args:
         manifest: see `folder_manifest`.
-        out: folder that gets README.md, and the figure if there is one; nothing is kept if None.
+        out: folder for README.md and the figure if there is one; nothing is kept if None.
 
     Raises:
-        ValueError, OSError: as `stage_repositories`.
+        UserError, OSError: as `stage_repositories`.
     """
-    with tempfile.TemporaryDirectory(prefix="mose-card-") as folder:
+    with _folder(None) as folder:
         staged = stage_repositories(manifest, folder)[0]
         check_card(staged.folder / CARD)
         if out is not None:
@@ -126,7 +141,7 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike | None = None) 
 
 
 @contextmanager
-def _folder(staging: str | os.PathLike | None) -> Iterator[Path]:
+def _folder(staging: str | os.PathLike[str] | None) -> Iterator[Path]:
     if staging is not None:
         with staged_folder(staging) as folder:
             yield folder
@@ -136,16 +151,16 @@ def _folder(staging: str | os.PathLike | None) -> Iterator[Path]:
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Make a branch hold exactly the staged files, by one commit on the revision that they were compared with.
+    """Make a branch contain exactly the staged files, by one commit on the revision that they were compared with.
 
     Args:
         staged: a verified repository.
         api: the Hub's client.
-        upload: whether to upload; otherwise only what differs is told.
+        upload: whether to upload; otherwise the differences are only reported.
         private: whether a new repository is private.
 
     Raises:
-        OSError: the Hub refuses, can't be reached, or has another commit meanwhile.
+        OSError: the Hub refuses, can't be reached, or has a newer commit.
     """
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
@@ -167,12 +182,12 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
         )
         left = compare(staged.folder, _remote(api, repository, commit.oid)[1])
     if left:
-        raise OSError(f"{repository} does not hold what was uploaded: {left[0].path} differs; upload again.")
+        raise OSError(f"{repository} differs from the uploaded files: {left[0].path}; upload again.")
     return Publication(repository, branch, changes, commit.oid, uploaded=True)
 
 
 def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
-    """What makes the files of the Hub those of a folder, by path."""
+    """The changes that make the files of the Hub those of a folder, by path."""
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     gone = sorted(set(there) - set(here) - set(KEPT))
     changes = [Change(DELETED, path, there[path].size) for path in gone]
@@ -186,7 +201,7 @@ def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
 
 
 def _same(file: Path, there: RepoFile) -> bool:
-    """Whether contents are equal, by the sums that the Hub keeps: SHA-256 of large files, git's of others."""
+    """Whether contents are equal, by the Hub's checksums: SHA-256 of large files, git's of others."""
     with file.open("rb") as content:
         if there.lfs is not None:
             return hashlib.file_digest(content, "sha256").hexdigest() == there.lfs.sha256
@@ -204,8 +219,8 @@ def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dic
         return None, {}
 
 
-def _create(api: HfApi, repository: str, branch: str, private: bool) -> str:
-    """Make the repository and the branch, which starts empty, and return its commit."""
+def _create(api: HfApi, repository: str, branch: str, private: bool) -> str | None:
+    """Create the repository and the branch, which starts empty, and return its commit."""
     api.create_repo(repository, private=private, exist_ok=True)
     if branch != MAIN:
         first = api.list_repo_commits(repository)[-1].commit_id

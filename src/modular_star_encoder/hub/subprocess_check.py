@@ -1,39 +1,136 @@
-"""Load checkpoints as a stranger would: in a fresh process in which our package cannot be imported.
+"""Load checkpoints as a stranger would: in a fresh process in which this package can't be imported.
 
-Run as a script by `reload_all_in_clean_process`; it must import nothing of ours, for it proves that nothing of ours is
-needed. Usage: subprocess_check.py REQUESTS.json RESULT.npz
+`verify_reload` starts the process, which runs this file as a script: subprocess_check.py REQUESTS.json RESULT.npz. So
+this file imports nothing of ours at its top.
 """
 
 import json
+import os
+import re
+import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 PACKAGE = "modular_star_encoder"
 
 
+@dataclass(frozen=True, slots=True)
+class ReloadRequest:
+    """What to embed with which checkpoint."""
+
+    checkpoint: str  # folder of a retrieval or pre-trained checkpoint, or the id of a repository in the local Hub cache
+    texts: Sequence[str]  # the texts, as one padded batch
+    prompt: str = ""  # prefix of every text
+    exit_layers: Sequence[int] = ()  # exits to embed at, in addition to the deepest
+    revision: str | None = None  # of a repository
+
+
+@dataclass(frozen=True)
+class ReloadedEmbeddings:
+    """Embeddings (N, D) float32 of the same texts, by the two ways in which users load a checkpoint."""
+
+    auto_model: np.ndarray  # at the deepest exit
+    sentence_transformer: np.ndarray  # at the deepest exit
+    # of the requested exits, by `SentenceTransformer.encode(exit_layer=…)`
+    exits: Mapping[int, np.ndarray] = field(default_factory=dict)
+    # of a pre-trained model the logits (N, V) for the last token of each text; None for others
+    masked_lm: np.ndarray | None = None
+
+
+def verify_reload(
+    requests: Sequence[ReloadRequest], *, progress: bool = True, environment: Mapping[str, str] | None = None
+) -> list[ReloadedEmbeddings]:
+    """Embed texts with checkpoints, one after the other, in one fresh process that runs the checkpoints' own code.
+
+    Args:
+        requests: what to load, and what to embed with it.
+        progress: show a clock while the process runs.
+        environment: variables that differ from this process's; offline if None.
+
+    Raises:
+        UserError: `hub.reload.failed`: the process failed; the message has the last lines of its output.
+    """
+    import torch
+
+    from modular_star_encoder.utils.errors import UserError
+
+    with tempfile.TemporaryDirectory() as folder:
+        request_file, result = Path(folder, "requests.json"), Path(folder, "result.npz")
+        request_file.write_text(json.dumps([asdict(request) for request in requests]), encoding="utf-8")
+        # As many threads as here: the way sums are split decides their last bits.
+        own = {"HF_MODULES_CACHE": str(Path(folder, "modules")), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        process = subprocess.Popen(  # noqa: S603 - our own script, arguments passed as a list
+            [sys.executable, "-P", __file__, str(request_file), str(result)],
+            env={**os.environ, **own, **({"HF_HUB_OFFLINE": "1"} if environment is None else environment)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        errors = wait_with_clock(process, "loading in a clean process", progress=progress)
+        if process.returncode:
+            tail = " ".join(" ".join(errors.strip().splitlines()[-5:]).split())
+            failed = requests[int((re.findall(r"request (\d+): ", tail) or ["0"])[-1])]
+            message = f"{failed.checkpoint} can't be loaded without this package: {tail}"
+            raise UserError("hub.reload.failed", message)
+        with np.load(result, allow_pickle=False) as arrays:
+            return [
+                ReloadedEmbeddings(
+                    arrays[f"{number}/auto_model"],
+                    arrays[f"{number}/sentence_transformer"],
+                    {k: arrays[f"{number}/exit-{k}"] for k in request.exit_layers},
+                    arrays.get(f"{number}/masked_lm"),
+                )
+                for number, request in enumerate(requests)
+            ]
+
+
+def wait_with_clock(process: "subprocess.Popen[str]", description: str, *, progress: bool = True) -> str:
+    """Wait for a process and return its stderr; an interruption kills the process."""
+    from tqdm.auto import tqdm
+
+    clock = "{desc} {elapsed}"
+    with process, tqdm(desc=description, bar_format=clock, disable=not progress, leave=False) as bar:
+        try:
+            while True:
+                try:
+                    return process.communicate(timeout=0.5)[1]
+                except subprocess.TimeoutExpired:
+                    bar.update()
+        except BaseException:
+            process.kill()
+            raise
+
+
 class Blocker(MetaPathFinder):
     """Make our package unimportable, however it is installed."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        """Refuse our package and leave every other name to the finders behind."""
+        """Raise for our package; leave every other name to the next finders."""
         if fullname.partition(".")[0] == PACKAGE:
             raise ModuleNotFoundError(f"{PACKAGE} is not available in this process")
 
 
 def main(request_file: str, result_file: str) -> None:
-    """Answer every request; the arrays of request number i are called `{i}/…`."""
+    """Answer every request in the clean process; the arrays of request number i are called `{i}/…`."""
     sys.meta_path.insert(0, Blocker())
     with open(request_file, encoding="utf-8") as file:
         requests = json.load(file)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for number, request in enumerate(requests):
         try:
             arrays |= {f"{number}/{name}": array for name, array in embed(**request).items()}
         except Exception as error:
             raise RuntimeError(f"request {number}: {type(error).__name__}: {error}") from error
-    np.savez(result_file, **arrays)
+    np.savez(result_file, **arrays)  # type: ignore[arg-type]
 
 
 def embed(
@@ -42,18 +139,18 @@ def embed(
     """Embed texts through `AutoModel` and through `SentenceTransformer`, both by remote code alone.
 
     A pre-trained model has no embeddings of its own: there, `auto_model` is the normalised mean of the tokens' states,
-    which is what `SentenceTransformer` computes, and `masked_lm` is what it predicts for the last token.
+    which is what `SentenceTransformer` computes, and `masked_lm` is its prediction for the last token.
     """
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-    options = {"trust_remote_code": True, "revision": revision}
+    options: dict[str, Any] = {"trust_remote_code": True, "revision": revision}
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
     model = AutoModel.from_pretrained(checkpoint, **options).eval()
     if not type(model).__module__.startswith("transformers_modules."):
         raise RuntimeError(f"{type(model)} does not come from the checkpoint's own code")
-    # SentenceTransformer cuts texts to this length, too.
+    # SentenceTransformer also cuts texts to this length.
     cut = {"truncation": True, "max_length": model.config.max_position_embeddings}
     batch = tokenizer([prompt + text for text in texts], padding=True, return_tensors="pt", **cut)
     arrays = {}
@@ -68,10 +165,10 @@ def embed(
             masked_lm = AutoModelForMaskedLM.from_pretrained(checkpoint, **options).eval()
             arrays["masked_lm"] = masked_lm(**batch).logits[:, -1].float().numpy()
     sentence_transformer = SentenceTransformer(checkpoint, device="cpu", **options)
-    encode = {"prompt": prompt, "show_progress_bar": False}
-    arrays["sentence_transformer"] = sentence_transformer.encode(texts, **encode)
+    encode = partial(sentence_transformer.encode, texts, prompt=prompt, show_progress_bar=False)
+    arrays["sentence_transformer"] = encode()
     for exit_layer in exit_layers:
-        arrays[f"exit-{exit_layer}"] = sentence_transformer.encode(texts, exit_layer=exit_layer, **encode)
+        arrays[f"exit-{exit_layer}"] = encode(exit_layer=exit_layer)
     return arrays
 
 

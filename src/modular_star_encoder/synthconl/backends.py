@@ -1,43 +1,485 @@
-"""The back ends of the stage of translation by name."""
+"""Back ends that complete prompts: any endpoint of OpenAI's protocol, transformers in this process, and vLLM.
 
-from collections.abc import Mapping
-from typing import Any
+A request carries the id of its row, and its completion returns with that id: completions are never matched by their
+text or their position. Nothing here imports torch before the first request.
+"""
 
-from modular_star_encoder.synthconl.completions import CompletionBackend
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-FREE_OPTIONS = {
-    "vllm": {"batch_size", "tensor_parallel_size", "gpu_memory_utilization"},
-    "openai": {"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"},
-    "transformers": {"batch_size", "device"},
+from modular_star_encoder.synthconl.row_files import batches
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.http import (
+    HTTPClient,
+    HTTPRequestError,
+    Response,
+    check_http_settings,
+    check_url,
+    token_from_environment,
+    url_host,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ERROR, TOO_LONG = "error", "too_long"
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """One prompt."""
+
+    id: str  # id of its row
+    prompt: str  # the user's message, without any chat template
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A model's answer to one request."""
+
+    id: str  # id of the request
+    text: str  # the answer
+    # Why it ended, in the words of OpenAI's protocol: `"stop"`, `"length"`, `"content_filter"`, or any other word of
+    # an endpoint; `"too_long"` if the prompt leaves no room for an answer, and `"error"` if this one request failed
+    # for another reason
+    finish_reason: str
+    prompt_tokens: int = 0  # tokens of the prompt, chat template included; 0 where an endpoint does not say
+    completion_tokens: int = 0  # tokens of the answer, the final one included; 0 where an endpoint does not say
+    error: str = ""  # why the request failed; empty otherwise
+
+
+class BackendError(UserError):
+    """A back end that can't continue: a wrong key, an unknown model, an endpoint that is down."""
+
+
+class CompletionBackend(Protocol):
+    """A language model, wherever it runs. Decoding is greedy.
+
+    Attributes:
+        in_flight: The largest number of requests under way at once: what is lost at most when the process is killed.
+        run_options: Options that say how it is run; its answers do not depend on them, up to rounding.
+    """
+
+    in_flight: int
+    run_options: ClassVar[frozenset[str]]
+
+    def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
+        """Yield one completion for each request, in any order, as soon as it is there.
+
+        Requests are taken from the iterable as they are needed, at most `in_flight` ahead of what was yielded.
+
+        Raises:
+            BackendError: No further request can be answered; all earlier answers have been yielded.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Names and versions of the software and the model, for the dataset's card; complete after an answer."""
+        ...
+
+
+class OpenAIBackend:
+    """An endpoint of OpenAI's chat protocol: vLLM, SGLang, llama.cpp, Ollama, hosted services.
+
+    What an endpoint fails to answer for a while is sent again (see `HTTPClient`); a failure that no further request can
+    mend stops the run. Source of the protocol: OpenAI's API reference, `POST /chat/completions`.
+
+    Args:
+        model: Name of the model at the endpoint.
+        max_tokens: Largest number of tokens of an answer.
+        base_url: Address of the API, such as `http://127.0.0.1:8000/v1`.
+        revision: Revision of the model that is served, if known: for the dataset's card.
+        api_key_variable: Environment variable with the API key; None for an endpoint that needs none.
+        concurrency: Number of requests under way at once.
+        attempts: How often a request is sent when the endpoint is busy, fails or does not answer.
+        pause: Seconds before the second attempt; see `HTTPClient`.
+        timeout: Seconds without an answer after which an attempt has failed.
+        body: Further fields of a request's body (`{"repetition_penalty": 1.0}`), or other values; a field that is None
+            is not sent.
+
+    Raises:
+        UserError: `http.url`, `http.settings`, `http.token.*`: see utils.http; `synthconl.backend.body`: a field of the
+            body that can't be set.
+    """
+
+    run_options: ClassVar[frozenset[str]] = frozenset(
+        {"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"}
+    )
+
+    def __init__(
+        self,
+        model: str,
+        max_tokens: int,
+        *,
+        base_url: str,
+        revision: str | None = None,
+        api_key_variable: str | None = None,
+        concurrency: int = 16,
+        attempts: int = 6,
+        pause: float = 1.0,
+        timeout: float = 300.0,
+        body: Mapping[str, Any] | None = None,
+    ) -> None:
+        if fixed := sorted({"messages", "model", "n", "stream"} & set(body or {})):
+            raise UserError("synthconl.backend.body", f"The body of a request can't set {', '.join(fixed)}.")
+        check_http_settings(concurrency=concurrency, attempts=attempts, pause=pause, timeout=timeout)
+        self._url = check_url(base_url) + "/chat/completions"
+        self._open_client = partial(
+            HTTPClient,
+            token=token_from_environment(api_key_variable),
+            concurrency=concurrency,
+            attempts=attempts,
+            pause=pause,
+            timeout=timeout,
+            total_time=attempts * (timeout + 60),
+        )
+        self._model, self._revision = model, revision
+        body = {"model": model, "temperature": 0, "max_tokens": max_tokens} | dict(body or {})
+        self._body = {name: value for name, value in body.items() if value is not None}
+        self._served: set[str] = set()
+        self.in_flight = concurrency
+
+    def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
+        """See `CompletionBackend`. When one request fails for good, those under way are waited for and yielded."""
+        failure: BackendError | None = None
+        asked: dict[Future[Response], CompletionRequest] = {}
+        remaining = iter(requests)
+        with self._open_client() as client:
+            while True:
+                while not failure and len(asked) < self.in_flight and (request := next(remaining, None)):
+                    body = self._body | {"messages": [{"role": "user", "content": request.prompt}]}
+                    asked[client.submit("POST", self._url, body=body, retry_if=_is_an_error)] = request
+                if not asked:
+                    break
+                for future in wait(asked, return_when=FIRST_COMPLETED).done:
+                    try:
+                        yield self._completion(asked.pop(future), future)
+                    except BackendError as error:
+                        failure = failure or error
+        if failure:
+            raise failure
+
+    def describe(self) -> dict[str, Any]:
+        """The model, its given revision, and the names of the models in the endpoint's answers."""
+        served = sorted(self._served)
+        return {"backend": "openai", "model": self._model, "revision": self._revision, "served": served}
+
+    def _completion(self, request: CompletionRequest, future: "Future[Response]") -> Completion:
+        try:
+            content = future.result().json()
+        except HTTPRequestError as error:
+            if error.status in (400, 413, 422):  # the fault may be this prompt's
+                too_long = re.search(r"context[ _](?:length|size|window)", error.text, re.IGNORECASE)
+                return Completion(request.id, "", TOO_LONG if too_long else ERROR, error=error.reason)
+            raise BackendError(error.key, f"Model {self._model!r}: {error}") from error
+        try:
+            choice = content["choices"][0]
+            message, usage = choice["message"], content.get("usage") or {}
+            text, refusal = message.get("content") or "", message.get("refusal")
+            reason = "content_filter" if refusal and not text else choice.get("finish_reason") or "stop"
+            asked, written = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
+            self._served.add(str(content.get("model") or self._model))
+        except (TypeError, LookupError, AttributeError, ValueError):
+            message = f"{url_host(self._url)} does not answer in OpenAI's chat protocol; check base_url."
+            raise BackendError("synthconl.backend.protocol", message) from None
+        return Completion(request.id, str(text), str(reason), asked, written)
+
+
+def _is_an_error(response: Response) -> bool:
+    """Whether a response of status 200 is an error after all, as gateways send."""
+    content = response.json()
+    return isinstance(content, dict) and "choices" not in content and "error" in content
+
+
+class _LocalBackend(ABC):
+    """What back ends in this process share: prompts become token ids, and requests batches of similar length.
+
+    Args:
+        model: folder or Hub id of the model.
+        max_tokens: largest number of tokens of an answer.
+        batch_size: number of prompts of a batch.
+        batches_together: number of batches whose requests are sorted by length together.
+    """
+
+    def __init__(self, model: str, max_tokens: int, batch_size: int, batches_together: int) -> None:
+        if batch_size < 1:
+            raise UserError("synthconl.backend.batch_size", f"batch_size must be at least 1, not {batch_size}.")
+        self._name, self._max_tokens, self._batch_size = model, max_tokens, batch_size
+        self.in_flight = batch_size * batches_together
+
+    def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
+        """See `CompletionBackend`."""
+        for window in batches(requests, self.in_flight):
+            rows = []
+            for request in window:
+                ids = self._token_ids(request.prompt)
+                if len(ids) <= self._longest_prompt:
+                    rows.append((request, ids))
+                else:
+                    message = f"The prompt has {len(ids)} tokens; {self._longest_prompt} fit."
+                    yield Completion(request.id, "", TOO_LONG, prompt_tokens=len(ids), error=message)
+            # The longest first: what does not fit into memory fails at once.
+            rows.sort(key=lambda row: len(row[1]), reverse=True)
+            for batch in batches(rows, self._batch_size):
+                yield from self._generate(batch)
+
+    def _token_ids(self, prompt: str) -> list[int]:
+        if not getattr(self._tokenizer, "chat_template", None):
+            return list(self._tokenizer(prompt)["input_ids"])
+        messages = [{"role": "user", "content": prompt}]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # The template has written the special tokens.
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @property
+    @abstractmethod
+    def _tokenizer(self) -> Any: ...
+
+    @property
+    @abstractmethod
+    def _longest_prompt(self) -> int: ...
+
+    @abstractmethod
+    def _generate(self, batch: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]: ...
+
+    def _not_loaded(self, error: Exception) -> BackendError:
+        first_line = str(error).strip().partition("\n")[0].rstrip(".")
+        return BackendError("synthconl.backend.model", f"The model {self._name!r} can't be loaded: {first_line}.")
+
+
+class TransformersBackend(_LocalBackend):
+    """transformers' own generation, in this process: slow, and runs everywhere.
+
+    Prompts of similar length, among 16 batches, make a batch, padded on the left.
+
+    Args:
+        model: Folder or Hub id of a causal language model with its tokenizer.
+        max_tokens: Largest number of tokens of an answer.
+        revision: Branch, tag or commit on the Hub.
+        dtype: Of the weights, such as `"bfloat16"`; `"auto"` is that of the checkpoint.
+        batch_size: Number of prompts of a batch.
+        device: Where to run; a GPU if there is one.
+        attn_implementation: Attention to use; transformers' default for the model.
+
+    Raises:
+        UserError: `synthconl.backend.batch_size`: it is below 1.
+    """
+
+    run_options: ClassVar[frozenset[str]] = frozenset({"batch_size", "device"})
+
+    def __init__(
+        self,
+        model: str,
+        max_tokens: int,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        batch_size: int = 8,
+        device: str | None = None,
+        attn_implementation: str | None = None,
+    ) -> None:
+        super().__init__(model, max_tokens, batch_size, batches_together=16)
+        self._options = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
+        self._device = device
+
+    def describe(self) -> dict[str, Any]:
+        """The model, its commit on the Hub if it came from there, its dtype, and versions."""
+        return {
+            "backend": "transformers",
+            "model": self._name,
+            "revision": getattr(self._model.config, "_commit_hash", None) or self._options["revision"],
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "transformers": version("transformers"),
+            "torch": version("torch"),
+        }
+
+    @cached_property
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self._name, revision=self._options["revision"], padding_side="left"
+            )
+        except (OSError, ValueError) as error:
+            raise self._not_loaded(error) from error
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            message = f"The tokenizer of {self._name!r} has neither a padding nor an end token."
+            raise BackendError("synthconl.backend.tokenizer", message)
+        return tokenizer
+
+    @cached_property
+    def _model(self) -> "PreTrainedModel":
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        options = {name: value for name, value in self._options.items() if value is not None}
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(self._name, **options)
+        except (OSError, ValueError) as error:
+            raise self._not_loaded(error) from error
+        model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        ends = model.generation_config.eos_token_id
+        # Replaces the model's own settings, whose penalties and temperatures would not be greedy.
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self._max_tokens,
+            eos_token_id=self._tokenizer.eos_token_id if ends is None else ends,
+            pad_token_id=self._tokenizer.pad_token_id,
+        )
+        return model
+
+    @cached_property
+    def _longest_prompt(self) -> int:
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        if positions <= self._max_tokens:
+            message = f"{self._name!r} has {positions} positions: max_tokens must be fewer, not {self._max_tokens}."
+            raise BackendError("synthconl.backend.max_tokens", message)
+        return positions - self._max_tokens
+
+    def _generate(self, batch: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]:
+        import torch
+
+        from modular_star_encoder.data.collators import pad_inputs
+
+        ends = self._model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        inputs = pad_inputs([torch.tensor(ids) for _, ids in batch], self._tokenizer.pad_token_id, "left")
+        width = inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            generate: Any = self._model.generate
+            written = generate(**{name: rows.to(self._model.device) for name, rows in inputs.items()})
+        for (request, ids), row in zip(batch, written[:, width:].tolist(), strict=True):
+            end = next((place for place, token in enumerate(row) if token in ends), None)
+            text = str(self._tokenizer.decode(row[:end], skip_special_tokens=True))
+            reason, count = ("length", len(row)) if end is None else ("stop", end + 1)
+            yield Completion(request.id, text, reason, len(ids), count)
+
+
+class VLLMBackend(_LocalBackend):
+    """vLLM in this process: the engine schedules batches of prompts itself.
+
+    Args:
+        model: Folder or Hub id of the model.
+        max_tokens: Largest number of tokens of an answer.
+        revision: Branch, tag or commit on the Hub.
+        dtype: Of the weights; `"auto"` is that of the checkpoint.
+        batch_size: Number of prompts handed over at once. The engine idles at the end of each batch, so small ones are
+            slow; a batch is lost when the process is killed.
+        max_model_len: Longest prompt and answer together, in tokens.
+        tensor_parallel_size: Number of GPUs that share the model.
+        gpu_memory_utilization: Fraction of a GPU's memory for the engine.
+        engine: Further arguments of `vllm.LLM`, such as `quantization`.
+
+    Raises:
+        UserError: `synthconl.backend.batch_size`: it is below 1; `synthconl.backend.max_tokens`: no room for a prompt.
+        ImportError: vLLM isn't installed.
+    """
+
+    run_options: ClassVar[frozenset[str]] = frozenset({"batch_size", "tensor_parallel_size", "gpu_memory_utilization"})
+
+    def __init__(
+        self,
+        model: str,
+        max_tokens: int,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        batch_size: int = 1024,
+        max_model_len: int = 8192,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        engine: Mapping[str, Any] | None = None,
+    ) -> None:
+        if max_model_len <= max_tokens:
+            message = f"max_model_len {max_model_len} must be more than max_tokens, which is {max_tokens}."
+            raise UserError("synthconl.backend.max_tokens", message)
+        super().__init__(model, max_tokens, batch_size, batches_together=1)
+        self._max_model_len = max_model_len
+        self._options = {
+            "revision": revision,
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "tensor_parallel_size": tensor_parallel_size,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            **(engine or {}),
+        }
+        try:
+            import vllm
+        except ImportError as error:
+            raise ImportError("Translating with vLLM needs it: pip install 'modular-star-encoder[vllm]'.") from error
+        self._vllm = vllm
+
+    def describe(self) -> dict[str, Any]:
+        """The model, its given revision and dtype, and the version of vLLM."""
+        given = {name: self._options[name] for name in ("revision", "dtype")}
+        return {"backend": "vllm", "model": self._name, **given, "vllm": getattr(self._vllm, "__version__", "unknown")}
+
+    @cached_property
+    def _engine(self) -> Any:
+        # The instruction opens every prompt: with prefix caching it is computed once.
+        options = {"seed": 0, "enable_prefix_caching": True} | self._options
+        try:
+            return self._vllm.LLM(model=self._name, **options)
+        except (OSError, ValueError, TypeError) as error:
+            raise self._not_loaded(error) from error
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self._engine.get_tokenizer()
+
+    @property
+    def _longest_prompt(self) -> int:
+        return self._max_model_len - self._max_tokens
+
+    def _generate(self, rows: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]:
+        greedy = self._vllm.SamplingParams(temperature=0.0, max_tokens=self._max_tokens)
+        prompts = [{"prompt_token_ids": ids} for _, ids in rows]
+        # `generate` returns the outputs in the order of the prompts.
+        outputs = self._engine.generate(prompts, greedy, use_tqdm=False)
+        for (request, ids), output in zip(rows, outputs, strict=True):
+            if list(output.prompt_token_ids) != ids:
+                raise RuntimeError("vLLM returned the answer to another prompt.")
+            answer = output.outputs[0]
+            yield Completion(request.id, answer.text, answer.finish_reason, len(ids), len(answer.token_ids))
+
+
+BACKENDS: Mapping[str, type[VLLMBackend | OpenAIBackend | TransformersBackend]] = {
+    "vllm": VLLMBackend,
+    "openai": OpenAIBackend,
+    "transformers": TransformersBackend,
 }
-"""Each back end's options that say how it is run; what it writes does not depend on them, up to rounding."""
 
 
 def open_backend(name: str, model: str, max_tokens: int, options: Mapping[str, Any]) -> CompletionBackend:
-    """Return a back end; neither a model is loaded nor a request sent.
+    """Return a back end; this loads no model and sends no request.
 
     Args:
         name: `"vllm"`, `"openai"` or `"transformers"`.
-        model: The model, as the back end calls it.
+        model: Name of the model in the back end.
         max_tokens: Largest number of tokens of an answer.
         options: Further arguments of `VLLMBackend`, `OpenAIBackend` or `TransformersBackend`.
 
     Raises:
-        ValueError: If there is no such back end, or it does not take the options.
-        ImportError: If it needs a package that isn't installed.
+        UserError: `synthconl.backend.unknown`, `synthconl.backend.options`, or as the back end's class.
+        ImportError: It needs a package that isn't installed.
     """
-    # A back end is imported when it is used: two of them load torch.
-    match name:
-        case "vllm":
-            from modular_star_encoder.synthconl.local_backends import VLLMBackend as Backend
-        case "openai":
-            from modular_star_encoder.synthconl.openai_backend import OpenAIBackend as Backend
-        case "transformers":
-            from modular_star_encoder.synthconl.local_backends import TransformersBackend as Backend
-        case _:
-            raise ValueError(f"There is no back end {name!r}; there are {', '.join(FREE_OPTIONS)}.")
+    if name not in BACKENDS:
+        message = f"Back end {name!r} not found. Available: {', '.join(BACKENDS)}."
+        raise UserError("synthconl.backend.unknown", message)
     try:
-        return Backend(model, max_tokens, **options)
+        inspect.signature(BACKENDS[name]).bind(model, max_tokens, **options)
     except TypeError as error:
-        message = str(error).partition("__init__() ")[2] or str(error)
-        raise ValueError(f"The options of the back end {name!r} can't be used: {message}.") from error
+        message = f"The options of the back end {name!r} can't be used: {error}."
+        raise UserError("synthconl.backend.options", message) from error
+    return BACKENDS[name](model, max_tokens, **options)

@@ -1,4 +1,7 @@
-"""Build a dataset from a recipe, stage by stage, going on where an earlier call was interrupted."""
+"""Build a dataset from a recipe, stage by stage, continuing where an earlier call was interrupted.
+
+Each stage writes a folder of its name, which has a `report.json` once the stage is finished.
+"""
 
 import json
 import os
@@ -18,32 +21,75 @@ from filelock import FileLock, Timeout
 from modular_star_encoder.data.pairs import open_triplets
 from modular_star_encoder.data.sources.dataset_rows import open_texts
 from modular_star_encoder.data.splits import draw_repositories
-from modular_star_encoder.synthconl.card import dataset_card, dataset_statistics
-from modular_star_encoder.synthconl.cleaning import REASONS, clean_translation
-from modular_star_encoder.synthconl.completions import target_language
 from modular_star_encoder.synthconl.extraction import function_rows, open_source
-from modular_star_encoder.synthconl.near_duplicates.fingerprints import minhash_class
 from modular_star_encoder.synthconl.near_duplicates.job import drop_near_duplicates
-from modular_star_encoder.synthconl.recipe import DATASET_SCHEMA, FUNCTION_SCHEMA, DatasetRecipe, published_name
+from modular_star_encoder.synthconl.near_duplicates.minhash import minhash_class
+from modular_star_encoder.synthconl.prompts import REASONS, clean_translation, target_language
+from modular_star_encoder.synthconl.publishing import CARD, STATISTICS, dataset_card, dataset_statistics
+from modular_star_encoder.synthconl.recipe import DATASET_SCHEMA, FUNCTION_SCHEMA, DatasetRecipe
 from modular_star_encoder.synthconl.row_files import read_file, read_rows, row_files, write_rows, write_split
 from modular_star_encoder.synthconl.translation import translate
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder, write_json
 
 REPORT = "report.json"
-CARD, STATISTICS = "README.md", "statistics.json"
 SPLITS = ("train", "validation")
+_PUBLISHED_NAMES = {"cpp": "c++"}
+LOG, LOCK = "build.json", ".lock"
+# The workers of a process that was killed hold its lock for a moment.
+LOCK_SECONDS = 5.0
+
+
+def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
+    """Build a dataset, or continue what an earlier call with this recipe left in `out`.
+
+    Killed at any point, the same call continues: no finished stage is repeated, no row is lost, doubled or given
+    another's translation, and at most the translations under way are requested again.
+
+    Args:
+        recipe: What to build.
+        out: The folder to work in: one that does not exist, is empty, or was begun with the same settings. It gets a
+            folder for each of `STAGES`.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The folder of the finished dataset, `out/dataset`: parquet files in `data`, `statistics.json` and a card,
+        `README.md`.
+
+    Raises:
+        UserError: `synthconl.build.out`: `out` contains something else; `synthconl.build.other_settings`: a stage was
+            begun with other settings; `synthconl.build.running`: another process works in `out`;
+            `synthconl.build.empty`: nothing passes a stage; `synthconl.build.one_repository`: there is nothing to hold
+            out; or a corpus, a benchmark or a back end that can't be used.
+        BackendError: The back end can't continue. Its earlier answers are kept.
+        ImportError: A required package isn't installed.
+    """
+    build = Build(recipe, Path(out).absolute(), progress)
+    _check_settings(build, _read_log(build.out))
+    _check_inputs(build)
+    build.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(build.out / LOCK, timeout=LOCK_SECONDS):
+            log = _read_log(build.out)
+            _remove_leftovers(build.out)
+            for stage in STAGES:
+                if not build.is_done(stage.__name__):
+                    _run(build, stage, log)
+    except Timeout:
+        raise UserError("synthconl.build.running", f"Another process works in {build.out}.") from None
+    return build.out / STAGES[-1].__name__
 
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """A recipe, the folder that it is built in, and whether to show progress bars."""
+    """A recipe, the folder to build it in, and whether to show progress bars."""
 
     recipe: DatasetRecipe
     out: Path
     progress: bool = True
 
     def report(self, stage: str) -> dict[str, Any]:
-        """What a finished stage counted."""
+        """The report of a finished stage."""
         return json.loads((self.out / stage / REPORT).read_text(encoding="utf-8"))
 
     def is_done(self, stage: str) -> bool:
@@ -70,28 +116,29 @@ def functions(build: Build, out: Path) -> None:
 
     with staged_folder(out) as staging:
         if not write_rows(staging, seen(), FUNCTION_SCHEMA):
-            raise ValueError(f"The corpus holds no documented function to translate ({_listed(counts)}).")
-        if len(repositories) < 2:  # told before the translation is paid for
-            raise ValueError(
-                f"All functions are of one repository, {min(repositories)!r}, and a dataset needs another one: whole "
+            message = f"The corpus has no documented function to translate ({_listed(counts)})."
+            raise UserError("synthconl.build.empty", message)
+        if len(repositories) < 2:  # checked before the translation is paid for
+            message = (
+                f"All functions are of one repository, {min(repositories)!r}. A dataset needs another one: whole "
                 "repositories are held out for validation."
             )
+            raise UserError("synthconl.build.one_repository", message)
         write_json(staging / REPORT, {"counts": dict(sorted(counts.items(), key=_place))})
 
 
 def translations(build: Build, out: Path) -> None:
-    """Ask the model for every function's translation."""
+    """Request every function's translation from the model."""
     out.mkdir(exist_ok=True)
-    for path in out.glob(".*.tmp"):
-        path.unlink()
     settings, seed = build.recipe.translation, build.recipe.seed
     report = translate(build.out / "functions", out, settings, seed=seed, progress=build.progress)
     write_json(out / REPORT, report)
 
 
 def triplets(build: Build, out: Path) -> None:
-    """Clean the answers, and put those that are accepted beside their functions."""
-    rejected, pairs, examples = Counter[str](), defaultdict[str, Counter[str]](Counter), {}
+    """Clean the answers, and join the accepted ones with their functions."""
+    rejected, pairs = Counter[str](), defaultdict[str, Counter[str]](Counter)
+    examples: dict[str, str] = {}
     recipe = build.recipe
 
     def accepted() -> Iterator[dict[str, Any]]:
@@ -111,13 +158,15 @@ def triplets(build: Build, out: Path) -> None:
                 rejected[translation.rejected] += 1
                 examples.setdefault(translation.rejected, function["id"])
             else:
-                names = {"language1_CSN": published_name(source), "language2": published_name(target)}
+                names = {"language1_CSN": source, "language2": target}
+                names = {column: _PUBLISHED_NAMES.get(name, name) for column, name in names.items()}
                 yield {**function, **names, "func2": translation.code}
 
     with staged_folder(out) as staging:
         count = write_rows(staging, accepted(), DATASET_SCHEMA)
         if not count:
-            raise ValueError(f"No translation was accepted ({_listed(rejected)}); the answers are in {build.out}.")
+            message = f"No translation was accepted ({_listed(rejected)}); the answers are in {build.out}."
+            raise UserError("synthconl.build.empty", message)
         report = {
             "accepted": count,
             "rejected": {reason: rejected[reason] for reason in REASONS if rejected[reason]},
@@ -128,15 +177,14 @@ def triplets(build: Build, out: Path) -> None:
 
 
 def near_duplicates(build: Build, out: Path) -> None:
-    """Drop near-duplicates; the stage goes on by itself where it stopped."""
-    against = {name: open_texts(**one) for name, one in build.recipe.against.items()}
+    """Drop near-duplicates; this stage continues by itself where it stopped."""
     drop_near_duplicates(
         build.out / "triplets",
         out,
-        columns=build.recipe.duplicate_columns,
+        columns=build.recipe.near_duplicates.columns,
         id_column="id",
-        against=against,
-        settings=build.recipe.duplicate_settings,
+        against={name: open_texts(**one) for name, one in build.recipe.against.items()},
+        settings=build.recipe.near_duplicates,
         progress=build.progress,
     )
 
@@ -173,10 +221,11 @@ def dataset(build: Build, out: Path) -> None:
         (staging / "data").mkdir()
         for name in SPLITS:
             write_split(staging / "data", name, rows(name), DATASET_SCHEMA)
-        # Read as a user will; a row that is no triplet would be a mistake of ours.
+        # Read as a user will read them; a row that is not a triplet would be our mistake.
         triplets_of = (open_triplets(staging, split=name, strict=True) for name in SPLITS)
         statistics = dataset_statistics(chain.from_iterable(triplets_of))
         settings = build.recipe.stage_settings()
+        packages = ("modular-star-encoder", "rensa", "tree-sitter")
         card = dataset_card(
             card=settings["dataset"]["card"],
             settings=settings,
@@ -184,7 +233,7 @@ def dataset(build: Build, out: Path) -> None:
             splits=report["splits"],
             statistics=statistics,
             licenses=dict(licenses.most_common()),
-            versions=_versions(),
+            versions={"Python": platform.python_version()} | {name: version(name) for name in packages},
         )
         (staging / CARD).write_text(card, encoding="utf-8")
         write_json(staging / STATISTICS, statistics.to_dict())
@@ -205,14 +254,16 @@ STAGES: tuple[Callable[[Build, Path], None], ...] = (
 def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield every function with the model's answer to it."""
     for file in row_files(out / "functions"):
-        rows, answers = read_file(file), read_file(out / "translations" / file.name)
+        answers_file = out / "translations" / file.name
+        rows, answers = read_file(file), read_file(answers_file)
         if [row["id"] for row in rows] != [answer["id"] for answer in answers]:
-            raise ValueError(f"The answers in {out / 'translations' / file.name} are not those to {file}.")
+            message = f"The answers in {answers_file} are not those to {file}; remove {answers_file.parent}."
+            raise UserError("synthconl.build.other_answers", message)
         yield from zip(rows, answers, strict=True)
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """Where a count of the extraction stands: files, functions, what was dropped by how often, what is left."""
+    """The order of the extraction's counts: files, functions, what was dropped by how often, what is left."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number
@@ -222,44 +273,9 @@ def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name}: {count:,}" for name, count in counts.items()) or "it is empty"
 
 
-def _versions() -> dict[str, str]:
-    names = ("modular-star-encoder", "rensa", "tree-sitter")
-    return {"Python": platform.python_version()} | {name: version(name) for name in names}
-
-
-LOG, LOCK = "build.json", ".lock"
-
-# The workers of a process that was killed hold its lock for a moment.
-LOCK_SECONDS = 5.0
-
-
-def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
-    """Build a dataset, or go on with what an earlier call with this recipe left in `out`.
-
-    Killed at any point, the same call goes on: a finished stage is not done again, no row is lost, doubled or given
-    another's translation, and of the translations at most those under way are asked for again.
-
-    Args:
-        recipe: What to build.
-        out: The folder to work in: one that does not exist, is empty, or was begun with the same settings. It gets a
-            folder for each stage; see `stages`.
-        progress: Whether to show progress bars.
-
-    Returns:
-        The folder of the finished dataset, `out/dataset`: parquet files in `data`, `statistics.json` and a card,
-        `README.md`.
-
-    Raises:
-        ValueError: If `out` holds something else, was begun with other settings, or another process is at work in it;
-            if the corpus, a benchmark to be kept away from or the endpoint's settings can't be used, or nothing passes
-            a stage.
-        BackendError: If the back end can't go on. What it had answered is kept.
-        ImportError: If a package that is needed isn't installed.
-    """
-    build = Build(recipe, Path(out).absolute(), progress)
-    log = _read_log(build.out)
-    _check_settings(build, log)
-    # What can be told before the first stage is told now, not after hours of translation.
+def _check_inputs(build: Build) -> None:
+    """Open what the remaining stages need, so that a mistake shows now and not after hours of translation."""
+    recipe = build.recipe
     minhash_class()
     if not build.is_done("translations"):
         recipe.translation.open()
@@ -269,20 +285,9 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     if not build.is_done("near_duplicates"):
         for one in recipe.against.values():
             next(open_texts(**one), None)
-    build.out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(build.out / LOCK, timeout=LOCK_SECONDS):
-            log = _read_log(build.out)
-            _clear(build.out)
-            for stage in STAGES:
-                if not build.is_done(stage.__name__):
-                    _run(build, stage, log)
-    except Timeout:
-        raise ValueError(f"Another process is at work in {build.out}.") from None
-    return build.out / STAGES[-1].__name__
 
 
-def _run(build: Build, stage: Any, log: dict[str, Any]) -> None:
+def _run(build: Build, stage: Callable[[Build, Path], None], log: dict[str, Any]) -> None:
     name, start = stage.__name__, time.monotonic()
     seconds = log.get(name, {}).get("seconds", 0.0)
     log[name] = {"settings": _settings_up_to(build.recipe, name), "seconds": seconds}
@@ -292,17 +297,14 @@ def _run(build: Build, stage: Any, log: dict[str, Any]) -> None:
     write_json(build.out / LOG, log)
 
 
-def _clear(out: Path) -> None:
+def _remove_leftovers(out: Path) -> None:
     """Remove what a killed process was about to rename."""
-    for path in out.glob(f".{LOG}.*.tmp"):
-        path.unlink()
-    for stage in STAGES:
-        for path in out.glob(f".{stage.__name__}.*.tmp"):
-            shutil.rmtree(path)
+    for path in (*out.glob(".*.tmp"), *out.glob("translations/.*.tmp")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _settings_up_to(recipe: DatasetRecipe, name: str) -> dict[str, Any]:
-    """By stage up to this one, what decides its result."""
+    """The settings that decide the result of a stage: its own and those of the stages before."""
     settings = recipe.stage_settings()
     names = list(settings)
     return {one: settings[one] for one in names[: names.index(name) + 1]}
@@ -314,26 +316,24 @@ def _read_log(out: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     ours = (LOCK, f".{LOG}.")
     if out.exists() and (not out.is_dir() or not all(entry.name.startswith(ours) for entry in out.iterdir())):
-        raise ValueError(f"{out} holds something else; name a folder that does not exist yet, or an empty one.")
+        message = f"{out} contains something else; name a folder that does not exist yet, or an empty one."
+        raise UserError("synthconl.build.out", message)
     return {}
 
 
 def _check_settings(build: Build, log: dict[str, Any]) -> None:
-    """Check that what is there was made with the same settings; what is not there yet may have others.
-
-    Raises:
-        ValueError: A stage that was begun has others.
-    """
+    """Check that existing stages were made with the same settings."""
     for stage in STAGES:
         name = stage.__name__
         if name not in log or not (build.out / name).exists():
             continue
         other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
         if other:
-            raise ValueError(
+            message = (
                 f"{build.out / name} was made with another {', '.join(other)}; name another folder, or remove that one "
-                "and those of the stages after it, to make them anew."
+                "and those of the stages after it to repeat them."
             )
+            raise UserError("synthconl.build.other_settings", message)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

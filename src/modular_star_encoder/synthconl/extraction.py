@@ -14,6 +14,7 @@ from modular_star_encoder.data.sources import open_corpus
 from modular_star_encoder.data.sources.codesearchnet import LeakingDocstringError, codesearchnet_function
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
 from modular_star_encoder.data.sources.source_files import SourceReader
+from modular_star_encoder.utils.errors import UserError
 
 CODESEARCHNET = "codesearchnet"
 
@@ -30,7 +31,7 @@ _CODESEARCHNET_COLUMNS = (
 Row = dict[str, str | None]
 
 
-def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> Iterable[Any]:
+def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceReader | Iterable[tuple[str, Any]]:
     """Open one corpus: a reader of files, or the rows of CodeSearchNet.
 
     Args:
@@ -39,12 +40,12 @@ def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> Iterable
         languages: The languages of the functions.
 
     Raises:
-        ValueError: If it can't be opened.
+        UserError: It can't be opened.
     """
     if CODESEARCHNET in corpus:
         options = dict(corpus)
         return open_dataset_rows(options.pop(CODESEARCHNET), _CODESEARCHNET_COLUMNS, **options)
-    # Headers of C++ are among the files that are read as C.
+    # Headers of C++ are read as C.
     read = [*languages, "c"] if "cpp" in languages else languages
     return open_corpus({"languages": list(dict.fromkeys(read)), **corpus})
 
@@ -60,25 +61,26 @@ def function_rows(
 ) -> Iterator[Row]:
     """Yield the documented functions of some corpora, each once, with the columns of `FUNCTION_SCHEMA`.
 
-    Of functions whose code differs in white space only, the first is kept. Memory holds a digest of each.
+    Of functions whose code differs in white space only, the first is kept. A digest of each stays in memory.
 
     Args:
-        corpora: See `open_source`. CodeSearchNet's rows have passed its filters, and pass no others.
+        corpora: See `open_source`. CodeSearchNet's rows have passed its filters, and no others are applied.
         languages: The languages of the functions.
         max_characters: Longest function, in characters.
-        counts: Counts what is read, kept, and dropped by reason.
+        counts: Receives the numbers of what is read, kept, and dropped by reason.
         processes: Number of worker processes.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If a corpus can't be opened.
+        UserError: A corpus can't be opened, or `synthconl.codesearchnet`: a row is not one of CodeSearchNet.
     """
     seen: set[bytes] = set()
     for corpus in corpora:
-        if CODESEARCHNET in corpus:
-            rows = _codesearchnet_rows(open_source(corpus, languages), languages, counts)
+        source = open_source(corpus, languages)
+        if isinstance(source, SourceReader):
+            rows = _file_rows(source, languages, counts, processes, progress)
         else:
-            rows = _file_rows(open_source(corpus, languages), languages, counts, processes, progress)
+            rows = _codesearchnet_rows(source, languages, counts)
         for row in rows:
             reason = _reason(row, max_characters, seen)
             counts[f"dropped: {reason}" if reason else "functions kept"] += 1
@@ -109,7 +111,7 @@ def _codesearchnet_rows(
     for place, row in rows:
         counts["rows of CodeSearchNet"] += 1
         if not isinstance(row, dict):
-            raise ValueError(f"{place} is not a row of CodeSearchNet ({row}).")
+            raise UserError("synthconl.codesearchnet", f"{place} is not a row of CodeSearchNet ({row}).")
         if language_named(row.get("language")) not in languages:
             counts["dropped: another language"] += 1
             continue

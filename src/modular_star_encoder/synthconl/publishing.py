@@ -1,31 +1,208 @@
-"""A built dataset to the Hugging Face Hub."""
+"""Statistics, card and upload of a built dataset."""
 
+import json
 import os
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import DatasetCard, HfApi
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
-from modular_star_encoder.synthconl.build import CARD, STATISTICS
-from modular_star_encoder.utils.hub import check_repository_id, wrap_hub_errors
+from modular_star_encoder.data.languages.registry import LANGUAGES
+from modular_star_encoder.data.pairs import Triplet
+from modular_star_encoder.synthconl.prompts import LANGUAGE_NAMES
+from modular_star_encoder.synthconl.recipe import MEANINGS
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.hub import cell, check_repository_id, render_card, wrap_hub_errors
+
+CARD, STATISTICS = "README.md", "statistics.json"
+
+
+@dataclass(frozen=True, slots=True)
+class CodeCounts:
+    """The number of codes of one language, and their average length in characters."""
+
+    samples: int
+    average_characters: float
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetStatistics:
+    """Counts of a dataset."""
+
+    rows: int  # the number of triplets
+    original: dict[str, CodeCounts]  # by language, the functions as people wrote them
+    synthetic: dict[str, CodeCounts]  # by language, the translations
+    average_description_characters: float  # average length of a description
+
+    def to_dict(self) -> dict[str, Any]:
+        """All counts, as plain values."""
+        return asdict(self)
+
+    def to_markdown(self) -> str:
+        """The table, one line per language and one for all."""
+        none = CodeCounts(0, 0.0)
+        lines = [
+            "| language | original samples | average characters | synthetic samples | average characters |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for language in LANGUAGES:
+            original, synthetic = self.original.get(language, none), self.synthetic.get(language, none)
+            if original.samples or synthetic.samples:
+                lines.append(_line(LANGUAGE_NAMES[language], original, synthetic))
+        return "\n".join([*lines, _line("all", _all(self.original), _all(self.synthetic))])
+
+
+def dataset_statistics(triplets: Iterable[Triplet]) -> DatasetStatistics:
+    """Count the triplets of a stream; memory does not grow with it."""
+    lengths: dict[str, dict[str, list[int]]] = {"original": {}, "synthetic": {}}
+    rows = description_characters = 0
+    for triplet in triplets:
+        rows += 1
+        description_characters += len(triplet.description)
+        for side, language, code in (
+            ("original", triplet.language, triplet.code),
+            ("synthetic", triplet.other_language, triplet.other_code),
+        ):
+            counts = lengths[side].setdefault(language, [0, 0])
+            counts[0] += 1
+            counts[1] += len(code)
+    original, synthetic = (
+        {language: CodeCounts(count, total / count) for language, (count, total) in lengths[side].items()}
+        for side in ("original", "synthetic")
+    )
+    return DatasetStatistics(rows, original, synthetic, description_characters / rows if rows else 0.0)
+
+
+def _all(counts: dict[str, CodeCounts]) -> CodeCounts:
+    samples = sum(one.samples for one in counts.values())
+    characters = sum(one.samples * one.average_characters for one in counts.values())
+    return CodeCounts(samples, characters / samples if samples else 0.0)
+
+
+def _line(name: str, original: CodeCounts, synthetic: CodeCounts) -> str:
+    cells = [f"{one.samples:,} | {one.average_characters:,.0f}" for one in (original, synthetic)]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+_SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
+
+
+def size_category(rows: int) -> str:
+    """The Hub's name for the order of magnitude of a number of rows."""
+    return next((name for name, limit in _SIZES if rows < limit), "10M<n<100M")
+
+
+def card_metadata(card: Mapping[str, Any], rows: int, splits: Sequence[str]) -> DatasetCardData:
+    """The card's metadata block.
+
+    Args:
+        card: `CardSettings`, as plain values.
+        rows: Number of rows of all splits.
+        splits: Names of the splits, in order; their files are `data/{split}-*.parquet`.
+    """
+    named = {"license_name": card["license_name"], "license_link": card["license_link"]}
+    return DatasetCardData(
+        pretty_name=card["name"],
+        language=["code", "en"],
+        license=card["license"],
+        **({name: value for name, value in named.items() if value} if card["license"] == "other" else {}),
+        task_categories=["text-retrieval", "sentence-similarity", "feature-extraction"],
+        size_categories=[size_category(rows)],
+        language_creators=["found", "machine-generated"],
+        tags=["code", "code-search", *card["tags"]],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
+            }
+        ],
+    )
+
+
+def dataset_card(
+    *,
+    card: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
+    reports: Mapping[str, Mapping[str, Any]],
+    splits: Mapping[str, Mapping[str, int]],
+    statistics: DatasetStatistics,
+    licenses: Mapping[str, int],
+    versions: Mapping[str, str],
+) -> str:
+    """The card: YAML metadata and Markdown.
+
+    Args:
+        card: `CardSettings`, as plain values.
+        settings: By stage, what decided its result: `DatasetRecipe.stage_settings()`.
+        reports: By stage, what it counted.
+        splits: By split, its number of `rows` and `repositories`.
+        statistics: Of all splits.
+        licenses: Number of rows by licence.
+        versions: Of the software that built it.
+    """
+    rows = sum(split["rows"] for split in splits.values())
+    translations = settings["translations"]
+    targets = [LANGUAGE_NAMES[name] for name in LANGUAGES if name in translations["targets"]]
+    languages = [name for name in LANGUAGES if any(name in pair.split(" → ") for pair in reports["triplets"]["pairs"])]
+    return render_card(
+        "dataset.md.jinja",
+        metadata=card_metadata(card, rows, list(splits)).to_yaml(line_break="\n"),
+        rows=rows,
+        card=card,
+        settings=settings,
+        reports=reports,
+        statistics=statistics,
+        licenses=licenses,
+        # A request may set another temperature, or none, which leaves it to the endpoint.
+        greedy=(translations["options"].get("body") or {}).get("temperature", 0) == 0,
+        targets="" if len(targets) == len(LANGUAGES) else ", ".join(targets),
+        versions=versions,
+        split_rows=[(name, split["rows"], split["repositories"]) for name, split in splits.items()],
+        column_rows=[(f"`{name}`", meaning) for name, meaning in MEANINGS.items()],
+        model_rows=list(_model_rows(translations, reports["translations"])),
+        pair_head=("", *(LANGUAGE_NAMES[name] for name in languages)),
+        pair_rows=list(_pair_rows(languages, reports["triplets"]["pairs"])),
+    )
+
+
+def _model_rows(translation: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is known of the model: settings, descriptions of the back ends, tokens."""
+    yield "model", f"`{translation['model']}`"
+    yield "largest answer", f"{translation['max_tokens']} tokens"
+    for name, value in translation["options"].items():
+        yield name, json.dumps(value) if isinstance(value, dict | list) else value
+    known: dict[str, dict[str, None]] = defaultdict(dict)  # dictionaries as ordered sets
+    for backend in report["backends"]:
+        for name, value in backend.items():
+            known[name] |= {
+                str(one): None for one in (value if isinstance(value, list) else [value]) if one is not None
+            }
+    shown = (name for name in known if name != "model" and name not in translation["options"])
+    yield from ((name, ", ".join(known[name])) for name in shown if known[name])
+    yield "tokens of the prompts", report["prompt_tokens"]
+    yield "tokens written", report["completion_tokens"]
+
+
+def _pair_rows(languages: Sequence[str], pairs: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, ...]]:
+    for source in (name for name in languages if any(pair.startswith(f"{name} → ") for pair in pairs)):
+        row = [pairs.get(f"{source} → {target}") for target in languages]
+        counts = [(pair["accepted"], sum(pair.values()) - pair["accepted"]) if pair else None for pair in row]
+        yield LANGUAGE_NAMES[source], *(f"{cell(one[0])} / {cell(one[1])}" if one else "" for one in counts)
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What goes, or would go, to the Hub.
+    """The files that were, or would be, uploaded."""
 
-    Attributes:
-        repository: Id of the dataset repository.
-        files: (path in the repository, bytes) of every file.
-        url: Where it is after the upload; empty if nothing was uploaded.
-    """
-
-    repository: str
-    files: tuple[tuple[str, int], ...]
-    url: str = ""
+    repository: str  # id of the dataset repository
+    files: tuple[tuple[str, int], ...]  # (path in the repository, bytes) of every file
+    url: str = ""  # the address of the uploaded dataset; empty if nothing was uploaded
 
     def __str__(self) -> str:
-        """One line a file, and one for all."""
+        """A line for each file, and one for all."""
         lines = [f"{size:>14,}  {name}" for name, size in self.files]
         total = f"{sum(size for _, size in self.files):>14,}  bytes in {len(self.files)} files"
         end = f"uploaded to {self.url}" if self.url else f"nothing was uploaded to {self.repository}: a dry run"
@@ -35,19 +212,20 @@ class Upload:
 def push_dataset(
     folder: str | os.PathLike[str], repository: str, *, upload: bool = False, private: bool = True
 ) -> Upload:
-    """Upload a dataset with its card, or say what would be uploaded.
+    """Upload a dataset with its card, or report what would be uploaded.
 
     The access token is the one of `hf auth login` or `HF_TOKEN`.
 
     Args:
-        folder: A folder that `build_dataset` returned; or that it was given, which has it in it.
-        repository: Id of a dataset repository, `owner/name`; it is made if there is none.
-        upload: Whether to upload; nothing is sent otherwise.
+        folder: The folder that `build_dataset` returned, or the one that it was given.
+        repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
+        upload: Whether to upload; otherwise nothing is sent.
         private: Whether a new repository is private.
 
     Raises:
-        ValueError: If the folder holds no finished dataset, or the id is none.
-        OSError: If the Hub refuses, or can't be reached.
+        UserError: `synthconl.push.no_dataset`: the folder has no finished dataset; `synthconl.push.card`: its card has
+            no valid metadata; or the id is not valid.
+        OSError: The Hub refuses, or can't be reached.
     """
     root = _dataset_folder(Path(folder))
     check_repository_id(repository)
@@ -63,7 +241,7 @@ def push_dataset(
             repo_type="dataset",
             folder_path=root,
             allow_patterns=[name for name, _ in files],
-            # Files of an earlier build with another number of shards would be read along.
+            # Readers would also read the files of an earlier build with another number of shards.
             delete_patterns="data/*.parquet",
             commit_message="Upload dataset",
         )
@@ -71,19 +249,17 @@ def push_dataset(
 
 
 def _dataset_folder(folder: Path) -> Path:
-    """The folder of the finished dataset, with a card that the Hub can read.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The folder of the finished dataset, whose card the Hub can read."""
     root = folder if (folder / CARD).is_file() else folder / "dataset"
     if not (root / CARD).is_file() or not any(root.glob("data/*.parquet")) or not (root / STATISTICS).is_file():
-        raise ValueError(f"{folder} holds no finished dataset; `mose dataset build` makes one.")
+        message = f"{folder} has no finished dataset; `mose dataset build` makes one."
+        raise UserError("synthconl.push.no_dataset", message)
     try:
         card = DatasetCard.load(root / CARD).data.to_dict()
+        missing = [name for name in ("license", "task_categories", "configs", "size_categories") if not card.get(name)]
+        fault = f"lacks {', '.join(missing)}" if missing else ""
     except (ValueError, OSError) as error:
-        raise ValueError(f"The metadata of {root / CARD} can't be read: {' '.join(str(error).split())}") from error
-    missing = [name for name in ("license", "task_categories", "configs", "size_categories") if not card.get(name)]
-    if missing:
-        raise ValueError(f"The metadata of {root / CARD} lacks {', '.join(missing)}.")
+        fault = f"can't be read: {' '.join(str(error).split())}"
+    if fault:
+        raise UserError("synthconl.push.card", f"The metadata of {root / CARD} {fault}.")
     return root

@@ -1,35 +1,44 @@
-"""Rows in numbered parquet files of a folder, written and read one file at a time, so that any number of rows fits."""
+"""Rows in parquet files: numbered files written and read one at a time, and any user's files as shards of rows."""
 
-import json
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from modular_star_encoder.synthconl.completions import Completion, batches
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import staged_file
 
 ROWS_PER_FILE = 1000
 ROWS_PER_PUBLISHED_FILE = 100_000
+_ROWS_AT_A_TIME = 1024
+
+Item = TypeVar("Item")
 
 
-def write_parquet(path: str | os.PathLike[str], tables: Iterable[pa.Table], schema: pa.Schema) -> int:
-    """Write tables as the row groups of one file, which appears when it is whole; return the number of rows."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    return iter(lambda: list(islice(iterator, size)), [])
+
+
+def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
+    """Write tables as the row groups of one file, which appears when it is complete; return the number of rows."""
     rows = 0
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for table in tables:
+    with (
+        staged_file(path, resumable=True) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
+        for table in tables:
+            if len(table):  # some readers fail on a row group without rows
                 writer.write_table(table)
-                rows += len(table)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            rows += len(table)
     return rows
 
 
@@ -45,7 +54,7 @@ def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schem
 def write_split(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write rows as `{name}-00000-of-00002.parquet`, …, as datasets on the Hub are named."""
     tables = (pa.Table.from_pylist(batch, schema) for batch in batches(rows, ROWS_PER_FILE))
-    written = []
+    written: list[Path] = []
     for some in batches(tables, ROWS_PER_PUBLISHED_FILE // ROWS_PER_FILE):
         written.append(folder / f"{name}-{len(written):05d}.parquet")
         write_parquet(written[-1], some, schema)
@@ -70,141 +79,126 @@ def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str
 
 
 def count_rows(folder: Path) -> int:
-    """The number of rows of all files of a folder, as their headers say."""
+    """The number of rows of all files of a folder, from their headers."""
     return sum(pq.read_metadata(file).num_rows for file in row_files(folder))
 
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("text", pa.string()),
-        ("finish_reason", pa.string()),
-        ("prompt_tokens", pa.int64()),
-        ("completion_tokens", pa.int64()),
-        ("error", pa.string()),
-    ]
-)
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A user's parquet file: its path, its name relative to the folder of all, and its number of rows."""
 
-_SECONDS_BETWEEN_SYNCS = 1.0
+    path: str
+    name: str
+    rows: int
 
-
-class CompletionFiles:
-    """The completions of a folder of rows, file by file; several files may be open at once.
-
-    Use it as a context manager, so that journals are closed.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Name the folder, which exists."""
-        self._folder = Path(folder)
-        self._open: dict[str, _OpenFile] = {}
-        self._file_of: dict[str, str] = {}
-
-    def __enter__(self) -> "CompletionFiles":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.journal.close()
-
-    def is_complete(self, name: str) -> bool:
-        """Whether there is a completion for every row of the file `name`."""
-        return (self._folder / name).is_file()
-
-    def open(self, name: str, ids: Sequence[str]) -> set[str]:
-        """Open the file `name` for the rows with these ids, and return those that have no completion yet.
-
-        Raises:
-            ValueError: If its journal is damaged, or is of other rows.
-        """
-        if self.is_complete(name):
-            self._journal_path(name).unlink(missing_ok=True)
-            return set()
-        path = self._journal_path(name)
-        answered = _read_journal(path)
-        strangers = answered.keys() - set(ids)
-        if strangers:
-            raise ValueError(
-                f"{path} holds an answer to {min(strangers)}, which is no row of {name}: name another folder."
-            )
-        self._open[name] = _OpenFile(tuple(ids), answered, path.open("ab"))
-        missing = set(ids) - answered.keys()
-        self._file_of |= dict.fromkeys(missing, name)
-        if not missing:
-            self._finish(name)
-        return missing
-
-    def add(self, completions: Iterable[Completion]) -> None:
-        """Keep completions of rows that are open and have none yet.
-
-        Raises:
-            ValueError: If a completion is of no such row.
-        """
-        for completion in completions:
-            name = self._file_of.pop(completion.id, None)
-            if name is None:
-                raise ValueError(
-                    f"The back end answered {completion.id!r}, which it was not asked, or asked once only."
-                )
-            file = self._open[name]
-            file.append(completion)
-            if len(file.answered) == len(file.ids):
-                self._finish(name)
-
-    def _finish(self, name: str) -> None:
-        file = self._open.pop(name)
-        rows = [asdict(file.answered[row_id]) for row_id in file.ids]
-        write_parquet(self._folder / name, [pa.Table.from_pylist(rows, SCHEMA)], SCHEMA)
-        file.journal.close()
-        self._journal_path(name).unlink()
-
-    def _journal_path(self, name: str) -> Path:
-        return self._folder / f"{name}.journal"
+    def identity(self) -> dict[str, object]:
+        """Values that change when the file is replaced."""
+        status = os.stat(self.path)
+        return {"name": self.name, "rows": self.rows, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
-class _OpenFile:
-    """The rows of a file, their completions so far, and the journal that they go to."""
-
-    def __init__(self, ids: tuple[str, ...], answered: dict[str, Completion], journal: BinaryIO) -> None:
-        self.ids, self.answered, self.journal = ids, answered, journal
-        self._synced = time.monotonic()
-
-    def append(self, completion: Completion) -> None:
-        """Write a completion through to the system, and at least once a second to the disk."""
-        completion = _without_halves(completion)
-        self.answered[completion.id] = completion
-        self.journal.write(json.dumps(asdict(completion)).encode() + b"\n")
-        self.journal.flush()
-        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
-            os.fsync(self.journal.fileno())
-            self._synced = time.monotonic()
-
-
-def _without_halves(completion: Completion) -> Completion:
-    """The completion with question marks for lone surrogates, which JSON can escape and parquet can't hold."""
-    texts = {name: getattr(completion, name) for name in ("text", "finish_reason", "error")}
-    return replace(completion, **{name: text.encode(errors="replace").decode() for name, text in texts.items()})
-
-
-def _read_journal(path: Path) -> dict[str, Completion]:
-    """Return the completions of a journal by id, after cutting off a last line that was not written to its end.
+def find_shards(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[Shard, ...]:
+    """The parquet files of a folder, in the order of their names, or those of a list, in its order.
 
     Raises:
-        ValueError: If another line is damaged.
+        UserError: `synthconl.shards.missing`: there is none; `synthconl.shards.same_name`: two of a list have the same
+            name; `synthconl.shards.unreadable`: one isn't a parquet file.
     """
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    answered = {}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            completion = _without_halves(Completion(**json.loads(line)))
-        except (ValueError, TypeError, AttributeError):
-            raise ValueError(
-                f"{path} is damaged in line {number}: delete that line to have its row asked again."
-            ) from None
-        answered[completion.id] = completion
-    return answered
+    if isinstance(source, str | os.PathLike):
+        root = Path(source)
+        named = [(path, path.relative_to(root).as_posix()) for path in sorted(root.rglob("*.parquet"))]
+    else:
+        named = [(Path(path), Path(path).name) for path in source]
+    if not named:
+        raise UserError("synthconl.shards.missing", f"{source} contains no parquet file.")
+    if len({name for _, name in named}) < len(named):
+        raise UserError(
+            "synthconl.shards.same_name", "The parquet files must have different names: the output reuses them."
+        )
+    return tuple(Shard(str(path.absolute()), name, _opened(path).metadata.num_rows) for path, name in named)
+
+
+def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: str | None) -> None:
+    """Check that all files have the columns of text, and ids of text or integers.
+
+    Raises:
+        UserError: `synthconl.shards.column_missing`, `synthconl.shards.column_type`.
+    """
+    allowed = dict.fromkeys(columns, ("text", _is_text))
+    if id_column is not None and id_column not in allowed:
+        allowed[id_column] = ("text or integers", lambda kind: _is_text(kind) or pa.types.is_integer(kind))
+    for shard in shards:
+        schema = _opened(shard.path).schema_arrow
+        for name, (wanted, accepts) in allowed.items():
+            if name not in schema.names:
+                message = f"{shard.name} has no column {name!r}; it has {', '.join(schema.names)}."
+                raise UserError("synthconl.shards.column_missing", message)
+            if not accepts(kind := schema.field(name).type):
+                message = f"Column {name!r} of {shard.name} contains {kind}; it must be {wanted}."
+                raise UserError("synthconl.shards.column_type", message)
+
+
+def read_texts(shard: Shard, columns: Sequence[str]) -> Iterator[list[list[str | None]]]:
+    """Yield, for some rows at a time, the texts of each column."""
+    for batch in _opened(shard.path).iter_batches(_ROWS_AT_A_TIME, columns=list(columns)):
+        yield [batch.column(name).to_pylist() for name in columns]
+
+
+def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
+    """The ids of all rows; without a column of ids, "name of the file:row of the file"."""
+    if id_column is None:
+        parts = [pa.array([f"{one.name}:{row}" for row in range(one.rows)], pa.large_string()) for one in shards]
+        return pa.chunked_array(parts, pa.large_string())
+    columns = [pq.read_table(one.path, columns=[id_column], partitioning=None)[id_column] for one in shards]
+    kind = pa.large_string()
+    if all(pa.types.is_integer(one.type) for one in columns):
+        kind = pa.uint64() if any(pa.types.is_uint64(one.type) for one in columns) else pa.int64()
+    return pa.chunked_array([chunk for one in columns for chunk in one.cast(kind).chunks], kind)
+
+
+def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
+    """The rows of all shards by ascending id; without a column of ids, their order in the files.
+
+    Raises:
+        UserError: `synthconl.shards.ids`: an id is missing or repeats.
+    """
+    if id_column is None:
+        return np.arange(sum(one.rows for one in shards))
+    ids = read_ids(shards, id_column)
+    order = pc.sort_indices(ids)
+    in_order = ids.take(order)
+    same = pc.equal(in_order.slice(1), in_order.slice(0, max(len(ids) - 1, 0)))
+    if ids.null_count or pc.any(same).as_py():
+        fault = (
+            f"{ids.null_count} are missing" if ids.null_count else f"{in_order[pc.index(same, True).as_py()]} repeats"
+        )
+        raise UserError("synthconl.shards.ids", f"Column {id_column!r} must have a different id in each row; {fault}.")
+    return order.to_numpy().astype(np.int64)
+
+
+def write_kept(shard: Shard, target: Path, kept: np.ndarray, advance: Callable[[int], object]) -> None:
+    """Write the rows that are kept, bool (rows,), with all their columns and the schema of the shard."""
+    file = _opened(shard.path)
+
+    def tables() -> Iterator[pa.Table]:
+        start = 0
+        for batch in file.iter_batches(_ROWS_AT_A_TIME * 8):
+            yield pa.Table.from_batches([batch]).filter(pa.array(kept[start : start + len(batch)]))
+            start += len(batch)
+            advance(len(batch))
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_parquet(target, tables(), file.schema_arrow)
+
+
+def _opened(path: str | Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError("synthconl.shards.unreadable", f"{path} can't be read as a parquet file ({error}).") from error
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

@@ -1,4 +1,4 @@
-"""The stage of translation: every function of a folder, once, whatever interrupts it."""
+"""The stage of translation: settings, and one answer for every function of a folder, whatever interrupts it."""
 
 import json
 import os
@@ -6,45 +6,54 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import AfterValidator
+from pydantic import Field as Constraint
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import LANGUAGES, check_languages
-from modular_star_encoder.synthconl.backends import FREE_OPTIONS, open_backend
-from modular_star_encoder.synthconl.completions import (
+from modular_star_encoder.synthconl.backends import (
+    BACKENDS,
     ERROR,
-    PROMPT,
     TOO_LONG,
     BackendError,
     Completion,
     CompletionBackend,
     CompletionRequest,
-    check_prompt,
-    target_language,
-    translation_request,
+    open_backend,
 )
-from modular_star_encoder.synthconl.row_files import CompletionFiles, count_rows, read_file, row_files
+from modular_star_encoder.synthconl.prompts import PROMPT, check_prompt, target_language, translation_request
+from modular_star_encoder.synthconl.row_files import count_rows, read_file, row_files, write_parquet
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
+from modular_star_encoder.utils.settings import Count, NonNegative, settings_class
 
 MAX_ERRORS_IN_A_ROW = 20
 SESSIONS = "sessions.json"
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("id", "text", "finish_reason")]
+    + [(name, pa.int64()) for name in ("prompt_tokens", "completion_tokens")]
+    + [("error", pa.string())]
+)
+_SECONDS_BETWEEN_NOTES, _SECONDS_BETWEEN_SYNCS = 30.0, 1.0
 
-_SECONDS_BETWEEN_NOTES = 30.0
+
+Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
 
 
-@dataclass(frozen=True)
+@settings_class
 class TranslationSettings:
     """How functions are translated.
 
     Args:
         backend: `vllm`, `openai` (any endpoint of that protocol) or `transformers`.
-        model: the model, as the back end calls it.
+        model: name of the model in the back end.
         max_tokens: largest number of tokens of an answer; longer ones are cut, and then rejected.
         prompt: template with the fields {source_language}, {target_language} and {code}.
         targets: languages to translate to; each row is translated to one other than its own.
@@ -52,36 +61,25 @@ class TranslationSettings:
         prompt_price, completion_price: price of a million tokens, for the report.
     """
 
-    backend: str
+    backend: Literal["vllm", "openai", "transformers"]
     model: str
-    max_tokens: int = 2048
-    prompt: str = PROMPT
-    targets: Sequence[str] = LANGUAGES
-    options: Mapping[str, Any] = field(default_factory=dict)
-    prompt_price: float = 0.0
-    completion_price: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        if self.backend not in FREE_OPTIONS:
-            raise ValueError(f"backend must be one of {', '.join(FREE_OPTIONS)}, not {self.backend!r}.")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}.")
-        if not isinstance(self.options, Mapping):
-            raise ValueError(f"options must be a mapping, not {self.options!r}.")
-        object.__setattr__(self, "targets", check_languages(self.targets))
-        check_prompt(self.prompt)
+    max_tokens: Count = 2048
+    prompt: Annotated[str, AfterValidator(check_prompt)] = PROMPT
+    targets: Languages = LANGUAGES
+    options: Mapping[str, Any] = Constraint(default_factory=dict)
+    prompt_price: NonNegative = 0.0
+    completion_price: NonNegative = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """What decides the translations, up to rounding: all settings but the prices and how the back end is run."""
-        free = FREE_OPTIONS[self.backend]
+        """The settings that decide the translations, up to rounding: without prices and how the back end is run."""
+        run_options = BACKENDS[self.backend].run_options
         return {
             "backend": self.backend,
             "model": self.model,
             "max_tokens": self.max_tokens,
             "prompt": self.prompt,
             "targets": sorted(self.targets),
-            "options": {name: value for name, value in self.options.items() if name not in free},
+            "options": {name: value for name, value in self.options.items() if name not in run_options},
         }
 
     def open(self) -> CompletionBackend:
@@ -89,7 +87,7 @@ class TranslationSettings:
         return open_backend(self.backend, self.model, self.max_tokens, self.options)
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """The price of so many tokens."""
+        """The price of these tokens."""
         return (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
 
 
@@ -101,21 +99,21 @@ def translate(
     seed: int,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Ask a model for the translation of every function, continuing whatever an earlier call left in `out`.
+    """Ask a model for the translation of every function, continuing from what an earlier call left in `out`.
 
     Args:
         functions: Folder of row files with the columns `id`, `language1_CSN` and `func1_CSN`.
         out: Folder, which exists, that gets one file of completions for each file of functions; see `CompletionFiles`.
-        settings: How. That they are those of the earlier call is the caller's to check.
-        seed: Decides the languages to translate to.
+        settings: How. The caller checks that they are those of the earlier call.
+        seed: Decides the target languages.
         progress: Whether to show a progress bar.
 
     Returns:
-        The report, of all calls together: `completions`, `errors`, `prompt_tokens`, `completion_tokens`, `cost`,
-        `seconds` and `completions_per_second`; and `backends`, what each back end that was at work says of itself.
+        The report of all calls together: `completions`, `errors`, `prompt_tokens`, `completion_tokens`, `cost`,
+        `seconds`, `completions_per_second`, and `backends`, the description of each back end used.
 
     Raises:
-        BackendError: If the back end can't go on, or answers nothing but errors. What it had answered is kept.
+        BackendError: The back end can't continue, or answers only errors. Its earlier answers are kept.
     """
     functions, out, backend = Path(functions), Path(out), settings.open()
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
@@ -134,7 +132,7 @@ def translate(
 
 
 def _requests(
-    functions: Path, files: CompletionFiles, settings: TranslationSettings, seed: int, bar: tqdm
+    functions: Path, files: "CompletionFiles", settings: TranslationSettings, seed: int, bar: tqdm
 ) -> Iterator[CompletionRequest]:
     for file in row_files(functions):
         if files.is_complete(file.name):
@@ -151,14 +149,14 @@ def _requests(
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
-    """Yield completions; errors only after a later request was answered, which shows that the fault is their own.
+    """Yield completions; errors only after a later request was answered, which shows that the error is their own.
 
     Args:
         completions: From the back end.
         answered: Whether the model has answered anything in an earlier call.
 
     Raises:
-        BackendError: If there are too many errors in a row, or nothing but errors.
+        BackendError: There are too many errors in a row, or only errors.
     """
     doubtful: list[Completion] = []
     for completion in completions:
@@ -167,19 +165,20 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
             if len(doubtful) >= MAX_ERRORS_IN_A_ROW:
                 break
         elif completion.finish_reason == TOO_LONG:
-            # Certain by itself, and no sign that the others are answered.
+            # The prompt's own fault, which says nothing about the back end.
             yield [completion]
         else:
             yield [*doubtful, completion]
             doubtful, answered = [], True
     if len(doubtful) >= MAX_ERRORS_IN_A_ROW or (doubtful and not answered):
-        raise BackendError(f"The model answered none of the last {len(doubtful)} requests: {doubtful[-1].error}")
+        message = f"The model answered none of the last {len(doubtful)} requests: {doubtful[-1].error}"
+        raise BackendError("synthconl.backend.errors", message)
     if doubtful:
         yield doubtful
 
 
 class _Session:
-    """One call's work, kept in a list of all calls' in a file: what a killed one did is right to half a minute."""
+    """The counts of one call, written to a list of all calls; those of a killed call are at most 30 seconds old."""
 
     def __init__(self, path: Path, backend: CompletionBackend) -> None:
         self._path, self._backend = path, backend
@@ -205,7 +204,7 @@ class _Session:
             self._write()
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts, seconds, and what the back end says of itself."""
+        """Counts, seconds, and the back end's description."""
         return {**self._counts, "seconds": time.monotonic() - self._start, "backend": self._backend.describe()}
 
     def _write(self) -> None:
@@ -219,7 +218,7 @@ def read_sessions(path: Path) -> list[dict[str, Any]]:
 
 
 def _running(settings: TranslationSettings, session: _Session) -> dict[str, str]:
-    """What the progress bar says beside the count."""
+    """Speed and cost, for the progress bar."""
     so_far = session.to_dict()
     cost = settings.cost(so_far["prompt_tokens"], so_far["completion_tokens"])
     speed = {"tokens/s": f"{so_far['completion_tokens'] / so_far['seconds']:.0f}"}
@@ -227,7 +226,7 @@ def _running(settings: TranslationSettings, session: _Session) -> dict[str, str]
 
 
 def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
-    """Counts of the completions themselves; speed by what the sessions say."""
+    """Counts from the completions themselves; speed from the sessions."""
     totals: Counter[str] = Counter()
     for file in row_files(out):
         table = pq.read_table(file, columns=["finish_reason", "prompt_tokens", "completion_tokens"])
@@ -246,3 +245,110 @@ def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
         "completions_per_second": round(counted / seconds, 3) if seconds else 0.0,
         "backends": [one for i, one in enumerate(backends) if one not in backends[:i]],
     }
+
+
+class CompletionFiles:
+    """The completions of a folder of rows, file by file; several files may be open at once.
+
+    Use it as a context manager, so that journals are closed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[str, _OpenFile] = {}
+        self._file_of: dict[str, str] = {}
+
+    def __enter__(self) -> "CompletionFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.journal.close()
+
+    def is_complete(self, name: str) -> bool:
+        """Whether there is a completion for every row of the file `name`."""
+        return (self._folder / name).is_file()
+
+    def open(self, name: str, ids: Sequence[str]) -> set[str]:
+        """Open the file `name` for the rows with these ids, and return those that have no completion yet.
+
+        Raises:
+            UserError: `synthconl.journal`: its journal is damaged, or of other rows.
+        """
+        if self.is_complete(name):
+            self._journal_path(name).unlink(missing_ok=True)
+            return set()
+        path = self._journal_path(name)
+        answered = _read_journal(path)
+        strangers = answered.keys() - set(ids)
+        if strangers:
+            message = f"{path} has an answer to {min(strangers)}, which is not a row of {name}; name another folder."
+            raise UserError("synthconl.journal", message)
+        self._open[name] = _OpenFile(tuple(ids), answered, path.open("ab"))
+        missing = set(ids) - answered.keys()
+        self._file_of |= dict.fromkeys(missing, name)
+        if not missing:
+            self._finish(name)
+        return missing
+
+    def add(self, completions: Iterable[Completion]) -> None:
+        """Store completions of rows that are open and have none yet."""
+        for completion in completions:
+            name = self._file_of.pop(completion.id)
+            file = self._open[name]
+            file.append(completion)
+            if len(file.answered) == len(file.ids):
+                self._finish(name)
+
+    def _finish(self, name: str) -> None:
+        file = self._open.pop(name)
+        rows = [asdict(file.answered[row_id]) for row_id in file.ids]
+        write_parquet(self._folder / name, [pa.Table.from_pylist(rows, SCHEMA)], SCHEMA)
+        file.journal.close()
+        self._journal_path(name).unlink()
+
+    def _journal_path(self, name: str) -> Path:
+        return self._folder / f"{name}.journal"
+
+
+class _OpenFile:
+    """The rows of a file, their completions so far, and the journal of these."""
+
+    def __init__(self, ids: tuple[str, ...], answered: dict[str, Completion], journal: BinaryIO) -> None:
+        self.ids, self.answered, self.journal = ids, answered, journal
+        self._synced = time.monotonic()
+
+    def append(self, completion: Completion) -> None:
+        """Write a completion to the system at once, and to the disk at least once a second."""
+        completion = _without_halves(completion)
+        self.answered[completion.id] = completion
+        self.journal.write(json.dumps(asdict(completion)).encode() + b"\n")
+        self.journal.flush()
+        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
+            os.fsync(self.journal.fileno())
+            self._synced = time.monotonic()
+
+
+def _without_halves(completion: Completion) -> Completion:
+    """The completion with question marks for lone surrogates, which JSON can escape and parquet can't hold."""
+    texts = {name: getattr(completion, name) for name in ("text", "finish_reason", "error")}
+    return replace(completion, **{name: text.encode(errors="replace").decode() for name, text in texts.items()})
+
+
+def _read_journal(path: Path) -> dict[str, Completion]:
+    """The completions of a journal by id; cuts off an incomplete last line."""
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    answered = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            completion = _without_halves(Completion(**json.loads(line)))
+        except (ValueError, TypeError, AttributeError):
+            message = f"{path} is damaged in line {number}; delete that line to request its row again."
+            raise UserError("synthconl.journal", message) from None
+        answered[completion.id] = completion
+    return answered

@@ -1,39 +1,40 @@
-"""From verified pairs to clusters, and from clusters to the rows that are kept."""
+"""From fingerprints to the rows that are kept: propose pairs, compare them, join them to clusters, decide.
+
+A pair is a uint64: the number of the first row in the upper 32 bits, that of the second in the lower. Rows here are the
+distinct rows, numbered in the order of their ids, so that no result depends on the order of the input.
+"""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from modular_star_encoder.synthconl.near_duplicates.candidates import (
-    NearPairs,
-    Search,
-    SearchColumn,
-    TextColumn,
-    pair_ends,
+from modular_star_encoder.synthconl.near_duplicates.minhash import (
+    DuplicateSettings,
+    Fingerprints,
+    jaccard,
+    shingle_sets,
 )
-from modular_star_encoder.synthconl.near_duplicates.fingerprints import DuplicateSettings, Fingerprints, fingerprint
+from modular_star_encoder.utils.errors import UserError
+
+MAX_ROWS = 1 << 32
+_SHIFT, _LOW = np.uint64(32), np.uint64(MAX_ROWS - 1)
+_BANDS_AT_A_TIME = 8  # one cache line of keys
+_PAIRS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 8192, 1 << 23  # of eight bytes each, once hashed
 
 
 @dataclass(frozen=True, slots=True)
 class DistinctRows:
-    """m different rows among n. They are numbered in the order of ids, so that results don't depend on that of rows.
+    """m distinct rows among n."""
 
-    Attributes:
-        rows: int64 (m,): the row of smallest id among those that are equal.
-        numbers: int64 (n,): for each row, the number of the different row that it equals.
-    """
-
-    rows: np.ndarray
-    numbers: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    rows: np.ndarray  # int64 (m,): the row of smallest id among those that are equal
+    numbers: np.ndarray  # int64 (n,): for each row, the number of the distinct row that it equals
 
 
 def distinct_rows(digests: np.ndarray, order: np.ndarray) -> DistinctRows:
-    """Find equal rows. Rows that are blank in every column are all different: nothing shows that they are the same.
+    """Find equal rows. Rows that are blank in every column are all distinct: nothing shows that they are the same.
 
     Args:
         digests: uint64 (n, columns, 2): `Fingerprints.digests` of each column.
@@ -43,17 +44,208 @@ def distinct_rows(digests: np.ndarray, order: np.ndarray) -> DistinctRows:
     if not count:
         return DistinctRows(np.empty(0, np.int64), np.empty(0, np.int64))
     by_id = digests.reshape(count, -1)[order]
-    # Stable: equal rows stay in the order of their ids.
-    sorting = np.lexsort(by_id.T)
+    sorting = np.lexsort(by_id.T)  # stable: equal rows stay in the order of their ids
     in_order = by_id[sorting]
     starts = np.concatenate(([True], (in_order[1:] != in_order[:-1]).any(axis=1))) | ~in_order.any(axis=1)
-    group = np.cumsum(starts) - 1
     first = sorting[starts]
     number_of_group = np.empty(len(first), np.int64)
     number_of_group[np.argsort(first)] = np.arange(len(first))
     numbers = np.empty(count, np.int64)
-    numbers[order[sorting]] = number_of_group[group]
+    numbers[order[sorting]] = number_of_group[np.cumsum(starts) - 1]
     return DistinctRows(order[np.sort(first)], numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class NearPairs:
+    """Compared pairs that are near."""
+
+    pairs: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # uint64 (pairs,), ascending
+    similarities: np.ndarray = field(default_factory=lambda: np.empty(0))  # float64 (pairs,): true Jaccard similarities
+
+    @classmethod
+    def merged(cls, parts: list["NearPairs"]) -> "NearPairs":
+        """All pairs of `parts`, each once, with the largest of its similarities."""
+        pairs = np.concatenate([part.pairs for part in parts] or [cls().pairs])
+        values = np.concatenate([part.similarities for part in parts] or [cls().similarities])
+        sorting = np.lexsort((-values, pairs))
+        pairs, first = np.unique(pairs[sorting], return_index=True)
+        return cls(pairs, values[sorting][first])
+
+
+def pair_ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two numbers of each pair, int64."""
+    return (pairs >> _SHIFT).astype(np.int64), (pairs & _LOW).astype(np.int64)
+
+
+def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return (first.astype(np.uint64) << _SHIFT) | second.astype(np.uint64)
+
+
+class Texts(Protocol):
+    """Texts by row: a list, or a `StoredColumn`."""
+
+    def __getitem__(self, row: int, /) -> str: ...
+
+
+class Column:
+    """What is searched of one column: the fingerprints of all rows, and the m distinct ones by number.
+
+    Args:
+        texts: The texts, in one part or several (files, for example).
+        prints: The fingerprints of each part.
+        rows: int64 (m,): the distinct rows, counted through all parts.
+    """
+
+    def __init__(self, texts: Sequence[Texts], prints: Sequence[Fingerprints], rows: np.ndarray) -> None:
+        self._texts, self._rows = texts, rows
+        self._keys = [one.keys for one in prints]
+        self._starts = np.cumsum([0, *(len(one.digests) for one in prints)])
+        self.digests = np.concatenate([one.digests for one in prints])[rows]
+        self.lengths = np.concatenate([one.lengths for one in prints])[rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def texts(self, numbers: np.ndarray) -> list[str]:
+        """The texts of these distinct rows."""
+        rows = self._rows[numbers]
+        parts = np.searchsorted(self._starts, rows, side="right") - 1
+        places = rows - self._starts[parts]
+        return [self._texts[part][place] for part, place in zip(parts.tolist(), places.tolist(), strict=True)]
+
+    def not_blank(self) -> np.ndarray:
+        """The numbers of the distinct rows with text."""
+        return np.flatnonzero(self.digests.any(axis=1))
+
+    def bands(self) -> Iterator[np.ndarray]:
+        """Yield the keys of one band after the other, uint64 (m,), reading a few bands of mapped files at a time."""
+        for start in range(0, self._keys[0].shape[1] if self._keys else 0, _BANDS_AT_A_TIME):
+            block = np.concatenate([part[:, start : start + _BANDS_AT_A_TIME] for part in self._keys])[self._rows]
+            for band in range(block.shape[1]):
+                yield np.ascontiguousarray(block[:, band])
+
+
+def _pairs_within(column: Column, limit: int) -> tuple[np.ndarray, int, int]:
+    """Pairs of rows that share a key, each row with the `limit` first of its bucket.
+
+    Returns:
+        The pairs; the size of the largest bucket; and the most rows, over the bands, beyond the limit of their bucket.
+    """
+    rows = column.not_blank()
+    pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
+    for keys in column.bands():
+        order = np.argsort(keys[rows], kind="stable")
+        in_order = keys[rows[order]]
+        starts = np.arange(len(order))
+        starts[1:][in_order[1:] == in_order[:-1]] = 0
+        starts = np.maximum.accumulate(starts)  # where the bucket of each begins
+        place = np.arange(len(order)) - starts
+        most = int(place.max(initial=0))
+        found = [pairs]
+        for leader in range(min(limit, most)):
+            later = np.flatnonzero(place > leader)
+            found.append(_joined(rows[order[starts[later] + leader]], rows[order[later]]))
+        pairs = np.unique(np.concatenate(found))
+        largest = max(largest, most + 1 if len(rows) else 0)
+        most_over = max(most_over, int(np.count_nonzero(place > limit)))
+    return pairs, largest, most_over
+
+
+def _pairs_between(column: Column, others: Column, limit: int) -> np.ndarray:
+    """Pairs (row, text of another set) that share a key, each row with the `limit` first texts of its bucket."""
+    rows, other_rows = column.not_blank(), others.not_blank()
+    pairs = np.empty(0, np.uint64)
+    for keys, other_keys in zip(column.bands(), others.bands(), strict=True):
+        order = np.argsort(other_keys[other_rows], kind="stable")
+        in_order = other_keys[other_rows[order]]
+        start, stop = (np.searchsorted(in_order, keys[rows], side) for side in ("left", "right"))
+        found = [pairs]
+        for leader in range(min(limit, int((stop - start).max(initial=0)))):
+            within = np.flatnonzero(start + leader < stop)
+            found.append(_joined(rows[within], other_rows[order[start[within] + leader]]))
+        pairs = np.unique(np.concatenate(found))
+    return pairs
+
+
+def near_pairs(pairs: np.ndarray, columns: Iterable[tuple[Column, Column]], threshold: float) -> NearPairs:
+    """The pairs whose similarity is at least `threshold` in each of `columns`, with the smallest of these."""
+    smallest = np.ones(len(pairs))
+    for first, second in columns:
+        smallest = np.minimum(smallest, _similarities(pairs, first, second))
+        near = smallest >= threshold
+        pairs, smallest = pairs[near], smallest[near]
+    return NearPairs(pairs, smallest)
+
+
+def _similarities(pairs: np.ndarray, first: Column, second: Column) -> np.ndarray:
+    """True Jaccard similarities, float64 (pairs,), of texts of two columns; 1 for equal texts, blank ones included."""
+    left, right = pair_ends(pairs)
+    result = (first.digests[left] == second.digests[right]).all(axis=1).astype(np.float64)
+    unequal = np.flatnonzero(result == 0)
+    left, right = left[unequal], right[unequal]
+    total = np.cumsum(first.lengths[left] + second.lengths[right])
+    start = 0
+    while start < len(total):
+        before = total[start - 1] if start else 0
+        stop = int(np.searchsorted(total, before + _CHARACTERS_AT_A_TIME, side="right"))
+        chunk = slice(start, start := max(start + 1, min(stop, start + _PAIRS_AT_A_TIME)))
+        if first is second:
+            left_sets = right_sets = _shingle_sets(np.concatenate((left[chunk], right[chunk])), first)
+        else:
+            left_sets, right_sets = _shingle_sets(left[chunk], first), _shingle_sets(right[chunk], second)
+        result[unequal[chunk]] = [
+            jaccard(left_sets[one], right_sets[other])
+            for one, other in zip(left[chunk].tolist(), right[chunk].tolist(), strict=True)
+        ]
+    return result
+
+
+def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
+    wanted = np.unique(numbers)
+    return dict(zip(wanted.tolist(), shingle_sets(column.texts(wanted)), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """A search among the rows of some columns ("within") and against texts of other sets ("between").
+
+    Within, a task is a list of pairs to be near in one column, or in all of them, as `settings.match` says; between, in
+    one column.
+
+    Raises:
+        UserError: `synthconl.near_duplicates.rows`: there are more rows than a pair can name, 2^32.
+    """
+
+    columns: Sequence[Column]
+    others: Column
+    settings: DuplicateSettings
+
+    def __post_init__(self) -> None:
+        if max(map(len, (*self.columns, self.others))) > MAX_ROWS:
+            message = f"There are more than {MAX_ROWS:,} rows; divide them into several searches."
+            raise UserError("synthconl.near_duplicates.rows", message)
+
+    def candidates(self) -> tuple[dict[str, list[np.ndarray]], dict[str, int]]:
+        """The pairs of each task "within" and "between", uint64, and counts for the report (see `NearDuplicates`)."""
+        limit = self.settings.bucket_limit
+        found = [_pairs_within(one, limit) for one in self.columns]
+        within = [pairs for pairs, _, _ in found]
+        if self.settings.match == "both":
+            within = [np.unique(np.concatenate(within))]
+        between = [_pairs_between(one, self.others, limit) for one in self.columns]
+        return {"within": within, "between": between}, {
+            "compared": sum(map(len, within)),
+            "largest_bucket": max(largest for _, largest, _ in found),
+            "rows_over_limit": max(over for _, _, over in found),
+        }
+
+    def compare(self, kind: str, task: int, pairs: np.ndarray) -> NearPairs:
+        """The `pairs` of a task that are near."""
+        columns = [(self.columns[task], self.others)]
+        if kind == "within":
+            chosen = self.columns if self.settings.match == "both" else self.columns[task : task + 1]
+            columns = [(one, one) for one in chosen]
+        return near_pairs(pairs, columns, self.settings.threshold)
 
 
 KEPT, EQUAL, NEAR = "kept", "equal to another row", "near another row"
@@ -62,7 +254,7 @@ _KEPT, _EQUAL, _NEAR, _FIRST_SET = range(4)
 
 @dataclass(frozen=True, slots=True)
 class GiantCluster:
-    """A cluster of too many different rows for all but one to be dropped: its id (a row), its rows and those kept."""
+    """A cluster that is too large to be reduced to one row: its id (a row), its rows and those kept."""
 
     cluster: int
     rows: int
@@ -71,41 +263,28 @@ class GiantCluster:
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicates:
-    """What is kept of n rows and why; rows are named by their number in the order in which they were given.
+    """Which of n rows are kept and why; rows are named by their position in the input."""
 
-    Attributes:
-        kept: bool (n,).
-        reasons: The names of what can become of a row; `reasons[reason[i]]` is what became of row i.
-        reason: int64 (n,).
-        clusters: int64 (n,): the row of smallest id in the cluster of row i, which is i for a row alone.
-        nearest: int64 (n,): for a dropped row, the row that is most similar among those verified, or the number of the
-            text of the set that it is near; −1 for rows that are kept.
-        similarity: float64 (n,): the Jaccard similarity to `nearest`; 0 for rows that are kept.
-        pairs: int64 (pairs, 2): the verified pairs of different rows, of smaller id first. Equal rows have none: they
-            share the pairs of the one of smallest id.
-        pair_similarities: float64 (pairs,).
-        giant_clusters: Those that were not reduced to one row.
-        compared: How many pairs were compared to find these.
-        largest_bucket: The most different rows that share a band.
-        rows_over_limit: The most rows, over the bands, that were compared with a part of their bucket only.
-    """
-
-    kept: np.ndarray
-    reasons: tuple[str, ...]
-    reason: np.ndarray
-    clusters: np.ndarray
+    kept: np.ndarray  # bool (n,)
+    reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is that of row i
+    reason: np.ndarray  # int64 (n,)
+    clusters: np.ndarray  # int64 (n,): the row of smallest id in the cluster of row i, which is i for a row alone
+    # int64 (n,): for a dropped row, the most similar row among those compared, or the number of the text of the set
+    # that it is near; −1 for rows that are kept
     nearest: np.ndarray
-    similarity: np.ndarray
+    similarity: np.ndarray  # float64 (n,): the Jaccard similarity to `nearest`; 0 for rows that are kept
+    # int64 (pairs, 2): near pairs of distinct rows, of smaller id first. Equal rows share the pairs of the one of
+    # smallest id
     pairs: np.ndarray
-    pair_similarities: np.ndarray
-    giant_clusters: tuple[GiantCluster, ...] = ()
-    compared: int = 0
-    largest_bucket: int = 0
-    rows_over_limit: int = 0
+    pair_similarities: np.ndarray  # float64 (pairs,)
+    giant_clusters: tuple[GiantCluster, ...] = ()  # the clusters that were not reduced to one row
+    compared: int = 0  # number of pairs compared
+    largest_bucket: int = 0  # the most distinct rows that share a band
+    rows_over_limit: int = 0  # the most rows, over the bands, that were compared with a part of their bucket only
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many rows each of `reasons` applies to."""
+        """The number of rows of each of `reasons`."""
         return dict(zip(self.reasons, np.bincount(self.reason, minlength=len(self.reasons)).tolist(), strict=True))
 
     @property
@@ -115,39 +294,33 @@ class NearDuplicates:
         return np.sort(sizes[sizes > 1])[::-1]
 
 
-def near_set(name: str) -> str:
-    """The reason of rows that are near a text of another set."""
-    return f"near a text of {name}"
-
-
 def decide(
     rows: DistinctRows,
     near: NearPairs,
     near_others: NearPairs,
     other_sets: dict[str, int],
     settings: DuplicateSettings,
-    **report: int,
+    **counts: int,
 ) -> NearDuplicates:
-    """Choose what is kept.
+    """Decide which rows are kept.
 
     1. Rows near a text of another set are dropped. They belong to no cluster.
-    2. Clusters are the connected components of the rows that remain, over verified pairs and equality.
-    3. Of each, the row of smallest id is kept. In a cluster of more than `settings.giant_cluster` different rows, a row
-       is dropped only if it is equal or near to one that is kept; rows are taken in the order of their ids.
+    2. Clusters are the connected components of the remaining rows, over near pairs and equality.
+    3. Each cluster keeps its row of smallest id. A cluster of more than `settings.giant_cluster` distinct rows drops
+       only rows equal or near to a kept one; rows are taken in the order of their ids.
 
     Args:
-        rows: The different rows.
-        near: Pairs of different rows.
-        near_others: Pairs (different row, text of another set); texts are numbered through all sets.
+        rows: The distinct rows.
+        near: Pairs of distinct rows.
+        near_others: Pairs (distinct row, text of another set); texts are numbered through all sets.
         other_sets: The number of texts of each other set, in order.
         settings: What counts as a near-duplicate.
-        report: Figures of the search, passed on.
+        counts: Counts of the search, passed on to the result.
     """
-    count = len(rows)
+    count = len(rows.rows)
     reason = np.full(count, _KEPT)
-    nearest, similarity = np.full(count, -1), np.zeros(count)
     found, texts = pair_ends(near_others.pairs)
-    _set_most_similar(nearest, similarity, found, texts, near_others.similarities)
+    nearest, similarity = _most_similar(count, found, texts, near_others.similarities)
     starts = np.cumsum([0, *other_sets.values()])
     set_of = np.searchsorted(starts, nearest[found], side="right") - 1
     reason[found] = _FIRST_SET + set_of
@@ -157,49 +330,51 @@ def decide(
     clean = (reason[first] == _KEPT) & (reason[second] == _KEPT)
     first, second, values = first[clean], second[clean], near.similarities[clean]
     clusters = _components(count, first, second)
-    kept, giants = _kept(clusters, first, second, settings.giant_cluster)
-    most_similar, its_similarity = np.full(count, -1), np.zeros(count)
-    _set_most_similar(
-        most_similar,
-        its_similarity,
-        np.concatenate((first, second)),
-        np.concatenate((second, first)),
-        np.concatenate((values, values)),
-    )
+    sizes = np.bincount(clusters, minlength=count)
+    is_giant = sizes[clusters] > settings.giant_cluster
+    kept = (clusters == np.arange(count)) | is_giant
+    # Pairs ascend, so whether `one` is kept is settled before its pairs with later rows come.
+    inside = np.flatnonzero(is_giant[first])
+    for one, other in zip(first[inside].tolist(), second[inside].tolist(), strict=True):
+        if kept[one]:
+            kept[other] = False
     dropped = ~kept
+    both_ways = np.concatenate((first, second)), np.concatenate((second, first)), np.concatenate((values, values))
+    most_similar, its_similarity = _most_similar(count, *both_ways)
     reason[dropped] = _NEAR
     nearest[dropped], similarity[dropped] = rows.rows[most_similar[dropped]], its_similarity[dropped]
-    if giants:
-        _warn(giants, settings)
-    by_row = _by_row(rows, reason, clusters, nearest, similarity)
-    return NearDuplicates(
-        **by_row,
-        reasons=(KEPT, EQUAL, NEAR, *map(near_set, other_sets)),
-        pairs=np.stack((rows.rows[first], rows.rows[second]), axis=1),
-        pair_similarities=values,
-        giant_clusters=_counted_in_rows(giants, by_row["clusters"], by_row["kept"], rows),
-        **report,
-    )
 
-
-def _by_row(
-    rows: DistinctRows, reason: np.ndarray, clusters: np.ndarray, nearest: np.ndarray, similarity: np.ndarray
-) -> dict[str, np.ndarray]:
-    """What became of the different rows, said of all rows."""
+    # From the distinct rows to all rows: the copies of a row are equal to it, unless it is near another set.
     number = rows.numbers
     copies = np.ones(len(number), bool)
     copies[rows.rows] = False
     copies &= reason[number] < _FIRST_SET
-    by_row = {
-        "reason": np.where(copies, _EQUAL, reason[number]),
-        "clusters": rows.rows[clusters][number],
-        "nearest": np.where(copies, rows.rows[number], nearest[number]),
-        "similarity": np.where(copies, 1.0, similarity[number]),
-    }
-    # Equal rows near another set are each dropped on their own account.
-    alone = by_row["reason"] >= _FIRST_SET
-    by_row["clusters"][alone] = np.flatnonzero(alone)
-    return {"kept": by_row["reason"] == _KEPT, **by_row}
+    reasons = np.where(copies, _EQUAL, reason[number])
+    row_clusters = rows.rows[clusters][number]
+    alone = np.flatnonzero(reasons >= _FIRST_SET)
+    row_clusters[alone] = alone
+    giants = [
+        GiantCluster(row, int((row_clusters == row).sum()), int((reasons[row_clusters == row] == _KEPT).sum()))
+        for row in rows.rows[sizes > settings.giant_cluster].tolist()
+    ]
+    if giants:
+        warnings.warn(
+            f"{len(giants)} clusters have more than {settings.giant_cluster} different rows. They lose only the rows "
+            "near a kept row.",
+            stacklevel=2,
+        )
+    return NearDuplicates(
+        kept=reasons == _KEPT,
+        reasons=(KEPT, EQUAL, NEAR, *(f"near a text of {name}" for name in other_sets)),
+        reason=reasons,
+        clusters=row_clusters,
+        nearest=np.where(copies, rows.rows[number], nearest[number]),
+        similarity=np.where(copies, 1.0, similarity[number]),
+        pairs=np.stack((rows.rows[first], rows.rows[second]), axis=1),
+        pair_similarities=values,
+        giant_clusters=tuple(giants),
+        **counts,
+    )
 
 
 def _components(count: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -212,110 +387,14 @@ def _components(count: int, first: np.ndarray, second: np.ndarray) -> np.ndarray
     return np.unique(labels, return_index=True)[1][labels]
 
 
-def _kept(
-    clusters: np.ndarray, first: np.ndarray, second: np.ndarray, giant_cluster: int
-) -> tuple[np.ndarray, list[int]]:
-    """Which nodes are kept, and the giant clusters."""
-    sizes = np.bincount(clusters, minlength=len(clusters))
-    is_giant = sizes[clusters] > giant_cluster
-    kept = (clusters == np.arange(len(clusters))) | is_giant
-    # Pairs ascend, so whether `one` is kept is settled before its pairs with later nodes come.
-    inside = np.flatnonzero(is_giant[first])
-    for one, other in zip(first[inside].tolist(), second[inside].tolist(), strict=True):
-        if kept[one]:
-            kept[other] = False
-    return kept, np.flatnonzero(sizes > giant_cluster).tolist()
+def _most_similar(
+    count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each of `count` nodes the partner of the highest value, of equal ones the smallest, and the value.
 
-
-def _set_most_similar(
-    partner: np.ndarray, similarity: np.ndarray, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
-) -> None:
-    """For each of `nodes`, note the partner of the highest value; of equal ones the smallest."""
+    A node without a partner has −1 and 0.
+    """
+    partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one counts
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]
-
-
-def _warn(giants: list[int], settings: DuplicateSettings) -> None:
-    warnings.warn(
-        f"{len(giants)} clusters have more than {settings.giant_cluster} different rows. In them, only rows near a row "
-        "that is kept are dropped.",
-        stacklevel=3,
-    )
-
-
-def _counted_in_rows(
-    giants: list[int], clusters: np.ndarray, kept: np.ndarray, rows: DistinctRows
-) -> tuple[GiantCluster, ...]:
-    members = [clusters == rows.rows[giant] for giant in giants]
-    return tuple(
-        GiantCluster(int(rows.rows[giant]), int(inside.sum()), int(kept[inside].sum()))
-        for giant, inside in zip(giants, members, strict=True)
-    )
-
-
-def find_near_duplicates(
-    columns: Mapping[str, Sequence[str | None]],
-    *,
-    ids: Sequence[str] | Sequence[int] | None = None,
-    against: Mapping[str, Iterable[str]] | None = None,
-    settings: DuplicateSettings | None = None,
-) -> NearDuplicates:
-    """Find the near-duplicates among rows of one or several texts each.
-
-    Which rows are kept depends on their texts and ids alone, not on their order.
-
-    Args:
-        columns: The texts of each column, all of the same length; None and blank texts resemble nothing.
-        ids: What orders the rows; of near-duplicates, the smallest stays. By default, their place.
-        against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
-            dropped too. Whole texts are compared: one that holds another among much else is not near it.
-        settings: What counts as a near-duplicate; by default, `DuplicateSettings()`.
-
-    Raises:
-        ValueError: There is no column, they differ in length, or ids repeat.
-        ImportError: rensa isn't installed.
-    """
-    settings = settings or DuplicateSettings()
-    order = _order(columns, ids)
-    texts = [[text or "" for text in column] for column in columns.values()]
-    prints = [fingerprint(column, settings.banding) for column in texts]
-    rows = distinct_rows(np.stack([one.digests for one in prints], axis=1), order)
-    other_sets = {name: [text or "" for text in others] for name, others in (against or {}).items()}
-    others = [text for one in other_sets.values() for text in one]
-    search = Search(
-        [_search_column(column, one, rows.rows) for column, one in zip(texts, prints, strict=True)],
-        _search_column(others, fingerprint(others, settings.banding), np.arange(len(others))),
-        settings,
-    )
-    within, report = search.candidates_within()
-    return decide(
-        rows,
-        NearPairs.merged([search.compare_within(*task) for task in enumerate(within)]),
-        NearPairs.merged([search.compare_between(*task) for task in enumerate(search.candidates_between())]),
-        {name: len(one) for name, one in other_sets.items()},
-        settings,
-        **report,
-    )
-
-
-def _order(columns: Mapping[str, Sequence[str | None]], ids: Sequence[str] | Sequence[int] | None) -> np.ndarray:
-    """The rows by ascending id."""
-    if not columns:
-        raise ValueError("columns must hold at least one column of texts.")
-    lengths = {name: len(column) for name, column in columns.items()} | ({} if ids is None else {"ids": len(ids)})
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"All columns and ids must have the same length, not {told}.")
-    count = next(iter(lengths.values()))
-    if ids is None:
-        return np.arange(count)
-    if len(set(ids)) < count:
-        raise ValueError("ids must be different for all rows.")
-    return np.array(sorted(range(count), key=ids.__getitem__), np.int64)
-
-
-def _search_column(texts: Sequence[str], prints: Fingerprints, rows: np.ndarray) -> SearchColumn:
-    def lookup(numbers: np.ndarray) -> list[str]:
-        return [texts[row] for row in rows[numbers].tolist()]
-
-    return SearchColumn([prints.keys], rows, TextColumn(lookup, prints.digests[rows], prints.lengths[rows]))
+    return partner, similarity

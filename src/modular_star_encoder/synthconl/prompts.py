@@ -1,12 +1,90 @@
-"""From what a model wrote to the translated function, or the reason to reject it."""
+"""What a model is asked for one function, and what is accepted of its answer."""
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from string import Formatter
 
 from modular_star_encoder.data.functions import code_key
 from modular_star_encoder.data.languages.parsing import holds_function, syntax_error_share
 from modular_star_encoder.data.languages.registry import LANGUAGES
-from modular_star_encoder.synthconl.completions import ERROR, TOO_LONG
+from modular_star_encoder.synthconl.backends import ERROR, TOO_LONG, CompletionRequest
+from modular_star_encoder.utils.errors import UserError
+
+LANGUAGE_NAMES = {
+    "python": "Python",
+    "javascript": "JavaScript",
+    "go": "Go",
+    "java": "Java",
+    "php": "PHP",
+    "ruby": "Ruby",
+    "c": "C",
+    "cpp": "C++",
+}
+"""The languages in prompts and tables."""
+
+PROMPT = """\
+Translate the function below from {source_language} to {target_language}. Keep what it does and the idiom of the \
+target language. Answer with the translated code alone, in one code block, without explanations.
+
+Source language: {source_language}
+Target language: {target_language}
+Code:
+{code}
+"""
+
+
+def target_language(row_id: str, source_language: str, *, seed: int, targets: Sequence[str] = LANGUAGES) -> str:
+    """Draw the language to translate a row to, uniformly among the `targets` other than its own.
+
+    The draw depends on the seed and the row's id alone: neither the order nor the number of the rows matters.
+
+    Raises:
+        UserError: `synthconl.targets`: `targets` has no other language.
+    """
+    others = sorted(set(targets) - {source_language})
+    if not others:
+        message = f"targets must have a language other than {source_language}, not only {', '.join(targets)}."
+        raise UserError("synthconl.targets", message)
+    digest = hashlib.sha256(f"{seed}:{row_id}".encode()).digest()
+    return others[int.from_bytes(digest[:8]) % len(others)]
+
+
+def check_prompt(prompt: str) -> str:
+    """Check a template of prompts and return it.
+
+    Raises:
+        UserError: `synthconl.prompt`: its fields are not `{source_language}`, `{target_language}` and `{code}`.
+    """
+    try:
+        fields = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
+    except ValueError as error:
+        fields = {str(error)}
+    if fields != {"source_language", "target_language", "code"}:
+        message = (
+            "The prompt must be a template with the fields {source_language}, {target_language} and {code} and no "
+            f"others; write other braces twice. Found: {', '.join(sorted(fields))}."
+        )
+        raise UserError("synthconl.prompt", message)
+    return prompt
+
+
+def translation_request(
+    row_id: str, code: str, source_language: str, target: str, prompt: str = PROMPT
+) -> CompletionRequest:
+    """The request for one row.
+
+    Args:
+        row_id: Id of the row.
+        code: The function.
+        source_language: One of `LANGUAGES`, that of the code.
+        target: One of `LANGUAGES`, to translate to.
+        prompt: A template that `check_prompt` accepts.
+    """
+    names = {"source_language": LANGUAGE_NAMES[source_language], "target_language": LANGUAGE_NAMES[target]}
+    return CompletionRequest(row_id, prompt.format(**names, code=code))
+
 
 MAX_SYNTAX_ERROR_SHARE = 0.05
 
@@ -21,7 +99,7 @@ REASONS = (
     "unparsable",
     "no function",
 )
-"""Why a translation is rejected, in the order in which it is looked at."""
+"""Why a translation is rejected, in the order of the checks."""
 
 _REASON_OF_FINISH = {
     ERROR: "not answered",
@@ -46,7 +124,7 @@ _BLOCK = re.compile(
     r"^[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[\w+#.-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)[ \t]*$|\Z)",
     re.MULTILINE | re.DOTALL,
 )
-# What reasoning models write before their answer; the tag that begins it may have been part of the prompt.
+# The text of reasoning models before their answer; its opening tag may have been part of the prompt.
 _REASONING = re.compile(r"\A(?:\s*<think>.*?(?:</think>|\Z)|.*?^[ \t]*</think>[ \t]*$)", re.MULTILINE | re.DOTALL)
 _OPENING = re.compile(
     r"\A\s*(?:sure|certainly|of course|okay|here(?:'s| is| are)|below|this is|the (?:following|translated))\b"
@@ -68,15 +146,10 @@ _PHP_TAGS = re.compile(r"\A\s*<\?php\b[ \t]*\n?|\n?\?>\s*\Z")
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """A translated function, or why there is none.
+    """A translated function, or why there is none."""
 
-    Attributes:
-        code: The function; empty if it is rejected.
-        rejected: One of `REASONS`; empty if it is accepted.
-    """
-
-    code: str
-    rejected: str = ""
+    code: str  # the function; empty if it is rejected
+    rejected: str = ""  # one of `REASONS`; empty if it is accepted
 
 
 def clean_translation(
@@ -88,22 +161,22 @@ def clean_translation(
     target_language: str,
     max_error_share: float = MAX_SYNTAX_ERROR_SHARE,
 ) -> Translation:
-    """Take the code out of an answer and judge it.
+    """Take the code out of an answer and accept or reject it.
 
-    The code is what stands in the answer's code block, of several the longest one in the target language; without a
-    block, it is the answer without what is said before and after. Reasoning (`<think>…</think>`) is no part of it.
-    It is accepted if a function is in it and it parses as the target language, or nearly so and not better as the
-    source language. Grammars forgive much: of 200 real functions of one language, up to 72 % parse as another with few
-    errors (JavaScript as C++); by this rule, up to 23 % are accepted (Java as C++), and all as what they are.
+    The code is that of the answer's code block, of several the longest in the target language; without a block, it is
+    the answer without the sentences before and after. Reasoning (`<think>…</think>`) is removed first. The code is
+    accepted if it contains a function and parses as the target language, or nearly so and not better as the source
+    language. Grammars forgive much: of 200 real functions of one language, up to 72 % parse as another with few errors
+    (JavaScript as C++); this rule accepts up to 23 % (Java as C++), and all as their own language.
 
     Args:
         text: The answer.
         finish_reason: Why it ended; see `Completion`.
-        source: The function that was to be translated.
+        source: The function to translate.
         source_language: Its language.
         target_language: The language to translate to.
-        max_error_share: Largest share of a translation that may not parse as the target language; with 1, syntax is
-            not looked at.
+        max_error_share: Largest share of a translation that may fail to parse as the target language; 1 skips
+            the check.
     """
     reason = _REASON_OF_FINISH.get(finish_reason)
     if reason:
@@ -133,7 +206,7 @@ def _block(text: str, target: str) -> tuple[str, str] | None:
 
 
 def _fault(code: str, source: str, target: str, max_error_share: float) -> str:
-    """Why code is not what was asked for, by its syntax; "" if it is."""
+    """Why the syntax of code is rejected; "" if it is accepted."""
     if max_error_share >= 1:
         return ""
     share = syntax_error_share(code, target)

@@ -1,0 +1,386 @@
+"""One exit as a folder for servers that run ONNX: text-embeddings-inference, and sentence-transformers' ONNX back end.
+
+    config.json                       that of a StarCoder2, a type that optimum knows, with the sizes of the exit
+    tokenizer.json, tokenizer_config.json
+    modules.json, 1_Pooling/, …       a SentenceTransformer, by the module names that all versions know
+    onnx/model.onnx                   compared with the model before the folder appears
+    onnx/model_qint8.onnx             the same with 8-bit weights, on request
+    onnx/export.json, quantization.json   the differences, and the cost of the 8 bits
+
+optimum's ONNX package needs transformers below 4.58 (optimum-onnx 0.1.0), which knows neither our code nor transformers
+5's tokenizer class; hence the type and the class named in this folder.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from modular_star_encoder.data.prompts import sentence_transformer_prompts
+from modular_star_encoder.evaluation.metrics import bootstrap_interval
+from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever, Retriever
+from modular_star_encoder.evaluation.run import evaluate_tasks
+from modular_star_encoder.evaluation.tasks import Estimate, RetrievalTask, TaskResult
+from modular_star_encoder.inference.checkpoints import MODULES, check_servable, write_sentence_transformer_files
+from modular_star_encoder.inference.encode import encode_batches
+from modular_star_encoder.inference.encoders import ExitEncoder, Prompted, Text
+from modular_star_encoder.inference.load import checkpoint_file, load_checkpoint
+from modular_star_encoder.inference.onnx_export import (
+    ONNX_FILE,
+    QUANTIZED_FILE,
+    SETTINGS,
+    TOLERANCE,
+    check_onnx,
+    export_onnx,
+    open_session,
+    quantize_onnx,
+)
+from modular_star_encoder.modeling import ModularStarEncoderConfig
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import staged_folder, write_json
+from modular_star_encoder.utils.reports import library_versions, machine_kind, markdown_table, metric_label, percent
+
+EXPORT_REPORT = "onnx/export.json"
+QUANTIZATION_REPORT = "onnx/quantization.json"
+PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "modular-star-encoder")
+_STARCODER2 = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "norm_epsilon",
+    "use_bias",
+    "bos_token_id",
+)
+
+TOP = 10
+TIE = 1e-5
+"""Similarities closer than this are a tie: embeddings that differ by rounding alone may order them either way."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankingComparison:
+    """A file compared with its model on one task."""
+
+    benchmark: str
+    task: str
+    queries: int
+    candidates: int
+    same_top_10: int  # queries with the same first ten documents in the same order
+    # queries where they differ, but only between documents whose similarities by the model are closer than `TIE`
+    ties_in_top_10: int
+    # fraction of the model's first ten documents that the file also has, in any order; mean over queries
+    shared_top_10: float
+    metric: str  # the task's main metric, such as `mrr`
+    model: float  # the metric of the model, from 0 to 1
+    file: float  # and of the file
+    difference: Estimate  # `file` - `model`, with its 95 % bootstrap interval over the queries
+
+
+class OnnxFolder(NamedTuple):
+    """The written folder, and for each ONNX file ("float32", "int8") the comparison of its rankings, task by task."""
+
+    folder: Path
+    rankings: dict[str, list[RankingComparison]]
+
+
+def export_onnx_folder(
+    checkpoint: str | Path,
+    exit_layer: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    int8: bool = False,
+    tasks: Sequence[RetrievalTask] = (),
+    progress: bool = True,
+) -> OnnxFolder:
+    """Write one exit of a retrieval checkpoint as a folder for serving.
+
+    The ONNX file is compared with the model at several shapes, and on the rankings of `tasks`; the folder appears only
+    if they agree. Two reports go with it: `onnx/export.json`, and with `int8` `onnx/quantization.json`, the cost of the
+    8 bits on `tasks`.
+
+    Args:
+        checkpoint: a folder or Hub repository.
+        exit_layer: the exit; the deepest if None.
+        out: folder to write, which must not exist or be empty; by default `{name}-{exit_layer}-onnx`, next to the
+            checkpoint's folder (for a repository, in the current folder).
+        int8: also write the file with 8-bit weights.
+        tasks: what to rank.
+        progress: whether to show progress bars.
+
+    Raises:
+        UserError: `hub.onnx.int8`: `int8` without tasks to measure its cost; `hub.onnx.rankings`: the file ranks
+            otherwise than the model; or as `load_checkpoint`, `check_servable`, `check_onnx` and `staged_folder`.
+        OSError: as `load_checkpoint`.
+        ImportError: the extra `onnx` is missing.
+    """
+    if int8 and not tasks:
+        raise UserError("hub.onnx.int8", "8-bit weights cost quality: give retrieval data to measure how much.")
+    model, tokenizer = load_checkpoint(checkpoint, exit_layer, device="cpu", dtype=torch.float32)
+    exit_layer = model.config.num_hidden_layers
+    check_servable(model.config)
+    out = default_folder(checkpoint, exit_layer) if out is None else Path(out).expanduser()
+    with (
+        staged_folder(out) as staging,
+        tqdm(total=2 + int8 + bool(tasks), unit="step", disable=not progress, leave=False) as bar,
+    ):
+        bar.set_description("exporting")
+        _write_serving_files(staging, model.config, tokenizer, checkpoint_prompts(checkpoint, model.config))
+        (staging / "onnx").mkdir()
+        files = {"float32": staging / ONNX_FILE}
+        export_onnx(model, files["float32"])
+        bar.update()
+        bar.set_description("checking")
+        differences = check_onnx(model, files["float32"])
+        bar.update()
+        if int8:
+            bar.set_description("quantising")
+            files["int8"] = staging / QUANTIZED_FILE
+            quantize_onnx(files["float32"], files["int8"])
+            bar.update()
+        rankings: dict[str, list[RankingComparison]] = {name: [] for name in files}
+        if tasks:
+            bar.set_description("ranking")
+            encoder = ExitEncoder(model, tokenizer, "model", exit_layers=(exit_layer,))
+            rankings = compare_rankings(encoder, files, tasks, progress=progress)
+            bar.update()
+        for one in rankings["float32"]:
+            if other := one.queries - one.same_top_10 - one.ties_in_top_10:
+                message = (
+                    f"The ONNX file ranks otherwise than the model: {other} of {one.queries} queries of "
+                    f"{one.benchmark}, {one.task} have other first ten documents."
+                )
+                raise UserError("hub.onnx.rankings", message)
+        common = {"exit_layer": exit_layer, "versions": library_versions(PACKAGES), "machine": machine_kind()}
+        compared = {"tolerance": TOLERANCE, **asdict(differences)}
+        own: dict[str, Any] = {"differences_from_torch": compared, "rankings": list(map(asdict, rankings["float32"]))}
+        write_json(staging / EXPORT_REPORT, {**common, **own})
+        if int8:
+            sizes = {f"{name}_bytes": path.stat().st_size for name, path in files.items()}
+            own = {"settings": SETTINGS, **sizes, "rankings": list(map(asdict, rankings["int8"]))}
+            write_json(staging / QUANTIZATION_REPORT, {**common, **own})
+    return OnnxFolder(out, rankings)
+
+
+def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int) -> Path:
+    """The default output folder of an exit."""
+    folder = Path(checkpoint).expanduser()
+    name = f"{folder.resolve().name if folder.is_dir() else folder.name}-{exit_layer}-onnx"
+    return folder.resolve().with_name(name) if folder.is_dir() else Path(name)
+
+
+def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEncoderConfig) -> dict[str, str]:
+    """The prompts in a checkpoint's folder or repository, or else the published ones."""
+    file = checkpoint_file(checkpoint, "config_sentence_transformers.json")
+    prompts = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("prompts")
+    return prompts or sentence_transformer_prompts(instructions=config.instruction_prompts)
+
+
+def _write_serving_files(
+    folder: Path, config: ModularStarEncoderConfig, tokenizer: PreTrainedTokenizerBase, prompts: dict[str, str]
+) -> None:
+    """Write the files next to `onnx/`: configuration, tokenizer, and the modules of a SentenceTransformer."""
+    write_json(folder / "config.json", _serving_config(config, tokenizer))
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings["model_max_length"] = min(settings["model_max_length"], config.max_position_embeddings)
+    write_json(path, {name: value for name, value in settings.items() if name != "backend"})
+    # An ONNX file has one exit, and so no arguments to pass on.
+    modules = [{name: value for name, value in module.items() if name != "kwargs"} for module in MODULES]
+    write_sentence_transformer_files(folder, config, prompts, modules)
+
+
+def _serving_config(config: ModularStarEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The configuration of a StarCoder2 of the exit's sizes, as transformers before and after version 5 reads it.
+
+    No model is built from it. text-embeddings-inference needs sizes and a padding token (backends/ort/src/lib.rs),
+    optimum a type that it knows.
+    """
+    rope = dict(config.rope_parameters)
+    return {
+        "architectures": ["Starcoder2Model"],
+        "model_type": "starcoder2",
+        **{name: getattr(config, name) for name in _STARCODER2},
+        "eos_token_id": config.eos_token_id if isinstance(config.eos_token_id, int) else None,
+        "pad_token_id": tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id,
+        "rope_theta": rope["rope_theta"],
+        "rope_parameters": rope,
+        "sliding_window": None,
+        "use_cache": False,
+        "torch_dtype": "float32",
+    }
+
+
+class OnnxEncoder:
+    """An ONNX file in onnxruntime, on the texts of an `ExitEncoder`: same prompts, tokenizer, lengths and batches.
+
+    Args:
+        path: the file.
+        reference: the encoder of the exported model, at one exit and without options.
+        name: its name in tables.
+    """
+
+    dimensions: tuple[int | None, ...] = (None,)
+
+    def __init__(self, path: str | os.PathLike[str], reference: ExitEncoder, name: str) -> None:
+        self.name, self.exit_layers = name, reference.exit_layers
+        self._session, self._reference = open_session(path), reference
+        digest = hashlib.sha256(reference.checksum.encode())
+        for file in (Path(path), Path(f"{os.fspath(path)}_data")):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+        self.checksum = digest.hexdigest()
+
+    def prompt(self, text: Text) -> str:
+        """The model's prompt."""
+        return self._reference.prompt(text)
+
+    def encode(
+        self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
+    ) -> Mapping[int | None, np.ndarray]:
+        """See `Encoder`."""
+        config: Any = self._reference.model.config
+        embeddings = encode_batches(
+            self._reference.tokenizer,
+            [prompt + text for prompt, text in texts],
+            self._encode_batch,
+            max_length=config.max_position_embeddings,
+            progress=progress,
+        )
+        if embeddings is None:
+            embeddings = np.empty((1, 0, config.projection_size), dtype=np.float32)
+        return dict.fromkeys(exit_layers, embeddings[0])
+
+    def _encode_batch(self, batch: Mapping[str, torch.Tensor]) -> np.ndarray:
+        inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
+        return self._session.run(["sentence_embedding"], inputs)[0][None]
+
+
+def compare_rankings(
+    reference: ExitEncoder,
+    files: Mapping[str, str | os.PathLike[str]],
+    tasks: Sequence[RetrievalTask],
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, list[RankingComparison]]:
+    """Rank with a model and with ONNX files of it.
+
+    Args:
+        reference: the model at the exit of the files.
+        files: name → ONNX file.
+        tasks: what to rank.
+        seed: of the intervals.
+
+    Returns:
+        For each name of a file, a comparison for each task.
+
+    Raises:
+        UserError: `hub.onnx.exits`: a reference at several exits; or scores that are NaN.
+        ImportError: onnxruntime is missing.
+    """
+    if len(reference.exit_layers) != 1:
+        message = f"An ONNX file has one exit; the model must have one, not {list(reference.exit_layers)}."
+        raise UserError("hub.onnx.exits", message)
+    retrievers = [EmbeddingRetriever(reference)]
+    retrievers += [EmbeddingRetriever(OnnxEncoder(path, reference, name)) for name, path in files.items()]
+    results = evaluate_tasks(tasks, retrievers, seed=seed, progress=progress)
+    own = [
+        [one for one in results if (one.retriever, one.dimensions) == (by.name, by.variants[0].dimensions)]
+        for by in retrievers
+    ]
+    return {
+        retriever.name: [
+            _comparison(task, (retrievers[0], retriever), pair, seed)
+            for task, *pair in zip(tasks, own[0], found, strict=True)
+        ]
+        for retriever, found in zip(retrievers[1:], own[1:], strict=True)
+    }
+
+
+def _comparison(
+    task: RetrievalTask, retrievers: tuple[Retriever, Retriever], results: Sequence[TaskResult], seed: int
+) -> RankingComparison:
+    parts = []
+    for pool in task.pools:
+        queries = [task.queries[row] for row in pool.queries]
+        documents = [task.documents[row] for row in pool.documents]
+        blocks = [one.scores(queries, documents, one.variants[0]).blocks() for one in retrievers]
+        for expected, found in zip(*blocks, strict=True):
+            if expected.scores.shape[1] != len(documents):
+                message = (
+                    f"{task.benchmark}, {task.name} has {len(documents):,} documents, too many to compare rankings."
+                )
+                raise UserError("hub.onnx.documents", message)
+            parts.append(compare_tops(expected.scores, found.scores))
+    tops = TopTen(*map(np.concatenate, zip(*parts, strict=True)))
+    model, file = results
+    changes = np.array(file.values) - np.array(model.values)
+    return RankingComparison(
+        benchmark=task.benchmark,
+        task=task.name,
+        queries=len(tops.same),
+        candidates=model.candidates,
+        same_top_10=int(tops.same.sum()),
+        ties_in_top_10=int((tops.tied & ~tops.same).sum()),
+        shared_top_10=float(tops.shared.mean()),
+        metric=model.main,
+        model=model.estimates[model.main].value,
+        file=file.estimates[file.main].value,
+        difference=Estimate(float(changes.mean()), *bootstrap_interval(changes, seed)),
+    )
+
+
+class TopTen(NamedTuple):
+    """How the ten best columns of two score matrices (Q, N) compare, for each row."""
+
+    same: np.ndarray  # (Q,) bool, the same columns in the same order; those with equal scores are in ascending order
+    # (Q,) bool, the same except for ties: position by position, the scores in the first matrix of its own column and
+    # of the second matrix's column differ by less than `TIE`
+    tied: np.ndarray
+    shared: np.ndarray  # (Q,) fraction of columns that both have, in any order
+
+
+def compare_tops(expected: np.ndarray, found: np.ndarray) -> TopTen:
+    """Compare the ten best columns of the rows of two score matrices (Q, N)."""
+    first, second = (np.argsort(-scores, axis=1, kind="stable")[:, :TOP] for scores in (expected, found))
+    in_order, as_found = (np.take_along_axis(expected, order, axis=1) for order in (first, second))
+    return TopTen(
+        same=(first == second).all(axis=1),
+        tied=(np.abs(in_order - as_found) < TIE).all(axis=1),
+        shared=(first[:, :, None] == second[:, None, :]).any(axis=2).mean(axis=1),
+    )
+
+
+def format_rankings(rankings: Mapping[str, Sequence[RankingComparison]]) -> str:
+    """A Markdown table, scores × 100: each file and its model on each task."""
+    header = ("", "task", "same top 10", "shared top 10", "metric", "model", "file", "difference")
+    rows = [
+        (
+            name,
+            f"{one.benchmark}, {one.task}",
+            f"{one.same_top_10 + one.ties_in_top_10} of {one.queries}",
+            percent(one.shared_top_10),
+            metric_label(one.metric),
+            percent(one.model),
+            percent(one.file),
+            f"{100 * one.difference.value:+.2f} ({100 * one.difference.low:+.2f} to {100 * one.difference.high:+.2f})",
+        )
+        for name, comparisons in rankings.items()
+        for one in comparisons
+    ]
+    return "\n".join(markdown_table([header, *rows]))
