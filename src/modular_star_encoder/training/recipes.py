@@ -216,6 +216,8 @@ class QuickstartRecipe:
         seed: seed of everything random.
     """
 
+    EXAMPLE: ClassVar[str] = "hub_configs/quickstart/recipe.yaml"
+
     vocab_size: Count
     max_query_tokens: Count
     max_document_tokens: Count
@@ -257,6 +259,8 @@ class PretrainingRecipe(TrainingRecipe):
         eval_fraction: share of the repositories kept for evaluation.
         eval_rows: held-out rows of one evaluation.
     """
+
+    EXAMPLE: ClassVar[str] = "hub_configs/small/recipe.yaml"
 
     corpus: Mapping[str, Any]
     tokens_per_step: Count
@@ -405,11 +409,6 @@ class ClassificationRecipe(StartingRecipe):
 
 AnyRecipe = TypeVar("AnyRecipe")
 
-EXAMPLES: Mapping[type, str] = {
-    PretrainingRecipe: "hub_configs/small/recipe.yaml",
-    QuickstartRecipe: "hub_configs/quickstart/recipe.yaml",
-}
-
 
 def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> AnyRecipe:
     """Read a recipe.
@@ -428,4 +427,4 @@ def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: 
         >>> load_recipe(PretrainingRecipe, path, ["max_steps=500", "corpus.folder=~/code"]).max_steps
         500
     """
-    return load_settings(kind, path, overrides, example=EXAMPLES.get(kind, "hub_configs/small/finetune.yaml"))
+    return load_settings(kind, path, overrides, example=getattr(kind, "EXAMPLE", "hub_configs/small/finetune.yaml"))

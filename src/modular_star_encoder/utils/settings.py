@@ -324,7 +324,7 @@ def type_name(hint: Any) -> str:
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """Key → its description under `Args:` in the docstrings of a class and its bases."""
+    """Key → the first sentence of its description under `Args:` in the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for base in kind.__mro__:
         if not is_dataclass(base) or base.__module__.startswith("transformers."):
@@ -332,5 +332,5 @@ def _meanings(kind: type) -> dict[str, str]:
         _, _, block = (base.__doc__ or "").partition("Args:\n")
         for names, text in re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", block, flags=re.MULTILINE):
             for name in names.split(", "):
-                found.setdefault(name, " ".join(text.split()))
+                found.setdefault(name, re.split(r"(?<=[.;]) ", " ".join(text.split()))[0].rstrip(";"))
     return found
