@@ -182,15 +182,15 @@ class AblationRecipe:
 
 def recipe_reference(command: str) -> str:
     """Every key of the recipes of `pretrain`, `finetune` or `ablate`: type, default and meaning, one line each."""
-    kinds = {
+    kinds: dict[str, dict[str, type]] = {
         "pretrain": {"settings": PretrainingRecipe},
         "finetune": {
             "settings with task: retrieval": FinetuningRecipe,
             "settings with task: classification": ClassificationRecipe,
         },
         "ablate": {"settings": AblationRecipe},
-    }[command]
-    parts = [f"{title}:\n{format_reference(kind)}\n" for title, kind in kinds.items()]
+    }
+    parts = [f"{title}:\n{format_reference(kind)}\n" for title, kind in kinds[command].items()]
     return "\n".join([*parts, "Every other argument of transformers.TrainingArguments is a setting, too.\n"])
 
 
@@ -283,12 +283,13 @@ def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
         UserError: a benchmark that does not rank.
         ValueError: an unknown name or a damaged file.
     """
-    tasks = []
-    for name in choose_benchmarks(recipe.benchmarks, recipe.benchmark_data or ""):
-        tasks += load_benchmark(name, recipe.benchmark_data, allow_subset=recipe.allow_subset)
-    for task in tasks:
-        if not isinstance(task, RetrievalTask) or task.metrics[0] != "mrr":
-            raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; choose a retrieval benchmark.")
+    tasks: list[RetrievalTask] = []
+    folder = recipe.benchmark_data or ""
+    for name in choose_benchmarks(recipe.benchmarks, folder):
+        for task in load_benchmark(name, folder, allow_subset=recipe.allow_subset):
+            if not isinstance(task, RetrievalTask) or task.metrics[0] != "mrr":
+                raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; choose a retrieval benchmark.")
+            tasks.append(task)
     return tasks
 
 
@@ -319,7 +320,7 @@ def _run_cell(
         known = _read_scores(run)
     if state.is_main_process:
         _clean(run, recipe.keep_models)
-    found: dict[str, dict[int, Values]] = {}
+    found: dict[str, dict[int, Any]] = {}
     for task, name in zip(tasks, names, strict=True):
         for exit_layer, ranks in known[name].items():
             found.setdefault(task.benchmark, {}).setdefault(int(exit_layer), {})[task.name] = ranks

@@ -61,7 +61,7 @@ class TrainingSettings:
         seed: seed of everything random, from 0 to 4294967295.
     """
 
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+    DEFAULTS: ClassVar[dict[str, Any]] = {
         "warmup_steps": 0,
         "lr_scheduler_type": "linear",
         "adam_beta1": 0.9,
@@ -162,7 +162,7 @@ class TrainingSettings:
             "per_device_eval_batch_size": rows_per_device,
             "auto_find_batch_size": False,
         }
-        defaults = {
+        defaults: dict[str, Any] = {
             "eval_strategy": "steps",
             "bf16": bf16_is_faster(),
             "use_cpu": not torch.cuda.is_available(),
@@ -191,7 +191,7 @@ class StageSettings(TrainingSettings):
     """
 
     # 0.999 as adam_beta2 would remember more steps than a short stage has.
-    DEFAULTS: ClassVar[Mapping[str, Any]] = TrainingSettings.DEFAULTS | {
+    DEFAULTS: ClassVar[dict[str, Any]] = TrainingSettings.DEFAULTS | {
         "weight_decay": 0.01,
         "adam_beta2": 0.98,
         "adam_epsilon": 1e-8,
@@ -329,7 +329,7 @@ class FinetuningRecipe(StartingRecipe):
         eval_pairs: held-out pairs of one evaluation.
     """
 
-    DEFAULTS: ClassVar[Mapping[str, Any]] = StartingRecipe.DEFAULTS | {"lr_scheduler_type": "constant_with_warmup"}
+    DEFAULTS: ClassVar[dict[str, Any]] = StartingRecipe.DEFAULTS | {"lr_scheduler_type": "constant_with_warmup"}
 
     data: Mapping[str, Any]
     batch_size: Count
