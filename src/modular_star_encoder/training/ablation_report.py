@@ -238,8 +238,8 @@ def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
                 figures = [found["exits"][exit_layer][key][metric] for exit_layer in exits]
                 places = list(map(int, exits))
                 (line,) = axes.plot(places, [100 * one["value"] for one in figures], marker="o", label=label)
-                bounds = ([100 * one[bound] for one in figures] for bound in ("low", "high"))
-                axes.fill_between(places, *bounds, alpha=0.15, color=line.get_color(), linewidth=0)
+                low, high = ([100 * one[bound] for one in figures] for bound in ("low", "high"))
+                axes.fill_between(places, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
             axes.set(xlabel="layers", ylabel=f"{metric_label(metric)} × 100", title=name)
             axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)

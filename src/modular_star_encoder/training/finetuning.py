@@ -16,7 +16,7 @@ from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalTexts
 from modular_star_encoder.data.splits import RetrievalData, prepare_retrieval_data
 from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
+from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever, Retriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import RetrievalTask, TaskResult, held_out_tasks
 from modular_star_encoder.inference.checkpoints import is_servable, write_sentence_transformer_files
@@ -229,7 +229,9 @@ def evaluate_checkpoint(
     model, tokenizer = load_checkpoint(checkpoint)
     longest = max(recipe.max_text_tokens, recipe.max_code_tokens)
     encoder = ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=longest)
-    retrievers = [*([BM25()] if lexical else []), EmbeddingRetriever(encoder)]
+    retrievers: list[Retriever] = [EmbeddingRetriever(encoder)]
+    if lexical:
+        retrievers.append(BM25())
     return evaluate_tasks(tasks, retrievers, progress=progress)
 
 

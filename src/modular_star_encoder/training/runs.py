@@ -191,14 +191,10 @@ def stop_for_non_finite_loss(
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Names and values of everything in nested mappings and lists."""
-    if isinstance(value, Mapping):
-        parts = value.items()
-    elif isinstance(value, list | tuple):
-        parts = enumerate(value)
-    else:
+    if not isinstance(value, Mapping | list | tuple):
         yield name, value
         return
-    for key, part in parts:
+    for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
         yield from _leaves(part, f"{name}.{key}" if name else str(key))
 
 

@@ -259,7 +259,8 @@ def save_trained(
     if not trainer.is_world_process_zero():
         return
     if adapted and not (out / MODEL).exists():
-        trained = trainer.model.get_base_model()
+        model: Any = trainer.model
+        trained = model.get_base_model()
         with staged_folder(out / MODEL) as staging:
             merged = merged_model(starting_model(type(trained), recipe)[0], out / ADAPTER)
             merged.config.unpad_inputs = trained.config.unpad_inputs
