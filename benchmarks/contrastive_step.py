@@ -53,9 +53,9 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderForRetrieval,
     ModularStarEncoderModel,
 )
-from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.training.recipes import load_config
 from modular_star_encoder.utils.markdown import markdown_table
 
