@@ -21,10 +21,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import MatmulPeak, random_model, shape
+from models import MatmulPeak, modernbert_config, random_model, shape, starcoder2_config
 from ratios import Seconds, figure, ratio, take_turns
 from report import write_rows
-from transformers import ModernBertConfig, ModernBertModel, PreTrainedModel, Starcoder2Config, Starcoder2Model
+from transformers import ModernBertModel, PreTrainedModel, Starcoder2Model
 
 from modular_star_encoder.inference.load import compile_for_inference
 from modular_star_encoder.inference.profile import flops_per_token
@@ -171,33 +171,6 @@ def forward_of(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | N
 def random_ids(config: ModularStarEncoderConfig, batch: int, length: int) -> torch.Tensor:
     """Token ids (batch, length), the same in every call."""
     return torch.randint(1, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-
-
-def starcoder2_config(config: ModularStarEncoderConfig) -> Starcoder2Config:
-    """The same dimensions."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "hidden_act", "max_position_embeddings", "norm_epsilon", "use_bias")
-    values = {name: getattr(config, name) for name in names}
-    return Starcoder2Config(
-        **values, rope_parameters=dict(config.rope_parameters), sliding_window=None, bos_token_id=0, eos_token_id=0
-    )
-
-
-def modernbert_config(config: ModularStarEncoderConfig) -> ModernBertConfig:
-    """The same width and depth, and MLPs (three matrices) that make a layer's matrices as large as ours."""
-    hidden = config.hidden_size
-    key_value = config.num_key_value_heads * config.head_dim
-    ours = 2 * hidden * config.intermediate_size + 2 * hidden * hidden + 2 * hidden * key_value
-    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
-    return ModernBertConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=hidden,
-        intermediate_size=round((ours - 4 * hidden * hidden) / (3 * hidden)),
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        **special,
-    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """Models that the benchmarks of speed compare, with random weights: time does not depend on what weights are."""
 
-import copy
 import time
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import ModernBertConfig, PreTrainedModel, Starcoder2Config
 
-from modular_star_encoder.data.tokenizer import train_tokenizer
-from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
-from modular_star_encoder.training.recipes import load_config
+
+HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
 
 
 def random_model(
@@ -28,7 +26,7 @@ def random_model(
 
 def shape(name: str, layers: int | None = None, exit_layers: list[int] | None = None) -> ModularStarEncoderConfig:
     """The configuration of a folder of hub_configs/, with another depth if asked for."""
-    config = copy.deepcopy(load_config(name))
+    config = ModularStarEncoderConfig.from_json_file(HUB_CONFIGS / name / "config.json")
     if layers is not None:
         config.num_hidden_layers = layers
         config.exit_layers = exit_layers or [layers]
@@ -39,6 +37,10 @@ def shape(name: str, layers: int | None = None, exit_layers: list[int] | None = 
 
 def save_random_checkpoint(config: ModularStarEncoderConfig, texts: list[str], folder: Path) -> Path:
     """A float32 retrieval checkpoint with a tokenizer trained on these texts."""
+    # Imported here: the other helpers also run where only torch and transformers are installed.
+    from modular_star_encoder.data.tokenizer import train_tokenizer
+    from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
+
     tokenizer = train_tokenizer(texts, min(config.vocab_size, 16384), progress=False)
     config.pad_token_id = tokenizer.pad_token_id
     model = random_model(ModularStarEncoderForRetrieval, config, torch.float32)
@@ -60,3 +62,30 @@ class MatmulPeak:
             start = time.perf_counter()
             left @ right
             self.best = max(self.best, 2 * len(left) ** 3 / (time.perf_counter() - start))
+
+
+def starcoder2_config(config: ModularStarEncoderConfig) -> Starcoder2Config:
+    """The same dimensions."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "hidden_act", "max_position_embeddings", "norm_epsilon", "use_bias")
+    values = {name: getattr(config, name) for name in names}
+    return Starcoder2Config(
+        **values, rope_parameters=dict(config.rope_parameters), sliding_window=None, bos_token_id=0, eos_token_id=0
+    )
+
+
+def modernbert_config(config: ModularStarEncoderConfig) -> ModernBertConfig:
+    """The same width and depth, and MLPs (three matrices) that make a layer's matrices as large as ours."""
+    hidden = config.hidden_size
+    key_value = config.num_key_value_heads * config.head_dim
+    ours = 2 * hidden * config.intermediate_size + 2 * hidden * hidden + 2 * hidden * key_value
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    return ModernBertConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=hidden,
+        intermediate_size=round((ours - 4 * hidden * hidden) / (3 * hidden)),
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        **special,
+    )
