@@ -15,6 +15,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
+    from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
+    from modular_star_encoder.hub.publishing import publish
+    from modular_star_encoder.inference.checkpoints import slice_checkpoint
+    from modular_star_encoder.inference.encode import encode_exits
+    from modular_star_encoder.inference.exit_profile import load_at_budget, select_exit
+    from modular_star_encoder.inference.onnx_export import export_onnx
     from modular_star_encoder.modeling import (
         ModularStarEncoderConfig,
         ModularStarEncoderForPreTraining,
@@ -22,28 +28,65 @@ if TYPE_CHECKING:
         ModularStarEncoderForSequenceClassification,
         ModularStarEncoderModel,
     )
+    from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+    from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+    from modular_star_encoder.objectives.sentence_transformer_loss import MultiExitContrastiveLoss
+    from modular_star_encoder.search.index import CodeIndex
+    from modular_star_encoder.training.arguments import MultiExitTrainingArguments
+    from modular_star_encoder.training.trainer import MultiExitTrainer
 
 _MODULE_OF = {
+    "CodeIndex": "search.index",
+    "ContrastiveObjective": "objectives.contrastive",
+    "ContrastiveSettings": "objectives.contrastive_settings",
     "ModularStarEncoderConfig": "modeling",
     "ModularStarEncoderForPreTraining": "modeling",
     "ModularStarEncoderForRetrieval": "modeling",
     "ModularStarEncoderForSequenceClassification": "modeling",
     "ModularStarEncoderModel": "modeling",
+    "MultiExitContrastiveLoss": "objectives.sentence_transformer_loss",
+    "MultiExitEvaluator": "evaluation.multi_exit_evaluator",
+    "MultiExitTrainer": "training.trainer",
+    "MultiExitTrainingArguments": "training.arguments",
+    "encode_exits": "inference.encode",
+    "export_onnx": "inference.onnx_export",
+    "load_at_budget": "inference.exit_profile",
+    "publish": "hub.publishing",
+    "select_exit": "inference.exit_profile",
+    "slice_checkpoint": "inference.checkpoints",
 }
 
 __all__ = [
+    "CodeIndex",
+    "ContrastiveObjective",
+    "ContrastiveSettings",
     "ModularStarEncoderConfig",
     "ModularStarEncoderForPreTraining",
     "ModularStarEncoderForRetrieval",
     "ModularStarEncoderForSequenceClassification",
     "ModularStarEncoderModel",
+    "MultiExitContrastiveLoss",
+    "MultiExitEvaluator",
+    "MultiExitTrainer",
+    "MultiExitTrainingArguments",
+    "encode_exits",
+    "export_onnx",
+    "load_at_budget",
+    "publish",
+    "select_exit",
+    "slice_checkpoint",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    except ModuleNotFoundError as error:
+        from modular_star_encoder.utils.errors import missing_extra
+
+        raise missing_extra(error) or error from error
 
 
 def __dir__() -> list[str]:

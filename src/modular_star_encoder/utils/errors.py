@@ -1,4 +1,4 @@
-"""The error for what a user can mend."""
+"""Errors that a user can mend: bad input, and a missing extra."""
 
 
 class UserError(ValueError):
@@ -24,3 +24,40 @@ class UserError(ValueError):
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str]]:
         return type(self), (self.key, str(self))
+
+
+# Modules that come with an extra, and the extra that suits most who meet the error.
+_EXTRA_OF = {
+    "accelerate": "train",
+    "bm25s": "search",
+    "datasets": "train",
+    "evaluate": "train",
+    "filelock": "search",
+    "gradio": "demo",
+    "jinja2": "train",
+    "lancedb": "search",
+    "matplotlib": "plots",
+    "mteb": "mteb",
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "peft": "peft",
+    "pyarrow": "dataset",
+    "pydantic": "train",
+    "pygments": "search",
+    "qdrant_client": "qdrant",
+    "rensa": "dataset",
+    "sklearn": "train",
+    "tree_sitter": "search",
+    "vllm": "vllm",
+}
+
+
+def missing_extra(error: ModuleNotFoundError) -> ImportError | None:
+    """An error that names the extra to install, or None where the missing module is not of an extra."""
+    module = (error.name or "").partition(".")[0]
+    extra = _EXTRA_OF.get(module)
+    if extra is None:
+        return None
+    return ImportError(f"{module} is not installed. Install it with: pip install 'modular-star-encoder[{extra}]'")
