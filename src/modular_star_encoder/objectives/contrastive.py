@@ -315,10 +315,16 @@ class ContrastiveObjective:
         settings: by default the paper's.
 
     Example:
-        >>> objective = ContrastiveObjective(ContrastiveSettings(logit_scale=30.0))
-        >>> query = {"input_ids": torch.ones(4, 6, dtype=torch.long), "attention_mask": torch.ones(4, 6)}
-        >>> batch = {"query": query, "document": query}
-        >>> # objective(model, batch, exit_layers=(4, 9)).losses: float32, shape (2,)
+        >>> from modular_star_encoder import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+        >>> config = ModularStarEncoderConfig(
+        ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2], num_attention_heads=4,
+        ...     num_key_value_heads=2, intermediate_size=64, projection_size=16,
+        ... )
+        >>> model = ModularStarEncoderForRetrieval(config)
+        >>> side = {"input_ids": torch.ones(4, 6, dtype=torch.long), "attention_mask": torch.ones(4, 6)}
+        >>> output = ContrastiveObjective()(model, {"query": side, "document": side}, exit_layers=(1, 2))
+        >>> output.losses.shape
+        torch.Size([2])
     """
 
     def __init__(self, settings: ContrastiveSettings | None = None) -> None:

@@ -22,6 +22,7 @@ from modular_star_encoder.data.splits import RetrievalData
 from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.benchmarks.rows import read_json
 from modular_star_encoder.evaluation.lexical import BM25
+from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import RetrievalTask, TaskResult, held_out_tasks
 from modular_star_encoder.inference.load import checkpoint_checksum
@@ -32,7 +33,7 @@ from modular_star_encoder.training.ablation_report import (
     without_places,
     write_ablation_report,
 )
-from modular_star_encoder.training.finetuning import check_recipe, evaluate_checkpoint, finetune, prepare_data
+from modular_star_encoder.training.finetuning import check_recipe, checkpoint_encoder, finetune, prepare_data
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe
 from modular_star_encoder.training.runs import ADAPTER, CHECKPOINTS, LOG, MODEL, open_run, processes_of_run
 from modular_star_encoder.training.starting_points import has_weights, starting_source
@@ -314,7 +315,8 @@ def _run_cell(
         finetune(cell.recipe, run, data=data, progress=progress, announce=lambda _: None)
         if state.is_main_process:
             missing = [task for task, name in zip(tasks, names, strict=True) if name not in known]
-            measured = evaluate_checkpoint(cell.recipe, run / MODEL, missing, progress=progress)
+            encoder = checkpoint_encoder(cell.recipe, run / MODEL)
+            measured = evaluate_tasks(missing, [EmbeddingRetriever(encoder)], progress=progress)
             write_json(run / SCORES, known | _by_task(missing, measured))
         state.wait_for_everyone()
         known = _read_scores(run)

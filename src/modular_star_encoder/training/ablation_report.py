@@ -104,8 +104,8 @@ class _Benchmark:
     def variant(self, name: str) -> dict[str, Any]:
         """The estimates of a variant, and of its difference from the self-distilled model.
 
-        It is recommended if it raises the mean over exits (the interval of the difference lies above 0) and lowers no
-        exit (no interval of an exit's difference lies below 0), by MRR.
+        It is recommended if it raises the mean MRR over exits (the interval of the difference is above 0) and lowers no
+        exit (no interval of an exit's difference is below 0).
         """
         pairs = {
             exit_layer: (self.values(name, exit_layer), self.values(SELF_DISTILLED, exit_layer))

@@ -16,9 +16,9 @@ from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalTexts
 from modular_star_encoder.data.splits import RetrievalData, prepare_retrieval_data
 from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever, Retriever
+from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
-from modular_star_encoder.evaluation.tasks import RetrievalTask, TaskResult, held_out_tasks
+from modular_star_encoder.evaluation.tasks import held_out_tasks
 from modular_star_encoder.inference.checkpoints import is_servable, write_sentence_transformer_files
 from modular_star_encoder.inference.encoders import ExitEncoder
 from modular_star_encoder.inference.load import load_checkpoint
@@ -209,38 +209,19 @@ def _batches(
     )
 
 
-def evaluate_checkpoint(
-    recipe: FinetuningRecipe,
-    checkpoint: Path,
-    tasks: Sequence[RetrievalTask],
-    *,
-    lexical: bool = False,
-    progress: bool = True,
-) -> list[TaskResult]:
-    """The results of every exit of a checkpoint on tasks, with texts as long as in training.
-
-    Args:
-        recipe: the recipe of the checkpoint.
-        checkpoint: its folder.
-        tasks: the tasks.
-        lexical: whether to add the results of BM25.
-        progress: whether to show progress bars.
-    """
+def checkpoint_encoder(recipe: FinetuningRecipe, checkpoint: Path) -> ExitEncoder:
+    """The encoder of a checkpoint that a recipe trained, at every exit, for texts as long as in training."""
     model, tokenizer = load_checkpoint(checkpoint)
     longest = max(recipe.max_text_tokens, recipe.max_code_tokens)
-    encoder = ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=longest)
-    retrievers: list[Retriever] = [EmbeddingRetriever(encoder)]
-    if lexical:
-        retrievers.append(BM25())
-    return evaluate_tasks(tasks, retrievers, progress=progress)
+    return ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=longest)
 
 
 def _retrieval(recipe: FinetuningRecipe, data: RetrievalData, out: Path, progress: bool) -> Mapping[str, Any]:
-    """Benchmark → retriever → estimates of the saved model's exits and of BM25 on the held-out rows."""
+    """Benchmark → retriever → estimates of BM25 and the saved model's exits on the held-out rows."""
+    encoder = checkpoint_encoder(recipe, out / MODEL)
     tasks = held_out_tasks(data.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
-    results = evaluate_checkpoint(recipe, out / MODEL, tasks, lexical=True, progress=progress)
     found: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
-    for result in results:
+    for result in evaluate_tasks(tasks, [BM25(), EmbeddingRetriever(encoder)], progress=progress):
         name = result.retriever if result.exit_layer is None else f"exit {result.exit_layer}"
         found[result.benchmark][name] = {metric: asdict(estimate) for metric, estimate in result.estimates.items()}
     return found

@@ -49,7 +49,7 @@ def model_folder(name: str) -> Path:
 
 
 def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Where a model is, and whether it has weights; a name of the form owner/name that is no folder is a Hub id.
+    """Where a model is, and whether it has weights; a name of the form owner/name without a folder is a Hub id.
 
     Raises:
         UserError: as `model_folder`.
@@ -144,8 +144,8 @@ def _is_hub_id(name: str) -> bool:
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
     """Set the vocabulary projection's bias to the tokens' log frequencies, add-one smoothed.
 
-    Otherwise the first hundreds of steps go into learning them. In a small model, fine-tuning from such a start was
-    much slower than from random weights; from this one it was about as fast.
+    Otherwise the first hundreds of steps go into learning them. In a small model, fine-tuning after a pre-training
+    without this start was much slower than from random weights; with it, it was about as fast.
 
     Args:
         decoder: (features → V), with a bias.

@@ -58,13 +58,14 @@ class MultiExitTrainer(Trainer):
             model, `rotate_shallow_exits` or `log_gradient_norms`.
 
     Example:
+        >>> import tempfile
         >>> from modular_star_encoder import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
         >>> from modular_star_encoder.objectives.contrastive import ContrastiveObjective
         >>> config = ModularStarEncoderConfig(
         ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2], num_attention_heads=4,
         ...     num_key_value_heads=2, intermediate_size=64, projection_size=16,
         ... )
-        >>> arguments = MultiExitTrainingArguments("runs/example", exit_weights="uniform", use_cpu=True)
+        >>> arguments = MultiExitTrainingArguments(tempfile.mkdtemp(), exit_weights="uniform", use_cpu=True)
         >>> trainer = MultiExitTrainer(ModularStarEncoderForRetrieval(config), arguments, ContrastiveObjective())
         >>> trainer.exit_layers
         (1, 2)
