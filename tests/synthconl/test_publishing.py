@@ -1,6 +1,5 @@
 from itertools import pairwise
 
-import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import DatasetCard
@@ -10,6 +9,7 @@ from modular_star_encoder.synthconl import build as stages
 from modular_star_encoder.synthconl import publishing
 from modular_star_encoder.synthconl.build import build_dataset
 from modular_star_encoder.synthconl.publishing import dataset_card, push_dataset, size_category
+from modular_star_encoder.utils.http import httpx
 from tests.errors import raises
 from tests.synthconl.build_samples import small_recipe, translation, write_corpus
 from tests.synthconl.openai_server import OpenAIServer
@@ -91,7 +91,7 @@ def test_the_hub_takes_the_arguments_that_are_given():
 
 
 def refusal():
-    reply = httpx2.Response(403, request=httpx2.Request("POST", "https://hub.example"))
+    reply = httpx.Response(403, request=httpx.Request("POST", "https://hub.example"))
     return HfHubHTTPError("403 Forbidden: no rights.\nRequest id: 1", response=reply)
 
 
@@ -100,7 +100,7 @@ def refusal():
     [
         (LocalTokenNotFoundError("long text"), "needs a token: log in with `hf auth login`, or set HF_TOKEN"),
         (refusal(), "refuses the upload to owner/name: 403 Forbidden: no rights"),
-        (httpx2.ConnectError("refused"), "can't be reached"),
+        (httpx.ConnectError("refused"), "can't be reached"),
     ],
 )
 def test_what_the_hub_refuses_is_one_sentence(built, hub, error, sentence):
