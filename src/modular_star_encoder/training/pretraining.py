@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.collators import PackingCollator, PaddingCollator
+from modular_star_encoder.data.corpora import open_corpus
 from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.data.sources import open_corpus
 from modular_star_encoder.data.sources.source_files import SourceReader
 from modular_star_encoder.data.token_store import TokenStore, build_token_store
 from modular_star_encoder.data.tokenizer import check_special_tokens, load_tokenizer, token_spellings, train_tokenizer

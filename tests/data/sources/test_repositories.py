@@ -5,7 +5,7 @@ from operator import length_hint
 
 import pytest
 
-from modular_star_encoder.data.sources import open_corpus
+from modular_star_encoder.data.corpora import open_corpus
 from modular_star_encoder.data.sources.repositories import STANDARD_LIBRARY, folder_repositories, installed_repositories
 from modular_star_encoder.data.sources.source_files import FileFilters
 from tests.errors import raises

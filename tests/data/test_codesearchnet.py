@@ -5,13 +5,13 @@ from collections import Counter
 import datasets
 import pytest
 
-from modular_star_encoder.data.functions import function_id
-from modular_star_encoder.data.sources.codesearchnet import (
+from modular_star_encoder.data.codesearchnet import (
     LeakingDocstringError,
     codesearchnet_function,
     documentation_summary,
     read_codesearchnet,
 )
+from modular_star_encoder.data.functions import function_id
 from tests.errors import raises
 
 HUB = {
