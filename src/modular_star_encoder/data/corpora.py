@@ -1,4 +1,4 @@
-"""Readers of source code: checkouts, installed packages, archives, data sets with code, The Stack v2."""
+"""Open a corpus by the settings of a recipe: a folder, archives, installed packages, a data set, The Stack v2."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
