@@ -28,7 +28,7 @@ from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.clone_detection import finetune_classifier
 from modular_star_encoder.training.preflight import FinetuningPreflight, finetuning_preflight
-from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe, load_recipe
+from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe
 from modular_star_encoder.training.runs import (
     CHECKPOINTS,
     MODEL,
@@ -40,7 +40,7 @@ from modular_star_encoder.training.runs import (
 from modular_star_encoder.training.starting_points import add_adapters, save_trained, starting_config, starting_model
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.settings import read_mapping
+from modular_star_encoder.utils.settings import build_settings, read_mapping
 
 logger = logging.get_logger(__name__)
 
@@ -52,11 +52,12 @@ def load_finetuning(
 
     Arguments and errors as for `load_recipe`.
     """
-    task = read_mapping(path, overrides, example="hub_configs/small/finetune.yaml").get("task", "retrieval")
+    content = read_mapping(path, overrides, example=FinetuningRecipe.EXAMPLE)
+    task = content.get("task", "retrieval")
     if task == "classification":
-        return load_recipe(ClassificationRecipe, path, overrides), finetune_classifier
+        return build_settings(ClassificationRecipe, content, str(path)), finetune_classifier
     if task == "retrieval":
-        return load_recipe(FinetuningRecipe, path, overrides), finetune
+        return build_settings(FinetuningRecipe, content, str(path)), finetune
     raise UserError("training.task", f"task must be retrieval or classification, not {task!r}.")
 
 

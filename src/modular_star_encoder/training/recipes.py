@@ -76,11 +76,8 @@ class TrainingSettings:
         "dataloader_num_workers": 0,
         "seed": 0,
         "exit_weights": "paper",
-        "normalize_exit_weights": False,
-        "rotate_shallow_exits": False,
-        "log_gradient_norms": False,
-        "milestones": [],
-        "fractions": [],
+        **dict.fromkeys(("normalize_exit_weights", "rotate_shallow_exits", "log_gradient_norms"), False),
+        **dict.fromkeys(("milestones", "fractions"), ()),
     }
     REQUIRED: ClassVar[tuple[str, ...]] = ("max_steps", "learning_rate")
     OPEN_KEYS: ClassVar[tuple[str, type]] = ("training", MultiExitTrainingArguments)
@@ -329,6 +326,7 @@ class FinetuningRecipe(StartingRecipe):
         eval_pairs: held-out pairs of one evaluation.
     """
 
+    EXAMPLE: ClassVar[str] = "hub_configs/small/finetune.yaml"
     DEFAULTS: ClassVar[dict[str, Any]] = StartingRecipe.DEFAULTS | {"lr_scheduler_type": "constant_with_warmup"}
 
     data: Mapping[str, Any]
@@ -427,4 +425,4 @@ def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: 
         >>> load_recipe(PretrainingRecipe, path, ["max_steps=500", "corpus.folder=~/code"]).max_steps
         500
     """
-    return load_settings(kind, path, overrides, example=getattr(kind, "EXAMPLE", "hub_configs/small/finetune.yaml"))
+    return load_settings(kind, path, overrides, example=getattr(kind, "EXAMPLE", ""))
