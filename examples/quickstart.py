@@ -169,7 +169,8 @@ def open_output(arguments: argparse.Namespace, recipe: QuickstartRecipe) -> Path
         ValueError: the folder holds a run with other settings, or something that no quickstart wrote.
     """
     out = Path(arguments.out)
-    settings = {"data": os.path.abspath(arguments.data) if arguments.data else None, "recipe": asdict(recipe)}
+    data = os.path.abspath(arguments.data) if arguments.data else None
+    settings = json.loads(json.dumps({"data": data, "recipe": asdict(recipe)}))  # tuples become lists, as in the file
     written = out / "settings.json"
     if arguments.restart and written.is_file():
         shutil.rmtree(out)

@@ -97,7 +97,7 @@ def test_dedup_drops_what_is_near_a_benchmark(capsys, built, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("build", "RECIPE", "--out", "OUT"), "does not exist; pass a folder that holds repositories"),
+        (("build", "RECIPE", "--out", "OUT"), "'no/such/folder' does not exist"),
         (("build", "RECIPE", "--out", "OUT", "translation.backend=gpt"), "'gpt'"),
         (("build", "RECIPE", "--out", "OUT", "translation.options.api_key_variable=NO_KEY"), "NO_KEY"),
         (("build", "none.yaml", "--out", "OUT"), "none.yaml"),
