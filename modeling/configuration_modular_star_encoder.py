@@ -41,6 +41,7 @@ PUBLISHED_WITHOUT_EFFECT = (
 
 CHOICES = {
     "exit_norm": ("last", "all", "none"),
+    "projection_head": ("mlp", "linear"),
     "projection_order": ("project_then_pool", "pool_then_project"),
     "pooling": ("mean", "lasttoken", "legacy"),
     "embedding_normalization": ("l2", "clip"),
@@ -99,6 +100,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             others have zeros. By default all.
         projection_size (`int`, *optional*): Size of the retrieval embedding; by default `hidden_size`.
         projection_act (`str`, defaults to `"leaky_relu"`): Activation inside the projection heads.
+        projection_head (`str`, defaults to `"mlp"`): Head of each exit: `"mlp"`, two linear layers with an activation
+            between, or `"linear"`, one linear layer.
         projection_order (`str`, defaults to `"project_then_pool"`): Whether tokens are projected and then pooled, or
             `"pool_then_project"`. They differ, since the heads are not linear.
         pooling (`str`, defaults to `"mean"`): Pooling of tokens: `"mean"` over all real tokens; `"lasttoken"`, the last
@@ -106,6 +109,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             models' ancestor: with padding on the left this is not the last token, and depends on the padding.
         embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides embeddings by their norm; `"clip"` only
             where the norm is above 1, as in the published models' ancestor.
+        token_weights (`bool`, defaults to `False`): Whether the mean over tokens is weighted by a learned number for
+            each token of the vocabulary. Needs `pooling="mean"`.
         logit_scale_init_value (`float`, *optional*): Start value, between 1 and 100, of a multiplier of similarities
             that contrastive training learns, and that the retrieval model then has among its weights. By default there
             is none, and the training objective has a fixed one.
@@ -176,9 +181,11 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     exit_embedding_rows: int | None = None
     projection_size: int | None = None
     projection_act: str = "leaky_relu"
+    projection_head: str = "mlp"
     projection_order: str = "project_then_pool"
     pooling: str = "mean"
     embedding_normalization: str = "l2"
+    token_weights: bool = False
     logit_scale_init_value: float | int | None = None
     pooler_position: str = "last"
     output_all_exits: bool | None = None
@@ -241,9 +248,9 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     def validate_exits(self) -> None:
         """Refuse exits that are out of order, out of range, or unknown to the parent."""
         exits, depth = list(self.exit_layers), self.num_hidden_layers
-        if not exits or exits != sorted(set(exits)) or exits[0] < 1 or exits[-1] != depth:
+        if not exits or exits != sorted(set(exits)) or exits[0] < 0 or exits[-1] != depth:
             raise ValueError(
-                f"exit_layers {exits} must be ascending numbers of layers between 1 and num_hidden_layers={depth}, "
+                f"exit_layers {exits} must be ascending numbers of layers between 0 and num_hidden_layers={depth}, "
                 f"the last of them {depth}."
             )
         if not set(exits) <= set(self.parent_exit_layers):
@@ -261,6 +268,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         """Refuse words that an option does not know."""
         if self.pooling == "cls":  # ours until 0.1: the last token is `<cls>`
             self.pooling = "lasttoken"
+        if self.token_weights and self.pooling != "mean":
+            raise ValueError(f"token_weights weight a mean; they do not go with pooling {self.pooling!r}.")
         if self.unpad_inputs and self.pooling == "legacy":
             raise ValueError("unpad_inputs leaves out the padding that legacy pooling may read; use one of the two.")
         for name, allowed in CHOICES.items():
@@ -316,8 +325,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return list(self.parent_exit_layers).index(self.check_exit(exit_layer))
 
     def exit_weight(self, exit_layer: int) -> float:
-        """Weight of this exit's loss in the paper: layers executed over the depth of the full model (i/36)."""
-        return self.check_exit(exit_layer) / self.parent_num_hidden_layers
+        """Weight of this exit's loss in the paper: layers executed over the depth of the full model, i/36."""
+        return self.check_exit(exit_layer) / max(1, self.parent_num_hidden_layers)
 
     def has_norm_at(self, exit_layer: int) -> bool:
         """Whether the final norm applies to the states of this exit."""

@@ -130,7 +130,8 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
     """Output of the retrieval model.
 
     Args:
-        last_hidden_state: (B, T, D), tokens projected by the head of the deepest exit asked for.
+        last_hidden_state: (B, T, D), tokens projected by the head of the deepest exit requested; with `token_weights`
+            scaled, so that their plain mean is the weighted one.
         sentence_embedding: (B, D), of the deepest exit asked for, normalised (`config.embedding_normalization`).
         exit_embeddings: (E, B, D), of every exit asked for, shallowest first, normalised.
         logit_scale: (1,) float32, the learned multiplier of similarities, where the model has one.
@@ -436,6 +437,12 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         super().__init__(config, *inputs, **kwargs)
         self._keys_to_ignore_on_load_unexpected = _cut_away(full, config)
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is getattr(getattr(self, "model", self), "token_weights", None):
+            init.ones_(module.weight)
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
@@ -615,6 +622,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        # CODEPATH: the published models weight all tokens alike; a shallow exit gains from weights of its own.
+        self.token_weights = nn.Embedding(config.vocab_size, 1) if config.token_weights else None
         self.layers = nn.ModuleList([ModularStarEncoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = None
         # CODEPATH: a slice of a published model below its top has no final norm; the published models have one.
@@ -674,7 +683,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             hidden_states = nn.functional.dropout(hidden_states, p=self.embedding_dropout, training=self.training)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
-        residual_states, exit_states = [], []
+        residual_states = [hidden_states] if exits[0] == 0 else []
         for index in range(start_layer, exits[-1]):
             hidden_states = self.layers[index](
                 hidden_states,
@@ -685,8 +694,11 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             )
             if index + 1 in exits:
                 residual_states.append(hidden_states)
-                # CODEPATH: the published models norm their last layer alone; with exit_norm="all", every exit.
-                exit_states.append(self.norm(hidden_states) if self.config.has_norm_at(index + 1) else hidden_states)
+        # CODEPATH: the published models norm their last layer alone; with exit_norm="all", every exit.
+        exit_states = [
+            self.norm(states) if self.config.has_norm_at(exit) else states
+            for exit, states in zip(exits, residual_states, strict=True)
+        ]
         if restore is not None:
             residual_states, exit_states = list(map(restore, residual_states)), list(map(restore, exit_states))
         return ModularStarEncoderModelOutput(
@@ -834,6 +846,22 @@ def _token_at(states: torch.Tensor, attention_mask: torch.Tensor | None, positio
         return states[rows, attention_mask.long().sum(dim=-1) - 1]
     order = places.flip(0) if position == "first" else places
     return states[rows, (attention_mask * (order + 1)).argmax(dim=-1)]
+
+
+def _weighted_mean_of_tokens(
+    states: torch.Tensor, weights: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The mean (B, D) of each row's real tokens, each weighted by its own number: weights (B, T, 1)."""
+    shares = _mean_shares(weights, attention_mask)
+    return torch.bmm(shares.transpose(1, 2).to(states.dtype), states).squeeze(1)
+
+
+def _mean_shares(weights: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Weights (B, T, 1) as shares that sum to 1 over each row's real tokens."""
+    weights = weights.float().clamp(min=0)
+    if attention_mask is not None:
+        weights = weights * attention_mask.unsqueeze(-1)
+    return weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
 
 
 def _mean_of_tokens(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -1048,16 +1076,20 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
 
 
 class ModularStarEncoderProjectionHead(nn.Module):
-    """Two linear layers with an activation between, applied to every token."""
+    """Two linear layers with an activation between, or one linear layer, applied to every token."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.projection_size)
-        self.act = ACT2FN[config.projection_act]
-        self.out_proj = nn.Linear(config.projection_size, config.projection_size)
+        self.act = self.out_proj = None
+        # CODEPATH: the published heads have two layers; one that is linear may follow the mean, which costs less.
+        if config.projection_head == "mlp":
+            self.act = ACT2FN[config.projection_act]
+            self.out_proj = nn.Linear(config.projection_size, config.projection_size)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.out_proj(self.act(self.dense(states)))
+        projected = self.dense(states)
+        return projected if self.out_proj is None else self.out_proj(self.act(projected))
 
 
 class ClampWithInwardGradient(torch.autograd.Function):
@@ -1114,7 +1146,15 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         if isinstance(module, ModularStarEncoderLogitScale):
             init.constant_(module.log_scale, math.log(self.config.logit_scale_init_value))
 
-    def _pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _pool(
+        self, states: torch.Tensor, weights: torch.Tensor | None, attention_mask: Any, bounds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One vector for each text: states (B, T, …) of padded or packed texts to (texts, …)."""
+        if weights is not None:
+            return _weighted_mean_of_tokens(
+                _rows(states, attention_mask, bounds)[0], *_rows(weights, attention_mask, bounds)
+            )
+        states, attention_mask = _rows(states, attention_mask, bounds)
         # CODEPATH: models trained here pool the mean; the published ones do not say theirs, so it can be set.
         if self.config.pooling == "mean":
             return _mean_of_tokens(states, attention_mask)
@@ -1144,6 +1184,12 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: as in the trunk.
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
+        weights = None
+        if self.model.token_weights is not None:
+            if input_ids is None:
+                raise ValueError("This model weights tokens by their ids; give input_ids, also with inputs_embeds.")
+            weights = self.model.token_weights(input_ids)
+            input_ids = None if inputs_embeds is not None else input_ids
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1153,16 +1199,18 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             **kwargs,
         )
         bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        project_first = self.config.projection_order == "project_then_pool"
         embeddings, tokens = [], None
         for exit_layer, states in zip(exits, outputs.exit_hidden_states, strict=True):
             head = self.projection_heads[str(exit_layer)]
-            tokens = head(states)
             # CODEPATH: ours project tokens, then pool; the published models probably do, their ancestor does not.
-            if self.config.projection_order == "project_then_pool":
-                pooled = self._pool(*_rows(tokens, attention_mask, bounds))
-            else:
-                pooled = head(self._pool(*_rows(states, attention_mask, bounds)))
-            embeddings.append(self._normalize(pooled))
+            tokens = head(states) if project_first or exit_layer == exits[-1] else None
+            pooled = self._pool(tokens if project_first else states, weights, attention_mask, bounds)
+            embeddings.append(self._normalize(pooled if project_first else head(pooled)))
+        if weights is not None and bounds is None:
+            # Scaled so that the plain mean over real tokens, as sentence-transformers takes it, is the weighted one.
+            real = attention_mask if attention_mask is not None else torch.ones_like(weights[..., 0])
+            tokens = tokens * (_mean_shares(weights, attention_mask) * real.sum(1)[:, None, None]).to(tokens.dtype)
         return ModularStarEncoderForRetrievalOutput(
             last_hidden_state=tokens,
             sentence_embedding=embeddings[-1],

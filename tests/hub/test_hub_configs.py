@@ -17,7 +17,12 @@ PAPER = {
     "finetuned-18": (552_965_120, 550e6),
     "finetuned-27": (803_230_208, 800e6),
 }
-OURS = {"small": (13_346_874, 13e6), "mini": (2_868_790, 2.9e6), "quickstart": (1_495_808, 1.5e6)}
+OURS = {
+    "small": (13_346_874, 13e6),
+    "mini": (2_868_790, 2.9e6),
+    "mose-code": (15_920_512, 16e6),
+    "quickstart": (1_495_808, 1.5e6),
+}
 
 
 @pytest.mark.parametrize("name", [*PAPER, *OURS])

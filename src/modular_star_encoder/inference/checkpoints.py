@@ -132,14 +132,21 @@ SERVABLE = {
 """Settings of a model whose embedding SentenceTransformers' modules can compute."""
 
 
+def _servable_values(config: ModularStarEncoderConfig, name: str) -> tuple[str, ...]:
+    # A mean and a linear head commute, so the order of the two does not matter.
+    free = name == "projection_order" and config.projection_head == "linear"
+    return (*SERVABLE[name], "pool_then_project") if free else SERVABLE[name]
+
+
 def is_servable(config: ModularStarEncoderConfig) -> bool:
     """Whether SentenceTransformers' own pooling and normalisation give the model's embedding."""
-    return all(getattr(config, name) in allowed for name, allowed in SERVABLE.items())
+    return all(getattr(config, name) in _servable_values(config, name) for name in SERVABLE)
 
 
 def check_servable(config: ModularStarEncoderConfig) -> None:
     """Raise UserError if SentenceTransformers' own pooling and normalisation would not give the model's embedding."""
-    for name, allowed in SERVABLE.items():
+    for name in SERVABLE:
+        allowed = _servable_values(config, name)
         if getattr(config, name) not in allowed:
             raise UserError(
                 "checkpoint.not_servable",
