@@ -133,6 +133,13 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     Raises:
         StrictDataclassError: a field has the wrong type, or exits, heads or depths contradict each other. The message
             says what is allowed.
+
+    Example:
+        >>> config = ModularStarEncoderConfig(num_hidden_layers=12, exit_layers=[2, 6, 12])
+        >>> config.cut(6).exit_layers, config.cut(6).num_hidden_layers
+        ([2, 6], 6)
+        >>> config.exit_weight(6)  # of its loss in the paper: i / number of layers
+        0.5
     """
 
     model_type = "ModularStarEncoder"

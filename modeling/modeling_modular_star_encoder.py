@@ -614,7 +614,19 @@ def _move_checkpoint(source: Path, target: Path) -> None:
 
 
 class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
-    """The trunk: token embedding, layers, exits."""
+    """The trunk: token embedding, layers, exits.
+
+    A forward pass runs the layers up to the deepest requested exit and returns the states of every requested exit.
+
+    Example:
+        >>> config = ModularStarEncoderConfig(
+        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
+        ...     num_key_value_heads=1, exit_layers=[1, 2, 4],
+        ... )
+        >>> output = ModularStarEncoderModel(config)(torch.tensor([[5, 6, 7]]), exit_layers=(1, 2))
+        >>> [states.shape for states in output.exit_hidden_states]  # exits 1 and 2; layers 3 and 4 are not run
+        [torch.Size([1, 3, 32]), torch.Size([1, 3, 32])]
+    """
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config)
@@ -987,7 +999,18 @@ class ModularStarEncoderPreTrainingHeads(nn.Module):
 
 
 class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
-    """Masked language modelling and in-context classification at every exit (paper, section on pre-training)."""
+    """Masked language modelling and in-context classification at every exit (arXiv 2503.03008, pre-training).
+
+    Example:
+        >>> config = ModularStarEncoderConfig(
+        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        ...     num_key_value_heads=1, exit_layers=[1, 2],
+        ... )
+        >>> ids, labels = torch.tensor([[5, 6, 7]]), torch.tensor([[-100, 9, -100]])  # the second token was 9
+        >>> output = ModularStarEncoderForPreTraining(config)(ids, labels=labels, icc_labels=torch.tensor([1]))
+        >>> output.loss.shape, output.mlm_losses.shape  # the weighted sum, and one loss for each exit
+        (torch.Size([]), torch.Size([2]))
+    """
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config)
@@ -1128,7 +1151,19 @@ class ModularStarEncoderLogitScale(nn.Module):
 
 
 class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
-    """Normalised embeddings of text and code, with one projection head per exit."""
+    """Normalised embeddings of text and code, with one projection head for each exit (arXiv 2503.03008, fine-tuning).
+
+    Example:
+        >>> config = ModularStarEncoderConfig(
+        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
+        ...     num_key_value_heads=1, exit_layers=[1, 2, 4], projection_size=16,
+        ... )
+        >>> model = ModularStarEncoderForRetrieval(config)
+        >>> model(torch.tensor([[5, 6, 7]]), exit_layer=2).sentence_embedding.shape
+        torch.Size([1, 16])
+        >>> model(torch.tensor([[5, 6, 7]]), exit_layers=(1, 4)).exit_embeddings.shape
+        torch.Size([2, 1, 16])
+    """
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config)
@@ -1224,7 +1259,17 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
 
 
 class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedModel):
-    """Classify a text or a pair `<sep>a<sep>b<cls>` at any exit, from the state of the final `<cls>`."""
+    """Classify a text or a pair `<sep>a<sep>b<cls>` at any exit, from the state of the final `<cls>`.
+
+    Example:
+        >>> config = ModularStarEncoderConfig(
+        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        ...     num_key_value_heads=1, exit_layers=[1, 2], num_labels=3,
+        ... )
+        >>> model = ModularStarEncoderForSequenceClassification(config)
+        >>> model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([2])).logits.shape
+        torch.Size([1, 3])
+    """
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config)

@@ -85,3 +85,14 @@ print(SentenceTransformer(sys.argv[1], trust_remote_code=True).encode(["a"], exi
 def test_a_missing_extra_is_named():
     result = run(BLOCKED.format(extras=("tree_sitter",)) + "import modular_star_encoder as m; m.CodeIndex")
     assert "modular-star-encoder[search]" in result.stderr
+
+
+def test_the_examples_of_the_model_classes_run():
+    import doctest
+
+    from modular_star_encoder.modeling import configuration_modular_star_encoder, modeling_modular_star_encoder
+
+    for module in (configuration_modular_star_encoder, modeling_modular_star_encoder):
+        result = doctest.testmod(module)
+        assert result.attempted >= 3
+        assert result.failed == 0
