@@ -22,6 +22,7 @@ def test_every_folder_of_the_package_is_listed_in_pyproject():
     assert len(below_src) > 5
 
 
+@pytest.mark.slow
 def test_importing_opens_no_connection():
     program = """
 import socket

@@ -15,6 +15,8 @@ from modular_star_encoder.modeling import (
 )
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
+pytestmark = pytest.mark.slow
+
 ONE_EXIT_AND_SEVERAL = ({"exit_layer": 2}, {"exit_layers": EXIT_LAYERS})
 # Padding on either side, none, and another size.
 BATCHES = (tiny_batch("left"), tiny_batch("right"), tiny_batch(lengths=(12, 12, 12)), tiny_batch(lengths=(9, 5)))

@@ -20,6 +20,8 @@ from modular_star_encoder.modeling import (
 from tests.modeling.test_saving import CODE_FILES
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT_FILES = CODE_FILES | {"config.json", "model.safetensors"}
 ROOT = Path(__file__).parents[2]
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"]

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from modular_star_encoder.data.prompts import CODE_INSTRUCTION, TEXT_INSTRUCTION
 from tests.published.stand_in import SHAPE, own_code, published_text, write_stand_in
 
+pytestmark = pytest.mark.slow
+
 EXITS = SHAPE["matryoshka_layers"]
 HIDDEN = SHAPE["hidden_size"]
 KINDS = ("pretrained", "finetuned", "finetuned-3")

@@ -13,6 +13,8 @@ import transformers
 
 from tests.published.stand_in import own_code, write_stand_in
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "verify_published.py"
 
 

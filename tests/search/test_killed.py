@@ -13,6 +13,8 @@ from modular_star_encoder.search import building
 from modular_star_encoder.search.index import CodeIndex
 from tests.search.samples import build, stored_rows
 
+pytestmark = pytest.mark.slow
+
 FILES = 60
 KILLS = 10
 

@@ -18,6 +18,8 @@ from tests.errors import raises
 from tests.tiny import EXIT_LAYERS
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory):

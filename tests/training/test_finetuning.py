@@ -28,6 +28,8 @@ from tests.published.stand_in import write_stand_in
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_config
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
