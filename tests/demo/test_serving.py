@@ -16,6 +16,8 @@ from modular_star_encoder.demo import serving
 from modular_star_encoder.demo.serving import served
 from tests.demo.conftest import HOSTILE_NAME
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -16,6 +16,8 @@ from tests.evaluation.benchmarks import published
 from tests.inference.test_exit_profile import made_up_profile
 from tests.tiny import save_tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

@@ -13,6 +13,8 @@ from tests.errors import raises
 from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
 from tests.hub.stand_in_hub import DROP, DROP_REPLY, TOKEN
 
+pytestmark = pytest.mark.slow
+
 LARGE = {"model.safetensors", "quality_by_latency.png"}
 
 

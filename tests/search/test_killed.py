@@ -9,6 +9,8 @@ import time
 import warnings
 from collections import defaultdict
 
+import pytest
+
 from modular_star_encoder.search import building
 from modular_star_encoder.search.index import CodeIndex
 from tests.search.samples import build, stored_rows

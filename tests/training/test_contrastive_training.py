@@ -20,6 +20,8 @@ from tests.errors import raises
 from tests.objectives.contrastive_batches import every_option, every_side, texts, with_dropout
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 class Rows(Dataset):
     """Indices; the collator makes their texts."""

@@ -20,6 +20,8 @@ from modular_star_encoder.training.recipes import PretrainingRecipe, hub_config_
 from tests.errors import raises
 from tests.tiny import tiny_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):

@@ -18,6 +18,8 @@ from modular_star_encoder.training.starting_points import add_adapters
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 class Pairs(Dataset):
     """Rows that differ, one batch of them being a whole collated batch."""
