@@ -115,6 +115,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_ends_in_the_same_weights(reposito
         assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -136,6 +137,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2_and_writes_nothing(tmp_path
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path, repositories):
     (tmp_path / "mine.txt").write_text("mine")
     result = run("--data", repositories, "--out", tmp_path, "--restart")
@@ -144,6 +146,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path, repositories):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_help_explains_every_option():
     result = run("--help")
     assert result.returncode == 0

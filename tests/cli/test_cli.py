@@ -228,11 +228,27 @@ def test_finetune_trains_what_the_recipe_says(capsys, tmp_path):
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        ("pretrain", "tokens_per_step  "),
+        ("finetune", "objective.mini_batch_tokens  "),
+        ("finetune", "pairs_per_device  "),
+        ("ablate", "keep_models  "),
+    ],
+)
+def test_help_of_training_lists_the_keys_of_its_recipe(capsys, command, key):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert key in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["finetune", "ablate"])
 def test_a_recipe_that_is_not_there_is_one_line(capsys, command, tmp_path):
     status, out, err = run(capsys, command, "missing.yaml", "--out", str(tmp_path / "run"))
     assert (status, out) == (2, "")
-    assert re.fullmatch(r"mose: error: There is no recipe missing.yaml; ours are hub_configs/small/.*\n", err)
+    assert re.fullmatch(r"mose: error: Recipe missing.yaml not found. Available: hub_configs/small/.*\n", err)
 
 
 @pytest.mark.parametrize("extra", [["--seed=1"], ["seed"]])

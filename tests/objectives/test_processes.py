@@ -10,6 +10,8 @@ from tests.objectives.contrastive_batches import assert_same_gradients, every_op
 from tests.objectives.contrastive_processes import VARIANTS, new_model, weighted_loss
 from tests.processes import run_processes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -48,6 +48,7 @@ def count_trainings(monkeypatch, out, stop_at=None):
     return trained
 
 
+@pytest.mark.slow
 def test_cells_resume_on_their_own_and_later_calls_may_add_some(recipe_file, tmp_path, monkeypatch):
     out = tmp_path / "ablation"
     with monkeypatch.context() as patch:
@@ -75,6 +76,7 @@ def test_cells_resume_on_their_own_and_later_calls_may_add_some(recipe_file, tmp
     assert not list((out / "cells").rglob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_baselines_are_cut_from_the_same_checkpoint_and_see_the_same_batches(recipe_file, tmp_path):
     results, _ = run(recipe_file, tmp_path / "run", "exit_layers=[1]", "finetuning.learning_rate=1.0e-30")
     models = [tmp_path / "run" / "cells" / name / "seed-0" / "model" for name in ("self-distilled", "exit-1")]
@@ -93,6 +95,7 @@ def test_baselines_are_cut_from_the_same_checkpoint_and_see_the_same_batches(rec
     assert set(results["benchmarks"]) == {"held-out, text → code", "held-out, code → code"}
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_a_run_is_named(recipe_file, tmp_path):
     run(recipe_file, tmp_path, "baselines=false")
     for path in (tmp_path / "cells/self-distilled/seed-0/scores.json", tmp_path / "starting_points.json"):
@@ -120,6 +123,7 @@ def test_benchmarks_of_the_harness_are_measured_too(recipe_file, tmp_path):
     assert "difference" not in found["exits"]["2"]
 
 
+@pytest.mark.slow
 def test_a_model_that_was_not_kept_is_trained_again_for_a_benchmark_that_comes_later(
     recipe_file, tmp_path, monkeypatch
 ):
@@ -290,12 +294,14 @@ def test_baselines_have_no_options_about_other_exits(recipe_file):
     assert {cell.recipe.objective for cell in plain} == {ContrastiveSettings()}
 
 
+@pytest.mark.slow
 def test_cells_of_other_settings_are_refused(recipe_file, tmp_path):
     run(recipe_file, tmp_path / "run", "baselines=false")
     with raises("training.run.other_settings", "another batch_size;"):
         run(recipe_file, tmp_path / "run", "baselines=false", "finetuning.batch_size=6")
 
 
+@pytest.mark.slow
 def test_cells_of_another_checkpoint_at_the_same_place_are_refused(recipe_file, tmp_path):
     checkpoint, settings = tmp_path / "checkpoint", ("baselines=false", f"finetuning.model={tmp_path / 'checkpoint'}")
     shutil.copytree(recipe_file.parent / "checkpoint", checkpoint)

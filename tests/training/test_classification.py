@@ -154,6 +154,7 @@ def test_f1_is_that_of_the_positive_class():
     assert binary_scores(np.zeros(3), np.zeros(3))["f1"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_classifier_is_trained_at_every_exit_and_saved_with_its_scores(recipe_file, tmp_path, tokenizer):
     log = run(recipe_file, tmp_path / "run", "max_steps=40", "max_train_samples=16", "eval_steps=40", "save_steps=40")
     training = [entry for entry in log["log_history"] if "loss" in entry]
@@ -169,6 +170,7 @@ def test_a_classifier_is_trained_at_every_exit_and_saved_with_its_scores(recipe_
     assert set(again) == set(EXIT_LAYERS)
 
 
+@pytest.mark.slow
 def test_a_classifier_is_trained_at_one_exit_with_lora_and_its_head_is_kept(recipe_file, tmp_path):
     log = run(recipe_file, tmp_path / "run", "exit_layer=2", "lora={}", "batch_size=4", "pairs_per_device=2")
     assert list(log["scores"]["valid"]) == [2]

@@ -57,6 +57,7 @@ def train(folder, tokens, **changes):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}])
 def test_mini_batches_train_as_whole_batches_do(tmp_path, changes):
     plain, cached = (train(tmp_path, tokens, **changes) for tokens in (None, 16))
@@ -73,6 +74,7 @@ def test_mini_batches_train_as_whole_batches_do(tmp_path, changes):
     assert distances[1] < 1e-2 * distances[0]
 
 
+@pytest.mark.slow
 def test_mini_batches_train_in_mixed_precision(tmp_path):
     plain, cached = (train(tmp_path, tokens, bf16=True) for tokens in (None, 16))
     losses = [[log["loss"] for log in trainer.state.log_history[:3]] for trainer in (plain, cached)]

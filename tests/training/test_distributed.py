@@ -8,6 +8,7 @@ from tests.processes import run_processes
 from tests.training.distributed_gradients import joint_batch, new_model, weighted_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_two_processes_give_the_gradients_of_one_on_the_joint_batch(tmp_path, wrapper):
     model = new_model()

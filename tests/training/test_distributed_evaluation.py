@@ -13,6 +13,7 @@ from tests.tiny import tiny_model
 from tests.training.distributed_evaluation import ROWS
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(tmp_path, tokenizer):
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "tests.training.distributed_evaluation", str(tmp_path)]

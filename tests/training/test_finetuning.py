@@ -51,6 +51,7 @@ def embed(model):
         return model.eval()(**tiny_batch(), exit_layers=EXIT_LAYERS).exit_embeddings
 
 
+@pytest.mark.slow
 def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(recipe_file, checkpoint, tmp_path):
     log, estimate = run(recipe_file, tmp_path / "run", "max_steps=20", "objective.mini_batch_tokens=400")
     model = AutoModel.from_pretrained(tmp_path / "run" / "model")
@@ -79,6 +80,7 @@ def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(
     assert sum(moved) > 0.9 * len(moved)
 
 
+@pytest.mark.slow
 def test_a_model_that_sentence_transformers_cannot_express_is_trained_and_saved_for_transformers(recipe_file, tmp_path):
     log, _ = run(recipe_file, tmp_path / "run", "config.projection_order=pool_then_project")
     assert AutoModel.from_pretrained(tmp_path / "run" / "model").config.projection_order == "pool_then_project"
@@ -86,6 +88,7 @@ def test_a_model_that_sentence_transformers_cannot_express_is_trained_and_saved_
     assert not (tmp_path / "run" / "model" / "modules.json").exists()
 
 
+@pytest.mark.slow
 def test_a_column_of_hard_negatives_gives_every_pair_one_more_candidate(recipe_file, checkpoint, tmp_path):
     file = write_triplets(tmp_path)
     rows = [json.loads(line) for line in file.open()]
@@ -137,12 +140,14 @@ def straight_and_interrupted(recipe_file, folder, monkeypatch, *overrides, resum
     return estimate
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_losses_and_weights_of_a_straight_one(recipe_file, tmp_path, monkeypatch):
     free = ("dataloader_num_workers=1", "save_total_limit=1")
     straight_and_interrupted(recipe_file, tmp_path, monkeypatch, resumed_with=free)
     assert json.loads((tmp_path / "interrupted" / "recipe.json").read_text())["dataloader_num_workers"] == 1
 
 
+@pytest.mark.slow
 def test_settings_may_change_until_there_is_a_checkpoint(recipe_file, tmp_path, monkeypatch):
     for step, overrides in ((1, ()), (3, ("objective.mini_batch_tokens=400",))):
         with monkeypatch.context() as patch:
@@ -172,6 +177,7 @@ def test_data_that_could_not_be_read_may_be_replaced_in_the_same_folder(recipe_f
         run(recipe_file, tmp_path / "run", "max_steps=1", "data.triplets=missing.jsonl")
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_and_heads_resumes_and_saves_both_ways(recipe_file, checkpoint, tmp_path, monkeypatch):
     settings = ("lora={}", "config.logit_scale_init_value=10")
     estimate = straight_and_interrupted(recipe_file, tmp_path, monkeypatch, *settings)
@@ -231,6 +237,7 @@ def test_retrieval_models_are_continued_with_their_heads(recipe_file, tmp_path):
     assert torch.equal(embed(before), embed(after))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pretrained", "finetuned"])
 def test_published_layouts_are_started_from_and_their_tokenizer_gets_the_template(recipe_file, tmp_path, kind):
     published = write_stand_in(tmp_path / kind, kind)

@@ -66,6 +66,7 @@ def run(recipe_file, out, *overrides):
     return pretrain(recipe, out, progress=False, announce=estimates.append), estimates[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_a_recipe_makes_a_checkpoint_that_loads_and_a_log_of_every_exit(recipe_file, tmp_path, packing):
     log, estimate = run(recipe_file, tmp_path / "run", f"packing={packing}", "max_steps=30", "learning_rate=2.0e-3")
@@ -168,6 +169,7 @@ def test_a_run_that_diverges_stops_and_leaves_the_batch(recipe_file, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.slow
 def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_path):
     run(recipe_file, tmp_path / "first", "max_steps=2")
     model = tmp_path / "first" / "model"
@@ -176,6 +178,7 @@ def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_p
     assert not (tmp_path / "second" / "tokenizer").exists()
 
 
+@pytest.mark.slow
 def test_a_named_tokenizer_may_have_fewer_tokens_than_the_model(recipe_file, tmp_path):
     run(recipe_file, tmp_path / "first", "max_steps=1")
     tiny_config(vocab_size=500).save_pretrained(tmp_path / "larger")

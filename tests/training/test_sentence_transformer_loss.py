@@ -93,6 +93,7 @@ def train(model, folder, steps, resume=None):
     return trainer
 
 
+@pytest.mark.slow
 def test_their_trainer_logs_every_exit_and_resumes_with_the_learned_scale(checkpoint, tmp_path):
     straight = train(SentenceTransformer(str(checkpoint), device="cpu"), tmp_path / "straight", 4)
     logs = [log for log in straight.state.log_history if "loss" in log]

@@ -212,6 +212,7 @@ def pretraining_stage(tokenizer, folder, monkeypatch=None, stop_after=None):
     return model, train_to_the_end(trainer, folder, progress=False)
 
 
+@pytest.mark.slow
 def test_interrupted_training_resumes_to_the_same_losses_and_weights(tmp_path, tokenizer, monkeypatch):
     straight, straight_log = pretraining_stage(tokenizer, tmp_path / "straight")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

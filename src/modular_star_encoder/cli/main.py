@@ -125,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     pretrain.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: corpus.folder=~/code")
     pretrain.add_argument("--out", metavar="FOLDER", required=True, help="where the run is; an old one is continued")
     pretrain.set_defaults(run=run_pretrain)
+    end_help_with_keys(pretrain)
 
     add_dataset_commands(commands.add_parser("dataset", help="build a dataset of translated functions, and publish it"))
 
@@ -133,13 +134,27 @@ def build_parser() -> argparse.ArgumentParser:
     finetune.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: max_steps=500")
     finetune.add_argument("--out", metavar="FOLDER", required=True, help="where the run is; an old one is continued")
     finetune.set_defaults(run=run_finetune)
+    end_help_with_keys(finetune)
 
     ablate = commands.add_parser("ablate", help="exits trained together against exits trained alone, and other options")
     ablate.add_argument("recipe", metavar="RECIPE", help="a YAML file, for example hub_configs/small/ablation.yaml")
     ablate.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: finetuning.max_steps=500")
     ablate.add_argument("--out", metavar="FOLDER", required=True, help="cells and reports; an old one is continued")
     ablate.set_defaults(run=run_ablate)
+    end_help_with_keys(ablate)
     return parser
+
+
+def end_help_with_keys(parser: argparse.ArgumentParser) -> None:
+    """Let `--help` of a training command end with every key of its recipe; only that imports torch."""
+    plain = parser.format_help
+
+    def format_help() -> str:
+        from modular_star_encoder.training.ablation import recipe_reference
+
+        return f"{plain()}\n{recipe_reference(parser.prog.split()[-1])}"
+
+    parser.format_help = format_help  # type: ignore[method-assign]
 
 
 def add_dataset_commands(dataset: argparse.ArgumentParser) -> None:

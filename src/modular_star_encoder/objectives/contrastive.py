@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -94,7 +94,9 @@ def _means(
 ) -> ContrastiveTerms:
     """Terms and metrics as means over all pairs, from the sums over those of each set."""
     names = next(iter(by_pair.values()))
-    means = {name: sum(sums[name] for sums in by_pair.values()) / sum(rows.values()) for name in names}
+    means: dict[str, torch.Tensor] = {
+        name: reduce(torch.add, [sums[name] for sums in by_pair.values()]) / sum(rows.values()) for name in names
+    }
     output = ContrastiveTerms({"clip": means["clip"]}, {"clip_loss": means["clip"].detach()})
     output.metrics["clip_accuracy"] = means["hits"]
     if len(by_pair) > 1:
@@ -173,7 +175,7 @@ def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
     last = len(exit_layers) - 1
     if chosen == "next_deeper":
         return [min(place + 1, last) for place in range(last + 1)]
-    place = last if chosen == "deepest" else list(exit_layers).index(chosen)
+    place = list(exit_layers).index(chosen) if isinstance(chosen, int) else last
     return [place] * (last + 1)
 
 
@@ -210,7 +212,7 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
         sums_of = partial(checkpoint, _chunk_sums, use_reentrant=False, preserve_rng_state=False)
     chunks = zip(rows.split(per_chunk, dim=1), own.split(per_chunk), strict=True)
     parts = [sums_of(chunk, columns, chunk_own, scoring) for chunk, chunk_own in chunks]
-    return {name: sum(part[name] for part in parts) for name in parts[0]}
+    return {name: reduce(torch.add, [part[name] for part in parts]) for name in parts[0]}
 
 
 def _chunk_sums(
@@ -229,7 +231,7 @@ def _chunk_sums(
             whole = scores[size] if len(scoring.sizes.get(size, ())) == exits else _similarities(rows, columns)
             masked = _false_negatives(whole[-1], own, settings)
             teachers = torch.einsum("pe,erc->prc", scoring.teacher, whole)
-    if settings.leaves_out_false_negatives:
+    if masked is not None:
         sums["masked"] = masked.sum() / max(1, columns.shape[1] - 1)
     if settings.distillation_weight:
         sums["distillation"] = rows.new_zeros(exits)
@@ -239,7 +241,7 @@ def _chunk_sums(
         if masked is not None:
             logits = logits.masked_fill(masked, -torch.inf)
         sums["clip"] = sums["clip"].index_add(0, _index(places, own), _cross_entropies(logits, own) * share)
-        if settings.distillation_weight:
+        if teachers is not None and settings.distillation_weight:
             divergences = _divergences(scores[cut], teachers[places], scoring)
             has_teacher = scoring.teacher[places].any(dim=1)
             sums["distillation"] = sums["distillation"].index_add(
@@ -297,7 +299,7 @@ def _false_negatives(
     limits = similarities.gather(1, own[:, None])
     if settings.false_negative_margin is not None:
         limits = limits - settings.false_negative_margin
-    else:
+    elif settings.false_negative_factor is not None:
         limits = limits * settings.false_negative_factor
     return (similarities > limits).scatter(1, own[:, None], False)
 
@@ -313,10 +315,16 @@ class ContrastiveObjective:
         settings: by default the paper's.
 
     Example:
-        >>> objective = ContrastiveObjective(ContrastiveSettings(logit_scale=30.0))
-        >>> query = {"input_ids": torch.ones(4, 6, dtype=torch.long), "attention_mask": torch.ones(4, 6)}
-        >>> batch = {"query": query, "document": query}
-        >>> # objective(model, batch, exit_layers=(4, 9)).losses: float32, shape (2,)
+        >>> from modular_star_encoder import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+        >>> config = ModularStarEncoderConfig(
+        ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2], num_attention_heads=4,
+        ...     num_key_value_heads=2, intermediate_size=64, projection_size=16,
+        ... )
+        >>> model = ModularStarEncoderForRetrieval(config)
+        >>> side = {"input_ids": torch.ones(4, 6, dtype=torch.long), "attention_mask": torch.ones(4, 6)}
+        >>> output = ContrastiveObjective()(model, {"query": side, "document": side}, exit_layers=(1, 2))
+        >>> output.losses.shape
+        torch.Size([2])
     """
 
     def __init__(self, settings: ContrastiveSettings | None = None) -> None:

@@ -71,47 +71,27 @@ class ContrastiveSettings:
     def __post_init__(self) -> None:
         margin, factor = self.false_negative_margin, self.false_negative_factor
         by_exit = self.dimensions if isinstance(self.dimensions, Mapping) else {1: self.dimensions}
-        positive, not_negative = "a number above 0", "a number from 0"
-        rules = {
-            "pairs": (_are_pairs(self.pairs), "lists of at least two different names: anchor, positive, negatives"),
-            "logit_scale": (_is_number(self.logit_scale) and self.logit_scale > 0, positive),
-            "mini_batch_tokens": (
-                self.mini_batch_tokens is None or _is_count(self.mini_batch_tokens),
-                "a whole number above 0, or None",
-            ),
-            "dimensions": (
-                self.dimensions is None or all(_is_count(key) and _are_sizes(by_exit[key]) for key in by_exit),
-                "different embedding sizes such as [64, 256], or such a list for each of several exits",
-            ),
-            "teacher": (
-                self.teacher in DISTILLATION_TEACHERS or _is_count(self.teacher),
-                f"one of {', '.join(DISTILLATION_TEACHERS)}, or an exit",
-            ),
-            "distillation_weight": (
-                _is_number(self.distillation_weight) and self.distillation_weight >= 0,
-                not_negative,
-            ),
-            "distillation_temperature": (
-                _is_number(self.distillation_temperature) and self.distillation_temperature > 0,
-                positive,
-            ),
-            "alignment_weight": (_is_number(self.alignment_weight) and self.alignment_weight >= 0, not_negative),
-            "alignment_target": (
-                self.alignment_target in ALIGNMENT_TARGETS or _is_count(self.alignment_target),
-                f"one of {', '.join(ALIGNMENT_TARGETS)}, or an exit",
-            ),
-            "false_negative_margin": (
-                margin is None or (_is_number(margin) and -2 <= margin <= 2),
-                "a difference of cosines, between -2 and 2",
-            ),
-            "false_negative_factor": (
-                factor is None or (_is_number(factor) and factor > 0 and margin is None),
-                "a number above 0, such as 0.95, and without false_negative_margin",
-            ),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise UserError("settings.value", f"{name} must be {rule}, not {getattr(self, name)!r}.")
+        for name in ("logit_scale", "distillation_temperature"):
+            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a number above 0")
+        for name in ("distillation_weight", "alignment_weight"):
+            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number from 0")
+        for name, words in (("teacher", DISTILLATION_TEACHERS), ("alignment_target", ALIGNMENT_TARGETS)):
+            value = getattr(self, name)
+            self._require(name, value in words or _is_count(value), f"one of {', '.join(words)}, or an exit")
+        tokens = self.mini_batch_tokens
+        self._require("mini_batch_tokens", tokens is None or _is_count(tokens), "a whole number above 0, or None")
+        are_pairs = "lists of at least two different names: anchor, positive, negatives"
+        self._require("pairs", _are_pairs(self.pairs), are_pairs)
+        are_sizes = self.dimensions is None or all(_is_count(exit) and _are_sizes(by_exit[exit]) for exit in by_exit)
+        self._require("dimensions", are_sizes, "different sizes such as [64, 256], or such a list per exit")
+        is_cosine = margin is None or (_is_number(margin) and -2 <= margin <= 2)
+        self._require("false_negative_margin", is_cosine, "a difference of cosines, between -2 and 2")
+        is_factor = factor is None or (_is_number(factor) and factor > 0 and margin is None)
+        self._require("false_negative_factor", is_factor, "a number above 0, and without false_negative_margin")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise UserError("settings.value", f"{name} must be {rule}, not {getattr(self, name)!r}.")
 
     @property
     def sides(self) -> tuple[str, ...]:

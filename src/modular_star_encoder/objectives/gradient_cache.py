@@ -230,14 +230,15 @@ class _Passes:
     def second(self, *gradients: torch.Tensor | None) -> None:
         """Embed with a graph, one mini-batch at a time, and propagate its part of the stacks' gradients."""
         *stack_gradients, scale_gradient = gradients
-        by_side = dict(zip(self.sides, stack_gradients, strict=True))
+        by_side: dict[str, Any] = dict(zip(self.sides, stack_gradients, strict=True))
         last = len(self.mini_batches) - 1
         for index, (mini_batch, random_state) in enumerate(zip(self.mini_batches, self.random_states, strict=True)):
             # An outer no_sync (gradient accumulation) holds for the last one too.
             with nullcontext() if index == last else self._no_sync():
                 with torch.enable_grad(), random_state.again(), self.autocast():
                     stack, logit_scale = self.embed(mini_batch.cut(self.sides[mini_batch.side]))
-                outputs, their_gradients = [stack], [by_side[mini_batch.side][:, mini_batch.rows]]
+                outputs: list[Any] = [stack]
+                their_gradients = [by_side[mini_batch.side][:, mini_batch.rows]]
                 if index == last and scale_gradient is not None:
                     outputs, their_gradients = [stack, logit_scale], [*their_gradients, scale_gradient]
                 torch.autograd.backward(outputs, their_gradients)
@@ -284,7 +285,7 @@ def _generator(device: torch.device) -> tuple[torch.device, ...]:
 
 def _autocast_as_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A function that enters autocast as it is at this moment, with no weights cast before."""
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"device_type": kind, "dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
         for kind in sorted({"cpu", device.type})
     ]

@@ -138,13 +138,13 @@ class MultiExitContrastiveLoss(nn.Module):
 
     def _sentence_transformer(self) -> nn.Sequential:
         """The model without the wrappers of DDP and `torch.compile`."""
-        model = self.model
+        model: Any = self.model
         while not isinstance(model, nn.Sequential):
             model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
         return model
 
     def _encoder(self) -> ModularStarEncoderForRetrieval:
-        encoder = getattr(self._sentence_transformer()[0], "auto_model", None)
+        encoder: Any = getattr(self._sentence_transformer()[0], "auto_model", None)
         if hasattr(encoder, "get_base_model"):
             encoder = encoder.get_base_model()
         if not isinstance(encoder, ModularStarEncoderForRetrieval):

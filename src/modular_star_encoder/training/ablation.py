@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import AfterValidator
 from pydantic import Field as Constraint
@@ -22,6 +22,7 @@ from modular_star_encoder.data.splits import RetrievalData
 from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.benchmarks.rows import read_json
 from modular_star_encoder.evaluation.lexical import BM25
+from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import RetrievalTask, TaskResult, held_out_tasks
 from modular_star_encoder.inference.load import checkpoint_checksum
@@ -32,8 +33,8 @@ from modular_star_encoder.training.ablation_report import (
     without_places,
     write_ablation_report,
 )
-from modular_star_encoder.training.finetuning import check_recipe, evaluate_checkpoint, finetune, prepare_data
-from modular_star_encoder.training.recipes import FinetuningRecipe
+from modular_star_encoder.training.finetuning import check_recipe, checkpoint_encoder, finetune, prepare_data
+from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe
 from modular_star_encoder.training.runs import ADAPTER, CHECKPOINTS, LOG, MODEL, open_run, processes_of_run
 from modular_star_encoder.training.starting_points import has_weights, starting_source
 from modular_star_encoder.utils.errors import UserError
@@ -44,6 +45,7 @@ from modular_star_encoder.utils.settings import (
     Seed,
     Switch,
     build_settings,
+    format_reference,
     set_dotted,
     settings_class,
 )
@@ -101,6 +103,8 @@ class AblationRecipe:
         allow_subset: whether partial files of benchmarks are accepted.
         keep_models: whether the weights of measured models stay on disk.
     """
+
+    EXAMPLE: ClassVar[str] = "hub_configs/small/ablation.yaml"
 
     finetuning: Mapping[str, Any]
     seeds: Annotated[tuple[Seed, ...], Constraint(min_length=1), Different] = (0, 1, 2)
@@ -175,6 +179,20 @@ class AblationRecipe:
         for key, value in changes.items():
             set_dotted(settings, key, value, name)
         return build_settings(FinetuningRecipe, settings, name)
+
+
+def recipe_reference(command: str) -> str:
+    """Every key of the recipes of `pretrain`, `finetune` or `ablate`: type, default and meaning, one line each."""
+    kinds: dict[str, dict[str, type]] = {
+        "pretrain": {"settings": PretrainingRecipe},
+        "finetune": {
+            "settings with task: retrieval": FinetuningRecipe,
+            "settings with task: classification": ClassificationRecipe,
+        },
+        "ablate": {"settings": AblationRecipe},
+    }
+    parts = [f"{title}:\n{format_reference(kind)}\n" for title, kind in kinds[command].items()]
+    return "\n".join([*parts, "Every other argument of transformers.TrainingArguments is a setting, too.\n"])
 
 
 def ablate(
@@ -266,12 +284,13 @@ def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
         UserError: a benchmark that does not rank.
         ValueError: an unknown name or a damaged file.
     """
-    tasks = []
-    for name in choose_benchmarks(recipe.benchmarks, recipe.benchmark_data or ""):
-        tasks += load_benchmark(name, recipe.benchmark_data, allow_subset=recipe.allow_subset)
-    for task in tasks:
-        if not isinstance(task, RetrievalTask) or task.metrics[0] != "mrr":
-            raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; choose a retrieval benchmark.")
+    tasks: list[RetrievalTask] = []
+    folder = recipe.benchmark_data or ""
+    for name in choose_benchmarks(recipe.benchmarks, folder):
+        for task in load_benchmark(name, folder, allow_subset=recipe.allow_subset):
+            if not isinstance(task, RetrievalTask) or task.metrics[0] != "mrr":
+                raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; choose a retrieval benchmark.")
+            tasks.append(task)
     return tasks
 
 
@@ -296,13 +315,14 @@ def _run_cell(
         finetune(cell.recipe, run, data=data, progress=progress, announce=lambda _: None)
         if state.is_main_process:
             missing = [task for task, name in zip(tasks, names, strict=True) if name not in known]
-            measured = evaluate_checkpoint(cell.recipe, run / MODEL, missing, progress=progress)
+            encoder = checkpoint_encoder(cell.recipe, run / MODEL)
+            measured = evaluate_tasks(missing, [EmbeddingRetriever(encoder)], progress=progress)
             write_json(run / SCORES, known | _by_task(missing, measured))
         state.wait_for_everyone()
         known = _read_scores(run)
     if state.is_main_process:
         _clean(run, recipe.keep_models)
-    found: dict[str, dict[int, Values]] = {}
+    found: dict[str, dict[int, Any]] = {}
     for task, name in zip(tasks, names, strict=True):
         for exit_layer, ranks in known[name].items():
             found.setdefault(task.benchmark, {}).setdefault(int(exit_layer), {})[task.name] = ranks

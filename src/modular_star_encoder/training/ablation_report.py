@@ -104,8 +104,8 @@ class _Benchmark:
     def variant(self, name: str) -> dict[str, Any]:
         """The estimates of a variant, and of its difference from the self-distilled model.
 
-        It is recommended if it raises the mean over exits (the interval of the difference lies above 0) and lowers no
-        exit (no interval of an exit's difference lies below 0), by MRR.
+        It is recommended if it raises the mean MRR over exits (the interval of the difference is above 0) and lowers no
+        exit (no interval of an exit's difference is below 0).
         """
         pairs = {
             exit_layer: (self.values(name, exit_layer), self.values(SELF_DISTILLED, exit_layer))
@@ -238,8 +238,8 @@ def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
                 figures = [found["exits"][exit_layer][key][metric] for exit_layer in exits]
                 places = list(map(int, exits))
                 (line,) = axes.plot(places, [100 * one["value"] for one in figures], marker="o", label=label)
-                bounds = ([100 * one[bound] for one in figures] for bound in ("low", "high"))
-                axes.fill_between(places, *bounds, alpha=0.15, color=line.get_color(), linewidth=0)
+                low, high = ([100 * one[bound] for one in figures] for bound in ("low", "high"))
+                axes.fill_between(places, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
             axes.set(xlabel="layers", ylabel=f"{metric_label(metric)} × 100", title=name)
             axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)

@@ -111,11 +111,11 @@ class MultiStepSchedule:
 
 
 def bf16_is_faster() -> bool:
-    """Whether this machine's default device multiplies matrices in bfloat16 by instructions of its own.
+    """Whether this machine's default device has instructions that multiply matrices in bfloat16.
 
-    True on recent GPUs and on CPUs with AMX, AVX512-BF16 or Arm's BF16; others only emulate bfloat16, and autocast
-    would slow training down. Told by what the machine says of itself (Linux), not by the clock: an interrupted run that
-    decided otherwise when it is resumed would end with other weights.
+    True on recent GPUs and on CPUs with AMX, AVX512-BF16 or Arm's BF16; others emulate bfloat16, and autocast would
+    slow training down. The answer comes from the machine's flags (Linux), not from a measurement, so that an
+    interrupted run gets the same answer when it is resumed.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

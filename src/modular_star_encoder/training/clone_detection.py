@@ -60,8 +60,12 @@ def finetune_classifier(
             return log
     model, tokenizer = starting_model(ModularStarEncoderForSequenceClassification, recipe)
     collator = ClassificationCollator(tokenizer)
-    limits = {"train": recipe.max_train_samples, "valid": recipe.max_eval_samples, "test": recipe.max_eval_samples}
-    options = {"max_tokens": recipe.max_tokens, "progress": progress and state.is_main_process}
+    limits: dict[str, Any] = {
+        "train": recipe.max_train_samples,
+        "valid": recipe.max_eval_samples,
+        "test": recipe.max_eval_samples,
+    }
+    options: dict[str, Any] = {"max_tokens": recipe.max_tokens, "progress": progress and state.is_main_process}
     splits = {
         split: ClassificationRows(
             pairs if limits[split] is None else pairs.sample(limits[split], recipe.seed), tokenizer, **options

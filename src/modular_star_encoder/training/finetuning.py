@@ -18,7 +18,7 @@ from modular_star_encoder.data.splits import RetrievalData, prepare_retrieval_da
 from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
-from modular_star_encoder.evaluation.tasks import RetrievalTask, TaskResult, held_out_tasks
+from modular_star_encoder.evaluation.tasks import held_out_tasks
 from modular_star_encoder.inference.checkpoints import is_servable, write_sentence_transformer_files
 from modular_star_encoder.inference.encoders import ExitEncoder
 from modular_star_encoder.inference.load import load_checkpoint
@@ -28,7 +28,7 @@ from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.clone_detection import finetune_classifier
 from modular_star_encoder.training.preflight import FinetuningPreflight, finetuning_preflight
-from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe, load_recipe
+from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe
 from modular_star_encoder.training.runs import (
     CHECKPOINTS,
     MODEL,
@@ -40,7 +40,7 @@ from modular_star_encoder.training.runs import (
 from modular_star_encoder.training.starting_points import add_adapters, save_trained, starting_config, starting_model
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.settings import read_mapping
+from modular_star_encoder.utils.settings import build_settings, read_mapping
 
 logger = logging.get_logger(__name__)
 
@@ -52,11 +52,12 @@ def load_finetuning(
 
     Arguments and errors as for `load_recipe`.
     """
-    task = read_mapping(path, overrides, example="hub_configs/small/finetune.yaml").get("task", "retrieval")
+    content = read_mapping(path, overrides, example=FinetuningRecipe.EXAMPLE)
+    task = content.get("task", "retrieval")
     if task == "classification":
-        return load_recipe(ClassificationRecipe, path, overrides), finetune_classifier
+        return build_settings(ClassificationRecipe, content, str(path)), finetune_classifier
     if task == "retrieval":
-        return load_recipe(FinetuningRecipe, path, overrides), finetune
+        return build_settings(FinetuningRecipe, content, str(path)), finetune
     raise UserError("training.task", f"task must be retrieval or classification, not {task!r}.")
 
 
@@ -209,36 +210,19 @@ def _batches(
     )
 
 
-def evaluate_checkpoint(
-    recipe: FinetuningRecipe,
-    checkpoint: Path,
-    tasks: Sequence[RetrievalTask],
-    *,
-    lexical: bool = False,
-    progress: bool = True,
-) -> list[TaskResult]:
-    """The results of every exit of a checkpoint on tasks, with texts as long as in training.
-
-    Args:
-        recipe: the recipe of the checkpoint.
-        checkpoint: its folder.
-        tasks: the tasks.
-        lexical: whether to add the results of BM25.
-        progress: whether to show progress bars.
-    """
+def checkpoint_encoder(recipe: FinetuningRecipe, checkpoint: Path) -> ExitEncoder:
+    """The encoder of a checkpoint that a recipe trained, at every exit, for texts as long as in training."""
     model, tokenizer = load_checkpoint(checkpoint)
     longest = max(recipe.max_text_tokens, recipe.max_code_tokens)
-    encoder = ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=longest)
-    retrievers = [*([BM25()] if lexical else []), EmbeddingRetriever(encoder)]
-    return evaluate_tasks(tasks, retrievers, progress=progress)
+    return ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=longest)
 
 
 def _retrieval(recipe: FinetuningRecipe, data: RetrievalData, out: Path, progress: bool) -> Mapping[str, Any]:
-    """Benchmark → retriever → estimates of the saved model's exits and of BM25 on the held-out rows."""
+    """Benchmark → retriever → estimates of BM25 and the saved model's exits on the held-out rows."""
+    encoder = checkpoint_encoder(recipe, out / MODEL)
     tasks = held_out_tasks(data.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
-    results = evaluate_checkpoint(recipe, out / MODEL, tasks, lexical=True, progress=progress)
     found: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
-    for result in results:
+    for result in evaluate_tasks(tasks, [BM25(), EmbeddingRetriever(encoder)], progress=progress):
         name = result.retriever if result.exit_layer is None else f"exit {result.exit_layer}"
         found[result.benchmark][name] = {metric: asdict(estimate) for metric, estimate in result.estimates.items()}
     return found

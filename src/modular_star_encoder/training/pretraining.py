@@ -102,7 +102,11 @@ def pretrain(
     if state.is_main_process:
         announce(estimate)
     rows = recipe.max_steps * recipe.rows_per_device * accumulation * state.num_processes
-    options = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability, "progress": False}
+    options: dict[str, Any] = {
+        "max_tokens": recipe.max_tokens,
+        "mlm_probability": recipe.mlm_probability,
+        "progress": False,
+    }
     pairs = InContextPairs(train, tokenizer, length=rows, seed=recipe.seed, **options)
     unseen = InContextPairs(held_out, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 1, **options)
     if recipe.start_from_corpus and not has_weights(model_folder(recipe.model)):
@@ -112,7 +116,9 @@ def pretrain(
         start_from_spellings(model.get_input_embeddings(), spellings, seed=recipe.seed)
         start_from_unigrams(model.heads.decoder, torch.nn.functional.pad(pairs.token_counts(), (0, len(unused))))
     fitted = InContextPairs(train, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 2, **options)
-    overlap = identifier_overlap_accuracy(fitted, unseen, tokenizer)
+    overlap = identifier_overlap_accuracy(
+        [fitted[row] for row in range(recipe.eval_rows)], [unseen[row] for row in range(recipe.eval_rows)], tokenizer
+    )
     trainer = MultiExitTrainer(
         model,
         arguments,

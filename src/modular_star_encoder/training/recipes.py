@@ -61,7 +61,7 @@ class TrainingSettings:
         seed: seed of everything random, from 0 to 4294967295.
     """
 
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+    DEFAULTS: ClassVar[dict[str, Any]] = {
         "warmup_steps": 0,
         "lr_scheduler_type": "linear",
         "adam_beta1": 0.9,
@@ -76,11 +76,8 @@ class TrainingSettings:
         "dataloader_num_workers": 0,
         "seed": 0,
         "exit_weights": "paper",
-        "normalize_exit_weights": False,
-        "rotate_shallow_exits": False,
-        "log_gradient_norms": False,
-        "milestones": [],
-        "fractions": [],
+        **dict.fromkeys(("normalize_exit_weights", "rotate_shallow_exits", "log_gradient_norms"), False),
+        **dict.fromkeys(("milestones", "fractions"), ()),
     }
     REQUIRED: ClassVar[tuple[str, ...]] = ("max_steps", "learning_rate")
     OPEN_KEYS: ClassVar[tuple[str, type]] = ("training", MultiExitTrainingArguments)
@@ -162,7 +159,7 @@ class TrainingSettings:
             "per_device_eval_batch_size": rows_per_device,
             "auto_find_batch_size": False,
         }
-        defaults = {
+        defaults: dict[str, Any] = {
             "eval_strategy": "steps",
             "bf16": bf16_is_faster(),
             "use_cpu": not torch.cuda.is_available(),
@@ -191,7 +188,7 @@ class StageSettings(TrainingSettings):
     """
 
     # 0.999 as adam_beta2 would remember more steps than a short stage has.
-    DEFAULTS: ClassVar[Mapping[str, Any]] = TrainingSettings.DEFAULTS | {
+    DEFAULTS: ClassVar[dict[str, Any]] = TrainingSettings.DEFAULTS | {
         "weight_decay": 0.01,
         "adam_beta2": 0.98,
         "adam_epsilon": 1e-8,
@@ -215,6 +212,8 @@ class QuickstartRecipe:
         attn_implementation: attention to train with.
         seed: seed of everything random.
     """
+
+    EXAMPLE: ClassVar[str] = "hub_configs/quickstart/recipe.yaml"
 
     vocab_size: Count
     max_query_tokens: Count
@@ -257,6 +256,8 @@ class PretrainingRecipe(TrainingRecipe):
         eval_fraction: share of the repositories kept for evaluation.
         eval_rows: held-out rows of one evaluation.
     """
+
+    EXAMPLE: ClassVar[str] = "hub_configs/small/recipe.yaml"
 
     corpus: Mapping[str, Any]
     tokens_per_step: Count
@@ -325,7 +326,8 @@ class FinetuningRecipe(StartingRecipe):
         eval_pairs: held-out pairs of one evaluation.
     """
 
-    DEFAULTS: ClassVar[Mapping[str, Any]] = StartingRecipe.DEFAULTS | {"lr_scheduler_type": "constant_with_warmup"}
+    EXAMPLE: ClassVar[str] = "hub_configs/small/finetune.yaml"
+    DEFAULTS: ClassVar[dict[str, Any]] = StartingRecipe.DEFAULTS | {"lr_scheduler_type": "constant_with_warmup"}
 
     data: Mapping[str, Any]
     batch_size: Count
@@ -405,11 +407,6 @@ class ClassificationRecipe(StartingRecipe):
 
 AnyRecipe = TypeVar("AnyRecipe")
 
-EXAMPLES: Mapping[type, str] = {
-    PretrainingRecipe: "hub_configs/small/recipe.yaml",
-    QuickstartRecipe: "hub_configs/quickstart/recipe.yaml",
-}
-
 
 def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> AnyRecipe:
     """Read a recipe.
@@ -428,4 +425,4 @@ def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: 
         >>> load_recipe(PretrainingRecipe, path, ["max_steps=500", "corpus.folder=~/code"]).max_steps
         500
     """
-    return load_settings(kind, path, overrides, example=EXAMPLES.get(kind, "hub_configs/small/finetune.yaml"))
+    return load_settings(kind, path, overrides, example=getattr(kind, "EXAMPLE", ""))

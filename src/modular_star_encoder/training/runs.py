@@ -10,13 +10,14 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from modular_star_encoder.training.recipes import TrainingSettings
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file, write_json
 from modular_star_encoder.utils.settings import build_settings
@@ -29,23 +30,12 @@ MAY_CHANGE = frozenset({"dataloader_num_workers", "save_total_limit"})
 """Settings that do not influence what is learned, so that a run may continue with others."""
 
 
-class Recipe(Protocol):
-    """A settings class that a run can be opened with."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings as plain values."""
-        ...
-
-
-AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
-
-
 def processes_of_run() -> PartialState:
     """This process and the others of the run; without a GPU they communicate by gloo."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def open_run(out: Path, recipe: Recipe, kind: str, *, until_trained: Iterable[str]) -> dict[str, Any] | None:
+def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str]) -> dict[str, Any] | None:
     """Create the folder of a run, or check that it holds a run with the same recipe; the log of a finished run.
 
     From the first checkpoint on all settings must be the same, except those in `MAY_CHANGE`.
@@ -81,7 +71,7 @@ def open_run(out: Path, recipe: Recipe, kind: str, *, until_trained: Iterable[st
     return json.loads((out / LOG).read_text(encoding="utf-8")) if (out / LOG).is_file() else None
 
 
-def _settings_before(written: Path, recipe: Recipe) -> dict[str, Any]:
+def _settings_before(written: Path, recipe: TrainingSettings) -> dict[str, Any]:
     """The settings in `recipe.json`, with today's names and defaults where an older version wrote it."""
     before: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
     try:
@@ -191,14 +181,10 @@ def stop_for_non_finite_loss(
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Names and values of everything in nested mappings and lists."""
-    if isinstance(value, Mapping):
-        parts = value.items()
-    elif isinstance(value, list | tuple):
-        parts = enumerate(value)
-    else:
+    if not isinstance(value, Mapping | list | tuple):
         yield name, value
         return
-    for key, part in parts:
+    for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
         yield from _leaves(part, f"{name}.{key}" if name else str(key))
 
 

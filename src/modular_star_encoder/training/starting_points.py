@@ -49,7 +49,7 @@ def model_folder(name: str) -> Path:
 
 
 def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Where a model is, and whether it has weights; a name of the form owner/name that is no folder is a Hub id.
+    """Where a model is, and whether it has weights; a name of the form owner/name without a folder is a Hub id.
 
     Raises:
         UserError: as `model_folder`.
@@ -144,8 +144,8 @@ def _is_hub_id(name: str) -> bool:
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
     """Set the vocabulary projection's bias to the tokens' log frequencies, add-one smoothed.
 
-    Otherwise the first hundreds of steps go into learning them. In a small model, fine-tuning from such a start was
-    much slower than from random weights; from this one it was about as fast.
+    Otherwise the first hundreds of steps go into learning them. In a small model, fine-tuning after a pre-training
+    without this start was much slower than from random weights; with it, it was about as fast.
 
     Args:
         decoder: (features → V), with a bias.
@@ -259,7 +259,8 @@ def save_trained(
     if not trainer.is_world_process_zero():
         return
     if adapted and not (out / MODEL).exists():
-        trained = trainer.model.get_base_model()
+        model: Any = trainer.model
+        trained = model.get_base_model()
         with staged_folder(out / MODEL) as staging:
             merged = merged_model(starting_model(type(trained), recipe)[0], out / ADAPTER)
             merged.config.unpad_inputs = trained.config.unpad_inputs

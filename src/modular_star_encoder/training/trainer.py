@@ -58,13 +58,14 @@ class MultiExitTrainer(Trainer):
             model, `rotate_shallow_exits` or `log_gradient_norms`.
 
     Example:
+        >>> import tempfile
         >>> from modular_star_encoder import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
         >>> from modular_star_encoder.objectives.contrastive import ContrastiveObjective
         >>> config = ModularStarEncoderConfig(
         ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2], num_attention_heads=4,
         ...     num_key_value_heads=2, intermediate_size=64, projection_size=16,
         ... )
-        >>> arguments = MultiExitTrainingArguments("runs/example", exit_weights="uniform", use_cpu=True)
+        >>> arguments = MultiExitTrainingArguments(tempfile.mkdtemp(), exit_weights="uniform", use_cpu=True)
         >>> trainer = MultiExitTrainer(ModularStarEncoderForRetrieval(config), arguments, ContrastiveObjective())
         >>> trainer.exit_layers
         (1, 2)
@@ -88,8 +89,8 @@ class MultiExitTrainer(Trainer):
         self.rotate_shallow_exits = own is not None and own.rotate_shallow_exits
         self.log_gradient_norms = own is not None and own.log_gradient_norms
         self.schedule = own.schedule if own is not None else None
-        self.objective = objective
-        config = model.config
+        self.objective: Objective = objective
+        config: Any = model.config
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
         if hasattr(objective, "check"):
             objective.check(self.exit_layers, config.projection_size)
@@ -135,7 +136,7 @@ class MultiExitTrainer(Trainer):
             stop_for_non_finite_loss(
                 inputs,
                 dict(zip(exits, output.losses.tolist(), strict=True)),
-                self.args.output_dir,
+                self._output_dir,
                 step=self.state.global_step + 1,
                 rank=self.args.process_index,
             )
@@ -146,7 +147,9 @@ class MultiExitTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The schedule of `args.milestones`, or that of `args.lr_scheduler_type`."""
         if self.schedule is not None and self.lr_scheduler is None:
-            self.lr_scheduler = self.schedule.scheduler(optimizer or self.optimizer)
+            chosen = optimizer or self.optimizer
+            assert chosen is not None  # Trainer creates the optimizer first
+            self.lr_scheduler = self.schedule.scheduler(chosen)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -158,7 +161,11 @@ class MultiExitTrainer(Trainer):
         """As in `Trainer`, but without the pickle of the settings: what was saved may be published as it is."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            Path(output_dir or self._output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    @property
+    def _output_dir(self) -> str:
+        return self.args.output_dir or "trainer_output"
 
     def _exits_of_this_step(self, model: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
         """The exits to train now, and their weights."""
@@ -213,23 +220,25 @@ class MultiExitTrainer(Trainer):
     ) -> tuple[torch.Tensor, None, None]:
         """The total loss of one batch; the exits' metrics are gathered on the way."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)))
+        assert isinstance(loss, torch.Tensor)  # compute_loss was not asked for outputs
         return loss.detach(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in `Trainer`, with `{prefix}_{metric}_exit_{layer}` among the metrics."""
+        metric_key_prefix = kwargs.get("metric_key_prefix", "eval")
         # Training metrics that are not logged yet must survive an evaluation between two log lines.
         training = (self._sums, self._counts)
         self._sums, self._counts = {}, {}
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
             metrics = self._drain_metrics()
         finally:
             self._sums, self._counts = training
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        added = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         if self._evaluator_is_due(metric_key_prefix):
-            output.metrics.update({f"eval_{name}": value for name, value in self._evaluate_exits().items()})
-        return output
+            added |= {f"eval_{name}": value for name, value in self._evaluate_exits().items()}
+        return output._replace(metrics={**(output.metrics or {}), **added})
 
     def _evaluator_is_due(self, metric_key_prefix: str) -> bool:
         """Whether this is `evaluate` on the trainer's own data, and the first of them if there are several."""
@@ -238,8 +247,9 @@ class MultiExitTrainer(Trainer):
 
     def _evaluate_exits(self) -> dict[str, float]:
         """The evaluator's metrics, those of the first process, so that all choose the same best checkpoint."""
-        folder = os.path.join(self.args.output_dir, "eval") if self.is_world_process_zero() else None
+        folder = os.path.join(self._output_dir, "eval") if self.is_world_process_zero() else None
         model = self.accelerator.unwrap_model(self.model)
+        assert self.evaluator is not None
         metrics = self.evaluator(model, folder, self.state.epoch or 0, self.state.global_step, across_processes=True)
         return broadcast_object_list([metrics])[0]
 

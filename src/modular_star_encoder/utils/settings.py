@@ -76,7 +76,7 @@ def settings_class(kind: type[Settings]) -> type[Settings]:
         >>> Run(steps="1e3")
         Run(steps=1000)
     """
-    made = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(kind)
+    made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(kind)
     check: Any = made.__init__
 
     @wraps(check)
@@ -86,7 +86,7 @@ def settings_class(kind: type[Settings]) -> type[Settings]:
         except ValidationError as error:
             raise _user_error(error, kind.__name__) from error
 
-    made.__init__ = __init__  # type: ignore[method-assign]
+    made.__init__ = __init__
     return made
 
 
@@ -178,9 +178,8 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
             elif (check := _PLAIN.get(expected)) is not None:
                 values[name] = _named(check, name, value)
         if collected := getattr(kind, "OPEN_KEYS", None):
-            own = {one.name for one in fields(kind)}  # type: ignore[arg-type]
-            rest = {name: values.pop(name) for name in list(values) if name not in own}
-            values[collected[0]] = rest
+            open_names = {one.name for one in fields(collected[1])} - {one.name for one in _fields(kind)}
+            values[collected[0]] = {name: values.pop(name) for name in list(values) if name in open_names}
         return kind(**values)
     except UserError as error:
         if isinstance(error.__cause__, ValidationError):
@@ -217,9 +216,13 @@ def rename_old_keys(kind: type, content: Mapping[Any, Any]) -> dict[Any, Any]:
     return renamed
 
 
+def _fields(kind: Any) -> tuple[Field[Any], ...]:
+    return fields(kind)
+
+
 def _keys(kind: type) -> list[Field[Any]]:
     """The dataclass fields that are keys of a settings class, those it collects included."""
-    own = [one for one in fields(kind) if one.init]  # type: ignore[arg-type]
+    own = [one for one in _fields(kind) if one.init]
     if collected := getattr(kind, "OPEN_KEYS", None):
         names = {one.name for one in own}
         own = [one for one in own if one.name != collected[0]]
@@ -283,7 +286,7 @@ def reference(kind: type, prefix: str = "") -> Iterator[Key]:
         meanings |= {name: text for name, text in _meanings(collected[1]).items() if name not in meanings}
         hints = get_type_hints(collected[1]) | hints
     for one in _keys(kind):
-        if one not in fields(kind) and one.name not in meanings and one.name not in defaults:  # type: ignore[arg-type]
+        if one not in _fields(kind) and one.name not in meanings and one.name not in defaults:
             continue
         inner = next((part for part in (hints[one.name], *get_args(hints[one.name])) if is_dataclass(part)), None)
         if isinstance(inner, type):
@@ -324,7 +327,7 @@ def type_name(hint: Any) -> str:
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """Key → its description under `Args:` in the docstrings of a class and its bases."""
+    """Key → the first sentence of its description under `Args:` in the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for base in kind.__mro__:
         if not is_dataclass(base) or base.__module__.startswith("transformers."):
@@ -332,5 +335,5 @@ def _meanings(kind: type) -> dict[str, str]:
         _, _, block = (base.__doc__ or "").partition("Args:\n")
         for names, text in re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", block, flags=re.MULTILINE):
             for name in names.split(", "):
-                found.setdefault(name, " ".join(text.split()))
+                found.setdefault(name, re.split(r"(?<=[.;]) ", " ".join(text.split()))[0].rstrip(";"))
     return found
