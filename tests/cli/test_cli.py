@@ -191,7 +191,7 @@ def test_ctrl_c_is_one_line_and_status_130(capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modular_star_encoder.cli.hub.run_slice", interrupted)
+    monkeypatch.setattr("modular_star_encoder.cli.publish.run_slice", interrupted)
     assert run(capsys, "slice", "checkpoint", "--exit-layer", "4", "out") == (130, "", "mose: interrupted\n")
 
 
@@ -199,7 +199,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     def mistaken(*_):
         raise TypeError("a mistake of ours")
 
-    monkeypatch.setattr("modular_star_encoder.cli.hub.run_slice", mistaken)
+    monkeypatch.setattr("modular_star_encoder.cli.publish.run_slice", mistaken)
     with pytest.raises(TypeError):
         cli.main(["slice", "checkpoint", "--exit-layer", "4", "out"])
 

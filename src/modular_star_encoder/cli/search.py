@@ -1,4 +1,4 @@
-"""The commands `mose index` and `mose search` of `modular_star_encoder.cli.main`; like it, quick to import."""
+"""The commands that search code: `mose index`, `mose search`, `mose demo`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+from modular_star_encoder.cli.options import exit_list, margin_or_fit, name_list
 
 _HOW_AN_INDEX_IS_MADE = {
     "model": None,
@@ -26,8 +28,8 @@ _HOW_AN_INDEX_IS_MADE = {
 """Options of `mose index` as they are unless they are given."""
 
 
-def add_search_commands(commands: Any, exit_list: Callable[[str], Any], name_list: Callable[[str], Any]) -> None:
-    """Define `mose index` and `mose search`; the two functions parse lists of exits and of names."""
+def add_search_commands(commands: Any) -> None:
+    """Add the commands to the subparsers of `mose`."""
     index = commands.add_parser("index", help="index a code folder, or bring its index up to date")
     index.add_argument("folder", metavar="FOLDER", help="a folder of source code")
     index.add_argument("--out", metavar="INDEX", help="a folder, s3://…, or qdrant:NAME@URL (default: .mose in FOLDER)")
@@ -63,20 +65,26 @@ def add_search_commands(commands: Any, exit_list: Callable[[str], Any], name_lis
     search.add_argument("--json", action="store_true", help="print JSON")
     search.set_defaults(run=run_search)
 
+    demo = commands.add_parser("demo", help="search an index on a page in the browser, two exits side by side")
+    demo.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
+    demo.add_argument("--model", metavar="CHECKPOINT", help="where the index's checkpoint is now, if it was moved")
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, this machine alone)"
+    )
+    demo.add_argument("--port", metavar="N", type=int, help="default: the first free one from 7860 on")
+    demo.add_argument(
+        "--source",
+        metavar="URL",
+        help="the indexed folder in a repository on the web, for links: https://github.com/OWNER/NAME/blob/REVISION/src",
+    )
+    demo.set_defaults(run=run_demo)
+
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--model", metavar="CHECKPOINT", help=f"folder or Hub repository (default: {default})")
     parser.add_argument("--exit-layer", metavar="K", type=int, help="exit to embed at (default: the deepest)")
     parser.add_argument("--latency-ms", metavar="MS", type=float, help="choose the exit by its exit profile")
     parser.add_argument("--memory-mb", metavar="MB", type=float, help="the same by its peak memory")
-
-
-def margin_or_fit(text: str) -> float | str:
-    """`"0.02"` → 0.02, and `"fit"` as it is; argparse reports anything else."""
-    try:
-        return text if text == "fit" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither fit nor a number such as 0.02") from None
 
 
 def run_index(arguments: argparse.Namespace) -> None:
@@ -217,6 +225,15 @@ def _cascade(arguments: argparse.Namespace, index: Any, exit_layer: int | None) 
         file=sys.stderr,
     )
     return replace(cascade, margin=fitted.margin)
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    """`mose demo`."""
+    from modular_star_encoder.demo.serving import serve
+    from modular_star_encoder.search.index import CodeIndex, find_index
+
+    index = CodeIndex.open(arguments.index or find_index())
+    serve(index, checkpoint=arguments.model, host=arguments.host, port=arguments.port, source=arguments.source)
 
 
 def _hide_loading_bars() -> None:

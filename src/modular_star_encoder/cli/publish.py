@@ -1,4 +1,4 @@
-"""The commands of `mose` that write and publish checkpoints: slice, card, publish."""
+"""The commands that write and publish checkpoints: `mose slice`, `mose card`, `mose publish`, `mose export`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 
-def add_hub_commands(commands: Any) -> None:
-    """Add them to the commands of `mose`, an action of `argparse`."""
+def add_publish_commands(commands: Any) -> None:
+    """Add the commands to the subparsers of `mose`."""
     cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
     cut.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
     cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
@@ -29,6 +29,16 @@ def add_hub_commands(commands: Any) -> None:
     publish.add_argument("--public", action="store_true", help="make new repositories public")
     publish.add_argument("--out", metavar="FOLDER", help="keep what was staged there; it must not exist")
     publish.set_defaults(run=run_publish)
+
+    export = commands.add_parser("export", help="write one exit as an ONNX folder for serving")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    export.add_argument("--exit-layer", metavar="K", type=int, help="default: the deepest")
+    export.add_argument("--out", metavar="FOLDER", help="must not exist; default: CHECKPOINT-K-onnx")
+    export.add_argument("--int8", action="store_true", help="also write 8-bit weights, measured on --data")
+    export.add_argument("--data", metavar="FOLDER", help="source code, or a benchmark: compare rankings on it")
+    export.add_argument("--benchmark", metavar="NAME", default="folder", help="what --data holds (default: folder)")
+    export.add_argument("--allow-subset", action="store_true", help="accept partial benchmark files")
+    export.set_defaults(run=run_export)
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +83,28 @@ def run_publish(arguments: argparse.Namespace) -> None:
         manifest = load_manifest(arguments.source, arguments.overrides)
     publications = publish(manifest, upload=arguments.upload, private=not arguments.public, staging=arguments.out)
     print(*publications, sep="\n\n")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """`mose export`."""
+    if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
+        raise ValueError("--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files.")
+    from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
+    from modular_star_encoder.evaluation.tasks import RetrievalTask
+    from modular_star_encoder.hub.onnx_ranking import format_rankings
+    from modular_star_encoder.hub.serving_folder import export_for_serving
+
+    tasks = []
+    for name in choose_benchmarks([arguments.benchmark], arguments.data) if arguments.data else ():
+        tasks += load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset)
+    if not all(isinstance(task, RetrievalTask) for task in tasks):
+        raise ValueError(f"{arguments.benchmark} is about pairs, and an export is measured by rankings.")
+    written = export_for_serving(
+        arguments.checkpoint, arguments.exit_layer, arguments.out, int8=arguments.int8, tasks=tasks
+    )
+    if tasks:
+        print(format_rankings(written.rankings), end="\n\n")
+    print(written.folder)
 
 
 def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
