@@ -148,7 +148,7 @@ def test_a_slice_that_cannot_be_made_leaves_nothing_behind(capsys, checkpoint, t
     ("arguments", "message"),
     [
         (("search", "add", "--folder", "CODE", "--model", "./no-such-folder"), "There is no checkpoint folder"),
-        (("search", "add", "--folder", "./no-such-folder", "--model", "CHECKPOINT"), "does not exist"),
+        (("search", "add", "--folder", "./no-such-folder", "--model", "CHECKPOINT"), "./no-such-folder"),
         (("search", " ", "--folder", "CODE", "--model", "CHECKPOINT"), "blank"),
         (("search", "add", "--folder", "CODE", "--model", "CHECKPOINT", "--exit-layer", "3"), "its exits are 1, 2, 4"),
         (("evaluate", "CHECKPOINT", "--data", "CODE", "--exit-layers", "1,3"), "its exits are 1, 2, 4"),

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from modular_star_encoder.search.cascade import Cascade, fit_threshold, threshold_curve
+from modular_star_encoder.search.cascade import fit_threshold, threshold_curve
+from modular_star_encoder.search.ranking import Cascade
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import pytest
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.load import load_checkpoint
-from modular_star_encoder.search import embedder, margins
-from modular_star_encoder.search.cascade import Cascade
+from modular_star_encoder.search import cascade as margins
+from modular_star_encoder.search import embedder
+from modular_star_encoder.search.cascade import fit_margin, fitted_margin
 from modular_star_encoder.search.index import CodeIndex
-from modular_star_encoder.search.margins import fit_margin, fitted_margin
+from modular_star_encoder.search.ranking import Cascade
 from tests.search.samples import build, stored_rows, write_code
 
 QUESTION = "put an item on top"

@@ -4,7 +4,7 @@ import re
 import lancedb
 import pytest
 
-from modular_star_encoder.search.settings import glob_expression
+from modular_star_encoder.search.vector_store import glob_expression
 
 PATHS = ["a.py", "src/a.py", "src/deep/b.py", "src/it's (1).go", "src/[x].js", "source/a.py", "src/a.pyi", "src/a+b.c"]
 

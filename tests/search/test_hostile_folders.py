@@ -110,7 +110,7 @@ def test_an_empty_folder_is_an_empty_index(tmp_path, checkpoint):
     (tmp_path / "code").mkdir()
     index = build(tmp_path / "code", tmp_path / "index", checkpoint)
     assert index.report.rows == 0
-    for method in ("vector", "lexical", "fused"):
+    for method in ("vector", "lexical", "hybrid"):
         assert index.search(["anything"], method=method)[0].hits == []
     (tmp_path / "code" / "a.py").write_text(function("a"))
     assert index.update(processes=1, progress=False).rows == 1

@@ -12,14 +12,12 @@ from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.search import building
-from modular_star_encoder.search.cascade import Cascade
+from modular_star_encoder.search.cascade import fit_margin
 from modular_star_encoder.search.embedder import Embedder
-from modular_star_encoder.search.folder import search_folder
 from modular_star_encoder.search.index import CodeIndex, find_index
-from modular_star_encoder.search.margins import fit_margin
 from modular_star_encoder.search.qdrant_store import QdrantStore
-from modular_star_encoder.search.ranking import reciprocal_rank_fusion
-from modular_star_encoder.search.snippets import Windows
+from modular_star_encoder.search.ranking import Cascade, reciprocal_rank_fusion
+from modular_star_encoder.search.settings import Windows
 from tests.search.samples import FILES, build, stored_rows, write_code
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -106,7 +104,7 @@ def test_words_find_identifiers_and_fusion_adds_reciprocal_ranks(shared_index):
     assert words.hits[0].name == "parseHeader"
     assert {hit.exit_layer for hit in words.hits} == {None}
     (vectors,) = shared_index.search(["header of a file, to parse"], top_k=100)
-    (fused,) = shared_index.search(["header of a file, to parse"], method="fused")
+    (fused,) = shared_index.search(["header of a file, to parse"], method="hybrid")
     places = [[(hit.path, hit.line) for hit in answer.hits] for answer in (vectors, words)]
     expected = reciprocal_rank_fusion(places)
     assert {(hit.path, hit.line): hit.score for hit in fused.hits} == pytest.approx(expected)
@@ -114,12 +112,12 @@ def test_words_find_identifiers_and_fusion_adds_reciprocal_ranks(shared_index):
 
 
 def test_a_fused_hit_names_an_exit_only_if_one_found_it(shared_index, monkeypatch):
-    monkeypatch.setattr("modular_star_encoder.search.index._FUSED_DEPTH", 2)
+    monkeypatch.setattr("modular_star_encoder.search.index._HYBRID_DEPTH", 2)
     named = set()
     for question in ("parse header", "option", "push", "pop", "add"):
         (vectors,) = shared_index.search([question], top_k=2, exit_layer=1)
         by_vectors = {(hit.path, hit.line) for hit in vectors.hits}
-        (fused,) = shared_index.search([question], top_k=2, exit_layer=1, method="fused")
+        (fused,) = shared_index.search([question], top_k=2, exit_layer=1, method="hybrid")
         for hit in fused.hits:
             assert hit.exit_layer == (1 if (hit.path, hit.line) in by_vectors else None)
             named.add(hit.exit_layer)
@@ -127,7 +125,7 @@ def test_a_fused_hit_names_an_exit_only_if_one_found_it(shared_index, monkeypatc
 
 
 def test_filters_leave_the_other_rows_out(shared_index):
-    for method in ("vector", "lexical", "fused"):
+    for method in ("vector", "lexical", "hybrid"):
         (answer,) = shared_index.search(["return a"], method=method, languages=["go", "javascript"])
         assert {hit.language for hit in answer.hits} == {"go", "javascript"}
         (answer,) = shared_index.search(["return items"], method=method, path="*.py")
@@ -316,7 +314,7 @@ def test_ctrl_c_leaves_an_index_that_answers_and_is_completed(code, tmp_path, ch
         build(code, tmp_path / "index", checkpoint)
     index = CodeIndex.open(tmp_path / "index")
     assert index.search(["push"])[0].hits
-    assert index.search(["option return parse"], method="fused")[0].hits
+    assert index.search(["option return parse"], method="hybrid")[0].hits
     report = index.update(processes=1, progress=False)
     assert (report.files, report.embedded_files, report.rows) == (4, 2, 7)
 
@@ -329,7 +327,7 @@ def test_ctrl_c_leaves_an_index_that_answers_and_is_completed(code, tmp_path, ch
         ({"questions": [" "]}, "none of them blank"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"exit_layer": 2}, "was built at exit 1, 4, not 2"),
-        ({"method": "magic"}, "vector, lexical or fused"),
+        ({"method": "magic"}, "vector, lexical or hybrid"),
         ({"languages": ["cobol"]}, "'cobol' is unknown"),
         ({"path": "[a"}, "without a ']'"),
     ],
@@ -357,7 +355,7 @@ def test_a_server_serves_the_same_answers(code, tmp_path, checkpoint, shared_ind
         (here,), (there,) = (one.search(["push an item"], **options) for one in (index, shared_index))
         assert [hit.text for hit in here.hits] == [hit.text for hit in there.hits]
         assert [hit.score for hit in here.hits] == pytest.approx([hit.score for hit in there.hits], abs=1e-5)
-    assert index.search(["parse header"], method="fused")[0].hits[0].name == "parseHeader"
+    assert index.search(["parse header"], method="hybrid")[0].hits[0].name == "parseHeader"
     write_code(code, {"stack.py": "def peek(self):\n    return self.items[-1]\n"})
     assert index.update(processes=1, progress=False).embedded_files == 1
     assert CodeIndex.open(store).search(["x"], path="stack.py")[0].hits[0].name == "peek"
@@ -368,9 +366,6 @@ def test_a_server_serves_the_same_answers(code, tmp_path, checkpoint, shared_ind
 def test_only_the_deepest_exit_is_indexed_unless_others_are_named_though_the_model_gives_all(code, tmp_path):
     checkpoint = save_retrieval_checkpoint(tiny_model(output_all_exits=True), tiny_tokenizer(), tmp_path / "model")
     assert build(code, tmp_path / "index", checkpoint).settings.exit_layers == (4,)
-    model, tokenizer = load_checkpoint(checkpoint)
-    ((hit,),) = search_folder(code, ["push an item"], model, tokenizer, top_k=1, progress=False)
-    assert hit.exit_layer == 4
 
 
 def test_a_copy_of_a_snippet_is_embedded_once_and_is_a_row_of_its_own(tmp_path, checkpoint, monkeypatch):

@@ -5,17 +5,18 @@ import numpy as np
 import pytest
 from qdrant_client import QdrantClient
 
+from modular_star_encoder.search.index import open_store
 from modular_star_encoder.search.lance_store import LanceStore
 from modular_star_encoder.search.qdrant_store import QdrantStore, connect
-from modular_star_encoder.search.settings import glob_expression
-from modular_star_encoder.search.snippets import Snippet
 from modular_star_encoder.search.vector_store import (
     Filter,
+    MemoryStore,
     Row,
+    Snippet,
     StoredFile,
     content_hash,
     file_id,
-    open_store,
+    glob_expression,
     readable_path,
     row_id,
     words_of,
@@ -25,11 +26,14 @@ from tests.loopback import LoopbackHandler, LoopbackServer
 SETTINGS = {"exit_layers": [1, 4], "dimension": 8, "states": False, "prompts": {"query": "é"}}
 
 
-@pytest.fixture(params=["lance", "qdrant"])
+@pytest.fixture(params=["lance", "qdrant", "memory"])
 def store(request, tmp_path):
-    made = (
-        LanceStore(str(tmp_path / "index")) if request.param == "lance" else QdrantStore(QdrantClient(":memory:"), "i")
-    )
+    kinds = {
+        "lance": lambda: LanceStore(str(tmp_path / "index")),
+        "qdrant": lambda: QdrantStore(QdrantClient(":memory:"), "i"),
+        "memory": MemoryStore,
+    }
+    made = kinds[request.param]()
     assert made.settings() is None
     made.create(SETTINGS)
     return made

@@ -14,10 +14,9 @@ from pygments.lexer import Lexer
 from pygments.lexers import PhpLexer, TextLexer, get_lexer_by_name
 from pygments.util import ClassNotFound
 
-from modular_star_encoder.search.cascade import Cascade
-from modular_star_encoder.search.display import printable
-from modular_star_encoder.search.hits import Answer, Hit
+from modular_star_encoder.search.hits import Answer, Hit, printable
 from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.ranking import Cascade
 from modular_star_encoder.search.vector_store import readable_path
 
 TOP_K = 5

@@ -17,8 +17,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import TextLexer, get_lexer_for_filename
 from pygments.util import ClassNotFound
 
-from modular_star_encoder.search.display import printable
-from modular_star_encoder.search.hits import Hit
+from modular_star_encoder.search.hits import Hit, printable
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.vector_store import file_id
 

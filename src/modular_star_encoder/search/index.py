@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from modular_star_encoder.data.languages.registry import check_languages
 from modular_star_encoder.search.building import UpdateReport, update_store
-from modular_star_encoder.search.cascade import Cascade
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.hits import Answer, Hit
-from modular_star_encoder.search.ranking import Ranker, fused, lexical
-from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, INDEX_FOLDER, IndexSettings, glob_expression
-from modular_star_encoder.search.snippets import Windows
+from modular_star_encoder.search.ranking import Cascade, Ranker, fused, lexical
+from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, IndexSettings, Windows
 from modular_star_encoder.search.vector_store import (
+    INDEX_FOLDER,
+    QDRANT,
     Filter,
     ForeignDataError,
     Found,
     VectorStore,
-    open_store,
+    glob_expression,
     readable_path,
 )
+from modular_star_encoder.utils.errors import UserError
 
-Method = Literal["vector", "lexical", "fused"]
+Method = Literal["vector", "lexical", "hybrid"]
 
-_FUSED_DEPTH = 100
+_HYBRID_DEPTH = 100
 _SECONDS_FOR_THE_LOCK = 3
 
 
@@ -203,7 +205,7 @@ class CodeIndex:
             questions: one or more.
             top_k: hits of each.
             exit_layer: one of the index's exits; the deepest if None, and with a cascade the shallowest.
-            method: `vector` compares embeddings; `lexical` words, by BM25; `fused` both, by reciprocal rank fusion.
+            method: `vector` compares embeddings; `lexical` words, by BM25; `hybrid` both, by reciprocal rank fusion.
             cascade: rank the best of `exit_layer` again by a deeper exit.
             languages: count only rows in these.
             path: count only files of this pattern, such as `*.py` or `src/**` (see `glob_expression`).
@@ -219,8 +221,11 @@ class CodeIndex:
             raise ValueError("questions must be a list of at least one question, none of them blank.")
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {top_k}.")
-        if method not in ("vector", "lexical", "fused"):
-            raise ValueError(f"method must be vector, lexical or fused, not {method!r}.")
+        if method == "fused":
+            warnings.warn('method "fused" is now called "hybrid".', FutureWarning, stacklevel=2)
+            method = "hybrid"
+        if method not in get_args(Method):
+            raise UserError("search.method", f"method must be vector, lexical or hybrid, not {method!r}.")
         where = Filter(
             () if languages is None else check_languages(languages), None if path is None else glob_expression(path)
         )
@@ -231,12 +236,12 @@ class CodeIndex:
                 Answer(question, self._hits(one), method=method) for question, one in zip(questions, found, strict=True)
             ]
         ranker = self.ranker(exit_layer, cascade)
-        depth = max(top_k, _FUSED_DEPTH) if method == "fused" else top_k
+        depth = max(top_k, _HYBRID_DEPTH) if method == "hybrid" else top_k
         answers = []
         for question, vectors in zip(questions, ranker.embed(questions), strict=True):
             ranked = ranker.rank(vectors, depth, where)
             found = ranked.found
-            if method == "fused":
+            if method == "hybrid":
                 found = fused([found, lexical(self.store, question, depth, where)])
             hits = self._hits(found[:top_k])
             answers.append(Answer(question, hits, ranked.margin, ranked.reranked, method))
@@ -290,6 +295,26 @@ class CodeIndex:
                 "(--rebuild)."
             )
         return embedder
+
+
+def open_store(location: str | os.PathLike[str]) -> VectorStore:
+    """The store of a location: `qdrant:NAME@URL` is a collection of a server, all else an embedded LanceDB.
+
+    A LanceDB lies in a folder, or on object storage (`s3://bucket/path`; LanceDB reads credentials from the
+    environment). The key of a Qdrant server is read from QDRANT_API_KEY.
+
+    Raises:
+        ImportError: the extra isn't installed.
+        ValueError: not of these forms.
+    """
+    location = os.fspath(location)
+    if location.startswith(QDRANT):
+        from modular_star_encoder.search.qdrant_store import QdrantStore, connect
+
+        return QdrantStore(*connect(location), location)
+    from modular_star_encoder.search.lance_store import LanceStore
+
+    return LanceStore(location)
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str:
