@@ -90,7 +90,7 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
 ):
     built_with, moved = tmp_path / "model", tmp_path / "moved"
     index = build(code, tmp_path / "index", shutil.copytree(checkpoint, built_with), exit_layers=(1, 4))
-    profile_of(index.settings.fingerprint).save(built_with.rename(moved) / PROFILE_NAME)
+    profile_of(index.settings.checksum).save(built_with.rename(moved) / PROFILE_NAME)
     search = ("search", "push", "--index", tmp_path / "index", "--model", moved, "--json")
     status, out, _ = run(capsys, *search, "--latency-ms", milliseconds)
     assert (status, json.loads(out)[0]["hits"][0]["exit_layer"]) == (0, exit_layer)
@@ -102,11 +102,11 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
         (("index", "FOLDER", "--model", "OTHER", "--exit-layers", "1,4"), "was built with another checkpoint"),
         (("index", "FOLDER", "--model", "SAME", "--exit-layer", "2"), "was built with exit 1, 4, not 2"),
         (("index", "FOLDER", "--model", "SAME", "--exit-layers", "1,4", "--dimension", "7"), "16 components, not 7"),
-        (("index", "FOLDER/nowhere", "--model", "SAME"), "is no folder"),
+        (("index", "FOLDER/nowhere", "--model", "SAME"), "is not a folder"),
         (("search", "x", "--index", "INDEX", "--model", "OTHER"), "was built with another checkpoint"),
         (("search", "x", "--index", "INDEX", "--exit-layer", "2"), "was built at exit 1, 4, not 2"),
         (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "3"), "3"),
-        (("search", "x", "--index", "INDEX", "--exit-layer", "4", "--rerank-exit-layer", "2"), "isn't deeper"),
+        (("search", "x", "--index", "INDEX", "--exit-layer", "4", "--rerank-exit-layer", "2"), "Choose a deeper exit"),
         (("search", "x", "--index", "INDEX", "--margin", "0.1"), "--margin needs --rerank-exit-layer"),
         (("search", "x", "--index", "INDEX", "--candidates", "9"), "--candidates needs --rerank-exit-layer"),
         (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "0"), "its exits are 1, 2, 4"),
@@ -116,7 +116,7 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
         ),
         (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "4", "--candidates", "0"), "at least 2, not 0"),
         (("search", "x", "--folder", "FOLDER", "--margin", "0"), "--margin needs --rerank-exit-layer"),
-        (("search", "x", "--folder", "FOLDER/nowhere", "--model", "SAME"), "is no folder"),
+        (("search", "x", "--folder", "FOLDER/nowhere", "--model", "SAME"), "is not a folder"),
         (("search", "x", "--folder", "FOLDER", "--model", "SAME", "--exit-layer", "0"), "its exits are 1, 2, 4"),
         (("search", "x", "--index", "FOLDER"), "holds other things"),
         (("search", "x", "--index", "FOLDER/src/nowhere"), "There is no index"),

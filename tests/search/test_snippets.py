@@ -6,6 +6,7 @@ from modular_star_encoder.data.sources.source_files import SourceFile
 from modular_star_encoder.search.building import file_snippets
 from modular_star_encoder.search.settings import Windows
 from tests.data.polyglot import NAMES, SOURCES
+from tests.errors import raises
 from tests.search.samples import FILES
 
 
@@ -61,5 +62,5 @@ def test_a_file_whose_functions_are_all_broken_gets_windows():
 
 @pytest.mark.parametrize(("lines", "overlap"), [(0, 0), (5, 5), (5, -1)])
 def test_windows_that_do_not_move_on_are_refused(lines, overlap):
-    with pytest.raises(ValueError, match=f"Windows of {lines} lines can't overlap by {overlap}"):
+    with raises("search.windows", lines, overlap):
         Windows(lines, overlap)

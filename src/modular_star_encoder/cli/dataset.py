@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from modular_star_encoder.cli.options import add_recipe_options
+from modular_star_encoder.utils.errors import UserError
 
 
 def add_dataset_commands(commands: Any) -> None:
@@ -69,7 +70,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
     for name in arguments.against:
         source, colon, column = name.rpartition(":")
         if not colon:
-            raise ValueError(f"--against must have the form SOURCE:COLUMN, not {name!r}.")
+            raise UserError("cli.dataset.against", f"--against must have the form SOURCE:COLUMN, not {name!r}.")
         against[name] = open_texts(source, column)
     report = drop_near_duplicates(
         arguments.source,

@@ -6,6 +6,8 @@ import argparse
 import os
 from typing import Any
 
+from modular_star_encoder.utils.errors import UserError
+
 
 def add_publish_commands(commands: Any) -> None:
     """Add the commands to the subparsers of `mose`."""
@@ -73,13 +75,18 @@ def run_publish(arguments: argparse.Namespace) -> None:
 
     if os.path.isdir(arguments.source):
         if arguments.overrides:
-            raise ValueError(f"{arguments.overrides[0]} changes a manifest, and {arguments.source} is a folder.")
+            raise UserError(
+                "cli.publish.folder",
+                f"{arguments.overrides[0]} changes a manifest, but {arguments.source} is a folder.",
+            )
         manifest = _folder_manifest(arguments, arguments.source)
     else:
         given = [name for name in ("repository", "license", "evaluation") if getattr(arguments, name)]
         if given:
             found = "is a manifest, which says it itself" if os.path.exists(arguments.source) else "does not exist"
-            raise ValueError(f"--{given[0]} goes with a checkpoint folder, and {arguments.source} {found}.")
+            raise UserError(
+                "cli.publish.manifest", f"--{given[0]} goes with a checkpoint folder, but {arguments.source} {found}."
+            )
         manifest = load_manifest(arguments.source, arguments.overrides)
     publications = publish(manifest, upload=arguments.upload, private=not arguments.public, staging=arguments.out)
     print(*publications, sep="\n\n")
@@ -88,7 +95,10 @@ def run_publish(arguments: argparse.Namespace) -> None:
 def run_export(arguments: argparse.Namespace) -> None:
     """`mose export`."""
     if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
-        raise ValueError("--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files.")
+        raise UserError(
+            "cli.export.data",
+            "--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files.",
+        )
     from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
     from modular_star_encoder.evaluation.tasks import RetrievalTask
     from modular_star_encoder.hub.onnx_ranking import format_rankings
@@ -98,7 +108,9 @@ def run_export(arguments: argparse.Namespace) -> None:
     for name in choose_benchmarks([arguments.benchmark], arguments.data) if arguments.data else ():
         tasks += load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset)
     if not all(isinstance(task, RetrievalTask) for task in tasks):
-        raise ValueError(f"{arguments.benchmark} is about pairs, and an export is measured by rankings.")
+        raise UserError(
+            "cli.export.benchmark", f"{arguments.benchmark} has no rankings, which measure an export. Name another."
+        )
     written = export_for_serving(
         arguments.checkpoint, arguments.exit_layer, arguments.out, int8=arguments.int8, tasks=tasks
     )
@@ -111,6 +123,6 @@ def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
     from modular_star_encoder.hub.manifest import folder_manifest
 
     if not arguments.repository:
-        raise ValueError(f"--repository OWNER/NAME must say where {folder} goes.")
+        raise UserError("cli.publish.repository", f"--repository OWNER/NAME must say where {folder} goes.")
     options = {"license": arguments.license} if arguments.license else {}
     return folder_manifest(folder, arguments.repository, evaluation=arguments.evaluation, **options)

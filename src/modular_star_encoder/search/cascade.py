@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.ranking import Cascade, Ranked
 from modular_star_encoder.search.vector_store import MARGINS_NAME, Filter, Found
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 
 
@@ -69,7 +70,10 @@ def fit_margin(
     ranker = index.ranker(exit_layer, replace(cascade, margin=None))
     asked = index.store.sample(queries)
     if not asked:
-        raise ValueError(f"The index {index.store.location} has no function with a description to fit a margin on.")
+        raise UserError(
+            "search.margin.descriptions",
+            f"The index {index.store.location} has no function with a description to fit a margin on.",
+        )
     embedded = ranker.embed([one.snippet.description for one in asked])
     margins, shallow, deep = [], [], []
     bar = tqdm(asked, desc="fitting", unit="question", disable=not progress, leave=False)
@@ -96,7 +100,7 @@ def fitted_margin(
     path = None if folder is None else Path(folder) / MARGINS_NAME
     settings = index.settings
     first = settings.exit_layers[0] if exit_layer is None else exit_layer
-    key = f"{settings.fingerprint} {settings.dimension} {first} {cascade.exit_layer} {cascade.candidates}"
+    key = f"{settings.checksum} {settings.dimension} {first} {cascade.exit_layer} {cascade.candidates}"
     kept = {} if path is None or not path.exists() else _read(path)
     if key in kept:
         return FittedMargin(**kept[key])
@@ -124,7 +128,10 @@ def threshold_curve(
     """
     margin, without, with_deep = (np.asarray(values, dtype=np.float64) for values in (margins, shallow, deep))
     if not len(margin) or not len(margin) == len(without) == len(with_deep):
-        raise ValueError("A threshold is fitted on one margin and two qualities for each of several queries.")
+        raise UserError(
+            "search.margin.values",
+            "A threshold needs one margin and two qualities for each query, and at least one query.",
+        )
     ascending = np.sort(margin)
     distinct = np.unique(margin)
     # Halfway between two margins, so that a threshold doesn't hang on the last bit of one of them.
@@ -147,7 +154,7 @@ def fit_threshold(
         ValueError: as `threshold_curve`, or a negative tolerance.
     """
     if tolerance < 0:
-        raise ValueError(f"tolerance must not be negative, but is {tolerance}.")
+        raise UserError("search.margin.tolerance", f"tolerance must not be negative, but is {tolerance}.")
     thresholds, shares, qualities = threshold_curve(margins, shallow, deep)
     place = int(np.argmax(qualities >= qualities[-1] - tolerance - 1e-12))
     return FittedMargin(
@@ -174,5 +181,5 @@ def _read(path: Path) -> dict[str, dict]:
         for values in kept.values():
             FittedMargin(**values)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it.") from error
+        raise UserError("search.margin.damaged", f"{path} is damaged ({error}). Remove it.") from error
     return kept

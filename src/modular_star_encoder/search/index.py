@@ -96,7 +96,9 @@ class CodeIndex:
             ImportError: the store's extra isn't installed.
         """
         if not os.path.isdir(os.path.expanduser(folder)):
-            raise ValueError(f"{os.fspath(folder)!r} is no folder: name one with source code.")
+            raise UserError(
+                "search.folder.missing", f"{os.fspath(folder)!r} is not a folder. Name a folder with source code."
+            )
         store = _store(os.path.join(os.path.expanduser(folder), INDEX_FOLDER) if location is None else location)
         embedder = Embedder(checkpoint, device)
         if exit_layer is None and exit_layers is None:
@@ -105,7 +107,7 @@ class CodeIndex:
         windows = windows or Windows()
         settings = IndexSettings(
             checkpoint=embedder.checkpoint,
-            fingerprint=embedder.fingerprint,
+            checksum=embedder.checksum,
             exit_layers=exits,
             dimension=embedder.check_dimension(dimension),
             prompts=embedder.prompts(),
@@ -152,7 +154,9 @@ class CodeIndex:
         store = _store(location)
         stored = store.settings()
         if stored is None:
-            raise ValueError(f"There is no index in {store.location}: `mose index FOLDER` makes one.")
+            raise UserError(
+                "search.index.missing", f"There is no index in {store.location}. Make one with `mose index FOLDER`."
+            )
         index = cls(store, IndexSettings.from_dict(stored, store.location))
         index._device = device
         if checkpoint is not None:
@@ -218,9 +222,11 @@ class CodeIndex:
                 another checkpoint than the index was built with, or an index built anew since it was opened.
         """
         if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
-            raise ValueError("questions must be a list of at least one question, none of them blank.")
+            raise UserError(
+                "search.questions", "questions must be a list of at least one question, none of them blank."
+            )
         if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}.")
+            raise UserError("search.top_k", f"top_k must be at least 1, not {top_k}.")
         if method == "fused":
             warnings.warn('method "fused" is now called "hybrid".', FutureWarning, stacklevel=2)
             method = "hybrid"
@@ -261,7 +267,10 @@ class CodeIndex:
         if cascade is not None:
             self.embedder.config.check_exit(cascade.exit_layer)
             if cascade.exit_layer <= exit_layer:
-                raise ValueError(f"Exit {cascade.exit_layer} can't re-rank exit {exit_layer}: it isn't deeper.")
+                raise UserError(
+                    "search.cascade.exit_layer",
+                    f"Exit {cascade.exit_layer} cannot re-rank exit {exit_layer}. Choose a deeper exit.",
+                )
         return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
 
     def _hits(self, found: Sequence[Found]) -> list[Hit]:
@@ -284,15 +293,19 @@ class CodeIndex:
         """Another process may have built the index anew: its rows would not fit our questions, nor ours its rows."""
         stored = self.store.settings()
         if stored is None or IndexSettings.from_dict(stored, self.store.location) != self.settings:
-            raise ValueError(f"The index {self.store.location} was built anew meanwhile: open it again.")
+            raise UserError(
+                "search.index.rebuilt",
+                f"The index {self.store.location} was rebuilt since it was opened. Open it again.",
+            )
 
     def _checked(self, checkpoint: str | os.PathLike[str]) -> Embedder:
         embedder = Embedder(checkpoint, self._device)
-        self.settings.refuse_checkpoint(embedder.checkpoint, embedder.fingerprint, self.store.location)
+        self.settings.refuse_checkpoint(embedder.checkpoint, embedder.checksum, self.store.location)
         if dict(self.settings.prompts) != embedder.prompts():
-            raise ValueError(
-                f"The index {self.store.location} was built with other prompts than this version uses: build it anew "
-                "(--rebuild)."
+            raise UserError(
+                "search.index.prompts",
+                f"The index {self.store.location} was built with other prompts than this version uses. Rebuild it "
+                "(--rebuild).",
             )
         return embedder
 
@@ -327,7 +340,10 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str:
     for place in (start, *start.parents):
         if (place / INDEX_FOLDER).is_dir():
             return str(place / INDEX_FOLDER)
-    raise ValueError(f"Neither {start} nor a folder above it has an index: `mose index FOLDER` makes one.")
+    raise UserError(
+        "search.index.missing",
+        f"Neither {start} nor a folder above it has an index. Make one with `mose index FOLDER`.",
+    )
 
 
 @contextmanager
@@ -345,7 +361,9 @@ def _locked(store: VectorStore) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"The index {store.location} is being written by another process: wait for it.") from error
+        raise UserError(
+            "search.index.locked", f"Another process writes the index {store.location}. Wait for it."
+        ) from error
     try:
         yield
     finally:

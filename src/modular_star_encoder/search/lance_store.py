@@ -29,6 +29,7 @@ from modular_star_encoder.search.vector_store import (
     stored_files,
     wrap_store_errors,
 )
+from modular_star_encoder.utils.errors import UserError
 
 TABLE = "snippets"
 OWN_FILES = {".gitignore", ".lock", MARGINS_NAME, f"{TABLE}.lance"}
@@ -75,7 +76,10 @@ class LanceStore:
         self._commits = 0
         self._lancedb = _import_lancedb()
         if self.folder is not None and (self.folder.is_file() or self._strange_files()):
-            raise ValueError(f"{location} is no index: it is a file, or a folder that holds other things.")
+            raise UserError(
+                "search.index.foreign",
+                f"{location} is not an index: it is a file, or a folder that holds other things.",
+            )
 
     @_wrap_errors
     def settings(self) -> dict[str, Any] | None:
@@ -85,9 +89,7 @@ class LanceStore:
             return None
         content = (table.schema.metadata or {}).get(_SETTINGS_KEY)
         if content is None:
-            raise ForeignDataError(
-                f"{self.location} holds a table {TABLE!r} that is no index of ours: name another place."
-            )
+            raise ForeignDataError(f"{self.location} holds a table {TABLE!r} of another program. Name another place.")
         return json.loads(content)
 
     @_wrap_errors
@@ -217,7 +219,9 @@ class LanceStore:
     def _rows(self) -> Any:
         table = self._open()
         if table is None:
-            raise ValueError(f"There is no index in {self.location}: `mose index` makes one.")
+            raise UserError(
+                "search.index.missing", f"There is no index in {self.location}. Make one with `mose index`."
+            )
         return table
 
     def _open(self) -> Any:
@@ -231,7 +235,9 @@ class LanceStore:
             try:
                 self._table = database.open_table(TABLE)
             except (RuntimeError, ValueError, OSError) as error:
-                raise ValueError(f"The index {self.location} can't be read: {error}.") from error
+                raise UserError(
+                    "search.index.unreadable", f"The index {self.location} can't be read: {error}."
+                ) from error
         return self._table
 
     def _connect(self) -> Any:

@@ -32,6 +32,7 @@ from modular_star_encoder.search.vector_store import (
     stored_files,
     wrap_store_errors,
 )
+from modular_star_encoder.utils.errors import UserError
 
 _SETTINGS_KEY = "modular_star_encoder"
 _K1, _B, _AVERAGE_WORDS = 1.2, 0.75, 256
@@ -49,9 +50,13 @@ def connect(location: str) -> tuple[Any, str]:
     """
     name, _, url = location.removeprefix(QDRANT).partition("@")
     if not name or not url.startswith(("http://", "https://")):
-        raise ValueError(f"A Qdrant index is written qdrant:NAME@URL with an http URL, not {location!r}.")
+        raise UserError(
+            "search.qdrant.location", f"A Qdrant index is written qdrant:NAME@URL with an http URL, not {location!r}."
+        )
     if "@" in urlsplit(url).netloc:  # locations are shown in messages, and kept
-        raise ValueError("A Qdrant URL must hold no password: the key is read from QDRANT_API_KEY.")
+        raise UserError(
+            "search.qdrant.password", "A Qdrant URL must not hold a password. Put the key into QDRANT_API_KEY."
+        )
     return _import_client().QdrantClient(
         url=url, api_key=os.environ.get("QDRANT_API_KEY") or None, check_compatibility=False
     ), name
@@ -89,7 +94,7 @@ class QdrantStore:
             return None
         metadata = self._client.get_collection(self._name).config.metadata or {}
         if _SETTINGS_KEY not in metadata:
-            raise ForeignDataError(f"{self.location} is a collection that is no index of ours: name another.")
+            raise ForeignDataError(f"{self.location} is a collection of another program. Name another.")
         return metadata[_SETTINGS_KEY]
 
     @_wrap_errors
@@ -97,7 +102,9 @@ class QdrantStore:
         """See `VectorStore`."""
         models = self._models
         if settings["states"]:
-            raise ValueError("A Qdrant index can't keep states: they are too large for its payload.")
+            raise UserError(
+                "search.qdrant.states", "A Qdrant index cannot keep states: they are too large for its payload."
+            )
         if self._client.collection_exists(self._name):
             self._client.delete_collection(self._name)
         vector = models.VectorParams(size=settings["dimension"], distance=models.Distance.COSINE)

@@ -13,6 +13,7 @@ from modular_star_encoder.evaluation.lexical import identifier_tokens
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.settings import IndexSettings
 from modular_star_encoder.search.vector_store import Filter, Found, VectorStore
+from modular_star_encoder.utils.errors import UserError
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -54,9 +55,9 @@ class Cascade:
 
     def __post_init__(self) -> None:
         if self.candidates < 2:
-            raise ValueError(f"candidates must be at least 2, not {self.candidates}.")
+            raise UserError("search.cascade.candidates", f"candidates must be at least 2, not {self.candidates}.")
         if self.margin is not None and np.isnan(self.margin):
-            raise ValueError("margin must be a number or None, not nan.")
+            raise UserError("search.cascade.margin", "margin must be a number or None, not nan.")
 
 
 @dataclass(frozen=True, slots=True)

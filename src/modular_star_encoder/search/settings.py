@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
+from modular_star_encoder.utils.errors import UserError
 
 FORMAT = 1
 DEFAULT_CHECKPOINT = "runs/quickstart/model"
@@ -28,7 +29,10 @@ class Windows:
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < self.lines:
-            raise ValueError(f"Windows of {self.lines} lines can't overlap by {self.overlap}: use 0 to lines - 1.")
+            raise UserError(
+                "search.windows",
+                f"Windows of {self.lines} lines cannot overlap by {self.overlap} lines. Use 0 to lines - 1.",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class IndexSettings:
 
     Attributes:
         checkpoint: absolute path of a folder, or a repository's name.
-        fingerprint: of its weights, configuration and tokenizer (see `checkpoint_checksum`).
+        checksum: of its weights, configuration and tokenizer (see `checkpoint_checksum`).
         exit_layers: exits of which the index has embeddings, ascending.
         dimension: components of an embedding.
         prompts: `query` and `document`, as texts were embedded.
@@ -50,7 +54,7 @@ class IndexSettings:
     """
 
     checkpoint: str
-    fingerprint: str
+    checksum: str
     exit_layers: tuple[int, ...]
     dimension: int
     prompts: Mapping[str, str]
@@ -85,10 +89,14 @@ class IndexSettings:
             ValueError: an index of another version of this package.
         """
         if values.get("format") != FORMAT:
-            raise ValueError(
-                f"The index {location} has format {values.get('format')}, and this version reads {FORMAT}: build it "
-                "anew (--rebuild)."
+            raise UserError(
+                "search.index.format",
+                f"The index {location} has format {values.get('format')}, but this version reads {FORMAT}. Rebuild it "
+                "(--rebuild).",
             )
+        if "fingerprint" in values:  # the key of older indexes
+            values = {"checksum": values["fingerprint"], **values}
+            del values["fingerprint"]
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def root(self, location: str) -> str:
@@ -103,7 +111,7 @@ class IndexSettings:
         Raises:
             ValueError: says what the index was made with, and what was asked.
         """
-        self.refuse_checkpoint(asked.checkpoint, asked.fingerprint, location)
+        self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
         differences = [
             f"{label} {_shown(getattr(self, name))}, not {_shown(getattr(asked, name))}"
             for name, label in _LABELS.items()
@@ -112,22 +120,24 @@ class IndexSettings:
         if self.root(location) != asked.root(location):
             differences.insert(0, f"the folder {self.root(location)}, not {asked.root(location)}")
         if differences:
-            raise ValueError(
-                f"The index {location} was built with {'; '.join(differences)}: name another index, or build this one "
-                "anew (--rebuild)."
+            raise UserError(
+                "search.index.other_settings",
+                f"The index {location} was built with {'; '.join(differences)}. Name another index, or rebuild this "
+                "one (--rebuild).",
             )
 
-    def refuse_checkpoint(self, checkpoint: str, fingerprint: str, location: str) -> None:
+    def refuse_checkpoint(self, checkpoint: str, checksum: str, location: str) -> None:
         """Allow no other weights than those that made the embeddings.
 
         Raises:
             ValueError: says which checkpoint made the index, and which this is.
         """
-        if fingerprint != self.fingerprint:
-            raise ValueError(
-                f"The index {location} was built with another checkpoint: {self.checkpoint} (fingerprint "
-                f"{self.fingerprint}), and this is {checkpoint} ({fingerprint}). Use that one, or build the index anew "
-                "(--rebuild)."
+        if checksum != self.checksum:
+            raise UserError(
+                "search.index.other_model",
+                f"The index {location} was built with another checkpoint: {self.checkpoint} (checksum "
+                f"{self.checksum}), not {checkpoint} ({checksum}). Use that checkpoint, or rebuild the index "
+                "(--rebuild).",
             )
 
     def check_exit(self, exit_layer: int | None, location: str) -> int:
@@ -139,9 +149,10 @@ class IndexSettings:
         if exit_layer is None:
             return self.exit_layers[-1]
         if exit_layer not in self.exit_layers:
-            raise ValueError(
-                f"The index {location} was built at exit {_shown(self.exit_layers)}, not {exit_layer}: build one at "
-                "that exit, or ask at one of its own."
+            raise UserError(
+                "search.index.exit_layer",
+                f"The index {location} was built at exit {_shown(self.exit_layers)}, not {exit_layer}. Choose one of "
+                "its exits, or build an index at that exit.",
             )
         return exit_layer
 

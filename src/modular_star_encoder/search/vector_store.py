@@ -140,7 +140,7 @@ class VectorStore(Protocol):
         """What `create` was given, or None where there is no index yet.
 
         Raises:
-            ForeignDataError: there is something that is no index of ours.
+            ForeignDataError: the place holds data of another program.
             ValueError: there is an index that can't be read.
         """
 
@@ -317,7 +317,7 @@ def glob_expression(pattern: str) -> str:
         ValueError: a blank pattern, or one with a bracket that isn't closed or a range that ends before it begins.
     """
     if not pattern.strip():
-        raise ValueError("A path pattern must not be blank; '*.py' and 'src/**' are patterns.")
+        raise UserError("search.path.blank", "A path pattern must not be blank. Write one such as '*.py' or 'src/**'.")
     if "/" not in pattern:
         pattern = f"**/{pattern}"
     pattern = pattern.removeprefix("./").removeprefix("/")
@@ -351,11 +351,13 @@ def _bracket(pattern: str, place: int) -> tuple[str, int]:
     start = place + 1 + negated
     end = pattern.find("]", start + 1)
     if end < 0:
-        raise ValueError(f"The path pattern {pattern!r} has a '[' without a ']'.")
+        raise UserError("search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'.")
     inside = []
     for part in _RANGE_OR_CHARACTER.findall(pattern[start:end]):
         if part[0] > part[-1]:
-            raise ValueError(f"The path pattern {pattern!r} has a range, {part}, that ends before it begins.")
+            raise UserError(
+                "search.path.range", f"The path pattern {pattern!r} has a range, {part}, that ends before it begins."
+            )
         # `&&`, `--` and `~~` are set operations in Rust's expressions.
         inside.append("-".join(re.sub(r"[\\\[\]^&~-]", r"\\\g<0>", one) for one in part[::2]))
     return f"[{'^/' if negated else ''}{''.join(inside)}]", end + 1
