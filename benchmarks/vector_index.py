@@ -30,8 +30,7 @@ from report import status_bytes, write
 
 from modular_star_encoder.search import lance_store
 from modular_star_encoder.search.lance_store import LanceStore
-from modular_star_encoder.search.snippets import Snippet
-from modular_star_encoder.search.vector_store import Filter, Row, content_hash, file_id, row_id
+from modular_star_encoder.search.vector_store import Filter, Row, Snippet, content_hash, file_id, row_id
 from modular_star_encoder.utils.reports import library_versions, markdown_table
 
 CHUNK = 50_000

@@ -12,7 +12,7 @@ interrupted run finds what it has.
 import argparse
 import sys
 
-from modular_star_encoder.cli.main import exit_list
+from modular_star_encoder.cli.options import exit_list
 from modular_star_encoder.data.functions import collect_functions
 from modular_star_encoder.data.sources.repositories import folder_repositories
 from modular_star_encoder.evaluation.mteb_exits import local_task, run_mteb

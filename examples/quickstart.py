@@ -44,7 +44,8 @@ from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_relo
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint, slice_checkpoint
 from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
-from modular_star_encoder.search.folder import search_folder
+from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.vector_store import MemoryStore
 from modular_star_encoder.training.recipes import (
     QuickstartRecipe,
     StageSettings,
@@ -129,7 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
     announce(f"6/7  Slice at exit {slice_exit} and load it back where this package does not exist")
     slice_report = slice_and_reload(split.test, slice_exit, out)
     announce("7/7  Search")
-    hits = search(arguments, tokenizer, out)
+    hits = search(arguments, out)
 
     seconds = round(time.perf_counter() - start, 1)
     report = {
@@ -326,18 +327,15 @@ def slice_and_reload(functions: list[DocumentedFunction], exit_layer: int, out: 
     return {"exit_layer": exit_layer, "identical": identical, "bytes": sizes}
 
 
-def search(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, out: Path) -> list[dict[str, Any]]:
+def search(arguments: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
     """Answer questions over a code folder with the deepest exit."""
     folder = arguments.search_folder or arguments.data or Path(sys.modules[SEARCHED_PACKAGE].__file__).parent
     questions = arguments.question or list(QUESTIONS)
-    model = ModularStarEncoderForRetrieval.from_pretrained(out / "model")
-    answers = search_folder(folder, questions, model, tokenizer, top_k=3)
-    for question, hits in zip(questions, answers, strict=True):
-        print(f"# {question}", *hits, sep="\n")
-    return [
-        {"question": question, "hits": [asdict(hit) for hit in hits]}
-        for question, hits in zip(questions, answers, strict=True)
-    ]
+    index = CodeIndex.build(folder, MemoryStore(), checkpoint=out / "model")
+    answers = index.search(questions, top_k=3)
+    for answer in answers:
+        print(f"# {answer.question}", *answer.hits, sep="\n")
+    return [{"question": answer.question, "hits": [asdict(hit) for hit in answer.hits]} for answer in answers]
 
 
 if __name__ == "__main__":

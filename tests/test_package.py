@@ -29,7 +29,7 @@ import socket
 def refuse(*args, **kwargs):
     raise AssertionError("a connection was attempted")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import modular_star_encoder, modular_star_encoder.search.folder, modular_star_encoder.inference.checkpoints
+import modular_star_encoder, modular_star_encoder.search.index, modular_star_encoder.inference.checkpoints
 print(modular_star_encoder.__version__)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

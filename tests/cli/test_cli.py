@@ -148,7 +148,7 @@ def test_a_slice_that_cannot_be_made_leaves_nothing_behind(capsys, checkpoint, t
     ("arguments", "message"),
     [
         (("search", "add", "--folder", "CODE", "--model", "./no-such-folder"), "There is no checkpoint folder"),
-        (("search", "add", "--folder", "./no-such-folder", "--model", "CHECKPOINT"), "does not exist"),
+        (("search", "add", "--folder", "./no-such-folder", "--model", "CHECKPOINT"), "./no-such-folder"),
         (("search", " ", "--folder", "CODE", "--model", "CHECKPOINT"), "blank"),
         (("search", "add", "--folder", "CODE", "--model", "CHECKPOINT", "--exit-layer", "3"), "its exits are 1, 2, 4"),
         (("evaluate", "CHECKPOINT", "--data", "CODE", "--exit-layers", "1,3"), "its exits are 1, 2, 4"),
@@ -191,7 +191,7 @@ def test_ctrl_c_is_one_line_and_status_130(capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modular_star_encoder.cli.hub.run_slice", interrupted)
+    monkeypatch.setattr("modular_star_encoder.cli.publish.run_slice", interrupted)
     assert run(capsys, "slice", "checkpoint", "--exit-layer", "4", "out") == (130, "", "mose: interrupted\n")
 
 
@@ -199,7 +199,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     def mistaken(*_):
         raise TypeError("a mistake of ours")
 
-    monkeypatch.setattr("modular_star_encoder.cli.hub.run_slice", mistaken)
+    monkeypatch.setattr("modular_star_encoder.cli.publish.run_slice", mistaken)
     with pytest.raises(TypeError):
         cli.main(["slice", "checkpoint", "--exit-layer", "4", "out"])
 

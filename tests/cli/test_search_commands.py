@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -73,14 +74,14 @@ def test_the_index_of_the_working_folder_is_asked(indexed, capsys, monkeypatch):
     status, out, _ = run(capsys, "search", "add two numbers", "--languages", "go", "--exit-layer", "1")
     assert status == 0
     assert "add.go:3 " in out.splitlines()[0]
-    cascade = ("search", "push", "pop", "--rerank-exit-layer", "4", "--candidates", "3", "--fuse")
+    cascade = ("search", "push", "pop", "--rerank-exit-layer", "4", "--candidates", "3", "--hybrid")
     _, out, err = run(capsys, *cascade)
     assert "# push" in out
     assert "exit 4 ranked 2 of 2 questions" in err
     status, out, _ = run(capsys, *cascade, "--json")
     answers = json.loads(out)
     assert (status, [answer["question"] for answer in answers]) == (0, ["push", "pop"])
-    assert all(answer["reranked"] and answer["method"] == "fused" for answer in answers)
+    assert all(answer["reranked"] and answer["method"] == "hybrid" for answer in answers)
 
 
 @pytest.mark.parametrize(("milliseconds", "exit_layer"), [("2", 1), ("100", 4)])
@@ -89,7 +90,7 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
 ):
     built_with, moved = tmp_path / "model", tmp_path / "moved"
     index = build(code, tmp_path / "index", shutil.copytree(checkpoint, built_with), exit_layers=(1, 4))
-    profile_of(index.settings.fingerprint).save(built_with.rename(moved) / PROFILE_NAME)
+    profile_of(index.settings.checksum).save(built_with.rename(moved) / PROFILE_NAME)
     search = ("search", "push", "--index", tmp_path / "index", "--model", moved, "--json")
     status, out, _ = run(capsys, *search, "--latency-ms", milliseconds)
     assert (status, json.loads(out)[0]["hits"][0]["exit_layer"]) == (0, exit_layer)
@@ -101,11 +102,11 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
         (("index", "FOLDER", "--model", "OTHER", "--exit-layers", "1,4"), "was built with another checkpoint"),
         (("index", "FOLDER", "--model", "SAME", "--exit-layer", "2"), "was built with exit 1, 4, not 2"),
         (("index", "FOLDER", "--model", "SAME", "--exit-layers", "1,4", "--dimension", "7"), "16 components, not 7"),
-        (("index", "FOLDER/nowhere", "--model", "SAME"), "is no folder"),
+        (("index", "FOLDER/nowhere", "--model", "SAME"), "is not a folder"),
         (("search", "x", "--index", "INDEX", "--model", "OTHER"), "was built with another checkpoint"),
         (("search", "x", "--index", "INDEX", "--exit-layer", "2"), "was built at exit 1, 4, not 2"),
         (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "3"), "3"),
-        (("search", "x", "--index", "INDEX", "--exit-layer", "4", "--rerank-exit-layer", "2"), "isn't deeper"),
+        (("search", "x", "--index", "INDEX", "--exit-layer", "4", "--rerank-exit-layer", "2"), "Choose a deeper exit"),
         (("search", "x", "--index", "INDEX", "--margin", "0.1"), "--margin needs --rerank-exit-layer"),
         (("search", "x", "--index", "INDEX", "--candidates", "9"), "--candidates needs --rerank-exit-layer"),
         (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "0"), "its exits are 1, 2, 4"),
@@ -114,9 +115,8 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
             "nan",
         ),
         (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "4", "--candidates", "0"), "at least 2, not 0"),
-        (("search", "x", "--folder", "FOLDER", "--margin", "0"), "--margin needs an index"),
-        (("search", "x", "--folder", "FOLDER", "--rerank-exit-layer", "0"), "--rerank-exit-layer needs an index"),
-        (("search", "x", "--folder", "FOLDER", "--candidates", "0"), "--candidates needs an index"),
+        (("search", "x", "--folder", "FOLDER", "--margin", "0"), "--margin needs --rerank-exit-layer"),
+        (("search", "x", "--folder", "FOLDER/nowhere", "--model", "SAME"), "is not a folder"),
         (("search", "x", "--folder", "FOLDER", "--model", "SAME", "--exit-layer", "0"), "its exits are 1, 2, 4"),
         (("search", "x", "--index", "FOLDER"), "holds other things"),
         (("search", "x", "--index", "FOLDER/src/nowhere"), "There is no index"),
@@ -136,3 +136,42 @@ def test_what_an_index_cannot_do_is_refused_in_one_sentence(
     assert (status, out) == (2, "")
     assert message in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("mose: error: ")
+
+
+def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkpoint, shared_index, capsys):
+    """Words, filters and re-ranking give what an index gives, and the folder stays as it was."""
+    before = sorted(code.rglob("*"))
+    ways = (
+        ("--exit-layer", "1"),
+        ("--exit-layer", "4", "--hybrid"),
+        ("--exit-layer", "1", "--languages", "go,python", "--path", "s*"),
+        ("--rerank-exit-layer", "4", "--candidates", "3"),
+        ("--rerank-exit-layer", "4", "--margin", "fit"),
+    )
+    for way in ways:
+        places = []
+        for where in (("--folder", code, "--model", checkpoint), ("--index", shared_index.store.location)):
+            status, out, _ = run(capsys, "search", "push an item", "--json", *where, *way)
+            assert status == 0
+            places.append([(Path(hit["path"]).name, hit["line"]) for hit in json.loads(out)[0]["hits"]])
+        assert places[0] == places[1]
+        assert places[0]
+    assert sorted(code.rglob("*")) == before
+
+
+def test_the_old_name_of_hybrid_is_read(shared_index, capsys):
+    with pytest.warns(FutureWarning, match="--hybrid"):
+        status, out, _ = run(capsys, "search", "push", "--index", shared_index.store.location, "--fuse", "--json")
+    assert (status, json.loads(out)[0]["method"]) == (0, "hybrid")
+
+
+def test_an_index_and_a_folder_cannot_both_be_searched(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["search", "x", "--index", "a", "--folder", "b"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_folder_without_source_code_is_refused(tmp_path, checkpoint, capsys):
+    (tmp_path / "notes.txt").touch()
+    status, _, err = run(capsys, "search", "x", "--folder", tmp_path, "--model", checkpoint)
+    assert (status, f"{str(tmp_path)!r} holds no source code in python, javascript, go" in err) == (2, True)

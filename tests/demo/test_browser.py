@@ -35,7 +35,7 @@ def browser():
 def address(index, checkpoint, tmp_path_factory):
     """The page of an index at exits 1 and 4 whose checkpoint has a profile."""
     model = shutil.copytree(checkpoint, tmp_path_factory.mktemp("profiled") / "model")
-    profile_of(index.settings.fingerprint).save(model / PROFILE_NAME)
+    profile_of(index.settings.checksum).save(model / PROFILE_NAME)
     with served(CodeIndex.open(index.store), checkpoint=str(model)) as address:
         yield address
 

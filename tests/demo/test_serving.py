@@ -15,6 +15,7 @@ from modular_star_encoder.cli.main import main
 from modular_star_encoder.demo import serving
 from modular_star_encoder.demo.serving import served
 from tests.demo.conftest import HOSTILE_NAME
+from tests.errors import raises
 
 pytestmark = pytest.mark.slow
 
@@ -66,16 +67,16 @@ def test_a_port_that_is_taken_is_one_sentence(index):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"Port {port} is taken"), served(index, port=port):
+        with raises("demo.port_taken", port), served(index, port=port):
             pass
-    with pytest.raises(ValueError, match="from 1 to 65535"), served(index, port=70_000):
+    with raises("demo.port", 70_000), served(index, port=70_000):
         pass
 
 
 @pytest.mark.parametrize("host", ["::1", "192.0.2.1", "a" * 64])
 def test_a_host_that_is_not_this_machine_is_one_sentence(index, host):
     with (
-        pytest.raises(ValueError, match="--host must be an IPv4 address or name of this machine"),
+        raises("demo.host"),
         served(index, host=host),
     ):
         pass

@@ -8,6 +8,7 @@ from modular_star_encoder.demo.source_view import LARGEST_FILE, LocalFiles, Repo
 from modular_star_encoder.search.hits import Hit
 from modular_star_encoder.search.vector_store import file_id
 from tests.demo.conftest import HOSTILE_NAME
+from tests.errors import raises
 
 HIT = Hit(path="", line=2, name="", score=0.0, exit_layer=1, last_line=4)
 
@@ -61,20 +62,20 @@ def test_the_name_of_a_file_is_escaped(index):
 )
 def test_nothing_but_indexed_files_inside_the_folder_is_shown(folder, path):
     known = {path} - {"unindexed.env", "sub", ""}  # even if an index claimed to hold the file
-    with pytest.raises(ValueError, match="no such file"):
+    with raises("demo.file.missing"):
         files_of(folder, *known).page(path)
 
 
 def test_an_absolute_path_is_refused_even_into_the_folder(folder, tmp_path):
     for path in (tmp_path / "secret.py", folder / "sub" / "a b.py"):
-        with pytest.raises(ValueError, match="no such file"):
+        with raises("demo.file.missing"):
             files_of(folder, "sub/a b.py").page(str(path))
 
 
 def test_a_file_too_large_to_show_is_refused(folder):
     with open(folder / "huge.py", "wb") as file:
         file.truncate(LARGEST_FILE + 1)
-    with pytest.raises(ValueError, match="larger"):
+    with raises("demo.file.large"):
         files_of(folder, "huge.py").page("huge.py")
 
 
@@ -99,5 +100,5 @@ def test_repository_links_name_revision_and_lines_and_stay_on_their_host():
     "address", ["javascript:alert(1)", "github.com/o/n", "https://", "https://h/x?y", "file:///etc"]
 )
 def test_what_is_no_address_of_a_repository_is_refused(address):
-    with pytest.raises(ValueError, match="no address"):
+    with raises("demo.source"):
         RepositoryLinks(address)

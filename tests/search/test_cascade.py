@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from modular_star_encoder.search.cascade import Cascade, fit_threshold, threshold_curve
+from modular_star_encoder.search.cascade import fit_threshold, threshold_curve
+from modular_star_encoder.search.ranking import Cascade
+from tests.errors import raises
 
 
 @pytest.fixture
@@ -51,11 +53,11 @@ def test_a_deep_exit_that_always_helps_always_runs():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match="one margin and two qualities"):
+    with raises("search.margin.values"):
         fit_threshold([], [], [])
-    with pytest.raises(ValueError, match="one margin and two qualities"):
+    with raises("search.margin.values"):
         threshold_curve([0.1], [1.0], [])
-    with pytest.raises(ValueError, match="must not be negative"):
+    with raises("search.margin.tolerance", -1):
         fit_threshold([0.1], [1.0], [1.0], tolerance=-1)
-    with pytest.raises(ValueError, match="at least 2"):
+    with raises("search.cascade.candidates", 1):
         Cascade(4, candidates=1)

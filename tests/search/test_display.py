@@ -1,7 +1,6 @@
 import pytest
 
-from modular_star_encoder.search.display import format_answer, printable, score_bar
-from modular_star_encoder.search.hits import Answer, Hit
+from modular_star_encoder.search.hits import Answer, Hit, format_answer, printable, score_bar
 
 
 def hit(score, name="Stack.push", text="def push(self):\n\n    return 1\n", exit_layer=9):
@@ -16,6 +15,10 @@ def test_a_hit_shows_place_score_name_exit_and_code():
     ]
     assert len(format_answer(Answer("?", [hit(0.5), hit(0.4)]), lines=0).splitlines()) == 2
     assert format_answer(Answer("?", [])) == "nothing found"
+
+
+def test_a_hit_prints_as_location_score_name_and_exit():
+    assert str(hit(0.51249)) == "src/a.py:12  0.512  Stack.push  (exit 9)"
 
 
 def test_scores_of_words_are_drawn_as_shares_of_the_best():

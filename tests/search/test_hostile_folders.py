@@ -8,6 +8,7 @@ from qdrant_client.models import Distance, PointStruct, VectorParams
 
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.qdrant_store import QdrantStore
+from tests.errors import raises
 from tests.search.samples import build, stored_rows
 
 ODD_NAMES = [
@@ -110,7 +111,7 @@ def test_an_empty_folder_is_an_empty_index(tmp_path, checkpoint):
     (tmp_path / "code").mkdir()
     index = build(tmp_path / "code", tmp_path / "index", checkpoint)
     assert index.report.rows == 0
-    for method in ("vector", "lexical", "fused"):
+    for method in ("vector", "lexical", "hybrid"):
         assert index.search(["anything"], method=method)[0].hits == []
     (tmp_path / "code" / "a.py").write_text(function("a"))
     assert index.update(processes=1, progress=False).rows == 1
@@ -133,7 +134,7 @@ def test_files_left_beside_an_index_do_it_no_harm(tmp_path, code, checkpoint):
     assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits
     assert build(code, tmp_path / "index", checkpoint).report.embedded_files == 0
     shutil.rmtree(tmp_path / "index" / "snippets.lance")
-    with pytest.raises(ValueError, match="holds other things"):
+    with raises("search.index.foreign"):
         CodeIndex.open(tmp_path / "index")
 
 
@@ -153,7 +154,7 @@ def test_what_is_no_index_of_ours_is_never_replaced(tmp_path, code, checkpoint, 
     client.create_collection("theirs", vectors_config=VectorParams(size=2, distance=Distance.COSINE))
     client.upsert("theirs", [PointStruct(id=1, vector=[1, 0], payload={"mine": 1})])
     for location in (tmp_path / "theirs", QdrantStore(client, "theirs")):
-        with pytest.raises(ValueError, match="that is no index of ours"):
+        with raises("search.index.foreign"):
             build(code, location, checkpoint, rebuild=rebuild)
     table.checkout_latest()
     assert table.to_arrow().to_pylist() == [{"mine": 1}]

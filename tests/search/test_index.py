@@ -12,14 +12,13 @@ from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.search import building
-from modular_star_encoder.search.cascade import Cascade
+from modular_star_encoder.search.cascade import fit_margin
 from modular_star_encoder.search.embedder import Embedder
-from modular_star_encoder.search.folder import search_folder
 from modular_star_encoder.search.index import CodeIndex, find_index
-from modular_star_encoder.search.margins import fit_margin
 from modular_star_encoder.search.qdrant_store import QdrantStore
-from modular_star_encoder.search.ranking import reciprocal_rank_fusion
-from modular_star_encoder.search.snippets import Windows
+from modular_star_encoder.search.ranking import Cascade, reciprocal_rank_fusion
+from modular_star_encoder.search.settings import Windows
+from tests.errors import raises
 from tests.search.samples import FILES, build, stored_rows, write_code
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -106,7 +105,7 @@ def test_words_find_identifiers_and_fusion_adds_reciprocal_ranks(shared_index):
     assert words.hits[0].name == "parseHeader"
     assert {hit.exit_layer for hit in words.hits} == {None}
     (vectors,) = shared_index.search(["header of a file, to parse"], top_k=100)
-    (fused,) = shared_index.search(["header of a file, to parse"], method="fused")
+    (fused,) = shared_index.search(["header of a file, to parse"], method="hybrid")
     places = [[(hit.path, hit.line) for hit in answer.hits] for answer in (vectors, words)]
     expected = reciprocal_rank_fusion(places)
     assert {(hit.path, hit.line): hit.score for hit in fused.hits} == pytest.approx(expected)
@@ -114,12 +113,12 @@ def test_words_find_identifiers_and_fusion_adds_reciprocal_ranks(shared_index):
 
 
 def test_a_fused_hit_names_an_exit_only_if_one_found_it(shared_index, monkeypatch):
-    monkeypatch.setattr("modular_star_encoder.search.index._FUSED_DEPTH", 2)
+    monkeypatch.setattr("modular_star_encoder.search.index._HYBRID_DEPTH", 2)
     named = set()
     for question in ("parse header", "option", "push", "pop", "add"):
         (vectors,) = shared_index.search([question], top_k=2, exit_layer=1)
         by_vectors = {(hit.path, hit.line) for hit in vectors.hits}
-        (fused,) = shared_index.search([question], top_k=2, exit_layer=1, method="fused")
+        (fused,) = shared_index.search([question], top_k=2, exit_layer=1, method="hybrid")
         for hit in fused.hits:
             assert hit.exit_layer == (1 if (hit.path, hit.line) in by_vectors else None)
             named.add(hit.exit_layer)
@@ -127,7 +126,7 @@ def test_a_fused_hit_names_an_exit_only_if_one_found_it(shared_index, monkeypatc
 
 
 def test_filters_leave_the_other_rows_out(shared_index):
-    for method in ("vector", "lexical", "fused"):
+    for method in ("vector", "lexical", "hybrid"):
         (answer,) = shared_index.search(["return a"], method=method, languages=["go", "javascript"])
         assert {hit.language for hit in answer.hits} == {"go", "javascript"}
         (answer,) = shared_index.search(["return items"], method=method, path="*.py")
@@ -143,35 +142,31 @@ def test_each_question_gets_its_own_hits(shared_index):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"exit_layer": 2}, "was built with exit 1, 4, not 2"),
-        ({"exit_layers": (1, 4), "dimension": 8}, "components, not 8"),
-        ({"exit_layers": (1, 4), "languages": ["go"]}, "languages python, javascript"),
-        (
-            {"exit_layers": (1, 4), "windows": Windows(9, 1)},
-            "windows of lines 40, not 9; an overlap of lines 10, not 1",
-        ),
-        ({"exit_layers": (1, 4), "states": True}, "states kept: no, not yes"),
+        ({"exit_layers": None, "exit_layer": 2}, ["exit 1, 4, not 2"]),
+        ({"languages": ["go"]}, ["languages python, javascript"]),
+        ({"windows": Windows(9, 1)}, ["windows of lines 40, not 9", "an overlap of lines 10, not 1"]),
+        ({"states": True}, ["states kept: no, not yes"]),
     ],
 )
-def test_an_index_of_other_settings_is_not_updated(shared_index, checkpoint, changes, message):
+def test_an_index_of_other_settings_is_not_updated(shared_index, checkpoint, changes, named):
     before = stored_rows(shared_index.store.location)
-    with pytest.raises(ValueError, match=message):
-        build(shared_index.folder, shared_index.store.location, checkpoint, **changes)
+    with raises("search.index.other_settings", *named):
+        build(shared_index.folder, shared_index.store.location, checkpoint, **{"exit_layers": (1, 4), **changes})
     assert stored_rows(shared_index.store.location) == before
 
 
 def test_an_index_of_another_folder_is_not_updated(shared_index, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=f"the folder {shared_index.folder}, not {tmp_path}"):
+    with raises("search.index.other_settings", shared_index.folder, tmp_path):
         build(tmp_path, shared_index.store.location, checkpoint, exit_layers=(1, 4))
 
 
 def test_another_checkpoint_is_refused_by_update_and_search(shared_index, tmp_path):
     other = save_retrieval_checkpoint(tiny_model(rope_parameters={"rope_theta": 5.0}), tiny_tokenizer(), tmp_path / "m")
-    with pytest.raises(ValueError, match="was built with another checkpoint"):
+    with raises("search.index.other_model", other):
         build(shared_index.folder, shared_index.store.location, other, exit_layers=(1, 4))
-    with pytest.raises(ValueError, match=f"another checkpoint: .* and this is {other}"):
+    with raises("search.index.other_model", other):
         CodeIndex.open(shared_index.store.location, checkpoint=other)
 
 
@@ -181,7 +176,7 @@ def test_a_checkpoint_that_was_trained_on_is_refused_when_it_is_first_used(code,
     save_retrieval_checkpoint(tiny_model(initializer_range=0.1), tiny_tokenizer(), tmp_path / "trained")
     shutil.copy(tmp_path / "trained" / "model.safetensors", copy / "model.safetensors")
     index = CodeIndex.open(tmp_path / "index")
-    with pytest.raises(ValueError, match="another checkpoint"):
+    with raises("search.index.other_model", copy):
         index.search(["push"])
     assert index.search(["push"], method="lexical")[0].hits
 
@@ -196,6 +191,8 @@ def test_embeddings_are_cut_where_the_model_was_trained_to_be(code, tmp_path):
     assert len(stored_rows(tmp_path / "whole")[0]["vector_4"]) == 16
     (hit,) = index.search(["push"], top_k=1)[0].hits
     assert hit.score != pytest.approx(whole.search(["push"], top_k=1)[0].hits[0].score, abs=1e-4)
+    with raises("search.dimension", "8 or 16", 7):
+        build(code, tmp_path / "cut", nested, dimension=7)
 
 
 def test_rebuild_takes_other_settings(code, tmp_path, checkpoint):
@@ -226,7 +223,7 @@ def test_an_open_index_notices_that_it_was_built_anew(code, tmp_path, checkpoint
         lambda: fit_margin(index, Cascade(4), progress=False),
     )
     for ask in asked:
-        with pytest.raises(ValueError, match="was built anew meanwhile: open it again"):
+        with raises("search.index.rebuilt", index.store.location):
             ask()
     assert CodeIndex.open(second).store.count() == 7
 
@@ -257,7 +254,7 @@ def test_an_index_inside_its_folder_moves_with_it_and_is_found_from_below(code, 
     assert os.path.exists(index.search(["push"], top_k=1)[0].hits[0].path)
     assert index.update(processes=1, progress=False).embedded_files == 0
     assert (moved / ".mose" / ".gitignore").read_text() == "*\n"
-    with pytest.raises(ValueError, match="nor a folder above it has an index"):
+    with raises("search.index.missing", tmp_path):
         find_index(tmp_path)
 
 
@@ -296,7 +293,7 @@ def test_one_process_writes_at_a_time(code, tmp_path, checkpoint, monkeypatch):
 
     index = build(code, tmp_path / "index", checkpoint)
     monkeypatch.setattr("modular_star_encoder.search.index._SECONDS_FOR_THE_LOCK", 0)
-    with FileLock(tmp_path / "index" / ".lock"), pytest.raises(ValueError, match="being written by another process"):
+    with FileLock(tmp_path / "index" / ".lock"), raises("search.index.locked", tmp_path / "index"):
         index.update(progress=False)
     assert index.update(processes=1, progress=False).embedded_files == 0
 
@@ -316,34 +313,34 @@ def test_ctrl_c_leaves_an_index_that_answers_and_is_completed(code, tmp_path, ch
         build(code, tmp_path / "index", checkpoint)
     index = CodeIndex.open(tmp_path / "index")
     assert index.search(["push"])[0].hits
-    assert index.search(["option return parse"], method="fused")[0].hits
+    assert index.search(["option return parse"], method="hybrid")[0].hits
     report = index.update(processes=1, progress=False)
     assert (report.files, report.embedded_files, report.rows) == (4, 2, 7)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "key", "named"),
     [
-        ({"questions": []}, "at least one question"),
-        ({"questions": "push"}, "list of at least one question"),
-        ({"questions": [" "]}, "none of them blank"),
-        ({"top_k": 0}, "top_k must be at least 1"),
-        ({"exit_layer": 2}, "was built at exit 1, 4, not 2"),
-        ({"method": "magic"}, "vector, lexical or fused"),
-        ({"languages": ["cobol"]}, "'cobol' is unknown"),
-        ({"path": "[a"}, "without a ']'"),
+        ({"questions": []}, "search.questions", ""),
+        ({"questions": "push"}, "search.questions", ""),
+        ({"questions": [" "]}, "search.questions", ""),
+        ({"top_k": 0}, "search.top_k", "not 0"),
+        ({"exit_layer": 2}, "search.index.exit_layer", "exit 1, 4, not 2"),
+        ({"method": "magic"}, "search.method", "magic"),
+        ({"languages": ["cobol"]}, "data.language.unknown", "cobol"),
+        ({"path": "[a"}, "search.path.bracket", "[a"),
     ],
 )
-def test_bad_questions_are_refused(shared_index, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_questions_are_refused(shared_index, options, key, named):
+    with raises(key, named):
         shared_index.search(**{"questions": ["push"], **options})
 
 
 def test_what_is_not_there_is_said(tmp_path, checkpoint, code):
-    with pytest.raises(ValueError, match="There is no index"):
+    with raises("search.index.missing"):
         CodeIndex.open(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
-    with pytest.raises(ValueError, match="is no folder"):
+    with raises("search.folder.missing"):
         build(tmp_path / "absent", tmp_path / "index", checkpoint)
     with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
         build(code, tmp_path / "index", tmp_path / "absent")
@@ -357,20 +354,17 @@ def test_a_server_serves_the_same_answers(code, tmp_path, checkpoint, shared_ind
         (here,), (there,) = (one.search(["push an item"], **options) for one in (index, shared_index))
         assert [hit.text for hit in here.hits] == [hit.text for hit in there.hits]
         assert [hit.score for hit in here.hits] == pytest.approx([hit.score for hit in there.hits], abs=1e-5)
-    assert index.search(["parse header"], method="fused")[0].hits[0].name == "parseHeader"
+    assert index.search(["parse header"], method="hybrid")[0].hits[0].name == "parseHeader"
     write_code(code, {"stack.py": "def peek(self):\n    return self.items[-1]\n"})
     assert index.update(processes=1, progress=False).embedded_files == 1
     assert CodeIndex.open(store).search(["x"], path="stack.py")[0].hits[0].name == "peek"
-    with pytest.raises(ValueError, match="can't keep states"):
+    with raises("search.qdrant.states"):
         build(code, QdrantStore(QdrantClient(":memory:"), "code"), checkpoint, states=True)
 
 
 def test_only_the_deepest_exit_is_indexed_unless_others_are_named_though_the_model_gives_all(code, tmp_path):
     checkpoint = save_retrieval_checkpoint(tiny_model(output_all_exits=True), tiny_tokenizer(), tmp_path / "model")
     assert build(code, tmp_path / "index", checkpoint).settings.exit_layers == (4,)
-    model, tokenizer = load_checkpoint(checkpoint)
-    ((hit,),) = search_folder(code, ["push an item"], model, tokenizer, top_k=1, progress=False)
-    assert hit.exit_layer == 4
 
 
 def test_a_copy_of_a_snippet_is_embedded_once_and_is_a_row_of_its_own(tmp_path, checkpoint, monkeypatch):

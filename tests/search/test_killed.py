@@ -102,7 +102,7 @@ def test_killed_ten_times_at_random_the_next_run_completes_the_index(tmp_path, c
         for rows in held_rows(location).values():  # every file whole, of one version
             assert sorted(place for place, _, _ in rows) == list(range(rows[0][2]))
             assert len({text for _, text, _ in rows}) == 1
-        index.search(["version"], method="fused")
+        index.search(["version"], method="hybrid")
     here.send(False)
     server.join()
     assert killed_at_work >= 7

@@ -3,12 +3,20 @@ import itertools
 import pytest
 
 from modular_star_encoder.data.sources.source_files import SourceFile
-from modular_star_encoder.search.snippets import Windows, file_snippets
+from modular_star_encoder.search.building import file_snippets
+from modular_star_encoder.search.settings import Windows
+from tests.data.polyglot import NAMES, SOURCES
+from tests.errors import raises
 from tests.search.samples import FILES
 
 
 def snippets(path, text, language="python", windows=None):
     return file_snippets(SourceFile("code", path, language, text), windows or Windows())
+
+
+@pytest.mark.parametrize("language", SOURCES)
+def test_functions_of_every_language_are_found(language):
+    assert len(snippets("a", SOURCES[language], language)) == len(NAMES[language])
 
 
 def test_functions_know_their_lines_name_language_and_description():
@@ -54,5 +62,5 @@ def test_a_file_whose_functions_are_all_broken_gets_windows():
 
 @pytest.mark.parametrize(("lines", "overlap"), [(0, 0), (5, 5), (5, -1)])
 def test_windows_that_do_not_move_on_are_refused(lines, overlap):
-    with pytest.raises(ValueError, match=f"Windows of {lines} lines can't overlap by {overlap}"):
+    with raises("search.windows", lines, overlap):
         Windows(lines, overlap)

@@ -5,31 +5,36 @@ import numpy as np
 import pytest
 from qdrant_client import QdrantClient
 
+from modular_star_encoder.search.index import open_store
 from modular_star_encoder.search.lance_store import LanceStore
 from modular_star_encoder.search.qdrant_store import QdrantStore, connect
-from modular_star_encoder.search.settings import glob_expression
-from modular_star_encoder.search.snippets import Snippet
 from modular_star_encoder.search.vector_store import (
     Filter,
+    MemoryStore,
     Row,
+    Snippet,
     StoredFile,
     content_hash,
     file_id,
-    open_store,
+    glob_expression,
     readable_path,
     row_id,
     words_of,
 )
+from tests.errors import raises
 from tests.loopback import LoopbackHandler, LoopbackServer
 
 SETTINGS = {"exit_layers": [1, 4], "dimension": 8, "states": False, "prompts": {"query": "é"}}
 
 
-@pytest.fixture(params=["lance", "qdrant"])
+@pytest.fixture(params=["lance", "qdrant", "memory"])
 def store(request, tmp_path):
-    made = (
-        LanceStore(str(tmp_path / "index")) if request.param == "lance" else QdrantStore(QdrantClient(":memory:"), "i")
-    )
+    kinds = {
+        "lance": lambda: LanceStore(str(tmp_path / "index")),
+        "qdrant": lambda: QdrantStore(QdrantClient(":memory:"), "i"),
+        "memory": MemoryStore,
+    }
+    made = kinds[request.param]()
     assert made.settings() is None
     made.create(SETTINGS)
     return made
@@ -192,9 +197,9 @@ def test_an_approximate_index_is_made_anew_when_it_is_outgrown(tmp_path):
 
 def test_a_folder_of_other_things_is_no_index(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="holds other things"):
+    with raises("search.index.foreign", tmp_path):
         LanceStore(str(tmp_path))
-    with pytest.raises(ValueError, match="it is a file"):
+    with raises("search.index.foreign", "thesis.tex"):
         LanceStore(str(tmp_path / "thesis.tex"))
     assert open_store(tmp_path / "new").settings() is None
     assert not (tmp_path / "new").exists()
@@ -202,13 +207,13 @@ def test_a_folder_of_other_things_is_no_index(tmp_path):
 
 @pytest.mark.parametrize("location", ["qdrant:", "qdrant:name", "qdrant:name@localhost", "qdrant:@http://localhost"])
 def test_a_server_is_named_by_collection_and_url(location):
-    with pytest.raises(ValueError, match="qdrant:NAME@URL"):
+    with raises("search.qdrant.location", location):
         open_store(location)
     assert connect("qdrant:code@http://localhost:1")[1] == "code"
 
 
 def test_a_password_in_a_qdrant_url_is_refused_and_not_shown():
-    with pytest.raises(ValueError, match="QDRANT_API_KEY") as refused:
+    with raises("search.qdrant.password", "QDRANT_API_KEY") as refused:
         open_store("qdrant:code@http://me:secret@localhost:1")
     assert "secret" not in str(refused.value)
 

@@ -38,12 +38,12 @@ class ExitCosts:
     note: str = ""
 
     @classmethod
-    def of(cls, checkpoint: str, fingerprint: str) -> ExitCosts:
-        """The profile beside a checkpoint, if it was measured with the weights of this fingerprint.
+    def of(cls, checkpoint: str, checksum: str) -> ExitCosts:
+        """The profile beside a checkpoint, if it was measured with the weights of this checksum.
 
         Args:
             checkpoint: folder or Hub id.
-            fingerprint: see `checkpoint_checksum`.
+            checksum: see `checkpoint_checksum`.
         """
         name = short_name(checkpoint)
         advice = f"“mose profile {name}” measures what each exit costs, and with --quality adds what it gives."
@@ -55,7 +55,7 @@ class ExitCosts:
             return cls(None, f"{name} has no exit profile: {advice}")
         except (ValueError, OSError):
             return cls(None, f"The exit profile of {name} can't be read: {advice}")
-        if profile.checkpoint != fingerprint:
+        if profile.checkpoint != checksum:
             return cls(None, f"The exit profile of {name} is of other weights: {advice}")
         moved = any("another machine" in str(one.message) for one in caught)
         return cls(profile, note="Measured on another machine: its times may not hold here." if moved else "")

@@ -14,6 +14,7 @@ from modular_star_encoder.demo.page import ExitCosts, SearchPage, build_blocks, 
 from modular_star_encoder.demo.session import SearchSession, code_styles
 from modular_star_encoder.demo.source_view import ROUTE, LocalFiles, RepositoryLinks
 from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -72,14 +73,14 @@ def served(
         The page's address.
     """
     if port is not None and not 1 <= port <= 65535:
-        raise ValueError(f"A port is a number from 1 to 65535, not {port}.")
+        raise UserError("demo.port", f"A port is a number from 1 to 65535, not {port}.")
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
     _check_host(host)
     local = None if source else LocalFiles(index)
     link_to = RepositoryLinks(source) if source else local
     gradio = import_gradio()
     session = SearchSession(index, checkpoint)
-    costs = ExitCosts.of(session.checkpoint, index.settings.fingerprint)
+    costs = ExitCosts.of(session.checkpoint, index.settings.checksum)
     blocks = build_blocks(SearchPage(session, costs, link_to))
     try:
         _, address, _ = blocks.launch(
@@ -101,7 +102,9 @@ def served(
     except OSError as error:
         blocks.close()
         taken = f"Port {port}" if port else "Every port that was tried"
-        raise ValueError(f"{taken} is taken on {host}, or can't be bound: name another with --port.") from error
+        raise UserError(
+            "demo.port_taken", f"{taken} on {host} is taken or not allowed. Name another with --port."
+        ) from error
     try:
         yield address
     finally:
@@ -114,7 +117,9 @@ def _check_host(host: str) -> None:
         try:
             trial.bind((host, 0))
         except (OSError, UnicodeError) as error:
-            raise ValueError(f"--host must be an IPv4 address or name of this machine, not {host!r}.") from error
+            raise UserError(
+                "demo.host", f"--host must be an IPv4 address or name of this machine, not {host!r}."
+            ) from error
 
 
 def _app_options(host: str, local: LocalFiles | None) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from pygments.lexer import Lexer
 from pygments.lexers import PhpLexer, TextLexer, get_lexer_by_name
 from pygments.util import ClassNotFound
 
-from modular_star_encoder.search.cascade import Cascade
-from modular_star_encoder.search.display import printable
-from modular_star_encoder.search.hits import Answer, Hit
+from modular_star_encoder.search.hits import Answer, Hit, printable
 from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.ranking import Cascade
 from modular_star_encoder.search.vector_store import readable_path
+from modular_star_encoder.utils.errors import UserError
 
 TOP_K = 5
 CANDIDATES = 50
@@ -101,11 +101,13 @@ class SearchSession:
             OSError, ImportError: as `CodeIndex.search`.
         """
         if not question.strip():
-            raise ValueError("Type a question first: say in a few words what the code should do.")
+            raise UserError("demo.question", "Type a question first: say in a few words what the code should do.")
         if len(question) > LONGEST_QUESTION:
-            raise ValueError(f"A question has {LONGEST_QUESTION:,} characters at most, not {len(question):,}.")
+            raise UserError(
+                "demo.question", f"A question has {LONGEST_QUESTION:,} characters at most, not {len(question):,}."
+            )
         if self.problem:
-            raise ValueError(self.problem)
+            raise UserError("demo.checkpoint", self.problem)
         cascade = None
         if rerank_exit_layer is not None and rerank_exit_layer > exit_layer:
             cascade = Cascade(rerank_exit_layer, CANDIDATES)

@@ -17,10 +17,10 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import TextLexer, get_lexer_for_filename
 from pygments.util import ClassNotFound
 
-from modular_star_encoder.search.display import printable
-from modular_star_encoder.search.hits import Hit
+from modular_star_encoder.search.hits import Hit, printable
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.vector_store import file_id
+from modular_star_encoder.utils.errors import UserError
 
 ROUTE = "/source"
 LARGEST_FILE = 2_000_000
@@ -49,9 +49,10 @@ class RepositoryLinks:
     def __init__(self, address: str) -> None:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
-            raise ValueError(
-                f"{address!r} is no address of a folder of a repository, such as "
-                "https://github.com/OWNER/NAME/blob/REVISION/src."
+            raise UserError(
+                "demo.source",
+                f"{address!r} is not the address of a folder of a repository, such as "
+                "https://github.com/OWNER/NAME/blob/REVISION/src.",
             )
         self._address = address.rstrip("/")
 
@@ -88,12 +89,14 @@ class LocalFiles:
         """
         file = self._file(path)
         if file is None or not self._is_indexed(path):
-            raise ValueError("There is no such file in the index.")
+            raise UserError("demo.file.missing", "There is no such file in the index.")
         # O_NOFOLLOW: what was a file when it was checked may be a link by now.
         with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
             status = os.fstat(opened.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
-                raise ValueError(f"The file is larger than {LARGEST_FILE:,} bytes, or not an ordinary one.")
+                raise UserError(
+                    "demo.file.large", f"The file is larger than {LARGEST_FILE:,} bytes, or not a regular file."
+                )
             text = opened.read().decode("utf-8", "replace")
         return _source_page(path, text, first, last)
 

@@ -6,6 +6,7 @@ next run goes on with the others.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -17,13 +18,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from modular_star_encoder.data.functions import extract_functions
 from modular_star_encoder.data.sources.repositories import FileReader, folder_repositories
 from modular_star_encoder.data.sources.source_files import FileFilters, SourceFile
 from modular_star_encoder.search.embedder import Embedder
-from modular_star_encoder.search.settings import IndexSettings
-from modular_star_encoder.search.snippets import Snippet, Windows, file_snippets, file_windows
+from modular_star_encoder.search.settings import IndexSettings, Windows
 from modular_star_encoder.search.vector_store import (
     Row,
+    Snippet,
     StoredFile,
     VectorStore,
     content_hash,
@@ -34,6 +36,7 @@ from modular_star_encoder.search.vector_store import (
 )
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 
+_LINE_END = re.compile(r"\r\n|\r|\n")
 _FILES_PER_CHUNK = 8
 _ROWS_PER_BATCH = 256
 _FILES_PER_REMOVAL = 1000
@@ -193,3 +196,40 @@ def _extract(files: list[SourceFile], windows: Windows) -> list[_Changed]:
 
 def _readable(snippets: list[Snippet]) -> list[Snippet]:
     return [replace(snippet, path=readable_path(snippet.path)) for snippet in snippets]
+
+
+def file_snippets(file: SourceFile, windows: Windows) -> list[Snippet]:
+    """The functions of a file in their order, documented or not, or its windows if it has none; never empty."""
+    found = [
+        Snippet(
+            path=file.path,
+            language=function.language,
+            name=function.name,
+            first_line=function.line,
+            last_line=_last_line(function.line, function.source),
+            description=function.description,
+            text=function.code,
+        )
+        for function in extract_functions(file, documented_only=False)
+    ]
+    return found or list(file_windows(file, windows))
+
+
+def _last_line(first_line: int, source: str) -> int:
+    """The line of the last character of a text that begins on `first_line`."""
+    return first_line + len(_LINE_END.findall(source))
+
+
+def file_windows(file: SourceFile, windows: Windows) -> Iterator[Snippet]:
+    """The windows of a file that isn't blank, whatever it holds."""
+    lines = _LINE_END.split(file.text)
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()
+    for start in range(0, len(lines), windows.lines - windows.overlap):
+        chosen = lines[start : start + windows.lines]
+        is_last = start + windows.lines >= len(lines)
+        if any(line.strip() for line in chosen):
+            last = start + len(chosen)
+            yield Snippet(file.path, file.language, "", start + 1, last, "", "\n".join(chosen))
+        if is_last:
+            return

@@ -13,8 +13,8 @@ import numpy as np
 from modular_star_encoder.data.prompts import CODE_INSTRUCTION, SEP_TOKEN, code_prompt, text_prompt
 from modular_star_encoder.inference.encode import encode_exits, encode_states, resume_states
 from modular_star_encoder.inference.load import checkpoint_checksum, load_checkpoint, load_config
-from modular_star_encoder.search.snippets import Snippet
-from modular_star_encoder.search.vector_store import Found, content_hash
+from modular_star_encoder.search.vector_store import Found, Snippet, content_hash
+from modular_star_encoder.utils.errors import UserError
 
 _KEPT_EMBEDDINGS = 20_000
 
@@ -26,7 +26,7 @@ class Embedder:
 
     Attributes:
         checkpoint: absolute path of the folder, or the repository's name.
-        fingerprint: see `checkpoint_checksum`.
+        checksum: see `checkpoint_checksum`.
         config: the configuration of the whole checkpoint.
 
     Args:
@@ -41,7 +41,7 @@ class Embedder:
         folder = Path(checkpoint).expanduser()
         self.checkpoint = str(folder.resolve()) if folder.is_dir() else os.fspath(checkpoint)
         self.config = load_config(self.checkpoint)
-        self.fingerprint = checkpoint_checksum(self.checkpoint)
+        self.checksum = checkpoint_checksum(self.checkpoint)
         self._device = device
         self._model: Any = None
         self._tokenizer: Any = None
@@ -62,7 +62,10 @@ class Embedder:
         nested = getattr(self.config, "nested_dimensions", None) or ()
         sizes = sorted({*nested, self.config.projection_size})
         if dimension is not None and dimension not in sizes:
-            raise ValueError(f"{self.checkpoint} has embeddings of {_listed(sizes)} components, not {dimension}.")
+            raise UserError(
+                "search.dimension",
+                f"{self.checkpoint} has embeddings of {' or '.join(map(str, sizes))} components, not {dimension}.",
+            )
         return dimension or self.config.projection_size
 
     def load(self, exit_layer: int) -> Any:
@@ -155,7 +158,3 @@ def cut(embeddings: np.ndarray, dimension: int) -> np.ndarray:
     """The first components of embeddings (N, D), scaled to length 1; a zero vector stays one."""
     values = embeddings[:, :dimension]
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return " or ".join(map(str, numbers))

@@ -1,4 +1,4 @@
-"""What a search answers."""
+"""What a search answers, as data and as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Hit:
         path: leads to the file from where the folder was named.
         line: 1-based line at which it begins.
         name: of the function; empty for a window.
-        score: the cosine similarity, at `exit_layer`; of a lexical search the BM25 score, of a fused one the sum of
+        score: the cosine similarity, at `exit_layer`; of a lexical search the BM25 score, of a hybrid one the sum of
             reciprocal ranks.
         exit_layer: the exit that ranked it; None if only words did.
         last_line: its last line; 0 if not known.
@@ -45,7 +45,7 @@ class Answer:
         hits: best first.
         margin: how far the best similarity of the first exit leads the second; None where there are no two.
         reranked: whether a deep exit ranked the hits.
-        method: how they were found: `vector`, `lexical` or `fused`.
+        method: how they were found: `vector`, `lexical` or `hybrid`.
     """
 
     question: str
@@ -57,3 +57,53 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+BAR_WIDTH = 10
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_INDENT = "    "
+
+
+def format_answer(answer: Answer, *, lines: int = 3, width: int = 120) -> str:
+    """A line for each hit (place, score, name), and the first lines of its code.
+
+    Similarities are drawn on a scale from 0 to 1; scores of words and of hybrid rankings as shares of the best.
+
+    Args:
+        answer: what to show.
+        lines: of code for each hit.
+        width: longer lines of code are cut.
+    """
+    whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0)
+    shown = [
+        "\n".join([_headline(hit, whole), *(_INDENT + line for line in _code_lines(hit, lines, width - len(_INDENT)))])
+        for hit in answer.hits
+    ]
+    return "\n".join(shown) if shown else "nothing found"
+
+
+def score_bar(share: float, width: int = BAR_WIDTH) -> str:
+    """A bar of `width` characters for a share; below 0 it is empty, above 1 full."""
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    whole, rest = divmod(eighths, 8)
+    return ("█" * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)
+
+
+def printable(text: str) -> str:
+    """Text without what could steer a terminal: code and names of files are anybody's."""
+    return "".join(character if character.isprintable() else "�" for character in text.replace("\t", _INDENT))
+
+
+def _headline(hit: Hit, whole: float) -> str:
+    bar = score_bar(hit.score / whole if whole else 0.0)
+    return printable(f"{hit.path}:{hit.line}  {bar} {hit.score:.3f}  {hit.name or '(lines)'}  ({_ranked_by(hit)})")
+
+
+def _ranked_by(hit: Hit) -> str:
+    return "words" if hit.exit_layer is None else f"exit {hit.exit_layer}"
+
+
+def _code_lines(hit: Hit, count: int, width: int) -> list[str]:
+    """The first lines that aren't blank."""
+    chosen = [line for line in hit.text.splitlines() if line.strip()][:count]
+    return [printable(line)[:width].rstrip() for line in chosen]

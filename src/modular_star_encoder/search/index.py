@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from modular_star_encoder.data.languages.registry import check_languages
 from modular_star_encoder.search.building import UpdateReport, update_store
-from modular_star_encoder.search.cascade import Cascade
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.hits import Answer, Hit
-from modular_star_encoder.search.ranking import Ranker, fused, lexical
-from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, INDEX_FOLDER, IndexSettings, glob_expression
-from modular_star_encoder.search.snippets import Windows
+from modular_star_encoder.search.ranking import Cascade, Ranker, fused, lexical
+from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, IndexSettings, Windows
 from modular_star_encoder.search.vector_store import (
+    INDEX_FOLDER,
+    QDRANT,
     Filter,
     ForeignDataError,
     Found,
     VectorStore,
-    open_store,
+    glob_expression,
     readable_path,
 )
+from modular_star_encoder.utils.errors import UserError
 
-Method = Literal["vector", "lexical", "fused"]
+Method = Literal["vector", "lexical", "hybrid"]
 
-_FUSED_DEPTH = 100
+_HYBRID_DEPTH = 100
 _SECONDS_FOR_THE_LOCK = 3
 
 
@@ -94,7 +96,9 @@ class CodeIndex:
             ImportError: the store's extra isn't installed.
         """
         if not os.path.isdir(os.path.expanduser(folder)):
-            raise ValueError(f"{os.fspath(folder)!r} is no folder: name one with source code.")
+            raise UserError(
+                "search.folder.missing", f"{os.fspath(folder)!r} is not a folder. Name a folder with source code."
+            )
         store = _store(os.path.join(os.path.expanduser(folder), INDEX_FOLDER) if location is None else location)
         embedder = Embedder(checkpoint, device)
         if exit_layer is None and exit_layers is None:
@@ -103,7 +107,7 @@ class CodeIndex:
         windows = windows or Windows()
         settings = IndexSettings(
             checkpoint=embedder.checkpoint,
-            fingerprint=embedder.fingerprint,
+            checksum=embedder.checksum,
             exit_layers=exits,
             dimension=embedder.check_dimension(dimension),
             prompts=embedder.prompts(),
@@ -150,7 +154,9 @@ class CodeIndex:
         store = _store(location)
         stored = store.settings()
         if stored is None:
-            raise ValueError(f"There is no index in {store.location}: `mose index FOLDER` makes one.")
+            raise UserError(
+                "search.index.missing", f"There is no index in {store.location}. Make one with `mose index FOLDER`."
+            )
         index = cls(store, IndexSettings.from_dict(stored, store.location))
         index._device = device
         if checkpoint is not None:
@@ -203,7 +209,7 @@ class CodeIndex:
             questions: one or more.
             top_k: hits of each.
             exit_layer: one of the index's exits; the deepest if None, and with a cascade the shallowest.
-            method: `vector` compares embeddings; `lexical` words, by BM25; `fused` both, by reciprocal rank fusion.
+            method: `vector` compares embeddings; `lexical` words, by BM25; `hybrid` both, by reciprocal rank fusion.
             cascade: rank the best of `exit_layer` again by a deeper exit.
             languages: count only rows in these.
             path: count only files of this pattern, such as `*.py` or `src/**` (see `glob_expression`).
@@ -216,11 +222,16 @@ class CodeIndex:
                 another checkpoint than the index was built with, or an index built anew since it was opened.
         """
         if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
-            raise ValueError("questions must be a list of at least one question, none of them blank.")
+            raise UserError(
+                "search.questions", "questions must be a list of at least one question, none of them blank."
+            )
         if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}.")
-        if method not in ("vector", "lexical", "fused"):
-            raise ValueError(f"method must be vector, lexical or fused, not {method!r}.")
+            raise UserError("search.top_k", f"top_k must be at least 1, not {top_k}.")
+        if method == "fused":
+            warnings.warn('method "fused" is now called "hybrid".', FutureWarning, stacklevel=2)
+            method = "hybrid"
+        if method not in get_args(Method):
+            raise UserError("search.method", f"method must be vector, lexical or hybrid, not {method!r}.")
         where = Filter(
             () if languages is None else check_languages(languages), None if path is None else glob_expression(path)
         )
@@ -231,12 +242,12 @@ class CodeIndex:
                 Answer(question, self._hits(one), method=method) for question, one in zip(questions, found, strict=True)
             ]
         ranker = self.ranker(exit_layer, cascade)
-        depth = max(top_k, _FUSED_DEPTH) if method == "fused" else top_k
+        depth = max(top_k, _HYBRID_DEPTH) if method == "hybrid" else top_k
         answers = []
         for question, vectors in zip(questions, ranker.embed(questions), strict=True):
             ranked = ranker.rank(vectors, depth, where)
             found = ranked.found
-            if method == "fused":
+            if method == "hybrid":
                 found = fused([found, lexical(self.store, question, depth, where)])
             hits = self._hits(found[:top_k])
             answers.append(Answer(question, hits, ranked.margin, ranked.reranked, method))
@@ -256,7 +267,10 @@ class CodeIndex:
         if cascade is not None:
             self.embedder.config.check_exit(cascade.exit_layer)
             if cascade.exit_layer <= exit_layer:
-                raise ValueError(f"Exit {cascade.exit_layer} can't re-rank exit {exit_layer}: it isn't deeper.")
+                raise UserError(
+                    "search.cascade.exit_layer",
+                    f"Exit {cascade.exit_layer} cannot re-rank exit {exit_layer}. Choose a deeper exit.",
+                )
         return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
 
     def _hits(self, found: Sequence[Found]) -> list[Hit]:
@@ -279,17 +293,41 @@ class CodeIndex:
         """Another process may have built the index anew: its rows would not fit our questions, nor ours its rows."""
         stored = self.store.settings()
         if stored is None or IndexSettings.from_dict(stored, self.store.location) != self.settings:
-            raise ValueError(f"The index {self.store.location} was built anew meanwhile: open it again.")
+            raise UserError(
+                "search.index.rebuilt",
+                f"The index {self.store.location} was rebuilt since it was opened. Open it again.",
+            )
 
     def _checked(self, checkpoint: str | os.PathLike[str]) -> Embedder:
         embedder = Embedder(checkpoint, self._device)
-        self.settings.refuse_checkpoint(embedder.checkpoint, embedder.fingerprint, self.store.location)
+        self.settings.refuse_checkpoint(embedder.checkpoint, embedder.checksum, self.store.location)
         if dict(self.settings.prompts) != embedder.prompts():
-            raise ValueError(
-                f"The index {self.store.location} was built with other prompts than this version uses: build it anew "
-                "(--rebuild)."
+            raise UserError(
+                "search.index.prompts",
+                f"The index {self.store.location} was built with other prompts than this version uses. Rebuild it "
+                "(--rebuild).",
             )
         return embedder
+
+
+def open_store(location: str | os.PathLike[str]) -> VectorStore:
+    """The store of a location: `qdrant:NAME@URL` is a collection of a server, all else an embedded LanceDB.
+
+    A LanceDB lies in a folder, or on object storage (`s3://bucket/path`; LanceDB reads credentials from the
+    environment). The key of a Qdrant server is read from QDRANT_API_KEY.
+
+    Raises:
+        ImportError: the extra isn't installed.
+        ValueError: not of these forms.
+    """
+    location = os.fspath(location)
+    if location.startswith(QDRANT):
+        from modular_star_encoder.search.qdrant_store import QdrantStore, connect
+
+        return QdrantStore(*connect(location), location)
+    from modular_star_encoder.search.lance_store import LanceStore
+
+    return LanceStore(location)
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str:
@@ -302,7 +340,10 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str:
     for place in (start, *start.parents):
         if (place / INDEX_FOLDER).is_dir():
             return str(place / INDEX_FOLDER)
-    raise ValueError(f"Neither {start} nor a folder above it has an index: `mose index FOLDER` makes one.")
+    raise UserError(
+        "search.index.missing",
+        f"Neither {start} nor a folder above it has an index. Make one with `mose index FOLDER`.",
+    )
 
 
 @contextmanager
@@ -320,7 +361,9 @@ def _locked(store: VectorStore) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"The index {store.location} is being written by another process: wait for it.") from error
+        raise UserError(
+            "search.index.locked", f"Another process writes the index {store.location}. Wait for it."
+        ) from error
     try:
         yield
     finally:

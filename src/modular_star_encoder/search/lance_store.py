@@ -16,17 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from modular_star_encoder.search.settings import INDEX_FOLDER, MARGINS_NAME
-from modular_star_encoder.search.snippets import Snippet
 from modular_star_encoder.search.vector_store import (
+    INDEX_FOLDER,
+    MARGINS_NAME,
     Filter,
     ForeignDataError,
     Found,
     Row,
+    Snippet,
     StoredFile,
+    best_first,
     stored_files,
-    told_clearly,
+    wrap_store_errors,
 )
+from modular_star_encoder.utils.errors import UserError
 
 TABLE = "snippets"
 OWN_FILES = {".gitignore", ".lock", MARGINS_NAME, f"{TABLE}.lance"}
@@ -50,7 +53,7 @@ def _sentence(location: str, error: Exception) -> str | None:
     return f"The index {location} can't be read or written ({error}): if it is damaged, build it anew (--rebuild)."
 
 
-_told_clearly = told_clearly(_sentence)
+_wrap_errors = wrap_store_errors(_sentence)
 
 
 class LanceStore:
@@ -73,9 +76,12 @@ class LanceStore:
         self._commits = 0
         self._lancedb = _import_lancedb()
         if self.folder is not None and (self.folder.is_file() or self._strange_files()):
-            raise ValueError(f"{location} is no index: it is a file, or a folder that holds other things.")
+            raise UserError(
+                "search.index.foreign",
+                f"{location} is not an index: it is a file, or a folder that holds other things.",
+            )
 
-    @_told_clearly
+    @_wrap_errors
     def settings(self) -> dict[str, Any] | None:
         """See `VectorStore`."""
         table = self._open()
@@ -83,12 +89,10 @@ class LanceStore:
             return None
         content = (table.schema.metadata or {}).get(_SETTINGS_KEY)
         if content is None:
-            raise ForeignDataError(
-                f"{self.location} holds a table {TABLE!r} that is no index of ours: name another place."
-            )
+            raise ForeignDataError(f"{self.location} holds a table {TABLE!r} of another program. Name another place.")
         return json.loads(content)
 
-    @_told_clearly
+    @_wrap_errors
     def create(self, settings: Mapping[str, Any]) -> None:
         """See `VectorStore`."""
         if self.folder is not None:
@@ -110,7 +114,7 @@ class LanceStore:
             self._table = database.create_table(TABLE, schema=schema)
         self._index_words()
 
-    @_told_clearly
+    @_wrap_errors
     def files(self) -> dict[str, StoredFile]:
         """See `VectorStore`."""
         return stored_files(self._file_columns())
@@ -120,7 +124,7 @@ class LanceStore:
         for batch in self._rows().search().select(columns).to_batches():
             yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)
 
-    @_told_clearly
+    @_wrap_errors
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         """See `VectorStore`; one commit."""
         table = self._rows()
@@ -141,7 +145,7 @@ class LanceStore:
         if self._commits % COMPACT_EVERY == 0:
             table.optimize(cleanup_older_than=KEEP_VERSIONS)
 
-    @_told_clearly
+    @_wrap_errors
     def finish(self) -> None:
         """See `VectorStore`."""
         table = self._rows()
@@ -153,7 +157,7 @@ class LanceStore:
                 self._index_vectors(column, rows)
             table.optimize(cleanup_older_than=KEEP_VERSIONS)
 
-    @_told_clearly
+    @_wrap_errors
     def nearest(
         self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[str] = ()
     ) -> list[Found]:
@@ -164,7 +168,7 @@ class LanceStore:
         query = query.minimum_nprobes(PROBES).maximum_nprobes(0).refine_factor(REFINE_FACTOR)
         return _found(query, "_distance", lambda distance: 1 - distance, limit, where, extras)
 
-    @_told_clearly
+    @_wrap_errors
     def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
         """See `VectorStore`."""
         from lancedb.query import MatchQuery
@@ -174,12 +178,12 @@ class LanceStore:
         query = self._rows().search(MatchQuery(" ".join(words), "words"), query_type="fts")
         return _found(query, "_score", float, limit, where)
 
-    @_told_clearly
+    @_wrap_errors
     def count(self) -> int:
         """See `VectorStore`."""
         return self._rows().count_rows()
 
-    @_told_clearly
+    @_wrap_errors
     def sample(self, limit: int) -> list[Found]:
         """See `VectorStore`."""
         rows = self._rows().search().where("description != ''").select(list(FOUND_COLUMNS)).to_list()
@@ -215,7 +219,9 @@ class LanceStore:
     def _rows(self) -> Any:
         table = self._open()
         if table is None:
-            raise ValueError(f"There is no index in {self.location}: `mose index` makes one.")
+            raise UserError(
+                "search.index.missing", f"There is no index in {self.location}. Make one with `mose index`."
+            )
         return table
 
     def _open(self) -> Any:
@@ -229,7 +235,9 @@ class LanceStore:
             try:
                 self._table = database.open_table(TABLE)
             except (RuntimeError, ValueError, OSError) as error:
-                raise ValueError(f"The index {self.location} can't be read: {error}.") from error
+                raise UserError(
+                    "search.index.unreadable", f"The index {self.location} can't be read: {error}."
+                ) from error
         return self._table
 
     def _connect(self) -> Any:
@@ -297,7 +305,7 @@ def _found(query: Any, score: str, similarity: Any, limit: int, where: Filter, e
     found = [
         Found(row["row_id"], row["text_hash"], _snippet(row), similarity(row[score]), *_extras(row)) for row in rows
     ]
-    return sorted(found, key=lambda one: (-one.score, one.snippet.path, one.snippet.first_line))
+    return best_first(found)
 
 
 def _extras(row: Mapping[str, Any]) -> tuple[dict[int, np.ndarray], np.ndarray | None]:

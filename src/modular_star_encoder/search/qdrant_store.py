@@ -20,17 +20,19 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from modular_star_encoder.search.snippets import Snippet
 from modular_star_encoder.search.vector_store import (
     QDRANT,
     Filter,
     ForeignDataError,
     Found,
     Row,
+    Snippet,
     StoredFile,
+    best_first,
     stored_files,
-    told_clearly,
+    wrap_store_errors,
 )
+from modular_star_encoder.utils.errors import UserError
 
 _SETTINGS_KEY = "modular_star_encoder"
 _K1, _B, _AVERAGE_WORDS = 1.2, 0.75, 256
@@ -48,9 +50,13 @@ def connect(location: str) -> tuple[Any, str]:
     """
     name, _, url = location.removeprefix(QDRANT).partition("@")
     if not name or not url.startswith(("http://", "https://")):
-        raise ValueError(f"A Qdrant index is written qdrant:NAME@URL with an http URL, not {location!r}.")
+        raise UserError(
+            "search.qdrant.location", f"A Qdrant index is written qdrant:NAME@URL with an http URL, not {location!r}."
+        )
     if "@" in urlsplit(url).netloc:  # locations are shown in messages, and kept
-        raise ValueError("A Qdrant URL must hold no password: the key is read from QDRANT_API_KEY.")
+        raise UserError(
+            "search.qdrant.password", "A Qdrant URL must not hold a password. Put the key into QDRANT_API_KEY."
+        )
     return _import_client().QdrantClient(
         url=url, api_key=os.environ.get("QDRANT_API_KEY") or None, check_compatibility=False
     ), name
@@ -64,7 +70,7 @@ def _sentence(location: str, error: Exception) -> str | None:
     return f"The Qdrant server of {location} can't be reached, or refused: {' '.join(str(error).split())}."
 
 
-_told_clearly = told_clearly(_sentence)
+_wrap_errors = wrap_store_errors(_sentence)
 
 
 class QdrantStore:
@@ -81,22 +87,24 @@ class QdrantStore:
         self._client, self._name = client, name
         self._models = _import_client().models
 
-    @_told_clearly
+    @_wrap_errors
     def settings(self) -> dict[str, Any] | None:
         """See `VectorStore`."""
         if not self._client.collection_exists(self._name):
             return None
         metadata = self._client.get_collection(self._name).config.metadata or {}
         if _SETTINGS_KEY not in metadata:
-            raise ForeignDataError(f"{self.location} is a collection that is no index of ours: name another.")
+            raise ForeignDataError(f"{self.location} is a collection of another program. Name another.")
         return metadata[_SETTINGS_KEY]
 
-    @_told_clearly
+    @_wrap_errors
     def create(self, settings: Mapping[str, Any]) -> None:
         """See `VectorStore`."""
         models = self._models
         if settings["states"]:
-            raise ValueError("A Qdrant index can't keep states: they are too large for its payload.")
+            raise UserError(
+                "search.qdrant.states", "A Qdrant index cannot keep states: they are too large for its payload."
+            )
         if self._client.collection_exists(self._name):
             self._client.delete_collection(self._name)
         vector = models.VectorParams(size=settings["dimension"], distance=models.Distance.COSINE)
@@ -109,13 +117,13 @@ class QdrantStore:
         for field in ("file_id", "path", "language"):
             self._client.create_payload_index(self._name, field, models.PayloadSchemaType.KEYWORD)
 
-    @_told_clearly
+    @_wrap_errors
     def files(self) -> dict[str, StoredFile]:
         """See `VectorStore`."""
         fields = ("file_id", "file_hash", "file_rows")
         return stored_files(tuple(payload[name] for name in fields) for _, payload in self._scroll(fields))
 
-    @_told_clearly
+    @_wrap_errors
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         """See `VectorStore`."""
         models = self._models
@@ -131,26 +139,26 @@ class QdrantStore:
     def finish(self) -> None:
         """The server looks after its indexes."""
 
-    @_told_clearly
+    @_wrap_errors
     def nearest(
         self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[str] = ()
     ) -> list[Found]:
         """See `VectorStore`."""
         return self._query(vector.tolist(), f"vector_{exit_layer}", limit, where, extras)
 
-    @_told_clearly
+    @_wrap_errors
     def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
         """See `VectorStore`."""
         places = sorted({_word_place(word) for word in words})
         query = self._models.SparseVector(indices=places, values=[1.0] * len(places))
         return self._query(query, "words", limit, where) if places else []
 
-    @_told_clearly
+    @_wrap_errors
     def count(self) -> int:
         """See `VectorStore`."""
         return self._client.count(self._name, exact=True).count
 
-    @_told_clearly
+    @_wrap_errors
     def sample(self, limit: int) -> list[Found]:
         """See `VectorStore`; the server's order, which is that of ids."""
         found = []
@@ -176,7 +184,7 @@ class QdrantStore:
             }
             snippet = Snippet(**point.payload["snippet"])
             found.append(Found(str(point.id), point.payload["text_hash"], snippet, point.score, vectors))
-        return sorted(found, key=lambda one: (-one.score, one.snippet.path, one.snippet.first_line))
+        return best_first(found)
 
     def _filter(self, where: Filter) -> Any:
         """Conditions of the server, None for none; `must` is empty if no file can fit."""

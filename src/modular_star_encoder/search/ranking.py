@@ -10,10 +10,10 @@ from typing import TypeVar
 import numpy as np
 
 from modular_star_encoder.evaluation.lexical import identifier_tokens
-from modular_star_encoder.search.cascade import Cascade
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.settings import IndexSettings
 from modular_star_encoder.search.vector_store import Filter, Found, VectorStore
+from modular_star_encoder.utils.errors import UserError
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -33,6 +33,31 @@ def reciprocal_rank_fusion(rankings: Sequence[Sequence[Item]], constant: int = R
         for rank, item in enumerate(ranking, start=1):
             scores[item] += 1 / (constant + rank)
     return dict(sorted(scores.items(), key=lambda pair: -pair[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Cascade:
+    """How a search is re-ranked.
+
+    Args:
+        exit_layer: the deep exit.
+        candidates: how many of the shallow exit's best are ranked again.
+        margin: the deep exit runs only where the best similarity of the shallow one leads the second by less than
+            this; None for always.
+
+    Raises:
+        ValueError: fewer than two candidates, or a margin that is no number.
+    """
+
+    exit_layer: int
+    candidates: int = 200
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.candidates < 2:
+            raise UserError("search.cascade.candidates", f"candidates must be at least 2, not {self.candidates}.")
+        if self.margin is not None and np.isnan(self.margin):
+            raise UserError("search.cascade.margin", "margin must be a number or None, not nan.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
-"""Where the rows of an index lie: one protocol, an embedded store and a server behind it."""
+"""What an index holds, the protocol of its stores, and the store that keeps rows in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -12,10 +13,37 @@ from uuid import UUID
 
 import numpy as np
 
-from modular_star_encoder.evaluation.lexical import identifier_tokens
-from modular_star_encoder.search.snippets import Snippet
+from modular_star_encoder.evaluation.lexical import BM25Scores, identifier_tokens
+from modular_star_encoder.utils.errors import UserError
 
 QDRANT = "qdrant:"
+INDEX_FOLDER = ".mose"
+"""Name of the folder that holds the index of a code folder by default; it is hidden, so no index reads it."""
+MARGINS_NAME = "margins.json"
+"""The file beside an index's rows that keeps the margins fitted on them (see `cascade`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snippet:
+    """A function, or a window of lines.
+
+    Attributes:
+        path: of the file from the folder that was read, with forward slashes.
+        language: lower-case name of the programming language.
+        name: dotted name of the function; empty for a window.
+        first_line, last_line: 1-based lines of the file, both included.
+        description: first paragraph of a function's documentation in one line, or empty.
+        text: what is embedded. Of a function, its code without documentation: models are trained on that, and what
+            is found is what the code does.
+    """
+
+    path: str
+    language: str
+    name: str
+    first_line: int
+    last_line: int
+    description: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +101,12 @@ class Filter:
     languages: tuple[str, ...] = ()
     path: str | None = None
 
+    def fits(self, snippet: Snippet) -> bool:
+        """Whether a row counts."""
+        return (not self.languages or snippet.language in self.languages) and (
+            self.path is None or re.search(self.path, snippet.path) is not None
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
@@ -87,8 +121,14 @@ class StoredFile:
     rows: int
 
 
-class ForeignDataError(ValueError):
-    """What lies where an index should be is none of ours, and is never replaced."""
+class ForeignDataError(UserError):
+    """The place of an index holds data of another program, which is never replaced."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("search.index.foreign", message)
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self),)
 
 
 class VectorStore(Protocol):
@@ -100,7 +140,7 @@ class VectorStore(Protocol):
         """What `create` was given, or None where there is no index yet.
 
         Raises:
-            ForeignDataError: there is something that is no index of ours.
+            ForeignDataError: the place holds data of another program.
             ValueError: there is an index that can't be read.
         """
 
@@ -137,27 +177,73 @@ class VectorStore(Protocol):
         """Rows with a description, at most `limit`, in an order that doesn't change; their score is 0."""
 
 
-def open_store(location: str | os.PathLike[str]) -> VectorStore:
-    """The store of a location: `qdrant:NAME@URL` is a collection of a server, all else an embedded LanceDB.
+class MemoryStore:
+    """Rows in this process, for questions that are asked once; nothing is written to disk. See `VectorStore`."""
 
-    A LanceDB lies in a folder, or on object storage (`s3://bucket/path`; LanceDB reads credentials from the
-    environment). The key of a Qdrant server is read from QDRANT_API_KEY.
+    location = "memory://"
 
-    Raises:
-        ImportError: the extra isn't installed.
-        ValueError: not of these forms.
-    """
-    location = os.fspath(location)
-    if location.startswith(QDRANT):
-        from modular_star_encoder.search.qdrant_store import QdrantStore, connect
+    def __init__(self) -> None:
+        self._settings: dict[str, Any] | None = None
+        self._rows: list[Row] = []
 
-        return QdrantStore(*connect(location), location)
-    from modular_star_encoder.search.lance_store import LanceStore
+    def settings(self) -> dict[str, Any] | None:
+        """See `VectorStore`."""
+        return self._settings
 
-    return LanceStore(location)
+    def create(self, settings: Mapping[str, Any]) -> None:
+        """See `VectorStore`."""
+        self._settings, self._rows = dict(settings), []
+
+    def files(self) -> dict[str, StoredFile]:
+        """See `VectorStore`."""
+        return stored_files((row.file_id, row.file_hash, row.file_rows) for row in self._rows)
+
+    def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
+        """See `VectorStore`."""
+        replaced = {*known, *(row.file_id for row in rows)} if known else set()
+        self._rows = [row for row in self._rows if row.file_id not in replaced] + list(rows)
+
+    def finish(self) -> None:
+        """Rows in memory need no upkeep."""
+
+    def nearest(
+        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[str] = ()
+    ) -> list[Found]:
+        """See `VectorStore`; every row is compared."""
+        if not self._rows:
+            return []
+        scores = np.stack([row.vectors[exit_layer] for row in self._rows]) @ (vector / (np.linalg.norm(vector) or 1))
+        return self._best(scores, limit, where)
+
+    def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
+        """See `VectorStore`."""
+        (block,) = BM25Scores([list(words)], [row.words.split() for row in self._rows], 1.2, 0.75).blocks()
+        return [one for one in self._best(block.scores[0], limit, where) if one.score > 0]
+
+    def count(self) -> int:
+        """See `VectorStore`."""
+        return len(self._rows)
+
+    def sample(self, limit: int) -> list[Found]:
+        """See `VectorStore`."""
+        described = sorted((row for row in self._rows if row.snippet.description), key=lambda row: row.row_id)
+        return [Found(row.row_id, row.text_hash, row.snippet, 0.0) for row in described[:limit]]
+
+    def _best(self, scores: np.ndarray, limit: int, where: Filter) -> list[Found]:
+        found = [
+            Found(row.row_id, row.text_hash, row.snippet, float(score), row.vectors, row.states)
+            for row, score in zip(self._rows, scores, strict=True)
+            if where.fits(row.snippet)
+        ]
+        return best_first(found)[:limit]
 
 
-def told_clearly(sentence: Callable[[str, Exception], str | None]) -> Callable[[Callable], Callable]:
+def best_first(found: Iterable[Found]) -> list[Found]:
+    """Rows by falling score; those of equal score by path and line, whichever order a store gave."""
+    return sorted(found, key=lambda one: (-one.score, one.snippet.path, one.snippet.first_line))
+
+
+def wrap_store_errors(sentence: Callable[[str, Exception], str | None]) -> Callable[[Callable], Callable]:
     """A decorator for a store's methods: errors of the library behind it become an `OSError` of one sentence.
 
     Args:
@@ -166,7 +252,7 @@ def told_clearly(sentence: Callable[[str, Exception], str | None]) -> Callable[[
 
     def decorate(method: Callable) -> Callable:
         @wraps(method)
-        def told(self: Any, *arguments: Any, **options: Any) -> Any:
+        def wrapped(self: Any, *arguments: Any, **options: Any) -> Any:
             try:
                 return method(self, *arguments, **options)
             except Exception as error:
@@ -174,7 +260,7 @@ def told_clearly(sentence: Callable[[str, Exception], str | None]) -> Callable[[
                     raise
                 raise OSError(words) from error
 
-        return told
+        return wrapped
 
     return decorate
 
@@ -215,3 +301,63 @@ def stored_files(rows: Iterable[tuple[str, str, int]]) -> dict[str, StoredFile]:
         file: StoredFile(file_hash if count == expected else None, count)
         for file, (file_hash, count, expected) in held.items()
     }
+
+
+_PUNCTUATION = re.compile(r"[.^$*+?{}\[\]\\|()]")
+_RANGE_OR_CHARACTER = re.compile(".-.|.", re.DOTALL)
+
+
+def glob_expression(pattern: str) -> str:
+    """The anchored regular expression of a pattern of paths with forward slashes.
+
+    `*` and `?` stay within a name, `**` crosses folders, `[abc]`, `[a-z]` and `[!abc]` are one character. A pattern
+    without a slash is about the file's name in any folder; one that ends in a slash is about all below that folder.
+
+    Raises:
+        ValueError: a blank pattern, or one with a bracket that isn't closed or a range that ends before it begins.
+    """
+    if not pattern.strip():
+        raise UserError("search.path.blank", "A path pattern must not be blank. Write one such as '*.py' or 'src/**'.")
+    if "/" not in pattern:
+        pattern = f"**/{pattern}"
+    pattern = pattern.removeprefix("./").removeprefix("/")
+    if pattern.endswith("/"):
+        pattern += "**"
+    parts, place = [], 0
+    while place < len(pattern):
+        token, place = _token(pattern, place)
+        parts.append(token)
+    return f"^{''.join(parts)}$"
+
+
+def _token(pattern: str, place: int) -> tuple[str, int]:
+    """The expression of what stands at `place`, and where the next thing stands."""
+    if pattern.startswith("**/", place):
+        return "(?:.*/)?", place + 3
+    if pattern.startswith("**", place):
+        return ".*", place + 2
+    character = pattern[place]
+    if character == "*":
+        return "[^/]*", place + 1
+    if character == "?":
+        return "[^/]", place + 1
+    if character == "[":
+        return _bracket(pattern, place)
+    return _PUNCTUATION.sub(r"\\\g<0>", character), place + 1
+
+
+def _bracket(pattern: str, place: int) -> tuple[str, int]:
+    negated = pattern.startswith("!", place + 1)
+    start = place + 1 + negated
+    end = pattern.find("]", start + 1)
+    if end < 0:
+        raise UserError("search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'.")
+    inside = []
+    for part in _RANGE_OR_CHARACTER.findall(pattern[start:end]):
+        if part[0] > part[-1]:
+            raise UserError(
+                "search.path.range", f"The path pattern {pattern!r} has a range, {part}, that ends before it begins."
+            )
+        # `&&`, `--` and `~~` are set operations in Rust's expressions.
+        inside.append("-".join(re.sub(r"[\\\[\]^&~-]", r"\\\g<0>", one) for one in part[::2]))
+    return f"[{'^/' if negated else ''}{''.join(inside)}]", end + 1

@@ -1,4 +1,4 @@
-"""The commands of `mose` that write and publish checkpoints: slice, card, publish."""
+"""The commands that write and publish checkpoints: `mose slice`, `mose card`, `mose publish`, `mose export`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import os
 from typing import Any
 
+from modular_star_encoder.utils.errors import UserError
 
-def add_hub_commands(commands: Any) -> None:
-    """Add them to the commands of `mose`, an action of `argparse`."""
+
+def add_publish_commands(commands: Any) -> None:
+    """Add the commands to the subparsers of `mose`."""
     cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
     cut.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
     cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
@@ -29,6 +31,16 @@ def add_hub_commands(commands: Any) -> None:
     publish.add_argument("--public", action="store_true", help="make new repositories public")
     publish.add_argument("--out", metavar="FOLDER", help="keep what was staged there; it must not exist")
     publish.set_defaults(run=run_publish)
+
+    export = commands.add_parser("export", help="write one exit as an ONNX folder for serving")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    export.add_argument("--exit-layer", metavar="K", type=int, help="default: the deepest")
+    export.add_argument("--out", metavar="FOLDER", help="must not exist; default: CHECKPOINT-K-onnx")
+    export.add_argument("--int8", action="store_true", help="also write 8-bit weights, measured on --data")
+    export.add_argument("--data", metavar="FOLDER", help="source code, or a benchmark: compare rankings on it")
+    export.add_argument("--benchmark", metavar="NAME", default="folder", help="what --data holds (default: folder)")
+    export.add_argument("--allow-subset", action="store_true", help="accept partial benchmark files")
+    export.set_defaults(run=run_export)
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
@@ -63,22 +75,53 @@ def run_publish(arguments: argparse.Namespace) -> None:
 
     if os.path.isdir(arguments.source):
         if arguments.overrides:
-            raise ValueError(f"{arguments.overrides[0]} changes a manifest, and {arguments.source} is a folder.")
+            raise UserError(
+                "cli.publish.folder",
+                f"{arguments.overrides[0]} changes a manifest, but {arguments.source} is a folder.",
+            )
         manifest = _folder_manifest(arguments, arguments.source)
     else:
         given = [name for name in ("repository", "license", "evaluation") if getattr(arguments, name)]
         if given:
             found = "is a manifest, which says it itself" if os.path.exists(arguments.source) else "does not exist"
-            raise ValueError(f"--{given[0]} goes with a checkpoint folder, and {arguments.source} {found}.")
+            raise UserError(
+                "cli.publish.manifest", f"--{given[0]} goes with a checkpoint folder, but {arguments.source} {found}."
+            )
         manifest = load_manifest(arguments.source, arguments.overrides)
     publications = publish(manifest, upload=arguments.upload, private=not arguments.public, staging=arguments.out)
     print(*publications, sep="\n\n")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """`mose export`."""
+    if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
+        raise UserError(
+            "cli.export.data",
+            "--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files.",
+        )
+    from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
+    from modular_star_encoder.evaluation.tasks import RetrievalTask
+    from modular_star_encoder.hub.onnx_folder import export_onnx_folder, format_rankings
+
+    tasks = []
+    for name in choose_benchmarks([arguments.benchmark], arguments.data) if arguments.data else ():
+        tasks += load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset)
+    if not all(isinstance(task, RetrievalTask) for task in tasks):
+        raise UserError(
+            "cli.export.benchmark", f"{arguments.benchmark} has no rankings, which measure an export. Name another."
+        )
+    written = export_onnx_folder(
+        arguments.checkpoint, arguments.exit_layer, arguments.out, int8=arguments.int8, tasks=tasks
+    )
+    if tasks:
+        print(format_rankings(written.rankings), end="\n\n")
+    print(written.folder)
 
 
 def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
     from modular_star_encoder.hub.manifest import folder_manifest
 
     if not arguments.repository:
-        raise ValueError(f"--repository OWNER/NAME must say where {folder} goes.")
+        raise UserError("cli.publish.repository", f"--repository OWNER/NAME must say where {folder} goes.")
     options = {"license": arguments.license} if arguments.license else {}
     return folder_manifest(folder, arguments.repository, evaluation=arguments.evaluation, **options)

@@ -1,0 +1,109 @@
+"""The commands of `mose dataset`: build, dedup, stats, push."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from modular_star_encoder.cli.options import add_recipe_options
+from modular_star_encoder.utils.errors import UserError
+
+
+def add_dataset_commands(commands: Any) -> None:
+    """Add `mose dataset` and its commands to the subparsers of `mose`."""
+    dataset = commands.add_parser("dataset", help="build a dataset of translated functions, and publish it")
+    commands = dataset.add_subparsers(required=True, metavar="COMMAND")
+
+    build = commands.add_parser("build", help="extract, translate, near-deduplicate and split, as a recipe says")
+    add_recipe_options(
+        build, "examples/dataset/recipe.yaml", "corpus.folder=~/code", "where the build is; an old one is continued"
+    )
+    build.set_defaults(run=run_dataset_build)
+
+    dedup = commands.add_parser("dedup", help="drop the near-duplicates of parquet files")
+    dedup.add_argument("source", metavar="SOURCE", help="a folder of parquet files")
+    dedup.add_argument("--out", metavar="FOLDER", required=True, help="where to write; an old run is continued")
+    dedup.add_argument("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare, with commas")
+    dedup.add_argument("--match", choices=("either", "both"), default="either", help="how many columns must be near")
+    dedup.add_argument("--id-column", metavar="NAME", help="column of ids; the smallest of a cluster stays")
+    dedup.add_argument("--threshold", metavar="JACCARD", type=float, default=0.7, help="smallest similarity (0.7)")
+    dedup.add_argument("--recall", choices=("default", "high"), default="default", help="how many pairs are compared")
+    dedup.add_argument(
+        "--against",
+        metavar="SOURCE:COLUMN",
+        action="append",
+        default=[],
+        help="texts that no row may be near, such as those of a benchmark: parquet, JSON Lines or a dataset of the Hub",
+    )
+    dedup.set_defaults(run=run_dataset_dedup)
+
+    stats = commands.add_parser("stats", help="print samples and average lengths by language")
+    stats.add_argument("source", metavar="SOURCE", help="folder, parquet or JSON Lines file, or dataset of the Hub")
+    stats.add_argument("--split", default="train", help="train (the default), validation or another one")
+    stats.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    stats.set_defaults(run=run_dataset_stats)
+
+    push = commands.add_parser("push", help="say what would be uploaded to the Hub; with --upload, upload it")
+    push.add_argument("folder", metavar="FOLDER", help="the folder of a finished build")
+    push.add_argument("repository", metavar="OWNER/NAME", help="dataset repository on the Hub")
+    push.add_argument("--upload", action="store_true", help="upload")
+    push.add_argument("--public", action="store_true", help="make a new repository public")
+    push.set_defaults(run=run_dataset_push)
+
+
+def run_dataset_build(arguments: argparse.Namespace) -> None:
+    """`mose dataset build`."""
+    from modular_star_encoder.synthconl.build import build_dataset
+    from modular_star_encoder.synthconl.recipe import load_dataset_recipe
+
+    print(build_dataset(load_dataset_recipe(arguments.recipe, arguments.overrides), arguments.out))
+
+
+def run_dataset_dedup(arguments: argparse.Namespace) -> None:
+    """`mose dataset dedup`."""
+    from modular_star_encoder.data.sources.dataset_rows import open_texts
+    from modular_star_encoder.synthconl.near_duplicates.job import drop_near_duplicates
+    from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings
+
+    against = {}
+    for name in arguments.against:
+        source, colon, column = name.rpartition(":")
+        if not colon:
+            raise UserError("cli.dataset.against", f"--against must have the form SOURCE:COLUMN, not {name!r}.")
+        against[name] = open_texts(source, column)
+    report = drop_near_duplicates(
+        arguments.source,
+        arguments.out,
+        columns=arguments.columns.split(","),
+        id_column=arguments.id_column,
+        against=against,
+        settings=DuplicateSettings(threshold=arguments.threshold, match=arguments.match, recall=arguments.recall),
+    )
+    for reason, count in report.counts.items():
+        print(f"{count:>12,}  {reason}")
+
+
+def run_dataset_stats(arguments: argparse.Namespace) -> None:
+    """`mose dataset stats`."""
+    from modular_star_encoder.data.pairs import open_triplets
+    from modular_star_encoder.synthconl.publishing import dataset_statistics
+    from modular_star_encoder.utils.files import check_writable, write_json
+
+    if arguments.json:
+        check_writable(arguments.json)
+    triplets = open_triplets(arguments.source, split=arguments.split)
+    statistics = dataset_statistics(triplets)
+    for reason, count in triplets.skipped.most_common():
+        print(f"mose: note: {count} rows left out ({reason}), such as {triplets.examples[reason]}", file=sys.stderr)
+    if arguments.json:
+        write_json(arguments.json, statistics.to_dict())
+    print(statistics.to_markdown())
+
+
+def run_dataset_push(arguments: argparse.Namespace) -> None:
+    """`mose dataset push`."""
+    from modular_star_encoder.synthconl.publishing import push_dataset
+
+    private = not arguments.public
+    print(push_dataset(arguments.folder, arguments.repository, upload=arguments.upload, private=private))

@@ -1,0 +1,95 @@
+"""The commands that measure exits: `mose evaluate` how well they retrieve, `mose profile` what they cost."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from typing import Any
+
+from modular_star_encoder.cli.options import exit_list, name_list, named_file, number_list
+
+
+def add_evaluate_commands(commands: Any) -> None:
+    """Add the commands to the subparsers of `mose`."""
+    evaluate = commands.add_parser("evaluate", help="measure every exit on benchmarks, or on a folder of code")
+    evaluate.add_argument("checkpoint", metavar="MODEL", help="folder or Hub repository")
+    evaluate.add_argument(
+        "--benchmark", metavar="NAMES", type=name_list, default=["folder"], help="a list, or all (default: folder)"
+    )
+    evaluate.add_argument("--data", metavar="FOLDER", required=True, help="source code, or files of benchmarks; or hub")
+    evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
+    evaluate.add_argument("--untrained", action="store_true", help="also measure the same model with fresh weights")
+    evaluate.add_argument("--json", metavar="FILE", help="also write the results to FILE")
+    evaluate.add_argument("--out", metavar="FOLDER", help="reports and figures; an interrupted run is continued there")
+    evaluate.add_argument(
+        "--baselines", metavar="NAMES", type=name_list, help="bm25, tfidf, other models, openai:MODEL@URL"
+    )
+    evaluate.add_argument("--allow-subset", action="store_true", help="accept partial benchmark files, and say so")
+    evaluate.add_argument("--candidates", metavar="FOLDER", help="lists of distractors that an earlier run wrote")
+    evaluate.add_argument("--cache", metavar="FOLDER", help="where embeddings are kept (default: OUT/embeddings)")
+    evaluate.set_defaults(run=run_evaluate)
+
+    profile = commands.add_parser("profile", help="measure what every exit costs on this machine")
+    profile.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    profile.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
+    profile.add_argument("--batch-sizes", metavar="LIST", type=number_list, default=(1, 8), help="default: 1,8")
+    profile.add_argument(
+        "--lengths", metavar="LIST", type=number_list, default=(128, 512), help="default: 128,512 tokens"
+    )
+    profile.add_argument(
+        "--rounds", metavar="N", type=int, default=30, help="timings of each exit and shape (default: 30)"
+    )
+    profile.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
+    profile.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    profile.add_argument("--out", metavar="FILE", help="default: exit_profile.json in the checkpoint's folder")
+    profile.add_argument(
+        "--quality",
+        metavar="NAME=FILE",
+        type=named_file,
+        help="measure nothing; add to the profile the quality of each exit from FILE, written by mose evaluate",
+    )
+    profile.set_defaults(run=run_profile)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """`mose evaluate`."""
+    from modular_star_encoder.evaluation.run import run_benchmarks
+    from modular_star_encoder.utils.files import check_writable, write_json
+
+    if arguments.json:
+        check_writable(arguments.json)
+    report = run_benchmarks(
+        arguments.checkpoint,
+        arguments.benchmark,
+        arguments.data,
+        arguments.out,
+        exit_layers=arguments.exit_layers,
+        baselines=arguments.baselines,
+        untrained=arguments.untrained,
+        allow_subset=arguments.allow_subset,
+        candidates=arguments.candidates,
+        cache=arguments.cache,
+        command=shlex.join(["mose", *sys.argv[1:]]),
+    )
+    if arguments.json:
+        write_json(arguments.json, report.to_dict())
+    print(report.to_markdown(), end="")
+
+
+def run_profile(arguments: argparse.Namespace) -> None:
+    """`mose profile`."""
+    from modular_star_encoder.inference.exit_profile import ExitProfile, quality_from_results
+    from modular_star_encoder.inference.profile import ProfilePlan, format_profile, profile_path, profile_to_file
+
+    if arguments.quality:
+        name, results = arguments.quality
+        path = profile_path(arguments.checkpoint, arguments.out)
+        profile = ExitProfile.load(path)
+        profile = profile.with_quality(name, quality_from_results(results, checkpoint=profile.checkpoint))
+        profile.save(path)
+    else:
+        plan = ProfilePlan(arguments.batch_sizes, arguments.lengths, arguments.rounds)
+        options = {name: getattr(arguments, name) for name in ("out", "exit_layers", "device", "dtype")}
+        profile, path = profile_to_file(arguments.checkpoint, plan, **options)
+    print(format_profile(profile), path, sep="\n\n")

@@ -1,0 +1,74 @@
+"""The commands that train as a recipe says: `mose pretrain`, `mose finetune`, `mose ablate`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from typing import Any
+
+from modular_star_encoder.cli.options import add_recipe_options
+
+
+def add_train_commands(commands: Any) -> None:
+    """Add the commands to the subparsers of `mose`."""
+    run_folder = "folder of the run; a run that is already there continues"
+
+    pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories, as a recipe says")
+    add_recipe_options(pretrain, "hub_configs/small/recipe.yaml", "corpus.folder=~/code", run_folder)
+    pretrain.set_defaults(run=run_pretrain)
+
+    finetune = commands.add_parser("finetune", help="fine-tune a model on pairs, as a recipe says")
+    add_recipe_options(finetune, "hub_configs/small/finetune.yaml", "max_steps=500", run_folder)
+    finetune.set_defaults(run=run_finetune)
+
+    ablate = commands.add_parser("ablate", help="exits trained together against exits trained alone, and other options")
+    add_recipe_options(
+        ablate, "hub_configs/small/ablation.yaml", "finetuning.max_steps=500", "runs and reports; they continue there"
+    )
+    ablate.set_defaults(run=run_ablate)
+
+    for parser in (pretrain, finetune, ablate):
+        end_help_with_keys(parser)
+
+
+def end_help_with_keys(parser: argparse.ArgumentParser) -> None:
+    """Let `--help` of a training command end with every key of its recipe; only that imports torch."""
+    plain = parser.format_help
+
+    def format_help() -> str:
+        from modular_star_encoder.training.ablation import recipe_reference
+
+        return f"{plain()}\n{recipe_reference(parser.prog.split()[-1])}"
+
+    parser.format_help = format_help  # type: ignore[method-assign]
+
+
+def run_pretrain(arguments: argparse.Namespace) -> None:
+    """`mose pretrain`."""
+    from modular_star_encoder.training.pretraining import pretrain
+    from modular_star_encoder.training.recipes import PretrainingRecipe, load_recipe
+
+    log = pretrain(load_recipe(PretrainingRecipe, arguments.recipe, arguments.overrides), arguments.out)
+    print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
+
+
+def run_finetune(arguments: argparse.Namespace) -> None:
+    """`mose finetune`."""
+    from modular_star_encoder.training.finetuning import load_finetuning
+
+    recipe, finetune = load_finetuning(arguments.recipe, arguments.overrides)
+    log = finetune(recipe, arguments.out)
+    print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
+
+
+def run_ablate(arguments: argparse.Namespace) -> None:
+    """`mose ablate`."""
+    from modular_star_encoder.training.ablation import AblationRecipe, ablate
+    from modular_star_encoder.training.recipes import load_recipe
+
+    recipe = load_recipe(AblationRecipe, arguments.recipe, arguments.overrides)
+    if ablate(recipe, arguments.out, command=shlex.join(["mose", *sys.argv[1:]])):
+        with open(os.path.join(arguments.out, "ablation.md"), encoding="utf-8") as report:
+            print(report.read(), end="")
