@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 import modular_star_encoder.cli.main as cli
+from modular_star_encoder.cli import dataset
 from tests.synthconl.build_samples import translation, write_corpus
 from tests.synthconl.openai_server import OpenAIServer
 
@@ -132,8 +133,8 @@ def test_a_package_that_is_missing_is_one_line_and_a_broken_one_a_traceback(caps
     def broken(*_):
         import modular_star_encoder.no_such_module  # noqa: F401
 
-    monkeypatch.setattr(cli, "run_dataset_push", missing)
+    monkeypatch.setattr(dataset, "run_dataset_push", missing)
     assert run(capsys, "push", tmp_path, "a/b")[0] == 2
-    monkeypatch.setattr(cli, "run_dataset_push", broken)
+    monkeypatch.setattr(dataset, "run_dataset_push", broken)
     with pytest.raises(ModuleNotFoundError):
         cli.main(["dataset", "push", str(tmp_path), "a/b"])
