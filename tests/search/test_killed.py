@@ -9,6 +9,8 @@ import time
 import warnings
 from collections import defaultdict
 
+import pytest
+
 from modular_star_encoder.search import building
 from modular_star_encoder.search.index import CodeIndex
 from tests.search.samples import build, stored_rows
@@ -62,6 +64,7 @@ def held_rows(location):
     return rows
 
 
+@pytest.mark.slow
 def test_killed_ten_times_at_random_the_next_run_completes_the_index(tmp_path, checkpoint):
     folder, location = tmp_path / "code", tmp_path / "index"
     folder.mkdir()
