@@ -4,7 +4,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from modular_star_encoder.demo.source_view import LARGEST_FILE, LocalFiles, RepositoryLinks
+from modular_star_encoder.demo.serving import LARGEST_FILE, LocalFiles, RepositoryLinks
 from modular_star_encoder.search.hits import Hit
 from modular_star_encoder.search.vector_store import file_id
 from tests.demo.conftest import HOSTILE_NAME

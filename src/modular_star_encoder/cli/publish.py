@@ -103,13 +103,14 @@ def run_export(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.evaluation.tasks import RetrievalTask
     from modular_star_encoder.hub.onnx_folder import export_onnx_folder, format_rankings
 
-    tasks = []
+    tasks: list[RetrievalTask] = []
     for name in choose_benchmarks([arguments.benchmark], arguments.data) if arguments.data else ():
-        tasks += load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset)
-    if not all(isinstance(task, RetrievalTask) for task in tasks):
-        raise UserError(
-            "cli.export.benchmark", f"{arguments.benchmark} has no rankings, which measure an export. Name another."
-        )
+        for task in load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset):
+            if not isinstance(task, RetrievalTask):
+                raise UserError(
+                    "cli.export.benchmark", f"{name} has pairs, but an export is measured by rankings. Name another."
+                )
+            tasks.append(task)
     written = export_onnx_folder(
         arguments.checkpoint, arguments.exit_layer, arguments.out, int8=arguments.int8, tasks=tasks
     )

@@ -178,12 +178,16 @@ class SearchPage:
         """
         try:
             exits = [self._exit_at(position) for position in positions]
-            options = {
-                "languages": tuple(languages or ()),
-                "path": path or "",
-                "rerank_exit_layer": int(rerank_exit_layer or 0) or None,
-            }
-            replies = [self.session.ask(question or "", exit_layer, **options) for exit_layer in exits]
+            replies = [
+                self.session.ask(
+                    question or "",
+                    exit_layer,
+                    languages=tuple(languages or ()),
+                    path=path or "",
+                    rerank_exit_layer=int(rerank_exit_layer or 0) or None,
+                )
+                for exit_layer in exits
+            ]
         except EXPECTED_ERRORS as error:
             return [message_html(one_sentence(error), error=True), *[""] * (len(positions) - 1)]
         others: list[Reply | None] = [*reversed(replies)] if len(replies) > 1 else [None]

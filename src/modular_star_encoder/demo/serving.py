@@ -1,19 +1,33 @@
-"""Serve the page: on this machine alone unless told otherwise, and with nothing from anywhere else in it."""
+"""Serve the page, on this machine alone by default, and the files that its hits link to.
+
+A browser opens no `file://` link from a page that came over HTTP, so the server of the page shows the files of a local
+index: files that the index holds and that are in its folder, and no others. Nothing comes from another server.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+import stat
 import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlencode, urlsplit
+
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import TextLexer, get_lexer_for_filename
+from pygments.util import ClassNotFound
 
 from modular_star_encoder.demo.page import ExitCosts, SearchPage, build_blocks, import_gradio
 from modular_star_encoder.demo.session import SearchSession, code_styles
-from modular_star_encoder.demo.source_view import ROUTE, LocalFiles, RepositoryLinks
+from modular_star_encoder.search.hits import Hit, printable
 from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.vector_store import file_id
 from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +44,18 @@ _SOURCE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 _Scope = MutableMapping[str, Any]
 _Call = Callable[..., Awaitable[None]]
+ROUTE = "/source"
+LARGEST_FILE = 2_000_000
+_LONGEST_LINE = 2000
+_STYLE = """
+body { margin: 0; font: 14px/1.5 system-ui, sans-serif; color: #1f2430; }
+h1 { font-size: 15px; margin: 0; padding: 12px 20px; border-bottom: 1px solid #e3e6ec; position: sticky; top: 0;
+  background: #fff; }
+pre { margin: 0; padding: 12px 20px; font: 13px/1.55 ui-monospace, Menlo, Consolas, monospace; }
+[id^="L-"] { scroll-margin-top: 30vh; }
+body .code, body .code pre { background: #fff; }
+body .code .hll { background: #fff6d6; display: block; }
+"""
 
 
 def serve(
@@ -76,12 +102,11 @@ def served(
         raise UserError("demo.port", f"A port is a number from 1 to 65535, not {port}.")
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
     _check_host(host)
-    local = None if source else LocalFiles(index)
-    link_to = RepositoryLinks(source) if source else local
+    links = RepositoryLinks(source) if source else LocalFiles(index)
     gradio = import_gradio()
     session = SearchSession(index, checkpoint)
     costs = ExitCosts.of(session.checkpoint, index.settings.checksum)
-    blocks = build_blocks(SearchPage(session, costs, link_to))
+    blocks = build_blocks(SearchPage(session, costs, links))
     try:
         _, address, _ = blocks.launch(
             server_name=host,
@@ -95,7 +120,7 @@ def served(
             pwa=False,
             mcp_server=False,
             max_file_size=0,
-            app_kwargs=_app_options(host, local),
+            app_kwargs=_app_options(host, links),
             theme=gradio.themes.Base(primary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=_MONOSPACED),
             css=code_styles() + files("modular_star_encoder.demo").joinpath("page.css").read_text(encoding="utf-8"),
         )
@@ -122,7 +147,7 @@ def _check_host(host: str) -> None:
             ) from error
 
 
-def _app_options(host: str, local: LocalFiles | None) -> dict[str, Any]:
+def _app_options(host: str, links: RepositoryLinks | LocalFiles) -> dict[str, Any]:
     """What is added to Gradio's application: who may ask, headers, and the pages of files."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -132,7 +157,7 @@ def _app_options(host: str, local: LocalFiles | None) -> dict[str, Any]:
     if host in _LOOPBACK_NAMES:
         # A hostile web page may give its own name to 127.0.0.1, and would then read this one.
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_NAMES))
-    routes = [Route(ROUTE, _source_endpoint(local))] if local else []
+    routes = [Route(ROUTE, _source_endpoint(links))] if isinstance(links, LocalFiles) else []
     return {"middleware": middleware, "routes": routes, "openapi_url": None}
 
 
@@ -168,3 +193,100 @@ class _PolicyMiddleware:
             await send(message)
 
         await self._app(scope, receive, send_with_policy)
+
+
+class RepositoryLinks:
+    """Links to a repository at a revision.
+
+    Args:
+        address: of the indexed folder there, such as `https://github.com/OWNER/NAME/blob/REVISION/src`.
+
+    Raises:
+        ValueError: not an address that begins with https:// or http:// and names a host.
+    """
+
+    def __init__(self, address: str) -> None:
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+            raise UserError(
+                "demo.source",
+                f"{address!r} is not the address of a folder of a repository, such as "
+                "https://github.com/OWNER/NAME/blob/REVISION/src.",
+            )
+        self._address = address.rstrip("/")
+
+    def __call__(self, path: str, hit: Hit) -> str:
+        """The address of a hit's lines."""
+        lines = f"L{hit.line}" + (f"-L{hit.last_line}" if hit.last_line > hit.line else "")
+        return f"{self._address}/{quote(path)}#{lines}"
+
+
+class LocalFiles:
+    """The files of an index that are here.
+
+    Args:
+        index: whose files are shown.
+    """
+
+    def __init__(self, index: CodeIndex) -> None:
+        self._index = index
+        self._root = Path(os.path.realpath(index.folder))
+        self._known: set[str] = set()
+
+    def __call__(self, path: str, hit: Hit) -> str | None:
+        """The address, on the page's own server, of a hit's lines; None where the file isn't there any more."""
+        if self._file(path) is None:
+            return None
+        query = urlencode({"path": path, "first": hit.line, "last": max(hit.last_line, hit.line)})
+        return f"{ROUTE.removeprefix('/')}?{query}#L-{hit.line}"
+
+    def page(self, path: str, first: int = 0, last: int = 0) -> str:
+        """A page with a file, its lines from `first` to `last` marked.
+
+        Raises:
+            ValueError: no file of the index, one outside its folder, or one too large to show.
+        """
+        file = self._file(path)
+        if file is None or not self._is_indexed(path):
+            raise UserError("demo.file.missing", "There is no such file in the index.")
+        # O_NOFOLLOW: what was a file when it was checked may be a link by now.
+        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
+            status = os.fstat(opened.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
+                raise UserError(
+                    "demo.file.large", f"The file is larger than {LARGEST_FILE:,} bytes, or not a regular file."
+                )
+            text = opened.read().decode("utf-8", "replace")
+        return _source_page(path, text, first, last)
+
+    def _file(self, path: str) -> Path | None:
+        """The file that a path from the folder leads to without passing a link."""
+        try:
+            file = self._root / path
+            resolved = file.resolve(strict=True)
+        except (OSError, ValueError, RuntimeError):
+            return None
+        plain = os.path.normpath(file)
+        return resolved if str(resolved) == plain and resolved.is_relative_to(self._root) else None
+
+    def _is_indexed(self, path: str) -> bool:
+        wanted = file_id(path)
+        if wanted not in self._known:
+            self._known = set(self._index.store.files())
+        return wanted in self._known
+
+
+def _source_page(path: str, text: str, first: int, last: int) -> str:
+    lines = [printable(line)[:_LONGEST_LINE] for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    try:
+        lexer = get_lexer_for_filename(path)
+    except ClassNotFound:
+        lexer = TextLexer()
+    lexer.stripnl = False
+    marked = list(range(max(first, 1), min(last, len(lines)) + 1))
+    formatter = HtmlFormatter(linenos="inline", linespans="L", hl_lines=marked, cssclass="code", style="friendly")
+    title = escape(printable(path))
+    code = highlight("\n".join(lines), lexer, formatter)
+    style = f"<style>{_STYLE}\n{formatter.get_style_defs('.code')}</style>"
+    head = f'<head><meta charset="utf-8"><title>{title}</title>{style}</head>'
+    return f'<!doctype html><html lang="en">{head}<body><h1>{title}</h1>{code}</body></html>'

@@ -123,7 +123,7 @@ class Embedder:
                 texts = [self._document(found[place].snippet) for place in places]
                 values = self._encode(texts, [exit_layer])[exit_layer]
             else:
-                kept = [found[place].states for place in places]
+                kept = [states for place in places if (states := found[place].states) is not None]
                 values = resume_states(self.load(exit_layer), kept, states_of, exit_layer)
             return cut(values, dimension)[:, None]
 

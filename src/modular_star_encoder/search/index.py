@@ -44,7 +44,7 @@ class CodeIndex:
 
     def __init__(self, store: VectorStore, settings: IndexSettings, embedder: Embedder | None = None) -> None:
         self.store, self.settings = store, settings
-        self.report: UpdateReport | None = None
+        self.report = UpdateReport()
         self._embedder = embedder
         self._device: str | None = None
 
@@ -237,9 +237,9 @@ class CodeIndex:
         )
         if method == "lexical":
             self._refuse_another()
-            found = [lexical(self.store, question, top_k, where) for question in questions]
             return [
-                Answer(question, self._hits(one), method=method) for question, one in zip(questions, found, strict=True)
+                Answer(question, self._hits(lexical(self.store, question, top_k, where)), method=method)
+                for question in questions
             ]
         ranker = self.ranker(exit_layer, cascade)
         depth = max(top_k, _HYBRID_DEPTH) if method == "hybrid" else top_k

@@ -175,7 +175,8 @@ class LanceStore:
 
         if not words:
             return []
-        query = self._rows().search(MatchQuery(" ".join(words), "words"), query_type="fts")
+        match = MatchQuery(" ".join(words), "words")  # type: ignore[call-arg]  # mypy misses its defaults
+        query = self._rows().search(match, query_type="fts")
         return _found(query, "_score", float, limit, where)
 
     @_wrap_errors
@@ -246,13 +247,13 @@ class LanceStore:
         return self._lancedb.connect(target, read_consistency_interval=timedelta(0))
 
     def _strange_files(self) -> bool:
-        """Whether the folder holds other things and no index: what was left beside an index doesn't count."""
-        names = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+        """Whether the folder holds other things and no index; our own files beside an index do not count."""
+        names = set(os.listdir(self.folder)) if self.folder is not None and self.folder.is_dir() else set()
         return f"{TABLE}.lance" not in names and not names <= OWN_FILES
 
 
 def _import_lancedb() -> Any:
-    # Its notes about tables that don't exist yet are no news to anybody.
+    # LanceDB logs a note for every table that does not exist yet.
     os.environ.setdefault("LANCEDB_LOG", "error")
     try:
         import lancedb
@@ -289,8 +290,9 @@ def _content(rows: Sequence[Row], schema: Any) -> Any:
         width = len(rows[0].vectors[exit_layer])
         columns[f"vector_{exit_layer}"] = pa.FixedSizeListArray.from_arrays(pa.array(flat), width)
     if "states" in schema.names:
-        columns["states"] = [row.states.astype(np.float32, copy=False).tobytes() for row in rows]
-        columns["states_width"] = [row.states.shape[1] for row in rows]
+        states = [row.states for row in rows if row.states is not None]
+        columns["states"] = [one.astype(np.float32, copy=False).tobytes() for one in states]
+        columns["states_width"] = [one.shape[1] for one in states]
     arrays = [pa.array(columns[field.name], field.type) if isinstance(columns[field.name], list) else
               columns[field.name] for field in schema]  # fmt: skip
     return pa.Table.from_arrays(arrays, schema=schema)

@@ -97,7 +97,8 @@ class IndexSettings:
         if "fingerprint" in values:  # the key of older indexes
             values = {"checksum": values["fingerprint"], **values}
             del values["fingerprint"]
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**options)
 
     def root(self, location: str) -> str:
         """The absolute path of the folder, for an index at `location`."""
