@@ -41,10 +41,10 @@ PUBLISHED_WITHOUT_EFFECT = (
 
 CHOICES = {
     "exit_norm": ("last", "all", "none"),
-    "projection_head": ("mlp", "linear"),
     "projection_order": ("project_then_pool", "pool_then_project"),
     "pooling": ("mean", "lasttoken", "legacy"),
     "embedding_normalization": ("l2", "clip"),
+    "projection_head": ("mlp", "linear"),
     "pooler_position": ("last", "first"),
 }
 
@@ -75,7 +75,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         vocab_size (`int`, defaults to 49156): Entries of the token embedding.
         hidden_size (`int`, defaults to 1024): Width of the hidden states.
         intermediate_size (`int`, defaults to 12288): Width inside the MLP.
-        num_hidden_layers (`int`, defaults to 36): Layers that this model has; in a slice, those that remain.
+        num_hidden_layers (`int`, defaults to 36): Layers that this model has; in a slice, those that remain. 0 in a
+            slice at exit 0.
         num_attention_heads (`int`, defaults to 16): Query heads.
         num_key_value_heads (`int`, defaults to 4): Key and value heads, a divisor of `num_attention_heads`.
         hidden_act (`str`, defaults to `"gelu_pytorch_tanh"`): Activation of the MLP.
@@ -87,9 +88,9 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         attention_dropout, residual_dropout, embedding_dropout (`float`, default to 0.1): Dropout rates.
         rope_parameters (`dict`, *optional*): Rotary embedding; the default has base 999999.4420358813.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
-        exit_layers (`Sequence[int]`, *optional*): Trained exits: numbers of layers executed (1-based), ascending, the
-            last equal to `num_hidden_layers`. By default at 1/9, 1/4, 1/2, 3/4 and all of the layers, which gives the
-            paper's 4, 9, 18, 27 and 36.
+        exit_layers (`Sequence[int]`, *optional*): Trained exits: numbers of layers executed, ascending, the last equal
+            to `num_hidden_layers`. Exit 0 runs no layer: its states are the token embeddings. By default at 1/9, 1/4,
+            1/2, 3/4 and all of the layers, which gives the paper's 4, 9, 18, 27 and 36.
         exit_layer (`int`, *optional*): Cuts the model at this exit when it is constructed. The constructed model's own
             configuration describes what is left and no longer has a value here.
         exit_norm (`str`, defaults to `"last"`): Where the final norm applies. `"last"`: to the last layer only, as in
@@ -99,18 +100,19 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         exit_embedding_rows (`int`, *optional*): Exits, in the parent's order, that have such a vector of their own; the
             others have zeros. By default all.
         projection_size (`int`, *optional*): Size of the retrieval embedding; by default `hidden_size`.
-        projection_act (`str`, defaults to `"leaky_relu"`): Activation inside the projection heads.
-        projection_head (`str`, defaults to `"mlp"`): Head of each exit: `"mlp"`, two linear layers with an activation
-            between, or `"linear"`, one linear layer.
+        projection_head (`str`, defaults to `"mlp"`): Shape of the projection heads: `"mlp"`, two linear layers with an
+            activation between; or `"linear"`, one linear layer.
+        projection_act (`str`, defaults to `"leaky_relu"`): Activation inside the `"mlp"` heads.
         projection_order (`str`, defaults to `"project_then_pool"`): Whether tokens are projected and then pooled, or
-            `"pool_then_project"`. They differ, since the heads are not linear.
+            `"pool_then_project"`. They differ with `"mlp"` heads. With `"linear"` heads and mean pooling they agree,
+            and `"pool_then_project"` is cheaper.
         pooling (`str`, defaults to `"mean"`): Pooling of tokens: `"mean"` over all real tokens; `"lasttoken"`, the last
             real one; or `"legacy"`, the token at place `attention_mask.sum() - 1` of the row, as in the published
             models' ancestor: with padding on the left this is not the last token, and depends on the padding.
+        token_weights (`bool`, defaults to `False`): Whether the mean is weighted: each entry of the vocabulary has a
+            learned weight of at least 0. Needs mean pooling.
         embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides embeddings by their norm; `"clip"` only
             where the norm is above 1, as in the published models' ancestor.
-        token_weights (`bool`, defaults to `False`): Whether the mean over tokens is weighted by a learned number for
-            each token of the vocabulary. Needs `pooling="mean"`.
         logit_scale_init_value (`float`, *optional*): Start value, between 1 and 100, of a multiplier of similarities
             that contrastive training learns, and that the retrieval model then has among its weights. By default there
             is none, and the training objective has a fixed one.
@@ -124,7 +126,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         unpad_inputs (`bool`, defaults to `False`): Whether a padded batch is computed without its padding: layers run
             on the real tokens alone, attention in groups of texts of similar length. Outputs have the padded shape,
             with zeros in place of padding. Has no effect where hidden states or attentions of all layers are asked
-            for. Needs lengths on the host, so not for `torch.compile(fullgraph=True)`.
+            for, or exit 0 alone. Needs lengths on the host, so not for `torch.compile(fullgraph=True)`.
         parent_exit_layers (`Sequence[int]`, *optional*): Exits of the model that this one was cut from; their order
             gives each exit its row in the exit embedding. By default `exit_layers`.
         parent_num_hidden_layers (`int`, *optional*): Depth of the model that this one was cut from; loss weights i/36
@@ -187,12 +189,12 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     exit_embedding_size: int = 4
     exit_embedding_rows: int | None = None
     projection_size: int | None = None
-    projection_act: str = "leaky_relu"
     projection_head: str = "mlp"
+    projection_act: str = "leaky_relu"
     projection_order: str = "project_then_pool"
     pooling: str = "mean"
-    embedding_normalization: str = "l2"
     token_weights: bool = False
+    embedding_normalization: str = "l2"
     logit_scale_init_value: float | int | None = None
     pooler_position: str = "last"
     output_all_exits: bool | None = None
@@ -213,7 +215,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         for key in PUBLISHED_WITHOUT_EFFECT:
             kwargs.pop(key, None)
         if self.exit_layers is None:
-            self.exit_layers = sorted({max(1, round(s * self.num_hidden_layers)) for s in DEFAULT_EXIT_SHARES})
+            depth = self.num_hidden_layers
+            self.exit_layers = sorted({min(depth, max(1, round(s * depth))) for s in DEFAULT_EXIT_SHARES})
         if self.projection_size is None:
             self.projection_size = self.hidden_size
         if self.parent_exit_layers is None:
@@ -275,10 +278,10 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         """Refuse words that an option does not know."""
         if self.pooling == "cls":  # ours until 0.1: the last token is `<cls>`
             self.pooling = "lasttoken"
-        if self.token_weights and self.pooling != "mean":
-            raise ValueError(f"token_weights weight a mean; they do not go with pooling {self.pooling!r}.")
         if self.unpad_inputs and self.pooling == "legacy":
             raise ValueError("unpad_inputs leaves out the padding that legacy pooling may read; use one of the two.")
+        if self.token_weights and self.pooling != "mean":
+            raise ValueError(f"token_weights weight the mean of tokens; pooling {self.pooling!r} must be 'mean' then.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(allowed)}.")
@@ -332,7 +335,10 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return list(self.parent_exit_layers).index(self.check_exit(exit_layer))
 
     def exit_weight(self, exit_layer: int) -> float:
-        """Weight of this exit's loss in the paper: layers executed over the depth of the full model, i/36."""
+        """Weight of this exit's loss in the paper: layers executed over the depth of the full model (i/36).
+
+        Exit 0 has weight 0, so its head is not trained; train models with this exit with uniform weights.
+        """
         return self.check_exit(exit_layer) / max(1, self.parent_num_hidden_layers)
 
     def has_norm_at(self, exit_layer: int) -> bool:

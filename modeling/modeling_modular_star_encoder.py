@@ -79,6 +79,7 @@ class ModularStarEncoderModelOutput(ModelOutput):
         residual_states: the same before the final norm, from which a later pass can resume (`start_layer`); only with
             `output_residual_states=True`.
         hidden_states: embeddings and the output of each executed layer, (B, T, H); the last equals `last_hidden_state`.
+            Empty where no layer runs (exit 0 alone).
         attentions: attention weights of each executed layer, (B, heads, T, T).
     """
 
@@ -130,8 +131,9 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
     """Output of the retrieval model.
 
     Args:
-        last_hidden_state: (B, T, D), tokens projected by the head of the deepest exit requested; with `token_weights`
-            scaled, so that their plain mean is the weighted one.
+        last_hidden_state: (B, T, D), tokens projected by the head of the deepest exit asked for. With token weights
+            each is multiplied by its share of its text's weight times the number of tokens, so that the plain mean of
+            these tokens is the weighted mean.
         sentence_embedding: (B, D), of the deepest exit asked for, normalised (`config.embedding_normalization`).
         exit_embeddings: (E, B, D), of every exit asked for, shallowest first, normalised.
         logit_scale: (1,) float32, the learned multiplier of similarities, where the model has one.
@@ -440,7 +442,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is getattr(getattr(self, "model", self), "token_weights", None):
+        if isinstance(module, ModularStarEncoderTokenWeights):
             init.ones_(module.weight)
 
     @classmethod
@@ -470,6 +472,18 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         if check:
             _check_trunk(info, pretrained_model_name_or_path)
         return (model, info) if want_loading_info else model
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; new tokens have weight 1 where tokens have weights."""
+        embeddings: Any = super().resize_token_embeddings(*args, **kwargs)
+        trunk: Any = getattr(self, "model", self)
+        if trunk.token_weights is not None:
+            old, size = trunk.token_weights.weight, embeddings.num_embeddings
+            kept = old.detach()[:size]
+            new = torch.cat((kept, kept.new_ones(size - len(kept), 1)))
+            trunk.token_weights.num_embeddings = size
+            trunk.token_weights.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        return embeddings
 
     def slice(self, exit_layer: int) -> "ModularStarEncoderPreTrainedModel":
         """The first `exit_layer` layers with the exits up to there, as a model of its own that shares these parameters.
@@ -634,14 +648,17 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        # CODEPATH: the published models weight all tokens alike; a shallow exit gains from weights of its own.
-        self.token_weights = nn.Embedding(config.vocab_size, 1) if config.token_weights else None
         self.layers = nn.ModuleList([ModularStarEncoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = None
         # CODEPATH: a slice of a published model below its top has no final norm; the published models have one.
         if config.exit_norm != "none":
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
         self.rotary_emb = ModularStarEncoderRotaryEmbedding(config)
+        # CODEPATH: the published models pool the plain mean. Here, with the other table of the vocabulary, and read by
+        # the retrieval model.
+        self.token_weights = None
+        if config.token_weights:
+            self.token_weights = ModularStarEncoderTokenWeights(config.vocab_size, 1)
         self.embedding_dropout = config.embedding_dropout
         self.gradient_checkpointing = False
         self.post_init()
@@ -668,7 +685,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             position_ids: (B, T), or (1, T) for all rows; by default each row counts its real tokens from 0. Without
                 `attention_mask`, positions that restart within a row mark packed texts, which do not see each other.
             inputs_embeds: (B, T, H) in place of `input_ids`; with `start_layer`, the `residual_states` to resume from.
-            exit_layer: the one exit to run to; by default the deepest.
+            exit_layer: the one exit to run to; by default the deepest. Exit 0 runs no layer.
             exit_layers: several exits to return from one pass.
             start_layer: number of layers already executed on `inputs_embeds`. A resumed pass equals a straight one bit
                 for bit.
@@ -687,30 +704,32 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             raise ValueError(f"start_layer {start_layer} needs inputs_embeds, and exits deeper than it; got {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        inputs_embeds, position_ids, mask, restore = self._pack_inputs(
-            inputs_embeds, attention_mask, position_ids, kwargs
-        )
+        mask = restore = position_embeddings = None
+        # CODEPATH: without layers there is no attention, and packing, masks and angles would be most of the time.
+        if exits[-1] > 0:
+            inputs_embeds, position_ids, mask, restore = self._pack_inputs(
+                inputs_embeds, attention_mask, position_ids, kwargs
+            )
+            position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden_states = inputs_embeds
         if start_layer == 0:
             hidden_states = nn.functional.dropout(hidden_states, p=self.embedding_dropout, training=self.training)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
-        residual_states = [hidden_states] if exits[0] == 0 else []
-        for index in range(start_layer, exits[-1]):
-            hidden_states = self.layers[index](
-                hidden_states,
-                attention_mask=mask,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                **kwargs,
-            )
-            if index + 1 in exits:
+        residual_states, exit_states = [], []
+        for executed in range(start_layer, exits[-1] + 1):
+            # A tokenizer without special tokens has no token for an empty text.
+            if executed > start_layer and hidden_states.shape[1] > 0:
+                hidden_states = self.layers[executed - 1](
+                    hidden_states,
+                    attention_mask=mask,
+                    position_embeddings=position_embeddings,
+                    position_ids=position_ids,
+                    **kwargs,
+                )
+            if executed in exits:
                 residual_states.append(hidden_states)
-        # CODEPATH: the published models norm their last layer alone; with exit_norm="all", every exit.
-        exit_states = [
-            self.norm(states) if self.config.has_norm_at(exit) else states
-            for exit, states in zip(exits, residual_states, strict=True)
-        ]
+                # CODEPATH: the published models norm their last layer alone; with exit_norm="all", every exit.
+                exit_states.append(self.norm(hidden_states) if self.config.has_norm_at(executed) else hidden_states)
         if restore is not None:
             residual_states, exit_states = list(map(restore, residual_states)), list(map(restore, exit_states))
         return ModularStarEncoderModelOutput(
@@ -860,22 +879,6 @@ def _token_at(states: torch.Tensor, attention_mask: torch.Tensor | None, positio
     return states[rows, (attention_mask * (order + 1)).argmax(dim=-1)]
 
 
-def _weighted_mean_of_tokens(
-    states: torch.Tensor, weights: torch.Tensor, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """The mean (B, D) of each row's real tokens, each weighted by its own number: weights (B, T, 1)."""
-    shares = _mean_shares(weights, attention_mask)
-    return torch.bmm(shares.transpose(1, 2).to(states.dtype), states).squeeze(1)
-
-
-def _mean_shares(weights: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Weights (B, T, 1) as shares that sum to 1 over each row's real tokens."""
-    weights = weights.float().clamp(min=0)
-    if attention_mask is not None:
-        weights = weights * attention_mask.unsqueeze(-1)
-    return weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
-
-
 def _mean_of_tokens(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """The mean (B, D) of each row's real tokens, in the operations of sentence-transformers' `Pooling`."""
     if attention_mask is None:
@@ -884,6 +887,25 @@ def _mean_of_tokens(states: torch.Tensor, attention_mask: torch.Tensor | None) -
     dtype = torch.float32 if states.dtype in (torch.float16, torch.bfloat16) else states.dtype
     total = (states * mask).sum(dim=1, dtype=dtype)
     return (total / mask.sum(dim=1, dtype=dtype).clamp(min=1e-9)).to(states.dtype)
+
+
+def _scales(weights: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Factors (B, T, 1) float32 of a row's n real tokens, n · w / Σ w: the plain mean of tokens scaled by them is the
+    mean weighted by `weights` (B, T, 1). Padding has 0, and so has a row without any weight."""
+    weights = weights.float()
+    if attention_mask is None:
+        tokens: Any = weights.shape[1]
+    else:
+        mask = attention_mask.unsqueeze(-1).float()
+        weights, tokens = weights * mask, mask.sum(dim=1, keepdim=True)
+    return weights * (tokens / weights.sum(dim=1, keepdim=True).clamp(min=1e-9))
+
+
+class ModularStarEncoderTokenWeights(nn.Embedding):
+    """A weight (V, 1) of each vocabulary entry in the mean of a text's tokens; 1 at first, never below 0."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return ClampWithInwardGradient.apply(super().forward(input_ids), 0.0, math.inf)
 
 
 class ModularStarEncoderExitEmbedding(nn.Embedding):
@@ -1098,21 +1120,28 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
         return ModularStarEncoderForPreTrainingOutput(**result)
 
 
-class ModularStarEncoderProjectionHead(nn.Module):
-    """Two linear layers with an activation between, or one linear layer, applied to every token."""
+class ModularStarEncoderLinearHead(nn.Module):
+    """One linear layer."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.projection_size)
-        self.act = self.out_proj = None
-        # CODEPATH: the published heads have two layers; one that is linear may follow the mean, which costs less.
-        if config.projection_head == "mlp":
-            self.act = ACT2FN[config.projection_act]
-            self.out_proj = nn.Linear(config.projection_size, config.projection_size)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        projected = self.dense(states)
-        return projected if self.out_proj is None else self.out_proj(self.act(projected))
+        return self.dense(states)
+
+
+class ModularStarEncoderProjectionHead(nn.Module):
+    """Two linear layers with an activation between, applied to every token."""
+
+    def __init__(self, config: ModularStarEncoderConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.projection_size)
+        self.act = ACT2FN[config.projection_act]
+        self.out_proj = nn.Linear(config.projection_size, config.projection_size)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.act(self.dense(states)))
 
 
 class ClampWithInwardGradient(torch.autograd.Function):
@@ -1168,9 +1197,10 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config)
         self.model = ModularStarEncoderModel(self.config)
-        self.projection_heads = nn.ModuleDict(
-            {str(exit_layer): ModularStarEncoderProjectionHead(self.config) for exit_layer in self.config.exit_layers}
-        )
+        # CODEPATH: the published heads have two layers; one commutes with the mean, so a text is projected once.
+        linear = self.config.projection_head == "linear"
+        head_class = ModularStarEncoderLinearHead if linear else ModularStarEncoderProjectionHead
+        self.projection_heads = nn.ModuleDict({str(exit): head_class(self.config) for exit in self.config.exit_layers})
         # CODEPATH: the paper's scale is fixed; a learned one has to live where checkpoints are.
         self.logit_scale = None if self.config.logit_scale_init_value is None else ModularStarEncoderLogitScale()
         self.post_init()
@@ -1181,19 +1211,23 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         if isinstance(module, ModularStarEncoderLogitScale):
             init.constant_(module.log_scale, math.log(self.config.logit_scale_init_value))
 
-    def _pool(
-        self, states: torch.Tensor, weights: torch.Tensor | None, attention_mask: Any, bounds: torch.Tensor | None
-    ) -> torch.Tensor:
-        """One vector for each text: states (B, T, …) of padded or packed texts to (texts, …)."""
-        if weights is not None:
-            return _weighted_mean_of_tokens(
-                _rows(states, attention_mask, bounds)[0], *_rows(weights, attention_mask, bounds)
-            )
-        states, attention_mask = _rows(states, attention_mask, bounds)
+    def _pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         # CODEPATH: models trained here pool the mean; the published ones do not say theirs, so it can be set.
         if self.config.pooling == "mean":
             return _mean_of_tokens(states, attention_mask)
         return _token_at(states, attention_mask, self.config.pooling)
+
+    def _token_scales(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Factors (B, T, 1) of tokens whose plain mean is then the weighted one; `None` without token weights."""
+        if self.model.token_weights is None:
+            return None
+        if input_ids is None:
+            raise ValueError("This model weights tokens by their ids; give it input_ids instead of inputs_embeds.")
+        weights, mask = _rows(self.model.token_weights(input_ids), attention_mask, bounds)
+        scales = _scales(weights, mask)
+        return scales if bounds is None else scales[mask.bool()].view(*input_ids.shape, 1)
 
     def _normalize(self, embeddings: torch.Tensor) -> torch.Tensor:
         # CODEPATH: `clip` is how the published models' ancestor normalised.
@@ -1216,15 +1250,10 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         r"""Embed a batch at one exit or at several from one pass.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: as in the trunk.
+            input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: as in the trunk. With
+                token weights (`config.token_weights`), `input_ids` only.
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
-        weights = None
-        if self.model.token_weights is not None:
-            if input_ids is None:
-                raise ValueError("This model weights tokens by their ids; give input_ids, also with inputs_embeds.")
-            weights = self.model.token_weights(input_ids)
-            input_ids = None if inputs_embeds is not None else input_ids
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1234,20 +1263,28 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             **kwargs,
         )
         bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
-        project_first = self.config.projection_order == "project_then_pool"
+        scales = self._token_scales(input_ids, attention_mask, bounds)
+
+        def scaled(states: torch.Tensor) -> torch.Tensor:
+            return states if scales is None else states * scales
+
         embeddings, tokens = [], None
         for exit_layer, states in zip(exits, outputs.exit_hidden_states, strict=True):
             head = self.projection_heads[str(exit_layer)]
             # CODEPATH: ours project tokens, then pool; the published models probably do, their ancestor does not.
-            tokens = head(states) if project_first or exit_layer == exits[-1] else None
-            pooled = self._pool(tokens if project_first else states, weights, attention_mask, bounds)
-            embeddings.append(self._normalize(pooled if project_first else head(pooled)))
-        if weights is not None and bounds is None:
-            # Scaled so that the plain mean over real tokens, as sentence-transformers takes it, is the weighted one.
-            real = attention_mask if attention_mask is not None else torch.ones_like(weights[..., 0])
-            tokens = tokens * (_mean_shares(weights, attention_mask) * real.sum(1)[:, None, None]).to(tokens.dtype)
+            if self.config.projection_order == "project_then_pool":
+                tokens = head(states)
+                pooled = self._pool(*_rows(scaled(tokens), attention_mask, bounds)).to(tokens.dtype)
+            else:
+                pooled = head(self._pool(*_rows(scaled(states), attention_mask, bounds)).to(states.dtype))
+                if scales is not None:
+                    # An empty text is zeros here too, and not the head's bias.
+                    pooled = pooled * _rows(scales, attention_mask, bounds)[0].any(dim=1)
+            embeddings.append(self._normalize(pooled))
+        if tokens is None:
+            tokens = head(states)
         return ModularStarEncoderForRetrievalOutput(
-            last_hidden_state=tokens,
+            last_hidden_state=scaled(tokens).to(tokens.dtype),
             sentence_embedding=embeddings[-1],
             exit_embeddings=torch.stack(embeddings),
             logit_scale=None if self.logit_scale is None else self.logit_scale(),

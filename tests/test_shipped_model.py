@@ -1,38 +1,107 @@
-"""The model that comes with the package."""
+"""The model that comes with the package: it loads without a network, in every way, and ranks."""
 
 import json
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
-FOLDER = Path(__file__).parent.parent / "hub_configs" / "mose-code"
-PAIRS = (
-    ("read a json file", "def load(path):\n    with open(path) as file:\n        return json.load(file)"),
-    ("largest common divisor", "def gcd(a, b):\n    while b:\n        a, b = b, a % b\n    return a"),
-    ("send an http request and retry", "def fetch(url, attempts=3):\n    for _ in range(attempts):\n        get(url)"),
-)
+from modular_star_encoder.inference.checkpoints import slice_checkpoint
+from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.inference.load import load_checkpoint
+from modular_star_encoder.training.recipes import hub_config_folder
+
+FOLDER = hub_config_folder("mose-code")
+EXITS = (0, 1, 2, 4, 6)
+QUERIES = ["read a json file and return its content", "compute the sha256 checksum of some bytes"]
+CODES = [
+    "def load_config(path):\n    with open(path) as handle:\n        return json.load(handle)",
+    "func Digest(data []byte) string {\n\tsum := sha256.Sum256(data)\n\treturn hex.EncodeToString(sum[:])\n}",
+    "function shuffle(list) {\n  for (let i = list.length - 1; i > 0; i--) {\n    swap(list, i, random(i));\n  }\n}",
+    "def retry(times)\n  yield\nrescue Timeout::Error\n  (times -= 1).positive? ? retry : raise\nend",
+]
 
 
-def test_it_fits_into_the_wheel():
-    assert (FOLDER / "model.safetensors").stat().st_size <= 32e6
-    assert json.loads((FOLDER / "config.json").read_text())["exit_layers"] == [0, 1, 2, 4, 6]
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
 
 
-@pytest.mark.parametrize("exit_layer", [0, 1, 2, 4, 6])
-def test_every_exit_finds_the_function_of_a_description(exit_layer):
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    model = AutoModel.from_pretrained(FOLDER, exit_layer=exit_layer).eval()
-    assert model.config.num_hidden_layers == exit_layer
-    with torch.no_grad():
-        queries, functions = (
-            model(**tokenizer(list(side), padding=True, return_tensors="pt")).sentence_embedding
-            for side in zip(*PAIRS, strict=True)
-        )
-    assert (queries @ functions.T).argmax(dim=1).tolist() == [0, 1, 2]
+@pytest.fixture(scope="module")
+def loaded():
+    return load_checkpoint(FOLDER, device="cpu")
 
 
-def test_words_of_special_tokens_in_a_text_stay_text():
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    assert not {tokenizer.pad_token_id, tokenizer.mask_token_id} & set(tokenizer("a <pad> b <mask>")["input_ids"])
+def test_the_weights_are_small_and_computed_in_float32(loaded):
+    assert (FOLDER / "model.safetensors").stat().st_size <= 32_000_000
+    with safe_open(FOLDER / "model.safetensors", "pt") as tensors:
+        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
+    model, _ = loaded
+    assert model.dtype == torch.float32
+    assert tuple(model.config.exit_layers) == EXITS
+
+
+def test_the_folder_holds_no_code():
+    # Saving and publishing add the model's two files.
+    assert not list(FOLDER.rglob("*.py"))
+
+
+def test_every_exit_ranks_the_right_code_first(loaded):
+    queries, codes = (encode_exits(*loaded, texts, progress=False) for texts in (QUERIES, CODES))
+    for exit_layer in EXITS:
+        assert (queries[exit_layer] @ codes[exit_layer].T).argmax(1).tolist() == [0, 1], exit_layer
+        # All exits share one space.
+        assert (queries[exit_layer] @ codes[6].T).argmax(1).tolist() == [0, 1], exit_layer
+
+
+@pytest.mark.parametrize("exit_layer", [0, 2, 6])
+def test_transformers_and_sentence_transformers_load_it_at_an_exit(loaded, exit_layer):
+    own = encode_exits(*loaded, CODES, exit_layers=[exit_layer], progress=False)[exit_layer]
+    model, tokenizer = AutoModel.from_pretrained(FOLDER, exit_layer=exit_layer), AutoTokenizer.from_pretrained(FOLDER)
+    assert len(model.model.layers) == exit_layer
+    batch = tokenizer(CODES, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        embeddings = model(**batch).sentence_embedding
+        assert torch.equal(loaded[0].slice(exit_layer)(**batch).sentence_embedding, embeddings)
+        assert torch.equal(loaded[0](**batch, exit_layer=exit_layer).sentence_embedding, embeddings)
+    np.testing.assert_allclose(embeddings, own, atol=1e-6)
+    for options, arguments in (({}, {"exit_layer": exit_layer}), ({"config_kwargs": {"exit_layer": exit_layer}}, {})):
+        stock = SentenceTransformer(str(FOLDER), device="cpu", **options)
+        np.testing.assert_allclose(stock.encode(CODES, **arguments), own, atol=1e-6)
+
+
+def test_a_saved_slice_equals_its_exit_bit_for_bit(loaded, tmp_path):
+    sliced = load_checkpoint(slice_checkpoint(FOLDER, 2, tmp_path / "slice"), device="cpu")
+    expected = encode_exits(*loaded, CODES, exit_layers=[0, 1, 2], progress=False)
+    for exit_layer, embeddings in encode_exits(*sliced, CODES, progress=False).items():
+        assert np.array_equal(embeddings, expected[exit_layer])
+    assert (tmp_path / "slice" / "modeling_modular_star_encoder.py").is_file()
+
+
+def test_special_tokens_in_a_text_are_text(loaded):
+    _, tokenizer = loaded
+    ids = tokenizer("a <pad> b <mask> c <unk>")["input_ids"]
+    assert not set(ids) & {tokenizer.pad_token_id, tokenizer.unk_token_id, 2}
+
+
+def test_an_empty_text_embeds_to_zeros(loaded):
+    stock = SentenceTransformer(str(FOLDER), device="cpu")
+    for texts in ([""], ["", CODES[0]]):
+        for embeddings in (stock.encode(texts), encode_exits(*loaded, texts, progress=False)[6]):
+            assert not embeddings[0].any()
+            assert np.isfinite(embeddings).all()
+
+
+def test_the_configuration_says_how_texts_are_given():
+    config = json.loads((FOLDER / "config.json").read_text())
+    assert config["instruction_prompts"] is False
+    prompts = json.loads((FOLDER / "config_sentence_transformers.json").read_text())["prompts"]
+    assert set(prompts) >= {"query", "document"}
+    assert not any(prompts.values())

@@ -22,7 +22,6 @@ def test_the_defaults_are_the_papers_model():
         ({"exit_layers": (-1, 4)}, "between 0 and num_hidden_layers=4, the last of them 4"),
         ({"exit_layers": (1, 5)}, "between 0 and num_hidden_layers=4"),
         ({"exit_layers": (2, 1, 4)}, "ascending"),
-        ({"token_weights": True, "pooling": "lasttoken"}, "token_weights weight a mean"),
         ({"exit_layers": (1, 1, 4)}, "ascending"),
         ({"exit_layers": (1, 2)}, "the last of them 4"),
         ({"exit_layers": ()}, "ascending"),

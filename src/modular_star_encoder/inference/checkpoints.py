@@ -134,7 +134,7 @@ SERVABLE = {
 
 def _servable_values(config: ModularStarEncoderConfig, name: str) -> tuple[str, ...]:
     # A mean and a linear head commute, so the order of the two does not matter.
-    free = name == "projection_order" and config.projection_head == "linear"
+    free = name == "projection_order" and config.projection_head == "linear" and config.pooling == "mean"
     return (*SERVABLE[name], "pool_then_project") if free else SERVABLE[name]
 
 

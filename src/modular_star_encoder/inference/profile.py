@@ -40,7 +40,8 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
 
         layer      2 · (2·H·H + 2·H·K + 2·H·I)     queries and outputs, keys and values, MLP
         attention  4 · T·H                         scores, and their weighted sum of values; grows with the text
-        head       2 · (H·D + D·D)                 of every token; with `pool_then_project` once more for the text
+        head       2 · (H·D + D·D)                 of every token; with `pool_then_project` once more for the text;
+                                                   a linear head has no D·D
 
     and `exit_layer` times layer and attention, plus one head. Tokens of padding cost as much as others unless
     `config.unpad_inputs`.
@@ -58,7 +59,7 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
     keys = config.num_key_value_heads * config.head_dim
     layer = 2 * (2 * hidden * hidden + 2 * hidden * keys + 2 * hidden * config.intermediate_size)
     attention = 4 * length * hidden
-    head = 2 * (hidden * projection + projection * projection)
+    head = 2 * projection * (hidden + (projection if config.projection_head == "mlp" else 0))
     if config.projection_order == "pool_then_project":
         head += head / length
     return float(exit_layer * (layer + attention) + head)
