@@ -34,12 +34,25 @@ _SECONDS_FOR_THE_LOCK = 3
 
 
 class CodeIndex:
-    """An index; `build` and `open` make one.
+    """An index of a code folder: its functions, and windows of its other files, as vectors and words.
+
+    `CodeIndex.build` embeds a folder, `CodeIndex.open` opens what was built; `update` reads again what has changed, and
+    `search` answers questions with `Hit`s, best first.
 
     Attributes:
-        store: where its rows are.
-        settings: what it was made with.
+        store: where its rows are: LanceDB, Qdrant or memory.
+        settings: the checkpoint, exits, dimension and languages that it was made with.
         report: what the last update in this process did, or None.
+
+    Example:
+        ```python
+        from modular_star_encoder import CodeIndex
+
+        index = CodeIndex.build("my-project", checkpoint="hub_configs/mose-code", exit_layers=(0, 6))
+        (answer,) = index.search(["parse a version string"], top_k=3, exit_layer=6)
+        for hit in answer.hits:
+            print(hit.path, hit.line, hit.score)
+        ```
     """
 
     def __init__(self, store: VectorStore, settings: IndexSettings, embedder: Embedder | None = None) -> None:
