@@ -654,9 +654,9 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if config.exit_norm != "none":
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
         self.rotary_emb = ModularStarEncoderRotaryEmbedding(config)
-        # CODEPATH: the published models pool the plain mean. Here, with the other table of the vocabulary, and read by
-        # the retrieval model.
+        # Stored here, with the other table of the vocabulary; read by the retrieval model.
         self.token_weights = None
+        # CODEPATH: the published models pool the plain mean; `mose-code` weights it.
         if config.token_weights:
             self.token_weights = ModularStarEncoderTokenWeights(config.vocab_size, 1)
         self.embedding_dropout = config.embedding_dropout
@@ -1120,28 +1120,22 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
         return ModularStarEncoderForPreTrainingOutput(**result)
 
 
-class ModularStarEncoderLinearHead(nn.Module):
-    """One linear layer."""
-
-    def __init__(self, config: ModularStarEncoderConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.projection_size)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.dense(states)
-
-
 class ModularStarEncoderProjectionHead(nn.Module):
-    """Two linear layers with an activation between, applied to every token."""
+    """Two linear layers with an activation between, or one linear layer alone (`config.projection_head`)."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.projection_size)
-        self.act = ACT2FN[config.projection_act]
-        self.out_proj = nn.Linear(config.projection_size, config.projection_size)
+        self.out_proj = None
+        # CODEPATH: the published heads have two layers; the one of `mose-code` commutes with the mean of tokens, so
+        # that a text is projected once.
+        if config.projection_head == "mlp":
+            self.act = ACT2FN[config.projection_act]
+            self.out_proj = nn.Linear(config.projection_size, config.projection_size)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.out_proj(self.act(self.dense(states)))
+        states = self.dense(states)
+        return states if self.out_proj is None else self.out_proj(self.act(states))
 
 
 class ClampWithInwardGradient(torch.autograd.Function):
@@ -1197,10 +1191,9 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config)
         self.model = ModularStarEncoderModel(self.config)
-        # CODEPATH: the published heads have two layers; one commutes with the mean, so a text is projected once.
-        linear = self.config.projection_head == "linear"
-        head_class = ModularStarEncoderLinearHead if linear else ModularStarEncoderProjectionHead
-        self.projection_heads = nn.ModuleDict({str(exit): head_class(self.config) for exit in self.config.exit_layers})
+        self.projection_heads = nn.ModuleDict(
+            {str(exit_layer): ModularStarEncoderProjectionHead(self.config) for exit_layer in self.config.exit_layers}
+        )
         # CODEPATH: the paper's scale is fixed; a learned one has to live where checkpoints are.
         self.logit_scale = None if self.config.logit_scale_init_value is None else ModularStarEncoderLogitScale()
         self.post_init()
