@@ -102,7 +102,7 @@ def ask(index: CodeIndex, questions: list[dict[str, Any]]) -> dict[str, dict[str
     answers = {"BM25": index.search(texts, top_k=DEPTH, method="lexical")}
     for exit_layer in index.settings.exit_layers:
         answers[f"exit {exit_layer}"] = index.search(texts, top_k=DEPTH, exit_layer=exit_layer)
-        fused = index.search(texts, top_k=DEPTH, exit_layer=exit_layer, method="fused")
+        fused = index.search(texts, top_k=DEPTH, exit_layer=exit_layer, method="hybrid")
         answers[f"exit {exit_layer} and BM25, fused"] = fused
     return {name: summary(index.folder, questions, found) for name, found in answers.items()}
 

@@ -1,7 +1,6 @@
-"""Bring a store up to date with a folder: files that changed are embedded, those that vanished removed.
+"""Divide files into functions or windows, and update a store: embed changed files, remove deleted ones.
 
-Files are written in batches, one transaction each, so that whatever ends the work leaves whole files behind, and the
-next run goes on with the others.
+Files are written in batches, one transaction each. An interrupted run leaves whole files, and the next one continues.
 """
 
 from __future__ import annotations

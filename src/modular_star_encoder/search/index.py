@@ -1,4 +1,4 @@
-"""An index of a code folder: built once, brought up to date as files change, asked at its exits."""
+"""An index of a code folder: build it, update it when files change, search it at any of its exits."""
 
 from __future__ import annotations
 
@@ -34,25 +34,20 @@ _SECONDS_FOR_THE_LOCK = 3
 
 
 class CodeIndex:
-    """An index of a code folder: its functions, and windows of its other files, as vectors and words.
+    """The functions of a code folder with their embeddings, and the search over them.
 
-    `CodeIndex.build` embeds a folder, `CodeIndex.open` opens what was built; `update` reads again what has changed, and
-    `search` answers questions with `Hit`s, best first.
+    Files without functions are divided into windows of lines. `build` makes or updates an index, `open` reads one.
 
     Attributes:
-        store: where its rows are: LanceDB, Qdrant or memory.
-        settings: the checkpoint, exits, dimension and languages that it was made with.
-        report: what the last update in this process did, or None.
+        store: holds the rows: a LanceDB folder, a Qdrant collection, or a `MemoryStore`.
+        settings: checkpoint, exits, folder and the other settings of the build.
+        report: counts of the last update in this process.
 
     Example:
-        ```python
-        from modular_star_encoder import CodeIndex
-
-        index = CodeIndex.build("my-project", checkpoint="hub_configs/mose-code", exit_layers=(0, 6))
-        (answer,) = index.search(["parse a version string"], top_k=3, exit_layer=6)
-        for hit in answer.hits:
-            print(hit.path, hit.line, hit.score)
-        ```
+        >>> index = CodeIndex.build("requests", checkpoint="runs/quickstart/model", exit_layers=(1, 3))
+        >>> (answer,) = index.search(["parse header links"], top_k=3, exit_layer=1)
+        >>> print(answer.hits[0])
+        requests/utils.py:965  0.512  parse_header_links  (exit 1)
     """
 
     def __init__(self, store: VectorStore, settings: IndexSettings, embedder: Embedder | None = None) -> None:
@@ -81,32 +76,35 @@ class CodeIndex:
         processes: int = 2,
         progress: bool = True,
     ) -> Self:
-        """Index a folder, or bring its index up to date: only files that changed are embedded.
+        """Index a folder, or update its index: only files that changed are embedded.
 
-        Killed or interrupted at any moment, the index holds whole files, and the next call goes on.
+        An interrupted call leaves an index of whole files, and the next call continues.
 
         Args:
-            folder: what to index. Links are not followed; which files are read is told by
-                `data.repositories.folder_repositories`.
+            folder: a folder of source code. Links are not followed; `data.sources.repositories.folder_repositories`
+                describes which files are read.
             location: a folder for the index or a URI (see `open_store`), or a store; `.mose` in `folder` if None.
             checkpoint: folder or Hub repository.
             exit_layer: the exit to embed at; the deepest if no exit is named.
-            exit_layers: several, from one pass over the code. Questions choose one of them.
+            exit_layers: several exits, from one pass over the code; `search` chooses one of them.
             dimension: components to keep, where the model was trained for it; all if None.
             languages: languages to read; all eight if None.
             windows: how files without functions are divided.
             states: keep the states of the shallowest exit, so that re-ranking resumes from them; large.
             tests, vendored: also read test code, and copies of other projects.
-            rebuild: begin anew if there is an index already; what isn't ours is never replaced.
+            rebuild: replace an existing index; data of other programs is never replaced.
             device: where the model goes.
             processes: processes that parse.
             progress: whether to show a bar.
 
+        Returns:
+            The index, whose `report` counts what was embedded.
+
         Raises:
-            ValueError: there is no such folder, or the index was built with another checkpoint, exit, dimension,
+            UserError: `folder` is not a folder, or the index was built with another checkpoint, exit, dimension,
                 folder or other setting; the message says which.
-            OSError: no such checkpoint, or the index can't be written.
-            ImportError: the store's extra isn't installed.
+            OSError: the checkpoint does not exist, or the index cannot be written.
+            ImportError: the store's extra is not installed.
         """
         if not os.path.isdir(os.path.expanduser(folder)):
             raise UserError(
@@ -152,15 +150,15 @@ class CodeIndex:
         checkpoint: str | os.PathLike[str] | None = None,
         device: str | None = None,
     ) -> Self:
-        """Open an index to ask it.
+        """Open an index to search it.
 
         Args:
             location: as for `build`.
-            checkpoint: where the checkpoint of the index is now, if not where it was.
+            checkpoint: the checkpoint of the index, if it was moved.
             device: where the model goes.
 
         Raises:
-            ValueError: there is no index, or it was built with another checkpoint than that.
+            UserError: there is no index, or another checkpoint built it.
             OSError: the checkpoint isn't there.
             ImportError: the store's extra isn't installed.
         """
@@ -183,21 +181,21 @@ class CodeIndex:
 
     @property
     def embedder(self) -> Embedder:
-        """The checkpoint, opened when it is needed first.
+        """The checkpoint, which is opened at the first use.
 
         Raises:
-            ValueError: it isn't the one that the index was built with any more.
-            OSError: it isn't there.
+            UserError: its weights are not those that built the index.
+            OSError: it does not exist.
         """
         if self._embedder is None:
             self._embedder = self._checked(self.settings.checkpoint)
         return self._embedder
 
     def update(self, *, processes: int = 2, progress: bool = True) -> UpdateReport:
-        """Bring the index up to date with its folder; see `build`.
+        """Embed the files that changed and remove the rows of deleted ones; see `build`.
 
         Raises:
-            ValueError: the index was built anew since it was opened, or as `build`.
+            UserError: the index was rebuilt since it was opened, or as `build`.
             OSError: as `build`.
         """
         with _locked(self.store):
@@ -216,7 +214,7 @@ class CodeIndex:
         languages: Sequence[str] | None = None,
         path: str | None = None,
     ) -> list[Answer]:
-        """Answer questions in prose, or find code that resembles code.
+        """Find the code that answers questions in prose, or that resembles other code.
 
         Args:
             questions: one or more.
@@ -267,7 +265,7 @@ class CodeIndex:
         return answers
 
     def ranker(self, exit_layer: int | None = None, cascade: Cascade | None = None) -> Ranker:
-        """What ranks rows for embedded questions; the arguments are those of `search`.
+        """The ranker behind `search`, with the same arguments, for embedded questions.
 
         Raises:
             ValueError: an exit that the index (or for a cascade, the model) doesn't have, a cascade upwards, or an
@@ -303,7 +301,7 @@ class CodeIndex:
         ]
 
     def _refuse_another(self) -> None:
-        """Another process may have built the index anew: its rows would not fit our questions, nor ours its rows."""
+        """Refuse an index that another process rebuilt: its embeddings may be of another checkpoint."""
         stored = self.store.settings()
         if stored is None or IndexSettings.from_dict(stored, self.store.location) != self.settings:
             raise UserError(
@@ -324,9 +322,9 @@ class CodeIndex:
 
 
 def open_store(location: str | os.PathLike[str]) -> VectorStore:
-    """The store of a location: `qdrant:NAME@URL` is a collection of a server, all else an embedded LanceDB.
+    """The store of a location: `qdrant:NAME@URL` is a collection of a server, any other an embedded LanceDB.
 
-    A LanceDB lies in a folder, or on object storage (`s3://bucket/path`; LanceDB reads credentials from the
+    A LanceDB is in a folder, or on object storage (`s3://bucket/path`; LanceDB reads credentials from the
     environment). The key of a Qdrant server is read from QDRANT_API_KEY.
 
     Raises:
@@ -369,7 +367,7 @@ def _locked(store: VectorStore) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Processes that parsed for a killed one hold its lock for a moment longer.
+    # The worker processes of a killed process hold its lock for a moment longer.
     lock = FileLock(folder / ".lock", timeout=_SECONDS_FOR_THE_LOCK)
     try:
         lock.acquire()
@@ -384,17 +382,12 @@ def _locked(store: VectorStore) -> Iterator[None]:
 
 
 def _kept_settings(store: VectorStore, rebuild: bool) -> dict[str, Any] | None:
-    """The settings of the index that is there and stays; None where one is to be made.
-
-    Raises:
-        ForeignDataError: what is there isn't ours.
-        ValueError: it can't be read, and isn't to be built anew.
-    """
+    """The settings of an existing index that is kept; None where a new index is to be created."""
     try:
         stored = store.settings()
     except ForeignDataError:
         raise
-    except ValueError:  # damaged: a reason to build anew
+    except ValueError:  # a damaged index can be rebuilt
         if not rebuild:
             raise
         return None
@@ -406,7 +399,7 @@ def _store(location: Any) -> VectorStore:
 
 
 def _relative_if_inside(folder: str, location: str) -> str:
-    """`folder` as an index inside it finds it, so that both may move together; else its absolute path."""
+    """The path from an index inside `folder` to it, so that both can move together; else the absolute path."""
     if "://" in location or location.startswith("qdrant:"):
         return folder
     index = os.path.realpath(os.path.expanduser(location))

@@ -46,7 +46,7 @@ class Cascade:
             this; None for always.
 
     Raises:
-        ValueError: fewer than two candidates, or a margin that is no number.
+        UserError: fewer than two candidates, or a margin that is NaN.
     """
 
     exit_layer: int
@@ -76,7 +76,7 @@ class Ranked:
 
 
 class Ranker:
-    """Ranks the rows of an index by its embeddings at one exit and, if asked, again at a deeper one.
+    """Ranks the rows of an index by its embeddings at one exit and, with a cascade, again at a deeper one.
 
     Args:
         store: the index.
