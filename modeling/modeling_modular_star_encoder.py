@@ -13,12 +13,12 @@
 # limitations under the License.
 """ModularStarEncoder: a bidirectional StarCoder2 encoder with exits (arXiv 2503.03008).
 
-A forward pass runs the layers up to the deepest exit asked for and no further, and returns the states of every exit
-asked for. Heads that are shared between exits (masked language modelling, in-context classification, sequence
-classification) are told the exit by a small learned vector concatenated to their features; retrieval has one projection
-head per exit.
+A forward pass runs the layers up to the deepest requested exit and no further, and returns the states of every
+requested exit. Heads that are shared between exits (masked language modelling, in-context classification, sequence
+classification) know the exit by a small learned vector concatenated to their features; retrieval has one projection
+head for each exit.
 
-Shapes: B batch, T tokens, H hidden size, E exits asked for, D projection size, V vocabulary.
+Shapes: B batch, T tokens, H hidden size, E requested exits, D projection size, V vocabulary.
 
 This file and `configuration_modular_star_encoder.py` travel inside every repository; they need torch and transformers.
 """
@@ -74,7 +74,7 @@ class ModularStarEncoderModelOutput(ModelOutput):
     """Output of the trunk.
 
     Args:
-        last_hidden_state: (B, T, H), states of the deepest exit asked for.
+        last_hidden_state: (B, T, H), states of the deepest requested exit.
         exit_hidden_states: tuple of E tensors (B, T, H), shallowest exit first.
         residual_states: the same before the final norm, from which a later pass can resume (`start_layer`); only with
             `output_residual_states=True`.
@@ -96,7 +96,7 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
 
     Args:
         loss: scalar, the sum over exits of i/36 (MLM + ICC); i/36 is layers executed over the depth of the full model.
-        logits: (B, T, V), tokens predicted at the deepest exit asked for; `None` when `labels` are given, for then they
+        logits: (B, T, V), tokens predicted at the deepest requested exit; `None` when `labels` are given, for then they
             are computed at masked positions only and reduced to losses at once.
         icc_logits: (E, B, 2), class 1 means "from the same repository".
         mlm_losses, mlm_accuracies: (E,), mean over masked tokens; `None` without `labels`.
@@ -131,10 +131,10 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
     """Output of the retrieval model.
 
     Args:
-        last_hidden_state: (B, T, D), tokens projected by the head of the deepest exit asked for. With token weights
+        last_hidden_state: (B, T, D), tokens projected by the head of the deepest requested exit. With token weights
             each is multiplied by its share of its text's weight times the number of tokens, so that the plain mean of
             these tokens is the weighted mean.
-        sentence_embedding: (B, D), of the deepest exit asked for, normalised (`config.embedding_normalization`).
+        sentence_embedding: (B, D), of the deepest requested exit, normalised (`config.embedding_normalization`).
         exit_embeddings: (E, B, D), of every exit asked for, shallowest first, normalised.
         logit_scale: (1,) float32, the learned multiplier of similarities, where the model has one.
         exit_hidden_states, residual_states, hidden_states, attentions: as in the trunk's output.
@@ -165,8 +165,8 @@ class ModularStarEncoderForSequenceClassificationOutput(ModelOutput):
     """Output of sequence classification.
 
     Args:
-        loss: scalar, the i/36-weighted sum over the exits asked for; `None` without `labels`.
-        logits: (B, num_labels), of the deepest exit asked for.
+        loss: scalar, the i/36-weighted sum over the requested exits; `None` without `labels`.
+        logits: (B, num_labels), of the deepest requested exit.
         exit_logits: (E, B, num_labels), shallowest exit first.
         hidden_states, attentions: as in the trunk's output.
     """
@@ -677,7 +677,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         output_residual_states: bool = False,
         **kwargs: Any,
     ) -> tuple | ModularStarEncoderModelOutput:
-        r"""Run the layers up to the deepest exit asked for.
+        r"""Run the layers up to the deepest requested exit.
 
         Args:
             input_ids: (B, T) token ids.

@@ -375,7 +375,7 @@ def _usable(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray) -
 
 
 def _check(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray, languages: int) -> None:
-    """Raise UserError if there is no language in which two repositories have two texts that are long enough."""
+    """Raise UserError unless some language has two repositories with two long enough texts each."""
     long_enough = lengths >= MIN_SNIPPET_TOKENS
     keys = repository[long_enough].astype(np.int64) * languages + language[long_enough]
     groups, texts = np.unique(keys, return_counts=True)

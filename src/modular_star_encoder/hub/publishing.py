@@ -210,7 +210,7 @@ def _same(file: Path, there: RepoFile) -> bool:
 
 
 def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dict[str, RepoFile]]:
-    """The commit of a branch and its files; None and none where it doesn't exist."""
+    """The commit of a branch and its files; (None, empty set) if the branch does not exist."""
     try:
         head = api.model_info(repository, revision=revision).sha
         tree = api.list_repo_tree(repository, revision=head, recursive=True)

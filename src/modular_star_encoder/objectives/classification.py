@@ -39,7 +39,10 @@ class InContextObjective:
 
 
 def share_of_masked_tokens(labels: torch.Tensor) -> torch.Tensor | float:
-    """Masked tokens here over their mean per process: what turns averages of local means into the global mean."""
+    """Masked tokens of this process over the mean of all processes, as a factor of its mean loss.
+
+    The average over processes of losses times this factor is the mean over all masked tokens.
+    """
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return 1.0
     here = (labels != -100).sum().float()

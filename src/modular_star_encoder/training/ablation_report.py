@@ -130,7 +130,7 @@ class _Benchmark:
         return [self.scores[model, seed][self.name][exit_layer] for seed in self.seeds]
 
     def over_exits(self, by_exit: Sequence[list[Values]]) -> list[list[Values]]:
-        """By seed, the values of several exits."""
+        """Map each seed to its values, one for each exit."""
         return [list(of_seed) for of_seed in zip(*by_exit, strict=True)]
 
     def figures(self, own: Sequence[Any], reference: Sequence[Any] | None = None) -> dict[str, dict[str, Any]]:

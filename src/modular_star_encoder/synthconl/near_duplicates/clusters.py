@@ -57,7 +57,7 @@ def distinct_rows(digests: np.ndarray, order: np.ndarray) -> DistinctRows:
 
 @dataclass(frozen=True, slots=True)
 class NearPairs:
-    """Compared pairs that are near."""
+    """Compared pairs that are similar enough to be near-duplicates."""
 
     pairs: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # uint64 (pairs,), ascending
     similarities: np.ndarray = field(default_factory=lambda: np.empty(0))  # float64 (pairs,): true Jaccard similarities
@@ -240,7 +240,7 @@ class Search:
         }
 
     def compare(self, kind: str, task: int, pairs: np.ndarray) -> NearPairs:
-        """The `pairs` of a task that are near."""
+        """The `pairs` of a task that are similar enough to be near-duplicates."""
         columns = [(self.columns[task], self.others)]
         if kind == "within":
             chosen = self.columns if self.settings.match == "both" else self.columns[task : task + 1]
