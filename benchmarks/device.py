@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from models import modernbert_config, random_model, starcoder2_config
 from torch import nn
 from transformers import ModernBertModel, Starcoder2Model
@@ -59,7 +60,8 @@ class Rows:
         """Append a row, print it, and write the file."""
         self.rows.append({"name": name, **values})
         print(json.dumps(self.rows[-1], ensure_ascii=False))
-        machine = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if on_gpu() else "cpu"}
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        machine = {**versions, "device": torch.cuda.get_device_name() if on_gpu() else "cpu"}
         self.path.write_text(
             json.dumps({"machine": machine, "rows": self.rows}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
