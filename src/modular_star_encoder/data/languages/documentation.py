@@ -48,7 +48,7 @@ _HTML_TAG = re.compile(
     re.IGNORECASE,
 )
 _DOXYGEN_MARK = re.compile(r"(?<!\S)[\\@](?:a|b|c|e|em|p|ref|link)\s+(?=\S)")
-_RDOC_ESCAPE = re.compile(r"(?<!\S)\\(?=\w)")  # `\port` is no link to the method
+_RDOC_ESCAPE = re.compile(r"(?<!\S)\\(?=\w)")  # `\port` does not link to the method
 _RDOC_MARK = re.compile(r"(?<![\w+])\+([\w:.#?!=]+)\+(?![\w+])")
 
 

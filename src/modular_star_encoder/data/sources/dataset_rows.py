@@ -157,7 +157,7 @@ def open_dataset_rows(
     if files and all(file.endswith(_JSON_LINES) for file in files):
         for file in files:
             if not Path(file).is_file():
-                raise UserError("data.source.no_files", f"There is no file {file}.")
+                raise UserError("data.source.no_files", f"No file {file}.")
         return _JsonLines(files)
     rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
     return _DatasetRows(rows, name)
