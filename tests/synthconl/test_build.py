@@ -239,7 +239,7 @@ def test_wrong_folders_are_refused_and_left_alone(corpus, server, tmp_path, monk
 @pytest.mark.parametrize(
     ("benchmark", "sentence"),
     [
-        ({"source": "none.jsonl", "column": "code"}, "There is no file none.jsonl"),
+        ({"source": "none.jsonl", "column": "code"}, r"none\.jsonl"),
         ({"source": "{rows}", "column": "code", "spilt": "test"}, "has no option spilt; there are split"),
         ({"source": "{rows}", "column": "cod"}, "line 1 has no text in column 'cod'"),
     ],
