@@ -26,7 +26,6 @@ _DIRECTIVE = re.compile(
     r"|prettier-ignore|phpcs:|nolint\w*|nosonar|clang-format o|cppcheck-suppress|coverity\b|lint:)",
     re.IGNORECASE,
 )
-_GO_DIRECTIVE = re.compile(r"//(?:[a-z0-9]+:[a-z0-9]|export |extern |line |nolint)")
 
 _TAG = re.compile(r"\s*(?:[@\\](?P<name>[A-Za-z][\w-]*)|:?call-seq:)[ \t]*:?")
 _PROSE_TAGS = {"brief", "short", "summary", "desc", "description", "details", "classdesc", "remark", "doc", "internal"}
@@ -55,8 +54,7 @@ _RDOC_MARK = re.compile(r"(?<![\w+])\+([\w:.#?!=]+)\+(?![\w+])")
 def docstring_of(literal: str) -> str | None:
     """The value of a Python string literal or of several in a row, or None if it is not a plain string."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as those for invalid escapes
+        with warnings.catch_warnings(action="ignore"):  # such as those for invalid escapes
             value = ast.literal_eval(f"({literal}\n)")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
@@ -73,18 +71,21 @@ def comment_description(comments: list[str], language: str) -> str:
     """The first paragraph, in one line, of the comments before a function; empty if they hold none, or a licence.
 
     Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Of tags before the prose,
-    those that introduce it (`@brief`, `@description`) are removed alone, and others with their text.
-
-    Args:
-        comments: One block comment, or consecutive line comments, with their markers.
-        language: The language of the code.
+    those that introduce it (`@brief`, `@description`) are removed alone, and others with their text. `comments` are one
+    block comment, or consecutive line comments, with their markers.
     """
     entry, text = language_entry(language), "\n".join(comments)
     if _LEGAL_NOTICE.search(text):
         return ""
-    if language == "go":
-        text = "\n".join(comment for comment in comments if not _GO_DIRECTIVE.match(comment))
-    return _without_markup(" ".join(_first_paragraph(_without_markers(text, entry), entry)), entry)
+    text = "\n".join(comment for comment in comments if not re.match(entry.directive, comment))
+    prose = " ".join(_first_paragraph(_without_markers(text, entry), entry))
+    if "html" in entry.markup:
+        prose = _HTML_TAG.sub("", _INLINE_TAG.sub(_shown_text, prose))
+    if "doxygen" in entry.markup:
+        prose = _DOXYGEN_MARK.sub("", prose)
+    if "rdoc" in entry.markup:
+        prose = _RDOC_MARK.sub(r"\1", _RDOC_ESCAPE.sub("", prose))
+    return _one_line(html.unescape(prose) if "html" in entry.markup else prose)
 
 
 def _without_markers(text: str, language: Language) -> list[str]:
@@ -122,16 +123,6 @@ def _first_paragraph(lines: list[str], language: Language) -> list[str]:
 
 def _is_prose(line: str) -> bool:
     return any(map(str.isalnum, line))
-
-
-def _without_markup(text: str, language: Language) -> str:
-    if "html" in language.markup:
-        text = _HTML_TAG.sub("", _INLINE_TAG.sub(_shown_text, text))
-    if "doxygen" in language.markup:
-        text = _DOXYGEN_MARK.sub("", text)
-    if "rdoc" in language.markup:
-        text = _RDOC_MARK.sub(r"\1", _RDOC_ESCAPE.sub("", text))
-    return _one_line(html.unescape(text) if "html" in language.markup else text)
 
 
 def _shown_text(match: re.Match[str]) -> str:
@@ -202,8 +193,7 @@ MIN_WORDS = 3
 
 _TAGS = re.compile(r"^\s*@.*$|\{@\w+[^{}]*\}|`[^`\n]*`", re.MULTILINE)
 _CODE = re.compile(
-    r"[{}]|;\s*$|\s=\s|\w\(.*\)\s*:?\s*$|^\s*(?:def|func|function|class|end|return)\b",
-    re.MULTILINE,
+    r"[{}]|;\s*$|\s=\s|\w\(.*\)\s*:?\s*$|^\s*(?:def|func|function|class|end|return)\b", re.MULTILINE
 )
 _WORD = re.compile(r"[^\W\d_]+")
 

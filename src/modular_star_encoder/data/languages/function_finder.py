@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from tree_sitter import Node, QueryCursor, Tree
 
@@ -14,13 +15,163 @@ from modular_star_encoder.data.languages.documentation import Comments, docstrin
 from modular_star_encoder.data.languages.parsing import Grammar, SourceText, UnparsableSourceError, load_grammar, parse
 from modular_star_encoder.data.languages.registry import Language
 
-_Captures = dict[str, list[Node]]
+MAX_NESTING = 16
+"""Functions inside so many others and classes are left out: each level repeats the text of those inside it."""
 
-_C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_name", "operator_name"}
 _MAX_NAME_LENGTH = 200
 
 
-def function_name(captures: _Captures, source: bytes, language: Language) -> str | None:
+@dataclass(frozen=True, slots=True)
+class FoundFunction:
+    """A function of a text; the fields are those of `DocumentedFunction`."""
+
+    line: int
+    name: str
+    description: str
+    code: str
+    source: str
+    start_byte: int
+    end_byte: int
+
+
+def find_functions(
+    text: str, language: str, *, documented_only: bool = False, counts: Counter[str] | None = None
+) -> list[FoundFunction]:
+    """The functions of `text` without a syntax error, in order, methods and nested functions included.
+
+    Functions without a body are left out, and Python functions with only a docstring in it.
+
+    Args:
+        text: The content of a source file. PHP needs its `<?php`.
+        language: One of `LANGUAGES` (`data.language.unknown`).
+        documented_only: Whether to leave out functions without a description.
+        counts: When given, `"files with a syntax error"`, `"functions with a syntax error"` and `"functions nested too
+            deeply"` are counted in it.
+
+    Raises:
+        UnparsableSourceError: If `text` can't be parsed (see `parse`), or holds a syntax error and no function
+            without one.
+    """
+    grammar, source = load_grammar(language), SourceText(text)
+    tree = parse(source.bytes, grammar)
+    finder = _Finder(source, tree, grammar)
+    found = list(finder.functions(documented_only))
+    if tree.root_node.has_error:
+        if not finder.sound:
+            raise UnparsableSourceError("The text has a syntax error and no function without one.")
+        finder.counts["files with a syntax error"] += 1
+    if counts is not None:
+        counts.update(finder.counts)
+    return found
+
+
+@dataclass(slots=True)
+class _Definition:
+    """A function or scope of the tree; offsets are those of `SourceText.bytes`."""
+
+    node: Node
+    name: str
+    is_function: bool
+    body: Node | None
+
+
+class _Finder:
+    """Reads one tree."""
+
+    def __init__(self, source: SourceText, tree: Tree, grammar: Grammar) -> None:
+        self.counts: Counter[str] = Counter()
+        self.sound = 0
+        self._source, self._language = source, grammar.language
+        self._untyped: set[int] = set()
+        scopes: list[_Definition] = []
+        functions: dict[int, _Definition] = {}
+        comments: list[tuple[int, int]] = []
+        strings: list[Node] = []
+        for _, captures in QueryCursor(grammar.query).matches(tree.root_node):
+            if "comment" in captures:
+                comments += [node.byte_range for node in captures["comment"]]
+            elif "verbatim" in captures:
+                strings += captures["verbatim"]
+            elif "untyped" in captures:
+                self._untyped.add(captures["untyped"][0].id)
+            elif name := _name(captures, source.bytes, grammar.language):
+                body = captures["body"][0] if "body" in captures else None
+                if "scope" not in captures:
+                    node = captures["function"][0]
+                    key = (body or node).id  # of several patterns that find one body, the widest counts
+                    if key not in functions or _length(node) > _length(functions[key].node):
+                        functions[key] = _Definition(node, name, True, body)
+                elif name != "exports":  # `module.exports = {…}` names nothing
+                    scopes.append(_Definition(captures["scope"][0], name, False, body))
+        self._definitions = sorted(
+            [*scopes, *functions.values()], key=lambda one: (one.node.start_byte, -one.node.end_byte)
+        )
+        self._comments = Comments(comments, source, grammar.language)
+        self._heredocs = {node.start_byte: node.end_byte for node in strings if node.type == "heredoc_body"}
+        # Where the lines begin whose white space is part of a string.
+        spans = (node.byte_range for node in strings if node.start_point.row < node.end_point.row)
+        self._fixed_lines = {at for start, end in spans for at in source.line_starts_between(start, end)}
+
+    def functions(self, documented_only: bool) -> Iterator[FoundFunction]:
+        """Yield the functions without a syntax error, in the order of the text."""
+        enclosing: list[_Definition] = []
+        for index, one in enumerate(self._definitions):
+            while enclosing and enclosing[-1].node.end_byte <= one.node.start_byte:
+                enclosing.pop()
+            untyped = one.body is not None and one.body.id in self._untyped
+            if untyped and not (enclosing and enclosing[-1].name == one.name):
+                continue  # like a C++ constructor, but outside the class of that name: a macro
+            if one.is_function and one.node.has_error:
+                self.counts["functions with a syntax error"] += 1
+            elif one.is_function and len(enclosing) >= MAX_NESTING:
+                self.counts["functions nested too deeply"] += 1
+            elif one.is_function:
+                self.sound += 1
+                name = ".".join([*(outer.name for outer in enclosing), one.name])
+                if found := self._found(index, name, documented_only):
+                    yield found
+            enclosing.append(one)
+
+    def _found(self, index: int, name: str, documented_only: bool) -> FoundFunction | None:
+        """The function at `index` of the definitions, or None if it is left out."""
+        node, body = self._definitions[index].node, self._definitions[index].body
+        start, end = node.start_byte, node.end_byte
+        has_docstring = self._language.has_docstrings and body is not None
+        if has_docstring and body is not None:
+            docstring = _docstring(body, self._source)
+            if docstring and len(_statements(body)) == 1:
+                return None
+            description = docstring_description(docstring[1]) if docstring else ""
+            end = _end_of_last_statement(node)
+        else:
+            description = self._comments.description_before(start)
+            end = self._end_of_heredocs(end)
+        if documented_only and not description:
+            return None
+        cuts = list(_indent_cuts(self._source, start, end, self._fixed_lines))
+        if has_docstring:
+            inside = takewhile(lambda one: one.node.start_byte < end, self._definitions[index:])
+            cuts += [cut for one in inside if one.body and (cut := _docstring_cut(one.body, self._source))]
+        code = _cut_out(self._source.bytes, start, end, cuts)
+        first, last, text = self._source.original_span(start, end)
+        return FoundFunction(self._source.line(start), name, description, code, text, first, last)
+
+    def _end_of_heredocs(self, end: int) -> int:
+        """Where the heredocs end that begin on the last line of a Ruby method; its node does not hold them."""
+        line_end = self._source.bytes.find(b"\n", end)
+        while line_end in self._heredocs and not self._source.bytes[end:line_end].strip():
+            end = line_end = self._heredocs[line_end]
+        return end
+
+
+def _length(node: Node) -> int:
+    return node.end_byte - node.start_byte
+
+
+_C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_name", "operator_name"}
+
+
+def _name(captures: dict[str, list[Node]], source: bytes, language: Language) -> str | None:
     """The name of the function or scope of one match, dotted where the text is qualified.
 
     None for a match that is not a function: a macro, or a statement that error recovery took for one.
@@ -29,18 +180,14 @@ def function_name(captures: _Captures, source: bytes, language: Language) -> str
         name = _declared_name(captures["declarator"][0], source, language)
     else:
         name = language.dotted_name(_text(captures["name"][0], source))
-        if "receiver" in captures:
-            name = f"{_receiver(_text(captures['receiver'][0], source))}.{name}"
+        if "receiver" in captures:  # `*Stack[T]`
+            receiver = _text(captures["receiver"][0], source).lstrip("*( ").partition("[")[0].rstrip(") ")
+            name = f"{receiver}.{name}"
     return name if name and len(name) <= _MAX_NAME_LENGTH else None
 
 
 def _text(node: Node, source: bytes) -> str:
     return " ".join(source[node.start_byte : node.end_byte].decode(errors="replace").split())
-
-
-def _receiver(text: str) -> str:
-    """`"Stack"` for the receiver's type `*Stack[T]`."""
-    return text.lstrip("*( ").partition("[")[0].rstrip(") ")
 
 
 def _declared_name(declarator: Node, source: bytes, language: Language) -> str | None:
@@ -57,16 +204,11 @@ def _declared_name(declarator: Node, source: bytes, language: Language) -> str |
             return name if is_function or "operator" in name else None
         else:
             is_function = is_function or node.type == "function_declarator"
-            node = node.child_by_field_name("declarator") or _inner_declarator(node)
+            # Inside parentheses or behind `&`, the declarator has no field name.
+            inner = (one for one in node.named_children if one.type.endswith("declarator") or one.type in _C_NAMES)
+            node = node.child_by_field_name("declarator") or next(inner, None)
     name = _text(node, source) if node is not None else ""
     return name if is_function and name not in language.keywords else None
-
-
-def _inner_declarator(node: Node) -> Node | None:
-    """The declarator inside parentheses or behind `&`, which has no field name in these nodes."""
-    return next(
-        (child for child in node.named_children if child.type.endswith("declarator") or child.type in _C_NAMES), None
-    )
 
 
 def _qualified_name(node: Node | None, source: bytes) -> str:
@@ -91,58 +233,52 @@ _REST_OF_DOCSTRING_LINE = re.compile(rb"[ \t\f]*;?[ \t\f]*(?:#[^\n]*)?(?:\n(?:[ 
 _INDENT = re.compile(rb"[ \t\f]*")
 
 
-def python_docstring(body: Node, source: SourceText) -> tuple[Node, str] | None:
-    """(statement, value) of the docstring at the beginning of a definition's body, or None."""
-    statement = next(_statements(body), None)
+def _statements(body: Node) -> list[Node]:
+    """The statements of a block, without comments and the like."""
+    return [child for child in body.named_children if not child.is_extra]
+
+
+def _docstring(body: Node, source: SourceText) -> tuple[Node, str] | None:
+    """(statement, value) of the docstring at the beginning of a Python definition's body, or None."""
+    statement = next(iter(_statements(body)), None)
     if statement is None or statement.type != "expression_statement" or statement.named_child_count != 1:
         return None
     literal = statement.named_child(0)
-    value = (
-        docstring_of(source.bytes[literal.start_byte : literal.end_byte].decode()) if literal.type in _STRINGS else None
-    )
+    if literal is None or literal.type not in _STRINGS:
+        return None
+    value = docstring_of(source.bytes[literal.start_byte : literal.end_byte].decode())
     return None if value is None else (statement, value)
 
 
-def is_docstring_only(body: Node, source: SourceText) -> bool:
-    """Whether a docstring is the only statement in the body of a Python definition."""
-    statements = _statements(body)
-    next(statements, None)
-    return next(statements, None) is None and python_docstring(body, source) is not None
+def _docstring_cut(body: Node, source: SourceText) -> Cut | None:
+    """The cut that removes the docstring of a Python definition, if it has one."""
+    found = _docstring(body, source)
+    if found is None:
+        return None
+    docstring, statements = found[0], _statements(body)
+    if len(statements) == 1:
+        return docstring.start_byte, docstring.end_byte, b"pass"
+    if rest := _REST_OF_DOCSTRING_LINE.match(source.bytes, docstring.end_byte):
+        return source.line_start(docstring.start_byte), rest.end(), b""
+    return docstring.start_byte, statements[1].start_byte, b""  # `def f(): "docstring"; return 1`
 
 
-def end_of_last_statement(node: Node) -> int:
+def _end_of_last_statement(node: Node) -> int:
     """Where the last token of a Python definition ends; comments may follow it inside the node."""
     while node.child_count:
-        children = (node.child(index) for index in reversed(range(node.child_count)))
-        last = next((child for child in children if not child.is_extra), None)
+        last = next((child for child in reversed(node.children) if not child.is_extra), None)
         if last is None:
             break
         node = last
     return node.end_byte
 
 
-def docstring_cut(body: Node, source: SourceText) -> Cut | None:
-    """The cut that removes the docstring of a Python definition, if it has one."""
-    found = python_docstring(body, source)
-    if found is None:
-        return None
-    docstring, _ = found
-    if is_docstring_only(body, source):
-        return docstring.start_byte, docstring.end_byte, b"pass"
-    rest = _REST_OF_DOCSTRING_LINE.match(source.bytes, docstring.end_byte)
-    if rest:
-        return source.line_start(docstring.start_byte), rest.end(), b""
-    following = list(_statements(body))[1]  # `def f(): "docstring"; return 1`
-    return docstring.start_byte, following.start_byte, b""
-
-
-def indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]) -> Iterator[Cut]:
+def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]) -> Iterator[Cut]:
     """Yield the cuts that remove the indentation of a span's first line from its other lines.
 
     `fixed_lines` are the beginnings of lines inside strings, whose white space is content.
     """
-    first = source.line_start(start)
-    found = _INDENT.match(source.bytes, first, start)
+    found = _INDENT.match(source.bytes, source.line_start(start), start)
     indent = found[0].rpartition(b"\f")[2] if found else b""
     if indent:
         for at in source.line_starts_between(start, end):
@@ -150,7 +286,7 @@ def indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int])
                 yield at, at + len(indent), b""
 
 
-def cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
+def _cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
     """The text from `start` to `end` with the cuts made; of cuts that overlap, the first and widest counts."""
     pieces = []
     at = start
@@ -160,187 +296,3 @@ def cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
             at = min(cut_end, end)
     pieces.append(source[at:end])
     return b"".join(pieces).decode().rstrip()
-
-
-def _statements(body: Node) -> Iterator[Node]:
-    """Yield the statements of a block, without comments and the like."""
-    return (child for child in body.named_children if not child.is_extra)
-
-
-MAX_NESTING = 16
-"""Functions inside so many others and classes are left out: each level repeats the text of those inside it."""
-
-
-@dataclass(frozen=True, slots=True)
-class FoundFunction:
-    """A function of a text; the fields are those of `DocumentedFunction`."""
-
-    line: int
-    name: str
-    description: str
-    code: str
-    source: str
-    start_byte: int
-    end_byte: int
-
-
-@dataclass(slots=True)
-class _Definition:
-    """A function or scope of the tree; offsets are those of `SourceText.bytes`."""
-
-    node: Node
-    name: str
-    is_function: bool
-    body: Node | None
-
-
-def find_functions(
-    text: str, language: str, *, documented_only: bool = False, counts: Counter[str] | None = None
-) -> list[FoundFunction]:
-    """The functions of `text` without a syntax error, in order, methods and nested functions included.
-
-    Functions without a body are left out, and Python functions with only a docstring in it.
-
-    Args:
-        text: The content of a source file. PHP needs its `<?php`.
-        language: One of `LANGUAGES`.
-        documented_only: Whether to leave out functions without a description.
-        counts: When given, `"files with a syntax error"`, `"functions with a syntax error"` and `"functions nested too
-            deeply"` are counted in it.
-
-    Raises:
-        UserError: `data.language.unknown` if the language is not one of `LANGUAGES`.
-        UnparsableSourceError: If `text` can't be parsed (see `parse`), or holds a syntax error and no function
-            without one.
-    """
-    grammar = load_grammar(language)
-    source = SourceText(text)
-    tree = parse(source.bytes, grammar)
-    finder = _Finder(source, tree, grammar)
-    found = list(finder.functions(documented_only))
-    if tree.root_node.has_error:
-        if not finder.sound:
-            raise UnparsableSourceError("The text has a syntax error and no function without one.")
-        finder.counts["files with a syntax error"] += 1
-    if counts is not None:
-        counts.update(finder.counts)
-    return found
-
-
-class _Finder:
-    """Reads one tree."""
-
-    def __init__(self, source: SourceText, tree: Tree, grammar: Grammar) -> None:
-        self.counts: Counter[str] = Counter()
-        self.sound = 0
-        self._source, self._language = source, grammar.language
-        self._strings: list[Node] = []
-        self._definitions: list[_Definition] = []
-        self._untyped: set[int] = set()
-        comments: list[tuple[int, int]] = []
-        functions: dict[int, _Definition] = {}
-        for _, captures in QueryCursor(grammar.query).matches(tree.root_node):
-            if "comment" in captures:
-                comments += [node.byte_range for node in captures["comment"]]
-            elif "verbatim" in captures:
-                self._strings += captures["verbatim"]
-            elif "untyped" in captures:
-                self._untyped.add(captures["untyped"][0].id)
-            else:
-                self._add(captures, functions)
-        self._definitions += functions.values()
-        self._definitions.sort(key=lambda one: (one.node.start_byte, -one.node.end_byte))
-        self._comments = Comments(comments, source, grammar.language)
-        heredocs = (node for node in self._strings if node.type == "heredoc_body")
-        self._heredocs = {node.start_byte: node.end_byte for node in heredocs}
-        self._fixed_lines: set[int] | None = None
-
-    def _add(self, captures: dict[str, list[Node]], functions: dict[int, _Definition]) -> None:
-        name = function_name(captures, self._source.bytes, self._language)
-        if name is None or ("scope" in captures and name == "exports"):  # `module.exports = {…}` names nothing
-            return
-        body = captures["body"][0] if "body" in captures else None
-        if "scope" in captures:
-            self._definitions.append(_Definition(captures["scope"][0], name, False, body))
-            return
-        node = captures["function"][0]
-        key = (body or node).id
-        if key not in functions or _length(node) > _length(functions[key].node):
-            functions[key] = _Definition(node, name, True, body)
-
-    def functions(self, documented_only: bool) -> Iterator[FoundFunction]:
-        """Yield the functions without a syntax error, in the order of the text."""
-        enclosing: list[_Definition] = []
-        for index, one in enumerate(self._definitions):
-            while enclosing and enclosing[-1].node.end_byte <= one.node.start_byte:
-                enclosing.pop()
-            if self._is_macro(one, enclosing):
-                continue
-            if one.is_function:
-                if one.node.has_error:
-                    self.counts["functions with a syntax error"] += 1
-                elif len(enclosing) >= MAX_NESTING:
-                    self.counts["functions nested too deeply"] += 1
-                else:
-                    self.sound += 1
-                    found = self._found(
-                        index, ".".join([*(outer.name for outer in enclosing), one.name]), documented_only
-                    )
-                    if found:
-                        yield found
-            enclosing.append(one)
-
-    def _is_macro(self, one: _Definition, enclosing: list[_Definition]) -> bool:
-        """Whether something like a C++ constructor is outside the class of that name."""
-        is_untyped = one.body is not None and one.body.id in self._untyped
-        return is_untyped and not (enclosing and enclosing[-1].name == one.name)
-
-    def _found(self, index: int, name: str, documented_only: bool) -> FoundFunction | None:
-        """The function at `index` of the definitions, or None if it is left out."""
-        one = self._definitions[index]
-        start, end = one.node.start_byte, one.node.end_byte
-        if self._language.has_docstrings and one.body is not None:
-            docstring = python_docstring(one.body, self._source)
-            if docstring and is_docstring_only(one.body, self._source):
-                return None
-            description = docstring_description(docstring[1]) if docstring else ""
-            end = end_of_last_statement(one.node)
-        else:
-            description = self._comments.description_before(start)
-            end = self._end_of_heredocs(end)
-        if documented_only and not description:
-            return None
-        cuts = list(indent_cuts(self._source, start, end, self._lines_inside_strings()))
-        if self._language.has_docstrings:
-            cuts += self._docstring_cuts(index, end)
-        code = cut_out(self._source.bytes, start, end, cuts)
-        first, last, text = self._source.original_span(start, end)
-        return FoundFunction(self._source.line(start), name, description, code, text, first, last)
-
-    def _lines_inside_strings(self) -> set[int]:
-        """Where the lines begin whose white space is part of a string."""
-        if self._fixed_lines is None:
-            lines = self._source.line_starts_between
-            spans = (node.byte_range for node in self._strings if node.start_point.row < node.end_point.row)
-            self._fixed_lines = {at for start, end in spans for at in lines(start, end)}
-        return self._fixed_lines
-
-    def _docstring_cuts(self, index: int, end: int) -> Iterator[Cut]:
-        """Yield the cuts for the docstrings of a Python function and of the definitions inside it."""
-        while index < len(self._definitions) and self._definitions[index].node.start_byte < end:
-            body = self._definitions[index].body
-            cut = docstring_cut(body, self._source) if body else None
-            if cut:
-                yield cut
-            index += 1
-
-    def _end_of_heredocs(self, end: int) -> int:
-        """Where the heredocs end that begin on the last line of a Ruby method; its node does not hold them."""
-        line_end = self._source.bytes.find(b"\n", end)
-        while line_end in self._heredocs and not self._source.bytes[end:line_end].strip():
-            end = line_end = self._heredocs[line_end]
-        return end
-
-
-def _length(node: Node) -> int:
-    return node.end_byte - node.start_byte

@@ -15,9 +15,9 @@ from tree_sitter import Parser, Point, Query, QueryCursor, Tree
 from modular_star_encoder.data.languages.registry import Language, language_entry
 
 MAX_PARSE_SECONDS = 5.0
-"""Processor time after which a parse is given up. A file of 1 MB takes about half a second on one core."""
+"""Limit of a parse, in processor time. A file of 1 MB takes about half a second on one core."""
 MAX_LINE_BYTES = 10_000
-"""A text with a longer line is not parsed: it is data or minified, and nested deeply enough to exhaust the memory."""
+"""Limit of a line: longer ones are data or minified, and nested deeply enough to exhaust the memory."""
 
 _BYTE_ORDER_MARK = "\ufeff"
 
@@ -28,7 +28,7 @@ _VIEWS = {size: memoryview(_BUFFER)[:size] for size in (*range(16), *(1 << power
 
 
 class UnparsableSourceError(ValueError):
-    """The text can't be parsed as source code: it is not text, or too much work."""
+    """The text can't be parsed as source code: it is not text, or takes too long."""
 
 
 class SourceText:
@@ -41,24 +41,17 @@ class SourceText:
     """
 
     def __init__(self, text: str) -> None:
-        """Encode `text`.
-
-        Raises:
-            UnparsableSourceError: If `text` holds half a surrogate pair, which has no encoding.
-        """
+        """Encode `text`; raise UnparsableSourceError if it holds half a surrogate pair."""
         try:
             self._original = text.encode()
         except UnicodeEncodeError:
             raise UnparsableSourceError("The text holds half a surrogate pair.") from None
         self._skipped = len(_BYTE_ORDER_MARK.encode()) if text.startswith(_BYTE_ORDER_MARK) else 0
         body = self._original[self._skipped :]
-        self._removed: list[int] = []
-        if b"\r" in body:
-            pairs = [match.start() for match in re.finditer(rb"\r\n", body)]
-            self._removed = [start - number for number, start in enumerate(pairs)]
-            body = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        self.bytes = body
-        self._line_starts = [0, *accumulate(len(line) + 1 for line in body.split(b"\n")[:-1])]
+        pairs = [match.start() for match in re.finditer(rb"\r\n", body)]
+        self._removed = [start - number for number, start in enumerate(pairs)]
+        self.bytes = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        self._line_starts = [0, *accumulate(len(line) + 1 for line in self.bytes.split(b"\n")[:-1])]
 
     def line(self, offset: int) -> int:
         """The 1-based line of an offset of `bytes`."""
@@ -69,7 +62,7 @@ class SourceText:
         return self._line_starts[self.line(offset) - 1]
 
     def line_starts_between(self, start: int, end: int) -> list[int]:
-        """Where the lines begin that follow the one of `start` and begin before `end`."""
+        """The offsets before `end` at which the lines after the one of `start` begin."""
         return self._line_starts[self.line(start) : bisect_left(self._line_starts, end)]
 
     def original_span(self, start: int, end: int) -> tuple[int, int, str]:
@@ -90,16 +83,11 @@ class Grammar:
 
 @cache
 def load_grammar(language: str) -> Grammar:
-    """The grammar of a language: one object per process, which threads must not share.
-
-    Raises:
-        UserError: `data.language.unknown` if the language is not one of `LANGUAGES`.
-    """
+    """The grammar of one of `LANGUAGES` (`data.language.unknown`): one per process, not to be shared by threads."""
     entry = language_entry(language)
     grammar = TreeSitterLanguage(getattr(import_module(entry.grammar), entry.grammar_function)())
-    return Grammar(
-        entry, Parser(grammar), Query(grammar, entry.query), Query(grammar, "(ERROR) @error (MISSING) @missing")
-    )
+    errors = Query(grammar, "(ERROR) @error (MISSING) @missing")
+    return Grammar(entry, Parser(grammar), Query(grammar, entry.query), errors)
 
 
 def parse(source: bytes, grammar: Grammar) -> Tree:
@@ -153,7 +141,7 @@ def parse_once(source: bytes, grammar: Grammar) -> Tree:
 
 
 def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = None) -> int:
-    """Number of bytes from `start` to `end` of a tree's text under ERROR nodes; a missing token counts as one byte."""
+    """Number of bytes from `start` to `end` under ERROR nodes; a missing token counts as one byte."""
     root = tree.root_node
     if not root.has_error:
         return 0
@@ -177,10 +165,7 @@ _MACRO_LINE = re.compile(rb"^[ \t]*[A-Z][A-Z0-9_]{3,}[ \t]*(?:\([^()\n]*\))?[ \t
 
 
 def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
-    """`source` with blanks for words like macros that are a syntax error or next to one.
-
-    The parser may have taken the neighbour of a macro for the error.
-    """
+    """`source` with blanks for words like macros that are a syntax error, or next to one (the parser may mark those)."""
     text = bytearray(source)
     for node in QueryCursor(grammar.errors).captures(tree.root_node).get("error", []):
         start, end = node.byte_range
@@ -193,37 +178,21 @@ def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
     return bytes(text)
 
 
-def syntax_error_share(code: str, language: str) -> float:
-    """The share of the bytes of `code` that are not valid `language`: from 0.0 for valid code to 1.0.
+def best_parse(code: str, language: str) -> tuple[float, bool]:
+    """(share of syntax errors, whether there is a function) of a piece of code, parsed in the frame that suits it best.
 
-    The bytes are those under ERROR nodes of the tree-sitter grammar; a missing token counts as one. Text that can't be
-    parsed at all (see `parse`) and blank text are 1.0. Grammars tolerate much, Ruby's most of all: plain prose may
-    parse; `holds_function` is false for it.
+    The share is that of the bytes under ERROR nodes of the tree-sitter grammar; a missing token counts as one byte.
+    Text that can't be parsed (see `parse`) and blank text are 1.0. Grammars tolerate much, Ruby's most of all: plain
+    prose may parse, but has no function (a name and a body).
 
     Args:
-        code: A function, a method without its class, or any other piece of code; PHP may lack its `<?php`. It is tried
-            as it is and in the frames of its language, and the best result counts.
-        language: One of `LANGUAGES`.
-
-    Raises:
-        UserError: `data.language.unknown` if the language is not one of `LANGUAGES`.
+        code: A function, a method without its class, or any other piece of code; PHP may lack its `<?php`.
+        language: One of `LANGUAGES` (`data.language.unknown`).
     """
-    return _best_parse(code, language)[0]
-
-
-def holds_function(code: str, language: str) -> bool:
-    """Whether `code` defines a function with a name and a body; arguments and errors as for `syntax_error_share`."""
-    return _best_parse(code, language)[1]
-
-
-def _best_parse(code: str, language: str) -> tuple[float, bool]:
-    """(error share, whether there is a function) of `code` in the frame that suits it best."""
     grammar = load_grammar(language)
     body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")
-    if not body.strip():
-        return 1.0, False
     best = (1.0, False)
-    for before, after in _frames(body, grammar.language):
+    for before, after in _frames(body, grammar.language) if body.strip() else ():
         try:
             tree = parse(before + body + after, grammar)
         except UnparsableSourceError:
@@ -242,8 +211,16 @@ def _best_parse(code: str, language: str) -> tuple[float, bool]:
 
 def _frames(body: bytes, language: Language) -> list[tuple[bytes, bytes]]:
     frames = [(b"", b""), *language.frames]
-    if not language.opening:
-        return frames
-    if body.lstrip().startswith(language.opening[:2]):
+    if language.opening and body.lstrip().startswith(language.opening[:2]):
         return frames[:1]
     return [(language.opening + before, after) for before, after in frames]
+
+
+def syntax_error_share(code: str, language: str) -> float:
+    """The share of the bytes of `code` that are not valid `language`, from 0.0 to 1.0; see `best_parse`."""
+    return best_parse(code, language)[0]
+
+
+def holds_function(code: str, language: str) -> bool:
+    """Whether `code` defines a function with a name and a body; see `best_parse`."""
+    return best_parse(code, language)[1]

@@ -39,6 +39,7 @@ class Language:
         dotted_name: Makes the dotted name of a function out of its name in the tree.
         has_docstrings: Whether documentation is a string inside the function, not a comment before it.
         line_comment: Pattern of the marker of a line comment.
+        directive: Pattern of how a comment begins that is an instruction to a tool, besides those of all languages.
         documented_by_blocks: Whether only `/** */` documents.
         gap: Pattern of the text allowed between a comment and its function.
         markup: Markup in comments: `html`, `doxygen`, `rdoc`.
@@ -63,6 +64,7 @@ class Language:
     dotted_name: Callable[[str], str] = str
     has_docstrings: bool = False
     line_comment: str = r"\s*//+[!<]*"
+    directive: str = r"(?!)"
     documented_by_blocks: bool = False
     gap: bytes = rb"\s*"
     markup: frozenset[str] = frozenset({"html"})
@@ -166,6 +168,7 @@ _ENTRIES = (
         (comment) @comment
         (raw_string_literal) @verbatim
         """,
+        directive=r"//(?:[a-z0-9]+:[a-z0-9]|export |extern |line |nolint)",
         markup=frozenset(),
         special_methods=_words("String GoString Error init main"),
         test_folder=r"testdata",
@@ -305,11 +308,7 @@ _CPP_LINE = re.compile(
 
 
 def language_entry(name: str) -> Language:
-    """The entry of a language.
-
-    Raises:
-        UserError: `data.language.unknown` if `name` is not one of `LANGUAGES`.
-    """
+    """The entry of a language; UserError (`data.language.unknown`) if `name` is not one of `LANGUAGES`."""
     if name not in _LANGUAGE:
         raise UserError("data.language.unknown", f"Language {name!r} is unknown. Available: {', '.join(LANGUAGES)}.")
     return _LANGUAGE[name]
@@ -326,9 +325,8 @@ def check_languages(languages: Iterable[str] | None) -> tuple[str, ...]:
         return LANGUAGES
     chosen = () if isinstance(languages, str) else tuple(dict.fromkeys(languages))
     if not chosen:
-        raise UserError(
-            "data.languages.list", f"languages must be a list of {', '.join(LANGUAGES)}; not {languages!r}."
-        )
+        message = f"languages must be a list of {', '.join(LANGUAGES)}; not {languages!r}."
+        raise UserError("data.languages.list", message)
     return tuple(language_entry(name).name for name in chosen)
 
 
