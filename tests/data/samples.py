@@ -1,7 +1,7 @@
 """Small source texts and functions that the tests of this folder share."""
 
 from modular_star_encoder.data.functions import DocumentedFunction, extract_functions
-from modular_star_encoder.data.sources.source_files import SourceFile
+from modular_star_encoder.data.sources import SourceFile
 from modular_star_encoder.data.tokenizer import train_tokenizer
 
 WORDS = ["load", "save", "parse", "build", "merge", "split", "index", "count", "table", "column", "buffer", "stream"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modular_star_encoder.data.corpora import open_corpus
+from modular_star_encoder.data.functions import open_corpus
 from tests.errors import raises
 
 PYTHON = (

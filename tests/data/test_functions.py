@@ -15,7 +15,7 @@ from modular_star_encoder.data.functions import (
     function_id,
 )
 from modular_star_encoder.data.languages.function_finder import find_functions
-from modular_star_encoder.data.sources.source_files import SourceFile
+from modular_star_encoder.data.sources import SourceFile
 from tests.data.polyglot import NAMES, SOURCES
 from tests.data.samples import extract_one, function, source
 from tests.errors import raises

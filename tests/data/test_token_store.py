@@ -14,7 +14,7 @@ import torch
 
 from modular_star_encoder.data import token_store
 from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.data.sources.source_files import SourceFile
+from modular_star_encoder.data.sources import SourceFile
 from modular_star_encoder.data.token_store import TokenStore, build_token_store, corpus_of_files
 from modular_star_encoder.data.tokenizer import encode_content, train_tokenizer
 from tests.data.samples import repository_texts, small_tokenizer

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from modular_star_encoder.data.sources.source_files import SourceFile
+from modular_star_encoder.data.sources import SourceFile
 from modular_star_encoder.search.building import file_snippets
 from modular_star_encoder.search.settings import Windows
 from tests.data.polyglot import NAMES, SOURCES

@@ -12,8 +12,13 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from modular_star_encoder.data.corpora import open_corpus
-from modular_star_encoder.data.functions import DocumentedFunction, code_key, collect_functions, description_key
+from modular_star_encoder.data.functions import (
+    DocumentedFunction,
+    code_key,
+    collect_functions,
+    description_key,
+    open_corpus,
+)
 from modular_star_encoder.data.languages.documentation import reads_as_prose
 from modular_star_encoder.data.languages.registry import language_named
 from modular_star_encoder.data.sources.dataset_rows import BadLine, not_unicode, open_dataset_rows, row_example

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.sources.source_files import SourceFile
+from modular_star_encoder.data.sources import SourceFile
 from modular_star_encoder.data.tokenizer import TEXTS_PER_BATCH, ContentEncoder, TokenRows, encode_content
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file

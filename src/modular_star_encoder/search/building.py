@@ -18,8 +18,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.functions import extract_functions
+from modular_star_encoder.data.sources import FileFilters, SourceFile
 from modular_star_encoder.data.sources.repositories import FileReader, folder_repositories
-from modular_star_encoder.data.sources.source_files import FileFilters, SourceFile
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.settings import IndexSettings, Windows
 from modular_star_encoder.search.vector_store import (

@@ -8,12 +8,18 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from modular_star_encoder.data.codesearchnet import LeakingDocstringError, codesearchnet_function
-from modular_star_encoder.data.corpora import open_corpus
-from modular_star_encoder.data.functions import DocumentedFunction, code_key, filtered_functions, function_id
+from modular_star_encoder.data.functions import (
+    DocumentedFunction,
+    LeakingDocstringError,
+    code_key,
+    codesearchnet_function,
+    filtered_functions,
+    function_id,
+    open_corpus,
+)
 from modular_star_encoder.data.languages.registry import language_named
+from modular_star_encoder.data.sources import SourceReader
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
-from modular_star_encoder.data.sources.source_files import SourceReader
 from modular_star_encoder.utils.errors import UserError
 
 CODESEARCHNET = "codesearchnet"

@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.collators import PackingCollator, PaddingCollator
-from modular_star_encoder.data.corpora import open_corpus
+from modular_star_encoder.data.functions import open_corpus
 from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.data.sources.source_files import SourceReader
+from modular_star_encoder.data.sources import SourceReader
 from modular_star_encoder.data.token_store import TokenStore, build_token_store
 from modular_star_encoder.data.tokenizer import check_special_tokens, load_tokenizer, token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.lexical import identifier_overlap_accuracy

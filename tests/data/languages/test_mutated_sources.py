@@ -11,8 +11,8 @@ import random
 from collections import Counter
 
 from modular_star_encoder.data.functions import extract_functions
+from modular_star_encoder.data.sources import SourceFile
 from modular_star_encoder.data.sources.repositories import folder_repositories
-from modular_star_encoder.data.sources.source_files import SourceFile
 from tests.data.polyglot import SOURCES
 
 MUTATIONS = int(os.environ.get("MOSE_MUTATIONS", "400"))

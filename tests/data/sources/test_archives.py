@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 
-from modular_star_encoder.data.sources.archives import ArchiveLimits, archive_repositories
-from modular_star_encoder.data.sources.source_files import FileFilters
+from modular_star_encoder.data.sources import FileFilters
+from modular_star_encoder.data.sources.repositories import ArchiveLimits, archive_repositories
 from tests.errors import raises
 
 TAR_MODES = {".tar": "w", ".tar.gz": "w:gz", ".tgz": "w:gz", ".tar.bz2": "w:bz2", ".tar.xz": "w:xz"}

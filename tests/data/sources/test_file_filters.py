@@ -2,7 +2,7 @@ from pathlib import PurePath
 
 import pytest
 
-from modular_star_encoder.data.sources.source_files import (
+from modular_star_encoder.data.sources import (
     STARCODER2_FILTERS,
     FileFilters,
     alphabetic_share,
@@ -10,7 +10,6 @@ from modular_star_encoder.data.sources.source_files import (
     is_generated,
     is_test,
     is_vendored,
-    line_lengths,
 )
 from tests.errors import raises
 
@@ -71,8 +70,10 @@ def test_files_that_speak_of_generating_are_no_generated_files(text):
     assert not is_generated(text)
 
 
-def test_line_lengths_leave_out_every_kind_of_line_end():
-    assert line_lengths("aaaa\r\nbb\rc\n\n") == (4, 7 / 5)
+@pytest.mark.parametrize(("longest", "average", "reason"), [(4, 1.4, None), (3, 9, "very"), (4, 1.3, "average")])
+def test_line_lengths_leave_out_every_kind_of_line_end(longest, average, reason):
+    filters = FileFilters(max_line_length=longest, max_average_line_length=average)
+    assert (reason or "None") in str(filters.reason_by_text("aaaa\r\nbb\rc\n\n"))
 
 
 @pytest.mark.parametrize(("text", "share"), [("ab12", 0.5), ("éß 1", 0.5), ("", 0), ("日本", 1)])

@@ -5,9 +5,9 @@ from operator import length_hint
 
 import pytest
 
-from modular_star_encoder.data.corpora import open_corpus
+from modular_star_encoder.data.functions import open_corpus
+from modular_star_encoder.data.sources import FileFilters
 from modular_star_encoder.data.sources.repositories import STANDARD_LIBRARY, folder_repositories, installed_repositories
-from modular_star_encoder.data.sources.source_files import FileFilters
 from tests.errors import raises
 
 

@@ -5,8 +5,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from modular_star_encoder.data.sources import FileFilters
 from modular_star_encoder.data.sources.dataset_files import THE_STACK_COLUMNS, RowColumns, row_repositories
-from modular_star_encoder.data.sources.source_files import FileFilters
 from tests.errors import raises
 
 COLUMNS = RowColumns(repository="repo", path="file", text="code", language="lang", license="terms")

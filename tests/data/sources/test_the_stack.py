@@ -6,8 +6,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from modular_star_encoder.data.sources import FileFilters
 from modular_star_encoder.data.sources.dataset_files import ContentSource, the_stack_repositories, unpack
-from modular_star_encoder.data.sources.source_files import FileFilters
 from tests.errors import raises
 from tests.utils.http_server import LocalServer
 

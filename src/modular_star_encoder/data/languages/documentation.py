@@ -192,9 +192,7 @@ class Comments:
 MIN_WORDS = 3
 
 _TAGS = re.compile(r"^\s*@.*$|\{@\w+[^{}]*\}|`[^`\n]*`", re.MULTILINE)
-_CODE = re.compile(
-    r"[{}]|;\s*$|\s=\s|\w\(.*\)\s*:?\s*$|^\s*(?:def|func|function|class|end|return)\b", re.MULTILINE
-)
+_CODE = re.compile(r"[{}]|;\s*$|\s=\s|\w\(.*\)\s*:?\s*$|^\s*(?:def|func|function|class|end|return)\b", re.MULTILINE)
 _WORD = re.compile(r"[^\W\d_]+")
 
 

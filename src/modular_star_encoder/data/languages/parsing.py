@@ -165,7 +165,7 @@ _MACRO_LINE = re.compile(rb"^[ \t]*[A-Z][A-Z0-9_]{3,}[ \t]*(?:\([^()\n]*\))?[ \t
 
 
 def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
-    """`source` with blanks for words like macros that are a syntax error, or next to one (the parser may mark those)."""
+    """`source` with blanks for words like macros that are a syntax error, or next to one, which may be its cause."""
     text = bytearray(source)
     for node in QueryCursor(grammar.errors).captures(tree.root_node).get("error", []):
         start, end = node.byte_range

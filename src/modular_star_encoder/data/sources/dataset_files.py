@@ -14,10 +14,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import datasets
@@ -25,8 +25,8 @@ import fsspec
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import check_languages, language_named, language_of
+from modular_star_encoder.data.sources import FileFilters, SourceFile, SourceReader, is_closed
 from modular_star_encoder.data.sources.dataset_rows import open_rows
-from modular_star_encoder.data.sources.source_files import FileFilters, SourceFile, SourceReader, is_closed
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_http_settings
 
@@ -60,21 +60,14 @@ class RowColumns:
 
     def names(self) -> list[str]:
         """The columns to read."""
-        named = (self.repository, self.path, self.text, self.language, self.license)
-        return [name for name in named if name is not None]
+        return [name for name in asdict(self).values() if name is not None]
 
-
-THE_STACK_COLUMNS = RowColumns(
-    repository="max_stars_repo_name",
-    path="max_stars_repo_path",
-    text="content",
-    language="lang",
-    license="max_stars_repo_licenses",
-)
-"""`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1)."""
 
 STARCODERDATA_COLUMNS = RowColumns(repository="max_stars_repo_name", path="max_stars_repo_path", text="content")
 """`bigcode/starcoderdata`."""
+
+THE_STACK_COLUMNS = replace(STARCODERDATA_COLUMNS, language="lang", license="max_stars_repo_licenses")
+"""`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1)."""
 
 GITHUB_CODE_COLUMNS = RowColumns(
     repository="repo_name", path="path", text="code", language="language", license="license"
@@ -129,27 +122,26 @@ class ContentSource:
         """Whether the protocol is http or https; fsspec would need aiohttp for these."""
         return self.protocol in ("http", "https")
 
-
-@contextmanager
-def _background_fetch(source: ContentSource, max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
-    """Yield a function that fetches a content in the background; leaving cancels what is under way."""
-    with ExitStack() as stack:
-        if source.is_http:
-            client = HTTPClient(
-                concurrency=source.threads,
-                attempts=source.attempts,
-                pause=source.pause,
-                timeout=source.timeout,
-                max_bytes=max_bytes,
-                follow_redirects=True,
-            )
-            submit = partial(stack.enter_context(client).submit, "GET")
-        else:
-            executor = ThreadPoolExecutor(source.threads)
-            stack.callback(executor.shutdown, cancel_futures=True)
-            file_system, _ = fsspec.url_to_fs(source.url, **source.options or {})
-            submit = partial(executor.submit, file_system.cat_file)
-        yield lambda blob_id: submit(source.url.replace("{blob_id}", blob_id))
+    @contextmanager
+    def fetcher(self, max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
+        """Yield a function that fetches a content in the background; leaving cancels what is under way."""
+        with ExitStack() as stack:
+            if self.is_http:
+                client = HTTPClient(
+                    concurrency=self.threads,
+                    attempts=self.attempts,
+                    pause=self.pause,
+                    timeout=self.timeout,
+                    max_bytes=max_bytes,
+                    follow_redirects=True,
+                )
+                submit = partial(stack.enter_context(client).submit, "GET")
+            else:
+                executor = ThreadPoolExecutor(self.threads)
+                stack.callback(executor.shutdown, cancel_futures=True)
+                file_system, _ = fsspec.url_to_fs(self.url, **self.options or {})
+                submit = partial(executor.submit, file_system.cat_file)
+            yield lambda blob_id: submit(self.url.replace("{blob_id}", blob_id))
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
@@ -191,23 +183,14 @@ class DatasetReader(SourceReader):
     """
 
     def __init__(
-        self,
-        rows: datasets.IterableDataset,
-        *,
-        languages: Iterable[str] | None = None,
-        filters: FileFilters | None = None,
+        self, rows: datasets.IterableDataset, languages: Iterable[str] | None, filters: FileFilters | None
     ) -> None:
         super().__init__()
         self._rows = rows
         self._languages = check_languages(languages)
         self._filters = filters or FileFilters()
 
-    def shard(self, index: int, count: int) -> "DatasetReader":
-        """A reader of every `count`-th row, or of the rows of every `count`-th piece of the data set.
-
-        Raises:
-            UserError: `data.reader.shard` if `index` is not from 0 to `count` − 1.
-        """
+    def shard(self, index: int, count: int) -> Self:
         reader = super().shard(index, count)
         pieces = self._rows.num_shards
         even = pieces % count == 0 or pieces >= _MANY_PIECES * count
@@ -237,9 +220,8 @@ class DatasetReader(SourceReader):
 class RowReader(DatasetReader):
     """Reads a data set with one file a row."""
 
-    def __init__(self, rows: datasets.IterableDataset, columns: RowColumns, **options: Any) -> None:
-        """See `row_repositories`."""
-        super().__init__(rows, **options)
+    def __init__(self, rows: datasets.IterableDataset, columns: RowColumns, *options: Any) -> None:
+        super().__init__(rows, *options)
         self._columns = columns
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
@@ -281,17 +263,14 @@ def row_repositories(
     """
     check_languages(languages)
     rows = open_rows(source, columns=columns.names(), **options)
-    return RowReader(rows, columns, languages=languages, filters=filters)
+    return RowReader(rows, columns, languages, filters)
 
 
 class TheStackReader(DatasetReader):
     """Reads rows with lists of files, whose contents are fetched ahead; its units are repositories."""
 
-    def __init__(
-        self, rows: datasets.IterableDataset, contents: ContentSource, *, progress: bool = True, **options: Any
-    ) -> None:
-        """See `the_stack_repositories`."""
-        super().__init__(rows, **options)
+    def __init__(self, rows: datasets.IterableDataset, contents: ContentSource, progress: bool, *options: Any) -> None:
+        super().__init__(rows, *options)
         self._contents, self._progress = contents, progress
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
@@ -303,7 +282,10 @@ class TheStackReader(DatasetReader):
                 text = ""
                 if not reason:
                     fetched += 1
-                    text, reason = self._decode(content, encoding)
+                    try:
+                        text, reason = self._filters.decode(unpack(content, self._filters.max_bytes), encoding)
+                    except zlib.error:
+                        reason = "damaged content"
                 bar.update()
                 if reason:
                     skipped[reason] += 1
@@ -322,15 +304,13 @@ class TheStackReader(DatasetReader):
         for record in row["files"] or ():
             path = PurePath((record["path"] or "").lstrip("/"))
             language = language_named(record["language"])
-            reason = self._reason(path, language)
-            if not reason and record.get("is_vendor") and not self._filters.vendored:
-                reason = "vendored code"
-            if not reason and record.get("is_generated") and not self._filters.generated:
-                reason = "generated code"
-            if not reason and (record.get("length_bytes") or 0) > self._filters.max_bytes:
-                reason = "too large"
-            if not reason and not _BLOB_ID.fullmatch(record["blob_id"] or ""):
-                reason = "no valid blob_id"
+            faults = {
+                "vendored code": record.get("is_vendor") and not self._filters.vendored,
+                "generated code": record.get("is_generated") and not self._filters.generated,
+                "too large": (record.get("length_bytes") or 0) > self._filters.max_bytes,
+                "no valid blob_id": not _BLOB_ID.fullmatch(record["blob_id"] or ""),
+            }
+            reason = self._reason(path, language) or next((fault for fault, found in faults.items() if found), None)
             if reason:
                 skipped[reason] += 1
                 continue
@@ -341,20 +321,13 @@ class TheStackReader(DatasetReader):
     def _fetched(self, files: Iterable[tuple[SourceFile, str, str]]) -> Iterator[tuple[SourceFile, str, Future[Any]]]:
         """Yield (file, encoding, its content) in order; only a few are fetched ahead."""
         waiting: deque[tuple[SourceFile, str, Future[Any]]] = deque()
-        with _background_fetch(self._contents, self._filters.max_bytes + _GZIP_OVERHEAD) as fetch:
+        with self._contents.fetcher(self._filters.max_bytes + _GZIP_OVERHEAD) as fetch:
             for file, blob_id, encoding in files:
                 waiting.append((file, encoding, fetch(blob_id)))
                 if len(waiting) > _AHEAD_PER_THREAD * self._contents.threads:
                     yield waiting.popleft()
             while waiting:
                 yield waiting.popleft()
-
-    def _decode(self, content: bytes, encoding: str) -> tuple[str, str | None]:
-        try:
-            unpacked = unpack(content, self._filters.max_bytes)
-        except zlib.error:
-            return "", "damaged content"
-        return self._filters.decode(unpacked, encoding)
 
 
 def the_stack_repositories(
@@ -381,4 +354,4 @@ def the_stack_repositories(
     """
     check_languages(languages)
     rows = open_rows(source, columns=("repo_name", "files"), **options)
-    return TheStackReader(rows, contents, languages=languages, filters=filters, progress=progress)
+    return TheStackReader(rows, contents, progress, languages, filters)

@@ -4,8 +4,9 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from modular_star_encoder.utils.errors import UserError
 
 _ROWS_PER_TABLE = 1024
 _ROWS_PER_BATCH = 256
-_JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson")
+_PARQUET, _JSON_LINES = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson")
 _SPLITS = ("train", "validation", "test")
 _EXAMPLE_LENGTH = 200
 _NO_ROWS = "dropped.jsonl"  # near-deduplication's report on the rows that it left out of the parquet files next to it
@@ -24,6 +25,20 @@ _HUB_OPTIONS = ("config", "revision", "data_dir")
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A file, a list of files, a folder, or the name of a dataset of the Hub."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """A line of JSON Lines that is not a row: what is wrong with it, and the line."""
+
+    reason: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+Row = dict[str, Any] | BadLine
 
 
 def open_rows(
@@ -47,10 +62,9 @@ def open_rows(
 
     Raises:
         UserError: `data.source.unreadable` if there is no such dataset or it is not accessible; `data.source.column` if
-            it lacks a column.
+            it lacks a column; `data.source.no_files`.
     """
-    shown = _shown(source)
-    files = _parquet_files(source)
+    shown, files = _shown(source), _files(source, _PARQUET)
     try:
         if files:
             # Without a size of its own, a batch is as large as the first row group, which may have no rows.
@@ -64,74 +78,34 @@ def open_rows(
             )
         known = rows.column_names or list(next(iter(rows), {}))
     except Exception as error:  # the Hub, the network and the formats raise many kinds
-        if files and all(map(os.path.isfile, files)):
-            advice = "is it damaged, or not parquet?"
-        else:
-            advice = "no such file, no dataset of that name on the Hub, or a gated one: accept its terms and log in "
-            advice += "with `hf auth login`."
+        advice = (
+            "is it damaged, or not parquet?"
+            if files and all(map(os.path.isfile, files))
+            else "no such file, no dataset of that name on the Hub, or a gated one: accept its terms and log in with "
+            "`hf auth login`."
+        )
         message = f"The dataset {shown!r} cannot be read ({type(error).__name__}): {advice}"
         raise UserError("data.source.unreadable", message) from error
-    missing = [name for name in columns if name not in known]
-    if missing:
-        raise UserError(
-            "data.source.column",
-            f"The dataset {shown!r} has no column {', '.join(map(repr, missing))}; it has {', '.join(known)}.",
-        )
+    if missing := [name for name in columns if name not in known]:
+        message = f"The dataset {shown!r} has no column {', '.join(map(repr, missing))}; it has {', '.join(known)}."
+        raise UserError("data.source.column", message)
     # A name may occur twice: a hard negative may have the language column of another code.
     return rows.select_columns(list(dict.fromkeys(columns)))
 
 
-def _parquet_files(source: Any) -> list[str]:
-    """The parquet files that `source` names, sorted inside a folder; none if it is a name of the Hub."""
-    if isinstance(source, list | tuple):
-        return [os.fspath(file) for file in source]
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        files = [str(file) for file in sorted(folder.rglob("*.parquet"))]
-        if not files:
-            raise UserError("data.source.no_files", f"{os.fspath(source)!r} holds no parquet file.")
-        return files
-    return [str(source)] if str(source).endswith(".parquet") else []
+class DatasetRows:
+    """Iterates over pairs of where a row is, for messages, and the row, again and again in the same order."""
 
+    def __init__(self, read: Callable[[], Iterator[tuple[str, Row]]]) -> None:
+        self._read = read
 
-@dataclass(frozen=True, slots=True)
-class BadLine:
-    """A line of JSON Lines that is not a row.
-
-    Attributes:
-        reason: What is wrong with it.
-        text: The line.
-    """
-
-    reason: str
-    text: str
-
-    def __str__(self) -> str:
-        return self.reason
-
-
-def row_example(place: str, row: Any) -> str:
-    """Where a row is and how it (a `BadLine`, a row or a part of one) begins, for messages and reports."""
-    shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
-    return f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
-
-
-def not_unicode(text: str) -> str | None:
-    """Why a text can't be written or tokenized, or None: JSON can hold halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "halves of characters (lone surrogates)"
-    return None
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        return self._read()
 
 
 def open_dataset_rows(
-    source: Source,
-    columns: Sequence[str],
-    *,
-    split: str = "train",
-    **options: Any,
-) -> Iterable[tuple[str, dict[str, Any] | BadLine]]:
+    source: Source, columns: Sequence[str], *, split: str = "train", **options: Any
+) -> Iterable[tuple[str, Row]]:
     """Open a dataset for reading as a stream, again and again in the same order.
 
     Args:
@@ -153,14 +127,13 @@ def open_dataset_rows(
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
         message = f"Reading {name!r} has no option {', '.join(unknown)}; there are split, {', '.join(_HUB_OPTIONS)}."
         raise UserError("data.source.options", message)
-    files = _files(source, split)
+    files = _files(source, (*_PARQUET, *_JSON_LINES), split)
     if files and all(file.endswith(_JSON_LINES) for file in files):
-        for file in files:
-            if not Path(file).is_file():
-                raise UserError("data.source.no_files", f"No file {file}.")
-        return _JsonLines(files)
+        if missing := [file for file in files if not os.path.isfile(file)]:
+            raise UserError("data.source.no_files", f"No file {missing[0]}.")
+        return DatasetRows(partial(_json_lines, files))
     rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
-    return _DatasetRows(rows, name)
+    return DatasetRows(partial(_table_rows, rows.with_format("arrow"), name))
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
@@ -180,51 +153,61 @@ def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
         yield row[column]
 
 
+def row_example(place: str, row: Any) -> str:
+    """Where a row is and how it (a `BadLine`, a row or a part of one) begins, for messages and reports."""
+    shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
+    return f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
+
+
+def not_unicode(text: str) -> str | None:
+    """Why a text can't be written or tokenized, or None: JSON can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "halves of characters (lone surrogates)"
+    return None
+
+
 def _shown(source: Source) -> str:
     return os.fspath(source) if isinstance(source, str | os.PathLike) else ", ".join(map(str, source))
 
 
-def _files(source: Any, split: str) -> list[str]:
-    """The files that `source` names; none if it is the name of a dataset of the Hub."""
+def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> list[str]:
+    """The files that `source` names, of a folder those of the split; none if it is the name of a dataset of the Hub."""
     if isinstance(source, list | tuple):
         return [os.path.expanduser(os.fspath(file)) for file in source]
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        return [str(path)] if path.name.endswith((".parquet", *_JSON_LINES)) else []
-    found = [file for file in sorted(path.rglob("*")) if file.name.endswith((".parquet", *_JSON_LINES))]
+    name = os.path.expanduser(os.fspath(source))
+    if not os.path.isdir(name):
+        return [name] if name.endswith(suffixes) else []
+    found = [file for file in sorted(Path(name).rglob("*")) if file.name.endswith(suffixes)]
     if any(file.suffix == ".parquet" for file in found):
         found = [file for file in found if file.name != _NO_ROWS]
-    splits = {name: [file for file in found if file.name.startswith((f"{name}-", f"{name}."))] for name in _SPLITS}
-    if any(splits.values()):
+    splits = {one: [file for file in found if file.name.startswith((f"{one}-", f"{one}."))] for one in _SPLITS}
+    if split is not None and any(splits.values()):
         if not splits.get(split):
-            there = ", ".join(name for name, files in splits.items() if files)
+            there = ", ".join(one for one, files in splits.items() if files)
             raise UserError("data.source.split", f"{os.fspath(source)!r} has no split {split!r}; it has {there}.")
         found = splits[split]
     if not found or len({file.suffix == ".parquet" for file in found}) > 1:
-        what = "both parquet and JSON Lines files: name those to read" if found else "no parquet or JSON Lines file"
+        kinds = "parquet" if suffixes == _PARQUET else "parquet or JSON Lines"
+        what = "both parquet and JSON Lines files: name those to read" if found else f"no {kinds} file"
         raise UserError("data.source.no_files", f"{os.fspath(source)!r} holds {what}.")
     return [str(file) for file in found]
 
 
-class _JsonLines:
-    """Rows of JSON Lines files, one line at a time; a line that is not a JSON object is a `BadLine`."""
-
-    def __init__(self, files: Sequence[str]) -> None:
-        self._files = files
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        for file in self._files:
-            opener = gzip.open if file.endswith(".gz") else open
-            try:
-                with opener(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
-                    for number, line in enumerate(lines, 1):
-                        if line.strip():
-                            yield f"{file}, line {number}", _json_object(line)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError("data.source.damaged", f"{file} is damaged: {error}.") from error
+def _json_lines(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    for file in files:
+        opener = gzip.open if file.endswith(".gz") else open
+        try:
+            with opener(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield f"{file}, line {number}", _json_object(line)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError("data.source.damaged", f"{file} is damaged: {error}.") from error
 
 
-def _json_object(line: str) -> dict[str, Any] | BadLine:
+def _json_object(line: str) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):  # of brackets in brackets in brackets
@@ -232,19 +215,13 @@ def _json_object(line: str) -> dict[str, Any] | BadLine:
     return row if isinstance(row, dict) else BadLine("no JSON object", line.strip())
 
 
-class _DatasetRows:
-    """Rows of a streamed dataset, a batch at a time."""
-
-    def __init__(self, rows: Any, name: str) -> None:
-        self._rows, self._name = rows.with_format("arrow"), name
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        number = 0
-        try:
-            for table in self._rows.iter(batch_size=_ROWS_PER_BATCH):
-                for row in table.to_pylist():
-                    number += 1
-                    yield f"{self._name}, row {number}", row
-        except (OSError, pyarrow.ArrowException) as error:
-            message = f"{self._name} can't be read further after row {number}: {error}"
-            raise UserError("data.source.damaged", message) from error
+def _table_rows(rows: datasets.IterableDataset, name: str) -> Iterator[tuple[str, Row]]:
+    number = 0
+    try:
+        for table in rows.iter(batch_size=_ROWS_PER_BATCH):
+            for row in table.to_pylist():
+                number += 1
+                yield f"{name}, row {number}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        message = f"{name} can't be read further after row {number}: {error}"
+        raise UserError("data.source.damaged", message) from error

@@ -1,20 +1,32 @@
-"""Source files, repository by repository: installed Python distributions or a folder of checkouts.
+"""Source files of this machine: installed Python distributions, folders of checkouts, zip and tar archives.
 
-Files come in the order of repository and path.
+Files come in the order of repository and path, those of an archive in the order of its members. Archives are of unknown
+origin: nothing is written to disk; links, devices and members whose path leads outside are counted, never followed; and
+the size of members, their number and the number of bytes that an archive may unpack to are limited.
 """
 
+import bz2
+import gzip
+import io
+import lzma
 import os
 import re
 import stat
+import struct
 import sysconfig
+import tarfile
+import zipfile
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import IO, Any
 
 from modular_star_encoder.data.languages.registry import check_languages, language_of
-from modular_star_encoder.data.sources.source_files import CLOSED_FOLDERS, FileFilters, SourceFile, SourceReader
+from modular_star_encoder.data.sources import CLOSED_FOLDERS, FileFilters, SourceFile, SourceReader, is_closed
 from modular_star_encoder.utils.errors import UserError
 
 STANDARD_LIBRARY = "python-standard-library"
@@ -29,6 +41,16 @@ class _Repository:
     files: list[tuple[str, Path]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
+    def add(self, path: PurePath, location: Path, filters: FileFilters, inside: str = "") -> None:
+        """Add a file to those to read, under its path from the folder `inside`, or count it as left out."""
+        # A path that climbs out of site-packages is a script or a data file; `__editable__` files are import hooks.
+        if ".." in path.parts or path.name.startswith("__editable__"):
+            return
+        if reason := filters.reason_by_path(path, language_of(path) or ""):
+            self.left_out[reason] += 1
+        else:
+            self.files.append((path.relative_to(inside).as_posix(), location))
+
 
 class FileReader(SourceReader):
     """Reads files of this machine; its units are the repositories, sorted by name."""
@@ -37,9 +59,8 @@ class FileReader(SourceReader):
         """`repositories` may hold some without a file to read; only the files left out of them are counted."""
         self._filters = filters
         units = [(name, one) for name, one in sorted(repositories.items()) if one.files]
-        rest = sum((one.left_out for one in repositories.values() if not one.files), Counter())
         if units:  # the counts of all shards together are those of the whole
-            units[0][1].left_out.update(rest)
+            units[0][1].left_out += sum((one.left_out for one in repositories.values() if not one.files), Counter())
         for _, one in units:
             one.files.sort()
         super().__init__(units)
@@ -106,10 +127,10 @@ def installed_repositories(
             for file in distribution.files or []:
                 path = PurePath(file)
                 if language_of(path) in chosen:
-                    _sort_in(repositories[name], path, Path(str(distribution.locate_file(file))), filters)
+                    repositories[name].add(path, Path(str(distribution.locate_file(file))), filters)
     if STANDARD_LIBRARY not in excluded:
         for path, location in _source_files(Path(sysconfig.get_path("stdlib")), chosen):
-            _sort_in(repositories[STANDARD_LIBRARY], path, location, filters)
+            repositories[STANDARD_LIBRARY].add(path, location, filters)
     return FileReader(repositories, filters)
 
 
@@ -156,7 +177,7 @@ def folder_repositories(
     for path, location in _source_files(root, set(chosen)):
         name = "/".join(path.parts[:-1][:depth]) if depth else root.name
         # Filtered by the whole path, so that a folder `tests` next to the sources is not a repository.
-        _sort_in(repositories[name or "."], path, location, filters, inside=name if depth else "")
+        repositories[name or "."].add(path, location, filters, inside=name if depth else "")
     if not may_be_empty and not any(one.files for one in repositories.values()):
         left_out = sum((one.left_out for one in repositories.values()), Counter())
         aside = ", ".join(f"{count} left out as {reason}" for reason, count in sorted(left_out.items()))
@@ -184,13 +205,243 @@ def _source_files(root: Path, languages: set[str]) -> Iterator[tuple[PurePath, P
                 yield location.relative_to(root), location
 
 
-def _sort_in(repository: _Repository, path: PurePath, location: Path, filters: FileFilters, inside: str = "") -> None:
-    """Add a file to those to read, under its path from the folder `inside`, or to the counts of those left out."""
-    # A path that climbs out of site-packages is a script or a data file; `__editable__` files are import hooks.
-    if ".." in path.parts or path.name.startswith("__editable__"):
-        return
-    reason = filters.reason_by_path(path, language_of(path) or "")
-    if reason:
-        repository.left_out[reason] += 1
+ZIP_SUFFIXES = (".zip", ".whl", ".jar")
+TAR_OPENERS: dict[str, Callable[..., Any]] = {
+    ".tar": lambda file: file,
+    **dict.fromkeys((".tar.gz", ".tgz"), gzip.open),
+    **dict.fromkeys((".tar.bz2", ".tbz2"), bz2.open),
+    **dict.fromkeys((".tar.xz", ".txz"), lzma.open),
+}
+ARCHIVE_SUFFIXES = (*ZIP_SUFFIXES, *TAR_OPENERS)
+
+_HEADER_BYTES = 1_000_000  # long names and attributes; tarfile reads each into memory
+_HEADER_TYPES = {
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+}
+_DIRECTORY_BYTES_PER_MEMBER = 512
+# RuntimeError: encrypted members, unknown compression.
+_ARCHIVE_ERRORS = (OSError, EOFError, RuntimeError, ValueError, LookupError, struct.error, zlib.error)
+BROKEN_ARCHIVE = (*_ARCHIVE_ERRORS, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+_TOO_MANY, _TOO_LARGE = "rest of an archive with too many members", "rest of an archive that unpacks to too many bytes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchiveLimits:
+    """How much of one archive is read.
+
+    Attributes:
+        max_members: Later members are not read.
+        max_bytes: Reading stops when the archive has unpacked to so many bytes (of a zip, only the members read count).
+
+    Raises:
+        UserError: `data.archive.limits` if one is not positive.
+    """
+
+    max_members: int = 200_000
+    max_bytes: int = 8_000_000_000
+
+    def __post_init__(self) -> None:
+        if min(self.max_members, self.max_bytes) < 1:
+            raise UserError("data.archive.limits", f"The limits of archives must be positive, not {self}.")
+
+
+class ArchiveLimitError(Exception):
+    """The archive exceeds a limit; the message is the reason that is counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member of an archive: `kind` is "file", "folder" or "other" (links, devices)."""
+
+    name: str
+    kind: str
+    size: int
+    read: Callable[[int], bytes]
+
+
+def archive_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
+    """Yield the members of an archive in their order; each can be read until the next is requested.
+
+    Raises:
+        ArchiveLimitError: If it exceeds a limit.
+        BROKEN_ARCHIVE: One of these, if it is damaged.
+    """
+    members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
+    for number, member in enumerate(members(location, limits)):
+        if number == limits.max_members:
+            raise ArchiveLimitError(_TOO_MANY)
+        yield member
+
+
+def _archive_suffix(path: Path) -> str:
+    return next((suffix for suffix in ARCHIVE_SUFFIXES if path.name.lower().endswith(suffix)), "")
+
+
+class _ZipBytes(io.FileIO):
+    """A zip file with a limit for one read: zipfile reads the whole directory at once."""
+
+    largest: int | None = None
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.largest is not None and (size or 0) > self.largest:
+            raise ArchiveLimitError(_TOO_MANY)
+        return super().read(size) or b""
+
+
+def _zip_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
+    with _ZipBytes(location) as raw:
+        raw.largest = limits.max_members * _DIRECTORY_BYTES_PER_MEMBER
+        unpacked = 0
+
+        def read(info: zipfile.ZipInfo, size: int) -> bytes:
+            nonlocal unpacked
+            with archive.open(info) as file:
+                content = file.read(size)
+            unpacked += len(content)
+            if unpacked > limits.max_bytes:
+                raise ArchiveLimitError(_TOO_LARGE)
+            return content
+
+        with zipfile.ZipFile(raw) as archive:
+            raw.largest = None
+            for info in archive.infolist():
+                is_file = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
+                kind = "folder" if info.is_dir() else "file" if is_file else "other"
+                yield Member(info.filename, kind, info.file_size, partial(read, info))
+
+
+class _TarBytes:
+    """The unpacked bytes of a tar file, up to a limit."""
+
+    def __init__(self, file: IO[bytes], limit: int) -> None:
+        self._file, self._left = file, limit
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise ArchiveLimitError(_TOO_LARGE)
+        return content
+
+
+class _TarInfo(tarfile.TarInfo):
+    """A header; if it announces a huge name or huge attributes, ArchiveLimitError comes before these are read."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
+        info = super().frombuf(buf, encoding, errors)
+        if info.size > _HEADER_BYTES and info.type in _HEADER_TYPES:
+            raise ArchiveLimitError("rest of an archive with huge headers")
+        return info
+
+
+def _tar_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
+    opener = TAR_OPENERS[_archive_suffix(location)]
+    with (
+        location.open("rb") as raw,
+        opener(raw) as unpacked,
+        tarfile.open(fileobj=_TarBytes(unpacked, limits.max_bytes), mode="r|", tarinfo=_TarInfo) as archive,  # type: ignore[call-overload]
+    ):
+        while (info := archive.next()) is not None:
+            archive.members.clear()  # tarfile would keep every header
+            kind = "file" if info.isreg() and not info.issparse() else "folder" if info.isdir() else "other"
+            yield Member(info.name, kind, info.size, partial(_extract, archive, info))
+
+
+def _extract(archive: tarfile.TarFile, info: tarfile.TarInfo, size: int) -> bytes:
+    file = archive.extractfile(info)
+    return file.read(size) if file else b""
+
+
+class ArchiveReader(SourceReader):
+    """Reads archives; its units are the archives, each of them a repository, sorted by name."""
+
+    def __init__(
+        self,
+        archives: Iterable[tuple[str, Path]],
+        languages: tuple[str, ...],
+        filters: FileFilters,
+        limits: ArchiveLimits,
+    ) -> None:
+        super().__init__(sorted(archives))
+        self._languages, self._filters, self._limits = languages, filters, limits
+
+    def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
+        for repository, location in self._chosen():
+            try:
+                for member in archive_members(location, self._limits):
+                    path = PurePath(member.name)
+                    text, reason = self._text(member, path)
+                    if reason:
+                        skipped[reason] += 1
+                    elif text is not None:
+                        yield SourceFile(repository, path.as_posix(), language_of(path) or "", text)
+            except ArchiveLimitError as reason:
+                skipped[str(reason)] += 1
+            except BROKEN_ARCHIVE:
+                skipped["rest of a damaged archive"] += 1
+
+    def _text(self, member: Member, path: PurePath) -> tuple[str | None, str | None]:
+        """(text, None) of a member, or (None, why it is left out); (None, None) for one that is not a source file."""
+        if member.kind == "folder":
+            return None, None
+        if member.kind == "other":
+            return None, "link or device"
+        # Absolute or climbing, read as a path of this system or of Windows.
+        windows = PureWindowsPath(member.name)
+        if windows.anchor or ".." in windows.parts or "\0" in member.name:
+            return None, "unsafe path"
+        language = language_of(path)
+        if language not in self._languages or is_closed(path):
+            return None, None
+        if reason := self._filters.reason_by_path(path, language or ""):
+            return None, reason
+        if member.size > self._filters.max_bytes:
+            return None, "too large"
+        try:
+            # One byte more than allowed: the size that an archive declares may be wrong.
+            content = member.read(self._filters.max_bytes + 1)
+        except BROKEN_ARCHIVE:  # an encrypted or damaged member; the next may be readable
+            return None, "unreadable"
+        return self._filters.decode(content)
+
+
+def archive_repositories(
+    source: str | os.PathLike[str],
+    *,
+    languages: Iterable[str] | None = None,
+    filters: FileFilters | None = None,
+    limits: ArchiveLimits | None = None,
+) -> ArchiveReader:
+    """A reader of one archive, or of every archive under a folder; each is one repository.
+
+    Zip files (`.zip`, `.whl`, `.jar`) and tar files (`.tar`, also with `.gz`, `.bz2`, `.xz`, `.tgz` and the like) are
+    read. A repository has the name of its file, without the suffix; in a folder, its path from there. Symbolic links
+    are not followed.
+
+    Args:
+        source: An archive or a folder of archives.
+        limits: How much of an archive is read at most; by default, `ArchiveLimits()`.
+
+    Raises:
+        UserError: `data.source.missing` if `source` does not exist; `data.source.no_files` if it is not an archive and
+            holds none; `data.language.unknown`.
+    """
+    root = Path(source).expanduser()
+    if not root.exists():
+        message = f"{os.fspath(source)!r} does not exist; pass an archive or a folder of archives."
+        raise UserError("data.source.missing", message)
+    if root.is_dir():
+        found = [path for path in root.rglob("*") if _archive_suffix(path) and path.is_file() and not path.is_symlink()]
+        names = [path.relative_to(root).as_posix() for path in found]
     else:
-        repository.files.append((path.relative_to(inside).as_posix(), location))
+        found, names = [root] if _archive_suffix(root) else [], [root.name]
+    if not found:
+        message = f"{os.fspath(source)!r} holds no archive with one of the suffixes {', '.join(ARCHIVE_SUFFIXES)}."
+        raise UserError("data.source.no_files", message)
+    short = [name[: -len(_archive_suffix(Path(name)))] for name in names]
+    counts = Counter(short)
+    unique = [name if counts[brief] > 1 else brief for name, brief in zip(names, short, strict=True)]
+    return ArchiveReader(
+        zip(unique, found, strict=True), check_languages(languages), filters or FileFilters(), limits or ArchiveLimits()
+    )

@@ -21,8 +21,7 @@ from pygments.lexers import PythonLexer
 from pygments.token import Comment, Punctuation, String
 from pygments.token import Text as TextToken
 
-from modular_star_encoder.data.codesearchnet import documentation_summary
-from modular_star_encoder.data.functions import collect_functions
+from modular_star_encoder.data.functions import collect_functions, documentation_summary
 from modular_star_encoder.data.languages.function_finder import find_functions
 from modular_star_encoder.data.languages.parsing import UnparsableSourceError
 from modular_star_encoder.data.sources.repositories import folder_repositories
