@@ -44,8 +44,8 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.cli.main import keep_few_compiled_operations
 from modular_star_encoder.data.collators import pad_inputs
+from modular_star_encoder.data.finetuning_rows import RetrievalPairs
 from modular_star_encoder.data.functions import collect_functions
-from modular_star_encoder.data.retrieval import RetrievalPairs
 from modular_star_encoder.data.sources.repositories import installed_repositories
 from modular_star_encoder.data.tokenizer import train_tokenizer
 from modular_star_encoder.modeling import (

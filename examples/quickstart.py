@@ -31,11 +31,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from modular_star_encoder import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
 from modular_star_encoder.cli.main import keep_few_compiled_operations
 from modular_star_encoder.data.collators import PaddingCollator, RetrievalCollator
-from modular_star_encoder.data.functions import DocumentedFunction, collect_functions
+from modular_star_encoder.data.finetuning_rows import RetrievalPairs
+from modular_star_encoder.data.functions import (
+    DocumentedFunction,
+    collect_functions,
+    drop_near_identical_descriptions,
+)
 from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.data.retrieval import RetrievalPairs
 from modular_star_encoder.data.sources.repositories import folder_repositories, installed_repositories
-from modular_star_encoder.data.splits import Split, drop_near_identical_descriptions, split_by_repository
+from modular_star_encoder.data.splits import Split, split_by_repository
 from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.report import Report
 from modular_star_encoder.evaluation.run import evaluate_exits

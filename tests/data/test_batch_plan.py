@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from modular_star_encoder.data.batch_plan import CODE_TO_CODE, TEXT_TO_CODE, BatchPlan, PairGroups, same_content_groups
 from modular_star_encoder.data.functions import code_key, description_key
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet
+from modular_star_encoder.data.splits import CODE_TO_CODE, TEXT_TO_CODE, BatchPlan, PairGroups, same_content_groups
 from tests.errors import raises
 
 

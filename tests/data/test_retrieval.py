@@ -6,11 +6,16 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 
-from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
 from modular_star_encoder.data.collators import RetrievalCollator
+from modular_star_encoder.data.finetuning_rows import (
+    RetrievalBatches,
+    RetrievalPairs,
+    RetrievalTexts,
+    rename_frequent_words,
+)
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalPairs, RetrievalTexts, rename_frequent_words
+from modular_star_encoder.data.splits import BatchPlan, PairGroups
 from tests.data.samples import function, small_tokenizer
 from tests.errors import raises
 

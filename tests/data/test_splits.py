@@ -4,12 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from modular_star_encoder.data.functions import code_key, description_key
-from modular_star_encoder.data.splits import (
-    drop_near_identical_descriptions,
-    prepare_retrieval_data,
-    split_by_repository,
-)
+from modular_star_encoder.data.functions import code_key, description_key, drop_near_identical_descriptions
+from modular_star_encoder.data.splits import prepare_retrieval_data, split_by_repository
 from tests.data.samples import function
 from tests.errors import raises
 

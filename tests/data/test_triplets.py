@@ -5,7 +5,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from modular_star_encoder.data.pairs import Triplet, TripletColumns, open_triplets
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet, TripletColumns, open_triplets
 from modular_star_encoder.utils.files import write_text
 from tests.errors import raises
 
@@ -25,7 +25,8 @@ def row(number=0, **changes):
     return values | changes
 
 
-TRIPLET = Triplet("Adds 0.", row()["func1_CSN"], "python", row()["func2"], "cpp", "owner/name0")
+SNIPPETS = Snippet("python", row()["func1_CSN"]), Snippet("cpp", row()["func2"])
+TRIPLET = RetrievalExample("Adds 0.", SNIPPETS, "owner/name0")
 
 
 def write_parquet(path, rows):
@@ -76,22 +77,22 @@ def test_other_names_of_columns_are_read(tmp_path):
     )
     other = {"nl": "Adds.", "a": "x", "la": "C++", "b": "y", "lb": "JavaScript", "r": None}
     (triplet,) = open_triplets(write_parquet(tmp_path / "a.parquet", [other]), columns=columns)
-    assert triplet == Triplet("Adds.", "x", "cpp", "y", "javascript", "")
+    assert triplet == RetrievalExample("Adds.", (Snippet("cpp", "x"), Snippet("javascript", "y")))
 
 
 def test_a_column_of_hard_negatives_is_read_with_its_language_or_that_of_the_code(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [row(bad="def sub(x): ...", lb="Go"), row(1, bad=" ", lb="Go")])
     (triplet,) = reader = open_triplets(file, columns=TripletColumns(negative="bad"))
-    assert (triplet.negative, triplet.negative_language) == ("def sub(x): ...", "python")
+    assert triplet.negative == Snippet("python", "def sub(x): ...")
     with raises("data.row"):
         list(open_triplets(file, columns=TripletColumns(negative="bad"), strict=True))
     (triplet,) = reader = open_triplets(file, columns=TripletColumns(negative="bad", negative_language="lb"))
-    assert triplet.negative_language == "go"
+    assert triplet.negative.language == "go"
     assert list(reader) == [triplet]
     assert reader.skipped == {"empty bad": 1}
     # One column may say the languages of two codes.
     (triplet,) = open_triplets(file, columns=TripletColumns(negative="bad", negative_language="language2"))
-    assert triplet.negative_language == triplet.other_language != triplet.language
+    assert triplet.negative.language == triplet.snippets[1].language != triplet.snippets[0].language
     with raises("data.source.column", "worse"):
         open_triplets(file, columns=TripletColumns(negative="worse"))
     with raises("data.triplets.negative_language"):
@@ -207,12 +208,6 @@ def test_repositories_that_are_no_texts_are_skipped_with_examples_that_can_be_wr
     assert reader.skipped == dict.fromkeys(BAD_IN_JSON, 1)
     assert r'"repository_name": "\ud800"' in reader.examples["halves of characters (lone surrogates)"]
     write_text(tmp_path / "report.json", str(reader.examples))
-
-
-def test_each_triplet_comes_with_its_place(tmp_path):
-    reader = open_triplets(write_lines(tmp_path / "a.jsonl", ["{", row(), row(func2=""), row(1)]))
-    places = [(place.rpartition(" ")[2], triplet.description) for place, triplet in reader.placed()]
-    assert places == [("2", "Adds 0."), ("4", "Adds 1.")]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])

@@ -12,9 +12,9 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 from transformers import TrainerCallback, TrainingArguments
 
 from modular_star_encoder.data.collators import RetrievalCollator
+from modular_star_encoder.data.finetuning_rows import RetrievalPairs
 from modular_star_encoder.data.functions import DocumentedFunction
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.data.retrieval import RetrievalPairs
 from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.training.trainer import MultiExitTrainer

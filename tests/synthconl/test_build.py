@@ -104,9 +104,9 @@ def test_the_result_reads_as_triplets_with_the_columns_of_synthconl(finished):
     rows = [row for split, row in published(finished).values() if split == "train"]
     assert all(list(row) == list(DATASET_COLUMNS) for row in rows)
     triplets = list(open_triplets(finished / "dataset", strict=True))
-    assert [triplet.other_code for triplet in triplets] == [row["func2"] for row in rows]
-    assert {triplet.language for triplet in triplets} == {"python"}
-    assert {triplet.other_language for triplet in triplets} <= set(LANGUAGES) - {"python"}
+    assert [triplet.snippets[1].code for triplet in triplets] == [row["func2"] for row in rows]
+    assert {triplet.snippets[0].language for triplet in triplets} == {"python"}
+    assert {triplet.snippets[1].language for triplet in triplets} <= set(LANGUAGES) - {"python"}
 
 
 def test_only_what_is_published_lies_in_the_folder(finished):

@@ -1,13 +1,13 @@
-from modular_star_encoder.data.pairs import Triplet
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.synthconl.publishing import CodeCounts, dataset_statistics
 
 
 def test_samples_and_average_lengths_are_those_of_each_language_and_side():
     statistics = dataset_statistics(
         [
-            Triplet("12345", "ab", "python", "abcd", "cpp"),
-            Triplet("123", "abcd", "python", "ab", "go"),
-            Triplet("1", "é" * 9, "go", "abcdef", "cpp"),
+            RetrievalExample("12345", (Snippet("python", "ab"), Snippet("cpp", "abcd"))),
+            RetrievalExample("123", (Snippet("python", "abcd"), Snippet("go", "ab"))),
+            RetrievalExample("1", (Snippet("go", "é" * 9), Snippet("cpp", "abcdef"))),
         ]
     )
     assert statistics.rows == 3

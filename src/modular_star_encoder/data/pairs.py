@@ -1,15 +1,17 @@
-"""The rows of fine-tuning for retrieval: one meaning, in prose and in code of one or several languages.
+"""The pairs of fine-tuning: for retrieval, one meaning in prose and code; for clone detection, two snippets and a label.
 
-Every source gives the same rows: triplets (prose, a function, its translation), documented functions of repositories
-(prose and a function), and parallel solutions of exercises (code alone).
+Every source of retrieval gives the same rows: triplets (prose, a function, its translation), documented functions of
+repositories (prose and a function), and parallel solutions of exercises (code alone).
 """
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.functions import (
@@ -21,150 +23,15 @@ from modular_star_encoder.data.functions import (
 )
 from modular_star_encoder.data.languages.documentation import reads_as_prose
 from modular_star_encoder.data.languages.registry import language_named
-from modular_star_encoder.data.sources.dataset_rows import BadLine, not_unicode, open_dataset_rows, row_example
+from modular_star_encoder.data.sources.dataset_rows import (
+    BadLine,
+    Row,
+    Source,
+    not_unicode,
+    open_dataset_rows,
+    row_example,
+)
 from modular_star_encoder.utils.errors import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class Triplet:
-    """One row.
-
-    Attributes:
-        description: What the function does, in prose.
-        code: The function as its author wrote it.
-        language: Its language, one of `LANGUAGES`.
-        other_code: The same function in another language.
-        other_language: That language, one of `LANGUAGES`.
-        repository: Name of the repository of `code`; empty if the row does not say.
-        negative: Code that is much like `code` and does not do what the description says; empty if there is none.
-        negative_language: Its language; empty if there is none.
-    """
-
-    description: str
-    code: str
-    language: str
-    other_code: str
-    other_language: str
-    repository: str = ""
-    negative: str = ""
-    negative_language: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TripletColumns:
-    """The names of the columns of a dataset of triplets; by default those of SynthCoNL as published.
-
-    `negative` is a column of hard negatives, which SynthCoNL does not have; `negative_language` that of their
-    languages, by default the column `language`.
-    """
-
-    description: str = "func_documentation_string"
-    code: str = "func1_CSN"
-    language: str = "language1_CSN"
-    other_code: str = "func2"
-    other_language: str = "language2"
-    repository: str = "repository_name"
-    negative: str | None = None
-    negative_language: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.negative_language is not None and self.negative is None:
-            raise UserError(
-                "data.triplets.negative_language",
-                f"columns: negative_language is {self.negative_language!r}, and negative, the column of the code, is "
-                "not set.",
-            )
-
-    def names(self) -> list[str]:
-        """The columns to read."""
-        named = [getattr(self, name) for name in self.__slots__]
-        return [name for name in named if name is not None]
-
-
-SYNTHCONL_COLUMNS = TripletColumns()
-
-
-class TripletReader:
-    """Iterates over the triplets of a dataset, as a stream, in a fixed order, again and again.
-
-    Attributes:
-        skipped: Number of rows left out by reason, of the last iteration.
-        examples: The first such row by reason: where it is, and how it begins.
-    """
-
-    def __init__(self, rows: Iterable[tuple[str, Any]], columns: TripletColumns, strict: bool) -> None:
-        """`rows` yields (where a row is, the row); see `open_triplets`."""
-        self._rows, self._columns, self._strict = rows, columns, strict
-        self.skipped: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
-
-    def __iter__(self) -> Iterator[Triplet]:
-        return (triplet for _, triplet in self.placed())
-
-    def placed(self) -> Iterator[tuple[str, Triplet]]:
-        """Iterate over pairs of where a triplet is, for messages, and the triplet."""
-        # Each iteration has counters of its own; one that was abandoned cannot add to those of the next.
-        skipped: Counter[str] = Counter()
-        examples: dict[str, str] = {}
-        self.skipped, self.examples = skipped, examples
-        for place, row in self._rows:
-            triplet = row.reason if isinstance(row, BadLine) else _triplet(row, self._columns)
-            if isinstance(triplet, Triplet):
-                yield place, triplet
-                continue
-            example = row_example(place, row)
-            if self._strict:
-                raise UserError("data.row", f"A row is not a triplet ({triplet}): {example}")
-            skipped[triplet] += 1
-            examples.setdefault(triplet, example)
-
-
-def open_triplets(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    *,
-    split: str = "train",
-    columns: TripletColumns = SYNTHCONL_COLUMNS,
-    strict: bool = False,
-    **options: Any,
-) -> TripletReader:
-    """Open a dataset of triplets.
-
-    Args:
-        source: A parquet or JSON Lines file, a list of them, a folder of them, or the name of a dataset of the Hub.
-        split: The split to read; see `open_dataset_rows`.
-        columns: The names of its columns.
-        strict: Whether a bad row is an error (`data.row`); otherwise it is skipped and counted. A triplet has a
-            description, two codes that are not blank, two of our languages, in any spelling (`C++` is `cpp`), and as
-            repository a text or nothing.
-        options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
-
-    Raises:
-        UserError: `data.source.*` if the dataset cannot be read, has no such split, or lacks a column.
-    """
-    return TripletReader(open_dataset_rows(source, columns.names(), split=split, **options), columns, strict)
-
-
-def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> Triplet | str:
-    """The triplet of a row, or why it is not one."""
-    for name in columns.names():
-        if name not in row:
-            return f"no column {name}"
-    for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):
-        if not isinstance(row[name], str) or not row[name].strip():
-            return f"empty {name}"
-    languages = []
-    for name in (columns.language, columns.other_language, columns.negative_language or columns.language):
-        language = language_named(row[name])
-        if language is None:
-            return f"unknown {name}"
-        languages.append(language)
-    repository = row[columns.repository] or ""
-    if not isinstance(repository, str):
-        return f"{columns.repository} is not a text"
-    code, other_code = row[columns.code], row[columns.other_code]
-    negative = (row[columns.negative], languages[2]) if columns.negative else ()
-    triplet = Triplet(row[columns.description], code, languages[0], other_code, languages[1], repository, *negative)
-    return not_unicode(repository) or triplet
 
 
 class Snippet(NamedTuple):
@@ -205,12 +72,129 @@ class SourceExamples:
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
-    def skip(self, reason: str, example: str, strict: bool) -> None:
+    def skip(self, reason: str, place: str, row: Any, strict: bool) -> None:
         """Count something that is left out; with `strict`, raise UserError (`data.row`)."""
+        example = row_example(place, row)
         if strict:
-            raise UserError("data.row", f"A row can't be trained on ({reason}): {example}")
+            raise UserError("data.row", f"A row can't be used ({reason}): {example}")
         self.skipped[reason] += 1
         self.examples.setdefault(reason, example)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TripletColumns:
+    """The names of the columns of a dataset of triplets; by default those of SynthCoNL as published.
+
+    `negative` is a column of hard negatives, which SynthCoNL does not have; `negative_language` that of their
+    languages, by default the column `language`.
+    """
+
+    description: str = "func_documentation_string"
+    code: str = "func1_CSN"
+    language: str = "language1_CSN"
+    other_code: str = "func2"
+    other_language: str = "language2"
+    repository: str = "repository_name"
+    negative: str | None = None
+    negative_language: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.negative_language is not None and self.negative is None:
+            message = f"negative_language is {self.negative_language!r}; name the column of the code, negative, too."
+            raise UserError("data.triplets.negative_language", message)
+
+    def names(self) -> list[str]:
+        """The columns to read."""
+        return [name for name in asdict(self).values() if name is not None]
+
+
+class TripletReader:
+    """Iterates over the triplets of a dataset, as a stream, in a fixed order, again and again.
+
+    Attributes:
+        skipped: Number of rows left out by reason, of the last iteration.
+        examples: The first such row by reason: where it is, and how it begins.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[tuple[str, Row]],
+        columns: TripletColumns,
+        strict: bool,
+        fault: Callable[[RetrievalExample], str | None] = lambda _: None,
+    ) -> None:
+        """`fault` says why a triplet is left out after all, or None; see `open_triplets`."""
+        self._rows, self._columns, self._strict, self._fault = rows, columns, strict, fault
+        self.skipped: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[RetrievalExample]:
+        # Each iteration has counters of its own; one that was abandoned cannot add to those of the next.
+        left_out = SourceExamples()
+        self.skipped, self.examples = left_out.skipped, left_out.examples
+        for place, row in self._rows:
+            triplet = row.reason if isinstance(row, BadLine) else _triplet(row, self._columns)
+            reason = triplet if isinstance(triplet, str) else self._fault(triplet)
+            if reason is None and isinstance(triplet, RetrievalExample):
+                yield triplet
+            else:
+                left_out.skip(reason or "", place, row, self._strict)
+
+
+def open_triplets(
+    source: Source,
+    *,
+    split: str = "train",
+    columns: TripletColumns | Mapping[str, str] = TripletColumns(),
+    strict: bool = False,
+    fault: Callable[[RetrievalExample], str | None] = lambda _: None,
+    **options: Any,
+) -> TripletReader:
+    """Open a dataset of triplets: rows with a description and two snippets.
+
+    Args:
+        source: A parquet or JSON Lines file, a list of them, a folder of them, or the name of a dataset of the Hub.
+        split: The split to read; see `open_dataset_rows`.
+        columns: The names of its columns.
+        strict: Whether a bad row is an error (`data.row`); otherwise it is skipped and counted. A triplet has a
+            description, two codes that are not blank, two of our languages, in any spelling (`C++` is `cpp`), and as
+            repository a text or nothing.
+        fault: Says why a triplet is a bad row for other reasons, or None.
+        options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
+
+    Raises:
+        UserError: `data.source.*` if the dataset cannot be read, has no such split, or lacks a column.
+    """
+    columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
+    rows = open_dataset_rows(source, columns.names(), split=split, **options)
+    return TripletReader(rows, columns, strict, fault)
+
+
+def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExample | str:
+    """The triplet of a row, or why it is not one."""
+    for name in columns.names():
+        if name not in row:
+            return f"no column {name}"
+    for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):
+        if not isinstance(row[name], str) or not row[name].strip():
+            return f"empty {name}"
+    snippets = []
+    for code, name in (
+        (columns.code, columns.language),
+        (columns.other_code, columns.other_language),
+        (columns.negative, columns.negative_language or columns.language),
+    ):
+        language = language_named(row[name])
+        if language is None:
+            return f"unknown {name}"
+        snippets.append(Snippet(language, row[code] if code else ""))
+    repository = row[columns.repository] or ""
+    if not isinstance(repository, str):
+        return f"{columns.repository} is not a text"
+    negative = snippets[2] if columns.negative else None
+    return not_unicode(repository) or RetrievalExample(
+        row[columns.description], tuple(snippets[:2]), repository, negative
+    )
 
 
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:
@@ -244,10 +228,8 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
         raise UserError("data.sources", f"data needs one or several of the sources {', '.join(_SOURCES)}; {given}.")
     if have_negatives(settings) and len(settings) > 1:
         others = " and ".join(f"data.{name}" for name in settings if name != "triplets")
-        raise UserError(
-            "data.sources.negatives",
-            f"data.triplets has a column of hard negatives, and {others} has none: use triplets alone.",
-        )
+        message = f"data.triplets has a column of hard negatives, and {others} has none: use triplets alone."
+        raise UserError("data.sources.negatives", message)
     found = {}
     for name in (name for name in _SOURCES if name in settings):
         try:
@@ -256,9 +238,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
             raise UserError("data.source.options", f"data.{name} can't be used: {error}.") from error
         if not found[name].texts:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
-            raise UserError(
-                "data.source.empty", f"data.{name} has no row to train on{': ' if reasons else '.'}{reasons}"
-            )
+            raise UserError("data.source.empty", f"data.{name} has no row to train on: {reasons or 'it is empty'}.")
     return found
 
 
@@ -275,34 +255,23 @@ def described(functions: Iterable[DocumentedFunction]) -> list[RetrievalExample]
 
 
 def _triplets(settings: Any, progress: bool) -> SourceExamples:
-    options = _options(settings)
-    strict = options.get("strict", False)
-    if "columns" in options:
-        options["columns"] = TripletColumns(**options["columns"])
-    reader, found = open_triplets(**options), SourceExamples()
-    for place, row in tqdm(reader.placed(), desc="Reading triplets", unit=" rows", disable=not progress):
-        snippets = (Snippet(row.language, row.code), Snippet(row.other_language, row.other_code))
-        negative = Snippet(row.negative_language, row.negative) if row.negative else None
-        codes = snippets if negative is None else (*snippets, negative)
-        faults = [_not_code(snippet.code, row.description) for snippet in codes]
-        reason = next(filter(None, [*faults, not_unicode(row.description)]), None)
-        if reason is None and negative and code_key(negative.code) in {code_key(one.code) for one in snippets}:
-            reason = "its own code as the negative"
-        if reason is None:
-            found.texts.append(RetrievalExample(row.description, snippets, row.repository, negative))
-        else:
-            found.skip(reason, row_example(place, snippets), strict)
-    found.skipped += reader.skipped
-    found.examples |= reader.examples
-    return found
+    reader = open_triplets(**_options(settings), fault=_code_fault)
+    texts = list(tqdm(reader, desc="Reading triplets", unit=" rows", disable=not progress))
+    return SourceExamples(texts, reader.skipped, reader.examples)
+
+
+def _code_fault(row: RetrievalExample) -> str | None:
+    codes = [*row.snippets, *([row.negative] if row.negative else [])]
+    faults = [*(_not_code(one.code, row.description) for one in codes), not_unicode(row.description)]
+    if row.negative and code_key(row.negative.code) in {code_key(one.code) for one in row.snippets}:
+        faults.append("its own code as the negative")
+    return next(filter(None, faults), None)
 
 
 def _functions(settings: Any, progress: bool) -> SourceExamples:
     if not isinstance(settings, Mapping):
-        raise UserError(
-            "data.functions",
-            f"data.functions must be the settings of a corpus such as `folder: PATH`, not {settings!r}.",
-        )
+        message = f"data.functions must be the settings of a corpus such as `folder: PATH`, not {settings!r}."
+        raise UserError("data.functions", message)
     reader = open_corpus(settings)
     collection = collect_functions(reader, progress=progress)
     dropped = Counter({reason: count for reason, count in collection.counts.items() if reason.startswith("dropped")})
@@ -318,24 +287,23 @@ def _parallel(settings: Any, progress: bool) -> SourceExamples:
         slug, solutions = (row.get(name), row.get(code)) if isinstance(row, dict) else (None, None)
         if not isinstance(solutions, Mapping) or not isinstance(slug, str):
             fault = row.reason if isinstance(row, BadLine) else f"no {name}, or no mapping {code}"
-            found.skip(fault, row_example(place, row), strict)
+            found.skip(fault, place, row, strict)
             continue
         snippets: list[Snippet] = []
         for language, solution in solutions.items():
             if solution is None:  # parquet has every language in every row
                 continue
             known = language_named(language)
-            reason = f"language {language}, none of ours" if known is None else _not_code(solution)
-            if reason is None:
-                snippets.append(Snippet(known or "", solution))
+            if reason := _not_code(solution) if known else f"language {language}, none of ours":
+                found.skip(reason, place, solution, strict)
             else:
-                found.skip(reason, row_example(place, solution), strict)
+                snippets.append(Snippet(known or "", solution))
         if reason := not_unicode(slug):
-            found.skip(reason, row_example(place, row), strict)
+            found.skip(reason, place, row, strict)
         elif len(snippets) > 1:
             found.texts.append(RetrievalExample("", tuple(snippets), slug))
         else:
-            found.skip("fewer than two solutions", row_example(place, slug), strict)
+            found.skip("fewer than two solutions", place, slug, strict)
     return found
 
 
@@ -360,3 +328,109 @@ def _not_code(code: Any, description: str = "") -> str | None:
     if description and description_key(code) == description_key(description):
         return "description in place of code"
     return "prose in place of code" if reads_as_prose(code) else not_unicode(code)
+
+
+_LABELLED_SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledPairs:
+    """Pairs of snippets of one split, for clone detection: do the two do the same?
+
+    Attributes:
+        codes: The snippets, each once.
+        pairs: int64 (pairs, 2), places in `codes`.
+        labels: int64 (pairs,), 1 where both do the same, otherwise 0.
+    """
+
+    codes: list[str]
+    pairs: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def sample(self, count: int, seed: int) -> "LabelledPairs":
+        """At most `count` of the pairs, drawn at random, in their order."""
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        return LabelledPairs(self.codes, self.pairs[chosen], self.labels[chosen])
+
+
+def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]:
+    """Read the splits in a recipe's `data`.
+
+    Args:
+        settings: `train`, `valid` and optionally `test`, each a JSON Lines or parquet file with the columns `first`,
+            `second` (snippets) and `label` (0 or 1); or `bigclonebench`, a folder with the files of CodeXGLUE
+            (github.com/microsoft/CodeXGLUE, Clone-detection-BigCloneBench): `data.jsonl` holds functions (`func`,
+            `idx`), and `train.txt`, `valid.txt` and `test.txt` two ids and a label a line.
+
+    Returns:
+        The pairs of `train`, `valid` and, if there is one, `test`.
+
+    Raises:
+        UserError: `data.pairs.settings` if the settings are others; `data.source.*` if a file can't be read, or has no
+            pair; `data.row` if a row is not a labelled pair.
+    """
+    for name, source in settings.items():
+        if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+            raise UserError("data.pairs.settings", f"data.{name} must be the name of a file or folder, not {source!r}.")
+    if set(settings) == {"bigclonebench"}:
+        return _bigclonebench(Path(settings["bigclonebench"]).expanduser())
+    if not {"train", "valid"} <= set(settings) <= set(_LABELLED_SPLITS):
+        given = ", ".join(map(str, settings))
+        message = f"data must name bigclonebench, a folder, or the files train, valid and test; not {given}."
+        raise UserError("data.pairs.settings", message)
+    return {split: _pairs_of_rows(settings[split]) for split in _LABELLED_SPLITS if split in settings}
+
+
+def _bigclonebench(folder: Path) -> dict[str, LabelledPairs]:
+    places: dict[str, int] = {}
+    codes: list[str] = []
+    for where, row in open_dataset_rows(folder / "data.jsonl", ["func", "idx"]):
+        if not isinstance(row, dict) or not _is_code(row.get("func")) or "idx" not in row:
+            raise UserError("data.row", f"{where} must have func, in whole characters, and idx.")
+        places[str(row["idx"])] = len(codes)
+        codes.append(row["func"])
+    paths = {split: folder / f"{split}.txt" for split in _LABELLED_SPLITS}
+    if not (paths["train"].is_file() and paths["valid"].is_file()):
+        raise UserError("data.source.no_files", f"{folder} must hold train.txt and valid.txt besides data.jsonl.")
+    return {split: _pairs_of_lines(path, codes, places) for split, path in paths.items() if path.is_file()}
+
+
+def _pairs_of_lines(path: Path, codes: list[str], places: Mapping[str, int]) -> LabelledPairs:
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            match line.split():
+                case [first, second, "0" | "1" as label] if first in places and second in places:
+                    rows.append((places[first], places[second], int(label)))
+                case _:
+                    message = f"{path}, line {number}, must have two ids of data.jsonl and a label 0 or 1."
+                    raise UserError("data.row", message)
+    return _pairs(codes, rows, path)
+
+
+def _pairs_of_rows(source: str | os.PathLike[str]) -> LabelledPairs:
+    places: dict[str, int] = {}
+    rows = []
+    for where, row in open_dataset_rows(source, ["first", "second", "label"]):
+        values = row if isinstance(row, dict) else {}
+        first, second, label = values.get("first"), values.get("second"), values.get("label")
+        if not (_is_code(first) and _is_code(second)) or label not in (0, 1):
+            message = f"{where} must have code as first and second, in whole characters, and a label 0 or 1."
+            raise UserError("data.row", message)
+        a, b = (places.setdefault(str(text), len(places)) for text in (first, second))
+        rows.append((a, b, int(label)))
+    return _pairs(list(places), rows, source)
+
+
+def _is_code(text: Any) -> bool:
+    return isinstance(text, str) and bool(text.strip()) and not_unicode(text) is None
+
+
+def _pairs(codes: list[str], rows: list[tuple[int, int, int]], source: str | os.PathLike[str]) -> LabelledPairs:
+    if not rows:
+        raise UserError("data.source.empty", f"{source} holds no pair.")
+    table = np.array(rows, dtype=np.int64)
+    return LabelledPairs(codes, table[:, :2], table[:, 2])

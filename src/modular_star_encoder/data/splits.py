@@ -1,19 +1,25 @@
-"""Rows to train on and rows to evaluate with, which share no repository, no code and no description."""
+"""Which rows train, which evaluate, and which meet in one batch.
+
+Rows to train on and rows to evaluate with share no repository, no code and no description. In contrastive learning
+every other row of a batch is a wrong answer, so rows with the same meaning must not meet: rows that share a description
+or a code, directly or through others, form a *group*, and a batch takes at most one row of a group. A hard negative must
+not mean the same as another row of the batch, either.
+"""
 
 import hashlib
 import json
 import os
-from collections import Counter
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from modular_star_encoder.data.batch_plan import groups_of_negatives, same_content_groups
 from modular_star_encoder.data.functions import DocumentedFunction, code_key, description_key
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet, SourceExamples, read_retrieval_examples
 from modular_star_encoder.utils.errors import UserError
@@ -21,18 +27,18 @@ from modular_star_encoder.utils.files import staged_folder, write_json
 
 MAX_TEST_SHARE = 0.2
 REPORT = "report.json"
+TEXT_TO_CODE, CODE_TO_CODE = "text → code", "code → code"
 
 _EARLIER_NAMES = {"held_out_share": "eval_fraction", "samples": "max_train_samples"}
+# Streams of random numbers besides those of the two kinds of pairs.
+_REPLACEMENTS, _NEGATIVES = 2, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Rows to train on and rows held out.
+    """Rows to train on and rows held out, both in the order of the input.
 
-    Attributes:
-        train: In the order of the input.
-        test: In the order of the input; none of its repositories is in `train`.
-        removed_from_train: Number of training rows left out because their code or description is also in `test`.
+    `removed_from_train` is the number of training rows left out because their code or description is also in `test`.
     """
 
     train: list[DocumentedFunction]
@@ -40,35 +46,13 @@ class Split:
     removed_from_train: int
 
 
-def drop_near_identical_descriptions(functions: Iterable[DocumentedFunction]) -> list[DocumentedFunction]:
-    """`functions` without those whose description or code repeats that of an earlier one that was kept.
-
-    Descriptions are equal when their letters and digits are, in any case; code when it differs in white space only.
-    In a contrastive batch such rows would be negatives of each other, and in a benchmark, wrong answers that are right.
-    """
-    seen: set[tuple[str, str]] = set()
-    kept = []
-    for function in functions:
-        keys = {("description", description_key(function.description)), ("code", code_key(function.code))}
-        if keys.isdisjoint(seen):
-            seen |= keys
-            kept.append(function)
-    return kept
-
-
 def split_by_repository(
     functions: Sequence[DocumentedFunction], *, seed: int, min_test: int = 2000, max_repository_share: float = 0.05
 ) -> Split:
     """Hold out whole repositories until they have `min_test` functions; train on the others.
 
-    Training rows whose code or description (compared as in `drop_near_identical_descriptions`) is also held out are
-    removed.
-
-    Args:
-        functions: The rows to split.
-        seed: See `draw_repositories`, as for the following.
-        min_test: Number of functions to hold out, at least.
-        max_repository_share: Largest share of all functions of a repository that is drawn first.
+    Training rows whose code or description is also held out (compared as in `same_content_groups`) are removed. The
+    arguments are those of `draw_repositories`.
 
     Raises:
         UserError: `data.split.*` of `draw_repositories`; `data.split.nothing_to_train` if nothing is left to train on
@@ -79,18 +63,24 @@ def split_by_repository(
     test = [function for function in functions if function.repository in held_out]
     descriptions = {description_key(function.description) for function in test}
     codes = {code_key(function.code) for function in test}
-    candidates = [function for function in functions if function.repository not in held_out]
+    others = [function for function in functions if function.repository not in held_out]
     train = [
         function
-        for function in candidates
+        for function in others
         if description_key(function.description) not in descriptions and code_key(function.code) not in codes
     ]
     if not train:
-        raise UserError(
-            "data.split.nothing_to_train",
-            "Every training function is also in a held-out repository; add repositories that differ.",
-        )
-    return Split(train, test, removed_from_train=len(candidates) - len(train))
+        message = "Every training function is also in a held-out repository; add repositories that differ."
+        raise UserError("data.split.nothing_to_train", message)
+    return Split(train, test, removed_from_train=len(others) - len(train))
+
+
+def hashed_order(names: Iterable[str], seed: int) -> list[str]:
+    """The names in a random order that depends on the seed and the names alone.
+
+    A hash rather than a generator's shuffle: stable everywhere, and a new repository does not reorder the others.
+    """
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 
 def draw_repositories(
@@ -114,23 +104,17 @@ def draw_repositories(
             fewer than two.
     """
     if min_test < 1 or not 0 < max_repository_share <= 1:
-        raise UserError(
-            "data.split.arguments",
-            "min_test must be at least 1, and max_repository_share above 0 and up to 1; not "
-            f"{min_test} and {max_repository_share}.",
+        message = (
+            f"min_test must be from 1 and max_repository_share up to 1, not {min_test} and {max_repository_share}."
         )
+        raise UserError("data.split.arguments", message)
     if len(sizes) < 2:
-        raise UserError(
-            "data.split.too_few_repositories",
-            f"A split by repository needs functions of at least two repositories; these are of {len(sizes)}.",
-        )
+        message = f"A split by repository needs functions of at least two repositories; these are of {len(sizes)}."
+        raise UserError("data.split.too_few_repositories", message)
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
-    allowed = [name for name in sizes if sizes[name] <= max_repository_share * total]
-    others = [name for name in sizes if sizes[name] > max_repository_share * total]
-    # A hash rather than a generator's shuffle: stable everywhere, and a new repository does not reorder the others.
-    order = sorted(allowed, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    order += sorted(others, key=lambda name: (sizes[name], name))
+    allowed = {name for name in sizes if sizes[name] <= max_repository_share * total}
+    order = hashed_order(allowed, seed) + sorted(sizes.keys() - allowed, key=lambda name: (sizes[name], name))
     held_out: set[str] = set()
     count = 0
     for name in order[: len(sizes) - 1]:
@@ -215,16 +199,12 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
     leaked &= ~held_out
     train = np.flatnonzero(~held_out & ~leaked)
     if not len(train):
-        raise UserError(
-            "data.split.nothing_to_train",
-            "Every row to train on shares its content or repository with one held out; add data.",
-        )
+        message = "Every row to train on shares its content or repository with one held out; add data."
+        raise UserError("data.split.nothing_to_train", message)
     if limit is not None:
         if limit > len(train):
-            raise UserError(
-                "data.split.max_train_samples",
-                f"max_train_samples is {limit}; there are {len(train)} rows to train on.",
-            )
+            message = f"max_train_samples is {limit}; there are {len(train)} rows to train on."
+            raise UserError("data.split.max_train_samples", message)
         train = np.sort(np.random.default_rng(seed).permutation(train)[:limit])
     report = {
         "settings": requested,
@@ -273,3 +253,207 @@ def _rows(path: Path) -> list[RetrievalExample]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
         for row in batch.to_pylist()
     ]
+
+
+class Draw(NamedTuple):
+    """One place of a batch: which row of the data, as which kind of pair."""
+
+    row: int
+    kind: str
+
+
+def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
+    """The groups of rows that share a description or a code.
+
+    Descriptions are compared by their letters and digits in lower case, code without white space. Groups are connected
+    components: if A shares a code with B and B its description with C, A and C are in one group.
+
+    Returns:
+        The group of each row, int64 (rows,), numbered from 0 in the order of their first rows.
+    """
+    parents = list(range(len(texts)))
+
+    def root(row: int) -> int:
+        while parents[row] != row:
+            parents[row] = row = parents[parents[row]]
+        return row
+
+    first_with: dict[bytes, int] = {}
+    for row, text in enumerate(texts):
+        for key in [description_key(text.description), *(code_key(snippet.code) for snippet in text.snippets)]:
+            if key:
+                a, b = root(first_with.setdefault(_digest(key), row)), root(row)
+                parents[max(a, b)] = min(a, b)
+    numbers: dict[int, int] = {}
+    return np.array([numbers.setdefault(root(row), len(numbers)) for row in range(len(texts))], dtype=np.int64)
+
+
+def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
+    """The group, int64 (rows,), of the rows whose code is the hard negative of each row; -1 where no row has that code.
+
+    None if there is a row without a negative.
+    """
+    negatives = [text.negative for text in texts if text.negative is not None]
+    if not texts or len(negatives) < len(texts):
+        return None
+    group_of = {
+        _digest(code_key(snippet.code)): group
+        for text, group in zip(texts, groups.tolist(), strict=True)
+        for snippet in text.snippets
+    }
+    return np.array([group_of.get(_digest(code_key(one.code)), -1) for one in negatives], dtype=np.int64)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+
+
+class PairGroups:
+    """The groups that give each kind of pairs, with their rows.
+
+    Attributes:
+        numbers: kind → the numbers of its groups, int64 (groups,); kinds without pairs are missing.
+        rows: kind → the rows of each of these groups.
+        of_rows: the group of each row, int64 (all rows,).
+        negatives: the group that has the hard negative of each row; see `groups_of_negatives`.
+    """
+
+    def __init__(self, texts: Sequence[RetrievalExample]) -> None:
+        """Group rows; those with a description give text → code pairs, those with two snippets code → code pairs."""
+        rows: dict[str, dict[int, list[int]]] = {TEXT_TO_CODE: defaultdict(list), CODE_TO_CODE: defaultdict(list)}
+        groups = same_content_groups(texts)
+        self.of_rows, self.negatives = groups, groups_of_negatives(texts, groups)
+        for row, (text, group) in enumerate(zip(texts, groups.tolist(), strict=True)):
+            if text.description:
+                rows[TEXT_TO_CODE][group].append(row)
+            if len(text.snippets) > 1:
+                rows[CODE_TO_CODE][group].append(row)
+        present = [kind for kind in rows if rows[kind]]
+        self.numbers = {kind: np.array(list(rows[kind]), dtype=np.int64) for kind in present}
+        self.rows = {kind: list(rows[kind].values()) for kind in present}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """kind → number of groups."""
+        return {kind: len(numbers) for kind, numbers in self.numbers.items()}
+
+    @property
+    def largest_batch(self) -> int:
+        """The most pairs that a batch can have, whichever rows are drawn first."""
+        if len(self.numbers) < 2:
+            return min(sum(self.counts.values()), self.most_groups_with_negative)
+        # Each half may have as many as its kind has groups, and the second must find as many next to the first.
+        code, text = self.numbers[CODE_TO_CODE], self.numbers[TEXT_TO_CODE]
+        common = len(np.intersect1d(code, text))
+        apart = max(min(len(code) // 2, common), len(code) - common)
+        return 2 * min(len(text), len(code), apart, self.most_groups_with_negative // 2)
+
+    @property
+    def most_groups_with_negative(self) -> int:
+        """The most groups that a batch can have while there is always a hard negative outside them."""
+        if self.negatives is None or (self.negatives < 0).any():
+            return sys.maxsize
+        return len(np.unique(self.negatives)) - 1
+
+
+class BatchPlan:
+    """The rows of every batch: a function of (seed, step) alone, so that resuming needs no state but the step.
+
+    Where the data gives both kinds of pairs, even places of a batch are text → code and odd ones code → code; otherwise
+    all are of one kind. The groups of a kind are taken in a random order, a new one in each epoch; groups at the end of
+    an epoch that fill no batch are left out. Each epoch takes another row of a group. A code → code pair whose group is
+    already in the batch with its description is replaced by another one, drawn at random; and so is a hard negative
+    that means the same as a row of the batch.
+    """
+
+    def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
+        """Draw nothing yet.
+
+        Args:
+            groups: Which rows may be in one batch.
+            batch_size: Pairs of one batch, of all processes together; even, if there are both kinds.
+            seed: Any integer from 0.
+
+        Raises:
+            UserError: `data.batch_size` if the batch size is odd or below 2, or larger than the groups allow.
+        """
+        self.batch_size, self.seed = batch_size, seed
+        self._numbers, self._rows, self._counts = groups.numbers, groups.rows, groups.counts
+        self._of_rows, self._negatives = groups.of_rows, groups.negatives
+        self._kinds = tuple(groups.numbers)
+        largest, outside = groups.largest_batch, groups.most_groups_with_negative
+        if batch_size > largest or batch_size < 2 or batch_size % len(self._kinds):
+            listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in self._counts.items())
+            even = ", an even number" if len(self._kinds) > 1 else ""
+            negatives = f", and hard negatives of {outside + 1} of them" if outside < batch_size else ""
+            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: there are "
+            message += f"{listed or 'no pairs'} without common texts{negatives}."
+            raise UserError("data.batch_size", message)
+        self._latest: tuple[int, list[Draw]] = (-1, [])
+        self._latest_negatives: tuple[int, list[int]] = (-1, [])
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}
+
+    def batch(self, step: int) -> list[Draw]:
+        """The rows of the batch with this number, counted from 0, in order."""
+        if self._latest[0] != step:
+            self._latest = step, self._make_batch(step)
+        return self._latest[1]
+
+    def negatives(self, step: int) -> list[int] | None:
+        """The row whose hard negative is at each place of the batch; None if rows have none."""
+        if self._negatives is None:
+            return None
+        if self._latest_negatives[0] != step:
+            self._latest_negatives = step, self._draw_negatives(step, self._negatives)
+        return self._latest_negatives[1]
+
+    def _draw_negatives(self, step: int, groups: np.ndarray) -> list[int]:
+        rows = np.array([draw.row for draw in self.batch(step)])
+        used = set(self._of_rows[rows].tolist())
+        generator = np.random.default_rng((self.seed, _NEGATIVES, step))
+        for place, row in enumerate(rows):
+            # `PairGroups.largest_batch` guarantees that there is one.
+            while int(groups[row]) in used:
+                row = generator.integers(len(groups))
+            rows[place] = row
+        return rows.tolist()
+
+    def _make_batch(self, step: int) -> list[Draw]:
+        share = self.batch_size // len(self._kinds)
+        chosen: dict[str, tuple[np.ndarray, int]] = {}
+        for kind in self._kinds:
+            steps_per_epoch = self._counts[kind] // share
+            epoch, turn = divmod(step, steps_per_epoch)
+            chosen[kind] = self._order(kind, epoch)[turn * share : (turn + 1) * share], epoch
+        if len(self._kinds) > 1:
+            places, epoch = chosen[CODE_TO_CODE]
+            taken = self._numbers[TEXT_TO_CODE][chosen[TEXT_TO_CODE][0]]
+            chosen[CODE_TO_CODE] = self._replace_taken(places, taken, step), epoch
+        draws = []
+        for kind, (places, epoch) in chosen.items():
+            groups = [self._rows[kind][place] for place in places]
+            draws.append([Draw(rows[epoch % len(rows)], kind) for rows in groups])
+        return [draw for together in zip(*draws, strict=True) for draw in together]
+
+    def _order(self, kind: str, epoch: int) -> np.ndarray:
+        """The places of a kind's groups in the order of an epoch."""
+        if self._orders.get(kind, (-1,))[0] != epoch:
+            generator = np.random.default_rng((self.seed, self._kinds.index(kind), epoch))
+            self._orders[kind] = epoch, generator.permutation(self._counts[kind])
+        return self._orders[kind][1]
+
+    def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
+        """The places of code → code groups, with others in place of those whose group is taken."""
+        numbers = self._numbers[CODE_TO_CODE]
+        meets = np.flatnonzero(np.isin(numbers[places], taken))
+        if not len(meets):
+            return places
+        used = set(taken.tolist()).union(numbers[places].tolist())
+        generator, places = np.random.default_rng((self.seed, _REPLACEMENTS, step)), places.copy()
+        for index in meets:
+            # `PairGroups.largest_batch` guarantees that there is one.
+            while int(numbers[place := generator.integers(len(numbers))]) in used:
+                pass
+            places[index] = place
+            used.add(int(numbers[place]))
+        return places

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modular_star_encoder.data.batch_plan import CODE_TO_CODE, TEXT_TO_CODE, PairGroups
 from modular_star_encoder.data.pairs import RetrievalExample
+from modular_star_encoder.data.splits import CODE_TO_CODE, TEXT_TO_CODE, PairGroups
 from modular_star_encoder.inference.encoders import Text
 from modular_star_encoder.utils.errors import UserError
 

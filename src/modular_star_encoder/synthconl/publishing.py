@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
-from modular_star_encoder.data.pairs import Triplet
+from modular_star_encoder.data.pairs import RetrievalExample
 from modular_star_encoder.synthconl.prompts import LANGUAGE_NAMES
 from modular_star_encoder.synthconl.recipe import MEANINGS
 from modular_star_encoder.utils.errors import UserError
@@ -55,17 +55,14 @@ class DatasetStatistics:
         return "\n".join([*lines, _line("all", _all(self.original), _all(self.synthetic))])
 
 
-def dataset_statistics(triplets: Iterable[Triplet]) -> DatasetStatistics:
+def dataset_statistics(triplets: Iterable[RetrievalExample]) -> DatasetStatistics:
     """Count the triplets of a stream; memory does not grow with it."""
     lengths: dict[str, dict[str, list[int]]] = {"original": {}, "synthetic": {}}
     rows = description_characters = 0
     for triplet in triplets:
         rows += 1
         description_characters += len(triplet.description)
-        for side, language, code in (
-            ("original", triplet.language, triplet.code),
-            ("synthetic", triplet.other_language, triplet.other_code),
-        ):
+        for side, (language, code) in zip(lengths, triplet.snippets, strict=True):
             counts = lengths[side].setdefault(language, [0, 0])
             counts[0] += 1
             counts[1] += len(code)

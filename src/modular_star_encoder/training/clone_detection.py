@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from modular_star_encoder.data.collators import ClassificationCollator
-from modular_star_encoder.data.labelled_pairs import ClassificationRows, read_labelled_pairs
+from modular_star_encoder.data.finetuning_rows import ClassificationRows
+from modular_star_encoder.data.pairs import read_labelled_pairs
 from modular_star_encoder.evaluation.run import classification_scores
 from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
 from modular_star_encoder.objectives.classification import ClassificationObjective

@@ -10,11 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from modular_star_encoder.data.batch_plan import BatchPlan, PairGroups
 from modular_star_encoder.data.collators import RetrievalCollator
+from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.data.retrieval import RetrievalBatches, RetrievalTexts
-from modular_star_encoder.data.splits import RetrievalData, prepare_retrieval_data
+from modular_star_encoder.data.splits import BatchPlan, PairGroups, RetrievalData, prepare_retrieval_data
 from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from modular_star_encoder.data.batch_plan import CODE_TO_CODE, TEXT_TO_CODE
+from modular_star_encoder.data.splits import CODE_TO_CODE, TEXT_TO_CODE
 from modular_star_encoder.modeling import (
     ModularStarEncoderConfig,
     ModularStarEncoderForPreTraining,

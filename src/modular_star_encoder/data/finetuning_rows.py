@@ -1,20 +1,21 @@
-"""Rows of contrastive fine-tuning: a query and its code, each framed by its prompt."""
+"""Rows of fine-tuning as tokens: a query and its code, each framed by its prompt; two snippets and a label."""
 
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.batch_plan import TEXT_TO_CODE, BatchPlan, same_content_groups
 from modular_star_encoder.data.functions import DocumentedFunction
-from modular_star_encoder.data.pairs import RetrievalExample, Snippet, described
+from modular_star_encoder.data.pairs import LabelledPairs, RetrievalExample, Snippet, described
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.data.tokenizer import ContentEncoder, encode_content
+from modular_star_encoder.data.splits import TEXT_TO_CODE, BatchPlan, same_content_groups
+from modular_star_encoder.data.tokenizer import ContentEncoder, check_special_tokens, encode_content
 from modular_star_encoder.utils.errors import UserError
 
 MIN_OCCURRENCES, MIN_CHARACTERS = 3, 3
@@ -37,17 +38,13 @@ def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
     names: dict[str, str] = {}
     for word, count in counts.items():
         if count >= MIN_OCCURRENCES and len(word) >= MIN_CHARACTERS:
-            names[word] = _new_name(taken, generator)
-            taken.add(names[word])
-    return _WORD.sub(lambda match: names.get(match[0], match[0]), code) if names else code
-
-
-def _new_name(taken: set[str], generator: np.random.Generator) -> str:
-    while True:
-        length = generator.integers(SHORTEST_NAME, LONGEST_NAME + 1)
-        name = "".join(generator.choice(_LETTERS, size=length))
-        if name not in taken:
-            return name
+            name = word
+            while name in taken:
+                length = generator.integers(SHORTEST_NAME, LONGEST_NAME + 1)
+                name = "".join(generator.choice(_LETTERS, size=length))
+            names[word] = name
+            taken.add(name)
+    return _WORD.sub(lambda match: names.get(match[0], match[0]), code)
 
 
 # Streams of random numbers besides those of `BatchPlan`.
@@ -69,35 +66,43 @@ class RetrievalTexts:
         texts: Sequence[RetrievalExample],
         tokenizer: PreTrainedTokenizerFast,
         *,
-        max_text_tokens: int,
-        max_code_tokens: int,
-        prompts: bool,
-        progress: bool,
+        max_text_tokens: int = 128,
+        max_code_tokens: int = 512,
+        prompts: bool = True,
+        progress: bool = True,
     ) -> None:
-        """Tokenize; the arguments are those of `RetrievalPairs`."""
+        """Tokenize.
+
+        Args:
+            texts: The rows, in order.
+            tokenizer: A fast tokenizer whose template ends with `<cls>`, such as `train_tokenizer` makes.
+            max_text_tokens: Largest number of tokens of a description, prompt and special tokens included.
+            max_code_tokens: The same for a snippet.
+            prompts: Whether texts carry the published prompts.
+
+        Raises:
+            UserError: `data.tokenizer.template` if the tokenizer adds no `<cls>` at the end;
+                `data.retrieval.max_tokens` if a limit leaves no room for text after its prompt.
+        """
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
-        negatives = [text.negative for text in texts if text.negative is not None]
-        languages = {snippet.language for text in texts for snippet in text.snippets}
-        languages |= {negative.language for negative in negatives}
+        snippets = [snippet for text in texts for snippet in text.snippets]
+        negatives = [text.negative or Snippet("", "") for text in texts] if any(text.negative for text in texts) else []
         self._text_frame = _frame(tokenizer, text_prompt(instructions=prompts), max_text_tokens, "max_text_tokens")
         self._code_frames = {
             language: _frame(tokenizer, code_prompt(language, instructions=prompts), max_code_tokens, "max_code_tokens")
-            for language in sorted(languages)
+            for language in sorted({one.language for one in (*snippets, *negatives)} - {""})
         }
-        self._descriptions = encode_content(
-            tokenizer, [text.description for text in texts], progress=progress, description="Descriptions"
+        self._descriptions, self._codes, self._negatives = (
+            encode_content(tokenizer, content, progress=progress and bool(content), description=name)
+            for name, content in (
+                ("Descriptions", [text.description for text in texts]),
+                ("Code", [one.code for one in snippets]),
+                ("Hard negatives", [one.code for one in negatives]),
+            )
         )
-        codes = [snippet.code for text in texts for snippet in text.snippets]
-        self._codes = encode_content(tokenizer, codes, progress=progress, description="Code")
         self._first_code = np.cumsum([0, *(len(text.snippets) for text in texts)])
-        self._negatives = encode_content(
-            tokenizer,
-            [text.negative.code if text.negative else "" for text in texts] if negatives else [],
-            progress=progress and bool(negatives),
-            description="Hard negatives",
-        )
 
     def description(self, row: int) -> torch.Tensor:
         """The description of a row, int64 (T,)."""
@@ -147,41 +152,19 @@ class RetrievalPairs(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(
-        self,
-        functions: Sequence[DocumentedFunction],
-        tokenizer: PreTrainedTokenizerFast,
-        *,
-        max_text_tokens: int = 128,
-        max_code_tokens: int = 512,
-        prompts: bool = True,
-        progress: bool = True,
+        self, functions: Sequence[DocumentedFunction], tokenizer: PreTrainedTokenizerFast, **options: Any
     ) -> None:
-        """Drop duplicates and tokenize.
-
-        Args:
-            functions: The rows, in order.
-            tokenizer: A fast tokenizer whose template ends with `<cls>`, such as `train_tokenizer` makes.
-            max_text_tokens: Largest number of tokens of `query_ids`, prompt and special tokens included.
-            max_code_tokens: The same for `document_ids`.
-            prompts: Whether texts carry the published prompts.
+        """Drop duplicates and tokenize; `options` are those of `RetrievalTexts`.
 
         Raises:
-            UserError: `data.retrieval.no_rows` if there is no function; `data.tokenizer.template` if the tokenizer adds
-                no `<cls>` at the end; `data.retrieval.max_tokens` if a limit leaves no room for text after its prompt.
+            UserError: `data.retrieval.no_rows` if there is no function; or as `RetrievalTexts`.
         """
         if not functions:
             raise UserError("data.retrieval.no_rows", "RetrievalPairs needs at least one documented function.")
         _, first_rows = np.unique(same_content_groups(described(functions)), return_index=True)
         self.functions = [functions[row] for row in first_rows]
         self.dropped = len(functions) - len(self.functions)
-        self._texts = RetrievalTexts(
-            described(self.functions),
-            tokenizer,
-            max_text_tokens=max_text_tokens,
-            max_code_tokens=max_code_tokens,
-            prompts=prompts,
-            progress=progress,
-        )
+        self._texts = RetrievalTexts(described(self.functions), tokenizer, **options)
 
     def __len__(self) -> int:
         return len(self.functions)
@@ -205,7 +188,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
     def __init__(
         self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, identifier_rename_prob: float = 0.0
     ) -> None:
-        """Nothing is computed yet.
+        """Compute nothing yet.
 
         Args:
             texts: The rows of the plan.
@@ -217,10 +200,8 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
             UserError: `data.retrieval.identifier_rename_prob` if that is not from 0 to 1.
         """
         if not 0 <= identifier_rename_prob <= 1:
-            raise UserError(
-                "data.retrieval.identifier_rename_prob",
-                f"identifier_rename_prob must be from 0 to 1, not {identifier_rename_prob}.",
-            )
+            message = f"identifier_rename_prob must be from 0 to 1, not {identifier_rename_prob}."
+            raise UserError("data.retrieval.identifier_rename_prob", message)
         self._texts, self._plan, self._identifier_rename_prob = texts, plan, identifier_rename_prob
         self.batch_size = plan.batch_size
         self._length = steps * plan.batch_size
@@ -255,15 +236,11 @@ def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, arg
     """(the ids before a text, the id after it), as the tokenizer's template puts them around prompt + text."""
     ids = tokenizer(prompt)["input_ids"]
     if not ids or ids[-1] != tokenizer.cls_token_id:
-        raise UserError(
-            "data.tokenizer.template",
-            "The tokenizer's template must end with its cls_token; train_tokenizer makes one that does.",
-        )
+        message = "The tokenizer's template must end with its cls_token; train_tokenizer makes one that does."
+        raise UserError("data.tokenizer.template", message)
     if max_tokens <= len(ids):
-        raise UserError(
-            "data.retrieval.max_tokens",
-            f"{argument} must be above {len(ids)}, the length of prompt and special tokens alone; not {max_tokens}.",
-        )
+        message = f"{argument} must be above {len(ids)}, the length of prompt and special tokens, not {max_tokens}."
+        raise UserError("data.retrieval.max_tokens", message)
     return ids[:-1], ids[-1]
 
 
@@ -271,3 +248,46 @@ def _framed(content: np.ndarray, frame: tuple[list[int], int], max_tokens: int) 
     before, after = frame
     content = content[: max_tokens - len(before) - 1]
     return torch.from_numpy(np.concatenate([before, content, [after]]).astype(np.int64))
+
+
+_SPECIAL_TOKENS = 3
+
+
+class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
+    """Rows of clone detection, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, version 2).
+
+    Row `i` holds `input_ids`, int64 (T,), T ≤ `max_tokens`, and `labels`, an int64 scalar. Where both snippets do not
+    fit, each gets half of the room, or the part of it that the other leaves. Special tokens that are written in code
+    are ordinary characters.
+    """
+
+    def __init__(
+        self, pairs: LabelledPairs, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, progress: bool = True
+    ) -> None:
+        """Tokenize each snippet once.
+
+        Raises:
+            UserError: `data.tokenizer.token_missing` if the tokenizer lacks `<sep>` or `<cls>`; `data.pairs.max_tokens`
+                if `max_tokens` leaves no room for two snippets.
+        """
+        check_special_tokens(tokenizer, "sep", "cls")
+        if max_tokens < _SPECIAL_TOKENS + 2:
+            message = f"max_tokens must be at least {_SPECIAL_TOKENS + 2}, not {max_tokens}."
+            raise UserError("data.pairs.max_tokens", message)
+        self.pairs = pairs
+        self._sep, self._cls, self._room = tokenizer.sep_token_id, tokenizer.cls_token_id, max_tokens - _SPECIAL_TOKENS
+        self._codes = encode_content(tokenizer, pairs.codes, progress=progress, description="Code")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        first, second = (self._codes[int(place)] for place in self.pairs.pairs[index])
+        half = self._room // 2
+        first = first[: max(half, self._room - len(second))]
+        second = second[: self._room - len(first)]
+        ids = np.concatenate([[self._sep], first, [self._sep], second, [self._cls]])
+        return {
+            "input_ids": torch.from_numpy(ids.astype(np.int64)),
+            "labels": torch.tensor(int(self.pairs.labels[index])),
+        }
