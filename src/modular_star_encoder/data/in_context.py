@@ -95,19 +95,14 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
                 and at least 16 tokens.
         """
         if length < 1 or seed < 0 or not 0 < mlm_probability < 1 or max_tokens < MIN_ROW_TOKENS:
-            raise UserError(
-                "data.in_context.arguments",
-                "length must be at least 1, seed at least 0, mlm_probability between 0 and 1, and max_tokens at least "
-                f"{MIN_ROW_TOKENS} (3 special tokens and two snippets of {MIN_SNIPPET_TOKENS}); not {length}, {seed}, "
-                f"{mlm_probability} and {max_tokens}.",
-            )
+            message = "length must be at least 1, seed at least 0, mlm_probability between 0 and 1, and max_tokens at "
+            message += f"least {MIN_ROW_TOKENS}; not {length}, {seed}, {mlm_probability} and {max_tokens}."
+            raise UserError("data.in_context.arguments", message)
         check_special_tokens(tokenizer)
         corpus = texts if isinstance(texts, TokenCorpus) else corpus_of_texts(texts, tokenizer, progress=progress)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
-            raise UserError(
-                "data.in_context.other_tokenizer",
-                "The corpus was made with another tokenizer; pass that one.",
-            )
+            message = "The corpus was made with another tokenizer; pass that one."
+            raise UserError("data.in_context.other_tokenizer", message)
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)
@@ -381,8 +376,6 @@ def _check(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray, la
     groups, texts = np.unique(keys, return_counts=True)
     qualified = np.bincount(groups[texts >= 2] % languages).max(initial=0) if languages else 0
     if qualified < 2:
-        raise UserError(
-            "data.in_context.too_few_repositories",
-            f"Pairs need at least two repositories, each with two texts of one language and {MIN_SNIPPET_TOKENS} "
-            f"tokens or more; {qualified} of {len(np.unique(repository))} qualify.",
-        )
+        message = f"Pairs need at least two repositories, each with two texts of one language and {MIN_SNIPPET_TOKENS} "
+        message += f"tokens or more; {qualified} of {len(np.unique(repository))} qualify."
+        raise UserError("data.in_context.too_few_repositories", message)

@@ -1,4 +1,4 @@
-"""The pairs of fine-tuning: for retrieval, one meaning in prose and code; for clone detection, two snippets and a label.
+"""The pairs of fine-tuning: one meaning in prose and code (retrieval), or two snippets and a label (clone detection).
 
 Every source of retrieval gives the same rows: triplets (prose, a function, its translation), documented functions of
 repositories (prose and a function), and parallel solutions of exercises (code alone).

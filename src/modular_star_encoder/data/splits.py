@@ -2,8 +2,8 @@
 
 Rows to train on and rows to evaluate with share no repository, no code and no description. In contrastive learning
 every other row of a batch is a wrong answer, so rows with the same meaning must not meet: rows that share a description
-or a code, directly or through others, form a *group*, and a batch takes at most one row of a group. A hard negative must
-not mean the same as another row of the batch, either.
+or a code, directly or through others, form a *group*, and a batch takes at most one row of a group. No hard negative
+has the meaning of another row of the batch, either.
 """
 
 import hashlib
@@ -104,9 +104,8 @@ def draw_repositories(
             fewer than two.
     """
     if min_test < 1 or not 0 < max_repository_share <= 1:
-        message = (
-            f"min_test must be from 1 and max_repository_share up to 1, not {min_test} and {max_repository_share}."
-        )
+        message = f"min_test must be at least 1, not {min_test}, and max_repository_share up to 1, "
+        message += f"not {max_repository_share}."
         raise UserError("data.split.arguments", message)
     if len(sizes) < 2:
         message = f"A split by repository needs functions of at least two repositories; these are of {len(sizes)}."

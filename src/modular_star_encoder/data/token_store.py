@@ -16,9 +16,9 @@ counts was being written when the process ended, and the next process cuts it of
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from operator import length_hint
 from pathlib import Path
@@ -28,11 +28,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.sources import SourceFile
+from modular_star_encoder.data.splits import hashed_order
 from modular_star_encoder.data.tokenizer import TEXTS_PER_BATCH, ContentEncoder, TokenRows, encode_content
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file
-
-UNNAMED_LANGUAGE = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,46 +77,36 @@ class TokenCorpus:
         """
         if not 0 < eval_fraction < 1:
             raise UserError("data.split.eval_fraction", f"eval_fraction must be between 0 and 1, not {eval_fraction}.")
-        used = np.unique(self.repository_of[self.row_numbers])
-        if len(used) < 2:
-            raise UserError(
-                "data.split.too_few_repositories",
-                f"A split needs texts of at least two repositories; these are of {len(used)}.",
-            )
-        # A hash rather than a generator's shuffle: stable everywhere, and a new repository does not reorder the others.
-        order = sorted(used, key=lambda i: hashlib.sha256(f"{seed}:{self.repository_names[i]}".encode()).digest())
-        count = min(max(round(eval_fraction * len(used)), 1), len(used) - 1)
-        held_out = np.zeros(len(self.repository_names), dtype=bool)
-        held_out[order[:count]] = True
-        is_held_out = held_out[self.repository_of[self.row_numbers]]
+        names = self.repositories
+        if len(names) < 2:
+            message = f"A split needs texts of at least two repositories; these are of {len(names)}."
+            raise UserError("data.split.too_few_repositories", message)
+        count = min(max(round(eval_fraction * len(names)), 1), len(names) - 1)
+        drawn = set(hashed_order(names, seed)[:count])
+        is_drawn = np.array([name in drawn for name in self.repository_names])
+        held_out = is_drawn[self.repository_of[self.row_numbers]]
+        whole = {one.name: getattr(self, one.name) for one in fields(TokenCorpus)}
         train, evaluation = (
-            replace(_view(self), row_numbers=self.row_numbers[part]) for part in (~is_held_out, is_held_out)
+            TokenCorpus(**whole | {"row_numbers": self.row_numbers[part]}) for part in (~held_out, held_out)
         )
         return train, evaluation
-
-
-def _view(corpus: TokenCorpus) -> TokenCorpus:
-    """The corpus as a plain `TokenCorpus`."""
-    return TokenCorpus(**{one.name: getattr(corpus, one.name) for one in fields(TokenCorpus)})
 
 
 def corpus_of_files(
     files: Iterable[SourceFile], tokenizer: PreTrainedTokenizerFast, *, progress: bool = True
 ) -> TokenCorpus:
-    """Tokenize source files into memory; `build_token_store` is for those that do not fit.
-
-    `files` come in any order and are one row each.
-    """
+    """Tokenize source files, one row each, into memory; `build_token_store` is for those that do not fit."""
     kept = list(files)
-    repository_names, repository_of = _numbered([file.repository for file in kept])
-    language_names, language_of = _numbered([file.language for file in kept])
+    names = np.array([(file.repository, file.language) for file in kept], dtype=object).reshape(-1, 2)
+    repository_names, repository_of = np.unique(names[:, 0], return_inverse=True)
+    language_names, language_of = np.unique(names[:, 1], return_inverse=True)
     return TokenCorpus(
         encode_content(tokenizer, [file.text for file in kept], progress=progress),
         np.arange(len(kept)),
-        repository_names,
-        repository_of,
-        language_names,
-        language_of,
+        tuple(repository_names.tolist()),
+        repository_of.astype(np.int32),
+        tuple(language_names.tolist()),
+        language_of.astype(np.int32),
         ContentEncoder(tokenizer).checksum,
     )
 
@@ -126,16 +115,10 @@ def corpus_of_texts(
     texts_by_repository: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerFast, *, progress: bool = True
 ) -> TokenCorpus:
     """Tokenize the texts (files, functions) of each repository, all of one language, into memory."""
-    texts = [(name, text) for name in sorted(texts_by_repository) for text in texts_by_repository[name]]
-    files = [SourceFile(name, "", UNNAMED_LANGUAGE, text) for name, text in texts]
+    files = [
+        SourceFile(name, "", "", text) for name in sorted(texts_by_repository) for text in texts_by_repository[name]
+    ]
     return corpus_of_files(files, tokenizer, progress=progress)
-
-
-def _numbered(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """The different names, sorted, and the index of each name among them."""
-    different = sorted(set(names))
-    index = {name: i for i, name in enumerate(different)}
-    return tuple(different), np.array([index[name] for name in names], dtype=np.int32)
 
 
 _STATE = "state.json"
@@ -181,16 +164,10 @@ class TokenStore(TokenCorpus):
                 files were cut short.
         """
         folder = Path(folder)
-        state = _read_state(folder)
-        if state is None or not state.complete:
-            raise UserError(
-                "data.token_store.missing",
-                f"{str(folder)!r} holds no token store, or an unfinished one; call build_token_store with its files.",
-            )
-        _check_sizes(folder, state)
+        state = _finished_state(folder)
         names = (folder / _NAMES).read_bytes()[: state.name_bytes].splitlines()
         super().__init__(
-            rows=_MappedRows(folder, state),
+            rows=_MappedRows(folder.absolute()),
             row_numbers=np.arange(state.files),
             repository_names=tuple(json.loads(line) for line in names),
             repository_of=_mapped(folder / "repositories.bin", _INDEX, state.files),
@@ -201,19 +178,27 @@ class TokenStore(TokenCorpus):
 
 
 class _MappedRows(TokenRows):
-    def __init__(self, folder: Path, state: _State | None = None) -> None:
-        state = state or _read_state(folder)
-        if state is None:
-            raise UserError("data.token_store.missing", f"{str(folder)!r} holds no token store.")
-        self._folder = folder.absolute()
+    """Worker processes that get these rows open the files; numpy would send them the whole content."""
+
+    def __init__(self, folder: Path) -> None:
+        state = _finished_state(folder)
+        self._folder = folder
         super().__init__(
             _mapped(folder / "tokens.bin", np.dtype(state.dtype), state.tokens),
             _mapped(folder / "bounds.bin", _BOUND, state.files + 1),
         )
 
-    def __reduce__(self) -> tuple[Callable[[Path], "_MappedRows"], tuple[Path]]:
-        # Worker processes open the files; numpy would send them the whole content.
+    def __reduce__(self) -> tuple[type["_MappedRows"], tuple[Path]]:
         return _MappedRows, (self._folder,)
+
+
+def _finished_state(folder: Path) -> _State:
+    state = _read_state(folder)
+    if state is None or not state.complete:
+        message = f"{str(folder)!r} holds no token store, or an unfinished one; call build_token_store with its files."
+        raise UserError("data.token_store.missing", message)
+    _check_sizes(folder, state)
+    return state
 
 
 def build_token_store(
@@ -242,22 +227,25 @@ def build_token_store(
             `data.token_store.files_per_commit` if that is below 1.
     """
     if files_per_commit < 1:
-        raise UserError(
-            "data.token_store.files_per_commit", f"files_per_commit must be at least 1, not {files_per_commit}."
-        )
+        message = f"files_per_commit must be at least 1, not {files_per_commit}."
+        raise UserError("data.token_store.files_per_commit", message)
     folder, encoder = Path(folder), ContentEncoder(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder) or _begin(folder, encoder)
     if state.tokenizer != encoder.checksum:
-        raise UserError(
-            "data.token_store.other_tokenizer",
-            f"The token store {str(folder)!r} was made with another tokenizer; name another folder.",
-        )
+        message = f"The token store {str(folder)!r} was made with another tokenizer; name another folder."
+        raise UserError("data.token_store.other_tokenizer", message)
     if not state.complete:
         with closing(_Writer(folder, state, encoder)) as writer:
             iterator = iter(files)
             with tqdm(desc="Tokenizing", total=length_hint(files) or None, unit=" files", disable=not progress) as bar:
-                _skip_stored(state, iterator, bar)
+                digest = ""
+                for file in islice(iterator, state.files):  # those that are stored
+                    digest = _digest(digest, file)
+                    bar.update()
+                if digest != state.files_digest:
+                    message = "The token store was begun with other files; pass the same ones in the same order, or "
+                    raise UserError("data.token_store.other_files", f"{message}name another folder than {folder}.")
                 while batch := list(islice(iterator, files_per_commit)):
                     for start in range(0, len(batch), TEXTS_PER_BATCH):
                         bar.update(writer.append(batch[start : start + TEXTS_PER_BATCH]))
@@ -317,19 +305,6 @@ class _Writer:
             output.close()
 
 
-def _skip_stored(state: _State, files: Iterator[SourceFile], bar: tqdm) -> None:
-    """Read past the files that are stored; UserError if they are others."""
-    digest = ""
-    for file in islice(files, state.files):
-        digest = _digest(digest, file)
-        bar.update()
-    if digest != state.files_digest:
-        raise UserError(
-            "data.token_store.other_files",
-            "The token store was begun with other files; pass the same ones in the same order, or name another folder.",
-        )
-
-
 def _digest(before: str, file: SourceFile) -> str:
     """The digest of a sequence of files, from that of all but the last."""
     content = json.dumps([before, file.repository, file.path, file.language, file.text])
@@ -339,10 +314,8 @@ def _digest(before: str, file: SourceFile) -> str:
 def _begin(folder: Path, encoder: ContentEncoder) -> _State:
     leftovers = {f".{_STATE}.tmp", f"{_STATE}.new", *_State("", "<u2").sizes()}
     if any(entry.name not in leftovers for entry in folder.iterdir()):
-        raise UserError(
-            "data.token_store.other_content",
-            f"{str(folder)!r} is not empty and holds no token store; name another folder.",
-        )
+        message = f"{str(folder)!r} is not empty and holds no token store; name another folder."
+        raise UserError("data.token_store.other_content", message)
     state = _State(encoder.checksum, encoder.dtype.newbyteorder("<").str)
     for name in state.sizes():
         (folder / name).write_bytes(bytes(_BOUND.itemsize) if name == "bounds.bin" else b"")
@@ -356,10 +329,12 @@ def _read_state(folder: Path) -> _State | None:
     except FileNotFoundError:
         return None
     except (TypeError, ValueError) as error:
-        raise UserError(
-            "data.token_store.damaged",
-            f"{str(folder / _STATE)!r} was not written by this version; remove the folder and build the store again.",
-        ) from error
+        raise _damaged(folder / _STATE) from error
+
+
+def _damaged(path: Path) -> UserError:
+    message = f"{str(path)!r} is missing, was cut short or is of another version; remove the folder and build it again."
+    return UserError("data.token_store.damaged", message)
 
 
 def _write_state(folder: Path, state: _State) -> None:
@@ -369,12 +344,8 @@ def _write_state(folder: Path, state: _State) -> None:
 
 def _check_sizes(folder: Path, state: _State) -> None:
     for name, size in state.sizes().items():
-        path = folder / name
-        if not path.exists() or path.stat().st_size < size:
-            raise UserError(
-                "data.token_store.damaged",
-                f"{str(path)!r} is missing or was cut short; remove the folder and build the store again.",
-            )
+        if not (folder / name).exists() or (folder / name).stat().st_size < size:
+            raise _damaged(folder / name)
 
 
 def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:

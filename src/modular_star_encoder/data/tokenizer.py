@@ -8,7 +8,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -52,18 +53,13 @@ def train_tokenizer(
             `data.tokenizer.no_text` if there is no text.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
-        raise UserError(
-            "data.tokenizer.sizes",
-            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special tokens) and "
-            f"max_length at least 4 (a pair has 3 special tokens); not {vocab_size} and {max_length}.",
+        message = (
+            f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes and special tokens), and max_length at least 4; "
         )
+        raise UserError("data.tokenizer.sizes", f"{message}not {vocab_size} and {max_length}.")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -71,7 +67,11 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=progress,
     )
-    tokenizer.train_from_iterator(_at_least_one(texts), trainer)
+    texts = iter(texts)
+    first = next(texts, None)
+    if first is None:
+        raise UserError("data.tokenizer.no_text", "A tokenizer needs at least one text to train on; `texts` is empty.")
+    tokenizer.train_from_iterator(chain([first], texts), trainer)
     tokenizer.post_processor = _template(tokenizer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -83,15 +83,6 @@ def train_tokenizer(
         truncation_side="right",
         model_max_length=max_length,
     )
-
-
-def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
-    empty = True
-    for text in texts:
-        empty = False
-        yield text
-    if empty:
-        raise UserError("data.tokenizer.no_text", "A tokenizer needs at least one text to train on; `texts` is empty.")
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
@@ -152,8 +143,7 @@ def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     spellings = []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         text = "" if index in tokenizer.all_special_ids else str(tokenizer.decode([index]))
-        letters = "".join(character for character in text.lower() if character.isalnum())
-        spellings.append(letters or f"<{index}> {token}")
+        spellings.append("".join(filter(str.isalnum, text.lower())) or f"<{index}> {token}")
     return spellings
 
 
@@ -227,11 +217,9 @@ def encode_content(
     """
     encoder = ContentEncoder(tokenizer)
     parts: list[np.ndarray] = []
-    with tqdm(desc=description, total=len(texts), unit=" texts", disable=not progress) as bar:
-        for start in range(0, len(texts), TEXTS_PER_BATCH):
-            encoded = encoder(texts[start : start + TEXTS_PER_BATCH])
-            parts += encoded
-            bar.update(len(encoded))
+    starts = range(0, len(texts), TEXTS_PER_BATCH)
+    for start in tqdm(starts, desc=description, unit_scale=TEXTS_PER_BATCH, unit=" texts", disable=not progress):
+        parts += encoder(texts[start : start + TEXTS_PER_BATCH])
     flat = np.concatenate(parts) if parts else np.empty(0, encoder.dtype)
     return TokenRows(flat, np.cumsum([0, *map(len, parts)], dtype=np.int64))
 
