@@ -109,10 +109,6 @@ class PackingCollator:
             tokenizer: That of the rows, which must end with its `<cls>`: the classifier of an unfinished row would read
                 from its neighbour.
             max_tokens: Largest N, to bound the memory of a step; batch size × tokens per row is always enough.
-
-        Raises:
-            UserError: `data.tokenizer.token_missing` if the tokenizer lacks `<cls>`; `data.packing.max_tokens` if
-                `max_tokens` is below 1.
         """
         check_special_tokens(tokenizer, "cls")
         if max_tokens is not None and max_tokens < 1:
@@ -121,12 +117,7 @@ class PackingCollator:
         self._max_tokens = max_tokens
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Pack the rows.
-
-        Raises:
-            UserError: `data.packing.too_long` if they have more than `max_tokens` tokens together;
-                `data.packing.unfinished` if one does not end with `<cls>`.
-        """
+        """Pack the rows."""
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         total, longest = int(bounds[-1]), int(lengths.max())

@@ -79,10 +79,6 @@ class RetrievalTexts:
             max_text_tokens: Largest number of tokens of a description, prompt and special tokens included.
             max_code_tokens: The same for a snippet.
             prompts: Whether texts carry the published prompts.
-
-        Raises:
-            UserError: `data.tokenizer.template` if the tokenizer adds no `<cls>` at the end;
-                `data.retrieval.max_tokens` if a limit leaves no room for text after its prompt.
         """
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
@@ -154,11 +150,7 @@ class RetrievalPairs(Dataset[dict[str, torch.Tensor]]):
     def __init__(
         self, functions: Sequence[DocumentedFunction], tokenizer: PreTrainedTokenizerFast, **options: Any
     ) -> None:
-        """Drop duplicates and tokenize; `options` are those of `RetrievalTexts`.
-
-        Raises:
-            UserError: `data.retrieval.no_rows` if there is no function; or as `RetrievalTexts`.
-        """
+        """Drop duplicates and tokenize; `options` are those of `RetrievalTexts`."""
         if not functions:
             raise UserError("data.retrieval.no_rows", "RetrievalPairs needs at least one documented function.")
         _, first_rows = np.unique(same_content_groups(described(functions)), return_index=True)
@@ -195,9 +187,6 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
             plan: Which row is where.
             steps: Number of batches.
             identifier_rename_prob: Probability from 0 to 1 that the frequent words of a snippet are renamed.
-
-        Raises:
-            UserError: `data.retrieval.identifier_rename_prob` if that is not from 0 to 1.
         """
         if not 0 <= identifier_rename_prob <= 1:
             message = f"identifier_rename_prob must be from 0 to 1, not {identifier_rename_prob}."
@@ -264,12 +253,7 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
     def __init__(
         self, pairs: LabelledPairs, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, progress: bool = True
     ) -> None:
-        """Tokenize each snippet once.
-
-        Raises:
-            UserError: `data.tokenizer.token_missing` if the tokenizer lacks `<sep>` or `<cls>`; `data.pairs.max_tokens`
-                if `max_tokens` leaves no room for two snippets.
-        """
+        """Tokenize each snippet once."""
         check_special_tokens(tokenizer, "sep", "cls")
         if max_tokens < _SPECIAL_TOKENS + 2:
             message = f"max_tokens must be at least {_SPECIAL_TOKENS + 2}, not {max_tokens}."

@@ -325,10 +325,6 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
             - `archives: PATH`: an archive, or a folder of them, one repository each;
             - `rows: PATH or Hub id`, with `columns` (ours → the dataset's) and further arguments of `open_rows`;
             - `the_stack: PATH or Hub id`, with `content_url`, from where contents are fetched with your own access.
-
-    Raises:
-        UserError: `data.corpus.source` if there is not exactly one source; `data.corpus.snippets`;
-            `data.corpus.options` if an option is unknown or missing; or the errors of the source's reader.
     """
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
@@ -395,7 +391,6 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
         row: Of the Hub's columns, or the fields of the JSON lines. Code, documentation and language are needed.
 
     Raises:
-        UserError: `data.codesearchnet.column` if a column is missing; `data.language.unknown`.
         LeakingDocstringError: If Python code does not parse, or is only a docstring.
     """
     values = {

@@ -87,12 +87,6 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             max_tokens: Largest number of tokens of a row, special tokens included; at least 35.
             mlm_probability: Share of the text tokens to predict.
             seed: Any integer from 0.
-
-        Raises:
-            UserError: `data.in_context.arguments` if an argument is out of range; `data.tokenizer.token_missing` if the
-                tokenizer lacks one of these tokens; `data.in_context.other_tokenizer` if it did not make the corpus;
-                `data.in_context.too_few_repositories` if fewer than two repositories have two texts of one language
-                and at least 16 tokens.
         """
         if length < 1 or seed < 0 or not 0 < mlm_probability < 1 or max_tokens < MIN_ROW_TOKENS:
             message = "length must be at least 1, seed at least 0, mlm_probability between 0 and 1, and max_tokens at "
@@ -208,10 +202,6 @@ class PairSampler:
         Args:
             corpus: Where to draw from.
             room: Largest number of tokens of both snippets together, at least 32.
-
-        Raises:
-            UserError: `data.in_context.too_few_repositories` if there is no language in which two repositories have two
-                texts of at least 16 tokens.
         """
         self.room = room
         numbers = corpus.row_numbers

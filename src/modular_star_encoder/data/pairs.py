@@ -161,9 +161,6 @@ def open_triplets(
             repository a text or nothing.
         fault: Says why a triplet is a bad row for other reasons, or None.
         options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
-
-    Raises:
-        UserError: `data.source.*` if the dataset cannot be read, has no such split, or lacks a column.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
     rows = open_dataset_rows(source, columns.names(), split=split, **options)
@@ -215,10 +212,6 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
 
     Returns:
         The rows by source, in this order.
-
-    Raises:
-        UserError: `data.sources` if no source is set, or one is unknown; `data.sources.negatives` if only one of
-            several has hard negatives; `data.source.*` if one can't be read or has no good row.
     """
     # So that `data.triplets=null` removes a recipe's source.
     settings = {name: source for name, source in settings.items() if source is not None}
@@ -367,10 +360,6 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
 
     Returns:
         The pairs of `train`, `valid` and, if there is one, `test`.
-
-    Raises:
-        UserError: `data.pairs.settings` if the settings are others; `data.source.*` if a file can't be read, or has no
-            pair; `data.row` if a row is not a labelled pair.
     """
     for name, source in settings.items():
         if not isinstance(source, str | os.PathLike) or not os.fspath(source):

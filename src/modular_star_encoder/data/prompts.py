@@ -39,9 +39,6 @@ def code_prompt(language: str | None = None, *, instructions: bool = True) -> st
         language: Name of the programming language; it is lower-cased, as published, and `"cpp"` becomes `"c++"`.
             `None` gives the wording for code whose language is unknown.
         instructions: `False` for a model that was fine-tuned without them (`config.instruction_prompts`): no prefix.
-
-    Raises:
-        UserError: `data.prompt.language` if `language` is blank or contains a special token.
     """
     if not instructions:
         return ""

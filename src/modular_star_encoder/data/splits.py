@@ -53,10 +53,6 @@ def split_by_repository(
 
     Training rows whose code or description is also held out (compared as in `same_content_groups`) are removed. The
     arguments are those of `draw_repositories`.
-
-    Raises:
-        UserError: `data.split.*` of `draw_repositories`; `data.split.nothing_to_train` if nothing is left to train on
-            because the repositories hold the same functions.
     """
     sizes = Counter(function.repository for function in functions)
     held_out = draw_repositories(sizes, seed=seed, min_test=min_test, max_repository_share=max_repository_share)
@@ -98,10 +94,6 @@ def draw_repositories(
             names and sizes: not on the order of the rows, the Python version or the machine.
         min_test: Number of functions to hold out, at least; about a fifth of all functions if that is less.
         max_repository_share: Largest share of all functions, above 0 and up to 1, of a repository that is drawn first.
-
-    Raises:
-        UserError: `data.split.arguments` if an argument is out of range; `data.split.too_few_repositories` if there are
-            fewer than two.
     """
     if min_test < 1 or not 0 < max_repository_share <= 1:
         message = f"min_test must be at least 1, not {min_test}, and max_repository_share up to 1, "
@@ -160,11 +152,6 @@ def prepare_retrieval_data(
         eval_fraction: Share of each source's rows to hold out, up to a fifth.
         seed: Decides which repositories are held out, and which rows are drawn.
         max_train_samples: Number of rows to train on, drawn at random; all if None.
-
-    Raises:
-        UserError: If a source cannot be read; `data.split.too_few_repositories` if one has fewer than two;
-            `data.split.nothing_to_train` or `data.split.max_train_samples` if there are no rows to train on, or fewer
-            than `max_train_samples`; `data.split.other_settings` if `folder` holds data of other settings.
     """
     folder = Path(folder)
     arguments = {"eval_fraction": eval_fraction, "seed": seed, "max_train_samples": max_train_samples}
@@ -372,9 +359,6 @@ class BatchPlan:
             groups: Which rows may be in one batch.
             batch_size: Pairs of one batch, of all processes together; even, if there are both kinds.
             seed: Any integer from 0.
-
-        Raises:
-            UserError: `data.batch_size` if the batch size is odd or below 2, or larger than the groups allow.
         """
         self.batch_size, self.seed = batch_size, seed
         self._numbers, self._rows, self._counts = groups.numbers, groups.rows, groups.counts

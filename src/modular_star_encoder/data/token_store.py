@@ -70,10 +70,6 @@ class TokenCorpus:
         Args:
             eval_fraction: Share of the repositories to hold out, between 0 and 1; at least one is, and one is left.
             seed: Decides which. The draw depends on the seed and the names alone, not on their order or their texts.
-
-        Raises:
-            UserError: `data.split.eval_fraction` if the fraction is out of range; `data.split.too_few_repositories` if
-                there are fewer than two.
         """
         if not 0 < eval_fraction < 1:
             raise UserError("data.split.eval_fraction", f"eval_fraction must be between 0 and 1, not {eval_fraction}.")
@@ -157,12 +153,7 @@ class TokenStore(TokenCorpus):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open a finished store.
-
-        Raises:
-            UserError: `data.token_store.missing` if `folder` holds no finished store; `data.token_store.damaged` if its
-                files were cut short.
-        """
+        """Open a finished store."""
         folder = Path(folder)
         state = _finished_state(folder)
         names = (folder / _NAMES).read_bytes()[: state.name_bytes].splitlines()
@@ -220,11 +211,6 @@ def build_token_store(
         files: Source files; they are iterated once, and some thousands are in memory at a time.
         folder: A store that was begun with this tokenizer, or a folder that is empty or does not exist.
         files_per_commit: Number of files after which the work so far is safe.
-
-    Raises:
-        UserError: `data.token_store.other_content`, `.other_tokenizer`, `.other_files` or `.damaged` if `folder` holds
-            something else, was begun with another tokenizer or other files, or its files were cut short;
-            `data.token_store.files_per_commit` if that is below 1.
     """
     if files_per_commit < 1:
         message = f"files_per_commit must be at least 1, not {files_per_commit}."

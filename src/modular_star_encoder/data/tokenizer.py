@@ -47,10 +47,6 @@ def train_tokenizer(
         vocab_size: Number of entries, special tokens included. A small corpus may fill fewer: size the model by
             `len(tokenizer)`.
         max_length: `model_max_length`, in tokens, special tokens included.
-
-    Raises:
-        UserError: `data.tokenizer.sizes` if `vocab_size` is below 260 or `max_length` below 4;
-            `data.tokenizer.no_text` if there is no text.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
         message = (
@@ -99,10 +95,6 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
 
     The published tokenizer has no template, because its users write the special tokens into their texts, and may spell
     them in another way. Every token keeps its id. A tokenizer that has all this is returned unchanged.
-
-    Raises:
-        UserError: `data.tokenizer.token_missing` if it has no `sep_token` or `cls_token`; `data.tokenizer.spelling` if
-            it uses one of our spellings for another token.
     """
     check_special_tokens(tokenizer, "sep", "cls")
     ours = {"sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
@@ -225,11 +217,7 @@ def encode_content(
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> None:
-    """Check that a tokenizer has the special tokens with these roles; by default `sep`, `cls` and `mask`.
-
-    Raises:
-        UserError: `data.tokenizer.token_missing` if one is missing.
-    """
+    """Check that a tokenizer has the special tokens with these roles; by default `sep`, `cls` and `mask`."""
     names = [f"{role}_token" for role in roles or ("sep", "cls", "mask")]
     missing = [name for name in names if getattr(tokenizer, f"{name}_id") is None]
     if missing:

@@ -12,11 +12,7 @@ from modular_star_encoder.utils.errors import UserError
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Check that a result file can be written, before the work that produces the result.
-
-    Raises:
-        UserError: `files.not_writable` if `path` is a folder, or its folder is missing or read-only.
-    """
+    """Check that a result file can be written, before the work that produces the result."""
     path = Path(path).absolute()
     if path.is_dir():
         reason = "it is a folder; name a file"
@@ -30,21 +26,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Write `data` as indented UTF-8 JSON, atomically.
-
-    Raises:
-        TypeError, ValueError: `data` isn't JSON (NaN isn't either); `path` is unchanged.
-        OSError: the folder can't be written to.
-    """
+    """Write `data` as indented UTF-8 JSON, atomically."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text atomically: no reader sees half a file.
-
-    Raises:
-        OSError: the folder can't be written to.
-    """
+    """Write UTF-8 text atomically: no reader sees half a file."""
     with staged_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -80,9 +67,6 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
     Args:
         target: the folder to write; it doesn't exist yet or is empty. Missing parents are created.
         resumable: see `staged_file`.
-
-    Raises:
-        UserError: `files.folder.not_empty` if `target` exists and is not an empty folder.
     """
     target = Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -83,9 +83,6 @@ class HTTPClient:
         max_bytes: size limit of a response's body, after decompression by HTTP.
         follow_redirects: whether to follow redirects; don't for requests with a token, which would reach other hosts.
 
-    Raises:
-        UserError: `http.settings` if a number is out of range.
-
     Example:
         >>> with HTTPClient(attempts=1) as client:  # doctest: +SKIP
         ...     client.request("GET", "https://huggingface.co/api/models?limit=1").json()
@@ -228,11 +225,7 @@ class _Failure:
 
 
 def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeout: float) -> None:
-    """Check the numbers of an `HTTPClient` before one is opened.
-
-    Raises:
-        UserError: `http.settings` if one is out of range.
-    """
+    """Check the numbers of an `HTTPClient` before one is opened."""
     if concurrency < 1 or attempts < 1 or pause < 0 or timeout <= 0:
         raise UserError(
             "http.settings",
@@ -242,11 +235,7 @@ def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeou
 
 
 def check_url(url: str) -> str:
-    """`url` without slashes at its end.
-
-    Raises:
-        UserError: `http.url` if it is not an http or https address with a host.
-    """
+    """`url` without slashes at its end."""
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
         raise UserError("http.url", f"{url!r} is not an address such as https://api.openai.com/v1.")
     return url.rstrip("/")
@@ -259,10 +248,6 @@ def url_host(url: str) -> str:
 
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
     """The token in an environment variable, without white space around it; "" if `variable` is None.
-
-    Raises:
-        UserError: `http.token.missing` if the variable is empty and a token is required; `http.token.characters` if
-            its value can't be a token. The message names the variable, never the value.
     """
     token = os.environ.get(variable, "").strip() if variable else ""
     if variable and required and not token:

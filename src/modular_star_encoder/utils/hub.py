@@ -18,11 +18,7 @@ CONFLICT = 412
 
 
 def check_repository_id(repository: str) -> None:
-    """Check that `repository` has the form owner/name.
-
-    Raises:
-        UserError: `hub.repository_id` if it has not.
-    """
+    """Check that `repository` has the form owner/name."""
     try:
         validate_repo_id(repository)
         valid = "/" in repository
@@ -38,9 +34,6 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
 
     Args:
         repository: id of the repository that is read or written.
-
-    Raises:
-        OSError: the Hub refuses or can't be reached.
     """
     try:
         yield

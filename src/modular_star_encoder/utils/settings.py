@@ -100,11 +100,6 @@ def load_settings(
         path: a YAML file.
         overrides: `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
         example: a recipe to name when `path` does not exist.
-
-    Raises:
-        UserError: the file is missing or not a YAML mapping (`settings.file`), an override is malformed
-            (`settings.override`), or the settings are wrong; see `build_settings`.
-        OSError: the file exists and cannot be read.
     """
     return build_settings(kind, read_mapping(path, overrides, example=example), str(path))
 
@@ -135,11 +130,7 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = (), *,
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set `a.b.c` in nested mappings, adding those that are missing.
-
-    Raises:
-        UserError: a part of the key is empty, or a part before the last is not a mapping.
-    """
+    """Set `a.b.c` in nested mappings, adding those that are missing."""
     *parents, last = key.split(".")
     if not all(parents) or not last:
         raise UserError("settings.override", f"{where} must have the form key=value, such as seed=1.")
@@ -159,11 +150,6 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
         kind: the class.
         content: key → value; old keys are renamed with a FutureWarning.
         where: what the settings belong to, the beginning of every message.
-
-    Raises:
-        UserError: a key is unknown (`settings.unknown`; the message names the nearest one), missing
-            (`settings.missing`), or has a value of the wrong type or out of range (`settings.value`). An error with a
-            key of its own keeps it.
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {content!r}.")

@@ -315,12 +315,7 @@ def language_entry(name: str) -> Language:
 
 
 def check_languages(languages: Iterable[str] | None) -> tuple[str, ...]:
-    """`languages` without repetitions; all of `LANGUAGES` for None.
-
-    Raises:
-        UserError: `data.language.unknown` if one is not in `LANGUAGES`; `data.languages.list` if there is none, or
-            `languages` is a single string.
-    """
+    """`languages` without repetitions; all of `LANGUAGES` for None."""
     if languages is None:
         return LANGUAGES
     chosen = () if isinstance(languages, str) else tuple(dict.fromkeys(languages))

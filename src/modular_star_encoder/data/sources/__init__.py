@@ -83,11 +83,7 @@ class SourceReader(ABC):
         return self._window(self._start + units * self._step, self._step)
 
     def shard(self, index: int, count: int) -> Self:
-        """A reader of the units `index`, `index + count`, …: `count` such readers read every unit once.
-
-        Raises:
-            UserError: `data.reader.shard` if `index` is not from 0 to `count` − 1.
-        """
+        """A reader of the units `index`, `index + count`, …: `count` such readers read every unit once."""
         if not 0 <= index < count:
             message = f"shard needs an index from 0 to {count - 1} of {count} shards, not {index}."
             raise UserError("data.reader.shard", message)
@@ -191,9 +187,6 @@ class FileFilters:
         min_alphabetic_share: Files with a smaller share of letters are left out.
         generated, encoded_data, vendored, tests: Whether files that a program wrote, files with long Base64 or
             hexadecimal data, copies of other projects, and test code are kept.
-
-    Raises:
-        UserError: `data.filters` if a bound is not positive, or the share not from 0 to 1.
     """
 
     max_bytes: int = 1_000_000

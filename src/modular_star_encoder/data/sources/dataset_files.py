@@ -88,10 +88,6 @@ class ContentSource:
         pause: Seconds before the second attempt; twice as many before each further one.
         timeout: Seconds without an answer after which an attempt has failed; http and https only.
         options: Options of fsspec's file system, such as `{"anon": True}` for s3; not for http and https.
-
-    Raises:
-        UserError: `data.contents.url` if the URL lacks `{blob_id}` or its protocol cannot be used; `http.settings` if a
-            number is out of range.
     """
 
     url: str
@@ -257,9 +253,6 @@ def row_repositories(
         source: Parquet files or the name of a dataset of the Hub; see `open_rows`.
         columns: Names of its columns, such as `THE_STACK_COLUMNS`.
         options: Further arguments of `open_rows`.
-
-    Raises:
-        UserError: `data.source.*` if the data set cannot be opened or lacks a column; `data.language.unknown`.
     """
     check_languages(languages)
     rows = open_rows(source, columns=columns.names(), **options)
@@ -348,9 +341,6 @@ def the_stack_repositories(
         source: Name of the dataset, such as `"bigcode/the-stack-v2-train-smol-ids"`, or parquet files with its schema.
         contents: Where contents are fetched, such as `ContentSource(url=SOFTWARE_HERITAGE_S3)`.
         options: Further arguments of `open_rows`.
-
-    Raises:
-        UserError: `data.source.*` if the data set cannot be opened or lacks a column; `data.language.unknown`.
     """
     check_languages(languages)
     rows = open_rows(source, columns=("repo_name", "files"), **options)

@@ -59,10 +59,6 @@ def open_rows(
         split: Name of the split.
         revision: Branch, tag or commit.
         data_dir: Folder of the dataset to read alone, such as that of one language.
-
-    Raises:
-        UserError: `data.source.unreadable` if there is no such dataset or it is not accessible; `data.source.column` if
-            it lacks a column; `data.source.no_files`.
     """
     shown, files = _shown(source), _files(source, _PARQUET)
     try:
@@ -117,11 +113,6 @@ def open_dataset_rows(
 
     Returns:
         Pairs of where a row is, for messages, and the row; in place of a row that is not a JSON object, a `BadLine`.
-
-    Raises:
-        UserError: `data.source.unreadable`, `.no_files`, `.split` or `.column` if the dataset cannot be read, has no
-            such split, or lacks a column; `data.source.options` if an option is unknown; while reading,
-            `data.source.damaged`.
     """
     name = _shown(source)
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
@@ -143,9 +134,6 @@ def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
         source: See `open_dataset_rows`.
         column: The column.
         options: Further arguments of `open_dataset_rows`.
-
-    Raises:
-        UserError: `data.source.*` if the dataset cannot be read; `data.row` if a row has no text there.
     """
     for place, row in open_dataset_rows(source, [column], **options):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):

@@ -107,9 +107,6 @@ def installed_repositories(
 
     Args:
         exclude: Names of distributions to leave out, in any spelling.
-
-    Raises:
-        UserError: `data.language.unknown`; `data.installed.exclude` if `exclude` is a single text.
     """
     if isinstance(exclude, str):
         message = f"exclude must be a list of names of distributions, not {exclude!r}."
@@ -158,10 +155,6 @@ def folder_repositories(
         folder: A folder of checkouts, or one checkout.
         depth: Number of levels from `folder` down to the repositories; by default, the two rules above.
         may_be_empty: Whether a folder without a source file to read gives a reader of nothing.
-
-    Raises:
-        UserError: `data.source.missing` if `folder` is not a folder; `data.source.no_files` if it holds no source file
-            to read (unless it may be empty); `data.language.unknown`; `data.folder.depth` if `depth` is negative.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -232,9 +225,6 @@ class ArchiveLimits:
     Attributes:
         max_members: Later members are not read.
         max_bytes: Reading stops when the archive has unpacked to so many bytes (of a zip, only the members read count).
-
-    Raises:
-        UserError: `data.archive.limits` if one is not positive.
     """
 
     max_members: int = 200_000
@@ -422,10 +412,6 @@ def archive_repositories(
     Args:
         source: An archive or a folder of archives.
         limits: How much of an archive is read at most; by default, `ArchiveLimits()`.
-
-    Raises:
-        UserError: `data.source.missing` if `source` does not exist; `data.source.no_files` if it is not an archive and
-            holds none; `data.language.unknown`.
     """
     root = Path(source).expanduser()
     if not root.exists():
