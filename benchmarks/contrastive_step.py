@@ -44,8 +44,9 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.cli.main import keep_few_compiled_operations
 from modular_star_encoder.data.collators import pad_inputs
-from modular_star_encoder.data.finetuning_rows import RetrievalPairs
-from modular_star_encoder.data.functions import collect_functions
+from modular_star_encoder.data.finetuning_rows import RetrievalTexts
+from modular_star_encoder.data.functions import collect_functions, drop_near_identical_descriptions
+from modular_star_encoder.data.pairs import described
 from modular_star_encoder.data.sources.repositories import installed_repositories
 from modular_star_encoder.data.tokenizer import train_tokenizer
 from modular_star_encoder.modeling import (
@@ -116,14 +117,14 @@ def device() -> str:
 
 def save_pairs(arguments: argparse.Namespace) -> None:
     """Tokenized pairs of both kinds, each side as one row of ids and its texts' lengths."""
-    functions = collect_functions(installed_repositories()).functions
+    functions = drop_near_identical_descriptions(collect_functions(installed_repositories()).functions)
     count = min(len(functions), max(arguments.batch_sizes) * (arguments.repeats + 1))
     functions = random.Random(0).sample(functions, count)
     texts = [text for function in functions for text in (function.description, function.code)]
     tokenizer = train_tokenizer(texts, load_config(arguments.shape).vocab_size)
     query_tokens, document_tokens = arguments.max_tokens
-    pairs = RetrievalPairs(
-        functions, tokenizer, max_text_tokens=query_tokens, max_code_tokens=document_tokens, prompts=False
+    pairs = RetrievalTexts(
+        described(functions), tokenizer, max_text_tokens=query_tokens, max_code_tokens=document_tokens, prompts=False
     )
     if len(pairs) < max(arguments.batch_sizes):
         raise ValueError(f"The installed packages have {len(pairs)} pairs, fewer than the largest batch.")

@@ -12,8 +12,8 @@ import os
 import shutil
 import sys
 import time
-from collections import defaultdict
-from dataclasses import asdict, replace
+from collections import Counter, defaultdict
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from modular_star_encoder import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
 from modular_star_encoder.cli.main import keep_few_compiled_operations
 from modular_star_encoder.data.collators import PaddingCollator, RetrievalCollator
-from modular_star_encoder.data.finetuning_rows import RetrievalPairs
+from modular_star_encoder.data.finetuning_rows import RetrievalTexts
 from modular_star_encoder.data.functions import (
     DocumentedFunction,
     collect_functions,
     drop_near_identical_descriptions,
 )
 from modular_star_encoder.data.in_context import InContextPairs
+from modular_star_encoder.data.pairs import described
 from modular_star_encoder.data.sources.repositories import folder_repositories, installed_repositories
-from modular_star_encoder.data.splits import Split, split_by_repository
+from modular_star_encoder.data.splits import draw_repositories
 from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.report import Report
 from modular_star_encoder.evaluation.run import evaluate_exits
@@ -121,26 +122,26 @@ def run(arguments: argparse.Namespace) -> None:
     out = open_output(arguments, recipe)
 
     announce("1/7  Collect documented functions")
-    split = collect(reader, recipe)
+    functions, held_out = collect(reader, recipe)
     announce("2/7  Train the tokenizer")
-    tokenizer = make_tokenizer(split.train, recipe, out)
+    tokenizer = make_tokenizer(functions, recipe, out)
     config.vocab_size = len(tokenizer)
     announce("3/7  Pre-train: masked tokens, and do two functions come from the same repository?")
-    pretraining_log = pretrain(split.train, tokenizer, config, recipe, out)
+    pretraining_log = pretrain(functions, tokenizer, config, recipe, out)
     announce("4/7  Fine-tune: descriptions against code, at every exit")
-    finetuning_log = finetune(split.train, tokenizer, config, recipe, out)
-    announce(f"5/7  Evaluate every exit on held-out repositories ({len(split.test)} functions)")
-    results = evaluate(split.test, tokenizer, out)
+    finetuning_log = finetune(functions, tokenizer, config, recipe, out)
+    announce(f"5/7  Evaluate every exit on held-out repositories ({len(held_out)} functions)")
+    results = evaluate(held_out, tokenizer, out)
     announce(f"6/7  Slice at exit {slice_exit} and load it back where this package does not exist")
-    slice_report = slice_and_reload(split.test, slice_exit, out)
+    slice_report = slice_and_reload(held_out, slice_exit, out)
     announce("7/7  Search")
     hits = search(arguments, out)
 
     seconds = round(time.perf_counter() - start, 1)
     report = {
         "data": arguments.data or "installed packages",
-        "repositories": {"train": names(split.train), "test": names(split.test)},
-        "functions": {"train": len(split.train), "test": len(split.test)},
+        "repositories": {"train": names(functions), "test": names(held_out)},
+        "functions": {"train": len(functions), "test": len(held_out)},
         "parameters": ModularStarEncoderForRetrieval(config).num_parameters(),
         "retrieval": results.to_dict(),
         "slice": slice_report,
@@ -191,22 +192,25 @@ def open_output(arguments: argparse.Namespace, recipe: QuickstartRecipe) -> Path
     return out
 
 
-def collect(reader: Any, recipe: QuickstartRecipe) -> Split:
-    """Documented functions, split by repository, without near-identical descriptions."""
+def collect(reader: Any, recipe: QuickstartRecipe) -> tuple[list[DocumentedFunction], list[DocumentedFunction]]:
+    """Documented functions to train on and held-out ones: no repository, description or code is in both."""
     collection = collect_functions(reader)
     for reason, count in reader.skipped.most_common():
         print(f"skipped {count} files: {reason}")
     functions = drop_near_identical_descriptions(collection.functions)
-    split = split_by_repository(functions, seed=recipe.seed, max_repository_share=0.015)
-    if recipe.max_functions is not None and len(split.train) > recipe.max_functions:
-        print(f"{recipe.max_functions} of {len(split.train)} functions are drawn for training")
-        drawn = np.sort(np.random.default_rng(recipe.seed).permutation(len(split.train))[: recipe.max_functions])
-        split = replace(split, train=[split.train[row] for row in drawn])
+    sizes = Counter(function.repository for function in functions)
+    drawn = draw_repositories(sizes, seed=recipe.seed, max_repository_share=0.015)
+    train = [function for function in functions if function.repository not in drawn]
+    held_out = [function for function in functions if function.repository in drawn]
+    if recipe.max_functions is not None and len(train) > recipe.max_functions:
+        print(f"{recipe.max_functions} of {len(train)} functions are drawn for training")
+        rows = np.sort(np.random.default_rng(recipe.seed).permutation(len(train))[: recipe.max_functions])
+        train = [train[row] for row in rows]
     print(
-        f"{len(split.train)} functions of {len(names(split.train))} repositories to train on, "
-        f"{len(split.test)} of {len(names(split.test))} held out: {', '.join(names(split.test))}"
+        f"{len(train)} functions of {len(names(train))} repositories to train on, "
+        f"{len(held_out)} of {len(names(held_out))} held out: {', '.join(names(held_out))}"
     )
-    return split
+    return train, held_out
 
 
 def make_tokenizer(functions: list[DocumentedFunction], recipe: QuickstartRecipe, out: Path) -> PreTrainedTokenizerFast:
@@ -258,8 +262,8 @@ def finetune(
     """Contrastive fine-tuning of the pre-trained trunk with a new projection head per exit."""
     folder, stage = out / "model", recipe.finetuning
     if not folder.exists():
-        pairs = RetrievalPairs(
-            functions,
+        pairs = RetrievalTexts(
+            described(functions),
             tokenizer,
             max_text_tokens=recipe.max_query_tokens,
             max_code_tokens=recipe.max_document_tokens,

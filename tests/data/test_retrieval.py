@@ -9,11 +9,10 @@ from accelerate.data_loader import BatchSamplerShard
 from modular_star_encoder.data.collators import RetrievalCollator
 from modular_star_encoder.data.finetuning_rows import (
     RetrievalBatches,
-    RetrievalPairs,
     RetrievalTexts,
     rename_frequent_words,
 )
-from modular_star_encoder.data.pairs import RetrievalExample, Snippet
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet, described
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.splits import BatchPlan, PairGroups
 from tests.data.samples import function, small_tokenizer
@@ -28,7 +27,7 @@ def functions(count=6):
 
 
 def make(tokenizer, rows=None, **options):
-    return RetrievalPairs(functions() if rows is None else rows, tokenizer, progress=False, **options)
+    return RetrievalTexts(described(functions() if rows is None else rows), tokenizer, progress=False, **options)
 
 
 def test_rows_are_what_the_tokenizer_makes_of_prompt_and_text(tokenizer):
@@ -68,22 +67,7 @@ def test_special_tokens_written_in_a_text_stay_characters(tokenizer):
     assert 3 not in row["document_ids"]
 
 
-def test_rows_that_repeat_a_description_or_a_code_are_dropped_and_counted(tokenizer):
-    first = function()
-    rows = [
-        first,
-        replace(first, code="def other(): ..."),
-        replace(first, description="Another one here."),
-        functions()[0],
-    ]
-    dataset = make(tokenizer, rows)
-    assert dataset.functions == [first, functions()[0]]
-    assert dataset.dropped == 2
-
-
 def test_bad_input_is_refused_in_one_sentence(tokenizer):
-    with raises("data.retrieval.no_rows"):
-        make(tokenizer, [])
     with raises("data.retrieval.max_tokens", "max_text_tokens"):
         make(tokenizer, max_text_tokens=5)
     with raises("data.retrieval.max_tokens", "max_code_tokens"):

@@ -12,8 +12,8 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 from transformers import TrainerCallback, TrainingArguments
 
 from modular_star_encoder.data.collators import RetrievalCollator
-from modular_star_encoder.data.finetuning_rows import RetrievalPairs
-from modular_star_encoder.data.functions import DocumentedFunction
+from modular_star_encoder.data.finetuning_rows import RetrievalTexts
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
@@ -27,10 +27,7 @@ ROWS = [
     for verb in ("add", "remove", "find", "print")
     for noun, language in (("file", "python"), ("socket", "python"), ("user", "ruby"), ("header", "sql"))
 ]
-FUNCTIONS = [
-    DocumentedFunction("repository", "module.py", 1, language, "name", description, code)
-    for description, code, language in ROWS
-]
+EXAMPLES = [RetrievalExample(description, (Snippet(language, code),)) for description, code, language in ROWS]
 TRAINING = {
     "max_steps": 2,
     "per_device_train_batch_size": len(ROWS),
@@ -73,7 +70,7 @@ def trainer(folder, tokenizer, **changes):
         model,
         TrainingArguments(str(folder), **TRAINING),
         ContrastiveObjective(),
-        train_dataset=RetrievalPairs(FUNCTIONS, tokenizer, prompts=False, progress=False),
+        train_dataset=RetrievalTexts(EXAMPLES, tokenizer, prompts=False, progress=False),
         data_collator=RetrievalCollator(tokenizer),
         callbacks=[SpoilLastStep()],
         **options,
@@ -107,7 +104,7 @@ def test_multi_exit_trainer_keeps_the_checkpoint_whose_exits_are_best_on_average
 
 
 def test_with_several_eval_datasets_the_evaluator_runs_once_beside_their_losses(tmp_path, tokenizer):
-    rows, calls = RetrievalPairs(FUNCTIONS, tokenizer, prompts=False, progress=False), []
+    rows, calls = RetrievalTexts(EXAMPLES, tokenizer, prompts=False, progress=False), []
     run = trainer(
         tmp_path,
         tokenizer,

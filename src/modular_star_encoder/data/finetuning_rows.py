@@ -4,17 +4,15 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.functions import DocumentedFunction
-from modular_star_encoder.data.pairs import LabelledPairs, RetrievalExample, Snippet, described
+from modular_star_encoder.data.pairs import LabelledPairs, RetrievalExample, Snippet
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.data.splits import TEXT_TO_CODE, BatchPlan, same_content_groups
+from modular_star_encoder.data.splits import TEXT_TO_CODE, BatchPlan
 from modular_star_encoder.data.tokenizer import ContentEncoder, check_special_tokens, encode_content
 from modular_star_encoder.utils.errors import UserError
 
@@ -51,11 +49,12 @@ def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
 _SNIPPETS, _NAMES = 10, 11
 
 
-class RetrievalTexts:
+class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
     """Descriptions and snippets, tokenized once, and how the encoder reads them.
 
     `<sep>{instruction}<sep>{text}<cls>`, or `<sep>{text}<cls>` without prompts. Only the text is truncated, never its
-    frame. Special tokens that are written in a description or in code are ordinary characters there.
+    frame. Special tokens that are written in a description or in code are ordinary characters there. As a data set, row
+    `i` holds `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).
 
     Attributes:
         texts: The rows.
@@ -100,6 +99,14 @@ class RetrievalTexts:
         )
         self._first_code = np.cumsum([0, *(len(text.snippets) for text in texts)])
 
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return {"query_ids": self.description(index), "document_ids": self.snippet(index)}
+
     def description(self, row: int) -> torch.Tensor:
         """The description of a row, int64 (T,)."""
         return _framed(self._descriptions[row], self._text_frame, self._limits[0])
@@ -133,36 +140,6 @@ class RetrievalTexts:
             framed = np.minimum(lengths[lengths > 0] + len(before) + 1, limit)
             means.append(float(framed.mean()) if len(framed) else 0.0)
         return means[0], means[1]
-
-
-class RetrievalPairs(Dataset[dict[str, torch.Tensor]]):
-    """(description, code) rows of documented functions, each once; any of them may be in a batch.
-
-    Row `i` holds `query_ids` and `document_ids`, int64 of shape (T,); see `RetrievalTexts`. Of functions that share a
-    description or code (see `same_content_groups`) only the first is kept: in one batch they would be negatives of each
-    other.
-
-    Attributes:
-        functions: The functions behind the rows.
-        dropped: Number of functions dropped.
-    """
-
-    def __init__(
-        self, functions: Sequence[DocumentedFunction], tokenizer: PreTrainedTokenizerFast, **options: Any
-    ) -> None:
-        """Drop duplicates and tokenize; `options` are those of `RetrievalTexts`."""
-        if not functions:
-            raise UserError("data.retrieval.no_rows", "RetrievalPairs needs at least one documented function.")
-        _, first_rows = np.unique(same_content_groups(described(functions)), return_index=True)
-        self.functions = [functions[row] for row in first_rows]
-        self.dropped = len(functions) - len(self.functions)
-        self._texts = RetrievalTexts(described(self.functions), tokenizer, **options)
-
-    def __len__(self) -> int:
-        return len(self.functions)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"query_ids": self._texts.description(index), "document_ids": self._texts.snippet(index)}
 
 
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from modular_star_encoder.data.functions import DocumentedFunction, code_key, description_key
+from modular_star_encoder.data.functions import code_key, description_key
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet, SourceExamples, read_retrieval_examples
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder, write_json
@@ -32,43 +32,6 @@ TEXT_TO_CODE, CODE_TO_CODE = "text → code", "code → code"
 _EARLIER_NAMES = {"held_out_share": "eval_fraction", "samples": "max_train_samples"}
 # Streams of random numbers besides those of the two kinds of pairs.
 _REPLACEMENTS, _NEGATIVES = 2, 3
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Rows to train on and rows held out, both in the order of the input.
-
-    `removed_from_train` is the number of training rows left out because their code or description is also in `test`.
-    """
-
-    train: list[DocumentedFunction]
-    test: list[DocumentedFunction]
-    removed_from_train: int
-
-
-def split_by_repository(
-    functions: Sequence[DocumentedFunction], *, seed: int, min_test: int = 2000, max_repository_share: float = 0.05
-) -> Split:
-    """Hold out whole repositories until they have `min_test` functions; train on the others.
-
-    Training rows whose code or description is also held out (compared as in `same_content_groups`) are removed. The
-    arguments are those of `draw_repositories`.
-    """
-    sizes = Counter(function.repository for function in functions)
-    held_out = draw_repositories(sizes, seed=seed, min_test=min_test, max_repository_share=max_repository_share)
-    test = [function for function in functions if function.repository in held_out]
-    descriptions = {description_key(function.description) for function in test}
-    codes = {code_key(function.code) for function in test}
-    others = [function for function in functions if function.repository not in held_out]
-    train = [
-        function
-        for function in others
-        if description_key(function.description) not in descriptions and code_key(function.code) not in codes
-    ]
-    if not train:
-        message = "Every training function is also in a held-out repository; add repositories that differ."
-        raise UserError("data.split.nothing_to_train", message)
-    return Split(train, test, removed_from_train=len(others) - len(train))
 
 
 def hashed_order(names: Iterable[str], seed: int) -> list[str]:

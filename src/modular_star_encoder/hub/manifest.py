@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from pydantic import Field
 
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.hub import check_repository_id
+from modular_star_encoder.utils.http import check_repository_id
 from modular_star_encoder.utils.settings import Switch, load_settings, settings_class
 
 MAIN = "main"

@@ -16,8 +16,7 @@ from modular_star_encoder.hub.manifest import MAIN, Manifest
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.hub import render_card
-from modular_star_encoder.utils.reports import metric_label, percent
+from modular_star_encoder.utils.reports import metric_label, percent, render_card
 
 LATENCY_FIGURE, DEPTH_FIGURE = "quality_by_latency.png", "quality_by_depth.png"
 UNKNOWN = "–"

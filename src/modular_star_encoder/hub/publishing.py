@@ -18,7 +18,7 @@ from modular_star_encoder.hub.model_card import CARD, check_card
 from modular_star_encoder.hub.staging import StagedRepository, stage_repositories, write_card
 from modular_star_encoder.hub.verification import verify_repositories
 from modular_star_encoder.utils.files import staged_folder
-from modular_star_encoder.utils.hub import wrap_hub_errors
+from modular_star_encoder.utils.http import wrap_hub_errors
 
 KEPT = (".gitattributes",)
 """Files that the Hub writes itself."""

@@ -15,7 +15,8 @@ from modular_star_encoder.data.pairs import RetrievalExample
 from modular_star_encoder.synthconl.prompts import LANGUAGE_NAMES
 from modular_star_encoder.synthconl.recipe import MEANINGS
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.hub import cell, check_repository_id, render_card, wrap_hub_errors
+from modular_star_encoder.utils.http import check_repository_id, wrap_hub_errors
+from modular_star_encoder.utils.reports import cell, render_card
 
 CARD, STATISTICS = "README.md", "statistics.json"
 

@@ -1,7 +1,7 @@
-"""The HTTP client: time-outs, limits, retries with growing pauses, and one sentence for each failure, without secrets.
+"""The HTTP client: time-outs, limits, retries with growing pauses, one sentence for each failure, no secrets.
 
 Requests run on an event loop in a thread of the client, so that they can be concurrent and be cancelled, whether or
-not the caller has an event loop itself.
+not the caller has an event loop itself. The Hub's own client has its errors put into one sentence here, too.
 """
 
 import asyncio
@@ -9,9 +9,10 @@ import contextlib
 import json
 import os
 import random
+import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -247,8 +248,7 @@ def url_host(url: str) -> str:
 
 
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
-    """The token in an environment variable, without white space around it; "" if `variable` is None.
-    """
+    """The token in an environment variable, without white space around it; "" if `variable` is None."""
     token = os.environ.get(variable, "").strip() if variable else ""
     if variable and required and not token:
         raise UserError("http.token.missing", f"The environment variable {variable} must hold the endpoint's API key.")
@@ -271,3 +271,50 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     with contextlib.suppress(ValueError, TypeError):
         return parsedate_to_datetime(value).timestamp() - time.time()
     return None
+
+
+CONFLICT = 412
+"""Status of a commit that the Hub refuses because its parent is no longer the newest."""
+
+
+def check_repository_id(repository: str) -> None:
+    """Raise UserError (`hub.repository_id`) unless `repository` has the form owner/name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        valid = "/" in repository
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise UserError("hub.repository_id", f"{repository!r} is not the id of a repository, such as owner/name.")
+
+
+@contextlib.contextmanager
+def wrap_hub_errors(repository: str) -> Iterator[None]:
+    """Raise errors of the Hub and of the network as OSError with one sentence, without the access token."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise OSError("The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN.") from error
+    except (HfHubHTTPError, RuntimeError, *network_errors()) as error:
+        # The client wraps the error of a single file in a RuntimeError.
+        cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
+        if isinstance(cause, HfHubHTTPError) and cause.response.status_code == CONFLICT:
+            message = f"{repository} was changed by someone else meanwhile; nothing was written. Check it and repeat."
+        elif isinstance(cause, network_errors()):
+            message = f"The Hub can't be reached ({type(cause).__name__}); the upload can be repeated."
+        else:
+            reason = hide_secrets(str(cause).strip().partition("\n")[0], get_token() or "")
+            message = f"The Hub refuses the upload to {repository}: {reason}"
+        raise OSError(message) from error
+
+
+def network_errors() -> tuple[type[Exception], ...]:
+    """The Hub client's exceptions for network failures: those of httpx, which newer versions call httpx2."""
+    loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    return tuple(module.TransportError for module in loaded if module)

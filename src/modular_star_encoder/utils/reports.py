@@ -1,9 +1,10 @@
-"""What reports of results need: numbers and tables as text, the kind of machine (without its name), versions."""
+"""What reports and cards need: numbers and tables as text, the kind of machine (without its name), versions."""
 
 import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,34 @@ def _memory_gb() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def render_card(template: str, **values: Any) -> str:
+    """Render a card: YAML metadata and Markdown.
+
+    Args:
+        template: name of a file in model_cards.
+        values: the template's variables; a missing one is an error.
+    """
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    environment = Environment(  # noqa: S701  Markdown, not HTML
+        loader=FunctionLoader(_read_template),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["cell"] = cell
+    return environment.get_template(template).render(**values).lstrip()
+
+
+def _read_template(name: str) -> str:
+    return files("modular_star_encoder.model_cards").joinpath(name).read_text(encoding="utf-8")
+
+
+def cell(value: Any) -> str:
+    """The text of a value in a Markdown table's cell."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return " ".join(str(value).split()).replace("|", "\\|")
