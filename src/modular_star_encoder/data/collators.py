@@ -15,14 +15,7 @@ Row = Mapping[str, torch.Tensor]
 
 
 def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str, multiple_of: int = 1) -> torch.Tensor:
-    """The rows as an int64 tensor of shape (rows, length of the longest, rounded up), filled with `value`.
-
-    Args:
-        rows: Tensors of shape (tokens,), at least one.
-        value: What fills the rest.
-        side: `"left"` or `"right"`: where the filling goes.
-        multiple_of: The length is rounded up to a multiple of this number.
-    """
+    """The rows, each (tokens,), as int64 (rows, longest rounded up to `multiple_of`), filled with `value` on `side`."""
     longest = max(len(row) for row in rows)
     length = -(-longest // multiple_of) * multiple_of
     padded = torch.full((len(rows), length), value, dtype=torch.int64)
@@ -68,11 +61,10 @@ class PaddingCollator(_Padding):
 
 
 class RetrievalCollator(_Padding):
-    """Pads rows of `RetrievalPairs` and `RetrievalBatches` on the tokenizer's side.
+    """Pads rows of `RetrievalTexts` and `RetrievalBatches` on the tokenizer's side.
 
     Returns `{"query": {...}, "document": {...}}`, each with `input_ids` and `attention_mask`, int64 of shape (B, T); T
-    is that of the longest query or document. Row `i` of the one belongs to row `i` of the other. With hard negatives,
-    `negative` is a third side.
+    is that of the longest query or document. With hard negatives, `negative` is a third side.
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, dict[str, torch.Tensor]]:
@@ -94,22 +86,15 @@ class PackingCollator:
 
     - `input_ids`, `position_ids` (from 0 in every row) and `labels`, int64 (1, N);
     - `cu_seq_lens_q`, `cu_seq_lens_k`: the one tensor of the rows' bounds, int32 (P + 1,);
-    - `max_length_q`, `max_length_k`: the number of tokens of the longest row, plain integers, since flash attention
-      wants them on the CPU;
+    - `max_length_q`, `max_length_k`: the tokens of the longest row, as integers: flash attention wants them on the CPU;
     - `icc_labels`, int64 (P,).
 
-    Losses are those of the padded batch. Such a batch cannot be sliced or concatenated along its first dimension: train
-    without accelerate's `split_batches` and `dispatch_batches`, and on one device per process.
+    Every row ends with `<cls>`. Losses are those of the padded batch. The batch cannot be sliced along its first
+    dimension: train without accelerate's `split_batches` and `dispatch_batches`, and on one device per process.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int | None = None) -> None:
-        """Set the limit.
-
-        Args:
-            tokenizer: That of the rows, which must end with its `<cls>`: the classifier of an unfinished row would read
-                from its neighbour.
-            max_tokens: Largest N, to bound the memory of a step; batch size × tokens per row is always enough.
-        """
+        """`max_tokens`: largest N, to bound the memory of a step; batch size × tokens per row is always enough."""
         check_special_tokens(tokenizer, "cls")
         if max_tokens is not None and max_tokens < 1:
             raise UserError("data.packing.max_tokens", f"max_tokens must be at least 1, not {max_tokens}.")

@@ -26,10 +26,8 @@ _LETTERS = np.array(list(string.ascii_lowercase))
 def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
     """Replace each word of `code` that occurs at least three times and has at least three characters.
 
-    A word is a run of letters, digits and underscores that does not begin with a digit. The paper says "words", so
-    reserved words, and words in comments and strings, are replaced like any other. Every occurrence gets the same new
-    name: 3 to 8 random lower-case letters, different from every other word of the result. Equal generators give equal
-    results.
+    The paper says "words": reserved words, and words in comments and strings, are replaced like any other. Every
+    occurrence gets the same name: 3 to 8 random lower-case letters, different from every other word of the result.
     """
     counts = Counter(_WORD.findall(code))
     taken = set(counts)
@@ -53,11 +51,8 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
     """Descriptions and snippets, tokenized once, and how the encoder reads them.
 
     `<sep>{instruction}<sep>{text}<cls>`, or `<sep>{text}<cls>` without prompts. Only the text is truncated, never its
-    frame. Special tokens that are written in a description or in code are ordinary characters there. As a data set, row
-    `i` holds `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).
-
-    Attributes:
-        texts: The rows.
+    frame. Special tokens that are written in a text are ordinary characters there. As a data set, row `i` holds
+    `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).
     """
 
     def __init__(
@@ -70,15 +65,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         prompts: bool = True,
         progress: bool = True,
     ) -> None:
-        """Tokenize.
-
-        Args:
-            texts: The rows, in order.
-            tokenizer: A fast tokenizer whose template ends with `<cls>`, such as `train_tokenizer` makes.
-            max_text_tokens: Largest number of tokens of a description, prompt and special tokens included.
-            max_code_tokens: The same for a snippet.
-            prompts: Whether texts carry the published prompts.
-        """
+        """Tokenize, with a tokenizer whose template ends with `<cls>`; prompts and special tokens count as tokens."""
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
@@ -145,26 +132,15 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
     """The rows of every batch, one batch after the other: what a sequential sampler reads from 0 to `steps` × batch.
 
-    Row `i` depends on the seed of the plan and `i` only, so any worker, process or resumed run makes the same one. It
-    holds `query_ids` and `document_ids`, int64 (T,): a description and its code, or code and the same in another
-    language. Of several snippets, two are drawn each time. Where every row has a hard negative, there are
-    `negative_ids`, too.
-
-    Attributes:
-        batch_size: Pairs of one batch, of all processes together.
+    Row `i` depends on the seed of the plan and `i` only. It holds `query_ids` and `document_ids`, int64 (T,): a
+    description and its code, or two snippets, drawn each time. Where every row has a hard negative, there are
+    `negative_ids`, too. `batch_size` counts the pairs of all processes together.
     """
 
     def __init__(
         self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, identifier_rename_prob: float = 0.0
     ) -> None:
-        """Compute nothing yet.
-
-        Args:
-            texts: The rows of the plan.
-            plan: Which row is where.
-            steps: Number of batches.
-            identifier_rename_prob: Probability from 0 to 1 that the frequent words of a snippet are renamed.
-        """
+        """`identifier_rename_prob`: probability that the frequent words of a snippet are renamed."""
         if not 0 <= identifier_rename_prob <= 1:
             message = f"identifier_rename_prob must be from 0 to 1, not {identifier_rename_prob}."
             raise UserError("data.retrieval.identifier_rename_prob", message)
@@ -223,8 +199,7 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
     """Rows of clone detection, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, version 2).
 
     Row `i` holds `input_ids`, int64 (T,), T ≤ `max_tokens`, and `labels`, an int64 scalar. Where both snippets do not
-    fit, each gets half of the room, or the part of it that the other leaves. Special tokens that are written in code
-    are ordinary characters.
+    fit, each gets half of the room, or the part of it that the other leaves.
     """
 
     def __init__(

@@ -32,42 +32,27 @@ _FILES_PER_CHUNK = 64
 
 @dataclass(frozen=True, slots=True)
 class DocumentedFunction:
-    """A function and its author's description.
-
-    Attributes:
-        repository: Name of its repository.
-        path: Path of its file, with forward slashes.
-        line: 1-based line of the file at which the function, with its decorators, begins; 0 if unknown.
-        language: Lower-case name of the programming language.
-        name: Dotted name inside the file, such as `"Stack.push"`.
-        description: First paragraph of the documentation, in one line; empty for the undocumented that a search keeps.
-        code: Decorators, signature and body, dedented, with `\\n` line ends, without docstrings and the comments before
-            it.
-        source: The whole function as in its file, with docstrings, line ends and indentation, without the comments
-            before it. SynthCoNL's column `func1_CSN` is this text.
-        start_byte: Its first byte in the UTF-8 encoding of the file's text; None if unknown.
-        end_byte: The byte after its last: `text.encode()[start_byte:end_byte].decode() == source`.
-        license: The licence according to the origin of the file, if any.
-    """
+    """A function and its author's description."""
 
     repository: str
-    path: str
-    line: int
+    path: str  # with forward slashes, as in the repository
+    line: int  # 1-based line at which the function, with its decorators, begins; 0 if unknown
     language: str
-    name: str
-    description: str
-    code: str
-    source: str = ""
-    start_byte: int | None = None
-    end_byte: int | None = None
-    license: str | None = None
+    name: str  # dotted name inside the file, such as "Stack.push"
+    description: str  # first paragraph of the documentation, in one line; empty if there is none
+    code: (
+        str  # decorators, signature and body, dedented, with `\n` line ends, without docstrings
+    )
+    source: str = ""  # the whole function as in its file, from start_byte; SynthCoNL's column `func1_CSN`
+    start_byte: int | None = None  # its first byte in the UTF-8 encoding of the file's text; None if unknown
+    end_byte: int | None = None  # the byte after its last
+    license: str | None = None  # according to the origin of the file
 
 
 def function_id(function: DocumentedFunction) -> str:
-    """An identifier of `function`: 32 hexadecimal digits, the same on every machine and in every run.
+    """32 hexadecimal digits, the same on every machine: of repository, path, language, place and source of `function`.
 
-    It is the beginning of the SHA-256 of the repository, the path, the language, the place (line and first byte) and
-    the source: a function that moves or changes becomes another one. Its name, description and licence do not count.
+    A function that moves or changes becomes another one. Its name, description and licence do not count.
     """
     place = f"{function.line}:{'' if function.start_byte is None else function.start_byte}"
     # Lengths go before the parts, so that no two lists of parts make the same text.
@@ -160,12 +145,8 @@ def extract_functions(
     """The documented functions of `file`, in the order of the text, methods and nested functions included.
 
     No filter is applied, but functions without a body, with only a docstring in it, or with a syntax error are left
-    out. A file that does not parse yields no function. A `.h` that was read as C and is C++ yields functions in C++.
-
-    Args:
-        file: The source file; its language is one of `LANGUAGES` (`data.language.unknown`).
-        counts: When given, `"files that do not parse"` and the counts of `find_functions` are added to it.
-        documented_only: Whether to leave out functions without a description.
+    out. A `.h` that was read as C and is C++ yields functions in C++. `counts` counts `"files that do not parse"`, and
+    what `find_functions` counts.
     """
     language = language_of_text(file.language, file.path, file.text)
     try:
@@ -187,17 +168,10 @@ class FunctionCollection:
 
 
 def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress: bool = True) -> FunctionCollection:
-    """Extract, filter and de-duplicate the documented functions of `files`.
+    """The documented functions of `files` that pass `FILTERS`, in order, each code once, and counts.
 
-    Of functions whose code differs in white space only, the first is kept. The result does not depend on `processes`.
-
-    Args:
-        files: Source files; those in unsupported languages are counted and skipped.
-        processes: Number of worker processes; with 0 or 1 the work is done in this process.
-
-    Returns:
-        The functions, in the order of `files`, and counts: `"files"`, `"documented functions"`, one for each reason to
-        drop a function, those of `extract_functions`, `"functions kept"`, and `"files that crash the parser"`.
+    The result does not depend on `processes`; with 0 or 1 the work is done in this process. Counted are `"files"`,
+    `"documented functions"`, each reason to drop a function or file, and `"functions kept"`.
     """
     counts: Counter[str] = Counter()
     kept: dict[str, DocumentedFunction] = {}
@@ -251,8 +225,7 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 class FunctionFiles(SourceReader):
     """Yields every function of a reader's files, documented or not, as a file whose path ends in `#L{line}`.
 
-    A function inside another one belongs to that one. Units are those of the reader. `skipped` counts the files that
-    the reader leaves out, those that do not parse, and those that crash the parser.
+    A function inside another one belongs to that one. Units are those of the reader.
     """
 
     def __init__(self, files: SourceReader) -> None:
@@ -375,23 +348,16 @@ class LeakingDocstringError(ValueError):
 def documentation_summary(documentation: str) -> str:
     """The query of a documentation string: its first paragraph up to the first `@` tag.
 
-    CodeSearchNet takes the text up to the first blank line, otherwise up to the first `@`; cutting at both keeps the
-    names of parameters, which the code repeats, out of the query.
+    CodeSearchNet cuts at one or the other; both keep the names of parameters, which the code repeats, out of the query.
     """
     return re.split(r"\n\s*\n|@", documentation.strip(), maxsplit=1)[0].strip()
 
 
 def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
-    """The function of one row of CodeSearchNet as published.
+    """The function of one row of CodeSearchNet as published: the Hub's columns, or the fields of the JSON lines.
 
     Its code is the row's, in Python without the docstring: with it, BM25 reaches an MRR of 97 %. The line is that of
-    the row's URL, 0 without one; offsets in the file and the licence are unknown.
-
-    Args:
-        row: Of the Hub's columns, or the fields of the JSON lines. Code, documentation and language are needed.
-
-    Raises:
-        LeakingDocstringError: If Python code does not parse, or is only a docstring.
+    the row's URL, 0 without one. LeakingDocstringError: Python code that does not parse, or is only a docstring.
     """
     values = {
         what: next((row[name] for name in names if isinstance(row.get(name), str)), None)

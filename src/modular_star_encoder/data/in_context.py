@@ -58,12 +58,8 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
     - `labels`, int64 (T,): the original ids of the masked positions (one at least), −100 elsewhere;
     - `icc_label`, int64 scalar: 1 if both snippets are from one repository, otherwise 0, with equal chances.
 
-    A snippet is a window of one text; the two are always of different texts, drawn by the law above.
-
-    Attributes:
-        repositories: Names of the repositories in use: those with two texts of at least 16 tokens, in languages that
-            occur in two repositories.
-        dropped_texts: Number of texts left out: shorter than that, or without such company.
+    A snippet is a window of one text; the two are always of different texts, drawn by the law above. `repositories`
+    names those in use, and `dropped_texts` counts the texts that are not (see `PairSampler`).
     """
 
     def __init__(
@@ -77,16 +73,9 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         seed: int,
         progress: bool = True,
     ) -> None:
-        """Take tokenized texts, or tokenize texts into memory.
+        """Take a tokenized corpus, or tokenize the texts of each repository, all of one language, into memory.
 
-        Args:
-            texts: A corpus (a `TokenStore`, a part of it, or one in memory), or the texts (files, functions) of each
-                repository, all of one language.
-            tokenizer: A fast tokenizer with `<sep>`, `<cls>` and `<mask>`; for a corpus, the one that made it.
-            length: Number of rows.
-            max_tokens: Largest number of tokens of a row, special tokens included; at least 35.
-            mlm_probability: Share of the text tokens to predict.
-            seed: Any integer from 0.
+        The tokenizer has `<sep>`, `<cls>` and `<mask>`, and made the corpus. Special tokens count in `max_tokens`.
         """
         if length < 1 or seed < 0 or not 0 < mlm_probability < 1 or max_tokens < MIN_ROW_TOKENS:
             message = "length must be at least 1, seed at least 0, mlm_probability between 0 and 1, and max_tokens at "
@@ -189,20 +178,11 @@ class PairSampler:
     """Draws pairs by the law above. One draw takes about a tenth of a millisecond, whatever the corpus.
 
     In use are texts of at least 16 tokens, in repositories with two of them and languages of two repositories. Memory:
-    about 20 bytes per text.
-
-    Attributes:
-        repositories: Indices (of `corpus.repository_names`) of the repositories in use, sorted.
-        dropped_texts: Number of texts that are not.
+    about 20 bytes per text. `repositories` are indices of `corpus.repository_names`.
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:
-        """Sort the texts by repository, language and length.
-
-        Args:
-            corpus: Where to draw from.
-            room: Largest number of tokens of both snippets together, at least 32.
-        """
+        """Sort the texts by repository, language and length; both snippets together fill at most `room` tokens."""
         self.room = room
         numbers = corpus.row_numbers
         lengths = corpus.rows.bounds[numbers + 1] - corpus.rows.bounds[numbers]
@@ -235,12 +215,7 @@ class PairSampler:
         return _Proposals(groups, -self._longest[groups], np.cumsum(weights[self._group_repository[groups]]))
 
     def draw(self, rng: np.random.Generator) -> WindowPair:
-        """Draw one pair.
-
-        Raises:
-            RuntimeError: If ten thousand cells in a row fit no two repositories: nearly all texts are then in languages
-                that no two repositories share.
-        """
+        """Draw one pair; RuntimeError if nearly all texts are in languages that no two repositories share."""
         for _ in range(_MAX_CELLS):
             cell = self._draw_cell(rng)
             any_length = cell._replace(first_length=0, second_length=0)

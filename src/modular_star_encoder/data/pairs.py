@@ -43,34 +43,21 @@ class Snippet(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RetrievalExample:
-    """One meaning in several texts: a row of fine-tuning for retrieval.
+    """One meaning in several texts: a row of fine-tuning for retrieval."""
 
-    Attributes:
-        description: The meaning in prose; empty if there is none.
-        snippets: The meaning in code, at least once; the description was written for the first.
-        repository: Where it is from. Rows are held out by repository; empty if it is unknown.
-        negative: Code that is much like it and means something else (a hard negative).
-    """
-
-    description: str
-    snippets: tuple[Snippet, ...]
-    repository: str = ""
-    negative: Snippet | None = None
+    description: str  # the meaning in prose; empty if there is none
+    snippets: tuple[Snippet, ...]  # the meaning in code, at least once; the description is that of the first
+    repository: str = ""  # rows are held out by repository; empty if it is unknown
+    negative: Snippet | None = None  # code that is much like it and means something else (a hard negative)
 
 
 @dataclass(slots=True)
 class SourceExamples:
-    """What was read from one source.
+    """What was read from one source."""
 
-    Attributes:
-        texts: The rows, in the order of the source.
-        skipped: Number of rows, or parts of rows, left out by reason.
-        examples: The first of them by reason: where it is, and how it begins.
-    """
-
-    texts: list[RetrievalExample] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
+    texts: list[RetrievalExample] = field(default_factory=list)  # in the order of the source
+    skipped: Counter[str] = field(default_factory=Counter)  # rows, or parts of rows, left out by reason
+    examples: dict[str, str] = field(default_factory=dict)  # the first by reason: where it is, and how it begins
 
     def skip(self, reason: str, place: str, row: Any, strict: bool) -> None:
         """Count something that is left out; with `strict`, raise UserError (`data.row`)."""
@@ -111,9 +98,7 @@ class TripletColumns:
 class TripletReader:
     """Iterates over the triplets of a dataset, as a stream, in a fixed order, again and again.
 
-    Attributes:
-        skipped: Number of rows left out by reason, of the last iteration.
-        examples: The first such row by reason: where it is, and how it begins.
+    `skipped` counts the rows left out of the last iteration by reason; `examples` has the first by reason.
     """
 
     def __init__(
@@ -123,7 +108,6 @@ class TripletReader:
         strict: bool,
         fault: Callable[[RetrievalExample], str | None] = lambda _: None,
     ) -> None:
-        """`fault` says why a triplet is left out after all, or None; see `open_triplets`."""
         self._rows, self._columns, self._strict, self._fault = rows, columns, strict, fault
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
@@ -153,14 +137,12 @@ def open_triplets(
     """Open a dataset of triplets: rows with a description and two snippets.
 
     Args:
-        source: A parquet or JSON Lines file, a list of them, a folder of them, or the name of a dataset of the Hub.
-        split: The split to read; see `open_dataset_rows`.
+        source, split, options: See `open_dataset_rows`.
         columns: The names of its columns.
         strict: Whether a bad row is an error (`data.row`); otherwise it is skipped and counted. A triplet has a
             description, two codes that are not blank, two of our languages, in any spelling (`C++` is `cpp`), and as
             repository a text or nothing.
         fault: Says why a triplet is a bad row for other reasons, or None.
-        options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
     rows = open_dataset_rows(source, columns.names(), split=split, **options)
@@ -328,17 +310,11 @@ _LABELLED_SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True, slots=True)
 class LabelledPairs:
-    """Pairs of snippets of one split, for clone detection: do the two do the same?
+    """Pairs of snippets of one split, for clone detection: do the two do the same?"""
 
-    Attributes:
-        codes: The snippets, each once.
-        pairs: int64 (pairs, 2), places in `codes`.
-        labels: int64 (pairs,), 1 where both do the same, otherwise 0.
-    """
-
-    codes: list[str]
-    pairs: np.ndarray
-    labels: np.ndarray
+    codes: list[str]  # the snippets, each once
+    pairs: np.ndarray  # int64 (pairs, 2), places in `codes`
+    labels: np.ndarray  # int64 (pairs,), 1 where both do the same, otherwise 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -350,16 +326,13 @@ class LabelledPairs:
 
 
 def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]:
-    """Read the splits in a recipe's `data`.
+    """The pairs of the splits in a recipe's `data`: `train`, `valid` and, if there is one, `test`.
 
     Args:
         settings: `train`, `valid` and optionally `test`, each a JSON Lines or parquet file with the columns `first`,
             `second` (snippets) and `label` (0 or 1); or `bigclonebench`, a folder with the files of CodeXGLUE
             (github.com/microsoft/CodeXGLUE, Clone-detection-BigCloneBench): `data.jsonl` holds functions (`func`,
             `idx`), and `train.txt`, `valid.txt` and `test.txt` two ids and a label a line.
-
-    Returns:
-        The pairs of `train`, `valid` and, if there is one, `test`.
     """
     for name, source in settings.items():
         if not isinstance(source, str | os.PathLike) or not os.fspath(source):

@@ -33,12 +33,9 @@ LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))
 
 
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
-    """The prefix of a code snippet, `"{instruction}<sep>"`.
+    """The prefix of a code snippet, `"{instruction}<sep>"`; `"cpp"` becomes `"c++"`, and None is an unknown language.
 
-    Args:
-        language: Name of the programming language; it is lower-cased, as published, and `"cpp"` becomes `"c++"`.
-            `None` gives the wording for code whose language is unknown.
-        instructions: `False` for a model that was fine-tuned without them (`config.instruction_prompts`): no prefix.
+    Without `instructions`, as for models fine-tuned without them (`config.instruction_prompts`), it is empty.
     """
     if not instructions:
         return ""

@@ -45,18 +45,12 @@ def hashed_order(names: Iterable[str], seed: int) -> list[str]:
 def draw_repositories(
     sizes: Mapping[str, int], *, seed: int, min_test: int = 2000, max_repository_share: float = 0.05
 ) -> set[str]:
-    """The names of the repositories to hold out.
+    """The names of the repositories to hold out, of those in `sizes` (repository → number of functions).
 
-    Only repositories with at most `max_repository_share` of all functions are drawn, so that no single project decides
-    the results. When these do not suffice, the smallest of the others follow. One repository at least is left for
-    training.
-
-    Args:
-        sizes: The number of functions of each repository.
-        seed: Decides which repositories are drawn. The draw depends on nothing but the seed and the repositories'
-            names and sizes: not on the order of the rows, the Python version or the machine.
-        min_test: Number of functions to hold out, at least; about a fifth of all functions if that is less.
-        max_repository_share: Largest share of all functions, above 0 and up to 1, of a repository that is drawn first.
+    About a fifth of all functions is held out, or `min_test` if that is less. Only repositories with at most
+    `max_repository_share` of all functions are drawn, so that no single project decides the results; when these do not
+    suffice, the smallest of the others follow. One repository at least is left for training. The draw depends on the
+    seed and on the names and sizes alone: not on the order of the rows, the Python version or the machine.
     """
     if min_test < 1 or not 0 < max_repository_share <= 1:
         message = f"min_test must be at least 1, not {min_test}, and max_repository_share up to 1, "
@@ -81,19 +75,13 @@ def draw_repositories(
 
 @dataclass(frozen=True, slots=True)
 class RetrievalData:
-    """Rows of fine-tuning for retrieval.
-
-    Attributes:
-        train: In the order of the sources.
-        held_out: None of their repositories, descriptions or codes is in `train`.
-        report: What was read and left out: `settings`; `sources`, with `rows`, `skipped` (counts by reason) and
-            `examples` of each; `shared_with_held_out`, rows left out of training for their content or repository;
-            `train` and `held_out`, numbers of rows; and the names of `held_out_repositories`.
-    """
+    """Rows of fine-tuning for retrieval, in the order of the sources."""
 
     train: list[RetrievalExample]
-    held_out: list[RetrievalExample]
-    report: dict[str, Any]
+    held_out: list[RetrievalExample]  # none of their repositories, descriptions or codes is in `train`
+    report: dict[
+        str, Any
+    ]  # what was read, skipped, left out for sharing with held-out rows, and held out
 
 
 def prepare_retrieval_data(
@@ -212,13 +200,10 @@ class Draw(NamedTuple):
 
 
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
-    """The groups of rows that share a description or a code.
+    """The group of each row, int64 (rows,), numbered from 0: rows that share a description or a code.
 
     Descriptions are compared by their letters and digits in lower case, code without white space. Groups are connected
     components: if A shares a code with B and B its description with C, A and C are in one group.
-
-    Returns:
-        The group of each row, int64 (rows,), numbered from 0 in the order of their first rows.
     """
     parents = list(range(len(texts)))
 
@@ -258,14 +243,7 @@ def _digest(key: str) -> bytes:
 
 
 class PairGroups:
-    """The groups that give each kind of pairs, with their rows.
-
-    Attributes:
-        numbers: kind → the numbers of its groups, int64 (groups,); kinds without pairs are missing.
-        rows: kind → the rows of each of these groups.
-        of_rows: the group of each row, int64 (all rows,).
-        negatives: the group that has the hard negative of each row; see `groups_of_negatives`.
-    """
+    """The groups that give each kind of pairs, with their rows; kinds without pairs are missing."""
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
         """Group rows; those with a description give text → code pairs, those with two snippets code → code pairs."""
@@ -316,13 +294,7 @@ class BatchPlan:
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """Draw nothing yet.
-
-        Args:
-            groups: Which rows may be in one batch.
-            batch_size: Pairs of one batch, of all processes together; even, if there are both kinds.
-            seed: Any integer from 0.
-        """
+        """Draw nothing yet; `batch_size` counts the pairs of all processes and is even if there are both kinds."""
         self.batch_size, self.seed = batch_size, seed
         self._numbers, self._rows, self._counts = groups.numbers, groups.rows, groups.counts
         self._of_rows, self._negatives = groups.of_rows, groups.negatives

@@ -36,25 +36,15 @@ from modular_star_encoder.utils.files import staged_file
 
 @dataclass(frozen=True, eq=False)
 class TokenCorpus:
-    """Texts in memory (`corpus_of_texts`, `corpus_of_files`) or on disk (`TokenStore`), or a part of them (`split`).
+    """Texts in memory (`corpus_of_texts`, `corpus_of_files`) or on disk (`TokenStore`), or a part of them (`split`)."""
 
-    Attributes:
-        rows: Token ids of every text; of a part, those of the whole.
-        row_numbers: int64 (texts,), sorted: the rows that belong to this corpus.
-        repository_names: Names of all repositories of `rows`.
-        repository_of: int32 (rows,): the repository of each row, as an index of `repository_names`.
-        language_names: Lower-case names of all languages of `rows`.
-        language_of: int32 (rows,): the language of each row, as an index of `language_names`.
-        tokenizer_checksum: That of the tokenizer that made the rows; see `ContentEncoder`.
-    """
-
-    rows: TokenRows
-    row_numbers: np.ndarray
+    rows: TokenRows  # of every text; of a part, those of the whole
+    row_numbers: np.ndarray  # int64 (texts,), sorted: the rows that belong to this corpus
     repository_names: tuple[str, ...]
-    repository_of: np.ndarray
-    language_names: tuple[str, ...]
-    language_of: np.ndarray
-    tokenizer_checksum: str
+    repository_of: np.ndarray  # int32 (rows,), indices of `repository_names`
+    language_names: tuple[str, ...]  # lower-case
+    language_of: np.ndarray  # int32 (rows,), indices of `language_names`
+    tokenizer_checksum: str  # of the tokenizer that made the rows
 
     def __len__(self) -> int:
         return len(self.row_numbers)
@@ -67,9 +57,8 @@ class TokenCorpus:
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
         """(corpus to train on, held-out corpus): two views that share no repository.
 
-        Args:
-            eval_fraction: Share of the repositories to hold out, between 0 and 1; at least one is, and one is left.
-            seed: Decides which. The draw depends on the seed and the names alone, not on their order or their texts.
+        Of the repositories, `eval_fraction` is held out; at least one is, and one is left. The draw depends on the seed
+        and the names alone.
         """
         if not 0 < eval_fraction < 1:
             raise UserError("data.split.eval_fraction", f"eval_fraction must be between 0 and 1, not {eval_fraction}.")
@@ -202,15 +191,9 @@ def build_token_store(
 ) -> TokenStore:
     """Tokenize `files` into a store, or continue one that was interrupted, at any moment and in any way.
 
-    Texts are encoded as by `encode_content`: special tokens written in them are ordinary characters. Every file is one
-    row, in the order of `files`. To continue, pass the same files in the same order: those already stored are read
-    again and compared, but not tokenized. A finished store is opened without reading `files`. Only one process may work
-    on a folder at a time.
-
-    Args:
-        files: Source files; they are iterated once, and some thousands are in memory at a time.
-        folder: A store that was begun with this tokenizer, or a folder that is empty or does not exist.
-        files_per_commit: Number of files after which the work so far is safe.
+    Every file is one row, in the order of `files`. To continue, pass the same files in the same order: those already
+    stored are read again and compared, but not tokenized. A finished store is opened without reading `files`. After
+    `files_per_commit` files the work so far is safe. Only one process may work on a folder at a time.
     """
     if files_per_commit < 1:
         message = f"files_per_commit must be at least 1, not {files_per_commit}."

@@ -39,14 +39,9 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer on `texts`.
 
-    One text is encoded as `<sep> text <cls>`, a pair as `<sep> a <sep> b <cls>`; truncation keeps these tokens. Padding
-    is on the left. The ids of `<pad>`, `<sep>`, `<cls>` and `<mask>` are 0, 1, 2 and 3.
-
-    Args:
-        texts: Source code and descriptions, in any order.
-        vocab_size: Number of entries, special tokens included. A small corpus may fill fewer: size the model by
-            `len(tokenizer)`.
-        max_length: `model_max_length`, in tokens, special tokens included.
+    One text is encoded as `<sep> text <cls>`, a pair as `<sep> a <sep> b <cls>`; truncation to `max_length` keeps these
+    tokens. Padding is on the left. The ids of `<pad>`, `<sep>`, `<cls>` and `<mask>` are 0, 1, 2 and 3, and count in
+    `vocab_size`. A small corpus may fill fewer entries: size the model by `len(tokenizer)`.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
         message = (
@@ -142,10 +137,7 @@ def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 class TokenRows:
     """Rows of token ids in one flat array: 20 million tokens take 40 MB (vocabularies up to 65,536).
 
-    Row `i` is an integer array of shape (number of tokens,), a view.
-
-    Attributes:
-        bounds: int64 (rows + 1,): row `i` is `bounds[i]:bounds[i + 1]` of the flat array.
+    Row `i` is a view of the flat array, from `bounds[i]` to `bounds[i + 1]`; `bounds` is int64 (rows + 1,).
     """
 
     def __init__(self, flat: np.ndarray, bounds: np.ndarray) -> None:
@@ -175,10 +167,8 @@ class TokenRows:
 class ContentEncoder:
     """Encodes texts as ordinary characters: no template, no truncation, and no special tokens, even if written there.
 
-    Attributes:
-        dtype: uint16 for vocabularies up to 65,536, otherwise uint32.
-        checksum: SHA-256 of what decides the ids, as hexadecimal digits. It does not depend on the template, padding
-            and truncation, nor on saving and loading.
+    `dtype` is uint16 for vocabularies up to 65,536, otherwise uint32. `checksum` is that of what decides the ids; the
+    template, padding, truncation, saving and loading do not change it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -201,12 +191,7 @@ class ContentEncoder:
 def encode_content(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, progress: bool = True, description: str = "Tokenizing"
 ) -> TokenRows:
-    """Encode texts into one flat array, as `ContentEncoder` does.
-
-    Args:
-        texts: One row each.
-        description: Label of the progress bar.
-    """
+    """Encode texts, one row each, into one flat array, as `ContentEncoder` does."""
     encoder = ContentEncoder(tokenizer)
     parts: list[np.ndarray] = []
     starts = range(0, len(texts), TEXTS_PER_BATCH)

@@ -27,14 +27,8 @@ def crash_safe_map(
     """Yield the results of `function` for one chunk of `items` after another, in order.
 
     When a process dies, the chunk that may have killed it is halved until a single item is left, and the result of that
-    item is `crashed(item)`. Ctrl-C is left to the calling process.
-
-    Args:
-        function: A function of a module, so that it can be pickled.
-        items: Read as they are needed: a few chunks for each process.
-        processes: Number of processes; with 0 or 1 the work is done in this one, without protection.
-        chunk_size: Number of items in a chunk.
-        crashed: Gives the result for an item that kills its process; called here.
+    item is `crashed(item)`. Ctrl-C is left to the calling process. Items are read as they are needed. With 0 or 1
+    processes the work is done in this one, without protection.
     """
     iterator = iter(items)
     chunks = iter(lambda: list(islice(iterator, chunk_size)), [])

@@ -40,11 +40,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of `target`; the file written there replaces `target` if no error occurs.
 
-    Args:
-        target: the file to write.
-        resumable: for steps of a job that is killed and resumed, one process at a time: the data reaches the disk
-            before the rename, and the temporary name is always the same, so that the next attempt removes what a
-            killed one left.
+    `resumable` is for steps of a job that is killed and resumed, one process at a time: data reaches the disk before the
+    rename, and the temporary name is always the same, so that the next attempt removes what a killed one left.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")
@@ -62,11 +59,9 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
 
 @contextmanager
 def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder next to `target`; it takes that name if no error occurs.
+    """Yield an empty temporary folder; it becomes `target`, which is empty or doesn't exist, if no error occurs.
 
-    Args:
-        target: the folder to write; it doesn't exist yet or is empty. Missing parents are created.
-        resumable: see `staged_file`.
+    Missing parents are created. For `resumable` see `staged_file`.
     """
     target = Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -35,12 +35,9 @@ class HTTPRequestError(UserError):
     """A request that failed for good.
 
     Keys: `http.status` (the server refuses), `http.no_answer` (unreachable or busy in every attempt), `http.too_slow`
-    (over the total time), `http.too_large` (over the size limit).
-
-    Attributes:
-        status: status of the last response; None if there was none.
-        reason: what happened, without the host: "status 401, Incorrect API key provided".
-        text: beginning of the last response's body, as text, without the token.
+    (over the total time), `http.too_large` (over the size limit). `status` is that of the last response, if there was
+    one; `reason` is without the host: "status 401, Incorrect API key provided"; `text` is the beginning of the last
+    response's body, without the token.
     """
 
     def __init__(self, key: str, message: str, *, status: int | None = None, reason: str = "", text: str = "") -> None:
@@ -139,16 +136,10 @@ class HTTPClient:
     def submit(
         self, method: str, url: str, *, body: Any = None, retry_if: Callable[[Response], bool] | None = None
     ) -> "Future[Response]":
-        """Send a request in the background.
+        """Send a request in the background; the future has a response of a status below 300 or HTTPRequestError.
 
-        Args:
-            method: `"GET"`, `"POST"`, …
-            url: an http or https address. It may hold a secret: errors name the host only.
-            body: sent as JSON, if not None.
-            retry_if: whether a successful response is a failure to retry after all, as some gateways send.
-
-        Returns:
-            A future of the response, which has a status below 300. It raises HTTPRequestError if the request fails.
+        `url` may hold a secret: errors name the host only. `body` is sent as JSON. `retry_if` says whether a successful
+        response is a failure to retry after all, as some gateways send.
         """
         return self._run(self._send(method, url, body, retry_if))
 

@@ -78,12 +78,7 @@ def _memory_gb() -> float | None:
 
 
 def render_card(template: str, **values: Any) -> str:
-    """Render a card: YAML metadata and Markdown.
-
-    Args:
-        template: name of a file in model_cards.
-        values: the template's variables; a missing one is an error.
-    """
+    """A card, YAML metadata and Markdown, from a template of model_cards; a missing variable is an error."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     environment = Environment(  # noqa: S701  Markdown, not HTML

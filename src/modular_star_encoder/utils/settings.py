@@ -93,13 +93,9 @@ def settings_class(kind: type[Settings]) -> type[Settings]:
 def load_settings(
     kind: type[Settings], path: str | os.PathLike[str], overrides: Sequence[str] = (), *, example: str = ""
 ) -> Settings:
-    """Read a recipe: an instance of a settings class from a YAML file.
+    """An instance of a settings class from a YAML file; `example` is a recipe to name when `path` does not exist.
 
-    Args:
-        kind: the settings class.
-        path: a YAML file.
-        overrides: `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
-        example: a recipe to name when `path` does not exist.
+    `overrides` are `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
     """
     return build_settings(kind, read_mapping(path, overrides, example=example), str(path))
 
@@ -144,12 +140,9 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
 
 
 def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
-    """An instance of a settings class from a mapping.
+    """An instance of a settings class from a mapping; old keys are renamed with a FutureWarning.
 
-    Args:
-        kind: the class.
-        content: key → value; old keys are renamed with a FutureWarning.
-        where: what the settings belong to, the beginning of every message.
+    A wrong key or value is a UserError that begins with `where`; an error with a key of its own keeps it.
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {content!r}.")
@@ -187,11 +180,7 @@ def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], 
 
 
 def rename_old_keys(kind: type, content: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The content with the current names of its keys; of two values for one key, the later wins.
-
-    Warns:
-        FutureWarning: for each old key, with the new name.
-    """
+    """The content with the current names of its keys, with a FutureWarning; of two values for one key, the later wins."""
     old_keys: Mapping[str, str] = getattr(kind, "OLD_KEYS", {})
     content = kind.upgrade(content) if hasattr(kind, "upgrade") else content
     renamed: dict[Any, Any] = {}
@@ -257,12 +246,9 @@ class Key:
 
 
 def reference(kind: type, prefix: str = "") -> Iterator[Key]:
-    """Every key of a settings class, keys of nested settings behind a dot.
+    """Every key of a settings class, keys of nested settings behind a dot, described as in the docstrings' `Args:`.
 
-    Args:
-        kind: a settings class whose docstrings describe the keys under `Args:`. Of the dataclass in `OPEN_KEYS`, keys
-            are listed that the docstring of that class describes or that have a default in `kind.DEFAULTS`.
-        prefix: what the keys begin with.
+    Of the dataclass in `OPEN_KEYS`, keys are listed that are described or that have a default in `kind.DEFAULTS`.
     """
     meanings = _meanings(kind)
     hints = get_type_hints(kind, include_extras=False)

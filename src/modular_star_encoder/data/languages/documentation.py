@@ -71,8 +71,7 @@ def comment_description(comments: list[str], language: str) -> str:
     """The first paragraph, in one line, of the comments before a function; empty if they hold none, or a licence.
 
     Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Of tags before the prose,
-    those that introduce it (`@brief`, `@description`) are removed alone, and others with their text. `comments` are one
-    block comment, or consecutive line comments, with their markers.
+    those that introduce it (`@brief`, `@description`) are removed alone, and others with their text.
     """
     entry, text = language_entry(language), "\n".join(comments)
     if _LEGAL_NOTICE.search(text):
@@ -197,13 +196,9 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 def reads_as_prose(text: str) -> bool:
-    """Whether a text that should be code is a description.
+    """Whether a text that should be code is a description: at least three words, and no sign of code.
 
-    A description has at least three words and none of these: a brace, a line that ends with a semicolon or a call, an
-    assignment between spaces, a line that begins with `def`, `func`, `function`, `class`, `end` or `return`. Lines of
-    tags (`@param`) and text between backticks do not count.
-
-    Of 13,835 functions in twelve languages (installed Python packages, Exercism's solutions, CodeSearchNet's Ruby,
-    JavaScript and Go) none counts as prose; of their 12,574 descriptions 97.5 % do.
+    Lines of tags (`@param`) and text between backticks do not count. Of 13,835 functions in twelve languages none
+    counts as prose; of their 12,574 descriptions 97.5 % do.
     """
     return len(_WORD.findall(text)) >= MIN_WORDS and _CODE.search(_TAGS.sub("", text)) is None

@@ -39,18 +39,11 @@ def find_functions(
 ) -> list[FoundFunction]:
     """The functions of `text` without a syntax error, in order, methods and nested functions included.
 
-    Functions without a body are left out, and Python functions with only a docstring in it.
-
-    Args:
-        text: The content of a source file. PHP needs its `<?php`.
-        language: One of `LANGUAGES` (`data.language.unknown`).
-        documented_only: Whether to leave out functions without a description.
-        counts: When given, `"files with a syntax error"`, `"functions with a syntax error"` and `"functions nested too
-            deeply"` are counted in it.
+    Functions without a body are left out, and Python functions with only a docstring in it. PHP needs its `<?php`.
+    `counts` counts files and functions with a syntax error, and functions nested too deeply.
 
     Raises:
-        UnparsableSourceError: If `text` can't be parsed (see `parse`), or holds a syntax error and no function
-            without one.
+        UnparsableSourceError: If `text` can't be parsed, or holds a syntax error and no function without one.
     """
     grammar, source = load_grammar(language), SourceText(text)
     tree = parse(source.bytes, grammar)

@@ -32,12 +32,9 @@ class UnparsableSourceError(ValueError):
 
 
 class SourceText:
-    """The text of a file with `\\n` for every `\\r\\n` and `\\r`, encoded in UTF-8.
+    """The `bytes` of a text in UTF-8, without a byte-order mark and with `\\n` for every `\\r\\n` and `\\r`.
 
     Grammars differ in how they read `\\r`, and code is stored with `\\n`; yet offsets are those of the file.
-
-    Attributes:
-        bytes: The encoded text, without a byte-order mark.
     """
 
     def __init__(self, text: str) -> None:
@@ -112,9 +109,7 @@ def parse(source: bytes, grammar: Grammar) -> Tree:
 
 
 def parse_once(source: bytes, grammar: Grammar) -> Tree:
-    """The syntax tree of UTF-8 `source`, whose line ends are `\\n`; invalid code becomes ERROR nodes.
-
-    The `text` of nodes must not be read: slice `source`.
+    """The syntax tree of UTF-8 `source`; invalid code becomes ERROR nodes. Nodes have no `text`: slice `source`.
 
     Raises:
         UnparsableSourceError: If `source` holds null bytes or a line longer than `MAX_LINE_BYTES`, or takes longer
@@ -182,12 +177,8 @@ def best_parse(code: str, language: str) -> tuple[float, bool]:
     """(share of syntax errors, whether there is a function) of a piece of code, parsed in the frame that suits it best.
 
     The share is that of the bytes under ERROR nodes of the tree-sitter grammar; a missing token counts as one byte.
-    Text that can't be parsed (see `parse`) and blank text are 1.0. Grammars tolerate much, Ruby's most of all: plain
-    prose may parse, but has no function (a name and a body).
-
-    Args:
-        code: A function, a method without its class, or any other piece of code; PHP may lack its `<?php`.
-        language: One of `LANGUAGES` (`data.language.unknown`).
+    Text that can't be parsed and blank text are 1.0. Grammars tolerate much, Ruby's most of all: plain prose may parse,
+    but has no function (a name and a body). PHP may lack its `<?php`.
     """
     grammar = load_grammar(language)
     body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")

@@ -23,57 +23,33 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Language:
-    """What the package knows about one language.
+    """What the package knows about one language."""
 
-    Attributes:
-        name: Our lower-case name, in `LANGUAGES`, rows and settings.
-        suffixes: Suffixes of its files, with the dot.
-        query: The tree-sitter query that finds functions, scopes, comments and strings; see the module.
-        grammar: Module of its tree-sitter grammar.
-        grammar_function: The module's function that returns the grammar.
-        display_name: How prompts and data sets write it, if not like `name`.
-        opening: What a file must begin with, such as PHP's `<?php`.
-        frames: Text before and after a snippet that makes a file of it: a method needs its class.
-        has_macros: Whether words of the preprocessor may break the syntax.
-        keywords: Words that error recovery may take for the name of a function.
-        dotted_name: Makes the dotted name of a function out of its name in the tree.
-        has_docstrings: Whether documentation is a string inside the function, not a comment before it.
-        line_comment: Pattern of the marker of a line comment.
-        directive: Pattern of how a comment begins that is an instruction to a tool, besides those of all languages.
-        documented_by_blocks: Whether only `/** */` documents.
-        gap: Pattern of the text allowed between a comment and its function.
-        markup: Markup in comments: `html`, `doxygen`, `rdoc`.
-        constructors: Names of functions that construct or destroy objects.
-        constructors_named_like_class: Whether constructors have the name of their class.
-        special_methods: Names to which the language gives a meaning.
-        special_method: Pattern of further such names.
-        test_folder, test_file: Patterns of the names of folders and files (without suffix) with tests, besides those
-            that all languages share.
-    """
-
-    name: str
-    suffixes: tuple[str, ...]
-    query: str
-    grammar: str
-    grammar_function: str = "language"
-    display_name: str = ""
-    opening: bytes = b""
-    frames: tuple[tuple[bytes, bytes], ...] = ()
-    has_macros: bool = False
-    keywords: frozenset[str] = frozenset()
-    dotted_name: Callable[[str], str] = str
-    has_docstrings: bool = False
-    line_comment: str = r"\s*//+[!<]*"
-    directive: str = r"(?!)"
-    documented_by_blocks: bool = False
-    gap: bytes = rb"\s*"
-    markup: frozenset[str] = frozenset({"html"})
-    constructors: frozenset[str] = frozenset()
+    name: str  # ours, in `LANGUAGES`, rows and settings
+    suffixes: tuple[str, ...]  # of its files, with the dot
+    query: str  # finds functions, scopes, comments and strings; see above
+    grammar: str  # module of its tree-sitter grammar
+    grammar_function: str = "language"  # the module's function that returns the grammar
+    display_name: str = ""  # how prompts and data sets write it, if not like `name`
+    opening: bytes = b""  # what a file must begin with, such as PHP's `<?php`
+    frames: tuple[
+        tuple[bytes, bytes], ...
+    ] = ()  # text around a snippet that makes it a file: a method needs a class
+    has_macros: bool = False  # whether words of the preprocessor may break the syntax
+    keywords: frozenset[str] = frozenset()  # words that error recovery may take for the name of a function
+    dotted_name: Callable[[str], str] = str  # the dotted name of a function for its name in the tree
+    has_docstrings: bool = False  # whether documentation is a string inside the function
+    line_comment: str = r"\s*//+[!<]*"  # pattern of its marker
+    directive: str = r"(?!)"  # pattern of how a comment for tools begins, besides those of all languages
+    documented_by_blocks: bool = False  # whether only `/** */` documents
+    gap: bytes = rb"\s*"  # pattern of the text allowed between a comment and its function
+    markup: frozenset[str] = frozenset({"html"})  # in comments: `html`, `doxygen`, `rdoc`
+    constructors: frozenset[str] = frozenset()  # names of functions that construct or destroy objects
     constructors_named_like_class: bool = False
-    special_methods: frozenset[str] = frozenset()
-    special_method: str = r"(?!)"
-    test_folder: str = r"(?!)"
-    test_file: str = r"(?!)"
+    special_methods: frozenset[str] = frozenset()  # names to which the language gives a meaning
+    special_method: str = r"(?!)"  # pattern of further such names
+    test_folder: str = r"(?!)"  # pattern of folders with tests, besides those of all languages
+    test_file: str = r"(?!)"  # pattern of their files, without suffix
 
 
 def _words(text: str) -> frozenset[str]:

@@ -19,21 +19,13 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One source file.
-
-    Attributes:
-        repository: Name of the repository that it belongs to.
-        path: Path with forward slashes, relative to the repository (for installed distributions: to site-packages).
-        language: Lower-case name of the programming language.
-        text: The content without a byte-order mark; line ends are those of the file.
-        license: The licence according to the source of the file, if any.
-    """
+    """One source file."""
 
     repository: str
-    path: str
-    language: str
-    text: str
-    license: str | None = None
+    path: str  # with forward slashes, relative to the repository or to site-packages
+    language: str  # lower-case name
+    text: str  # without a byte-order mark; line ends are those of the file
+    license: str | None = None  # according to the source of the file
 
 
 class SourceReader(ABC):
@@ -42,15 +34,12 @@ class SourceReader(ABC):
     A corpus is a sequence of *units*: repositories, or the rows of a data set. Every iteration yields the same files in
     the same order. `skip` and `shard` return readers of some of the units and can be combined; a resumed shard is
     `reader.shard(index, count).skip(units)`. The functions that open readers take the `languages` to read (None for
-    all) and `filters` (None for `FileFilters()`).
-
-    Attributes:
-        skipped: Number of files left out by reason, in the last iteration.
-        unicode_names: Whether bytes in names of files and repositories that are not Unicode become `\\udcff`, which can
-            be written everywhere, instead of Python's halves of characters, by which such a file can be opened.
+    all) and `filters` (None for `FileFilters()`). `skipped` counts the files left out in the last iteration.
     """
 
-    unicode_names = False
+    unicode_names = (
+        False  # whether names that are not Unicode get `\udcff`, which can be written everywhere
+    )
 
     def __init__(self, units: Iterable[tuple[str, Any]] | None = None) -> None:
         """`units` are the repositories with whatever the reader needs of them, if they are known before reading."""
@@ -178,24 +167,15 @@ def holds_encoded_data(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileFilters:
-    """What a reader leaves out. The default keeps ordinary source text only; `STARCODER2_FILTERS` is for training.
-
-    Attributes:
-        max_bytes: Larger files are left out.
-        max_line_length: Files with a longer line, in characters, are left out: they are minified or hold data.
-        max_average_line_length: The same for the average; None for no bound.
-        min_alphabetic_share: Files with a smaller share of letters are left out.
-        generated, encoded_data, vendored, tests: Whether files that a program wrote, files with long Base64 or
-            hexadecimal data, copies of other projects, and test code are kept.
-    """
+    """What a reader leaves out. The default keeps ordinary source text only; `STARCODER2_FILTERS` is for training."""
 
     max_bytes: int = 1_000_000
-    max_line_length: int = 1000
+    max_line_length: int = 1000  # in characters: files with longer ones are minified or hold data
     max_average_line_length: float | None = None
-    min_alphabetic_share: float = 0.0
-    generated: bool = True
-    encoded_data: bool = True
-    vendored: bool = False
+    min_alphabetic_share: float = 0.0  # of letters among the characters
+    generated: bool = True  # whether files that a program wrote are kept; as the following
+    encoded_data: bool = True  # long Base64 or hexadecimal data
+    vendored: bool = False  # copies of other projects
     tests: bool = False
 
     def __post_init__(self) -> None:

@@ -77,25 +77,14 @@ GITHUB_CODE_COLUMNS = RowColumns(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContentSource:
-    """Where and how contents are fetched.
+    """Where and how contents are fetched."""
 
-    Attributes:
-        url: URL with `{blob_id}` in it: http, https, or any protocol that fsspec knows (s3, file). It is never printed,
-            as it may hold a signature.
-        threads: Number of contents fetched at the same time.
-        attempts: How often a fetch by http is tried; a content that does not exist or is forbidden is requested once.
-            Other protocols retry in their own way.
-        pause: Seconds before the second attempt; twice as many before each further one.
-        timeout: Seconds without an answer after which an attempt has failed; http and https only.
-        options: Options of fsspec's file system, such as `{"anon": True}` for s3; not for http and https.
-    """
-
-    url: str
-    threads: int = 16
-    attempts: int = 4
-    pause: float = 0.5
-    timeout: float = 30.0
-    options: dict[str, Any] | None = None
+    url: str  # with `{blob_id}` in it; http or what fsspec knows (s3, file); never shown, it may hold a signature
+    threads: int = 16  # contents fetched at the same time
+    attempts: int = 4  # by http; a content that does not exist or is forbidden is requested once
+    pause: float = 0.5  # seconds before the second attempt; twice as many before each further one
+    timeout: float = 30.0  # seconds without an answer; http only
+    options: dict[str, Any] | None = None  # of fsspec's file system, such as `{"anon": True}` for s3
 
     def __post_init__(self) -> None:
         check_http_settings(concurrency=self.threads, attempts=self.attempts, pause=self.pause, timeout=self.timeout)
@@ -156,11 +145,7 @@ def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
 
 
 def unpack(content: bytes, max_bytes: int) -> bytes:
-    """`content` without its gzip compression, if it has one; at most `max_bytes` + 1 bytes.
-
-    Raises:
-        zlib.error: If the compressed data is damaged.
-    """
+    """`content` without its gzip compression, if any; at most `max_bytes` + 1 bytes; zlib.error if it is damaged."""
     if not content.startswith(_GZIP_MAGIC):
         return content[: max_bytes + 1]
     unpacker = zlib.decompressobj(wbits=31)
@@ -249,10 +234,7 @@ def row_repositories(
 ) -> RowReader:
     """A reader of a data set with one file a row; its units are the rows.
 
-    Args:
-        source: Parquet files or the name of a dataset of the Hub; see `open_rows`.
-        columns: Names of its columns, such as `THE_STACK_COLUMNS`.
-        options: Further arguments of `open_rows`.
+    `source` and `options` are those of `open_rows`; `columns` are its columns, such as `THE_STACK_COLUMNS`.
     """
     check_languages(languages)
     rows = open_rows(source, columns=columns.names(), **options)
@@ -335,12 +317,8 @@ def the_stack_repositories(
     """A reader of The Stack v2, repository by repository, in the order of its rows.
 
     Files that cannot be fetched are counted in `skipped` and left out, but if none of the first 200 can be fetched,
-    iterating raises UserError (`data.contents.no_access`).
-
-    Args:
-        source: Name of the dataset, such as `"bigcode/the-stack-v2-train-smol-ids"`, or parquet files with its schema.
-        contents: Where contents are fetched, such as `ContentSource(url=SOFTWARE_HERITAGE_S3)`.
-        options: Further arguments of `open_rows`.
+    iterating raises UserError. `source`, such as `"bigcode/the-stack-v2-train-smol-ids"`, and `options` are those of
+    `open_rows`; contents are fetched from `contents`, such as `ContentSource(url=SOFTWARE_HERITAGE_S3)`.
     """
     check_languages(languages)
     rows = open_rows(source, columns=("repo_name", "files"), **options)

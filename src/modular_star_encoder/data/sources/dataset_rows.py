@@ -55,10 +55,8 @@ def open_rows(
     Args:
         source: A parquet file or URL, a list of them, a folder of them, or the name of a dataset of the Hub.
         columns: The columns to read.
-        config: Name of the dataset's configuration; Hub only, as are the following.
-        split: Name of the split.
-        revision: Branch, tag or commit.
-        data_dir: Folder of the dataset to read alone, such as that of one language.
+        config, split, revision, data_dir: Hub only: the configuration, the split, the branch, tag or commit, and the
+            folder to read alone, such as that of one language.
     """
     shown, files = _shown(source), _files(source, _PARQUET)
     try:
@@ -128,13 +126,7 @@ def open_dataset_rows(
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
-    """Yield the texts of one column of a dataset.
-
-    Args:
-        source: See `open_dataset_rows`.
-        column: The column.
-        options: Further arguments of `open_dataset_rows`.
-    """
+    """Yield the texts of one column of a dataset; `options` are those of `open_dataset_rows`."""
     for place, row in open_dataset_rows(source, [column], **options):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise UserError("data.row", f"{place} has no text in column {column!r}.")

@@ -100,13 +100,10 @@ def installed_repositories(
     languages: Iterable[str] | None = ("python",),
     filters: FileFilters | None = None,
 ) -> FileReader:
-    """A reader of the code installed in this Python environment.
+    """A reader of the code installed in this Python environment, without the distributions to `exclude`.
 
     Every installed distribution is one repository, under its normalised name (PEP 503), and so is the standard
     library (`"python-standard-library"`). This package itself is never among them.
-
-    Args:
-        exclude: Names of distributions to leave out, in any spelling.
     """
     if isinstance(exclude, str):
         message = f"exclude must be a list of names of distributions, not {exclude!r}."
@@ -147,14 +144,8 @@ def folder_repositories(
       folder make one more, named `"."`.
 
     With `depth`, repositories are the folders that many levels down, named by their path (`"a/b"` at depth 2; a file in
-    `a` itself belongs to `"a"`); at depth 0 the folder is one repository.
-
-    Symbolic links are not followed. Hidden folders, virtual environments, `node_modules` and the like are not entered.
-
-    Args:
-        folder: A folder of checkouts, or one checkout.
-        depth: Number of levels from `folder` down to the repositories; by default, the two rules above.
-        may_be_empty: Whether a folder without a source file to read gives a reader of nothing.
+    `a` itself belongs to `"a"`); at depth 0 the folder is one repository. Symbolic links are not followed. Hidden
+    folders, virtual environments, `node_modules` and the like are not entered.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -220,15 +211,10 @@ _TOO_MANY, _TOO_LARGE = "rest of an archive with too many members", "rest of an 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchiveLimits:
-    """How much of one archive is read.
+    """How much of one archive is read."""
 
-    Attributes:
-        max_members: Later members are not read.
-        max_bytes: Reading stops when the archive has unpacked to so many bytes (of a zip, only the members read count).
-    """
-
-    max_members: int = 200_000
-    max_bytes: int = 8_000_000_000
+    max_members: int = 200_000  # later members are not read
+    max_bytes: int = 8_000_000_000  # unpacked (of a zip, only the members read count)
 
     def __post_init__(self) -> None:
         if min(self.max_members, self.max_bytes) < 1:
@@ -252,9 +238,7 @@ class Member:
 def archive_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
     """Yield the members of an archive in their order; each can be read until the next is requested.
 
-    Raises:
-        ArchiveLimitError: If it exceeds a limit.
-        BROKEN_ARCHIVE: One of these, if it is damaged.
+    Raises ArchiveLimitError if the archive exceeds a limit, and one of BROKEN_ARCHIVE if it is damaged.
     """
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
     for number, member in enumerate(members(location, limits)):
@@ -405,13 +389,9 @@ def archive_repositories(
 ) -> ArchiveReader:
     """A reader of one archive, or of every archive under a folder; each is one repository.
 
-    Zip files (`.zip`, `.whl`, `.jar`) and tar files (`.tar`, also with `.gz`, `.bz2`, `.xz`, `.tgz` and the like) are
-    read. A repository has the name of its file, without the suffix; in a folder, its path from there. Symbolic links
+    Read are zip files (`.zip`, `.whl`, `.jar`) and tar files (`.tar`, also with `.gz`, `.bz2`, `.xz`, `.tgz` and the
+    like). A repository has the name of its file, without the suffix; in a folder, its path from there. Symbolic links
     are not followed.
-
-    Args:
-        source: An archive or a folder of archives.
-        limits: How much of an archive is read at most; by default, `ArchiveLimits()`.
     """
     root = Path(source).expanduser()
     if not root.exists():
