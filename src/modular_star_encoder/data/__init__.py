@@ -1,5 +1,1 @@
-"""From source code to rows to batches: repositories, documented functions, splits, prompts, tokens, datasets.
-
-The modules are imported one by one (`from modular_star_encoder.data.functions import collect_functions`), so that
-reading source files or asking for a prompt does not load torch.
-"""
+"""From source code to rows to batches; importing one module does not load torch unless it makes tensors."""

@@ -11,7 +11,7 @@ import hashlib
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
@@ -40,9 +40,7 @@ class DocumentedFunction:
     language: str
     name: str  # dotted name inside the file, such as "Stack.push"
     description: str  # first paragraph of the documentation, in one line; empty if there is none
-    code: (
-        str  # decorators, signature and body, dedented, with `\n` line ends, without docstrings
-    )
+    code: str  # decorators, signature and body, dedented, with `\n` line ends, without docstrings
     source: str = ""  # the whole function as in its file, from start_byte; SynthCoNL's column `func1_CSN`
     start_byte: int | None = None  # its first byte in the UTF-8 encoding of the file's text; None if unknown
     end_byte: int | None = None  # the byte after its last
@@ -77,51 +75,24 @@ MAX_DESCRIPTION_WORDS = 256
 MIN_CODE_LINES = 3
 
 
-def is_well_described(function: DocumentedFunction) -> bool:
-    """Whether the description has 3 to 256 words."""
+def drop_reason(function: DocumentedFunction) -> str | None:
+    """The first rule by which `function` is dropped, or None."""
     words = sum(any(map(str.isalnum, word)) for word in function.description.split())
-    return MIN_DESCRIPTION_WORDS <= words <= MAX_DESCRIPTION_WORDS
-
-
-def is_described_in_ascii(function: DocumentedFunction) -> bool:
-    """Whether more than half of the letters of the description are ASCII: a coarse test of "written in English"."""
+    if not MIN_DESCRIPTION_WORDS <= words <= MAX_DESCRIPTION_WORDS:
+        return "description not of 3 to 256 words"
     letters = [character for character in function.description if character.isalpha()]
-    return 2 * sum(map(str.isascii, letters)) > len(letters)
-
-
-def is_long_enough(function: DocumentedFunction) -> bool:
-    """Whether the code, without its docstring, has at least 3 lines that are not blank."""
-    return sum(bool(line.strip()) for line in function.code.splitlines()) >= MIN_CODE_LINES
-
-
-def is_no_constructor(function: DocumentedFunction) -> bool:
-    """Whether the function does not construct or destroy an object."""
+    if 2 * sum(map(str.isascii, letters)) <= len(letters):  # a coarse test of "written in English"
+        return "description mostly not ASCII"
+    if sum(bool(line.strip()) for line in function.code.splitlines()) < MIN_CODE_LINES:
+        return "code of fewer than 3 lines"
     entry = language_entry(function.language)
     outer, _, name = function.name.rpartition(".")
     named_like_class = entry.constructors_named_like_class and name.lstrip("~") == outer.rpartition(".")[2]
-    return name not in entry.constructors and not named_like_class
-
-
-def is_no_special_method(function: DocumentedFunction) -> bool:
-    """Whether the language gives no meaning to the name, as to `__str__`, `toString`, `==`, `main`."""
-    entry, name = language_entry(function.language), function.name.rpartition(".")[2]
-    return name not in entry.special_methods and not re.fullmatch(entry.special_method, name, re.DOTALL)
-
-
-def is_no_test(function: DocumentedFunction) -> bool:
-    """Whether the function's own name does not contain "test", in any case."""
-    return "test" not in function.name.rpartition(".")[2].lower()
-
-
-FILTERS: dict[str, Callable[[DocumentedFunction], bool]] = {
-    "description not of 3 to 256 words": is_well_described,
-    "description mostly not ASCII": is_described_in_ascii,
-    "code of fewer than 3 lines": is_long_enough,
-    "constructor": is_no_constructor,
-    "special method": is_no_special_method,
-    "name contains test": is_no_test,
-}
-"""In the order of application: the reason to drop a function, and the test that it fails."""
+    if name in entry.constructors or named_like_class:
+        return "constructor"
+    if name in entry.special_methods or re.fullmatch(entry.special_method, name, re.DOTALL):
+        return "special method"
+    return "name contains test" if "test" in name.lower() else None
 
 
 def drop_near_identical_descriptions(functions: Iterable[DocumentedFunction]) -> list[DocumentedFunction]:
@@ -168,7 +139,7 @@ class FunctionCollection:
 
 
 def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress: bool = True) -> FunctionCollection:
-    """The documented functions of `files` that pass `FILTERS`, in order, each code once, and counts.
+    """The documented functions of `files` that pass `drop_reason`, in order, each code once, and counts.
 
     The result does not depend on `processes`; with 0 or 1 the work is done in this process. Counted are `"files"`,
     `"documented functions"`, each reason to drop a function or file, and `"functions kept"`.
@@ -194,7 +165,7 @@ def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress:
 def filtered_functions(
     files: Iterable[SourceFile], processes: int = 2
 ) -> Iterator[tuple[list[DocumentedFunction], Counter[str]]]:
-    """Yield the documented functions that pass `FILTERS`, and counts, for some files at a time, in order.
+    """Yield the documented functions that pass `drop_reason`, and counts, for some files at a time, in order.
 
     As `collect_functions`, for corpora whose functions do not fit into memory; equal functions are not dropped.
     """
@@ -210,8 +181,7 @@ def _filtered(files: list[SourceFile]) -> tuple[list[DocumentedFunction], Counte
             continue
         for function in extract_functions(file, counts):
             counts["documented functions"] += 1
-            reason = next((name for name, keeps in FILTERS.items() if not keeps(function)), None)
-            if reason:
+            if reason := drop_reason(function):
                 counts[f"dropped: {reason}"] += 1
             else:
                 kept.append(function)

@@ -79,9 +79,7 @@ class RetrievalData:
 
     train: list[RetrievalExample]
     held_out: list[RetrievalExample]  # none of their repositories, descriptions or codes is in `train`
-    report: dict[
-        str, Any
-    ]  # what was read, skipped, left out for sharing with held-out rows, and held out
+    report: dict[str, Any]  # what was read, skipped, left out for sharing with held-out rows, and held out
 
 
 def prepare_retrieval_data(

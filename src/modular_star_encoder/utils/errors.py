@@ -26,32 +26,20 @@ class UserError(ValueError):
         return type(self), (self.key, str(self))
 
 
-# Modules that come with an extra, and the extra that suits most who meet the error.
-_EXTRA_OF = {
-    "accelerate": "train",
-    "bm25s": "search",
-    "datasets": "train",
-    "evaluate": "train",
-    "filelock": "search",
-    "gradio": "demo",
-    "jinja2": "train",
-    "lancedb": "search",
-    "matplotlib": "plots",
+# Extra → modules that come with it; of several extras, the one that suits most people who meet the error.
+_MODULES = {
+    "train": "accelerate datasets evaluate jinja2 pydantic sklearn",
+    "search": "bm25s filelock lancedb pygments tree_sitter",
+    "dataset": "pyarrow rensa",
+    "onnx": "onnx onnx_ir onnxruntime onnxscript",
+    "demo": "gradio",
+    "plots": "matplotlib",
     "mteb": "mteb",
-    "onnx": "onnx",
-    "onnx_ir": "onnx",
-    "onnxruntime": "onnx",
-    "onnxscript": "onnx",
     "peft": "peft",
-    "pyarrow": "dataset",
-    "pydantic": "train",
-    "pygments": "search",
-    "qdrant_client": "qdrant",
-    "rensa": "dataset",
-    "sklearn": "train",
-    "tree_sitter": "search",
+    "qdrant": "qdrant_client",
     "vllm": "vllm",
 }
+_EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in modules.split()}
 
 
 def missing_extra(error: ModuleNotFoundError) -> ImportError | None:

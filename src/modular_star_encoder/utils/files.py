@@ -40,8 +40,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of `target`; the file written there replaces `target` if no error occurs.
 
-    `resumable` is for steps of a job that is killed and resumed, one process at a time: data reaches the disk before the
-    rename, and the temporary name is always the same, so that the next attempt removes what a killed one left.
+    `resumable` is for steps of a job that is killed and resumed, one process at a time: data reaches the disk before
+    the rename, and the temporary name is always the same, so that the next attempt removes what a killed one left.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")
@@ -65,9 +65,8 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
     """
     target = Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(
-            "files.folder.not_empty", f"{target} already exists; name a folder that does not exist yet or is empty."
-        )
+        message = f"{target} already exists; name a folder that does not exist yet or is empty."
+        raise UserError("files.folder.not_empty", message)
     target.parent.mkdir(parents=True, exist_ok=True)
     with staged_file(target, resumable=resumable) as temporary:
         temporary.mkdir()

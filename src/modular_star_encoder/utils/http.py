@@ -80,10 +80,6 @@ class HTTPClient:
         total_time: seconds for one request with all its attempts and pauses.
         max_bytes: size limit of a response's body, after decompression by HTTP.
         follow_redirects: whether to follow redirects; don't for requests with a token, which would reach other hosts.
-
-    Example:
-        >>> with HTTPClient(attempts=1) as client:  # doctest: +SKIP
-        ...     client.request("GET", "https://huggingface.co/api/models?limit=1").json()
     """
 
     def __init__(
@@ -219,11 +215,8 @@ class _Failure:
 def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeout: float) -> None:
     """Check the numbers of an `HTTPClient` before one is opened."""
     if concurrency < 1 or attempts < 1 or pause < 0 or timeout <= 0:
-        raise UserError(
-            "http.settings",
-            "The number of concurrent requests and of attempts must be at least 1, pause at least 0 and timeout above "
-            f"0; not {concurrency}, {attempts}, {pause} and {timeout}.",
-        )
+        message = "concurrency and attempts must be at least 1, pause at least 0 and timeout above 0; not "
+        raise UserError("http.settings", f"{message}{concurrency}, {attempts}, {pause} and {timeout}.")
 
 
 def check_url(url: str) -> str:

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
@@ -114,13 +114,12 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = (), *,
     for override in overrides:
         key, equals, text = override.partition("=")
         try:
-            if not equals:
-                raise yaml.YAMLError
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(
-                "settings.override", f"{override!r} must have the form key=value with a YAML value, such as seed=1."
-            ) from None
+            equals = ""
+        if not equals:
+            message = f"{override!r} must have the form key=value with a YAML value, such as seed=1."
+            raise UserError("settings.override", message)
         set_dotted(content, key, value, repr(override))
     return content
 
@@ -133,9 +132,8 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
     for parent in parents:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
-            raise UserError(
-                "settings.override", f"{where}: {parent} is not a mapping of settings, so {key} cannot be set."
-            )
+            message = f"{where}: {parent} is not a mapping of settings, so {key} cannot be set."
+            raise UserError("settings.override", message)
     content[last] = value
 
 
@@ -147,8 +145,7 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {content!r}.")
     values, known = rename_old_keys(kind, content), {one.name: one for one in _keys(kind)}
-    if unknown := [str(name) for name in values if name not in known]:
-        check_names(unknown, known, where)
+    check_names([str(name) for name in values], known, where)
     try:
         for name, value in values.items():
             expected = known[name].type
@@ -180,7 +177,7 @@ def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], 
 
 
 def rename_old_keys(kind: type, content: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The content with the current names of its keys, with a FutureWarning; of two values for one key, the later wins."""
+    """The content with current names of its keys, with a FutureWarning; of two values for a key, the later wins."""
     old_keys: Mapping[str, str] = getattr(kind, "OLD_KEYS", {})
     content = kind.upgrade(content) if hasattr(kind, "upgrade") else content
     renamed: dict[Any, Any] = {}
@@ -235,18 +232,8 @@ def _sentence(fault: Any) -> str:
     return f"{message}, not {fault['input']!r}."
 
 
-@dataclass(frozen=True)
-class Key:
-    """One line of a reference: a dotted key, its type and default as text, and its meaning."""
-
-    name: str
-    type: str
-    default: str
-    meaning: str
-
-
-def reference(kind: type, prefix: str = "") -> Iterator[Key]:
-    """Every key of a settings class, keys of nested settings behind a dot, described as in the docstrings' `Args:`.
+def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(key, its type, default and meaning) of a settings class; keys of nested settings are behind a dot.
 
     Of the dataclass in `OPEN_KEYS`, keys are listed that are described or that have a default in `kind.DEFAULTS`.
     """
@@ -262,37 +249,33 @@ def reference(kind: type, prefix: str = "") -> Iterator[Key]:
             continue
         inner = next((part for part in (hints[one.name], *get_args(hints[one.name])) if is_dataclass(part)), None)
         if isinstance(inner, type):
-            yield from reference(inner, f"{prefix}{one.name}.")
+            yield from _reference(inner, f"{prefix}{one.name}.")
             continue
         default = one.default_factory() if one.default_factory is not MISSING else one.default
         default = defaults.get(one.name, default)
         required = default is MISSING or one.name in getattr(kind, "REQUIRED", ())
-        shown = "required" if required else str(default)
+        shown = "required" if required else f"default {default}"
         meaning = meanings.get(one.name) or (f"see {collected[1].__base__.__name__}." if collected else "")
-        yield Key(prefix + one.name, type_name(hints[one.name]), shown, meaning)
+        yield prefix + one.name, f"{_type_name(hints[one.name])}, {shown}{f'; {meaning}' if meaning else ''}"
 
 
 def format_reference(kind: type) -> str:
     """The reference of a settings class as aligned lines of text."""
-    keys = list(reference(kind))
-    width = max(len(key.name) for key in keys)
-    return "\n".join(
-        f"  {key.name:{width}}  {key.type}, {'' if key.default == 'required' else 'default '}{key.default}"
-        f"{f'; {key.meaning}' if key.meaning else ''}"
-        for key in keys
-    )
+    keys = list(_reference(kind))
+    width = max(len(name) for name, _ in keys)
+    return "\n".join(f"  {name:{width}}  {text}" for name, text in keys)
 
 
-def type_name(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     """`int | None` for `Optional[int]`, `tuple[int, ...]`, and the names of classes without their modules."""
     if hint is type(None):
         return "None"
     if get_origin(hint) is Annotated:
-        return type_name(get_args(hint)[0])
+        return _type_name(get_args(hint)[0])
     if get_origin(hint) is Literal:
         return " | ".join(map(repr, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
-        return " | ".join(map(type_name, get_args(hint)))
+        return " | ".join(map(_type_name, get_args(hint)))
     if isinstance(hint, type) and not get_args(hint):
         return hint.__name__
     return re.sub(r"\b(\w+\.)+", "", str(hint)).replace("NoneType", "None")

@@ -145,47 +145,41 @@ _BLOCKS = ("/*", "=begin")
 _AFTER_MEMBER = ("/**<", "/*!<", "///<", "//!<")
 
 
-class Comments:
-    """The comments of a text, in order; offsets are those of `SourceText.bytes`.
+def description_before(start: int, comments: list[tuple[int, int]], source: SourceText, language: Language) -> str:
+    """The description in the comments before the function at `start`, or "".
 
     A function's documentation is the last block, or the run of lines, that ends at it without a blank line. In
-    languages with `documented_by_blocks` it is the last `/** */`, and other comments may follow it.
+    languages with `documented_by_blocks` it is the last `/** */`, and other comments may follow it. `comments` are
+    their spans in `source.bytes`, sorted.
     """
+    blocks_only = language.documented_by_blocks
+    run: list[str] = []
+    for comment in _comments_before(start, comments, source, language):
+        if comment.startswith(_BLOCKS) and not blocks_only:
+            run = run or [comment]
+            break
+        if comment.startswith("/**") and blocks_only:
+            run = [comment]
+            break
+        if not blocks_only:
+            run.insert(0, comment)
+    return comment_description(run, language.name) if run else ""
 
-    def __init__(self, spans: list[tuple[int, int]], source: SourceText, language: Language) -> None:
-        self._spans = sorted(spans)
-        self._source, self._language = source, language
 
-    def description_before(self, start: int) -> str:
-        """The description in the comments before the function at `start`, or ""."""
-        blocks_only = self._language.documented_by_blocks
-        run: list[str] = []
-        for comment in self._before(start):
-            if comment.startswith(_BLOCKS) and not blocks_only:
-                run = run or [comment]
-                break
-            if comment.startswith("/**") and blocks_only:
-                run = [comment]
-                break
-            if not blocks_only:
-                run.insert(0, comment)
-        return comment_description(run, self._language.name) if run else ""
-
-    def _before(self, start: int) -> Iterator[str]:
-        """Yield the comments before `start` without a blank line between them, the last first."""
-        text, source = self._source.bytes, self._source
-        may_follow = self._language.gap
-        for index in range(bisect_right(self._spans, (start, start)) - 1, -1, -1):
-            first, last = self._spans[index]
-            gap = text[last:start]
-            if len(gap) > _MAX_GAP_BYTES or gap.count(b"\n") > 1 or not re.fullmatch(may_follow, gap):
-                break
-            comment = text[first:last].decode()
-            follows_code = b"\n" in gap and text[source.line_start(first) : first].strip()
-            if follows_code or comment.startswith(_AFTER_MEMBER):
-                break
-            yield comment
-            start, may_follow = first, rb"\s*"
+def _comments_before(start: int, spans: list[tuple[int, int]], source: SourceText, language: Language) -> Iterator[str]:
+    """Yield the comments before `start` without a blank line between them, the last first."""
+    may_follow = language.gap
+    for index in range(bisect_right(spans, (start, start)) - 1, -1, -1):
+        first, last = spans[index]
+        gap = source.bytes[last:start]
+        if len(gap) > _MAX_GAP_BYTES or gap.count(b"\n") > 1 or not re.fullmatch(may_follow, gap):
+            break
+        comment = source.bytes[first:last].decode()
+        follows_code = b"\n" in gap and source.bytes[source.line_start(first) : first].strip()
+        if follows_code or comment.startswith(_AFTER_MEMBER):
+            break
+        yield comment
+        start, may_follow = first, rb"\s*"
 
 
 MIN_WORDS = 3

@@ -11,7 +11,7 @@ from itertools import takewhile
 
 from tree_sitter import Node, QueryCursor, Tree
 
-from modular_star_encoder.data.languages.documentation import Comments, docstring_description, docstring_of
+from modular_star_encoder.data.languages.documentation import description_before, docstring_description, docstring_of
 from modular_star_encoder.data.languages.parsing import Grammar, SourceText, UnparsableSourceError, load_grammar, parse
 from modular_star_encoder.data.languages.registry import Language
 
@@ -76,13 +76,13 @@ class _Finder:
         self.sound = 0
         self._source, self._language = source, grammar.language
         self._untyped: set[int] = set()
+        self._comments: list[tuple[int, int]] = []
         scopes: list[_Definition] = []
         functions: dict[int, _Definition] = {}
-        comments: list[tuple[int, int]] = []
         strings: list[Node] = []
         for _, captures in QueryCursor(grammar.query).matches(tree.root_node):
             if "comment" in captures:
-                comments += [node.byte_range for node in captures["comment"]]
+                self._comments += [node.byte_range for node in captures["comment"]]
             elif "verbatim" in captures:
                 strings += captures["verbatim"]
             elif "untyped" in captures:
@@ -99,7 +99,7 @@ class _Finder:
         self._definitions = sorted(
             [*scopes, *functions.values()], key=lambda one: (one.node.start_byte, -one.node.end_byte)
         )
-        self._comments = Comments(comments, source, grammar.language)
+        self._comments.sort()
         self._heredocs = {node.start_byte: node.end_byte for node in strings if node.type == "heredoc_body"}
         # Where the lines begin whose white space is part of a string.
         spans = (node.byte_range for node in strings if node.start_point.row < node.end_point.row)
@@ -137,7 +137,7 @@ class _Finder:
             description = docstring_description(docstring[1]) if docstring else ""
             end = _end_of_last_statement(node)
         else:
-            description = self._comments.description_before(start)
+            description = description_before(start, self._comments, self._source, self._language)
             end = self._end_of_heredocs(end)
         if documented_only and not description:
             return None

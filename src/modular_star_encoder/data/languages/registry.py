@@ -32,9 +32,7 @@ class Language:
     grammar_function: str = "language"  # the module's function that returns the grammar
     display_name: str = ""  # how prompts and data sets write it, if not like `name`
     opening: bytes = b""  # what a file must begin with, such as PHP's `<?php`
-    frames: tuple[
-        tuple[bytes, bytes], ...
-    ] = ()  # text around a snippet that makes it a file: a method needs a class
+    frames: tuple[tuple[bytes, bytes], ...] = ()  # text around a snippet that makes it a file: a method needs a class
     has_macros: bool = False  # whether words of the preprocessor may break the syntax
     keywords: frozenset[str] = frozenset()  # words that error recovery may take for the name of a function
     dotted_name: Callable[[str], str] = str  # the dotted name of a function for its name in the tree

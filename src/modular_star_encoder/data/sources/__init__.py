@@ -37,9 +37,7 @@ class SourceReader(ABC):
     all) and `filters` (None for `FileFilters()`). `skipped` counts the files left out in the last iteration.
     """
 
-    unicode_names = (
-        False  # whether names that are not Unicode get `\udcff`, which can be written everywhere
-    )
+    unicode_names = False  # whether names that are not Unicode get `\udcff`, which can be written everywhere
 
     def __init__(self, units: Iterable[tuple[str, Any]] | None = None) -> None:
         """`units` are the repositories with whatever the reader needs of them, if they are known before reading."""
