@@ -45,11 +45,8 @@ def test_rows_lie_one_after_the_other_and_their_bounds_are_told(tokenizer, rows)
         assert torch.equal(batch["labels"][0, place], row["labels"])
         assert batch["position_ids"][0, place].tolist() == list(range(lengths[i]))
         assert batch["icc_labels"][i] == row["icc_label"]
-    assert {name: (tuple(batch[name].shape), batch[name].dtype) for name in ("input_ids", "labels", "icc_labels")} == {
-        "input_ids": ((1, sum(lengths)), torch.int64),
-        "labels": ((1, sum(lengths)), torch.int64),
-        "icc_labels": ((len(rows),), torch.int64),
-    }
+    for name, shape in (("input_ids", (1, sum(lengths))), ("labels", (1, sum(lengths))), ("icc_labels", (len(rows),))):
+        assert (batch[name].shape, batch[name].dtype) == (shape, torch.int64)
     assert batch["cu_seq_lens_q"].dtype == batch["cu_seq_lens_k"].dtype == torch.int32
     assert torch.equal(batch["cu_seq_lens_k"], batch["cu_seq_lens_q"])
     assert batch["max_length_q"] == batch["max_length_k"] == max(lengths)
@@ -74,30 +71,13 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(tokenizer, rows, bac
 
 
 def trained(tokenizer, collator, folder, workers=0):
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
-        max_steps=2,
-        logging_steps=1,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="no",
-        learning_rate=1e-2,
-        dataloader_num_workers=workers,
-    )
+    every_step = {"max_steps": 2, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+    sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "dataloader_num_workers": workers}
+    quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none"}
+    arguments = TrainingArguments(output_dir=str(folder), learning_rate=1e-2, **every_step, **sizes, **quiet)
     pairs = pairs_of_many_lengths(tokenizer)
-    trainer = MultiExitTrainer(
-        model_for(tokenizer),
-        arguments,
-        InContextObjective(),
-        train_dataset=pairs,
-        eval_dataset=pairs,
-        data_collator=collator,
-    )
+    data = {"train_dataset": pairs, "eval_dataset": pairs, "data_collator": collator}
+    trainer = MultiExitTrainer(model_for(tokenizer), arguments, InContextObjective(), **data)
     trainer.train()
     return trainer.state.log_history
 
@@ -118,8 +98,6 @@ def test_too_many_tokens_and_unfinished_rows_are_refused(tokenizer, rows):
     with raises("data.packing.too_long", total, "max_tokens", total - 1):
         PackingCollator(tokenizer, max_tokens=total - 1)(rows)
     with raises("data.packing.unfinished"):
-        PackingCollator(tokenizer)(
-            [{**rows[0], "input_ids": rows[0]["input_ids"][:-1], "labels": rows[0]["labels"][:-1]}]
-        )
+        PackingCollator(tokenizer)([rows[0] | {name: rows[0][name][:-1] for name in ("input_ids", "labels")}])
     with raises("data.packing.max_tokens", 1):
         PackingCollator(tokenizer, max_tokens=0)

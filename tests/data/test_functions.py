@@ -8,11 +8,16 @@ import pytest
 
 from modular_star_encoder.data import functions
 from modular_star_encoder.data.functions import (
+    LeakingDocstringError,
     code_key,
+    codesearchnet_function,
     collect_functions,
     description_key,
+    documentation_summary,
+    drop_reason,
     extract_functions,
     function_id,
+    open_corpus,
 )
 from modular_star_encoder.data.languages.function_finder import find_functions
 from modular_star_encoder.data.sources import SourceFile
@@ -40,6 +45,7 @@ def good(name, number=1, doc="Add a number to x."):
         'def f(x):\n    """SECRET é""" ;\n    return x',
         'def f(x):\n    """SECRET""" \\\n    ; return x\n',
         'async def f(x):\n\t"""SECRET."""\n\t@x\n\tdef g(): pass\n\treturn x\n',
+        "# coding: latin-1\ndef f(x):\n    'SECRET é'\n    é = 'ü'; return x\n",
     ],
 )
 def test_a_docstring_never_stays_in_the_code(text):
@@ -98,10 +104,6 @@ def test_line_ends_of_any_kind_give_the_same_function():
         assert replace(found, **place) == expected
 
 
-def test_a_coding_comment_does_not_shift_the_columns():
-    assert extract_one("# coding: latin-1\ndef f():\n    'Dóc.'\n    é = 'ü'; return é\n").code.endswith("return é")
-
-
 def test_code_begins_with_the_first_decorator_and_so_does_the_line():
     found = extract_one(
         "class A:\n    x = 1\n\n    @cache(\n        size=1)\n    @other\n"
@@ -141,13 +143,10 @@ def test_a_half_surrogate_in_a_docstring_can_still_be_encoded():
     assert found.description.startswith("Bad")
 
 
-def test_functions_without_docstring_or_without_body_are_not_rows():
-    assert extract_functions(source('def f():\n    return 1\ndef g():\n    """Only documentation."""\n')) == []
-
-
-def test_undocumented_functions_are_found_on_request():
-    found = extract_functions(source('def f():\n    return 1\ndef g():\n    """Only."""\n'), documented_only=False)
-    assert [(one.name, one.description) for one in found] == [("f", "")]
+def test_functions_without_docstring_are_found_on_request_and_those_without_body_never():
+    text = source('def f():\n    return 1\ndef g():\n    """Only documentation."""\n')
+    assert extract_functions(text) == []
+    assert [(one.name, one.description) for one in extract_functions(text, documented_only=False)] == [("f", "")]
 
 
 @pytest.mark.parametrize(
@@ -176,12 +175,6 @@ def test_functions_carry_what_their_file_says():
         assert one.source.encode() == SOURCES["go"].encode()[one.start_byte : one.end_byte]
 
 
-def test_the_source_holds_the_docstring_and_the_code_does_not():
-    found = extract_one("class A:\n    def f(self):\n        'Doc.'\n        return 1\n")
-    assert found.source == "def f(self):\n        'Doc.'\n        return 1"
-    assert found.code == "def f(self):\n    return 1"
-
-
 @pytest.mark.parametrize("docstring", ["f'Doc.'", "b'Doc.'", "('a', 'b')", "1", "''"])
 def test_what_only_looks_like_a_docstring_describes_nothing(docstring):
     (found,) = extract_functions(source(f"def f(x):\n    {docstring}\n    return x\n"), documented_only=False)
@@ -189,14 +182,17 @@ def test_what_only_looks_like_a_docstring_describes_nothing(docstring):
     assert extract_functions(source(f"def f(x):\n    {docstring}\n    return x\n")) == []
 
 
-def test_python_2_is_understood():
-    found = extract_one("def f(x):\n    'Print it.'\n    print 'a', x\n    exec x\n")
-    assert found.code == "def f(x):\n    print 'a', x\n    exec x"
-
-
-def test_comments_after_the_last_statement_belong_to_nobody():
-    found = extract_one("def f(x):\n    'Doc.'\n    if x:\n        return 1\n        # nothing\n    # more\n")
-    assert found.code == "def f(x):\n    if x:\n        return 1"
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("def f(x):\n    'Print it.'\n    print 'a', x\n    exec x\n", "def f(x):\n    print 'a', x\n    exec x"),
+        # comments after the last statement belong to nobody
+        ("def f(x):\n    'Doc.'\n    if x:\n        return 1\n        # no\n    # more\n",
+         "def f(x):\n    if x:\n        return 1"),
+    ],
+)  # fmt: skip
+def test_python_2_is_read_and_trailing_comments_are_not(text, code):
+    assert extract_one(text).code == code
 
 
 def test_a_header_is_c_or_cpp_by_its_text():
@@ -270,27 +266,164 @@ def test_an_identifier_is_the_same_in_every_run():
     assert function_id(function()) == function_id(replace(function(), name="x", description="y", license="MIT"))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"repository": "r"},
-        {"path": "p"},
-        {"language": "go"},
-        {"line": 9},
-        {"start_byte": 9},
-        {"source": "x"},
-        {"code": "y"},
-    ],
-)
-def test_an_identifier_tells_apart_what_is_not_the_same_function(change):
-    assert function_id(replace(function(), **change)) != function_id(function())
-
-
-def test_parts_of_an_identifier_do_not_run_into_each_other():
+def test_an_identifier_tells_apart_what_is_not_the_same_function():
+    changes = {"repository": "r", "path": "p", "language": "go", "line": 9, "start_byte": 9, "source": "x", "code": "y"}
+    others = {function_id(replace(function(), **{name: value})) for name, value in changes.items()}
+    assert len(others - {function_id(function())}) == len(changes)
     one, other = replace(function(), repository="a", path="bc"), replace(function(), repository="ab", path="c")
     assert function_id(one) != function_id(other)
 
 
-def test_two_functions_of_one_line_have_identifiers_of_their_own():
-    first = extract_one("def f(): 'Doc.'; return 1\n")
-    assert function_id(first) != function_id(replace(first, start_byte=30))
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"description": "Two words."}, "description not of 3 to 256 words"),
+        ({"description": "One -- two --"}, "description not of 3 to 256 words"),
+        ({"description": "word " * 257}, "description not of 3 to 256 words"),
+        ({"description": "Возвращает сумму двух чисел of x"}, "description mostly not ASCII"),
+        ({"code": "def f():\n\n\n    return 1"}, "code of fewer than 3 lines"),
+        ({"name": "A.__len__"}, "special method"),
+        ({"name": "A.runTest"}, "name contains test"),
+    ],
+)
+def test_each_rule_drops_what_it_names(changes, reason):
+    assert drop_reason(replace(function(), **changes)) == reason
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"description": "just three words"},
+        {"description": "word " * 256},
+        {"description": "Résumé of the naïve façade"},
+        {"name": "TestCase.run"},
+    ],
+)
+def test_rules_keep_what_lies_on_their_limits(changes):
+    assert drop_reason(replace(function(), **changes)) is None
+
+
+@pytest.mark.parametrize(
+    ("language", "constructors", "special", "kept"),
+    [
+        ("python", "Stack.__init__", "Stack.__len__", "__private|toString"),
+        ("java", "Outer.Stack.Stack", "Stack.toString|Stack.hashCode", "Stack.stack|Stack.toStringList"),
+        ("php", "Stack.__construct", "Stack.__get", "__"),
+        ("ruby", "Stack.initialize", "Stack.==|Stack.to_s", "Stack.empty?|Stack.size="),
+        ("javascript", "Stack.constructor", "Stack.toString", "Stack.Stack"),
+        ("go", None, "Stack.String|main", "NewStack"),
+        ("c", None, "main", "initialize"),
+        ("cpp", "Stack.Stack|Stack.~Stack", "main|Stack.operator==|Stack.operator bool", "operate|Stack.operator_name"),
+    ],
+)
+def test_names_of_constructors_and_special_methods_are_dropped_and_similar_ones_kept(
+    language, constructors, special, kept
+):
+    for names, reason in ((constructors, "constructor"), (special, "special method"), (kept, None)):
+        for name in names.split("|") if names else ():
+            assert drop_reason(replace(function(), language=language, name=name)) == reason, name
+
+
+OUTER = "def outer(a):\n    def inner():\n        return a\n\n    return inner"
+ADD = "func Add(a int, b int) int {\n\treturn a + b\n}"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    files = {"a/one.py": f"import os\n\n# Licence: any.\n\n\n{OUTER}\n\n\nx = 1\n", "b/broken.py": "def (:\n" * 20}
+    for name, content in (files | {"b/two.go": f"package one\n\n// Add adds.\n{ADD}\n"}).items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    return open_corpus({"folder": str(tmp_path), "snippets": "functions"})
+
+
+def test_each_outermost_function_is_a_text_of_a_corpus_of_functions(corpus):
+    found = {(file.repository, file.path, file.language): file.text for file in corpus}
+    assert found == {("a", "one.py#L6", "python"): OUTER, ("b", "two.go#L4", "go"): ADD}
+    assert corpus.skipped["does not parse"] == 1
+    assert corpus.repositories == ("a", "b")
+    assert [file.repository for file in corpus.skip(1)] == ["b"]
+    assert [file.repository for file in corpus.shard(0, 2)] == ["a"]
+    assert list(corpus.skip(1).shard(1, 2)) == []
+
+
+def test_unknown_snippets_are_refused(tmp_path):
+    with raises("data.corpus.snippets", "classes"):
+        open_corpus({"folder": str(tmp_path), "snippets": "classes"})
+
+
+HUB = {
+    "repository_name": "owner/name",
+    "func_path_in_repository": "a.go",
+    "func_name": "A",
+    "whole_func_string": "func A() {}",
+    "language": "go",
+    "func_code_string": "func A() {}",
+    "func_documentation_string": "Does it\nwell.\n\nSlowly.",
+    "func_code_url": "https://github.com/owner/name/blob/0ab/a.go#L37-L60",
+}
+FIELDS = {
+    "repository_name": "repo",
+    "func_path_in_repository": "path",
+    "whole_func_string": "original_string",
+    "func_code_string": "code",
+    "func_documentation_string": "docstring",
+    "func_code_url": "url",
+}
+LINES = {FIELDS.get(name, name): value for name, value in HUB.items()} | {"code_tokens": ["func"]}
+PYTHON = {
+    "language": "python",
+    "func_code_string": 'def a(self):\n        """Does it."""\n        return 1',
+    "func_documentation_string": "Does it.",
+}
+
+
+@pytest.mark.parametrize(
+    "documentation",
+    ["Reads a\nfile.", "Reads a\nfile.\n \nMore.", "Reads a\nfile. @param path", "\n\nReads a\nfile.\n@see\n\nMore."],
+)
+def test_the_query_ends_at_the_first_blank_line_or_tag(documentation):
+    assert documentation_summary(documentation) == "Reads a\nfile."
+
+
+def test_both_published_formats_give_the_same_function():
+    function = codesearchnet_function(HUB)
+    assert (function.repository, function.path, function.language, function.name) == ("owner/name", "a.go", "go", "A")
+    assert (function.line, function.start_byte, function.license) == (37, None, None)
+    assert (function.description, function.code, function.source) == ("Does it well.", "func A() {}", "func A() {}")
+    assert codesearchnet_function(LINES) == function
+
+
+@pytest.mark.parametrize(
+    ("code", "stripped"),
+    [
+        (PYTHON["func_code_string"], "def a(self):\n        return 1"),
+        ('    def a(self):\n        """Does it."""\n        return 1\n', "def a(self):\n    return 1"),
+        ("@b\ndef a():\n    'Does it.'\n    print 1", "@b\ndef a():\n    print 1"),
+        ("def a():\n    return 1", "def a():\n    return 1"),
+    ],
+)
+def test_python_code_loses_its_docstring_and_the_source_keeps_it(code, stripped):
+    function = codesearchnet_function({**PYTHON, "func_code_string": code})
+    assert function.code == stripped
+    assert function.source == code
+
+
+@pytest.mark.parametrize("code", ['def a(:\n    """Does it."""\n    return 1', 'def a():\n    """Does it."""', "a = 1"])
+def test_python_code_that_may_keep_its_query_is_refused(code):
+    with pytest.raises(LeakingDocstringError, match="does not parse"):
+        codesearchnet_function({**PYTHON, "func_code_string": code})
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "value"),
+    [
+        ({"func_code_string": None}, "data.codesearchnet.column", "func_code_string or code"),
+        ({"language": None}, "data.codesearchnet.column", "language"),
+        ({"language": "cobol"}, "data.language.unknown", "cobol"),
+    ],
+)
+def test_other_rows_are_refused(change, key, value):
+    with raises(key, value):
+        codesearchnet_function({**HUB, **change})

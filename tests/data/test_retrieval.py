@@ -38,16 +38,10 @@ def test_rows_are_what_the_tokenizer_makes_of_prompt_and_text(tokenizer):
         assert row["document_ids"].tolist() == tokenizer(code_prompt("python") + one.code)["input_ids"]
 
 
-def test_the_prompt_names_the_language_of_the_row(tokenizer):
-    rows = [function(), replace(function(), language="go", description="Other words here.", code="func f() {}")]
-    dataset = make(tokenizer, rows)
-    assert [
-        f"this {language} code" in tokenizer.decode(dataset[i]["document_ids"])
-        for i, language in enumerate(["python", "go"])
-    ] == [True, True]
-
-
-def test_prompts_can_be_left_out(tokenizer):
+def test_the_prompt_names_the_language_of_the_row_and_can_be_left_out(tokenizer):
+    rows = [function(), replace(function(), language="go", code="func f() {}")]
+    for row, language in zip(make(tokenizer, rows), ("python", "go"), strict=True):
+        assert f"this {language} code" in tokenizer.decode(row["document_ids"])
     row = make(tokenizer, prompts=False)[0]
     assert row["query_ids"].tolist() == tokenizer("Load table number 0.")["input_ids"]
 
@@ -94,26 +88,24 @@ def test_batches_are_padded_on_the_left_and_keep_the_order(tokenizer):
 
 def parallel_texts(count=12):
     """Triplets whose snippets have a word to rename."""
+    python = "def table{0}():\n    column = {0}\n    return column + column"
+    cpp = "int table{0}() {{ int column = {0}; return column + column; }}"
     return [
         RetrievalExample(
-            f"Load table number {i}.",
-            (
-                Snippet("python", f"def table{i}():\n    column = {i}\n    return column + column"),
-                Snippet("cpp", f"int table{i}() {{ int column = {i}; return column + column; }}"),
-            ),
+            f"Load table number {i}.", (Snippet("python", python.format(i)), Snippet("cpp", cpp.format(i)))
         )
         for i in range(count)
     ]
 
 
+def tokenized(tokenizer, rows, max_code_tokens=128, prompts=True):
+    return RetrievalTexts(rows, tokenizer, max_code_tokens=max_code_tokens, prompts=prompts, progress=False)
+
+
 def batches(tokenizer, steps=6, batch_size=4, seed=0, prompts=True, **options):
     rows = parallel_texts()
-    texts = RetrievalTexts(rows, tokenizer, max_text_tokens=128, max_code_tokens=128, prompts=prompts, progress=False)
+    texts = tokenized(tokenizer, rows, prompts=prompts)
     return RetrievalBatches(texts, BatchPlan(PairGroups(rows), batch_size, seed), steps, **options)
-
-
-def decoded(tokenizer, row):
-    return [tokenizer.decode(row[side][1:-1]).replace(" ", "") for side in ("query_ids", "document_ids")]
 
 
 def test_batches_alternate_text_to_code_and_code_to_code_with_their_prompts(tokenizer):
@@ -155,7 +147,7 @@ def test_a_share_of_the_snippets_is_renamed_and_no_description(tokenizer):
 def test_hard_negatives_are_a_third_side_framed_and_renamed_as_code_is(tokenizer):
     rows = parallel_texts()
     rows = [replace(row, negative=rows[(i + 1) % 12].snippets[1]) for i, row in enumerate(rows)]
-    texts = RetrievalTexts(rows, tokenizer, max_text_tokens=128, max_code_tokens=128, prompts=True, progress=False)
+    texts = tokenized(tokenizer, rows)
     plan = BatchPlan(PairGroups(rows), 4, 0)
     plain, renamed = (RetrievalBatches(texts, plan, 60, identifier_rename_prob=share) for share in (0.0, 0.3))
     frame = tokenizer(code_prompt("cpp"))["input_ids"][:-1]
@@ -170,9 +162,7 @@ def test_hard_negatives_are_a_third_side_framed_and_renamed_as_code_is(tokenizer
     batch = RetrievalCollator(tokenizer)([plain[i] for i in range(4)])
     assert list(batch) == ["query", "document", "negative"]
     with pytest.raises(IndexError, match="row 3 has no hard negative"):
-        RetrievalTexts(
-            parallel_texts(), tokenizer, max_text_tokens=99, max_code_tokens=99, prompts=True, progress=False
-        ).negative(3)
+        tokenized(tokenizer, parallel_texts()).negative(3)
 
 
 def test_a_row_is_a_function_of_seed_and_place_whoever_asks_first(tokenizer):
@@ -190,9 +180,8 @@ def test_a_renamed_snippet_is_another_one_in_the_next_epoch(tokenizer):
     dataset = batches(tokenizer, steps=12, identifier_rename_prob=1.0, prompts=False)
     by_row = {}
     for i in range(0, 48, 2):
-        by_row.setdefault(tuple(dataset[i]["query_ids"].tolist()), []).append(
-            tuple(dataset[i]["document_ids"].tolist())
-        )
+        query, document = (tuple(dataset[i][side].tolist()) for side in ("query_ids", "document_ids"))
+        by_row.setdefault(query, []).append(document)
     assert {len(versions) for versions in by_row.values()} == {2}
     assert all(len(set(versions)) == 2 for versions in by_row.values())
 
@@ -218,7 +207,7 @@ def test_processes_share_out_every_batch_half_and_half(tokenizer):
 
 def test_mean_tokens_count_what_the_encoder_reads(tokenizer):
     rows = parallel_texts(4)
-    texts = RetrievalTexts(rows, tokenizer, max_text_tokens=128, max_code_tokens=40, prompts=False, progress=False)
+    texts = tokenized(tokenizer, rows, max_code_tokens=40, prompts=False)
     lengths = [[len(texts.snippet(row, number)) for number in range(2)] for row in range(4)]
     assert max(map(max, lengths)) <= 40
     assert texts.mean_tokens()[1] == sum(map(sum, lengths)) / 8
@@ -240,18 +229,16 @@ def test_every_occurrence_of_a_frequent_word_gets_the_same_new_name():
     assert match["name"] not in re.findall(r"\w+", CODE)
 
 
-def test_only_words_that_occur_three_times_and_have_three_characters_are_replaced():
-    renamed = rename("ab ab ab; twice twice; abc abc abc; 100 100 100")
-    assert re.fullmatch(r"ab ab ab; twice twice; ([a-z]{3,8}) \1 \1; 100 100 100", renamed)
-
-
-def test_numbers_with_letters_in_them_are_no_words():
-    code = "0xFFFF | 0xFFFF | 0xFFFF; 100ULL, 100ULL, 100ULL"
-    assert rename(code) == code
-
-
-def test_parts_of_longer_words_stay():
-    assert re.fullmatch(r"([a-z]{3,8}) \1 \1 name_of rename names", rename("name name name name_of rename names"))
+@pytest.mark.parametrize(
+    ("code", "pattern"),
+    [
+        ("ab ab ab; twice twice; abc abc abc; 100 100 100", r"ab ab ab; twice twice; (NEW) \1 \1; 100 100 100"),
+        ("0xFFFF | 0xFFFF | 0xFFFF; 100ULL, 100ULL, 100ULL", r"0xFFFF \| 0xFFFF \| 0xFFFF; 100ULL, 100ULL, 100ULL"),
+        ("name name name name_of rename names", r"(NEW) \1 \1 name_of rename names"),
+    ],
+)
+def test_only_whole_words_of_three_characters_that_occur_three_times_are_replaced(code, pattern):
+    assert re.fullmatch(pattern.replace("NEW", "[a-z]{3,8}"), rename(code))
 
 
 def test_two_words_never_get_one_name():

@@ -59,6 +59,13 @@ def test_splits_that_cannot_be_drawn_are_refused():
             draw_repositories({"a": 5, "b": 5}, seed=0, **wrong)
 
 
+def rewrite(path, change):
+    """Replace each row of a file, numbered from 0."""
+    rows = [json.loads(line) for line in path.open()]
+    path.write_text("\n".join(json.dumps(row | change(i, row)) for i, row in enumerate(rows)))
+    return rows
+
+
 def write_rows(folder, triplets=60, exercises=20):
     """Triplets of 12 repositories, in which every tenth description is one of three; and exercises."""
     rows = [
@@ -106,9 +113,7 @@ def test_held_out_rows_of_every_source_share_nothing_with_those_trained_on(tmp_p
 
 def test_a_repository_that_one_source_holds_out_is_not_trained_on_from_another(tmp_path):
     settings = write_rows(tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "exercises.jsonl").open()]
-    rows = [row | {"slug": f"repository{i % 12}"} for i, row in enumerate(rows)]
-    (tmp_path / "exercises.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rewrite(tmp_path / "exercises.jsonl", lambda i, _: {"slug": f"repository{i % 12}"})
     data = prepare(settings, tmp_path / "data", eval_fraction=0.2)
     assert not {text.repository for text in data.train} & set(data.report["held_out_repositories"])
     assert {bool(text.description) for text in data.train} == {bool(text.description) for text in data.held_out}
@@ -134,8 +139,7 @@ def test_rows_whose_hard_negative_is_held_out_are_not_trained_on_and_the_others_
 
 def test_data_of_which_nothing_is_left_to_train_on_is_refused_and_not_written(tmp_path):
     settings = {"triplets": write_rows(tmp_path)["triplets"]}
-    rows = [json.loads(line) | {"func2": "int same() { return 1; }"} for line in (tmp_path / "triplets.jsonl").open()]
-    (tmp_path / "triplets.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rewrite(tmp_path / "triplets.jsonl", lambda *_: {"func2": "int same() { return 1; }"})
     with raises("data.split.nothing_to_train"):
         prepare(settings, tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -174,8 +178,7 @@ def test_samples_are_drawn_by_seed_in_the_order_of_the_sources(tmp_path):
 
 def test_rows_of_unknown_repository_are_held_out_one_by_one(tmp_path):
     write_rows(tmp_path)
-    rows = [json.loads(line) | {"repository_name": ""} for line in (tmp_path / "triplets.jsonl").open()]
-    (tmp_path / "triplets.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rewrite(tmp_path / "triplets.jsonl", lambda *_: {"repository_name": ""})
     data = prepare({"triplets": str(tmp_path / "triplets.jsonl")}, tmp_path / "data")
     assert data.report["held_out"] == len(data.held_out) == 6
     assert data.report["held_out_repositories"] == []

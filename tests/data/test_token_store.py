@@ -147,21 +147,17 @@ def test_what_is_stored_is_not_tokenized_again(tmp_path, tokenizer, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, tokenizer, dying(source_files(), 9))
     tokenized = []
-    original = token_store._Writer.append
-    monkeypatch.setattr(
-        token_store._Writer, "append", lambda self, files: tokenized.extend(files) or original(self, files)
-    )
+    writer, original = token_store._Writer, token_store._Writer.append
+    monkeypatch.setattr(writer, "append", lambda self, files: tokenized.extend(files) or original(self, files))
     build(tmp_path, tokenizer)
     assert tokenized == source_files()[8:]
 
 
-def test_the_size_of_commits_changes_nothing(tmp_path, tokenizer, whole):
+def test_a_finished_store_is_the_same_for_any_size_of_commits_and_opened_without_reading_files(
+    tmp_path, tokenizer, whole
+):
     build(tmp_path, tokenizer, files_per_commit=1000)
     assert content(tmp_path) == whole
-
-
-def test_a_finished_store_is_opened_without_reading_files(tmp_path, tokenizer):
-    build(tmp_path, tokenizer)
     assert len(build(tmp_path, tokenizer, dying(source_files(), 0))) == len(source_files())
 
 
@@ -210,15 +206,12 @@ def test_folders_that_are_no_store_are_refused(tmp_path, tokenizer):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_store_that_was_cut_short_is_refused(tmp_path, tokenizer):
+def test_a_store_that_was_cut_short_is_refused_and_one_of_nothing_opens(tmp_path, tokenizer):
     build(tmp_path, tokenizer)
     os.truncate(tmp_path / "tokens.bin", 100)
     with raises("data.token_store.damaged"):
         TokenStore(tmp_path)
-
-
-def test_a_store_of_nothing_can_be_opened(tmp_path, tokenizer):
-    assert len(build(tmp_path, tokenizer, [])) == 0
+    assert len(build(tmp_path / "empty", tokenizer, [])) == 0
 
 
 def equal_rows(one, other):

@@ -21,7 +21,6 @@ def record(number, **changes):
     values = {
         "blob_id": blob(number),
         "path": f"/src/{number}.py",
-        "content_id": "0" * 40,
         "language": "Python",
         "length_bytes": 20,
         "detected_licenses": ["MIT"],
@@ -29,7 +28,6 @@ def record(number, **changes):
         "src_encoding": "UTF-8",
         "is_vendor": False,
         "is_generated": False,
-        "alpha_fraction": 0.5,
     }
     return {**values, **changes}
 
@@ -98,20 +96,10 @@ def test_the_order_is_that_of_the_rows_whatever_arrives_first(reader_of, server)
 
 
 def test_what_the_row_tells_is_enough_to_leave_a_file_out_without_fetching_it(reader_of, server):
-    reader = reader_of(
-        [
-            record(1),
-            record(2, language="Rust"),
-            record(3, is_vendor=True),
-            record(4, is_generated=True),
-            record(5, length_bytes=2_000_000),
-            record(6, path="/tests/a.py"),
-            record(7, blob_id="../../etc/passwd"),
-            record(8, blob_id=None),
-        ],
-        [],
-        filters=FileFilters(generated=False),
-    )
+    changes = [{}, {"language": "Rust"}, {"is_vendor": True}, {"is_generated": True}, {"length_bytes": 2_000_000}]
+    changes += [{"path": "/tests/a.py"}, {"blob_id": "../../etc/passwd"}, {"blob_id": None}]
+    files = [record(number, **change) for number, change in enumerate(changes, 1)]
+    reader = reader_of(files, [], filters=FileFilters(generated=False))
     assert texts(reader) == ["x = 1"]
     assert reader.skipped == {
         "another language": 1,
@@ -141,14 +129,8 @@ def test_failures_of_the_server_are_tried_again_a_few_times(reader_of, server):
 
 
 def test_contents_that_are_no_source_text_are_counted(reader_of, server):
-    server.answers.update(
-        {
-            blob(1): gzip.compress(b"x = 1")[:-4] + b"1234",
-            blob(2): gzip.compress(b"\xff\xff"),
-            blob(3): gzip.compress(b"x = 3")[:12],
-            blob(4): gzip.compress(b"x\n" * 1_000_000),
-        }
-    )
+    one, two, three, four = map(gzip.compress, (b"x = 1", b"\xff\xff", b"x = 3", b"x\n" * 1_000_000))
+    server.answers.update({blob(1): one[:-4] + b"1234", blob(2): two, blob(3): three[:12], blob(4): four})
     reader = reader_of([record(number) for number in range(1, 6)], filters=FileFilters(max_bytes=1000))
     assert texts(reader) == ["x = 5"]
     assert reader.skipped == {"damaged content": 2, "not in its declared encoding": 1, "too large": 1}

@@ -1,0 +1,329 @@
+"""Sources of fine-tuning: what is read, what is skipped and counted, what is refused."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from modular_star_encoder.data.pairs import (
+    RetrievalExample,
+    Snippet,
+    TripletColumns,
+    open_triplets,
+    read_retrieval_examples,
+)
+from modular_star_encoder.data.sources.dataset_rows import open_texts
+from modular_star_encoder.utils.files import write_text
+from tests.errors import raises
+
+PYTHON, GO = "def add(a, b):\n    return a + b", "func add(a, b int) int {\n\treturn a + b\n}"
+SURROGATES = "halves of characters (lone surrogates)"
+
+
+def row(number=0, without=None, **changes):
+    """A row as SynthCoNL publishes it."""
+    values = {
+        "repository_name": f"owner/name{number}",
+        "func_path_in_repository": "a.py",
+        "func_documentation_string": f"Adds the two numbers of {number}.",
+        "func_code_url": "https://example.org",
+        "language1_CSN": "python",
+        "func1_CSN": PYTHON,
+        "language2": "Go",
+        "func2": GO,
+    }
+    return {name: value for name, value in (values | changes).items() if name != without}
+
+
+TRIPLET = RetrievalExample("Adds the two numbers of 0.", (Snippet("python", PYTHON), Snippet("go", GO)), "owner/name0")
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        data = "\n".join(one if isinstance(one, str) else json.dumps(one) for one in rows).encode()
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def repositories(reader):
+    return [triplet.repository.removeprefix("owner/name") for triplet in reader]
+
+
+KINDS = pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
+def test_the_published_columns_become_triplets_again_and_again(tmp_path, name):
+    reader = open_triplets(write(tmp_path / name, [row(), row(1)]))
+    for _ in range(2):
+        first, second = reader
+        assert first == TRIPLET
+        assert second.description == "Adds the two numbers of 1."
+    assert reader.skipped == {}
+
+
+def test_a_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch):
+    import datasets
+
+    file = write(tmp_path / "a.parquet", [row()])
+    local = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: calls.append((names, options)) or local)
+    assert list(open_triplets("modularStarEncoder/SynthCoNL", revision="v1")) == [TRIPLET]
+    ((names, options),) = calls
+    assert names[0] == "modularStarEncoder/SynthCoNL"
+    assert (options["split"], options["revision"], options["streaming"]) == ("train", "v1", True)
+
+
+def test_other_names_of_columns_are_read(tmp_path):
+    columns = {"description": "nl", "code": "a", "language": "la", "other_code": "b", "other_language": "lb"}
+    other = {"nl": "Adds.", "a": "x", "la": "C++", "b": "y", "lb": "JavaScript", "r": None}
+    (triplet,) = open_triplets(write(tmp_path / "a.parquet", [other]), columns=columns | {"repository": "r"})
+    assert triplet == RetrievalExample("Adds.", (Snippet("cpp", "x"), Snippet("javascript", "y")))
+
+
+@pytest.mark.parametrize(("column", "language"), [(None, "python"), ("lb", "ruby"), ("language2", "go")])
+def test_a_hard_negative_has_its_own_language_or_that_of_a_code(tmp_path, column, language):
+    file = write(tmp_path / "a.parquet", [row(bad="def sub(x): ...", lb="Ruby"), row(1, bad=" ", lb="Ruby")])
+    columns = TripletColumns(negative="bad", negative_language=column)
+    reader = open_triplets(file, columns=columns)
+    assert list(reader) == [replace(TRIPLET, negative=Snippet(language, "def sub(x): ..."))]
+    assert reader.skipped == {"empty bad": 1}
+    with raises("data.row"):
+        list(open_triplets(file, columns=columns, strict=True))
+
+
+def test_columns_that_do_not_exist_are_refused(tmp_path):
+    with raises("data.source.column", "worse"):
+        open_triplets(write(tmp_path / "a.parquet", [row()]), columns=TripletColumns(negative="worse"))
+    with raises("data.triplets.negative_language", "lb"):
+        TripletColumns(negative_language="lb")
+
+
+def test_a_folder_gives_the_files_of_a_split(tmp_path):
+    for number, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"]):
+        write(tmp_path / "data" / f"{name}.parquet", [row(number)])
+    assert repositories(open_triplets(tmp_path)) == ["0", "1"]
+    assert repositories(open_triplets(tmp_path, split="validation")) == ["2"]
+    with raises("data.source.split", "test"):
+        open_triplets(tmp_path, split="test")
+
+
+def test_a_folder_without_splits_is_read_whole_in_order(tmp_path):
+    write(tmp_path / "b" / "c.jsonl", [row(1)])
+    write(tmp_path / "a.jsonl.gz", [row(0)])
+    assert repositories(open_triplets(tmp_path)) == ["0", "1"]
+
+
+def test_row_groups_without_rows_are_read(tmp_path):
+    write(tmp_path / "a.parquet", [row(0)])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row()]).slice(0, 0), tmp_path / "b.parquet")
+    write(tmp_path / "c.parquet", [row(1)])
+    assert repositories(open_triplets(tmp_path)) == ["0", "1"]
+
+
+def test_the_report_of_near_deduplication_holds_no_rows(tmp_path):
+    write(tmp_path / "rows-00000.parquet", [row(0)])
+    write(tmp_path / "dropped.jsonl", [{"id": 1, "reason": "near another row"}])
+    assert repositories(open_triplets(tmp_path)) == ["0"]
+    write(tmp_path / "alone" / "dropped.jsonl", [row(1)])
+    assert repositories(open_triplets(tmp_path / "alone")) == ["1"]
+
+
+@KINDS
+def test_a_list_of_files_may_begin_at_home(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / name, [row(0)])
+    assert repositories(open_triplets([f"~/{name}"])) == ["0"]
+
+
+BAD = {
+    "empty func2": row(func2="  \n"),
+    "empty func1_CSN": row(func1_CSN=None),
+    "empty func_documentation_string": row(func_documentation_string=""),
+    "unknown language2": row(language2="cobol"),
+    "unknown language1_CSN": row(language1_CSN=None),
+}
+# Parquet can't hold these: a column of several kinds, halves of characters, lines that are no rows.
+BAD_IN_JSON = {
+    "repository_name is not a text": row(repository_name=5),
+    SURROGATES: row(repository_name="\ud800"),
+    "no JSON": '{"half',
+    "no JSON object": "[1]",
+    "no column func2": row(without="func2"),
+}
+
+
+@KINDS
+def test_bad_rows_are_skipped_with_count_and_example_or_refused(tmp_path, name):
+    bad = BAD if name.endswith("parquet") else BAD | BAD_IN_JSON
+    file = write(tmp_path / name, [row(), *bad.values(), row(func2=""), row(1, repository_name=None)])
+    reader = open_triplets(file)
+    for _ in range(2):
+        assert repositories(reader) == ["0", ""]
+        assert reader.skipped == dict.fromkeys(bad, 1) | {"empty func2": 2}
+        assert f"{name}, " in reader.examples["unknown language2"]
+        assert reader.examples["unknown language2"].partition(": ")[0].endswith(" 5")
+    write_text(tmp_path / "report.json", str(reader.examples))  # UTF-8, whatever the rows hold
+    with raises("data.row", 2):
+        list(open_triplets(file, strict=True))
+
+
+def test_blank_lines_byte_order_marks_and_deep_brackets_cost_no_other_row(tmp_path):
+    file = write(tmp_path / "a.jsonl", [row(), "", "[" * 100_000, row(1)])
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    reader = open_triplets(file)
+    assert repositories(reader) == ["0", "1"]
+    assert reader.skipped == {"no JSON": 1}
+
+
+@KINDS
+def test_unknown_options_are_refused(tmp_path, name):
+    with raises("data.source.options", name):
+        open_triplets(write(tmp_path / name, [row()]), strcit=True)
+
+
+def test_damaged_files_are_one_sentence_with_their_name(tmp_path):
+    file = write(tmp_path / "a.parquet", [row(number) for number in range(2000)])
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with raises("data.source.unreadable", "a.parquet"):
+        open_triplets(file)
+    table = pyarrow.Table.from_pylist([row(number, func2=f"code {number**9}") for number in range(2000)])
+    pyarrow.parquet.write_table(table, file, row_group_size=500)
+    content = bytearray(file.read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 200):
+        content[place] ^= 255
+    file.write_bytes(content)
+    with raises("data.source.damaged", "a.parquet"):
+        list(open_triplets(file))
+    whole = write(tmp_path / "whole.jsonl.gz", [row()] * 50).read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:30] + bytes(20) + whole[50:]):
+        (tmp_path / "half.jsonl.gz").write_bytes(content)
+        with raises("data.source.damaged", "half.jsonl.gz"):
+            list(open_triplets(tmp_path / "half.jsonl.gz"))
+
+
+def test_sources_without_rows_are_refused(tmp_path):
+    with raises("data.source.column", "func2", "repository_name"):
+        open_triplets(write(tmp_path / "a.parquet", [row(without="func2")]))
+    with raises("data.source.no_files"):
+        open_triplets(tmp_path / "none.jsonl")
+    (tmp_path / "folder").mkdir()
+    with raises("data.source.no_files"):
+        open_triplets(tmp_path / "folder")
+    for name in ("a.parquet", "a.jsonl"):  # both kinds
+        write(tmp_path / "folder" / name, [row()])
+    with raises("data.source.no_files"):
+        open_triplets(tmp_path / "folder")
+
+
+def test_a_row_without_a_text_is_named(tmp_path):
+    with raises("data.row", "line 2", "func2"):
+        list(open_texts(write(tmp_path / "a.jsonl", [row(), row(func2=5)]), "func2"))
+
+
+def read(settings):
+    return read_retrieval_examples(settings, progress=False)
+
+
+def test_a_triplet_is_prose_and_two_snippets_under_any_names_of_columns(tmp_path):
+    assert read({"triplets": str(write(tmp_path / "rows.jsonl", [row()]))})["triplets"].texts == [TRIPLET]
+    file = str(write(tmp_path / "rows.jsonl", [row(without="func_documentation_string", doc="Adds two numbers.")]))
+    found = read({"triplets": {"source": file, "columns": {"description": "doc"}}})
+    assert found["triplets"].texts[0].description == "Adds two numbers."
+
+
+BAD_FOR_TRAINING = {
+    "empty func2": row(func2="  "),
+    "description in place of code": row(func1_CSN="adds the two numbers of 0"),
+    "prose in place of code": row(func2="This function adds two integers in Go."),
+    SURROGATES: row(func2=GO + "// \ud800"),
+    "no JSON": "{",
+}
+
+
+@pytest.mark.parametrize("reason", BAD_FOR_TRAINING)
+def test_rows_that_cannot_be_trained_on_are_skipped_or_refused(tmp_path, reason):
+    file = str(write(tmp_path / "rows.jsonl", [row(), *[BAD_FOR_TRAINING[reason]] * 2]))
+    found = read({"triplets": file})["triplets"]
+    assert len(found.texts) == 1
+    assert found.skipped == {reason: 2}
+    assert set(found.examples) == {reason}
+    assert ", line 2: " in found.examples[reason]
+    assert found.examples[reason].encode()
+    with raises("data.row", reason.split()[0]):
+        read({"triplets": {"source": file, "strict": True}})
+
+
+def test_hard_negatives_are_code_that_is_not_the_rows_own(tmp_path):
+    rows = [row(worse=code) for code in ("def sub(a, b): ...", GO + "  ", "It takes the second number away.")]
+    source = {"source": str(write(tmp_path / "rows.jsonl", rows)), "columns": {"negative": "worse"}}
+    found = read({"triplets": source})["triplets"]
+    assert [text.negative for text in found.texts] == [Snippet("python", "def sub(a, b): ...")]
+    assert found.skipped == {"its own code as the negative": 1, "prose in place of code": 1}
+    with raises("data.sources.negatives", "data.functions"):
+        read({"functions": {"folder": str(tmp_path)}, "triplets": source})
+
+
+def test_documented_functions_of_repositories_have_one_snippet(tmp_path):
+    file = tmp_path / "code" / "repository" / "a.py"
+    file.parent.mkdir(parents=True)
+    file.write_text('def add(a, b):\n    """Add two given numbers."""\n    total = a + b\n    return total\n')
+    (text,) = read({"functions": {"folder": str(tmp_path / "code")}})["functions"].texts
+    assert (text.description, text.repository) == ("Add two given numbers.", "repository")
+    assert [snippet.language for snippet in text.snippets] == ["python"]
+
+
+def test_parallel_solutions_have_no_description_and_only_our_languages(tmp_path):
+    rows = [
+        {"slug": "add", "description": "Add.", "code": {"python": PYTHON, "go": GO, "rust": "fn add() {}", "c": None}},
+        {"slug": "lonely", "code": {"python": PYTHON}},
+        {"slug": "wrong", "code": {"python": PYTHON, "go": "Adds two numbers in Go."}},
+        {"slug": "none", "code": "def"},
+        {"slug": "half \ud800", "code": {"python": PYTHON, "go": GO}},
+        "{",
+    ]
+    found = read({"parallel": str(write(tmp_path / "exercises.jsonl", rows))})["parallel"]
+    assert found.texts == [RetrievalExample("", (Snippet("python", PYTHON), Snippet("go", GO)), "add")]
+    assert found.skipped == {
+        "language rust, none of ours": 1,
+        "fewer than two solutions": 2,
+        "prose in place of code": 1,
+        "no slug, or no mapping code": 1,
+        SURROGATES: 1,
+        "no JSON": 1,
+    }
+    assert found.examples["fewer than two solutions"].endswith('line 2: "lonely"')
+    assert found.examples["no JSON"].endswith("line 6: {")
+    assert found.examples[SURROGATES].encode()
+
+
+def test_a_source_that_is_none_is_as_if_left_out(tmp_path):
+    good = str(write(tmp_path / "rows.jsonl", [row()]))
+    assert list(read({"triplets": good, "functions": None, "parallel": None})) == ["triplets"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "value"),
+    [
+        ({"triplets": None}, "data.sources", "none"),
+        ({}, "data.sources", "triplets, functions, parallel"),
+        ({"tripletz": "x"}, "data.sources", "tripletz"),
+        ({"triplets": {}}, "data.source.options", "data.triplets can't be used: source"),
+        ({"triplets": {"source": "FILE", "columns": {"text": "x"}}}, "data.source.options", "data.triplets"),
+        ({"functions": "code"}, "data.functions", "code"),
+        ({"triplets": "FILE"}, "data.source.empty", "1 × empty func2"),
+        ({"parallel": "missing.jsonl"}, "data.source.no_files", "missing.jsonl"),
+    ],
+)
+def test_sources_that_cannot_be_used_are_refused(tmp_path, settings, key, value):
+    file = str(write(tmp_path / "rows.jsonl", [row(func2="")]))
+    with raises(key, value):
+        read(json.loads(json.dumps(settings).replace("FILE", file)))
