@@ -93,50 +93,6 @@ def test_spans_are_exact_after_characters_of_several_bytes_and_odd_line_breaks()
     assert (found.name, found.line, found.description) == ("Ä.ö", 4, "Döcument.")
 
 
-def test_line_ends_of_any_kind_give_the_same_function():
-    text = good("f")
-    expected = extract_one("\n\n" + text)
-    assert expected.line == 3
-    for end in ("\r\n", "\r"):
-        found = extract_one(("\n\n" + text).replace("\n", end))
-        place = {"source": expected.source, "start_byte": expected.start_byte, "end_byte": expected.end_byte}
-        assert found.source == expected.source.replace("\n", end)
-        assert replace(found, **place) == expected
-
-
-def test_code_begins_with_the_first_decorator_and_so_does_the_line():
-    found = extract_one(
-        "class A:\n    x = 1\n\n    @cache(\n        size=1)\n    @other\n"
-        '    def f(self):\n        "Doc."\n        return 1\n'
-    )
-    assert found.line == 4
-    assert found.code.startswith("@cache(\n    size=1)\n@other\ndef f(self):\n    return 1")
-
-
-def test_dedenting_leaves_the_lines_of_a_string_alone():
-    text = '''class A:
-    def f(self):
-        "Doc."
-        raise ValueError(
-            "one "
-            "two")
-        # it's """
-        return """
-            keep
-    keep too"""
-'''
-    found = extract_one(text)
-    assert ast.literal_eval(ast.parse(found.code).body[0].body[-1].value) == "\n            keep\n    keep too"
-    assert '\n        "two")\n' in found.code
-
-
-def test_the_description_is_the_first_paragraph_in_one_line():
-    found = extract_one(
-        'def f():\n    """\n    First   line\n    and second.\n\n    Args: none\n    """\n    return 1\n'
-    )
-    assert found.description == "First line and second."
-
-
 def test_a_half_surrogate_in_a_docstring_can_still_be_encoded():
     found = extract_one('def f():\n    "Bad \\ud800 escape."\n    return 1\n')
     assert found.description.encode()
@@ -150,8 +106,7 @@ def test_functions_without_docstring_are_found_on_request_and_those_without_body
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["def f(:", "x = '\0'", "x = " + "(" * 500, "x = " + "-" * 100_000 + "1", "x = 1" + "+1" * 100_000, "x = '\ud800'"],
+    "text", ["def f(:", "x = '\0'", "x = " + "(" * 500, "x = " + "-" * 100_000 + "1", "x = '\ud800'"]
 )
 def test_a_file_that_does_not_parse_is_counted_and_not_fatal(text):
     counts = Counter()

@@ -9,15 +9,9 @@ from tests.errors import raises
 
 def test_prompts_are_worded_as_published_and_end_with_the_inner_separator():
     assert code_prompt("Python") == "Represent this python code snippet for retrieval:<sep>"
-    assert text_prompt() == "Represent this code description for retrieving supporting snippets of code:<sep>"
-
-
-def test_our_name_of_a_language_gives_the_published_prompt():
     assert code_prompt("cpp") == code_prompt("C++") == "Represent this c++ code snippet for retrieval:<sep>"
-
-
-def test_code_of_unknown_language_gets_a_prompt_that_names_none():
     assert code_prompt() == "Represent this code snippet for retrieval:<sep>"
+    assert text_prompt() == "Represent this code description for retrieving supporting snippets of code:<sep>"
 
 
 @pytest.mark.parametrize("language", ["", "  ", "python<sep>"])

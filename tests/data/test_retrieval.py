@@ -7,11 +7,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 
 from modular_star_encoder.data.collators import RetrievalCollator
-from modular_star_encoder.data.finetuning_rows import (
-    RetrievalBatches,
-    RetrievalTexts,
-    rename_frequent_words,
-)
+from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts, rename_frequent_words
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet, described
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.splits import BatchPlan, PairGroups

@@ -14,12 +14,7 @@ TEXT = "def añb(x):\n\treturn x1234  # 漢字 🙂\r\n"
 
 def test_special_tokens_have_the_first_ids_and_padding_is_on_the_left(tokenizer):
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3]
-    assert (tokenizer.pad_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id) == (
-        0,
-        1,
-        2,
-        3,
-    )
+    assert [getattr(tokenizer, f"{role}_token_id") for role in ("pad", "sep", "cls", "mask")] == [0, 1, 2, 3]
     batch = tokenizer(["a", "a b c d e f"], padding=True)
     assert batch["input_ids"][0][0] == 0
     assert batch["attention_mask"][0][-1] == 1

@@ -92,11 +92,7 @@ class Outer:
     [
         ({"name": "x", "inner": {"size": 0}}, "settings.value", "recipe: inner: size must be greater than 0, not 0"),
         ({"name": "x", "inner": {"kind": "c"}}, "settings.value", "'a' or 'b', not 'c'"),
-        (
-            {"name": "x", "inner": {"sise": 1}},
-            "settings.unknown",
-            "inner: unknown setting sise; did you mean size?",
-        ),
+        ({"name": "x", "inner": {"sise": 1}}, "settings.unknown", "inner: unknown setting sise; did you mean size?"),
         ({"name": "x", "wrong": 1}, "settings.unknown", "available: inner, name, sizes"),
         ({}, "settings.missing", "name"),
         ({"name": "x", "inner": 3}, "settings.value", "inner"),

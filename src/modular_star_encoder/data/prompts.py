@@ -63,10 +63,7 @@ def sentence_transformer_prompts(*, instructions: bool = True) -> dict[str, str]
     which names the language; use them with `encode(..., prompt_name="document_python")`. Without `instructions` the
     names are the same and every prompt is empty, so that callers need not know which kind of model they have.
     """
-    prompts = {
-        "query": text_prompt(instructions=instructions),
-        "document": code_prompt(instructions=instructions),
-    }
+    prompts = {"query": text_prompt(instructions=instructions), "document": code_prompt(instructions=instructions)}
     return prompts | {
         f"document_{language}": code_prompt(language, instructions=instructions) for language in LANGUAGES
     }
