@@ -187,8 +187,13 @@ class PairSampler:
         numbers = corpus.row_numbers
         lengths = corpus.rows.bounds[numbers + 1] - corpus.rows.bounds[numbers]
         repository, language = corpus.repository_of[numbers], corpus.language_of[numbers]
-        _check(repository, language, lengths, len(corpus.language_names))
         used = _usable(repository, language, lengths)
+        if not len(used):
+            message = (
+                f"Pairs need two repositories that each have two texts of {MIN_SNIPPET_TOKENS} tokens or more, in "
+            )
+            message += f"common languages; no two of {len(np.unique(repository))} repositories do."
+            raise UserError("data.in_context.too_few_repositories", message)
         self.dropped_texts = len(numbers) - len(used)
         order = used[np.lexsort((lengths[used], language[used], repository[used]))]
         self._rows = numbers[order]
@@ -322,25 +327,13 @@ def _weighted(rng: np.random.Generator, cumulative: np.ndarray) -> int:
 def _usable(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The places of the texts in use: leaving out one repository may leave a language with a single one."""
     places = np.flatnonzero(lengths >= MIN_SNIPPET_TOKENS)
+    languages = int(language.max(initial=0)) + 1
     while True:
         texts = np.bincount(repository[places])
         kept = places[texts[repository[places]] >= 2]
-        languages = int(language.max()) + 1
         groups = np.unique(repository[kept].astype(np.int64) * languages + language[kept])
         spread = np.bincount(groups % languages, minlength=languages)
         kept = kept[spread[language[kept]] >= 2]
         if len(kept) == len(places):
             return places
         places = kept
-
-
-def _check(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray, languages: int) -> None:
-    """Raise UserError unless some language has two repositories with two long enough texts each."""
-    long_enough = lengths >= MIN_SNIPPET_TOKENS
-    keys = repository[long_enough].astype(np.int64) * languages + language[long_enough]
-    groups, texts = np.unique(keys, return_counts=True)
-    qualified = np.bincount(groups[texts >= 2] % languages).max(initial=0) if languages else 0
-    if qualified < 2:
-        message = f"Pairs need at least two repositories, each with two texts of one language and {MIN_SNIPPET_TOKENS} "
-        message += f"tokens or more; {qualified} of {len(np.unique(repository))} qualify."
-        raise UserError("data.in_context.too_few_repositories", message)

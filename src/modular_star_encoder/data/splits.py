@@ -293,13 +293,11 @@ class BatchPlan:
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
         """Draw nothing yet; `batch_size` counts the pairs of all processes and is even if there are both kinds."""
-        self.batch_size, self.seed = batch_size, seed
-        self._numbers, self._rows, self._counts = groups.numbers, groups.rows, groups.counts
-        self._of_rows, self._negatives = groups.of_rows, groups.negatives
+        self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
         if batch_size > largest or batch_size < 2 or batch_size % len(self._kinds):
-            listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in self._counts.items())
+            listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in self._groups.counts.items())
             even = ", an even number" if len(self._kinds) > 1 else ""
             negatives = f", and hard negatives of {outside + 1} of them" if outside < batch_size else ""
             message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: there are "
@@ -317,15 +315,15 @@ class BatchPlan:
 
     def negatives(self, step: int) -> list[int] | None:
         """The row whose hard negative is at each place of the batch; None if rows have none."""
-        if self._negatives is None:
+        if self._groups.negatives is None:
             return None
         if self._latest_negatives[0] != step:
-            self._latest_negatives = step, self._draw_negatives(step, self._negatives)
+            self._latest_negatives = step, self._draw_negatives(step, self._groups.negatives)
         return self._latest_negatives[1]
 
     def _draw_negatives(self, step: int, groups: np.ndarray) -> list[int]:
         rows = np.array([draw.row for draw in self.batch(step)])
-        used = set(self._of_rows[rows].tolist())
+        used = set(self._groups.of_rows[rows].tolist())
         generator = np.random.default_rng((self.seed, _NEGATIVES, step))
         for place, row in enumerate(rows):
             # `PairGroups.largest_batch` guarantees that there is one.
@@ -338,16 +336,16 @@ class BatchPlan:
         share = self.batch_size // len(self._kinds)
         chosen: dict[str, tuple[np.ndarray, int]] = {}
         for kind in self._kinds:
-            steps_per_epoch = self._counts[kind] // share
+            steps_per_epoch = self._groups.counts[kind] // share
             epoch, turn = divmod(step, steps_per_epoch)
             chosen[kind] = self._order(kind, epoch)[turn * share : (turn + 1) * share], epoch
         if len(self._kinds) > 1:
             places, epoch = chosen[CODE_TO_CODE]
-            taken = self._numbers[TEXT_TO_CODE][chosen[TEXT_TO_CODE][0]]
+            taken = self._groups.numbers[TEXT_TO_CODE][chosen[TEXT_TO_CODE][0]]
             chosen[CODE_TO_CODE] = self._replace_taken(places, taken, step), epoch
         draws = []
         for kind, (places, epoch) in chosen.items():
-            groups = [self._rows[kind][place] for place in places]
+            groups = [self._groups.rows[kind][place] for place in places]
             draws.append([Draw(rows[epoch % len(rows)], kind) for rows in groups])
         return [draw for together in zip(*draws, strict=True) for draw in together]
 
@@ -355,12 +353,12 @@ class BatchPlan:
         """The places of a kind's groups in the order of an epoch."""
         if self._orders.get(kind, (-1,))[0] != epoch:
             generator = np.random.default_rng((self.seed, self._kinds.index(kind), epoch))
-            self._orders[kind] = epoch, generator.permutation(self._counts[kind])
+            self._orders[kind] = epoch, generator.permutation(self._groups.counts[kind])
         return self._orders[kind][1]
 
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
         """The places of code → code groups, with others in place of those whose group is taken."""
-        numbers = self._numbers[CODE_TO_CODE]
+        numbers = self._groups.numbers[CODE_TO_CODE]
         meets = np.flatnonzero(np.isin(numbers[places], taken))
         if not len(meets):
             return places

@@ -143,29 +143,31 @@ class HTTPClient:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _send(self, method: str, url: str, body: Any, retry_if: Callable[[Response], bool] | None) -> Response:
-        failed = _Failure(f"{url_host(url)} does not answer")
+        failed: dict[str, Any] = {"reason": f"{url_host(url)} does not answer"}
+        retry_after = None
         async with self._slots:
             try:
                 async with asyncio.timeout(self._total_time):
                     for attempt in range(self._attempts):
                         if attempt:
-                            await asyncio.sleep(self._seconds_to_wait(attempt, failed.retry_after))
+                            await asyncio.sleep(self._seconds_to_wait(attempt, retry_after))
                         try:
                             response = await self._receive(method, url, body)
                         except httpx.RequestError as error:
-                            failed = _Failure(f"no answer ({type(error).__name__})")
+                            failed, retry_after = {"reason": f"no answer ({type(error).__name__})"}, None
                             continue
                         if response.status < 300 and not (retry_if and retry_if(response)):
                             return response
-                        failed = self._failure(response)
+                        failed, retry_after = self._failure(response), _retry_after(response.headers)
                         if 300 <= response.status < 500 and response.status not in _PASSING_STATUSES:
-                            raise failed.error("http.status", f"{url_host(url)} refuses the request: {failed.reason}.")
+                            message = f"{url_host(url)} refuses the request: {failed['reason']}."
+                            raise HTTPRequestError("http.status", message, **failed)
             except TimeoutError:
-                message = f"{url_host(url)} took more than {self._total_time:g} seconds ({failed.reason})."
-                raise failed.error("http.too_slow", message) from None
+                message = f"{url_host(url)} took more than {self._total_time:g} seconds ({failed['reason']})."
+                raise HTTPRequestError("http.too_slow", message, **failed) from None
         attempts = f"{self._attempts} attempt{'s' if self._attempts > 1 else ''}"
-        message = f"{url_host(url)} does not answer after {attempts}: {failed.reason}."
-        raise failed.error("http.no_answer", message)
+        message = f"{url_host(url)} does not answer after {attempts}: {failed['reason']}."
+        raise HTTPRequestError("http.no_answer", message, **failed)
 
     async def _receive(self, method: str, url: str, body: Any) -> Response:
         content = bytearray()
@@ -177,14 +179,15 @@ class HTTPClient:
                     raise HTTPRequestError("http.too_large", message, status=stream.status_code)
             return Response(stream.status_code, dict(stream.headers), bytes(content))
 
-    def _failure(self, response: Response) -> "_Failure":
+    def _failure(self, response: Response) -> dict[str, Any]:
+        """The attributes of the error."""
         text = hide_secrets(response.content.decode(errors="replace"), self._token)
         content = response.json()
         error = content.get("error", content) if isinstance(content, dict) else None
         message = error.get("message", "") if isinstance(error, dict) else error or ""
         message = hide_secrets(" ".join(str(message).split()), self._token)[:_LONGEST_REASON].rstrip(".")
         reason = f"status {response.status}" + (f", {message}" if message else "")
-        return _Failure(reason, response.status, text[:4096], _retry_after(response.headers))
+        return {"reason": reason, "status": response.status, "text": text[:4096]}
 
     def _seconds_to_wait(self, attempt: int, retry_after: float | None) -> float:
         if retry_after is not None:
@@ -197,19 +200,6 @@ class HTTPClient:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._client.aclose()
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """Why one attempt failed."""
-
-    reason: str
-    status: int | None = None
-    text: str = ""
-    retry_after: float | None = None
-
-    def error(self, key: str, message: str) -> HTTPRequestError:
-        return HTTPRequestError(key, message, status=self.status, reason=self.reason, text=self.text)
 
 
 def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeout: float) -> None:

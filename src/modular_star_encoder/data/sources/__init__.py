@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, Self
 
@@ -55,8 +55,10 @@ class SourceReader(ABC):
         self.skipped = skipped = self._left_out()
         for file in self._read(skipped):
             if self.unicode_names:
-                names = (name.encode(errors="backslashreplace").decode() for name in (file.repository, file.path))
-                file = SourceFile(*names, file.language, file.text, file.license)
+                repository, path = (
+                    name.encode(errors="backslashreplace").decode() for name in (file.repository, file.path)
+                )
+                file = replace(file, repository=repository, path=path)
             yield file
 
     @abstractmethod
