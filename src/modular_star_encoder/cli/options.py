@@ -36,14 +36,6 @@ def named_file(text: str) -> tuple[str, str]:
     return name, file
 
 
-def margin_or_fit(text: str) -> float | str:
-    """`"0.02"` → 0.02, and `"fit"` → `"fit"`."""
-    try:
-        return text if text == "fit" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither fit nor a number such as 0.02") from None
-
-
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:
     """Add RECIPE, KEY=VALUE and --out to a command; the first two texts are examples, the third says what --out is."""
     parser.add_argument("recipe", metavar="RECIPE", help=f"a YAML file, for example {recipe}")

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from modular_star_encoder.cli.options import exit_list, margin_or_fit, name_list
+from modular_star_encoder.cli.options import exit_list, name_list
 from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
     from modular_star_encoder.search.index import CodeIndex
-    from modular_star_encoder.search.ranking import Cascade
 
 _HOW_AN_INDEX_IS_MADE = {
     "model": None,
@@ -26,8 +25,7 @@ _HOW_AN_INDEX_IS_MADE = {
     "memory_mb": None,
     "dimension": None,
     "languages": None,
-    "keep_states": False,
-    "tests": False,
+    "tests": True,
     "vendored": False,
     "rebuild": False,
 }
@@ -39,36 +37,44 @@ def add_search_commands(commands: Any) -> None:
     index = commands.add_parser("index", help="index a code folder, or bring its index up to date")
     index.add_argument("folder", metavar="FOLDER", help="a folder of source code")
     index.add_argument("--out", metavar="INDEX", help="a folder, s3://…, or qdrant:NAME@URL (default: .mose in FOLDER)")
-    _add_checkpoint_options(index, "the quickstart's")
+    _add_checkpoint_options(index, "mose-code, which is built in")
     index.add_argument("--exit-layers", metavar="LIST", type=exit_list, default=(), help="several exits: 4,9 or all")
     index.add_argument("--dimension", metavar="D", type=int, help="components to keep (default: all)")
-    index.add_argument("--languages", metavar="LIST", type=name_list, help="languages to read (default: all eight)")
-    index.add_argument("--keep-states", action="store_true", help="keep states for quicker re-ranking; large")
-    index.add_argument("--tests", action="store_true", help="also read test code")
+    index.add_argument("--languages", metavar="LIST", type=name_list, help="languages to read (default: all)")
+    index.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True, help="read test code")
     index.add_argument("--vendored", action="store_true", help="also read copies of other projects")
     index.add_argument("--rebuild", action="store_true", help="replace the index, also with other settings")
     index.add_argument("--json", action="store_true", help="print JSON")
     index.set_defaults(run=run_index)
 
     search = commands.add_parser("search", help="find functions of a code folder by questions in prose")
-    search.add_argument("questions", metavar="QUESTION", nargs="+", help='for example "parse an HTTP header"')
+    search.add_argument(
+        "questions",
+        metavar="QUESTION",
+        nargs="+",
+        help='for example "parse an HTTP header"; the last may be the folder to search',
+    )
     where = search.add_mutually_exclusive_group()
     where.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
-    where.add_argument("--folder", metavar="FOLDER", help="search a folder without an index, keeping nothing")
-    _add_checkpoint_options(search, "the one of the index; with --folder the quickstart's")
+    where.add_argument("--folder", metavar="FOLDER", help="search a folder without an index; keeps nothing")
+    _add_checkpoint_options(search, "the one of the index, else mose-code")
     search.add_argument("--top-k", metavar="N", type=int, default=5, help="hits per question (default: 5)")
     search.add_argument("--languages", metavar="LIST", type=name_list, help="only these languages")
     search.add_argument("--path", metavar="PATTERN", help="only these files, such as '*.py' or 'src/**'")
-    search.add_argument("--hybrid", action="store_true", help="combine with the ranking of words by BM25")
-    search.add_argument("--fuse", action="store_true", help=argparse.SUPPRESS)  # the old name of --hybrid
-    search.add_argument("--rerank-exit-layer", metavar="K", type=int, help="deeper exit that ranks the best again")
-    search.add_argument("--candidates", metavar="N", type=int, help="how many of them (default: 200)")
     search.add_argument(
-        "--margin",
-        metavar="X",
-        type=margin_or_fit,
-        help="re-rank only where the best leads by less than X; fit finds X with descriptions of the index",
+        "--method",
+        choices=("hybrid", "vector", "lexical"),
+        default="hybrid",
+        help="hybrid: similarity, words and ranking rules (default); lexical: no model; vector: similarity alone",
     )
+    for old in ("--hybrid", "--fuse"):  # what is the default now
+        search.add_argument(old, action="store_true", dest="hybrid", help=argparse.SUPPRESS)
+    search.add_argument("--rerank-exit-layer", metavar="K", type=int, help="deeper exit that ranks the best again")
+    search.add_argument("--candidates", metavar="N", type=int, help="how many of them (default: 20)")
+    search.add_argument(
+        "--margin", metavar="X", type=float, help="re-rank only where the best similarity leads by less than X"
+    )
+    search.add_argument("--explain", action="store_true", help="show what each ranking rule gave")
     search.add_argument("--lines", metavar="N", type=int, default=3, help="lines of code to show (default: 3)")
     search.add_argument("--json", action="store_true", help="print JSON")
     search.set_defaults(run=run_search)
@@ -151,7 +157,6 @@ def _built(arguments: argparse.Namespace) -> CodeIndex:
         exit_layers=arguments.exit_layers or None,
         dimension=arguments.dimension,
         languages=arguments.languages,
-        states=arguments.keep_states,
         tests=arguments.tests,
         vendored=arguments.vendored,
         rebuild=arguments.rebuild,
@@ -161,18 +166,26 @@ def _built(arguments: argparse.Namespace) -> CodeIndex:
 def run_search(arguments: argparse.Namespace) -> None:
     """`mose search`."""
     from modular_star_encoder.search.hits import format_answer
+    from modular_star_encoder.search.ranking import Cascade
 
-    if arguments.fuse:
-        warnings.warn("--fuse is now called --hybrid.", FutureWarning, stacklevel=2)
-    _check_search(arguments)
+    if arguments.hybrid:
+        warnings.warn("--hybrid is the default now.", FutureWarning, stacklevel=2)
+    if arguments.lines < 0:
+        raise UserError("cli.search.lines", f"--lines must not be negative, but is {arguments.lines}.")
+    if arguments.rerank_exit_layer is None and (arguments.candidates, arguments.margin) != (None, None):
+        raise UserError("cli.search.rerank", "--candidates and --margin need --rerank-exit-layer.")
+    cascade = None
+    if arguments.rerank_exit_layer is not None:
+        chosen = {"candidates": arguments.candidates, "margin": arguments.margin}
+        cascade = Cascade(arguments.rerank_exit_layer, **{k: v for k, v in chosen.items() if v is not None})
     _hide_loading_bars()
-    index, exit_layer = _open_index(arguments) if arguments.folder is None else _index_in_memory(arguments)
+    index, exit_layer = _opened(arguments)
     answers = index.search(
         arguments.questions,
         top_k=arguments.top_k,
         exit_layer=exit_layer,
-        method="hybrid" if arguments.hybrid or arguments.fuse else "vector",
-        cascade=_cascade(arguments, index, exit_layer),
+        method=arguments.method,
+        cascade=cascade,
         languages=arguments.languages,
         path=arguments.path,
     )
@@ -182,71 +195,35 @@ def run_search(arguments: argparse.Namespace) -> None:
     for answer in answers:
         if len(answers) > 1:
             print(f"# {answer.question}")
-        print(format_answer(answer, lines=arguments.lines))
-    if arguments.rerank_exit_layer is not None:
+        print(format_answer(answer, lines=arguments.lines, explain=arguments.explain))
+    if cascade is not None:
         deep = sum(answer.reranked for answer in answers)
-        exit_layer = arguments.rerank_exit_layer
-        print(f"mose: note: exit {exit_layer} ranked {deep} of {len(answers)} questions", file=sys.stderr)
+        print(f"mose: note: exit {cascade.exit_layer} ranked {deep} of {len(answers)} questions", file=sys.stderr)
 
 
-def _check_search(arguments: argparse.Namespace) -> None:
-    """Refuse what would only fail after the model is loaded."""
-    if arguments.lines < 0:
-        raise UserError("cli.search.lines", f"--lines must not be negative, but is {arguments.lines}.")
-    for name in ("candidates", "margin"):
-        if arguments.rerank_exit_layer is None and getattr(arguments, name) is not None:
-            raise UserError("cli.search.rerank", f"--{name} needs --rerank-exit-layer.")
-
-
-def _open_index(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
-    """The index on disk or on a server, and the exit to ask; None for the index's default."""
+def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
+    """The index to search and the exit to ask: the one named or found, else one of the folder, kept in memory."""
     from modular_star_encoder.search.index import CodeIndex, find_index
-
-    index = CodeIndex.open(arguments.index or find_index(), checkpoint=arguments.model)
-    checkpoint = arguments.model or index.settings.checkpoint
-    return index, _exit_by_budget(arguments, checkpoint, index.settings.exit_layers)
-
-
-def _index_in_memory(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
-    """An index of --folder that ends with the command, and its exit."""
-    from modular_star_encoder.inference.load import load_config
-    from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
     from modular_star_encoder.search.vector_store import MemoryStore
 
+    *questions, last = arguments.questions
+    if questions and arguments.index is None and arguments.folder is None and os.path.isdir(last):
+        arguments.questions, arguments.folder = questions, last
+    location = arguments.index or (find_index() if arguments.folder is None else None)
+    if location is not None:
+        index = CodeIndex.open(location, checkpoint=arguments.model)
+        checkpoint = arguments.model or index.settings.checkpoint
+        return index, _exit_by_budget(arguments, checkpoint, index.settings.exit_layers)
+    folder = arguments.folder or "."
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     exit_layer = _exit_by_budget(arguments, checkpoint)
-    if exit_layer is None and arguments.rerank_exit_layer is not None:
-        exit_layer = load_config(checkpoint).exit_layers[0]
-    options = {"exit_layer": exit_layer, "languages": arguments.languages}
-    index = CodeIndex.build(arguments.folder, MemoryStore(), checkpoint=checkpoint, **options)
-    if not index.store.count():
-        raise UserError(
-            "search.folder.empty",
-            f"{arguments.folder!r} holds no source code in {', '.join(index.settings.languages)}.",
-        )
-    return index, exit_layer
-
-
-def _cascade(arguments: argparse.Namespace, index: CodeIndex, exit_layer: int | None) -> Cascade | None:
-    """The cascade of the options, with its margin fitted for `--margin fit`; None without re-ranking."""
-    if arguments.rerank_exit_layer is None:
-        return None
-    from modular_star_encoder.search.cascade import fitted_margin
-    from modular_star_encoder.search.ranking import Cascade
-
-    cascade = Cascade(arguments.rerank_exit_layer)
-    if arguments.candidates is not None:
-        cascade = replace(cascade, candidates=arguments.candidates)
-    if arguments.margin != "fit":
-        return replace(cascade, margin=arguments.margin)
-    fitted = fitted_margin(index, cascade, exit_layer=exit_layer)
-    print(
-        f"mose: note: margin {fitted.margin:.4f}, fitted on {fitted.queries} descriptions of the index: "
-        f"{fitted.share:.0%} of them needed exit {cascade.exit_layer}",
-        file=sys.stderr,
+    index = CodeIndex.build(
+        folder, MemoryStore(), checkpoint=checkpoint, exit_layer=exit_layer, languages=arguments.languages
     )
-    return replace(cascade, margin=fitted.margin)
+    if not index.store.count():
+        raise UserError("search.folder.empty", f"{folder!r} holds no source code.")
+    return index, exit_layer
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
@@ -254,7 +231,10 @@ def run_demo(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.demo.serving import serve
     from modular_star_encoder.search.index import CodeIndex, find_index
 
-    index = CodeIndex.open(arguments.index or find_index())
+    location = arguments.index or find_index()
+    if location is None:
+        raise UserError("search.index.missing", "There is no index here or above. Make one with `mose index FOLDER`.")
+    index = CodeIndex.open(location)
     serve(index, checkpoint=arguments.model, host=arguments.host, port=arguments.port, source=arguments.source)
 
 

@@ -1,41 +1,38 @@
-"""Divide files into functions or windows, and update a store: embed changed files, remove deleted ones.
+"""Divide files into pieces and update a store: embed changed files, remove deleted ones.
 
 Files are written in batches, one transaction each. An interrupted run leaves whole files, and the next one continues.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from dataclasses import dataclass, field, fields
 from operator import length_hint
 from time import perf_counter
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from modular_star_encoder.data.functions import extract_functions
+from modular_star_encoder.data.languages.registry import language_of_text
 from modular_star_encoder.data.sources import FileFilters, SourceFile
 from modular_star_encoder.data.sources.repositories import FileReader, folder_repositories
 from modular_star_encoder.search.embedder import Embedder
-from modular_star_encoder.search.settings import IndexSettings, Windows
+from modular_star_encoder.search.pieces import Snippet, file_pieces, is_boilerplate
+from modular_star_encoder.search.settings import IndexSettings
 from modular_star_encoder.search.vector_store import (
     Row,
-    Snippet,
     StoredFile,
     VectorStore,
     content_hash,
     file_id,
     readable_path,
     row_id,
-    words_of,
 )
+from modular_star_encoder.search.words import snippet_words
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 
-_LINE_END = re.compile(r"\r\n|\r|\n")
 _FILES_PER_CHUNK = 8
 _ROWS_PER_BATCH = 256
 _FILES_PER_REMOVAL = 1000
@@ -98,11 +95,11 @@ def update_store(
         # Processes that parse never touch LanceDB, which warns of those that would.
         warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
         chunks = crash_safe_map(
-            partial(_extract, windows=settings.windows),
+            _pieces,
             writer.changed(reader, bar),
             processes=processes,
             chunk_size=_FILES_PER_CHUNK,
-            crashed=lambda file: [(file, _readable(list(file_windows(file, settings.windows))))],
+            crashed=_blocks,
         )
         for chunk in chunks:
             for file, snippets in chunk:
@@ -154,9 +151,7 @@ class _Writer:
             return
         snippets = [snippet for _, found in self._files for snippet in found]
         settings = self._settings
-        vectors, states = self._embedder.snippets(
-            snippets, settings.exit_layers, settings.dimension, states=settings.states
-        )
+        vectors = self._embedder.snippets(snippets, settings.exit_layers, settings.dimension)
         rows: list[Row] = []
         for file, found in self._files:
             key, file_hash = file_id(file.path), content_hash(file.text)
@@ -168,11 +163,10 @@ class _Writer:
                         file_id=key,
                         file_hash=file_hash,
                         file_rows=len(found),
-                        text_hash=content_hash(snippet.text),
+                        text_hash=content_hash(snippet.embedded()),
                         snippet=snippet,
-                        words=words_of(snippet),
+                        words=" ".join(snippet_words(snippet)),
                         vectors={exit_layer: values[number] for exit_layer, values in vectors.items()},
-                        states=None if states is None else states[number],
                     )
                 )
         keys = {file_id(file.path) for file, _ in self._files}
@@ -189,46 +183,16 @@ class _Writer:
         self.report.removed_files = len(gone)
 
 
-def _extract(files: list[SourceFile], windows: Windows) -> list[_Changed]:
-    return [(file, _readable(file_snippets(file, windows))) for file in files]
+def _pieces(files: list[SourceFile]) -> list[_Changed]:
+    """The pieces of each file; those that no question is about are left out, unless the file has no others."""
+    changed = []
+    for file in files:
+        language = language_of_text(file.language, file.path, file.text)
+        found = file_pieces(readable_path(file.path), language, file.text)
+        changed.append((file, [piece for piece in found if not is_boilerplate(piece)] or found))
+    return changed
 
 
-def _readable(snippets: list[Snippet]) -> list[Snippet]:
-    return [replace(snippet, path=readable_path(snippet.path)) for snippet in snippets]
-
-
-def file_snippets(file: SourceFile, windows: Windows) -> list[Snippet]:
-    """The functions of a file in their order, documented or not, or its windows if it has none; never empty."""
-    found = [
-        Snippet(
-            path=file.path,
-            language=function.language,
-            name=function.name,
-            first_line=function.line,
-            last_line=_last_line(function.line, function.source),
-            description=function.description,
-            text=function.code,
-        )
-        for function in extract_functions(file, documented_only=False)
-    ]
-    return found or list(file_windows(file, windows))
-
-
-def _last_line(first_line: int, source: str) -> int:
-    """The line of the last character of a text that begins on `first_line`."""
-    return first_line + len(_LINE_END.findall(source))
-
-
-def file_windows(file: SourceFile, windows: Windows) -> Iterator[Snippet]:
-    """The windows of a file that isn't blank, whatever it holds."""
-    lines = _LINE_END.split(file.text)
-    while len(lines) > 1 and not lines[-1].strip():
-        lines.pop()
-    for start in range(0, len(lines), windows.lines - windows.overlap):
-        chosen = lines[start : start + windows.lines]
-        is_last = start + windows.lines >= len(lines)
-        if any(line.strip() for line in chosen):
-            last = start + len(chosen)
-            yield Snippet(file.path, file.language, "", start + 1, last, "", "\n".join(chosen))
-        if is_last:
-            return
+def _blocks(file: SourceFile) -> list[_Changed]:
+    """The pieces of a file that crashes a parser: blocks of lines."""
+    return [(file, file_pieces(readable_path(file.path), "", file.text))]

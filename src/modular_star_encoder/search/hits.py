@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -14,12 +15,13 @@ class Hit:
         path: leads to the file from where the folder was named.
         line: 1-based line at which it begins.
         name: of the function; empty for a window.
-        score: the cosine similarity, at `exit_layer`; of a lexical search the BM25 score, of a hybrid one the sum of
-            reciprocal ranks.
+        score: of a vector search the cosine similarity; else that of the ranking rules, in shares of the best by
+            similarity and words.
         exit_layer: the exit that ranked it; None if only words did.
         last_line: its last line; 0 if not known.
         language: lower-case name of the programming language.
-        text: the code, without the function's documentation.
+        text: the code, from the definition on.
+        reasons: what each ranking rule gave to the score or took from it.
     """
 
     path: str
@@ -30,6 +32,7 @@ class Hit:
     last_line: int = 0
     language: str = ""
     text: str = ""
+    reasons: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         ranked_by = "words" if self.exit_layer is None else f"exit {self.exit_layer}"
@@ -52,7 +55,7 @@ class Answer:
     hits: list[Hit]
     margin: float | None = None
     reranked: bool = False
-    method: str = "vector"
+    method: str = "hybrid"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -64,7 +67,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 _INDENT = "    "
 
 
-def format_answer(answer: Answer, *, lines: int = 3, width: int = 120) -> str:
+def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: bool = False) -> str:
     """A line for each hit (place, score, name), and the first lines of its code.
 
     Similarities are drawn on a scale from 0 to 1; scores of words and of hybrid rankings as shares of the best.
@@ -73,12 +76,14 @@ def format_answer(answer: Answer, *, lines: int = 3, width: int = 120) -> str:
         answer: what to show.
         lines: of code for each hit.
         width: longer lines of code are cut.
+        explain: also show what each ranking rule gave.
     """
     whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0)
-    shown = [
-        "\n".join([_headline(hit, whole), *(_INDENT + line for line in _code_lines(hit, lines, width - len(_INDENT)))])
-        for hit in answer.hits
-    ]
+    shown = []
+    for hit in answer.hits:
+        reasons = [", ".join(f"{name} {gain:+.2f}" for name, gain in hit.reasons.items())] if explain else []
+        below = [*reasons, *_code_lines(hit, lines, width - len(_INDENT))]
+        shown.append("\n".join([_headline(hit, whole), *(_INDENT + line for line in below)]))
     return "\n".join(shown) if shown else "nothing found"
 
 

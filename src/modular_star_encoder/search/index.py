@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
-from modular_star_encoder.data.languages.registry import check_languages
+from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES, check_languages
 from modular_star_encoder.search.building import UpdateReport, update_store
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.hits import Answer, Hit
-from modular_star_encoder.search.ranking import Cascade, Ranker, fused, lexical
-from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, IndexSettings, Windows
+from modular_star_encoder.search.ranking import Cascade, Method, Ranker, by_words
+from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, IndexSettings
 from modular_star_encoder.search.vector_store import (
     INDEX_FOLDER,
     QDRANT,
@@ -27,16 +26,13 @@ from modular_star_encoder.search.vector_store import (
 )
 from modular_star_encoder.utils.errors import UserError
 
-Method = Literal["vector", "lexical", "hybrid"]
-
-_HYBRID_DEPTH = 100
 _SECONDS_FOR_THE_LOCK = 3
 
 
 class CodeIndex:
-    """The functions of a code folder with their embeddings, and the search over them.
+    """The functions, classes and other lines of a code folder with their embeddings, and the search over them.
 
-    Files without functions are divided into windows of lines. `build` makes or updates an index, `open` reads one.
+    `build` makes or updates an index, `open` reads one.
 
     Attributes:
         store: holds the rows: a LanceDB folder, a Qdrant collection, or a `MemoryStore`.
@@ -44,10 +40,10 @@ class CodeIndex:
         report: counts of the last update in this process.
 
     Example:
-        >>> index = CodeIndex.build("requests", checkpoint="runs/quickstart/model", exit_layers=(1, 3))
-        >>> (answer,) = index.search(["parse header links"], top_k=3, exit_layer=1)
+        >>> index = CodeIndex.build("requests")
+        >>> (answer,) = index.search(["parse header links"], top_k=3)
         >>> print(answer.hits[0])
-        requests/utils.py:965  0.512  parse_header_links  (exit 1)
+        requests/utils.py:915  3.210  parse_header_links  (exit 0)
     """
 
     def __init__(self, store: VectorStore, settings: IndexSettings, embedder: Embedder | None = None) -> None:
@@ -67,9 +63,7 @@ class CodeIndex:
         exit_layers: Sequence[int] | None = None,
         dimension: int | None = None,
         languages: Sequence[str] | None = None,
-        windows: Windows | None = None,
-        states: bool = False,
-        tests: bool = False,
+        tests: bool = True,
         vendored: bool = False,
         rebuild: bool = False,
         device: str | None = None,
@@ -85,12 +79,10 @@ class CodeIndex:
                 describes which files are read.
             location: a folder for the index or a URI (see `open_store`), or a store; `.mose` in `folder` if None.
             checkpoint: folder or Hub repository.
-            exit_layer: the exit to embed at; the deepest if no exit is named.
+            exit_layer: the exit to embed at; if no exit is named, 0 where the checkpoint has it, else the deepest.
             exit_layers: several exits, from one pass over the code; `search` chooses one of them.
             dimension: components to keep, where the model was trained for it; all if None.
-            languages: languages to read; all eight if None.
-            windows: how files without functions are divided.
-            states: keep the states of the shallowest exit, so that re-ranking resumes from them; large.
+            languages: languages to read; all of `SEARCH_LANGUAGES` if None.
             tests, vendored: also read test code, and copies of other projects.
             rebuild: replace an existing index; data of other programs is never replaced.
             device: where the model goes.
@@ -113,9 +105,9 @@ class CodeIndex:
         store = _store(os.path.join(os.path.expanduser(folder), INDEX_FOLDER) if location is None else location)
         embedder = Embedder(checkpoint, device)
         if exit_layer is None and exit_layers is None:
-            exit_layer = embedder.config.num_hidden_layers  # also where a forward pass gives all exits unless told
+            # Exit 0 answers nearly as well as the deepest under the ranking rules, at a fraction of its cost.
+            exit_layer = 0 if 0 in embedder.config.exit_layers else embedder.config.num_hidden_layers
         exits = embedder.config.resolve_exits(exit_layer, exit_layers)
-        windows = windows or Windows()
         settings = IndexSettings(
             checkpoint=embedder.checkpoint,
             checksum=embedder.checksum,
@@ -123,10 +115,7 @@ class CodeIndex:
             dimension=embedder.check_dimension(dimension),
             prompts=embedder.prompts(),
             folder=_relative_if_inside(os.path.realpath(os.path.expanduser(folder)), store.location),
-            languages=check_languages(languages),
-            window_lines=windows.lines,
-            window_overlap=windows.overlap,
-            states=states,
+            languages=check_languages(languages, SEARCH_LANGUAGES),
             tests=tests,
             vendored=vendored,
         )
@@ -209,7 +198,7 @@ class CodeIndex:
         *,
         top_k: int = 10,
         exit_layer: int | None = None,
-        method: Method = "vector",
+        method: Method = "hybrid",
         cascade: Cascade | None = None,
         languages: Sequence[str] | None = None,
         path: str | None = None,
@@ -220,7 +209,8 @@ class CodeIndex:
             questions: one or more.
             top_k: hits of each.
             exit_layer: one of the index's exits; the deepest if None, and with a cascade the shallowest.
-            method: `vector` compares embeddings; `lexical` words, by BM25; `hybrid` both, by reciprocal rank fusion.
+            method: `hybrid` ranks by similarity, words and the rules of `search.rules`; `lexical` the same without a
+                model; `vector` by similarity alone.
             cascade: rank the best of `exit_layer` again by a deeper exit.
             languages: count only rows in these.
             path: count only files of this pattern, such as `*.py` or `src/**` (see `glob_expression`).
@@ -238,30 +228,25 @@ class CodeIndex:
             )
         if top_k < 1:
             raise UserError("search.top_k", f"top_k must be at least 1, not {top_k}.")
-        if method == "fused":
-            warnings.warn('method "fused" is now called "hybrid".', FutureWarning, stacklevel=2)
-            method = "hybrid"
         if method not in get_args(Method):
-            raise UserError("search.method", f"method must be vector, lexical or hybrid, not {method!r}.")
+            raise UserError("search.method", f"method must be hybrid, vector or lexical, not {method!r}.")
         where = Filter(
             () if languages is None else check_languages(languages), None if path is None else glob_expression(path)
         )
         if method == "lexical":
             self._refuse_another()
             return [
-                Answer(question, self._hits(lexical(self.store, question, top_k, where)), method=method)
+                Answer(question, self._hits(by_words(self.store, question, top_k, where)), method=method)
                 for question in questions
             ]
         ranker = self.ranker(exit_layer, cascade)
-        depth = max(top_k, _HYBRID_DEPTH) if method == "hybrid" else top_k
         answers = []
         for question, vectors in zip(questions, ranker.embed(questions), strict=True):
-            ranked = ranker.rank(vectors, depth, where)
-            found = ranked.found
-            if method == "hybrid":
-                found = fused([found, lexical(self.store, question, depth, where)])
-            hits = self._hits(found[:top_k])
-            answers.append(Answer(question, hits, ranked.margin, ranked.reranked, method))
+            if method == "vector":
+                ranked = ranker.by_similarity(vectors, top_k, where)
+            else:
+                ranked = ranker.by_rules(question, vectors, top_k, where)
+            answers.append(Answer(question, self._hits(ranked.found), ranked.margin, ranked.reranked, method))
         return answers
 
     def ranker(self, exit_layer: int | None = None, cascade: Cascade | None = None) -> Ranker:
@@ -289,13 +274,14 @@ class CodeIndex:
         return [
             Hit(
                 path=os.path.join(root, one.snippet.path),
-                line=one.snippet.first_line,
+                line=one.snippet.line,
                 name=one.snippet.name,
                 score=one.score,
                 exit_layer=one.exit_layer,
                 last_line=one.snippet.last_line,
                 language=one.snippet.language,
-                text=one.snippet.text,
+                text="\n".join(one.snippet.text.split("\n")[one.snippet.line - one.snippet.first_line :]),
+                reasons=one.reasons,
             )
             for one in found
         ]
@@ -341,20 +327,11 @@ def open_store(location: str | os.PathLike[str]) -> VectorStore:
     return LanceStore(location)
 
 
-def find_index(folder: str | os.PathLike[str] = ".") -> str:
-    """The index of a folder, or of the nearest one above it that has an index.
-
-    Raises:
-        ValueError: none has.
-    """
+def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
+    """The index of a folder, or of the nearest one above it that has an index; None where none has."""
     start = Path(folder).expanduser().absolute()
-    for place in (start, *start.parents):
-        if (place / INDEX_FOLDER).is_dir():
-            return str(place / INDEX_FOLDER)
-    raise UserError(
-        "search.index.missing",
-        f"Neither {start} nor a folder above it has an index. Make one with `mose index FOLDER`.",
-    )
+    places = (place / INDEX_FOLDER for place in (start, *start.parents))
+    return next((str(place) for place in places if place.is_dir()), None)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Every change is one commit, so that a process killed at any moment leaves the last commit. LanceDB's own full-text
 search ranks the words: it lies beside the vectors, is incremental and filtered like them, and gets words that were
-divided by `identifier_tokens`, without which BM25 knows neither camelCase nor snake_case.
+divided by `snippet_words`, without which BM25 knows neither camelCase nor snake_case.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.search.vector_store import (
     INDEX_FOLDER,
-    MARGINS_NAME,
     Filter,
     ForeignDataError,
     Found,
     Row,
-    Snippet,
     StoredFile,
     best_first,
     stored_files,
@@ -32,8 +31,8 @@ from modular_star_encoder.search.vector_store import (
 from modular_star_encoder.utils.errors import UserError
 
 TABLE = "snippets"
-OWN_FILES = {".gitignore", ".lock", MARGINS_NAME, f"{TABLE}.lance"}
-SNIPPET_COLUMNS = ("path", "language", "name", "first_line", "last_line", "description", "text")
+OWN_FILES = {".gitignore", ".lock", "margins.json", f"{TABLE}.lance"}
+SNIPPET_COLUMNS = ("path", "language", "name", "first_line", "last_line", "description", "text", "line", "defines")
 FOUND_COLUMNS = ("row_id", "text_hash", *SNIPPET_COLUMNS)
 COMPACT_EVERY = 64
 # A query that began before a compaction still reads the files of before.
@@ -97,10 +96,9 @@ class LanceStore:
         """See `VectorStore`."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / MARGINS_NAME).unlink(missing_ok=True)
             if self.folder.name == INDEX_FOLDER:  # one in another place may be meant to be committed
                 (self.folder / ".gitignore").write_text("*\n", encoding="utf-8")
-        schema = _schema(settings["exit_layers"], settings["dimension"], settings["states"])
+        schema = _schema(settings["exit_layers"], settings["dimension"])
         schema = schema.with_metadata({_SETTINGS_KEY: json.dumps(dict(settings))})
         database = self._connect()
         there = TABLE in database.list_tables().tables
@@ -159,7 +157,7 @@ class LanceStore:
 
     @_wrap_errors
     def nearest(
-        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[str] = ()
+        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
     ) -> list[Found]:
         """See `VectorStore`."""
         column = f"vector_{exit_layer}"
@@ -169,7 +167,7 @@ class LanceStore:
         return _found(query, "_distance", lambda distance: 1 - distance, limit, where, extras)
 
     @_wrap_errors
-    def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
+    def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
         """See `VectorStore`."""
         from lancedb.query import MatchQuery
 
@@ -177,19 +175,12 @@ class LanceStore:
             return []
         match = MatchQuery(" ".join(words), "words")  # type: ignore[call-arg]  # mypy misses its defaults
         query = self._rows().search(match, query_type="fts")
-        return _found(query, "_score", float, limit, where)
+        return _found(query, "_score", float, limit, where, extras)
 
     @_wrap_errors
     def count(self) -> int:
         """See `VectorStore`."""
         return self._rows().count_rows()
-
-    @_wrap_errors
-    def sample(self, limit: int) -> list[Found]:
-        """See `VectorStore`."""
-        rows = self._rows().search().where("description != ''").select(list(FOUND_COLUMNS)).to_list()
-        rows.sort(key=lambda row: row["row_id"])
-        return [Found(row["row_id"], row["text_hash"], _snippet(row), 0.0) for row in rows[:limit]]
 
     def _index_words(self) -> None:
         """Make the full-text index, which covers later rows too, unless it is there."""
@@ -265,15 +256,25 @@ def _import_lancedb() -> Any:
     return lancedb
 
 
-def _schema(exit_layers: Sequence[int], dimension: int, states: bool) -> Any:
+def _schema(exit_layers: Sequence[int], dimension: int) -> Any:
     import pyarrow as pa
 
-    text = ("row_id", "file_id", "file_hash", "text_hash", "path", "language", "name", "description", "text", "words")
+    text = (
+        "row_id",
+        "file_id",
+        "file_hash",
+        "text_hash",
+        "path",
+        "language",
+        "name",
+        "description",
+        "text",
+        "words",
+        "defines",
+    )
     fields = [pa.field(name, pa.string(), nullable=False) for name in text]
-    fields += [pa.field(name, pa.int32(), nullable=False) for name in ("file_rows", "first_line", "last_line")]
+    fields += [pa.field(name, pa.int32(), nullable=False) for name in ("file_rows", "first_line", "last_line", "line")]
     fields += [pa.field(f"vector_{exit_layer}", pa.list_(pa.float32(), dimension)) for exit_layer in exit_layers]
-    if states:
-        fields += [pa.field("states", pa.large_binary()), pa.field("states_width", pa.int32())]
     return pa.schema(fields)
 
 
@@ -285,44 +286,31 @@ def _content(rows: Sequence[Row], schema: Any) -> Any:
         for name in ("row_id", "file_id", "file_hash", "text_hash", "file_rows", "words")
     }
     columns |= {name: [getattr(row.snippet, name) for row in rows] for name in SNIPPET_COLUMNS}
+    columns["defines"] = ["\n".join(names) for names in columns["defines"]]
     for exit_layer in rows[0].vectors:
         flat = np.concatenate([row.vectors[exit_layer] for row in rows]).astype(np.float32, copy=False)
         width = len(rows[0].vectors[exit_layer])
         columns[f"vector_{exit_layer}"] = pa.FixedSizeListArray.from_arrays(pa.array(flat), width)
-    if "states" in schema.names:
-        states = [row.states for row in rows if row.states is not None]
-        columns["states"] = [one.astype(np.float32, copy=False).tobytes() for one in states]
-        columns["states_width"] = [one.shape[1] for one in states]
     arrays = [pa.array(columns[field.name], field.type) if isinstance(columns[field.name], list) else
               columns[field.name] for field in schema]  # fmt: skip
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _found(query: Any, score: str, similarity: Any, limit: int, where: Filter, extras: Sequence[str] = ()) -> list:
+def _found(query: Any, score: str, similarity: Any, limit: int, where: Filter, extras: Sequence[int] = ()) -> list:
     condition = _condition(where)
     if condition:
         query = query.where(condition)
-    extras = [*extras, "states_width"] if "states" in extras else list(extras)
-    rows = query.limit(limit).select([*FOUND_COLUMNS, *extras, score]).to_list()
-    found = [
-        Found(row["row_id"], row["text_hash"], _snippet(row), similarity(row[score]), *_extras(row)) for row in rows
-    ]
-    return best_first(found)
-
-
-def _extras(row: Mapping[str, Any]) -> tuple[dict[int, np.ndarray], np.ndarray | None]:
-    vectors = {
-        int(name.removeprefix("vector_")): np.asarray(value, dtype=np.float32)
-        for name, value in row.items()
-        if name.startswith("vector_")
-    }
-    if "states" not in row:
-        return vectors, None
-    return vectors, np.frombuffer(row["states"], dtype=np.float32).reshape(-1, row["states_width"])
-
-
-def _snippet(row: Mapping[str, Any]) -> Snippet:
-    return Snippet(**{name: row[name] for name in SNIPPET_COLUMNS})
+    columns = {exit_layer: f"vector_{exit_layer}" for exit_layer in extras}
+    return best_first(
+        Found(
+            row["row_id"],
+            row["text_hash"],
+            Snippet(**{name: row[name] for name in SNIPPET_COLUMNS} | {"defines": tuple(row["defines"].split("\n"))}),
+            similarity(row[score]),
+            {layer: np.asarray(row[column], dtype=np.float32) for layer, column in columns.items()},
+        )
+        for row in query.limit(limit).select([*FOUND_COLUMNS, *columns.values(), score]).to_list()
+    )
 
 
 def _condition(where: Filter) -> str:

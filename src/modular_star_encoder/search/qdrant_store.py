@@ -20,13 +20,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.search.vector_store import (
     QDRANT,
     Filter,
     ForeignDataError,
     Found,
     Row,
-    Snippet,
     StoredFile,
     best_first,
     stored_files,
@@ -101,10 +101,6 @@ class QdrantStore:
     def create(self, settings: Mapping[str, Any]) -> None:
         """See `VectorStore`."""
         models = self._models
-        if settings["states"]:
-            raise UserError(
-                "search.qdrant.states", "A Qdrant index cannot keep states: they are too large for its payload."
-            )
         if self._client.collection_exists(self._name):
             self._client.delete_collection(self._name)
         vector = models.VectorParams(size=settings["dimension"], distance=models.Distance.COSINE)
@@ -141,40 +137,34 @@ class QdrantStore:
 
     @_wrap_errors
     def nearest(
-        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[str] = ()
+        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
     ) -> list[Found]:
         """See `VectorStore`."""
         return self._query(vector.tolist(), f"vector_{exit_layer}", limit, where, extras)
 
     @_wrap_errors
-    def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
+    def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
         """See `VectorStore`."""
         places = sorted({_word_place(word) for word in words})
         query = self._models.SparseVector(indices=places, values=[1.0] * len(places))
-        return self._query(query, "words", limit, where) if places else []
+        return self._query(query, "words", limit, where, extras) if places else []
 
     @_wrap_errors
     def count(self) -> int:
         """See `VectorStore`."""
         return self._client.count(self._name, exact=True).count
 
-    @_wrap_errors
-    def sample(self, limit: int) -> list[Found]:
-        """See `VectorStore`; the server's order, which is that of ids."""
-        found = []
-        for row_id, payload in self._scroll(True):
-            if payload["snippet"]["description"]:
-                found.append(Found(row_id, payload["text_hash"], Snippet(**payload["snippet"]), 0.0))
-                if len(found) == limit:
-                    break
-        return found
-
-    def _query(self, query: Any, using: str, limit: int, where: Filter, extras: Sequence[str] = ()) -> list[Found]:
+    def _query(self, query: Any, using: str, limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
         chosen = self._filter(where)
         if chosen is not None and not chosen.must:
             return []
         response = self._client.query_points(
-            self._name, query=query, using=using, limit=limit, query_filter=chosen, with_vectors=list(extras) or False
+            self._name,
+            query=query,
+            using=using,
+            limit=limit,
+            query_filter=chosen,
+            with_vectors=[f"vector_{exit_layer}" for exit_layer in extras] or False,
         )
         found = []
         for point in response.points:
@@ -182,7 +172,7 @@ class QdrantStore:
                 int(name.removeprefix("vector_")): np.asarray(values, dtype=np.float32)
                 for name, values in (point.vector or {}).items()
             }
-            snippet = Snippet(**point.payload["snippet"])
+            snippet = _snippet(point.payload["snippet"])
             found.append(Found(str(point.id), point.payload["text_hash"], snippet, point.score, vectors))
         return best_first(found)
 
@@ -218,6 +208,10 @@ class QdrantStore:
         # `path` and `language` also stand alone, for filters.
         payload |= {"path": row.snippet.path, "language": row.snippet.language, "snippet": asdict(row.snippet)}
         return self._models.PointStruct(id=row.row_id, vector=vectors, payload=payload)
+
+
+def _snippet(payload: Mapping[str, Any]) -> Snippet:
+    return Snippet(**{**payload, "defines": tuple(payload["defines"])})
 
 
 def _import_client() -> Any:

@@ -1,57 +1,37 @@
-"""Rows ranked for a question: by one exit, by a cascade of two, by words, or by several rankings at once."""
+"""Rows ranked for a question: by one exit, by words, or by the rules over both, and again by a deeper exit."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal
 
 import numpy as np
 
-from modular_star_encoder.evaluation.lexical import identifier_tokens
 from modular_star_encoder.search.embedder import Embedder
+from modular_star_encoder.search.rules import Question, place
 from modular_star_encoder.search.settings import IndexSettings
 from modular_star_encoder.search.vector_store import Filter, Found, VectorStore
+from modular_star_encoder.search.words import definition_word, question_stems
 from modular_star_encoder.utils.errors import UserError
 
-Item = TypeVar("Item", bound=Hashable)
+Method = Literal["hybrid", "vector", "lexical"]
 
-RANK_CONSTANT = 60
-
-
-def reciprocal_rank_fusion(rankings: Sequence[Sequence[Item]], constant: int = RANK_CONSTANT) -> dict[Item, float]:
-    """Score items by Σ 1 / (constant + rank) over the rankings that hold them, best first; ranks count from 1.
-
-    Items of equal score keep the order in which the rankings name them.
-
-    Source: Cormack, Clarke & Büttcher, "Reciprocal rank fusion outperforms Condorcet and individual rank learning
-    methods", SIGIR 2009; 60 is theirs.
-    """
-    scores: defaultdict[Item, float] = defaultdict(float)
-    for ranking in rankings:
-        for rank, item in enumerate(ranking, start=1):
-            scores[item] += 1 / (constant + rank)
-    return dict(sorted(scores.items(), key=lambda pair: -pair[1]))
+_BY_SIMILARITY, _BY_WORDS, _BY_DEFINITION = 100, 400, 50
+"""Candidates of the rules, from each list."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cascade:
-    """How a search is re-ranked.
-
-    Args:
-        exit_layer: the deep exit.
-        candidates: how many of the shallow exit's best are ranked again.
-        margin: the deep exit runs only where the best similarity of the shallow one leads the second by less than
-            this; None for always.
+    """How a deeper exit ranks the best again.
 
     Raises:
         UserError: fewer than two candidates, or a margin that is NaN.
     """
 
     exit_layer: int
-    candidates: int = 200
-    margin: float | None = None
+    candidates: int = 20  # how many of the best are ranked again
+    margin: float | None = None  # only where the shallow exit's best similarity leads the second by less; None: always
 
     def __post_init__(self) -> None:
         if self.candidates < 2:
@@ -62,29 +42,15 @@ class Cascade:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """Rows, best first.
+    """Rows, best first."""
 
-    Attributes:
-        found: the rows with their scores. Behind a cascade's candidates come those that it didn't rank again.
-        margin: how far the best similarity of the first exit leads the second; None where there are no two.
-        reranked: whether the deep exit ran.
-    """
-
-    found: list[Found]
-    margin: float | None
-    reranked: bool = False
+    found: list[Found]  # behind a cascade's candidates come those that it didn't rank again
+    margin: float | None  # how far the best similarity of the first exit leads the second; None where there are no two
+    reranked: bool = False  # whether the deep exit ran
 
 
 class Ranker:
-    """Ranks the rows of an index by its embeddings at one exit and, with a cascade, again at a deeper one.
-
-    Args:
-        store: the index.
-        settings: what it was made with.
-        embedder: of its checkpoint.
-        exit_layer: an exit of the index.
-        cascade: with a deeper exit of the checkpoint, or None.
-    """
+    """Ranks the rows of an index by its embeddings at one exit and, with a cascade, again at a deeper one."""
 
     def __init__(
         self,
@@ -96,8 +62,9 @@ class Ranker:
     ) -> None:
         self.exit_layer, self.cascade = exit_layer, cascade
         self._store, self._settings, self._embedder = store, settings, embedder
-        self._has_deep = cascade is not None and cascade.exit_layer in settings.exit_layers
-        self._has_states = cascade is not None and settings.states and not self._has_deep
+        self._extras = [exit_layer]
+        if cascade is not None and cascade.exit_layer in settings.exit_layers:
+            self._extras.append(cascade.exit_layer)
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
         """Of each question exit_layer → (D,) float32: one pass through the model serves both exits."""
@@ -105,56 +72,93 @@ class Ranker:
         embeddings = self._embedder.questions(questions, exits, self._settings.dimension)
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
 
-    def rank(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """The best `limit` rows for one embedded question; the deep exit runs where the cascade wants it."""
-        first = self.first(vectors, limit, where)
-        wanted = self.cascade is not None and (
-            self.cascade.margin is None or first.margin is None or first.margin < self.cascade.margin
-        )
-        chosen = self.again(first, vectors) if wanted and len(first.found) > 1 else first
-        return replace(chosen, found=chosen.found[:limit])
-
-    def first(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """The ranking of the first exit, at least as long as the candidates of the cascade."""
-        extras: list[str] = []
-        if self._has_deep and self.cascade is not None:
-            extras = [f"vector_{self.cascade.exit_layer}"]
-        elif self._has_states:
-            extras = ["states"]
+    def by_similarity(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
+        """The best `limit` rows for an embedded question by similarity alone."""
         count = max(limit, self.cascade.candidates if self.cascade else 2)
-        found = self._store.nearest(vectors[self.exit_layer], self.exit_layer, count, where, extras)
-        margin = found[0].score - found[1].score if len(found) > 1 else None
-        return Ranked([replace(one, exit_layer=self.exit_layer) for one in found], margin)
-
-    def again(self, first: Ranked, vectors: Mapping[int, np.ndarray]) -> Ranked:
-        """The candidates of a first ranking, ranked by the deep exit."""
-        cascade = self.cascade
-        if cascade is None:
-            raise ValueError("Without a cascade nothing is ranked again.")
-        candidates, rest = first.found[: cascade.candidates], first.found[cascade.candidates :]
-        if self._has_deep:
-            documents = np.stack([one.vectors[cascade.exit_layer] for one in candidates])
-        else:
-            # States are those of the shallowest exit, whichever exit was compared first.
-            states_of = self._settings.exit_layers[0] if self._has_states else None
-            documents = self._embedder.deeper(candidates, cascade.exit_layer, self._settings.dimension, states_of)
-        scores = documents @ vectors[cascade.exit_layer]
+        found = self._nearest(vectors, count, where)
+        margin = _lead(found)
+        if not self._goes_deeper(margin) or len(found) < 2:
+            return Ranked(found[:limit], margin)
+        best, rest = self._split(found)
+        scores = self._deep_similarities(best, vectors)
         order = np.argsort(-scores, kind="stable")
-        ranked = [_scored(candidates[place], float(scores[place]), cascade.exit_layer) for place in order]
-        return Ranked(ranked + rest, first.margin, reranked=True)
+        again = [replace(best[one], score=float(scores[one]), exit_layer=self._deep) for one in order]
+        return Ranked([*again, *rest][:limit], margin, reranked=True)
+
+    def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
+        """The best `limit` rows for a question by the rules over similarity and words (`rules.place`).
+
+        A cascade gives the best its deep similarities, on the scale of the shallow ones, and places all again.
+        """
+        read = Question.of(question)
+        nearest = self._nearest(vectors, _BY_SIMILARITY, where)
+        candidates, words = _candidates(self._store, read, where, nearest, self._extras)
+        similarities = np.array([one.vectors[self.exit_layer] @ vectors[self.exit_layer] for one in candidates])
+        snippets = [one.snippet for one in candidates]
+        placed = place(read, snippets, similarities, words)
+        margin, exits = _lead(nearest), [self.exit_layer] * len(candidates)
+        reranked = self._goes_deeper(margin) and len(candidates) > 1
+        if reranked and self.cascade is not None:
+            best = [one.candidate for one in placed[: self.cascade.candidates]]
+            deep = self._deep_similarities([candidates[one] for one in best], vectors)
+            shallow = similarities[best]
+            similarities[best] = (deep - deep.mean()) / (deep.std() + 1e-9) * shallow.std() + shallow.mean()
+            for one in best:
+                exits[one] = self.cascade.exit_layer
+            placed = place(read, snippets, similarities, words)
+        found = [
+            replace(candidates[one.candidate], score=one.score, exit_layer=exits[one.candidate], reasons=one.reasons)
+            for one in placed[:limit]
+        ]
+        return Ranked(found, margin, reranked)
+
+    def _nearest(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> list[Found]:
+        found = self._store.nearest(vectors[self.exit_layer], self.exit_layer, limit, where, self._extras)
+        return [replace(one, exit_layer=self.exit_layer) for one in found]
+
+    def _goes_deeper(self, margin: float | None) -> bool:
+        wanted = None if self.cascade is None else self.cascade.margin
+        return self.cascade is not None and (wanted is None or margin is None or margin < wanted)
+
+    @property
+    def _deep(self) -> int:
+        return self.exit_layer if self.cascade is None else self.cascade.exit_layer
+
+    def _split(self, found: list[Found]) -> tuple[list[Found], list[Found]]:
+        count = 0 if self.cascade is None else self.cascade.candidates
+        return found[:count], found[count:]
+
+    def _deep_similarities(self, found: Sequence[Found], vectors: Mapping[int, np.ndarray]) -> np.ndarray:
+        """(N,) cosine similarities at the deep exit, of embeddings from the index or made now."""
+        if self._deep in self._settings.exit_layers:
+            documents = np.stack([one.vectors[self._deep] for one in found])
+        else:
+            snippets = [one.snippet for one in found]
+            documents = self._embedder.snippets(snippets, [self._deep], self._settings.dimension)[self._deep]
+        return documents @ vectors[self._deep]
 
 
-def lexical(store: VectorStore, question: str, limit: int, where: Filter) -> list[Found]:
-    """Rows by BM25; a word counts once, however often the question repeats it, as in `evaluation.bm25`."""
-    return store.lexical(sorted(set(identifier_tokens(question))), limit, where)
+def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> list[Found]:
+    """The best `limit` rows by the rules over words alone, without a model."""
+    read = Question.of(question)
+    candidates, words = _candidates(store, read, where, [], ())
+    return [
+        replace(candidates[one.candidate], score=one.score, reasons=one.reasons)
+        for one in place(read, [one.snippet for one in candidates], None, words)[:limit]
+    ]
 
 
-def fused(rankings: Sequence[Sequence[Found]]) -> list[Found]:
-    """Several rankings made one by reciprocal rank fusion; a row is as the first ranking that holds it has it."""
-    known = {one.row_id: one for ranking in reversed(rankings) for one in ranking}
-    scores = reciprocal_rank_fusion([[one.row_id for one in ranking] for ranking in rankings])
-    return [_scored(known[row], score, known[row].exit_layer) for row, score in scores.items()]
+def _candidates(
+    store: VectorStore, question: Question, where: Filter, nearest: Sequence[Found], extras: Sequence[int]
+) -> tuple[list[Found], np.ndarray]:
+    """The rows that may answer a question, and their BM25 scores (0 for those that only similarity found)."""
+    lexical = store.lexical(question_stems(question.text), _BY_WORDS, where, extras)
+    names = [definition_word(name) for name in question.names]
+    defining = store.lexical(names, _BY_DEFINITION, where, extras)
+    rows = {one.row_id: one for one in (*defining, *lexical, *nearest)}
+    words = {one.row_id: one.score for one in lexical}
+    return list(rows.values()), np.array([words.get(row_id, 0.0) for row_id in rows])
 
 
-def _scored(found: Found, score: float, exit_layer: int | None) -> Found:
-    return replace(found, score=score, vectors={}, states=None, exit_layer=exit_layer)
+def _lead(found: Sequence[Found]) -> float | None:
+    return found[0].score - found[1].score if len(found) > 1 else None

@@ -8,31 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modular_star_encoder.data.languages.registry import LANGUAGES
+from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
 from modular_star_encoder.utils.errors import UserError
 
-FORMAT = 1
-DEFAULT_CHECKPOINT = "runs/quickstart/model"
-"""What `make quickstart` leaves behind."""
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """How files without functions are divided: windows of `lines` lines, each sharing `overlap` with the one before.
-
-    Raises:
-        ValueError: no lines, or an overlap that leaves no step forward.
-    """
-
-    lines: int = 40
-    overlap: int = 10
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < self.lines:
-            raise UserError(
-                "search.windows",
-                f"Windows of {self.lines} lines cannot overlap by {self.overlap} lines. Use 0 to lines - 1.",
-            )
+FORMAT = 2
+DEFAULT_CHECKPOINT = "mose-code"
+"""The model that the package holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +28,6 @@ class IndexSettings:
         prompts: `query` and `document`, as texts were embedded.
         folder: what is indexed: an absolute path, or one relative to the index that lies inside it.
         languages: languages that are read, in our order whatever theirs was.
-        window_lines, window_overlap: see `Windows`.
-        states: whether states of the shallowest exit are kept for re-ranking.
         tests, vendored: whether test code and copies of other projects are read.
         format: of the index.
     """
@@ -60,21 +39,13 @@ class IndexSettings:
     prompts: Mapping[str, str]
     folder: str
     languages: tuple[str, ...]
-    window_lines: int = Windows().lines
-    window_overlap: int = Windows().overlap
-    states: bool = False
-    tests: bool = False
+    tests: bool = True
     vendored: bool = False
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        languages = tuple(name for name in LANGUAGES if name in self.languages)
+        languages = tuple(name for name in SEARCH_LANGUAGES if name in self.languages)
         object.__setattr__(self, "languages", languages)  # frozen
-
-    @property
-    def windows(self) -> Windows:
-        """How files without functions are divided."""
-        return Windows(self.window_lines, self.window_overlap)
 
     def to_dict(self) -> dict[str, Any]:
         """For a store."""
@@ -94,9 +65,6 @@ class IndexSettings:
                 f"The index {location} has format {values.get('format')}, but this version reads {FORMAT}. Rebuild it "
                 "(--rebuild).",
             )
-        if "fingerprint" in values:  # the key of older indexes
-            values = {"checksum": values["fingerprint"], **values}
-            del values["fingerprint"]
         options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**options)
 
@@ -163,9 +131,6 @@ _LABELS = {
     "dimension": "dimension",
     "prompts": "prompts",
     "languages": "languages",
-    "window_lines": "windows of lines",
-    "window_overlap": "an overlap of lines",
-    "states": "states kept:",
     "tests": "tests read:",
     "vendored": "vendored code read:",
 }

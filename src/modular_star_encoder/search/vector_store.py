@@ -13,71 +13,34 @@ from uuid import UUID
 
 import numpy as np
 
-from modular_star_encoder.evaluation.lexical import BM25Scores, identifier_tokens
+from modular_star_encoder.search.pieces import Snippet
+from modular_star_encoder.search.words import BM25
 from modular_star_encoder.utils.errors import UserError
 
 QDRANT = "qdrant:"
 INDEX_FOLDER = ".mose"
 """Name of the folder that holds the index of a code folder by default; it is hidden, so no index reads it."""
-MARGINS_NAME = "margins.json"
-"""The file beside an index's rows that keeps the margins fitted on them (see `cascade`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Snippet:
-    """A function, or a window of lines.
-
-    Attributes:
-        path: of the file from the folder that was read, with forward slashes.
-        language: lower-case name of the programming language.
-        name: dotted name of the function; empty for a window.
-        first_line, last_line: 1-based lines of the file, both included.
-        description: first paragraph of a function's documentation in one line, or empty.
-        text: what is embedded. Of a function, its code without documentation: models are trained on that, and what
-            is found is what the code does.
-    """
-
-    path: str
-    language: str
-    name: str
-    first_line: int
-    last_line: int
-    description: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of an index.
+    """One row of an index."""
 
-    Attributes:
-        row_id: a UUID made of its file and its place among the file's rows: a file never has two rows of one id.
-        file_id: made of the bytes of the path, which need not be text.
-        file_hash: of the file's content.
-        file_rows: number of rows of its file. Fewer in the store means that writing was cut short.
-        text_hash: of `snippet.text`.
-        snippet: what was found in the file. Its path is text, with `\\x..` for bytes that aren't.
-        words: what lexical search compares.
-        vectors: exit_layer → (D,) float32.
-        states: (T, H) states of the shallowest exit before the final norm, for a deeper pass; None if not kept.
-    """
-
-    row_id: str
-    file_id: str
-    file_hash: str
-    file_rows: int
-    text_hash: str
-    snippet: Snippet
-    words: str
-    vectors: Mapping[int, np.ndarray]
-    states: np.ndarray | None = None
+    row_id: str  # a UUID made of its file and its place in it: a file never has two rows of one id
+    file_id: str  # made of the bytes of the path, which need not be text
+    file_hash: str  # of the file's content
+    file_rows: int  # number of rows of its file: fewer in the store means that writing was cut short
+    text_hash: str  # of what is embedded
+    snippet: Snippet  # its path is text, with `\x..` for bytes that aren't
+    words: str  # what lexical search compares, with spaces between
+    vectors: Mapping[int, np.ndarray]  # exit_layer → (D,) float32
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """A row that a store found, and its score: cosine similarity, or that of the words (higher is better).
 
-    `exit_layer` is the exit that gave it its place: None from a store, and where only words did.
+    `exit_layer` is the exit that gave it its place, None where only words did; `reasons` what each ranking rule gave.
     """
 
     row_id: str
@@ -85,8 +48,8 @@ class Found:
     snippet: Snippet
     score: float
     vectors: Mapping[int, np.ndarray] = field(default_factory=dict)
-    states: np.ndarray | None = None
     exit_layer: int | None = None
+    reasons: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,18 +126,15 @@ class VectorStore(Protocol):
         """Bring indexes up to date, and give back the space of replaced rows."""
 
     def nearest(
-        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[str] = ()
+        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
     ) -> list[Found]:
-        """Rows of the highest cosine similarity at an exit, best first; `extras` names `states` or `vector_K`."""
+        """Rows of the highest cosine similarity at an exit, best first; with their vectors at the exits `extras`."""
 
-    def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
-        """Rows of the highest BM25 score, best first."""
+    def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
+        """Rows of the highest BM25 score above 0, best first; with their vectors at the exits `extras`."""
 
     def count(self) -> int:
         """Number of rows."""
-
-    def sample(self, limit: int) -> list[Found]:
-        """Rows with a description, at most `limit`, in an order that doesn't change; their score is 0."""
 
 
 class MemoryStore:
@@ -185,6 +145,8 @@ class MemoryStore:
     def __init__(self) -> None:
         self._settings: dict[str, Any] | None = None
         self._rows: list[Row] = []
+        self._vectors: dict[int, np.ndarray] = {}
+        self._lexicon: BM25 | None = None
 
     def settings(self) -> dict[str, Any] | None:
         """See `VectorStore`."""
@@ -202,40 +164,42 @@ class MemoryStore:
         """See `VectorStore`."""
         replaced = {*known, *(row.file_id for row in rows)} if known else set()
         self._rows = [row for row in self._rows if row.file_id not in replaced] + list(rows)
+        self._vectors, self._lexicon = {}, None
 
     def finish(self) -> None:
         """Rows in memory need no upkeep."""
 
     def nearest(
-        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[str] = ()
+        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
     ) -> list[Found]:
         """See `VectorStore`; every row is compared."""
         if not self._rows:
             return []
-        scores = np.stack([row.vectors[exit_layer] for row in self._rows]) @ (vector / (np.linalg.norm(vector) or 1))
-        return self._best(scores, limit, where)
+        if exit_layer not in self._vectors:
+            self._vectors[exit_layer] = np.stack([row.vectors[exit_layer] for row in self._rows])
+        return self._best(self._vectors[exit_layer] @ (vector / (np.linalg.norm(vector) or 1)), limit, where)
 
-    def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
+    def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
         """See `VectorStore`."""
-        (block,) = BM25Scores([list(words)], [row.words.split() for row in self._rows], 1.2, 0.75).blocks()
-        return [one for one in self._best(block.scores[0], limit, where) if one.score > 0]
+        if not self._rows or not words:
+            return []
+        if self._lexicon is None:
+            self._lexicon = BM25([row.words.split() for row in self._rows])
+        return [one for one in self._best(self._lexicon.scores(words), limit, where) if one.score > 0]
 
     def count(self) -> int:
         """See `VectorStore`."""
         return len(self._rows)
 
-    def sample(self, limit: int) -> list[Found]:
-        """See `VectorStore`."""
-        described = sorted((row for row in self._rows if row.snippet.description), key=lambda row: row.row_id)
-        return [Found(row.row_id, row.text_hash, row.snippet, 0.0) for row in described[:limit]]
-
     def _best(self, scores: np.ndarray, limit: int, where: Filter) -> list[Found]:
-        found = [
-            Found(row.row_id, row.text_hash, row.snippet, float(score), row.vectors, row.states)
-            for row, score in zip(self._rows, scores, strict=True)
-            if where.fits(row.snippet)
-        ]
-        return best_first(found)[:limit]
+        found: list[Found] = []
+        for place in np.argsort(-scores, kind="stable"):
+            row = self._rows[place]
+            if where.fits(row.snippet):
+                found.append(Found(row.row_id, row.text_hash, row.snippet, float(scores[place]), row.vectors))
+                if len(found) == limit:
+                    break
+        return best_first(found)
 
 
 def best_first(found: Iterable[Found]) -> list[Found]:
@@ -283,11 +247,6 @@ def readable_path(path: str) -> str:
 def row_id(file: str, place: int) -> str:
     """The id of a file's row at a place; a UUID, since Qdrant takes no other names."""
     return str(UUID(hex=hashlib.sha256(f"{file}:{place}".encode()).hexdigest()[:32]))
-
-
-def words_of(snippet: Snippet) -> str:
-    """What lexical search compares: parts of identifiers of path, name, description and code, with spaces between."""
-    return " ".join(identifier_tokens(f"{snippet.path} {snippet.name} {snippet.description} {snippet.text}"))
 
 
 def stored_files(rows: Iterable[tuple[str, str, int]]) -> dict[str, StoredFile]:

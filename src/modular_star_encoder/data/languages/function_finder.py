@@ -58,6 +58,43 @@ def find_functions(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """Something that a text defines; lines count from 0, and `end` is the line after the last."""
+
+    kind: str  # `function`, `scope` (a class and the like), `type`, or `extension` of what is defined elsewhere
+    name: str
+    start: int
+    end: int
+
+
+_KINDS = ("function", "scope", "type", "extension")
+
+
+def outline(text: str, language: str) -> list[Definition]:
+    """What `text` defines, outer before inner, also where there are syntax errors; whole lines.
+
+    Raises:
+        UnparsableSourceError: If `text` can't be parsed.
+    """
+    grammar, source = load_grammar(language), SourceText(text)
+    found: dict[tuple[int, int], Definition] = {}
+    for _, captures in QueryCursor(grammar.query).matches(parse(source.bytes, grammar).root_node):
+        kind = next((kind for kind in _KINDS if kind in captures), None)
+        if kind is None or not (name := _name(captures, source.bytes, grammar.language)):
+            continue
+        node = captures[kind][0]
+        if node.parent is not None and node.parent.type in _WRAPPERS:
+            node = node.parent
+        span = (node.start_point.row, node.end_point.row + (node.end_point.column > 0))
+        if span not in found or _KINDS.index(kind) < _KINDS.index(found[span].kind):
+            found[span] = Definition(kind, name, *span)
+    return sorted(found.values(), key=lambda one: (one.start, -one.end))
+
+
+_WRAPPERS = {"decorated_definition", "export_statement", "template_declaration"}
+
+
 @dataclass(slots=True)
 class _Definition:
     """A function or scope of the tree; offsets are those of `SourceText.bytes`."""
@@ -87,6 +124,8 @@ class _Finder:
                 strings += captures["verbatim"]
             elif "untyped" in captures:
                 self._untyped.add(captures["untyped"][0].id)
+            elif "type" in captures or "extension" in captures:
+                continue  # for search alone
             elif name := _name(captures, source.bytes, grammar.language):
                 body = captures["body"][0] if "body" in captures else None
                 if "scope" not in captures:
@@ -169,6 +208,8 @@ def _name(captures: dict[str, list[Node]], source: bytes, language: Language) ->
 
     None for a match that is not a function: a macro, or a statement that error recovery took for one.
     """
+    if "keyword" in captures and _text(captures["keyword"][0], source) not in language.definers:
+        return None
     if "declarator" in captures:
         name = _declared_name(captures["declarator"][0], source, language)
     else:

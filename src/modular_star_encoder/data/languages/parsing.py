@@ -80,9 +80,12 @@ class Grammar:
 
 @cache
 def load_grammar(language: str) -> Grammar:
-    """The grammar of one of `LANGUAGES` (`data.language.unknown`): one per process, not to be shared by threads."""
+    """The grammar of one of `SEARCH_LANGUAGES` (`data.language.unknown`): one per process, not for several threads."""
     entry = language_entry(language)
-    grammar = TreeSitterLanguage(getattr(import_module(entry.grammar), entry.grammar_function)())
+    if entry.grammar:
+        grammar = TreeSitterLanguage(getattr(import_module(entry.grammar), entry.grammar_function)())
+    else:
+        grammar = import_module("tree_sitter_language_pack").get_language(entry.name)
     errors = Query(grammar, "(ERROR) @error (MISSING) @missing")
     return Grammar(entry, Parser(grammar), Query(grammar, entry.query), errors)
 

@@ -1,6 +1,7 @@
 """The programming languages: one entry for each, with everything that the package knows about it.
 
-Supporting a new language means adding one entry to `_ENTRIES` and its tree-sitter grammar to the dependencies.
+Supporting a new language means adding one entry to `_ENTRIES`. Its tree-sitter grammar is one of the dependencies, or
+one of those in tree-sitter-language-pack.
 
 Captures of an entry's query:
 
@@ -8,6 +9,9 @@ Captures of an entry's query:
 - `@name`: its name, or that of a scope; C and C++ give the `@declarator` that holds it, Go the `@receiver`'s type too;
 - `@body`: what makes it a definition; of several patterns that find one body, the widest `@function` counts;
 - `@scope`: what lends its name to the functions inside;
+- `@type`: a definition that search lists and training does not read, such as a struct of C; `@extension`: one that adds
+  to what is defined elsewhere, such as an `impl` of Rust, and lends no name;
+- `@keyword`: a word that must be one of the entry's `definers`;
 - `@untyped`: the body of a C++ function without a type, which is a constructor or a macro;
 - `@comment`: every comment; and `@verbatim`: what may span lines whose white space is content.
 """
@@ -25,16 +29,18 @@ from modular_star_encoder.utils.errors import UserError
 class Language:
     """What the package knows about one language."""
 
-    name: str  # ours, in `LANGUAGES`, rows and settings
+    name: str  # ours, in `SEARCH_LANGUAGES`, rows and settings
     suffixes: tuple[str, ...]  # of its files, with the dot
     query: str  # finds functions, scopes, comments and strings; see above
-    grammar: str  # module of its tree-sitter grammar
+    grammar: str = ""  # module of its tree-sitter grammar; empty for the one that the language pack has of its name
     grammar_function: str = "language"  # the module's function that returns the grammar
     display_name: str = ""  # how prompts and data sets write it, if not like `name`
     opening: bytes = b""  # what a file must begin with, such as PHP's `<?php`
     frames: tuple[tuple[bytes, bytes], ...] = ()  # text around a snippet that makes it a file: a method needs a class
     has_macros: bool = False  # whether words of the preprocessor may break the syntax
     keywords: frozenset[str] = frozenset()  # words that error recovery may take for the name of a function
+    definers: frozenset[str] = frozenset()  # words that `@keyword` must be one of (trees are parsed without text,
+    # so that queries can't hold predicates)
     dotted_name: Callable[[str], str] = str  # the dotted name of a function for its name in the tree
     has_docstrings: bool = False  # whether documentation is a string inside the function
     line_comment: str = r"\s*//+[!<]*"  # pattern of its marker
@@ -70,6 +76,22 @@ _FUNCTION_VALUES = (
 )
 _DECLARATOR = f"(variable_declarator name: (identifier) @name value: [{_FUNCTION_VALUES}])"
 _ASSIGNMENT = f"(assignment_expression left: [(identifier) (member_expression)] @name right: [{_FUNCTION_VALUES}])"
+_TYPESCRIPT = f"""
+        [(function_declaration name: (_) @name body: (_) @body)
+         (generator_function_declaration name: (_) @name body: (_) @body)
+         (method_definition name: (_) @name body: (_) @body)] @function
+        [(lexical_declaration {_DECLARATOR}) (variable_declaration {_DECLARATOR}) {_ASSIGNMENT}
+         (public_field_definition name: (_) @name value: [{_FUNCTION_VALUES}])
+         (pair key: (_) @name value: [{_FUNCTION_VALUES}])] @function
+        (function_signature name: (_) @name) @type
+        (program [(lexical_declaration (variable_declarator name: (identifier) @name))
+                  (export_statement (lexical_declaration (variable_declarator name: (identifier) @name)))] @type)
+        [(type_alias_declaration name: (_) @name) (enum_declaration name: (_) @name)] @type
+        [(class_declaration name: (_) @name) (abstract_class_declaration name: (_) @name)
+         (interface_declaration name: (_) @name) (internal_module name: (_) @name)] @scope
+        (comment) @comment
+        [(template_string) (string)] @verbatim
+        """
 _CLASS_FRAME = (b"class A {\n", b"\n}")
 _INTERFACE_FRAME = (b"interface A {\n", b"\n}")
 _CAMEL_CASE_TEST = r"Test[A-Z0-9].*|.*[a-z0-9](Tests?|TestCase)"
@@ -139,6 +161,7 @@ _ENTRIES = (
         (method_declaration
             receiver: (parameter_list (parameter_declaration type: (_) @receiver)) name: (_) @name body: (_) @body
         ) @function
+        (type_declaration (type_spec name: (_) @name)) @type
         (comment) @comment
         (raw_string_literal) @verbatim
         """,
@@ -222,6 +245,10 @@ _ENTRIES = (
         grammar="tree_sitter_c",
         query="""
         (function_definition type: (_) declarator: (_) @declarator body: (_) @body) @function
+        (struct_specifier name: (_) @name body: (_)) @type
+        (enum_specifier name: (_) @name body: (_)) @type
+        (type_definition declarator: (_) @name) @type
+        (preproc_function_def name: (_) @name) @type
         (comment) @comment
         (string_literal) @verbatim
         """,
@@ -250,6 +277,9 @@ _ENTRIES = (
         (struct_specifier name: (_) @name body: (_)) @scope
         (union_specifier name: (_) @name body: (_)) @scope
         (function_definition type: [(class_specifier) (struct_specifier)] declarator: (identifier) @name) @scope
+        (enum_specifier name: (_) @name body: (_)) @type
+        (alias_declaration name: (_) @name) @type
+        (concept_definition name: (_) @name) @type
         (comment) @comment
         [(raw_string_literal) (string_literal)] @verbatim
         """,
@@ -263,11 +293,190 @@ _ENTRIES = (
         special_methods=_words("main"),
         special_method=r"operator(?:[\W\d].*)?",
     ),
+    Language(
+        name="typescript",
+        suffixes=(".ts", ".mts", ".cts"),
+        query=_TYPESCRIPT,
+        documented_by_blocks=True,
+        test_folder=r"__(tests?|mocks|fixtures)__|spec",
+        test_file=r".*[.-](test|spec)",
+    ),
+    Language(
+        name="tsx",
+        suffixes=(".tsx",),
+        query=_TYPESCRIPT,
+        documented_by_blocks=True,
+        test_folder=r"__(tests?|mocks|fixtures)__|spec",
+        test_file=r".*[.-](test|spec)",
+    ),
+    Language(
+        name="rust",
+        suffixes=(".rs",),
+        query="""
+        (function_item name: (_) @name body: (_) @body) @function
+        (function_signature_item name: (_) @name) @type
+        (macro_definition name: (_) @name) @type
+        [(struct_item name: (_) @name) (enum_item name: (_) @name) (union_item name: (_) @name)] @type
+        (type_item name: (_) @name) @type
+        (trait_item name: (_) @name) @scope
+        (mod_item name: (_) @name body: (_)) @scope
+        (impl_item type: (_) @name) @extension
+        [(line_comment) (block_comment)] @comment
+        [(raw_string_literal) (string_literal)] @verbatim
+        """,
+        line_comment=r"\s*//[/!]?",
+        gap=rb"\s*(?:#\[[^\]]*\]\s*)*",
+        dotted_name=lambda name: name.partition("<")[0],
+    ),
+    Language(
+        name="kotlin",
+        suffixes=(".kt", ".kts"),
+        query="""
+        (function_declaration (simple_identifier) @name (function_body) @body) @function
+        (function_declaration (simple_identifier) @name .) @type
+        [(class_declaration (type_identifier) @name) (object_declaration (type_identifier) @name)] @scope
+        (type_alias (type_identifier) @name) @type
+        [(line_comment) (multiline_comment)] @comment
+        """,
+        documented_by_blocks=True,
+        test_file=_CAMEL_CASE_TEST,
+    ),
+    Language(
+        name="scala",
+        suffixes=(".scala", ".sc"),
+        query="""
+        (function_definition name: (_) @name body: (_) @body) @function
+        (function_declaration name: (_) @name) @type
+        (class_definition name: (_) @name) @scope
+        (object_definition name: (_) @name) @scope
+        (trait_definition name: (_) @name) @scope
+        (enum_definition name: (_) @name) @scope
+        (type_definition name: (_) @name) @type
+        [(comment) (block_comment)] @comment
+        """,
+        documented_by_blocks=True,
+        test_file=r".*[a-z0-9](Spec|Suite|Test)",
+    ),
+    Language(
+        name="csharp",
+        suffixes=(".cs",),
+        display_name="c#",
+        query="""
+        (method_declaration name: (_) @name body: (_) @body) @function
+        (constructor_declaration name: (_) @name body: (_) @body) @function
+        (method_declaration name: (_) @name !body) @type
+        (property_declaration name: (_) @name) @type
+        (delegate_declaration name: (_) @name) @type
+        (enum_declaration name: (_) @name) @type
+        (class_declaration name: (_) @name) @scope
+        (struct_declaration name: (_) @name) @scope
+        (interface_declaration name: (_) @name) @scope
+        (record_declaration name: (_) @name) @scope
+        (namespace_declaration name: (_) @name) @extension
+        (comment) @comment
+        """,
+        line_comment=r"\s*///?",
+        test_file=_CAMEL_CASE_TEST,
+    ),
+    Language(
+        name="swift",
+        suffixes=(".swift",),
+        query="""
+        (function_declaration name: (_) @name body: (_) @body) @function
+        (init_declaration "init" @name body: (_) @body) @function
+        (protocol_function_declaration name: (_) @name) @type
+        (class_declaration name: (type_identifier) @name) @scope
+        (class_declaration name: (user_type) @name) @extension
+        (protocol_declaration name: (_) @name) @scope
+        (typealias_declaration name: (type_identifier) @name) @type
+        [(comment) (multiline_comment)] @comment
+        """,
+        line_comment=r"\s*///?",
+        test_file=_CAMEL_CASE_TEST,
+    ),
+    Language(
+        name="lua",
+        suffixes=(".lua",),
+        query="""
+        (function_declaration name: (_) @name body: (_) @body) @function
+        (assignment_statement
+            (variable_list name: (_) @name) (expression_list value: (function_definition body: (_) @body))) @function
+        (comment) @comment
+        (string) @verbatim
+        """,
+        dotted_name=lambda name: name.replace(":", "."),
+        line_comment=r"\s*--+",
+        test_file=r".*_spec",
+    ),
+    Language(
+        name="bash",
+        suffixes=(".sh", ".bash"),
+        query="""
+        (function_definition name: (_) @name body: (_) @body) @function
+        (comment) @comment
+        [(string) (raw_string) (heredoc_body)] @verbatim
+        """,
+        line_comment=r"\s*#+",
+        test_file=r".*_test",
+    ),
+    Language(
+        name="elixir",
+        suffixes=(".ex", ".exs"),
+        query="""
+        (call target: (identifier) @keyword
+            (arguments [
+                (call target: (identifier) @name) (identifier) @name
+                (binary_operator left: (call target: (identifier) @name))])) @function
+        (call target: (identifier) @keyword (arguments (alias) @name)) @scope
+        (comment) @comment
+        (string) @verbatim
+        """,
+        definers=_words("def defp defmacro defmacrop defguard defdelegate defmodule defprotocol defimpl"),
+        line_comment=r"\s*#+",
+        gap=rb"\s*(?:@(?:doc|spec)\b[^\n]*\s*)*",
+        test_file=r".*_test",
+    ),
+    Language(
+        name="zig",
+        suffixes=(".zig",),
+        query="""
+        (Decl (FnProto function: (IDENTIFIER) @name) (Block) @body) @function
+        (Decl (VarDecl variable_type_function: (IDENTIFIER) @name
+            (ErrorUnionExpr (SuffixExpr (ContainerDecl))))) @scope
+        [(line_comment) (doc_comment)] @comment
+        """,
+        line_comment=r"\s*//[/!]?",
+    ),
+    Language(
+        name="haskell",
+        suffixes=(".hs",),
+        query="""
+        [(function name: (_) @name) (bind name: (_) @name)] @function
+        [(data_type name: (_) @name) (newtype name: (_) @name) (type_synomym name: (_) @name)] @type
+        (class name: (_) @name) @scope
+        (instance name: (_) @name) @extension
+        (comment) @comment
+        """,
+        line_comment=r"\s*--+ ?[|^]?",
+        test_file=r".*Spec",
+    ),
+    Language(
+        name="sql",
+        suffixes=(".sql",),
+        query="""
+        (create_function (object_reference) @name) @function
+        [(create_table (object_reference) @name) (create_view (object_reference) @name)] @type
+        [(comment) (marginalia)] @comment
+        """,
+        line_comment=r"\s*--+",
+    ),
 )
 
 _LANGUAGE = {one.name: one for one in _ENTRIES}
-LANGUAGES = tuple(_LANGUAGE)
-"""Our names of the languages, those of ModularStarEncoder."""
+SEARCH_LANGUAGES = tuple(_LANGUAGE)
+"""Our names of all languages."""
+LANGUAGES = SEARCH_LANGUAGES[:8]
+"""Those of ModularStarEncoder, which training and the data sets use."""
 
 LANGUAGE_OF_SUFFIX = {suffix: one.name for one in _ENTRIES for suffix in one.suffixes}
 _LANGUAGE_OF_NAME = {name: one.name for one in _ENTRIES for name in (one.name, one.display_name) if name}
@@ -284,17 +493,19 @@ _CPP_LINE = re.compile(
 def language_entry(name: str) -> Language:
     """The entry of a language; UserError (`data.language.unknown`) if `name` is not one of `LANGUAGES`."""
     if name not in _LANGUAGE:
-        raise UserError("data.language.unknown", f"Language {name!r} is unknown. Available: {', '.join(LANGUAGES)}.")
+        raise UserError(
+            "data.language.unknown", f"Language {name!r} is unknown. Available: {', '.join(SEARCH_LANGUAGES)}."
+        )
     return _LANGUAGE[name]
 
 
-def check_languages(languages: Iterable[str] | None) -> tuple[str, ...]:
-    """`languages` without repetitions; all of `LANGUAGES` for None."""
+def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = LANGUAGES) -> tuple[str, ...]:
+    """`languages` without repetitions; `default` for None."""
     if languages is None:
-        return LANGUAGES
+        return default
     chosen = () if isinstance(languages, str) else tuple(dict.fromkeys(languages))
     if not chosen:
-        message = f"languages must be a list of {', '.join(LANGUAGES)}; not {languages!r}."
+        message = f"languages must be a list of {', '.join(SEARCH_LANGUAGES)}; not {languages!r}."
         raise UserError("data.languages.list", message)
     return tuple(language_entry(name).name for name in chosen)
 

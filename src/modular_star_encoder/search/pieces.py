@@ -1,0 +1,125 @@
+"""Files as pieces, the rows of an index: a function, a class, or a block of the lines between them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from modular_star_encoder.data.languages.function_finder import Definition, outline
+from modular_star_encoder.data.languages.parsing import UnparsableSourceError
+
+MOST_LINES = 60
+"""Longer classes are divided into their members, longer functions and blocks into parts."""
+EMBEDDED_CHARACTERS = 1600
+_LONGEST_FUNCTION = 2 * MOST_LINES
+_FEWEST_LETTERS = 8
+_LINE_END = re.compile(r"\r\n|\r|\n")
+# What stands before a definition and belongs to it: comments, decorators and attributes.
+_LEADING = re.compile(r"\s*(//|#(?!\s*(include|define|if|endif|pragma)\b)|/\*|\*|--|@|\[\[?[A-Z])")
+_IMPORT = re.compile(r"\s*(import|from|use|using|package|module|require|#\s*include|pub use|namespace)\b")
+_LICENCE = re.compile(r"copyright|licen[sc]e|SPDX", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Snippet:
+    """A piece of a file: what an index holds, compares and shows."""
+
+    path: str  # of the file from the folder that was read, with forward slashes
+    language: str  # lower-case name; empty for a file of no language that is known
+    name: str  # dotted name of what it defines, or of the class that it is part of; empty for other lines
+    first_line: int  # 1-based; both lines are included
+    last_line: int
+    description: str  # the comment before the definition, in one line
+    text: str  # the lines
+    line: int = 0  # at which the definition itself begins, after comments and decorators
+    defines: tuple[str, ...] = ()  # names without what encloses them
+
+    def embedded(self) -> str:
+        """What is embedded: the words of the path's end and the name, then the code."""
+        place = " ".join(PurePosixPath(self.path).parts[-2:])
+        return f"{place} {self.name}\n{self.text}"[:EMBEDDED_CHARACTERS]
+
+
+def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
+    """The pieces of a file, in their order; they cover every line that holds more than punctuation.
+
+    A class of at most `MOST_LINES` lines is one piece, a longer one is divided into its members and what is between
+    them. A file that can't be parsed, or of a language that isn't known, is divided into blocks of lines.
+    """
+    lines = _LINE_END.split(text)
+    try:
+        definitions = outline(text, language) if language else []
+    except UnparsableSourceError:
+        definitions = []
+    return list(_Divider(path, language, lines, definitions).pieces(0, len(lines), definitions, ""))
+
+
+class _Divider:
+    """Divides one file."""
+
+    def __init__(self, path: str, language: str, lines: list[str], definitions: Sequence[Definition]) -> None:
+        self._path, self._language, self._lines = path, language, lines
+        self._definitions = [one for one in definitions if one.kind != "extension"]
+
+    def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
+        """The pieces of the lines from `start` to `end`, which hold these definitions inside `outer`."""
+        at = place = 0
+        at = start
+        while place < len(definitions):
+            one = definitions[place]
+            following = place + 1
+            while following < len(definitions) and definitions[following].start < one.end:
+                following += 1
+            inner, place = definitions[place + 1 : following], following
+            if one.start < at:  # begins on a line of the one before
+                continue
+            first = self._with_comments(one.start, at)
+            yield from self._block(at, first, outer)
+            name = f"{outer}.{one.name}" if outer else one.name
+            is_small = one.end - first <= MOST_LINES and (one.kind != "extension" or len(inner) < 2)
+            if one.kind == "function" or is_small or not inner:
+                yield from self._definition(first, one, name)
+            else:
+                yield from self.pieces(first, one.end, inner, name)
+            at = one.end
+        yield from self._block(at, end, outer)
+
+    def _with_comments(self, start: int, lowest: int) -> int:
+        while start > lowest and _LEADING.match(self._lines[start - 1]):
+            start -= 1
+        return start
+
+    def _definition(self, first: int, one: Definition, name: str) -> Iterator[Snippet]:
+        if one.end - first <= _LONGEST_FUNCTION:
+            yield self._snippet(first, one.end, name, one.start)
+            return
+        for start in range(first, one.end, MOST_LINES):
+            yield self._snippet(start, min(start + MOST_LINES, one.end), name, max(start, one.start))
+
+    def _block(self, start: int, end: int, name: str) -> Iterator[Snippet]:
+        """Lines without a definition, unless there is nothing in them to find."""
+        while start < end and not self._lines[start].strip():
+            start += 1
+        while start < end and not self._lines[end - 1].strip():
+            end -= 1
+        for first in range(start, end, MOST_LINES):
+            last = min(first + MOST_LINES, end)
+            if sum(map(str.isalnum, "".join(self._lines[first:last]))) >= _FEWEST_LETTERS:
+                yield self._snippet(first, last, name, first)
+
+    def _snippet(self, first: int, end: int, name: str, line: int) -> Snippet:
+        last_parts = (one.name.rpartition(".")[2] for one in self._definitions if first <= one.start < end)
+        comment = " ".join(" ".join(self._lines[first:line]).split())
+        text = "\n".join(self._lines[first:end])
+        names = tuple(dict.fromkeys(last_parts))
+        return Snippet(self._path, self._language, name, first + 1, end, comment, text, line + 1, names)
+
+
+def is_boilerplate(snippet: Snippet) -> bool:
+    """Whether a piece defines nothing and holds imports or a licence alone, which no question is about."""
+    if snippet.defines:
+        return False
+    lines = [line for line in snippet.text.split("\n") if line.strip()]
+    return all(map(_IMPORT.match, lines)) or (bool(_LICENCE.search(snippet.text)) and all(map(_LEADING.match, lines)))
