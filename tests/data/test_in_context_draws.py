@@ -183,7 +183,7 @@ def test_a_short_snippet_leaves_its_room_to_the_other():
 
 
 def test_a_corpus_without_two_comparable_repositories_is_refused():
-    with raises("data.in_context.too_few_repositories", 16, "no two of 2 repositories"):
+    with raises("data.in_context.too_few_repositories", 16, "of 2 qualify"):
         PairSampler(corpus([40] * 4, [0, 0, 1, 1], [0, 0, 0, 1]), room=64)
 
 
