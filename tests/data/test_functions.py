@@ -254,7 +254,7 @@ def test_each_rule_drops_what_it_names(changes, reason):
         {"name": "TestCase.run"},
     ],
 )
-def test_rules_keep_what_lies_on_their_limits(changes):
+def test_rules_keep_values_on_their_limits(changes):
     assert drop_reason(replace(function(), **changes)) is None
 
 

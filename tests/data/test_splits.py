@@ -231,7 +231,7 @@ def test_empty_descriptions_are_not_the_same_content():
     assert same_content_groups([exercise(0), exercise(1)]).tolist() == [0, 1]
 
 
-def test_both_kinds_are_equally_present_and_no_text_stands_twice_in_any_batch(monkeypatch):
+def test_both_kinds_are_equally_present_and_no_text_is_twice_in_a_batch(monkeypatch):
     texts = [triplet(i, description=f"Does {i % 20}.") for i in range(40)]
     texts += [triplet(i + 100, code=f"def f{i % 7}(): ...") for i in range(20)]
     size = PairGroups(texts).largest_batch

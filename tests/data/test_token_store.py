@@ -1,4 +1,4 @@
-"""Corpora on disk: what is stored, going on after every kind of death, and the same pairs as from memory."""
+"""Corpora on disk: what is stored, resuming after a process dies, and the same pairs as from memory."""
 
 import dataclasses
 import json
@@ -87,7 +87,7 @@ def dying(files, after):
 
 
 @pytest.mark.parametrize("after", [0, 3, 4, 9, 31])
-def test_an_interrupted_build_goes_on_to_the_same_store(tmp_path, tokenizer, whole, after):
+def test_an_interrupted_build_resumes_to_the_same_store(tmp_path, tokenizer, whole, after):
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, tokenizer, dying(source_files(), after))
     build(tmp_path, tokenizer)
@@ -121,7 +121,7 @@ def build_and_die(folder, tokenizer, moment, count):
     [(os, "replace"), (os, "fsync"), (token_store._Writer, "append"), (token_store, "_digest")],
     ids=lambda moment: moment[1],
 )
-def test_a_killed_build_goes_on_to_the_same_store(tmp_path, tokenizer, whole, moment, count):
+def test_a_killed_build_resumes_to_the_same_store(tmp_path, tokenizer, whole, moment, count):
     """Killed with SIGKILL: before a state takes its place, between files, with rows written and not counted."""
     child = multiprocessing.get_context("fork").Process(target=build_and_die, args=(tmp_path, tokenizer, moment, count))
     child.start()
@@ -192,7 +192,7 @@ def test_the_same_tokenizer_saved_and_loaded_is_accepted(tmp_path, tokenizer):
         lambda files: [dataclasses.replace(files[0], repository="changed"), *files[1:]],
     ],
 )
-def test_going_on_with_other_files_is_refused(tmp_path, tokenizer, changed):
+def test_resuming_with_other_files_is_refused(tmp_path, tokenizer, changed):
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, tokenizer, dying(source_files(), 9))
     with raises("data.token_store.other_files"):
@@ -200,7 +200,7 @@ def test_going_on_with_other_files_is_refused(tmp_path, tokenizer, changed):
     build(tmp_path, tokenizer)
 
 
-def test_folders_that_are_no_store_are_refused(tmp_path, tokenizer):
+def test_folders_without_a_store_are_refused(tmp_path, tokenizer):
     with raises("data.token_store.missing"):
         TokenStore(tmp_path / "missing")
     (tmp_path / "notes.txt").write_text("mine")

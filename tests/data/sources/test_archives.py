@@ -229,7 +229,7 @@ def test_filters_languages_and_closed_folders_hold_inside_archives(tmp_path):
     assert reader.skipped == {"test code": 1, "vendored code": 1}
 
 
-def test_what_is_no_archive_is_refused_in_one_sentence(tmp_path):
+def test_sources_without_archives_are_refused(tmp_path):
     (tmp_path / "x.py").write_text("x")
     with raises("data.source.missing", "missing.zip"):
         archive_repositories(tmp_path / "missing.zip")
