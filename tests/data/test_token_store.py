@@ -255,6 +255,7 @@ def test_a_split_shares_no_repository_and_loses_no_text(tmp_path, tokenizer):
         assert pairs.token_counts().tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_a_split_depends_on_the_seed_and_the_names_only(tmp_path, tokenizer):
     files = source_files(repositories=20)
     one, reordered = (build(tmp_path / str(i), tokenizer, files[::step]) for i, step in enumerate((1, -1)))

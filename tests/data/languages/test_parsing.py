@@ -15,6 +15,7 @@ from tests.data.polyglot import SOURCES
 from tests.errors import raises
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", SOURCES)
 def test_a_text_read_in_pieces_gives_the_tree_of_the_whole(language):
     grammar = load_grammar(language)
@@ -26,6 +27,7 @@ def test_a_text_read_in_pieces_gives_the_tree_of_the_whole(language):
         assert str(parse_once(text.encode(), grammar).root_node) == str(whole.root_node)
 
 
+@pytest.mark.slow
 def test_parsing_leaves_nothing_in_memory():
     grammar = load_grammar("c")
     source = b"int f(void) { return 1; }\n" * 5000

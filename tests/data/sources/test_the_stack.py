@@ -143,6 +143,7 @@ def test_without_any_access_reading_stops_with_one_sentence_that_shows_no_secret
     assert server.requested.total() < 300
 
 
+@pytest.mark.slow
 def test_failures_after_a_success_do_not_stop_reading(reader_of, server):
     server.answers.update({blob(number): 404 for number in range(1, 400)})
     reader = reader_of([record(number) for number in range(401)])
