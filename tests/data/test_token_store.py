@@ -94,8 +94,8 @@ def test_an_interrupted_build_resumes_to_the_same_store(tmp_path, tokenizer, who
     assert content(tmp_path) == whole
 
 
-def kill_at(monkeypatch, moment, count):
-    """Let the process kill itself at the `count`-th call of something that building calls."""
+def build_and_die(folder, tokenizer, moment, count):
+    """Build in a process that kills itself at the `count`-th call of something that building calls."""
     owner, name = moment
     original, calls = getattr(owner, name), []
 
@@ -105,13 +105,8 @@ def kill_at(monkeypatch, moment, count):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, dies)
-
-
-def build_and_die(folder, tokenizer, moment, count):
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, moment, count)
-        build(folder, tokenizer)
+    setattr(owner, name, dies)
+    build(folder, tokenizer)
 
 
 @pytest.mark.slow
