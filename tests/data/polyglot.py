@@ -1,6 +1,6 @@
 """One source text for each language, with what makes spans hard: other alphabets, tabs, decorators, nesting, heredocs.
 
-`⟦` and `⟧` stand around every function that must be found; `marked` takes them out and tells where they were.
+`⟦` and `⟧` enclose every function to find; `marked` removes them and returns where they were.
 """
 
 PYTHON = '''\

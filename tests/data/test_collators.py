@@ -33,7 +33,7 @@ def model_for(tokenizer, **changes):
     return tiny_model(ModularStarEncoderForPreTraining, vocab_size=len(tokenizer), **(NO_DROPOUT | changes))
 
 
-def test_rows_lie_one_after_the_other_and_their_bounds_are_told(tokenizer, rows):
+def test_rows_follow_one_another_within_their_bounds(tokenizer, rows):
     batch = PackingCollator(tokenizer)(rows)
     lengths = [len(row["input_ids"]) for row in rows]
     assert len(set(lengths)) > 3

@@ -200,6 +200,7 @@ def find_or_die(text, *arguments, **options):
     return find_functions(text, *arguments, **options)
 
 
+@pytest.mark.slow
 def test_a_file_that_kills_its_process_is_counted_and_costs_no_other(monkeypatch):
     monkeypatch.setattr(functions, "_FILES_PER_CHUNK", 4)
     monkeypatch.setattr(functions, "find_functions", find_or_die)
@@ -254,7 +255,7 @@ def test_each_rule_drops_what_it_names(changes, reason):
         {"name": "TestCase.run"},
     ],
 )
-def test_rules_keep_what_lies_on_their_limits(changes):
+def test_rules_keep_values_on_their_limits(changes):
     assert drop_reason(replace(function(), **changes)) is None
 
 

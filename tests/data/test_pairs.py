@@ -305,7 +305,7 @@ def test_parallel_solutions_have_no_description_and_only_our_languages(tmp_path)
     assert found.examples[SURROGATES].encode()
 
 
-def test_a_source_that_is_none_is_as_if_left_out(tmp_path):
+def test_a_source_set_to_none_is_left_out(tmp_path):
     good = str(write(tmp_path / "rows.jsonl", [row()]))
     assert list(read({"triplets": good, "functions": None, "parallel": None})) == ["triplets"]
 

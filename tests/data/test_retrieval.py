@@ -161,7 +161,7 @@ def test_hard_negatives_are_a_third_side_framed_and_renamed_as_code_is(tokenizer
         tokenized(tokenizer, parallel_texts()).negative(3)
 
 
-def test_a_row_is_a_function_of_seed_and_place_whoever_asks_first(tokenizer):
+def test_a_row_is_a_function_of_seed_and_place_in_any_order_of_access(tokenizer):
     options = {"steps": 9, "identifier_rename_prob": 0.5}
     forwards, backwards = batches(tokenizer, **options), batches(tokenizer, **options)
     rows = [forwards[i] for i in range(36)]

@@ -27,6 +27,7 @@ def test_a_text_and_a_pair_are_framed_by_the_template(tokenizer):
     assert tokenizer("load x", "save y")["input_ids"] == [1, *a, 1, *b, 2]
 
 
+@pytest.mark.slow
 def test_truncation_keeps_the_frame(tokenizer):
     single = tokenizer(TEXT * 50, truncation=True)["input_ids"]
     pair = tokenizer(TEXT * 50, TEXT * 50, truncation=True, max_length=20)["input_ids"]

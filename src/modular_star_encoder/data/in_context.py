@@ -188,11 +188,12 @@ class PairSampler:
         lengths = corpus.rows.bounds[numbers + 1] - corpus.rows.bounds[numbers]
         repository, language = corpus.repository_of[numbers], corpus.language_of[numbers]
         used = _usable(repository, language, lengths)
-        if not len(used):
-            message = (
-                f"Pairs need two repositories that each have two texts of {MIN_SNIPPET_TOKENS} tokens or more, in "
-            )
-            message += f"common languages; no two of {len(np.unique(repository))} repositories do."
+        languages = max(len(corpus.language_names), 1)
+        groups, texts = np.unique(repository[used].astype(np.int64) * languages + language[used], return_counts=True)
+        qualified = np.bincount(groups[texts >= 2] % languages, minlength=1).max()
+        if qualified < 2:
+            message = "Pairs need at least two repositories, each with two texts of one language and "
+            message += f"{MIN_SNIPPET_TOKENS} tokens or more; {qualified} of {len(np.unique(repository))} qualify."
             raise UserError("data.in_context.too_few_repositories", message)
         self.dropped_texts = len(numbers) - len(used)
         order = used[np.lexsort((lengths[used], language[used], repository[used]))]
@@ -205,7 +206,7 @@ class PairSampler:
         self._group_bounds = np.concatenate([[0], np.flatnonzero(new) + 1, [len(order)]])
         starts, ends = self._group_bounds[:-1], self._group_bounds[1:]
         self._group_repository, self._group_language = repository[starts], language[starts]
-        self._languages = len(corpus.language_names)
+        self._languages = languages
         self._group_keys = self._group_repository.astype(np.int64) * self._languages + self._group_language
         self._longest = self._lengths[ends - 1]
         self._second_longest = np.where(ends - starts > 1, self._lengths[np.maximum(ends - 2, 0)], 0)

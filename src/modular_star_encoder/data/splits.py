@@ -254,6 +254,7 @@ class PairGroups:
             if len(text.snippets) > 1:
                 rows[CODE_TO_CODE][group].append(row)
         present = [kind for kind in rows if rows[kind]]
+        # kind → the numbers of its groups, int64 (groups,); kind → the rows of each of these groups
         self.numbers = {kind: np.array(list(rows[kind]), dtype=np.int64) for kind in present}
         self.rows = {kind: list(rows[kind].values()) for kind in present}
 
@@ -297,7 +298,7 @@ class BatchPlan:
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
         if batch_size > largest or batch_size < 2 or batch_size % len(self._kinds):
-            listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in self._groups.counts.items())
+            listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in groups.counts.items())
             even = ", an even number" if len(self._kinds) > 1 else ""
             negatives = f", and hard negatives of {outside + 1} of them" if outside < batch_size else ""
             message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: there are "

@@ -36,28 +36,23 @@ def crash_safe_map(
         yield from map(function, chunks)
         return
     executor = _executor(processes)
-    waiting: deque[tuple[list[Item], Future[Result], ProcessPoolExecutor]] = deque()
-
-    def replace_executor() -> None:
-        nonlocal executor
-        executor.shutdown()
-        executor = _executor(processes)
+    waiting: deque[tuple[list[Item], Future[Result]]] = deque()
 
     def submit(chunk: list[Item]) -> None:
+        nonlocal executor
         try:
             future = executor.submit(function, chunk)
         except BrokenProcessPool:
-            replace_executor()
+            executor.shutdown()
+            executor = _executor(processes)
             future = executor.submit(function, chunk)
-        waiting.append((chunk, future, executor))
+        waiting.append((chunk, future))
 
     def next_results() -> Iterator[Result]:
-        chunk, future, used = waiting.popleft()
+        chunk, future = waiting.popleft()
         try:
             yield future.result()
         except BrokenProcessPool:  # every chunk that waits for a broken executor gets here in its turn
-            if used is executor:
-                replace_executor()
             yield from _halved(function, chunk, crashed)
 
     try:

@@ -275,7 +275,9 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError as error:
         raise OSError("The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN.") from error
-    except (HfHubHTTPError, RuntimeError, *network_errors()) as error:
+    except Exception as error:
+        if not isinstance(error, (HfHubHTTPError, RuntimeError, *network_errors())):
+            raise
         # The client wraps the error of a single file in a RuntimeError.
         cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code == CONFLICT:

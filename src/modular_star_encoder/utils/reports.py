@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from modular_star_encoder.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import RepoCard
+
+Card = TypeVar("Card", bound="RepoCard")
 
 PACKAGES = ("torch", "transformers", "modular-star-encoder")
 
@@ -75,6 +82,19 @@ def _memory_gb() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -> Card:
+    """A card that the Hub can read, with values for the required metadata; otherwise UserError with this key."""
+    try:
+        card = kind.load(path)
+        missing = [name for name in required if not card.data.to_dict().get(name)]
+        fault = f"lacks {', '.join(missing)}" if missing else ""
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        fault = f"can't be read: {' '.join(str(error).split())}"
+    if fault:
+        raise UserError(key, f"The metadata of {path} {fault}.")
+    return card
 
 
 def render_card(template: str, **values: Any) -> str:

@@ -88,29 +88,31 @@ def test_a_docstring_is_a_plain_string_of_any_spelling(literal, value):
     assert docstring_of(literal) == value
 
 
-CODE = {
-    "python": "def size(self):\n    return self.count",
-    "ruby": "def size\n  count\nend",
-    "go": "func Size(s []int) int {\n\treturn len(s)\n}",
-    "java": "int size() {\n    return count;\n}",
-    "c": "int size(void);",
-    "javascript": "size => size.length;",
-    "decorated": "@property\ndef size(self):\n    return 1",
-    "one expression": "x + y",
-}
-PROSE = {
-    "sentence": "Returns the number of elements in this list.",
-    "call in backticks": "Calls `size()` until there is nothing left.",
-    "tags": "Returns the size of the list.\n\n@param {Array} list the list\n@returns {number} its size",
-    "paragraphs": "First it reads the file.\n\nThen it closes the file (if it is open) and goes on.",
-}
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def size(self):\n    return self.count",
+        "def size\n  count\nend",
+        "func Size(s []int) int {\n\treturn len(s)\n}",
+        "int size() {\n    return count;\n}",
+        "int size(void);",
+        "size => size.length;",
+        "@property\ndef size(self):\n    return 1",
+        "x + y",
+    ],
+)
+def test_code_is_not_taken_for_prose(code):
+    assert not reads_as_prose(code)
 
 
-@pytest.mark.parametrize("name", CODE)
-def test_code_is_not_taken_for_prose(name):
-    assert not reads_as_prose(CODE[name])
-
-
-@pytest.mark.parametrize("name", PROSE)
-def test_a_description_is_recognised(name):
-    assert reads_as_prose(PROSE[name])
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "Returns the number of elements in this list.",
+        "Calls `size()` until there is nothing left.",
+        "Returns the size of the list.\n\n@param {Array} list the list\n@returns {number} its size",
+        "First it reads the file.\n\nThen it closes the file (if it is open) and continues.",
+    ],
+)
+def test_a_description_is_recognised(prose):
+    assert reads_as_prose(prose)

@@ -15,6 +15,7 @@ from tests.data.polyglot import SOURCES
 from tests.errors import raises
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", SOURCES)
 def test_a_text_read_in_pieces_gives_the_tree_of_the_whole(language):
     grammar = load_grammar(language)
@@ -26,6 +27,7 @@ def test_a_text_read_in_pieces_gives_the_tree_of_the_whole(language):
         assert str(parse_once(text.encode(), grammar).root_node) == str(whole.root_node)
 
 
+@pytest.mark.slow
 def test_parsing_leaves_nothing_in_memory():
     grammar = load_grammar("c")
     source = b"int f(void) { return 1; }\n" * 5000
@@ -106,7 +108,7 @@ def test_a_broken_line_counts_by_its_share(language):
 
 
 @pytest.mark.parametrize("language", SOURCES)
-def test_prose_is_no_function(language):
+def test_prose_holds_no_function(language):
     prose = "I am sorry, but I cannot translate this function, since it has no equivalent."
     assert not holds_function(prose, language)
     assert syntax_error_share(prose, language) > 0 or language == "ruby"
@@ -118,7 +120,7 @@ def test_what_cannot_be_parsed_at_all_is_wrong_from_end_to_end(code):
     assert not holds_function(code, "c")
 
 
-def test_code_that_closes_its_class_is_no_method():
+def test_code_that_closes_its_class_is_an_error():
     assert syntax_error_share("int f() { return 1; } }\nclass B { int g() { return 1; }", "java") > 0
 
 

@@ -74,6 +74,7 @@ def test_a_folder_of_archives_holds_one_repository_each_named_by_its_path(tmp_pa
     reader = archive_repositories(tmp_path)
     assert [(file.repository, file.text) for file in reader] == [("a.tar.gz", "2"), ("a.zip", "3"), ("in/b", "1")]
     assert reader.repositories == ("a.tar.gz", "a.zip", "in/b")
+    assert [file.text for file in reader.shard(0, 2).skip(1)] == ["1"]
 
 
 def test_nothing_is_written_to_disk(tmp_path, monkeypatch):
@@ -228,17 +229,7 @@ def test_filters_languages_and_closed_folders_hold_inside_archives(tmp_path):
     assert reader.skipped == {"test code": 1, "vendored code": 1}
 
 
-def test_shards_of_a_folder_of_archives_share_out_every_archive_once(tmp_path):
-    for name in "abcde":
-        make_zip(tmp_path / f"{name}.zip", {"x.py": name})
-    reader = archive_repositories(tmp_path)
-    shards = [reader.shard(index, 2) for index in range(2)]
-    assert [shard.repositories for shard in shards] == [("a", "c", "e"), ("b", "d")]
-    assert [[file.text for file in shard] for shard in shards] == [["a", "c", "e"], ["b", "d"]]
-    assert [file.text for file in shards[0].skip(1)] == ["c", "e"]
-
-
-def test_what_is_no_archive_is_refused_in_one_sentence(tmp_path):
+def test_sources_without_archives_are_refused(tmp_path):
     (tmp_path / "x.py").write_text("x")
     with raises("data.source.missing", "missing.zip"):
         archive_repositories(tmp_path / "missing.zip")

@@ -66,7 +66,7 @@ def test_generated_files_say_so_in_their_first_lines(text):
         "# unique ids are generated\n",
     ],
 )
-def test_files_that_speak_of_generating_are_no_generated_files(text):
+def test_files_that_only_mention_generating_are_not_generated(text):
     assert not is_generated(text)
 
 

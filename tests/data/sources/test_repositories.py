@@ -92,7 +92,7 @@ def test_hidden_folders_environments_and_links_are_not_entered(tmp_path):
     assert reader.skipped == {"test code": 2}
 
 
-def test_files_that_are_no_ordinary_source_text_are_counted_by_reason(tmp_path):
+def test_unsuitable_files_are_counted_by_reason(tmp_path):
     latin, big, minified = "# \xe9".encode("latin-1"), "x = 1\n" * 100, "x" * 60
     files = {"ok": "x = 1\n", "latin": latin, "big": big, "minified": minified, "blank": " \n", "null": "x = '\0'"}
     write(tmp_path, {f"a/{name}.py": content for name, content in files.items()})
@@ -140,7 +140,7 @@ LANGUAGE_FILES = {
 }
 
 
-def test_the_eight_languages_are_told_by_their_suffixes(tmp_path):
+def test_suffixes_give_the_eight_languages(tmp_path):
     write(tmp_path, {f"r/{language}/{name}": "x" for language, names in LANGUAGE_FILES.items() for name in names})
     write(tmp_path, {"r/a.txt": "x", "r/a.ts": "x", "r/Makefile": "x"})
     found = [(file.language, file.path) for file in folder_repositories(tmp_path)]
@@ -157,14 +157,14 @@ def test_only_the_chosen_languages_are_read_and_counted(tmp_path):
             folder_repositories(tmp_path, languages=wrong)
 
 
-def test_installed_distributions_are_read_in_python_unless_asked_otherwise(site_packages):
+def test_installed_distributions_are_read_in_python_by_default(site_packages):
     install(site_packages, "mixed", {"mixed/a.py": "x", "mixed/a.js": "x", "mixed/a.h": "x"})
     assert {file.language for file in installed_repositories()} == {"python"}
     reader = installed_repositories(languages=("javascript", "c"))
     assert names(reader) == [("mixed", "mixed/a.h"), ("mixed", "mixed/a.js")]
 
 
-def test_repositories_may_lie_deeper(tmp_path):
+def test_repositories_may_be_deeper(tmp_path):
     write(tmp_path, {"go.mod": "x", "a/b/c/x.go": "1", "a/b/y.go": "1", "a/d/x.go": "1", "a/z.go": "1", "w.go": "1"})
     expected = [(".", "w.go"), ("a", "z.go"), ("a/b", "c/x.go"), ("a/b", "y.go"), ("a/d", "x.go")]
     assert names(folder_repositories(tmp_path, depth=2)) == expected
@@ -215,7 +215,7 @@ def test_an_iteration_that_was_abandoned_does_not_add_to_the_counts_of_the_next(
 
 
 @pytest.mark.parametrize("snippets", ["files", "functions"])
-def test_names_that_are_no_unicode_can_be_written_where_they_come_from_a_recipe(tmp_path, snippets):
+def test_names_outside_unicode_are_escaped_in_a_corpus_of_a_recipe(tmp_path, snippets):
     folder = os.fsencode(tmp_path) + b"/r\xffepository"
     os.mkdir(folder)
     with open(folder + b"/caf\xe9.py", "w") as file:
