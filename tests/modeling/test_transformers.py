@@ -1,4 +1,4 @@
-"""What torch and transformers do to a whole model: compile it, checkpoint its activations, export it, split it."""
+"""torch and transformers on a whole model: compilation, gradient checkpointing, export, tensor parallelism, pipelines."""
 
 import os
 import shutil
@@ -6,14 +6,16 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from transformers import pipeline
 from transformers.models.starcoder2 import Starcoder2Config
 
 from modular_star_encoder.modeling import (
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
+    ModularStarEncoderForSequenceClassification,
     ModularStarEncoderModel,
 )
-from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
+from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, run, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -35,26 +37,26 @@ def _forget_compiled_code():
     torch.compiler.reset()
 
 
+def assert_equal_outputs(compiled, model, exits):
+    with torch.inference_mode():
+        for batch in BATCHES:
+            torch.testing.assert_close(
+                per_exit(compiled(**batch, **exits)), per_exit(model(**batch, **exits)), rtol=0, atol=1e-5
+            )
+
+
 @pytest.mark.parametrize("exits", ONE_EXIT_AND_SEVERAL)
 @pytest.mark.parametrize("model_class", [ModularStarEncoderModel, ModularStarEncoderForRetrieval])
 def test_a_forward_compiles_to_one_graph_with_equal_outputs(model_class, exits):
-    model = tiny_model(model_class).eval()
+    model, graphs = tiny_model(model_class).eval(), []
     assert model.config._attn_implementation == "sdpa"
-    graphs = []
 
     def backend(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    with torch.inference_mode():
-        for batch in BATCHES:
-            before = len(graphs)
-            got, expected = per_exit(compiled(**batch, **exits)), per_exit(model(**batch, **exits))
-            assert len(got) == (3 if "exit_layers" in exits else 1)
-            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-            assert len(graphs) - before <= 1
-    assert graphs
+    assert_equal_outputs(torch.compile(model, fullgraph=True, backend=backend), model, exits)
+    assert 1 <= len(graphs) <= len(BATCHES)
 
 
 def gradients(model, call):
@@ -75,17 +77,11 @@ def test_a_compiled_model_trains_with_equal_gradients():
     torch.testing.assert_close(gradients(model, loss_of(compiled)), gradients(model, loss_of(model)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler")
 def test_inductor_gives_equal_embeddings(tmp_path, monkeypatch):
-    exits = ONE_EXIT_AND_SEVERAL[1]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = tiny_model().eval()
-    compiled = torch.compile(model, fullgraph=True)
-    with torch.inference_mode():
-        for batch in BATCHES:
-            got, expected = per_exit(compiled(**batch, **exits)), per_exit(model(**batch, **exits))
-            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert_equal_outputs(torch.compile(model, fullgraph=True), model, ONE_EXIT_AND_SEVERAL[1])
 
 
 def pretraining_loss(model, exits):
@@ -141,3 +137,49 @@ def test_the_tensor_parallel_plan_is_starcoder2s_and_names_every_linear_layer_of
     linear = {name for name, module in model.layers[0].named_modules() if isinstance(module, nn.Linear)}
     assert set(plan) == {f"layers.*.{name}" for name in linear}
     assert {f"model.{name}": style for name, style in plan.items()}.items() <= tiny_model().tp_plan.items()
+
+
+TEXT = "def add(first, second):\n    return first"
+
+
+@pytest.fixture
+def serve(tmp_path, tokenizer):
+    """Save a model with a tokenizer; return its pipeline and a function that runs the model on a text or a pair."""
+
+    def save(task, model_class, **changes):
+        model = tiny_model(model_class, **changes)
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        served = pipeline(task, model=str(tmp_path), tokenizer=str(tmp_path), device="cpu")
+        return served, lambda *texts: run(model, **tokenizer(*texts, return_tensors="pt"))
+
+    return save
+
+
+def test_fill_mask_names_the_most_likely_tokens_at_the_mask(serve, tokenizer):
+    served, direct = serve("fill-mask", ModularStarEncoderForPreTraining)
+    text = f"def add(first, {tokenizer.mask_token}):"
+    answers = served(text, top_k=3)
+    place = tokenizer(text)["input_ids"].index(tokenizer.mask_token_id)
+    expected = direct(text).logits[0, place].softmax(-1).topk(3)
+    assert [answer["token"] for answer in answers] == expected.indices.tolist()
+    assert [answer["score"] for answer in answers] == pytest.approx(expected.values.tolist())
+
+
+@pytest.mark.parametrize(
+    ("model_class", "size"), [(ModularStarEncoderModel, 32), (ModularStarEncoderForRetrieval, PROJECTION_SIZE)]
+)
+def test_feature_extraction_gives_the_last_hidden_state(serve, tokenizer, model_class, size):
+    served, direct = serve("feature-extraction", model_class)
+    features = served(TEXT, return_tensors=True)
+    assert features.shape == (1, len(tokenizer(TEXT)["input_ids"]), size)
+    torch.testing.assert_close(features, direct(TEXT).last_hidden_state)
+
+
+def test_text_classification_gives_every_label_its_probability_for_a_pair(serve):
+    names = {0: "different", 1: "clone", 2: "unsure"}
+    served, direct = serve("text-classification", ModularStarEncoderForSequenceClassification, id2label=names)
+    answers = served({"text": TEXT, "text_pair": "x = 1"}, top_k=None)
+    expected = direct(TEXT, "x = 1").logits[0].softmax(-1)
+    scores = {answer["label"]: answer["score"] for answer in answers}
+    assert scores == pytest.approx({name: expected[index].item() for index, name in names.items()})
