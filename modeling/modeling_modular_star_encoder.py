@@ -428,6 +428,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         for name in ("hidden_act", "projection_act"):
             if getattr(config, name) not in ACT2FN:
                 raise ValueError(f"{name} {getattr(config, name)!r} must be one of {', '.join(ACT2FN)}.")
+        # CODEPATH: any checkpoint can be cut at an exit when it is loaded; by default it stays whole.
         kept = config if config.exit_layer is None else config.cut(config.exit_layer)
         super().__init__(kept, *inputs, **kwargs)
         self._keys_to_ignore_on_load_unexpected = _cut_away(config, kept)

@@ -132,20 +132,20 @@ def test_the_gaps_of_published_uploads_count_as_zeros(write, tmp_path, name, gap
         equal(run(model, **tiny_batch()).to_tuple(), expected.to_tuple())
 
 
-def test_a_class_that_is_called_itself_is_the_one_that_comes(write):
-    folder = write("finetuned")
-    trunk = ModularStarEncoderModel.from_pretrained(folder, exit_layer=2)
-    assert type(trunk) is ModularStarEncoderModel
-    expected = run(AutoModel.from_pretrained(folder), **tiny_batch(), exit_layer=2).exit_hidden_states[-1]
-    equal(run(trunk, **tiny_batch()).last_hidden_state, expected)
-
-
 @pytest.mark.parametrize(
-    ("kind", "model_class"),
-    [("finetuned", ModularStarEncoderForRetrieval), ("pretrained", ModularStarEncoderForPreTraining)],
+    ("called", "kind", "loaded"),
+    [
+        (ModularStarEncoderModel, "finetuned", ModularStarEncoderModel),
+        (ModularStarEncoderPreTrainedModel, "finetuned", ModularStarEncoderForRetrieval),
+        (ModularStarEncoderPreTrainedModel, "pretrained", ModularStarEncoderForPreTraining),
+    ],
 )
-def test_the_base_class_loads_whatever_the_file_holds(write, kind, model_class):
-    assert type(ModularStarEncoderPreTrainedModel.from_pretrained(write(kind), exit_layer=2)) is model_class
+def test_a_class_loads_itself_and_the_base_class_what_the_file_fits(write, called, kind, loaded):
+    folder = write(kind)
+    model = called.from_pretrained(folder, exit_layer=2)
+    assert type(model) is loaded
+    expected = run(AutoModel.from_pretrained(folder), **tiny_batch(), exit_layer=2).exit_hidden_states
+    equal(run(model, **tiny_batch(), exit_layer=2).exit_hidden_states, expected)
 
 
 def test_a_loaded_checkpoint_saves_in_our_layout(write, tmp_path):

@@ -102,14 +102,12 @@ def test_the_auto_classes_run_the_repositorys_own_code_where_our_package_does_no
         assert result["ids"][2] == result["ids"][0] + 1
 
 
-def test_embeddings_have_length_1_and_a_cut_repository_gives_one_tensor(repositories):
-    for kind, count in (("finetuned", len(EXITS)), ("finetuned-3", None)):
-        folder = repositories[kind]
-        output = run(load(folder), tokenize(folder)).projected_pooled_normalized
-        assert (len(output) if isinstance(output, list) else None) == count
-        for embedding in output if count else [output]:
-            assert embedding.shape == (3, HIDDEN)
-            torch.testing.assert_close(embedding.norm(dim=1), torch.ones(3))
+@pytest.mark.parametrize(("kind", "shape"), [("finetuned", (len(EXITS), 3, HIDDEN)), ("finetuned-3", (3, HIDDEN))])
+def test_embeddings_have_length_1_and_a_cut_repository_gives_one_tensor(repositories, kind, shape):
+    output = run(load(repositories[kind]), tokenize(repositories[kind])).projected_pooled_normalized
+    embeddings = torch.stack(output) if isinstance(output, list) else output
+    assert embeddings.shape == shape
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(shape[:-1]))
 
 
 def test_pre_trained_logits_have_a_column_per_token_and_two_per_text(repositories):
@@ -194,12 +192,12 @@ def test_the_configuration_has_the_published_keys_and_oddities(repositories, tmp
     assert (config["num_hidden_layers"], config["conditional_size"]) == (3, 4)
 
 
-def test_weights_are_one_file_of_the_requested_dtype(repositories, tmp_path):
-    full = write_stand_in(tmp_path / "full", "finetuned", dtype=torch.float32)
-    for folder, dtype in ((full, torch.float32), (repositories["finetuned"], torch.bfloat16)):
-        assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
-        assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {dtype}
-        assert json.loads((folder / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_are_one_file_of_the_requested_dtype(tmp_path, dtype):
+    folder = write_stand_in(tmp_path, "finetuned", dtype=dtype)
+    assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {dtype}
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
 
 
 def test_a_misspelt_option_is_refused(tmp_path):
