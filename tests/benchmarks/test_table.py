@@ -22,7 +22,11 @@ def table(monkeypatch):
 
 def results(folder: Path, **row):
     row = {"name": "ours / theirs", "value": 1.2, "low": 1.1, "high": 1.3, "most": 1.1} | row
-    about = {"command": "python x.py", "machine": {"cpu": "a CPU", "cores": 2}, "versions": {"torch": "2"}}
+    about = {
+        "command": "python x.py",
+        "machine": {"cpu": "a CPU", "cores": 2},
+        "versions": {"torch": "2", "transformers": "5"},
+    }
     text = json.dumps(about | {"figures": {"rows": [row]}})
     (folder / "forward.json").write_text(text, encoding="utf-8")
 

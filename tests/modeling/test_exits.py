@@ -321,8 +321,6 @@ def test_a_configuration_resolves_cuts_and_weighs_exit_0():
 
 
 def test_checkpoints_from_before_exit_0_load_as_they_were(tmp_path):
-    config = ModularStarEncoderConfig()
-    assert (config.projection_head, config.token_weights, config.exit_layers) == ("mlp", False, [4, 9, 18, 27, 36])
     tiny_model().save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     for name in ("projection_head", "token_weights"):

@@ -23,17 +23,6 @@ def pretraining_model():
     return tiny_model(ModularStarEncoderForPreTraining).eval()
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """A function that sets how much the masked language modelling loss computes at once."""
-
-    def set_sizes(**sizes):
-        for name, size in sizes.items():
-            monkeypatch.setattr(modeling_modular_star_encoder, name, size)
-
-    return set_sizes
-
-
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
@@ -55,23 +44,25 @@ def test_mlm_loss_is_cross_entropy_at_masked_positions_of_each_exit(pretraining_
     assert len(set(output.mlm_losses.tolist())) == 3
 
 
-def test_the_loss_does_not_depend_on_the_chunk_of_logits(pretraining_model, small_chunks):
+def test_the_loss_does_not_depend_on_the_chunk_of_logits(pretraining_model, monkeypatch):
     def loss_and_gradients():
         loss = pretraining_model(**BATCH).loss
         return loss.detach(), gradients(pretraining_model, loss)
 
     whole = loss_and_gradients()
-    small_chunks(TOKENS_PER_CHUNK=1, LOGITS_PER_CHUNK=300)  # one row of 300 logits at a time
+    monkeypatch.setattr(modeling_modular_star_encoder, "TOKENS_PER_CHUNK", 1)
+    monkeypatch.setattr(modeling_modular_star_encoder, "LOGITS_PER_CHUNK", 300)  # one row of 300 logits at a time
     torch.testing.assert_close(whole, loss_and_gradients())
 
 
-def test_gradients_of_the_mlm_losses_are_those_of_plain_cross_entropy(pretraining_model, small_chunks):
+def test_gradients_of_the_mlm_losses_are_those_of_plain_cross_entropy(pretraining_model, monkeypatch):
     weights = torch.tensor([0.5, 2.0, 1.0])
     logits = [pretraining_model(**INPUTS, exit_layer=exit_layer).logits for exit_layer in EXIT_LAYERS]
     plain = [nn.functional.cross_entropy(exit.flatten(0, 1), LABELS.flatten()) for exit in logits]
     expected = gradients(pretraining_model, (torch.stack(plain) * weights).sum())
     # The vocabulary is no multiple of 64, so the last part is a short one.
-    small_chunks(TOKENS_PER_CHUNK=1, LOGITS_PER_CHUNK=1500, ROWS_PER_SUM=64)
+    for name, size in {"TOKENS_PER_CHUNK": 1, "LOGITS_PER_CHUNK": 1500, "ROWS_PER_SUM": 64}.items():
+        monkeypatch.setattr(modeling_modular_star_encoder, name, size)
     assert pretraining_model.config.vocab_size % 64
     losses = pretraining_model(**INPUTS, labels=LABELS).mlm_losses
     ours = gradients(pretraining_model, (losses * weights).sum())

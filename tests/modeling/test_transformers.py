@@ -26,9 +26,7 @@ BATCHES = (tiny_batch("left"), tiny_batch("right"), tiny_batch(lengths=(12, 12, 
 
 def per_exit(output):
     """The states or embeddings of each exit."""
-    if hasattr(output, "exit_embeddings"):
-        return output.exit_embeddings
-    return torch.stack(output.exit_hidden_states)
+    return output.exit_embeddings if "exit_embeddings" in output else torch.stack(output.exit_hidden_states)
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +38,8 @@ def _forget_compiled_code():
 def assert_equal_outputs(compiled, model, exits):
     with torch.inference_mode():
         for batch in BATCHES:
-            torch.testing.assert_close(
-                per_exit(compiled(**batch, **exits)), per_exit(model(**batch, **exits)), rtol=0, atol=1e-5
-            )
+            got, expected = (per_exit(one(**batch, **exits)) for one in (compiled, model))
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("exits", ONE_EXIT_AND_SEVERAL)
