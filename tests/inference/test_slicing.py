@@ -113,19 +113,19 @@ def test_a_slice_needs_nothing_of_this_package(checkpoint, tmp_path, exit_layer)
 def test_a_checkpoint_that_is_not_self_contained_is_detected(checkpoint, tmp_path):
     sliced = slice_checkpoint(checkpoint, 1, tmp_path / "slice")
     (sliced / "modeling_modular_star_encoder.py").unlink()
-    with raises("hub.reload.failed", sliced):
+    with pytest.raises(ValueError, match="can't be loaded without this package"):
         verify_reload([ReloadRequest(str(sliced), TEXTS)])
 
 
 def test_wrong_input_writes_nothing(checkpoint, tmp_path):
     out = tmp_path / "slice"
-    with pytest.raises(ValueError, match=r"3 .* 1, 2, 4"):
+    with pytest.raises(ValueError, match=r"exit_layer 3 is not an exit of this model; its exits are 1, 2, 4\."):
         slice_checkpoint(checkpoint, 3, out)
-    with pytest.raises(FileNotFoundError, match="missing"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
         slice_checkpoint(tmp_path / "missing", 2, out)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text((checkpoint / "config.json").read_text())
-    with pytest.raises(FileNotFoundError, match=r"empty .*safetensors"):
+    with pytest.raises(FileNotFoundError, match="has no weights"):
         slice_checkpoint(tmp_path / "empty", 2, out)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
@@ -206,7 +206,7 @@ def test_a_tilde_is_the_home_folder(checkpoint, tmp_path, monkeypatch):
 
 def test_a_folder_that_is_taken_is_left_alone(checkpoint, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with raises("files.folder.not_empty", tmp_path):
+    with pytest.raises(ValueError, match="already exists"):
         slice_checkpoint(checkpoint, 2, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
