@@ -26,10 +26,11 @@ EXITS = SHAPE["matryoshka_layers"]
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a float32 stand-in; `edit` changes its tensors."""
+    """Write a float32 stand-in whose config.json wraps two numbers in lists; `edit` changes its tensors."""
+    defaults = {"dtype": torch.float32, "listed": ("conditional_size", "hidden_size")}
 
     def write_repository(kind, edit=None, **options):
-        folder = write_stand_in(tmp_path / kind, kind, **{"dtype": torch.float32} | options)
+        folder = write_stand_in(tmp_path / kind, kind, **defaults | options)
         if edit:
             tensors = load_file(folder / "model.safetensors")
             edit(tensors)
