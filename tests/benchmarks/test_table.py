@@ -75,7 +75,6 @@ def test_ratios_are_medians_over_rounds_with_an_interval_around_them(table):
     assert ratios.is_met(ratios.figure("x", measured, least=1.0)) is True
     assert ratios.is_met(ratios.figure("x", measured, most=0.9)) is False
     assert ratios.is_met(ratios.figure("x", measured)) is None
-    # Small figures keep their digits.
     assert ratios.describe({"value": 0.00042, "unit": ""}).strip() == "4.2e-04"
 
 

@@ -312,6 +312,7 @@ def test_only_a_linear_head_and_a_mean_can_change_places(changes):
 
 
 def test_a_configuration_resolves_cuts_and_weighs_exit_0():
+    assert tiny_config(num_hidden_layers=0, exit_layers=(0,), exit_norm="last").has_norm_at(0)
     config = tiny_config(**ZERO)
     assert config.resolve_exits(0) == (0,)
     assert config.resolve_exits(exit_layers=(2, 0)) == (0, 2)
