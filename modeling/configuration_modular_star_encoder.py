@@ -15,21 +15,20 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-# Keys of the published configurations (huggingface.co/modularStarEncoder), and one of ours until 0.1: read, never
-# written.
+# Keys of the published configurations (huggingface.co/modularStarEncoder), and one of version 0.1: read, never written.
 PUBLISHED_ALIASES = {
     "matryoshka_layers": "exit_layers",
     "conditional_size": "exit_embedding_size",
     "layer_norm_eps": "norm_epsilon",
     "learned_logit_scale": "logit_scale_init_value",
 }
-# `keys_to_ignore_at_inference` is a property of our class; the published files hold a string there.
+# `keys_to_ignore_at_inference` is a property of our class; the published files have a string there.
 PUBLISHED_WITHOUT_EFFECT = (
     "layer_matryoshka_loss",
     "norm_type",
@@ -39,30 +38,18 @@ PUBLISHED_WITHOUT_EFFECT = (
     "keys_to_ignore_at_inference",
 )
 
-CHOICES = {
-    "exit_norm": ("last", "all", "none"),
-    "projection_order": ("project_then_pool", "pool_then_project"),
-    "pooling": ("mean", "lasttoken", "legacy"),
-    "embedding_normalization": ("l2", "clip"),
-    "projection_head": ("mlp", "linear"),
-    "pooler_position": ("last", "first"),
-}
-
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "projection_size",
-)
-
 # Bounds of a learned logit scale; the upper one is CLIP's (arXiv 2103.00020, section 2.5).
 LOGIT_SCALE_BOUNDS = (1.0, 100.0)
 
 # The paper's exits 4, 9, 18, 27 and 36 as shares of its 36 layers.
 DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
+
+
+@as_validated_field
+def size(value: int | None) -> None:
+    """A field that is at least 1, or None."""
+    if value is not None and value < 1:
+        raise ValueError(f"Value must be at least 1, got {value}")
 
 
 @strict
@@ -75,8 +62,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         vocab_size (`int`, defaults to 49156): Entries of the token embedding.
         hidden_size (`int`, defaults to 1024): Width of the hidden states.
         intermediate_size (`int`, defaults to 12288): Width inside the MLP.
-        num_hidden_layers (`int`, defaults to 36): Layers that this model has; in a slice, those that remain. 0 in a
-            slice at exit 0.
+        num_hidden_layers (`int`, defaults to 36): Layers of this model; of a slice, those that remain. 0 in a slice
+            at exit 0.
         num_attention_heads (`int`, defaults to 16): Query heads.
         num_key_value_heads (`int`, defaults to 4): Key and value heads, a divisor of `num_attention_heads`.
         hidden_act (`str`, defaults to `"gelu_pytorch_tanh"`): Activation of the MLP.
@@ -96,7 +83,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         exit_norm (`str`, defaults to `"last"`): Where the final norm applies. `"last"`: to the last layer only, as in
             the published models, whose earlier exits are raw residual states. `"all"`: to every exit. `"none"`: nowhere
             (a slice of a `"last"` model below its top).
-        exit_embedding_size (`int`, defaults to 4): Size of the learned vector that tells shared heads the exit.
+        exit_embedding_size (`int`, defaults to 4): Size of the learned exit vector that shared heads read.
         exit_embedding_rows (`int`, *optional*): Exits, in the parent's order, that have such a vector of their own; the
             others have zeros. By default all.
         projection_size (`int`, *optional*): Size of the retrieval embedding; by default `hidden_size`.
@@ -114,19 +101,19 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides embeddings by their norm; `"clip"` only
             where the norm is above 1, as in the published models' ancestor.
         logit_scale_init_value (`float`, *optional*): Start value, between 1 and 100, of a multiplier of similarities
-            that contrastive training learns, and that the retrieval model then has among its weights. By default there
-            is none, and the training objective has a fixed one.
+            that contrastive training learns and the retrieval model stores with its weights. By default the model has
+            none, and the training objective uses a fixed one.
         pooler_position (`str`, defaults to `"last"`): Token that classifiers read: the `"last"` real one (`<cls>`) or
             the `"first"`.
-        output_all_exits (`bool`, *optional*): Whether a forward in which no exit is named returns every exit,
-            as the published fine-tuned model does, instead of the deepest. By default only in published checkpoints.
+        output_all_exits (`bool`, *optional*): Whether a forward call without an exit returns every exit, as the
+            published fine-tuned model does, instead of the deepest. By default only in published checkpoints.
         classifier_dropout (`float`, defaults to 0.1): Dropout before the sequence classifier.
         instruction_prompts (`bool`, defaults to `True`): Whether texts carry the published instructions. The model
             itself does not read it; evaluation and search do, to treat a text as fine-tuning did.
         unpad_inputs (`bool`, defaults to `False`): Whether a padded batch is computed without its padding: layers run
             on the real tokens alone, attention in groups of texts of similar length. Outputs have the padded shape,
-            with zeros in place of padding. Has no effect where hidden states or attentions of all layers are asked
-            for, or exit 0 alone. Needs lengths on the host, so not for `torch.compile(fullgraph=True)`.
+            with zeros in place of padding. Has no effect with `output_hidden_states` or `output_attentions`, or at exit
+            0. Needs lengths on the host, so not for `torch.compile(fullgraph=True)`.
         parent_exit_layers (`Sequence[int]`, *optional*): Exits of the model that this one was cut from; their order
             gives each exit its row in the exit embedding. By default `exit_layers`.
         parent_num_hidden_layers (`int`, *optional*): Depth of the model that this one was cut from; loss weights i/36
@@ -163,14 +150,14 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         "layers.*.mlp.c_proj": "rowwise",
     }
 
-    vocab_size: int = 49156
-    hidden_size: int = 1024
-    intermediate_size: int = 12288
+    vocab_size: int = size(default=49156)
+    hidden_size: int = size(default=1024)
+    intermediate_size: int = size(default=12288)
     num_hidden_layers: int = 36
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 4
+    num_attention_heads: int = size(default=16)
+    num_key_value_heads: int = size(default=4)
     hidden_act: str = "gelu_pytorch_tanh"
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = size(default=2048)
     initializer_range: float = 0.018042
     norm_epsilon: float = 1e-5
     use_bias: bool = True
@@ -185,18 +172,18 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     exit_layers: list[int] | tuple[int, ...] | None = None
     exit_layer: int | None = None
-    exit_norm: str = "last"
+    exit_norm: Literal["last", "all", "none"] = "last"
     exit_embedding_size: int = 4
     exit_embedding_rows: int | None = None
-    projection_size: int | None = None
-    projection_head: str = "mlp"
+    projection_size: int | None = size(default=None)
+    projection_head: Literal["mlp", "linear"] = "mlp"
     projection_act: str = "leaky_relu"
-    projection_order: str = "project_then_pool"
-    pooling: str = "mean"
+    projection_order: Literal["project_then_pool", "pool_then_project"] = "project_then_pool"
+    pooling: Literal["mean", "lasttoken", "legacy", "cls"] = "mean"
     token_weights: bool = False
-    embedding_normalization: str = "l2"
+    embedding_normalization: Literal["l2", "clip"] = "l2"
     logit_scale_init_value: float | int | None = None
-    pooler_position: str = "last"
+    pooler_position: Literal["last", "first"] = "last"
     output_all_exits: bool | None = None
     classifier_dropout: float | int = 0.1
     instruction_prompts: bool = True
@@ -230,7 +217,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _keep_exits_within_depth(self) -> None:
-        """Published slices list the exits of their parent; keep those that they have, and remember the parent."""
+        """Published slices list the exits of their parent; keep their own, and store the parent's."""
         exits = list(self.exit_layers)
         if exits and self.num_hidden_layers < exits[-1]:
             self.parent_exit_layers, self.parent_num_hidden_layers = exits, exits[-1]
@@ -256,7 +243,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def validate_exits(self) -> None:
-        """Refuse exits that are out of order, out of range, or unknown to the parent."""
+        """Raise ValueError if exits are out of order, out of range, or not exits of the parent."""
         exits, depth = list(self.exit_layers), self.num_hidden_layers
         if not exits or exits != sorted(set(exits)) or exits[0] < 0 or exits[-1] != depth:
             raise ValueError(
@@ -268,44 +255,29 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         if self.exit_layer is not None:
             self.check_exit(self.exit_layer)
 
-    def validate_all_sizes(self) -> None:
-        """Refuse sizes below 1; validators run in the order of their names, and the others divide by these."""
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1.")
-
-    def validate_choices(self) -> None:
-        """Refuse words that an option does not know."""
-        if self.pooling == "cls":  # ours until 0.1: the last token is `<cls>`
+    def validate_pooling(self) -> None:
+        """Read the old name of a pooling; raise ValueError for options that exclude each other."""
+        if self.pooling == "cls":  # until version 0.1: the last token is `<cls>`
             self.pooling = "lasttoken"
         if self.unpad_inputs and self.pooling == "legacy":
             raise ValueError("unpad_inputs leaves out the padding that legacy pooling may read; use one of the two.")
         if self.token_weights and self.pooling != "mean":
-            raise ValueError(f"token_weights weight the mean of tokens; pooling {self.pooling!r} must be 'mean' then.")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(allowed)}.")
+            raise ValueError(f"token_weights need pooling 'mean', not {self.pooling!r}.")
 
     def validate_logit_scale(self) -> None:
-        """Refuse a start value outside the bounds."""
-        lowest, highest = LOGIT_SCALE_BOUNDS
-        if self.logit_scale_init_value is not None and not lowest <= self.logit_scale_init_value <= highest:
-            raise ValueError(
-                f"logit_scale_init_value {self.logit_scale_init_value} must be between {lowest:g} and {highest:g}, "
-                "or None."
-            )
+        """Raise ValueError if the start value is out of bounds."""
+        (lowest, highest), value = LOGIT_SCALE_BOUNDS, self.logit_scale_init_value
+        if value is not None and not lowest <= value <= highest:
+            raise ValueError(f"logit_scale_init_value {value} must be None or from {lowest:g} to {highest:g}.")
 
     def validate_heads(self) -> None:
-        """Refuse attention heads that do not divide."""
-        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+        """Raise ValueError if attention heads do not divide."""
+        heads = self.num_attention_heads
+        if self.hidden_size % heads or self.head_dim % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads {heads}.")
+        if heads % self.num_key_value_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads "
-                f"{self.num_attention_heads}."
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}."
+                f"num_attention_heads {heads} must be a multiple of num_key_value_heads {self.num_key_value_heads}."
             )
 
     def check_exit(self, exit_layer: int) -> int:
@@ -316,16 +288,16 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return exit_layer
 
     def resolve_exits(self, exit_layer: int | None = None, exit_layers: Sequence[int] | None = None) -> tuple[int, ...]:
-        """The exits asked for, ascending; where none is named the deepest, or all with `output_all_exits`.
+        """The requested exits, ascending; without a request the deepest, or all with `output_all_exits`.
 
         Raises:
-            ValueError: both arguments are given, none is listed, or one is not an exit of this model.
+            ValueError: both arguments are given, the list is empty, or an entry is not an exit of this model.
         """
         if exit_layer is not None and exit_layers is not None:
             raise ValueError("Give either exit_layer or exit_layers, not both.")
         if exit_layers is None:
-            unnamed = self.exit_layers if self.output_all_exits else (self.num_hidden_layers,)
-            exit_layers = unnamed if exit_layer is None else (exit_layer,)
+            default = self.exit_layers if self.output_all_exits else (self.num_hidden_layers,)
+            exit_layers = default if exit_layer is None else (exit_layer,)
         if len(exit_layers) == 0:
             raise ValueError("exit_layers must name at least one exit.")
         return tuple(self.check_exit(exit_layer) for exit_layer in sorted(set(exit_layers)))
@@ -346,7 +318,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return self.exit_norm == "all" or (self.exit_norm == "last" and exit_layer == self.num_hidden_layers)
 
     def cut(self, exit_layer: int) -> "ModularStarEncoderConfig":
-        """A copy that describes the first `exit_layer` layers with the exits up to there."""
+        """A copy that describes the first `exit_layer` layers and their exits."""
         self.check_exit(exit_layer)
         config = copy.deepcopy(self)
         config.exit_layer = None

@@ -29,7 +29,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,14 +55,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_modular_star_encoder import LOGIT_SCALE_BOUNDS, ModularStarEncoderConfig
 
-# Logits computed at once by the masked language modelling loss: 2**22 float32 are 16 MiB, whatever the vocabulary. But
-# 160 tokens at least, for every chunk reads and writes a gradient as large as the vocabulary's weights.
+# Logits that the masked language modelling loss computes at once: 2**22 float32 are 16 MiB for any vocabulary. But
+# 160 tokens at least, because every chunk reads and writes a gradient as large as the vocabulary's weights.
 LOGITS_PER_CHUNK = 2**22
 TOKENS_PER_CHUNK = 160
-# Rows of that gradient that are summed at once: a sum over two dtypes first copies one of them, on a CPU.
+# Rows of that gradient that are summed at once: on a CPU, a sum over two dtypes first copies one of them.
 ROWS_PER_SUM = 4096
 
-# Arguments of `save_pretrained` that are for `push_to_hub` alone.
+# Arguments of `save_pretrained` that only `push_to_hub` reads.
 PUSH_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description", "tags")
 
 # Texts share a group of unpadded attention while the shortest has this share of the longest one's tokens.
@@ -79,7 +79,7 @@ class ModularStarEncoderModelOutput(ModelOutput):
         residual_states: the same before the final norm, from which a later pass can resume (`start_layer`); only with
             `output_residual_states=True`.
         hidden_states: embeddings and the output of each executed layer, (B, T, H); the last equals `last_hidden_state`.
-            Empty where no layer runs (exit 0 alone).
+            Empty if no layer runs (exit 0 alone).
         attentions: attention weights of each executed layer, (B, heads, T, T).
     """
 
@@ -96,8 +96,8 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
 
     Args:
         loss: scalar, the sum over exits of i/36 (MLM + ICC); i/36 is layers executed over the depth of the full model.
-        logits: (B, T, V), tokens predicted at the deepest requested exit; `None` when `labels` are given, for then they
-            are computed at masked positions only and reduced to losses at once.
+        logits: (B, T, V), tokens predicted at the deepest requested exit; `None` with `labels`: then they are computed
+            at masked positions only and reduced to losses at once.
         icc_logits: (E, B, 2), class 1 means "from the same repository".
         mlm_losses, mlm_accuracies: (E,), mean over masked tokens; `None` without `labels`.
         icc_losses, icc_accuracies: (E,), mean over the batch; `None` without `icc_labels`.
@@ -135,8 +135,8 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
             each is multiplied by its share of its text's weight times the number of tokens, so that the plain mean of
             these tokens is the weighted mean.
         sentence_embedding: (B, D), of the deepest requested exit, normalised (`config.embedding_normalization`).
-        exit_embeddings: (E, B, D), of every exit asked for, shallowest first, normalised.
-        logit_scale: (1,) float32, the learned multiplier of similarities, where the model has one.
+        exit_embeddings: (E, B, D), of every requested exit, shallowest first, normalised.
+        logit_scale: (1,) float32, the learned multiplier of similarities, if the model has one.
         exit_hidden_states, residual_states, hidden_states, attentions: as in the trunk's output.
     """
 
@@ -202,7 +202,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: softmax in float32; returns (B, T, heads, head_dim) and the weights (B, heads, T, T)."""
+    """Attention in plain operations, softmax in float32: (B, T, heads, head_dim) and the weights (B, heads, T, T)."""
     groups: Any = module.num_key_value_groups
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -241,7 +241,7 @@ class DocumentGroups:
 
     @classmethod
     def of_similar_length(cls, lengths: list[int], device: torch.device) -> "DocumentGroups":
-        """Group texts by length; masks are left to the caller, who knows the backend."""
+        """Group texts by length; the caller adds masks, because they depend on the backend."""
         starts = torch.tensor([0, *lengths]).cumsum(0)
         members: list[list[int]] = []
         for document in sorted(range(len(lengths)), key=lambda document: -lengths[document]):
@@ -348,13 +348,8 @@ class ModularStarEncoderAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attend = partial(
-            attention,
-            self,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        attend = partial(attention, self, dropout=dropout, scaling=self.scaling, **kwargs)
         if document_groups is None:
             output, weights = attend(query, key, value, attention_mask)
         else:
@@ -406,7 +401,7 @@ class ModularStarEncoderLayer(GradientCheckpointingLayer):
 
 
 class ModularStarEncoderPreTrainedModel(PreTrainedModel):
-    """What all models here share: cutting at `config.exit_layer`, and checkpoints that carry their own code."""
+    """Base of all models here: cuts at `config.exit_layer`, and saves checkpoints with their own code."""
 
     config: ModularStarEncoderConfig
     config_class = ModularStarEncoderConfig
@@ -433,11 +428,10 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         for name in ("hidden_act", "projection_act"):
             if getattr(config, name) not in ACT2FN:
                 raise ValueError(f"{name} {getattr(config, name)!r} must be one of {', '.join(ACT2FN)}.")
-        full = config
-        if full.exit_layer is not None:
-            config = full.cut(full.exit_layer)
-        super().__init__(config, *inputs, **kwargs)
-        self._keys_to_ignore_on_load_unexpected = _cut_away(full, config)
+        # CODEPATH: any checkpoint can be cut at an exit when it is loaded; by default it stays whole.
+        kept = config if config.exit_layer is None else config.cut(config.exit_layer)
+        super().__init__(kept, *inputs, **kwargs)
+        self._keys_to_ignore_on_load_unexpected = _cut_away(config, kept)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -451,13 +445,13 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint; arguments are those of `PreTrainedModel.from_pretrained`, and `exit_layer=k`.
 
-        A trunk is never initialised at random in silence: tensors of the trunk that are missing from the checkpoint,
-        unknown to the model, or of another shape are an error that names them. Heads may be new, with a warning.
+        A trunk is never initialised at random: tensors of the trunk that are missing from the checkpoint, unknown to
+        the model, or of another shape raise an error that names them. New heads give a warning.
 
         Raises:
-            ValueError: the checkpoint's trunk is not the model's. Not raised where the caller sees to it: with
-                `output_loading_info=True`, which returns the names, or with a `state_dict` in place of a checkpoint.
-                Shapes may differ with `ignore_mismatched_sizes=True`.
+            ValueError: the checkpoint's trunk is not the model's. Not raised with `output_loading_info=True`, which
+                returns the names, nor with a `state_dict` in place of a checkpoint. Shapes may differ with
+                `ignore_mismatched_sizes=True`.
         """
         if kwargs.get("exit_layer") is not None and isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = copy.deepcopy(kwargs["config"])
@@ -474,7 +468,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         return (model, info) if want_loading_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers; new tokens have weight 1 where tokens have weights."""
+        """As in transformers; with token weights, new tokens have weight 1."""
         embeddings: Any = super().resize_token_embeddings(*args, **kwargs)
         trunk: Any = getattr(self, "model", self)
         if trunk.token_weights is not None:
@@ -486,9 +480,9 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def slice(self, exit_layer: int) -> "ModularStarEncoderPreTrainedModel":
-        """The first `exit_layer` layers with the exits up to there, as a model of its own that shares these parameters.
+        """The first `exit_layer` layers and their exits, as a model of its own that shares these parameters.
 
-        Its outputs equal those of this model at the same exits bit for bit. `copy.deepcopy` it to separate the two.
+        Its outputs equal those of this model at the same exits bit for bit. `copy.deepcopy` separates the two.
 
         Args:
             exit_layer: an exit of this model.
@@ -523,16 +517,15 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Write weights (safetensors), configuration and both files of model code to `save_directory`.
 
-        Files are written aside and moved into place at the end, so that an interrupted save leaves the previous
-        checkpoint (a kill between those last moves can leave files of both), and saving over the files that this model
-        was loaded from (and still maps into memory) is safe.
+        Files are written to a temporary folder and moved into place at the end. An interrupted save leaves the previous
+        checkpoint (a kill between those last moves can leave files of both), and it is safe to save over the files that
+        this model was loaded from and still maps into memory.
 
         Args:
             save_directory: folder, created if missing.
-            is_main_process: whether this process may write. Where several processes share a model (FSDP2), each must
-                call; the first one writes, whole tensors.
-            push_to_hub: also upload the model; `repo_id`, `private` and the other arguments of `push_to_hub` are passed
-                on.
+            is_main_process: whether this process may write. If several processes share a model (FSDP2), all of them
+                call, and the first one writes whole tensors.
+            push_to_hub: also upload the model; `push_to_hub` gets `repo_id`, `private` and its other arguments.
             save_original_format: as in transformers, but off by default.
             **kwargs: passed to `PreTrainedModel.save_pretrained`.
         """
@@ -558,16 +551,15 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
 
 
 def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None:
-    """Refuse a checkpoint whose trunk is not the model's."""
+    """Raise ValueError if the checkpoint's trunk is not the model's."""
     trunk = re.compile(r"^(model\.)?(embed_tokens|layers|norm)\.")
-    for problem in ("missing", "unexpected"):
-        names = sorted(name for name in info[f"{problem}_keys"] if trunk.match(name))
+    for problem, place in (("missing", "from"), ("unexpected", "in")):
+        names = sorted(filter(trunk.match, info[f"{problem}_keys"]))
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            place = "from" if problem == "missing" else "in"
+            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ValueError(
-                f"{len(names)} trunk tensors are {problem} {place} {source}: {', '.join(names[:5])}{more}; the "
-                "configuration must describe the checkpoint."
+                f"{len(names)} trunk tensors are {problem} {place} {source}: {listed}; the configuration must describe "
+                "the checkpoint."
             )
 
 
@@ -584,7 +576,7 @@ def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) ->
 
 
 def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str, str]:
-    """The full `auto_map`: `AutoModel` names the retrieval model where one is saved, otherwise the trunk."""
+    """The full `auto_map`: `AutoModel` names the retrieval model if one is saved, otherwise the trunk."""
     module = "modeling_modular_star_encoder"
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     return {
@@ -601,14 +593,13 @@ def _whole_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
 
     Transformers gathers only those that it has split itself, at load.
     """
-    split_at_load = getattr(model.config, "distributed_config", None) is not None
-    if split_at_load or not torch.distributed.is_available():
+    if getattr(model.config, "distributed_config", None) is not None or not torch.distributed.is_available():
         return None
     from torch.distributed.tensor import DTensor
 
     if not any(isinstance(tensor, DTensor) for tensor in model.state_dict().values()):
         return None
-    # Here, for it takes most of a second to import.
+    # This import takes most of a second.
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     tensors: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -621,7 +612,7 @@ def _move_checkpoint(source: Path, target: Path) -> None:
     names = {path.name for path in source.iterdir()}
     for name in sorted(names):
         os.replace(source / name, target / name)
-    # An adapter has its base's weights beside it, and does not replace them.
+    # An adapter is saved with its base's weights and does not replace them.
     if any(weights.fullmatch(name) for name in names):
         for stale in [path for path in target.iterdir() if weights.fullmatch(path.name) and path.name not in names]:
             stale.unlink()
@@ -654,7 +645,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if config.exit_norm != "none":
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
         self.rotary_emb = ModularStarEncoderRotaryEmbedding(config)
-        # Stored here, with the other table of the vocabulary; read by the retrieval model.
+        # Stored with the other table of the vocabulary; the retrieval model reads it.
         self.token_weights = None
         # CODEPATH: the published models pool the plain mean; `mose-code` weights it.
         if config.token_weights:
@@ -705,7 +696,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         mask = restore = position_embeddings = None
-        # CODEPATH: without layers there is no attention, and packing, masks and angles would be most of the time.
+        # CODEPATH: without layers there is no attention; packing, masks and angles would take most of the time.
         if exits[-1] > 0:
             inputs_embeds, position_ids, mask, restore = self._pack_inputs(
                 inputs_embeds, attention_mask, position_ids, kwargs
@@ -717,7 +708,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
 
         residual_states, exit_states = [], []
         for executed in range(start_layer, exits[-1] + 1):
-            # A tokenizer without special tokens has no token for an empty text.
+            # Without special tokens, an empty text has no token.
             if executed > start_layer and hidden_states.shape[1] > 0:
                 hidden_states = self.layers[executed - 1](
                     hidden_states,
@@ -748,12 +739,12 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         """How the texts of a batch share its rows: padded as given, or flat, one after the other without padding.
 
         Returns the states (B, T, H), or flat (1, N, H); their positions; the attention mask of the backend; and for
-        states that were flattened the way back to (B, T, H). What keeps flat texts apart is added to `kwargs`.
+        states that were flattened the way back to (B, T, H). Adds to `kwargs` what keeps flat texts apart.
         """
         if position_ids is not None:
             position_ids = position_ids.expand(states.shape[:2])
         bounds = _document_bounds(states, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
-        # What is recorded inside layers has no way back to the padded shape.
+        # Recorded outputs of layers are not restored to the padded shape.
         recorded = any(
             kwargs.get(name) or getattr(self.config, name, False)
             for name in ("output_hidden_states", "output_attentions")
@@ -808,7 +799,7 @@ def _document_bounds(
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Where texts begin and end in the flattened (B, T, …) states, (texts + 1,); `None` where rows hold one each."""
+    """Where texts begin and end in the flattened (B, T, …) states, (texts + 1,); `None` if each row is one text."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:
@@ -909,7 +900,7 @@ class ModularStarEncoderTokenWeights(nn.Embedding):
 
 
 class ModularStarEncoderExitEmbedding(nn.Embedding):
-    """The learned vector of each exit; exits beyond the table (a published one may lack the last) have zeros."""
+    """The learned vector of each exit; zeros for exits beyond the table (a published one may lack the last)."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config.exit_embedding_rows, config.exit_embedding_size)
@@ -951,7 +942,7 @@ class MaskedLanguageModelingLoss(torch.autograd.Function):
         flat, targets = features.flatten(0, 1), labels.repeat(exits)
         weight_cast, bias_cast = weight.to(flat.dtype), bias.to(flat.dtype)
         losses, hits, log_sums = [], [], []
-        for part, part_targets in zip(*(_chunks(states, len(weight)) for states in (flat, targets)), strict=True):
+        for part, part_targets in _chunks(len(weight), flat, targets):
             logits = torch.addmm(bias_cast, part, weight_cast.T).float()
             own = logits.gather(1, part_targets[:, None]).squeeze(1)
             hits.append(logits.amax(dim=1) == own)
@@ -972,9 +963,7 @@ class MaskedLanguageModelingLoss(torch.autograd.Function):
         feature_gradients = []
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32)
-        for part, part_targets, part_sums, part_scales in zip(
-            *(_chunks(states, len(weight)) for states in (flat, targets, log_sums, scales)), strict=True
-        ):
+        for part, part_targets, part_sums, part_scales in _chunks(len(weight), flat, targets, log_sums, scales):
             gradient = torch.addmm(bias_cast, part, weight_cast.T).float().sub_(part_sums[:, None]).exp_()
             gradient.scatter_add_(1, part_targets[:, None], -torch.ones_like(part_sums)[:, None])
             gradient = gradient.mul_(part_scales[:, None]).to(flat.dtype)
@@ -986,12 +975,13 @@ class MaskedLanguageModelingLoss(torch.autograd.Function):
         return feature_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(bias.dtype), None
 
 
-def _chunks(states: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...]:
-    return states.split(max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // vocab_size))
+def _chunks(vocab_size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    tokens = max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // vocab_size)
+    return zip(*(tensor.split(tokens) for tensor in tensors), strict=True)
 
 
 class ModularStarEncoderPreTrainingHeads(nn.Module):
-    """Masked language modelling and in-context classification, shared by all exits and told the exit."""
+    """Masked language modelling and in-context classification, shared by all exits; both read the exit vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -1073,51 +1063,43 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
         if supervised and exit_layer is None and exit_layers is None:
             exit_layers = self.config.exit_layers
         exits = self.config.resolve_exits(exit_layer, exit_layers)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            exit_layers=exits,
-            **kwargs,
-        )
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, **kwargs)
         rows = [self.config.exit_index(exit_layer) for exit_layer in exits]
+        states_of_rows = list(zip(outputs.exit_hidden_states, rows, strict=True))
         bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         pooled = [
             self.heads.pooler(*_rows(states, attention_mask, bounds), self.heads.exit_embedding(row))
-            for row, states in zip(rows, outputs.exit_hidden_states, strict=True)
+            for states, row in states_of_rows
         ]
-        result = ModularStarEncoderForPreTrainingOutput(
-            icc_logits=torch.stack([self.heads.icc_classifier(features) for features in pooled]),
+        icc_logits = torch.stack([self.heads.icc_classifier(features) for features in pooled])
+        loss = logits = mlm_losses = mlm_accuracies = icc_losses = icc_accuracies = None
+        if labels is None:
+            logits = self.heads.decoder(self.heads.token_features(outputs.last_hidden_state, rows[-1]))
+        else:
+            masked = (labels.flatten() != -100).nonzero().squeeze(-1)
+            features = [self.heads.token_features(states.flatten(0, 1)[masked], row) for states, row in states_of_rows]
+            mlm_losses, mlm_accuracies = self.heads.masked_lm(torch.stack(features), labels.flatten()[masked])
+        if icc_labels is not None:
+            classes = icc_logits.float().transpose(1, 2)
+            targets = icc_labels.expand(len(exits), -1)
+            icc_losses = nn.functional.cross_entropy(classes, targets, reduction="none").mean(dim=1)
+            icc_accuracies = (classes.argmax(dim=1) == targets).float().mean(dim=1)
+        if supervised:
+            losses = torch.stack([part for part in (mlm_losses, icc_losses) if part is not None]).sum(dim=0)
+            weights = [self.config.exit_weight(exit_layer) for exit_layer in exits]
+            loss = (losses * torch.tensor(weights, device=losses.device)).sum()
+        return ModularStarEncoderForPreTrainingOutput(
+            loss=loss,
+            logits=logits,
+            icc_logits=icc_logits,
+            mlm_losses=mlm_losses,
+            mlm_accuracies=mlm_accuracies,
+            icc_losses=icc_losses,
+            icc_accuracies=icc_accuracies,
             exit_hidden_states=outputs.exit_hidden_states,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        if labels is None:
-            result.logits = self.heads.decoder(self.heads.token_features(outputs.last_hidden_state, rows[-1]))
-        else:
-            masked = (labels.flatten() != -100).nonzero().squeeze(-1)
-            features = torch.stack(
-                [
-                    self.heads.token_features(states.flatten(0, 1)[masked], row)
-                    for row, states in zip(rows, outputs.exit_hidden_states, strict=True)
-                ]
-            )
-            result.mlm_losses, result.mlm_accuracies = self.heads.masked_lm(features, labels.flatten()[masked])
-        if icc_labels is not None:
-            logits = result.icc_logits.float()
-            targets = icc_labels.expand(len(exits), -1)
-            result.icc_losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(
-                dim=1
-            )
-            result.icc_accuracies = (logits.argmax(dim=-1) == targets).float().mean(dim=1)
-        if supervised:
-            parts = [part for part in (result.mlm_losses, result.icc_losses) if part is not None]
-            losses = torch.stack(parts).sum(dim=0)
-            weights = [self.config.exit_weight(exit_layer) for exit_layer in exits]
-            result.loss = (losses * torch.tensor(weights, device=losses.device)).sum()
-        # Once more, for fields stand in a tuple in the order in which they were set, and the loss belongs first.
-        return ModularStarEncoderForPreTrainingOutput(**result)
 
 
 class ModularStarEncoderProjectionHead(nn.Module):
@@ -1127,8 +1109,8 @@ class ModularStarEncoderProjectionHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.projection_size)
         self.out_proj = None
-        # CODEPATH: the published heads have two layers; the one of `mose-code` commutes with the mean of tokens, so
-        # that a text is projected once.
+        # CODEPATH: the published heads have two layers; the linear one of `mose-code` commutes with the mean of
+        # tokens, so that a text is projected once.
         if config.projection_head == "mlp":
             self.act = ACT2FN[config.projection_act]
             self.out_proj = nn.Linear(config.projection_size, config.projection_size)
@@ -1141,7 +1123,7 @@ class ModularStarEncoderProjectionHead(nn.Module):
 class ClampWithInwardGradient(torch.autograd.Function):
     """Clamp a parameter so that it can come back: the gradient beyond a bound is dropped only if it leads outwards.
 
-    `torch.clamp` has none there, and a value that one optimiser step put beyond the bound would stay for good.
+    With `torch.clamp` the gradient is zero there: a value that one optimiser step puts beyond the bound never returns.
     """
 
     @staticmethod
@@ -1160,8 +1142,8 @@ class ClampWithInwardGradient(torch.autograd.Function):
 class ModularStarEncoderLogitScale(nn.Module):
     """A learned multiplier of similarities, stored as its logarithm.
 
-    It is part of the model, and returned by its forward, for whatever wraps, saves or resumes a model (DDP, FSDP2, peft
-    with `modules_to_save=["logit_scale"]`, checkpoints) then sees to it.
+    The model stores it and its forward returns it, so that DDP, FSDP2, peft (`modules_to_save=["logit_scale"]`) and
+    checkpoints handle it like any parameter.
     """
 
     def __init__(self) -> None:
@@ -1194,7 +1176,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         self.projection_heads = nn.ModuleDict(
             {str(exit_layer): ModularStarEncoderProjectionHead(self.config) for exit_layer in self.config.exit_layers}
         )
-        # CODEPATH: the paper's scale is fixed; a learned one has to live where checkpoints are.
+        # CODEPATH: the paper's scale is fixed; a learned one is saved with the model.
         self.logit_scale = None if self.config.logit_scale_init_value is None else ModularStarEncoderLogitScale()
         self.post_init()
 
@@ -1205,7 +1187,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             init.constant_(module.log_scale, math.log(self.config.logit_scale_init_value))
 
     def _pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        # CODEPATH: models trained here pool the mean; the published ones do not say theirs, so it can be set.
+        # CODEPATH: models trained here pool the mean; the published ones do not state theirs, so it is an option.
         if self.config.pooling == "mean":
             return _mean_of_tokens(states, attention_mask)
         return _token_at(states, attention_mask, self.config.pooling)
@@ -1217,7 +1199,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         if self.model.token_weights is None:
             return None
         if input_ids is None:
-            raise ValueError("This model weights tokens by their ids; give it input_ids instead of inputs_embeds.")
+            raise ValueError("This model weights tokens by their ids; pass input_ids instead of inputs_embeds.")
         weights, mask = _rows(self.model.token_weights(input_ids), attention_mask, bounds)
         scales = _scales(weights, mask)
         return scales if bounds is None else scales[mask.bool()].view(*input_ids.shape, 1)
@@ -1247,14 +1229,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
                 token weights (`config.token_weights`), `input_ids` only.
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            exit_layers=exits,
-            **kwargs,
-        )
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, **kwargs)
         bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         scales = self._token_scales(input_ids, attention_mask, bounds)
 
@@ -1271,7 +1246,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             else:
                 pooled = head(self._pool(*_rows(scaled(states), attention_mask, bounds)).to(states.dtype))
                 if scales is not None:
-                    # An empty text is zeros here too, and not the head's bias.
+                    # The embedding of an empty text is zeros, not the head's bias.
                     pooled = pooled * _rows(scales, attention_mask, bounds)[0].any(dim=1)
             embeddings.append(self._normalize(pooled))
         if tokens is None:
@@ -1329,25 +1304,17 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: as in the trunk.
             labels: (B,) class indices, (B,) float targets when `num_labels` is 1, or (B, num_labels) for several
-                labels at once (`config.problem_type` as everywhere in transformers).
+                labels at once (`config.problem_type` as in transformers).
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            exit_layers=exits,
-            **kwargs,
-        )
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, **kwargs)
         bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         vectors = [self.exit_embedding(self.config.exit_index(exit_layer)) for exit_layer in exits]
-        exit_logits = torch.stack(
-            [
-                self.classifier(self.dropout(self.pooler(*_rows(states, attention_mask, bounds), vector)))
-                for states, vector in zip(outputs.exit_hidden_states, vectors, strict=True)
-            ]
-        )
+        pooled = [
+            self.pooler(*_rows(states, attention_mask, bounds), vector)
+            for states, vector in zip(outputs.exit_hidden_states, vectors, strict=True)
+        ]
+        exit_logits = torch.stack([self.classifier(self.dropout(features)) for features in pooled])
         loss = None
         if labels is not None:
             loss = sum(

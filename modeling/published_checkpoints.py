@@ -1,23 +1,10 @@
-# Copyright 2026 The modular-star-encoder authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Loading of the published repositories (huggingface.co/modularStarEncoder) as they are, without their remote code.
+"""Load the published repositories (huggingface.co/modularStarEncoder) unmodified, without their remote code.
 
 Their configurations do not say whether a checkpoint is fine-tuned, and perhaps not how deep it is; the names of its
-tensors do. `read_published_layout` looks at the header of the safetensors file, completes the configuration, checks
-every name and shape before anything is loaded, and tells transformers how to rename.
+tensors do. `read_published_layout` reads the header of the safetensors file, completes the configuration, checks every
+name and shape before anything is loaded, and tells transformers how to rename.
 
-Only the package does this: repositories that we write have our own layout, and this file does not travel with them.
+Repositories that this package writes have its own layout, so this file does not travel with them.
 """
 
 import os
@@ -46,8 +33,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 _TRUNK = r"^starEncoder2\.(?:module\.)?"
 _HEADS = r"^(?:cls|head|heads)\."
-# Published names → ours, the first that fits. The sizes of the files fix all shapes, but several spellings of the
-# pre-training heads fit them equally; all are read.
+# Published names → ours; the first match counts. The sizes of the published files fix all shapes, but several spellings
+# of the pre-training heads fit them equally, so all are read.
 _RENAMINGS = {
     rf"{_TRUNK}(?=embed_tokens\.|layers\.|norm\.)": "model.",
     rf"{_HEADS}predictions\.transform\.dense\.": "heads.transform.",
@@ -63,27 +50,17 @@ _LAYER = re.compile(rf"{_TRUNK}layers\.(\d+)\.")
 
 # Attributes of a configuration that mean something else as arguments of `from_pretrained`.
 _NOT_FIELDS = ("dtype", "torch_dtype", "attn_implementation")
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def read_published_layout(
-    model_class: type[ModularStarEncoderPreTrainedModel],
-    path: str | os.PathLike | None,
-    kwargs: Mapping[str, Any],
+    model_class: type[ModularStarEncoderPreTrainedModel], path: str | os.PathLike | None, kwargs: Mapping[str, Any]
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
-    """Prepare the loading of a published checkpoint; anything else is left as it is.
+    """Prepare the loading of a published checkpoint; return the arguments of any other unchanged.
 
-    The Auto classes find the published class name unknown and choose the trunk. Where the file has projection heads,
-    they get the retrieval model instead; a class that is called itself (without `config`) stays, and the common base
-    class stands for whatever the file holds.
+    The Auto classes do not know the published class name and choose the trunk. If the file has projection heads, they
+    get the retrieval model instead; a model class called by its own name (without `config`) stays, and the common base
+    class becomes the class that the file fits.
 
     Args:
         model_class: whose `from_pretrained` was called.
@@ -107,7 +84,8 @@ def read_published_layout(
     file = cached_file(path, SAFE_WEIGHTS_NAME, **hub, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return model_class, kwargs
-    shapes = read_shapes(file)
+    with safe_open(file, "pt") as tensors:
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     checkpoint_class, complete, renamings = describe(shapes, config)
     check_layout(shapes, checkpoint_class, complete, renamings)
     complete.exit_layer = config.exit_layer
@@ -130,26 +108,21 @@ def _published_config(
     return ModularStarEncoderConfig.from_pretrained(path, **hub, **own)
 
 
-def read_shapes(file: str | os.PathLike) -> Shapes:
-    """Names and shapes of the tensors in a safetensors file; only its header is read."""
-    with safe_open(file, "pt") as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-
-
 def describe(
     shapes: Shapes, config: ModularStarEncoderConfig
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], ModularStarEncoderConfig, dict[str, str]]:
-    """What a published file holds: the class it fits, its complete configuration, and the renamings to our names.
+    """The class that a published file fits, its complete configuration, and the renamings to our names.
 
     Raises:
         ValueError: its depth is not an exit, or its projection heads are neither one nor one per exit.
     """
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     heads = sorted({int(match[1]) for name in shapes if (match := _PROJECTION.match(name))})
-    depth, exits = max(layers, default=-1) + 1, list(config.parent_exit_layers)
-    if depth not in exits:
-        raise ValueError(f"The checkpoint has {depth} layers; a published one has as many as one of its exits {exits}.")
-    exits = exits[: exits.index(depth) + 1]
+    parent_exits, parent_depth = list(config.parent_exit_layers), config.parent_exit_layers[-1]
+    depth = max(layers, default=-1) + 1
+    if depth not in parent_exits:
+        raise ValueError(f"The checkpoint has {depth} layers; a published one ends at one of the exits {parent_exits}.")
+    exits = parent_exits[: parent_exits.index(depth) + 1]
     if len(heads) not in (0, 1, len(exits)):
         raise ValueError(
             f"The checkpoint has {len(heads)} projection heads; a published one of {depth} layers has none, one for "
@@ -157,21 +130,30 @@ def describe(
         )
     complete = ModularStarEncoderConfig.from_dict(config.to_dict() | {"exit_layer": None})
     complete._attn_implementation = config._attn_implementation
-    parent_depth = config.parent_exit_layers[-1]
     complete.num_hidden_layers, complete.parent_num_hidden_layers = depth, parent_depth
     complete.exit_layers = exits[-1:] if len(heads) == 1 else exits
     if complete.output_all_exits is None:
         complete.output_all_exits = True
-    if depth < parent_depth and config.exit_norm == "last":
+    if depth < parent_depth and config.exit_norm != "all":
         complete.exit_norm = "none"
-    if depth < parent_depth and complete.exit_norm == "none":
-        _warn_about_norm(shapes, depth)
+        if any(re.match(rf"{_TRUNK}norm\.", name) for name in shapes):
+            logger.warning_once(
+                f"This checkpoint of {depth} layers has a final norm. The model it was cut from does not apply it at "
+                'that exit, and neither does this one. If the published code does, load with exit_norm="all".'
+            )
     checkpoint_class: type[ModularStarEncoderPreTrainedModel] = ModularStarEncoderModel
     if heads:
         checkpoint_class = ModularStarEncoderForRetrieval
-    elif any(name.startswith(("cls.", "head.", "heads.")) for name in shapes):
+    elif any(re.match(_HEADS, name) for name in shapes):
         checkpoint_class = ModularStarEncoderForPreTraining
-        _read_exit_embedding_rows(shapes, complete)
+        # The sizes of the published files, which have five exits, fit tables of four and of five rows.
+        rows = [shape[0] for name, shape in shapes.items() if name.endswith("conditional_embeddings.weight")]
+        if rows == [len(parent_exits) - 1]:
+            complete.exit_embedding_rows = rows[0]
+            logger.warning_once(
+                f"The table of exit vectors has {rows[0]} rows for {len(parent_exits)} exits; the pre-training heads "
+                f"get zeros at exit {parent_depth}. The trunk is not affected."
+            )
     complete.architectures = [checkpoint_class.__name__]
     renamings = dict(_RENAMINGS)
     for index, exit_layer in zip(heads, complete.exit_layers, strict=False):
@@ -181,88 +163,43 @@ def describe(
     return checkpoint_class, complete, renamings
 
 
-def _warn_about_norm(shapes: Shapes, depth: int) -> None:
-    if any(re.match(rf"{_TRUNK}norm\.", name) for name in shapes):
-        logger.warning_once(
-            f"This checkpoint of {depth} layers holds a final norm, which the model it was cut from does not apply at "
-            'that exit; neither does this one. If the published code applies it, load with exit_norm="all".'
-        )
-
-
-def _read_exit_embedding_rows(shapes: Shapes, config: ModularStarEncoderConfig) -> None:
-    """Both four and five rows fit the sizes of the published files, which have five exits."""
-    rows = [shape[0] for name, shape in shapes.items() if name.endswith("conditional_embeddings.weight")]
-    exits = config.parent_exit_layers
-    if rows and rows[0] == len(exits) - 1:
-        config.exit_embedding_rows = rows[0]
-        logger.warning_once(
-            f"The table of exit vectors has {rows[0]} rows for {len(exits)} exits; the pre-training heads get zeros at "
-            f"exit {exits[-1]}. Its trunk is not affected."
-        )
-
-
 def check_layout(
     shapes: Shapes,
     checkpoint_class: type[ModularStarEncoderPreTrainedModel],
     config: ModularStarEncoderConfig,
     renamings: Mapping[str, str],
 ) -> None:
-    """Compare a file with the model that it should hold.
+    """Compare the names and shapes in a file with those of the model that it should contain.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, twice there, or of another shape; the message names it.
+        ValueError: a tensor is missing, unexpected, duplicate, or has another shape; the message names it.
     """
     with torch.device("meta"):
         model = checkpoint_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if checkpoint_class is ModularStarEncoderModel:
         expected = {f"model.{name}": shape for name, shape in expected.items()}
-    found: Shapes = {}
+    found = set()
     problems = []
     for name, shape in shapes.items():
-        ours = rename(name, renamings)
+        ours = _rename(name, renamings)
         if ours in found:
             problems.append(f"{name} is there under two names")
         elif ours not in expected and not (config.exit_norm == "none" and ours.startswith("model.norm.")):
             problems.append(f"{name} is unexpected")
         elif ours in expected and shape != expected[ours]:
             problems.append(f"{name} has shape {list(shape)} instead of {list(expected[ours])}")
-        found[ours] = shape
-    # The first upload of the pre-trained model has no vocabulary bias, which is the same as a bias of zero.
-    optional = {"heads.decoder.bias"}
-    problems += [f"{name} (our name) is missing" for name in expected if name not in found and name not in optional]
+        found.add(ours)
+    # The first upload of the pre-trained model has no vocabulary bias, which equals a bias of zero.
+    problems += [f"{name} (our name) is missing" for name in expected if name not in found | {"heads.decoder.bias"}]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"Not a published ModularStarEncoder checkpoint: {'; '.join(problems[:8])}{more}.")
 
 
-def rename(name: str, renamings: Mapping[str, str]) -> str:
-    """Our name of a published tensor; a name that none of the patterns fits is returned as it is."""
+def _rename(name: str, renamings: Mapping[str, str]) -> str:
     for pattern, replacement in renamings.items():
         renamed, count = re.subn(pattern, replacement, name)
         if count:
             return renamed
     return name
-
-
-def published_names(model: ModularStarEncoderForPreTraining | ModularStarEncoderForRetrieval) -> dict[str, str]:
-    """Our tensor names → the published ones; where several spellings fit the published sizes, the likeliest."""
-    replacements = {
-        "model.": "starEncoder2.",
-        "heads.transform.": "cls.predictions.transform.dense.",
-        "heads.layer_norm.": "cls.predictions.transform.LayerNorm.",
-        "heads.decoder.bias": "cls.predictions.bias",
-        "heads.decoder.": "cls.predictions.decoder.",
-        "heads.icc_classifier.": "cls.seq_relationship.",
-        "heads.exit_embedding.": "cls.conditional_embeddings.",
-        "heads.pooler.": "pooler.",
-    }
-    for index, exit_layer in enumerate(model.config.exit_layers):
-        for ours, place in (("dense", "0"), ("out_proj", "2")):
-            published = f"starEncoder2.projection_heads.{index}.{place}."
-            replacements[f"projection_heads.{exit_layer}.{ours}."] = published
-    names = {}
-    for name in model.state_dict():
-        prefix = next(prefix for prefix in replacements if name.startswith(prefix))
-        names[name] = replacements[prefix] + name.removeprefix(prefix)
-    return names

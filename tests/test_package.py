@@ -1,5 +1,7 @@
-"""The package as installed: every room is listed, and importing it touches no network."""
+"""The package as installed: complete, quick to import, without a network, and its exported names documented."""
 
+import doctest
+import inspect
 import shutil
 import subprocess
 import sys
@@ -10,8 +12,17 @@ from pathlib import Path
 import pytest
 
 import modular_star_encoder
+from modular_star_encoder.modeling import configuration_modular_star_encoder, modeling_modular_star_encoder
+from tests.tiny import save_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
+# Without accelerate and datasets, which transformers and sentence-transformers may import themselves.
+EXTRAS = ("bm25s", "evaluate", "gradio", "lancedb", "pydantic", "pygments", "tree_sitter")
+
+
+def run(program, *arguments):
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_every_folder_of_the_package_is_listed_in_pyproject():
@@ -23,25 +34,10 @@ def test_every_folder_of_the_package_is_listed_in_pyproject():
 
 
 @pytest.mark.slow
-def test_importing_opens_no_connection():
-    program = """
-import socket
-def refuse(*args, **kwargs):
-    raise AssertionError("a connection was attempted")
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import modular_star_encoder, modular_star_encoder.search.index, modular_star_encoder.inference.checkpoints
-print(modular_star_encoder.__version__)
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == modular_star_encoder.__version__
-
-
-@pytest.mark.slow
 def test_a_wheel_holds_model_code_configurations_and_types(tmp_path):
-    # A copy, for building leaves a `build` folder behind, from which a later wheel would take stale files.
+    # A copy, because building leaves a `build` folder, from which a later wheel would take stale files.
     source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs")
-    shutil.copytree(ROOT, source, ignore=ignored)
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "runs"))
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "-w", tmp_path, source], check=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
@@ -55,3 +51,87 @@ def test_a_wheel_holds_model_code_configurations_and_types(tmp_path):
         "py.typed",
     ):
         assert f"modular_star_encoder/{expected}" in names
+
+
+@pytest.mark.slow
+def test_importing_opens_no_connection():
+    result = run("""
+import socket
+def refuse(*args, **kwargs):
+    raise AssertionError("a connection was attempted")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import modular_star_encoder, modular_star_encoder.search.index, modular_star_encoder.inference.checkpoints
+print(modular_star_encoder.__version__)
+""")
+    assert result.stdout.strip() == modular_star_encoder.__version__, result.stderr
+
+
+def test_importing_the_package_loads_neither_torch_nor_transformers():
+    result = run("import sys, modular_star_encoder; print({'torch', 'transformers'} & set(sys.modules))")
+    assert result.stdout.strip() == "set()", result.stderr
+
+
+@pytest.mark.parametrize("name", modular_star_encoder.__all__)
+def test_an_exported_name_is_documented_with_an_example(name):
+    documentation = inspect.getdoc(getattr(modular_star_encoder, name)) or ""
+    assert len(documentation.splitlines()) >= 5
+    assert "Example" in documentation or "```" in documentation
+
+
+@pytest.mark.parametrize("module", [configuration_modular_star_encoder, modeling_modular_star_encoder])
+def test_the_examples_of_the_model_classes_run(module):
+    result = doctest.testmod(module)
+    assert result.attempted >= 3
+    assert result.failed == 0
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        modular_star_encoder.no_such_name  # noqa: B018
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import modular_star_encoder; from transformers import AutoModelForCausalLM, AutoConfig",
+        "import modular_star_encoder; from transformers import PreTrainedModel, AutoConfig",
+        "from transformers import AutoConfig; import modular_star_encoder",
+        "import torch, transformers; import modular_star_encoder; from transformers import AutoConfig",
+    ],
+)
+def test_the_auto_classes_know_our_model_in_any_order_of_imports(order):
+    result = run(f"{order}\nprint(AutoConfig.for_model('ModularStarEncoder').exit_layers)")
+    assert result.stdout.strip() == "[4, 9, 18, 27, 36]", result.stderr
+
+
+BLOCKED = """
+import sys
+from importlib.abc import MetaPathFinder
+class Blocker(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {extras!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.mark.slow
+def test_embedding_needs_none_of_the_extras(tmp_path):
+    program = """
+import modular_star_encoder
+from transformers import AutoModel
+from sentence_transformers import SentenceTransformer
+for name in ("load_at_budget", "encode_exits", "slice_checkpoint", "select_exit"):
+    getattr(modular_star_encoder, name)
+assert AutoModel.from_pretrained(sys.argv[1], exit_layer=2).config.num_hidden_layers == 2
+print(SentenceTransformer(sys.argv[1], trust_remote_code=True).encode(["a"], exit_layer=2).shape)
+"""
+    result = run(BLOCKED.format(extras=EXTRAS) + program, save_tiny_checkpoint(tmp_path / "model"))
+    assert result.stdout.strip() == "(1, 16)", result.stderr
+
+
+@pytest.mark.slow
+def test_a_missing_extra_is_named():
+    result = run(BLOCKED.format(extras=("tree_sitter",)) + "import modular_star_encoder as m; m.CodeIndex")
+    assert "modular-star-encoder[search]" in result.stderr

@@ -39,22 +39,31 @@ def loaded():
     return load_checkpoint(FOLDER, device="cpu")
 
 
-def test_the_weights_are_small_and_computed_in_float32(loaded):
+@pytest.fixture(scope="module")
+def stock():
+    return SentenceTransformer(str(FOLDER), device="cpu")
+
+
+def encode(loaded, texts, exits=EXITS):
+    return encode_exits(*loaded, texts, exit_layers=exits, progress=False)
+
+
+def test_the_folder_has_small_weights_empty_prompts_and_no_code(loaded):
     assert (FOLDER / "model.safetensors").stat().st_size <= 32_000_000
     with safe_open(FOLDER / "model.safetensors", "pt") as tensors:
         assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
-    model, _ = loaded
-    assert model.dtype == torch.float32
-    assert tuple(model.config.exit_layers) == EXITS
-
-
-def test_the_folder_holds_no_code():
+    assert loaded[0].dtype == torch.float32
+    assert tuple(loaded[0].config.exit_layers) == EXITS
+    assert json.loads((FOLDER / "config.json").read_text())["instruction_prompts"] is False
+    prompts = json.loads((FOLDER / "config_sentence_transformers.json").read_text())["prompts"]
+    assert set(prompts) >= {"query", "document"}
+    assert not any(prompts.values())
     # Saving and publishing add the model's two files.
     assert not list(FOLDER.rglob("*.py"))
 
 
 def test_every_exit_ranks_the_right_code_first(loaded):
-    queries, codes = (encode_exits(*loaded, texts, progress=False) for texts in (QUERIES, CODES))
+    queries, codes = encode(loaded, QUERIES), encode(loaded, CODES)
     for exit_layer in EXITS:
         assert (queries[exit_layer] @ codes[exit_layer].T).argmax(1).tolist() == [0, 1], exit_layer
         # All exits share one space.
@@ -62,8 +71,8 @@ def test_every_exit_ranks_the_right_code_first(loaded):
 
 
 @pytest.mark.parametrize("exit_layer", [0, 2, 6])
-def test_transformers_and_sentence_transformers_load_it_at_an_exit(loaded, exit_layer):
-    own = encode_exits(*loaded, CODES, exit_layers=[exit_layer], progress=False)[exit_layer]
+def test_transformers_and_sentence_transformers_load_it_at_an_exit(loaded, stock, exit_layer):
+    own = encode(loaded, CODES, [exit_layer])[exit_layer]
     model, tokenizer = AutoModel.from_pretrained(FOLDER, exit_layer=exit_layer), AutoTokenizer.from_pretrained(FOLDER)
     assert len(model.model.layers) == exit_layer
     batch = tokenizer(CODES, padding=True, return_tensors="pt")
@@ -72,14 +81,14 @@ def test_transformers_and_sentence_transformers_load_it_at_an_exit(loaded, exit_
         assert torch.equal(loaded[0].slice(exit_layer)(**batch).sentence_embedding, embeddings)
         assert torch.equal(loaded[0](**batch, exit_layer=exit_layer).sentence_embedding, embeddings)
     np.testing.assert_allclose(embeddings, own, atol=1e-6)
-    for options, arguments in (({}, {"exit_layer": exit_layer}), ({"config_kwargs": {"exit_layer": exit_layer}}, {})):
-        stock = SentenceTransformer(str(FOLDER), device="cpu", **options)
-        np.testing.assert_allclose(stock.encode(CODES, **arguments), own, atol=1e-6)
+    cut = SentenceTransformer(str(FOLDER), device="cpu", config_kwargs={"exit_layer": exit_layer})
+    for embeddings in (stock.encode(CODES, exit_layer=exit_layer), cut.encode(CODES)):
+        np.testing.assert_allclose(embeddings, own, atol=1e-6)
 
 
 def test_a_saved_slice_equals_its_exit_bit_for_bit(loaded, tmp_path):
     sliced = load_checkpoint(slice_checkpoint(FOLDER, 2, tmp_path / "slice"), device="cpu")
-    expected = encode_exits(*loaded, CODES, exit_layers=[0, 1, 2], progress=False)
+    expected = encode(loaded, CODES, [0, 1, 2])
     for exit_layer, embeddings in encode_exits(*sliced, CODES, progress=False).items():
         assert np.array_equal(embeddings, expected[exit_layer])
     assert (tmp_path / "slice" / "modeling_modular_star_encoder.py").is_file()
@@ -91,17 +100,8 @@ def test_special_tokens_in_a_text_are_text(loaded):
     assert not set(ids) & {tokenizer.pad_token_id, tokenizer.unk_token_id, 2}
 
 
-def test_an_empty_text_embeds_to_zeros(loaded):
-    stock = SentenceTransformer(str(FOLDER), device="cpu")
-    for texts in ([""], ["", CODES[0]]):
-        for embeddings in (stock.encode(texts), encode_exits(*loaded, texts, progress=False)[6]):
-            assert not embeddings[0].any()
-            assert np.isfinite(embeddings).all()
-
-
-def test_the_configuration_says_how_texts_are_given():
-    config = json.loads((FOLDER / "config.json").read_text())
-    assert config["instruction_prompts"] is False
-    prompts = json.loads((FOLDER / "config_sentence_transformers.json").read_text())["prompts"]
-    assert set(prompts) >= {"query", "document"}
-    assert not any(prompts.values())
+@pytest.mark.parametrize("texts", [[""], ["", CODES[0]]])
+def test_an_empty_text_embeds_to_zeros(loaded, stock, texts):
+    for embeddings in (stock.encode(texts), encode(loaded, texts)[6]):
+        assert not embeddings[0].any()
+        assert np.isfinite(embeddings).all()

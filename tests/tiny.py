@@ -54,5 +54,11 @@ def tiny_batch(padding_side="left", lengths=(12, 7, 3)):
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
+def run(model, **inputs):
+    """The output of `model` in evaluation mode, without gradients."""
+    with torch.inference_mode():
+        return model.eval()(**inputs)
+
+
 def save_tiny_checkpoint(folder: Path) -> Path:
     return save_retrieval_checkpoint(tiny_model(), tiny_tokenizer(), folder)

@@ -21,10 +21,13 @@ def table(monkeypatch):
 
 
 def results(folder: Path, **row):
-    figures = {"rows": [{"name": "ours / theirs", "value": 1.2, "low": 1.1, "high": 1.3, "most": 1.1} | row]}
-    about = {"command": "python x.py", "machine": {"cpu": "a CPU", "cores": 2}}
-    versions = {"torch": "2", "transformers": "5"}
-    text = json.dumps({**about, "versions": versions, "figures": figures})
+    row = {"name": "ours / theirs", "value": 1.2, "low": 1.1, "high": 1.3, "most": 1.1} | row
+    about = {
+        "command": "python x.py",
+        "machine": {"cpu": "a CPU", "cores": 2},
+        "versions": {"torch": "2", "transformers": "5"},
+    }
+    text = json.dumps(about | {"figures": {"rows": [row]}})
     (folder / "forward.json").write_text(text, encoding="utf-8")
 
 
@@ -33,28 +36,22 @@ def test_the_readme_has_the_figures_of_the_committed_results(table):
     assert table.with_table(text, table.results_table(table.COMMITTED)) == text
 
 
-def test_another_figure_is_another_table(table, tmp_path):
+def test_the_table_names_figures_targets_reasons_and_missing_results(table, tmp_path, monkeypatch):
+    assert table.results_table(tmp_path).count("not measured yet") == len(table.SOURCES)
     results(tmp_path)
     first = table.results_table(tmp_path)
     assert "1.20 × (1.10–1.30) | ≤ 1.1 × |  no |" in first
     assert "`python x.py`" in first
+    monkeypatch.setitem(table.REASONS, "ours /", "the profile says so")
+    assert "no: the profile says so" in table.results_table(tmp_path)
     results(tmp_path, value=1.05)
     assert "1.05 × (1.10–1.30) | ≤ 1.1 × | yes |" in table.results_table(tmp_path)
-
-
-def test_a_target_that_is_missed_has_its_reason(table, tmp_path, monkeypatch):
-    monkeypatch.setitem(table.REASONS, "ours /", "the profile says so")
-    results(tmp_path)
-    assert "no: the profile says so" in table.results_table(tmp_path)
-
-
-def test_results_that_are_not_there_are_named(table, tmp_path):
-    assert table.results_table(tmp_path).count("not measured yet") == len(table.SOURCES)
 
 
 def test_a_benchmark_that_fails_is_named_and_stops_nothing(table, tmp_path, monkeypatch, capfd):
     import run
 
+    assert all((BENCHMARKS / f"{one.script}.py").is_file() for one in run.QUICK)
     (tmp_path / "broken.py").write_text("raise SystemExit(3)")
     (tmp_path / "fine.py").write_text("print('it ran')")
     monkeypatch.setattr(run, "HERE", tmp_path)
@@ -68,12 +65,6 @@ def test_a_benchmark_that_fails_is_named_and_stops_nothing(table, tmp_path, monk
     assert "rows: skipped: MOSE_DATA is not set" in out
 
 
-def test_every_benchmark_of_the_quick_run_is_a_script(table):
-    import run
-
-    assert all((BENCHMARKS / f"{one.script}.py").is_file() for one in run.QUICK)
-
-
 def test_ratios_are_medians_over_rounds_with_an_interval_around_them(table):
     import ratios
 
@@ -84,11 +75,6 @@ def test_ratios_are_medians_over_rounds_with_an_interval_around_them(table):
     assert ratios.is_met(ratios.figure("x", measured, least=1.0)) is True
     assert ratios.is_met(ratios.figure("x", measured, most=0.9)) is False
     assert ratios.is_met(ratios.figure("x", measured)) is None
-
-
-def test_small_figures_keep_their_digits(table):
-    import ratios
-
     assert ratios.describe({"value": 0.00042, "unit": ""}).strip() == "4.2e-04"
 
 

@@ -1,7 +1,7 @@
 """Fetch transformers' own common tests for the installed version: `python -m tests.common.prepare`.
 
-The wheel has no tests. The source distribution has the top-level ones, which import three modules from sub-folders that
-it lacks; those get stand-ins here. Nothing is committed: the files live in a folder that git ignores, one per version.
+The wheel has no tests. The source distribution has the top-level ones, which import three modules from missing
+sub-folders; those get stand-ins here. Git ignores the folder of these files, which has a sub-folder for each version.
 """
 
 import importlib
@@ -39,26 +39,23 @@ STAND_INS = {
 
 
 def suite_folder(cache: Path = CACHE) -> Path:
-    """Where the tests of the installed transformers lie once they have been fetched."""
+    """The folder for the tests of the installed transformers."""
     return cache / version("transformers")
 
 
 def prepare(cache: Path = CACHE) -> Path:
-    """Fetch the tests unless they are here, and return their folder."""
+    """Fetch the tests unless they are there, and return their folder."""
     folder = suite_folder(cache)
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    # Under its final name the folder is complete: it is filled aside and renamed last.
+    # The folder gets its final name once it is complete.
     with tempfile.TemporaryDirectory(prefix=".fetching-", dir=cache) as temporary:
-        archive = download(Path(temporary), version("transformers"))
-        aside = Path(temporary) / "suite"
-        lay_out(archive, aside)
+        lay_out(download(Path(temporary), version("transformers")), Path(temporary) / "suite")
         try:
-            aside.rename(folder)
+            (Path(temporary) / "suite").rename(folder)
         except OSError:
-            # Another process was faster.
-            if not folder.is_dir():
+            if not folder.is_dir():  # otherwise another process was faster
                 raise
     return folder
 
@@ -72,11 +69,7 @@ def download(folder: Path, wanted: str) -> Path:
 
 
 def lay_out(archive: Path, folder: Path) -> None:
-    """Make an importable package of the archive's top-level test files and the stand-ins.
-
-    Raises:
-        FileNotFoundError: the archive has no top-level tests.
-    """
+    """Make an importable package of the archive's top-level test files and the stand-ins."""
     package = folder / PACKAGE
     package.mkdir(parents=True)
     tests = PurePosixPath(archive.name.removesuffix(".tar.gz"), "tests")

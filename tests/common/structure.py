@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 # Rules that modeling/ does not follow, and why.
 DECLINED = {
-    "TRF057": "@auto_docstring replaces docstrings at import by generated ones; ours are written by hand, with shapes.",
+    "TRF057": "@auto_docstring replaces docstrings at import by generated ones; ours are written by hand, with shapes."
 }
 
 

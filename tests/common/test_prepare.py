@@ -1,9 +1,15 @@
+"""The fetched suite is whole and comes from the archive alone; transformers' linter finds nothing in modeling/."""
+
 import io
 import tarfile
 
 import pytest
 
 from tests.common import prepare
+from tests.common.structure import DECLINED, findings
+
+ARCHIVE = "transformers-1.tar.gz"
+GOOD = "transformers-1/tests/test_modeling_common.py"
 
 
 def write_archive(path, *names, links=()):
@@ -17,28 +23,17 @@ def write_archive(path, *names, links=()):
     return path
 
 
-ARCHIVE = "transformers-1.tar.gz"
-GOOD = "transformers-1/tests/test_modeling_common.py"
-
-
-def test_only_top_level_test_files_are_extracted_and_nothing_lands_outside(tmp_path):
-    archive = write_archive(
-        tmp_path / ARCHIVE,
-        GOOD,
-        "transformers-1/tests/../../../escaped.py",
-        "transformers-1/tests/deeper/test_more.py",
-        "transformers-1/setup.py",
-        "/tests/absolute.py",
-        "../tests/above.py",
-        links=["transformers-1/tests/link.py"],
-    )
+def test_only_top_level_test_files_are_extracted_and_nothing_outside_the_folder(tmp_path):
+    refused = ("transformers-1/tests/../../../escaped.py", "transformers-1/tests/deeper/test_more.py")
+    refused += ("transformers-1/setup.py", "/tests/absolute.py", "../tests/above.py")
+    archive = write_archive(tmp_path / ARCHIVE, GOOD, *refused, links=["transformers-1/tests/link.py"])
     prepare.lay_out(archive, tmp_path / "a" / "suite")
     package = tmp_path / "a" / "suite" / prepare.PACKAGE
     assert {path.name for path in package.glob("*.py")} == {"__init__.py", "test_modeling_common.py"}
     assert [path for path in tmp_path.rglob("*.py") if not path.is_relative_to(package)] == []
 
 
-def test_an_interrupted_fetch_is_repeated(tmp_path, monkeypatch):
+def test_an_interrupted_fetch_is_repeated_and_a_finished_one_is_not(tmp_path, monkeypatch):
     def broken(folder, wanted):
         archive = write_archive(folder / ARCHIVE, *(f"transformers-1/tests/test_{n}.py" for n in range(99)), GOOD)
         archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
@@ -53,9 +48,10 @@ def test_an_interrupted_fetch_is_repeated(tmp_path, monkeypatch):
     folder = prepare.prepare(tmp_path)
     assert folder == prepare.suite_folder(tmp_path)
     assert (folder / prepare.PACKAGE / "test_modeling_common.py").is_file()
-
-
-def test_what_is_already_here_is_not_fetched_again(tmp_path, monkeypatch):
-    prepare.suite_folder(tmp_path).mkdir()
     monkeypatch.setattr(prepare, "download", None)
-    assert prepare.prepare(tmp_path) == prepare.suite_folder(tmp_path)
+    assert prepare.prepare(tmp_path) == folder
+
+
+def test_model_files_follow_every_structural_rule_of_transformers_but_the_declined_ones():
+    # Equal, not a subset: a rule that is followed after all leaves the list.
+    assert {finding["rule"] for finding in findings()} == set(DECLINED)

@@ -42,7 +42,7 @@ def address(index, checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address):
-    """The page, opened anew; `asked_for` holds the address of every request, `errors` what the page complained of."""
+    """A freshly opened page; `asked_for` has the address of every request, `errors` the page's errors."""
     page = browser.new_page(viewport={"width": 1360, "height": 900})
     page.set_default_timeout(20_000)
     page.asked_for, page.errors = [], []

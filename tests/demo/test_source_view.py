@@ -15,7 +15,7 @@ HIT = Hit(path="", line=2, name="", score=0.0, exit_layer=1, last_line=4)
 
 @pytest.fixture
 def folder(tmp_path):
-    """An indexed folder beside a secret; `known` are the paths that its index holds."""
+    """An indexed folder next to a secret; `known` are the paths in its index."""
     folder = tmp_path / "code"
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "secret.py").write_text("SECRET = 1\n")

@@ -1,62 +1,222 @@
-"""Attention: bidirectional, blind to padding, the same on every backend."""
+"""Attention: bidirectional, blind to padding, the same on every backend; texts packed into one row are kept apart."""
+
+from itertools import pairwise
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modular_star_encoder.modeling import ModularStarEncoderModel
-from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
+from modular_star_encoder.modeling import (
+    ModularStarEncoderForPreTraining,
+    ModularStarEncoderForRetrieval,
+    ModularStarEncoderForSequenceClassification,
+    ModularStarEncoderModel,
+)
+from tests.tiny import EXIT_LAYERS, run, tiny_batch, tiny_model
 
-BACKENDS = ("eager", "sdpa")
+LENGTHS = (12, 7, 11, 3, 12)
+BACKENDS = ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def embeddings(backend, batch, **changes):
-    model = tiny_model(**changes).eval()
+    model = tiny_model(**changes)
     model.set_attn_implementation(backend)
-    with torch.inference_mode():
-        return model(**batch, exit_layers=EXIT_LAYERS).exit_embeddings
+    return run(model, **batch, exit_layers=EXIT_LAYERS).exit_embeddings
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_the_first_token_sees_the_last(backend):
-    model = tiny_model(ModularStarEncoderModel).eval()
+    model, batch = tiny_model(ModularStarEncoderModel), tiny_batch(lengths=(6,))
     model.set_attn_implementation(backend)
-    batch = tiny_batch(lengths=(6,))
-    changed = {**batch, "input_ids": batch["input_ids"].clone()}
-    changed["input_ids"][0, -1] = (changed["input_ids"][0, -1] + 1) % 300
-    with torch.inference_mode():
-        before, after = (model(**inputs, exit_layer=1).last_hidden_state[0, 0] for inputs in (batch, changed))
-    assert (before - after).abs().max() > 1e-3
+    changed = batch["input_ids"].clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 300
+    before, after = (run(model, **batch | {"input_ids": ids}, exit_layer=1)[0] for ids in (batch["input_ids"], changed))
+    assert (before - after)[0, 0].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_padding_on_either_side_or_none_gives_the_same_embeddings(backend, pooling):
     left = embeddings(backend, tiny_batch("left"), pooling=pooling)
-    right = embeddings(backend, tiny_batch("right"), pooling=pooling)
-    torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
     batch = tiny_batch("right")
+    close(left, embeddings(backend, batch, pooling=pooling))
     for row, length in enumerate((12, 7, 3)):
         alone = {name: values[row : row + 1, :length] for name, values in batch.items()}
-        torch.testing.assert_close(embeddings(backend, alone, pooling=pooling)[:, 0], left[:, row], rtol=0, atol=1e-5)
+        close(embeddings(backend, alone, pooling=pooling)[:, 0], left[:, row])
     # Rows of different texts must differ, or the comparison above would say nothing.
     assert (left[:, 0] - left[:, 1]).abs().max() > 0.1
 
 
-def test_what_stands_in_the_padding_does_not_matter():
+def test_backends_agree_and_ignore_ids_in_the_padding():
     batch = tiny_batch("left")
-    noisy = {**batch, "input_ids": torch.where(batch["attention_mask"] == 1, batch["input_ids"], 77)}
-    torch.testing.assert_close(embeddings("sdpa", batch), embeddings("sdpa", noisy), rtol=0, atol=1e-6)
+    expected = embeddings("sdpa", batch)
+    noisy = torch.where(batch["attention_mask"] == 1, batch["input_ids"], 77)
+    close(embeddings("sdpa", batch | {"input_ids": noisy}), expected)
+    close(embeddings("eager", batch), expected)
 
 
-def test_backends_agree():
-    torch.testing.assert_close(embeddings("eager", tiny_batch()), embeddings("sdpa", tiny_batch()), rtol=0, atol=1e-5)
-
-
-def test_the_poolings_differ():
-    assert (embeddings("sdpa", tiny_batch()) - embeddings("sdpa", tiny_batch(), pooling="lasttoken")).abs().max() > 0.1
-
-
-def test_the_order_of_tokens_matters():
+def test_poolings_and_orders_of_tokens_differ():
     batch = tiny_batch(lengths=(6,))
-    swapped = {**batch, "input_ids": batch["input_ids"].flip(1)}
-    assert (embeddings("sdpa", batch) - embeddings("sdpa", swapped)).abs().max() > 1e-2
+    expected = embeddings("sdpa", batch)
+    assert (embeddings("sdpa", batch, pooling="lasttoken") - expected).abs().max() > 0.1
+    assert (embeddings("sdpa", batch | {"input_ids": batch["input_ids"].flip(1)}) - expected).abs().max() > 1e-2
+
+
+TEXTS = tiny_batch(lengths=LENGTHS)
+REAL = TEXTS["attention_mask"].bool()
+PACKED = TEXTS["input_ids"][REAL].unsqueeze(0)
+POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
+BOUNDS = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+# Two ways to mark the texts of a row.
+BY_POSITIONS = {"input_ids": PACKED, "position_ids": POSITIONS}
+BY_BOUNDS = {
+    "input_ids": PACKED,
+    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), BOUNDS),
+    **dict.fromkeys(("max_length_q", "max_length_k"), max(LENGTHS)),
+}
+PACKINGS = pytest.mark.parametrize("packing", [BY_POSITIONS, BY_BOUNDS], ids=["positions", "bounds"])
+
+
+def alone(model, name, dim=1, **kwargs):
+    """One output of the model for each text by itself, without padding, concatenated."""
+    rows = [ids[mask].unsqueeze(0) for ids, mask in zip(TEXTS["input_ids"], REAL, strict=True)]
+    return torch.cat([getattr(run(model, input_ids=ids, **kwargs), name) for ids in rows], dim=dim)
+
+
+@PACKINGS
+@pytest.mark.parametrize("exit_layer", EXIT_LAYERS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_texts_do_not_see_each_other(backend, exit_layer, packing):
+    model = tiny_model(ModularStarEncoderModel)
+    expected = alone(model, "last_hidden_state", exit_layer=exit_layer)
+    model.set_attn_implementation(backend)
+    close(run(model, **packing, exit_layer=exit_layer).last_hidden_state, expected)
+    # Without marks they do.
+    assert (run(model, input_ids=PACKED, exit_layer=exit_layer).last_hidden_state - expected).abs().max() > 0.1
+
+
+@PACKINGS
+@pytest.mark.parametrize(
+    ("model_class", "changes", "name"),
+    [
+        (ModularStarEncoderForRetrieval, {"pooling": "mean"}, "exit_embeddings"),
+        (ModularStarEncoderForRetrieval, {"pooling": "lasttoken"}, "exit_embeddings"),
+        (ModularStarEncoderForSequenceClassification, {}, "exit_logits"),
+        (ModularStarEncoderForPreTraining, {}, "icc_logits"),
+    ],
+)
+def test_each_packed_text_has_its_own_embedding_and_class(model_class, changes, name, packing):
+    model = tiny_model(model_class, **changes)
+    expected = alone(model, name, exit_layers=EXIT_LAYERS)
+    close(getattr(run(model, **packing, exit_layers=EXIT_LAYERS), name), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"output_hidden_states": True}], ids=["", "recorded"])
+def test_several_packed_rows_are_kept_apart_too(options):
+    one = run(tiny_model(), **BY_POSITIONS)
+    rows = PACKED.repeat(2, 1)
+    # One row of positions counts for all rows.
+    for positions in (POSITIONS, POSITIONS.repeat(2, 1)):
+        two = run(tiny_model(), input_ids=rows, position_ids=positions, **options)
+        close(two.last_hidden_state, one.last_hidden_state.repeat(2, 1, 1))
+        close(two.sentence_embedding, one.sentence_embedding.repeat(2, 1))
+        assert two.hidden_states is None or {states.shape[:2] for states in two.hidden_states} == {rows.shape}
+        assert (two.hidden_states is None) is (not options)
+
+
+def flash_attention_stand_in(module, query, key, value, attention_mask, scaling, cu_seq_lens_q=None, **kwargs):
+    """What flash attention computes from bounds, text by text."""
+    assert attention_mask is None
+    assert kwargs["max_length_q"] == kwargs["max_length_k"] == cu_seq_lens_q.diff().max()
+    assert cu_seq_lens_q.dtype == kwargs["cu_seq_lens_k"].dtype == torch.int32
+    outputs = []
+    for start, end in pairwise(cu_seq_lens_q.tolist()):
+        part = (states[:, :, start:end] for states in (query, key, value))
+        attended = torch.nn.functional.scaled_dot_product_attention(*part, scale=scaling, enable_gqa=True)
+        outputs.append(attended.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
+
+
+@pytest.mark.parametrize("inputs", [BY_POSITIONS, BY_BOUNDS, TEXTS], ids=["positions", "bounds", "unpadded"])
+def test_flash_attention_is_given_the_bounds_of_the_texts(monkeypatch, inputs):
+    """Everything but the kernel, which needs a GPU."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash_attention_stand_in)
+    expected = alone(tiny_model(), "sentence_embedding", dim=0)
+    model = tiny_model(unpad_inputs=inputs is TEXTS)
+    model.config._attn_implementation = "flash_attention_2"
+    close(run(model, **inputs).sentence_embedding, expected)
+
+
+def test_bounds_need_one_row_and_heads_a_mask_of_tokens():
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q .* \(1, N\)"):
+        run(tiny_model(), **BY_BOUNDS | {"input_ids": PACKED.repeat(2, 1)})
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(B, T\)"):
+        run(tiny_model(), input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=torch.zeros(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leaving_padding_out_changes_no_real_token_and_no_embedding(backend, padding_side):
+    batch = tiny_batch(padding_side, lengths=LENGTHS)
+    padded = run(tiny_model(), **batch, exit_layers=EXIT_LAYERS)
+    model = tiny_model(unpad_inputs=True)
+    model.set_attn_implementation(backend)
+    unpadded = run(model, **batch, exit_layers=EXIT_LAYERS)
+    real = batch["attention_mask"].bool()
+    close(unpadded.exit_embeddings, padded.exit_embeddings)
+    for ours, expected in zip(unpadded.exit_hidden_states, padded.exit_hidden_states, strict=True):
+        assert ours.shape == expected.shape
+        close(ours[real], expected[real])
+        assert not ours[~real].any()
+
+
+def test_token_wise_layers_see_real_tokens_only():
+    model, seen = tiny_model(unpad_inputs=True), []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    run(model, **TEXTS)
+    assert seen == [(1, sum(LENGTHS), 32)]
+
+
+def test_leaving_padding_out_gives_the_same_gradients():
+    gradients = []
+    for unpad_inputs in (False, True):
+        model = tiny_model(unpad_inputs=unpad_inputs, attention_dropout=0, residual_dropout=0, embedding_dropout=0)
+        model.train()(**TEXTS, exit_layers=EXIT_LAYERS).exit_embeddings[..., 0].sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
+
+
+@PACKINGS
+def test_a_causal_model_is_causal_in_every_form(packing):
+    model = tiny_model(ModularStarEncoderModel, is_causal=True)
+    expected = alone(model, "last_hidden_state")
+    close(run(model, **packing).last_hidden_state, expected)
+    changed = PACKED.clone()
+    changed[0, 5] = 7
+    difference = (run(model, **packing | {"input_ids": changed})[0] - expected).abs().amax(-1)[0]
+    assert difference[:5].max() < 1e-5 < difference[5:12].min()
+
+
+@pytest.mark.parametrize("where", ["call", "configuration"])
+def test_hidden_states_of_a_batch_without_padding_have_the_padded_shape(where):
+    call, changes = ({"output_hidden_states": place == where} for place in ("call", "configuration"))
+    model = tiny_model(ModularStarEncoderModel, unpad_inputs=True, **changes)
+    outputs = run(model, **TEXTS, **(call if where == "call" else {}))
+    assert {states.shape[:2] for states in outputs.hidden_states} == {TEXTS["input_ids"].shape}
+
+
+def test_given_positions_count_without_padding_too():
+    positions = torch.arange(max(LENGTHS))[None] * 3
+    models = (tiny_model(unpad_inputs=unpad_inputs) for unpad_inputs in (False, True))
+    close(*(run(model, **TEXTS, position_ids=positions).sentence_embedding for model in models))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("unpad_inputs", [False, True])
+def test_a_batch_of_nothing_but_padding_embeds_to_zeros_in_any_precision(unpad_inputs, dtype):
+    batch = dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(2, 5, dtype=torch.long))
+    assert not run(tiny_model(unpad_inputs=unpad_inputs).to(dtype), **batch).sentence_embedding.any()

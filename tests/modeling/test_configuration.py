@@ -1,4 +1,4 @@
-"""The configuration: what it refuses, what it reads of the published ones."""
+"""The configuration: what it refuses, and what it reads of the published ones."""
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -12,28 +12,31 @@ def test_the_defaults_are_the_papers_model():
     config = ModularStarEncoderConfig()
     assert config.exit_layers == [4, 9, 18, 27, 36]
     assert [config.exit_weight(exit_layer) for exit_layer in config.exit_layers] == [4 / 36, 0.25, 0.5, 0.75, 1.0]
-    assert config.head_dim == 64
+    assert (config.head_dim, config.projection_head, config.token_weights) == (64, "mlp", False)
     assert config.rope_parameters["rope_theta"] == 999999.4420358813
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"exit_layers": (-1, 4)}, "between 0 and num_hidden_layers=4, the last of them 4"),
-        ({"exit_layers": (1, 5)}, "between 0 and num_hidden_layers=4"),
-        ({"exit_layers": (2, 1, 4)}, "ascending"),
-        ({"exit_layers": (1, 1, 4)}, "ascending"),
-        ({"exit_layers": (1, 2)}, "the last of them 4"),
-        ({"exit_layers": ()}, "ascending"),
+        *(
+            ({"exit_layers": exits}, r"ascending .* between 0 and num_hidden_layers=4, the last of them 4")
+            for exits in ((-1, 4), (1, 5), (2, 1, 4), (1, 1, 4), (0, 0, 4), (1, 2), (0, 2), ())
+        ),
         ({"exit_layer": 3}, "its exits are 1, 2, 4"),
-        ({"exit_norm": "some"}, "must be one of last, all, none"),
+        ({"exit_norm": "some"}, r"'exit_norm'.*\n.*'last', 'all', 'none'"),
+        ({"projection_head": "none"}, r"'projection_head'.*\n.*'mlp', 'linear'"),
+        ({"pooling": "max"}, r"'pooling'.*\n.*'mean', 'lasttoken'"),
+        ({"token_weights": True, "pooling": "lasttoken"}, "'mean', not 'lasttoken'"),
+        ({"unpad_inputs": True, "pooling": "legacy"}, "unpad_inputs .* legacy"),
+        ({"logit_scale_init_value": 0.5}, "0.5 must be None or from 1 to 100"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads 3"),
         ({"num_attention_heads": 5}, "must be an even multiple of num_attention_heads 5"),
-        ({"num_attention_heads": 0}, "num_attention_heads 0 must be at least 1"),
-        ({"num_key_value_heads": 0}, "num_key_value_heads 0 must be at least 1"),
-        ({"projection_size": 0}, "projection_size 0 must be at least 1"),
-        ({"vocab_size": -1}, "vocab_size -1 must be at least 1"),
-        ({"pooling": "max"}, "must be one of mean, lasttoken"),
+        *(
+            ({name: value}, rf"'{name}'.*\n.*at least 1, got {value}")
+            for name, value in {"num_attention_heads": 0, "num_key_value_heads": 0, "projection_size": 0}.items()
+        ),
+        ({"vocab_size": -1}, r"'vocab_size'.*\n.*at least 1, got -1"),
         ({"hidden_size": "32"}, "expected int"),
         ({"parent_exit_layers": (2, 4)}, "among parent_exit_layers"),
     ],
@@ -44,16 +47,18 @@ def test_a_contradiction_is_refused_at_construction(changes, sentence):
 
 
 @pytest.mark.parametrize("name", ["hidden_act", "projection_act"])
-def test_an_unknown_activation_is_refused_with_those_there_are(name):
+def test_an_unknown_activation_is_refused_with_the_known_ones(name):
     with pytest.raises(ValueError, match=f"{name} 'leaky' must be one of .*leaky_relu"):
         tiny_model(**{name: "leaky"})
 
 
-def test_published_keys_are_read_and_not_written():
-    config = tiny_config(exit_layers=None, matryoshka_layers=[2, 4], conditional_size=7, layer_norm_eps=1e-3)
+def test_published_and_older_keys_are_read_and_not_written():
+    older = {"pooling": "cls", "learned_logit_scale": 20.0}
+    config = tiny_config(exit_layers=None, matryoshka_layers=[2, 4], conditional_size=7, layer_norm_eps=1e-3, **older)
     assert (config.exit_layers, config.exit_embedding_size, config.norm_epsilon) == ([2, 4], 7, 1e-3)
+    assert (config.pooling, config.logit_scale_init_value) == ("lasttoken", 20.0)
     written = config.to_dict()
-    assert not {"matryoshka_layers", "conditional_size", "layer_norm_eps"} & set(written)
+    assert not {"matryoshka_layers", "conditional_size", "layer_norm_eps", "learned_logit_scale"} & set(written)
 
 
 def test_a_configuration_survives_saving(tmp_path):
@@ -62,4 +67,3 @@ def test_a_configuration_survives_saving(tmp_path):
     again = AutoConfig.from_pretrained(tmp_path)
     assert type(again) is ModularStarEncoderConfig
     assert again.to_json_string() == config.to_json_string()
-    assert (again.exit_norm, again.exit_layers) == ("all", [1, 2, 4])

@@ -1,166 +1,333 @@
-"""Exits: what runs, what comes out, and that a cut model is the full one's beginning."""
+"""Exits: what runs, what comes out, and that a cut model is the beginning of the full one. Exit 0 and token weights."""
 
-import copy
+import json
+from itertools import pairwise
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM
+from sentence_transformers import SentenceTransformer
+from torch import nn
+from transformers import AutoModel
 
+from modular_star_encoder.inference.checkpoints import check_servable, is_servable, save_retrieval_checkpoint
+from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import (
+    ModularStarEncoderConfig,
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
     ModularStarEncoderForSequenceClassification,
     ModularStarEncoderModel,
 )
-from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_config, tiny_model
+from tests.errors import raises
+from tests.tiny import EXIT_LAYERS, VOCAB_SIZE, run, tiny_batch, tiny_config, tiny_model
+
+# The form of `mose-code`; the default form is the published models'.
+ZERO = {
+    "exit_layers": (0, 1, 2, 4),
+    "exit_norm": "none",
+    "projection_head": "linear",
+    "projection_order": "pool_then_project",
+    "token_weights": True,
+}
+EXITS = ZERO["exit_layers"]
+NO_DROPOUT = {"attention_dropout": 0, "residual_dropout": 0, "embedding_dropout": 0}
 
 
-def executed_layers(model, **arguments):
-    """How many layers a forward pass ran."""
-    calls = []
-    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in model.model.layers]
-    with torch.inference_mode():
-        model(**tiny_batch(), **arguments)
-    for hook in hooks:
-        hook.remove()
-    return len(calls)
+def zero_model(model_class=ModularStarEncoderForRetrieval, **changes):
+    """A model with exit 0 and random token weights; one entry of the vocabulary in ten has weight 0."""
+    model = tiny_model(model_class, **ZERO | changes).eval()
+    weights = getattr(model, "model", model).token_weights
+    if weights is not None:
+        with torch.no_grad():
+            weights.weight.copy_(torch.rand(VOCAB_SIZE, 1, generator=torch.Generator().manual_seed(2)) * 4)
+            weights.weight[::10] = 0
+    return model
 
 
-@pytest.mark.parametrize("exit_layer", EXIT_LAYERS)
-def test_a_forward_runs_exactly_exit_layer_layers(model, exit_layer):
-    assert executed_layers(model, exit_layer=exit_layer) == exit_layer
+def close(got, expected):
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_several_exits_cost_one_pass_to_the_deepest(model):
-    assert executed_layers(model, exit_layers=(1, 2)) == 2
-    assert executed_layers(model) == 4
-
-
-def test_one_pass_gives_every_exit_bit_for_bit(model):
-    with torch.inference_mode():
-        together = model(**tiny_batch(), exit_layers=EXIT_LAYERS).exit_embeddings
-        alone = [model(**tiny_batch(), exit_layer=exit_layer).sentence_embedding for exit_layer in EXIT_LAYERS]
-    assert torch.equal(together, torch.stack(alone))
-    assert not torch.allclose(together[0], together[1], atol=1e-2)
-
-
-def test_exits_come_shallowest_first_whatever_the_order_asked_for(model):
-    with torch.inference_mode():
-        ascending = model(**tiny_batch(), exit_layers=(1, 4)).exit_embeddings
-        descending = model(**tiny_batch(), exit_layers=(4, 1)).exit_embeddings
-    assert torch.equal(ascending, descending)
-
-
-@pytest.mark.parametrize("exit_norm", ["last", "all", "none"])
-@pytest.mark.parametrize("exit_layer", EXIT_LAYERS)
-def test_a_model_cut_at_load_equals_the_full_one_bit_for_bit(tmp_path, exit_norm, exit_layer):
-    full = tiny_model(exit_norm=exit_norm).eval()
-    full.save_pretrained(tmp_path)
-    cut, report = AutoModel.from_pretrained(tmp_path, exit_layer=exit_layer, output_loading_info=True)
-    with torch.inference_mode():
-        for shallower in [exit for exit in EXIT_LAYERS if exit <= exit_layer]:
-            expected = full(**tiny_batch(), exit_layer=shallower).sentence_embedding
-            assert torch.equal(cut(**tiny_batch(), exit_layer=shallower).sentence_embedding, expected)
-    assert not any(report.values()), report
-    assert len(cut.model.layers) == cut.config.num_hidden_layers == exit_layer
-    assert cut.config.exit_layer is None
-
-
-def test_the_final_norm_applies_where_the_configuration_says():
-    states = {}
-    for exit_norm in ("last", "all", "none"):
-        model = tiny_model(ModularStarEncoderModel, exit_norm=exit_norm).eval()
-        with torch.inference_mode():
-            output = model(**tiny_batch(), exit_layers=EXIT_LAYERS, output_residual_states=True)
-        pairs = zip(output.exit_hidden_states, output.residual_states, strict=True)
-        states[exit_norm] = [not torch.equal(exit_state, residual) for exit_state, residual in pairs]
-    assert states == {"last": [False, False, True], "all": [True, True, True], "none": [False, False, False]}
-
-
-@pytest.mark.parametrize("exit_norm", ["last", "all"])
-@pytest.mark.parametrize("exit_layer", EXIT_LAYERS)
-@pytest.mark.parametrize("model_class", [ModularStarEncoderModel, ModularStarEncoderForRetrieval])
-def test_a_slice_in_memory_equals_the_full_model_bit_for_bit_and_shares_its_weights(model_class, exit_layer, exit_norm):
-    full = tiny_model(model_class, exit_norm=exit_norm).eval()
-    cut = full.slice(exit_layer)
-    assert cut.config.num_hidden_layers == exit_layer
-    with torch.inference_mode():
-        for shallower in [exit for exit in EXIT_LAYERS if exit <= exit_layer]:
-            expected = full(**tiny_batch(), exit_layer=shallower)[0]
-            assert torch.equal(cut(**tiny_batch(), exit_layer=shallower)[0], expected)
-    assert cut.get_input_embeddings().weight is full.get_input_embeddings().weight
-    with pytest.raises(ValueError, match=r"its exits are 1, 2, 4\."):
-        full.slice(3)
+def equal(got, expected):
+    torch.testing.assert_close(got, expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
-    "model_class",
-    [ModularStarEncoderForPreTraining, ModularStarEncoderForSequenceClassification, ModularStarEncoderModel],
+    ("arguments", "layers"),
+    [
+        *(({"exit_layer": exit_layer}, exit_layer) for exit_layer in EXITS),
+        ({"exit_layers": (1, 2)}, 2),
+        ({"exit_layers": (0, 2)}, 2),
+        ({}, 4),
+    ],
 )
-def test_every_head_can_be_cut_at_load(tmp_path, model_class):
-    full = tiny_model(model_class).eval()
+def test_a_forward_runs_the_layers_up_to_the_deepest_exit(arguments, layers):
+    model, calls = zero_model(), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    run(model, **tiny_batch(), **arguments)
+    assert len(calls) == layers
+
+
+@pytest.mark.parametrize("unpad_inputs", [False, True])
+@pytest.mark.parametrize("form", [{"exit_layers": EXIT_LAYERS}, ZERO], ids=["published", "zero"])
+def test_one_pass_gives_every_exit_bit_for_bit_shallowest_first(form, unpad_inputs):
+    model, exits = tiny_model(**form, unpad_inputs=unpad_inputs), form["exit_layers"]
+    together = run(model, **tiny_batch(), exit_layers=exits[::-1]).exit_embeddings
+    equal(together, torch.stack([run(model, **tiny_batch(), exit_layer=exit).sentence_embedding for exit in exits]))
+    assert all(not torch.allclose(first, second, atol=1e-2) for first, second in pairwise(together))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "form"),
+    [
+        *((ModularStarEncoderForRetrieval, {"exit_norm": exit_norm}) for exit_norm in ("last", "all", "none")),
+        (ModularStarEncoderForRetrieval, ZERO),
+        (ModularStarEncoderModel, {"exit_norm": "last"}),
+        (ModularStarEncoderModel, {"exit_norm": "all"}),
+        (ModularStarEncoderForPreTraining, {}),
+        (ModularStarEncoderForSequenceClassification, {}),
+    ],
+)
+def test_slices_and_cuts_equal_the_full_model_bit_for_bit(tmp_path, model_class, form):
+    full = zero_model() if form is ZERO else tiny_model(model_class, **form)
     full.save_pretrained(tmp_path)
-    cut, report = model_class.from_pretrained(tmp_path, exit_layer=2, output_loading_info=True)
-    assert not any(report.values()), report
-    with torch.inference_mode():
-        expected, got = full(**tiny_batch(), exit_layer=2)[0], cut(**tiny_batch())[0]
-    assert torch.equal(expected, got)
-
-
-def test_a_cut_model_keeps_its_parents_depth_exits_and_embedding_rows(tmp_path):
-    tiny_model(ModularStarEncoderForPreTraining).save_pretrained(tmp_path)
-    cut = AutoModelForMaskedLM.from_pretrained(tmp_path, exit_layer=2)
-    cut.save_pretrained(tmp_path / "again")
-    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "again").config
-    assert again.exit_layers == [1, 2]
-    assert (again.parent_num_hidden_layers, list(again.parent_exit_layers)) == (4, [1, 2, 4])
-    assert again.exit_weight(2) == 2 / 4
-    assert again.exit_index(2) == 1
-    assert again.num_hidden_layers == 2
+    exits = list(full.config.exit_layers)
+    for exit_layer in exits:
+        cut, report = model_class.from_pretrained(tmp_path, exit_layer=exit_layer, output_loading_info=True)
+        assert not any(report.values()), report
+        cut.save_pretrained(tmp_path / "again")
+        sliced, again = full.slice(exit_layer), model_class.from_pretrained(tmp_path / "again")
+        assert sliced.get_input_embeddings().weight is full.get_input_embeddings().weight
+        kept = [exit for exit in exits if exit <= exit_layer]
+        expected = run(full, **tiny_batch(), exit_layers=kept).to_tuple()
+        for model in (sliced, cut, again):
+            assert len(getattr(model, "model", model).layers) == model.config.num_hidden_layers == exit_layer
+            assert model.config.exit_layer is None
+            assert list(model.config.exit_layers) == kept
+            equal(run(model, **tiny_batch(), exit_layers=kept).to_tuple(), expected)
+            # Rows of the exit embedding and loss weights refer to the parent.
+            assert list(model.config.parent_exit_layers) == exits
+            assert model.config.exit_weight(exit_layer) == exit_layer / 4
+            assert model.config.exit_index(exit_layer) == exits.index(exit_layer)
 
 
 def test_cutting_does_not_change_the_callers_configuration():
     config = tiny_config(exit_layer=2)
-    before = copy.deepcopy(config.to_dict())
-    model = ModularStarEncoderForRetrieval(config)
-    assert config.to_dict() == before
-    assert len(model.model.layers) == 2
+    before = config.to_json_string()
+    assert len(ModularStarEncoderForRetrieval(config).model.layers) == 2
+    assert config.to_json_string() == before
+
+
+@pytest.mark.parametrize(
+    ("exit_norm", "normed"), [("last", [False, False, False, True]), ("all", [True] * 4), ("none", [False] * 4)]
+)
+def test_the_final_norm_applies_where_the_configuration_says(exit_norm, normed):
+    model = tiny_model(ModularStarEncoderModel, exit_layers=EXITS, exit_norm=exit_norm)
+    output = run(model, **tiny_batch(), exit_layers=EXITS, output_residual_states=True)
+    pairs = zip(output.exit_hidden_states, output.residual_states, strict=True)
+    assert [not torch.equal(exit_state, residual) for exit_state, residual in pairs] == normed
+    static = model.slice(0)
+    equal(run(static, **tiny_batch()).last_hidden_state, output.exit_hidden_states[0])
+    assert static.config.exit_norm == ("all" if exit_norm == "all" else "none")
 
 
 @pytest.mark.parametrize("exit_norm", ["last", "all"])
-def test_a_deeper_exit_resumes_from_a_shallower_ones_states_bit_for_bit(exit_norm):
-    trunk = tiny_model(ModularStarEncoderModel, exit_norm=exit_norm).eval()
-    batch = tiny_batch()
-    with torch.inference_mode():
-        straight = trunk(**batch).last_hidden_state
-        shallow = trunk(**batch, exit_layer=2, output_residual_states=True).residual_states[-1]
-        resumed = trunk(inputs_embeds=shallow, attention_mask=batch["attention_mask"], start_layer=2)
-    assert torch.equal(straight, resumed.last_hidden_state)
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_deeper_exit_resumes_from_a_shallower_ones_states_bit_for_bit(start, exit_norm):
+    trunk, batch = tiny_model(ModularStarEncoderModel, exit_layers=EXITS, exit_norm=exit_norm), tiny_batch()
+    states = run(trunk, **batch, exit_layer=start, output_residual_states=True).residual_states[-1]
+    resumed = run(trunk, inputs_embeds=states, attention_mask=batch["attention_mask"], start_layer=start)
+    equal(resumed.last_hidden_state, run(trunk, **batch).last_hidden_state)
 
 
-def test_resuming_needs_states_and_a_deeper_exit(model):
-    with pytest.raises(ValueError, match="start_layer 2 needs inputs_embeds, and exits deeper than it"):
-        model.model(**tiny_batch(), start_layer=2)
-    with pytest.raises(ValueError, match="exits deeper"):
-        model.model(inputs_embeds=torch.zeros(1, 3, 32), start_layer=2, exit_layer=2)
+STATES = {"input_ids": None, "inputs_embeds": torch.zeros(3, 12, 32)}
 
 
-@pytest.mark.parametrize("arguments", [{"exit_layer": 3}, {"exit_layers": (1, 3)}, {"exit_layer": 0}])
-def test_an_exit_that_does_not_exist_is_refused_with_those_that_do(model, arguments):
-    with pytest.raises(ValueError, match=r"exit_layer (3|0) is not an exit of this model; its exits are 1, 2, 4\."):
-        model(**tiny_batch(), **arguments)
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"exit_layer": 3}, r"exit_layer 3 .* 1, 2, 4\."),
+        ({"exit_layers": (1, 3)}, r"exit_layer 3 .* 1, 2, 4\."),
+        ({"exit_layer": 0}, r"exit_layer 0 .* 1, 2, 4\."),
+        ({"exit_layer": 1, "exit_layers": (1,)}, "exit_layer or exit_layers"),
+        ({"exit_layers": ()}, "at least one exit"),
+        ({"input_ids": None}, "input_ids and inputs_embeds"),
+        (STATES | {"input_ids": torch.ones(3, 12)}, "input_ids and inputs_embeds"),
+        ({"start_layer": 2}, "start_layer 2 needs inputs_embeds"),
+        (STATES | {"start_layer": 2, "exit_layer": 2}, r"start_layer 2 .*\(2,\)"),
+        (STATES | {"start_layer": 1, "exit_layers": (1, 2)}, r"start_layer 1 .*\(1, 2\)"),
+    ],
+)
+def test_arguments_that_contradict_the_model_or_each_other_are_refused(model, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        model(**tiny_batch() | arguments)
 
 
-def test_an_exit_that_does_not_exist_is_refused_at_load(tmp_path, model):
+def test_an_exit_that_does_not_exist_is_refused_by_slices_and_at_load(tmp_path, model):
     model.save_pretrained(tmp_path)
-    with pytest.raises(Exception, match=r"exit_layer 3 is not an exit of this model; its exits are 1, 2, 4\."):
-        AutoModel.from_pretrained(tmp_path, exit_layer=3)
+    for cut in (model.slice, lambda exit_layer: AutoModel.from_pretrained(tmp_path, exit_layer=exit_layer)):
+        with pytest.raises(Exception, match=r"exit_layer 3 .* 1, 2, 4\."):
+            cut(3)
 
 
-def test_contradicting_arguments_are_refused(model):
-    with pytest.raises(ValueError, match="either exit_layer or exit_layers"):
-        model(**tiny_batch(), exit_layer=1, exit_layers=(1,))
-    with pytest.raises(ValueError, match="at least one exit"):
-        model(**tiny_batch(), exit_layers=())
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
-        model()
+def test_embeddings_are_linear_heads_of_means_weighted_by_token():
+    model, batch = zero_model(), tiny_batch()
+    output = run(model, **batch, exit_layers=EXITS)
+    equal(output.exit_hidden_states[0], model.model.embed_tokens(batch["input_ids"]).detach())
+    mask = batch["attention_mask"].bool()
+    for place, exit_layer in enumerate(EXITS):
+        head = model.projection_heads[str(exit_layer)].dense
+        for row, ids in enumerate(batch["input_ids"]):
+            weights = model.model.token_weights.weight[ids[mask[row]]].double()
+            states = output.exit_hidden_states[place][row][mask[row]].double()
+            projected = head.weight.double() @ ((weights * states).sum(0) / weights.sum()) + head.bias.double()
+            close(output.exit_embeddings[place, row], nn.functional.normalize(projected, dim=0).float())
+
+
+@pytest.mark.parametrize("exits", [EXITS, (0,)])
+def test_weighted_means_do_not_depend_on_padding_or_packing(exits):
+    model, batch = zero_model(), tiny_batch("left")
+    expected = run(model, **batch, exit_layers=exits)
+    for unpad_inputs in (False, True):
+        output = run(zero_model(unpad_inputs=unpad_inputs), **tiny_batch("right"), exit_layers=exits)
+        close(output.exit_embeddings, expected.exit_embeddings)
+    mask = batch["attention_mask"].bool()
+    lengths = mask.sum(1)
+    flat, positions = batch["input_ids"][mask], torch.cat([torch.arange(length) for length in lengths])
+    bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    for rows, marks in (
+        (1, {"cu_seq_lens_q": bounds}),
+        *((n, {"position_ids": positions.repeat(n, 1)}) for n in (1, 2)),
+    ):
+        packed = run(model, input_ids=flat.repeat(rows, 1), **marks, exit_layers=exits)
+        close(packed.exit_embeddings, expected.exit_embeddings.repeat(1, rows, 1))
+        tokens = expected.last_hidden_state[mask].repeat(rows, 1, 1)
+        torch.testing.assert_close(packed.last_hidden_state.view_as(tokens), tokens, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["pool_then_project", "project_then_pool"])
+def test_the_plain_mean_of_last_hidden_state_is_the_embedding(order):
+    model, batch = zero_model(projection_order=order), tiny_batch()
+    mask = batch["attention_mask"].unsqueeze(-1)
+    for exit_layer in EXITS:
+        output = run(model, **batch, exit_layer=exit_layer)
+        mean = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+        close(nn.functional.normalize(mean, dim=1), output.sentence_embedding)
+
+
+@pytest.mark.parametrize("unpad_inputs", [False, True])
+def test_exit_0_trains_the_table_the_weights_and_its_head_alone(unpad_inputs):
+    model = zero_model(unpad_inputs=unpad_inputs, **NO_DROPOUT).train()
+    model(**tiny_batch(), exit_layer=0).sentence_embedding[:, 0].sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    head = {"projection_heads.0.dense.weight", "projection_heads.0.dense.bias"}
+    assert trained == {"model.embed_tokens.weight", "model.token_weights.weight"} | head
+    model(**tiny_batch(), exit_layers=EXITS).exit_embeddings[..., 0].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_weight_never_counts_below_zero_and_can_come_back():
+    model, batch = zero_model(), tiny_batch()
+    token = int(batch["input_ids"][2, -1])
+    weight = model.model.token_weights.weight
+    with torch.no_grad():
+        weight[token] = 0.0
+        zero = model(**batch, exit_layer=0).sentence_embedding
+        weight[token] = -1.0
+        equal(model(**batch, exit_layer=0).sentence_embedding, zero)
+    embedding = model(**batch, exit_layer=0).sentence_embedding[2]
+    directions = []
+    for sign in (1, -1):
+        weight.grad = None
+        (sign * embedding[0]).backward(retain_graph=True)
+        directions.append(float(weight.grad[token]))
+    # The step that raises the weight is kept, the one that lowers it further is not.
+    assert min(directions) < 0.0 == max(directions)
+
+
+def test_new_weights_are_1_and_give_the_plain_mean(tmp_path):
+    weighted, plain = tiny_model(**ZERO), tiny_model(**ZERO | {"token_weights": False})
+    plain.load_state_dict({n: t for n, t in weighted.state_dict().items() if "token_weights" not in n})
+    close(*(run(model, **tiny_batch(), exit_layers=EXITS).exit_embeddings for model in (weighted, plain)))
+    tiny_model(ModularStarEncoderModel, exit_layers=EXITS).save_pretrained(tmp_path)
+    changes = {"token_weights": True, "projection_head": "linear"}
+    fresh, report = ModularStarEncoderForRetrieval.from_pretrained(tmp_path, output_loading_info=True, **changes)
+    assert "model.token_weights.weight" in report["missing_keys"]
+    assert all((model.model.token_weights.weight == 1).all() for model in (weighted, fresh))
+
+
+def test_new_tokens_have_weight_1(tmp_path):
+    model = zero_model()
+    before = run(model, **tiny_batch(), exit_layer=0).sentence_embedding
+    old = model.model.token_weights.weight.detach().clone()
+    model.resize_token_embeddings(VOCAB_SIZE + 5, mean_resizing=False)
+    equal(model.model.token_weights.weight.detach(), torch.cat((old, torch.ones(5, 1))))
+    equal(run(model, **tiny_batch(), exit_layer=0).sentence_embedding, before)
+    model.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).model.token_weights.weight.shape == (VOCAB_SIZE + 5, 1)
+    model.resize_token_embeddings(VOCAB_SIZE - 5)
+    assert model.model.token_weights.weight.shape == (VOCAB_SIZE - 5, 1)
+
+
+def test_embeddings_in_place_of_ids_have_no_weights():
+    states = zero_model().model.embed_tokens(tiny_batch()["input_ids"])
+    with pytest.raises(ValueError, match="input_ids instead of inputs_embeds"):
+        zero_model()(inputs_embeds=states, exit_layer=0)
+    assert zero_model(token_weights=False)(inputs_embeds=states, exit_layer=0).sentence_embedding.shape == (3, 16)
+
+
+@pytest.mark.parametrize("unpad_inputs", [False, True])
+@pytest.mark.parametrize("length", [0, 5])
+def test_a_text_without_tokens_embeds_to_zeros(length, unpad_inputs):
+    nothing = torch.zeros(2, length, dtype=torch.long)
+    output = run(zero_model(unpad_inputs=unpad_inputs), input_ids=nothing, attention_mask=nothing, exit_layers=EXITS)
+    equal(output.exit_embeddings, torch.zeros(4, 2, 16))
+
+
+def test_float16_is_close_to_float32():
+    exact = run(zero_model(), **tiny_batch(), exit_layers=EXITS).exit_embeddings
+    half = run(zero_model().half(), **tiny_batch(), exit_layers=EXITS).exit_embeddings
+    assert half.dtype == torch.float16
+    assert nn.functional.cosine_similarity(exact, half.float(), dim=-1).min() > 0.999
+
+
+@pytest.mark.parametrize("order", ["pool_then_project", "project_then_pool"])
+def test_a_saved_model_is_a_sentence_transformer_with_the_models_own_embeddings(tmp_path, tokenizer, order):
+    model = zero_model(projection_order=order)
+    save_retrieval_checkpoint(model, tokenizer, tmp_path / "saved")
+    texts = ["def add(first, second):", "return", "first + second\n" * 5]
+    stock = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert [type(module).__name__ for module in stock] == ["Transformer", "Pooling", "Normalize"]
+    for exit_layer, own in encode_exits(model, tokenizer, texts, progress=False).items():
+        close(torch.tensor(stock.encode(texts, exit_layer=exit_layer)), torch.tensor(own))
+
+
+@pytest.mark.parametrize("changes", [{"projection_head": "mlp"}, {"pooling": "lasttoken", "token_weights": False}])
+def test_only_a_linear_head_and_a_mean_can_change_places(changes):
+    config = tiny_config(**ZERO | changes)
+    assert not is_servable(config)
+    with raises("checkpoint.not_servable", "projection_order='pool_then_project'"):
+        check_servable(config)
+
+
+def test_a_configuration_resolves_cuts_and_weighs_exit_0():
+    assert tiny_config(num_hidden_layers=0, exit_layers=(0,), exit_norm="last").has_norm_at(0)
+    config = tiny_config(**ZERO)
+    assert config.resolve_exits(0) == (0,)
+    assert config.resolve_exits(exit_layers=(2, 0)) == (0, 2)
+    cut = config.cut(0)
+    assert (cut.num_hidden_layers, cut.exit_layers, cut.resolve_exits(), cut.exit_weight(0)) == (0, [0], (0,), 0)
+    assert ModularStarEncoderConfig(num_hidden_layers=0).exit_layers == [0]
+
+
+def test_checkpoints_from_before_exit_0_load_as_they_were(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    for name in ("projection_head", "token_weights"):
+        del written[name]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    old, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    equal(run(old, **tiny_batch())[0], run(tiny_model(), **tiny_batch())[0])
+    assert not any("token_weights" in name for name in old.state_dict())

@@ -53,15 +53,7 @@ VARIANT = {
 
 
 def write_stand_in(
-    folder,
-    kind,
-    *,
-    seed=0,
-    dtype=torch.bfloat16,
-    cut_head_index=0,
-    config_depth="full",
-    listed=("conditional_size",),
-    **options,
+    folder, kind, *, seed=0, dtype=torch.bfloat16, cut_head_index=0, depth=None, listed=("conditional_size",), **options
 ):
     """Write a repository and return its folder.
 
@@ -72,7 +64,7 @@ def write_stand_in(
         seed: of the weights.
         dtype: of the weights, and `torch_dtype` of the configuration.
         cut_head_index: number that a cut repository gives to its only head.
-        config_depth: whether `num_hidden_layers` of a cut repository's configuration is the "full" depth or the "cut".
+        depth: `num_hidden_layers` of the configuration; by default the full depth, in a cut repository too.
         listed: keys of config.json that are written as a list of one value.
         options: keys of `SHAPE` and `VARIANT`.
     """
@@ -82,7 +74,22 @@ def write_stand_in(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shape = SHAPE | {key: value for key, value in options.items() if key in SHAPE}
-    variant = VARIANT | {key: value for key, value in options.items() if key in VARIANT}
+    variant = describe_variant(kind, shape, cut_head_index, options)
+    tokenizer = write_tokenizer(folder, shape["max_position_embeddings"])
+    variant["sep_token_id"] = tokenizer.sep_token_id
+    shape["vocab_size"] = len(tokenizer) + 1  # the last row of the published embedding has no token either
+    for source in sorted(REMOTE_CODE.glob("*.py")):
+        text = source.read_text(encoding="utf-8").replace("\nVARIANT = {}\n", f"\nVARIANT = {variant!r}\n")
+        (folder / source.name).write_text(text, encoding="utf-8")
+    tensors = {name: _random(name, size, variant, seed, dtype) for name, size in tensor_shapes(shape, variant).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_config(folder, shape | ({"num_hidden_layers": depth} if depth else {}), dtype, listed)
+    return folder
+
+
+def describe_variant(kind, shape=SHAPE, cut_head_index=0, options=None):
+    """`VARIANT` with the changes in `options`, and the exits and heads of a repository of this kind."""
+    variant = VARIANT | {key: value for key, value in (options or {}).items() if key in VARIANT}
     exits = list(shape["matryoshka_layers"])
     name, _, cut_at = kind.partition("-")
     variant |= {"kind": name, "exit_layers": exits, "head_indices": list(range(len(exits)))}
@@ -90,15 +97,7 @@ def write_stand_in(
         variant |= {"kind": "cut", "exit_layers": [int(cut_at)], "head_indices": [cut_head_index]}
     if variant["exit_layers"][-1] == exits[-1]:
         variant["final_norm"] = "applied"
-    tokenizer = write_tokenizer(folder, shape["max_position_embeddings"])
-    variant["sep_token_id"] = tokenizer.sep_token_id
-    shape["vocab_size"] = len(tokenizer) + 1  # the last row of the published embedding has no token either
-    write_code(folder, variant)
-    save_file(stand_in_tensors(shape, variant, seed, dtype), folder / "model.safetensors", metadata={"format": "pt"})
-    if cut_at and config_depth == "cut":
-        shape["num_hidden_layers"] = int(cut_at)
-    write_config(folder, shape, dtype, listed)
-    return folder
+    return variant
 
 
 def own_code(folder):
@@ -135,29 +134,19 @@ def write_tokenizer(folder, max_length):
     )
     backend.train_from_iterator(texts * 2, trainer)
     backend.add_special_tokens([AddedToken(token, special=True) for token in (SEP, CLS, MASK)])
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)
+    names |= {"sep_token": SEP, "cls_token": CLS, "mask_token": MASK}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT),
-        sep_token=SEP,
-        cls_token=CLS,
-        mask_token=MASK,
-        padding_side="left",
-        model_max_length=max_length,
+        tokenizer_object=backend, **names, padding_side="left", model_max_length=max_length
     )
     tokenizer.save_pretrained(folder)
+    # The published repositories have the files of older tokenizers too.
     added = {token: tokenizer.convert_tokens_to_ids(token) for token in (SEP, CLS, MASK)}
-    _write_json(folder / "added_tokens.json", added)
     special = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
-    _write_json(folder / "special_tokens_map.json", special)
+    for name, content in (("added_tokens", added), ("special_tokens_map", special)):
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     backend.model.save(str(folder))  # vocab.json and merges.txt
     return tokenizer
-
-
-def write_code(folder, variant):
-    """Both code files; the model's carries its variant."""
-    for source in sorted(REMOTE_CODE.glob("*.py")):
-        text = source.read_text(encoding="utf-8").replace("\nVARIANT = {}\n", f"\nVARIANT = {variant!r}\n")
-        (folder / source.name).write_text(text, encoding="utf-8")
 
 
 def write_config(folder, shape, dtype, listed):
@@ -190,80 +179,59 @@ def write_config(folder, shape, dtype, listed):
         "use_cache": False,
         **shape,
     }
-    for key in listed:
-        config[key] = [config[key]]
-    _write_json(folder / "config.json", config)
+    config |= {key: [config[key]] for key in listed}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def stand_in_tensors(shape, variant, seed, dtype):
-    """Every tensor of the repository under its published name; large enough that each of them tells in the outputs."""
-    hidden, depth = shape["hidden_size"], variant["exit_layers"][-1]
-    shapes = {"starEncoder2.embed_tokens.weight": (shape["vocab_size"], hidden)}
-    for index in range(depth):
-        shapes |= {f"starEncoder2.layers.{index}.{name}": size for name, size in _layer_shapes(shape).items()}
-    if variant["final_norm"] != "absent":
-        shapes |= _affine("starEncoder2.norm", hidden)
-    if variant["kind"] == "pretrained":
-        shapes |= _pretraining_shapes(shape, variant)
-    tensors = {name: _random(name, size, seed, dtype) for name, size in shapes.items()}
-    if variant["kind"] != "pretrained":
-        owner = "starEncoder2.module" if variant["module_prefix"] else "starEncoder2"
-        for index, exit_layer in zip(variant["head_indices"], variant["exit_layers"], strict=True):
-            for name, size in (_linear("0", hidden, hidden) | _linear("2", hidden, hidden)).items():
-                # Drawn by exit, not by number: the head of a cut repository is the one that the full model has there.
-                # Divided, so that some embeddings are shorter than 1 before they are normalised, and others longer.
-                value = _random(f"head of exit {exit_layer} {name}", size, seed, dtype) / 3
-                tensors[f"{owner}.projection_heads.{index}.{name}"] = value
-    return tensors
-
-
-def _layer_shapes(shape):
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+def tensor_shapes(shape, variant):
+    """Published names → shapes of every tensor of a repository."""
+    hidden, inner, vocabulary = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
     grouped = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    return (
-        _linear("self_attn.q_proj", hidden, hidden)
-        | _linear("self_attn.k_proj", hidden, grouped)
-        | _linear("self_attn.v_proj", hidden, grouped)
-        | _linear("self_attn.o_proj", hidden, hidden)
-        | _linear("mlp.c_fc", hidden, inner)
-        | _linear("mlp.c_proj", inner, hidden)
-        | _affine("input_layernorm", hidden)
-        | _affine("post_attention_layernorm", hidden)
-    )
-
-
-def _pretraining_shapes(shape, variant):
-    hidden, vocabulary, heads = shape["hidden_size"], shape["vocab_size"], variant["heads"]
-    width = hidden + shape["conditional_size"]
-    shapes = (
-        _linear(f"{heads}.predictions.transform.dense", width, width)
-        | _affine(f"{heads}.predictions.transform.{variant['transform_norm']}", width)
-        | _linear(f"{heads}.seq_relationship", width, 2)
-        | _linear(f"{heads}.pooler.dense" if variant["pooler_in_heads"] else "pooler.dense", hidden, hidden)
-        | {
-            f"{heads}.predictions.decoder.weight": (vocabulary, width),
-            f"{heads}.conditional_embeddings.weight": (variant["conditional_rows"], shape["conditional_size"]),
+    layer = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (grouped, hidden),
+        "self_attn.v_proj": (grouped, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.c_fc": (inner, hidden),
+        "mlp.c_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    depth = variant["exit_layers"][-1]
+    weights = {f"starEncoder2.layers.{index}.{name}": size for index in range(depth) for name, size in layer.items()}
+    if variant["final_norm"] != "absent":
+        weights["starEncoder2.norm"] = (hidden,)
+    shapes = {"starEncoder2.embed_tokens.weight": (vocabulary, hidden)}
+    if variant["kind"] == "pretrained":
+        heads, width = variant["heads"], hidden + shape["conditional_size"]
+        weights |= {
+            f"{heads}.predictions.transform.dense": (width, width),
+            f"{heads}.predictions.transform.{variant['transform_norm']}": (width,),
+            f"{heads}.seq_relationship": (2, width),
+            f"{heads}.pooler.dense" if variant["pooler_in_heads"] else "pooler.dense": (hidden, hidden),
         }
-    )
-    if variant["vocabulary_bias"]:
-        shapes[f"{heads}.{variant['vocabulary_bias']}"] = (vocabulary,)
+        shapes[f"{heads}.predictions.decoder.weight"] = (vocabulary, width)
+        shapes[f"{heads}.conditional_embeddings.weight"] = (variant["conditional_rows"], shape["conditional_size"])
+        if variant["vocabulary_bias"]:
+            shapes[f"{heads}.{variant['vocabulary_bias']}"] = (vocabulary,)
+    else:
+        owner = "starEncoder2.module" if variant["module_prefix"] else "starEncoder2"
+        places = [f"{owner}.projection_heads.{index}.{place}" for index in variant["head_indices"] for place in (0, 2)]
+        weights |= dict.fromkeys(places, (hidden, hidden))
+    for name, size in weights.items():
+        shapes |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
     return shapes
 
 
-def _linear(name, inputs, outputs):
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def _affine(name, size):
-    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
-
-
-def _random(name, size, seed, dtype):
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    values = torch.randn(size, generator=generator) * 0.2
+def _random(name, size, variant, seed, dtype):
+    """Values large enough that every tensor changes the outputs; by name, so that repositories share them."""
+    scale = 0.2
+    if ".projection_heads." in name:
+        # By exit, not by number: the head of a cut repository is the full model's. Some embeddings are shorter than 1
+        # before normalisation, others longer.
+        index, place = name.split(".projection_heads.")[1].split(".", 1)
+        name = f"head of exit {variant['exit_layers'][variant['head_indices'].index(int(index))]} {place}"
+        scale /= 3
+    values = torch.randn(size, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))) * scale
     is_norm_weight = len(size) == 1 and name.endswith(".weight")
     return (values + 1 if is_norm_weight else values).to(dtype)
-
-
-def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ SIZE = 60
 
 @pytest.fixture
 def cascade(monkeypatch):
-    """The module, gone from `sys.modules` afterwards with those beside it."""
+    """The module; afterwards it and the modules of its folder leave `sys.modules`."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     before = set(sys.modules)
     import cascade

@@ -127,7 +127,7 @@ def test_the_index_does_not_index_itself(tmp_path, checkpoint):
     assert (report.files, report.rows) == (1, 1)
 
 
-def test_files_left_beside_an_index_do_it_no_harm(tmp_path, code, checkpoint):
+def test_files_next_to_an_index_do_not_harm_it(tmp_path, code, checkpoint):
     build(code, tmp_path / "index", checkpoint)
     for name in (".DS_Store", ".margins.json.123.tmp"):
         (tmp_path / "index" / name).write_text("{")

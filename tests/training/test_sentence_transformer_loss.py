@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused(model, checkpoint, tmp_path):
         MultiExitContrastiveLoss(model)(columns()[:1])
     with raises("contrastive.pairs"):
         MultiExitContrastiveLoss(model, ContrastiveSettings(pairs=PAIRS))
-    with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
+    with pytest.raises(ValueError, match=r"3 .* 1, 2, 4"):
         MultiExitContrastiveLoss(model, exit_layers=[3])
     with raises("contrastive.dimensions", 16):
         MultiExitContrastiveLoss(model, ContrastiveSettings(dimensions=[32]))

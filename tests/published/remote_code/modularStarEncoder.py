@@ -31,7 +31,6 @@ class ModularStarEncoderOutput(ModelOutput):
 class ModularStarEncoderForPreTrainingOutput(ModelOutput):
     """Pre-trained: states (B, T, H), token logits (B, T, V), relationship logits (B, 2)."""
 
-    loss: Optional[torch.Tensor] = None  # noqa: UP045
     last_hidden_state: Optional[torch.Tensor] = None  # noqa: UP045
     hidden_states: Optional[tuple] = None  # noqa: UP045
     prediction_logits: Optional[torch.Tensor] = None  # noqa: UP045
@@ -106,13 +105,11 @@ class PreTrainingHeads(nn.Module):
         return self.predictions(tokens), self.seq_relationship(features)
 
 
-class StarEncoder2PreTrainedModel(PreTrainedModel):
+class ModularStarEncoder(PreTrainedModel):
     config_class = ModularStarEncoderConfig
     base_model_prefix = "ModularStarEncoder"
     _supports_sdpa = True
 
-
-class ModularStarEncoder(StarEncoder2PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         if config._attn_implementation not in ("flash_attention_2", "sdpa"):
@@ -132,7 +129,7 @@ class ModularStarEncoder(StarEncoder2PreTrainedModel):
             )
         self.post_init()
 
-    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         rows, tokens = input_ids.shape
@@ -146,12 +143,13 @@ class ModularStarEncoder(StarEncoder2PreTrainedModel):
             input_ids=input_ids, attention_mask=mask, use_cache=False, output_hidden_states=True
         )
         if VARIANT["kind"] == "pretrained":
-            return self.pretraining_output(encoded, attention_mask, labels)
+            return self.pretraining_output(encoded, attention_mask)
         return self.embeddings(encoded.hidden_states, input_ids, attention_mask)
 
     def embeddings(self, hidden_states, input_ids, attention_mask):
         owner = self.starEncoder2.module if VARIANT["module_prefix"] else self.starEncoder2
-        mask = get_pooling_mask(input_ids, VARIANT["sep_token_id"]) * attention_mask
+        # From each row's first separator to its end.
+        mask = ((input_ids == VARIANT["sep_token_id"]).cumsum(dim=1) > 0).long() * attention_mask
         pooled = []
         for index, layer in zip(VARIANT["head_indices"], VARIANT["exit_layers"], strict=True):
             head, states = owner.projection_heads[str(index)], hidden_states[layer]
@@ -165,16 +163,12 @@ class ModularStarEncoder(StarEncoder2PreTrainedModel):
             raw_hidden_states=hidden_states,
         )
 
-    def pretraining_output(self, encoded, attention_mask, labels):
+    def pretraining_output(self, encoded, attention_mask):
         heads = self.get_submodule(VARIANT["heads"])
         states = encoded.last_hidden_state
         pooler = heads.pooler if VARIANT["pooler_in_heads"] else self.pooler
         predictions, relationship = heads(states, pooler(states, attention_mask))
-        loss = None
-        if labels is not None:
-            loss = nn.functional.cross_entropy(predictions.flatten(0, 1).float(), labels.flatten())
         return ModularStarEncoderForPreTrainingOutput(
-            loss=loss,
             last_hidden_state=states,
             hidden_states=encoded.hidden_states,
             prediction_logits=predictions,
@@ -208,11 +202,6 @@ def bidirectional_starcoder2(config):
 def projection_head(hidden_size):
     activation = ACT2FN[VARIANT["head_activation"]]
     return nn.Sequential(nn.Linear(hidden_size, hidden_size), activation, nn.Linear(hidden_size, hidden_size))
-
-
-def get_pooling_mask(input_ids, sep_token_id):
-    """Ones (B, T) from each row's first separator to its end."""
-    return ((input_ids == sep_token_id).cumsum(dim=1) > 0).long()
 
 
 def pool(states, mask):

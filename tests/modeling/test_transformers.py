@@ -1,0 +1,177 @@
+"""What torch and transformers do with a model: compile, checkpoint activations, export, split, serve in pipelines."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from transformers import pipeline
+from transformers.models.starcoder2 import Starcoder2Config
+
+from modular_star_encoder.modeling import (
+    ModularStarEncoderForPreTraining,
+    ModularStarEncoderForRetrieval,
+    ModularStarEncoderForSequenceClassification,
+    ModularStarEncoderModel,
+)
+from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, run, tiny_batch, tiny_model
+
+pytestmark = pytest.mark.slow
+
+ONE_EXIT_AND_SEVERAL = ({"exit_layer": 2}, {"exit_layers": EXIT_LAYERS})
+# Padding on either side, none, and another size.
+BATCHES = (tiny_batch("left"), tiny_batch("right"), tiny_batch(lengths=(12, 12, 12)), tiny_batch(lengths=(9, 5)))
+
+
+def per_exit(output):
+    """The states or embeddings of each exit."""
+    return output.exit_embeddings if "exit_embeddings" in output else torch.stack(output.exit_hidden_states)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code():
+    yield
+    torch.compiler.reset()
+
+
+def assert_equal_outputs(compiled, model, exits):
+    with torch.inference_mode():
+        for batch in BATCHES:
+            got, expected = (per_exit(one(**batch, **exits)) for one in (compiled, model))
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("exits", ONE_EXIT_AND_SEVERAL)
+@pytest.mark.parametrize("model_class", [ModularStarEncoderModel, ModularStarEncoderForRetrieval])
+def test_a_forward_compiles_to_one_graph_with_equal_outputs(model_class, exits):
+    model, graphs = tiny_model(model_class).eval(), []
+    assert model.config._attn_implementation == "sdpa"
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    assert_equal_outputs(torch.compile(model, fullgraph=True, backend=backend), model, exits)
+    assert 1 <= len(graphs) <= len(BATCHES)
+
+
+def gradients(model, call):
+    """Gradient of every parameter after `call()` is differentiated, with the same dropout each time."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    call().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_compiled_model_trains_with_equal_gradients():
+    model = tiny_model(attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def loss_of(callable_model):
+        return lambda: callable_model(**tiny_batch(), exit_layers=EXIT_LAYERS).exit_embeddings.sum()
+
+    torch.testing.assert_close(gradients(model, loss_of(compiled)), gradients(model, loss_of(model)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler")
+def test_inductor_gives_equal_embeddings(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = tiny_model().eval()
+    assert_equal_outputs(torch.compile(model, fullgraph=True), model, ONE_EXIT_AND_SEVERAL[1])
+
+
+@pytest.mark.parametrize("exits", [*((exit_layer,) for exit_layer in EXIT_LAYERS), EXIT_LAYERS])
+@pytest.mark.parametrize("model_class", [ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval])
+def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(model_class, exits):
+    model, calls, batch = tiny_model(model_class).train(), [], tiny_batch()
+    labels = {}
+    if model_class is ModularStarEncoderForPreTraining:
+        labels["labels"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
+        labels["icc_labels"] = torch.tensor([1, 0, 1])
+
+    def loss():
+        output = model(**batch, **labels, exit_layers=exits)
+        return output.loss if labels else output.exit_embeddings.square().cumsum(-1).sum()
+
+    for layer in model.model.layers:
+        # Before the MLP: recomputation ends where nothing more is needed, inside it.
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    plain = gradients(model, loss)
+    executed = len(calls)
+    model.gradient_checkpointing_enable()
+    checkpointed = gradients(model, loss)
+    assert executed == exits[-1]
+    assert len(calls) - executed == 2 * executed
+    torch.testing.assert_close(checkpointed, plain)
+    assert any(gradient.any() for gradient in plain.values())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+@pytest.mark.parametrize("model_class", [ModularStarEncoderModel, ModularStarEncoderForRetrieval])
+def test_a_cut_model_exports_for_any_batch_and_length(model_class, pooling):
+    cut = tiny_model(model_class, exit_layer=2, pooling=pooling).eval()
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=128)}
+    with torch.no_grad():
+        program = torch.export.export(
+            cut, (), tiny_batch(), dynamic_shapes={"input_ids": sizes, "attention_mask": sizes}
+        )
+        for batch in (*BATCHES, tiny_batch(lengths=(20, 5, 1, 3, 3)), tiny_batch(lengths=(6,))):
+            got, expected = per_exit(program.module()(**batch)), per_exit(cut(**batch))
+            assert got.shape[1] == len(batch["input_ids"])
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_the_tensor_parallel_plan_is_starcoder2s_and_names_every_linear_layer_of_a_block():
+    model = tiny_model(ModularStarEncoderModel)
+    plan = model.config.base_model_tp_plan
+    assert plan == Starcoder2Config.base_model_tp_plan
+    linear = {name for name, module in model.layers[0].named_modules() if isinstance(module, nn.Linear)}
+    assert set(plan) == {f"layers.*.{name}" for name in linear}
+    assert {f"model.{name}": style for name, style in plan.items()}.items() <= tiny_model().tp_plan.items()
+
+
+TEXT = "def add(first, second):\n    return first"
+
+
+@pytest.fixture
+def serve(tmp_path, tokenizer):
+    """Save a model with a tokenizer; return its pipeline and a function that runs the model on a text or a pair."""
+
+    def save(task, model_class, **changes):
+        model = tiny_model(model_class, **changes)
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        served = pipeline(task, model=str(tmp_path), tokenizer=str(tmp_path), device="cpu")
+        return served, lambda *texts: run(model, **tokenizer(*texts, return_tensors="pt"))
+
+    return save
+
+
+def test_fill_mask_names_the_most_likely_tokens_at_the_mask(serve, tokenizer):
+    served, direct = serve("fill-mask", ModularStarEncoderForPreTraining)
+    text = f"def add(first, {tokenizer.mask_token}):"
+    answers = served(text, top_k=3)
+    place = tokenizer(text)["input_ids"].index(tokenizer.mask_token_id)
+    expected = direct(text).logits[0, place].softmax(-1).topk(3)
+    assert [answer["token"] for answer in answers] == expected.indices.tolist()
+    assert [answer["score"] for answer in answers] == pytest.approx(expected.values.tolist())
+
+
+@pytest.mark.parametrize(
+    ("model_class", "size"), [(ModularStarEncoderModel, 32), (ModularStarEncoderForRetrieval, PROJECTION_SIZE)]
+)
+def test_feature_extraction_gives_the_last_hidden_state(serve, tokenizer, model_class, size):
+    served, direct = serve("feature-extraction", model_class)
+    features = served(TEXT, return_tensors=True)
+    assert features.shape == (1, len(tokenizer(TEXT)["input_ids"]), size)
+    torch.testing.assert_close(features, direct(TEXT).last_hidden_state)
+
+
+def test_text_classification_gives_every_label_its_probability_for_a_pair(serve):
+    names = {0: "different", 1: "clone", 2: "unsure"}
+    served, direct = serve("text-classification", ModularStarEncoderForSequenceClassification, id2label=names)
+    answers = served({"text": TEXT, "text_pair": "x = 1"}, top_k=None)
+    expected = direct(TEXT, "x = 1").logits[0].softmax(-1)
+    scores = {answer["label"]: answer["score"] for answer in answers}
+    assert scores == pytest.approx({name: expected[index].item() for index, name in names.items()})
