@@ -6,9 +6,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from modular_star_encoder.synthconl.near_duplicates import clusters, find_near_duplicates
-from modular_star_encoder.synthconl.near_duplicates.clusters import Column, near_pairs
-from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings, fingerprint
+from modular_star_encoder.synthconl import near_duplicates
+from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
+from modular_star_encoder.synthconl.near_duplicates import Column, Search, find_near_duplicates
 from tests.errors import raises
 from tests.synthconl.near_duplicate_samples import (
     code,
@@ -76,9 +76,9 @@ def test_a_similarity_right_at_the_threshold_is_near():
     # Ten different shingles, of which the first text has seven.
     pair = "abcdefghijk", "abcdefghijklmn"
     column = Column([pair], [fingerprint(pair, DuplicateSettings().banding)], np.arange(2))
-    found = near_pairs(np.array([1], "u8"), [(column, column)], 0.7)
-    assert (found.pairs.tolist(), found.similarities.tolist()) == ([1], [0.7])
-    assert len(near_pairs(np.array([1], "u8"), [(column, column)], 0.7000001).pairs) == 0
+    for threshold, expected in ((0.7, [0.7]), (0.7000001, [])):
+        search = Search([column], column, DuplicateSettings(threshold=threshold))
+        assert search.compare("within", 0, np.array([1], "u8")).similarities.tolist() == expected
 
 
 def test_every_row_dropped_is_told_with_the_row_nearest_to_it(texts):
@@ -161,7 +161,7 @@ def test_rows_near_in_both_columns_are_one_pair_with_the_larger_similarity():
 @pytest.mark.parametrize(("name", "value"), [("_PAIRS_AT_A_TIME", 3), ("_CHARACTERS_AT_A_TIME", 700)])
 def test_the_result_does_not_depend_on_how_many_pairs_are_compared_at_a_time(texts, monkeypatch, name, value):
     expected = find_near_duplicates({"code": texts})
-    monkeypatch.setattr(clusters, name, value)
+    monkeypatch.setattr(near_duplicates, name, value)
     result = find_near_duplicates({"code": texts})
     np.testing.assert_array_equal(result.pairs, expected.pairs)
     np.testing.assert_array_equal(result.pair_similarities, expected.pair_similarities)

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from modular_star_encoder.synthconl.near_duplicates.minhash import (
+from modular_star_encoder.synthconl.minhash import (
     Banding,
     DuplicateSettings,
     hash_shingles,

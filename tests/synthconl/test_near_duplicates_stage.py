@@ -10,17 +10,17 @@ import pytest
 
 import modular_star_encoder
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
+from modular_star_encoder.synthconl import near_duplicate_job as job_module
 from modular_star_encoder.synthconl import row_files
-from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
-from modular_star_encoder.synthconl.near_duplicates import job as job_module
-from modular_star_encoder.synthconl.near_duplicates.job import (
+from modular_star_encoder.synthconl.minhash import DuplicateSettings
+from modular_star_encoder.synthconl.near_duplicate_job import (
     WORK,
     DuplicateJob,
     datatrove_steps,
     drop_near_duplicates,
     prepare_job,
 )
-from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings
+from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 from tests.errors import raises
 from tests.synthconl.near_duplicate_samples import (
     code,
@@ -209,7 +209,7 @@ import rensa, scipy.sparse.csgraph  # here, not in every child
 package = types.ModuleType("modular_star_encoder")  # which would load torch
 package.__path__ = [sys.argv[3]]
 sys.modules[package.__name__] = package
-from modular_star_encoder.synthconl.near_duplicates.job import drop_near_duplicates
+from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
 
 source, out = sys.argv[1:3]
 

@@ -22,8 +22,8 @@ from modular_star_encoder.data.pairs import open_triplets
 from modular_star_encoder.data.sources.dataset_rows import open_texts
 from modular_star_encoder.data.splits import draw_repositories
 from modular_star_encoder.synthconl.extraction import function_rows, open_source
-from modular_star_encoder.synthconl.near_duplicates.job import drop_near_duplicates
-from modular_star_encoder.synthconl.near_duplicates.minhash import minhash_class
+from modular_star_encoder.synthconl.minhash import minhash_class
+from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
 from modular_star_encoder.synthconl.prompts import REASONS, clean_translation, target_language
 from modular_star_encoder.synthconl.publishing import CARD, STATISTICS, dataset_card, dataset_statistics
 from modular_star_encoder.synthconl.recipe import DATASET_SCHEMA, FUNCTION_SCHEMA, DatasetRecipe

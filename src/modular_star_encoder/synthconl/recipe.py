@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator
 from pydantic import Field as Constraint
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
-from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings
+from modular_star_encoder.synthconl.minhash import DuplicateSettings
 from modular_star_encoder.synthconl.prompts import MAX_SYNTAX_ERROR_SHARE, target_language
 from modular_star_encoder.synthconl.translation import Languages, TranslationSettings
 from modular_star_encoder.utils.errors import UserError
