@@ -10,9 +10,8 @@ from pathlib import Path
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.backends import Completion
-from modular_star_encoder.synthconl.build import build_dataset
-from modular_star_encoder.synthconl.prompts import LANGUAGE_NAMES
-from modular_star_encoder.synthconl.recipe import DatasetRecipe
+from modular_star_encoder.synthconl.build import DatasetRecipe, build_dataset
+from modular_star_encoder.synthconl.translation import LANGUAGE_NAMES
 
 WORDS = ["load", "save", "parse", "build", "merge", "split", "index", "count", "table", "column", "buffer", "stream"]
 

@@ -13,10 +13,9 @@ from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import open_triplets
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.build import SPLITS, STAGES, build_dataset
-from modular_star_encoder.synthconl.prompts import target_language
-from modular_star_encoder.synthconl.recipe import DATASET_COLUMNS
+from modular_star_encoder.synthconl.publishing import MEANINGS
 from modular_star_encoder.synthconl.row_files import read_rows
-from modular_star_encoder.synthconl.translation import SCHEMA
+from modular_star_encoder.synthconl.translation import SCHEMA, target_language
 from tests.errors import raises
 from tests.synthconl.build_samples import build_and_die, marker, small_recipe, translation, write_corpus
 from tests.synthconl.openai_server import OpenAIServer
@@ -102,7 +101,7 @@ def test_the_splits_share_no_repository(finished):
 
 def test_the_result_reads_as_triplets_with_the_columns_of_synthconl(finished):
     rows = [row for split, row in published(finished).values() if split == "train"]
-    assert all(list(row) == list(DATASET_COLUMNS) for row in rows)
+    assert all(list(row) == list(MEANINGS) for row in rows)
     triplets = list(open_triplets(finished / "dataset", strict=True))
     assert [triplet.other_code for triplet in triplets] == [row["func2"] for row in rows]
     assert {triplet.language for triplet in triplets} == {"python"}

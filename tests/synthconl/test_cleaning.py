@@ -1,7 +1,7 @@
 import pytest
 
 from modular_star_encoder.data.languages.parsing import syntax_error_share
-from modular_star_encoder.synthconl.prompts import REASONS, clean_translation
+from modular_star_encoder.synthconl.extraction import REASONS, clean_translation
 
 SOURCE = "def add(a, b):\n    return a + b"
 GO = "func add(a int, b int) int {\n\treturn a + b\n}"

@@ -4,8 +4,7 @@ from collections import Counter
 import pytest
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
-from modular_star_encoder.synthconl.extraction import function_rows
-from modular_star_encoder.synthconl.recipe import FUNCTION_COLUMNS
+from modular_star_encoder.synthconl.extraction import FUNCTION_COLUMNS, function_rows
 
 PYTHON = 'def {0}(value):\n    """Returns the {0} of a value."""\n    result = value.{0}\n    return result\n'
 GO = "package main\n\n// {0} returns the name of a value.\nfunc {0}(value Value) string {{\n\treturn value.{0}\n}}\n"

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modular_star_encoder.synthconl.recipe import EXAMPLE, DatasetRecipe, load_dataset_recipe
+from modular_star_encoder.synthconl.build import EXAMPLE, DatasetRecipe, load_dataset_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 TRANSLATION = {"backend": "openai", "model": "model", "options": {"base_url": "http://127.0.0.1:1/v1"}}

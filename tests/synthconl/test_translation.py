@@ -7,9 +7,15 @@ import pytest
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.backends import BackendError, Completion
-from modular_star_encoder.synthconl.prompts import LANGUAGE_NAMES, PROMPT, target_language, translation_request
 from modular_star_encoder.synthconl.row_files import read_rows
-from modular_star_encoder.synthconl.translation import TranslationSettings, translate
+from modular_star_encoder.synthconl.translation import (
+    LANGUAGE_NAMES,
+    PROMPT,
+    TranslationSettings,
+    target_language,
+    translate,
+    translation_request,
+)
 from tests.errors import raises
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import (

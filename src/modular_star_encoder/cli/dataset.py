@@ -54,8 +54,7 @@ def add_dataset_commands(commands: Any) -> None:
 
 def run_dataset_build(arguments: argparse.Namespace) -> None:
     """`mose dataset build`."""
-    from modular_star_encoder.synthconl.build import build_dataset
-    from modular_star_encoder.synthconl.recipe import load_dataset_recipe
+    from modular_star_encoder.synthconl.build import build_dataset, load_dataset_recipe
 
     print(build_dataset(load_dataset_recipe(arguments.recipe, arguments.overrides), arguments.out))
 

@@ -8,16 +8,32 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import Triplet
-from modular_star_encoder.synthconl.prompts import LANGUAGE_NAMES
-from modular_star_encoder.synthconl.recipe import MEANINGS
+from modular_star_encoder.synthconl.translation import LANGUAGE_NAMES
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.hub import cell, check_repository_id, render_card, wrap_hub_errors
 
 CARD, STATISTICS = "README.md", "statistics.json"
+
+MEANINGS = {
+    "repository_name": "repository that the function comes from",
+    "func_path_in_repository": "its file in there",
+    "func_documentation_string": "what its author says it does",
+    "func_code_url": "where to read it, if known",
+    "language1_CSN": "its language",
+    "func1_CSN": "the function, as written by people",
+    "language2": "the language that it was translated to",
+    "func2": "the translation, as written by the model",
+    "id": "id of the row, a function of where the function was found and of its code",
+    "license": "licence of the repository or file, if the source says it",
+}
+"""The columns of the dataset."""
+
+DATASET_SCHEMA = pa.schema([(name, pa.string()) for name in MEANINGS])
 
 
 @dataclass(frozen=True, slots=True)
