@@ -8,8 +8,8 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
-from modular_star_encoder.hub.model_card import check_card
-from modular_star_encoder.hub.staging import stage_repositories, without_paths, write_card
+from modular_star_encoder.hub.model_card import check_card, write_card
+from modular_star_encoder.hub.staging import stage_repositories, without_paths
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from tests.errors import raises
 from tests.hub.repositories import finetuned_entry, manifest, with_profile, write_finetuned, write_pretrained

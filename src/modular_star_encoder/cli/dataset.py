@@ -85,6 +85,8 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
 
 def run_dataset_stats(arguments: argparse.Namespace) -> None:
     """`mose dataset stats`."""
+    from dataclasses import asdict
+
     from modular_star_encoder.data.pairs import open_triplets
     from modular_star_encoder.synthconl.publishing import dataset_statistics
     from modular_star_encoder.utils.files import check_writable, write_json
@@ -96,7 +98,7 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
     for reason, count in triplets.skipped.most_common():
         print(f"mose: note: {count} rows left out ({reason}), such as {triplets.examples[reason]}", file=sys.stderr)
     if arguments.json:
-        write_json(arguments.json, statistics.to_dict())
+        write_json(arguments.json, asdict(statistics))
     print(statistics.to_markdown())
 
 

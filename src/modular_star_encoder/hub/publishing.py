@@ -14,8 +14,8 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 
 from modular_star_encoder.hub.manifest import MAIN, Manifest
-from modular_star_encoder.hub.model_card import CARD, check_card
-from modular_star_encoder.hub.staging import StagedRepository, stage_repositories, write_card
+from modular_star_encoder.hub.model_card import CARD, StagedRepository, check_card, write_card
+from modular_star_encoder.hub.staging import stage_repositories
 from modular_star_encoder.hub.verification import verify_repositories
 from modular_star_encoder.utils.files import staged_folder
 from modular_star_encoder.utils.hub import wrap_hub_errors
@@ -121,11 +121,7 @@ def publish(
 
 
 def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = None) -> str:
-    """The card of a manifest's first repository.
-
-    Args:
-        manifest: see `folder_manifest`.
-        out: folder for README.md and the figure if there is one; nothing is kept if None.
+    """The card of a manifest's first repository; also written to the folder `out`, with the figure if there is one.
 
     Raises:
         UserError, OSError: as `stage_repositories`.
@@ -135,7 +131,7 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
         check_card(staged.folder / CARD)
         if out is not None:
             Path(out).mkdir(parents=True, exist_ok=True)
-            for name in filter(None, (CARD, staged.card.figure)):
+            for name in filter(None, (CARD, staged.figure)):
                 shutil.copyfile(staged.folder / name, Path(out, name))
         return (staged.folder / CARD).read_text(encoding="utf-8")
 
@@ -153,14 +149,8 @@ def _folder(staging: str | os.PathLike[str] | None) -> Iterator[Path]:
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
     """Make a branch contain exactly the staged files, by one commit on the revision that they were compared with.
 
-    Args:
-        staged: a verified repository.
-        api: the Hub's client.
-        upload: whether to upload; otherwise the differences are only reported.
-        private: whether a new repository is private.
-
-    Raises:
-        OSError: the Hub refuses, can't be reached, or has a newer commit.
+    `api`, `upload` and `private` are those of `publish`. Raises OSError if the Hub refuses, can't be reached, or has a
+    newer commit.
     """
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):

@@ -12,8 +12,8 @@ from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.hub.model_card import CARD, DEPTH_FIGURE, LATENCY_FIGURE, check_card
-from modular_star_encoder.hub.staging import TOKENIZER, StagedRepository
+from modular_star_encoder.hub.model_card import CARD, DEPTH_FIGURE, LATENCY_FIGURE, StagedRepository, check_card
+from modular_star_encoder.hub.staging import TOKENIZER
 from modular_star_encoder.hub.subprocess_check import ReloadedEmbeddings, ReloadRequest, verify_reload
 from modular_star_encoder.inference.checkpoints import SENTENCE_TRANSFORMER_FILES
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
@@ -57,10 +57,12 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
             `hub.reload.differs`: other embeddings than the source's.
     """
     for one in staged:
-        check_files(one.folder, one.extra)
+        check_files(one.folder, tuple(one.settings.files))
         check_card(one.folder / CARD)
         _check_tokenizer(one.folder)
-    requests = [ReloadRequest(os.fspath(one.folder), TEXTS, _prompt(one), one.exit_layers) for one in staged]
+    requests = [
+        ReloadRequest(os.fspath(one.folder), TEXTS, one.prompts.get("query", ""), one.exit_layers) for one in staged
+    ]
     reloaded = verify_reload(requests, progress=progress)
     return {one.settings.key: _compare(one, found) for one, found in zip(staged, reloaded, strict=True)}
 
@@ -124,10 +126,6 @@ def _check_tokenizer(folder: Path) -> None:
         raise UserError("hub.tokenizer", f"The tokenizer of {folder} {' and '.join(faults)}.")
 
 
-def _prompt(staged: StagedRepository) -> str:
-    return staged.card.prompts.get("query", "")
-
-
 def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
     """The largest difference from the source's embeddings."""
     own, masked_lm, dtype = _source_embeddings(staged)
@@ -156,7 +154,8 @@ def _source_embeddings(staged: StagedRepository) -> tuple[dict[int, np.ndarray],
     model = model_class.from_pretrained(staged.source).eval()
     tokenizer = load_tokenizer(staged.folder)
     cut = {"truncation": True, "max_length": model.config.max_position_embeddings}
-    batch = tokenizer([_prompt(staged) + text for text in TEXTS], padding=True, return_tensors="pt", **cut)
+    prompt = staged.prompts.get("query", "")
+    batch = tokenizer([prompt + text for text in TEXTS], padding=True, return_tensors="pt", **cut)
     dtype = str(model.dtype).removeprefix("torch.")
     exits = staged.exit_layers
     if staged.retrieval:

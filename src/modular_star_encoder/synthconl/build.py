@@ -352,7 +352,7 @@ def dataset(build: Build, out: Path) -> None:
             versions={"Python": platform.python_version()} | {name: version(name) for name in packages},
         )
         (staging / CARD).write_text(card, encoding="utf-8")
-        write_json(staging / STATISTICS, statistics.to_dict())
+        write_json(staging / STATISTICS, asdict(statistics))
         write_json(staging / REPORT, {"rows": statistics.rows, "splits": report["splits"]})
 
 

@@ -1,17 +1,20 @@
 """The Hub: its repositories' ids, its errors as one sentence, and the cards of what is published there."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from huggingface_hub import get_token
+from huggingface_hub import RepoCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from modular_star_encoder.utils.errors import UserError
+
+Card = TypeVar("Card", bound=RepoCard)
 
 CONFLICT = 412
 """Status of a commit that the Hub refuses because its parent is no longer the newest."""
@@ -68,6 +71,23 @@ def network_errors() -> tuple[type[Exception], ...]:
     """The Hub client's exceptions for network failures: those of httpx, which newer versions call httpx2."""
     loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
     return tuple(module.TransportError for module in loaded if module)
+
+
+def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -> Card:
+    """Read a card that the Hub can read, with values for the required metadata.
+
+    Raises:
+        UserError: `key`: the card is no Markdown file with metadata, or a value is missing.
+    """
+    try:
+        card = kind.load(path)
+        missing = [name for name in required if not card.data.to_dict().get(name)]
+        fault = f"lacks {', '.join(missing)}" if missing else ""
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        fault = f"can't be read: {' '.join(str(error).split())}"
+    if fault:
+        raise UserError(key, f"The metadata of {path} {fault}.")
+    return card
 
 
 def render_card(template: str, **values: Any) -> str:
