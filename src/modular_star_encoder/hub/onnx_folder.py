@@ -51,19 +51,10 @@ from modular_star_encoder.utils.reports import library_versions, machine_kind, m
 EXPORT_REPORT = "onnx/export.json"
 QUANTIZATION_REPORT = "onnx/quantization.json"
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "modular-star-encoder")
-_STARCODER2 = [
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "norm_epsilon",
-    "use_bias",
-    "bos_token_id",
-]
+_STARCODER2 = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "norm_epsilon", "use_bias", "bos_token_id"),
+)
 
 TOP = 10
 TIE = 1e-5

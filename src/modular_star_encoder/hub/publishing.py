@@ -20,9 +20,7 @@ from modular_star_encoder.hub.verification import verify_repositories
 from modular_star_encoder.utils.files import staged_folder
 from modular_star_encoder.utils.hub import wrap_hub_errors
 
-KEPT = (".gitattributes",)
-"""Files that the Hub writes itself."""
-
+KEPT = (".gitattributes",)  # files that the Hub writes itself
 ADDED, CHANGED, DELETED = "+", "~", "-"
 
 

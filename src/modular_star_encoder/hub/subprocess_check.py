@@ -39,10 +39,8 @@ class ReloadedEmbeddings:
 
     auto_model: np.ndarray  # at the deepest exit
     sentence_transformer: np.ndarray  # at the deepest exit
-    # of the requested exits, by `SentenceTransformer.encode(exit_layer=…)`
-    exits: Mapping[int, np.ndarray] = field(default_factory=dict)
-    # of a pre-trained model the logits (N, V) for the last token of each text; None for others
-    masked_lm: np.ndarray | None = None
+    exits: Mapping[int, np.ndarray] = field(default_factory=dict)  # by `SentenceTransformer.encode(exit_layer=…)`
+    masked_lm: np.ndarray | None = None  # of a pre-trained model: logits (N, V) for the last token of each text
 
 
 def verify_reload(

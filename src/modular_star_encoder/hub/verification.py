@@ -70,9 +70,7 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
     """Check that a folder has exactly the files of a repository, and none that must not be published.
 
-    Args:
-        folder: a staged repository.
-        extra: paths of further files that it may contain.
+    `extra` are the paths of further files that it must contain.
 
     Raises:
         UserError: `hub.files.missing`, `hub.files.unexpected`, `hub.files.link`, `hub.files.pickle`,
@@ -131,18 +129,16 @@ def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
     own, masked_lm, dtype = _source_embeddings(staged)
     deepest = staged.exit_layers[-1]
     pairs = {f"exit {k}": (own[k], found.exits[k]) for k in own}
-    pairs |= {"AutoModel": (own[deepest], found.auto_model)}
-    pairs |= {"SentenceTransformer": (own[deepest], found.sentence_transformer)}
+    pairs["AutoModel"] = own[deepest], found.auto_model
+    pairs["SentenceTransformer"] = own[deepest], found.sentence_transformer
     differences = {name: float(np.abs(first - second).max()) for name, (first, second) in pairs.items()}
     if masked_lm is not None and found.masked_lm is not None:
         difference = np.abs(masked_lm - found.masked_lm).max() / np.abs(masked_lm).max()
         differences["the masked-token logits"] = float(difference)
     for name, difference in differences.items():
         if not difference <= TOLERANCE[dtype]:
-            message = (
-                f"{staged.folder} does not reproduce {staged.source}: {name} differs by {difference:.2g}, more than "
-                f"{TOLERANCE[dtype]:.2g}."
-            )
+            differs = f"{name} differs by {difference:.2g}, more than {TOLERANCE[dtype]:.2g}"
+            message = f"{staged.folder} does not reproduce {staged.source}: {differs}."
             raise UserError("hub.reload.differs", message)
     return max(differences.values())
 

@@ -139,20 +139,16 @@ class DatasetRecipe:
 
     def stage_settings(self) -> dict[str, dict[str, Any]]:
         """By stage, in order, the settings that decide its result, as plain values."""
+
+        def own(*names: str) -> dict[str, Any]:
+            return {name: getattr(self, name) for name in names}
+
         settings = {
-            "functions": {
-                "corpus": self.corpus,
-                "languages": sorted(self.languages),
-                "max_characters": self.max_characters,
-            },
+            "functions": {**own("corpus", "max_characters"), "languages": sorted(self.languages)},
             "translations": {**self.translation.identity(), "seed": self.seed},
-            "triplets": {"max_syntax_error_share": self.max_syntax_error_share},
+            "triplets": own("max_syntax_error_share"),
             "near_duplicates": {**asdict(self.near_duplicates), "against": self.against},
-            "split": {
-                "validation_rows": self.validation_rows,
-                "max_repository_share": self.max_repository_share,
-                "seed": self.seed,
-            },
+            "split": own("validation_rows", "max_repository_share", "seed"),
             "dataset": {"card": asdict(self.card)},
         }
         return json.loads(json.dumps(settings, default=str))
@@ -180,10 +176,9 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
         `README.md`.
 
     Raises:
-        UserError: `synthconl.build.out`: `out` contains something else; `synthconl.build.other_settings`: a stage was
-            begun with other settings; `synthconl.build.running`: another process works in `out`;
-            `synthconl.build.empty`: nothing passes a stage; `synthconl.build.one_repository`: there is nothing to hold
-            out; or a corpus, a benchmark or a back end that can't be used.
+        UserError: `synthconl.build.*`: `out` contains something else, was begun with other settings, or another process
+            works there; nothing passes a stage, or all of it is of one repository; or a corpus, a benchmark or a back
+            end can't be used.
         BackendError: The back end can't continue. Its earlier answers are kept.
         ImportError: A required package isn't installed.
     """
@@ -194,7 +189,9 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     try:
         with FileLock(build.out / LOCK, timeout=LOCK_SECONDS):
             log = _read_log(build.out)
-            _remove_leftovers(build.out)
+            # What a killed process was about to rename.
+            for path in (*build.out.glob(".*.tmp"), *build.out.glob("translations/.*.tmp")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             for stage in STAGES:
                 if not build.is_done(stage.__name__):
                     _run(build, stage, log)
@@ -274,9 +271,8 @@ def triplets(build: Build, out: Path) -> None:
                 rejected[translation.rejected] += 1
                 examples.setdefault(translation.rejected, function["id"])
             else:
-                names = {"language1_CSN": source, "language2": target}
-                names = {column: "c++" if name == "cpp" else name for column, name in names.items()}
-                yield {**function, **names, "func2": translation.code}
+                source, target = ("c++" if name == "cpp" else name for name in (source, target))
+                yield {**function, "language1_CSN": source, "language2": target, "func2": translation.code}
 
     with staged_folder(out) as staging:
         count = write_rows(staging, accepted(), DATASET_SCHEMA)
@@ -314,10 +310,8 @@ def split(build: Build, out: Path) -> None:
         min_test=build.recipe.validation_rows,
         max_repository_share=build.recipe.max_repository_share,
     )
-    counts = {
-        name: {"rows": sum(sizes[one] for one in names), "repositories": len(names)}
-        for name, names in zip(SPLITS, (set(sizes) - held_out, held_out), strict=True)
-    }
+    splits = zip(SPLITS, (set(sizes) - held_out, held_out), strict=True)
+    counts = {name: {"rows": sum(map(sizes.__getitem__, names)), "repositories": len(names)} for name, names in splits}
     with staged_folder(out) as staging:
         write_json(staging / REPORT, {"splits": counts, "validation": sorted(held_out)})
 
@@ -407,17 +401,10 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
     write_json(build.out / LOG, log)
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Remove what a killed process was about to rename."""
-    for path in (*out.glob(".*.tmp"), *out.glob("translations/.*.tmp")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _settings_up_to(recipe: DatasetRecipe, name: str) -> dict[str, Any]:
     """The settings that decide the result of a stage: its own and those of the stages before."""
-    settings = recipe.stage_settings()
-    names = list(settings)
-    return {one: settings[one] for one in names[: names.index(name) + 1]}
+    settings = list(recipe.stage_settings().items())
+    return dict(settings[: [one for one, _ in settings].index(name) + 1])
 
 
 def _read_log(out: Path) -> dict[str, Any]:
@@ -433,17 +420,13 @@ def _read_log(out: Path) -> dict[str, Any]:
 
 def _check_settings(build: Build, log: dict[str, Any]) -> None:
     """Check that existing stages were made with the same settings."""
-    for stage in STAGES:
-        name = stage.__name__
-        if name not in log or not (build.out / name).exists():
-            continue
-        other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
-        if other:
-            message = (
-                f"{build.out / name} was made with another {', '.join(other)}; name another folder, or remove that one "
-                "and those of the stages after it to repeat them."
-            )
-            raise UserError("synthconl.build.other_settings", message)
+    for name in (stage.__name__ for stage in STAGES):
+        if name in log and (build.out / name).exists():
+            other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
+            if other:
+                made = f"{build.out / name} was made with another {', '.join(other)}"
+                message = f"{made}; name another folder, or remove that one and those of the later stages."
+                raise UserError("synthconl.build.other_settings", message)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

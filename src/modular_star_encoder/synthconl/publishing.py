@@ -82,13 +82,10 @@ def dataset_statistics(triplets: Iterable[Triplet]) -> DatasetStatistics:
         ):
             samples[key] += 1
             characters[key] += len(text)
+    counts = {key: CodeCounts(count, characters[key] / count) for key, count in samples.items()}
     original, synthetic = (
-        {
-            one: CodeCounts(count, characters[kind, one] / count)
-            for (kind, one), count in samples.items()
-            if kind == side
-        }
-        for side in ("original", "synthetic")
+        {language: one for (side, language), one in counts.items() if side == wanted}
+        for wanted in ("original", "synthetic")
     )
     rows = samples["description", ""]
     return DatasetStatistics(rows, original, synthetic, characters["description", ""] / max(rows, 1))

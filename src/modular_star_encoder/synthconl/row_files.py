@@ -101,8 +101,7 @@ def find_shards(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     """The parquet files of a folder, in the order of their names, or those of a list, in its order.
 
     Raises:
-        UserError: `synthconl.shards.missing`: there is none; `synthconl.shards.same_name`: two of a list have the same
-            name; `synthconl.shards.unreadable`: one isn't a parquet file.
+        UserError: `synthconl.shards.missing`, `synthconl.shards.same_name` (of a list), `synthconl.shards.unreadable`.
     """
     if isinstance(source, str | os.PathLike):
         root = Path(source)
@@ -112,9 +111,8 @@ def find_shards(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     if not named:
         raise UserError("synthconl.shards.missing", f"{source} contains no parquet file.")
     if len({name for _, name in named}) < len(named):
-        raise UserError(
-            "synthconl.shards.same_name", "The parquet files must have different names: the output reuses them."
-        )
+        message = "The parquet files must have different names: the output reuses them."
+        raise UserError("synthconl.shards.same_name", message)
     return tuple(Shard(str(path.absolute()), name, _opened(path).metadata.num_rows) for path, name in named)
 
 
