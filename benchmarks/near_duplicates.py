@@ -208,7 +208,7 @@ def run_stage(source: str, out: str) -> dict:
     import rensa  # noqa: F401  (loaded before the memory is looked at)
     import scipy.sparse.csgraph  # noqa: F401
 
-    from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
+    from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
 
     before, peak, done = memory(), {"RssAnon": 0, "VmRSS": 0}, threading.Event()
 
@@ -221,7 +221,7 @@ def run_stage(source: str, out: str) -> dict:
     sampler = threading.Thread(target=sample)
     sampler.start()
     start = time.process_time()
-    report = drop_near_duplicates(source, out, columns=COLUMNS, id_column="id")
+    report = prepare_job(source, out, columns=COLUMNS, id_column="id").run()
     seconds = time.process_time() - start
     done.set()
     sampler.join()

@@ -63,7 +63,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
     """`mose dataset dedup`."""
     from modular_star_encoder.data.sources.dataset_rows import open_texts
     from modular_star_encoder.synthconl.minhash import DuplicateSettings
-    from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
+    from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
 
     against = {}
     for name in arguments.against:
@@ -71,7 +71,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
         if not colon:
             raise UserError("cli.dataset.against", f"--against must have the form SOURCE:COLUMN, not {name!r}.")
         against[name] = open_texts(source, column)
-    report = drop_near_duplicates(
+    job = prepare_job(
         arguments.source,
         arguments.out,
         columns=arguments.columns.split(","),
@@ -79,7 +79,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
         against=against,
         settings=DuplicateSettings(threshold=arguments.threshold, match=arguments.match, recall=arguments.recall),
     )
-    for reason, count in report.counts.items():
+    for reason, count in job.run().counts.items():
         print(f"{count:>12,}  {reason}")
 
 

@@ -33,7 +33,7 @@ from modular_star_encoder.synthconl.extraction import (
     open_source,
 )
 from modular_star_encoder.synthconl.minhash import DuplicateSettings, minhash_class
-from modular_star_encoder.synthconl.near_duplicate_job import REPORT, drop_near_duplicates
+from modular_star_encoder.synthconl.near_duplicate_job import REPORT, prepare_job
 from modular_star_encoder.synthconl.publishing import (
     CARD,
     DATASET_SCHEMA,
@@ -290,15 +290,10 @@ def triplets(build: Build, out: Path) -> None:
 
 def near_duplicates(build: Build, out: Path) -> None:
     """Drop near-duplicates; this stage continues by itself where it stopped."""
-    drop_near_duplicates(
-        build.out / "triplets",
-        out,
-        columns=build.recipe.near_duplicates.columns,
-        id_column="id",
-        against={name: open_texts(**one) for name, one in build.recipe.against.items()},
-        settings=build.recipe.near_duplicates,
-        progress=build.progress,
-    )
+    settings = build.recipe.near_duplicates
+    against = {name: open_texts(**one) for name, one in build.recipe.against.items()}
+    options: Any = {"columns": settings.columns, "id_column": "id", "against": against, "settings": settings}
+    prepare_job(build.out / "triplets", out, **options).run(build.progress)
 
 
 def split(build: Build, out: Path) -> None:

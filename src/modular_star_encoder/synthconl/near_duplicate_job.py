@@ -85,57 +85,6 @@ class DuplicateReport:
         return cls(**{name: written[name] for name in cls.__dataclass_fields__})
 
 
-def drop_near_duplicates(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    *,
-    columns: Sequence[str],
-    id_column: str | None = None,
-    against: Mapping[str, Iterable[str | None]] | None = None,
-    settings: DuplicateSettings | None = None,
-    progress: bool = True,
-) -> DuplicateReport:
-    """Write the rows of parquet files that are not near-duplicates of others, to files of the same names.
-
-    `out` also gets `report.json` (the report, and what it was made from) and `dropped.jsonl`, a line for each dropped
-    row: `id`, `reason`, `cluster` (the smallest id in it), `nearest` (the id of the most similar row, or the 0-based
-    number of the text of the set that it is near) and `similarity`.
-
-    After any interruption, the same call continues and gives the same result; a finished job returns its report. Only
-    one process at a time may work on a folder. Rows are read a thousand at a time, and a few hundred bytes of each stay
-    in memory; the texts are copied to the disk until the job is finished.
-
-    Args:
-        source, out, columns, id_column, against, settings: See `prepare_job`.
-        progress: Whether to show progress bars.
-
-    Raises:
-        UserError, ImportError: As `prepare_job`.
-    """
-    job = prepare_job(source, out, columns=columns, id_column=id_column, against=against, settings=settings)
-    if job.finished:
-        return job.finish()
-    shards, rows = range(len(job.shards)), sum(shard.rows for shard in job.shards)
-    bar_of = partial(tqdm, unit_scale=True, disable=not progress)
-    with bar_of(desc="Fingerprinting", total=rows, unit=" rows") as bar:
-        for shard in shards:
-            job.fingerprint(shard, bar.update)
-    with bar_of(desc="Proposing pairs", total=1) as bar:
-        job.propose()
-        bar.update()
-    pairs = sum(len(_mapped(path)) for path in job.proposals("*"))
-    parts = max(1, -(-pairs // _PAIRS_PER_PART))
-    with bar_of(desc="Comparing", total=pairs, unit=" pairs") as bar:
-        for part in range(parts):
-            job.compare(part, parts)
-            bar.update(pairs * (part + 1) // parts - pairs * part // parts)
-    job.decide(parts)
-    with bar_of(desc="Writing", total=rows, unit=" rows") as bar:
-        for shard in shards:
-            job.write(shard, bar.update)
-    return job.finish()
-
-
 def prepare_job(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
@@ -145,7 +94,12 @@ def prepare_job(
     against: Mapping[str, Iterable[str | None]] | None = None,
     settings: DuplicateSettings | None = None,
 ) -> "DuplicateJob":
-    """Check everything and write the description of the job, or find the same job as it was left.
+    """Prepare to write the rows of parquet files that are not near-duplicates of others, to files of the same names.
+
+    This checks everything and writes the description of the job, or finds the same job as it was left; `run` does it.
+    `out` also gets `report.json` (the report, and what it was made from) and `dropped.jsonl`, a line for each dropped
+    row: `id`, `reason`, `cluster` (the smallest id in it), `nearest` (the id of the most similar row, or the 0-based
+    number of the text of the set that it is near) and `similarity`.
 
     Args:
         source: A folder of parquet files, or a list of them.
@@ -248,6 +202,34 @@ class DuplicateJob:
         """Whether there is nothing left to do."""
         return (self.out / REPORT).exists()
 
+    def run(self, progress: bool = True) -> DuplicateReport:
+        """Do all that is left in this process; `progress` shows progress bars.
+
+        Only one process at a time may do this. Rows are read a thousand at a time, and a few hundred bytes of each stay
+        in memory; the texts are copied to the disk until the job is finished.
+        """
+        if self.finished:
+            return self.finish()
+        shards, rows = range(len(self.shards)), sum(shard.rows for shard in self.shards)
+        bar_of = partial(tqdm, unit_scale=True, disable=not progress)
+        with bar_of(desc="Fingerprinting", total=rows, unit=" rows") as bar:
+            for shard in shards:
+                self.fingerprint(shard, bar.update)
+        with bar_of(desc="Proposing pairs", total=1) as bar:
+            self.propose()
+            bar.update()
+        pairs = sum(len(_mapped(path)) for path in self._proposals("*"))
+        parts = max(1, -(-pairs // _PAIRS_PER_PART))
+        with bar_of(desc="Comparing", total=pairs, unit=" pairs") as bar:
+            for part in range(parts):
+                self.compare(part, parts)
+                bar.update(pairs * (part + 1) // parts - pairs * part // parts)
+        self.decide(parts)
+        with bar_of(desc="Writing", total=rows, unit=" rows") as bar:
+            for shard in shards:
+                self.write(shard, bar.update)
+        return self.finish()
+
     def fingerprint(self, shard: int, advance: Callable[[int], object] = _ignore) -> None:
         """Store the texts of a shard and their fingerprints; `advance` is called with the number of rows done."""
         target = self.work / f"shard-{shard:05d}"
@@ -280,10 +262,6 @@ class DuplicateJob:
                     np.save(folder / f"{kind}-{task:03d}.npy", pairs)
             write_json(folder / "counts.json", counts)
 
-    def proposals(self, kind: str) -> list[Path]:
-        """The files of candidate pairs, one for each task of a kind."""
-        return sorted((self.work / "proposed").glob(f"{kind}-[0-9]*.npy"))
-
     def compare(self, part: int, parts: int) -> None:
         """Compare a part of the candidate pairs."""
         target = self._compared(part, parts)
@@ -292,7 +270,7 @@ class DuplicateJob:
         search, arrays = self._search(self._stored_columns(), self._distinct_rows()), {}
         for kind in _KINDS:
             near = []
-            for task, path in enumerate(self.proposals(kind)):
+            for task, path in enumerate(self._proposals(kind)):
                 pairs = _mapped(path)
                 start, stop = (len(pairs) * one // parts for one in (part, part + 1))
                 near.append(search.compare(kind, task, np.array(pairs[start:stop])))
@@ -353,7 +331,7 @@ class DuplicateJob:
         return DuplicateReport.read(self.out / REPORT)
 
     def _dropped_rows(self, reasons: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-        """The lines of `dropped.jsonl`, in the order of rows; see `drop_near_duplicates`."""
+        """The lines of `dropped.jsonl`, in the order of rows; see `prepare_job`."""
         ids = read_ids(self.shards, self.id_column)
         near_a_row = np.isin(np.array(reasons), (EQUAL, NEAR))
         dropped = np.flatnonzero(~self._decided("kept"))
@@ -377,6 +355,9 @@ class DuplicateJob:
 
     def _compared(self, part: int, parts: int) -> Path:
         return self.work / f"compared-{part:05d}-of-{parts:05d}.npz"
+
+    def _proposals(self, kind: str) -> list[Path]:
+        return sorted((self.work / "proposed").glob(f"{kind}-[0-9]*.npy"))
 
     def _decided(self, name: str) -> np.ndarray:
         return _mapped(self.work / "decided" / f"{name}.npy")
