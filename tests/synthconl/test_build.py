@@ -17,9 +17,16 @@ from modular_star_encoder.synthconl.publishing import MEANINGS
 from modular_star_encoder.synthconl.row_files import read_rows
 from modular_star_encoder.synthconl.translation import SCHEMA, target_language
 from tests.errors import raises
-from tests.synthconl.build_samples import build_and_die, marker, small_recipe, translation, write_corpus
 from tests.synthconl.openai_server import OpenAIServer
-from tests.synthconl.samples import ended_by_sigkill, start_process
+from tests.synthconl.samples import (
+    build_and_die,
+    ended_by_sigkill,
+    marker,
+    small_recipe,
+    start_process,
+    translation,
+    write_corpus,
+)
 
 SEED = 3
 

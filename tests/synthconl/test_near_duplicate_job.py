@@ -148,8 +148,8 @@ def test_files_of_which_every_row_is_dropped_are_read_by_all(tmp_path):
 def test_giant_clusters_are_reported_by_id(tmp_path):
     rows = [{"id": 100 - number, "code": text} for number, text in enumerate(samples.sliding_windows(30, step=2))]
     write_shards(tmp_path / "in", rows, sizes=(30,))
+    settings = DuplicateSettings(giant_cluster=10)
     with pytest.warns(UserWarning, match="more than 10 different rows"):
-        settings = DuplicateSettings(giant_cluster=10)
         report = drop(tmp_path / "in", tmp_path / "out", columns=["code"], against=None, settings=settings)
     (giant,) = report.giant_clusters
     assert giant == {"cluster": 71, "rows": 30, "kept": report.kept}

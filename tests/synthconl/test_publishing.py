@@ -11,8 +11,8 @@ from modular_star_encoder.synthconl.build import build_dataset
 from modular_star_encoder.synthconl.publishing import dataset_card, push_dataset, size_category
 from modular_star_encoder.utils.http import httpx
 from tests.errors import raises
-from tests.synthconl.build_samples import small_recipe, translation, write_corpus
 from tests.synthconl.openai_server import OpenAIServer
+from tests.synthconl.samples import small_recipe, translation, write_corpus
 
 CARD = {"name": "Mine | ours", "corpus": "Functions of six repositories.", "license_link": "https://example.org/terms"}
 FILES = {
