@@ -4,7 +4,7 @@
 `RequestOutput` for each prompt, in their order, and refuses prompts that are longer than `max_model_len`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,21 +22,16 @@ TEMPLATE = "{% for message in messages %}<user>{{ message['content'] }}<end>{% e
 CODE = "def add(first, second):\n    return first + second\n\nfunc Add(a int, b int) int {\n\treturn a + b\n}\n"
 
 
-def save_stand_in(
-    folder: Path, *, texts: Iterable[str] = (PROMPT, CODE), positions: int = 512, vocabulary: int = 384
-) -> Path:
-    """Write a checkpoint. A tenth of the tokens end a text, so that some texts end before they are cut.
-
-    `texts` are what the tokenizer is trained on: on more of them, and with a larger vocabulary, prompts are shorter.
-    """
+def save_stand_in(folder: Path, positions: int) -> Path:
+    """Write a checkpoint. A tenth of the tokens end a text, so that some texts end before they are cut."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<user>", "<end>", "<assistant>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((PROMPT, CODE), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)

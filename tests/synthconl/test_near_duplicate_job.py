@@ -3,6 +3,7 @@ import os
 import random
 import subprocess
 import sys
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,14 +36,11 @@ def rows():
 
 
 def write_shards(folder, rows, sizes=(120, 0, 130, 50)):
-    start = 0
-    schema = pa.Table.from_pylist(rows).schema.with_metadata({"about": "rows of a test"})
+    schema, remaining = pa.Table.from_pylist(rows).schema.with_metadata({"about": "rows of a test"}), iter(rows)
     for number, size in enumerate(sizes):
         path = folder / f"part-{number % 2}" / f"{number}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows[start : start + size], schema), path, row_group_size=32)
-        start += size
-    assert start == len(rows)
+        pq.write_table(pa.Table.from_pylist(list(islice(remaining, size)), schema), path, row_group_size=32)
     return folder
 
 
