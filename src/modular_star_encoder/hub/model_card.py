@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modular_star_encoder.evaluation.plots import median_latencies, plot_quality_by_depth, plot_quality_by_latency
 from modular_star_encoder.evaluation.report import Row, Table, interval
 from modular_star_encoder.hub.manifest import MAIN, Manifest, RepositorySettings
 from modular_star_encoder.inference.exit_profile import ExitProfile
-from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
+from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_text
 from modular_star_encoder.utils.hub import load_card, render_card
@@ -122,22 +121,11 @@ def check_card(path: Path) -> None:
             raise UserError("hub.card.figure", f"{path} shows {figure}, which does not exist.")
 
 
-def count_parameters(
-    model_class: type[ModularStarEncoderPreTrainedModel], config: ModularStarEncoderConfig
-) -> dict[int, int]:
-    """Parameters of a model of this configuration, loaded at each of its exits; allocates no weights."""
-    with torch.device("meta"):
-        return {k: model_class(config.cut(k)).num_parameters() for k in config.exit_layers}
-
-
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Draw quality by latency, or by depth where latency was not measured.
+    """Draw quality by latency, or by depth without latencies; needs matplotlib.
 
     Returns:
         The file's name; None for fewer than two exits or without benchmarks.
-
-    Raises:
-        ImportError: matplotlib is missing.
     """
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None

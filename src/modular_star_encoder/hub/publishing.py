@@ -4,8 +4,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +102,8 @@ def publish(
         nothing was uploaded: a dry run
     """
     api = api or HfApi()
-    with _folder(staging) as folder:
+    kept = tempfile.TemporaryDirectory(prefix="mose-publish-") if staging is None else staged_folder(staging)
+    with kept as folder:
         staged = stage_repositories(manifest, folder)
         verify_repositories(staged, progress=progress)
         published: dict[str, Publication] = {}
@@ -124,7 +123,7 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
     Raises:
         UserError, OSError: as `stage_repositories`.
     """
-    with _folder(None) as folder:
+    with tempfile.TemporaryDirectory(prefix="mose-card-") as folder:
         staged = stage_repositories(manifest, folder)[0]
         check_card(staged.folder / CARD)
         if out is not None:
@@ -132,16 +131,6 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
             for name in filter(None, (CARD, staged.figure)):
                 shutil.copyfile(staged.folder / name, Path(out, name))
         return (staged.folder / CARD).read_text(encoding="utf-8")
-
-
-@contextmanager
-def _folder(staging: str | os.PathLike[str] | None) -> Iterator[Path]:
-    if staging is not None:
-        with staged_folder(staging) as folder:
-            yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="mose-publish-") as folder:
-        yield Path(folder)
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
@@ -157,8 +146,12 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
         if not upload or not changes:
             return Publication(repository, branch, changes, head)
         if head is None:
-            head = _create(api, repository, branch, private)
-            changes = compare(staged.folder, _remote(api, repository, branch)[1])
+            api.create_repo(repository, private=private, exist_ok=True)
+            if branch != MAIN:  # a branch starts empty
+                first = api.list_repo_commits(repository)[-1].commit_id
+                api.create_branch(repository, branch=branch, revision=first, exist_ok=True)
+            head, there = _remote(api, repository, branch)
+            changes = compare(staged.folder, there)
         operations = [
             CommitOperationDelete(change.path)
             if change.kind == DELETED
@@ -177,8 +170,7 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
 def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
     """The changes that make the files of the Hub those of a folder, by path."""
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    gone = sorted(set(there) - set(here) - set(KEPT))
-    changes = [Change(DELETED, path, there[path].size) for path in gone]
+    changes = [Change(DELETED, path, there[path].size) for path in set(there) - set(here) - set(KEPT)]
     for path, file in here.items():
         size = file.stat().st_size
         if path not in there:
@@ -205,12 +197,3 @@ def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dic
         return head, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return None, {}
-
-
-def _create(api: HfApi, repository: str, branch: str, private: bool) -> str | None:
-    """Create the repository and the branch, which starts empty, and return its commit."""
-    api.create_repo(repository, private=private, exist_ok=True)
-    if branch != MAIN:
-        first = api.list_repo_commits(repository)[-1].commit_id
-        api.create_branch(repository, branch=branch, revision=first, exist_ok=True)
-    return api.model_info(repository, revision=branch).sha

@@ -10,20 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import AutoConfig
 
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.evaluation.report import read_tables
 from modular_star_encoder.hub.manifest import Manifest, RepositorySettings
-from modular_star_encoder.hub.model_card import (
-    CARD,
-    Measurements,
-    StagedRepository,
-    count_parameters,
-    draw,
-    write_card,
-)
+from modular_star_encoder.hub.model_card import CARD, Measurements, StagedRepository, draw, write_card
 from modular_star_encoder.inference.checkpoints import class_named, write_checkpoint, write_sentence_transformer_files
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME, ExitProfile
 from modular_star_encoder.inference.load import check_checkpoint, checkpoint_checksum
@@ -40,11 +34,7 @@ HIDDEN = "(a local path)"
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write every repository of a manifest to a folder of its own, in the manifest's order.
-
-    Args:
-        manifest: what is published.
-        folder: gets a folder for each repository, named by its key with -- for the slashes of a branch.
+    """Write every repository of a manifest, in its order, to a folder in `folder`: its key, with -- for slashes.
 
     Raises:
         UserError: `hub.staging.*`: a checkpoint that is not a pre-trained or retrieval checkpoint of ours, an exit that
@@ -88,7 +78,8 @@ def _stage(
     if retrieval and not {"query", "document_python"} <= set(prompts):
         message = f"{source} must have the prompts query and document_python, which its card uses."
         raise UserError("hub.staging.prompts", message)
-    parameters = count_parameters(model_class, config)
+    with torch.device("meta"):  # counts parameters without weights
+        parameters = {k: model_class(config.cut(k)).num_parameters() for k in config.exit_layers}
     measured = uncut.measurements.cut(parameters) if uncut else _measure(entry, source, parameters)
     if measured.profile is not None:
         # The checksum of the copy: another version may have written the source.

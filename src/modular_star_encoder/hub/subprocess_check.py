@@ -48,10 +48,7 @@ def verify_reload(
 ) -> list[ReloadedEmbeddings]:
     """Embed texts with checkpoints, one after the other, in one fresh process that runs the checkpoints' own code.
 
-    Args:
-        requests: what to load, and what to embed with it.
-        progress: show a clock while the process runs.
-        environment: variables that differ from this process's; offline if None.
+    `progress` shows a clock; `environment` has the variables that differ from this process's, offline if None.
 
     Raises:
         UserError: `hub.reload.failed`: the process failed; the message has the last lines of its output.
@@ -62,7 +59,7 @@ def verify_reload(
 
     with tempfile.TemporaryDirectory() as folder:
         request_file, result = Path(folder, "requests.json"), Path(folder, "result.npz")
-        request_file.write_text(json.dumps([asdict(request) for request in requests]), encoding="utf-8")
+        request_file.write_text(json.dumps(list(map(asdict, requests))), encoding="utf-8")
         # As many threads as here: the way sums are split decides their last bits.
         own = {"HF_MODULES_CACHE": str(Path(folder, "modules")), "OMP_NUM_THREADS": str(torch.get_num_threads())}
         process = subprocess.Popen(  # noqa: S603 - our own script, arguments passed as a list

@@ -48,13 +48,11 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
     """Check staged repositories as a stranger would use them.
 
     Returns:
-        For the key of each repository, the largest difference between a component of the source's embeddings and of
-        those that a stranger gets.
+        For the key of each repository, the largest difference from the source's embeddings.
 
     Raises:
-        UserError: `hub.files.*`: see `check_files`; `hub.card.*`: see `check_card`; `hub.tokenizer`: a tokenizer that
-            lacks special tokens or splits otherwise; `hub.reload.failed`: code that doesn't load without this package;
-            `hub.reload.differs`: other embeddings than the source's.
+        UserError: `hub.files.*`, `hub.card.*`; `hub.tokenizer`: a tokenizer that lacks special tokens or splits
+            otherwise; `hub.reload.failed`: code that doesn't load without this package; `hub.reload.differs`.
     """
     for one in staged:
         check_files(one.folder, tuple(one.settings.files))
@@ -114,10 +112,9 @@ def _check_content(name: str, path: Path) -> None:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    missing = [name for name in ("pad", "sep", "cls", "mask") if getattr(tokenizer, f"{name}_token") is None]
+    tokenizer, names = load_tokenizer(folder), ("pad", "sep", "cls", "mask")
+    faults = [f"has no {name} token" for name in names if getattr(tokenizer, f"{name}_token") is None]
     declared = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
-    faults = [f"has no {name} token" for name in missing]
     if declared not in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         faults.append(f"is declared a {declared}, which splits numbers in another way")
     if faults:

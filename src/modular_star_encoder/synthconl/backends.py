@@ -92,15 +92,10 @@ class OpenAIBackend:
     request can mend stops the run. Source of the protocol: OpenAI's API reference, `POST /chat/completions`.
 
     Args:
-        model: Name of the model at the endpoint.
-        max_tokens: Largest number of tokens of an answer.
+        model, max_tokens, revision: See `open_backend`; the revision is for the dataset's card alone.
         base_url: Address of the API, such as `http://127.0.0.1:8000/v1`.
-        revision: Revision of the model that is served, if known: for the dataset's card.
         api_key_variable: Environment variable with the API key; None for an endpoint that needs none.
-        concurrency: Number of requests under way at once.
-        attempts: How often a request is sent when the endpoint is busy, fails or does not answer.
-        pause: Seconds before the second attempt; see `HTTPClient`.
-        timeout: Seconds without an answer after which an attempt has failed.
+        concurrency, attempts, pause, timeout: See `HTTPClient`.
         body: Further fields of a request's body (`{"repetition_penalty": 1.0}`), or other values; a field that is None
             is not sent.
 
@@ -243,13 +238,10 @@ class TransformersBackend(_LocalBackend):
     Prompts of similar length, among 16 batches, make a batch, padded on the left.
 
     Args:
-        model: Folder or Hub id of a causal language model with its tokenizer.
-        max_tokens: Largest number of tokens of an answer.
-        revision: Branch, tag or commit on the Hub.
-        dtype: Of the weights, such as `"bfloat16"`; `"auto"` is that of the checkpoint.
+        model, max_tokens, revision: See `open_backend`.
+        dtype, attn_implementation: See `AutoModelForCausalLM.from_pretrained`.
         batch_size: Number of prompts of a batch.
         device: Where to run; a GPU if there is one.
-        attn_implementation: Attention to use; transformers' default for the model.
 
     Raises:
         UserError: `synthconl.backend.batch_size`: it is below 1.
@@ -352,8 +344,7 @@ class VLLMBackend(_LocalBackend):
     """vLLM in this process: the engine schedules batches of prompts itself.
 
     Args:
-        model: Folder or Hub id of the model.
-        max_tokens: Largest number of tokens of an answer.
+        model, max_tokens: See `open_backend`.
         batch_size: Number of prompts handed over at once. The engine idles at the end of each batch, so small ones are
             slow; a batch is lost when the process is killed.
         max_model_len: Longest prompt and answer together, in tokens.
@@ -441,7 +432,7 @@ def open_backend(name: str, model: str, max_tokens: int, options: Mapping[str, A
 
     Args:
         name: `"vllm"`, `"openai"` or `"transformers"`.
-        model: Name of the model in the back end.
+        model: Name at the endpoint; for the others, folder or Hub id, at the branch, tag or commit `revision`.
         max_tokens: Largest number of tokens of an answer.
         options: Further arguments of the back end's class.
 

@@ -329,11 +329,9 @@ def dataset(build: Build, out: Path) -> None:
         # Read as a user will read them; a row that is not a triplet would be our mistake.
         triplets_of = (open_triplets(staging, split=name, strict=True) for name in SPLITS)
         statistics = dataset_statistics(chain.from_iterable(triplets_of))
-        settings = build.recipe.stage_settings()
         packages = ("modular-star-encoder", "rensa", "tree-sitter")
         card = dataset_card(
-            card=settings["dataset"]["card"],
-            settings=settings,
+            settings=build.recipe.stage_settings(),
             reports={name: build.report(name) for name in ("functions", "translations", "triplets", "near_duplicates")},
             splits=report["splits"],
             statistics=statistics,
@@ -362,7 +360,7 @@ def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """The order of the extraction's counts: files, functions, what was dropped by how often, what is left."""
+    """The order of the extraction's counts: files, functions, dropped ones by how often, those left."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number

@@ -77,11 +77,9 @@ def function_rows(
 
     Args:
         corpora: See `open_source`. CodeSearchNet's rows have passed its filters, and no others are applied.
-        languages: The languages of the functions.
-        max_characters: Longest function, in characters.
+        languages, max_characters: Of the functions; those in other languages and longer ones are dropped.
         counts: Receives the numbers of what is read, kept, and dropped by reason.
-        processes: Number of worker processes.
-        progress: Whether to show a progress bar.
+        processes, progress: Number of worker processes, and whether to show a progress bar.
 
     Raises:
         UserError: A corpus can't be opened, or `synthconl.codesearchnet`: a row is not one of CodeSearchNet.
@@ -241,13 +239,10 @@ def clean_translation(
     (JavaScript as C++); this rule accepts up to 23 % (Java as C++), and all as their own language.
 
     Args:
-        text: The answer.
-        finish_reason: Why it ended; see `Completion`.
-        source: The function to translate.
-        source_language: Its language.
+        text, finish_reason: The answer, and why it ended; see `Completion`.
+        source, source_language: The function to translate.
         target_language: The language to translate to.
-        max_error_share: Largest share of a translation that may fail to parse as the target language; 1 skips
-            the check.
+        max_error_share: Largest share of a translation that may fail to parse; 1 skips the check.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)

@@ -117,7 +117,6 @@ def _card_metadata(card: Mapping[str, Any], rows: int, splits: Iterable[str]) ->
 
 def dataset_card(
     *,
-    card: Mapping[str, Any],
     settings: Mapping[str, Mapping[str, Any]],
     reports: Mapping[str, Mapping[str, Any]],
     splits: Mapping[str, Mapping[str, int]],
@@ -128,16 +127,13 @@ def dataset_card(
     """The card: YAML metadata and Markdown.
 
     Args:
-        card: `CardSettings`, as plain values.
         settings: By stage, what decided its result: `DatasetRecipe.stage_settings()`.
         reports: By stage, what it counted.
         splits: By split, its number of `rows` and `repositories`.
-        statistics: Of all splits.
-        licenses: Number of rows by licence.
-        versions: Of the software that built it.
+        statistics, licenses, versions: Counts of all splits, of rows by licence, and the software that built it.
     """
     rows = sum(split["rows"] for split in splits.values())
-    translations = settings["translations"]
+    card, translations = settings["dataset"]["card"], settings["translations"]
     targets = [LANGUAGE_NAMES[name] for name in LANGUAGES if name in translations["targets"]]
     languages = [name for name in LANGUAGES if any(name in pair.split(" → ") for pair in reports["triplets"]["pairs"])]
     return render_card(
