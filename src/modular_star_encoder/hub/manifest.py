@@ -130,11 +130,7 @@ def load_manifest(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
 def folder_manifest(
     folder: str | os.PathLike[str], repository: str, *, license: str = "apache-2.0", evaluation: Sequence[str] = ()
 ) -> Manifest:
-    """The manifest of one checkpoint folder.
-
-    Raises:
-        UserError: `hub.repository_id`: `repository` is not of the form owner/name.
-    """
+    """The manifest of one checkpoint folder."""
     check_repository_id(repository)
     namespace, _, name = repository.partition("/")
     entry = RepositorySettings(name=name, checkpoint=os.fspath(folder), evaluation=tuple(evaluation))

@@ -109,13 +109,6 @@ def export_onnx_folder(
             checkpoint's folder (for a repository, in the current folder).
         int8: also write the file with 8-bit weights.
         tasks: what to rank.
-        progress: whether to show progress bars.
-
-    Raises:
-        UserError: `hub.onnx.int8`: `int8` without tasks to measure its cost; `hub.onnx.rankings`: the file ranks
-            otherwise than the model; or as `load_checkpoint`, `check_servable`, `check_onnx` and `staged_folder`.
-        OSError: as `load_checkpoint`.
-        ImportError: the extra `onnx` is missing.
     """
     if int8 and not tasks:
         raise UserError("hub.onnx.int8", "8-bit weights cost quality: give retrieval data to measure how much.")
@@ -257,12 +250,7 @@ def compare_rankings(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, list[RankingComparison]]:
-    """Rank with a model, at one exit, and with ONNX files of it: for each name of a file, a comparison for each task.
-
-    Raises:
-        UserError: `hub.onnx.exits`: a reference at several exits; or scores that are NaN.
-        ImportError: onnxruntime is missing.
-    """
+    """Rank with a model, at one exit, and with ONNX files of it: by name of a file, a comparison for each task."""
     if len(reference.exit_layers) != 1:
         message = f"An ONNX file has one exit; the model must have one, not {list(reference.exit_layers)}."
         raise UserError("hub.onnx.exits", message)

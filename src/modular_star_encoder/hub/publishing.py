@@ -118,11 +118,7 @@ def publish(
 
 
 def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = None) -> str:
-    """The card of a manifest's first repository; also written to the folder `out`, with the figure if there is one.
-
-    Raises:
-        UserError, OSError: as `stage_repositories`.
-    """
+    """The card of a manifest's first repository; also written to the folder `out`, with the figure if there is one."""
     with tempfile.TemporaryDirectory(prefix="mose-card-") as folder:
         staged = stage_repositories(manifest, folder)[0]
         check_card(staged.folder / CARD)

@@ -34,14 +34,7 @@ HIDDEN = "(a local path)"
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write every repository of a manifest, in its order, to a folder in `folder`: its key, with -- for slashes.
-
-    Raises:
-        UserError: `hub.staging.*`: a checkpoint that is not a pre-trained or retrieval checkpoint of ours, an exit that
-            it doesn't have, results of other weights, a damaged training log or recipe, or a file of the manifest that
-            would replace one of the repository.
-        OSError: a file in the manifest doesn't exist.
-    """
+    """Write every repository of a manifest, in its order, to a folder in `folder`: its key, with -- for slashes."""
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None

@@ -49,9 +49,6 @@ def verify_reload(
     """Embed texts with checkpoints, one after the other, in one fresh process that runs the checkpoints' own code.
 
     `progress` shows a clock; `environment` has the variables that differ from this process's, offline if None.
-
-    Raises:
-        UserError: `hub.reload.failed`: the process failed; the message has the last lines of its output.
     """
     import torch
 

@@ -49,10 +49,6 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
     Returns:
         For the key of each repository, the largest difference from the source's embeddings.
-
-    Raises:
-        UserError: `hub.files.*`, `hub.card.*`; `hub.tokenizer`: a tokenizer that lacks special tokens or splits
-            otherwise; `hub.reload.failed`: code that doesn't load without this package; `hub.reload.differs`.
     """
     for one in staged:
         check_files(one.folder, tuple(one.settings.files))
@@ -69,10 +65,6 @@ def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
     """Check that a folder has exactly the files of a repository, and none that must not be published.
 
     `extra` are the paths of further files that it must contain.
-
-    Raises:
-        UserError: `hub.files.missing`, `hub.files.unexpected`, `hub.files.link`, `hub.files.pickle`,
-            `hub.files.safetensors`, `hub.files.secret` or `hub.files.local_path`.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
     weights = {name for name in paths if WEIGHTS.fullmatch(name)} or {"model.safetensors"}

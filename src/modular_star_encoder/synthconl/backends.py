@@ -98,10 +98,6 @@ class OpenAIBackend:
         concurrency, attempts, pause, timeout: See `HTTPClient`.
         body: Further fields of a request's body (`{"repetition_penalty": 1.0}`), or other values; a field that is None
             is not sent.
-
-    Raises:
-        UserError: `http.url`, `http.settings`, `http.token.*`: see utils.http; `synthconl.backend.body`: a field of the
-            body that can't be set.
     """
 
     run_options = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
@@ -242,9 +238,6 @@ class TransformersBackend(_LocalBackend):
         dtype, attn_implementation: See `AutoModelForCausalLM.from_pretrained`.
         batch_size: Number of prompts of a batch.
         device: Where to run; a GPU if there is one.
-
-    Raises:
-        UserError: `synthconl.backend.batch_size`: it is below 1.
     """
 
     run_options = frozenset({"batch_size", "device"})
@@ -350,10 +343,6 @@ class VLLMBackend(_LocalBackend):
         max_model_len: Longest prompt and answer together, in tokens.
         revision, dtype, tensor_parallel_size, gpu_memory_utilization: See `vllm.LLM`.
         engine: Further arguments of `vllm.LLM`, such as `quantization`.
-
-    Raises:
-        UserError: `synthconl.backend.batch_size`: it is below 1; `synthconl.backend.max_tokens`: no room for a prompt.
-        ImportError: vLLM isn't installed.
     """
 
     run_options = frozenset({"batch_size", "tensor_parallel_size", "gpu_memory_utilization"})
@@ -435,10 +424,6 @@ def open_backend(name: str, model: str, max_tokens: int, options: Mapping[str, A
         model: Name at the endpoint; for the others, folder or Hub id, at the branch, tag or commit `revision`.
         max_tokens: Largest number of tokens of an answer.
         options: Further arguments of the back end's class.
-
-    Raises:
-        UserError: `synthconl.backend.unknown`, `synthconl.backend.options`, or as the back end's class.
-        ImportError: It needs a package that isn't installed.
     """
     if name not in BACKENDS:
         raise UserError("synthconl.backend.unknown", f"Back end {name!r} not found. Available: {', '.join(BACKENDS)}.")

@@ -275,8 +275,7 @@ def triplets(build: Build, out: Path) -> None:
                 yield {**function, "language1_CSN": source, "language2": target, "func2": translation.code}
 
     with staged_folder(out) as staging:
-        count = write_rows(staging, accepted(), DATASET_SCHEMA)
-        if not count:
+        if not (count := write_rows(staging, accepted(), DATASET_SCHEMA)):
             message = f"No translation was accepted ({_listed(rejected)}); the answers are in {build.out}."
             raise UserError("synthconl.build.empty", message)
         report = {

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from operator import length_hint
+from pathlib import PurePath
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from modular_star_encoder.data.codesearchnet import LeakingDocstringError, codes
 from modular_star_encoder.data.corpora import open_corpus
 from modular_star_encoder.data.functions import DocumentedFunction, code_key, filtered_functions, function_id
 from modular_star_encoder.data.languages.parsing import holds_function, syntax_error_share
-from modular_star_encoder.data.languages.registry import LANGUAGES, language_named
+from modular_star_encoder.data.languages.registry import LANGUAGES, language_named, language_of
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
 from modular_star_encoder.data.sources.source_files import SourceReader
 from modular_star_encoder.synthconl.backends import ERROR, TOO_LONG
@@ -46,13 +47,8 @@ Row = dict[str, str | None]
 def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceReader | Iterable[tuple[str, Any]]:
     """Open one corpus: a reader of files, or the rows of CodeSearchNet.
 
-    Args:
-        corpus: Settings of `open_corpus`; or `codesearchnet`, a source of `open_dataset_rows` with CodeSearchNet's
-            columns, and further arguments of that.
-        languages: The languages of the functions.
-
-    Raises:
-        UserError: It can't be opened.
+    `corpus` has settings of `open_corpus`; or `codesearchnet`, a source of `open_dataset_rows` with CodeSearchNet's
+    columns, and further arguments of that.
     """
     if "codesearchnet" in corpus:
         options = dict(corpus)
@@ -80,9 +76,6 @@ def function_rows(
         languages, max_characters: Of the functions; those in other languages and longer ones are dropped.
         counts: Receives the numbers of what is read, kept, and dropped by reason.
         processes, progress: Number of worker processes, and whether to show a progress bar.
-
-    Raises:
-        UserError: A corpus can't be opened, or `synthconl.codesearchnet`: a row is not one of CodeSearchNet.
     """
     seen: set[bytes] = set()
     for corpus in corpora:
@@ -177,18 +170,8 @@ REASONS = (
 )
 """Why a translation is rejected, in the order of the checks."""
 
-_TAGS = {
-    "python": ("python", "py", "python3"),
-    "javascript": ("javascript", "js", "node", "jsx", "mjs"),
-    "go": ("go", "golang"),
-    "java": ("java",),
-    "php": ("php",),
-    "ruby": ("ruby", "rb"),
-    "c": ("c", "h"),
-    "cpp": ("cpp", "c++", "cc", "cxx", "hpp"),
-}
-_LANGUAGE_OF_TAG = {tag: language for language, tags in _TAGS.items() for tag in tags}
-
+# Tags of code blocks that are neither names nor suffixes of their languages.
+_TAGS = {"python3": "python", "golang": "go", "node": "javascript"}
 _BLOCK = re.compile(
     r"^[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[\w+#.-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)[ \t]*$|\Z)",
     re.MULTILINE | re.DOTALL,
@@ -247,7 +230,7 @@ def clean_translation(
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)
     text = _REASONING.sub("", text.replace("\r\n", "\n"))  # a fence ends with its line
-    blocks = [(_LANGUAGE_OF_TAG.get(one["tag"].lower(), ""), one["code"]) for one in _BLOCK.finditer(text)]
+    blocks = [(_language_of_tag(one["tag"].lower()), one["code"]) for one in _BLOCK.finditer(text)]
     block = max(blocks, key=lambda one: (one[0] == target_language, one[0] == "", len(one[1])), default=None)
     language, code = block or ("", _CLOSING.sub("", _OPENING.sub("", text)))
     code = (_PHP_TAGS.sub("", code) if target_language == "php" else code).strip("\n").rstrip()
@@ -262,6 +245,10 @@ def clean_translation(
     else:
         reason = _fault(code, source_language, target_language, max_error_share)
     return Translation("", reason) if reason else Translation(code)
+
+
+def _language_of_tag(tag: str) -> str:
+    return language_named(tag) or language_of(PurePath(f"file.{tag}")) or _TAGS.get(tag, "")
 
 
 def _fault(code: str, source: str, target: str, max_error_share: float) -> str:

@@ -180,11 +180,7 @@ class Fingerprints:
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> Fingerprints:
-    """Fingerprint `texts`; None counts as blank.
-
-    Raises:
-        ImportError: rensa isn't installed.
-    """
+    """Fingerprint `texts`; None counts as blank."""
     empty = np.empty((0, 2), np.uint64), np.empty(0, np.int64), np.empty((0, banding.bands), np.uint64)
     parts = [empty, *(_fingerprint(batch, banding) for batch in _batches(texts))]
     return Fingerprints(*map(np.concatenate, zip(*parts, strict=True)))
@@ -220,11 +216,7 @@ def store_fingerprints(
 ) -> None:
     """Write texts and their fingerprints to a folder, as flat little-endian arrays that `StoredColumn` maps.
 
-    Args:
-        folder: The folder; it is created if it doesn't exist.
-        batches: For some rows at a time, the texts of each column.
-        columns: The number of columns.
-        banding: The banding of the keys.
+    `batches` gives, for some rows at a time, the texts of each column.
     """
     folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
@@ -247,11 +239,7 @@ def store_fingerprints(
 
 
 class StoredColumn:
-    """One column of a folder that `store_fingerprints` wrote, memory-mapped: its texts by row, and their fingerprints.
-
-    Attributes:
-        prints: The fingerprints of its rows.
-    """
+    """One column of a folder that `store_fingerprints` wrote, memory-mapped: its texts by row, and their `prints`."""
 
     def __init__(self, folder: Path, column: int, banding: Banding) -> None:
         def mapped(name: str, dtype: str) -> np.ndarray:

@@ -110,13 +110,6 @@ def prepare_job(
         against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
             dropped too.
         settings: What counts as a near-duplicate; by default, `DuplicateSettings()`.
-
-    Raises:
-        UserError: `synthconl.near_duplicates.columns`: no columns, or one twice; `synthconl.shards.*`: see
-            `find_shards`, `check_columns` and `id_order`; `synthconl.near_duplicates.out`: `out` overlaps the source or
-            contains something else; `synthconl.near_duplicates.other_job`: `out` was begun with other files, settings
-            or versions.
-        ImportError: rensa isn't installed.
     """
     if isinstance(columns, str) or not columns or len(set(columns)) < len(columns):
         message = f"columns must be a list of one or more names, each once, not {columns!r}."
@@ -177,10 +170,6 @@ def _read_json(path: Path) -> Any:
         raise UserError("synthconl.near_duplicates.damaged", message) from error
 
 
-def _ignore(rows: int) -> None:
-    pass
-
-
 @dataclass(frozen=True, slots=True)
 class DuplicateJob:
     """A job that `prepare_job` made; the module describes its tasks."""
@@ -230,7 +219,7 @@ class DuplicateJob:
                 self.write(shard, bar.update)
         return self.finish()
 
-    def fingerprint(self, shard: int, advance: Callable[[int], object] = _ignore) -> None:
+    def fingerprint(self, shard: int, advance: Callable[[int], object] = lambda rows: None) -> None:
         """Store the texts of a shard and their fingerprints; `advance` is called with the number of rows done."""
         target = self.work / f"shard-{shard:05d}"
         if self.finished or target.exists():
@@ -307,7 +296,7 @@ class DuplicateJob:
                 np.save(folder / f"{name}.npy", getattr(result, name))
             write_json(folder / "report.json", asdict(report))
 
-    def write(self, shard: int, advance: Callable[[int], object] = _ignore) -> None:
+    def write(self, shard: int, advance: Callable[[int], object] = lambda rows: None) -> None:
         """Write the rows of a shard that are kept, under its name."""
         target = self.out / self.shards[shard].name
         if self.finished or target.exists():

@@ -89,11 +89,6 @@ def find_near_duplicates(
         against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
             dropped too. Whole texts are compared: one that contains another among much else is not near it.
         settings: What counts as a near-duplicate; by default, `DuplicateSettings()`.
-
-    Raises:
-        UserError: `synthconl.near_duplicates.columns`: no column, or columns and ids of different lengths;
-            `synthconl.near_duplicates.ids`: ids repeat.
-        ImportError: rensa isn't installed.
     """
     settings = settings or DuplicateSettings()
     lengths = {name: len(column) for name, column in columns.items()} | ({} if ids is None else {"ids": len(ids)})
@@ -222,8 +217,7 @@ class Column:
 def _pairs_within(column: Column, limit: int) -> tuple[np.ndarray, int, int]:
     """Pairs of rows that share a key, each row with the `limit` first of its bucket.
 
-    Returns:
-        The pairs; the size of the largest bucket; and the most rows, over the bands, beyond the limit of their bucket.
+    Also the size of the largest bucket, and the most rows, over the bands, beyond the limit of their bucket.
     """
     rows = column.not_blank()
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -349,11 +343,9 @@ def decide(
        only rows equal or near to a kept one; rows are taken in the order of their ids.
 
     Args:
-        rows: The distinct rows.
-        near: Pairs of distinct rows.
+        rows, near: The distinct rows, and pairs of them.
         near_others: Pairs (distinct row, text of another set); texts are numbered through all sets.
         other_sets: The number of texts of each other set, in order.
-        settings: What counts as a near-duplicate.
         counts: Counts of the search, passed on to the result.
     """
     from scipy.sparse import coo_array

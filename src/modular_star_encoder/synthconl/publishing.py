@@ -208,14 +208,14 @@ def push_dataset(
         repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
         upload: Whether to upload; otherwise nothing is sent.
         private: Whether a new repository is private.
-
-    Raises:
-        UserError: `synthconl.push.no_dataset`: the folder has no finished dataset; `synthconl.push.card`: its card has
-            no valid metadata; or the id is not valid.
-        OSError: The Hub refuses, or can't be reached.
     """
-    root = _dataset_folder(Path(folder))
     check_repository_id(repository)
+    root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
+    if not any(root.glob("data/*.parquet")) or not (root / CARD).is_file() or not (root / STATISTICS).is_file():
+        message = f"{folder} has no finished dataset; `mose dataset build` makes one."
+        raise UserError("synthconl.push.no_dataset", message)
+    required = ("license", "task_categories", "configs", "size_categories")
+    load_card(DatasetCard, root / CARD, required, "synthconl.push.card")
     paths = [root / CARD, root / STATISTICS, *sorted(root.glob("data/*.parquet"))]
     files = tuple((path.relative_to(root).as_posix(), path.stat().st_size) for path in paths)
     if not upload:
@@ -233,14 +233,3 @@ def push_dataset(
             commit_message="Upload dataset",
         )
     return Upload(repository, files, str(url))
-
-
-def _dataset_folder(folder: Path) -> Path:
-    """The folder of the finished dataset, whose card the Hub can read."""
-    root = folder if (folder / CARD).is_file() else folder / "dataset"
-    if not (root / CARD).is_file() or not any(root.glob("data/*.parquet")) or not (root / STATISTICS).is_file():
-        message = f"{folder} has no finished dataset; `mose dataset build` makes one."
-        raise UserError("synthconl.push.no_dataset", message)
-    required = ("license", "task_categories", "configs", "size_categories")
-    load_card(DatasetCard, root / CARD, required, "synthconl.push.card")
-    return root

@@ -98,11 +98,7 @@ class Shard:
 
 
 def find_shards(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[Shard, ...]:
-    """The parquet files of a folder, in the order of their names, or those of a list, in its order.
-
-    Raises:
-        UserError: `synthconl.shards.missing`, `synthconl.shards.same_name` (of a list), `synthconl.shards.unreadable`.
-    """
+    """The parquet files of a folder, in the order of their names, or those of a list, in its order."""
     if isinstance(source, str | os.PathLike):
         root = Path(source)
         named = [(path, path.relative_to(root).as_posix()) for path in sorted(root.rglob("*.parquet"))]
@@ -117,11 +113,7 @@ def find_shards(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
 
 def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: str | None) -> None:
-    """Check that all files have the columns of text, and ids of text or integers.
-
-    Raises:
-        UserError: `synthconl.shards.column_missing`, `synthconl.shards.column_type`.
-    """
+    """Check that all files have the columns of text, and ids of text or integers."""
     allowed = dict.fromkeys(columns, ("text", _is_text))
     if id_column is not None and id_column not in allowed:
         allowed[id_column] = ("text or integers", lambda kind: _is_text(kind) or pa.types.is_integer(kind))
@@ -155,11 +147,7 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
 
 
 def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
-    """The rows of all shards by ascending id; without a column of ids, their order in the files.
-
-    Raises:
-        UserError: `synthconl.shards.ids`: an id is missing or repeats.
-    """
+    """The rows of all shards by ascending id; without a column of ids, their order in the files."""
     if id_column is None:
         return np.arange(sum(one.rows for one in shards))
     ids = read_ids(shards, id_column)

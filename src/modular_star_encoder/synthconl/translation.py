@@ -35,16 +35,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 from modular_star_encoder.utils.settings import Count, NonNegative, settings_class
 
-LANGUAGE_NAMES = {
-    "python": "Python",
-    "javascript": "JavaScript",
-    "go": "Go",
-    "java": "Java",
-    "php": "PHP",
-    "ruby": "Ruby",
-    "c": "C",
-    "cpp": "C++",
-}
+LANGUAGE_NAMES = {name: name.title() for name in LANGUAGES} | {"javascript": "JavaScript", "php": "PHP", "cpp": "C++"}
 """The languages in prompts and tables."""
 
 PROMPT = """\
@@ -73,9 +64,6 @@ def target_language(row_id: str, source_language: str, *, seed: int, targets: Se
     """Draw the language to translate a row to, uniformly among the `targets` other than its own.
 
     The draw depends on the seed and the row's id alone: neither the order nor the number of the rows matters.
-
-    Raises:
-        UserError: `synthconl.targets`: `targets` has no other language.
     """
     others = sorted(set(targets) - {source_language})
     if not others:
@@ -86,11 +74,7 @@ def target_language(row_id: str, source_language: str, *, seed: int, targets: Se
 
 
 def check_prompt(prompt: str) -> str:
-    """Check a template of prompts and return it.
-
-    Raises:
-        UserError: `synthconl.prompt`: its fields are not `{source_language}`, `{target_language}` and `{code}`.
-    """
+    """Check a template of prompts and return it."""
     try:
         fields = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
     except ValueError as error:
@@ -222,12 +206,7 @@ def _requests(
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
     """Yield completions; errors only after a later request was answered, which shows that the error is their own.
 
-    Args:
-        completions: From the back end.
-        answered: Whether the model has answered anything in an earlier call.
-
-    Raises:
-        BackendError: There are too many errors in a row, or only errors.
+    `answered` says whether the model has answered anything in an earlier call.
     """
     doubtful: list[Completion] = []
     for completion in completions:
