@@ -118,7 +118,7 @@ def test_inputs_and_outputs_have_the_names_and_axes_that_servers_ask_for(folders
     assert axes == {"input_ids": tokens, "attention_mask": tokens, **outputs}
 
 
-def test_a_file_tells_nothing_of_the_machine_that_wrote_it(folders):
+def test_a_file_says_nothing_of_the_machine_that_wrote_it(folders):
     for file in (folders[1] / ONNX_FILE, folders[2] / QUANTIZED_FILE):
         content = file.read_bytes()
         assert b"weight" in content

@@ -87,14 +87,13 @@ def test_the_stage_keeps_what_the_search_in_memory_keeps(source, tmp_path, match
     assert report.counts["near a text of bench"] == 1
 
 
-def test_files_are_read_and_written_some_rows_at_a_time(source, finished, tmp_path, monkeypatch):
+def test_files_keep_their_names_columns_and_schema_however_many_rows_are_read_at_a_time(
+    source, finished, tmp_path, monkeypatch
+):
     monkeypatch.setattr(row_files, "_ROWS_AT_A_TIME", 5)
-    assert drop(source, tmp_path / "out") == finished[0]
-    assert written_order(tmp_path / "out") == written_order(finished[1])
-
-
-def test_files_keep_their_names_columns_and_schema(source, finished):
-    _, out = finished
+    out = tmp_path / "out"
+    assert drop(source, out) == finished[0]
+    assert written_order(out) == written_order(finished[1])
     names = [path.relative_to(source) for path in sorted(source.rglob("*.parquet"))]
     assert [path.relative_to(out) for path in sorted(out.rglob("*.parquet"))] == names
     for name in names:
@@ -165,14 +164,13 @@ def test_a_finished_job_is_reported_as_it_is(source, finished, monkeypatch):
 
 def test_interrupted_by_ctrl_c_it_leaves_nothing_half_written_and_goes_on(source, finished, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    rows_until_interrupt = iter(range(3))
+    shards, original = iter(range(3)), near_duplicate_job.read_texts
 
     def interrupted(*arguments):
-        if next(rows_until_interrupt, None) is None:
+        if next(shards, None) is None:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    original = near_duplicate_job.read_texts
     monkeypatch.setattr(near_duplicate_job, "read_texts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         drop(source, out)
@@ -198,13 +196,11 @@ def run():
     prepare_job(source, out, **options).run(progress=False)
 
 def kill_at_the_second_renaming(before):
-    renamings = []
-    rename = os.replace
+    renamings, rename = [], os.replace
     def replace(*names):
         renamings.append(names)
-        if len(renamings) == 2 and before:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(*names)
+        if len(renamings) < 2 or not before:
+            rename(*names)
         if len(renamings) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
     os.replace = replace
