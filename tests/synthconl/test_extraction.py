@@ -113,7 +113,7 @@ def test_rows_of_codesearchnet_lose_their_docstring_and_keep_their_url(tmp_path)
 
 
 def test_a_corpus_that_cannot_be_opened_is_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="exactly one source"):
+    with raises("data.corpus.source"):
         rows_of({"depth": 1})
     (tmp_path / "rows.jsonl").write_text('{"language": "python"')
     with raises("synthconl.codesearchnet", "line 1", "(no JSON)"):

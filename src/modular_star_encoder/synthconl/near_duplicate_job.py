@@ -256,7 +256,8 @@ class DuplicateJob:
         target = self._compared(part, parts)
         if self.finished or target.exists():
             return
-        search, arrays = self._search(self._stored_columns(), self._distinct_rows()), {}
+        arrays: dict[str, np.ndarray] = {}
+        search = self._search(self._stored_columns(), self._distinct_rows())
         for kind in _KINDS:
             near = []
             for task, path in enumerate(self._proposals(kind)):
