@@ -33,20 +33,13 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """The changes of one repository.
-
-    Attributes:
-        repository, branch: where.
-        changes: the differences from the files on the Hub.
-        revision: the commit of the branch; None where there is none yet.
-        uploaded: whether the changes were committed.
-    """
+    """The changes of one repository."""
 
     repository: str
     branch: str
-    changes: tuple[Change, ...]
-    revision: str | None
-    uploaded: bool = False
+    changes: tuple[Change, ...]  # the differences from the files on the Hub
+    revision: str | None  # the commit of the branch; None where there is none yet
+    uploaded: bool = False  # whether the changes were committed
 
     def __str__(self) -> str:
         """A line for each file that differs, and one for all."""

@@ -46,9 +46,8 @@ class Completion:
 
     id: str  # id of the request
     text: str  # the answer
-    # Why it ended, in the words of OpenAI's protocol: `"stop"`, `"length"`, `"content_filter"`, or any other word of
-    # an endpoint; `"too_long"` if the prompt leaves no room for an answer, and `"error"` if this one request failed
-    # for another reason
+    # Why it ended: `"stop"`, `"length"`, `"content_filter"` or another word of OpenAI's protocol; `"too_long"` if the
+    # prompt leaves no room for an answer, and `"error"` if this one request failed for another reason
     finish_reason: str
     prompt_tokens: int = 0  # tokens of the prompt, chat template included; 0 where an endpoint does not say
     completion_tokens: int = 0  # tokens of the answer, the final one included; 0 where an endpoint does not say
@@ -176,16 +175,13 @@ class OpenAIBackend:
 
 
 def _is_an_error(response: Response) -> bool:
-    """Whether a response of status 200 is an error after all, as gateways send."""
+    """Whether a response of status 200 is an error, as gateways send."""
     content = response.json()
     return isinstance(content, dict) and "choices" not in content and "error" in content
 
 
 class _LocalBackend(ABC):
-    """Shared by the back ends in this process: prompts become token ids, and requests batches of similar length.
-
-    `batches_together` batches are sorted by length together.
-    """
+    """Prompts become token ids, and requests of `batches_together` batches are sorted by length into batches."""
 
     _tokenizer: Any
     _longest_prompt: int

@@ -53,7 +53,7 @@ from modular_star_encoder.synthconl.row_files import (
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file, staged_folder, write_json
 
-WORK, REPORT, DROPPED = ".near-duplicates", "report.json", "dropped.jsonl"
+WORK, REPORT, DROPPED = ".near-duplicate-job", "report.json", "dropped.jsonl"
 _KINDS = ("within", "between")
 _LARGEST_CLUSTERS, _TEXTS_AT_A_TIME, _LINES_AT_A_TIME, _PAIRS_PER_PART, _MAX_TASKS = 20, 1024, 8192, 100_000, 1000
 

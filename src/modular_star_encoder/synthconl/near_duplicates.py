@@ -1,9 +1,8 @@
 """Near-duplicates of texts: MinHash bands propose pairs, the true Jaccard similarity of their shingles decides.
 
-Propose pairs, compare them, join them to clusters, decide which rows are kept. A pair is a uint64: the number of the
-first row in the upper 32 bits, that of the second in the lower. Rows here are the distinct rows, numbered in the order
-of their ids, so that no result depends on the order of the input. All counts are of rows, and a cluster is a set of
-rows. `near_duplicate_job` does the same with files, in bounded memory.
+A pair is a uint64: the number of the first row in the upper 32 bits, that of the second in the lower. Rows are the
+distinct rows, numbered in the order of their ids, so that no result depends on the order of the input.
+`near_duplicate_job` does the same with files, in bounded memory.
 """
 
 import warnings
@@ -47,8 +46,8 @@ class NearDuplicates:
     reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is that of row i
     reason: np.ndarray  # int64 (n,)
     clusters: np.ndarray  # int64 (n,): the row of smallest id in the cluster of row i, which is i for a row alone
-    # int64 (n,): for a dropped row, the most similar row among those compared, or the number of the text of the set
-    # that it is near; −1 for rows that are kept
+    # int64 (n,): for a dropped row, the most similar compared row, or the number of the text of the set that it is
+    # near; −1 for rows that are kept
     nearest: np.ndarray
     similarity: np.ndarray  # float64 (n,): the Jaccard similarity to `nearest`; 0 for rows that are kept
     # int64 (pairs, 2): near pairs of distinct rows, of smaller id first. Equal rows share the pairs of the one of
