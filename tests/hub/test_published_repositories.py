@@ -1,4 +1,4 @@
-"""From checkpoints to a Hub and back: whoever downloads what was published gets the embeddings of its source."""
+"""From checkpoints to a Hub and back: a download has the embeddings of its source."""
 
 import json
 import re
@@ -118,8 +118,8 @@ OFFLINE = {
     ("me/tiny-fsdp2", "main"): ("fsdp2", EXIT_LAYERS),
     ("me/by-trainer", "main"): ("finetuned", ()),
 }
-"""Repository and branch → whose embeddings they have to give, and at which exits beside the deepest; a Trainer does not
-write the file that lets SentenceTransformer choose one."""
+"""Repository and branch → the source of its embeddings and the exits besides the deepest; a Trainer does not write the
+file that lets SentenceTransformer choose one."""
 
 
 @pytest.fixture(scope="module")
@@ -172,11 +172,10 @@ def test_every_snippet_of_every_card_runs_and_prints_what_it_says(stranger):
 def test_strangers_get_the_embeddings_of_the_source_offline_from_the_cache(stranger, sources):
     expected = {name: embeddings(sources[name], sources["finetuned"]) for name in ("finetuned", "lora", "fsdp2")}
     for number, (place, (source, exits)) in enumerate(OFFLINE.items()):
-        found = {k: stranger.embeddings[f"{number}/exit-{k}"] for k in exits}
-        for k in exits:
-            np.testing.assert_allclose(found[k], expected[source][k], atol=1e-6, err_msg=f"{place} {k}")
-        auto_model = stranger.embeddings[f"{number}/auto_model"]
-        np.testing.assert_allclose(auto_model, expected[source][(exits or EXIT_LAYERS)[-1]], atol=1e-6)
+        names = {f"exit-{k}": k for k in exits} | {"auto_model": (exits or EXIT_LAYERS)[-1]}
+        for name, k in names.items():
+            found = stranger.embeddings[f"{number}/{name}"]
+            np.testing.assert_allclose(found, expected[source][k], atol=1e-6, err_msg=f"{place} {name}")
     learned = {expected[name][4].tobytes() for name in expected}
     assert len(learned) == 3, "three models that differ"
 

@@ -29,7 +29,7 @@ def function_rows(count):
 
 
 def echo(prompt):
-    """An answer that tells its prompt."""
+    """An answer that contains its prompt."""
     return Completion("", f"<{prompt}>", "stop", 10, 2)
 
 
@@ -92,7 +92,7 @@ def write_corpus(folder, repositories=6, functions=5):
 
 
 def marker(code):
-    """A word that tells a function."""
+    """A word that is different for each function."""
     return "m" + hashlib.sha256(code.encode()).hexdigest()[:12]
 
 

@@ -140,9 +140,7 @@ def done(out):
 
 
 @pytest.mark.slow
-def test_killed_before_every_renaming_of_every_stage_nothing_is_lost_doubled_or_mismatched(
-    corpus, finished, server, tmp_path
-):
+def test_killed_before_every_renaming_nothing_is_lost_doubled_or_mismatched(corpus, finished, server, tmp_path):
     # A process dies before its first renaming, the next before its second, and so on until one finishes a stage; then
     # again from the first. What is on disk changes by renaming, so these are all the states that a death can leave.
     out, asked = tmp_path / "out", len(server.bodies)

@@ -133,13 +133,8 @@ def test_the_card_has_the_metadata_of_the_hub(built):
     assert "text-retrieval" in data["task_categories"]
     (config,) = data["configs"]
     assert [one["split"] for one in config["data_files"]] == ["train", "validation"]
-    assert [size_category(rows) for rows in (999, 1000, 10**6, 5 * 10**6, 10**7)] == [
-        "n<1K",
-        "1K<n<10K",
-        "1M<n<10M",
-        "1M<n<10M",
-        "10M<n<100M",
-    ]
+    sizes = {999: "n<1K", 1000: "1K<n<10K", 10**6: "1M<n<10M", 5 * 10**6: "1M<n<10M", 10**7: "10M<n<100M"}
+    assert {rows: size_category(rows) for rows in sizes} == sizes
 
 
 def test_the_card_says_how_the_dataset_was_made(built):
@@ -196,11 +191,9 @@ def test_the_card_says_greedily_and_all_languages_only_where_that_is_so(argument
 
 
 def test_a_card_without_rejected_answers_has_no_empty_table(arguments):
-    triplets = {**arguments["reports"]["triplets"], "rejected": {}}
-    rejected, none = (
-        dataset_card(**arguments | {"reports": {**arguments["reports"], "triplets": one}})
-        for one in (arguments["reports"]["triplets"], triplets)
-    )
+    reports = arguments["reports"]
+    without = {**reports, "triplets": reports["triplets"] | {"rejected": {}}}
+    rejected, none = dataset_card(**arguments), dataset_card(**arguments | {"reports": without})
     assert "rejected for these reasons:\n\n| reason |" in rejected
     assert "taken out of its block.\n" in none
     assert "| reason |" not in none
