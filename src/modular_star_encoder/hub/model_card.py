@@ -137,12 +137,13 @@ def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[s
     exits = list(measurements.parameters)
     others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
     retrievers = list(dict.fromkeys(row.retriever for row in others))
+    columns: list[int | str] = [*exits, *retrievers]
     blank = [""] * len(retrievers)
     rows = [["parameters", *(f"{count:,}" for count in measurements.parameters.values()), *blank]]
     rows += [[name, *cells, *blank] for name, cells in _cost_rows(measurements.profile, exits)]
     for table in measurements.tables:
         found = {row.retriever if row.exit_layer is None else row.exit_layer: row for row in table.rows}
-        cells = [_quality(found.get(column)) for column in (*exits, *retrievers)]
+        cells = [_quality(found.get(column)) for column in columns]
         rows.append([f"{table.title}: {metric_label(table.metric)} × 100", *cells])
     return ["", *(f"exit {k}" for k in exits), *retrievers], rows
 

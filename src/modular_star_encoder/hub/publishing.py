@@ -123,11 +123,7 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Make a branch contain exactly the staged files, by one commit on the revision that they were compared with.
-
-    `api`, `upload` and `private` are those of `publish`. Raises OSError if the Hub refuses, can't be reached, or has a
-    newer commit.
-    """
+    """Make a branch contain exactly the staged files, by one commit on the revision that they were compared with."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)

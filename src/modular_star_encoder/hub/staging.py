@@ -159,13 +159,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _training_rows(log: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    if "steps" in log:
-        yield "steps", log["steps"]
-    data = log.get("data") or {}
-    for name, words in (("train", "rows to train on"), ("held_out", "rows held out")):
-        if isinstance(data.get(name), int):
-            yield words, data[name]
-    if held_out := log.get("held_out_repositories"):
+    data, held_out = log.get("data") or {}, log.get("held_out_repositories")
+    values = {"steps": log.get("steps"), "rows to train on": data.get("train"), "rows held out": data.get("held_out")}
+    yield from ((name, value) for name, value in values.items() if isinstance(value, int))
+    if held_out:
         yield "repositories held out", len(held_out)
 
 

@@ -114,10 +114,8 @@ class Blocker(MetaPathFinder):
 def main(request_file: str, result_file: str) -> None:
     """Answer every request in the clean process; the arrays of request number i are called `{i}/…`."""
     sys.meta_path.insert(0, Blocker())
-    with open(request_file, encoding="utf-8") as file:
-        requests = json.load(file)
     arrays: dict[str, np.ndarray] = {}
-    for number, request in enumerate(requests):
+    for number, request in enumerate(json.loads(Path(request_file).read_text(encoding="utf-8"))):
         try:
             arrays |= {f"{number}/{name}": array for name, array in embed(**request).items()}
         except Exception as error:

@@ -99,7 +99,9 @@ class OpenAIBackend:
             is not sent.
     """
 
-    run_options = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
+    run_options: ClassVar[frozenset[str]] = frozenset(
+        {"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"}
+    )
 
     def __init__(
         self,
@@ -236,7 +238,7 @@ class TransformersBackend(_LocalBackend):
         device: Where to run; a GPU if there is one.
     """
 
-    run_options = frozenset({"batch_size", "device"})
+    run_options: ClassVar[frozenset[str]] = frozenset({"batch_size", "device"})
 
     def __init__(
         self,
@@ -265,7 +267,7 @@ class TransformersBackend(_LocalBackend):
         }
 
     @cached_property
-    def _tokenizer(self) -> "PreTrainedTokenizerBase":  # type: ignore[override]
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
         options = {"revision": self._options["revision"], "padding_side": "left"}
@@ -341,7 +343,7 @@ class VLLMBackend(_LocalBackend):
         engine: Further arguments of `vllm.LLM`, such as `quantization`.
     """
 
-    run_options = frozenset({"batch_size", "tensor_parallel_size", "gpu_memory_utilization"})
+    run_options: ClassVar[frozenset[str]] = frozenset({"batch_size", "tensor_parallel_size", "gpu_memory_utilization"})
 
     def __init__(
         self,
@@ -390,7 +392,7 @@ class VLLMBackend(_LocalBackend):
             raise self._not_loaded(error) from error
 
     @cached_property
-    def _tokenizer(self) -> Any:  # type: ignore[override]
+    def _tokenizer(self) -> Any:
         return self._engine.get_tokenizer()
 
     def _generate(self, rows: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]:

@@ -169,7 +169,6 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
         recipe: What to build.
         out: The folder to work in: one that does not exist, is empty, or was begun with the same settings. It gets a
             folder for each of `STAGES`.
-        progress: Whether to show progress bars.
 
     Returns:
         The folder of the finished dataset, `out/dataset`: parquet files in `data`, `statistics.json` and a card,

@@ -23,14 +23,8 @@ from modular_star_encoder.synthconl.backends import ERROR, TOO_LONG
 from modular_star_encoder.utils.errors import UserError
 
 FUNCTION_COLUMNS = (
-    "id",
-    "repository_name",
-    "func_path_in_repository",
-    "func_code_url",
-    "language1_CSN",
-    "func1_CSN",
-    "func_documentation_string",
-    "license",
+    *("id", "repository_name", "func_path_in_repository", "func_code_url"),
+    *("language1_CSN", "func1_CSN", "func_documentation_string", "license"),
 )
 """The columns of a function before its translation."""
 

@@ -50,9 +50,7 @@ def optimal_banding(threshold: float, miss_weight: float = 0.5, permutations: in
     """The banding with the smallest error at `threshold`, over texts of all similarities from 0 to 1.
 
     The error is the share of pairs below the threshold that are compared, weighted 1 − `miss_weight`, plus the share
-    above it that are missed, weighted `miss_weight`.
-
-    Source: the rule of datasketch's `MinHashLSH`, after Zhu et al., "LSH Ensemble", VLDB 2016.
+    above it that are missed, weighted `miss_weight`: the rule of datasketch's `MinHashLSH` ("LSH Ensemble", VLDB 2016).
     """
     similarity = (np.arange(1000) + 0.5) / 1000
 

@@ -267,7 +267,7 @@ class DuplicateJob:
             merged = NearPairs.merged(near)
             arrays |= {kind: merged.pairs, f"{kind}-similarities": merged.similarities}
         with staged_file(target, resumable=True) as temporary, temporary.open("wb") as output:
-            np.savez(output, **arrays)
+            np.savez(output, **arrays)  # type: ignore[arg-type]
 
     def decide(self, parts: int) -> None:
         """Decide which rows are kept, from all `parts` of the comparison."""

@@ -206,8 +206,7 @@ def push_dataset(
     Args:
         folder: The folder that `build_dataset` returned, or the one that it was given.
         repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
-        upload: Whether to upload; otherwise nothing is sent.
-        private: Whether a new repository is private.
+        upload, private: Whether to upload (otherwise nothing is sent), and whether a new repository is private.
     """
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")

@@ -154,10 +154,10 @@ def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
     order = pc.sort_indices(ids)
     in_order = ids.take(order)
     same = pc.equal(in_order.slice(1), in_order.slice(0, max(len(ids) - 1, 0)))
-    if ids.null_count or pc.any(same).as_py():
-        fault = (
-            f"{ids.null_count} are missing" if ids.null_count else f"{in_order[pc.index(same, True).as_py()]} repeats"
-        )
+    fault = f"{ids.null_count} are missing" if ids.null_count else ""
+    if not fault and pc.any(same).as_py():
+        fault = f"{in_order[pc.index(same, True).as_py()]} repeats"
+    if fault:
         raise UserError("synthconl.shards.ids", f"Column {id_column!r} must have a different id in each row; {fault}.")
     return order.to_numpy().astype(np.int64)
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from string import Formatter
@@ -227,7 +227,7 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
         yield doubtful
 
 
-class _Session:
+class _Session(AbstractContextManager["_Session"]):
     """The counts of one call, written to a list of all calls; those of a killed call are at most 30 seconds old."""
 
     def __init__(self, path: Path, backend: CompletionBackend) -> None:
@@ -235,9 +235,6 @@ class _Session:
         self._earlier = _read_sessions(path)
         self.counts: Counter[str] = Counter()
         self._start = self._written = time.monotonic()
-
-    def __enter__(self) -> "_Session":
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self.counts:
@@ -296,16 +293,13 @@ class _OpenFile:
     synced: float
 
 
-class _CompletionFiles:
+class _CompletionFiles(AbstractContextManager["_CompletionFiles"]):
     """The completions of a folder of rows, file by file; several files may be open at once, each with a journal."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[str, _OpenFile] = {}
         self._file_of: dict[str, str] = {}
-
-    def __enter__(self) -> "_CompletionFiles":
-        return self
 
     def __exit__(self, *_: object) -> None:
         for file in self._open.values():
