@@ -108,7 +108,6 @@ def export_onnx_folder(
         out: folder to write, which must not exist or be empty; by default `{name}-{exit_layer}-onnx`, next to the
             checkpoint's folder (for a repository, in the current folder).
         int8: also write the file with 8-bit weights.
-        tasks: what to rank.
     """
     if int8 and not tasks:
         raise UserError("hub.onnx.int8", "8-bit weights cost quality: give retrieval data to measure how much.")
@@ -200,9 +199,7 @@ class OnnxEncoder:
     """An ONNX file in onnxruntime, on the texts of an `ExitEncoder`: same prompts, tokenizer, lengths and batches.
 
     Args:
-        path: the file.
         reference: the encoder of the exported model, at one exit and without options.
-        name: its name in tables.
     """
 
     dimensions: tuple[int | None, ...] = (None,)

@@ -234,7 +234,6 @@ class TransformersBackend(_LocalBackend):
     Args:
         model, max_tokens, revision: See `open_backend`.
         dtype, attn_implementation: See `AutoModelForCausalLM.from_pretrained`.
-        batch_size: Number of prompts of a batch.
         device: Where to run; a GPU if there is one.
     """
 

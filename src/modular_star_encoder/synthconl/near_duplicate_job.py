@@ -109,7 +109,6 @@ def prepare_job(
             one, the first stays, in the order of the files' names.
         against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
             dropped too.
-        settings: What counts as a near-duplicate; by default, `DuplicateSettings()`.
     """
     if isinstance(columns, str) or not columns or len(set(columns)) < len(columns):
         message = f"columns must be a list of one or more names, each once, not {columns!r}."
@@ -396,7 +395,6 @@ def datatrove_steps(job: DuplicateJob, compare_tasks: int = 16) -> list[tuple[st
     comparing the texts. The machines share a file system.
 
     Args:
-        job: From `prepare_job`, on the machine that starts the executors.
         compare_tasks: The number of tasks of the comparison; the same when a job is continued.
 
     Returns:

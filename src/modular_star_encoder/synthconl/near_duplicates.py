@@ -87,7 +87,6 @@ def find_near_duplicates(
         ids: The order of rows; of near-duplicates, the smallest id stays. By default, the position.
         against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
             dropped too. Whole texts are compared: one that contains another among much else is not near it.
-        settings: What counts as a near-duplicate; by default, `DuplicateSettings()`.
     """
     settings = settings or DuplicateSettings()
     lengths = {name: len(column) for name, column in columns.items()} | ({} if ids is None else {"ids": len(ids)})

@@ -155,7 +155,6 @@ def translate(
         out: Folder, which exists, that gets one file of completions for each file of functions.
         settings: How. The caller checks that they are those of the earlier call.
         seed: Decides the target languages.
-        progress: Whether to show a progress bar.
 
     Returns:
         The report of all calls together: `completions`, `errors`, `prompt_tokens`, `completion_tokens`, `cost`,
