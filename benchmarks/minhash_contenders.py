@@ -95,7 +95,7 @@ def _rensa_strings(texts: Sequence[str]) -> Any:
 
 
 def _ours_signatures(texts: Sequence[str]) -> Any:
-    from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings, fingerprint
+    from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
 
     return fingerprint(texts, DuplicateSettings().banding)
 

@@ -72,8 +72,8 @@ def installed_version(name: str) -> str | None:
 
 def measure_recall(rows: list[str], planted: list[Planted], recall: str) -> dict:
     """Which of the planted pairs are compared, and which found; and whether any pair found is none."""
+    from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
     from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
-    from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings, fingerprint
 
     settings = DuplicateSettings(recall=recall)
     result = find_near_duplicates({"code": rows}, settings=settings)
@@ -117,8 +117,8 @@ def compare_with_brute_force(rows: list[str], planted: list[Planted], count: int
     """All pairs of a sample, by a product of sparse matrices, against what is found, in both modes."""
     from scipy.sparse import csr_array
 
+    from modular_star_encoder.synthconl.minhash import DuplicateSettings
     from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
-    from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings
 
     rng = random.Random(0)
     ends = {row for pair in rng.sample(planted, min(count // 10, len(planted))) for row in (pair.first, pair.second)}
@@ -208,7 +208,7 @@ def run_stage(source: str, out: str) -> dict:
     import rensa  # noqa: F401  (loaded before the memory is looked at)
     import scipy.sparse.csgraph  # noqa: F401
 
-    from modular_star_encoder.synthconl.near_duplicates.job import drop_near_duplicates
+    from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
 
     before, peak, done = memory(), {"RssAnon": 0, "VmRSS": 0}, threading.Event()
 
@@ -221,7 +221,7 @@ def run_stage(source: str, out: str) -> dict:
     sampler = threading.Thread(target=sample)
     sampler.start()
     start = time.process_time()
-    report = drop_near_duplicates(source, out, columns=COLUMNS, id_column="id")
+    report = prepare_job(source, out, columns=COLUMNS, id_column="id").run()
     seconds = time.process_time() - start
     done.set()
     sampler.join()
@@ -266,7 +266,7 @@ def plot(figures: dict) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from modular_star_encoder.synthconl.near_duplicates.minhash import Banding
+    from modular_star_encoder.synthconl.minhash import Banding
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
     curve = np.linspace(0.45, 1, 200)

@@ -7,8 +7,8 @@ import yaml
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.cli import dataset
-from tests.synthconl.build_samples import translation, write_corpus
 from tests.synthconl.openai_server import OpenAIServer
+from tests.synthconl.samples import translation, write_corpus
 
 
 def run(capsys, *arguments):

@@ -24,7 +24,7 @@ def write_pretrained(folder):
 
 
 def write_finetuned(folder):
-    """A fine-tuned checkpoint with its exit profile, and beside it report.json."""
+    """A fine-tuned checkpoint with its exit profile, and report.json in its parent folder."""
     save_tiny_checkpoint(folder)
     fingerprint = checkpoint_checksum(folder)
     exits = {}
@@ -60,6 +60,6 @@ def finetuned_entry(folder, **changes):
 
 
 def with_profile(folder, **changes):
-    """Write the folder's exit profile anew, changed."""
+    """Write the folder's exit profile again, with changes."""
     profile = ExitProfile.load(folder / "exit_profile.json")
     dataclasses.replace(profile, **changes).save(folder / "exit_profile.json")

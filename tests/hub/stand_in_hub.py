@@ -87,10 +87,10 @@ class StandInHub:
     def __exit__(self, *_: object) -> None:
         self._server.__exit__()
 
-    def environment(self, home: Any, **changes: str) -> dict[str, str]:
+    def environment(self, home: Any) -> dict[str, str]:
         """The environment of a process that knows no other Hub."""
         settings = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
-        return {**settings, "HF_HUB_CACHE": f"{home}/hub", "HF_HUB_OFFLINE": "0", **changes}
+        return {**settings, "HF_HUB_CACHE": f"{home}/hub", "HF_HUB_OFFLINE": "0"}
 
     def files(self, repository: str, branch: str = "main") -> dict[str, bytes]:
         """Contents by path at the head of a branch, without what the Hub writes itself."""
@@ -113,21 +113,20 @@ class _Handler(LoopbackHandler):
         with hub.lock:
             hub.requests.append((self.command, path))
             fault = hub.fault(self.command, path) if hub.fault else None
-        if fault == DROP:
-            self._drop()
-            return
         try:
             if isinstance(fault, int):
                 raise Refusal(fault, "A fault of the stand-in")
             with hub.lock:
-                reply = self._route(hub, path, parse_qs(url.query), body)
+                reply = None if fault == DROP else self._route(hub, path, parse_qs(url.query), body)
         except Refusal as refusal:
             headers = {"X-Error-Message": str(refusal)} | ({"X-Error-Code": refusal.code} if refusal.code else {})
             reply = refusal.status, {"error": str(refusal)}, headers
-        if fault == DROP_REPLY:
-            self._drop()
+        if fault not in (DROP, DROP_REPLY):
+            self.reply(*reply)
             return
-        self.reply(*reply)
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
@@ -140,11 +139,6 @@ class _Handler(LoopbackHandler):
             self.rfile.readline()
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    def _drop(self) -> None:
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
 
     def _route(
         self, hub: StandInHub, path: str, query: dict[str, list[str]], body: bytes
@@ -195,16 +189,12 @@ def _validate_yaml(hub: StandInHub, body: bytes, **_: Any) -> Any:
     parts = json.loads(body)["content"].split("---\n")
     try:
         data = yaml.safe_load(parts[1]) if len(parts) > 2 else {}
-        problems = [] if isinstance(data, dict) else ["no mapping"]
-        problems += [f"{name}: null" for name, value in data.items() if value is None]
-        for model in data.get("model-index", []):
-            problems += [
-                "metric without type or value"
-                for result in model["results"]
-                for metric in result["metrics"]
-                if {"type", "value"} - set(metric) or not result["dataset"]["type"] or not result["task"]["type"]
-            ]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        problems = [f"{name}: null" for name, value in data.items() if value is None]
+        for result in (one for model in data.get("model-index", []) for one in model["results"]):
+            complete = all({"type", "value"} <= set(metric) for metric in result["metrics"])
+            if not (complete and result["dataset"]["type"] and result["task"]["type"]):
+                problems.append("metric without type or value")
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         problems = [str(error)]
     return 400 if problems else 200, {"errors": [{"message": one} for one in problems], "warnings": []}, {}
 
@@ -216,14 +206,11 @@ def _info(hub: StandInHub, id: str, repository: Repository, revision: str = "mai
 
 
 def _sums(content: bytes, large: bool) -> dict[str, Any]:
-    if large:
-        sha256 = hashlib.sha256(content).hexdigest()
-        return {"oid": hashlib.sha1(sha256.encode()).hexdigest(), "lfs": _lfs(sha256, content)}
-    return {"oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
-
-
-def _lfs(sha256: str, content: bytes) -> dict[str, Any]:
-    return {"oid": sha256, "size": len(content), "pointerSize": 130}
+    if not large:
+        return {"oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+    sha256 = hashlib.sha256(content).hexdigest()
+    lfs = {"oid": sha256, "size": len(content), "pointerSize": 130}
+    return {"oid": hashlib.sha1(sha256.encode()).hexdigest(), "lfs": lfs}
 
 
 def _tree(hub: StandInHub, repository: Repository, revision: str, query: dict, folder: str = "", **_: Any) -> Any:
@@ -259,11 +246,10 @@ def _preupload(hub: StandInHub, repository: Repository, revision: str, body: byt
     answers = []
     for asked in json.loads(body)["files"]:
         large = bool(LFS.search(asked["path"])) or b"\0" in base64.b64decode(asked["sample"])
-        answer = {"path": asked["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+        answers.append({"path": asked["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False})
         if asked["path"] in files:
             sums = _sums(*files[asked["path"]])
-            answer["oid"] = sums["lfs"]["oid"] if "lfs" in sums else sums["oid"]
-        answers.append(answer)
+            answers[-1]["oid"] = sums.get("lfs", sums)["oid"]
     return 200, {"files": answers}, {}
 
 

@@ -10,11 +10,11 @@ from transformers import AutoModel, AutoTokenizer
 
 from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
+from modular_star_encoder.hub.verification import TEXTS
 from tests.errors import raises
 from tests.tiny import save_tiny_checkpoint
 
 REPOSITORY = "some-org/tiny.star-encoder"
-TEXTS = ["add two numbers", "def subtract(first, second):\n    return first - second", "x"]
 
 
 def cache_repository(checkpoint, cache):

@@ -1,8 +1,12 @@
-"""Manifests: their content, and the errors in it."""
+"""Manifests and configurations: their content, and the errors in it."""
 
 import pytest
+import torch
 
+from modular_star_encoder import modeling
 from modular_star_encoder.hub.manifest import folder_manifest, load_manifest
+from modular_star_encoder.modeling import ModularStarEncoderConfig
+from modular_star_encoder.training.recipes import hub_config_folder, load_config
 from tests.errors import raises
 from tests.hub.repositories import manifest
 
@@ -34,16 +38,15 @@ def test_a_manifest_is_read_with_overrides(tmp_path):
         ([SLICE, ENTRY], "hub.manifest.parent", "b comes from a"),
         ([ENTRY, ENTRY], "hub.manifest.twice", "a"),
         ([{**ENTRY, "name": "a/b/c"}], "hub.repository_id", "'me/a/b/c'"),
-        ([{**ENTRY, "evaluation": "report.json"}], "settings.value", "evaluation"),
-        ([{**ENTRY, "evaluation": None}], "settings.value", "evaluation"),
-        ([{**ENTRY, "checkpoint": 5}], "settings.value", "checkpoint"),
-        ([{**ENTRY, "name": 5}], "settings.value", "name"),
-        ([{**ENTRY, "branch": 1.0}], "settings.value", "1.0"),
-        ([{**ENTRY, "training_data": ["x"]}], "settings.value", "training_data"),
-        ([{**ENTRY, "only_exit": "no"}], "settings.value", "'no'"),
-        ([{**ENTRY, "files": ["x"]}], "settings.value", "files"),
         ([{**ENTRY, "files": {"../model.onnx": "x"}}], "hub.manifest.files", "'../model.onnx'"),
         ([{**ENTRY, "weights": "x"}], "settings.unknown", "weights"),
+        *(
+            ([ENTRY | {name: value}], "settings.value", repr(value))
+            for name, value in (
+                *(("evaluation", "report.json"), ("evaluation", None), ("checkpoint", 5), ("name", 5)),
+                *(("branch", 1.0), ("training_data", ["x"]), ("only_exit", "no"), ("files", ["x"])),
+            )
+        ),
     ],
 )
 def test_a_contradiction_is_one_sentence(entries, key, value):
@@ -60,15 +63,12 @@ def test_one_word_is_not_a_list_and_a_title_is_needed(changes):
         manifest([ENTRY], **changes)
 
 
-def test_prose_may_be_left_empty():
+def test_a_licence_has_a_name_and_prose_may_be_left_empty():
+    for license in (None, "", "other"):
+        with raises("hub.manifest.license"):
+            manifest([ENTRY], license=license)
     read = manifest([{**ENTRY, "training_data": None}], limits=None)
     assert (read.limits, read.repositories[0].training_data) == (None, None)
-
-
-@pytest.mark.parametrize("license", [None, "", "other"])
-def test_a_licence_has_a_name(license):
-    with raises("hub.manifest.license"):
-        manifest([ENTRY], license=license)
 
 
 def test_a_folder_is_a_manifest_of_one_repository():
@@ -76,3 +76,54 @@ def test_a_folder_is_a_manifest_of_one_repository():
     assert (entry.key, entry.checkpoint, entry.evaluation) == ("b", "runs/a", ("report.json",))
     with raises("hub.repository_id", "'b'"):
         folder_manifest("runs/a", "b")
+
+
+# Counted, and what the paper calls them.
+PAPER = {
+    "pretrained": (1_104_091_214, 1e9),
+    "finetuned": (1_061_894_144, 1e9),
+    "finetuned-4": (163_663_872, 160e6),
+    "finetuned-9": (302_700_032, 300e6),
+    "finetuned-18": (552_965_120, 550e6),
+    "finetuned-27": (803_230_208, 800e6),
+}
+OURS = {
+    "small": (13_346_874, 13e6),
+    "mini": (2_868_790, 2.9e6),
+    "mose-code": (15_920_512, 16e6),
+    "quickstart": (1_495_808, 1.5e6),
+}
+
+
+@pytest.mark.parametrize("name", [*PAPER, *OURS])
+def test_a_configuration_builds_on_the_meta_device_and_has_its_size(name):
+    config = load_config(name)
+    with torch.device("meta"):
+        model = getattr(modeling, config.architectures[0])(config)
+    exact, named = (PAPER | OURS)[name]
+    assert model.num_parameters() == exact
+    assert exact == pytest.approx(named, rel=0.11 if name == "pretrained" else 0.07)
+
+
+def test_every_configuration_is_tried():
+    folder = hub_config_folder("small").parent
+    assert {path.parent.name for path in folder.glob("*/config.json")} == set(PAPER) | set(OURS)
+
+
+@pytest.mark.parametrize("exit_layer", [4, 9, 18, 27])
+def test_a_cut_configuration_is_what_slicing_the_full_one_gives(exit_layer):
+    expected = load_config("finetuned").cut(exit_layer)
+    expected.exit_layers = [exit_layer]
+    # With one exit, no list of all exits.
+    expected.output_all_exits = None
+    assert load_config(f"finetuned-{exit_layer}").to_diff_dict() == expected.to_diff_dict()
+
+
+@pytest.mark.parametrize(("name", "repositories"), [("quickstart", 6), ("small", 6), ("finetuned", 6)])
+def test_a_manifest_publishes_every_exit_of_its_model(name, repositories):
+    manifest = load_manifest(hub_config_folder(name) / "publish.yaml", ["namespace=me", "license=apache-2.0"])
+    assert len(manifest.repositories) == repositories
+    exits = ModularStarEncoderConfig.from_pretrained(hub_config_folder(name)).exit_layers
+    sliced = [entry.exit_layer for entry in manifest.repositories if entry.only_exit]
+    # The deepest exit is the fine-tuned model itself, or a slice without the other heads.
+    assert sliced in (exits, exits[:-1])

@@ -1,4 +1,4 @@
-"""From checkpoints to a Hub and back: whoever downloads what was published gets the embeddings of its source."""
+"""From checkpoints to a Hub and back: a download has the embeddings of its source."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.hub import subprocess_check
+from modular_star_encoder.hub import publishing, subprocess_check
 from modular_star_encoder.hub.publishing import publish
 from modular_star_encoder.hub.subprocess_check import ReloadRequest
 from modular_star_encoder.hub.verification import TEXTS
@@ -91,24 +91,17 @@ def hub(plan, sources):
     """A Hub that holds what one call published, and what a Trainer pushed."""
     with StandInHub() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        hub.publications = publish(
-            plan, upload=True, api=HfApi(endpoint=hub.endpoint, token=TOKEN), progress=False, private=True
-        )
+        hub.publications = publish(plan, upload=True, api=HfApi(endpoint=hub.endpoint, token=TOKEN), progress=False)
         folder = sources["finetuned"].parent / "trainer"
-        run_script(hub, folder, "push_by_trainer.py", sources["finetuned"], folder, "me/by-trainer")
+        run_script(hub, folder, "push_by_trainer", sources["finetuned"], folder, "me/by-trainer")
         yield hub
 
 
 def run_script(hub, home, name, *arguments):
-    """What a script beside this file printed, run by a process that knows no other Hub."""
-    result = subprocess.run(
-        [sys.executable, "-P", Path(__file__).with_name(name), *arguments],
-        env=hub.environment(home),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """The output of a function of scripts.py, run by a process that knows no other Hub."""
+    command = [sys.executable, "-P", Path(__file__).with_name("scripts.py"), name, *arguments]
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    result = subprocess.run(command, env=hub.environment(home), check=False, **options)
     assert result.returncode == 0, result.stdout[-500:] + result.stderr[-3000:]
     return result.stdout
 
@@ -125,8 +118,8 @@ OFFLINE = {
     ("me/tiny-fsdp2", "main"): ("fsdp2", EXIT_LAYERS),
     ("me/by-trainer", "main"): ("finetuned", ()),
 }
-"""Repository and branch → whose embeddings they have to give, and at which exits beside the deepest; a Trainer does not
-write the file that lets SentenceTransformer choose one."""
+"""Repository and branch → the source of its embeddings and the exits besides the deepest; a Trainer does not write the
+file that lets SentenceTransformer choose one."""
 
 
 @pytest.fixture(scope="module")
@@ -141,31 +134,22 @@ def stranger(hub, tmp_path_factory):
     # A Trainer writes a card of its own; these repositories have to be in the cache, too.
     load = 'SentenceTransformer("me/by-trainer", trust_remote_code=True)'
     cards["me/by-trainer main"] = [f"from sentence_transformers import SentenceTransformer\n{load}"]
-    requests = [
-        asdict(ReloadRequest(name, TEXTS, text_prompt(), exits, branch))
-        for (name, branch), (_, exits) in OFFLINE.items()
-    ]
+    places = ((name, exits, branch) for (name, branch), (_, exits) in OFFLINE.items())
+    requests = [asdict(ReloadRequest(name, TEXTS, text_prompt(), exits, branch)) for name, exits, branch in places]
     (folder / "requests.json").write_text(json.dumps({"cards": cards, "offline": requests}))
     paths = [subprocess_check.__file__, folder / "requests.json", folder / "result.npz"]
-    output = run_script(hub, folder, "run_snippets.py", *paths)
+    output = run_script(hub, folder, "run_snippets", *paths)
     return SimpleNamespace(cards=cards, output=output, embeddings=np.load(folder / "result.npz"))
 
 
 def test_one_call_publishes_every_repository_and_branch(hub):
-    assert [one.repository for one in hub.publications] == [
-        "me/tiny-pretrained",
-        "me/tiny",
-        *(f"me/tiny-{k}" for k in EXIT_LAYERS),
-        "me/tiny",
-        "me/tiny-lora",
-        "me/tiny-fsdp2",
-    ]
+    names = ["tiny-pretrained", "tiny", *(f"tiny-{k}" for k in EXIT_LAYERS), "tiny", "tiny-lora", "tiny-fsdp2"]
+    assert [one.repository for one in hub.publications] == [f"me/{name}" for name in names]
     assert all(one.uploaded for one in hub.publications)
     for name in hub.repositories:
-        assert {"config.json", "model.safetensors", "modeling_modular_star_encoder.py"} <= set(hub.files(name))
-        assert (
-            not [path for path in hub.files(name) if path.endswith((".bin", ".pt", ".pkl"))] or name == "me/by-trainer"
-        )
+        files = set(hub.files(name))
+        assert {"config.json", "model.safetensors", "modeling_modular_star_encoder.py"} <= files
+        assert name == "me/by-trainer" or not [path for path in files if path.endswith((".bin", ".pt", ".pkl"))]
 
 
 def test_every_snippet_of_every_card_runs_and_prints_what_it_says(stranger):
@@ -188,11 +172,10 @@ def test_every_snippet_of_every_card_runs_and_prints_what_it_says(stranger):
 def test_strangers_get_the_embeddings_of_the_source_offline_from_the_cache(stranger, sources):
     expected = {name: embeddings(sources[name], sources["finetuned"]) for name in ("finetuned", "lora", "fsdp2")}
     for number, (place, (source, exits)) in enumerate(OFFLINE.items()):
-        found = {k: stranger.embeddings[f"{number}/exit-{k}"] for k in exits}
-        for k in exits:
-            np.testing.assert_allclose(found[k], expected[source][k], atol=1e-6, err_msg=f"{place} {k}")
-        auto_model = stranger.embeddings[f"{number}/auto_model"]
-        np.testing.assert_allclose(auto_model, expected[source][(exits or EXIT_LAYERS)[-1]], atol=1e-6)
+        names = {f"exit-{k}": k for k in exits} | {"auto_model": (exits or EXIT_LAYERS)[-1]}
+        for name, k in names.items():
+            found = stranger.embeddings[f"{number}/{name}"]
+            np.testing.assert_allclose(found, expected[source][k], atol=1e-6, err_msg=f"{place} {name}")
     learned = {expected[name][4].tobytes() for name in expected}
     assert len(learned) == 3, "three models that differ"
 
@@ -206,8 +189,8 @@ def embeddings(source, tokenizer):
 
 
 def test_the_command_says_what_would_change_and_uploads_when_told(hub, plan, sources, capsys, monkeypatch):
-    monkeypatch.setattr("modular_star_encoder.hub.publishing.HfApi", lambda: HfApi(endpoint=hub.endpoint, token=TOKEN))
-    monkeypatch.setattr("modular_star_encoder.hub.publishing.verify_repositories", lambda *_, **__: [])
+    monkeypatch.setattr(publishing, "HfApi", lambda: HfApi(endpoint=hub.endpoint, token=TOKEN))
+    monkeypatch.setattr(publishing, "verify_repositories", lambda *_, **__: [])
     report = str(sources["finetuned"].parent / "report.json")
     folder = [str(sources["finetuned"]), "--repository", "me/new", "--evaluation", report]
     assert cli.main(["publish", *folder]) == 0

@@ -1,11 +1,6 @@
-"""A loopback server of OpenAI's chat protocol, for tests and trial builds: answers come from a function or a model.
+"""A loopback server of OpenAI's chat protocol: answers come from a function or a model."""
 
-python -m tests.synthconl.openai_server --port 8000 --model FOLDER    # any causal model; without --model, a stand-in
-"""
-
-import argparse
 import json
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +23,13 @@ class OpenAIServer:
         bodies: The bodies of all requests.
     """
 
-    def __init__(self, answer: Answer, fault: Fault | None = None, port: int = 0) -> None:
+    def __init__(self, answer: Answer, fault: Fault | None = None) -> None:
         """`fault` sees the number of a request, its body and its headers, and may give another reply."""
         self.answer, self.fault = answer, fault
         self.prompts: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.lock = threading.Lock()
-        self._server = LoopbackServer(_Handler, self, port)
+        self._server = LoopbackServer(_Handler, self)
         self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self) -> "OpenAIServer":
@@ -102,24 +97,3 @@ class ModelAnswers:
             requests = [CompletionRequest(str(place), prompt) for place, (prompt, _) in enumerate(batch)]
             for completion in self._backend.complete(requests):
                 batch[int(completion.id)][1].put(completion)
-
-
-def main() -> None:
-    """Serve until Ctrl-C."""
-    from tests.synthconl.stand_in import save_stand_in  # loads torch
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--model", help="folder of a causal model; a stand-in of random weights by default")
-    parser.add_argument("--max-tokens", type=int, default=16)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        sources = (path.read_text(encoding="utf-8") for path in sorted(Path("src").rglob("*.py")))
-        model = arguments.model or save_stand_in(Path(folder), texts=sources, positions=4096, vocabulary=4096)
-        with OpenAIServer(ModelAnswers(model, arguments.max_tokens), port=arguments.port) as server:
-            print(server.base_url, flush=True)
-            threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()

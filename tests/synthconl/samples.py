@@ -1,14 +1,20 @@
-"""Rows, and processes that are killed, for the tests of this folder."""
+"""Rows, a corpus, a model that translates it, and processes that are killed, for the tests of this folder."""
 
+import hashlib
 import multiprocessing
 import os
+import random
+import re
 import signal
+from pathlib import Path
 
 import pyarrow as pa
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
+from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.backends import Completion
-from modular_star_encoder.synthconl.translation import TranslationSettings
+from modular_star_encoder.synthconl.build import DatasetRecipe, build_dataset
+from modular_star_encoder.synthconl.translation import LANGUAGE_NAMES, TranslationSettings
 
 FUNCTION_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "language1_CSN", "func1_CSN")])
 
@@ -23,7 +29,7 @@ def function_rows(count):
 
 
 def echo(prompt):
-    """An answer that tells its prompt."""
+    """An answer that contains its prompt."""
     return Completion("", f"<{prompt}>", "stop", 10, 2)
 
 
@@ -36,7 +42,7 @@ def endpoint_settings(server, **changes):
 def start_process(target, *arguments, **options):
     """Start `target(*arguments, **options)` in a process of its own that has the modules loaded already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.synthconl.build_samples"])
+    context.set_forkserver_preload(["tests.synthconl.samples"])
     process = context.Process(target=target, args=arguments, kwargs=options)
     process.start()
     return process
@@ -48,6 +54,91 @@ def ended_by_sigkill(process):
     return process.exitcode == -signal.SIGKILL
 
 
-def kill(process):
-    """Kill -9."""
-    os.kill(process.pid, signal.SIGKILL)
+WORDS = ["load", "save", "parse", "build", "merge", "split", "index", "count", "table", "column", "buffer", "stream"]
+
+TRANSLATIONS = {
+    "python": ("def run(a):", "    a = a + {0}", "    return a"),
+    "javascript": ("function run(a) {{", "  a = a + {0};", "  return a;\n}}"),
+    "go": ("func run(a int) int {{", "\ta = a + {0}", "\treturn a\n}}"),
+    "java": ("int run(int a) {{", "    a = a + {0};", "    return a;\n}}"),
+    "php": ("function run($a) {{", "    $a = $a + ${0};", "    return $a;\n}}"),
+    "ruby": ("def run(a)", "  a = a + {0}", "  a\nend"),
+    "c": ("int run(int a) {{", "    a = a + {0};", "    return a;\n}}"),
+    "cpp": ("auto run(std::vector<int> a) -> int {{", "    a = a + {0};", "    return a;\n}}"),
+}
+
+
+def _names(rng, count):
+    return [f"{rng.choice(WORDS)}_{rng.randrange(10**6)}" for _ in range(count)]
+
+
+def write_corpus(folder, repositories=6, functions=5):
+    """Repositories of Python files; the last function of each but the first is nearly one of the repository before."""
+    last = ""
+    for r in range(repositories):
+        rng = random.Random(r)
+        path = Path(folder, f"repository{r}", "module.py")
+        path.parent.mkdir(parents=True)
+        texts = []
+        for f in range(functions):
+            body = "\n".join(f"    {name} = value" for name in _names(rng, 8))
+            description = f"Returns the {' '.join(_names(rng, 3))} of the value."
+            texts.append(f'def f{r}_{f}(value):\n    """{description}"""\n{body}\n    return value\n')
+        if last:
+            texts.append(last.replace("def f", "def g"))
+        last = texts[0]
+        path.write_text("\n\n".join(texts))
+    return folder
+
+
+def marker(code):
+    """A word that is different for each function."""
+    return "m" + hashlib.sha256(code.encode()).hexdigest()[:12]
+
+
+def translation(prompt):
+    """An answer in the target language that names its function; about one in six is refused, and one in six cut."""
+    (language,) = re.findall(r"^Target language: (.*)$", prompt, re.MULTILINE)
+    code = prompt.partition("\nCode:\n")[2].removesuffix("\n")
+    target = next(name for name in LANGUAGES if LANGUAGE_NAMES[name] == language)
+    rng = random.Random(prompt)
+    head, line, end = TRANSLATIONS[target]
+    lines = [line.format(name) for name in (marker(code), *_names(rng, 8))]
+    text = "\n".join([head.format(), *lines, end.format()])
+    chance = rng.random()
+    if chance < 1 / 6:
+        return Completion("", "I'm sorry, I can't do that.", "stop", 10, 5)
+    return Completion("", f"Sure:\n\n```{target}\n{text}\n```", "length" if chance < 2 / 6 else "stop", 10, 5)
+
+
+def small_recipe(corpus, base_url, **changes):
+    """A recipe that asks the endpoint at `base_url`."""
+    options = {"base_url": base_url, "concurrency": 4, "pause": 0.01} | changes.pop("options", {})
+    settings = {
+        "corpus": {"folder": str(corpus)},
+        "translation": {"backend": "openai", "model": "model", "options": options, **changes.pop("translation", {})},
+        "validation_rows": 5,
+        "max_repository_share": 0.5,
+        "processes": 0,
+        "seed": 3,
+    }
+    return DatasetRecipe(**settings | changes)
+
+
+def build_and_die(corpus, base_url, out, renames, rows_per_file=1000, **changes):
+    """Build, and kill -9 this process just before its `renames`-th renaming."""
+    row_files.ROWS_PER_FILE = rows_per_file
+    count = 0
+
+    def deadly(real):
+        def rename(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == renames:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*arguments, **options)
+
+        return rename
+
+    os.replace, os.rename = deadly(os.replace), deadly(os.rename)
+    build_dataset(small_recipe(corpus, base_url, **changes), out, progress=False)

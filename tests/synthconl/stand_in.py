@@ -1,34 +1,37 @@
-"""A causal language model of random weights, small enough to answer thousands of prompts a minute on one core."""
+"""A causal language model of random weights, its greedy answers token by token, and vLLM's offline API around it.
 
-from collections.abc import Iterable
+`LLM` and `SamplingParams` have the signatures and behaviour of vLLM's as far as they are used: `generate` returns one
+`RequestOutput` for each prompt, in their order, and refuses prompts that are longer than `max_model_len`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from modular_star_encoder.synthconl.prompts import PROMPT
+from modular_star_encoder.synthconl.translation import PROMPT
 
+__version__ = "0.33.0"
 TEMPLATE = "{% for message in messages %}<user>{{ message['content'] }}<end>{% endfor %}<assistant>"
 CODE = "def add(first, second):\n    return first + second\n\nfunc Add(a int, b int) int {\n\treturn a + b\n}\n"
 
 
-def save_stand_in(
-    folder: Path, *, texts: Iterable[str] = (PROMPT, CODE), positions: int = 512, vocabulary: int = 384
-) -> Path:
-    """Write a checkpoint. A tenth of the tokens end a text, so that some texts end before they are cut.
-
-    `texts` are what the tokenizer is trained on: on more of them, and with a larger vocabulary, prompts are shorter.
-    """
+def save_stand_in(folder: Path, positions: int) -> Path:
+    """Write a checkpoint. A tenth of the tokens end a text, so that some texts end before they are cut."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<user>", "<end>", "<assistant>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((PROMPT, CODE), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
@@ -76,3 +79,46 @@ class Oracle:
         stopped = written[-1] in ends
         text = self._tokenizer.decode(written[:-1] if stopped else written, skip_special_tokens=True)
         return text, "stop" if stopped else "length", len(prompt), len(written)
+
+
+@dataclass
+class SamplingParams:
+    temperature: float = 1.0
+    max_tokens: int | None = 16
+    seed: int | None = None
+
+
+class LLM:
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        seed: int = 0,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        max_model_len: int | None = None,
+        enable_prefix_caching: bool | None = None,
+    ) -> None:
+        if not Path(model, "config.json").is_file():
+            raise ValueError(f"No model config found in {model!r}.\nMore lines follow.")
+        self._model, self._longest = model, max_model_len
+
+    def get_tokenizer(self) -> Any:
+        return PreTrainedTokenizerFast.from_pretrained(self._model)
+
+    def generate(
+        self, prompts: Sequence[dict[str, Any]], sampling_params: SamplingParams, *, use_tqdm: bool = True
+    ) -> list[Any]:
+        assert sampling_params.temperature == 0
+        oracle = Oracle(self._model, sampling_params.max_tokens)
+        outputs = []
+        for prompt in prompts:
+            ids = prompt["prompt_token_ids"]
+            if len(ids) >= self._longest:
+                raise ValueError(f"The decoder prompt (length {len(ids)}) is longer than the maximum model length.")
+            text, reason, _, written = oracle.answer_tokens(tuple(ids))
+            answer = SimpleNamespace(index=0, text=text, token_ids=[0] * written, finish_reason=reason)
+            outputs.append(SimpleNamespace(request_id="0", prompt_token_ids=ids, outputs=[answer], finished=True))
+        return outputs

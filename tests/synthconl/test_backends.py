@@ -1,13 +1,24 @@
-"""One contract for all back ends, against answers that were computed token by token."""
+"""One contract for all back ends, against answers that were computed token by token; and OpenAI's protocol.
+
+Retries, limits and hidden tokens of `utils.http` have tests of their own.
+"""
 
 import sys
+import threading
+import time
 from itertools import islice
 
 import pytest
 
-from modular_star_encoder.synthconl.backends import BackendError, CompletionRequest, open_backend
+from modular_star_encoder.synthconl.backends import (
+    BackendError,
+    Completion,
+    CompletionRequest,
+    OpenAIBackend,
+    open_backend,
+)
 from tests.errors import raises
-from tests.synthconl import fake_vllm
+from tests.synthconl import stand_in
 from tests.synthconl.openai_server import ModelAnswers, OpenAIServer
 from tests.synthconl.stand_in import Oracle, save_stand_in
 
@@ -15,6 +26,7 @@ MAX_TOKENS = 6
 POSITIONS = 160
 TOO_LONG = "x " * POSITIONS
 BACKENDS = ("openai", "transformers", "vllm")
+KEY = "sk-a-very-secret-key"
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +45,25 @@ def server(model):
         yield server
 
 
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+
+
 @pytest.fixture(params=BACKENDS)
-def backend(request, model, server, monkeypatch):
+def backend(request, model, server):
     options = {
         "openai": {"base_url": server.base_url, "concurrency": 5},
         "transformers": {"batch_size": 3},
         "vllm": {"batch_size": 5, "max_model_len": POSITIONS},
     }
-    monkeypatch.setitem(sys.modules, "vllm", fake_vllm)
     return open_backend(request.param, str(model), MAX_TOKENS, options[request.param])
 
 
 def requests(count):
     """Prompts of many lengths, every third one the same as an earlier one."""
-    return [
-        CompletionRequest(f"row {i}", "add " * (7 * (i - i % 3 // 2) % 23) + str(i - i % 3 // 2)) for i in range(count)
-    ]
+    numbers = [i - i % 3 // 2 for i in range(count)]
+    return [CompletionRequest(f"row {i}", "add " * (7 * n % 23) + str(n)) for i, n in enumerate(numbers)]
 
 
 def test_every_request_is_answered_once_under_its_own_id(backend, oracle):
@@ -56,15 +71,12 @@ def test_every_request_is_answered_once_under_its_own_id(backend, oracle):
     answered = list(backend.complete(asked))
     assert len({request.prompt for request in asked}) < len(asked) == len(answered)
     by_id = {completion.id: completion for completion in answered}
-    reasons = set()
-    for request in asked:
-        completion = by_id[request.id]
-        counts = (completion.prompt_tokens, completion.completion_tokens)
-        assert (completion.text, completion.finish_reason, *counts) == oracle.answer(request.prompt)
-        assert completion.error == ""
-        reasons.add(completion.finish_reason)
-    assert reasons == {"stop", "length"}
-    assert len({oracle.answer(request.prompt)[0] for request in asked}) > 5
+    expected = {request.id: oracle.answer(request.prompt) for request in asked}
+    for row, one in by_id.items():
+        assert (one.text, one.finish_reason, one.prompt_tokens, one.completion_tokens) == expected[row]
+        assert one.error == ""
+    assert {one.finish_reason for one in answered} == {"stop", "length"}
+    assert len({text for text, *_ in expected.values()}) > 5
 
 
 def test_a_prompt_that_is_too_long_is_an_error_of_its_own(backend, oracle):
@@ -85,14 +97,11 @@ def test_requests_are_taken_as_they_are_needed(backend):
             taken.append(CompletionRequest(f"row {len(taken)}", "add"))
             yield taken[-1]
 
+    assert list(backend.complete([])) == []
     completions = backend.complete(endless())
     assert len(list(islice(completions, 4))) == 4
     assert len(taken) <= backend.in_flight + 4
     completions.close()
-
-
-def test_no_requests_no_completions(backend):
-    assert list(backend.complete([])) == []
 
 
 def test_a_back_end_says_what_it_is(backend, model):
@@ -105,8 +114,7 @@ def test_a_back_end_says_what_it_is(backend, model):
 
 
 @pytest.mark.parametrize("name", ["transformers", "vllm"])
-def test_a_folder_without_a_model_is_one_sentence(name, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "vllm", fake_vllm)
+def test_a_folder_without_a_model_is_one_sentence(name, tmp_path):
     with raises("synthconl.backend.model", tmp_path) as error:
         list(open_backend(name, str(tmp_path), 4, {}).complete(requests(1)))
     assert isinstance(error.value, BackendError)
@@ -133,7 +141,128 @@ def test_vllm_that_is_not_installed_names_its_extra(monkeypatch):
         ("vllm", {"max_model_len": 4}, "synthconl.backend.max_tokens", ["4"]),
     ],
 )
-def test_options_are_checked_before_anything_is_loaded(name, options, key, values, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", fake_vllm)
+def test_options_are_checked_before_anything_is_loaded(name, options, key, values):
     with raises(key, *values):
         open_backend(name, "model", 4, options)
+
+
+def echo(prompt):
+    return Completion("", f"<{prompt}>", "stop", 3, 4)
+
+
+def complete(server, count=1, **options):
+    options = {"pause": 0.01, "attempts": 3} | options
+    return list(OpenAIBackend("model", 5, base_url=server.base_url, **options).complete(requests(count)))
+
+
+def first_times(number, *reply):
+    """A fault of the first `number` requests."""
+    return lambda count, *_: (*reply, {}) if count < number else None
+
+
+BUSY = 429, {"error": {"message": "Slow down."}}
+
+
+def test_a_busy_endpoint_is_asked_again_and_one_that_stays_busy_stops_the_run():
+    with OpenAIServer(echo, first_times(2, *BUSY)) as server:
+        (completion,) = complete(server)
+        assert (completion.id, completion.text, len(server.bodies)) == ("row 0", "<0>", 3)
+    with OpenAIServer(echo, first_times(99, *BUSY)) as server, raises("http.no_answer", "'model'", "429, Slow down"):
+        complete(server)
+    with raises("http.no_answer", "'model'", "1 attempt", "Connect"):
+        complete(server, attempts=1)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, f"Incorrect API key provided: {KEY}."), (404, "The model `model` does not exist."), (302, "")],
+)
+def test_a_refusal_stops_at_once_and_hides_the_key(monkeypatch, status, message):
+    monkeypatch.setenv("A_KEY", KEY)
+    headers = []
+
+    def fault(number, body, sent):
+        headers.append(sent)
+        return status, {"error": {"message": message}}, {}
+
+    expected = message.replace(KEY, "***").rstrip(".")
+    with OpenAIServer(echo, fault) as server, raises("http.status", "'model'", f"status {status}", expected) as error:
+        complete(server, api_key_variable="A_KEY")
+    assert isinstance(error.value, BackendError)
+    assert KEY[:5] not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [sent["authorization"] for sent in headers] == [f"Bearer {KEY}"]
+
+
+def test_the_request_is_greedy_takes_further_fields_and_sends_no_key_without_one():
+    headers = []
+    with OpenAIServer(echo, lambda number, body, sent: headers.append(sent)) as server:
+        complete(server, body={"max_tokens": None, "max_completion_tokens": 7, "repetition_penalty": 1.0})
+    messages = [{"role": "user", "content": "0"}]
+    fields = {"model": "model", "temperature": 0, "max_completion_tokens": 7, "repetition_penalty": 1.0}
+    assert server.bodies == [{**fields, "messages": messages}]
+    assert headers[0]["content-type"] == "application/json"
+    assert "authorization" not in headers[0]
+
+
+def test_what_is_under_way_when_a_request_fails_is_still_received():
+    arrived = threading.Semaphore(0)
+
+    def fault(number, *_):
+        if number == 3:
+            for _ in range(3):
+                arrived.acquire(timeout=5)
+            return 401, {"error": {"message": "No more credit."}}, {}
+        arrived.release()
+        time.sleep(0.2)
+        return None
+
+    received = []
+    with OpenAIServer(echo, fault) as server:
+        backend = OpenAIBackend("model", 5, base_url=server.base_url, concurrency=4)
+        with raises("http.status", "No more credit"):
+            received.extend(backend.complete(requests(50)))
+    assert len(received) == len(server.prompts) == 3
+    assert len(server.bodies) == 4
+
+
+def test_leaving_early_does_not_wait_for_what_is_under_way():
+    def slowly(prompt):
+        if prompt != "0":
+            time.sleep(3)
+        return echo(prompt)
+
+    with OpenAIServer(slowly) as server:
+        start = time.monotonic()
+        completions = OpenAIBackend("model", 5, base_url=server.base_url, concurrency=4).complete(requests(50))
+        assert next(completions).id == "row 0"
+        completions.close()
+        assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("content", [b"<html>Welcome</html>", {"object": "list"}, {"choices": []}, [1]])
+def test_another_protocol_is_one_sentence(content):
+    fault = first_times(9, 200, content)
+    with OpenAIServer(echo, fault) as server, raises("synthconl.backend.protocol", "127.0.0.1"):
+        complete(server)
+
+
+def test_an_error_in_a_reply_of_status_200_is_tried_again():
+    with OpenAIServer(echo, first_times(1, 200, {"error": {"message": "Overloaded"}})) as server:
+        assert complete(server)[0].text == "<0>"
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"content": None, "refusal": "I can't do that."}, ("", "content_filter")),
+        ({"content": "x"}, ("x", "length")),
+        ({}, ("", "length")),
+    ],
+)
+def test_refusals_and_missing_counts_are_understood(message, expected):
+    reply = {"choices": [{"message": message, "finish_reason": "length"}]}
+    with OpenAIServer(echo, first_times(1, 200, reply)) as server:
+        (completion,) = complete(server)
+    assert (completion.text, completion.finish_reason) == expected
+    assert completion.prompt_tokens == completion.completion_tokens == 0

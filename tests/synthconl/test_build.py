@@ -1,3 +1,5 @@
+"""Recipes, and builds that are finished, killed at every renaming, or stopped by an endpoint."""
+
 import json
 import shutil
 from collections import Counter
@@ -5,24 +7,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from filelock import FileLock
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import open_triplets
-from modular_star_encoder.synthconl import row_files
-from modular_star_encoder.synthconl.build import SPLITS, STAGES, build_dataset
-from modular_star_encoder.synthconl.prompts import target_language
-from modular_star_encoder.synthconl.recipe import DATASET_COLUMNS
-from modular_star_encoder.synthconl.row_files import read_rows
-from modular_star_encoder.synthconl.translation import SCHEMA
+from modular_star_encoder.synthconl import build, row_files
+from modular_star_encoder.synthconl.build import EXAMPLE, SPLITS, STAGES, DatasetRecipe, load_dataset_recipe
+from modular_star_encoder.synthconl.publishing import MEANINGS
+from modular_star_encoder.synthconl.row_files import count_rows, read_rows, write_parquet, write_rows, write_split
+from modular_star_encoder.synthconl.translation import SCHEMA, target_language
 from tests.errors import raises
-from tests.synthconl.build_samples import build_and_die, marker, small_recipe, translation, write_corpus
 from tests.synthconl.openai_server import OpenAIServer
-from tests.synthconl.samples import ended_by_sigkill, start_process
+from tests.synthconl.samples import (
+    build_and_die,
+    ended_by_sigkill,
+    marker,
+    small_recipe,
+    start_process,
+    translation,
+    write_corpus,
+)
 
 SEED = 3
+NOWHERE = "http://127.0.0.1:1/v1"
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +51,12 @@ def server():
 def finished(corpus, server, tmp_path_factory):
     """A build that nothing interrupted."""
     out = tmp_path_factory.mktemp("build") / "out"
-    assert build_dataset(small_recipe(corpus, server.base_url), out, progress=False) == out / "dataset"
+    assert build_quietly(small_recipe(corpus, server.base_url), out) == out / "dataset"
     return out
+
+
+def build_quietly(recipe, out):
+    return build.build_dataset(recipe, out, progress=False)
 
 
 def report(out, stage):
@@ -63,9 +78,8 @@ def assert_rows_are_their_own(out):
     functions = {row["id"]: row for row in read_rows(out / "functions")}
     for split, row in published(out).values():
         function = functions[row["id"]]
-        assert row["func1_CSN"] == function["func1_CSN"]
-        assert row["func_documentation_string"] == function["func_documentation_string"]
-        assert row["repository_name"] == function["repository_name"]
+        for name in ("func1_CSN", "func_documentation_string", "repository_name"):
+            assert row[name] == function[name]
         assert marker(function["func1_CSN"]) in row["func2"]
         target = target_language(row["id"], function["language1_CSN"], seed=SEED)
         assert row["language2"] == ("c++" if target == "cpp" else target)
@@ -87,43 +101,36 @@ def test_a_build_has_every_row_that_passes_once_and_with_its_own_translation(fin
 
 
 def test_the_splits_share_no_repository(finished):
-    repositories = {split: set() for split in SPLITS}
-    for split, row in published(finished).values():
-        repositories[split].add(row["repository_name"])
+    rows = [(split, row["repository_name"]) for split, row in published(finished).values()]
+    repositories = {split: {name for of, name in rows if of == split} for split in SPLITS}
     assert all(repositories.values())
     assert not set.intersection(*repositories.values())
-    counts = Counter(split for split, _ in published(finished).values())
-    splits = report(finished, "split")["splits"]
-    assert {name: one["rows"] for name, one in splits.items()} == counts
-    assert {name: one["repositories"] for name, one in splits.items()} == {
-        name: len(names) for name, names in repositories.items()
+    counts = Counter(split for split, _ in rows)
+    assert report(finished, "split")["splits"] == {
+        name: {"rows": counts[name], "repositories": len(names)} for name, names in repositories.items()
     }
 
 
 def test_the_result_reads_as_triplets_with_the_columns_of_synthconl(finished):
     rows = [row for split, row in published(finished).values() if split == "train"]
-    assert all(list(row) == list(DATASET_COLUMNS) for row in rows)
+    assert all(list(row) == list(MEANINGS) for row in rows)
     triplets = list(open_triplets(finished / "dataset", strict=True))
     assert [triplet.snippets[1].code for triplet in triplets] == [row["func2"] for row in rows]
     assert {triplet.snippets[0].language for triplet in triplets} == {"python"}
     assert {triplet.snippets[1].language for triplet in triplets} <= set(LANGUAGES) - {"python"}
 
 
-def test_only_what_is_published_lies_in_the_folder(finished):
+def test_only_what_is_published_is_in_the_folder(finished):
     files = {path.relative_to(finished / "dataset").as_posix() for path in (finished / "dataset").rglob("*.*")}
-    assert files == {
-        "README.md",
-        "statistics.json",
-        "report.json",
-        "data/train-00000-of-00001.parquet",
-        "data/validation-00000-of-00001.parquet",
-    }
+    parts = {f"data/{split}-00000-of-00001.parquet" for split in SPLITS}
+    assert files == {"README.md", "statistics.json", "report.json", *parts}
     assert {path.name for path in finished.iterdir()} == {stage.__name__ for stage in STAGES} | {".lock", "build.json"}
 
 
-def test_a_finished_build_is_not_built_again(corpus, finished, server):
+def test_a_finished_build_is_not_built_again_and_how_it_is_run_may_change(corpus, finished, server):
     asked, before = len(server.bodies), (finished / "build.json").read_bytes()
-    build_dataset(small_recipe(corpus, "http://127.0.0.1:1/v1"), finished, progress=False)
+    build_quietly(small_recipe(corpus, NOWHERE), finished)
+    build_quietly(small_recipe(corpus, NOWHERE, options={"concurrency": 9}, processes=1), finished)
     assert len(server.bodies) == asked
     assert (finished / "build.json").read_bytes() == before
 
@@ -133,9 +140,7 @@ def done(out):
 
 
 @pytest.mark.slow
-def test_killed_before_every_renaming_of_every_stage_nothing_is_lost_doubled_or_mismatched(
-    corpus, finished, server, tmp_path
-):
+def test_killed_before_every_renaming_nothing_is_lost_doubled_or_mismatched(corpus, finished, server, tmp_path):
     # A process dies before its first renaming, the next before its second, and so on until one finishes a stage; then
     # again from the first. What is on disk changes by renaming, so these are all the states that a death can leave.
     out, asked = tmp_path / "out", len(server.bodies)
@@ -146,7 +151,7 @@ def test_killed_before_every_renaming_of_every_stage_nothing_is_lost_doubled_or_
         assert killed or process.exitcode == 0
         deaths[stage] += killed
     assert min(deaths[stage] for stage in range(len(STAGES))) >= 2
-    build_dataset(small_recipe(corpus, server.base_url), out, progress=False)
+    build_quietly(small_recipe(corpus, server.base_url), out)
     assert_rows_are_their_own(out)
     assert published(out) == published(finished)
     assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
@@ -160,7 +165,7 @@ def test_killed_while_several_processes_extract_it_leaves_none_behind(corpus, fi
     options = {"rows_per_file": 2, "processes": 2}
     assert ended_by_sigkill(start_process(build_and_die, corpus, server.base_url, tmp_path / "out", 2, **options))
     assert done(tmp_path / "out") == 0
-    build_dataset(small_recipe(corpus, server.base_url), tmp_path / "out", progress=False)
+    build_quietly(small_recipe(corpus, server.base_url), tmp_path / "out")
     assert published(tmp_path / "out") == published(finished)
 
 
@@ -171,8 +176,8 @@ def test_an_endpoint_that_fails_stops_the_build_and_the_next_one_goes_on(corpus,
     with OpenAIServer(translation, no_credit) as server:
         recipe = small_recipe(corpus, server.base_url)
         with raises("http.status", "status 402, Out of credit."):
-            build_dataset(recipe, tmp_path / "out", progress=False)
-        build_dataset(recipe, tmp_path / "out", progress=False)
+            build_quietly(recipe, tmp_path / "out")
+        build_quietly(recipe, tmp_path / "out")
         assert len(server.prompts) == 35
     assert published(tmp_path / "out") == published(finished)
 
@@ -193,15 +198,15 @@ def test_an_endpoint_that_fails_stops_the_build_and_the_next_one_goes_on(corpus,
 )
 def test_other_settings_in_the_same_folder_are_refused(corpus, finished, server, changes, setting):
     with raises("synthconl.build.other_settings", setting, finished / setting.partition(".")[0]):
-        build_dataset(small_recipe(corpus, server.base_url, **changes), finished, progress=False)
+        build_quietly(small_recipe(corpus, server.base_url, **changes), finished)
 
 
-def test_a_stage_that_is_removed_is_made_anew_with_other_settings(corpus, finished, server, tmp_path):
+def test_a_removed_stage_is_built_again_with_other_settings(corpus, finished, server, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     recipe = small_recipe(corpus, server.base_url, card={"name": "Mine"})
     shutil.rmtree(out / "dataset")
-    build_dataset(recipe, out, progress=False)
+    build_quietly(recipe, out)
     assert "pretty_name: Mine" in (out / "dataset" / "README.md").read_text()
     assert published(out) == published(finished)
 
@@ -214,51 +219,45 @@ def test_answers_to_other_functions_are_refused(corpus, finished, server, tmp_pa
     file = out / "translations" / "rows-00000.parquet"
     row_files.write_parquet(file, [pq.read_table(file).take([1, 0, *range(2, 35)])], SCHEMA)
     with raises("synthconl.build.other_answers", "translations/rows-00000.parquet"):
-        build_dataset(small_recipe(corpus, server.base_url), out, progress=False)
+        build_quietly(small_recipe(corpus, server.base_url), out)
     assert not (out / "triplets").exists()
 
 
-def test_how_it_is_run_may_change(corpus, finished, server):
-    build_dataset(
-        small_recipe(corpus, "http://127.0.0.1:1/v1", options={"concurrency": 9}, processes=1), finished, progress=False
-    )
-
-
 def test_wrong_folders_are_refused_and_left_alone(corpus, server, tmp_path, monkeypatch):
-    monkeypatch.setattr("modular_star_encoder.synthconl.build.LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(build, "LOCK_SECONDS", 0.0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
     recipe = small_recipe(corpus, server.base_url)
     with raises("synthconl.build.out", tmp_path / "mine"):
-        build_dataset(recipe, tmp_path / "mine", progress=False)
+        build_quietly(recipe, tmp_path / "mine")
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".lock"), raises("synthconl.build.running", tmp_path / "out"):
-        build_dataset(recipe, tmp_path / "out", progress=False)
+        build_quietly(recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "sentence"),
+    ("benchmark", "key", "value"),
     [
-        ({"source": "none.jsonl", "column": "code"}, r"none\.jsonl"),
-        ({"source": "{rows}", "column": "code", "spilt": "test"}, "has no option spilt; there are split"),
-        ({"source": "{rows}", "column": "cod"}, "line 1 has no text in column 'cod'"),
+        ({"source": "none.jsonl", "column": "code"}, "data.source.no_files", "none.jsonl"),
+        ({"source": "{rows}", "column": "code", "spilt": "test"}, "data.source.options", "spilt"),
+        ({"source": "{rows}", "column": "cod"}, "data.row", "line 1"),
     ],
 )
-def test_a_benchmark_that_cannot_be_read_is_told_before_anything_is_asked(corpus, tmp_path, benchmark, sentence):
+def test_a_benchmark_that_cannot_be_read_is_reported_before_any_request(corpus, tmp_path, benchmark, key, value):
     (tmp_path / "rows.jsonl").write_text('{"code": "x"}\n')
     benchmark = benchmark | {"source": benchmark["source"].format(rows=tmp_path / "rows.jsonl")}
-    recipe = small_recipe(corpus, "http://127.0.0.1:1", against={"benchmark": benchmark})
-    with pytest.raises(ValueError, match=sentence):
-        build_dataset(recipe, tmp_path / "out", progress=False)
+    recipe = small_recipe(corpus, NOWHERE, against={"benchmark": benchmark})
+    with raises(key, value):
+        build_quietly(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_corpus_of_one_repository_is_told_before_anything_is_asked(tmp_path):
+def test_a_corpus_of_one_repository_is_reported_before_any_request(tmp_path):
     write_corpus(tmp_path / "corpus", repositories=1)
-    recipe = small_recipe(tmp_path / "corpus", "http://127.0.0.1:1")
+    recipe = small_recipe(tmp_path / "corpus", NOWHERE)
     for _ in range(2):
         with raises("synthconl.build.one_repository", "'repository0'"):
-            build_dataset(recipe, tmp_path / "out", progress=False)
+            build_quietly(recipe, tmp_path / "out")
     assert not (tmp_path / "out" / "functions").exists()
 
 
@@ -267,8 +266,95 @@ def test_nothing_to_translate_and_nothing_accepted_are_one_sentence(corpus, tmp_
     Path(tmp_path, "corpus", "a", "a.py").write_text("x = 1\n")
     with OpenAIServer(lambda prompt: translation(prompt)) as server:
         with raises("synthconl.build.empty", "(files left out: few letters: 1)"):
-            build_dataset(small_recipe(tmp_path / "corpus", server.base_url), tmp_path / "one", progress=False)
+            build_quietly(small_recipe(tmp_path / "corpus", server.base_url), tmp_path / "one")
         recipe = small_recipe(corpus, server.base_url)
         server.answer = lambda prompt: replace(translation(prompt), finish_reason="length")
         with raises("synthconl.build.empty", "(truncated: 35)"):
-            build_dataset(recipe, tmp_path / "two", progress=False)
+            build_quietly(recipe, tmp_path / "two")
+
+
+TRANSLATION = {"backend": "openai", "model": "model", "options": {"base_url": NOWHERE}}
+SETTINGS = {"corpus": {"folder": "code"}, "translation": TRANSLATION}
+
+
+def test_the_example_is_a_recipe_of_the_papers_settings():
+    recipe = load_dataset_recipe(
+        Path(__file__).parents[2] / EXAMPLE, ["corpus.folder=/code", "translation.options.concurrency=3"]
+    )
+    assert recipe.corpus == ({"folder": "/code"},)
+    assert recipe.translation.model == "Qwen/Qwen2.5-Coder-7B-Instruct"
+    assert recipe.translation.options["concurrency"] == 3
+    assert recipe.near_duplicates.threshold == 0.7
+    assert tuple(recipe.near_duplicates.columns) == ("func1_CSN", "func2")
+    recipe.translation.open()
+    corpora = [{"folder": "a"}, {"codesearchnet": "b"}]
+    assert DatasetRecipe(**SETTINGS | {"corpus": corpora}).corpus == tuple(corpora)
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({"corpora": 1}, ["corpora", "corpus"]),
+        ({"corpus": None}, ["corpus", "None"]),
+        ({"corpus": []}, ["corpus", "[]"]),
+        ({"translation": None}, ["translation"]),
+        ({"translation": TRANSLATION | {"modle": 1}}, ["translation", "modle"]),
+        ({"translation": {"backend": "vllm"}}, ["translation", "model"]),
+        ({"translation": TRANSLATION | {"targets": ["go"]}}, ["targets", "go"]),
+        ({"languages": ["cobol"]}, ["'cobol'"]),
+        ({"max_syntax_error_share": 1.5}, ["max_syntax_error_share", "1.5"]),
+        ({"validation_rows": 0}, ["validation_rows", "0"]),
+        ({"near_duplicates": {"threshold": 2}}, ["threshold", "2"]),
+        ({"near_duplicates": {"columns": ["code"]}}, ["columns", "'func1_CSN' or 'func2'", "'code'"]),
+        ({"near_duplicates": {"columns": "func2"}}, ["columns", "'func2'"]),
+        ({"near_duplicates": 0.7}, ["near_duplicates", "0.7"]),
+        ({"against": {"benchmark": {"source": "a"}}}, ["against.benchmark", "{'source': 'a'}"]),
+        ({"against": ["benchmark"]}, ["against", "['benchmark']"]),
+        ({"card": {"title": "x"}}, ["card", "title"]),
+        ({"card": {"tags": "security"}}, ["tags", "'security'"]),
+        ({"card": {"tags": [2024]}}, ["tags", "2024"]),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence_that_names_the_setting(tmp_path, changes, values):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS | changes))
+    with pytest.raises(ValueError) as error:  # noqa: PT011  keys are those of the settings
+        load_dataset_recipe(tmp_path / "recipe.yaml")
+    sentence = str(error.value)
+    assert all(value in sentence for value in [str(tmp_path / "recipe.yaml"), *values]), sentence
+    assert "\n" not in sentence
+    with raises("settings.file", EXAMPLE):
+        load_dataset_recipe(tmp_path / "missing.yaml")
+
+
+IDS = pa.schema([("id", pa.string())])
+
+
+def some_rows(count):
+    return [{"id": str(i)} for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 10])
+def test_rows_are_read_as_they_were_written(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(row_files, "ROWS_PER_FILE", 3)
+    assert write_rows(tmp_path, iter(some_rows(count)), IDS) == count_rows(tmp_path) == count
+    assert list(read_rows(tmp_path)) == some_rows(count)
+    assert len(list(tmp_path.iterdir())) == -(-count // 3)
+
+
+def test_a_split_is_numbered_out_of_its_number_of_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "ROWS_PER_FILE", 3)
+    monkeypatch.setattr(row_files, "ROWS_PER_PUBLISHED_FILE", 6)
+    write_split(tmp_path, "train", some_rows(14), IDS)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == [f"train-0000{i}-of-00003.parquet" for i in range(3)]
+    assert [row for file in files for row in pq.read_table(file).to_pylist()] == some_rows(14)
+
+
+def test_a_file_that_cannot_be_written_to_its_end_does_not_appear(tmp_path):
+    def tables():
+        yield pa.Table.from_pylist(some_rows(2), IDS)
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        write_parquet(tmp_path / "rows.parquet", tables(), IDS)
+    assert list(tmp_path.iterdir()) == []

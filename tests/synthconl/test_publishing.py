@@ -1,3 +1,6 @@
+"""Statistics, card and upload of a built dataset."""
+
+from inspect import signature
 from itertools import pairwise
 
 import huggingface_hub
@@ -5,14 +8,21 @@ import pytest
 from huggingface_hub import DatasetCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.synthconl import build as stages
 from modular_star_encoder.synthconl import publishing
 from modular_star_encoder.synthconl.build import build_dataset
-from modular_star_encoder.synthconl.publishing import dataset_card, push_dataset, size_category
+from modular_star_encoder.synthconl.publishing import (
+    CodeCounts,
+    dataset_card,
+    dataset_statistics,
+    push_dataset,
+    size_category,
+)
 from modular_star_encoder.utils.http import httpx
 from tests.errors import raises
-from tests.synthconl.build_samples import small_recipe, translation, write_corpus
 from tests.synthconl.openai_server import OpenAIServer
+from tests.synthconl.samples import small_recipe, translation, write_corpus
 
 CARD = {"name": "Mine | ours", "corpus": "Functions of six repositories.", "license_link": "https://example.org/terms"}
 FILES = {
@@ -60,7 +70,7 @@ def hub(monkeypatch):
     return Hub
 
 
-def test_a_dry_run_tells_the_files_and_sends_nothing(built, monkeypatch):
+def test_a_dry_run_lists_the_files_and_sends_nothing(built, monkeypatch):
     monkeypatch.setattr(publishing, "HfApi", None)
     upload = push_dataset(built, "owner/name")
     assert {name for name, _ in upload.files} == FILES
@@ -80,14 +90,11 @@ def test_an_upload_sends_these_files_alone_to_a_private_repository(built, hub):
 
 
 def test_the_hub_takes_the_arguments_that_are_given():
-    import inspect
-
-    for name in ("create_repo", "upload_folder"):
-        parameters = inspect.signature(getattr(huggingface_hub.HfApi, name)).parameters
-        assert {"repo_type", "repo_id"} <= set(parameters)
-    assert {"allow_patterns", "delete_patterns", "commit_message"} <= set(
-        inspect.signature(huggingface_hub.HfApi.upload_folder).parameters
-    )
+    for name, given in (
+        ("create_repo", {"private", "exist_ok"}),
+        ("upload_folder", {"allow_patterns", "delete_patterns"}),
+    ):
+        assert given | {"repo_type", "repo_id"} <= set(signature(getattr(huggingface_hub.HfApi, name)).parameters)
 
 
 def refusal():
@@ -110,7 +117,7 @@ def test_what_the_hub_refuses_is_one_sentence(built, hub, error, sentence):
     assert "\n" not in str(raised.value)
 
 
-def test_what_is_no_dataset_is_refused(built, tmp_path):
+def test_a_folder_without_a_dataset_is_refused(built, tmp_path):
     with raises("synthconl.push.no_dataset", tmp_path):
         push_dataset(tmp_path, "owner/name")
     for name in ("name", "a/b/c"):
@@ -126,13 +133,8 @@ def test_the_card_has_the_metadata_of_the_hub(built):
     assert "text-retrieval" in data["task_categories"]
     (config,) = data["configs"]
     assert [one["split"] for one in config["data_files"]] == ["train", "validation"]
-    assert [size_category(rows) for rows in (999, 1000, 10**6, 5 * 10**6, 10**7)] == [
-        "n<1K",
-        "1K<n<10K",
-        "1M<n<10M",
-        "1M<n<10M",
-        "10M<n<100M",
-    ]
+    sizes = {999: "n<1K", 1000: "1K<n<10K", 10**6: "1M<n<10M", 5 * 10**6: "1M<n<10M", 10**7: "10M<n<100M"}
+    assert {rows: size_category(rows) for rows in sizes} == sizes
 
 
 def test_the_card_says_how_the_dataset_was_made(built):
@@ -189,12 +191,31 @@ def test_the_card_says_greedily_and_all_languages_only_where_that_is_so(argument
 
 
 def test_a_card_without_rejected_answers_has_no_empty_table(arguments):
-    triplets = {**arguments["reports"]["triplets"], "rejected": {}}
-    rejected, none = (
-        dataset_card(**arguments | {"reports": {**arguments["reports"], "triplets": one}})
-        for one in (arguments["reports"]["triplets"], triplets)
-    )
+    reports = arguments["reports"]
+    without = {**reports, "triplets": reports["triplets"] | {"rejected": {}}}
+    rejected, none = dataset_card(**arguments), dataset_card(**arguments | {"reports": without})
     assert "rejected for these reasons:\n\n| reason |" in rejected
     assert "taken out of its block.\n" in none
     assert "| reason |" not in none
     assert "\n\n\n" not in none
+
+
+def test_samples_and_average_lengths_are_those_of_each_language_and_side():
+    statistics = dataset_statistics(
+        [
+            RetrievalExample("12345", (Snippet("python", "ab"), Snippet("cpp", "abcd"))),
+            RetrievalExample("123", (Snippet("python", "abcd"), Snippet("go", "ab"))),
+            RetrievalExample("1", (Snippet("go", "é" * 9), Snippet("cpp", "abcdef"))),
+        ]
+    )
+    assert statistics.rows == 3
+    assert statistics.original == {"python": CodeCounts(2, 3.0), "go": CodeCounts(1, 9.0)}
+    assert statistics.synthetic == {"cpp": CodeCounts(2, 5.0), "go": CodeCounts(1, 2.0)}
+    assert statistics.average_description_characters == 3.0
+    assert statistics.to_markdown().splitlines()[2:] == [
+        "| Python | 2 | 3 | 0 | 0 |",
+        "| Go | 1 | 9 | 1 | 2 |",
+        "| C++ | 0 | 0 | 2 | 5 |",
+        "| all | 3 | 5 | 3 | 4 |",
+    ]
+    assert dataset_statistics([]).to_markdown().splitlines()[2:] == ["| all | 0 | 0 | 0 | 0 |"]

@@ -1,15 +1,28 @@
+"""Prompts, the code of an answer, and a stage of translation that loses nothing whatever interrupts it."""
+
 import json
+import os
+import signal
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
+from modular_star_encoder.data.languages.parsing import syntax_error_share
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.backends import BackendError, Completion
-from modular_star_encoder.synthconl.prompts import LANGUAGE_NAMES, PROMPT, target_language, translation_request
+from modular_star_encoder.synthconl.extraction import REASONS, clean_translation
 from modular_star_encoder.synthconl.row_files import read_rows
-from modular_star_encoder.synthconl.translation import TranslationSettings, translate
+from modular_star_encoder.synthconl.translation import (
+    LANGUAGE_NAMES,
+    PROMPT,
+    TranslationSettings,
+    target_language,
+    translate,
+    translation_request,
+)
 from tests.errors import raises
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import (
@@ -18,7 +31,6 @@ from tests.synthconl.samples import (
     ended_by_sigkill,
     endpoint_settings,
     function_rows,
-    kill,
     start_process,
 )
 
@@ -41,9 +53,8 @@ def run(folders, server, **changes):
 
 def prompt_of(row):
     source = row["language1_CSN"]
-    return translation_request(
-        row["id"], row["func1_CSN"], source, target_language(row["id"], source, seed=SEED)
-    ).prompt
+    target = target_language(row["id"], source, seed=SEED)
+    return translation_request(row["id"], row["func1_CSN"], source, target).prompt
 
 
 def assert_complete(folder):
@@ -54,14 +65,12 @@ def assert_complete(folder):
 
 
 def test_the_target_is_one_of_the_other_seven_and_a_function_of_seed_and_id():
-    drawn = Counter(target_language(f"id{i}", "go", seed=0) for i in range(7000))
-    assert set(drawn) == set(LANGUAGES) - {"go"}
-    assert all(880 < count < 1120 for count in drawn.values())
-    again = Counter(target_language(f"id{i}", "go", seed=0) for i in reversed(range(7000)))
-    assert drawn == again
-    assert [target_language(f"id{i}", "go", seed=1) for i in range(9)] != [
-        target_language(f"id{i}", "go", seed=0) for i in range(9)
-    ]
+    ids = [f"id{i}" for i in range(7000)]
+    drawn = {one: target_language(one, "go", seed=0) for one in ids}
+    assert set(drawn.values()) == set(LANGUAGES) - {"go"}
+    assert all(880 < count < 1120 for count in Counter(drawn.values()).values())
+    assert drawn == {one: target_language(one, "go", seed=0) for one in reversed(ids)}
+    assert any(target_language(one, "go", seed=1) != drawn[one] for one in ids[:9])
     assert target_language("id0", "go", seed=0, targets=("go", "c")) == "c"
     with raises("synthconl.targets", "go"):
         target_language("id0", "go", seed=0, targets=("go",))
@@ -75,10 +84,12 @@ def test_a_prompt_has_instruction_both_languages_and_the_code_as_it_is():
     assert set(LANGUAGE_NAMES) == set(LANGUAGES)
 
 
-def test_every_function_gets_its_own_completion(folders):
+def test_every_function_gets_its_own_completion_once(folders):
+    prices = {"prompt_price": 2.0, "completion_price": 10.0}
     with OpenAIServer(echo) as server:
-        report = run(folders, server, prompt_price=2.0, completion_price=10.0)
-        assert len(server.prompts) == ROWS
+        report = run(folders, server, **prices)
+        assert run(folders, server, **prices) == report
+        assert len(server.prompts) == len(server.bodies) == ROWS
         assert {body["temperature"] for body in server.bodies} == {0}
     assert_complete(folders[1])
     assert len({prompt_of(row) for row in function_rows(ROWS)}) < ROWS
@@ -87,13 +98,6 @@ def test_every_function_gets_its_own_completion(folders):
     assert report["cost"] == pytest.approx((10 * ROWS * 2 + 2 * ROWS * 10) / 1e6)
     assert report["completions_per_second"] == pytest.approx(ROWS / report["seconds"], rel=0.01)
     assert report["backends"] == [{"backend": "openai", "model": "model", "revision": None, "served": ["model"]}]
-
-
-def test_what_is_complete_is_not_asked_again(folders):
-    with OpenAIServer(echo) as server:
-        first, again = run(folders, server), run(folders, server)
-        assert len(server.bodies) == ROWS
-    assert first == again
 
 
 @pytest.mark.parametrize("answered", [0, 1, 6, 7, 8, 20])
@@ -121,25 +125,23 @@ def translate_in_a_process(functions, out, base_url):
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_pays_at_most_what_was_under_way_again(folders):
-    kills, processes = (3, 9, 15, 26), []
+    kills, processes = [3, 9, 15, 26], []
     started = threading.Event()
 
     def answer(prompt):
-        if len(server.prompts) in kills and not killed[len(server.prompts)]:
-            killed[len(server.prompts)] = True
+        if len(server.prompts) in kills:
+            kills.remove(len(server.prompts))
             started.wait(10)
-            kill(processes[-1])
+            os.kill(processes[-1].pid, signal.SIGKILL)
         return echo(prompt)
 
-    killed = dict.fromkeys(kills, False)
     with OpenAIServer(answer) as server:
         while not processes or ended_by_sigkill(processes[-1]):
             started.clear()
             processes.append(start_process(translate_in_a_process, *folders, server.base_url))
             started.set()
-        assert processes[-1].exitcode == 0
-        assert [process.exitcode for process in processes[:-1]] == [-9] * len(kills)
-        assert ROWS < len(server.bodies) <= ROWS + 4 * len(kills)
+        assert [process.exitcode for process in processes] == [-9] * 4 + [0]
+        assert ROWS < len(server.bodies) <= ROWS + 4 * 4
     assert_complete(folders[1])
 
 
@@ -176,18 +178,18 @@ def test_a_changed_journal_is_refused(folders, interrupted, before, after, value
         run(folders, server)
 
 
-def test_a_request_of_its_own_fault_is_recorded_once_others_are_answered(folders):
-    def answer(prompt):
-        return Completion("", "", "error", error="Too long.") if "function 11" in prompt else echo(prompt)
+def failing(word, reason="error", error="Too long."):
+    """Answers that echo, and fail for the prompts with a word."""
+    return lambda prompt: Completion("", "", reason, error=error) if word in prompt else echo(prompt)
 
-    with OpenAIServer(answer) as server:
-        report = run(folders, server)
+
+def test_a_request_of_its_own_fault_is_recorded_once_others_are_answered(folders):
+    with OpenAIServer(failing("function 11")) as server:
+        assert run(folders, server)["errors"] == 1
         assert len(server.bodies) == ROWS
-    rows = {row["id"]: row for row in read_rows(folders[1])}
-    assert report["errors"] == 1
-    assert (rows["id11"]["finish_reason"], rows["id11"]["text"]) == ("error", "")
-    assert "Too long" in rows["id11"]["error"]
-    assert rows["id12"]["finish_reason"] == "stop"
+    (row,) = [row for row in read_rows(folders[1]) if row["finish_reason"] != "stop"]
+    assert (row["id"], row["finish_reason"], row["text"]) == ("id11", "error", "")
+    assert "Too long" in row["error"]
 
 
 def test_any_number_of_prompts_may_be_too_long(folders):
@@ -226,30 +228,22 @@ def test_errors_alone_stop_the_run_and_are_asked_again(folders):
 
 
 def test_errors_that_are_all_that_is_left_are_recorded(folders):
-    def answer(prompt):
-        return Completion("", "", "error", error="Too long.") if "function 27" in prompt else echo(prompt)
-
     stop = (401, {}, {})
-    with OpenAIServer(answer, lambda _, body, __: stop if "function 27" in str(body) else None) as server:
+    with OpenAIServer(
+        failing("function 27"), lambda _, body, __: stop if "function 27" in str(body) else None
+    ) as server:
         with pytest.raises(BackendError):
             run(folders, server)
         server.fault = None
         assert run(folders, server)["errors"] == 3
 
 
-def test_text_that_no_file_can_hold_is_mended(folders):
-    with OpenAIServer(lambda prompt: Completion("", "a\udc80b\0", "stop")) as server:
-        run(folders, server)
-    assert {row["text"] for row in read_rows(folders[1])} == {"a?b\0"}
-
-
-def test_errors_that_no_file_can_hold_are_mended(folders):
-    def answer(prompt):
-        return Completion("", "", "error", error="half: \ud83d.") if "function 27" in prompt else echo(prompt)
-
-    with OpenAIServer(answer) as server:
+def test_text_and_errors_that_no_file_can_hold_are_mended(folders):
+    mended = failing("function 27", error="half: \ud83d.")
+    with OpenAIServer(lambda prompt: replace(mended(prompt), text="a\udc80b\0")) as server:
         assert run(folders, server)["errors"] == 3
-    assert {row["error"] for row in read_rows(folders[1])} == {"", "status 400, half: ?"}
+    rows = list(read_rows(folders[1]))
+    assert {(row["text"], row["error"]) for row in rows} == {("a?b\0", ""), ("", "status 400, half: ?")}
 
 
 @pytest.mark.parametrize(
@@ -275,3 +269,113 @@ def test_how_a_back_end_is_run_does_not_change_what_it_is():
     assert identity(base_url="http://a/v1", concurrency=4) == identity(base_url="http://b/v1", timeout=9)
     assert identity(base_url="http://a/v1", body={"seed": 1}) != identity(base_url="http://a/v1")
     assert json.loads(json.dumps(identity())) == identity()
+
+
+SOURCE = "def add(a, b):\n    return a + b"
+GO = "func add(a int, b int) int {\n\treturn a + b\n}"
+
+
+def clean(text, finish_reason="stop", target="go", **options):
+    languages = {"source_language": "python", "target_language": target}
+    return clean_translation(text, finish_reason, source=SOURCE, **languages | options)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GO,
+        f"\n\n{GO}\n\n",
+        f"```go\n{GO}\n```",
+        f"```golang title=add.go\n{GO}\n```\n",
+        f"~~~~\n{GO}\n~~~~",
+        f"Here's the function in Go:\n\n```go\n{GO}\n```\n\nIt uses `int`, as Python's are unbounded.",
+        f"```\n{GO}",
+        f"  ```go\n{GO}\n  ```",
+        f"The Python function\n```python\n{SOURCE}\n```\nbecomes\n```go\n{GO}\n```",
+        f"```go\nimport x\n```\nand\n```go\n{GO}\n```",
+        f"Sure! Here is the translated code:\n{GO}",
+        f"{GO}\n\nNote that Go has no operators of one's own.\n\nLet me know if anything is unclear.",
+        f"{GO}\n\nThis function adds two numbers.",
+    ],
+)
+def test_the_code_is_taken_out_of_fences_and_chatter(text):
+    for one in (text, text.replace("\n", "\r\n")):
+        assert (clean(one).code, clean(one).rejected) == (GO, "")
+
+
+@pytest.mark.parametrize("reasoning", ["<think>\n{}\n</think>\n\n", "<think>{} Good.</think>", "Well, {}\n</think>\n"])
+@pytest.mark.parametrize("answer", [GO, f"```go\n{GO}\n```"])
+def test_a_draft_in_the_reasoning_is_not_the_answer(reasoning, answer):
+    draft = "```go\nfunc add(a int, b int) int {\n\treturn a - b // subtracts, which is longer and wrong\n}\n```"
+    assert clean(reasoning.format(draft) + answer).code == GO
+    assert clean(reasoning.format(draft)).rejected == "empty"
+    assert clean(f"<think>\n{draft}").rejected == "empty"
+
+
+def test_a_tag_of_reasoning_inside_code_is_code():
+    code = 'func strip(text string) string {\n\treturn cut(text, "</think>")\n}'
+    assert clean(f"```go\n{code}\n```").code == code
+
+
+def test_what_is_inside_the_code_is_left_as_it_is():
+    code = 'func add() {\n\n\tnote := "```"\n\n\tthis.code = note  \n\n// Note: done\n}'
+    assert clean(code).code == code
+    assert clean(f"```go\n{code}\n```").code == code
+    assert clean(f"```go\n    {GO}\n```").code == f"    {GO}"
+
+
+def test_tags_of_php_are_left_out_of_php_alone():
+    php, javascript = "function add() {}", "function add() { return '<?php ?>'; }"
+    assert clean(f"```php\n<?php\n\n{php}\n?>\n```", target="php").code == php
+    assert clean(javascript, target="javascript").code == javascript
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "reason"),
+    [
+        (GO, "error", "not answered"),
+        (GO, "too_long", "prompt too long"),
+        (GO, "length", "truncated"),
+        ("", "content_filter", "refused"),
+        ("I'm sorry, but I can't help with that.", "stop", "refused"),
+        ("I cannot translate this function.", "stop", "refused"),
+        ("Unfortunately, Go has no generators.", "stop", "refused"),
+        ("", "stop", "empty"),
+        (" \n\n\t\n", "stop", "empty"),
+        ("```go\n\n```", "stop", "empty"),
+        ("```go\n```\nThere is nothing to translate.", "stop", "empty"),
+        (f"```go\n{SOURCE}\n```", "stop", "same as the source"),
+        (SOURCE.replace("    ", "\t"), "stop", "same as the source"),
+        (f"```java\n{GO}\n```", "stop", "not the target language"),
+        ("def plus(x, y):\n    return x + y", "stop", "not the target language"),
+        ("const plus = (x, y) => x + y", "stop", "not the target language"),
+        ("Adding is easy: it's what + does, isn't it?", "stop", "unparsable"),
+        ("func add(a int { return )", "stop", "unparsable"),
+        ("package main\n\nvar sum = 3", "stop", "no function"),
+    ],
+)
+def test_an_answer_without_a_translation_is_rejected_with_its_reason(text, finish_reason, reason):
+    cleaned = clean(text, finish_reason)
+    assert (cleaned.code, cleaned.rejected) == ("", reason)
+    assert reason in REASONS
+
+
+def test_a_few_errors_are_accepted():
+    few = GO.replace("b\n", "b @\n")
+    share = syntax_error_share(few, "go")
+    assert 0 < share < syntax_error_share(few, "python")
+    assert clean(few, max_error_share=share).code == few
+    assert clean(few, max_error_share=0.9 * share).rejected == "unparsable"
+
+
+def test_few_errors_are_too_many_where_the_source_language_has_none():
+    java = "int run(List<Name> a) {\n    boolean done = a instanceof Set;\n    use(a, done);\n    return 1;\n}"
+    assert 0 < syntax_error_share(java, "c") < 0.2
+    options = {"target": "c", "max_error_share": 0.2}
+    assert clean(java, **options).rejected == ""
+    assert clean(java, **options, source_language="java").rejected == "not the target language"
+
+
+def test_syntax_need_not_be_looked_at():
+    assert clean("Adding is easy", max_error_share=1.0).code == "Adding is easy"
+    assert clean("", max_error_share=1.0).rejected == "empty"

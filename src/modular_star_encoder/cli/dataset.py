@@ -54,8 +54,7 @@ def add_dataset_commands(commands: Any) -> None:
 
 def run_dataset_build(arguments: argparse.Namespace) -> None:
     """`mose dataset build`."""
-    from modular_star_encoder.synthconl.build import build_dataset
-    from modular_star_encoder.synthconl.recipe import load_dataset_recipe
+    from modular_star_encoder.synthconl.build import build_dataset, load_dataset_recipe
 
     print(build_dataset(load_dataset_recipe(arguments.recipe, arguments.overrides), arguments.out))
 
@@ -63,8 +62,8 @@ def run_dataset_build(arguments: argparse.Namespace) -> None:
 def run_dataset_dedup(arguments: argparse.Namespace) -> None:
     """`mose dataset dedup`."""
     from modular_star_encoder.data.sources.dataset_rows import open_texts
-    from modular_star_encoder.synthconl.near_duplicates.job import drop_near_duplicates
-    from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings
+    from modular_star_encoder.synthconl.minhash import DuplicateSettings
+    from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
 
     against = {}
     for name in arguments.against:
@@ -72,7 +71,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
         if not colon:
             raise UserError("cli.dataset.against", f"--against must have the form SOURCE:COLUMN, not {name!r}.")
         against[name] = open_texts(source, column)
-    report = drop_near_duplicates(
+    job = prepare_job(
         arguments.source,
         arguments.out,
         columns=arguments.columns.split(","),
@@ -80,12 +79,14 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
         against=against,
         settings=DuplicateSettings(threshold=arguments.threshold, match=arguments.match, recall=arguments.recall),
     )
-    for reason, count in report.counts.items():
+    for reason, count in job.run().counts.items():
         print(f"{count:>12,}  {reason}")
 
 
 def run_dataset_stats(arguments: argparse.Namespace) -> None:
     """`mose dataset stats`."""
+    from dataclasses import asdict
+
     from modular_star_encoder.data.pairs import open_triplets
     from modular_star_encoder.synthconl.publishing import dataset_statistics
     from modular_star_encoder.utils.files import check_writable, write_json
@@ -97,7 +98,7 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
     for reason, count in triplets.skipped.most_common():
         print(f"mose: note: {count} rows left out ({reason}), such as {triplets.examples[reason]}", file=sys.stderr)
     if arguments.json:
-        write_json(arguments.json, statistics.to_dict())
+        write_json(arguments.json, asdict(statistics))
     print(statistics.to_markdown())
 
 

@@ -52,12 +52,11 @@ class RepositorySettings:
     files: Mapping[str, str] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.slice_of:
-            own = {"checkpoint", "evaluation", "profile", "training_log", "recipe", "trained_from"}
-            if given := sorted(name for name in own if getattr(self, name)):
-                message = f"{self.key} is a slice of {self.slice_of}, which decides {', '.join(given)}; remove them."
-                raise UserError("hub.manifest.slice", message)
-        elif self.checkpoint is None:
+        own = ("checkpoint", "evaluation", "profile", "recipe", "trained_from", "training_log")
+        if self.slice_of and (given := [name for name in own if getattr(self, name)]):
+            message = f"{self.key} is a slice of {self.slice_of}, which decides {', '.join(given)}; remove them."
+            raise UserError("hub.manifest.slice", message)
+        if self.slice_of is None and self.checkpoint is None:
             raise UserError("hub.manifest.checkpoint", f"{self.key} needs either checkpoint or slice_of.")
         if (self.slice_of is None) != (self.exit_layer is None):
             raise UserError("hub.manifest.exit_layer", f"{self.key} needs slice_of and exit_layer together.")
@@ -124,27 +123,14 @@ class Manifest:
 
 
 def load_manifest(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Manifest:
-    """Read a manifest.
-
-    Args:
-        path: a YAML file.
-        overrides: `key=value`, such as `namespace=my-name`; values are YAML.
-
-    Raises:
-        UserError: the file or an override is malformed, or a setting is unknown, missing or wrong.
-        OSError: the file exists and can't be read.
-    """
+    """Read a manifest; arguments and errors are those of `load_settings`."""
     return load_settings(Manifest, path, overrides, example="hub_configs/quickstart/publish.yaml")
 
 
 def folder_manifest(
     folder: str | os.PathLike[str], repository: str, *, license: str = "apache-2.0", evaluation: Sequence[str] = ()
 ) -> Manifest:
-    """The manifest of one checkpoint folder.
-
-    Raises:
-        UserError: `hub.repository_id`: `repository` is not of the form owner/name.
-    """
+    """The manifest of one checkpoint folder."""
     check_repository_id(repository)
     namespace, _, name = repository.partition("/")
     entry = RepositorySettings(name=name, checkpoint=os.fspath(folder), evaluation=tuple(evaluation))

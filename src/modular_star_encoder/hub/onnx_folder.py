@@ -52,17 +52,8 @@ EXPORT_REPORT = "onnx/export.json"
 QUANTIZATION_REPORT = "onnx/quantization.json"
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "modular-star-encoder")
 _STARCODER2 = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "norm_epsilon",
-    "use_bias",
-    "bos_token_id",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "norm_epsilon", "use_bias", "bos_token_id"),
 )
 
 TOP = 10
@@ -117,14 +108,6 @@ def export_onnx_folder(
         out: folder to write, which must not exist or be empty; by default `{name}-{exit_layer}-onnx`, next to the
             checkpoint's folder (for a repository, in the current folder).
         int8: also write the file with 8-bit weights.
-        tasks: what to rank.
-        progress: whether to show progress bars.
-
-    Raises:
-        UserError: `hub.onnx.int8`: `int8` without tasks to measure its cost; `hub.onnx.rankings`: the file ranks
-            otherwise than the model; or as `load_checkpoint`, `check_servable`, `check_onnx` and `staged_folder`.
-        OSError: as `load_checkpoint`.
-        ImportError: the extra `onnx` is missing.
     """
     if int8 and not tasks:
         raise UserError("hub.onnx.int8", "8-bit weights cost quality: give retrieval data to measure how much.")
@@ -132,45 +115,36 @@ def export_onnx_folder(
     exit_layer = model.config.num_hidden_layers
     check_servable(model.config)
     out = default_folder(checkpoint, exit_layer) if out is None else Path(out).expanduser()
-    with (
-        staged_folder(out) as staging,
-        tqdm(total=2 + int8 + bool(tasks), unit="step", disable=not progress, leave=False) as bar,
-    ):
+    with staged_folder(out) as staging, tqdm(unit="step", disable=not progress, leave=False) as bar:
         bar.set_description("exporting")
         _write_serving_files(staging, model.config, tokenizer, checkpoint_prompts(checkpoint, model.config))
         (staging / "onnx").mkdir()
         files = {"float32": staging / ONNX_FILE}
         export_onnx(model, files["float32"])
-        bar.update()
         bar.set_description("checking")
         differences = check_onnx(model, files["float32"])
-        bar.update()
         if int8:
             bar.set_description("quantising")
             files["int8"] = staging / QUANTIZED_FILE
             quantize_onnx(files["float32"], files["int8"])
-            bar.update()
         rankings: dict[str, list[RankingComparison]] = {name: [] for name in files}
         if tasks:
             bar.set_description("ranking")
             encoder = ExitEncoder(model, tokenizer, "model", exit_layers=(exit_layer,))
             rankings = compare_rankings(encoder, files, tasks, progress=progress)
-            bar.update()
         for one in rankings["float32"]:
             if other := one.queries - one.same_top_10 - one.ties_in_top_10:
-                message = (
-                    f"The ONNX file ranks otherwise than the model: {other} of {one.queries} queries of "
-                    f"{one.benchmark}, {one.task} have other first ten documents."
-                )
+                queries = f"{other} of {one.queries} queries of {one.benchmark}, {one.task}"
+                message = f"The ONNX file ranks otherwise than the model: {queries} have other first ten documents."
                 raise UserError("hub.onnx.rankings", message)
         common = {"exit_layer": exit_layer, "versions": library_versions(PACKAGES), "machine": machine_kind()}
         compared = {"tolerance": TOLERANCE, **asdict(differences)}
-        own: dict[str, Any] = {"differences_from_torch": compared, "rankings": list(map(asdict, rankings["float32"]))}
-        write_json(staging / EXPORT_REPORT, {**common, **own})
+        reports: dict[str, Any] = {EXPORT_REPORT: {"differences_from_torch": compared}}
         if int8:
             sizes = {f"{name}_bytes": path.stat().st_size for name, path in files.items()}
-            own = {"settings": SETTINGS, **sizes, "rankings": list(map(asdict, rankings["int8"]))}
-            write_json(staging / QUANTIZATION_REPORT, {**common, **own})
+            reports[QUANTIZATION_REPORT] = {"settings": SETTINGS, **sizes}
+        for (path, own), ranked in zip(reports.items(), rankings.values(), strict=True):
+            write_json(staging / path, {**common, **own, "rankings": list(map(asdict, ranked))})
     return OnnxFolder(out, rankings)
 
 
@@ -191,26 +165,14 @@ def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEn
 def _write_serving_files(
     folder: Path, config: ModularStarEncoderConfig, tokenizer: PreTrainedTokenizerBase, prompts: dict[str, str]
 ) -> None:
-    """Write the files next to `onnx/`: configuration, tokenizer, and the modules of a SentenceTransformer."""
-    write_json(folder / "config.json", _serving_config(config, tokenizer))
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings["model_max_length"] = min(settings["model_max_length"], config.max_position_embeddings)
-    write_json(path, {name: value for name, value in settings.items() if name != "backend"})
-    # An ONNX file has one exit, and so no arguments to pass on.
-    modules = [{name: value for name, value in module.items() if name != "kwargs"} for module in MODULES]
-    write_sentence_transformer_files(folder, config, prompts, modules)
+    """Write the files next to `onnx/`: configuration, tokenizer, and the modules of a SentenceTransformer.
 
-
-def _serving_config(config: ModularStarEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The configuration of a StarCoder2 of the exit's sizes, as transformers before and after version 5 reads it.
-
-    No model is built from it. text-embeddings-inference needs sizes and a padding token (backends/ort/src/lib.rs),
+    The configuration is that of a StarCoder2 of the exit's sizes, as transformers before and after version 5 reads it.
+    No model is built from it: text-embeddings-inference needs sizes and a padding token (backends/ort/src/lib.rs),
     optimum a type that it knows.
     """
     rope = dict(config.rope_parameters)
-    return {
+    settings = {
         "architectures": ["Starcoder2Model"],
         "model_type": "starcoder2",
         **{name: getattr(config, name) for name in _STARCODER2},
@@ -222,15 +184,22 @@ def _serving_config(config: ModularStarEncoderConfig, tokenizer: PreTrainedToken
         "use_cache": False,
         "torch_dtype": "float32",
     }
+    write_json(folder / "config.json", settings)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings["model_max_length"] = min(settings["model_max_length"], config.max_position_embeddings)
+    write_json(path, {name: value for name, value in settings.items() if name != "backend"})
+    # An ONNX file has one exit, and so no arguments to pass on.
+    modules = [{name: value for name, value in module.items() if name != "kwargs"} for module in MODULES]
+    write_sentence_transformer_files(folder, config, prompts, modules)
 
 
 class OnnxEncoder:
     """An ONNX file in onnxruntime, on the texts of an `ExitEncoder`: same prompts, tokenizer, lengths and batches.
 
     Args:
-        path: the file.
         reference: the encoder of the exported model, at one exit and without options.
-        name: its name in tables.
     """
 
     dimensions: tuple[int | None, ...] = (None,)
@@ -278,21 +247,7 @@ def compare_rankings(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, list[RankingComparison]]:
-    """Rank with a model and with ONNX files of it.
-
-    Args:
-        reference: the model at the exit of the files.
-        files: name → ONNX file.
-        tasks: what to rank.
-        seed: of the intervals.
-
-    Returns:
-        For each name of a file, a comparison for each task.
-
-    Raises:
-        UserError: `hub.onnx.exits`: a reference at several exits; or scores that are NaN.
-        ImportError: onnxruntime is missing.
-    """
+    """Rank with a model, at one exit, and with ONNX files of it: by name of a file, a comparison for each task."""
     if len(reference.exit_layers) != 1:
         message = f"An ONNX file has one exit; the model must have one, not {list(reference.exit_layers)}."
         raise UserError("hub.onnx.exits", message)
@@ -322,9 +277,7 @@ def _comparison(
         blocks = [one.scores(queries, documents, one.variants[0]).blocks() for one in retrievers]
         for expected, found in zip(*blocks, strict=True):
             if expected.scores.shape[1] != len(documents):
-                message = (
-                    f"{task.benchmark}, {task.name} has {len(documents):,} documents, too many to compare rankings."
-                )
+                message = f"{task.name} of {task.benchmark} has too many documents to rank: {len(documents):,}."
                 raise UserError("hub.onnx.documents", message)
             parts.append(compare_tops(expected.scores, found.scores))
     tops = TopTen(*map(np.concatenate, zip(*parts, strict=True)))

@@ -4,8 +4,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +12,13 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 
 from modular_star_encoder.hub.manifest import MAIN, Manifest
-from modular_star_encoder.hub.model_card import CARD, check_card
-from modular_star_encoder.hub.staging import StagedRepository, stage_repositories, write_card
+from modular_star_encoder.hub.model_card import CARD, StagedRepository, check_card, write_card
+from modular_star_encoder.hub.staging import stage_repositories
 from modular_star_encoder.hub.verification import verify_repositories
 from modular_star_encoder.utils.files import staged_folder
 from modular_star_encoder.utils.http import wrap_hub_errors
 
-KEPT = (".gitattributes",)
-"""Files that the Hub writes itself."""
-
+KEPT = (".gitattributes",)  # files that the Hub writes itself
 ADDED, CHANGED, DELETED = "+", "~", "-"
 
 
@@ -37,20 +33,13 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """The changes of one repository.
-
-    Attributes:
-        repository, branch: where.
-        changes: the differences from the files on the Hub.
-        revision: the commit of the branch; None where there is none yet.
-        uploaded: whether the changes were committed.
-    """
+    """The changes of one repository."""
 
     repository: str
     branch: str
-    changes: tuple[Change, ...]
-    revision: str | None
-    uploaded: bool = False
+    changes: tuple[Change, ...]  # the differences from the files on the Hub
+    revision: str | None  # the commit of the branch; None where there is none yet
+    uploaded: bool = False  # whether the changes were committed
 
     def __str__(self) -> str:
         """A line for each file that differs, and one for all."""
@@ -106,7 +95,8 @@ def publish(
         nothing was uploaded: a dry run
     """
     api = api or HfApi()
-    with _folder(staging) as folder:
+    kept = tempfile.TemporaryDirectory(prefix="mose-publish-") if staging is None else staged_folder(staging)
+    with kept as folder:
         staged = stage_repositories(manifest, folder)
         verify_repositories(staged, progress=progress)
         published: dict[str, Publication] = {}
@@ -121,47 +111,19 @@ def publish(
 
 
 def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = None) -> str:
-    """The card of a manifest's first repository.
-
-    Args:
-        manifest: see `folder_manifest`.
-        out: folder for README.md and the figure if there is one; nothing is kept if None.
-
-    Raises:
-        UserError, OSError: as `stage_repositories`.
-    """
-    with _folder(None) as folder:
+    """The card of a manifest's first repository; also written to the folder `out`, with the figure if there is one."""
+    with tempfile.TemporaryDirectory(prefix="mose-card-") as folder:
         staged = stage_repositories(manifest, folder)[0]
         check_card(staged.folder / CARD)
         if out is not None:
             Path(out).mkdir(parents=True, exist_ok=True)
-            for name in filter(None, (CARD, staged.card.figure)):
+            for name in filter(None, (CARD, staged.figure)):
                 shutil.copyfile(staged.folder / name, Path(out, name))
         return (staged.folder / CARD).read_text(encoding="utf-8")
 
 
-@contextmanager
-def _folder(staging: str | os.PathLike[str] | None) -> Iterator[Path]:
-    if staging is not None:
-        with staged_folder(staging) as folder:
-            yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="mose-publish-") as folder:
-        yield Path(folder)
-
-
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Make a branch contain exactly the staged files, by one commit on the revision that they were compared with.
-
-    Args:
-        staged: a verified repository.
-        api: the Hub's client.
-        upload: whether to upload; otherwise the differences are only reported.
-        private: whether a new repository is private.
-
-    Raises:
-        OSError: the Hub refuses, can't be reached, or has a newer commit.
-    """
+    """Make a branch contain exactly the staged files, by one commit on the revision that they were compared with."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)
@@ -169,8 +131,12 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
         if not upload or not changes:
             return Publication(repository, branch, changes, head)
         if head is None:
-            head = _create(api, repository, branch, private)
-            changes = compare(staged.folder, _remote(api, repository, branch)[1])
+            api.create_repo(repository, private=private, exist_ok=True)
+            if branch != MAIN:  # a branch starts empty
+                first = api.list_repo_commits(repository)[-1].commit_id
+                api.create_branch(repository, branch=branch, revision=first, exist_ok=True)
+            head, there = _remote(api, repository, branch)
+            changes = compare(staged.folder, there)
         operations = [
             CommitOperationDelete(change.path)
             if change.kind == DELETED
@@ -189,8 +155,7 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
 def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
     """The changes that make the files of the Hub those of a folder, by path."""
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    gone = sorted(set(there) - set(here) - set(KEPT))
-    changes = [Change(DELETED, path, there[path].size) for path in gone]
+    changes = [Change(DELETED, path, there[path].size) for path in set(there) - set(here) - set(KEPT)]
     for path, file in here.items():
         size = file.stat().st_size
         if path not in there:
@@ -217,12 +182,3 @@ def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dic
         return head, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return None, {}
-
-
-def _create(api: HfApi, repository: str, branch: str, private: bool) -> str | None:
-    """Create the repository and the branch, which starts empty, and return its commit."""
-    api.create_repo(repository, private=private, exist_ok=True)
-    if branch != MAIN:
-        first = api.list_repo_commits(repository)[-1].commit_id
-        api.create_branch(repository, branch=branch, revision=first, exist_ok=True)
-    return api.model_info(repository, revision=branch).sha

@@ -39,10 +39,8 @@ class ReloadedEmbeddings:
 
     auto_model: np.ndarray  # at the deepest exit
     sentence_transformer: np.ndarray  # at the deepest exit
-    # of the requested exits, by `SentenceTransformer.encode(exit_layer=…)`
-    exits: Mapping[int, np.ndarray] = field(default_factory=dict)
-    # of a pre-trained model the logits (N, V) for the last token of each text; None for others
-    masked_lm: np.ndarray | None = None
+    exits: Mapping[int, np.ndarray] = field(default_factory=dict)  # by `SentenceTransformer.encode(exit_layer=…)`
+    masked_lm: np.ndarray | None = None  # of a pre-trained model: logits (N, V) for the last token of each text
 
 
 def verify_reload(
@@ -50,13 +48,7 @@ def verify_reload(
 ) -> list[ReloadedEmbeddings]:
     """Embed texts with checkpoints, one after the other, in one fresh process that runs the checkpoints' own code.
 
-    Args:
-        requests: what to load, and what to embed with it.
-        progress: show a clock while the process runs.
-        environment: variables that differ from this process's; offline if None.
-
-    Raises:
-        UserError: `hub.reload.failed`: the process failed; the message has the last lines of its output.
+    `progress` shows a clock; `environment` has the variables that differ from this process's, offline if None.
     """
     import torch
 
@@ -64,7 +56,7 @@ def verify_reload(
 
     with tempfile.TemporaryDirectory() as folder:
         request_file, result = Path(folder, "requests.json"), Path(folder, "result.npz")
-        request_file.write_text(json.dumps([asdict(request) for request in requests]), encoding="utf-8")
+        request_file.write_text(json.dumps(list(map(asdict, requests))), encoding="utf-8")
         # As many threads as here: the way sums are split decides their last bits.
         own = {"HF_MODULES_CACHE": str(Path(folder, "modules")), "OMP_NUM_THREADS": str(torch.get_num_threads())}
         process = subprocess.Popen(  # noqa: S603 - our own script, arguments passed as a list
@@ -122,10 +114,8 @@ class Blocker(MetaPathFinder):
 def main(request_file: str, result_file: str) -> None:
     """Answer every request in the clean process; the arrays of request number i are called `{i}/…`."""
     sys.meta_path.insert(0, Blocker())
-    with open(request_file, encoding="utf-8") as file:
-        requests = json.load(file)
     arrays: dict[str, np.ndarray] = {}
-    for number, request in enumerate(requests):
+    for number, request in enumerate(json.loads(Path(request_file).read_text(encoding="utf-8"))):
         try:
             arrays |= {f"{number}/{name}": array for name, array in embed(**request).items()}
         except Exception as error:

@@ -12,8 +12,8 @@ from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.hub.model_card import CARD, DEPTH_FIGURE, LATENCY_FIGURE, check_card
-from modular_star_encoder.hub.staging import TOKENIZER, StagedRepository
+from modular_star_encoder.hub.model_card import CARD, DEPTH_FIGURE, LATENCY_FIGURE, StagedRepository, check_card
+from modular_star_encoder.hub.staging import TOKENIZER
 from modular_star_encoder.hub.subprocess_check import ReloadedEmbeddings, ReloadRequest, verify_reload
 from modular_star_encoder.inference.checkpoints import SENTENCE_TRANSFORMER_FILES
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
@@ -48,19 +48,15 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
     """Check staged repositories as a stranger would use them.
 
     Returns:
-        For the key of each repository, the largest difference between a component of the source's embeddings and of
-        those that a stranger gets.
-
-    Raises:
-        UserError: `hub.files.*`: see `check_files`; `hub.card.*`: see `check_card`; `hub.tokenizer`: a tokenizer that
-            lacks special tokens or splits otherwise; `hub.reload.failed`: code that doesn't load without this package;
-            `hub.reload.differs`: other embeddings than the source's.
+        For the key of each repository, the largest difference from the source's embeddings.
     """
     for one in staged:
-        check_files(one.folder, one.extra)
+        check_files(one.folder, tuple(one.settings.files))
         check_card(one.folder / CARD)
         _check_tokenizer(one.folder)
-    requests = [ReloadRequest(os.fspath(one.folder), TEXTS, _prompt(one), one.exit_layers) for one in staged]
+    requests = [
+        ReloadRequest(os.fspath(one.folder), TEXTS, one.prompts.get("query", ""), one.exit_layers) for one in staged
+    ]
     reloaded = verify_reload(requests, progress=progress)
     return {one.settings.key: _compare(one, found) for one, found in zip(staged, reloaded, strict=True)}
 
@@ -68,13 +64,7 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
     """Check that a folder has exactly the files of a repository, and none that must not be published.
 
-    Args:
-        folder: a staged repository.
-        extra: paths of further files that it may contain.
-
-    Raises:
-        UserError: `hub.files.missing`, `hub.files.unexpected`, `hub.files.link`, `hub.files.pickle`,
-            `hub.files.safetensors`, `hub.files.secret` or `hub.files.local_path`.
+    `extra` are the paths of further files that it must contain.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
     weights = {name for name in paths if WEIGHTS.fullmatch(name)} or {"model.safetensors"}
@@ -114,18 +104,13 @@ def _check_content(name: str, path: Path) -> None:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    missing = [name for name in ("pad", "sep", "cls", "mask") if getattr(tokenizer, f"{name}_token") is None]
+    tokenizer, names = load_tokenizer(folder), ("pad", "sep", "cls", "mask")
+    faults = [f"has no {name} token" for name in names if getattr(tokenizer, f"{name}_token") is None]
     declared = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
-    faults = [f"has no {name} token" for name in missing]
     if declared not in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         faults.append(f"is declared a {declared}, which splits numbers in another way")
     if faults:
         raise UserError("hub.tokenizer", f"The tokenizer of {folder} {' and '.join(faults)}.")
-
-
-def _prompt(staged: StagedRepository) -> str:
-    return staged.card.prompts.get("query", "")
 
 
 def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
@@ -133,18 +118,16 @@ def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
     own, masked_lm, dtype = _source_embeddings(staged)
     deepest = staged.exit_layers[-1]
     pairs = {f"exit {k}": (own[k], found.exits[k]) for k in own}
-    pairs |= {"AutoModel": (own[deepest], found.auto_model)}
-    pairs |= {"SentenceTransformer": (own[deepest], found.sentence_transformer)}
+    pairs["AutoModel"] = own[deepest], found.auto_model
+    pairs["SentenceTransformer"] = own[deepest], found.sentence_transformer
     differences = {name: float(np.abs(first - second).max()) for name, (first, second) in pairs.items()}
     if masked_lm is not None and found.masked_lm is not None:
         difference = np.abs(masked_lm - found.masked_lm).max() / np.abs(masked_lm).max()
         differences["the masked-token logits"] = float(difference)
     for name, difference in differences.items():
         if not difference <= TOLERANCE[dtype]:
-            message = (
-                f"{staged.folder} does not reproduce {staged.source}: {name} differs by {difference:.2g}, more than "
-                f"{TOLERANCE[dtype]:.2g}."
-            )
+            differs = f"{name} differs by {difference:.2g}, more than {TOLERANCE[dtype]:.2g}"
+            message = f"{staged.folder} does not reproduce {staged.source}: {differs}."
             raise UserError("hub.reload.differs", message)
     return max(differences.values())
 
@@ -156,7 +139,8 @@ def _source_embeddings(staged: StagedRepository) -> tuple[dict[int, np.ndarray],
     model = model_class.from_pretrained(staged.source).eval()
     tokenizer = load_tokenizer(staged.folder)
     cut = {"truncation": True, "max_length": model.config.max_position_embeddings}
-    batch = tokenizer([_prompt(staged) + text for text in TEXTS], padding=True, return_tensors="pt", **cut)
+    prompt = staged.prompts.get("query", "")
+    batch = tokenizer([prompt + text for text in TEXTS], padding=True, return_tensors="pt", **cut)
     dtype = str(model.dtype).removeprefix("torch.")
     exits = staged.exit_layers
     if staged.retrieval:

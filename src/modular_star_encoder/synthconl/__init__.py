@@ -1,4 +1,1 @@
-"""The dataset SynthCoNL: documented functions, translated, near-deduplicated, split, described and published.
-
-The modules are imported one by one; none of them loads torch by itself.
-"""
+"""SynthCoNL: documented functions, translated, near-deduplicated, split, described and published."""

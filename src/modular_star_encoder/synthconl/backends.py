@@ -4,7 +4,6 @@ A request carries the id of its row, and its completion returns with that id: co
 text or their position. Nothing here imports torch before the first request.
 """
 
-import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -12,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from modular_star_encoder.synthconl.row_files import batches
@@ -46,9 +46,8 @@ class Completion:
 
     id: str  # id of the request
     text: str  # the answer
-    # Why it ended, in the words of OpenAI's protocol: `"stop"`, `"length"`, `"content_filter"`, or any other word of
-    # an endpoint; `"too_long"` if the prompt leaves no room for an answer, and `"error"` if this one request failed
-    # for another reason
+    # Why it ended: `"stop"`, `"length"`, `"content_filter"` or another word of OpenAI's protocol; `"too_long"` if the
+    # prompt leaves no room for an answer, and `"error"` if this one request failed for another reason
     finish_reason: str
     prompt_tokens: int = 0  # tokens of the prompt, chat template included; 0 where an endpoint does not say
     completion_tokens: int = 0  # tokens of the answer, the final one included; 0 where an endpoint does not say
@@ -88,25 +87,16 @@ class CompletionBackend(Protocol):
 class OpenAIBackend:
     """An endpoint of OpenAI's chat protocol: vLLM, SGLang, llama.cpp, Ollama, hosted services.
 
-    What an endpoint fails to answer for a while is sent again (see `HTTPClient`); a failure that no further request can
-    mend stops the run. Source of the protocol: OpenAI's API reference, `POST /chat/completions`.
+    A request that the endpoint fails to answer for a while is sent again (see `HTTPClient`); a failure that no further
+    request can mend stops the run. Source of the protocol: OpenAI's API reference, `POST /chat/completions`.
 
     Args:
-        model: Name of the model at the endpoint.
-        max_tokens: Largest number of tokens of an answer.
+        model, max_tokens, revision: See `open_backend`; the revision is for the dataset's card alone.
         base_url: Address of the API, such as `http://127.0.0.1:8000/v1`.
-        revision: Revision of the model that is served, if known: for the dataset's card.
         api_key_variable: Environment variable with the API key; None for an endpoint that needs none.
-        concurrency: Number of requests under way at once.
-        attempts: How often a request is sent when the endpoint is busy, fails or does not answer.
-        pause: Seconds before the second attempt; see `HTTPClient`.
-        timeout: Seconds without an answer after which an attempt has failed.
+        concurrency, attempts, pause, timeout: See `HTTPClient`.
         body: Further fields of a request's body (`{"repetition_penalty": 1.0}`), or other values; a field that is None
             is not sent.
-
-    Raises:
-        UserError: `http.url`, `http.settings`, `http.token.*`: see utils.http; `synthconl.backend.body`: a field of the
-            body that can't be set.
     """
 
     run_options: ClassVar[frozenset[str]] = frozenset(
@@ -129,22 +119,16 @@ class OpenAIBackend:
     ) -> None:
         if fixed := sorted({"messages", "model", "n", "stream"} & set(body or {})):
             raise UserError("synthconl.backend.body", f"The body of a request can't set {', '.join(fixed)}.")
-        check_http_settings(concurrency=concurrency, attempts=attempts, pause=pause, timeout=timeout)
+        http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
+        check_http_settings(**http)
         self._url = check_url(base_url) + "/chat/completions"
-        self._open_client = partial(
-            HTTPClient,
-            token=token_from_environment(api_key_variable),
-            concurrency=concurrency,
-            attempts=attempts,
-            pause=pause,
-            timeout=timeout,
-            total_time=attempts * (timeout + 60),
-        )
-        self._model, self._revision = model, revision
+        total_time = attempts * (timeout + 60)
+        token = token_from_environment(api_key_variable)
+        self._open_client = partial(HTTPClient, token=token, total_time=total_time, **http)
+        self._model, self._revision, self.in_flight = model, revision, concurrency
         body = {"model": model, "temperature": 0, "max_tokens": max_tokens} | dict(body or {})
         self._body = {name: value for name, value in body.items() if value is not None}
         self._served: set[str] = set()
-        self.in_flight = concurrency
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
         """See `CompletionBackend`. When one request fails for good, those under way are waited for and yielded."""
@@ -193,26 +177,25 @@ class OpenAIBackend:
 
 
 def _is_an_error(response: Response) -> bool:
-    """Whether a response of status 200 is an error after all, as gateways send."""
+    """Whether a response of status 200 is an error, as gateways send."""
     content = response.json()
     return isinstance(content, dict) and "choices" not in content and "error" in content
 
 
 class _LocalBackend(ABC):
-    """What back ends in this process share: prompts become token ids, and requests batches of similar length.
+    """Prompts become token ids, and requests of `batches_together` batches are sorted by length into batches."""
 
-    Args:
-        model: folder or Hub id of the model.
-        max_tokens: largest number of tokens of an answer.
-        batch_size: number of prompts of a batch.
-        batches_together: number of batches whose requests are sorted by length together.
-    """
+    _tokenizer: Any
+    _longest_prompt: int
 
     def __init__(self, model: str, max_tokens: int, batch_size: int, batches_together: int) -> None:
         if batch_size < 1:
             raise UserError("synthconl.backend.batch_size", f"batch_size must be at least 1, not {batch_size}.")
         self._name, self._max_tokens, self._batch_size = model, max_tokens, batch_size
         self.in_flight = batch_size * batches_together
+
+    @abstractmethod
+    def _generate(self, batch: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]: ...
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
         """See `CompletionBackend`."""
@@ -238,17 +221,6 @@ class _LocalBackend(ABC):
         # The template has written the special tokens.
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    @property
-    @abstractmethod
-    def _tokenizer(self) -> Any: ...
-
-    @property
-    @abstractmethod
-    def _longest_prompt(self) -> int: ...
-
-    @abstractmethod
-    def _generate(self, batch: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]: ...
-
     def _not_loaded(self, error: Exception) -> BackendError:
         first_line = str(error).strip().partition("\n")[0].rstrip(".")
         return BackendError("synthconl.backend.model", f"The model {self._name!r} can't be loaded: {first_line}.")
@@ -260,16 +232,9 @@ class TransformersBackend(_LocalBackend):
     Prompts of similar length, among 16 batches, make a batch, padded on the left.
 
     Args:
-        model: Folder or Hub id of a causal language model with its tokenizer.
-        max_tokens: Largest number of tokens of an answer.
-        revision: Branch, tag or commit on the Hub.
-        dtype: Of the weights, such as `"bfloat16"`; `"auto"` is that of the checkpoint.
-        batch_size: Number of prompts of a batch.
+        model, max_tokens, revision: See `open_backend`.
+        dtype, attn_implementation: See `AutoModelForCausalLM.from_pretrained`.
         device: Where to run; a GPU if there is one.
-        attn_implementation: Attention to use; transformers' default for the model.
-
-    Raises:
-        UserError: `synthconl.backend.batch_size`: it is below 1.
     """
 
     run_options: ClassVar[frozenset[str]] = frozenset({"batch_size", "device"})
@@ -304,10 +269,9 @@ class TransformersBackend(_LocalBackend):
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
+        options = {"revision": self._options["revision"], "padding_side": "left"}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self._name, revision=self._options["revision"], padding_side="left"
-            )
+            tokenizer = AutoTokenizer.from_pretrained(self._name, **options)
         except (OSError, ValueError) as error:
             raise self._not_loaded(error) from error
         if tokenizer.pad_token_id is None:
@@ -340,7 +304,7 @@ class TransformersBackend(_LocalBackend):
         return model
 
     @cached_property
-    def _longest_prompt(self) -> int:
+    def _longest_prompt(self) -> int:  # type: ignore[override]
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         if positions <= self._max_tokens:
             message = f"{self._name!r} has {positions} positions: max_tokens must be fewer, not {self._max_tokens}."
@@ -370,20 +334,12 @@ class VLLMBackend(_LocalBackend):
     """vLLM in this process: the engine schedules batches of prompts itself.
 
     Args:
-        model: Folder or Hub id of the model.
-        max_tokens: Largest number of tokens of an answer.
-        revision: Branch, tag or commit on the Hub.
-        dtype: Of the weights; `"auto"` is that of the checkpoint.
+        model, max_tokens: See `open_backend`.
         batch_size: Number of prompts handed over at once. The engine idles at the end of each batch, so small ones are
             slow; a batch is lost when the process is killed.
         max_model_len: Longest prompt and answer together, in tokens.
-        tensor_parallel_size: Number of GPUs that share the model.
-        gpu_memory_utilization: Fraction of a GPU's memory for the engine.
+        revision, dtype, tensor_parallel_size, gpu_memory_utilization: See `vllm.LLM`.
         engine: Further arguments of `vllm.LLM`, such as `quantization`.
-
-    Raises:
-        UserError: `synthconl.backend.batch_size`: it is below 1; `synthconl.backend.max_tokens`: no room for a prompt.
-        ImportError: vLLM isn't installed.
     """
 
     run_options: ClassVar[frozenset[str]] = frozenset({"batch_size", "tensor_parallel_size", "gpu_memory_utilization"})
@@ -405,8 +361,10 @@ class VLLMBackend(_LocalBackend):
             message = f"max_model_len {max_model_len} must be more than max_tokens, which is {max_tokens}."
             raise UserError("synthconl.backend.max_tokens", message)
         super().__init__(model, max_tokens, batch_size, batches_together=1)
-        self._max_model_len = max_model_len
+        self._longest_prompt = max_model_len - max_tokens
         self._options = {
+            "seed": 0,
+            "enable_prefix_caching": True,  # the instruction opens every prompt
             "revision": revision,
             "dtype": dtype,
             "max_model_len": max_model_len,
@@ -427,20 +385,14 @@ class VLLMBackend(_LocalBackend):
 
     @cached_property
     def _engine(self) -> Any:
-        # The instruction opens every prompt: with prefix caching it is computed once.
-        options = {"seed": 0, "enable_prefix_caching": True} | self._options
         try:
-            return self._vllm.LLM(model=self._name, **options)
+            return self._vllm.LLM(model=self._name, **self._options)
         except (OSError, ValueError, TypeError) as error:
             raise self._not_loaded(error) from error
 
     @cached_property
     def _tokenizer(self) -> Any:
         return self._engine.get_tokenizer()
-
-    @property
-    def _longest_prompt(self) -> int:
-        return self._max_model_len - self._max_tokens
 
     def _generate(self, rows: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]:
         greedy = self._vllm.SamplingParams(temperature=0.0, max_tokens=self._max_tokens)
@@ -466,19 +418,14 @@ def open_backend(name: str, model: str, max_tokens: int, options: Mapping[str, A
 
     Args:
         name: `"vllm"`, `"openai"` or `"transformers"`.
-        model: Name of the model in the back end.
+        model: Name at the endpoint; for the others, folder or Hub id, at the branch, tag or commit `revision`.
         max_tokens: Largest number of tokens of an answer.
-        options: Further arguments of `VLLMBackend`, `OpenAIBackend` or `TransformersBackend`.
-
-    Raises:
-        UserError: `synthconl.backend.unknown`, `synthconl.backend.options`, or as the back end's class.
-        ImportError: It needs a package that isn't installed.
+        options: Further arguments of the back end's class.
     """
     if name not in BACKENDS:
-        message = f"Back end {name!r} not found. Available: {', '.join(BACKENDS)}."
-        raise UserError("synthconl.backend.unknown", message)
+        raise UserError("synthconl.backend.unknown", f"Back end {name!r} not found. Available: {', '.join(BACKENDS)}.")
     try:
-        inspect.signature(BACKENDS[name]).bind(model, max_tokens, **options)
+        signature(BACKENDS[name]).bind(model, max_tokens, **options)
     except TypeError as error:
         message = f"The options of the back end {name!r} can't be used: {error}."
         raise UserError("synthconl.backend.options", message) from error

@@ -1,4 +1,4 @@
-"""Build a dataset from a recipe, stage by stage, continuing where an earlier call was interrupted.
+"""The recipe of a dataset, and its build: stage by stage, continuing where an earlier call was interrupted.
 
 Each stage writes a folder of its name, which has a `report.json` once the stage is finished.
 """
@@ -9,35 +9,154 @@ import platform
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from filelock import FileLock, Timeout
+from pydantic import AfterValidator, BeforeValidator
+from pydantic import Field as Constraint
 
+from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import open_triplets
 from modular_star_encoder.data.sources.dataset_rows import open_texts
 from modular_star_encoder.data.splits import draw_repositories
-from modular_star_encoder.synthconl.extraction import function_rows, open_source
-from modular_star_encoder.synthconl.near_duplicates.job import drop_near_duplicates
-from modular_star_encoder.synthconl.near_duplicates.minhash import minhash_class
-from modular_star_encoder.synthconl.prompts import REASONS, clean_translation, target_language
-from modular_star_encoder.synthconl.publishing import CARD, STATISTICS, dataset_card, dataset_statistics
-from modular_star_encoder.synthconl.recipe import DATASET_SCHEMA, FUNCTION_SCHEMA, DatasetRecipe
+from modular_star_encoder.synthconl.extraction import (
+    FUNCTION_SCHEMA,
+    MAX_SYNTAX_ERROR_SHARE,
+    REASONS,
+    clean_translation,
+    function_rows,
+    open_source,
+)
+from modular_star_encoder.synthconl.minhash import DuplicateSettings, minhash_class
+from modular_star_encoder.synthconl.near_duplicate_job import REPORT, prepare_job
+from modular_star_encoder.synthconl.publishing import (
+    CARD,
+    DATASET_SCHEMA,
+    STATISTICS,
+    dataset_card,
+    dataset_statistics,
+)
 from modular_star_encoder.synthconl.row_files import read_file, read_rows, row_files, write_rows, write_split
-from modular_star_encoder.synthconl.translation import translate
+from modular_star_encoder.synthconl.translation import Languages, TranslationSettings, target_language, translate
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder, write_json
+from modular_star_encoder.utils.settings import Count, Float, Int, Probability, load_settings, settings_class
 
-REPORT = "report.json"
+EXAMPLE = "examples/dataset/recipe.yaml"
 SPLITS = ("train", "validation")
-_PUBLISHED_NAMES = {"cpp": "c++"}
 LOG, LOCK = "build.json", ".lock"
 # The workers of a process that was killed hold its lock for a moment.
 LOCK_SECONDS = 5.0
+
+
+@settings_class
+class CardSettings:
+    """What the user adds to the dataset's card.
+
+    Args:
+        name: title of the card.
+        corpus: the source of the functions, in a sentence.
+        license: the dataset's licence, as the Hub spells it.
+        license_name, license_link: name and address of a licence that the Hub does not know (`license: other`).
+        tags: further tags.
+    """
+
+    name: str = "SynthCoNL, rebuilt"
+    corpus: str = ""
+    license: str = "other"
+    license_name: str = "as-in-the-repositories"
+    license_link: str = ""
+    tags: Sequence[str] = ()
+
+
+@settings_class
+class NearDuplicateSettings(DuplicateSettings):
+    """See `DuplicateSettings`.
+
+    Args:
+        columns: the compared columns.
+    """
+
+    columns: Annotated[Sequence[Literal["func1_CSN", "func2"]], Constraint(min_length=1)] = ("func1_CSN", "func2")
+
+
+def _check_benchmark(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not {"source", "column"} <= set(options):
+        raise UserError("synthconl.recipe.against", f"A benchmark must have a source and a column, not {options}.")
+    return options
+
+
+Corpora = Annotated[
+    tuple[Mapping[str, Any], ...],
+    BeforeValidator(lambda corpus: [corpus] if isinstance(corpus, Mapping) else corpus),
+    Constraint(min_length=1),
+]
+Benchmarks = Mapping[str, Annotated[Mapping[str, Any], AfterValidator(_check_benchmark)]]
+
+
+@settings_class
+class DatasetRecipe:
+    """How a dataset is built.
+
+    Args:
+        corpus: a source of files and its options, or a list of them; see `extraction.open_source`.
+        translation: see `TranslationSettings`.
+        languages: languages of the functions.
+        max_characters: longest function, in characters; longer ones are not translated.
+        max_syntax_error_share: largest share of a translation that may not parse; 1 accepts whatever the syntax.
+        near_duplicates: see `NearDuplicateSettings`.
+        against: benchmarks that no row may be near: by name, a `source`, a `column` of it, and further arguments of
+            `open_dataset_rows`.
+        validation_rows: smallest number of rows of the validation split, or a fifth of all if that is less; whole
+            repositories are held out.
+        max_repository_share: largest share of the rows of a repository that is held out, if the others suffice.
+        card: see `CardSettings`.
+        processes: processes that extract functions.
+        seed: of all random draws.
+    """
+
+    corpus: Corpora
+    translation: TranslationSettings
+    languages: Languages = LANGUAGES
+    max_characters: Count = 8000
+    max_syntax_error_share: Probability = MAX_SYNTAX_ERROR_SHARE
+    near_duplicates: NearDuplicateSettings = NearDuplicateSettings()
+    against: Benchmarks = Constraint(default_factory=dict)
+    validation_rows: Count = 2000
+    max_repository_share: Annotated[Float, Constraint(gt=0, le=1)] = 0.05
+    card: CardSettings = CardSettings()
+    processes: Int = 2
+    seed: Int = 0
+
+    def __post_init__(self) -> None:
+        for language in self.languages:
+            target_language("", language, seed=0, targets=self.translation.targets)
+
+    def stage_settings(self) -> dict[str, dict[str, Any]]:
+        """By stage, in order, the settings that decide its result, as plain values."""
+
+        def own(*names: str) -> dict[str, Any]:
+            return {name: getattr(self, name) for name in names}
+
+        settings = {
+            "functions": {**own("corpus", "max_characters"), "languages": sorted(self.languages)},
+            "translations": {**self.translation.identity(), "seed": self.seed},
+            "triplets": own("max_syntax_error_share"),
+            "near_duplicates": {**asdict(self.near_duplicates), "against": self.against},
+            "split": own("validation_rows", "max_repository_share", "seed"),
+            "dataset": {"card": asdict(self.card)},
+        }
+        return json.loads(json.dumps(settings, default=str))
+
+
+def load_dataset_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> DatasetRecipe:
+    """Read a recipe; arguments and errors are those of `load_settings`."""
+    return load_settings(DatasetRecipe, path, overrides, example=EXAMPLE)
 
 
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
@@ -50,17 +169,15 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
         recipe: What to build.
         out: The folder to work in: one that does not exist, is empty, or was begun with the same settings. It gets a
             folder for each of `STAGES`.
-        progress: Whether to show progress bars.
 
     Returns:
         The folder of the finished dataset, `out/dataset`: parquet files in `data`, `statistics.json` and a card,
         `README.md`.
 
     Raises:
-        UserError: `synthconl.build.out`: `out` contains something else; `synthconl.build.other_settings`: a stage was
-            begun with other settings; `synthconl.build.running`: another process works in `out`;
-            `synthconl.build.empty`: nothing passes a stage; `synthconl.build.one_repository`: there is nothing to hold
-            out; or a corpus, a benchmark or a back end that can't be used.
+        UserError: `synthconl.build.*`: `out` contains something else, was begun with other settings, or another process
+            works there; nothing passes a stage, or all of it is of one repository; or a corpus, a benchmark or a back
+            end can't be used.
         BackendError: The back end can't continue. Its earlier answers are kept.
         ImportError: A required package isn't installed.
     """
@@ -71,7 +188,9 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     try:
         with FileLock(build.out / LOCK, timeout=LOCK_SECONDS):
             log = _read_log(build.out)
-            _remove_leftovers(build.out)
+            # What a killed process was about to rename.
+            for path in (*build.out.glob(".*.tmp"), *build.out.glob("translations/.*.tmp")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             for stage in STAGES:
                 if not build.is_done(stage.__name__):
                     _run(build, stage, log)
@@ -99,7 +218,7 @@ class Build:
 
 def functions(build: Build, out: Path) -> None:
     """Extract the documented functions of the corpora."""
-    recipe, counts, repositories = build.recipe, Counter[str](), set[str]()
+    recipe, counts = build.recipe, Counter[str]()
     rows = function_rows(
         recipe.corpus,
         languages=recipe.languages,
@@ -109,20 +228,13 @@ def functions(build: Build, out: Path) -> None:
         progress=build.progress,
     )
 
-    def seen() -> Iterator[dict[str, Any]]:
-        for row in rows:
-            repositories.add(row["repository_name"] or "")
-            yield row
-
     with staged_folder(out) as staging:
-        if not write_rows(staging, seen(), FUNCTION_SCHEMA):
+        if not write_rows(staging, rows, FUNCTION_SCHEMA):
             message = f"The corpus has no documented function to translate ({_listed(counts)})."
             raise UserError("synthconl.build.empty", message)
+        repositories = {row["repository_name"] for row in read_rows(staging, ["repository_name"])}
         if len(repositories) < 2:  # checked before the translation is paid for
-            message = (
-                f"All functions are of one repository, {min(repositories)!r}. A dataset needs another one: whole "
-                "repositories are held out for validation."
-            )
+            message = f"All functions are of repository {repositories.pop()!r}; the validation split needs another one."
             raise UserError("synthconl.build.one_repository", message)
         write_json(staging / REPORT, {"counts": dict(sorted(counts.items(), key=_place))})
 
@@ -158,13 +270,11 @@ def triplets(build: Build, out: Path) -> None:
                 rejected[translation.rejected] += 1
                 examples.setdefault(translation.rejected, function["id"])
             else:
-                names = {"language1_CSN": source, "language2": target}
-                names = {column: _PUBLISHED_NAMES.get(name, name) for column, name in names.items()}
-                yield {**function, **names, "func2": translation.code}
+                source, target = ("c++" if name == "cpp" else name for name in (source, target))
+                yield {**function, "language1_CSN": source, "language2": target, "func2": translation.code}
 
     with staged_folder(out) as staging:
-        count = write_rows(staging, accepted(), DATASET_SCHEMA)
-        if not count:
+        if not (count := write_rows(staging, accepted(), DATASET_SCHEMA)):
             message = f"No translation was accepted ({_listed(rejected)}); the answers are in {build.out}."
             raise UserError("synthconl.build.empty", message)
         report = {
@@ -178,15 +288,10 @@ def triplets(build: Build, out: Path) -> None:
 
 def near_duplicates(build: Build, out: Path) -> None:
     """Drop near-duplicates; this stage continues by itself where it stopped."""
-    drop_near_duplicates(
-        build.out / "triplets",
-        out,
-        columns=build.recipe.near_duplicates.columns,
-        id_column="id",
-        against={name: open_texts(**one) for name, one in build.recipe.against.items()},
-        settings=build.recipe.near_duplicates,
-        progress=build.progress,
-    )
+    settings = build.recipe.near_duplicates
+    against = {name: open_texts(**one) for name, one in build.recipe.against.items()}
+    options: Any = {"columns": settings.columns, "id_column": "id", "against": against, "settings": settings}
+    prepare_job(build.out / "triplets", out, **options).run(build.progress)
 
 
 def split(build: Build, out: Path) -> None:
@@ -198,10 +303,8 @@ def split(build: Build, out: Path) -> None:
         min_test=build.recipe.validation_rows,
         max_repository_share=build.recipe.max_repository_share,
     )
-    counts = {
-        name: {"rows": sum(sizes[one] for one in names), "repositories": len(names)}
-        for name, names in zip(SPLITS, (set(sizes) - held_out, held_out), strict=True)
-    }
+    splits = zip(SPLITS, (set(sizes) - held_out, held_out), strict=True)
+    counts = {name: {"rows": sum(map(sizes.__getitem__, names)), "repositories": len(names)} for name, names in splits}
     with staged_folder(out) as staging:
         write_json(staging / REPORT, {"splits": counts, "validation": sorted(held_out)})
 
@@ -224,11 +327,9 @@ def dataset(build: Build, out: Path) -> None:
         # Read as a user will read them; a row that is not a triplet would be our mistake.
         triplets_of = (open_triplets(staging, split=name, strict=True) for name in SPLITS)
         statistics = dataset_statistics(chain.from_iterable(triplets_of))
-        settings = build.recipe.stage_settings()
         packages = ("modular-star-encoder", "rensa", "tree-sitter")
         card = dataset_card(
-            card=settings["dataset"]["card"],
-            settings=settings,
+            settings=build.recipe.stage_settings(),
             reports={name: build.report(name) for name in ("functions", "translations", "triplets", "near_duplicates")},
             splits=report["splits"],
             statistics=statistics,
@@ -236,18 +337,12 @@ def dataset(build: Build, out: Path) -> None:
             versions={"Python": platform.python_version()} | {name: version(name) for name in packages},
         )
         (staging / CARD).write_text(card, encoding="utf-8")
-        write_json(staging / STATISTICS, statistics.to_dict())
+        write_json(staging / STATISTICS, asdict(statistics))
         write_json(staging / REPORT, {"rows": statistics.rows, "splits": report["splits"]})
 
 
-STAGES: tuple[Callable[[Build, Path], None], ...] = (
-    functions,
-    translations,
-    triplets,
-    near_duplicates,
-    split,
-    dataset,
-)
+Stage = Callable[[Build, Path], None]
+STAGES: tuple[Stage, ...] = (functions, translations, triplets, near_duplicates, split, dataset)
 """All stages in order; each has the name of its folder."""
 
 
@@ -263,7 +358,7 @@ def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """The order of the extraction's counts: files, functions, what was dropped by how often, what is left."""
+    """The order of the extraction's counts: files, functions, dropped ones by how often, those left."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number
@@ -287,7 +382,7 @@ def _check_inputs(build: Build) -> None:
             next(open_texts(**one), None)
 
 
-def _run(build: Build, stage: Callable[[Build, Path], None], log: dict[str, Any]) -> None:
+def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
     name, start = stage.__name__, time.monotonic()
     seconds = log.get(name, {}).get("seconds", 0.0)
     log[name] = {"settings": _settings_up_to(build.recipe, name), "seconds": seconds}
@@ -297,17 +392,10 @@ def _run(build: Build, stage: Callable[[Build, Path], None], log: dict[str, Any]
     write_json(build.out / LOG, log)
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Remove what a killed process was about to rename."""
-    for path in (*out.glob(".*.tmp"), *out.glob("translations/.*.tmp")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _settings_up_to(recipe: DatasetRecipe, name: str) -> dict[str, Any]:
     """The settings that decide the result of a stage: its own and those of the stages before."""
-    settings = recipe.stage_settings()
-    names = list(settings)
-    return {one: settings[one] for one in names[: names.index(name) + 1]}
+    settings = list(recipe.stage_settings().items())
+    return dict(settings[: [one for one, _ in settings].index(name) + 1])
 
 
 def _read_log(out: Path) -> dict[str, Any]:
@@ -323,17 +411,13 @@ def _read_log(out: Path) -> dict[str, Any]:
 
 def _check_settings(build: Build, log: dict[str, Any]) -> None:
     """Check that existing stages were made with the same settings."""
-    for stage in STAGES:
-        name = stage.__name__
-        if name not in log or not (build.out / name).exists():
-            continue
-        other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
-        if other:
-            message = (
-                f"{build.out / name} was made with another {', '.join(other)}; name another folder, or remove that one "
-                "and those of the stages after it to repeat them."
-            )
-            raise UserError("synthconl.build.other_settings", message)
+    for name in (stage.__name__ for stage in STAGES):
+        if name in log and (build.out / name).exists():
+            other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
+            if other:
+                made = f"{build.out / name} was made with another {', '.join(other)}"
+                message = f"{made}; name another folder, or remove that one and those of the later stages."
+                raise UserError("synthconl.build.other_settings", message)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

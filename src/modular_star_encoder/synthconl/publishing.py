@@ -2,23 +2,39 @@
 
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import RetrievalExample
-from modular_star_encoder.synthconl.prompts import LANGUAGE_NAMES
-from modular_star_encoder.synthconl.recipe import MEANINGS
+from modular_star_encoder.synthconl.translation import LANGUAGE_NAMES
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import check_repository_id, wrap_hub_errors
-from modular_star_encoder.utils.reports import cell, render_card
+from modular_star_encoder.utils.reports import cell, load_card, render_card
 
 CARD, STATISTICS = "README.md", "statistics.json"
+
+MEANINGS = {
+    "repository_name": "repository that the function comes from",
+    "func_path_in_repository": "its file in there",
+    "func_documentation_string": "what its author says it does",
+    "func_code_url": "where to read it, if known",
+    "language1_CSN": "its language",
+    "func1_CSN": "the function, as written by people",
+    "language2": "the language that it was translated to",
+    "func2": "the translation, as written by the model",
+    "id": "id of the row, a function of where the function was found and of its code",
+    "license": "licence of the repository or file, if the source says it",
+}
+"""The columns of the dataset."""
+
+DATASET_SCHEMA = pa.schema([(name, pa.string()) for name in MEANINGS])
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,51 +54,43 @@ class DatasetStatistics:
     synthetic: dict[str, CodeCounts]  # by language, the translations
     average_description_characters: float  # average length of a description
 
-    def to_dict(self) -> dict[str, Any]:
-        """All counts, as plain values."""
-        return asdict(self)
-
     def to_markdown(self) -> str:
         """The table, one line per language and one for all."""
-        none = CodeCounts(0, 0.0)
         lines = [
             "| language | original samples | average characters | synthetic samples | average characters |",
             "|---|---:|---:|---:|---:|",
         ]
-        for language in LANGUAGES:
-            original, synthetic = self.original.get(language, none), self.synthetic.get(language, none)
-            if original.samples or synthetic.samples:
-                lines.append(_line(LANGUAGE_NAMES[language], original, synthetic))
-        return "\n".join([*lines, _line("all", _all(self.original), _all(self.synthetic))])
+        for language, name in [*((one, LANGUAGE_NAMES[one]) for one in LANGUAGES), ("", "all")]:
+            cells = []
+            for side in (self.original, self.synthetic):
+                some = [side[one] for one in side if language in ("", one)]
+                samples = sum(one.samples for one in some)
+                characters = sum(one.samples * one.average_characters for one in some)
+                cells.append(f"{samples:,} | {characters / max(samples, 1):,.0f}")
+            if not language or language in self.original or language in self.synthetic:
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        return "\n".join(lines)
 
 
 def dataset_statistics(triplets: Iterable[RetrievalExample]) -> DatasetStatistics:
     """Count the triplets of a stream; memory does not grow with it."""
-    lengths: dict[str, dict[str, list[int]]] = {"original": {}, "synthetic": {}}
-    rows = description_characters = 0
+    samples, characters = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for triplet in triplets:
-        rows += 1
-        description_characters += len(triplet.description)
-        for side, (language, code) in zip(lengths, triplet.snippets, strict=True):
-            counts = lengths[side].setdefault(language, [0, 0])
-            counts[0] += 1
-            counts[1] += len(code)
-    original, synthetic = (
-        {language: CodeCounts(count, total / count) for language, (count, total) in lengths[side].items()}
-        for side in ("original", "synthetic")
+        original, synthetic = triplet.snippets
+        for key, text in (
+            (("description", ""), triplet.description),
+            (("original", original.language), original.code),
+            (("synthetic", synthetic.language), synthetic.code),
+        ):
+            samples[key] += 1
+            characters[key] += len(text)
+    counts = {key: CodeCounts(count, characters[key] / count) for key, count in samples.items()}
+    originals, synthetics = (
+        {language: one for (side, language), one in counts.items() if side == wanted}
+        for wanted in ("original", "synthetic")
     )
-    return DatasetStatistics(rows, original, synthetic, description_characters / rows if rows else 0.0)
-
-
-def _all(counts: dict[str, CodeCounts]) -> CodeCounts:
-    samples = sum(one.samples for one in counts.values())
-    characters = sum(one.samples * one.average_characters for one in counts.values())
-    return CodeCounts(samples, characters / samples if samples else 0.0)
-
-
-def _line(name: str, original: CodeCounts, synthetic: CodeCounts) -> str:
-    cells = [f"{one.samples:,} | {one.average_characters:,.0f}" for one in (original, synthetic)]
-    return f"| {name} | {' | '.join(cells)} |"
+    rows = samples["description", ""]
+    return DatasetStatistics(rows, originals, synthetics, characters["description", ""] / max(rows, 1))
 
 
 _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
@@ -93,15 +101,9 @@ def size_category(rows: int) -> str:
     return next((name for name, limit in _SIZES if rows < limit), "10M<n<100M")
 
 
-def card_metadata(card: Mapping[str, Any], rows: int, splits: Sequence[str]) -> DatasetCardData:
-    """The card's metadata block.
-
-    Args:
-        card: `CardSettings`, as plain values.
-        rows: Number of rows of all splits.
-        splits: Names of the splits, in order; their files are `data/{split}-*.parquet`.
-    """
+def _card_metadata(card: Mapping[str, Any], rows: int, splits: Iterable[str]) -> DatasetCardData:
     named = {"license_name": card["license_name"], "license_link": card["license_link"]}
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     return DatasetCardData(
         pretty_name=card["name"],
         language=["code", "en"],
@@ -111,18 +113,12 @@ def card_metadata(card: Mapping[str, Any], rows: int, splits: Sequence[str]) -> 
         size_categories=[size_category(rows)],
         language_creators=["found", "machine-generated"],
         tags=["code", "code-search", *card["tags"]],
-        configs=[
-            {
-                "config_name": "default",
-                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
-            }
-        ],
+        configs=[{"config_name": "default", "data_files": files}],
     )
 
 
 def dataset_card(
     *,
-    card: Mapping[str, Any],
     settings: Mapping[str, Mapping[str, Any]],
     reports: Mapping[str, Mapping[str, Any]],
     splits: Mapping[str, Mapping[str, int]],
@@ -133,21 +129,18 @@ def dataset_card(
     """The card: YAML metadata and Markdown.
 
     Args:
-        card: `CardSettings`, as plain values.
         settings: By stage, what decided its result: `DatasetRecipe.stage_settings()`.
         reports: By stage, what it counted.
         splits: By split, its number of `rows` and `repositories`.
-        statistics: Of all splits.
-        licenses: Number of rows by licence.
-        versions: Of the software that built it.
+        statistics, licenses, versions: Counts of all splits, of rows by licence, and the software that built it.
     """
     rows = sum(split["rows"] for split in splits.values())
-    translations = settings["translations"]
+    card, translations = settings["dataset"]["card"], settings["translations"]
     targets = [LANGUAGE_NAMES[name] for name in LANGUAGES if name in translations["targets"]]
     languages = [name for name in LANGUAGES if any(name in pair.split(" → ") for pair in reports["triplets"]["pairs"])]
     return render_card(
         "dataset.md.jinja",
-        metadata=card_metadata(card, rows, list(splits)).to_yaml(line_break="\n"),
+        metadata=_card_metadata(card, rows, splits).to_yaml(line_break="\n"),
         rows=rows,
         card=card,
         settings=settings,
@@ -172,14 +165,12 @@ def _model_rows(translation: Mapping[str, Any], report: Mapping[str, Any]) -> It
     yield "largest answer", f"{translation['max_tokens']} tokens"
     for name, value in translation["options"].items():
         yield name, json.dumps(value) if isinstance(value, dict | list) else value
-    known: dict[str, dict[str, None]] = defaultdict(dict)  # dictionaries as ordered sets
-    for backend in report["backends"]:
-        for name, value in backend.items():
-            known[name] |= {
-                str(one): None for one in (value if isinstance(value, list) else [value]) if one is not None
-            }
-    shown = (name for name in known if name != "model" and name not in translation["options"])
-    yield from ((name, ", ".join(known[name])) for name in shown if known[name])
+    known: dict[str, list[str]] = defaultdict(list)
+    for name, value in (one for backend in report["backends"] for one in backend.items()):
+        known[name] += [str(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
+    for name, values in known.items():
+        if values and name != "model" and name not in translation["options"]:
+            yield name, ", ".join(dict.fromkeys(values))
     yield "tokens of the prompts", report["prompt_tokens"]
     yield "tokens written", report["completion_tokens"]
 
@@ -217,16 +208,15 @@ def push_dataset(
     Args:
         folder: The folder that `build_dataset` returned, or the one that it was given.
         repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
-        upload: Whether to upload; otherwise nothing is sent.
-        private: Whether a new repository is private.
-
-    Raises:
-        UserError: `synthconl.push.no_dataset`: the folder has no finished dataset; `synthconl.push.card`: its card has
-            no valid metadata; or the id is not valid.
-        OSError: The Hub refuses, or can't be reached.
+        upload, private: Whether to upload (otherwise nothing is sent), and whether a new repository is private.
     """
-    root = _dataset_folder(Path(folder))
     check_repository_id(repository)
+    root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
+    if not any(root.glob("data/*.parquet")) or not (root / CARD).is_file() or not (root / STATISTICS).is_file():
+        message = f"{folder} has no finished dataset; `mose dataset build` makes one."
+        raise UserError("synthconl.push.no_dataset", message)
+    required = ("license", "task_categories", "configs", "size_categories")
+    load_card(DatasetCard, root / CARD, required, "synthconl.push.card")
     paths = [root / CARD, root / STATISTICS, *sorted(root.glob("data/*.parquet"))]
     files = tuple((path.relative_to(root).as_posix(), path.stat().st_size) for path in paths)
     if not upload:
@@ -244,20 +234,3 @@ def push_dataset(
             commit_message="Upload dataset",
         )
     return Upload(repository, files, str(url))
-
-
-def _dataset_folder(folder: Path) -> Path:
-    """The folder of the finished dataset, whose card the Hub can read."""
-    root = folder if (folder / CARD).is_file() else folder / "dataset"
-    if not (root / CARD).is_file() or not any(root.glob("data/*.parquet")) or not (root / STATISTICS).is_file():
-        message = f"{folder} has no finished dataset; `mose dataset build` makes one."
-        raise UserError("synthconl.push.no_dataset", message)
-    try:
-        card = DatasetCard.load(root / CARD).data.to_dict()
-        missing = [name for name in ("license", "task_categories", "configs", "size_categories") if not card.get(name)]
-        fault = f"lacks {', '.join(missing)}" if missing else ""
-    except (ValueError, OSError) as error:
-        fault = f"can't be read: {' '.join(str(error).split())}"
-    if fault:
-        raise UserError("synthconl.push.card", f"The metadata of {root / CARD} {fault}.")
-    return root

@@ -98,12 +98,7 @@ class Shard:
 
 
 def find_shards(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[Shard, ...]:
-    """The parquet files of a folder, in the order of their names, or those of a list, in its order.
-
-    Raises:
-        UserError: `synthconl.shards.missing`: there is none; `synthconl.shards.same_name`: two of a list have the same
-            name; `synthconl.shards.unreadable`: one isn't a parquet file.
-    """
+    """The parquet files of a folder, in the order of their names, or those of a list, in its order."""
     if isinstance(source, str | os.PathLike):
         root = Path(source)
         named = [(path, path.relative_to(root).as_posix()) for path in sorted(root.rglob("*.parquet"))]
@@ -112,18 +107,13 @@ def find_shards(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     if not named:
         raise UserError("synthconl.shards.missing", f"{source} contains no parquet file.")
     if len({name for _, name in named}) < len(named):
-        raise UserError(
-            "synthconl.shards.same_name", "The parquet files must have different names: the output reuses them."
-        )
+        message = "The parquet files must have different names: the output reuses them."
+        raise UserError("synthconl.shards.same_name", message)
     return tuple(Shard(str(path.absolute()), name, _opened(path).metadata.num_rows) for path, name in named)
 
 
 def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: str | None) -> None:
-    """Check that all files have the columns of text, and ids of text or integers.
-
-    Raises:
-        UserError: `synthconl.shards.column_missing`, `synthconl.shards.column_type`.
-    """
+    """Check that all files have the columns of text, and ids of text or integers."""
     allowed = dict.fromkeys(columns, ("text", _is_text))
     if id_column is not None and id_column not in allowed:
         allowed[id_column] = ("text or integers", lambda kind: _is_text(kind) or pa.types.is_integer(kind))
@@ -157,21 +147,17 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
 
 
 def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
-    """The rows of all shards by ascending id; without a column of ids, their order in the files.
-
-    Raises:
-        UserError: `synthconl.shards.ids`: an id is missing or repeats.
-    """
+    """The rows of all shards by ascending id; without a column of ids, their order in the files."""
     if id_column is None:
         return np.arange(sum(one.rows for one in shards))
     ids = read_ids(shards, id_column)
     order = pc.sort_indices(ids)
     in_order = ids.take(order)
     same = pc.equal(in_order.slice(1), in_order.slice(0, max(len(ids) - 1, 0)))
-    if ids.null_count or pc.any(same).as_py():
-        fault = (
-            f"{ids.null_count} are missing" if ids.null_count else f"{in_order[pc.index(same, True).as_py()]} repeats"
-        )
+    fault = f"{ids.null_count} are missing" if ids.null_count else ""
+    if not fault and pc.any(same).as_py():
+        fault = f"{in_order[pc.index(same, True).as_py()]} repeats"
+    if fault:
         raise UserError("synthconl.shards.ids", f"Column {id_column!r} must have a different id in each row; {fault}.")
     return order.to_numpy().astype(np.int64)
 

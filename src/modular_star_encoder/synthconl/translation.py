@@ -1,13 +1,15 @@
-"""The stage of translation: settings, and one answer for every function of a folder, whatever interrupts it."""
+"""The stage of translation: prompts, and one answer for every function of a folder, whatever interrupts it."""
 
+import hashlib
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, BinaryIO, Literal
 
 import pyarrow as pa
@@ -28,11 +30,23 @@ from modular_star_encoder.synthconl.backends import (
     CompletionRequest,
     open_backend,
 )
-from modular_star_encoder.synthconl.prompts import PROMPT, check_prompt, target_language, translation_request
 from modular_star_encoder.synthconl.row_files import count_rows, read_file, row_files, write_parquet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 from modular_star_encoder.utils.settings import Count, NonNegative, settings_class
+
+LANGUAGE_NAMES = {name: name.title() for name in LANGUAGES} | {"javascript": "JavaScript", "php": "PHP", "cpp": "C++"}
+"""The languages in prompts and tables."""
+
+PROMPT = """\
+Translate the function below from {source_language} to {target_language}. Keep what it does and the idiom of the \
+target language. Answer with the translated code alone, in one code block, without explanations.
+
+Source language: {source_language}
+Target language: {target_language}
+Code:
+{code}
+"""
 
 MAX_ERRORS_IN_A_ROW = 20
 SESSIONS = "sessions.json"
@@ -43,8 +57,43 @@ SCHEMA = pa.schema(
 )
 _SECONDS_BETWEEN_NOTES, _SECONDS_BETWEEN_SYNCS = 30.0, 1.0
 
-
 Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
+
+
+def target_language(row_id: str, source_language: str, *, seed: int, targets: Sequence[str] = LANGUAGES) -> str:
+    """Draw the language to translate a row to, uniformly among the `targets` other than its own.
+
+    The draw depends on the seed and the row's id alone: neither the order nor the number of the rows matters.
+    """
+    others = sorted(set(targets) - {source_language})
+    if not others:
+        message = f"targets must have a language other than {source_language}, not only {', '.join(targets)}."
+        raise UserError("synthconl.targets", message)
+    digest = hashlib.sha256(f"{seed}:{row_id}".encode()).digest()
+    return others[int.from_bytes(digest[:8]) % len(others)]
+
+
+def check_prompt(prompt: str) -> str:
+    """Check a template of prompts and return it."""
+    try:
+        fields = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
+    except ValueError as error:
+        fields = {str(error)}
+    if fields != {"source_language", "target_language", "code"}:
+        message = (
+            "The fields of prompt must be {source_language}, {target_language} and {code}; write other braces twice. "
+            f"Found: {', '.join(sorted(fields))}."
+        )
+        raise UserError("synthconl.prompt", message)
+    return prompt
+
+
+def translation_request(
+    row_id: str, code: str, source_language: str, target: str, prompt: str = PROMPT
+) -> CompletionRequest:
+    """The request to translate the code of one row; `prompt` is a template that `check_prompt` accepts."""
+    names = {"source_language": LANGUAGE_NAMES[source_language], "target_language": LANGUAGE_NAMES[target]}
+    return CompletionRequest(row_id, prompt.format(**names, code=code))
 
 
 @settings_class
@@ -103,10 +152,9 @@ def translate(
 
     Args:
         functions: Folder of row files with the columns `id`, `language1_CSN` and `func1_CSN`.
-        out: Folder, which exists, that gets one file of completions for each file of functions; see `CompletionFiles`.
+        out: Folder, which exists, that gets one file of completions for each file of functions.
         settings: How. The caller checks that they are those of the earlier call.
         seed: Decides the target languages.
-        progress: Whether to show a progress bar.
 
     Returns:
         The report of all calls together: `completions`, `errors`, `prompt_tokens`, `completion_tokens`, `cost`,
@@ -114,25 +162,31 @@ def translate(
 
     Raises:
         BackendError: The back end can't continue, or answers only errors. Its earlier answers are kept.
+        UserError: `synthconl.journal`: the answers of an unfinished file are damaged, or of other rows.
     """
     functions, out, backend = Path(functions), Path(out), settings.open()
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
     with (
         _Session(out / SESSIONS, backend) as session,
-        CompletionFiles(out) as files,
+        _CompletionFiles(out) as files,
         tqdm(desc="Translating", total=count_rows(functions), unit=" functions", disable=not progress) as bar,
         closing(backend.complete(_requests(functions, files, settings, seed, bar))) as completions,
     ):
         for trusted in _trusted(completions, begun):
-            files.add(trusted)
+            for completion in trusted:
+                files.add(completion)
             session.add(trusted)
             bar.update(len(trusted))
-            bar.set_postfix(_running(settings, session), refresh=False)
+            tokens, seconds = session.counts["completion_tokens"], session.seconds()
+            cost = settings.cost(session.counts["prompt_tokens"], tokens)
+            bar.set_postfix(
+                {"tokens/s": f"{tokens / seconds:.0f}"} | ({"cost": f"{cost:.2f}"} if cost else {}), refresh=False
+            )
     return _report(out, settings)
 
 
 def _requests(
-    functions: Path, files: "CompletionFiles", settings: TranslationSettings, seed: int, bar: tqdm
+    functions: Path, files: "_CompletionFiles", settings: TranslationSettings, seed: int, bar: tqdm
 ) -> Iterator[CompletionRequest]:
     for file in row_files(functions):
         if files.is_complete(file.name):
@@ -151,12 +205,7 @@ def _requests(
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
     """Yield completions; errors only after a later request was answered, which shows that the error is their own.
 
-    Args:
-        completions: From the back end.
-        answered: Whether the model has answered anything in an earlier call.
-
-    Raises:
-        BackendError: There are too many errors in a row, or only errors.
+    `answered` says whether the model has answered anything in an earlier call.
     """
     doubtful: list[Completion] = []
     for completion in completions:
@@ -177,52 +226,39 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
         yield doubtful
 
 
-class _Session:
+class _Session(AbstractContextManager["_Session"]):
     """The counts of one call, written to a list of all calls; those of a killed call are at most 30 seconds old."""
 
     def __init__(self, path: Path, backend: CompletionBackend) -> None:
         self._path, self._backend = path, backend
-        self._earlier = read_sessions(path)
-        self._counts: Counter[str] = Counter()
+        self._earlier = _read_sessions(path)
+        self.counts: Counter[str] = Counter()
         self._start = self._written = time.monotonic()
 
-    def __enter__(self) -> "_Session":
-        return self
-
     def __exit__(self, *_: object) -> None:
-        if self._counts:
+        if self.counts:
             self._write()
 
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
     def add(self, completions: Sequence[Completion]) -> None:
-        """Count completions."""
-        first = not self._counts
-        for completion in completions:
-            self._counts["prompt_tokens"] += completion.prompt_tokens
-            self._counts["completion_tokens"] += completion.completion_tokens
-        self._counts["completions"] += len(completions)
+        first = not self.counts
+        for name in ("prompt_tokens", "completion_tokens"):
+            self.counts[name] += sum(getattr(one, name) for one in completions)
+        self.counts["completions"] += len(completions)
         if first or time.monotonic() - self._written > _SECONDS_BETWEEN_NOTES:
             self._write()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Counts, seconds, and the back end's description."""
-        return {**self._counts, "seconds": time.monotonic() - self._start, "backend": self._backend.describe()}
-
     def _write(self) -> None:
-        write_json(self._path, [*self._earlier, self.to_dict()])
+        own = {**self.counts, "seconds": self.seconds(), "backend": self._backend.describe()}
+        write_json(self._path, [*self._earlier, own])
         self._written = time.monotonic()
 
 
-def read_sessions(path: Path) -> list[dict[str, Any]]:
+def _read_sessions(path: Path) -> list[dict[str, Any]]:
     """The calls that worked on a folder of completions, in order."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-
-
-def _running(settings: TranslationSettings, session: _Session) -> dict[str, str]:
-    """Speed and cost, for the progress bar."""
-    so_far = session.to_dict()
-    cost = settings.cost(so_far["prompt_tokens"], so_far["completion_tokens"])
-    speed = {"tokens/s": f"{so_far['completion_tokens'] / so_far['seconds']:.0f}"}
-    return speed | ({"cost": f"{cost:.2f}"} if cost else {})
 
 
 def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
@@ -234,10 +270,9 @@ def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
         totals["errors"] += pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py() or 0
         for name in ("prompt_tokens", "completion_tokens"):
             totals[name] += pc.sum(table[name]).as_py() or 0
-    sessions = read_sessions(out / SESSIONS)
-    seconds = sum(session["seconds"] for session in sessions)
+    sessions = _read_sessions(out / SESSIONS)
+    seconds, counted = (sum(session[name] for session in sessions) for name in ("seconds", "completions"))
     backends = [session["backend"] for session in sessions]
-    counted = sum(session["completions"] for session in sessions)
     return {
         **totals,
         "cost": settings.cost(totals["prompt_tokens"], totals["completion_tokens"]),
@@ -247,58 +282,60 @@ def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
     }
 
 
-class CompletionFiles:
-    """The completions of a folder of rows, file by file; several files may be open at once.
+@dataclass
+class _OpenFile:
+    """The ids of a file's rows, their completions so far, the journal of these, and when it was last synced."""
 
-    Use it as a context manager, so that journals are closed.
-    """
+    ids: Sequence[str]
+    answered: dict[str, Completion]
+    journal: BinaryIO
+    synced: float
+
+
+class _CompletionFiles(AbstractContextManager["_CompletionFiles"]):
+    """The completions of a folder of rows, file by file; several files may be open at once, each with a journal."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[str, _OpenFile] = {}
         self._file_of: dict[str, str] = {}
 
-    def __enter__(self) -> "CompletionFiles":
-        return self
-
     def __exit__(self, *_: object) -> None:
         for file in self._open.values():
             file.journal.close()
 
     def is_complete(self, name: str) -> bool:
-        """Whether there is a completion for every row of the file `name`."""
-        return (self._folder / name).is_file()
+        """Whether the file `name` has a completion for every row; then its journal, if any, is removed."""
+        if complete := (self._folder / name).is_file():
+            self._journal_path(name).unlink(missing_ok=True)
+        return complete
 
     def open(self, name: str, ids: Sequence[str]) -> set[str]:
-        """Open the file `name` for the rows with these ids, and return those that have no completion yet.
-
-        Raises:
-            UserError: `synthconl.journal`: its journal is damaged, or of other rows.
-        """
-        if self.is_complete(name):
-            self._journal_path(name).unlink(missing_ok=True)
-            return set()
+        """Open the file `name` for the rows with these ids, and return those that have no completion yet."""
         path = self._journal_path(name)
         answered = _read_journal(path)
-        strangers = answered.keys() - set(ids)
-        if strangers:
+        if strangers := answered.keys() - set(ids):
             message = f"{path} has an answer to {min(strangers)}, which is not a row of {name}; name another folder."
             raise UserError("synthconl.journal", message)
-        self._open[name] = _OpenFile(tuple(ids), answered, path.open("ab"))
+        self._open[name] = _OpenFile(ids, answered, path.open("ab"), time.monotonic())
         missing = set(ids) - answered.keys()
         self._file_of |= dict.fromkeys(missing, name)
         if not missing:
             self._finish(name)
         return missing
 
-    def add(self, completions: Iterable[Completion]) -> None:
-        """Store completions of rows that are open and have none yet."""
-        for completion in completions:
-            name = self._file_of.pop(completion.id)
-            file = self._open[name]
-            file.append(completion)
-            if len(file.answered) == len(file.ids):
-                self._finish(name)
+    def add(self, completion: Completion) -> None:
+        """Write a completion to the system at once, and to the disk at least once a second."""
+        name, completion = self._file_of.pop(completion.id), _without_halves(completion)
+        file = self._open[name]
+        file.answered[completion.id] = completion
+        file.journal.write(json.dumps(asdict(completion)).encode() + b"\n")
+        file.journal.flush()
+        if time.monotonic() - file.synced > _SECONDS_BETWEEN_SYNCS:
+            os.fsync(file.journal.fileno())
+            file.synced = time.monotonic()
+        if len(file.answered) == len(file.ids):
+            self._finish(name)
 
     def _finish(self, name: str) -> None:
         file = self._open.pop(name)
@@ -311,24 +348,6 @@ class CompletionFiles:
         return self._folder / f"{name}.journal"
 
 
-class _OpenFile:
-    """The rows of a file, their completions so far, and the journal of these."""
-
-    def __init__(self, ids: tuple[str, ...], answered: dict[str, Completion], journal: BinaryIO) -> None:
-        self.ids, self.answered, self.journal = ids, answered, journal
-        self._synced = time.monotonic()
-
-    def append(self, completion: Completion) -> None:
-        """Write a completion to the system at once, and to the disk at least once a second."""
-        completion = _without_halves(completion)
-        self.answered[completion.id] = completion
-        self.journal.write(json.dumps(asdict(completion)).encode() + b"\n")
-        self.journal.flush()
-        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
-            os.fsync(self.journal.fileno())
-            self._synced = time.monotonic()
-
-
 def _without_halves(completion: Completion) -> Completion:
     """The completion with question marks for lone surrogates, which JSON can escape and parquet can't hold."""
     texts = {name: getattr(completion, name) for name in ("text", "finish_reason", "error")}
@@ -337,9 +356,7 @@ def _without_halves(completion: Completion) -> Completion:
 
 def _read_journal(path: Path) -> dict[str, Completion]:
     """The completions of a journal by id; cuts off an incomplete last line."""
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
+    content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))

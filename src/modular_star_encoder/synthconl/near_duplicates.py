@@ -1,28 +1,119 @@
-"""From fingerprints to the rows that are kept: propose pairs, compare them, join them to clusters, decide.
+"""Near-duplicates of texts: MinHash bands propose pairs, the true Jaccard similarity of their shingles decides.
 
-A pair is a uint64: the number of the first row in the upper 32 bits, that of the second in the lower. Rows here are the
+A pair is a uint64: the number of the first row in the upper 32 bits, that of the second in the lower. Rows are the
 distinct rows, numbered in the order of their ids, so that no result depends on the order of the input.
+`near_duplicate_job` does the same with files, in bounded memory.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from modular_star_encoder.synthconl.near_duplicates.minhash import (
+from modular_star_encoder.synthconl.minhash import (
     DuplicateSettings,
     Fingerprints,
+    StoredColumn,
+    fingerprint,
     jaccard,
     shingle_sets,
 )
 from modular_star_encoder.utils.errors import UserError
 
 MAX_ROWS = 1 << 32
+KEPT, EQUAL, NEAR = "kept", "equal to another row", "near another row"
+_KEPT, _EQUAL, _NEAR, _FIRST_SET = range(4)
 _SHIFT, _LOW = np.uint64(32), np.uint64(MAX_ROWS - 1)
 _BANDS_AT_A_TIME = 8  # one cache line of keys
 _PAIRS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 8192, 1 << 23  # of eight bytes each, once hashed
+
+
+@dataclass(frozen=True, slots=True)
+class GiantCluster:
+    """A cluster that is too large to be reduced to one row: its id (a row), its rows and those kept."""
+
+    cluster: int
+    rows: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class NearDuplicates:
+    """Which of n rows are kept and why; rows are named by their position in the input."""
+
+    kept: np.ndarray  # bool (n,)
+    reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is that of row i
+    reason: np.ndarray  # int64 (n,)
+    clusters: np.ndarray  # int64 (n,): the row of smallest id in the cluster of row i, which is i for a row alone
+    # int64 (n,): for a dropped row, the most similar compared row, or the number of the text of the set that it is
+    # near; −1 for rows that are kept
+    nearest: np.ndarray
+    similarity: np.ndarray  # float64 (n,): the Jaccard similarity to `nearest`; 0 for rows that are kept
+    # int64 (pairs, 2): near pairs of distinct rows, of smaller id first. Equal rows share the pairs of the one of
+    # smallest id
+    pairs: np.ndarray
+    pair_similarities: np.ndarray  # float64 (pairs,)
+    giant_clusters: tuple[GiantCluster, ...] = ()  # the clusters that were not reduced to one row
+    compared: int = 0  # number of pairs compared
+    largest_bucket: int = 0  # the most distinct rows that share a band
+    rows_over_limit: int = 0  # the most rows, over the bands, that were compared with a part of their bucket only
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of rows of each of `reasons`."""
+        return dict(zip(self.reasons, np.bincount(self.reason, minlength=len(self.reasons)).tolist(), strict=True))
+
+    @property
+    def cluster_sizes(self) -> np.ndarray:
+        """The number of rows of each cluster of at least two, largest first."""
+        sizes = np.unique(self.clusters, return_counts=True)[1]
+        return np.sort(sizes[sizes > 1])[::-1]
+
+
+def find_near_duplicates(
+    columns: Mapping[str, Sequence[str | None]],
+    *,
+    ids: Sequence[str] | Sequence[int] | None = None,
+    against: Mapping[str, Iterable[str | None]] | None = None,
+    settings: DuplicateSettings | None = None,
+) -> NearDuplicates:
+    """Find the near-duplicates among rows of one or several texts each.
+
+    Which rows are kept depends on their texts and ids alone, not on their order.
+
+    Args:
+        columns: The texts of each column, all of the same length; None and blank texts resemble nothing.
+        ids: The order of rows; of near-duplicates, the smallest id stays. By default, the position.
+        against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
+            dropped too. Whole texts are compared: one that contains another among much else is not near it.
+    """
+    settings = settings or DuplicateSettings()
+    lengths = {name: len(column) for name, column in columns.items()} | ({} if ids is None else {"ids": len(ids)})
+    if not columns or len(set(lengths.values())) > 1:
+        given = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        message = f"columns must be one or more, all and ids of the same length, not {given or 'none'}."
+        raise UserError("synthconl.near_duplicates.columns", message)
+    count = next(iter(lengths.values()))
+    if ids is not None and len(set(ids)) < count:
+        raise UserError("synthconl.near_duplicates.ids", "ids must be different for all rows.")
+    order = np.array(range(count) if ids is None else sorted(range(count), key=ids.__getitem__), np.int64)
+    texts = [[text or "" for text in column] for column in columns.values()]
+    prints = [fingerprint(column, settings.banding) for column in texts]
+    rows = distinct_rows(np.stack([one.digests for one in prints], axis=1), order)
+    other_sets = {name: [text or "" for text in others] for name, others in (against or {}).items()}
+    others = [text for one in other_sets.values() for text in one]
+    search = Search(
+        [Column([column], [one], rows.rows) for column, one in zip(texts, prints, strict=True)],
+        Column([others], [fingerprint(others, settings.banding)], np.arange(len(others))),
+        settings,
+    )
+    tasks, counts = search.candidates()
+    within, between = (
+        NearPairs.merged([search.compare(kind, *task) for task in enumerate(tasks[kind])])
+        for kind in ("within", "between")
+    )
+    return decide(rows, within, between, {name: len(one) for name, one in other_sets.items()}, settings, **counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +132,12 @@ def distinct_rows(digests: np.ndarray, order: np.ndarray) -> DistinctRows:
         order: int64 (n,): the rows, by ascending id.
     """
     count = len(order)
-    if not count:
-        return DistinctRows(np.empty(0, np.int64), np.empty(0, np.int64))
-    by_id = digests.reshape(count, -1)[order]
+    by_id = digests.reshape(count, 2 * digests.shape[1])[order]
     sorting = np.lexsort(by_id.T)  # stable: equal rows stay in the order of their ids
     in_order = by_id[sorting]
-    starts = np.concatenate(([True], (in_order[1:] != in_order[:-1]).any(axis=1))) | ~in_order.any(axis=1)
+    starts = ~in_order.any(axis=1)
+    starts[:1] = True
+    starts[1:] |= (in_order[1:] != in_order[:-1]).any(axis=1)
     first = sorting[starts]
     number_of_group = np.empty(len(first), np.int64)
     number_of_group[np.argsort(first)] = np.arange(len(first))
@@ -59,14 +150,14 @@ def distinct_rows(digests: np.ndarray, order: np.ndarray) -> DistinctRows:
 class NearPairs:
     """Compared pairs that are similar enough to be near-duplicates."""
 
-    pairs: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # uint64 (pairs,), ascending
-    similarities: np.ndarray = field(default_factory=lambda: np.empty(0))  # float64 (pairs,): true Jaccard similarities
+    pairs: np.ndarray  # uint64 (pairs,), ascending
+    similarities: np.ndarray  # float64 (pairs,): true Jaccard similarities
 
     @classmethod
     def merged(cls, parts: list["NearPairs"]) -> "NearPairs":
         """All pairs of `parts`, each once, with the largest of its similarities."""
-        pairs = np.concatenate([part.pairs for part in parts] or [cls().pairs])
-        values = np.concatenate([part.similarities for part in parts] or [cls().similarities])
+        pairs = np.concatenate([part.pairs for part in parts])
+        values = np.concatenate([part.similarities for part in parts])
         sorting = np.lexsort((-values, pairs))
         pairs, first = np.unique(pairs[sorting], return_index=True)
         return cls(pairs, values[sorting][first])
@@ -81,12 +172,6 @@ def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (first.astype(np.uint64) << _SHIFT) | second.astype(np.uint64)
 
 
-class Texts(Protocol):
-    """Texts by row: a list, or a `StoredColumn`."""
-
-    def __getitem__(self, row: int, /) -> str: ...
-
-
 class Column:
     """What is searched of one column: the fingerprints of all rows, and the m distinct ones by number.
 
@@ -96,7 +181,9 @@ class Column:
         rows: int64 (m,): the distinct rows, counted through all parts.
     """
 
-    def __init__(self, texts: Sequence[Texts], prints: Sequence[Fingerprints], rows: np.ndarray) -> None:
+    def __init__(
+        self, texts: Sequence[list[str] | StoredColumn], prints: Sequence[Fingerprints], rows: np.ndarray
+    ) -> None:
         self._texts, self._rows = texts, rows
         self._keys = [one.keys for one in prints]
         self._starts = np.cumsum([0, *(len(one.digests) for one in prints)])
@@ -119,7 +206,7 @@ class Column:
 
     def bands(self) -> Iterator[np.ndarray]:
         """Yield the keys of one band after the other, uint64 (m,), reading a few bands of mapped files at a time."""
-        for start in range(0, self._keys[0].shape[1] if self._keys else 0, _BANDS_AT_A_TIME):
+        for start in range(0, self._keys[0].shape[1], _BANDS_AT_A_TIME):
             block = np.concatenate([part[:, start : start + _BANDS_AT_A_TIME] for part in self._keys])[self._rows]
             for band in range(block.shape[1]):
                 yield np.ascontiguousarray(block[:, band])
@@ -128,8 +215,7 @@ class Column:
 def _pairs_within(column: Column, limit: int) -> tuple[np.ndarray, int, int]:
     """Pairs of rows that share a key, each row with the `limit` first of its bucket.
 
-    Returns:
-        The pairs; the size of the largest bucket; and the most rows, over the bands, beyond the limit of their bucket.
+    Also the size of the largest bucket, and the most rows, over the bands, beyond the limit of their bucket.
     """
     rows = column.not_blank()
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -167,16 +253,6 @@ def _pairs_between(column: Column, others: Column, limit: int) -> np.ndarray:
     return pairs
 
 
-def near_pairs(pairs: np.ndarray, columns: Iterable[tuple[Column, Column]], threshold: float) -> NearPairs:
-    """The pairs whose similarity is at least `threshold` in each of `columns`, with the smallest of these."""
-    smallest = np.ones(len(pairs))
-    for first, second in columns:
-        smallest = np.minimum(smallest, _similarities(pairs, first, second))
-        near = smallest >= threshold
-        pairs, smallest = pairs[near], smallest[near]
-    return NearPairs(pairs, smallest)
-
-
 def _similarities(pairs: np.ndarray, first: Column, second: Column) -> np.ndarray:
     """True Jaccard similarities, float64 (pairs,), of texts of two columns; 1 for equal texts, blank ones included."""
     left, right = pair_ends(pairs)
@@ -209,11 +285,7 @@ def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
 class Search:
     """A search among the rows of some columns ("within") and against texts of other sets ("between").
 
-    Within, a task is a list of pairs to be near in one column, or in all of them, as `settings.match` says; between, in
-    one column.
-
-    Raises:
-        UserError: `synthconl.near_duplicates.rows`: there are more rows than a pair can name, 2^32.
+    A task is a list of pairs that may be near in one column; within, in all columns if `settings.match` is "both".
     """
 
     columns: Sequence[Column]
@@ -241,57 +313,16 @@ class Search:
 
     def compare(self, kind: str, task: int, pairs: np.ndarray) -> NearPairs:
         """The `pairs` of a task that are similar enough to be near-duplicates."""
-        columns = [(self.columns[task], self.others)]
-        if kind == "within":
-            chosen = self.columns if self.settings.match == "both" else self.columns[task : task + 1]
-            columns = [(one, one) for one in chosen]
-        return near_pairs(pairs, columns, self.settings.threshold)
-
-
-KEPT, EQUAL, NEAR = "kept", "equal to another row", "near another row"
-_KEPT, _EQUAL, _NEAR, _FIRST_SET = range(4)
-
-
-@dataclass(frozen=True, slots=True)
-class GiantCluster:
-    """A cluster that is too large to be reduced to one row: its id (a row), its rows and those kept."""
-
-    cluster: int
-    rows: int
-    kept: int
-
-
-@dataclass(frozen=True, slots=True)
-class NearDuplicates:
-    """Which of n rows are kept and why; rows are named by their position in the input."""
-
-    kept: np.ndarray  # bool (n,)
-    reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is that of row i
-    reason: np.ndarray  # int64 (n,)
-    clusters: np.ndarray  # int64 (n,): the row of smallest id in the cluster of row i, which is i for a row alone
-    # int64 (n,): for a dropped row, the most similar row among those compared, or the number of the text of the set
-    # that it is near; −1 for rows that are kept
-    nearest: np.ndarray
-    similarity: np.ndarray  # float64 (n,): the Jaccard similarity to `nearest`; 0 for rows that are kept
-    # int64 (pairs, 2): near pairs of distinct rows, of smaller id first. Equal rows share the pairs of the one of
-    # smallest id
-    pairs: np.ndarray
-    pair_similarities: np.ndarray  # float64 (pairs,)
-    giant_clusters: tuple[GiantCluster, ...] = ()  # the clusters that were not reduced to one row
-    compared: int = 0  # number of pairs compared
-    largest_bucket: int = 0  # the most distinct rows that share a band
-    rows_over_limit: int = 0  # the most rows, over the bands, that were compared with a part of their bucket only
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The number of rows of each of `reasons`."""
-        return dict(zip(self.reasons, np.bincount(self.reason, minlength=len(self.reasons)).tolist(), strict=True))
-
-    @property
-    def cluster_sizes(self) -> np.ndarray:
-        """The number of rows of each cluster of at least two, largest first."""
-        sizes = np.unique(self.clusters, return_counts=True)[1]
-        return np.sort(sizes[sizes > 1])[::-1]
+        chosen = self.columns[task : task + 1]
+        if kind == "within" and self.settings.match == "both":
+            chosen = self.columns
+        smallest = np.ones(len(pairs))
+        for column in chosen:
+            other = self.others if kind == "between" else column
+            smallest = np.minimum(smallest, _similarities(pairs, column, other))
+            near = smallest >= self.settings.threshold
+            pairs, smallest = pairs[near], smallest[near]
+        return NearPairs(pairs, smallest)
 
 
 def decide(
@@ -310,13 +341,14 @@ def decide(
        only rows equal or near to a kept one; rows are taken in the order of their ids.
 
     Args:
-        rows: The distinct rows.
-        near: Pairs of distinct rows.
+        rows, near: The distinct rows, and pairs of them.
         near_others: Pairs (distinct row, text of another set); texts are numbered through all sets.
         other_sets: The number of texts of each other set, in order.
-        settings: What counts as a near-duplicate.
         counts: Counts of the search, passed on to the result.
     """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     count = len(rows.rows)
     reason = np.full(count, _KEPT)
     found, texts = pair_ends(near_others.pairs)
@@ -329,7 +361,9 @@ def decide(
     first, second = pair_ends(near.pairs)
     clean = (reason[first] == _KEPT) & (reason[second] == _KEPT)
     first, second, values = first[clean], second[clean], near.similarities[clean]
-    clusters = _components(count, first, second)
+    graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(count, count))
+    labels = connected_components(graph, directed=False)[1]
+    clusters = np.unique(labels, return_index=True)[1][labels]  # of each row, the smallest row of its component
     sizes = np.bincount(clusters, minlength=count)
     is_giant = sizes[clusters] > settings.giant_cluster
     kept = (clusters == np.arange(count)) | is_giant
@@ -358,11 +392,9 @@ def decide(
         for row in rows.rows[sizes > settings.giant_cluster].tolist()
     ]
     if giants:
-        warnings.warn(
-            f"{len(giants)} clusters have more than {settings.giant_cluster} different rows. They lose only the rows "
-            "near a kept row.",
-            stacklevel=2,
-        )
+        size = settings.giant_cluster
+        message = f"{len(giants)} clusters have more than {size} different rows; only rows near a kept one are dropped."
+        warnings.warn(message, stacklevel=2)
     return NearDuplicates(
         kept=reasons == _KEPT,
         reasons=(KEPT, EQUAL, NEAR, *(f"near a text of {name}" for name in other_sets)),
@@ -375,16 +407,6 @@ def decide(
         giant_clusters=tuple(giants),
         **counts,
     )
-
-
-def _components(count: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """For each of `count` nodes the smallest node of its connected component."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(count, count))
-    labels = connected_components(graph, directed=False)[1]
-    return np.unique(labels, return_index=True)[1][labels]
 
 
 def _most_similar(

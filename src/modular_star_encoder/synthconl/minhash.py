@@ -16,16 +16,23 @@ from modular_star_encoder.utils.settings import Count, Float, settings_class
 
 SHINGLE_CHARACTERS = 5
 PERMUTATIONS = 256
-
 _MISS_WEIGHTS = {"default": 0.5, "high": 0.95}
+# Small enough that a batch's arrays stay in the processor's cache.
+_TEXTS_PER_BATCH, _CHARACTERS_PER_BATCH = 128, 1 << 18
+_SEED = 1
+# Odd numbers without structure: initial values of SHA-512, made odd.
+_MULTIPLIERS = tuple(
+    np.uint64(value)
+    for value in (0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B, 0xA54FF53A5F1D36F1, 0x510E527FADE682D1)
+)
+_MIX, _HALF, _SHIFT = np.uint64(0x9B05688C2B3E6C1F), np.uint64(32), np.uint64(29)
+_FILLER = "\U0010ffff"  # Unicode never assigns it
+_FILES = ("text", "bounds", "digests", "keys")
 
 
 @dataclass(frozen=True, slots=True)
 class Banding:
-    """How the values of a MinHash signature are grouped: `bands` groups of `rows` values.
-
-    Two texts are compared when all values of one band are equal.
-    """
+    """How a MinHash signature is grouped: `bands` groups of `rows` values. Texts with an equal band are compared."""
 
     bands: int
     rows: int
@@ -42,10 +49,8 @@ class Banding:
 def optimal_banding(threshold: float, miss_weight: float = 0.5, permutations: int = PERMUTATIONS) -> Banding:
     """The banding with the smallest error at `threshold`, over texts of all similarities from 0 to 1.
 
-    The error is a weighted sum of two areas under `Banding.candidate_probability`: pairs compared below the threshold,
-    weighted 1 − `miss_weight`, and pairs missed above it, weighted `miss_weight`.
-
-    Source: the rule of datasketch's `MinHashLSH`, after Zhu et al., "LSH Ensemble", VLDB 2016.
+    The error is the share of pairs below the threshold that are compared, weighted 1 − `miss_weight`, plus the share
+    above it that are missed, weighted `miss_weight`: the rule of datasketch's `MinHashLSH` ("LSH Ensemble", VLDB 2016).
     """
     similarity = (np.arange(1000) + 0.5) / 1000
 
@@ -55,10 +60,10 @@ def optimal_banding(threshold: float, miss_weight: float = 0.5, permutations: in
         in_vain = np.where(similarity < threshold, compared, 0)
         return float(miss_weight * missed.sum() + (1 - miss_weight) * in_vain.sum())
 
-    return min(
-        (Banding(bands, rows) for rows in range(1, permutations + 1) for bands in range(1, permutations // rows + 1)),
-        key=error,
+    every = (
+        Banding(bands, rows) for rows in range(1, permutations + 1) for bands in range(1, permutations // rows + 1)
     )
+    return min(every, key=error)
 
 
 @settings_class
@@ -92,17 +97,6 @@ class DuplicateSettings:
         return optimal_banding(self.threshold, _MISS_WEIGHTS[self.recall])
 
 
-# Odd numbers without structure: initial values of SHA-512, made odd.
-_MULTIPLIERS = tuple(
-    np.uint64(value)
-    for value in (0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B, 0xA54FF53A5F1D36F1, 0x510E527FADE682D1)
-)
-_MIX, _HALF = np.uint64(0x9B05688C2B3E6C1F), np.uint64(32)
-# Small enough that a batch's arrays stay in the processor's cache.
-_TEXTS_PER_BATCH, _CHARACTERS_PER_BATCH = 128, 1 << 18
-_FILLER = "\U0010ffff"  # Unicode never assigns it
-
-
 def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Hash the shingles of `texts`, one text after the other and with repetitions.
 
@@ -113,7 +107,7 @@ def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         bounds[i + 1].
     """
     size = SHINGLE_CHARACTERS
-    padded = ["" if is_blank(text) else text.ljust(size, _FILLER) for text in texts]
+    padded = ["" if _is_blank(text) else text.ljust(size, _FILLER) for text in texts]
     lengths = np.array([len(text) for text in padded], np.int64)
     bounds = np.concatenate(([0], np.cumsum(np.maximum(lengths - size + 1, 0))))
     if not bounds[-1]:
@@ -155,8 +149,7 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
     return common / (len(both) - common)
 
 
-def is_blank(text: str | None) -> bool:
-    """Whether there is nothing to compare: no text, or white space alone."""
+def _is_blank(text: str) -> bool:
     return not text or text.isspace()
 
 
@@ -175,10 +168,6 @@ def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
         yield batch
 
 
-_SEED = 1
-_MULTIPLIER, _SHIFT = np.uint64(0x9B05688C2B3E6C1F), np.uint64(29)
-
-
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
     """The fingerprints of n texts, in order."""
@@ -189,19 +178,15 @@ class Fingerprints:
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> Fingerprints:
-    """Fingerprint `texts`; None counts as blank.
-
-    Raises:
-        ImportError: rensa isn't installed.
-    """
+    """Fingerprint `texts`; None counts as blank."""
     empty = np.empty((0, 2), np.uint64), np.empty(0, np.int64), np.empty((0, banding.bands), np.uint64)
     parts = [empty, *(_fingerprint(batch, banding) for batch in _batches(texts))]
     return Fingerprints(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _fingerprint(batch: list[str], banding: Banding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    digests = np.frombuffer(b"".join(map(_digest, batch)), "<u8").reshape(-1, 2)
-    lengths = np.array([len(text) for text in batch], np.int64)
+    contents = [b"" if _is_blank(text) else text.encode("utf-8", "surrogatepass") for text in batch]
+    digests = b"".join(hashlib.blake2b(one, digest_size=16).digest() if one else bytes(16) for one in contents)
     hashes, bounds = hash_shingles(batch)
     matrix = minhash_class().digest_matrix_from_flat_token_hashes(hashes, bounds.astype(np.uint64), PERMUTATIONS, _SEED)
     # `array` reads a list of integers in half the time that numpy takes.
@@ -210,24 +195,13 @@ def _fingerprint(batch: list[str], banding: Banding) -> tuple[np.ndarray, np.nda
     values = signatures[:, : banding.bands * banding.rows].reshape(-1, banding.bands, banding.rows)
     keys = np.zeros(values.shape[:2], np.uint64)
     for row in range(banding.rows):
-        keys = (keys ^ values[:, :, row]) * _MULTIPLIER
+        keys = (keys ^ values[:, :, row]) * _MIX
         keys ^= keys >> _SHIFT
-    return digests, lengths, keys
-
-
-def _digest(text: str) -> bytes:
-    """16 bytes that are equal for equal texts, and zero for blank ones."""
-    if is_blank(text):
-        return bytes(16)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return np.frombuffer(digests, "<u8").reshape(-1, 2), np.array([len(text) for text in batch], np.int64), keys
 
 
 def minhash_class() -> Any:
-    """rensa's `RMinHash`.
-
-    Raises:
-        ImportError: rensa isn't installed.
-    """
+    """rensa's `RMinHash`, or an ImportError that names the extra."""
     try:
         from rensa import RMinHash
     except ImportError as error:
@@ -235,19 +209,12 @@ def minhash_class() -> Any:
     return RMinHash
 
 
-_FILES = ("text", "bounds", "digests", "keys")
-
-
 def store_fingerprints(
     folder: Path, batches: Iterable[Sequence[Sequence[str | None]]], columns: int, banding: Banding
 ) -> None:
     """Write texts and their fingerprints to a folder, as flat little-endian arrays that `StoredColumn` maps.
 
-    Args:
-        folder: The folder; it is created if it doesn't exist.
-        batches: For some rows at a time, the texts of each column.
-        columns: The number of columns.
-        banding: The banding of the keys.
+    `batches` gives, for some rows at a time, the texts of each column.
     """
     folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
@@ -255,27 +222,22 @@ def store_fingerprints(
             {name: stack.enter_context((folder / f"{column}.{name}").open("wb")) for name in _FILES}
             for column in range(columns)
         ]
-        ends = [0] * columns
-        for files in outputs:
-            files["bounds"].write(bytes(8))
+        ends = np.zeros(columns, "<i8")
+        for column, files in enumerate(outputs):
+            files["bounds"].write(ends[column].tobytes())
         for batch in batches:
             for column, (files, texts) in enumerate(zip(outputs, batch, strict=True)):
                 prints = fingerprint(texts, banding)
                 content = [(text or "").encode("utf-8", "surrogatepass") for text in texts]
                 bounds = ends[column] + np.cumsum([len(one) for one in content], dtype="<i8")
-                ends[column] = int(bounds[-1]) if len(bounds) else ends[column]
+                ends[column] = bounds[-1] if len(bounds) else ends[column]
                 files["text"].writelines(content)
-                files["bounds"].write(bounds.tobytes())
-                files["digests"].write(prints.digests.astype("<u8").tobytes())
-                files["keys"].write(prints.keys.astype("<u8").tobytes())
+                for name, values in (("bounds", bounds), ("digests", prints.digests), ("keys", prints.keys)):
+                    files[name].write(values.astype(values.dtype.newbyteorder("<")).tobytes())
 
 
 class StoredColumn:
-    """One column of a folder that `store_fingerprints` wrote, memory-mapped: its texts by row, and their fingerprints.
-
-    Attributes:
-        prints: The fingerprints of its rows.
-    """
+    """One column of a folder that `store_fingerprints` wrote, memory-mapped: its texts by row, and their `prints`."""
 
     def __init__(self, folder: Path, column: int, banding: Banding) -> None:
         def mapped(name: str, dtype: str) -> np.ndarray:

@@ -3,6 +3,7 @@ import os
 import random
 import subprocess
 import sys
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,25 +11,12 @@ import pytest
 
 import modular_star_encoder
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
-from modular_star_encoder.synthconl import row_files
+from modular_star_encoder.synthconl import near_duplicate_job, row_files
+from modular_star_encoder.synthconl.minhash import DuplicateSettings
+from modular_star_encoder.synthconl.near_duplicate_job import WORK, DuplicateJob, datatrove_steps, prepare_job
 from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
-from modular_star_encoder.synthconl.near_duplicates import job as job_module
-from modular_star_encoder.synthconl.near_duplicates.job import (
-    WORK,
-    DuplicateJob,
-    datatrove_steps,
-    drop_near_duplicates,
-    prepare_job,
-)
-from modular_star_encoder.synthconl.near_duplicates.minhash import DuplicateSettings
 from tests.errors import raises
-from tests.synthconl.near_duplicate_samples import (
-    code,
-    mutated,
-    rows_with_near_duplicates,
-    sliding_windows,
-    true_jaccard,
-)
+from tests.synthconl import near_duplicate_samples as samples
 
 AGAINST = {"bench": ["x = 1", ""]}
 
@@ -37,7 +25,7 @@ AGAINST = {"bench": ["x = 1", ""]}
 def rows():
     """Rows of two columns of text, in no order of their ids, some of them blank or null."""
     rng = random.Random(0)
-    first, second = rows_with_near_duplicates(300, seed=1), rows_with_near_duplicates(300, seed=2)
+    first, second = samples.rows_with_near_duplicates(300, seed=1), samples.rows_with_near_duplicates(300, seed=2)
     first[7], second[8], second[9], first[10], second[10] = "", None, "x = 1", None, None
     rows = [
         {"id": f"id-{number:03d}", "code": one, "translation": other, "number": number, "unused": [number]}
@@ -48,14 +36,11 @@ def rows():
 
 
 def write_shards(folder, rows, sizes=(120, 0, 130, 50)):
-    start = 0
-    schema = pa.Table.from_pylist(rows).schema.with_metadata({"about": "rows of a test"})
+    schema, remaining = pa.Table.from_pylist(rows).schema.with_metadata({"about": "rows of a test"}), iter(rows)
     for number, size in enumerate(sizes):
         path = folder / f"part-{number % 2}" / f"{number}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows[start : start + size], schema), path, row_group_size=32)
-        start += size
-    assert start == len(rows)
+        pq.write_table(pa.Table.from_pylist(list(islice(remaining, size)), schema), path, row_group_size=32)
     return folder
 
 
@@ -76,8 +61,8 @@ def content(out):
 
 
 def drop(source, out, **options):
-    options = {"columns": ["code", "translation"], "id_column": "id", "against": AGAINST, "progress": False, **options}
-    return drop_near_duplicates(source, out, **options)
+    options = {"columns": ["code", "translation"], "id_column": "id", "against": AGAINST, **options}
+    return prepare_job(source, out, **options).run(progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +87,13 @@ def test_the_stage_keeps_what_the_search_in_memory_keeps(source, tmp_path, match
     assert report.counts["near a text of bench"] == 1
 
 
-def test_files_are_read_and_written_some_rows_at_a_time(source, finished, tmp_path, monkeypatch):
+def test_files_keep_their_names_columns_and_schema_however_many_rows_are_read_at_a_time(
+    source, finished, tmp_path, monkeypatch
+):
     monkeypatch.setattr(row_files, "_ROWS_AT_A_TIME", 5)
-    assert drop(source, tmp_path / "out") == finished[0]
-    assert written_order(tmp_path / "out") == written_order(finished[1])
-
-
-def test_files_keep_their_names_columns_and_schema(source, finished):
-    _, out = finished
+    out = tmp_path / "out"
+    assert drop(source, out) == finished[0]
+    assert written_order(out) == written_order(finished[1])
     names = [path.relative_to(source) for path in sorted(source.rglob("*.parquet"))]
     assert [path.relative_to(out) for path in sorted(out.rglob("*.parquet"))] == names
     for name in names:
@@ -132,14 +116,14 @@ def test_every_row_dropped_has_a_line_that_says_why(source, finished):
             assert line["cluster"] in kept
             assert line["cluster"] < line["id"]
             row, nearest = rows[line["id"]], rows[line["nearest"]]
-            near = [true_jaccard(row[name] or "", nearest[name] or "") for name in ("code", "translation")]
+            near = [samples.true_jaccard(row[name] or "", nearest[name] or "") for name in ("code", "translation")]
             assert line["similarity"] == max(near) >= 0.7
     assert json.loads((out / "report.json").read_text())["counts"] == report.counts
 
 
 def test_without_ids_the_first_row_of_the_first_file_stays(tmp_path):
-    text = code(random.Random(0))
-    near = mutated(text, 0.9, random.Random(0))
+    text = samples.code(random.Random(0))
+    near = samples.mutated(text, 0.9, random.Random(0))
     write_shards(tmp_path / "in", [{"code": near}, {"code": "x = 1"}, {"code": text}], sizes=(2, 1))
     report = drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None, against=None)
     assert [row["code"] for row in written_order(tmp_path / "out")] == [near, "x = 1"]
@@ -148,27 +132,22 @@ def test_without_ids_the_first_row_of_the_first_file_stays(tmp_path):
 
 
 def test_files_of_which_every_row_is_dropped_are_read_by_all(tmp_path):
-    rows = [{"code": code(random.Random(seed))} for seed in range(5)]
+    rows = [{"code": samples.code(random.Random(seed))} for seed in range(5)]
     for name in ("a", "b"):
         (tmp_path / "in").mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / f"{name}.parquet")
-    drop_near_duplicates(tmp_path / "in", tmp_path / "out", columns=["code"], progress=False)
+    drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None, against=None)
     assert pq.read_table(tmp_path / "out" / "b.parquet").to_pylist() == []
     assert pq.read_metadata(tmp_path / "out" / "b.parquet").num_row_groups == 0
     assert [row for _, row in open_dataset_rows(tmp_path / "out", ["code"])] == rows
 
 
 def test_giant_clusters_are_reported_by_id(tmp_path):
-    rows = [{"id": 100 - number, "code": text} for number, text in enumerate(sliding_windows(30, step=2))]
+    rows = [{"id": 100 - number, "code": text} for number, text in enumerate(samples.sliding_windows(30, step=2))]
     write_shards(tmp_path / "in", rows, sizes=(30,))
+    settings = DuplicateSettings(giant_cluster=10)
     with pytest.warns(UserWarning, match="more than 10 different rows"):
-        report = drop(
-            tmp_path / "in",
-            tmp_path / "out",
-            columns=["code"],
-            against=None,
-            settings=DuplicateSettings(giant_cluster=10),
-        )
+        report = drop(tmp_path / "in", tmp_path / "out", columns=["code"], against=None, settings=settings)
     (giant,) = report.giant_clusters
     assert giant == {"cluster": 71, "rows": 30, "kept": report.kept}
     assert 2 < report.kept < 30
@@ -185,15 +164,14 @@ def test_a_finished_job_is_reported_as_it_is(source, finished, monkeypatch):
 
 def test_interrupted_by_ctrl_c_it_leaves_nothing_half_written_and_goes_on(source, finished, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    rows_until_interrupt = iter(range(3))
+    shards, original = iter(range(3)), near_duplicate_job.read_texts
 
     def interrupted(*arguments):
-        if next(rows_until_interrupt, None) is None:
+        if next(shards, None) is None:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    original = job_module.read_texts
-    monkeypatch.setattr(job_module, "read_texts", interrupted)
+    monkeypatch.setattr(near_duplicate_job, "read_texts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         drop(source, out)
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
@@ -209,22 +187,20 @@ import rensa, scipy.sparse.csgraph  # here, not in every child
 package = types.ModuleType("modular_star_encoder")  # which would load torch
 package.__path__ = [sys.argv[3]]
 sys.modules[package.__name__] = package
-from modular_star_encoder.synthconl.near_duplicates.job import drop_near_duplicates
+from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
 
 source, out = sys.argv[1:3]
 
 def run():
     options = {"columns": ["code", "translation"], "id_column": "id", "against": {"bench": ["x = 1", ""]}}
-    drop_near_duplicates(source, out, **options, progress=False)
+    prepare_job(source, out, **options).run(progress=False)
 
 def kill_at_the_second_renaming(before):
-    renamings = []
-    rename = os.replace
+    renamings, rename = [], os.replace
     def replace(*names):
         renamings.append(names)
-        if len(renamings) == 2 and before:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(*names)
+        if len(renamings) < 2 or not before:
+            rename(*names)
         if len(renamings) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
     os.replace = replace
@@ -287,7 +263,7 @@ def test_ids_must_be_there_and_differ(tmp_path, ids, fault):
 
 @pytest.mark.parametrize("kinds", [("uint64", "uint64"), ("int32", "string"), ("string", "large_string")])
 def test_ids_may_be_of_any_integer_or_text_type(tmp_path, kinds):
-    text = code(random.Random(0))
+    text = samples.code(random.Random(0))
     for number, kind in enumerate(kinds):
         values = pa.array([2**31 - 2 - number], pa.int64()).cast(kind)
         (tmp_path / "in").mkdir(exist_ok=True)

@@ -28,23 +28,17 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from modular_star_encoder.synthconl.near_duplicates.clusters import (
+from modular_star_encoder.synthconl.minhash import DuplicateSettings, StoredColumn, minhash_class, store_fingerprints
+from modular_star_encoder.synthconl.near_duplicates import (
     EQUAL,
     KEPT,
     NEAR,
     Column,
     DistinctRows,
-    NearDuplicates,
     NearPairs,
     Search,
     decide,
     distinct_rows,
-)
-from modular_star_encoder.synthconl.near_duplicates.minhash import (
-    DuplicateSettings,
-    StoredColumn,
-    minhash_class,
-    store_fingerprints,
 )
 from modular_star_encoder.synthconl.row_files import (
     Shard,
@@ -59,8 +53,8 @@ from modular_star_encoder.synthconl.row_files import (
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file, staged_folder, write_json
 
-WORK, REPORT, DROPPED = ".near-duplicates", "report.json", "dropped.jsonl"
-_ROW_ARRAYS = ("kept", "reason", "clusters", "nearest", "similarity")
+WORK, REPORT, DROPPED = ".near-duplicate-job", "report.json", "dropped.jsonl"
+_KINDS = ("within", "between")
 _LARGEST_CLUSTERS, _TEXTS_AT_A_TIME, _LINES_AT_A_TIME, _PAIRS_PER_PART, _MAX_TASKS = 20, 1024, 8192, 100_000, 1000
 
 
@@ -85,78 +79,10 @@ class DuplicateReport:
         return self.counts[KEPT]
 
     @classmethod
-    def of(cls, result: NearDuplicates, ids: pa.ChunkedArray) -> "DuplicateReport":
-        """The report of a result; `ids` are those of all rows."""
-        sizes = result.cluster_sizes
-        return cls(
-            rows=len(result.kept),
-            counts=result.counts,
-            clusters=len(sizes),
-            largest_clusters=sizes[:_LARGEST_CLUSTERS].tolist(),
-            giant_clusters=[{**asdict(one), "cluster": ids[one.cluster].as_py()} for one in result.giant_clusters],
-            pairs_compared=result.compared,
-            near_pairs=len(result.pairs),
-            largest_bucket=result.largest_bucket,
-            rows_over_limit=result.rows_over_limit,
-        )
-
-    @classmethod
     def read(cls, path: Path) -> "DuplicateReport":
         """The report in a JSON file, which may contain more."""
         written = _read_json(path)
         return cls(**{name: written[name] for name in cls.__dataclass_fields__})
-
-
-def drop_near_duplicates(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    *,
-    columns: Sequence[str],
-    id_column: str | None = None,
-    against: Mapping[str, Iterable[str | None]] | None = None,
-    settings: DuplicateSettings | None = None,
-    progress: bool = True,
-) -> DuplicateReport:
-    """Write the rows of parquet files that are not near-duplicates of others, to files of the same names.
-
-    `out` also gets `report.json` (the report, and what it was made from) and `dropped.jsonl`, a line for each dropped
-    row: `id`, `reason`, `cluster` (the smallest id in it), `nearest` (the id of the most similar row, or the 0-based
-    number of the text of the set that it is near) and `similarity`.
-
-    After any interruption, the same call continues and gives the same result; a finished job returns its report. Only
-    one process at a time may work on a folder. Rows are read a thousand at a time, and a few hundred bytes of each stay
-    in memory; the texts are copied to the disk until the job is finished.
-
-    Args:
-        source, out, columns, id_column, against, settings: See `prepare_job`.
-        progress: Whether to show progress bars.
-
-    Raises:
-        UserError: As `prepare_job`.
-        ImportError: rensa isn't installed.
-    """
-    job = prepare_job(source, out, columns=columns, id_column=id_column, against=against, settings=settings)
-    if job.finished:
-        return job.finish()
-    rows = sum(shard.rows for shard in job.shards)
-    bar_of = partial(tqdm, unit_scale=True, disable=not progress)
-    with bar_of(desc="Fingerprinting", total=rows, unit=" rows") as bar:
-        for shard in range(len(job.shards)):
-            job.fingerprint(shard, bar.update)
-    with bar_of(desc="Proposing pairs", total=1) as bar:
-        job.propose()
-        bar.update()
-    pairs = job.proposed_pairs()
-    parts = max(1, -(-pairs // _PAIRS_PER_PART))
-    with bar_of(desc="Comparing", total=pairs, unit=" pairs") as bar:
-        for part in range(parts):
-            job.compare(part, parts)
-            bar.update(pairs * (part + 1) // parts - pairs * part // parts)
-    job.decide(parts)
-    with bar_of(desc="Writing", total=rows, unit=" rows") as bar:
-        for shard in range(len(job.shards)):
-            job.write(shard, bar.update)
-    return job.finish()
 
 
 def prepare_job(
@@ -168,7 +94,12 @@ def prepare_job(
     against: Mapping[str, Iterable[str | None]] | None = None,
     settings: DuplicateSettings | None = None,
 ) -> "DuplicateJob":
-    """Check everything and write the description of the job, or find the same job as it was left.
+    """Prepare to write the rows of parquet files that are not near-duplicates of others, to files of the same names.
+
+    This checks everything and writes the description of the job, or finds the same job as it was left; `run` does it.
+    `out` also gets `report.json` (the report, and what it was made from) and `dropped.jsonl`, a line for each dropped
+    row: `id`, `reason`, `cluster` (the smallest id in it), `nearest` (the id of the most similar row, or the 0-based
+    number of the text of the set that it is near) and `similarity`.
 
     Args:
         source: A folder of parquet files, or a list of them.
@@ -178,14 +109,6 @@ def prepare_job(
             one, the first stays, in the order of the files' names.
         against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
             dropped too.
-        settings: What counts as a near-duplicate; by default, `DuplicateSettings()`.
-
-    Raises:
-        UserError: `synthconl.near_duplicates.columns`: no columns, or one twice; `synthconl.shards.*`: see
-            `find_shards`, `check_columns` and `id_order`; `synthconl.near_duplicates.out`: `out` overlaps the source or
-            contains something else; `synthconl.near_duplicates.other_job`: `out` was begun with other files, settings
-            or versions.
-        ImportError: rensa isn't installed.
     """
     if isinstance(columns, str) or not columns or len(set(columns)) < len(columns):
         message = f"columns must be a list of one or more names, each once, not {columns!r}."
@@ -209,33 +132,25 @@ def prepare_job(
         "settings": {one.name: getattr(job.settings, one.name) for one in fields(DuplicateSettings)},
         "versions": {"rensa": version("rensa")},
     }
-    before = _description_found(out)
-    if before is None:
-        order = id_order(shards, id_column)
-        texts = [text for one in other_sets.values() for text in one]
-        out.mkdir(parents=True, exist_ok=True)
-        with staged_folder(job.work, resumable=True) as folder:
-            write_json(folder / "job.json", description)
-            np.save(folder / "order.npy", order)
-            some = ([batch] for batch in batches(texts, _TEXTS_AT_A_TIME))
-            store_fingerprints(folder / "against", some, 1, job.settings.banding)
-    elif before != description:
-        changed = ", ".join(name for name in description if before.get(name) != description[name])
-        message = f"{out} was begun with other {changed}; name another folder, or remove it and start again."
-        raise UserError("synthconl.near_duplicates.other_job", message)
-    return job
-
-
-def _description_found(out: Path) -> dict[str, Any] | None:
-    """The description of the job in this folder; None where none has begun."""
-    if (out / REPORT).exists():
-        return _read_json(out / REPORT).get("job", {})
-    if (out / WORK).exists():
-        return _read_json(out / WORK / "job.json")
+    if job.finished or job.work.exists():
+        path = out / REPORT if job.finished else job.work / "job.json"
+        before = _read_json(path).get("job", {}) if job.finished else _read_json(path)
+        if before != description:
+            changed = ", ".join(name for name in description if before.get(name) != description[name])
+            message = f"{out} was begun with other {changed}; name another folder, or remove it and start again."
+            raise UserError("synthconl.near_duplicates.other_job", message)
+        return job
     if out.exists() and (not out.is_dir() or any(entry.name != f".{WORK}.tmp" for entry in out.iterdir())):
         message = f"{out} contains something else; name a folder that does not exist yet, or an empty one."
         raise UserError("synthconl.near_duplicates.out", message)
-    return None
+    order = id_order(shards, id_column)
+    with staged_folder(job.work, resumable=True) as folder:
+        write_json(folder / "job.json", description)
+        np.save(folder / "order.npy", order)
+        texts = [text for one in other_sets.values() for text in one]
+        some = ([batch] for batch in batches(texts, _TEXTS_AT_A_TIME))
+        store_fingerprints(folder / "against", some, 1, job.settings.banding)
+    return job
 
 
 def _digest(texts: list[str]) -> str:
@@ -252,10 +167,6 @@ def _read_json(path: Path) -> Any:
     except ValueError as error:
         message = f"{path} is damaged ({error}); remove its folder and start again."
         raise UserError("synthconl.near_duplicates.damaged", message) from error
-
-
-def _ignore(rows: int) -> None:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +190,35 @@ class DuplicateJob:
         """Whether there is nothing left to do."""
         return (self.out / REPORT).exists()
 
-    def fingerprint(self, shard: int, advance: Callable[[int], object] = _ignore) -> None:
+    def run(self, progress: bool = True) -> DuplicateReport:
+        """Do all that is left in this process; `progress` shows progress bars.
+
+        Only one process at a time may do this. Rows are read a thousand at a time, and a few hundred bytes of each stay
+        in memory; the texts are copied to the disk until the job is finished.
+        """
+        if self.finished:
+            return self.finish()
+        shards, rows = range(len(self.shards)), sum(shard.rows for shard in self.shards)
+        bar_of = partial(tqdm, unit_scale=True, disable=not progress)
+        with bar_of(desc="Fingerprinting", total=rows, unit=" rows") as bar:
+            for shard in shards:
+                self.fingerprint(shard, bar.update)
+        with bar_of(desc="Proposing pairs", total=1) as bar:
+            self.propose()
+            bar.update()
+        pairs = sum(len(_mapped(path)) for path in self._proposals("*"))
+        parts = max(1, -(-pairs // _PAIRS_PER_PART))
+        with bar_of(desc="Comparing", total=pairs, unit=" pairs") as bar:
+            for part in range(parts):
+                self.compare(part, parts)
+                bar.update(pairs * (part + 1) // parts - pairs * part // parts)
+        self.decide(parts)
+        with bar_of(desc="Writing", total=rows, unit=" rows") as bar:
+            for shard in shards:
+                self.write(shard, bar.update)
+        return self.finish()
+
+    def fingerprint(self, shard: int, advance: Callable[[int], object] = lambda rows: None) -> None:
         """Store the texts of a shard and their fingerprints; `advance` is called with the number of rows done."""
         target = self.work / f"shard-{shard:05d}"
         if self.finished or target.exists():
@@ -303,122 +242,122 @@ class DuplicateJob:
         digests = [np.concatenate([part.prints.digests for part in column]) for column in columns]
         rows = distinct_rows(np.stack(digests, axis=1), np.load(self.work / "order.npy"))
         del digests
-        search = self._search(columns, rows)
-        tasks, counts = search.candidates()
+        tasks, counts = self._search(columns, rows).candidates()
         with staged_folder(target, resumable=True) as folder:
-            np.save(folder / "rows.npy", rows.rows)
-            np.save(folder / "numbers.npy", rows.numbers)
+            np.savez(folder / "rows.npz", rows=rows.rows, numbers=rows.numbers)
             for kind, found in tasks.items():
                 for task, pairs in enumerate(found):
                     np.save(folder / f"{kind}-{task:03d}.npy", pairs)
-            write_json(folder / "figures.json", counts)
-
-    def proposed_pairs(self) -> int:
-        """The number of pairs to compare."""
-        return sum(len(_mapped(path)) for path in self._proposals("*"))
+            write_json(folder / "counts.json", counts)
 
     def compare(self, part: int, parts: int) -> None:
         """Compare a part of the candidate pairs."""
         target = self._compared(part, parts)
         if self.finished or target.exists():
             return
+        arrays: dict[str, np.ndarray] = {}
         search = self._search(self._stored_columns(), self._distinct_rows())
-        with staged_folder(target, resumable=True) as folder:
-            for kind in ("within", "between"):
-                near = []
-                for task, path in enumerate(self._proposals(kind)):
-                    pairs = _mapped(path)
-                    start, stop = (len(pairs) * one // parts for one in (part, part + 1))
-                    near.append(search.compare(kind, task, np.array(pairs[start:stop])))
-                merged = NearPairs.merged(near)
-                np.save(folder / f"{kind}.npy", merged.pairs)
-                np.save(folder / f"{kind}-similarities.npy", merged.similarities)
+        for kind in _KINDS:
+            near = []
+            for task, path in enumerate(self._proposals(kind)):
+                pairs = _mapped(path)
+                start, stop = (len(pairs) * one // parts for one in (part, part + 1))
+                near.append(search.compare(kind, task, np.array(pairs[start:stop])))
+            merged = NearPairs.merged(near)
+            arrays |= {kind: merged.pairs, f"{kind}-similarities": merged.similarities}
+        with staged_file(target, resumable=True) as temporary, temporary.open("wb") as output:
+            np.savez(output, **arrays)  # type: ignore[arg-type]
 
     def decide(self, parts: int) -> None:
         """Decide which rows are kept, from all `parts` of the comparison."""
         target = self.work / "decided"
         if self.finished or target.exists():
             return
-        folders = [self._compared(part, parts) for part in range(parts)]
+        files = [np.load(self._compared(part, parts)) for part in range(parts)]
         within, between = (
-            NearPairs.merged(
-                [NearPairs(np.load(one / f"{name}.npy"), np.load(one / f"{name}-similarities.npy")) for one in folders]
-            )
-            for name in ("within", "between")
+            NearPairs.merged([NearPairs(one[kind], one[f"{kind}-similarities"]) for one in files]) for kind in _KINDS
         )
-        counts = _read_json(self.work / "proposed" / "figures.json")
+        counts = _read_json(self.work / "proposed" / "counts.json")
         result = decide(self._distinct_rows(), within, between, self.other_sets, self.settings, **counts)
-        report = DuplicateReport.of(result, read_ids(self.shards, self.id_column))
+        sizes, ids = result.cluster_sizes, read_ids(self.shards, self.id_column)
+        report = DuplicateReport(
+            rows=len(result.kept),
+            counts=result.counts,
+            clusters=len(sizes),
+            largest_clusters=sizes[:_LARGEST_CLUSTERS].tolist(),
+            giant_clusters=[{**asdict(one), "cluster": ids[one.cluster].as_py()} for one in result.giant_clusters],
+            pairs_compared=result.compared,
+            near_pairs=len(result.pairs),
+            largest_bucket=result.largest_bucket,
+            rows_over_limit=result.rows_over_limit,
+        )
         with staged_folder(target, resumable=True) as folder:
-            for name in _ROW_ARRAYS:
+            for name in ("kept", "reason", "clusters", "nearest", "similarity"):
                 np.save(folder / f"{name}.npy", getattr(result, name))
             write_json(folder / "report.json", asdict(report))
 
-    def write(self, shard: int, advance: Callable[[int], object] = _ignore) -> None:
+    def write(self, shard: int, advance: Callable[[int], object] = lambda rows: None) -> None:
         """Write the rows of a shard that are kept, under its name."""
         target = self.out / self.shards[shard].name
         if self.finished or target.exists():
             advance(self.shards[shard].rows)
             return
         start = sum(one.rows for one in self.shards[:shard])
-        kept = _mapped(self.work / "decided" / "kept.npy")[start : start + self.shards[shard].rows]
+        kept = self._decided("kept")[start : start + self.shards[shard].rows]
         write_kept(self.shards[shard], target, kept, advance)
 
     def finish(self) -> DuplicateReport:
         """Write `dropped.jsonl` and `report.json`, remove the work folder, and return the report."""
         if not self.finished:
             report = DuplicateReport.read(self.work / "decided" / "report.json")
-            with (
-                staged_file(self.out / DROPPED, resumable=True) as temporary,
-                temporary.open("w", encoding="utf-8") as output,
-            ):
-                for line in self._dropped_rows(tuple(report.counts)):
-                    output.write(json.dumps(line, ensure_ascii=False) + "\n")
-            job = _read_json(self.work / "job.json")
+            with staged_file(self.out / DROPPED, resumable=True) as temporary, temporary.open("wb") as output:
+                for row in self._dropped_rows(tuple(report.counts)):
+                    output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            content = {**asdict(report), "job": _read_json(self.work / "job.json")}
             with staged_file(self.out / REPORT, resumable=True) as temporary:
-                temporary.write_text(
-                    json.dumps({**asdict(report), "job": job}, indent=2, ensure_ascii=False), encoding="utf-8"
-                )
+                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
         shutil.rmtree(self.work, ignore_errors=True)
         return DuplicateReport.read(self.out / REPORT)
 
     def _dropped_rows(self, reasons: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-        """The lines of `dropped.jsonl`, in the order of rows; see `drop_near_duplicates`."""
+        """The lines of `dropped.jsonl`, in the order of rows; see `prepare_job`."""
         ids = read_ids(self.shards, self.id_column)
-        arrays = {name: _mapped(self.work / "decided" / f"{name}.npy") for name in _ROW_ARRAYS}
         near_a_row = np.isin(np.array(reasons), (EQUAL, NEAR))
-        dropped = np.flatnonzero(~arrays["kept"])
+        dropped = np.flatnonzero(~self._decided("kept"))
         for start in range(0, len(dropped), _LINES_AT_A_TIME):
             rows = dropped[start : start + _LINES_AT_A_TIME]
-            reason, nearest = arrays["reason"][rows], arrays["nearest"][rows]
+            reason, clusters, nearest, similarity = (
+                self._decided(name)[rows] for name in ("reason", "clusters", "nearest", "similarity")
+            )
             is_row = near_a_row[reason]
-            names = ids.take(pa.array(np.where(is_row, nearest, 0))).to_pylist()
-            columns = {
-                "id": ids.take(pa.array(rows)).to_pylist(),
-                "reason": [reasons[one] for one in reason.tolist()],
-                "cluster": ids.take(pa.array(arrays["clusters"][rows])).to_pylist(),
-                "nearest": [names[i] if is_row[i] else int(nearest[i]) for i in range(len(rows))],
-                "similarity": arrays["similarity"][rows].tolist(),
-            }
-            for values in zip(*columns.values(), strict=True):
-                yield dict(zip(columns, values, strict=True))
+            names, own, near = (
+                ids.take(pa.array(one)).to_pylist() for one in (clusters, rows, np.where(is_row, nearest, 0))
+            )
+            for i, row_id in enumerate(own):
+                yield {
+                    "id": row_id,
+                    "reason": reasons[reason[i]],
+                    "cluster": names[i],
+                    "nearest": near[i] if is_row[i] else int(nearest[i]),
+                    "similarity": float(similarity[i]),
+                }
 
     def _compared(self, part: int, parts: int) -> Path:
-        return self.work / f"compared-{part:05d}-of-{parts:05d}"
+        return self.work / f"compared-{part:05d}-of-{parts:05d}.npz"
 
-    def _proposals(self, name: str) -> list[Path]:
-        return sorted((self.work / "proposed").glob(f"{name}-[0-9]*.npy"))
+    def _proposals(self, kind: str) -> list[Path]:
+        return sorted((self.work / "proposed").glob(f"{kind}-[0-9]*.npy"))
+
+    def _decided(self, name: str) -> np.ndarray:
+        return _mapped(self.work / "decided" / f"{name}.npy")
 
     def _distinct_rows(self) -> DistinctRows:
-        proposed = self.work / "proposed"
-        return DistinctRows(np.load(proposed / "rows.npy"), np.load(proposed / "numbers.npy"))
+        return DistinctRows(**np.load(self.work / "proposed" / "rows.npz"))
 
     def _stored_columns(self) -> list[list[StoredColumn]]:
         folders = [self.work / f"shard-{shard:05d}" for shard in range(len(self.shards))]
-        return [
-            [StoredColumn(folder, column, self.settings.banding) for folder in folders]
-            for column in range(len(self.columns))
-        ]
+        columns, banding = range(len(self.columns)), self.settings.banding
+        return [[StoredColumn(folder, column, banding) for folder in folders] for column in columns]
 
     def _search(self, columns: list[list[StoredColumn]], rows: DistinctRows) -> Search:
         others = StoredColumn(self.work / "against", 0, self.settings.banding)
@@ -443,14 +382,10 @@ class DatatroveStep:
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         """Do this rank's share of the task."""
-        if self.task in ("fingerprint", "write"):
-            for shard in range(rank, len(self.job.shards), world_size):
-                getattr(self.job, self.task)(shard)
-        elif self.task == "compare":
-            for part in range(rank, self.compare_tasks, world_size):
-                self.job.compare(part, self.compare_tasks)
-        elif rank == 0:
-            getattr(self.job, self.task)(*([self.compare_tasks] if self.task == "decide" else []))
+        counts = {"fingerprint": len(self.job.shards), "write": len(self.job.shards), "compare": self.compare_tasks}
+        parts = [self.compare_tasks] if self.task in ("compare", "decide") else []
+        for number in range(rank, counts.get(self.task, 1), world_size):
+            getattr(self.job, self.task)(*([number] if self.task in counts else []), *parts)
 
 
 def datatrove_steps(job: DuplicateJob, compare_tasks: int = 16) -> list[tuple[str, DatatroveStep, int]]:
@@ -460,7 +395,6 @@ def datatrove_steps(job: DuplicateJob, compare_tasks: int = 16) -> list[tuple[st
     comparing the texts. The machines share a file system.
 
     Args:
-        job: From `prepare_job`, on the machine that starts the executors.
         compare_tasks: The number of tasks of the comparison; the same when a job is continued.
 
     Returns:
