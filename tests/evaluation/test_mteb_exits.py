@@ -18,8 +18,8 @@ from modular_star_encoder.evaluation.mteb_exits import (
     register_exits,
     run_mteb,
 )
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.load import checkpoint_checksum
 from tests.errors import raises
 from tests.evaluation.samples import reciprocal_ranks
 from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer

@@ -4,7 +4,7 @@ import sys
 
 from transformers import Trainer, TrainingArguments
 
-from modular_star_encoder.inference.load import load_checkpoint
+from modular_star_encoder.inference.checkpoints import load_checkpoint
 
 if __name__ == "__main__":
     source, folder, repository = sys.argv[1:]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.exit_profile import (
     ExitProfile,
     checkpoint_profile,
     load_at_budget,
     load_sentence_transformer_at_budget,
 )
-from modular_star_encoder.inference.load import checkpoint_checksum
 from modular_star_encoder.inference.profile import ProfilePlan, profile_to_file
 from tests.errors import raises
 from tests.hub.test_cached_repository import REPOSITORY, cache_repository

@@ -13,8 +13,8 @@ from transformers import AutoModel
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.inference import profile as profile_exits
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.exit_profile import ExitProfile
-from modular_star_encoder.inference.load import checkpoint_checksum
 from modular_star_encoder.inference.profile import (
     ProfilePlan,
     measure_memory,

@@ -132,7 +132,7 @@ def _updated(arguments: argparse.Namespace) -> CodeIndex | None:
 
 def _built(arguments: argparse.Namespace) -> CodeIndex:
     """The index with the settings of the options."""
-    from modular_star_encoder.inference.load import load_config
+    from modular_star_encoder.inference.checkpoints import load_config
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
 
@@ -209,7 +209,7 @@ def _open_index(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
 
 def _index_in_memory(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     """An index of --folder that ends with the command, and its exit."""
-    from modular_star_encoder.inference.load import load_config
+    from modular_star_encoder.inference.checkpoints import load_config
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
     from modular_star_encoder.search.vector_store import MemoryStore

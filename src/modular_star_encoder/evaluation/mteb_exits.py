@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.data.prompts import LANGUAGES, code_prompt, text_prompt
 from modular_star_encoder.evaluation.tasks import pairs_task
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint, load_config
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.load import checkpoint_checksum, load_checkpoint, load_config
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 

@@ -55,9 +55,9 @@ from modular_star_encoder.evaluation.tasks import (
     TaskResult,
     pairs_task,
 )
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
-from modular_star_encoder.inference.load import checkpoint_checksum
 from modular_star_encoder.modeling import (
     ModularStarEncoderForRetrieval,
     ModularStarEncoderForSequenceClassification,

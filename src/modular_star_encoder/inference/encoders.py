@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.inference.checkpoints import check_checkpoint, load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.load import check_checkpoint, load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import HTTPClient, check_url, token_from_environment

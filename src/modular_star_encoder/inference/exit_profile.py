@@ -21,7 +21,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoModel
 
-from modular_star_encoder.inference.load import check_checkpoint
+from modular_star_encoder.inference.checkpoints import check_checkpoint
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 from modular_star_encoder.utils.reports import machine_kind

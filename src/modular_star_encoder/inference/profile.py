@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from modular_star_encoder.inference.checkpoints import check_checkpoint, checkpoint_checksum, load_checkpoint
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME, ExitProfile, Measurement, ProfiledExit
-from modular_star_encoder.inference.load import check_checkpoint, checkpoint_checksum, load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_writable
