@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.evaluation.report import read_tables
+from modular_star_encoder.evaluation.report import read_quality, read_tables
 from modular_star_encoder.evaluation.run import evaluate_exits
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.exit_profile import quality_from_results
 from tests.evaluation.samples import reciprocal_ranks
 
 ROWS = [
@@ -69,7 +68,7 @@ def test_only_the_requested_exits_are_evaluated(model, tokenizer):
 def test_the_json_file_is_read_back(report, tmp_path):
     file = tmp_path / "results.json"
     file.write_text(json.dumps(report.to_dict(), allow_nan=False))
-    assert quality_from_results(file) == report.quality()
+    assert read_quality(file) == report.quality()
     (table,) = read_tables(file)
     assert [row.label for row in table.rows] == ["model, exit 1", "model, exit 2", "model, exit 4", "BM25"]
 

@@ -6,11 +6,11 @@ import json
 import pytest
 
 import modular_star_encoder.cli.main as cli
+from modular_star_encoder.evaluation.report import read_quality
 from modular_star_encoder.inference.exit_profile import (
     ExitProfile,
     Measurement,
     ProfiledExit,
-    quality_from_results,
     select_exit,
 )
 from tests.errors import raises
@@ -145,21 +145,23 @@ def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
     file.write_text(
         json.dumps({"exits": {"4": {"mrr": 0.5, "recall_at_1": 0.4}, "9": {"mrr": 0.6, "recall_at_1": 0.5}}})
     )
-    assert quality_from_results(file) == {4: 0.5, 9: 0.6}
-    assert quality_from_results(file, "recall_at_1") == {4: 0.4, 9: 0.5}
-    profile = made_up_profile().with_quality("csn", quality_from_results(file))
+    assert read_quality(file) == {4: 0.5, 9: 0.6}
+    assert read_quality(file, "recall_at_1") == {4: 0.4, 9: 0.5}
+    profile = made_up_profile().with_quality("csn", read_quality(file))
     assert [dict(profiled.quality) for profiled in profile.exits.values()] == [{"csn": 0.5}, {"csn": 0.6}, {}]
-    with raises("profile.quality.unreadable", file, "ndcg"):
-        quality_from_results(file, "ndcg")
+    with raises("evaluation.report.no_metric", file, "ndcg"):
+        read_quality(file, "ndcg")
     with raises("profile.quality.other_exits", "csn", "exits 5,", "4, 9, 18"):
         profile.with_quality("csn", {5: 0.1})
 
 
-@pytest.mark.parametrize("content", ['{"exits": {"4": {"mrr": NaN}}}', '{"exits": {}}'])
-def test_values_that_are_not_numbers_are_an_error(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "fault"), [('{"exits": {"4": {"mrr": NaN}}}', "no_metric"), ('{"exits": {}}', "unreadable")]
+)
+def test_values_that_are_not_numbers_are_an_error(tmp_path, content, fault):
     (tmp_path / "results.json").write_text(content)
-    with raises("profile.quality.unreadable", "results.json", "mrr"):
-        quality_from_results(tmp_path / "results.json")
+    with raises(f"evaluation.report.{fault}", "results.json"):
+        read_quality(tmp_path / "results.json")
 
 
 def test_quality_of_other_weights_is_an_error(tmp_path, capsys):
@@ -170,7 +172,7 @@ def test_quality_of_other_weights_is_an_error(tmp_path, capsys):
         file.write_text(json.dumps({"checkpoint_fingerprint": fingerprint, "exits": {"4": {"mrr": 0.5}}}))
         assert cli.main(command) == status
         assert ExitProfile.load(tmp_path / "profile.json").benchmarks == benchmarks
-    assert "the weights 4567, and the profile is of 0123" in capsys.readouterr().err
+    assert "4567, not 0123" in capsys.readouterr().err
 
 
 def test_quality_is_carried_over_between_profiles_of_the_same_weights_only():

@@ -79,14 +79,15 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 def run_profile(arguments: argparse.Namespace) -> None:
     """`mose profile`."""
-    from modular_star_encoder.inference.exit_profile import ExitProfile, quality_from_results
+    from modular_star_encoder.evaluation.report import read_quality
+    from modular_star_encoder.inference.exit_profile import ExitProfile
     from modular_star_encoder.inference.profile import ProfilePlan, format_profile, profile_path, profile_to_file
 
     if arguments.quality:
         name, results = arguments.quality
         path = profile_path(arguments.checkpoint, arguments.out)
         profile = ExitProfile.load(path)
-        profile = profile.with_quality(name, quality_from_results(results, checkpoint=profile.checkpoint))
+        profile = profile.with_quality(name, read_quality(results, checkpoint=profile.checkpoint))
         profile.save(path)
     else:
         plan = ProfilePlan(arguments.batch_sizes, arguments.lengths, arguments.rounds)

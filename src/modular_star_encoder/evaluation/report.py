@@ -8,9 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,7 @@ class Report:
 
     def quality(self) -> dict[int, float]:
         """{exit_layer: mean of the main metric} of the evaluated model, from the first table."""
-        own = next(row.retriever for row in self.tables[0].rows if row.difference is None)
-        rows = [row for row in self.tables[0].rows if row.retriever == own and row.exit_layer is not None]
-        return {row.exit_layer: row.mean.value for row in sorted(rows, key=_size) if row.exit_layer is not None}
+        return {row.exit_layer: row.mean.value for row in _own_exits(self.tables[0]) if row.exit_layer is not None}
 
     def write(self, folder: Path) -> list[Path]:
         """Write report.md, .csv, .tex and .json, each whole or not at all, and return their paths."""
@@ -144,18 +143,16 @@ class Report:
     def to_markdown(self) -> str:
         """A section with a table for each benchmark; scores × 100, aligned for reading as plain text."""
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
-        head = ["# Evaluation", f"    {self.command}", installed] if self.command else ["# Evaluation", installed]
+        parts = ["# Evaluation", *([f"    {self.command}"] if self.command else []), installed]
         for table in self.tables:
-            head.append("\n".join([f"## {table.title}", "", *markdown_table(_cells(table)), "", *_explain(table)]))
-        return "\n\n".join(head) + "\n"
+            parts.append("\n".join([f"## {table.title}", "", *markdown_table(_cells(table)), "", *_explain(table)]))
+        return "\n\n".join(parts) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, as report.json holds it: everything but the values of single queries, as fractions."""
-        results = [
-            {key: value for key, value in asdict(result).items() if key not in ("values", "ids")}
-            | {"queries": len(result.values)}
-            for result in self.results
-        ]
+        results = [asdict(replace(one, values=(), ids=())) | {"queries": len(one.values)} for one in self.results]
+        for result in results:
+            del result["values"], result["ids"]
         return {
             "command": self.command,
             "checkpoint_checksum": self.checksum,
@@ -192,37 +189,28 @@ def make_report(
 
 
 def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult], seed: int) -> Table:
-    rows: dict[_Key, dict[str, TaskResult]] = {}
+    found: dict[_Key, dict[str, TaskResult]] = {}
     for result in results:
         if result.benchmark == benchmark:
-            rows.setdefault((result.retriever, result.exit_layer, result.dimensions), {})[result.task] = result
-    for key, found in rows.items():
-        if missing := [task.name for task in tasks if task.name not in found]:
+            found.setdefault((result.retriever, result.exit_layer, result.dimensions), {})[result.task] = result
+    groups = {}
+    for key, by_task in found.items():
+        if missing := [task.name for task in tasks if task.name not in by_task]:
             raise UserError("evaluation.result.missing", f"{key[0]} has no result for {benchmark}, {missing[0]}.")
-    groups = {key: [found[task.name] for task in tasks] for key, found in rows.items()}
-    reference = _reference(list(groups))
-    built = [
-        _row(key, tasks, group, None if key == reference else groups[reference], seed) for key, group in groups.items()
-    ]
+        groups[key] = [by_task[task.name] for task in tasks]
+    # The reference is the deepest exit, not truncated, of the first retriever that has exits, or the first retriever.
+    own = [key for key in groups if key[1] is not None]
+    own = [key for key in own if key[0] == own[0][0]]
+    reference = max(own, key=lambda key: (key[1] or 0, key[2] or 0)) if own else next(iter(groups))
     first = groups[reference]
-    label = next(row.label for row in built if row.difference is None)
+    rows = [_row(key, tasks, group, None if key == reference else first, seed) for key, group in groups.items()]
+    label = next(row.label for row in rows if row.difference is None)
     notes = list(dict.fromkeys(note for task in tasks for note in task.notes))
-    return Table(benchmark, first[0].main, built, label, _size_in_words(first), notes)
-
-
-def _reference(keys: Sequence[_Key]) -> _Key:
-    """The deepest exit, not truncated, of the first retriever that has exits; otherwise the first retriever."""
-    with_exits = [key for key in keys if key[1] is not None]
-    own = [key for key in with_exits if key[0] == with_exits[0][0]]
-    return max(own, key=lambda key: (key[1] or 0, key[2] or 0)) if own else keys[0]
+    return Table(benchmark, first[0].main, rows, label, _size_in_words(first), notes)
 
 
 def _row(
-    key: _Key,
-    tasks: Sequence[Task],
-    results: Sequence[TaskResult],
-    reference: Sequence[TaskResult] | None,
-    seed: int,
+    key: _Key, tasks: Sequence[Task], results: Sequence[TaskResult], reference: Sequence[TaskResult] | None, seed: int
 ) -> Row:
     columns: dict[str, list[TaskResult]] = {}
     for task, result in zip(tasks, results, strict=True):
@@ -230,14 +218,14 @@ def _row(
     others = [metric for metric in results[0].estimates if metric != results[0].main]
     return Row(
         *key,
-        columns={column: mean_estimate(group, seed) for column, group in columns.items()},
-        mean=mean_estimate(results, seed),
+        columns={column: _mean_estimate(group, seed) for column, group in columns.items()},
+        mean=_mean_estimate(results, seed),
         others={metric: float(np.mean([one.estimates[metric].value for one in results])) for metric in others},
-        difference=None if reference is None else difference(results, reference, seed),
+        difference=None if reference is None else _difference(results, reference, seed),
     )
 
 
-def mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
+def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
     """The main metric's mean over tasks; F1 has none, so its task must be alone."""
     main = results[0].main
     if len(results) == 1:
@@ -248,17 +236,14 @@ def mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
     return Estimate(float(values.mean()), *bootstrap_interval(values, seed))
 
 
-def difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], seed: int) -> Difference:
+def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], seed: int) -> Difference:
     """The mean of `results` minus that of `reference`, task by task the same queries."""
     pairs = list(zip(results, reference, strict=True))
     value = float(np.mean([a.estimates[a.main].value - b.estimates[b.main].value for a, b in pairs]))
     if results[0].main == "f1":
         first, second = (np.array(result.values, dtype=np.int64) for result in pairs[0])
         return Difference(value, f1_permutation_test(first, second, seed))
-    differences = [
-        {query: first - second for query, first, second in zip(a.ids, a.values, b.values, strict=True)}
-        for a, b in pairs
-    ]
+    differences = [dict(zip(a.ids, np.subtract(a.values, b.values), strict=True)) for a, b in pairs]
     return Difference(value, permutation_test(shares(differences), seed))
 
 
@@ -276,21 +261,11 @@ def to_latex(tables: Sequence[Table]) -> str:
     parts = []
     for table in tables:
         caption = " ".join([f"{table.title}.", *_explain(table)])
-        header, *rows = [[cell.translate(_TEX) for cell in row] for row in _cells(table)]
-        parts += [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{caption.translate(_TEX)}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-            r"\toprule",
-            " & ".join(header) + r" \\",
-            r"\midrule",
-            *(" & ".join(row) + r" \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
+        header, *lines = [" & ".join(cell.translate(_TEX) for cell in row) + r" \\" for row in _cells(table)]
+        columns = "r" * (len(_cells(table)[0]) - 1)
+        parts += [r"\begin{table}", r"\centering", rf"\caption{{{caption.translate(_TEX)}}}"]
+        parts += [rf"\begin{{tabular}}{{l{columns}}}", r"\toprule", header, r"\midrule", *lines, r"\bottomrule"]
+        parts += [r"\end{tabular}", r"\end{table}", ""]
     return "\n".join(parts)
 
 
@@ -351,14 +326,12 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        held_out = "retrieval" in content
+        name = "Functions of repositories that were held out" if "retrieval" in content else ""
         content = content.get("retrieval", content)
         measured = content.get("checkpoint_checksum", content.get("checkpoint_fingerprint"))
-        name = "Functions of repositories that were held out" if held_out else ""
-        tables = [_read_table(table, name) for table in content["tables"]] if "tables" in content else []
-        if not tables:
-            tables = [_read_scores_by_exit(content, name or "folder")]
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        tables = [_read_table(table, name) for table in content.get("tables", ())]
+        tables = tables or [_read_scores_by_exit(content, name or "folder")]
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(
             "evaluation.report.unreadable", f"{path} holds no results as `mose evaluate` writes them: {error!r}."
         ) from error
@@ -370,19 +343,46 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
     return tables
 
 
+def read_quality(path: str | os.PathLike[str], metric: str = "mrr", checkpoint: str = "") -> dict[int, float]:
+    """{exit_layer: quality} of the evaluated model from the first table of a file of results, for its exit profile.
+
+    Args:
+        path, checkpoint: as for `read_tables`.
+        metric: `mrr`, or another metric in the file.
+
+    Raises:
+        OSError, UserError: as `read_tables`; and the file lacks the metric, or has a value that is not a number.
+    """
+    table = read_tables(path, checkpoint)[0]
+    values = {
+        row.exit_layer: row.mean.value if metric == table.metric else row.others.get(metric, math.nan)
+        for row in _own_exits(table)
+        if row.exit_layer is not None
+    }
+    if not values or not all(map(math.isfinite, values.values())):
+        raise UserError("evaluation.report.no_metric", f"{path} has no {metric} of each exit.")
+    return values
+
+
 def _read_table(stored: Mapping[str, Any], name: str) -> Table:
-    fields = {key: value for key, value in stored.items() if key not in ("title", "rows")}
     rows = []
     for row in stored["rows"]:
         row = {"retriever" if key == "system" else key: value for key, value in row.items()}
         changed = row["difference"] and Difference(**row["difference"])
         columns = {column: Estimate(**estimate) for column, estimate in row["columns"].items()}
         rows.append(Row(**row | {"columns": columns, "mean": Estimate(**row["mean"]), "difference": changed}))
-    own = next(row.retriever for row in rows if row.difference is None)
-    rows = [row for row in rows if row.retriever == own or row.exit_layer is None]
+    fields = {key: value for key, value in stored.items() if key != "title"} | {"rows": rows}
+    table = Table(**fields | {"benchmark": name or stored["benchmark"]})
     whole = {(row.retriever, row.exit_layer): row for row in sorted(rows, key=_size)}
-    kept = [row for row in rows if row is whole[row.retriever, row.exit_layer]]
-    return Table(**fields | {"rows": kept, "benchmark": name or fields["benchmark"]})
+    own = _own_exits(table)
+    kept = [row for row in rows if row.exit_layer is None or row in own]
+    return replace(table, rows=[row for row in kept if row is whole[row.retriever, row.exit_layer]])
+
+
+def _own_exits(table: Table) -> list[Row]:
+    """The rows of the evaluated model's exits, which is the retriever of the reference; whole embeddings last."""
+    own = next(row.retriever for row in table.rows if row.difference is None)
+    return sorted((row for row in table.rows if row.retriever == own and row.exit_layer is not None), key=_size)
 
 
 def _size(row: Row) -> tuple[bool, int]:
@@ -391,11 +391,15 @@ def _size(row: Row) -> tuple[bool, int]:
 
 
 def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
-    """The table of an older file: MRR by exit, and of BM25."""
+    """The table of an older file: metrics by exit, and of BM25."""
     exits = sorted((int(exit_layer), scores) for exit_layer, scores in content["exits"].items())
-    rows = [
-        Row(retriever, exit_layer, None, {}, Estimate(scores["mrr"], *scores["interval"]), {}, None)
-        for retriever, exit_layer, scores in [*(("model", *one) for one in exits), ("BM25", None, content["bm25"])]
-    ]
-    size = f"{content['bm25']['queries']:,} queries, {content['bm25']['distractors'] + 1:,} candidates each"
+    scores_of = [*(("model", *one) for one in exits), *([("BM25", None, content["bm25"])] if "bm25" in content else [])]
+    rows = []
+    for retriever, exit_layer, scores in scores_of:
+        mean = Estimate(scores["mrr"], *scores.get("interval", (scores["mrr"],) * 2))
+        others = {metric: value for metric, value in scores.items() if metric.startswith("recall")}
+        rows.append(Row(retriever, exit_layer, None, {}, mean, others, None))
+    size = ""
+    if "queries" in exits[0][1]:
+        size = f"{exits[0][1]['queries']:,} queries, {exits[0][1]['distractors'] + 1:,} candidates each"
     return Table(name, "mrr", rows, "", size, ())

@@ -20,14 +20,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.errors import UserError, naming_extra
 
 if TYPE_CHECKING:
     import onnx_ir
 
-
+# Paths in a folder, for sentence-transformers and text-embeddings-inference.
 ONNX_FILE = "onnx/model.onnx"
-"""Its path in a folder, for sentence-transformers and text-embeddings-inference."""
+QUANTIZED_FILE = "onnx/model_qint8.onnx"
+
+TOLERANCE = 1e-4
+
+SETTINGS: dict[str, Any] = {"per_channel": True, "reduce_range": True}
+"""A scale for each output, and 7 of the 8 bits: on x86 processors without VNNI, sums of two products of 8 bits saturate
+(onnxruntime's guide to quantisation), and a loss measured with VNNI would not hold there."""
 
 INPUTS = ("input_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
@@ -80,28 +86,16 @@ def export_onnx(
             f"ONNX files are made of float32 weights on the CPU, not of {parameter.dtype} on {parameter.device}: "
             "load the model with dtype=torch.float32.",
         )
-    served = served_exit(model, exit_layer)
-    sample = {
-        "input_ids": torch.zeros(2, 3, dtype=torch.long),
-        "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]]),
-    }
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    sample = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
     longest = model.config.max_position_embeddings
     sizes = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length", max=longest)}
-    try:
+    options = {"dynamic_shapes": dict.fromkeys(INPUTS, sizes), "output_names": list(OUTPUTS), "verbose": False}
+    with naming_extra():
         import onnxscript  # noqa: F401 - torch's exporter needs it
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-    except ImportError as error:
-        raise missing_extra() from error
     with quiet_libraries(), torch.no_grad():
-        program: Any = torch.onnx.export(
-            served,
-            (),
-            kwargs=sample,
-            dynamo=True,
-            dynamic_shapes=dict.fromkeys(INPUTS, sizes),
-            output_names=list(OUTPUTS),
-            verbose=False,
-        )
+        program: Any = torch.onnx.export(served_exit(model, exit_layer), (), kwargs=sample, dynamo=True, **options)
     # The exporter notes for each node the lines of code that it comes from, with the paths of this machine.
     save_graph(ClearMetadataAndDocStringPass()(program.model).model, path)
 
@@ -132,10 +126,8 @@ def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
 
 def open_session(path: str | os.PathLike[str]) -> Any:
     """An `onnxruntime.InferenceSession` of a file on the CPU, with as many threads as torch has."""
-    try:
+    with naming_extra():
         import onnxruntime
-    except ImportError as error:
-        raise missing_extra() from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
@@ -152,16 +144,6 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def missing_extra() -> ImportError:
-    """The error for a missing package of the extra."""
-    return ImportError("ONNX files need onnxruntime and onnxscript: pip install 'modular-star-encoder[onnx]'.")
-
-
-TOLERANCE = 1e-4
-
-_LONGEST = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +182,7 @@ def check_onnx(
     """
     served, session = served_exit(model, exit_layer), open_session(path)
     largest, batches = dict.fromkeys(OUTPUTS, 0.0), 0
-    for batch in _batches(model.config.vocab_size, min(_LONGEST, model.config.max_position_embeddings)):
+    for batch in _batches(model.config.vocab_size, min(256, model.config.max_position_embeddings)):
         with torch.inference_mode():
             expected = served(**batch)
         found = session.run(list(OUTPUTS), {name: tensor.numpy() for name, tensor in batch.items()})
@@ -234,27 +216,18 @@ def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]
             yield {"input_ids": tokens, "attention_mask": mask}
 
 
-QUANTIZED_FILE = "onnx/model_qint8.onnx"
-
-SETTINGS: dict[str, Any] = {"per_channel": True, "reduce_range": True}
-"""A scale for each output, and 7 of the 8 bits: on x86 processors without VNNI, sums of two products of 8 bits saturate
-(onnxruntime's guide to quantisation), and a loss measured with VNNI would not hold there."""
-
-
 def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Write `source` with int8 weights of its linear layers and its token embedding.
 
-    What it costs in quality has to be measured: see `hub.onnx_folder.compare_rankings`.
+    `hub.onnx_folder.compare_rankings` measures the loss of quality.
 
     Args:
         source: an ONNX file with float32 weights.
         target: the file to write; its folder must exist.
     """
-    try:
+    with naming_extra():
         import onnx_ir
         from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError as error:
-        raise missing_extra() from error
     # The quantiser names weights that don't fit into a file otherwise than serving software expects.
     with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=Path(target).parent) as folder:
         options = SETTINGS | {"use_external_data_format": Path(f"{os.fspath(source)}_data").exists()}

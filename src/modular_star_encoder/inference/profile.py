@@ -1,8 +1,8 @@
 """Measure the exit profile of a checkpoint on this machine: latency, memory, size and FLOPs of every exit.
 
-Latency: batches of random tokens without padding, after a warm-up. The exits take turns in an order drawn for each
-round, so that other load on the machine affects them alike. Memory: on a CPU each exit runs in a fresh process (this
-module run as a script), because other work of a process would be measured with it; on a GPU each exit is loaded alone.
+Latency: batches of random tokens without padding, after a warm-up; the exits take turns in a random order, so that
+other load affects them alike. Memory: on a CPU each exit runs in a fresh process (this module run as a script), which
+does nothing else; on a GPU each exit is loaded alone.
 """
 
 from __future__ import annotations
@@ -131,7 +131,11 @@ def profile_checkpoint(
         >>> profile.save("runs/model/exit_profile.json")  # doctest: +SKIP
     """
     plan = plan or ProfilePlan()
-    device = _device(device)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(
+            "profile.device", f"device {device!r} is not available: use cpu, or cuda on a machine with a GPU."
+        )
     if dtype not in (None, *DTYPES):
         raise UserError("profile.dtype", f"dtype {dtype!r} must be one of {', '.join(DTYPES)}.")
     path = os.path.expanduser(os.fspath(checkpoint))
@@ -144,20 +148,19 @@ def profile_checkpoint(
             f"The model takes {config.max_position_embeddings} tokens at most, not {max(plan.lengths)}.",
         )
     times = _measure_times(model, exits, plan, progress)
-    sizes = {exit_layer: _size(model, exit_layer) for exit_layer in exits}
+    parameters = {k: list(model.slice(k).parameters()) for k in exits}
+    counts = {k: sum(one.numel() for one in parameters[k]) for k in exits}
+    weights_mb = {k: sum(one.numel() * one.element_size() for one in parameters[k]) / 1e6 for k in exits}
     attention = config._attn_implementation
-    del model  # a GPU must not hold it while the exits' memory is measured
+    del model, parameters  # a GPU must not hold them while the exits' memory is measured
     memory = _measure_memory(path, exits, plan, device, dtype, progress)
-    profiled = {
-        exit_layer: ProfiledExit(
-            *sizes[exit_layer],
-            tuple(
-                _measurement(shape, times[exit_layer, shape], peak, flops_per_token(config, exit_layer, shape[1]))
-                for shape, peak in zip(plan.shapes, memory[exit_layer].peaks, strict=True)
-            ),
-        )
-        for exit_layer in exits
-    }
+    profiled = {}
+    for k in exits:
+        measurements = [
+            _measurement(shape, times[k, shape], peak, flops_per_token(config, k, shape[1]))
+            for shape, peak in zip(plan.shapes, memory[k].peaks, strict=True)
+        ]
+        profiled[k] = ProfiledExit(counts[k], weights_mb[k], tuple(measurements))
     return ExitProfile(
         exits=profiled,
         device=device,
@@ -228,58 +231,29 @@ def random_batch(model: ModularStarEncoderForRetrieval, batch_size: int, length:
 
 def embed(model: ModularStarEncoderForRetrieval, batch: dict[str, torch.Tensor], exit_layer: int) -> float:
     """Seconds to embed a batch at an exit, until the device has finished."""
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(model.device)
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda device: None
+    wait(model.device)
     start = time.perf_counter()
     with torch.inference_mode():
         model(**batch, exit_layer=exit_layer)
-    if on_gpu:
-        torch.cuda.synchronize(model.device)
+    wait(model.device)
     return time.perf_counter() - start
 
 
 def format_profile(profile: ExitProfile) -> str:
     """One Markdown table per shape, aligned for reading as plain text, and a line on the circumstances."""
-    header = ("exit", "parameters", "MFLOP/token", "p50 ms", "p95 ms", "texts/s", "peak MB", *profile.benchmarks)
     blocks = []
     for shape in profile.shapes:
-        rows = [header, *(_row(profile, exit_layer, shape) for exit_layer in profile.exits)]
+        rows = [["exit", "parameters", "MFLOP/token", "p50 ms", "p95 ms", "texts/s", "peak MB", *profile.benchmarks]]
+        for k, one in profile.exits.items():
+            cost = profile.measurement(k, shape)
+            times = (f"{cost.latency_ms_p50:.2f}", f"{cost.latency_ms_p95:.2f}", f"{cost.texts_per_second:,.1f}")
+            peak = "–" if cost.peak_memory_mb is None else f"{cost.peak_memory_mb:,.0f}"
+            qualities = [f"{one.quality[name]:.3f}" if name in one.quality else "–" for name in profile.benchmarks]
+            rows.append([f"{k}", f"{one.parameters:,}", f"{cost.flops_per_token / 1e6:,.1f}", *times, peak, *qualities])
         blocks.append("\n".join([f"{shape[0]} × {shape[1]} tokens", "", *markdown_table(rows)]))
     machine = profile.machine.get("gpu") or f"{profile.machine['processor']}, {profile.machine['threads']} threads"
     return "\n\n".join([*blocks, f"{profile.device}, {profile.dtype}, {machine}, {profile.date}"])
-
-
-def _row(profile: ExitProfile, exit_layer: int, shape: Shape) -> tuple[str, ...]:
-    profiled, measured = profile.exits[exit_layer], profile.measurement(exit_layer, shape)
-    peak, qualities = measured.peak_memory_mb, (profiled.quality.get(name) for name in profile.benchmarks)
-    return (
-        str(exit_layer),
-        f"{profiled.parameters:,}",
-        f"{measured.flops_per_token / 1e6:,.1f}",
-        f"{measured.latency_ms_p50:.2f}",
-        f"{measured.latency_ms_p95:.2f}",
-        f"{measured.texts_per_second:,.1f}",
-        "–" if peak is None else f"{peak:,.0f}",
-        *("–" if quality is None else f"{quality:.3f}" for quality in qualities),
-    )
-
-
-def _device(device: str | None) -> str:
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(
-            "profile.device", f"device {device!r} is not available: use cpu, or cuda on a machine with a GPU."
-        )
-    return device
-
-
-def _size(model: ModularStarEncoderForRetrieval, exit_layer: int) -> tuple[int, float]:
-    """Parameters and MB of the model cut at an exit."""
-    parameters = list(model.slice(exit_layer).parameters())
-    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    return sum(parameter.numel() for parameter in parameters), size / 1e6
 
 
 def _measure_times(
@@ -287,9 +261,7 @@ def _measure_times(
 ) -> dict[tuple[int, Shape], list[float]]:
     """Seconds of every run of each exit and shape, warm-up left out."""
     random = np.random.default_rng(0)
-    times: dict[tuple[int, Shape], list[float]] = {
-        (exit_layer, shape): [] for exit_layer in exits for shape in plan.shapes
-    }
+    times: dict[tuple[int, Shape], list[float]] = {(k, shape): [] for k in exits for shape in plan.shapes}
     total = len(plan.shapes) * (WARM_UP_ROUNDS + plan.rounds)
     with tqdm(total=total, desc="timing", unit="round", disable=not progress, leave=False) as bar:
         for shape in plan.shapes:
@@ -322,24 +294,21 @@ def _measure_memory(
     """Memory of each exit for each shape."""
     if not plan.memory:
         return dict.fromkeys(exits, MemoryUse(None, [None] * len(plan.shapes)))
-    threads, use = torch.get_num_threads(), {}
+    use = {}
     for exit_layer in tqdm(exits, desc="measuring memory", unit="exit", disable=not progress, leave=False):
-        if device == "cuda":
-            use[exit_layer] = _measure_gpu_memory(checkpoint, exit_layer, dtype, plan.shapes)
-        else:
-            use[exit_layer] = measure_memory(checkpoint, exit_layer, dtype, plan.shapes, threads)
+        if device == "cpu":
+            use[exit_layer] = measure_memory(checkpoint, exit_layer, dtype, plan.shapes, torch.get_num_threads())
+            continue
+        gc.collect()  # the model before this one
+        model, _ = load_checkpoint(checkpoint, exit_layer, "cuda", dtype)
+        peaks: list[float | None] = []
+        for shape in plan.shapes:
+            torch.cuda.reset_peak_memory_stats()
+            embed(model, random_batch(model, *shape), exit_layer)
+            peaks.append(torch.cuda.max_memory_allocated() / 1e6)
+        use[exit_layer] = MemoryUse(None, peaks)
+        del model
     return use
-
-
-def _measure_gpu_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape]) -> MemoryUse:
-    gc.collect()  # the model before this one
-    model, _ = load_checkpoint(checkpoint, exit_layer, "cuda", dtype)
-    peaks: list[float | None] = []
-    for shape in shapes:
-        torch.cuda.reset_peak_memory_stats()
-        embed(model, random_batch(model, *shape), exit_layer)
-        peaks.append(torch.cuda.max_memory_allocated() / 1e6)
-    return MemoryUse(None, peaks)
 
 
 def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape], threads: int) -> MemoryUse:
@@ -355,13 +324,9 @@ def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequenc
         Peaks in the order of `shapes`.
     """
     request = json.dumps([checkpoint, exit_layer, dtype, shapes, threads])
-    process = subprocess.run(  # noqa: S603 - our own module, arguments passed as a list
-        [sys.executable, "-P", "-m", __name__, request],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-P", "-m", __name__, request]
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    process = subprocess.run(command, check=False, **options)  # noqa: S603 - our own module
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
         raise OSError(f"The memory of exit {exit_layer} cannot be measured, its process ended with: {last}")
