@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from modular_star_encoder.evaluation.metrics import query_values
-from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever
-from modular_star_encoder.evaluation.scores import Block, CosineScores, rank_judged
+from modular_star_encoder.evaluation.metrics import query_values, rank_judged
+from modular_star_encoder.evaluation.retrievers import Block, CosineScores, EmbeddingCache, EmbeddingRetriever
 from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, candidate_batches, full_pool
 from modular_star_encoder.inference.encoders import Text
 

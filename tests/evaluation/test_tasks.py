@@ -3,8 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation.metrics import query_values
-from modular_star_encoder.evaluation.scores import rank_judged
+from modular_star_encoder.evaluation.metrics import query_values, rank_judged
 from modular_star_encoder.evaluation.tasks import Judgements, candidate_batches, pairs_task, task_from_mappings
 from tests.errors import raises
 from tests.evaluation.samples import Matrix

@@ -4,9 +4,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.evaluation.metrics import rank_judged
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant
 from modular_star_encoder.evaluation.run import open_retriever
-from modular_star_encoder.evaluation.scores import rank_judged
 from modular_star_encoder.evaluation.tasks import Judgements
 from modular_star_encoder.inference import encoders
 from modular_star_encoder.inference.encode import encode_exits

@@ -7,23 +7,24 @@ tokeniser matters more than BM25's parameters: plain words lose 17 points of MRR
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modular_star_encoder.evaluation.retrievers import ExitVariant
-from modular_star_encoder.evaluation.scores import BLOCK, Block
-from modular_star_encoder.inference.encoders import Text
+from modular_star_encoder.evaluation.retrievers import BLOCK, Block, ExitVariant
 
 if TYPE_CHECKING:
     import torch
     from scipy.sparse import csr_matrix
     from transformers import PreTrainedTokenizerFast
 
+    from modular_star_encoder.inference.encoders import Text
+
 _LETTER = r"[^\WA-Z\d_]"  # any letter but an ASCII capital: words of most other alphabets stay whole
 _PART = re.compile(rf"[A-Z]+(?!{_LETTER})|[A-Z]?{_LETTER}+|\d+")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
 
 
 def identifier_tokens(text: str) -> list[str]:
@@ -69,11 +70,8 @@ class BM25Scores:
             self._index.index(documents, show_progress=False)
 
     def blocks(self) -> Iterator[Block]:
-        """Blocks of whole rows."""
-        step = max(1, BLOCK // max(1, self.shape[1]))
-        for start in range(0, self.shape[0], step):
-            rows = range(start, min(start + step, self.shape[0]))
-            yield Block(start, 0, np.stack([self._row(row) for row in rows]))
+        """See `Scores`."""
+        return _row_blocks(self.shape, lambda start, end: np.stack([self._row(row) for row in range(start, end)]))
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """See `Scores`; each query is scored once."""
@@ -112,8 +110,7 @@ class TfIdf:
         try:
             fitted = vectorizer.fit_transform([text.text for text in documents])
         except ValueError:  # not one term in any document
-            empty = csr_matrix((len(documents), 1)), csr_matrix((len(queries), 1))
-            return SparseScores(empty[1], empty[0])
+            return SparseScores(csr_matrix((len(queries), 1)), csr_matrix((len(documents), 1)))
         return SparseScores(vectorizer.transform([text.text for text in queries]), fitted)
 
 
@@ -125,12 +122,9 @@ class SparseScores:
         self._queries, self._documents = queries.sorted_indices(), documents.sorted_indices()
 
     def blocks(self) -> Iterator[Block]:
-        """Blocks of whole rows."""
+        """See `Scores`."""
         columns = self._documents.T.tocsr()
-        step = max(1, BLOCK // max(1, self.shape[1]))
-        for start in range(0, self.shape[0], step):
-            product = (self._queries[start : start + step] @ columns).toarray()
-            yield Block(start, 0, product.astype(np.float32))
+        return _row_blocks(self.shape, lambda start, end: (self._queries[start:end] @ columns).toarray())
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """See `Scores`."""
@@ -142,8 +136,11 @@ class SparseScores:
         return scores
 
 
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
-_IGNORED_LABEL = -100
+def _row_blocks(shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> Iterator[Block]:
+    """Blocks of whole rows; `rows` computes those from its first to before its second argument."""
+    step = max(1, BLOCK // max(1, shape[1]))
+    for start in range(0, shape[0], step):
+        yield Block(start, 0, rows(start, min(start + step, shape[0])).astype(np.float32, copy=False))
 
 
 def identifier_overlap(first: str, second: str) -> float:
@@ -167,15 +164,11 @@ def identifier_overlap_accuracy(
         `accuracy` on `measured_on`, `fitted_accuracy` on `fitted_on`, and the `threshold`.
     """
     overlaps, labels = _overlaps(fitted_on, tokenizer)
-    thresholds = np.unique(overlaps)
-    accuracies = [((overlaps > threshold) == labels).mean() for threshold in thresholds]
-    threshold = float(thresholds[int(np.argmax(accuracies))])
     unseen, unseen_labels = _overlaps(measured_on, tokenizer)
-    return {
-        "accuracy": float(((unseen > threshold) == unseen_labels).mean()),
-        "fitted_accuracy": float(max(accuracies)),
-        "threshold": threshold,
-    }
+    accuracies = {float(at): float(((overlaps > at) == labels).mean()) for at in np.unique(overlaps)}
+    threshold = max(accuracies, key=lambda at: accuracies[at])
+    accuracy = float(((unseen > threshold) == unseen_labels).mean())
+    return {"accuracy": accuracy, "fitted_accuracy": accuracies[threshold], "threshold": threshold}
 
 
 def _overlaps(
@@ -184,7 +177,7 @@ def _overlaps(
     """The overlap of each pair, with its masked tokens restored, and whether both are from one repository."""
     overlaps, labels = [], []
     for row in rows:
-        ids = row["labels"].where(row["labels"] != _IGNORED_LABEL, row["input_ids"])
+        ids = row["labels"].where(row["labels"] != -100, row["input_ids"])
         middle = (ids == tokenizer.sep_token_id).nonzero().squeeze(-1)[1]
         first, second = (str(tokenizer.decode(part)) for part in (ids[1:middle], ids[middle + 1 : -1]))
         overlaps.append(identifier_overlap(first, second))

@@ -14,8 +14,8 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import distributed, nn
 
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.evaluation.metrics import query_values
-from modular_star_encoder.evaluation.scores import CosineScores, pool_judgements, rank_judged
+from modular_star_encoder.evaluation.metrics import pool_judgements, query_values, rank_judged
+from modular_star_encoder.evaluation.retrievers import CosineScores
 from modular_star_encoder.evaluation.tasks import RetrievalTask, pairs_task, task_from_mappings
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval

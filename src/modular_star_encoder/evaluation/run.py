@@ -40,12 +40,13 @@ from modular_star_encoder.evaluation.metrics import (
     check_scores,
     f1,
     outcomes,
+    pool_judgements,
     query_values,
+    rank_judged,
 )
 from modular_star_encoder.evaluation.plots import plot_report
 from modular_star_encoder.evaluation.report import Report, make_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant, Retriever
-from modular_star_encoder.evaluation.scores import pool_judgements, rank_judged
 from modular_star_encoder.evaluation.tasks import (
     POOL,
     Estimate,
