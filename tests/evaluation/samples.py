@@ -1,10 +1,12 @@
 """Systems and tasks small enough to work out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from modular_star_encoder.evaluation.metrics import query_values, rank_judged
 from modular_star_encoder.evaluation.retrievers import Block, CosineScores, EmbeddingCache, EmbeddingRetriever
-from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, candidate_batches, full_pool
+from modular_star_encoder.evaluation.tasks import Judgements, PairTask, candidate_batches, ranking_task
 from modular_star_encoder.inference.encoders import Text
 
 
@@ -60,8 +62,7 @@ def retrieval_task(benchmark="toy", name="one", n=20, seed=0, **options):
         )
         for query, other in pairs
     ]
-    fields = {"judgements": Judgements.one_each(range(n)), "pools": full_pool(n, n)} | options
-    return RetrievalTask(benchmark, name, queries, documents, [f"q{i}" for i in range(n)], **fields)
+    return replace(ranking_task(benchmark, name, queries, documents, [f"q{i}" for i in range(n)]), **options)
 
 
 def pair_task(n=30, seed=0):

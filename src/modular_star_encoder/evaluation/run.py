@@ -123,7 +123,7 @@ def run_benchmarks(
     chosen = choose_benchmarks(benchmarks, data)
     if not chosen:
         raise UserError("evaluation.benchmark.missing", f"Name a benchmark: {', '.join(BENCHMARKS)}, or {ALL}.")
-    if candidates is not None and not any(name in WITH_CANDIDATES for name in chosen):
+    if candidates is not None and not set(chosen) & set(WITH_CANDIDATES):
         raise UserError(
             "evaluation.candidates.not_used", f"Lists of candidates are only for {' and '.join(WITH_CANDIDATES)}."
         )
@@ -131,17 +131,21 @@ def run_benchmarks(
     for name in chosen:
         lists = candidates if name in WITH_CANDIDATES else None
         tasks += load_benchmark(name, data, allow_subset=allow_subset, candidates=lists)
-    store = Path(cache).expanduser() if cache is not None else None if folder is None else folder / "embeddings"
+    if cache is None and folder is not None:
+        cache = folder / "embeddings"
+    store = EmbeddingCache(None if cache is None else Path(cache).expanduser())
     if baselines is None:
         baselines = ["bm25"] if folder is None else []
-    retrievers = _open_all(model, baselines, EmbeddingCache(store), exit_layers, untrained, seed)
+    retrievers = _open_all(model, baselines, store, exit_layers, untrained, seed)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # fails before the work and not after it
         for task in tasks:
             if isinstance(task, RetrievalTask) and task.benchmark in WITH_CANDIDATES:
                 write_candidates(task, folder / "candidates" / task.benchmark)
     results = evaluate_tasks(tasks, list(retrievers.values()), out=folder, seed=seed, progress=progress)
-    checksum = _checkpoint_checksum(model, retrievers[model])
+    path = Path(model).expanduser()
+    has_checksum = path.is_dir() or _own_encoder(retrievers[model]) is not None
+    checksum = checkpoint_checksum(path if path.is_dir() else model) if has_checksum else None
     report = make_report(tasks, results, seed=seed, command=_without_paths(command), checksum=checksum)
     if folder is not None:
         report.write(folder)
@@ -212,23 +216,20 @@ def evaluate_tasks(
         UserError: scores that are NaN, or a damaged stored result.
         OSError: the folder cannot be written to.
     """
-    checksums = [task.checksum() for task in tasks]
-    results = []
+    checksums, results = [task.checksum() for task in tasks], []
     for retriever in retrievers:
-        paths = {
-            (number, variant): _path(out, checksum, retriever, variant, seed)
-            for number, checksum in enumerate(checksums)
+        runs = [
+            (task, variant, _path(out, checksum, retriever, variant, seed))
+            for task, checksum in zip(tasks, checksums, strict=True)
             for variant in retriever.variants
-        }
-        missing = {key for key, path in paths.items() if path is None or not path.is_file()}
+        ]
+        missing = [(task, variant) for task, variant, path in runs if path is None or not path.is_file()]
         if missing:
-            texts = [text for number in sorted({number for number, _ in missing}) for text in tasks[number].texts()]
-            variants = [variant for variant in retriever.variants if variant in {key[1] for key in missing}]
-            retriever.prepare(list(dict.fromkeys(texts)), variants, progress=progress)
-        bar = tqdm(paths.items(), desc=f"scoring, {retriever.name}", unit="task", disable=not progress, leave=False)
-        for (number, variant), path in bar:
-            task = tasks[number]
-            if path is not None and (number, variant) not in missing:
+            texts = dict.fromkeys(text for task in dict.fromkeys(task for task, _ in missing) for text in task.texts())
+            retriever.prepare(list(texts), list(dict.fromkeys(one for _, one in missing)), progress=progress)
+        bar = tqdm(runs, desc=f"scoring, {retriever.name}", unit="task", disable=not progress, leave=False)
+        for task, variant, path in bar:
+            if path is not None and path.is_file():
                 stored = read_result(path)  # perhaps of another name
                 result = replace(stored, benchmark=task.benchmark, task=task.name, retriever=retriever.name)
             else:
@@ -244,10 +245,10 @@ def evaluate_task(
     task: Task, retriever: Retriever, variant: ExitVariant, *, seed: int = 0, progress: bool = True
 ) -> TaskResult:
     """One result; the retriever has prepared the task's texts."""
+    names = (task.benchmark, task.name, retriever.name, *variant)
     if isinstance(task, PairTask):
-        return _evaluate_pairs(task, retriever, variant, seed)
+        return TaskResult(*names, *_evaluate_pairs(task, retriever, variant, seed))
     ranking, rows = _rank(task, retriever, variant, progress)
-    estimates: dict[str, Estimate] = {}
     values_of = {metric: query_values(ranking, metric) for metric in task.metrics}
     main = values_of[task.metrics[0]]
     kept = np.flatnonzero(~np.isnan(main))
@@ -255,42 +256,36 @@ def evaluate_task(
         raise UserError(
             "evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no query has a relevant document."
         )
-    for metric, values in values_of.items():
-        values = values[~np.isnan(values)]
-        estimates[metric] = Estimate(float(values.mean()), *bootstrap_interval(values, seed))
-    return TaskResult(
-        benchmark=task.benchmark,
-        task=task.name,
-        retriever=retriever.name,
-        exit_layer=variant.exit_layer,
-        dimensions=variant.dimensions,
-        estimates=estimates,
-        values=main[kept].tolist(),
-        ids=[task.query_ids[rows[place]] for place in kept],
-        candidates=max(len(pool.documents) for pool in task.pools) - task.exclude_self,
-    )
+    known = {metric: values[~np.isnan(values)] for metric, values in values_of.items()}
+    estimates = {k: Estimate(float(values.mean()), *bootstrap_interval(values, seed)) for k, values in known.items()}
+    ids = [task.query_ids[rows[place]] for place in kept]
+    candidates = max(len(pool.documents) for pool in task.pools) - task.exclude_self
+    return TaskResult(*names, estimates, main[kept].tolist(), ids, candidates)
 
 
 def _rank(
     task: RetrievalTask, retriever: Retriever, variant: ExitVariant, progress: bool
 ) -> tuple[Ranking, np.ndarray]:
     """Ranks in all pools, queries numbered from 0 in the order of the pools, and their rows (Q,) in the task."""
-    rankings = []
+    rankings, start = [], 0
+    options: dict[str, Any] = {"exclude_self": task.exclude_self, "progress": progress, "label": task.name}
     for pool in task.pools:
-        queries = [task.queries[row] for row in pool.queries]
-        documents = [task.documents[row] for row in pool.documents]
-        judgements = pool_judgements(task.judgements, pool)
-        scores = retriever.scores(queries, documents, variant)
-        rankings.append(
-            rank_judged(scores, judgements, exclude_self=task.exclude_self, progress=progress, label=task.name)
+        queries, documents = (
+            [task.queries[row] for row in pool.queries],
+            [task.documents[row] for row in pool.documents],
         )
-    starts = np.cumsum([0, *(ranking.queries for ranking in rankings)])
-    query = np.concatenate([ranking.query + start for ranking, start in zip(rankings, starts, strict=False)])
-    gain, rank = (np.concatenate([getattr(ranking, name) for ranking in rankings]) for name in ("gain", "rank"))
-    return Ranking(int(starts[-1]), query, gain, rank), np.concatenate([pool.queries for pool in task.pools])
+        scores = retriever.scores(queries, documents, variant)
+        ranking = rank_judged(scores, pool_judgements(task.judgements, pool), **options)
+        rankings.append(replace(ranking, query=ranking.query + start))
+        start += len(queries)
+    parts = (np.concatenate([getattr(ranking, name) for ranking in rankings]) for name in ("query", "gain", "rank"))
+    return Ranking(start, *parts), np.concatenate([pool.queries for pool in task.pools])
 
 
-def _evaluate_pairs(task: PairTask, retriever: Retriever, variant: ExitVariant, seed: int) -> TaskResult:
+def _evaluate_pairs(
+    task: PairTask, retriever: Retriever, variant: ExitVariant, seed: int
+) -> tuple[dict[str, Estimate], list[int], list[str], int, float]:
+    """The fields of a `TaskResult` after the names."""
     scores = retriever.scores(task.documents, task.documents, variant)
     valid, test = (scores.of_pairs(*pairs.T) for pairs in (task.valid_pairs, task.pairs))
     check_scores(test)
@@ -301,8 +296,7 @@ def _evaluate_pairs(task: PairTask, retriever: Retriever, variant: ExitVariant, 
     for name, members in (("precision", results >= FALSE_POSITIVE), ("recall", results % 2 == 1)):
         hits = results[members] == TRUE_POSITIVE if members.any() else np.zeros(1)
         estimates[name] = Estimate(float(np.mean(hits)), *bootstrap_interval(hits, seed))
-    names = (task.benchmark, task.name, retriever.name, variant.exit_layer, variant.dimensions)
-    return TaskResult(*names, estimates, results.tolist(), [], 0, threshold)
+    return estimates, results.tolist(), [], 0, threshold
 
 
 def read_result(path: Path) -> TaskResult:
@@ -347,6 +341,12 @@ def open_retriever(
     return LEXICAL[name]()
 
 
+def _own_encoder(retriever: Retriever) -> ExitEncoder | None:
+    """The model of a retriever, if it is one of ours."""
+    encoder = retriever.encoder if isinstance(retriever, EmbeddingRetriever) else None
+    return encoder if isinstance(encoder, ExitEncoder) else None
+
+
 def _open_all(
     model: str,
     baselines: Sequence[str],
@@ -356,13 +356,13 @@ def _open_all(
     seed: int,
 ) -> dict[str, Retriever]:
     """Retrievers by the names that were given; no two have the same name in tables."""
-    own = open_retriever(model, store, exit_layers)
-    retrievers = {model: own}
+    retrievers = {model: open_retriever(model, store, exit_layers)}
     if untrained:
-        if not isinstance(own, EmbeddingRetriever) or not isinstance(own.encoder, ExitEncoder):
+        encoder = _own_encoder(retrievers[model])
+        if encoder is None:
             raise UserError("evaluation.untrained.other_model", f"{model} is not ours: `untrained` cannot rebuild it.")
-        retrievers["untrained"] = EmbeddingRetriever(own.encoder.untrained(seed), store)
-    for name in dict.fromkeys(baselines):
+        retrievers["untrained"] = EmbeddingRetriever(encoder.untrained(seed), store)
+    for name in baselines:
         if name not in retrievers:
             retrievers[name] = open_retriever(name, store)
     names = [retriever.name for retriever in retrievers.values()]
@@ -372,13 +372,6 @@ def _open_all(
             f"Two retrievers would have the name {repeated[0]!r} in the tables: rename a folder.",
         )
     return retrievers
-
-
-def _checkpoint_checksum(model: str, retriever: Retriever) -> str | None:
-    """The checksum of a checkpoint, local or ours on the Hub."""
-    folder = Path(model).expanduser()
-    ours = isinstance(retriever, EmbeddingRetriever) and isinstance(retriever.encoder, ExitEncoder)
-    return checkpoint_checksum(folder if folder.is_dir() else model) if folder.is_dir() or ours else None
 
 
 def _without_paths(command: str) -> str:

@@ -45,8 +45,8 @@ from modular_star_encoder.evaluation.tasks import (
     Pool,
     RetrievalRow,
     RetrievalTask,
-    full_pool_task,
     pairs_task,
+    ranking_task,
 )
 from modular_star_encoder.inference.encoders import Text
 from modular_star_encoder.utils.errors import UserError
@@ -232,7 +232,7 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
         for number, url in enumerate(urls, start=1):
             if url not in places:
                 refuse(test, number, f"a url that {codebase.name} holds", url)
-        return full_pool_task(
+        return ranking_task(
             "codesearchnet-full",
             language,
             [Text(text) for text in joined_tokens(test, queries, "docstring_tokens")],
@@ -272,7 +272,7 @@ def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
             {places[url]: sum(given) / len(given) for url, given in judged.items() if url in places}
             for judged in grades[language].values()
         ]
-        return full_pool_task(
+        return ranking_task(
             "codesearchnet-human",
             language,
             [Text(query) for query in grades[language]],
@@ -333,7 +333,7 @@ def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask
         for query, place in query_ids.items():
             if not any(gain > 0 for gain in gains[place].values()):
                 refuse(paths[0], None, f"a relevant document for query {query}")
-        return full_pool_task(
+        return ranking_task(
             "codesearchnet-mteb",
             language,
             [Text(text) for text in queries],

@@ -33,7 +33,7 @@ from modular_star_encoder.evaluation.benchmarks.rows import (
     refuse,
     require_files,
 )
-from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, full_pool_task
+from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, ranking_task
 from modular_star_encoder.inference.encoders import Text
 from modular_star_encoder.utils.errors import UserError
 
@@ -65,7 +65,7 @@ def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalT
     notes = check_size(path, len(rows), ADVTEST_ROWS, "rows", allow_subset=allow_subset)
     codes = joined_tokens(path, rows, "function_tokens", "code_tokens")
     return [
-        full_pool_task(
+        ranking_task(
             "advtest",
             "test",
             [Text(text) for text in joined_tokens(path, rows, "docstring_tokens")],
@@ -92,7 +92,7 @@ def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
         if row["retrieval_idx"] not in places:
             refuse(test, number, f"a retrieval_idx that {base.name} holds", str(row["retrieval_idx"]))
     return [
-        full_pool_task(
+        ranking_task(
             "cosqa",
             "test",
             [Text(row["doc"]) for row in rows],
@@ -118,7 +118,7 @@ def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool =
         refuse(second, None, f"{size:,} lines, as in {first.name}", f"{len(texts['c#']):,}")
     name, ids = "translation-masked" if masked else "translation", [f"line {number}" for number in range(1, size + 1)]
     return [
-        full_pool_task(name, f"{source} → {target}", texts[source], texts[target], ids, notes=notes)
+        ranking_task(name, f"{source} → {target}", texts[source], texts[target], ids, notes=notes)
         for source, target in (("java", "c#"), ("c#", "java"))
     ]
 
@@ -153,7 +153,7 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
     texts = [Text(code, "c++") for code in codes]
     metrics = ("map@r", "mrr", "recall@10")
     return [
-        full_pool_task(
+        ranking_task(
             "poj104", "test", texts, texts, names, same_label(labels), metrics=metrics, exclude_self=True, notes=notes
         )
     ]
@@ -245,7 +245,7 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
         if len(shared) > 1:
             queries, documents = ([exercises[slug][side] for slug in shared] for side in (source, target))
             name = f"{source} → {target}"
-            tasks.append(full_pool_task(benchmark, name, queries, documents, shared, column=f"→ {target}"))
+            tasks.append(ranking_task(benchmark, name, queries, documents, shared, column=f"→ {target}"))
     return tasks or refuse(path, None, "two exercises that are solved in the same languages")
 
 
