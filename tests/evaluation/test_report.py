@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.plots import median_latencies, plot_quality_by_depth, plot_quality_by_latency
 from modular_star_encoder.evaluation.report import (
     make_report,
+    median_latencies,
+    plot_quality_by_depth,
+    plot_quality_by_latency,
     read_quality,
     read_tables,
     to_csv,

@@ -1,4 +1,4 @@
-"""Task results as tables (one per benchmark), in Markdown, CSV, LaTeX and JSON.
+"""Task results as tables (one per benchmark), in Markdown, CSV, LaTeX and JSON, and as plots (extra `plots`).
 
 `report.json` is the one file format of evaluations; `read_tables` reads it, and the files that older versions wrote.
 """
@@ -10,10 +10,11 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,9 +27,13 @@ from modular_star_encoder.evaluation.metrics import (
     spread,
 )
 from modular_star_encoder.evaluation.tasks import Estimate, Task, TaskResult
-from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import write_json, write_text
+from modular_star_encoder.inference.exit_profile import ExitProfile
+from modular_star_encoder.utils.errors import UserError, naming_extra
+from modular_star_encoder.utils.files import staged_file, write_json, write_text
 from modular_star_encoder.utils.reports import library_versions, markdown_table, metric_label, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
 
@@ -52,22 +57,15 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One retriever at one exit and embedding size.
-
-    Attributes:
-        columns: the main metric by column.
-        mean: over all tasks.
-        others: means of the other metrics.
-        difference: from the table's reference; None for the reference itself.
-    """
+    """One retriever at one exit and embedding size."""
 
     retriever: str
     exit_layer: int | None
     dimensions: int | None
-    columns: Mapping[str, Estimate]
-    mean: Estimate
-    others: Mapping[str, float]
-    difference: Difference | None
+    columns: Mapping[str, Estimate]  # the main metric by column
+    mean: Estimate  # over all tasks
+    others: Mapping[str, float]  # means of the other metrics
+    difference: Difference | None  # from the table's reference; None for the reference itself
 
     @property
     def label(self) -> str:
@@ -82,23 +80,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One benchmark.
-
-    Attributes:
-        benchmark: its name.
-        metric: the name of the main metric.
-        rows: in the order of the retrievers, exits ascending.
-        reference: the label of the row that differences are from.
-        size: queries (or pairs) and candidates, in words.
-        notes: caveats.
-    """
+    """One benchmark."""
 
     benchmark: str
-    metric: str
-    rows: Sequence[Row]
-    reference: str
-    size: str
-    notes: Sequence[str]
+    metric: str  # the main metric
+    rows: Sequence[Row]  # in the order of the retrievers, exits ascending
+    reference: str  # the label of the row that differences are from
+    size: str  # queries (or pairs) and candidates, in words
+    notes: Sequence[str]  # caveats
 
     @property
     def title(self) -> str:
@@ -111,21 +100,15 @@ class Table:
 class Report:
     """What an evaluation found.
 
-    Attributes:
-        tables: one per benchmark.
-        results: of every retriever, exit and task, with the values of single queries.
-        command: what made it.
-        checksum: of the evaluated checkpoint (see `checkpoint_checksum`); None if it has none.
-
     Example:
         >>> report = evaluate_exits(model, tokenizer, rows)  # doctest: +SKIP
         >>> print(report.to_markdown(), report.quality())  # doctest: +SKIP
     """
 
-    tables: Sequence[Table]
-    results: Sequence[TaskResult]
-    command: str = ""
-    checksum: str | None = None
+    tables: Sequence[Table]  # one per benchmark
+    results: Sequence[TaskResult]  # of every retriever, exit and task, with the values of single queries
+    command: str = ""  # what made it
+    checksum: str | None = None  # of the evaluated checkpoint (see `checkpoint_checksum`)
 
     def quality(self) -> dict[int, float]:
         """{exit_layer: mean of the main metric} of the evaluated model, from the first table."""
@@ -175,13 +158,9 @@ def make_report(
     command: str = "",
     checksum: str | None = None,
 ) -> Report:
-    """A report with one table for each benchmark of `tasks`, in their order.
+    """A report of all retrievers' results, in any order, with a table for each benchmark of `tasks`, in their order.
 
-    Args:
-        tasks: that were evaluated.
-        results: of all retrievers on all tasks, in any order.
-        seed: of intervals and permutations.
-        command, checksum: see `Report`.
+    `seed` is of intervals and permutations.
     """
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
     tables = [_table(name, [task for task in tasks if task.benchmark == name], results, seed) for name in benchmarks]
@@ -206,7 +185,11 @@ def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult],
     rows = [_row(key, tasks, group, None if key == reference else first, seed) for key, group in groups.items()]
     label = next(row.label for row in rows if row.difference is None)
     notes = list(dict.fromkeys(note for task in tasks for note in task.notes))
-    return Table(benchmark, first[0].main, rows, label, _size_in_words(first), notes)
+    size = f"{sum(len(result.values) for result in first):,} {'queries' if first[0].candidates else 'pairs'}"
+    if first[0].candidates:
+        bounds = sorted({min(one.candidates for one in first), max(one.candidates for one in first)})
+        size += f", {' to '.join(f'{bound:,}' for bound in bounds)} candidates each"
+    return Table(benchmark, first[0].main, rows, label, size, notes)
 
 
 def _row(
@@ -245,15 +228,6 @@ def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], 
         return Difference(value, f1_permutation_test(first, second, seed))
     differences = [dict(zip(a.ids, np.subtract(a.values, b.values), strict=True)) for a, b in pairs]
     return Difference(value, permutation_test(shares(differences), seed))
-
-
-def _size_in_words(results: Sequence[TaskResult]) -> str:
-    count = sum(len(result.values) for result in results)
-    if not results[0].candidates:
-        return f"{count:,} pairs"
-    pools = sorted({result.candidates for result in results})
-    candidates = f"{pools[0]:,}" if len(pools) == 1 else f"{pools[0]:,} to {pools[-1]:,}"
-    return f"{count:,} queries, {candidates} candidates each"
 
 
 def to_latex(tables: Sequence[Table]) -> str:
@@ -403,3 +377,117 @@ def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
     if "queries" in exits[0][1]:
         size = f"{exits[0][1]['queries']:,} queries, {exits[0][1]['distractors'] + 1:,} candidates each"
     return Table(name, "mrr", rows, "", size, ())
+
+
+def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:
+    """Write quality_by_depth.png if a retriever has exits, and quality_by_latency.png if exit profiles exist.
+
+    Plots of an earlier run are removed first.
+
+    Args:
+        tables: one panel each.
+        profiles: {retriever: the file where its exit profile would be}.
+        folder: of the plots.
+    """
+    by_depth, by_latency = folder / "quality_by_depth.png", folder / "quality_by_latency.png"
+    for path in (by_depth, by_latency):
+        path.unlink(missing_ok=True)
+    if not any(_exits_by_name(table) for table in tables):
+        return
+    plot_quality_by_depth(tables, by_depth)
+    found = {name: ExitProfile.load(path) for name, path in profiles.items() if path.is_file()}
+    parts = ("processor", "threads", "gpu")
+    if len({(one.device, one.shapes[0], *map(one.machine.get, parts)) for one in found.values()}) > 1:
+        raise UserError(
+            "evaluation.plots.other_machines",
+            f"The exit profiles of {' and '.join(found)} are of different machines, devices, threads or shapes of "
+            "batches: measure them alike with `mose profile`.",
+        )
+    if found:
+        plot_quality_by_latency(tables, {name: median_latencies(one) for name, one in found.items()}, by_latency)
+
+
+def median_latencies(profile: ExitProfile) -> dict[int, float]:
+    """{exit_layer: median milliseconds} of an exit profile, at the first shape of batch that it measured."""
+    return {k: profile.measurement(k, profile.shapes[0]).latency_ms_p50 for k in profile.exits}
+
+
+def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
+    """A panel for each table (the paper's Figure 4): the main metric of each exit against its depth, with intervals.
+
+    Retrievers without exits are dashed horizontal lines.
+    """
+    if not any(_exits_by_name(table) for table in tables):
+        raise UserError("evaluation.plots.no_exits", "No retriever has exits, so quality by depth cannot be plotted.")
+    with _panels(tables, path) as panels:
+        for axes, table in zip(panels, tables, strict=True):
+            for name, exits in _exits_by_name(table).items():
+                _line(axes, list(exits), list(exits.values()), name)
+            for number, row in enumerate(row for row in table.rows if row.exit_layer is None):
+                axes.axhline(100 * row.mean.value, linestyle="--", linewidth=1, color=f"C{7 + number}", label=row.label)
+            axes.set_xlabel("layers executed")
+            axes.set_xticks(sorted({k for exits in _exits_by_name(table).values() for k in exits}))
+    return path
+
+
+def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Mapping[int, float]], path: Path) -> Path:
+    """A panel for each table: the main metric of each exit against the median latency of that exit.
+
+    Args:
+        latencies: {retriever: {exit_layer: milliseconds}}, all on one machine (see `median_latencies`).
+    """
+    timed: list[dict[str, dict[float, Row]]] = [{} for _ in tables]
+    for panel, table in zip(timed, tables, strict=True):
+        for name, exits in _exits_by_name(table).items():
+            for exit_layer, row in exits.items():
+                if exit_layer in (known := latencies.get(row.retriever, {})):
+                    panel.setdefault(name, {})[known[exit_layer]] = row
+    if not any(timed):
+        raise UserError(
+            "evaluation.plots.no_latency", "No exit of these retrievers has a latency in the exit profiles."
+        )
+    with _panels(tables, path) as panels:
+        for axes, by_name in zip(panels, timed, strict=True):
+            for name, rows in by_name.items():
+                _line(axes, list(rows), list(rows.values()), name)
+                for milliseconds, row in rows.items():
+                    axes.annotate(str(row.exit_layer), (milliseconds, 100 * row.mean.value), fontsize="small")
+            axes.set_xlabel("median latency, ms")
+            axes.set_xscale("log")
+    return path
+
+
+def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
+    """The rows of exits by retriever and size."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in table.rows:
+        if row.exit_layer is not None:
+            name = row.retriever if row.dimensions is None else f"{row.retriever}, {row.dimensions} dimensions"
+            found.setdefault(name, {})[row.exit_layer] = row
+    return {name: dict(sorted(exits.items())) for name, exits in found.items()}
+
+
+def _line(axes: Axes, places: Sequence[float], rows: Sequence[Row], label: str) -> None:
+    value, low, high = ([100 * getattr(row.mean, name) for row in rows] for name in ("value", "low", "high"))
+    (line,) = axes.plot(places, value, marker="o", markersize=4, label=label)
+    axes.fill_between(places, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+
+
+@contextmanager
+def _panels(tables: Sequence[Table], path: Path) -> Iterator[list[Axes]]:
+    """Axes to draw a panel for each table, three in a line; the figure is written to `path` at the end."""
+    with naming_extra():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    columns, lines = min(3, len(tables)), -(-len(tables) // 3)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = [figure.add_subplot(lines, columns, number) for number in range(1, len(tables) + 1)]
+    yield panels
+    for axes, table in zip(panels, tables, strict=True):
+        axes.set_title(table.title, fontsize="medium")
+        axes.set_ylabel(f"{metric_label(table.metric)} × 100")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    with staged_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

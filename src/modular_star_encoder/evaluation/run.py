@@ -44,8 +44,7 @@ from modular_star_encoder.evaluation.metrics import (
     query_values,
     rank_judged,
 )
-from modular_star_encoder.evaluation.plots import plot_report
-from modular_star_encoder.evaluation.report import Report, make_report
+from modular_star_encoder.evaluation.report import Report, make_report, plot_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant, Retriever
 from modular_star_encoder.evaluation.tasks import (
     POOL,
