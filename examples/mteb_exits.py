@@ -15,7 +15,6 @@ import sys
 from modular_star_encoder.cli.options import exit_list
 from modular_star_encoder.data.functions import collect_functions
 from modular_star_encoder.data.sources.repositories import folder_repositories
-from modular_star_encoder.evaluation.mteb_exits import local_task, run_mteb
 
 
 def main() -> int:
@@ -29,6 +28,8 @@ def main() -> int:
     parser.add_argument("--out", metavar="FOLDER", default="runs/mteb", help="default: %(default)s")
     arguments = parser.parse_args()
     try:
+        from modular_star_encoder.evaluation.mteb_exits import local_task, run_mteb  # needs mteb
+
         tasks = arguments.tasks
         if arguments.data:
             functions = collect_functions(folder_repositories(arguments.data)).functions
