@@ -22,11 +22,11 @@ from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name
 from pygments.token import Comment, Name, String, _TokenType
 
-from modular_star_encoder.evaluation.benchmarks.codesearchnet import joined_tokens
 from modular_star_encoder.evaluation.benchmarks.rows import (
     check_rows,
     check_size,
     check_unique,
+    joined_tokens,
     read_json,
     read_jsonl,
     read_lines,
@@ -64,23 +64,15 @@ def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalT
     ids = check_unique(path, [row["idx"] for row in rows], "idx")
     notes = check_size(path, len(rows), ADVTEST_ROWS, "rows", allow_subset=allow_subset)
     codes = joined_tokens(path, rows, "function_tokens", "code_tokens")
-    return [
-        ranking_task(
-            "advtest",
-            "test",
-            [Text(text) for text in joined_tokens(path, rows, "docstring_tokens")],
-            [Text(code, "python") for code in codes],
-            [str(name) for name in ids],
-            notes=notes,
-        )
-    ]
+    queries = [Text(text) for text in joined_tokens(path, rows, "docstring_tokens")]
+    documents = [Text(code, "python") for code in codes]
+    return [ranking_task("advtest", "test", queries, documents, [str(name) for name in ids], notes=notes)]
 
 
 def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """The one task: web queries → code."""
-    (base, *_), (test, *_) = (
-        require_files(folder, [name]) for name in ("code_idx_map.txt", "cosqa-retrieval-test-500.json")
-    )
+    names = ("code_idx_map.txt", "cosqa-retrieval-test-500.json")
+    base, test = (require_files(folder, [name])[0] for name in names)
     codes = read_json(base)
     if not isinstance(codes, dict) or not codes or not all(isinstance(number, int) for number in codes.values()):
         refuse(base, 1, "an object from code to whole numbers")
@@ -91,17 +83,9 @@ def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
     for number, row in enumerate(rows, start=1):
         if row["retrieval_idx"] not in places:
             refuse(test, number, f"a retrieval_idx that {base.name} holds", str(row["retrieval_idx"]))
-    return [
-        ranking_task(
-            "cosqa",
-            "test",
-            [Text(row["doc"]) for row in rows],
-            [Text(code, "python") for code in codes],
-            [row["idx"] for row in rows],
-            Judgements.one_each([places[row["retrieval_idx"]] for row in rows]),
-            notes=notes,
-        )
-    ]
+    queries, documents = [Text(row["doc"]) for row in rows], [Text(code, "python") for code in codes]
+    judgements = Judgements.one_each([places[row["retrieval_idx"]] for row in rows])
+    return [ranking_task("cosqa", "test", queries, documents, [row["idx"] for row in rows], judgements, notes=notes)]
 
 
 def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
@@ -151,12 +135,8 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
     if len(set(sizes.values())) > 1 or min(sizes.values()) < 2 or len(sizes) < 2:
         refuse(path, None, "as many programs, two or more, of each of several problems", f"{sizes}")
     texts = [Text(code, "c++") for code in codes]
-    metrics = ("map@r", "mrr", "recall@10")
-    return [
-        ranking_task(
-            "poj104", "test", texts, texts, names, same_label(labels), metrics=metrics, exclude_self=True, notes=notes
-        )
-    ]
+    options = {"metrics": ("map@r", "mrr", "recall@10"), "exclude_self": True, "notes": notes}
+    return [ranking_task("poj104", "test", texts, texts, names, same_label(labels), **options)]
 
 
 def same_label(labels: list[str]) -> Judgements:
@@ -189,18 +169,9 @@ def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[Pair
     places = check_unique(functions, [str(row["idx"]) for row in rows], "idx")
     valid_pairs, valid_labels, notes = _read_bigclonebench(valid, places, allow_subset)
     pairs, labels, more_notes = _read_bigclonebench(test, places, allow_subset)
-    return [
-        PairTask(
-            benchmark="bigclonebench",
-            name="test",
-            documents=[Text(row["func"], "java") for row in rows],
-            valid_pairs=valid_pairs,
-            valid_labels=valid_labels,
-            pairs=pairs,
-            labels=labels,
-            notes=("threshold chosen on the validation pairs", *notes, *more_notes),
-        )
-    ]
+    texts = [Text(row["func"], "java") for row in rows]
+    notes = ("threshold chosen on the validation pairs", *notes, *more_notes)
+    return [PairTask("bigclonebench", "test", texts, valid_pairs, valid_labels, pairs, labels, notes=notes)]
 
 
 def _read_bigclonebench(
