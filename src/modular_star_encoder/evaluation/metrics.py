@@ -26,38 +26,24 @@ _DRAWS_PER_CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Ranks of the judged documents of Q queries.
+    """Ranks of the judged documents of Q queries."""
 
-    Attributes:
-        queries: Q.
-        query: (J,) int64, ascending: the query of each judged document.
-        gain: (J,) float64, how relevant it is; 0 for a document judged irrelevant.
-        rank: (J,) float64, 1 for the first document of the whole ranking; infinite where a protocol cuts it off.
-    """
-
-    queries: int
-    query: np.ndarray
-    gain: np.ndarray
-    rank: np.ndarray
+    queries: int  # Q
+    query: np.ndarray  # (J,) int64, ascending: the query of each judged document
+    gain: np.ndarray  # (J,) float64, how relevant it is; 0 for a document judged irrelevant
+    rank: np.ndarray  # (J,) float64, 1 for the first of the whole ranking; infinite where a protocol cuts it off
 
 
 def worst_order(scores: np.ndarray, gains: np.ndarray, query: np.ndarray | None = None) -> np.ndarray:
     """Places (N,) of the documents, best score first and the less relevant one first among equal scores.
 
-    Args:
-        scores, gains: (N,) each.
-        query: (N,) the query of each document, to sort several queries at once.
+    `query` (N,) sorts several queries at once.
     """
     return np.lexsort((gains, -scores) if query is None else (gains, -scores, query))
 
 
 def rank_scores(scores: Sequence[np.ndarray], gains: Sequence[np.ndarray]) -> Ranking:
-    """Rank the candidates of each query.
-
-    Args:
-        scores: for each query the scores (C,) of its candidates, compared as float32; higher is better.
-        gains: for each query how relevant its candidates (C,) are; 0 for the irrelevant ones.
-    """
+    """Rank the candidates of each query by scores (C,), compared as float32; a gain (C,) is 0 for an irrelevant one."""
     rows, row_gains = ([np.asarray(row, dtype=kind) for row in part] for part, kind in ((scores, "f4"), (gains, "f8")))
     shapes, gain_shapes = ([row.shape for row in part] for part in (rows, row_gains))
     if not rows or shapes != gain_shapes or any(len(shape) != 1 for shape in shapes):
@@ -89,15 +75,10 @@ def rank_judged(
     progress: bool = False,
     label: str = "ranking",
 ) -> Ranking:
-    """Ranks of the judged documents among all documents, in one pass over the scores.
+    """Ranks of the judged documents among all documents, in one pass over the scores (Q, D), each row on its own.
 
     The rank of a document is the number of unjudged documents that score at least as much, plus its place among the
-    judged ones. Memory: one block, and a few numbers for each judgement.
-
-    Args:
-        scores: (Q, D); each row is ranked on its own.
-        judgements: rows and columns of `scores`.
-        exclude_self: leave column i out of row i.
+    judged ones. `exclude_self` leaves column i out of row i. Memory: one block, and a few numbers for each judgement.
     """
     bounds = np.searchsorted(judgements.query, np.arange(scores.shape[0] + 1))
     judged_scores = np.full(len(judgements.query), np.nan, dtype=np.float32)
@@ -280,9 +261,7 @@ def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     """The score at and above which "positive" gives the highest F1; the highest such score if there are several.
 
-    Args:
-        scores: (N,), compared as float32.
-        labels: (N,) of 0 and 1.
+    `scores` (N,) are compared as float32, `labels` (N,) are 0 and 1.
     """
     scores, labels = np.asarray(scores, dtype=np.float32), np.asarray(labels)
     check_scores(scores)
@@ -360,11 +339,10 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
 
 
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Two-sided p-value of a paired permutation test: do two retrievers have the same F1?
+    """Two-sided p-value of a paired permutation test: do two retrievers, by outcomes (N,) of the same pairs, differ in F1?
 
-    Args:
-        first, second: (N,) outcomes of the same pairs. Swapping the retrievers at a pair moves it from one entry of the
-            4 × 4 table of outcomes to the mirrored one, so a resample is one binomial draw per entry.
+    Swapping the retrievers at a pair moves it from one entry of the 4 × 4 table of outcomes to the mirrored one, so a
+    resample is one binomial draw per entry.
     """
     table = np.zeros((4, 4), dtype=np.int64)
     np.add.at(table, (first, second), 1)
@@ -378,11 +356,9 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamp
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
     """One value per query, whose mean and bootstrap are those of the mean of several tasks' means.
 
-    Tasks may share queries (the same exercise in many pairs of languages): what is drawn is then the query with all its
-    tasks. The values are the mean plus each query's influence on it, so that tasks of different sizes weigh the same.
-
-    Args:
-        values: for each task, the value of each query by its id.
+    `values` are {query: value} of each task. Tasks may share queries (the same exercise in many pairs of languages):
+    what is drawn is then the query with all its tasks. The values are the mean plus each query's influence on it, so
+    that tasks of different sizes weigh the same.
     """
     means = [float(np.mean(list(task.values()))) for task in values]
     influence = _contributions(values, means)

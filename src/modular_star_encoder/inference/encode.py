@@ -175,9 +175,7 @@ def encode_states(
     """Embeddings of texts at several exits, and their states at the shallowest of these.
 
     Args:
-        model, tokenizer: as `load_checkpoint` returns them.
         texts: N texts with their prompts; cut to what the model takes.
-        exit_layers: exits of the model.
 
     Returns:
         {exit_layer: (N, D) float32}, and of each text (T, H) float32, its real tokens' states before the final norm.
@@ -203,16 +201,9 @@ def encode_states(
 def resume_states(
     model: ModularStarEncoderForRetrieval, states: Sequence[np.ndarray], start_layer: int, exit_layer: int
 ) -> np.ndarray:
-    """Embeddings at an exit, computed from the states of a shallower one.
+    """Embeddings (N, D) float32 at an exit, from the states of a shallower one (`start_layer`): those of a straight pass.
 
-    Args:
-        model: one with this exit.
-        states: of each text (T, H), as `encode_states` returns them.
-        start_layer: the exit that the states are of.
-        exit_layer: a deeper one.
-
-    Returns:
-        (N, D) float32, what a straight pass gives.
+    `states` are those of `encode_states`, of each text (T, H).
     """
     parameter = next(model.parameters())
     embeddings = np.empty((len(states), model.config.projection_size), np.float32)
@@ -236,18 +227,14 @@ def compile_for_inference(
 ) -> ModularStarEncoderForRetrieval:
     """The same model with compiled MLPs, which shares its parameters; `model` itself stays as it is.
 
-    Compiled code runs under `torch.inference_mode()` and without autocast, as `encode_exits` and
-    `SentenceTransformer.encode` call a model; in any other mode the plain layers run. Weights are packed when this is
-    called, and packed copies of the MLPs' are kept: later changes of the parameters have no effect, and memory for
-    weights about doubles. Compiling takes a second or more per layer, and may need a C++ compiler.
+    Worth it on CPUs with AVX512-BF16 or AMX, in bfloat16. Compiled code runs under `torch.inference_mode()` and without
+    autocast, as `encode_exits` and `SentenceTransformer.encode` call a model; in any other mode the plain layers run.
+    The MLPs' weights are packed in copies when this is called: later changes of the parameters have no effect, and
+    memory for weights about doubles. Compiling takes a second or more per layer, and may need a C++ compiler.
 
     Args:
-        model: on a CPU. Worth it in bfloat16, on processors with AVX512-BF16 or AMX.
-        tokens_per_chunk: tokens that go through an MLP at once.
-        progress: show a bar while compiling.
-
-    Raises:
-        UserError: a model on another device, a chunk of fewer than two tokens, or torch.compile failed.
+        model: on a CPU.
+        tokens_per_chunk: tokens that go through an MLP at once, at least two.
 
     Example:
         >>> model, tokenizer = load_checkpoint("runs/model", device="cpu", dtype="bfloat16")  # doctest: +SKIP

@@ -30,51 +30,35 @@ if TYPE_CHECKING:
 
 
 PROFILE_NAME = "exit_profile.json"
-FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """The cost of one exit at one shape of batch.
 
-    Args:
-        batch_size: texts embedded at once.
-        length: tokens of each.
-        flops_per_token: see `profile.flops_per_token`.
-        latency_ms_p50, latency_ms_p95: median and 95th percentile of the time of a batch.
-        texts_per_second, tokens_per_second: at the median time.
-        peak_memory_mb: on a CPU the largest resident memory of a process that loads the checkpoint at this exit and
-            embeds such batches, interpreter and libraries included; on a GPU the most that torch allocated. None
-            where the system does not report it.
-        runs: number of timings.
+    Peak memory: on a CPU the largest resident memory of a process that loads the checkpoint at this exit and embeds such
+    batches, interpreter and libraries included; on a GPU the most that torch allocated.
     """
 
-    batch_size: int
-    length: int
-    flops_per_token: float
-    latency_ms_p50: float
+    batch_size: int  # texts embedded at once
+    length: int  # tokens of each
+    flops_per_token: float  # see `profile.flops_per_token`
+    latency_ms_p50: float  # median and 95th percentile of the time of a batch
     latency_ms_p95: float
-    texts_per_second: float
+    texts_per_second: float  # at the median time
     tokens_per_second: float
-    peak_memory_mb: float | None
-    runs: int
+    peak_memory_mb: float | None  # None where the system does not report it
+    runs: int  # number of timings
 
 
 @dataclass(frozen=True, slots=True)
 class ProfiledExit:
-    """One exit.
+    """One exit."""
 
-    Args:
-        parameters: of the checkpoint loaded at this exit, shallower exits' heads included.
-        weights_mb: their size in the profile's dtype.
-        measurements: one per shape of batch.
-        quality: benchmark → value, higher is better.
-    """
-
-    parameters: int
-    weights_mb: float
-    measurements: tuple[Measurement, ...]
-    quality: Mapping[str, float] = field(default_factory=dict)
+    parameters: int  # of the checkpoint loaded at this exit, shallower exits' heads included
+    weights_mb: float  # their size in the profile's dtype
+    measurements: tuple[Measurement, ...]  # one per shape of batch
+    quality: Mapping[str, float] = field(default_factory=dict)  # benchmark → value, higher is better
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -84,30 +68,17 @@ class ProfiledExit:
 
 @dataclass(frozen=True, slots=True)
 class ExitProfile:
-    """All measured exits, ascending, and the conditions of the measurement.
+    """All measured exits, ascending, and the conditions of the measurement."""
 
-    Args:
-        exits: exit_layer → its cost and quality.
-        device: `"cpu"` or `"cuda"`.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`, of weights and computation.
-        attn_implementation: attention backend.
-        checkpoint: checksum of the weights (see `checkpoint_checksum`).
-        base_memory_mb: memory of interpreter and libraries before anything is loaded, part of the peaks on a CPU; None
-            on a GPU, or where memory was not measured.
-        machine: processor model, cores, threads used, memory; the GPU, if it was used.
-        versions: of Python and of the libraries.
-        date: day of the measurement, ISO 8601, UTC.
-    """
-
-    exits: Mapping[int, ProfiledExit]
-    device: str
-    dtype: str
+    exits: Mapping[int, ProfiledExit]  # exit_layer → its cost and quality
+    device: str  # "cpu" or "cuda"
+    dtype: str  # "float32", "bfloat16" or "float16", of weights and computation
     attn_implementation: str
-    checkpoint: str
-    base_memory_mb: float | None
-    machine: Mapping[str, Any]
-    versions: Mapping[str, str | None]
-    date: str
+    checkpoint: str  # checksum of the weights (see `checkpoint_checksum`)
+    base_memory_mb: float | None  # of interpreter and libraries alone, part of the peaks on a CPU; None if not measured
+    machine: Mapping[str, Any]  # processor model, cores, threads used, memory; the GPU, if it was used
+    versions: Mapping[str, str | None]  # of Python and of the libraries
+    date: str  # day of the measurement, ISO 8601, UTC
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -120,12 +91,7 @@ class ExitProfile:
         return next(measured for measured in measurements if (measured.batch_size, measured.length) == shape)
 
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
-        """A profile that also holds the quality of exits on a benchmark, in place of older values of that name.
-
-        Args:
-            benchmark: a name for the values, such as `"codesearchnet-python-mrr"`.
-            values: exit_layer → quality, higher is better.
-        """
+        """A profile with the quality of exits ({exit_layer: value, higher is better}) under the name of a benchmark."""
         if not set(values) & set(self.exits):
             raise UserError(
                 "profile.quality.other_exits",
@@ -154,7 +120,7 @@ class ExitProfile:
         """The content of the file; exits become strings, because JSON has no other keys."""
         content = dataclasses.asdict(self)
         exits = {str(exit_layer): profiled for exit_layer, profiled in content.pop("exits").items()}
-        return {"format": FORMAT, **content, "exits": exits}
+        return {"format": 1, **content, "exits": exits}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all."""
@@ -168,8 +134,8 @@ class ExitProfile:
             raise FileNotFoundError(f"There is no exit profile {path}: `mose profile` measures one.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("format") != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
+            if content.pop("format") != 1:
+                raise ValueError("its format is not 1")
             exits = {}
             for exit_layer, values in sorted(content.pop("exits").items(), key=lambda item: int(item[0])):
                 measurements = tuple(Measurement(**measured) for measured in values.pop("measurements"))
@@ -351,15 +317,9 @@ def load_sentence_transformer_at_budget(
     device: str | None = None,
     **budget: Any,
 ) -> SentenceTransformer:
-    """Load a SentenceTransformer at the exit that `select_exit` chooses.
+    """Load a SentenceTransformer at the exit that `select_exit` chooses; arguments and errors as for `load_at_budget`.
 
-    Args:
-        checkpoint, profile, budget: as for `load_at_budget`.
-        model_kwargs: as SentenceTransformer's argument of this name.
-        device: the profile's device if None, or the CPU where there is no GPU.
-
-    Raises:
-        FileNotFoundError, UserError: as `load_at_budget`.
+    `device` is the profile's if None, or the CPU where there is no GPU.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -373,14 +333,9 @@ def load_sentence_transformer_at_budget(
 
 
 def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
-    """The profile stored with a checkpoint, local or on the Hub.
+    """The profile stored with a checkpoint, local or on the Hub; FileNotFoundError if it has none.
 
     Warns if it was measured on another kind of processor or GPU, or with another number of threads.
-
-    Raises:
-        FileNotFoundError: it has none, or, offline, none in the Hub's cache.
-        UserError: the file is not a profile.
-        OSError: the Hub has no such repository, or cannot be reached.
     """
     check_checkpoint(checkpoint)
     file = checkpoint_file(checkpoint, PROFILE_NAME)

@@ -110,10 +110,7 @@ def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = 
 
 
 def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
-    """Write a graph, with its weights in `{path}_data` where they don't fit into one file.
-
-    optimum and text-embeddings-inference fetch a file of this name and no other.
-    """
+    """Write a graph, with its weights in `{path}_data` if one file cannot hold them (serving software expects the name)."""
     import onnx_ir
 
     tensors = [value.const_value for value in graph.graph.initializers.values()]
@@ -148,17 +145,11 @@ def quiet_libraries() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class OnnxDifferences:
-    """Largest absolute differences between a file and its model.
+    """Largest absolute differences between a file and its model."""
 
-    Attributes:
-        last_hidden_state: at real tokens, divided by the largest absolute value of the batch where that is above 1.
-        sentence_embedding: of the embeddings, whose length is 1.
-        batches: how many were compared.
-    """
-
-    last_hidden_state: float
-    sentence_embedding: float
-    batches: int
+    last_hidden_state: float  # at real tokens, divided by the largest absolute value of the batch if that is above 1
+    sentence_embedding: float  # of the embeddings, whose length is 1
+    batches: int  # how many were compared
 
 
 def check_onnx(
@@ -170,15 +161,8 @@ def check_onnx(
 ) -> OnnxDifferences:
     """Compare an ONNX file with the exit that it was made of: one text and several, one token and many, both paddings.
 
-    Args:
-        model: the model that `export_onnx` was given.
-        path: the file.
-        exit_layer: as it was given there.
-
-    Raises:
-        UserError: an output differs by more than `tolerance`, or is NaN; the message says which, where and by how
-            much.
-        ImportError: onnxruntime is missing.
+    Arguments as for `export_onnx`. UserError if an output differs by more than `tolerance` or is NaN; it says which,
+    where and by how much.
     """
     served, session = served_exit(model, exit_layer), open_session(path)
     largest, batches = dict.fromkeys(OUTPUTS, 0.0), 0
@@ -217,13 +201,9 @@ def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]
 
 
 def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Write `source` with int8 weights of its linear layers and its token embedding.
+    """Write an ONNX file with int8 weights of the linear layers and the token embedding of `source`.
 
     `hub.onnx_folder.compare_rankings` measures the loss of quality.
-
-    Args:
-        source: an ONNX file with float32 weights.
-        target: the file to write; its folder must exist.
     """
     with naming_extra():
         import onnx_ir

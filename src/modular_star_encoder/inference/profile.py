@@ -36,21 +36,14 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
 
     Matrix products alone are counted, a multiplication with its addition as two operations, as in Kaplan et al. (2020,
     arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`. With hidden size H, size of keys K (key-value heads
-    times head size), MLP size I, projection size D and T tokens:
+    times head size), MLP size I, projection size D and T tokens, `exit_layer` times layer and attention, plus one head:
 
         layer      2 · (2·H·H + 2·H·K + 2·H·I)     queries and outputs, keys and values, MLP
         attention  4 · T·H                         scores, and their weighted sum of values; grows with the text
         head       2 · (H·D + D·D)                 of every token; with `pool_then_project` once more for the text;
                                                    a linear head has no D·D
 
-    and `exit_layer` times layer and attention, plus one head. Tokens of padding cost as much as others unless
-    `config.unpad_inputs`.
-
-    Raises:
-        UserError: an exit that the model does not have, or no tokens.
-
-    Example:
-        >>> flops_per_token(model.config, exit_layer=4, length=512)  # doctest: +SKIP
+    Tokens of padding cost as much as others unless `config.unpad_inputs`.
     """
     config.check_exit(exit_layer)
     if length < 1:
@@ -74,20 +67,13 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class ProfilePlan:
-    """What is measured.
+    """What is measured: every combination of batch sizes and lengths."""
 
-    Args:
-        batch_sizes, lengths: texts at once, and tokens of each; every combination is measured.
-        rounds: how often each exit is timed at each shape.
-        seconds_per_shape: a shape ends early, though not before five rounds, once it has taken this long.
-        memory: whether to measure memory.
-    """
-
-    batch_sizes: tuple[int, ...] = (1, 8)
-    lengths: tuple[int, ...] = (128, 512)
-    rounds: int = 30
-    seconds_per_shape: float = 60.0
-    memory: bool = True
+    batch_sizes: tuple[int, ...] = (1, 8)  # texts at once
+    lengths: tuple[int, ...] = (128, 512)  # tokens of each
+    rounds: int = 30  # how often each exit is timed at each shape
+    seconds_per_shape: float = 60.0  # a shape ends once it has taken this long, though not before five rounds
+    memory: bool = True  # whether to measure memory
 
     def __post_init__(self) -> None:
         numbers = (*self.batch_sizes, *self.lengths, self.rounds, self.seconds_per_shape)
@@ -120,11 +106,6 @@ def profile_checkpoint(
         exit_layers: which exits; all that the checkpoint has if None.
         device: `"cpu"` or `"cuda"`; a GPU if there is one and None is given.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own if None.
-
-    Raises:
-        UserError: an unknown device, dtype or exit, texts longer than the model takes, or not a retrieval checkpoint of
-            ours.
-        OSError: no such checkpoint, or a process that measures memory failed.
 
     Example:
         >>> profile = profile_checkpoint("runs/model", ProfilePlan(batch_sizes=(1,), lengths=(128,)))  # doctest: +SKIP
@@ -181,19 +162,13 @@ def profile_to_file(
     out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[ExitProfile, Path]:
-    """Measure a checkpoint and write its profile, in place of an older one.
+    """Measure a checkpoint and write its profile to `out`, by default `exit_profile.json` in its folder.
 
-    Args:
-        checkpoint, plan, options: as for `profile_checkpoint`.
-        out: file to write, `exit_profile.json` in the checkpoint's folder if None. An older file of the same weights
-            keeps the quality of the exits that are measured now.
+    An older profile of the same weights is replaced, and its quality values of the measured exits are kept. UserError
+    if it has exits that `exit_layers` leaves out, or for a repository of the Hub without `out`.
 
     Returns:
         The profile, and the file.
-
-    Raises:
-        UserError: a repository of the Hub without `out`, or a file that cannot be written, is not a profile, or has
-            exits that `exit_layers` leaves out; and as `profile_checkpoint`.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
@@ -314,14 +289,7 @@ def _measure_memory(
 def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape], threads: int) -> MemoryUse:
     """Peak resident memory of a fresh process that loads an exit on the CPU and embeds one batch per shape.
 
-    Args:
-        checkpoint: folder or Hub id.
-        dtype: of weights and computation, such as `"float32"`.
-        shapes: (batch_size, length) each; the peak while loading counts for every shape.
-        threads: of torch.
-
-    Returns:
-        Peaks in the order of `shapes`.
+    The peaks are in the order of `shapes`; the peak while loading counts for every shape.
     """
     request = json.dumps([checkpoint, exit_layer, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
