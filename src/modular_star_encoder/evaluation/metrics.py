@@ -339,7 +339,7 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
 
 
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Two-sided p-value of a paired permutation test: do two retrievers, by outcomes (N,) of the same pairs, differ in F1?
+    """Two-sided p-value of a paired permutation test: do outcomes (N,) of the same pairs differ in F1?
 
     Swapping the retrievers at a pair moves it from one entry of the 4 × 4 table of outcomes to the mirrored one, so a
     resample is one binomial draw per entry.

@@ -62,14 +62,8 @@ TASK_SIDES = {
 class SharedExits:
     """Embeds at several exits in one pass, although mteb evaluates one exit after the other, the shallowest first.
 
-    Embeddings of deeper exits are kept until those are evaluated, up to a memory limit. A call that would exceed it is
-    computed at the requested exit only.
-
-    Args:
-        model, tokenizer: a retrieval model and its tokenizer.
-        exit_layers: the exits that will be evaluated.
-        memory_gb: the limit, 10^9 bytes.
-        options: for `encode_exits`.
+    Embeddings of deeper exits (`exit_layers`) are kept until those are evaluated, up to `memory_gb` (10^9 bytes); a
+    call that would exceed it is computed at the requested exit only. `options` are for `encode_exits`.
     """
 
     def __init__(
@@ -115,12 +109,8 @@ class MtebExitEncoder(AbsEncoder):
     Prompts are the published ones, chosen by what a side of a task is (`TASK_SIDES`), because the queries of a
     code-to-text task are code. Symmetric tasks have none.
 
-    Args:
-        shared: embeds at this exit, among others.
-        exit_layer: the exit.
-        meta: how mteb names it.
-        prompts: other prefixes, by mteb's keys, most specific first: `{task}-query`, `{task}`, `{task type}-query`,
-            `{task type}`, `query`, and the same with `document`.
+    `shared` embeds at this exit, among others. `prompts` are other prefixes, by mteb's keys, most specific first:
+    `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`, and the same with `document`.
     """
 
     def __init__(
@@ -191,11 +181,6 @@ def run_mteb(
 
     Returns:
         {exit_layer: {task: main score}}, from 0 to 1, a task's subsets averaged.
-
-    Raises:
-        ImportError: mteb is not installed.
-        UserError: an unknown task or exit, or not a retrieval checkpoint of ours.
-        OSError: no such checkpoint, or a task's data cannot be loaded.
     """
     chosen = _resolve_tasks(tasks)
     path = os.path.expanduser(os.fspath(checkpoint))
@@ -239,11 +224,7 @@ def _run_task(
 def exit_model_metas(
     checkpoint: str | os.PathLike[str], exit_layers: Sequence[int] | None = None, model_name: str | None = None
 ) -> list[ModelMeta]:
-    """The `ModelMeta` of each exit, by which mteb can load it; no weights are loaded here.
-
-    Args:
-        checkpoint, exit_layers, model_name: as for `run_mteb`.
-    """
+    """The `ModelMeta` of each exit, by which mteb can load it, for arguments of `run_mteb`; loads no weights."""
     path = os.path.expanduser(os.fspath(checkpoint))
     config = load_config(checkpoint)
     return _metas(path, config, config.resolve_exits(exit_layers=exit_layers or config.exit_layers), model_name)
@@ -254,8 +235,7 @@ def register_exits(
 ) -> list[str]:
     """Make the exits known to mteb in this process, so that `mteb.get_model(name)` and its lists have them.
 
-    Returns:
-        Their names. Arguments and errors are those of `exit_model_metas`.
+    Returns their names; arguments and errors are those of `exit_model_metas`.
     """
     metas = {str(meta.name): meta for meta in exit_model_metas(checkpoint, exit_layers, model_name)}
     MODEL_REGISTRY.update(metas)
@@ -334,12 +314,10 @@ def _tasks_named(name: str) -> Sequence[AbsTask]:
 
 
 def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTask:
-    """A retrieval task of mteb on your own pairs, for `run_mteb`: descriptions ask for code.
+    """A retrieval task of mteb on your own pairs (description, code, language): descriptions ask for code.
 
-    Args:
-        rows: (description, code, language). Of several with the same description or the same code only the first is
-            kept, because the others would be wrong answers to it.
-        name: of the task, and so of its result files.
+    Of several pairs with the same description or the same code only the first is kept, because the others would be
+    wrong answers to it. `name` is that of the task, and so of its result files.
     """
     code_of: dict[str, str] = {}
     codes: set[str] = set()

@@ -46,22 +46,11 @@ from modular_star_encoder.evaluation.metrics import (
 )
 from modular_star_encoder.evaluation.report import Report, make_report, plot_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant, Retriever
-from modular_star_encoder.evaluation.tasks import (
-    POOL,
-    Estimate,
-    PairTask,
-    RetrievalTask,
-    Task,
-    TaskResult,
-    pairs_task,
-)
+from modular_star_encoder.evaluation.tasks import POOL, Estimate, PairTask, RetrievalTask, Task, TaskResult, pairs_task
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
-from modular_star_encoder.modeling import (
-    ModularStarEncoderForRetrieval,
-    ModularStarEncoderForSequenceClassification,
-)
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 
@@ -87,7 +76,7 @@ def run_benchmarks(
     command: str = "",
     progress: bool = True,
 ) -> Report:
-    """Evaluate a model and baselines on benchmarks.
+    """A report on a model and baselines, with a table for each benchmark.
 
     Args:
         model: see `open_retriever`; differences in the tables are to its deepest exit.
@@ -96,17 +85,13 @@ def run_benchmarks(
         out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`), embeddings and the lists of
             candidates; nothing is written if None.
         exit_layers: exits of the model; all if None.
-        baselines: other retrievers, by the names that `open_retriever` takes; BM25 without `out`, and none with it, if
-            None.
+        baselines: other retrievers, see `open_retriever`; if None, BM25 without `out` and none with it.
         untrained: also evaluate the model with fresh weights.
         allow_subset: accept partial files, with a note under the tables.
         candidates: folder of the lists of candidates of an earlier run (CodeSearchNet with 999 distractors).
         cache: folder for embeddings, shared by runs; `out/embeddings` if None.
         seed: of intervals, permutations and the untrained weights; candidates are always drawn as the protocol says.
         command: shown in the report.
-
-    Returns:
-        A report with a table for each benchmark.
 
     Raises:
         UserError: an unknown name or none, a damaged or partial file, or an exit that the model does not have.
@@ -171,8 +156,6 @@ def evaluate_exits(
     """Rank each description's code among `size` candidates, at each exit of a loaded model and by BM25.
 
     Args:
-        model: a `ModularStarEncoderForRetrieval`.
-        tokenizer: its tokenizer.
         rows: (description, code, language). With several languages, candidates of other languages are easy ones.
         exit_layers: exits to evaluate; all if None.
         untrained: also evaluate the architecture with fresh weights (doubles time and memory).
@@ -182,9 +165,6 @@ def evaluate_exits(
 
     Returns:
         A report with one table: MRR, Recall@1, Recall@10 and NDCG@10. `report.quality()` is {exit_layer: MRR}.
-
-    Raises:
-        UserError: an exit that the model does not have, or fewer than two rows.
     """
     task = pairs_task("folder", "all", rows, size=size, seed=seed)
     encoder = ExitEncoder(model, tokenizer, "model", exit_layers=exit_layers, **encode_options)
@@ -205,15 +185,8 @@ def evaluate_tasks(
 ) -> list[TaskResult]:
     """The results of all variants of these retrievers on these tasks, retrievers outermost.
 
-    All texts of a retriever are embedded in one pass.
-
-    Args:
-        out: folder whose `cells/` holds stored results and gets new ones; nothing is stored if None.
-        seed: of the bootstrap.
-
-    Raises:
-        UserError: scores that are NaN, or a damaged stored result.
-        OSError: the folder cannot be written to.
+    All texts of a retriever are embedded in one pass. `out/cells/` holds stored results and gets new ones; nothing is
+    stored if `out` is None. `seed` is of the bootstrap.
     """
     checksums, results = [task.checksum() for task in tasks], []
     for retriever in retrievers:
@@ -322,16 +295,9 @@ def _path(out: str | Path | None, task: str, retriever: Retriever, variant: Exit
 def open_retriever(
     name: str, cache: EmbeddingCache | None = None, exit_layers: Sequence[int] | None = None
 ) -> Retriever:
-    """The retriever of a name.
+    """The retriever of a name: `bm25`, `tfidf`, or a model by the names that `load_encoder` takes.
 
-    Args:
-        name: `bm25`, `tfidf`, or a model by the names that `load_encoder` takes.
-        cache: of embeddings.
-        exit_layers: exits of one of our checkpoints; all if None.
-
-    Raises:
-        UserError: an exit that the model does not have, or a model that cannot be loaded.
-        OSError: no such folder or repository.
+    `exit_layers` are exits of one of our checkpoints, all if None. Errors are those of `load_encoder`.
     """
     if name not in LEXICAL:
         return EmbeddingRetriever(load_encoder(name, exit_layers), cache)
@@ -391,9 +357,8 @@ def classification_scores(
     """Accuracy, and precision, recall and F1 of class 1 (the metric of BigCloneBench since 2021-09-13) of each exit.
 
     Args:
-        model: a `ModularStarEncoderForSequenceClassification` with two classes, in evaluation mode.
+        model: with two classes, in evaluation mode.
         batches: `input_ids`, `attention_mask` and `labels`, as `ClassificationCollator` makes them.
-        progress: show a progress bar.
 
     Returns:
         exit → name → a fraction between 0 and 1; precision, recall and F1 are 0 where undefined.

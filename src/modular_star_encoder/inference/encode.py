@@ -201,9 +201,9 @@ def encode_states(
 def resume_states(
     model: ModularStarEncoderForRetrieval, states: Sequence[np.ndarray], start_layer: int, exit_layer: int
 ) -> np.ndarray:
-    """Embeddings (N, D) float32 at an exit, from the states of a shallower one (`start_layer`): those of a straight pass.
+    """Embeddings (N, D) float32 at an exit, from the states of a shallower one: those of a straight pass.
 
-    `states` are those of `encode_states`, of each text (T, H).
+    `states` are those of `encode_states`, of each text (T, H), at the exit `start_layer`.
     """
     parameter = next(model.parameters())
     embeddings = np.empty((len(states), model.config.projection_size), np.float32)

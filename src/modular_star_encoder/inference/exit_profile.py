@@ -36,8 +36,8 @@ PROFILE_NAME = "exit_profile.json"
 class Measurement:
     """The cost of one exit at one shape of batch.
 
-    Peak memory: on a CPU the largest resident memory of a process that loads the checkpoint at this exit and embeds such
-    batches, interpreter and libraries included; on a GPU the most that torch allocated.
+    Peak memory: on a CPU the largest resident memory of a process that loads the checkpoint at this exit and embeds
+    such batches, interpreter and libraries included; on a GPU the most that torch allocated.
     """
 
     batch_size: int  # texts embedded at once

@@ -110,7 +110,7 @@ def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = 
 
 
 def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
-    """Write a graph, with its weights in `{path}_data` if one file cannot hold them (serving software expects the name)."""
+    """Write a graph, with its weights in `{path}_data`, as serving software expects, if one file cannot hold them."""
     import onnx_ir
 
     tensors = [value.const_value for value in graph.graph.initializers.values()]
