@@ -22,11 +22,7 @@ from tests.errors import raises
 from tests.evaluation.samples import given_retriever, pair_task, retrieval_task
 from tests.inference.test_exit_profile import made_up_profile
 
-TASKS = [
-    retrieval_task(notes=("half of it",)),
-    retrieval_task(name="two_b", n=40, seed=1),
-    pair_task(),
-]
+TASKS = [retrieval_task(notes=("half of it",)), retrieval_task(name="two_b", n=40, seed=1), pair_task()]
 
 
 @pytest.fixture(scope="module")

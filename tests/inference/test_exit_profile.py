@@ -7,12 +7,7 @@ import pytest
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.evaluation.report import read_quality
-from modular_star_encoder.inference.exit_profile import (
-    ExitProfile,
-    Measurement,
-    ProfiledExit,
-    select_exit,
-)
+from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, ProfiledExit, select_exit
 from tests.errors import raises
 
 SHAPES = ((1, 128), (8, 128))

@@ -221,8 +221,7 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
     if name == "ndcg-full" and k is not None:
         return ndcgs(replace(ranking, rank=np.where(ranking.rank <= k, ranking.rank, np.inf)))
     raise UserError(
-        "evaluation.metric.unknown",
-        f"Unknown metric {metric!r}. Available: mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r.",
+        "evaluation.metric.unknown", f"Unknown metric {metric!r}. Available: mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r."
     )
 
 

@@ -158,10 +158,7 @@ def make_report(
     command: str = "",
     checksum: str | None = None,
 ) -> Report:
-    """A report of all retrievers' results, in any order, with a table for each benchmark of `tasks`, in their order.
-
-    `seed` is of intervals and permutations.
-    """
+    """A report with a table for each benchmark of `tasks`, in their order, of the results of all retrievers."""
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
     tables = [_table(name, [task for task in tasks if task.benchmark == name], results, seed) for name in benchmarks]
     return Report(tables, results, command, checksum)
@@ -293,10 +290,6 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
     Args:
         path: report.json or what `mose evaluate --json` or the quickstart wrote, also by older versions.
         checkpoint: checksum of the weights that the results must be of; a file without one passes.
-
-    Raises:
-        OSError: the file cannot be read.
-        UserError: it holds no results, or results of other weights.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -320,12 +313,7 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
 def read_quality(path: str | os.PathLike[str], metric: str = "mrr", checkpoint: str = "") -> dict[int, float]:
     """{exit_layer: quality} of the evaluated model from the first table of a file of results, for its exit profile.
 
-    Args:
-        path, checkpoint: as for `read_tables`.
-        metric: `mrr`, or another metric in the file.
-
-    Raises:
-        OSError, UserError: as `read_tables`; and the file lacks the metric, or has a value that is not a number.
+    Arguments and errors are those of `read_tables`; `metric` is another one in the file than the main metric.
     """
     table = read_tables(path, checkpoint)[0]
     values = {
@@ -382,12 +370,7 @@ def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
 def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:
     """Write quality_by_depth.png if a retriever has exits, and quality_by_latency.png if exit profiles exist.
 
-    Plots of an earlier run are removed first.
-
-    Args:
-        tables: one panel each.
-        profiles: {retriever: the file where its exit profile would be}.
-        folder: of the plots.
+    Plots of an earlier run are removed first. `profiles` are the files where the retrievers' exit profiles would be.
     """
     by_depth, by_latency = folder / "quality_by_depth.png", folder / "quality_by_latency.png"
     for path in (by_depth, by_latency):
@@ -431,10 +414,9 @@ def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
 
 
 def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Mapping[int, float]], path: Path) -> Path:
-    """A panel for each table: the main metric of each exit against the median latency of that exit.
+    """A panel for each table: the main metric of each exit against its latency.
 
-    Args:
-        latencies: {retriever: {exit_layer: milliseconds}}, all on one machine (see `median_latencies`).
+    `latencies` are {retriever: {exit_layer: milliseconds}}, all on one machine (see `median_latencies`).
     """
     timed: list[dict[str, dict[float, Row]]] = [{} for _ in tables]
     for panel, table in zip(timed, tables, strict=True):

@@ -65,17 +65,11 @@ class Scores(Protocol):
 
 
 class Retriever(Protocol):
-    """Anything that ranks documents for queries.
+    """Anything that ranks documents for queries."""
 
-    Attributes:
-        name: as tables show it.
-        checksum: differs if any score could differ; results are stored under it.
-        variants: the available ones.
-    """
-
-    name: str
-    checksum: str
-    variants: tuple[ExitVariant, ...]
+    name: str  # as tables show it
+    checksum: str  # differs if any score could differ; results are stored under it
+    variants: tuple[ExitVariant, ...]  # the available ones
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
         """Do now what can be done for all texts at once, such as embedding them."""
@@ -87,11 +81,9 @@ class Retriever(Protocol):
 
 
 class EmbeddingRetriever:
-    """Ranks by cosine similarity of embeddings; each text is embedded once, all missing exits in one pass.
+    """Ranks by cosine similarity of embeddings, which `cache` keeps, by default in memory.
 
-    Args:
-        encoder: embeds the texts.
-        cache: stores the embeddings; in memory for the life of the retriever if None.
+    Each text is embedded once, all missing exits in one pass.
     """
 
     chunk = 4096
@@ -138,9 +130,8 @@ class Rows(Protocol):
 class CosineScores:
     """Cosine similarity, exact and then rounded to float32; a vector of zeros is similar to nothing (0).
 
-    Args:
-        queries, documents: (Q, F) and (D, F); they are read in slices and may be larger than memory.
-        dimensions: number of components to use, normalised again; all if None.
+    Embeddings (Q, F) and (D, F) are read in slices and may be larger than memory. Of them the first `dimensions`
+    components are used, normalised again.
     """
 
     def __init__(self, queries: Rows, documents: Rows, dimensions: int | None = None) -> None:
@@ -203,10 +194,7 @@ class EmbeddingCache:
 
     A *space* (model and exit) is a folder of shards: `NAME.npy` with embeddings and `NAME.keys.npy` with the hashes of
     their texts. Shards never change, and keys are renamed into place last: a reader sees whole shards only, and any
-    number of processes may write. Embeddings are memory-mapped when read.
-
-    Args:
-        folder: of the spaces; in memory if None.
+    number of processes may write. Embeddings are memory-mapped when read; without a folder they are in memory.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:

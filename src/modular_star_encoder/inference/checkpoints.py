@@ -124,12 +124,8 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
 def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
     """An identifier of a checkpoint's weights.
 
-    Returns:
-        Of a folder the first 16 hexadecimal digits of a SHA-256 of its configuration, tokenizer and weights (reads them
-        all, about a second per GB); of a repository of the Hub the commit that is loaded.
-
-    Raises:
-        OSError: the Hub has no such repository, or cannot be reached.
+    Of a folder the first 16 hexadecimal digits of a SHA-256 of its configuration, tokenizer and weights (reads them
+    all, about a second per GB); of a repository of the Hub the commit that is loaded.
     """
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
@@ -257,13 +253,9 @@ def write_checkpoint(
     only_exit: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write a copy of a checkpoint, whole or cut, with this package's model code.
+    """Write a copy of a checkpoint, whole or cut at `exit_layer`, with this package's model code.
 
-    Args:
-        checkpoint: a folder or Hub id.
-        out: a folder.
-        exit_layer, only_exit: as for `slice_checkpoint`; not cut if None.
-        tokenizer: folder of the tokenizer; that of the checkpoint if None.
+    The tokenizer is that of the folder `tokenizer`, or of the checkpoint. See `slice_checkpoint`.
     """
     config, path = load_config(checkpoint), _expanded(checkpoint)
     if exit_layer is not None:
@@ -305,8 +297,7 @@ def save_retrieval_checkpoint(
 ) -> Path:
     """Write model, code, tokenizer, and the prompts and modules of a SentenceTransformer.
 
-    Args:
-        out: folder to write; it must not exist, or be empty. It appears whole or not at all.
+    The folder `out` must not exist, or be empty. It appears whole or not at all.
     """
     with staged_folder(out) as staging:
         model.save_pretrained(staging)
@@ -331,8 +322,6 @@ def write_sentence_transformer_files(
     and `encode(..., exit_layer=k)` reaches the model.
 
     Args:
-        folder: the checkpoint's folder.
-        config: its configuration.
         prompts: name → prefix, as `SentenceTransformer.encode(prompt_name=…)` takes them.
         modules: content of `modules.json`.
         dimension: size of the embeddings; `config.projection_size` if None.

@@ -39,19 +39,12 @@ class Text(NamedTuple):
 
 
 class Encoder(Protocol):
-    """Anything that embeds texts.
+    """Anything that embeds texts."""
 
-    Attributes:
-        name: as tables show it.
-        checksum: differs if any embedding could differ; embeddings are stored under it.
-        exit_layers: its exits, or (None,).
-        dimensions: sizes to which its embeddings can be truncated and normalised again, or (None,).
-    """
-
-    name: str
-    checksum: str
-    exit_layers: tuple[int | None, ...] = (None,)
-    dimensions: tuple[int | None, ...] = (None,)
+    name: str  # as tables show it
+    checksum: str  # differs if any embedding could differ; embeddings are stored under it
+    exit_layers: tuple[int | None, ...] = (None,)  # its exits, if it has any
+    dimensions: tuple[int | None, ...] = (None,)  # sizes to which its embeddings can be truncated, if any
 
     def prompt(self, text: Text) -> str:
         """The prefix of the text."""
@@ -71,9 +64,6 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
         name: folder or Hub repository of one of our checkpoints or of any model that sentence-transformers loads, or
             `openai:MODEL` or `openai:MODEL@URL` (API key in OPENAI_API_KEY).
         exit_layers: exits of one of our checkpoints; all if None. Only the layers up to the deepest are loaded.
-
-    Returns:
-        An encoder with `encode(texts, exit_layers)`; its `exit_layers` are (None,) for other models than ours.
 
     Raises:
         UserError: an exit that the model does not have, or a model that cannot be loaded.
@@ -113,13 +103,8 @@ def _is_ours(source: str) -> bool:
 class ExitEncoder(Encoder):
     """A `ModularStarEncoderForRetrieval`, whose exits all come from one pass.
 
-    Its sizes are the configuration's `nested_dimensions`, if there are any.
-
-    Args:
-        model, tokenizer: as `load_checkpoint` returns them.
-        name: as tables show it.
-        exit_layers: all exits of the model if None.
-        encode_options: for `encode_exits`: max_length, tokens_per_batch, dtype.
+    Its sizes are the configuration's `nested_dimensions`, if there are any. `encode_options` are for `encode_exits`:
+    max_length, tokens_per_batch, dtype.
     """
 
     def __init__(
@@ -170,11 +155,6 @@ class SentenceTransformerEncoder(Encoder):
     """A SentenceTransformer, or any encoder of transformers, which sentence-transformers pools by the mean.
 
     Prose gets the model's prompt `query` and code its prompt `document`, where it has them.
-
-    Args:
-        model: a `SentenceTransformer`.
-        name: as tables show it.
-        batch_size: texts per batch.
     """
 
     def __init__(self, model: Any, name: str, *, batch_size: int = 32) -> None:
@@ -199,10 +179,7 @@ class SentenceTransformerEncoder(Encoder):
 
 
 def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settings: Mapping[str, Any]) -> str:
-    """A hash of everything that a model's embeddings depend on: weights, dtypes, configuration, tokenizer, settings.
-
-    The device is left out: embeddings made on a GPU equal those of a CPU up to rounding.
-    """
+    """A hash of all that embeddings depend on but the device: those of a GPU equal those of a CPU up to rounding."""
     digest = hashlib.blake2b(json.dumps([config, settings], sort_keys=True, default=str).encode(), digest_size=20)
     digest.update(_tokenizer_state(tokenizer).encode(errors="surrogatepass"))
     for name, tensor in sorted(model.state_dict().items()):
@@ -233,9 +210,7 @@ class EndpointEncoder(Encoder):
         key_variable: the environment variable with the API key; requests carry none if it is empty.
         batch_size: texts per request.
         max_characters: longer texts are cut, because endpoints refuse texts longer than their model reads.
-        retries: how often a request is repeated after an overloaded or unreachable server (see `HTTPClient`).
-        pause: seconds before the first repetition, doubled for each further one.
-        timeout: seconds per request without any data.
+        retries, pause, timeout: see `HTTPClient`.
     """
 
     def __init__(

@@ -79,11 +79,7 @@ def test_docstrings_go_from_python_2_too_and_from_what_does_not_parse(code, expe
 
 @pytest.mark.parametrize(
     ("documentation", "query"),
-    [
-        ("Reads a\nfile.\n \nMore.", "Reads a\nfile."),
-        ("Reads. @see me", "Reads."),
-        ("@return it\n", "@return it"),
-    ],
+    [("Reads a\nfile.\n \nMore.", "Reads a\nfile."), ("Reads. @see me", "Reads."), ("@return it\n", "@return it")],
 )
 def test_the_query_ends_at_the_first_blank_line_or_tag_unless_it_begins_with_one(documentation, query):
     assert query_of(documentation) == query
