@@ -156,13 +156,6 @@ def reciprocal_ranks(ranking: Ranking, cutoff: int | None = None) -> np.ndarray:
     return np.where(first <= (np.inf if cutoff is None else cutoff), 1.0 / first, 0.0)
 
 
-def recalls(ranking: Ranking, k: int) -> np.ndarray:
-    """Share of the relevant documents of each query that are among the first `k`, (Q,) in [0, 1]."""
-    relevant = _relevant(ranking)
-    found = np.bincount(relevant.query[relevant.rank <= k], minlength=ranking.queries)
-    return found / np.bincount(relevant.query, minlength=ranking.queries)
-
-
 def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
     """Normalised discounted cumulative gain of the first `k` documents, (Q,) in [0, 1] (Järvelin & Kekäläinen 2002).
 
@@ -178,12 +171,6 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
 
     ideal = cumulated(ideal_rank)
     return np.divide(cumulated(ranking.rank), ideal, out=np.full(ranking.queries, np.nan), where=ideal > 0)
-
-
-def within_judged(ranking: Ranking, cutoff: int) -> Ranking:
-    """The same with ranks counted among judged documents only; those below `cutoff` of the whole ranking are lost."""
-    rank = _ranks_within(ranking.query, ranking.rank)
-    return replace(ranking, rank=np.where(ranking.rank <= cutoff, rank, np.inf))
 
 
 def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
@@ -212,14 +199,15 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
         raise UserError("evaluation.metric.k", f"k must be at least 1, not {k}.")
     if metric == "map@r":
         return average_precisions_at_r(ranking)
-    if name == "recall" and k is not None:
-        return recalls(ranking, k)
+    if name == "recall" and k is not None:  # the share of the relevant documents that are among the first k
+        relevant = _relevant(ranking)
+        found = np.bincount(relevant.query[relevant.rank <= k], minlength=ranking.queries)
+        return found / np.bincount(relevant.query, minlength=ranking.queries)
     if name in ("mrr", "ndcg") and (k is not None or not at):
         return {"mrr": reciprocal_ranks, "ndcg": ndcgs}[name](ranking, k)
-    if name == "ndcg-judged" and k is not None:
-        return ndcgs(within_judged(ranking, k))
-    if name == "ndcg-full" and k is not None:
-        return ndcgs(replace(ranking, rank=np.where(ranking.rank <= k, ranking.rank, np.inf)))
+    if name in ("ndcg-judged", "ndcg-full") and k is not None:
+        rank = _ranks_within(ranking.query, ranking.rank) if name == "ndcg-judged" else ranking.rank
+        return ndcgs(replace(ranking, rank=np.where(ranking.rank <= k, rank, np.inf)))
     raise UserError(
         "evaluation.metric.unknown", f"Unknown metric {metric!r}. Available: mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r."
     )

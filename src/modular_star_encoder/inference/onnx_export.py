@@ -43,7 +43,7 @@ _LARGEST_FILE = 2**31 - 2**27
 
 
 class _ServedExit(torch.nn.Module):
-    """What an exported file computes."""
+    """The computation of an exported file."""
 
     def __init__(self, model: ModularStarEncoderForRetrieval) -> None:
         super().__init__()
@@ -79,11 +79,10 @@ def export_onnx(
         >>> check_onnx(model, "model.onnx", exit_layer=4).sentence_embedding < 1e-4  # doctest: +SKIP
         True
     """
-    parameter = next(model.parameters())
-    if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+    if (model.dtype, model.device.type) != (torch.float32, "cpu"):
         raise UserError(
             "onnx.dtype",
-            f"ONNX files are made of float32 weights on the CPU, not of {parameter.dtype} on {parameter.device}: "
+            f"ONNX files are made of float32 weights on the CPU, not of {model.dtype} on {model.device}: "
             "load the model with dtype=torch.float32.",
         )
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])

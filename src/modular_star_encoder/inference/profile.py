@@ -30,6 +30,11 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_writable
 from modular_star_encoder.utils.reports import library_versions, machine_kind, markdown_table
 
+DTYPES = ("float32", "bfloat16", "float16")
+WARM_UP_ROUNDS, FEWEST_ROUNDS = 2, 5
+
+Shape = tuple[int, int]
+
 
 def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: int) -> float:
     """Floating-point operations for each token of a text of `length` tokens, embedded at one exit.
@@ -56,13 +61,6 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
     if config.projection_order == "pool_then_project":
         head += head / length
     return float(exit_layer * (layer + attention) + head)
-
-
-DTYPES = ("float32", "bfloat16", "float16")
-WARM_UP_ROUNDS = 2
-FEWEST_ROUNDS = 5
-
-Shape = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +127,9 @@ def profile_checkpoint(
             f"The model takes {config.max_position_embeddings} tokens at most, not {max(plan.lengths)}.",
         )
     times = _measure_times(model, exits, plan, progress)
-    parameters = {k: list(model.slice(k).parameters()) for k in exits}
-    counts = {k: sum(one.numel() for one in parameters[k]) for k in exits}
-    weights_mb = {k: sum(one.numel() * one.element_size() for one in parameters[k]) / 1e6 for k in exits}
+    sizes = {k: [(one.numel(), one.element_size()) for one in model.slice(k).parameters()] for k in exits}
     attention = config._attn_implementation
-    del model, parameters  # a GPU must not hold them while the exits' memory is measured
+    del model  # a GPU must not hold it while the exits' memory is measured
     memory = _measure_memory(path, exits, plan, device, dtype, progress)
     profiled = {}
     for k in exits:
@@ -141,7 +137,8 @@ def profile_checkpoint(
             _measurement(shape, times[k, shape], peak, flops_per_token(config, k, shape[1]))
             for shape, peak in zip(plan.shapes, memory[k].peaks, strict=True)
         ]
-        profiled[k] = ProfiledExit(counts[k], weights_mb[k], tuple(measurements))
+        parameters, size = sum(count for count, _ in sizes[k]), sum(count * each for count, each in sizes[k])
+        profiled[k] = ProfiledExit(parameters, size / 1e6, tuple(measurements))
     return ExitProfile(
         exits=profiled,
         device=device,
@@ -289,7 +286,7 @@ def _measure_memory(
 def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape], threads: int) -> MemoryUse:
     """Peak resident memory of a fresh process that loads an exit on the CPU and embeds one batch per shape.
 
-    The peaks are in the order of `shapes`; the peak while loading counts for every shape.
+    `shapes` must ascend by tokens, because each peak is the largest so far; the peak while loading counts for all.
     """
     request = json.dumps([checkpoint, exit_layer, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
@@ -304,15 +301,14 @@ def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequenc
 def _measure_own_memory(
     checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Sequence[int]], threads: int
 ) -> MemoryUse:
-    """What the fresh process does: ascending by tokens, so that no batch is charged with a larger one before it."""
+    """What the fresh process does."""
     torch.set_num_threads(threads)
-    base = peak_memory_mb()
+    base, peaks = peak_memory_mb(), []
     model, _ = load_checkpoint(checkpoint, exit_layer, "cpu", dtype)
-    peaks = {}
-    for size, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
+    for size, length in shapes:
         embed(model, random_batch(model, size, length), exit_layer)
-        peaks[size, length] = peak_memory_mb()
-    return MemoryUse(base, [peaks[size, length] for size, length in shapes])
+        peaks.append(peak_memory_mb())
+    return MemoryUse(base, peaks)
 
 
 def peak_memory_mb() -> float | None:
@@ -322,10 +318,10 @@ def peak_memory_mb() -> float | None:
         return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         pass
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return None
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name
-from pygments.token import Comment, Name, String, _TokenType
+from pygments.token import Comment, Name, String
 
 from modular_star_encoder.evaluation.benchmarks.rows import (
     check_rows,
@@ -256,13 +256,10 @@ def mask_names(code: str, language: str) -> str:
         elif kind in Comment.Preproc:
             pieces.append(_WORD.sub(lambda m: m[0] if _DIRECTIVES.fullmatch(m[0]) else placeholder(m), text))
         elif kind in Comment.PreprocFile or (kind not in Comment and kind not in String.Doc):
-            pieces.append(_WORD.sub(placeholder, text) if _is_name(kind) else text)
+            is_name = kind in String.Symbol or (kind in Name and not any(kind in kept for kept in _KEPT))
+            pieces.append(_WORD.sub(placeholder, text) if is_name else text)
     lines = [line.rstrip() for line in "".join(pieces).split("\n")]
     return "\n".join(line for line in lines if line)
-
-
-def _is_name(kind: _TokenType) -> bool:
-    return kind in String.Symbol or (kind in Name and not any(kind in kept for kept in _KEPT))
 
 
 @lru_cache
