@@ -112,7 +112,7 @@ class Report:
 
     def quality(self) -> dict[int, float]:
         """{exit_layer: mean of the main metric} of the evaluated model, from the first table."""
-        return {row.exit_layer: row.mean.value for row in _own_exits(self.tables[0]) if row.exit_layer is not None}
+        return {exit_layer: row.mean.value for exit_layer, row in _own_exits(self.tables[0]).items()}
 
     def write(self, folder: Path) -> list[Path]:
         """Write report.md, .csv, .tex and .json, each whole or not at all, and return their paths."""
@@ -136,13 +136,8 @@ class Report:
         results = [asdict(replace(one, values=(), ids=())) | {"queries": len(one.values)} for one in self.results]
         for result in results:
             del result["values"], result["ids"]
-        return {
-            "command": self.command,
-            "checkpoint_checksum": self.checksum,
-            "versions": versions(),
-            "tables": [{"title": table.title, **asdict(table)} for table in self.tables],
-            "results": results,
-        }
+        head = {"command": self.command, "checkpoint_checksum": self.checksum, "versions": versions()}
+        return head | {"tables": [{"title": one.title, **asdict(one)} for one in self.tables], "results": results}
 
 
 def versions() -> dict[str, str]:
@@ -316,11 +311,8 @@ def read_quality(path: str | os.PathLike[str], metric: str = "mrr", checkpoint: 
     Arguments and errors are those of `read_tables`; `metric` is another one in the file than the main metric.
     """
     table = read_tables(path, checkpoint)[0]
-    values = {
-        row.exit_layer: row.mean.value if metric == table.metric else row.others.get(metric, math.nan)
-        for row in _own_exits(table)
-        if row.exit_layer is not None
-    }
+    own, is_main = _own_exits(table), metric == table.metric
+    values = {k: row.mean.value if is_main else row.others.get(metric, math.nan) for k, row in own.items()}
     if not values or not all(map(math.isfinite, values.values())):
         raise UserError("evaluation.report.no_metric", f"{path} has no {metric} of each exit.")
     return values
@@ -335,21 +327,15 @@ def _read_table(stored: Mapping[str, Any], name: str) -> Table:
         rows.append(Row(**row | {"columns": columns, "mean": Estimate(**row["mean"]), "difference": changed}))
     fields = {key: value for key, value in stored.items() if key != "title"} | {"rows": rows}
     table = Table(**fields | {"benchmark": name or stored["benchmark"]})
-    whole = {(row.retriever, row.exit_layer): row for row in sorted(rows, key=_size)}
     own = _own_exits(table)
-    kept = [row for row in rows if row.exit_layer is None or row in own]
-    return replace(table, rows=[row for row in kept if row is whole[row.retriever, row.exit_layer]])
+    return replace(table, rows=[row for row in rows if row.exit_layer is None or row is own.get(row.exit_layer)])
 
 
-def _own_exits(table: Table) -> list[Row]:
-    """The rows of the evaluated model's exits, which is the retriever of the reference; whole embeddings last."""
+def _own_exits(table: Table) -> dict[int, Row]:
+    """The rows of the evaluated model, which is the retriever of the reference; of several sizes the whole embeddings."""
     own = next(row.retriever for row in table.rows if row.difference is None)
-    return sorted((row for row in table.rows if row.retriever == own and row.exit_layer is not None), key=_size)
-
-
-def _size(row: Row) -> tuple[bool, int]:
-    """Orders rows by the size of their embeddings, whole ones last."""
-    return row.dimensions is None, row.dimensions or 0
+    rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
+    return {row.exit_layer: row for row in rows if row.retriever == own and row.exit_layer is not None}
 
 
 def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
@@ -361,9 +347,8 @@ def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
         mean = Estimate(scores["mrr"], *scores.get("interval", (scores["mrr"],) * 2))
         others = {metric: value for metric, value in scores.items() if metric.startswith("recall")}
         rows.append(Row(retriever, exit_layer, None, {}, mean, others, None))
-    size = ""
-    if "queries" in exits[0][1]:
-        size = f"{exits[0][1]['queries']:,} queries, {exits[0][1]['distractors'] + 1:,} candidates each"
+    first = exits[0][1]
+    size = f"{first['queries']:,} queries, {first['distractors'] + 1:,} candidates each" if "queries" in first else ""
     return Table(name, "mrr", rows, "", size, ())
 
 
