@@ -146,12 +146,7 @@ def versions() -> dict[str, str]:
 
 
 def make_report(
-    tasks: Sequence[Task],
-    results: Sequence[TaskResult],
-    *,
-    seed: int = 0,
-    command: str = "",
-    checksum: str | None = None,
+    tasks: Sequence[Task], results: Sequence[TaskResult], seed: int = 0, command: str = "", checksum: str | None = None
 ) -> Report:
     """A report with a table for each benchmark of `tasks`, in their order, of the results of all retrievers."""
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
@@ -332,7 +327,7 @@ def _read_table(stored: Mapping[str, Any], name: str) -> Table:
 
 
 def _own_exits(table: Table) -> dict[int, Row]:
-    """The rows of the evaluated model, which is the retriever of the reference; of several sizes the whole embeddings."""
+    """The rows of the evaluated model, the retriever of the reference; of several sizes the whole embeddings."""
     own = next(row.retriever for row in table.rows if row.difference is None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
     return {row.exit_layer: row for row in rows if row.retriever == own and row.exit_layer is not None}
