@@ -98,12 +98,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an evaluation found.
-
-    Example:
-        >>> report = evaluate_exits(model, tokenizer, rows)  # doctest: +SKIP
-        >>> print(report.to_markdown(), report.quality())  # doctest: +SKIP
-    """
+    """What an evaluation found."""
 
     tables: Sequence[Table]  # one per benchmark
     results: Sequence[TaskResult]  # of every retriever, exit and task, with the values of single queries

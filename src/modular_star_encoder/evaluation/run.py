@@ -93,13 +93,6 @@ def run_benchmarks(
         seed: of intervals, permutations and the untrained weights; candidates are always drawn as the protocol says.
         command: shown in the report.
 
-    Raises:
-        UserError: an unknown name or none, a damaged or partial file, or an exit that the model does not have.
-        OSError: a file or folder is missing, or `out` cannot be written to.
-
-    Example:
-        >>> report = run_benchmarks("runs/model", ["cosqa"], "data", exit_layers=[4, 9])  # doctest: +SKIP
-        >>> print(report.to_markdown())  # doctest: +SKIP
     """
     folder = None if out is None else Path(out).expanduser()
     if folder is not None and folder.exists() and not folder.is_dir():

@@ -70,11 +70,9 @@ def load_checkpoint(
         dtype: of the weights; the checkpoint's own if None.
 
     Raises:
-        FileNotFoundError: no such folder, or one without config.json, weights or tokenizer.json.
-        NotADirectoryError: `path` is a file.
         UserError: not a retrieval checkpoint of ours, a damaged file, weights that do not fit its configuration (a
             missing head would be drawn at random), or an exit that it does not have.
-        OSError: the Hub has no such repository, or cannot be reached.
+        OSError: no such folder or repository, or one without configuration, weights or tokenizer.
 
     Example:
         >>> model, tokenizer = load_checkpoint("runs/model", exit_layer=4)  # doctest: +SKIP

@@ -65,13 +65,6 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
             `openai:MODEL` or `openai:MODEL@URL` (API key in OPENAI_API_KEY).
         exit_layers: exits of one of our checkpoints; all if None. Only the layers up to the deepest are loaded.
 
-    Raises:
-        UserError: an exit that the model does not have, or a model that cannot be loaded.
-        OSError: no such folder or repository.
-
-    Example:
-        >>> encoder = load_encoder("andreagurioli1995/ModularStarEncoder-finetuned", [4, 9])  # doctest: +SKIP
-        >>> encoder.encode([(encoder.prompt(Text("sort a list")), "sort a list")], [4])  # doctest: +SKIP
     """
     folder = Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name

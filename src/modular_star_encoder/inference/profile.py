@@ -105,9 +105,6 @@ def profile_checkpoint(
         device: `"cpu"` or `"cuda"`; a GPU if there is one and None is given.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own if None.
 
-    Example:
-        >>> profile = profile_checkpoint("runs/model", ProfilePlan(batch_sizes=(1,), lengths=(128,)))  # doctest: +SKIP
-        >>> profile.save("runs/model/exit_profile.json")  # doctest: +SKIP
     """
     plan = plan or ProfilePlan()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,10 +130,22 @@ def profile_checkpoint(
     memory = _measure_memory(path, exits, plan, device, dtype, progress)
     profiled = {}
     for k in exits:
-        measurements = [
-            _measurement(shape, times[k, shape], peak, flops_per_token(config, k, shape[1]))
-            for shape, peak in zip(plan.shapes, memory[k].peaks, strict=True)
-        ]
+        measurements = []
+        for (size, length), peak in zip(plan.shapes, memory[k].peaks, strict=True):
+            seconds = times[k, (size, length)]
+            median, late = np.percentile(seconds, [50, 95])
+            measurement = Measurement(
+                batch_size=size,
+                length=length,
+                flops_per_token=flops_per_token(config, k, length),
+                latency_ms_p50=round(1000 * median, 4),
+                latency_ms_p95=round(1000 * late, 4),
+                texts_per_second=round(size / median, 2),
+                tokens_per_second=round(size * length / median, 1),
+                peak_memory_mb=None if peak is None else round(peak, 1),
+                runs=len(seconds),
+            )
+            measurements.append(measurement)
         parameters, size = sum(count for count, _ in sizes[k]), sum(count * each for count, each in sizes[k])
         profiled[k] = ProfiledExit(parameters, size / 1e6, tuple(measurements))
     return ExitProfile(
@@ -323,21 +332,6 @@ def peak_memory_mb() -> float | None:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-def _measurement(shape: Shape, seconds: list[float], peak: float | None, flops: float) -> Measurement:
-    median, late = np.percentile(seconds, [50, 95])
-    return Measurement(
-        batch_size=shape[0],
-        length=shape[1],
-        flops_per_token=flops,
-        latency_ms_p50=round(1000 * median, 4),
-        latency_ms_p95=round(1000 * late, 4),
-        texts_per_second=round(shape[0] / median, 2),
-        tokens_per_second=round(shape[0] * shape[1] / median, 1),
-        peak_memory_mb=None if peak is None else round(peak, 1),
-        runs=len(seconds),
-    )
 
 
 if __name__ == "__main__":

@@ -112,9 +112,6 @@ def load_benchmark(
         allow_subset: accept partial files, with a note.
         candidates: for benchmarks that draw candidates, the folder of the lists of an earlier run.
 
-    Raises:
-        UserError: a damaged or partial file, with its name, the line, and what was expected.
-        OSError: no such folder or file, or the Hub cannot be reached.
     """
     benchmark = BENCHMARKS[name]
     if _is_on_hub(data):

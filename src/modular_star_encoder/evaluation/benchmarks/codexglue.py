@@ -125,7 +125,12 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
         check_unique(path, names, "index")
     else:
         path = folder / "ProgramData"
-        labels, names, codes = _read_programs(path)
+        files = [(str(problem), file) for problem in POJ_PROBLEMS for file in sorted(path.glob(f"{problem}/*.txt"))]
+        labels, names = [label for label, _ in files], [f"{label}/{file.name}" for label, file in files]
+        codes = ["\n".join(line for _, line in read_lines(file, encoding="latin-1")) for _, file in files]
+        for (_, file), code in zip(files, codes, strict=True):
+            if not code.strip():
+                refuse(file, 1, "a program", "an empty file")
     sizes = {label: labels.count(label) for label in dict.fromkeys(labels)}
     if unknown := [label for label in sizes if label not in map(str, POJ_PROBLEMS)]:
         expected = f"a label from {POJ_PROBLEMS[0]} to {POJ_PROBLEMS[-1]}"
@@ -134,32 +139,15 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
     notes = check_size(path, len(labels), expected_size, "programs", allow_subset=allow_subset)
     if len(set(sizes.values())) > 1 or min(sizes.values()) < 2 or len(sizes) < 2:
         refuse(path, None, "as many programs, two or more, of each of several problems", f"{sizes}")
-    texts = [Text(code, "c++") for code in codes]
-    options = {"metrics": ("map@r", "mrr", "recall@10"), "exclude_self": True, "notes": notes}
-    return [ranking_task("poj104", "test", texts, texts, names, same_label(labels), **options)]
-
-
-def same_label(labels: list[str]) -> Judgements:
-    """Every other text with the same label is relevant."""
+    # Every other text with the same label is relevant.
     _, numbers = np.unique(labels, return_inverse=True)
     members = [np.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
     documents = [members[number][members[number] != row] for row, number in enumerate(numbers)]
     query = np.repeat(np.arange(len(labels)), [len(found) for found in documents])
-    return Judgements(query, np.concatenate(documents), np.ones(len(query)))
-
-
-def _read_programs(folder: Path) -> tuple[list[str], list[str], list[str]]:
-    """Labels, names and codes, from a folder per problem."""
-    labels, names, codes = [], [], []
-    for problem in POJ_PROBLEMS:
-        for path in sorted((folder / str(problem)).glob("*.txt")):
-            code = "\n".join(line for _, line in read_lines(path, encoding="latin-1"))
-            if not code.strip():
-                refuse(path, 1, "a program", "an empty file")
-            labels.append(str(problem))
-            names.append(f"{problem}/{path.name}")
-            codes.append(code)
-    return labels, names, codes
+    judgements = Judgements(query, np.concatenate(documents), np.ones(len(query)))
+    texts = [Text(code, "c++") for code in codes]
+    options = {"metrics": ("map@r", "mrr", "recall@10"), "exclude_self": True, "notes": notes}
+    return [ranking_task("poj104", "test", texts, texts, names, judgements, **options)]
 
 
 def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[PairTask]:
