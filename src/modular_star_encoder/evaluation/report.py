@@ -18,14 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modular_star_encoder.evaluation import metrics
 from modular_star_encoder.evaluation.benchmarks import BENCHMARKS
-from modular_star_encoder.evaluation.metrics import (
-    bootstrap_interval,
-    f1_permutation_test,
-    permutation_test,
-    shares,
-    spread,
-)
 from modular_star_encoder.evaluation.tasks import Estimate, Task, TaskResult
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.utils.errors import UserError, naming_extra
@@ -197,8 +191,8 @@ def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
         return results[0].estimates[main]
     if main == "f1":
         raise ValueError("F1 has no mean over tasks.")
-    values = spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
-    return Estimate(float(values.mean()), *bootstrap_interval(values, seed))
+    values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
+    return Estimate(float(values.mean()), *metrics.bootstrap_interval(values, seed))
 
 
 def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], seed: int) -> Difference:
@@ -207,9 +201,9 @@ def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], 
     value = float(np.mean([a.estimates[a.main].value - b.estimates[b.main].value for a, b in pairs]))
     if results[0].main == "f1":
         first, second = (np.array(result.values, dtype=np.int64) for result in pairs[0])
-        return Difference(value, f1_permutation_test(first, second, seed))
+        return Difference(value, metrics.f1_permutation_test(first, second, seed))
     differences = [dict(zip(a.ids, np.subtract(a.values, b.values), strict=True)) for a, b in pairs]
-    return Difference(value, permutation_test(shares(differences), seed))
+    return Difference(value, metrics.permutation_test(metrics.shares(differences), seed))
 
 
 def to_latex(tables: Sequence[Table]) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from modular_star_encoder.evaluation import metrics
 from modular_star_encoder.evaluation.benchmarks import (
     ALL,
     BENCHMARKS,
@@ -29,21 +30,6 @@ from modular_star_encoder.evaluation.benchmarks import (
 )
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import write_candidates
 from modular_star_encoder.evaluation.lexical import BM25, TfIdf
-from modular_star_encoder.evaluation.metrics import (
-    FALSE_POSITIVE,
-    TRUE_POSITIVE,
-    Ranking,
-    best_f1_threshold,
-    binary_scores,
-    bootstrap_f1_interval,
-    bootstrap_interval,
-    check_scores,
-    f1,
-    outcomes,
-    pool_judgements,
-    query_values,
-    rank_judged,
-)
 from modular_star_encoder.evaluation.report import Report, make_report, plot_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant, Retriever
 from modular_star_encoder.evaluation.tasks import POOL, Estimate, PairTask, RetrievalTask, Task, TaskResult, pairs_task
@@ -214,15 +200,17 @@ def evaluate_task(
     if isinstance(task, PairTask):
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant, seed))
     ranking, rows = _rank(task, retriever, variant, progress)
-    values_of = {metric: query_values(ranking, metric) for metric in task.metrics}
+    values_of = {metric: metrics.query_values(ranking, metric) for metric in task.metrics}
     main = values_of[task.metrics[0]]
     kept = np.flatnonzero(~np.isnan(main))
     if not len(kept):
         raise UserError(
             "evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no query has a relevant document."
         )
-    known = {metric: values[~np.isnan(values)] for metric, values in values_of.items()}
-    estimates = {k: Estimate(float(values.mean()), *bootstrap_interval(values, seed)) for k, values in known.items()}
+    estimates = {}
+    for metric, values in values_of.items():
+        known = values[~np.isnan(values)]
+        estimates[metric] = Estimate(float(known.mean()), *metrics.bootstrap_interval(known, seed))
     ids = [task.query_ids[rows[place]] for place in kept]
     candidates = max(len(pool.documents) for pool in task.pools) - task.exclude_self
     return TaskResult(*names, estimates, main[kept].tolist(), ids, candidates)
@@ -230,7 +218,7 @@ def evaluate_task(
 
 def _rank(
     task: RetrievalTask, retriever: Retriever, variant: ExitVariant, progress: bool
-) -> tuple[Ranking, np.ndarray]:
+) -> tuple[metrics.Ranking, np.ndarray]:
     """Ranks in all pools, queries numbered from 0 in the order of the pools, and their rows (Q,) in the task."""
     rankings, start = [], 0
     options: dict[str, Any] = {"exclude_self": task.exclude_self, "progress": progress, "label": task.name}
@@ -240,11 +228,11 @@ def _rank(
             [task.documents[row] for row in pool.documents],
         )
         scores = retriever.scores(queries, documents, variant)
-        ranking = rank_judged(scores, pool_judgements(task.judgements, pool), **options)
+        ranking = metrics.rank_judged(scores, metrics.pool_judgements(task.judgements, pool), **options)
         rankings.append(replace(ranking, query=ranking.query + start))
         start += len(queries)
     parts = (np.concatenate([getattr(ranking, name) for ranking in rankings]) for name in ("query", "gain", "rank"))
-    return Ranking(start, *parts), np.concatenate([pool.queries for pool in task.pools])
+    return metrics.Ranking(start, *parts), np.concatenate([pool.queries for pool in task.pools])
 
 
 def _evaluate_pairs(
@@ -253,14 +241,14 @@ def _evaluate_pairs(
     """The fields of a `TaskResult` after the names."""
     scores = retriever.scores(task.documents, task.documents, variant)
     valid, test = (scores.of_pairs(*pairs.T) for pairs in (task.valid_pairs, task.pairs))
-    check_scores(test)
-    threshold = best_f1_threshold(valid, task.valid_labels)
-    results = outcomes((test >= np.float32(threshold)).astype(int), task.labels)
-    value = float(f1(np.bincount(results, minlength=4)))
-    estimates = {"f1": Estimate(value, *bootstrap_f1_interval(results, seed))}
-    for name, members in (("precision", results >= FALSE_POSITIVE), ("recall", results % 2 == 1)):
-        hits = results[members] == TRUE_POSITIVE if members.any() else np.zeros(1)
-        estimates[name] = Estimate(float(np.mean(hits)), *bootstrap_interval(hits, seed))
+    metrics.check_scores(test)
+    threshold = metrics.best_f1_threshold(valid, task.valid_labels)
+    results = metrics.outcomes((test >= np.float32(threshold)).astype(int), task.labels)
+    value = float(metrics.f1(np.bincount(results, minlength=4)))
+    estimates = {"f1": Estimate(value, *metrics.bootstrap_f1_interval(results, seed))}
+    for name, members in (("precision", results >= metrics.FALSE_POSITIVE), ("recall", results % 2 == 1)):
+        hits = results[members] == metrics.TRUE_POSITIVE if members.any() else np.zeros(1)
+        estimates[name] = Estimate(float(np.mean(hits)), *metrics.bootstrap_interval(hits, seed))
     return estimates, results.tolist(), [], 0, threshold
 
 
@@ -364,6 +352,6 @@ def classification_scores(
         labels.append(batch["labels"].numpy())
     truth = np.concatenate(labels)
     return {
-        exit_layer: binary_scores(found, truth)
+        exit_layer: metrics.binary_scores(found, truth)
         for exit_layer, found in zip(exits, np.concatenate(decisions, axis=1), strict=True)
     }
