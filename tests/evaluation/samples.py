@@ -1,4 +1,4 @@
-"""Systems and tasks small enough to work out by hand."""
+"""Retrievers, tasks and rows small enough to work out by hand."""
 
 from dataclasses import replace
 
@@ -85,3 +85,12 @@ def reciprocal_ranks(queries, documents, size, seed=0):
         scores = CosineScores(queries[rows], documents[rows])
         ranks.append(query_values(rank_judged(scores, Judgements.one_each(range(len(rows)))), "mrr"))
     return np.concatenate(ranks)
+
+
+def code_rows(verbs, language_of):
+    """(description, code, language) of every verb and noun."""
+    return [
+        (f"{verb} the {noun}", f"def {verb}_{noun}():\n    return {noun}", language)
+        for verb in verbs
+        for noun, language in language_of.items()
+    ]

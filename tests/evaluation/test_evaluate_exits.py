@@ -8,13 +8,10 @@ from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.evaluation.report import read_quality, read_tables
 from modular_star_encoder.evaluation.run import evaluate_exits
 from modular_star_encoder.inference.encode import encode_exits
-from tests.evaluation.samples import reciprocal_ranks
+from tests.evaluation.samples import code_rows, reciprocal_ranks
 
-ROWS = [
-    (f"{verb} the {noun}", f"def {verb}_{noun}():\n    return {noun}", language)
-    for verb in ("add", "remove", "find", "print")
-    for noun, language in (("file", "python"), ("socket", "python"), ("user", "ruby"), ("header", "ruby"))
-]
+LANGUAGES = {"file": "python", "socket": "python", "user": "ruby", "header": "ruby"}
+ROWS = code_rows(("add", "remove", "find", "print"), LANGUAGES)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from modular_star_encoder.data.prompts import ANY_CODE_INSTRUCTION, code_prompt,
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encode import encode_exits
 from tests.errors import raises
-from tests.evaluation.samples import reciprocal_ranks
+from tests.evaluation.samples import code_rows, reciprocal_ranks
 from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 mteb = pytest.importorskip("mteb", reason="needs the extra mteb")
@@ -32,11 +32,7 @@ from modular_star_encoder.evaluation.mteb_exits import (  # noqa: E402
     run_mteb,
 )
 
-ROWS = [
-    (f"{verb} the {noun}", f"def {verb}_{noun}():\n    return {noun}", "python")
-    for verb in ("add", "cut", "see")
-    for noun in ("file", "name", "user")
-]
+ROWS = code_rows(("add", "cut", "see"), dict.fromkeys(("file", "name", "user"), "python"))
 
 
 @pytest.fixture(scope="module")

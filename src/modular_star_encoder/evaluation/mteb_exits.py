@@ -113,6 +113,8 @@ class MtebExitEncoder(AbsEncoder):
     `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`, and the same with `document`.
     """
 
+    mteb_model_meta: ModelMeta
+
     def __init__(
         self, shared: SharedExits, exit_layer: int, meta: ModelMeta, prompts: Mapping[str, str] | None = None
     ) -> None:

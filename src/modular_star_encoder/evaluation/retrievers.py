@@ -112,8 +112,8 @@ class EmbeddingRetriever:
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> CosineScores:
         """Cosine similarities of prepared texts."""
         space, prompt = self._space(variant.exit_layer), self.encoder.prompt
-        rows = [self.cache.rows(space, [(prompt(one), one.text) for one in texts]) for texts in (queries, documents)]
-        return CosineScores(*rows, dimensions=variant.dimensions)
+        asked, answers = ([(prompt(one), one.text) for one in texts] for texts in (queries, documents))
+        return CosineScores(self.cache.rows(space, asked), self.cache.rows(space, answers), variant.dimensions)
 
     def _space(self, exit_layer: int | None) -> str:
         return f"{self.checksum}/{'full' if exit_layer is None else f'exit-{exit_layer}'}"

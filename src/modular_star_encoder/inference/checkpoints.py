@@ -329,7 +329,7 @@ def write_sentence_transformer_files(
         check_servable(config)
     mode = {"mean": "pooling_mode_mean_tokens", "lasttoken": "pooling_mode_lasttoken"}[pooling or config.pooling]
     modes = {name: name == mode for name in POOLING_MODES}
-    contents = (
+    contents: tuple[Any, ...] = (
         list(modules),
         {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},
         {"prompts": dict(prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"},

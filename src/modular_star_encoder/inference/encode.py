@@ -66,7 +66,7 @@ def encode_exits(
         return model(**inputs, exit_layers=exits).exit_embeddings.float().cpu().numpy()
 
     max_length = max_length or config.max_position_embeddings
-    options = {"prompt": prompt, "tokens_per_batch": tokens_per_batch, "progress": progress}
+    options: dict[str, Any] = {"prompt": prompt, "tokens_per_batch": tokens_per_batch, "progress": progress}
     autocast = nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
     with _inference(model), autocast:
         embeddings = encode_batches(tokenizer, texts, encode_batch, max_length=max_length, **options)

@@ -265,7 +265,7 @@ def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[
         raise UserError(
             "budget.benchmark.unknown", f"The profile has no quality on {benchmark}. Available: {available}."
         )
-    return {k: one.quality[benchmark] for k, one in profile.exits.items() if benchmark in one.quality}
+    return {k: one.quality[benchmark] for k, one in profile.exits.items() if benchmark and benchmark in one.quality}
 
 
 def _listed(items: Iterable[object]) -> str:
@@ -344,9 +344,9 @@ def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
             f"There is no exit profile of {checkpoint}: measure one (`mose profile --out FILE`), give it as `profile`."
         )
     profile = ExitProfile.load(file)
-    here, decisive = machine_kind(), ("processor", "threads")
+    here, decisive = machine_kind(), ["processor", "threads"]
     if profile.device == "cuda":
-        here, decisive = machine_kind("cuda") if torch.cuda.is_available() else {}, ("gpu",)
+        here, decisive = machine_kind("cuda") if torch.cuda.is_available() else {}, ["gpu"]
     kinds = [(name, profile.machine.get(name), here.get(name)) for name in decisive]
     if other := [f"{name} {then!r}, here {now!r}" for name, then, now in kinds if then != now]:
         warnings.warn(

@@ -89,12 +89,14 @@ def export_onnx(
     sample = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
     longest = model.config.max_position_embeddings
     sizes = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length", max=longest)}
-    options = {"dynamic_shapes": dict.fromkeys(INPUTS, sizes), "output_names": list(OUTPUTS), "verbose": False}
+    options: dict[str, Any] = {"dynamic_shapes": dict.fromkeys(INPUTS, sizes), "output_names": list(OUTPUTS)}
     with naming_extra():
         import onnxscript  # noqa: F401 - torch's exporter needs it
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     with quiet_libraries(), torch.no_grad():
-        program: Any = torch.onnx.export(served_exit(model, exit_layer), (), kwargs=sample, dynamo=True, **options)
+        program: Any = torch.onnx.export(
+            served_exit(model, exit_layer), (), kwargs=sample, dynamo=True, verbose=False, **options
+        )
     # The exporter notes for each node the lines of code that it comes from, with the paths of this machine.
     save_graph(ClearMetadataAndDocStringPass()(program.model).model, path)
 

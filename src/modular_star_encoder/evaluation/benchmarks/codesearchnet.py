@@ -222,7 +222,7 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
         texts = [Text(text) for text in joined_tokens(test, queries, "docstring_tokens")]
         codes = [Text(text, language) for text in joined_tokens(codebase, candidates, "code_tokens")]
         judgements = Judgements.one_each([places[url] for url in urls])
-        options = {"metrics": ("mrr@1000", "recall@1", "recall@10", "ndcg@10"), "notes": notes}
+        options: dict[str, Any] = {"metrics": ("mrr@1000", "recall@1", "recall@10", "ndcg@10"), "notes": notes}
         return ranking_task("codesearchnet-full", language, texts, codes, urls, judgements, **options)
 
     return _each_language(folder, lambda language: (f"{language}/test.jsonl*",), load)
@@ -257,7 +257,7 @@ def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
         queries = [Text(query) for query in grades[language]]
         codes = [Text(code, language) for code in functions.values()]
         notes = (f"{len(missing)} of {len(annotated)} annotated functions are missing",) if missing else ()
-        options = {"metrics": ("ndcg-judged@300", "ndcg-full@300"), "notes": notes}
+        options: dict[str, Any] = {"metrics": ("ndcg-judged@300", "ndcg-full@300"), "notes": notes}
         ids, judgements = list(grades[language]), Judgements.of(gains)
         return ranking_task("codesearchnet-human", language, queries, codes, ids, judgements, **options)
 
@@ -312,7 +312,7 @@ def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask
             if not any(gain > 0 for gain in gains[place].values()):
                 refuse(paths[0], None, f"a relevant document for query {query}")
         asked, codes = [Text(text) for text in queries], [Text(text, language) for text in documents]
-        options = {"metrics": ("ndcg@10", "mrr", "recall@1", "recall@10"), "notes": notes + more_notes}
+        options: dict[str, Any] = {"metrics": ("ndcg@10", "mrr", "recall@1", "recall@10"), "notes": notes + more_notes}
         ids, judgements = list(query_ids), Judgements.of(gains)
         return ranking_task("codesearchnet-mteb", language, asked, codes, ids, judgements, **options)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pygments.lexer import Lexer
@@ -146,7 +147,7 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
     query = np.repeat(np.arange(len(labels)), [len(found) for found in documents])
     judgements = Judgements(query, np.concatenate(documents), np.ones(len(query)))
     texts = [Text(code, "c++") for code in codes]
-    options = {"metrics": ("map@r", "mrr", "recall@10"), "exclude_self": True, "notes": notes}
+    options: dict[str, Any] = {"metrics": ("map@r", "mrr", "recall@10"), "exclude_self": True, "notes": notes}
     return [ranking_task("poj104", "test", texts, texts, names, judgements, **options)]
 
 
