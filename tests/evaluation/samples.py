@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from modular_star_encoder.evaluation.metrics import query_values, rank_judged
-from modular_star_encoder.evaluation.retrievers import Block, CosineScores, EmbeddingCache, EmbeddingRetriever
+from modular_star_encoder.evaluation.retrievers import CosineScores, EmbeddingCache, EmbeddingRetriever
 from modular_star_encoder.evaluation.tasks import Judgements, PairTask, candidate_batches, ranking_task
 from modular_star_encoder.inference.encoders import Text
 
@@ -26,19 +26,6 @@ class GivenEncoder:
         values = np.array([[float(part) for part in text.split()] for _, text in texts], dtype=np.float32)
         values += self.noise * np.random.default_rng(0).normal(size=values.shape)
         return {k: np.pad(values[:, :k], ((0, 0), (0, values.shape[1] - k))) for k in exit_layers}
-
-
-class Matrix:
-    """Scores that are given."""
-
-    def __init__(self, scores):
-        self.scores, self.shape = scores, scores.shape
-
-    def blocks(self):
-        yield Block(0, 0, self.scores)
-
-    def of_pairs(self, queries, documents):
-        return self.scores[queries, documents]
 
 
 def given_retriever(name="given", *, folder=None, **options):

@@ -77,12 +77,6 @@ def test_ties_count_against_the_retriever():
     assert query_values(rank_scores([np.zeros(4)], [np.array([3, 1, 2, 0])]), "ndcg@1") == [0]
 
 
-def test_one_relevant_document_makes_recall_a_hit_or_a_miss():
-    scores = [np.array([0.1, 0.9, 0.5])] * 3
-    gains = [np.eye(3)[i] for i in range(3)]
-    assert query_values(rank_scores(scores, gains), "recall@2").tolist() == [0, 1, 1]
-
-
 def test_a_query_without_relevant_documents_is_an_error_and_has_no_ndcg():
     ranking = rank_scores([np.arange(3.0), np.arange(3.0)], [np.eye(3)[0], np.zeros(3)])
     for metric in ("mrr", "recall@1", "map@r"):

@@ -1,21 +1,16 @@
 """Tasks from pairs, mappings and held-out rows."""
 
-import math
-
 import numpy as np
 import pytest
 
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet
-from modular_star_encoder.evaluation.metrics import query_values, rank_judged
 from modular_star_encoder.evaluation.tasks import (
-    Judgements,
     candidate_batches,
     held_out_tasks,
     pairs_task,
     task_from_mappings,
 )
 from tests.errors import raises
-from tests.evaluation.samples import Matrix
 
 PAIRS = [(f"text {i}", f"code {i}", "python") for i in range(12)]
 
@@ -61,26 +56,6 @@ def test_queries_without_a_relevant_document_are_left_out_and_spare_documents_ar
 def test_too_few_texts_to_rank_are_an_error(build, key, value):
     with raises(key, value):
         build()
-
-
-def literal_metrics(scores, relevant, k):
-    """Sort so that wrong documents come first among equals, then read off the definitions."""
-    order = sorted(range(len(scores)), key=lambda place: (-scores[place], place in relevant))
-    hits = [rank for rank, place in enumerate(order, start=1) if place in relevant]
-    gain = sum(1 / math.log2(rank + 1) for rank in hits if rank <= 10)
-    ideal = sum(1 / math.log2(rank + 1) for rank in range(1, min(10, len(relevant)) + 1))
-    return 1 / hits[0], gain / ideal, sum(rank <= k for rank in hits) / len(hits)
-
-
-@pytest.mark.parametrize("levels", [3, 10_000], ids=["many ties", "few ties"])
-def test_metrics_of_several_relevant_documents_agree_with_their_definitions(levels):
-    generator = np.random.default_rng(0)
-    scores = generator.integers(levels, size=(200, 30)).astype(np.float32)
-    relevant = [generator.choice(30, size=generator.integers(1, 13), replace=False).tolist() for _ in scores]
-    ranking = rank_judged(Matrix(scores), Judgements.of([dict.fromkeys(sorted(one), 1.0) for one in relevant]))
-    found = [query_values(ranking, metric).mean() for metric in ("mrr", "ndcg@10", "recall@5")]
-    expected = [literal_metrics(row.tolist(), set(one), 5) for row, one in zip(scores, relevant, strict=True)]
-    np.testing.assert_allclose(found, np.mean(expected, axis=0), rtol=0, atol=1e-9)
 
 
 def triplet(number, description=None):

@@ -6,10 +6,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.evaluation.metrics import rank_judged
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant
 from modular_star_encoder.evaluation.run import open_retriever
-from modular_star_encoder.evaluation.tasks import Judgements
 from modular_star_encoder.inference import encoders
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.encoders import (
@@ -40,11 +38,6 @@ def plain(tmp_path_factory):
     BertModel(BertConfig(vocab_size=300, **sizes)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-def ranks(retriever, variant):
-    judged = Judgements.one_each(range(4))
-    return rank_judged(retriever.scores(PROSE, CODE, variant), judged).rank.tolist()
 
 
 def test_exits_are_those_of_encode_exits_with_the_published_prompts(model, tokenizer):
@@ -128,16 +121,6 @@ def test_a_folder_is_opened_as_what_it_is(checkpoint, plain):
         load_encoder(checkpoint, (3,))
     with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
         open_retriever("./nothing-here")
-
-
-def test_a_slice_ranks_as_the_exit_it_was_cut_at(checkpoint, tmp_path):
-    from modular_star_encoder.inference.checkpoints import slice_checkpoint
-
-    slice_checkpoint(checkpoint, 2, tmp_path / "slice")
-    retrievers = [open_retriever(checkpoint), open_retriever(str(tmp_path / "slice"))]
-    for retriever in retrievers:
-        retriever.prepare([*PROSE, *CODE], retriever.variants, progress=False)
-    assert ranks(retrievers[0], ExitVariant(2)) == ranks(retrievers[1], ExitVariant(2))
 
 
 KEY = "sk-very-secret"

@@ -223,10 +223,8 @@ def _rank(
     rankings, start = [], 0
     options: dict[str, Any] = {"exclude_self": task.exclude_self, "progress": progress, "label": task.name}
     for pool in task.pools:
-        queries, documents = (
-            [task.queries[row] for row in pool.queries],
-            [task.documents[row] for row in pool.documents],
-        )
+        queries = [task.queries[row] for row in pool.queries]
+        documents = [task.documents[row] for row in pool.documents]
         scores = retriever.scores(queries, documents, variant)
         ranking = metrics.rank_judged(scores, metrics.pool_judgements(task.judgements, pool), **options)
         rankings.append(replace(ranking, query=ranking.query + start))

@@ -14,7 +14,7 @@ from tests.errors import raises
 from tests.evaluation.benchmarks import published
 from tests.evaluation.benchmarks.published import NAMES, WRITERS
 
-URLS = [f"https://github.com/someone/files/{name}#L1" for name in NAMES]
+URLS = [published.url_of(name) for name in NAMES]
 
 
 def load(name, folder, **options):
@@ -189,10 +189,8 @@ def test_all_means_the_benchmarks_whose_folders_exist(tmp_path, monkeypatch):
     published.codesearchnet(tmp_path / "codesearchnet")
     published.exercism(tmp_path / "exercism")
     chosen = choose_benchmarks(["all"], tmp_path)
-    assert chosen == [
-        "codesearchnet-999",
-        *(f"exercism-{kind}" for kind in ("text", "text-masked", "code", "code-masked")),
-    ]
+    exercises = [f"exercism-{kind}" for kind in ("text", "text-masked", "code", "code-masked")]
+    assert chosen == ["codesearchnet-999", *exercises]
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert choose_benchmarks(["all"], f"~/{tmp_path.name}") == chosen
     assert [len(load_benchmark(name, tmp_path, allow_subset=True)) for name in chosen] == [3, 3, 3, 6, 6]
