@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modular_star_encoder.evaluation.retrievers import BLOCK, Block, ExitVariant
+from modular_star_encoder.evaluation.retrievers import BLOCK, Block, ExitVariant, Retriever
 
 if TYPE_CHECKING:
     import torch
@@ -32,14 +32,13 @@ def identifier_tokens(text: str) -> list[str]:
     return [part.lower() for part in _PART.findall(text)]
 
 
-class BM25:
+class BM25(Retriever):
     """BM25 as a `Retriever`, with the document frequencies of the candidates of each pool.
 
     A term counts once per query, however often it is repeated there. A query without known terms scores 0 everywhere.
     """
 
     name = "BM25"
-    variants: tuple[ExitVariant, ...] = (ExitVariant(),)
 
     def __init__(self, k1: float = 1.2, b: float = 0.75) -> None:
         self.k1, self.b = k1, b
@@ -70,7 +69,6 @@ class BM25Scores:
             self._index.index(documents, show_progress=False)
 
     def blocks(self) -> Iterator[Block]:
-        """See `Scores`."""
         return _row_blocks(self.shape, lambda start, end: np.stack([self._row(row) for row in range(start, end)]))
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -89,17 +87,13 @@ class BM25Scores:
         return self._index.get_scores(terms)
 
 
-class TfIdf:
+class TfIdf(Retriever):
     """TF-IDF cosine as a `Retriever`, with sublinear term frequency and the document frequencies of each pool."""
 
     name = "TF-IDF"
-    variants: tuple[ExitVariant, ...] = (ExitVariant(),)
 
     def __init__(self) -> None:
         self.checksum = f"tfidf-sublinear-{version('scikit-learn')}"
-
-    def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Nothing to do."""
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> SparseScores:
         """Cosine similarities of weights that are fitted on the documents."""
@@ -122,12 +116,10 @@ class SparseScores:
         self._queries, self._documents = queries.sorted_indices(), documents.sorted_indices()
 
     def blocks(self) -> Iterator[Block]:
-        """See `Scores`."""
         columns = self._documents.T.tocsr()
         return _row_blocks(self.shape, lambda start, end: (self._queries[start:end] @ columns).toarray())
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """See `Scores`."""
         scores = np.empty(len(queries), dtype=np.float32)
         for start in range(0, len(queries), 4096):
             part = slice(start, start + 4096)
@@ -154,14 +146,9 @@ def identifier_overlap_accuracy(
     measured_on: Iterable[Mapping[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Accuracy of "same repository if the identifiers overlap by more than a threshold".
+    """Accuracy of "same repository if the identifiers overlap by more than a threshold", on rows of `InContextPairs`.
 
-    Args:
-        fitted_on, measured_on: rows of `InContextPairs`; the threshold is the best one of the first.
-        tokenizer: what made them.
-
-    Returns:
-        `accuracy` on `measured_on`, `fitted_accuracy` on `fitted_on`, and the `threshold`.
+    Returns `accuracy` on `measured_on`, `fitted_accuracy` on `fitted_on`, and the `threshold`, the best one there.
     """
     overlaps, labels = _overlaps(fitted_on, tokenizer)
     unseen, unseen_labels = _overlaps(measured_on, tokenizer)

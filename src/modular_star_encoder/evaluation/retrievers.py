@@ -69,18 +69,17 @@ class Retriever(Protocol):
 
     name: str  # as tables show it
     checksum: str  # differs if any score could differ; results are stored under it
-    variants: tuple[ExitVariant, ...]  # the available ones
+    variants: tuple[ExitVariant, ...] = (ExitVariant(),)  # the available ones
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Do now what can be done for all texts at once, such as embedding them."""
-        ...
+        """Do what can be done for all texts at once, such as embedding them; nothing by default."""
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> Scores:
         """Scores (Q, D) of prepared texts."""
         ...
 
 
-class EmbeddingRetriever:
+class EmbeddingRetriever(Retriever):
     """Ranks by cosine similarity of embeddings, which `cache` keeps, by default in memory.
 
     Each text is embedded once, all missing exits in one pass.
@@ -150,7 +149,6 @@ class CosineScores:
                 yield Block(row, column, similarities(self._unit(self.queries[row : row + rows]), documents))
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """See `Scores`."""
         scores = np.empty(len(queries), dtype=np.float32)
         for start in range(0, len(queries), _PAIRS):
             part = slice(start, start + _PAIRS)

@@ -127,8 +127,7 @@ def language_patterns(split: str, language: str) -> tuple[str, ...]:
 def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> dict[str, RetrievalRow]:
     """{url: documented function} of the files of one language, in order.
 
-    Args:
-        leaky: leave the docstring in Python code, as most published values have it.
+    `leaky` leaves the docstring in Python code, as most published values have it.
     """
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
@@ -231,9 +230,7 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
 def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """Annotators' judgements: one task for each language whose functions are there.
 
-    Args:
-        folder: holds `annotationStore.csv` (also under `resources/`) and a folder of JSON lines for each language.
-        allow_subset: accept other numbers of annotations, and missing functions.
+    The folder holds `annotationStore.csv` (also under `resources/`) and a folder of JSON lines for each language.
     """
     (annotations, *_) = require_files(folder, (ANNOTATIONS, f"resources/{ANNOTATIONS}"))
     grades, count = _read_grades(annotations)

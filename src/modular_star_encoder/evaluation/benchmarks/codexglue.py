@@ -90,11 +90,7 @@ def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 
 
 def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Java → C# and C# → Java.
-
-    Args:
-        masked: replace names (see `mask_names`).
-    """
+    """Java → C# and C# → Java; `masked` replaces names (see `mask_names`)."""
     (first, *_), (second, *_) = (require_files(folder, [f"test.java-cs.txt.{ending}"]) for ending in ("java", "cs"))
     texts = {"java": _read_translation(first, "java", masked), "c#": _read_translation(second, "c#", masked)}
     size = len(texts["java"])
@@ -187,10 +183,7 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
     """Text → code: a task for each language. Code → code: one for each ordered pair of languages.
 
     The candidates of a task are the exercises that both sides have; tables average over the languages of queries.
-
-    Args:
-        from_code: code → code.
-        masked: replace names in code (see `mask_names`).
+    `masked` replaces names in code (see `mask_names`).
     """
     (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
     exercises = _read_exercism(path, masked)
@@ -229,9 +222,7 @@ def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
 def mask_names(code: str, language: str) -> str:
     """The code with every identifier replaced by `name1`, `name2`, … in the order of their first appearance.
 
-    Args:
-        code: a snippet or a file.
-        language: any name that Pygments knows, such as "python", "c++", "c#".
+    `language` is any name that Pygments knows, such as "python", "c++", "c#".
     """
     names: dict[str, str] = {}
 
