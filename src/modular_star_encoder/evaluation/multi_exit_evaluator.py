@@ -13,7 +13,6 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import distributed, nn
-from torch.distributed.fsdp import FSDPModule
 
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.evaluation.metrics import pool_judgements, query_values, rank_judged
@@ -255,8 +254,12 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
 def _encode_share(network: nn.Module, encode: _Encode, texts: list[str]) -> dict[int, np.ndarray]:
     """Embeddings of all texts, of which each process of the training encodes a share."""
     world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if world == 1:
+        return encode(texts)
+    from torch.distributed.fsdp import FSDPModule  # not in every build of torch
+
     # Where FSDP2 has split the parameters, every forward pass needs every process.
-    if world == 1 or any(isinstance(module, FSDPModule) for module in network.modules()):
+    if any(isinstance(module, FSDPModule) for module in network.modules()):
         return encode(texts)
     unique = sorted(dict.fromkeys(texts), key=len)
     shares: list[dict[int, np.ndarray]] = [{}] * world
