@@ -25,7 +25,7 @@ from modular_star_encoder.data.prompts import LANGUAGES, code_prompt, text_promp
 from modular_star_encoder.evaluation.tasks import candidate_batches
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint, load_config
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError, naming_extra
 
 with naming_extra():
@@ -188,7 +188,7 @@ def run_mteb(
     path = os.path.expanduser(os.fspath(checkpoint))
     model, tokenizer = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
     shared = SharedExits(model, tokenizer, exit_layers or model.config.exit_layers, memory_gb, **encode_options)
-    metas = _metas(path, model.config, shared.exit_layers, model_name)
+    metas = exit_model_metas(path, shared.exit_layers, model_name)
     encoders = [MtebExitEncoder(shared, k, meta, prompts) for k, meta in zip(shared.exit_layers, metas, strict=True)]
     cache = mteb.ResultCache(Path(out).expanduser())
     scores: dict[int, dict[str, float]] = {exit_layer: {} for exit_layer in shared.exit_layers}
@@ -224,12 +224,39 @@ def _run_task(
 
 
 def exit_model_metas(
-    checkpoint: str | os.PathLike[str], exit_layers: Sequence[int] | None = None, model_name: str | None = None
+    checkpoint: str | os.PathLike[str],
+    exit_layers: Sequence[int] | None = None,
+    model_name: str | None = None,
+    revision: str | None = None,
 ) -> list[ModelMeta]:
-    """The `ModelMeta` of each exit, by which mteb can load it, for arguments of `run_mteb`; loads no weights."""
-    path = os.path.expanduser(os.fspath(checkpoint))
-    config = load_config(checkpoint)
-    return _metas(path, config, config.resolve_exits(exit_layers=exit_layers or config.exit_layers), model_name)
+    """The `ModelMeta` of each exit, by which mteb can load it; loads no weights.
+
+    Arguments are those of `run_mteb`; the revision is a checksum of the weights if None.
+    """
+    config, path = load_config(checkpoint), os.path.expanduser(os.fspath(checkpoint))
+    is_local = os.path.isdir(path)
+    name = model_name or (f"local/{Path(path).resolve().name}" if is_local else path)
+    if "/" not in name:
+        raise UserError("mteb.model_name", f"model_name {name!r} must have the form owner/model.")
+    shared = {
+        "revision": revision or checkpoint_checksum(path),
+        "n_embedding_parameters": config.vocab_size * config.hidden_size,
+        "max_tokens": config.max_position_embeddings,
+        "embed_dim": config.projection_size,
+        "framework": ["PyTorch", "Transformers"],
+        "similarity_fn_name": "cosine",
+        "use_instructions": config.instruction_prompts,
+        "adapted_from": None if is_local else path,
+    }
+    metas = []
+    for exit_layer in config.resolve_exits(exit_layers=exit_layers or config.exit_layers):
+        with torch.device("meta"):
+            parameters = ModularStarEncoderForRetrieval(config.cut(exit_layer)).num_parameters()
+        # A partial function: mteb writes the loader's arguments into the results, where a local path has no place.
+        loader = partial(load_exit_encoder, checkpoint=path, exit_layer=exit_layer)
+        own = {"loader": loader, "name": f"{name}-exit-{exit_layer}", "n_parameters": parameters}
+        metas.append(ModelMeta(**{**dict(ModelMeta.create_empty()), **shared, **own}))
+    return metas
 
 
 def register_exits(
@@ -258,40 +285,9 @@ def load_exit_encoder(
     """What mteb calls to load an exit by its `ModelMeta`; `model_name` and `revision` are those of the exit."""
     model, tokenizer = load_checkpoint(checkpoint, exit_layer, device, dtype)
     shared = SharedExits(model, tokenizer, (exit_layer,), **encode_options)
-    (meta,) = _metas(checkpoint, model.config, (exit_layer,), model_name.removesuffix(f"-exit-{exit_layer}"), revision)
+    name = model_name.removesuffix(f"-exit-{exit_layer}")
+    (meta,) = exit_model_metas(checkpoint, (exit_layer,), name, revision)
     return MtebExitEncoder(shared, exit_layer, meta, prompts)
-
-
-def _metas(
-    checkpoint: str,
-    config: ModularStarEncoderConfig,
-    exit_layers: Sequence[int],
-    model_name: str | None,
-    revision: str | None = None,
-) -> list[ModelMeta]:
-    folder = Path(checkpoint)
-    name = model_name or (f"local/{folder.resolve().name}" if folder.is_dir() else checkpoint)
-    if "/" not in name:
-        raise UserError("mteb.model_name", f"model_name {name!r} must have the form owner/model.")
-    shared = {
-        "revision": revision or checkpoint_checksum(checkpoint),
-        "n_embedding_parameters": config.vocab_size * config.hidden_size,
-        "max_tokens": config.max_position_embeddings,
-        "embed_dim": config.projection_size,
-        "framework": ["PyTorch", "Transformers"],
-        "similarity_fn_name": "cosine",
-        "use_instructions": config.instruction_prompts,
-        "adapted_from": None if folder.is_dir() else checkpoint,
-    }
-    metas = []
-    for exit_layer in exit_layers:
-        with torch.device("meta"):
-            parameters = ModularStarEncoderForRetrieval(config.cut(exit_layer)).num_parameters()
-        # A partial function: mteb writes the loader's arguments into the results, where a local path has no place.
-        loader = partial(load_exit_encoder, checkpoint=checkpoint, exit_layer=exit_layer)
-        own = {"loader": loader, "name": f"{name}-exit-{exit_layer}", "n_parameters": parameters}
-        metas.append(ModelMeta(**{**dict(ModelMeta.create_empty()), **shared, **own}))
-    return metas
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
