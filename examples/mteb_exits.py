@@ -5,8 +5,8 @@
     python examples/mteb_exits.py runs/quickstart/model --tasks "MTEB(Code, v1)"
     python examples/mteb_exits.py runs/quickstart/model --data ~/checkouts
 
-The first two fetch mteb's data sets; the third needs no network. Results lie in mteb's own format in --out, where an
-interrupted run finds what it has.
+The first two fetch mteb's data sets; the third needs no network. Results are stored in mteb's format in --out, and an
+interrupted run continues from them.
 """
 
 import argparse

@@ -99,7 +99,7 @@ class MultiExitEvaluator(BaseEvaluator):
             candidates: rank each code among this many, its own included (1000 in the CodeSearchNet protocol), in
                 batches drawn by `seed`; among all if None.
             seed: of the batches.
-            distractors: old name, one less than `candidates`.
+            distractors: deprecated; `candidates` minus one.
             options: as for the class.
 
         Raises:

@@ -353,7 +353,7 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
         raise UserError(
             "evaluation.plots.other_machines",
             f"The exit profiles of {' and '.join(found)} are of different machines, devices, threads or shapes of "
-            "batches: measure them alike with `mose profile`.",
+            "batches: measure them under the same conditions with `mose profile`.",
         )
     if found:
         plot_quality_by_latency(tables, {name: median_latencies(one) for name, one in found.items()}, by_latency)
@@ -426,7 +426,7 @@ def _line(axes: Axes, places: Sequence[float], rows: Sequence[Row], label: str) 
 
 @contextmanager
 def _panels(tables: Sequence[Table], path: Path) -> Iterator[list[Axes]]:
-    """Axes to draw a panel for each table, three in a line; the figure is written to `path` at the end."""
+    """Axes to draw a panel for each table, three in a row; the plot is written to `path` at the end."""
     with naming_extra():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -4,9 +4,9 @@ A retriever may have several *variants* that come from one pass over the texts: 
 the sizes to which its embeddings can be truncated. `run.evaluate_tasks` asks for the variants without a stored result.
 
 A cosine similarity is the float64 sum of products of unit vectors, added up pairwise in the order of the components,
-then rounded to float32. Matrix products add in whatever order is fastest for their shape, so a block rounds at once
-only what rounds alike with any such error, and computes the few other scores in the fixed order. Equal vectors then get
-equal scores in every place, and no result depends on the size of a block or on the library that multiplies.
+then rounded to float32. Matrix products add in the order that is fastest for their shape. A block therefore takes from
+them only the scores that no such error can round differently, and computes the few others in the fixed order. Equal
+vectors then get equal scores everywhere, and no result depends on the size of a block or on the library.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class EmbeddingRetriever(Retriever):
     """
 
     chunk = 4096
-    """Texts per shard of the cache: what an interruption may cost."""
+    """Texts per shard of the cache; an interruption loses at most one shard."""
 
     def __init__(self, encoder: Encoder, cache: EmbeddingCache | None = None) -> None:
         self.encoder = encoder
@@ -99,7 +99,7 @@ class EmbeddingRetriever(Retriever):
         prompted = dict.fromkeys((self.encoder.prompt(text), text.text) for text in dict.fromkeys(texts))
         exits = dict.fromkeys(variant.exit_layer for variant in variants)
         absent = {k: missing for k in exits if (missing := self.cache.missing(self._space(k), prompted))}
-        # A text is embedded at all exits where some exit lacks it: the deepest costs the pass anyway.
+        # A text that any exit lacks is embedded at all of them: the pass to the deepest exit computes the others too.
         wanted = sorted(set().union(*absent.values()), key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
         starts = range(0, len(wanted), self.chunk)
         for start in tqdm(starts, desc=f"embedding, {self.name}", unit="shard", disable=not progress, leave=False):

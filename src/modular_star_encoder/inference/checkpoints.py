@@ -43,7 +43,7 @@ SENTENCE_TRANSFORMER_FILES = (
     "2_Normalize/config.json",
 )
 # The module paths of sentence-transformers before version 6: version 6 reads them, and so do text-embeddings-inference
-# and older installations, which know no others.
+# and older installations, which accept only these.
 MODULES = (
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer", "kwargs": ["exit_layer"]},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},

@@ -286,7 +286,7 @@ def load_at_budget(
 
     Args:
         checkpoint: folder or Hub id.
-        profile: costs of the exits; by default the checkpoint's `exit_profile.json`, with a warning if it was measured
+        profile: cost of each exit; by default the checkpoint's `exit_profile.json`, with a warning if it was measured
             on another kind of machine.
         model_kwargs: for `AutoModel.from_pretrained`.
         budget: `latency_ms`, `memory_mb`, `min_quality` and the other arguments of `select_exit`.

@@ -209,7 +209,7 @@ def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]
     with naming_extra():
         import onnx_ir
         from onnxruntime.quantization import QuantType, quantize_dynamic
-    # The quantiser names weights that don't fit into a file otherwise than serving software expects.
+    # The quantiser gives a file of weights another name than serving software expects.
     with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=Path(target).parent) as folder:
         options = SETTINGS | {"use_external_data_format": Path(f"{os.fspath(source)}_data").exists()}
         draft = Path(folder, "model.onnx")

@@ -1,7 +1,7 @@
 """Measure the exit profile of a checkpoint on this machine: latency, memory, size and FLOPs of every exit.
 
 Latency: batches of random tokens without padding, after a warm-up; the exits take turns in a random order, so that
-other load affects them alike. Memory: on a CPU each exit runs in a fresh process (this module run as a script), which
+other load affects all of them. Memory: on a CPU each exit runs in a fresh process (this module run as a script), which
 does nothing else; on a GPU each exit is loaded alone.
 """
 
@@ -48,7 +48,7 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
         head       2 · (H·D + D·D)                 of every token; with `pool_then_project` once more for the text;
                                                    a linear head has no D·D
 
-    Tokens of padding cost as much as others unless `config.unpad_inputs`.
+    Padding tokens count as others unless `config.unpad_inputs`.
     """
     config.check_exit(exit_layer)
     if length < 1:
