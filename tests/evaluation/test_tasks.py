@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet
-from modular_star_encoder.evaluation.tasks import (
-    candidate_batches,
-    held_out_tasks,
-    pairs_task,
-    task_from_mappings,
-)
+from modular_star_encoder.evaluation.tasks import candidate_batches, held_out_tasks, pairs_task, task_from_mappings
 from tests.errors import raises
 
 PAIRS = [(f"text {i}", f"code {i}", "python") for i in range(12)]

@@ -216,7 +216,7 @@ def test_a_tilde_is_the_home_folder(checkpoint, tmp_path, monkeypatch):
 
 def test_a_folder_that_is_taken_is_left_alone(checkpoint, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="already exists"):
+    with raises("files.folder.not_empty", tmp_path):
         slice_checkpoint(checkpoint, 2, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -331,7 +331,7 @@ def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
         mean = Estimate(scores["mrr"], *scores.get("interval", (scores["mrr"],) * 2))
         others = {metric: value for metric, value in scores.items() if metric.startswith("recall")}
         rows.append(Row(retriever, exit_layer, None, {}, mean, others, None))
-    first = exits[0][1]
+    first = content.get("bm25", exits[0][1])
     size = f"{first['queries']:,} queries, {first['distractors'] + 1:,} candidates each" if "queries" in first else ""
     return Table(name, "mrr", rows, "", size, ())
 
