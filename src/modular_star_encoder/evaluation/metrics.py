@@ -62,9 +62,7 @@ def rank_scores(scores: Sequence[np.ndarray], gains: Sequence[np.ndarray]) -> Ra
 def check_scores(scores: np.ndarray) -> None:
     """Raise UserError if a score is NaN."""
     if missing := int(np.count_nonzero(np.isnan(scores))):
-        raise UserError(
-            "evaluation.scores.nan", f"{missing} scores are NaN and cannot be ranked. Did training diverge?"
-        )
+        raise UserError("evaluation.scores.nan", f"{missing} scores are NaN. Did training diverge?")
 
 
 def rank_judged(
@@ -381,7 +379,5 @@ def _percentiles(draws: np.ndarray, level: float) -> tuple[float, float]:
 def _not_empty(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values):
-        raise UserError(
-            "evaluation.bootstrap.no_values", f"A mean needs at least one value, not an array of shape {values.shape}."
-        )
+        raise UserError("evaluation.bootstrap.no_values", f"A mean needs values (N,), not shape {values.shape}.")
     return values

@@ -201,10 +201,7 @@ class MultiExitEvaluator(BaseEvaluator):
             network, tokenizer, max_length = _network(model), model.tokenizer, self.max_length or model.max_seq_length
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
         elif self.tokenizer is None:
-            raise UserError(
-                "evaluator.tokenizer.missing",
-                "Give MultiExitEvaluator a tokenizer: only a SentenceTransformer has one.",
-            )
+            raise UserError("evaluator.tokenizer.missing", "Give MultiExitEvaluator a tokenizer for this model.")
         else:
             network, tokenizer, max_length = model, self.tokenizer, self.max_length
             prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
@@ -222,9 +219,7 @@ class MultiExitEvaluator(BaseEvaluator):
             file.seek(0)
             columns = list(line) if is_new else next(csv.reader(file), [])
             if set(columns) != set(line):
-                raise UserError(
-                    "evaluator.csv.other_metrics", f"{path} holds other metrics: give this evaluator another name."
-                )
+                raise UserError("evaluator.csv.other_metrics", f"{path} holds other metrics: choose another name.")
             writer = csv.DictWriter(file, columns)
             if is_new:
                 writer.writeheader()

@@ -284,7 +284,7 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
     if measured and checkpoint and measured != checkpoint:
         raise UserError(
             "evaluation.report.other_weights",
-            f"{path} holds results of other weights ({measured}, not {checkpoint}): evaluate again.",
+            f"{path} is of other weights ({measured}, not {checkpoint}): evaluate again.",
         )
     return tables
 
@@ -394,9 +394,7 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
                 if exit_layer in (known := latencies.get(row.retriever, {})):
                     panel.setdefault(name, {})[known[exit_layer]] = row
     if not any(timed):
-        raise UserError(
-            "evaluation.plots.no_latency", "No exit of these retrievers has a latency in the exit profiles."
-        )
+        raise UserError("evaluation.plots.no_latency", "The exit profiles hold no exit of these retrievers.")
     with _panels(tables, path) as panels:
         for axes, by_name in zip(panels, timed, strict=True):
             for name, rows in by_name.items():

@@ -212,12 +212,11 @@ class EmbeddingCache:
         if embeddings.shape != (len(texts), size):
             raise UserError(
                 "evaluation.embeddings.shape",
-                f"{len(texts)} texts need embeddings ({len(texts)}, {size}), not of shape {embeddings.shape}.",
+                f"{len(texts)} texts need ({len(texts)}, {size}) embeddings, not {embeddings.shape}.",
             )
         if not np.isfinite(embeddings).all():
             raise UserError(
-                "evaluation.embeddings.not_finite",
-                "An embedding holds NaN or infinite components. Nothing was stored; check the model.",
+                "evaluation.embeddings.not_finite", "An embedding holds NaN or infinite values. Check the model."
             )
         keys = [_key(text) for text in texts]
         if self.folder is not None:
@@ -244,9 +243,7 @@ class EmbeddingCache:
                     if keys.dtype != np.uint8 or keys.shape != (len(shard), 32) or shard.dtype != np.float32:
                         raise ValueError("keys and embeddings do not fit together")
                 except (ValueError, OSError, EOFError) as error:
-                    raise UserError(
-                        "evaluation.cache.damaged", f"{path} of the embedding cache is damaged ({error}): remove it."
-                    ) from None
+                    raise UserError("evaluation.cache.damaged", f"{path} is damaged ({error}): remove it.") from None
                 space.append([row.tobytes() for row in keys], shard)
         return self._spaces[name]
 

@@ -204,9 +204,7 @@ def evaluate_task(
     main = values_of[task.metrics[0]]
     kept = np.flatnonzero(~np.isnan(main))
     if not len(kept):
-        raise UserError(
-            "evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no query has a relevant document."
-        )
+        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no relevant document.")
     estimates = {}
     for metric, values in values_of.items():
         known = values[~np.isnan(values)]
@@ -259,9 +257,7 @@ def read_result(path: Path) -> TaskResult:
         estimates = {name: Estimate(**estimate) for name, estimate in data.pop("estimates").items()}
         return TaskResult(estimates=estimates, **data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            "evaluation.result.damaged", f"{path} is not a result of an evaluation ({error}): remove it and run again."
-        ) from None
+        raise UserError("evaluation.result.damaged", f"{path} is damaged ({error}): remove it and run again.") from None
 
 
 def _path(out: str | Path | None, task: str, retriever: Retriever, variant: ExitVariant, seed: int) -> Path | None:
@@ -311,10 +307,7 @@ def _open_all(
             retrievers[name] = open_retriever(name, store)
     names = [retriever.name for retriever in retrievers.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(
-            "evaluation.retriever.same_name",
-            f"Two retrievers would have the name {repeated[0]!r} in the tables: rename a folder.",
-        )
+        raise UserError("evaluation.retriever.same_name", f"Two retrievers are named {repeated[0]!r}: rename a folder.")
     return retrievers
 
 

@@ -247,7 +247,7 @@ def task_from_mappings(
     if unknown := sorted({document for name in answered for document in relevant[name]} - set(places)):
         raise UserError(
             "evaluation.task.unknown_document",
-            f"`relevant` names {len(unknown)} documents that `corpus` does not hold, such as {unknown[0]!r}.",
+            f"{len(unknown)} relevant documents are not in `corpus`, such as {unknown[0]!r}.",
         )
     if not answered or len(places) < 2:
         raise UserError(

@@ -85,9 +85,7 @@ def load_checkpoint(
     options = {name: value for name, value in (("exit_layer", exit_layer), ("dtype", dtype)) if value is not None}
     model = _load_whole(AutoModel, path, trust_remote_code=False, **options)
     if not isinstance(model, ModularStarEncoderForRetrieval):
-        raise UserError(
-            "checkpoint.not_retrieval", f"{path} is a pre-trained model without projection heads: fine-tune it first."
-        )
+        raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads: fine-tune it first.")
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), _load_tokenizer(path)
 
 
@@ -98,9 +96,7 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
     with _clear_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not isinstance(config, ModularStarEncoderConfig):
-        raise UserError(
-            "checkpoint.other_model", f"{path} holds a model of type {config.model_type!r}, not a ModularStarEncoder."
-        )
+        raise UserError("checkpoint.other_model", f"{path} is a {config.model_type!r}, not a ModularStarEncoder.")
     return config
 
 
@@ -197,7 +193,7 @@ def _clear_errors(path: str) -> Iterator[None]:
         if "mismatch" not in str(error):
             raise
         raise UserError(
-            "checkpoint.shapes", f"{path} cannot be loaded: its weights do not have the shapes of its configuration."
+            "checkpoint.shapes", f"{path} cannot be loaded: weights and configuration differ in shape."
         ) from error
     except OSError as error:
         if os.path.isdir(path):

@@ -145,9 +145,7 @@ class ExitProfile:
             if len(shapes) != 1 or shapes == {()}:
                 raise ValueError("it has no exits, or not the same measurements of each")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                "profile.file.unreadable", f"{path} is not an exit profile as `mose profile` writes it: {error}."
-            ) from error
+            raise UserError("profile.file.unreadable", f"{path} is not an exit profile: {error}.") from error
         return profile
 
 
@@ -262,9 +260,7 @@ def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[
         raise UserError("budget.benchmark.missing", f"min_quality needs a benchmark: {how}.")
     if benchmark is not None and benchmark not in known:
         available = _listed(known) or "none"
-        raise UserError(
-            "budget.benchmark.unknown", f"The profile has no quality on {benchmark}. Available: {available}."
-        )
+        raise UserError("budget.benchmark.unknown", f"No quality on {benchmark}. Available: {available}.")
     return {k: one.quality[benchmark] for k, one in profile.exits.items() if benchmark and benchmark in one.quality}
 
 

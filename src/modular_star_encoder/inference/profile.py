@@ -76,9 +76,7 @@ class ProfilePlan:
     def __post_init__(self) -> None:
         numbers = (*self.batch_sizes, *self.lengths, self.rounds, self.seconds_per_shape)
         if not self.batch_sizes or not self.lengths or min(numbers) <= 0:
-            raise UserError(
-                "profile.plan", f"Batch sizes, lengths, rounds and seconds must be positive, not {numbers}."
-            )
+            raise UserError("profile.plan", f"All numbers of a plan must be positive, not {numbers}.")
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -109,9 +107,7 @@ def profile_checkpoint(
     plan = plan or ProfilePlan()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(
-            "profile.device", f"device {device!r} is not available: use cpu, or cuda on a machine with a GPU."
-        )
+        raise UserError("profile.device", f"device {device!r} is not available: use cpu or cuda.")
     if dtype not in (None, *DTYPES):
         raise UserError("profile.dtype", f"dtype {dtype!r} must be one of {', '.join(DTYPES)}.")
     path = os.path.expanduser(os.fspath(checkpoint))

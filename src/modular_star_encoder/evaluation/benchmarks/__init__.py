@@ -95,9 +95,7 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     found = [name for name, folder in possible.items() if (Path(data).expanduser() / folder).is_dir()]
     if not found:
         folders = ", ".join(sorted(set(possible.values())))
-        raise UserError(
-            "benchmark.all.none", f"{data} holds no benchmark: expected at least one of the folders {folders}."
-        )
+        raise UserError("benchmark.all.none", f"{data} holds no benchmark: expected one of the folders {folders}.")
     return list(dict.fromkeys(one for name in names for one in (found if name == ALL else [name])))
 
 
@@ -117,10 +115,7 @@ def load_benchmark(
     if _is_on_hub(data):
         repository = str(data).removeprefix("hub").removeprefix(":") or benchmark.hub
         if not repository:
-            raise UserError(
-                "benchmark.not_on_hub",
-                f"{name} is not on the Hub as its authors publish it: name a folder, or hub:OWNER/NAME.",
-            )
+            raise UserError("benchmark.not_on_hub", f"{name} is not on the Hub: name a folder or hub:OWNER/NAME.")
         ignored = ["*train*", "*validation*"]
         folder = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))
     else:
