@@ -174,11 +174,8 @@ def run_mteb(
         exit_layers: which exits; all that the checkpoint has if None.
         out: folder of mteb's results: `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`.
         model_name: `owner/model` in the results; by default the Hub id, or `local/{folder}`.
-        prompts: as for `MtebExitEncoder`.
-        device, dtype: as for `load_checkpoint`.
-        memory_gb: as for `SharedExits`.
+        prompts, memory_gb: as for `MtebExitEncoder` and `SharedExits`.
         overwrite: evaluate again where results exist.
-        progress: show progress bars.
         encode_options: for `encode_exits`: max_length, tokens_per_batch.
 
     Returns:

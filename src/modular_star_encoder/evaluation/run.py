@@ -70,7 +70,6 @@ def run_benchmarks(
         data: their folder (see `load_benchmark`).
         out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`), embeddings and the lists of
             candidates; nothing is written if None.
-        exit_layers: exits of the model; all if None.
         baselines: other retrievers, see `open_retriever`; if None, BM25 without `out` and none with it.
         untrained: also evaluate the model with fresh weights.
         allow_subset: accept partial files, with a note under the tables.
@@ -78,7 +77,6 @@ def run_benchmarks(
         cache: folder for embeddings, shared by runs; `out/embeddings` if None.
         seed: of intervals, permutations and the untrained weights; candidates are always drawn as the protocol says.
         command: shown in the report.
-
     """
     folder = None if out is None else Path(out).expanduser()
     if folder is not None and folder.exists() and not folder.is_dir():
@@ -136,7 +134,6 @@ def evaluate_exits(
 
     Args:
         rows: (description, code, language). With several languages, candidates of other languages are easy ones.
-        exit_layers: exits to evaluate; all if None.
         untrained: also evaluate the architecture with fresh weights (doubles time and memory).
         size: candidates of each query, in the batches of `tasks.candidate_batches`.
         seed: of batches, intervals and fresh weights.

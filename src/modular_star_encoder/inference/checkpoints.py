@@ -66,16 +66,12 @@ def load_checkpoint(
     Args:
         path: a checkpoint folder, or a repository of the Hub ("owner/name"), of which no code is run.
         exit_layer: read only the layers up to this exit.
-        device: where the model goes; a GPU if there is one and None is given.
-        dtype: of the weights; the checkpoint's own if None.
+        device, dtype: of the model; by default a GPU if there is one, and the checkpoint's own.
 
     Raises:
         UserError: not a retrieval checkpoint of ours, a damaged file, weights that do not fit its configuration (a
             missing head would be drawn at random), or an exit that it does not have.
         OSError: no such folder or repository, or one without configuration, weights or tokenizer.
-
-    Example:
-        >>> model, tokenizer = load_checkpoint("runs/model", exit_layer=4)  # doctest: +SKIP
     """
     config, path = load_config(path), _expanded(path)
     if exit_layer is not None:

@@ -64,7 +64,6 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
         name: folder or Hub repository of one of our checkpoints or of any model that sentence-transformers loads, or
             `openai:MODEL` or `openai:MODEL@URL` (API key in OPENAI_API_KEY).
         exit_layers: exits of one of our checkpoints; all if None. Only the layers up to the deepest are loaded.
-
     """
     folder = Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name

@@ -96,13 +96,8 @@ def profile_checkpoint(
 ) -> ExitProfile:
     """Measure every exit of a retrieval checkpoint.
 
-    Args:
-        checkpoint: folder or Hub id.
-        plan: shapes and repetitions; `ProfilePlan()` if None.
-        exit_layers: which exits; all that the checkpoint has if None.
-        device: `"cpu"` or `"cuda"`; a GPU if there is one and None is given.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own if None.
-
+    The device is a GPU if there is one and None is given; exits, dtype and plan are by default those of the checkpoint
+    and `ProfilePlan()`.
     """
     plan = plan or ProfilePlan()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -109,7 +109,6 @@ def load_benchmark(
             `hub:OWNER/NAME` for another one with the same files.
         allow_subset: accept partial files, with a note.
         candidates: for benchmarks that draw candidates, the folder of the lists of an earlier run.
-
     """
     benchmark = BENCHMARKS[name]
     if _is_on_hub(data):
