@@ -30,8 +30,8 @@ from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_pa
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
 from modular_star_encoder.evaluation.metrics import bootstrap_interval, spread, worst_order
 from modular_star_encoder.evaluation.tasks import RetrievalRow
+from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits, tokenize
-from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.inference.profile import flops_per_token
 from modular_star_encoder.search.cascade import FittedMargin, fit_threshold
 from modular_star_encoder.utils.reports import markdown_table, percent

@@ -30,8 +30,8 @@ from sentence_transformers import SentenceTransformer
 
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_patterns, read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
-from modular_star_encoder.inference.encode import encode_exits, evaluating
-from modular_star_encoder.inference.load import compile_for_inference, load_checkpoint
+from modular_star_encoder.inference.checkpoints import load_checkpoint
+from modular_star_encoder.inference.encode import compile_for_inference, encode_exits, evaluating
 
 LANGUAGES = ("go", "javascript", "ruby")
 BATCH_SIZE = 32

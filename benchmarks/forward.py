@@ -26,7 +26,7 @@ from ratios import Seconds, figure, ratio, take_turns
 from report import write_rows
 from transformers import ModernBertModel, PreTrainedModel, Starcoder2Model
 
-from modular_star_encoder.inference.load import compile_for_inference
+from modular_star_encoder.inference.encode import compile_for_inference
 from modular_star_encoder.inference.profile import flops_per_token
 from modular_star_encoder.modeling import (
     ModularStarEncoderConfig,

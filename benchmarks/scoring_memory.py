@@ -65,9 +65,8 @@ def fill(folder: Path, size: int, dimensions: int) -> None:
 
 def rank(folder: Path, size: int, dimensions: int) -> dict[str, float]:
     """Peak memory, and the MRR as a sign that it did rank."""
-    from modular_star_encoder.evaluation.metrics import reciprocal_ranks
-    from modular_star_encoder.evaluation.retrievers import EmbeddingCache
-    from modular_star_encoder.evaluation.scores import CosineScores, rank_judged
+    from modular_star_encoder.evaluation.metrics import rank_judged, reciprocal_ranks
+    from modular_star_encoder.evaluation.retrievers import CosineScores, EmbeddingCache
     from modular_star_encoder.evaluation.tasks import Judgements
 
     imports = resident_mb("VmRSS")

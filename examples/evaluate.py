@@ -3,8 +3,8 @@
     python examples/evaluate.py MODEL --data FOLDER --benchmarks codesearchnet-999 exercism-code --out runs/evaluation
     python examples/evaluate.py MODEL --data FOLDER --benchmarks all --baselines bm25 tfidf OTHER_MODEL --out FOLDER
 
-Finished figures are kept: what is interrupted continues when it is started again, and a further baseline costs only
-itself.
+Finished results are kept: an interrupted run continues when it is started again, and another baseline computes only
+its own results.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--baselines", nargs="*", default=["bm25", "tfidf"], metavar="NAME", help="(default: both)")
     parser.add_argument("--exit-layers", nargs="*", type=int, metavar="K", help="exits of the model (default: all)")
     parser.add_argument("--allow-subset", action="store_true", help="accept partial files, and say so in the tables")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where reports and figures are written")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the reports and plots")
     arguments = parser.parse_args()
     try:
         report = run_benchmarks(

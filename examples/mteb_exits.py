@@ -5,8 +5,8 @@
     python examples/mteb_exits.py runs/quickstart/model --tasks "MTEB(Code, v1)"
     python examples/mteb_exits.py runs/quickstart/model --data ~/checkouts
 
-The first two fetch mteb's data sets; the third needs no network. Results lie in mteb's own format in --out, where an
-interrupted run finds what it has.
+The first two fetch mteb's data sets; the third needs no network. Results are stored in mteb's format in --out, and an
+interrupted run continues from them.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import sys
 from modular_star_encoder.cli.options import exit_list
 from modular_star_encoder.data.functions import collect_functions
 from modular_star_encoder.data.sources.repositories import folder_repositories
-from modular_star_encoder.evaluation.mteb_exits import local_task, run_mteb
 
 
 def main() -> int:
@@ -29,6 +28,8 @@ def main() -> int:
     parser.add_argument("--out", metavar="FOLDER", default="runs/mteb", help="default: %(default)s")
     arguments = parser.parse_args()
     try:
+        from modular_star_encoder.evaluation.mteb_exits import local_task, run_mteb  # needs mteb
+
         tasks = arguments.tasks
         if arguments.data:
             functions = collect_functions(folder_repositories(arguments.data)).functions

@@ -177,7 +177,7 @@ def fetch(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from modular_star_encoder.inference.load import check_checkpoint
+    from modular_star_encoder.inference.checkpoints import check_checkpoint
 
     check_checkpoint(repository)
     folder = Path(repository).expanduser()

@@ -9,9 +9,8 @@ from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
-from modular_star_encoder.inference.checkpoints import slice_checkpoint
+from modular_star_encoder.inference.checkpoints import load_checkpoint, slice_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.training.recipes import hub_config_folder
 
 FOLDER = hub_config_folder("mose-code")

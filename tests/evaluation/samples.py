@@ -1,11 +1,12 @@
-"""Systems and tasks small enough to work out by hand."""
+"""Retrievers, tasks and rows small enough to work out by hand."""
+
+from dataclasses import replace
 
 import numpy as np
 
-from modular_star_encoder.evaluation.metrics import query_values
-from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever
-from modular_star_encoder.evaluation.scores import Block, CosineScores, rank_judged
-from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, candidate_batches, full_pool
+from modular_star_encoder.evaluation.metrics import query_values, rank_judged
+from modular_star_encoder.evaluation.retrievers import CosineScores, EmbeddingCache, EmbeddingRetriever
+from modular_star_encoder.evaluation.tasks import Judgements, PairTask, candidate_batches, ranking_task
 from modular_star_encoder.inference.encoders import Text
 
 
@@ -25,19 +26,6 @@ class GivenEncoder:
         values = np.array([[float(part) for part in text.split()] for _, text in texts], dtype=np.float32)
         values += self.noise * np.random.default_rng(0).normal(size=values.shape)
         return {k: np.pad(values[:, :k], ((0, 0), (0, values.shape[1] - k))) for k in exit_layers}
-
-
-class Matrix:
-    """Scores that are given."""
-
-    def __init__(self, scores):
-        self.scores, self.shape = scores, scores.shape
-
-    def blocks(self):
-        yield Block(0, 0, self.scores)
-
-    def of_pairs(self, queries, documents):
-        return self.scores[queries, documents]
 
 
 def given_retriever(name="given", *, folder=None, **options):
@@ -61,8 +49,7 @@ def retrieval_task(benchmark="toy", name="one", n=20, seed=0, **options):
         )
         for query, other in pairs
     ]
-    fields = {"judgements": Judgements.one_each(range(n)), "pools": full_pool(n, n)} | options
-    return RetrievalTask(benchmark, name, queries, documents, [f"q{i}" for i in range(n)], **fields)
+    return replace(ranking_task(benchmark, name, queries, documents, [f"q{i}" for i in range(n)]), **options)
 
 
 def pair_task(n=30, seed=0):
@@ -85,3 +72,12 @@ def reciprocal_ranks(queries, documents, size, seed=0):
         scores = CosineScores(queries[rows], documents[rows])
         ranks.append(query_values(rank_judged(scores, Judgements.one_each(range(len(rows)))), "mrr"))
     return np.concatenate(ranks)
+
+
+def code_rows(verbs, language_of):
+    """(description, code, language) of every verb and noun."""
+    return [
+        (f"{verb} the {noun}", f"def {verb}_{noun}():\n    return {noun}", language)
+        for verb in verbs
+        for noun, language in language_of.items()
+    ]

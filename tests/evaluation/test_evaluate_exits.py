@@ -5,17 +5,13 @@ import pytest
 import torch
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.evaluation.report import read_tables
+from modular_star_encoder.evaluation.report import read_quality, read_tables
 from modular_star_encoder.evaluation.run import evaluate_exits
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.exit_profile import quality_from_results
-from tests.evaluation.samples import reciprocal_ranks
+from tests.evaluation.samples import code_rows, reciprocal_ranks
 
-ROWS = [
-    (f"{verb} the {noun}", f"def {verb}_{noun}():\n    return {noun}", language)
-    for verb in ("add", "remove", "find", "print")
-    for noun, language in (("file", "python"), ("socket", "python"), ("user", "ruby"), ("header", "ruby"))
-]
+LANGUAGES = {"file": "python", "socket": "python", "user": "ruby", "header": "ruby"}
+ROWS = code_rows(("add", "remove", "find", "print"), LANGUAGES)
 
 
 @pytest.fixture
@@ -69,17 +65,6 @@ def test_only_the_requested_exits_are_evaluated(model, tokenizer):
 def test_the_json_file_is_read_back(report, tmp_path):
     file = tmp_path / "results.json"
     file.write_text(json.dumps(report.to_dict(), allow_nan=False))
-    assert quality_from_results(file) == report.quality()
+    assert read_quality(file) == report.quality()
     (table,) = read_tables(file)
     assert [row.label for row in table.rows] == ["model, exit 1", "model, exit 2", "model, exit 4", "BM25"]
-
-
-def test_the_table_has_a_row_for_each_retriever_and_states_the_protocol(report):
-    text = report.to_markdown()
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    names = [line.split("|")[1].strip() for line in lines[2:]]
-    exits = [f"{name}, exit {k}" for name in ("model", "model, untrained") for k in (1, 2, 4)]
-    assert names == [*exits, "BM25"]
-    assert len({len(line) for line in lines}) == 1
-    assert f"{100 * report.quality()[4]:.1f}" in lines[4]
-    assert "16 queries, 8 candidates each; ties count against the retriever" in text

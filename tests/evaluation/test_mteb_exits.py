@@ -1,5 +1,6 @@
 """mteb's own retrieval task type at two exits, on a local task, without network."""
 
+import importlib
 import json
 import runpy
 import sys
@@ -9,19 +10,10 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.data.prompts import ANY_CODE_INSTRUCTION, code_prompt, text_prompt
-from modular_star_encoder.evaluation import mteb_exits
-from modular_star_encoder.evaluation.mteb_exits import (
-    MtebExitEncoder,
-    SharedExits,
-    exit_model_metas,
-    local_task,
-    register_exits,
-    run_mteb,
-)
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.load import checkpoint_checksum
 from tests.errors import raises
-from tests.evaluation.samples import reciprocal_ranks
+from tests.evaluation.samples import code_rows, reciprocal_ranks
 from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 mteb = pytest.importorskip("mteb", reason="needs the extra mteb")
@@ -30,11 +22,17 @@ from mteb.abstasks import AbsTaskRetrieval  # noqa: E402
 from mteb.results import TaskResult  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
-ROWS = [
-    (f"{verb} the {noun}", f"def {verb}_{noun}():\n    return {noun}", "python")
-    for verb in ("add", "cut", "see")
-    for noun in ("file", "name", "user")
-]
+from modular_star_encoder.evaluation import mteb_exits  # noqa: E402
+from modular_star_encoder.evaluation.mteb_exits import (  # noqa: E402
+    MtebExitEncoder,
+    SharedExits,
+    exit_model_metas,
+    local_task,
+    register_exits,
+    run_mteb,
+)
+
+ROWS = code_rows(("add", "cut", "see"), dict.fromkeys(("file", "name", "user"), "python"))
 
 
 @pytest.fixture(scope="module")
@@ -191,10 +189,11 @@ def test_mistakes_are_reported_before_anything_is_run(checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_mteb_the_extra_is_named(checkpoint, monkeypatch):
+def test_without_mteb_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mteb", None)
+    monkeypatch.delitem(sys.modules, mteb_exits.__name__)
     with pytest.raises(ImportError, match=r"pip install 'modular-star-encoder\[mteb\]'"):
-        run_mteb(checkpoint, "CosQA")
+        importlib.import_module(mteb_exits.__name__)
 
 
 def test_the_example_runs_mteb_on_the_functions_of_a_folder(checkpoint, tmp_path, monkeypatch, capsys):
@@ -219,5 +218,6 @@ def test_the_example_runs_mteb_on_the_functions_of_a_folder(checkpoint, tmp_path
     assert example["main"]() == 2
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setitem(sys.modules, "mteb", None)
+    monkeypatch.delitem(sys.modules, mteb_exits.__name__)
     assert example["main"]() == 2
     assert "pip install" in capsys.readouterr().err

@@ -19,14 +19,11 @@ from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvalua
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.errors import raises
-from tests.evaluation.samples import reciprocal_ranks
+from tests.evaluation.samples import code_rows, reciprocal_ranks
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model
 
-ROWS = [
-    (f"{verb} the {noun}", f"def {verb}_{noun}():\n    return {noun}", language)
-    for verb in ("add", "remove", "find", "print")
-    for noun, language in (("file", "python"), ("socket", "python"), ("user", "ruby"), ("header", "sql"))
-]
+LANGUAGES = {"file": "python", "socket": "python", "user": "ruby", "header": "sql"}
+ROWS = code_rows(("add", "remove", "find", "print"), LANGUAGES)
 EXAMPLES = [RetrievalExample(description, (Snippet(language, code),)) for description, code, language in ROWS]
 TRAINING = {
     "max_steps": 2,

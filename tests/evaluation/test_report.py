@@ -7,24 +7,22 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.plots import median_latencies, plot_quality_by_depth, plot_quality_by_latency
 from modular_star_encoder.evaluation.report import (
     make_report,
+    median_latencies,
+    plot_quality_by_depth,
+    plot_quality_by_latency,
+    read_quality,
     read_tables,
     to_csv,
     to_latex,
 )
 from modular_star_encoder.evaluation.run import evaluate_tasks
-from modular_star_encoder.inference.exit_profile import quality_from_results
 from tests.errors import raises
 from tests.evaluation.samples import given_retriever, pair_task, retrieval_task
 from tests.inference.test_exit_profile import made_up_profile
 
-TASKS = [
-    retrieval_task(notes=("half of it",)),
-    retrieval_task(name="two_b", n=40, seed=1),
-    pair_task(),
-]
+TASKS = [retrieval_task(notes=("half of it",)), retrieval_task(name="two_b", n=40, seed=1), pair_task()]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +168,7 @@ def test_files_of_older_versions_are_read(tmp_path, report):
     del content["checkpoint_checksum"]
     path.write_text(json.dumps(content))
     assert read_tables(path, "0123")[0].rows == report.tables[0].rows
-    assert quality_from_results(path) == report.quality()
+    assert read_quality(path) == report.quality()
     with raises("evaluation.report.other_weights", "0123", "4567"):
         read_tables(path, "4567")
     path.write_text("{}")
@@ -185,4 +183,4 @@ def test_of_a_model_at_several_sizes_the_whole_embeddings_are_read(tmp_path, rep
     table["rows"].insert(0, {**small, "mean": {"value": 0.1, "low": 0.0, "high": 0.2}})
     path.write_text(json.dumps(content))
     assert read_tables(path)[0].rows == report.tables[0].rows
-    assert quality_from_results(path) == report.quality()
+    assert read_quality(path) == report.quality()

@@ -6,10 +6,9 @@ import pytest
 
 from modular_star_encoder.evaluation import run as run_module
 from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.metrics import query_values
+from modular_star_encoder.evaluation.metrics import query_values, rank_judged
 from modular_star_encoder.evaluation.retrievers import ExitVariant
 from modular_star_encoder.evaluation.run import evaluate_task, evaluate_tasks
-from modular_star_encoder.evaluation.scores import rank_judged
 from modular_star_encoder.evaluation.tasks import Judgements, Pool
 from modular_star_encoder.inference.encoders import Text
 from tests.errors import raises

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,9 @@ import modular_star_encoder.cli.main as cli
 from modular_star_encoder.evaluation import run as run_module
 from modular_star_encoder.evaluation.run import run_benchmarks
 from modular_star_encoder.inference import encoders
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
-from modular_star_encoder.inference.load import checkpoint_checksum
 from tests.errors import raises
 from tests.evaluation.benchmarks import published
 from tests.inference.test_exit_profile import made_up_profile
@@ -33,13 +35,16 @@ def data(tmp_path_factory):
     return folder
 
 
+def run(checkpoint, data, out, *names, **options):
+    return run_benchmarks(checkpoint, names or ["cosqa"], data, out, allow_subset=True, progress=False, **options)
+
+
 def mose(capsys, *arguments):
     status = cli.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
 
-@pytest.mark.slow
 def test_one_command_runs_all_benchmarks_of_a_folder_through_a_model_and_baselines(capsys, checkpoint, data, tmp_path):
     out = tmp_path / "out"
     options = ("--allow-subset", "--baselines", "bm25,tfidf", "--untrained", "--exit-layers", "1,4")
@@ -81,39 +86,29 @@ def test_a_run_that_is_started_again_computes_nothing_twice(checkpoint, data, tm
     original = run_module.evaluate_task
     monkeypatch.setattr(run_module, "evaluate_task", lambda *a, **k: scored.append(1) or original(*a, **k))
 
-    def run(*benchmarks):
-        return run_benchmarks(checkpoint, benchmarks, data, tmp_path / "out", allow_subset=True, progress=False).tables
-
-    first = run("exercism-text")
+    first = run(checkpoint, data, tmp_path, "exercism-text").tables
     texts, cells = sum(encoded), len(scored)
-    assert run("exercism-text") == first
+    assert run(checkpoint, data, tmp_path, "exercism-text").tables == first
     assert (sum(encoded), len(scored)) == (texts, cells)
-    run("exercism-text", "exercism-code")  # the same texts; only descriptions are no queries there
+    run(checkpoint, data, tmp_path, "exercism-text", "exercism-code")  # on the same texts
     assert sum(encoded) == texts
     assert len(scored) > cells
 
 
-def test_an_exit_profile_with_the_checkpoint_gives_the_plot_of_latencies(checkpoint, data, tmp_path):
-    profile = Path(checkpoint, PROFILE_NAME)
+def test_latencies_are_plotted_if_a_profile_of_the_exits_is_stored_with_the_checkpoint(
+    checkpoint, data, tmp_path, capsys
+):
+    profile, plot = Path(checkpoint, PROFILE_NAME), tmp_path / "quality_by_latency.png"
     try:
         made_up_profile().save(profile)  # of exits 4, 9 and 18
-        run_benchmarks(checkpoint, ["cosqa"], data, tmp_path, allow_subset=True, progress=False)
+        run(checkpoint, data, tmp_path)
+        assert plot.is_file()
+        run(checkpoint, data, tmp_path, exit_layers=(1,))
+        assert "a plot is missing" in capsys.readouterr().err
     finally:
         profile.unlink()
-    assert (tmp_path / "quality_by_latency.png").is_file()
-    run_benchmarks(checkpoint, ["cosqa"], data, tmp_path, allow_subset=True, progress=False)
-    assert not (tmp_path / "quality_by_latency.png").exists()  # it would show the earlier run's
-
-
-def test_a_profile_of_other_exits_costs_a_plot_and_not_the_reports(checkpoint, data, tmp_path, capsys):
-    profile = Path(checkpoint, PROFILE_NAME)
-    try:
-        made_up_profile().save(profile)
-        options = {"exit_layers": (1,), "allow_subset": True, "progress": False}
-        run_benchmarks(checkpoint, ["cosqa"], data, tmp_path, **options)
-    finally:
-        profile.unlink()
-    assert "a plot is missing" in capsys.readouterr().err
+    run(checkpoint, data, tmp_path)
+    assert not plot.exists()  # it would show the earlier run's
     assert {"report.md", "quality_by_depth.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -130,35 +125,23 @@ def test_latencies_that_were_not_measured_alike_are_not_drawn_together(data, tmp
     names = [str(save_tiny_checkpoint(tmp_path / name / "model")) for name in ("a", "b")]
     for name, differing in zip(names, ({}, changes), strict=True):
         dataclasses.replace(made_up_profile(), **differing).save(Path(name, PROFILE_NAME))
-    options = {"baselines": names[1:], "allow_subset": True, "progress": False}
-    run_benchmarks(names[0], ["cosqa"], data, tmp_path / "out", **options)
+    run(names[0], data, tmp_path / "out", baselines=names[1:])
     assert (tmp_path / "out" / "quality_by_latency.png").is_file() == drawn
     assert ("a/model and b/model are of different machines" in capsys.readouterr().err) != drawn
 
 
-@pytest.mark.slow
 def test_lists_of_an_earlier_run_are_used_with_other_benchmarks(checkpoint, data, tmp_path):
-    options = {"allow_subset": True, "progress": False}
-    names = ["codesearchnet-999", "cosqa"]
-    first = run_benchmarks(checkpoint, names, data, tmp_path / "a", **options)
-    lists = tmp_path / "a" / "candidates" / "codesearchnet-999"
-    again = run_benchmarks(checkpoint, names, data, tmp_path / "b", candidates=lists, **options)
+    names, lists = ["codesearchnet-999", "cosqa"], tmp_path / "a" / "candidates" / "codesearchnet-999"
+    first = run(checkpoint, data, tmp_path / "a", *names)
+    again = run(checkpoint, data, tmp_path / "b", *names, candidates=lists)
     assert [row.mean for row in again.tables[0].rows] == [row.mean for row in first.tables[0].rows]
     with raises("evaluation.candidates.not_used", "codesearchnet-999"):
-        run_benchmarks(checkpoint, ["cosqa"], data, tmp_path / "c", candidates=lists, **options)
+        run(checkpoint, data, tmp_path / "c", candidates=lists)
 
 
 def test_the_places_of_this_machine_are_not_in_the_report(checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.setenv("MOSE_DATA", str(data))
-    run_benchmarks(
-        checkpoint,
-        ["cosqa"],
-        data,
-        tmp_path,
-        allow_subset=True,
-        progress=False,
-        command=f"mose evaluate M --data {data}",
-    )
+    run(checkpoint, data, tmp_path, command=f"mose evaluate M --data {data}")
     assert "    mose evaluate M --data $MOSE_DATA\n" in (tmp_path / "report.md").read_text()
 
 
@@ -195,22 +178,18 @@ def test_mistakes_are_reported_before_anything_is_embedded_or_written(
 
 def test_exits_of_a_retriever_without_exits_are_an_error(data, tmp_path):
     with raises("encoder.no_exits", "bm25"):
-        run_benchmarks("bm25", ["cosqa"], data, tmp_path / "out", exit_layers=(4,), allow_subset=True)
+        run("bm25", data, tmp_path / "out", exit_layers=(4,))
 
 
 def test_two_retrievers_of_one_name_are_an_error(checkpoint, data, tmp_path):
-    import shutil
-
     names = [tmp_path / place / "runs" / "model" for place in ("a", "b")]
     for name in names:
         shutil.copytree(checkpoint, name)
     with raises("evaluation.retriever.same_name", "'runs/model'"):
-        run_benchmarks(str(names[0]), ["cosqa"], data, tmp_path / "out", allow_subset=True, baselines=[str(names[1])])
+        run(str(names[0]), data, tmp_path / "out", baselines=[str(names[1])])
 
 
 def test_the_example_runs_the_same(checkpoint, data, tmp_path, capsys, monkeypatch):
-    import runpy
-
     script = Path(__file__).parents[2] / "examples" / "evaluate.py"
     options = ["--data", str(data), "--benchmarks", "cosqa", "--allow-subset", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [str(script), checkpoint, *options])

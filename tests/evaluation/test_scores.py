@@ -3,11 +3,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation import scores as scores_module
+from modular_star_encoder.evaluation import retrievers
 from modular_star_encoder.evaluation.lexical import BM25, TfIdf
-from modular_star_encoder.evaluation.metrics import query_values
-from modular_star_encoder.evaluation.retrievers import ExitVariant
-from modular_star_encoder.evaluation.scores import CosineScores, pool_judgements, rank_judged, similarities, unit_rows
+from modular_star_encoder.evaluation.metrics import pool_judgements, query_values, rank_judged
+from modular_star_encoder.evaluation.retrievers import CosineScores, ExitVariant, similarities
 from modular_star_encoder.evaluation.tasks import Judgements, Pool
 from modular_star_encoder.inference.encoders import Text
 from tests.errors import raises
@@ -30,8 +29,8 @@ def judgements(queries, documents, per_query=3, seed=0):
 
 
 def small_blocks(monkeypatch, block, wide):
-    monkeypatch.setattr(scores_module, "BLOCK", block)
-    monkeypatch.setattr(scores_module, "HELD", wide * 24)  # components of an embedding
+    monkeypatch.setattr(retrievers, "BLOCK", block)
+    monkeypatch.setattr(retrievers, "HELD", wide * 24)  # components of an embedding
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -84,7 +83,7 @@ def test_scores_do_not_depend_on_how_the_library_adds_up():
 
 def test_similarities_are_rounded_from_the_exact_ones():
     queries, documents = embeddings(60, 100), embeddings(60, 100, seed=1)
-    scores = similarities(unit_rows(queries), unit_rows(documents))
+    scores = next(CosineScores(queries, documents).blocks()).scores
     for row, column in np.random.default_rng(0).integers(60, size=(300, 2)):
         assert scores[row, column] == brute_force.cosine(queries[row].tolist(), documents[column].tolist())
 
@@ -93,7 +92,7 @@ def test_scores_of_pairs_are_those_of_blocks_bit_for_bit():
     queries, documents = embeddings(20, 64), embeddings(30, 64, seed=1)
     texts = [[Text(f"read file{i % 7} {kind} alpha{i}") for i in range(n)] for kind, n in (("a", 20), ("b", 30))]
     first, second = (grid.ravel() for grid in np.meshgrid(np.arange(20), np.arange(30), indexing="ij"))
-    for scores in (CosineScores(queries, documents), *(lexical(system, *texts) for system in (BM25(), TfIdf()))):
+    for scores in (CosineScores(queries, documents), *(lexical_scores(system, *texts) for system in (BM25(), TfIdf()))):
         whole = np.concatenate([block.scores for block in scores.blocks()])
         shuffle = np.random.default_rng(0).permutation(len(first))
         assert np.array_equal(scores.of_pairs(first[shuffle], second[shuffle]), whole.ravel()[shuffle])
@@ -101,7 +100,7 @@ def test_scores_of_pairs_are_those_of_blocks_bit_for_bit():
         assert whole.std() > 0
 
 
-def lexical(system, queries, documents):
+def lexical_scores(system, queries, documents):
     system.prepare([*queries, *documents], (ExitVariant(),))
     return system.scores(queries, documents, ExitVariant())
 

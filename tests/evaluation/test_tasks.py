@@ -1,13 +1,11 @@
-import math
+"""Tasks from pairs, mappings and held-out rows."""
 
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation.metrics import query_values
-from modular_star_encoder.evaluation.scores import rank_judged
-from modular_star_encoder.evaluation.tasks import Judgements, candidate_batches, pairs_task, task_from_mappings
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet
+from modular_star_encoder.evaluation.tasks import candidate_batches, held_out_tasks, pairs_task, task_from_mappings
 from tests.errors import raises
-from tests.evaluation.samples import Matrix
 
 PAIRS = [(f"text {i}", f"code {i}", "python") for i in range(12)]
 
@@ -55,21 +53,45 @@ def test_too_few_texts_to_rank_are_an_error(build, key, value):
         build()
 
 
-def literal_metrics(scores, relevant, k):
-    """Sort so that wrong documents come first among equals, then read off the definitions."""
-    order = sorted(range(len(scores)), key=lambda place: (-scores[place], place in relevant))
-    hits = [rank for rank, place in enumerate(order, start=1) if place in relevant]
-    gain = sum(1 / math.log2(rank + 1) for rank in hits if rank <= 10)
-    ideal = sum(1 / math.log2(rank + 1) for rank in range(1, min(10, len(relevant)) + 1))
-    return 1 / hits[0], gain / ideal, sum(rank <= k for rank in hits) / len(hits)
+def triplet(number, description=None):
+    return RetrievalExample(
+        description or f"Does {number}.", (Snippet("go", f"func f{number}() {{}}"), Snippet("c", f"void f{number}();"))
+    )
 
 
-@pytest.mark.parametrize("levels", [3, 10_000], ids=["many ties", "few ties"])
-def test_metrics_of_several_relevant_documents_agree_with_their_definitions(levels):
-    generator = np.random.default_rng(0)
-    scores = generator.integers(levels, size=(200, 30)).astype(np.float32)
-    relevant = [generator.choice(30, size=generator.integers(1, 13), replace=False).tolist() for _ in scores]
-    ranking = rank_judged(Matrix(scores), Judgements.of([dict.fromkeys(sorted(one), 1.0) for one in relevant]))
-    found = [query_values(ranking, metric).mean() for metric in ("mrr", "ndcg@10", "recall@5")]
-    expected = [literal_metrics(row.tolist(), set(one), 5) for row, one in zip(scores, relevant, strict=True)]
-    np.testing.assert_allclose(found, np.mean(expected, axis=0), rtol=0, atol=1e-9)
+def exercise(number):
+    return RetrievalExample("", tuple(Snippet(name, f"{name} {number}") for name in ("java", "php", "ruby")))
+
+
+def test_descriptions_find_their_code_and_code_the_same_in_another_language():
+    text, code = held_out_tasks([triplet(i) for i in range(5)] + [exercise(i) for i in range(4)])
+    assert [task.benchmark for task in (text, code)] == ["held-out, text → code", "held-out, code → code"]
+    assert (len(text.queries), len(code.queries)) == (5, 9)
+    for query, document in zip(text.queries, text.documents, strict=True):
+        number = query.text.removeprefix("Does ").removesuffix(".")
+        assert (query.language, document) == (None, (f"func f{number}() {{}}", "go"))
+    for query, document in zip(code.queries, code.documents, strict=True):
+        assert None not in (query.language, document.language)
+        assert query.language != document.language
+        assert set(query.text) & set("0123456789") == set(document.text) & set("0123456789")
+
+
+def test_rows_that_share_a_text_are_one_query_and_draws_follow_the_seed():
+    rows = [triplet(i, description="Same." if i < 3 else None) for i in range(9)]
+    (text, _) = held_out_tasks(rows)
+    assert len(text.queries) == 7
+    drawn = [held_out_tasks(rows, limit=4, seed=seed)[0].queries for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(drawn[0]) == 4
+
+
+def test_one_pair_is_no_task():
+    assert held_out_tasks([triplet(0)]) == []
+
+
+def test_every_query_of_a_task_is_ranked(monkeypatch):
+    monkeypatch.setattr("modular_star_encoder.evaluation.tasks.POOL", 4)
+    for count, queries, pools in ((3, 3, 1), (4, 4, 1), (7, 4, 1), (9, 8, 2)):
+        text, _ = held_out_tasks([triplet(i) for i in range(count)])
+        assert (len(text.queries), len(text.pools)) == (queries, pools)
+        assert sum(len(pool.queries) for pool in text.pools) == queries

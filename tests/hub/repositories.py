@@ -4,8 +4,8 @@ import dataclasses
 import json
 
 from modular_star_encoder.hub.manifest import Manifest
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, ProfiledExit
-from modular_star_encoder.inference.load import checkpoint_checksum
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 

@@ -11,7 +11,7 @@ def push_by_trainer(source, folder, repository):
     """A Trainer pushes a checkpoint."""
     from transformers import Trainer, TrainingArguments
 
-    from modular_star_encoder.inference.load import load_checkpoint
+    from modular_star_encoder.inference.checkpoints import load_checkpoint
 
     model, tokenizer = load_checkpoint(source)
     arguments = TrainingArguments(folder, hub_model_id=repository, report_to="none", use_cpu=True)

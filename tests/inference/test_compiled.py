@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.exc import BackendCompilerFailed
 
-from modular_star_encoder.inference.load import _in_chunks, compile_for_inference
+from modular_star_encoder.inference.encode import _in_chunks, compile_for_inference
 from tests.errors import raises
 from tests.tiny import tiny_batch, tiny_model
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.search import cascade as margins
 from modular_star_encoder.search import embedder
 from modular_star_encoder.search.cascade import fit_margin, fitted_margin

@@ -8,9 +8,8 @@ import pytest
 from qdrant_client import QdrantClient
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
+from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.search import building
 from modular_star_encoder.search.cascade import fit_margin
 from modular_star_encoder.search.embedder import Embedder

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, TrainerCallback
 
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.inference.load import load_checkpoint
+from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training.finetuning import finetune
 from modular_star_encoder.training.preflight import finetuning_preflight

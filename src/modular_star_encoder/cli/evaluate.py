@@ -1,4 +1,4 @@
-"""The commands that measure exits: `mose evaluate` how well they retrieve, `mose profile` what they cost."""
+"""The commands that measure exits: `mose evaluate` their retrieval quality, `mose profile` their cost."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def add_evaluate_commands(commands: Any) -> None:
     evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
     evaluate.add_argument("--untrained", action="store_true", help="also measure the same model with fresh weights")
     evaluate.add_argument("--json", metavar="FILE", help="also write the results to FILE")
-    evaluate.add_argument("--out", metavar="FOLDER", help="reports and figures; an interrupted run is continued there")
+    evaluate.add_argument("--out", metavar="FOLDER", help="reports and plots; an interrupted run continues there")
     evaluate.add_argument(
         "--baselines", metavar="NAMES", type=name_list, help="bm25, tfidf, other models, openai:MODEL@URL"
     )
     evaluate.add_argument("--allow-subset", action="store_true", help="accept partial benchmark files, and say so")
-    evaluate.add_argument("--candidates", metavar="FOLDER", help="lists of distractors that an earlier run wrote")
+    evaluate.add_argument("--candidates", metavar="FOLDER", help="lists of candidates of an earlier run")
     evaluate.add_argument("--cache", metavar="FOLDER", help="where embeddings are kept (default: OUT/embeddings)")
     evaluate.set_defaults(run=run_evaluate)
 
-    profile = commands.add_parser("profile", help="measure what every exit costs on this machine")
+    profile = commands.add_parser("profile", help="measure the cost of every exit on this machine")
     profile.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
     profile.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
     profile.add_argument("--batch-sizes", metavar="LIST", type=number_list, default=(1, 8), help="default: 1,8")
@@ -79,14 +79,15 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 def run_profile(arguments: argparse.Namespace) -> None:
     """`mose profile`."""
-    from modular_star_encoder.inference.exit_profile import ExitProfile, quality_from_results
+    from modular_star_encoder.evaluation.report import read_quality
+    from modular_star_encoder.inference.exit_profile import ExitProfile
     from modular_star_encoder.inference.profile import ProfilePlan, format_profile, profile_path, profile_to_file
 
     if arguments.quality:
         name, results = arguments.quality
         path = profile_path(arguments.checkpoint, arguments.out)
         profile = ExitProfile.load(path)
-        profile = profile.with_quality(name, quality_from_results(results, checkpoint=profile.checkpoint))
+        profile = profile.with_quality(name, read_quality(results, checkpoint=profile.checkpoint))
         profile.save(path)
     else:
         plan = ProfilePlan(arguments.batch_sizes, arguments.lengths, arguments.rounds)

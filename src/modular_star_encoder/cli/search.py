@@ -138,7 +138,7 @@ def _updated(arguments: argparse.Namespace) -> CodeIndex | None:
 
 def _built(arguments: argparse.Namespace) -> CodeIndex:
     """The index with the settings of the options."""
-    from modular_star_encoder.inference.load import load_config
+    from modular_star_encoder.inference.checkpoints import load_config
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
 

@@ -1,13 +1,7 @@
 """The ranking metrics and F1 for users of Hugging Face's `evaluate`, by the same code as `mose evaluate`.
 
-    import evaluate
-    from modular_star_encoder.evaluation import evaluate_metric
-
-    ndcg = evaluate.load(evaluate_metric.__file__, "ndcg")  # or evaluate_metric.RetrievalMetric("ndcg")
-    ndcg.compute(predictions=[[0.9, 0.3, 0.5]], references=[[1, 0, 0]], k=10)  # {"ndcg@10": 1.0}
-
-Loading the file by its path needs no network. Names: `mrr`, `recall`, `ndcg`,
-`map_at_r`, `f1`.
+ndcg = evaluate.load(evaluate_metric.__file__, "ndcg")  # needs no network; or RetrievalMetric("ndcg")
+ndcg.compute(predictions=[[0.9, 0.3, 0.5]], references=[[1, 0, 0]], k=10)  # {"ndcg@10": 1.0}
 """
 
 from __future__ import annotations
@@ -42,20 +36,17 @@ class RetrievalMetric(evaluate.Metric):
             raise UserError(
                 "evaluation.metric.unknown", f"Unknown metric {self.config_name!r}. Available: {', '.join(NAMES)}."
             )
-        single = self.config_name == "f1"
-        kinds = {
-            "predictions": datasets.Value("int64") if single else datasets.Sequence(datasets.Value("float32")),
-            "references": datasets.Value("int64") if single else datasets.Sequence(datasets.Value("float64")),
-        }
+        score, gain = datasets.Value("float32"), datasets.Value("float64")
+        kinds = {"predictions": datasets.Sequence(score), "references": datasets.Sequence(gain)}
+        if self.config_name == "f1":
+            kinds = dict.fromkeys(kinds, datasets.Value("int64"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(kinds)
         )
 
     def _compute(self, predictions: Any, references: Any, k: int | None = None) -> dict[str, float]:
         if self.config_name == "f1":
-            counts = np.bincount(outcomes(predictions, references), minlength=4)
-            return {"f1": float(f1(counts))}
+            return {"f1": float(f1(np.bincount(outcomes(predictions, references), minlength=4)))}
         name = {"mrr": "mrr" if k is None else f"mrr@{k}", "map_at_r": "map@r"}.get(self.config_name)
         name = name or f"{self.config_name}@{10 if k is None else k}"
-        values = query_values(rank_scores(predictions, references), name)
-        return {name: float(np.nanmean(values))}
+        return {name: float(np.nanmean(query_values(rank_scores(predictions, references), name)))}

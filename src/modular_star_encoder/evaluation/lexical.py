@@ -7,23 +7,24 @@ tokeniser matters more than BM25's parameters: plain words lose 17 points of MRR
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modular_star_encoder.evaluation.retrievers import ExitVariant
-from modular_star_encoder.evaluation.scores import BLOCK, Block
-from modular_star_encoder.inference.encoders import Text
+from modular_star_encoder.evaluation.retrievers import BLOCK, Block, ExitVariant, Retriever
 
 if TYPE_CHECKING:
     import torch
     from scipy.sparse import csr_matrix
     from transformers import PreTrainedTokenizerFast
 
+    from modular_star_encoder.inference.encoders import Text
+
 _LETTER = r"[^\WA-Z\d_]"  # any letter but an ASCII capital: words of most other alphabets stay whole
 _PART = re.compile(rf"[A-Z]+(?!{_LETTER})|[A-Z]?{_LETTER}+|\d+")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
 
 
 def identifier_tokens(text: str) -> list[str]:
@@ -31,14 +32,13 @@ def identifier_tokens(text: str) -> list[str]:
     return [part.lower() for part in _PART.findall(text)]
 
 
-class BM25:
+class BM25(Retriever):
     """BM25 as a `Retriever`, with the document frequencies of the candidates of each pool.
 
     A term counts once per query, however often it is repeated there. A query without known terms scores 0 everywhere.
     """
 
     name = "BM25"
-    variants: tuple[ExitVariant, ...] = (ExitVariant(),)
 
     def __init__(self, k1: float = 1.2, b: float = 0.75) -> None:
         self.k1, self.b = k1, b
@@ -69,11 +69,7 @@ class BM25Scores:
             self._index.index(documents, show_progress=False)
 
     def blocks(self) -> Iterator[Block]:
-        """Blocks of whole rows."""
-        step = max(1, BLOCK // max(1, self.shape[1]))
-        for start in range(0, self.shape[0], step):
-            rows = range(start, min(start + step, self.shape[0]))
-            yield Block(start, 0, np.stack([self._row(row) for row in rows]))
+        return _row_blocks(self.shape, lambda start, end: np.stack([self._row(row) for row in range(start, end)]))
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """See `Scores`; each query is scored once."""
@@ -91,17 +87,13 @@ class BM25Scores:
         return self._index.get_scores(terms)
 
 
-class TfIdf:
+class TfIdf(Retriever):
     """TF-IDF cosine as a `Retriever`, with sublinear term frequency and the document frequencies of each pool."""
 
     name = "TF-IDF"
-    variants: tuple[ExitVariant, ...] = (ExitVariant(),)
 
     def __init__(self) -> None:
         self.checksum = f"tfidf-sublinear-{version('scikit-learn')}"
-
-    def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Nothing to do."""
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> SparseScores:
         """Cosine similarities of weights that are fitted on the documents."""
@@ -112,8 +104,7 @@ class TfIdf:
         try:
             fitted = vectorizer.fit_transform([text.text for text in documents])
         except ValueError:  # not one term in any document
-            empty = csr_matrix((len(documents), 1)), csr_matrix((len(queries), 1))
-            return SparseScores(empty[1], empty[0])
+            return SparseScores(csr_matrix((len(queries), 1)), csr_matrix((len(documents), 1)))
         return SparseScores(vectorizer.transform([text.text for text in queries]), fitted)
 
 
@@ -125,15 +116,10 @@ class SparseScores:
         self._queries, self._documents = queries.sorted_indices(), documents.sorted_indices()
 
     def blocks(self) -> Iterator[Block]:
-        """Blocks of whole rows."""
         columns = self._documents.T.tocsr()
-        step = max(1, BLOCK // max(1, self.shape[1]))
-        for start in range(0, self.shape[0], step):
-            product = (self._queries[start : start + step] @ columns).toarray()
-            yield Block(start, 0, product.astype(np.float32))
+        return _row_blocks(self.shape, lambda start, end: (self._queries[start:end] @ columns).toarray())
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """See `Scores`."""
         scores = np.empty(len(queries), dtype=np.float32)
         for start in range(0, len(queries), 4096):
             part = slice(start, start + 4096)
@@ -142,8 +128,11 @@ class SparseScores:
         return scores
 
 
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
-_IGNORED_LABEL = -100
+def _row_blocks(shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> Iterator[Block]:
+    """Blocks of whole rows; `rows` computes those from its first to before its second argument."""
+    step = max(1, BLOCK // max(1, shape[1]))
+    for start in range(0, shape[0], step):
+        yield Block(start, 0, rows(start, min(start + step, shape[0])).astype(np.float32, copy=False))
 
 
 def identifier_overlap(first: str, second: str) -> float:
@@ -157,25 +146,16 @@ def identifier_overlap_accuracy(
     measured_on: Iterable[Mapping[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Accuracy of "same repository if the identifiers overlap by more than a threshold".
+    """Accuracy of "same repository if the identifiers overlap by more than a threshold", on rows of `InContextPairs`.
 
-    Args:
-        fitted_on, measured_on: rows of `InContextPairs`; the threshold is the best one of the first.
-        tokenizer: what made them.
-
-    Returns:
-        `accuracy` on `measured_on`, `fitted_accuracy` on `fitted_on`, and the `threshold`.
+    Returns `accuracy` on `measured_on`, `fitted_accuracy` on `fitted_on`, and the `threshold`, the best one there.
     """
     overlaps, labels = _overlaps(fitted_on, tokenizer)
-    thresholds = np.unique(overlaps)
-    accuracies = [((overlaps > threshold) == labels).mean() for threshold in thresholds]
-    threshold = float(thresholds[int(np.argmax(accuracies))])
     unseen, unseen_labels = _overlaps(measured_on, tokenizer)
-    return {
-        "accuracy": float(((unseen > threshold) == unseen_labels).mean()),
-        "fitted_accuracy": float(max(accuracies)),
-        "threshold": threshold,
-    }
+    accuracies = {float(at): float(((overlaps > at) == labels).mean()) for at in np.unique(overlaps)}
+    threshold = max(accuracies, key=lambda at: accuracies[at])
+    accuracy = float(((unseen > threshold) == unseen_labels).mean())
+    return {"accuracy": accuracy, "fitted_accuracy": accuracies[threshold], "threshold": threshold}
 
 
 def _overlaps(
@@ -184,7 +164,7 @@ def _overlaps(
     """The overlap of each pair, with its masked tokens restored, and whether both are from one repository."""
     overlaps, labels = [], []
     for row in rows:
-        ids = row["labels"].where(row["labels"] != _IGNORED_LABEL, row["input_ids"])
+        ids = row["labels"].where(row["labels"] != -100, row["input_ids"])
         middle = (ids == tokenizer.sep_token_id).nonzero().squeeze(-1)[1]
         first, second = (str(tokenizer.decode(part)) for part in (ids[1:middle], ids[middle + 1 : -1]))
         overlaps.append(identifier_overlap(first, second))

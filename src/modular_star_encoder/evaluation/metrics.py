@@ -1,101 +1,157 @@
-"""Metrics of rankings and of decisions about pairs, with intervals and significance tests.
+"""From scores to ranks, metrics of rankings and of decisions about pairs, their intervals and significance tests.
 
 Scores are compared as float32 and ties count against the retriever: among equal scores a less relevant document comes
-first. A retriever that gives every document the same score therefore gets the worst value. The functions take ranks or
+first. A retriever that gives every document the same score therefore gets the worst value. Metrics take ranks or
 outcomes, never scores in blocks, so that no value depends on how the scores were cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from tqdm.auto import tqdm
 
+from modular_star_encoder.evaluation.retrievers import Scores
+from modular_star_encoder.evaluation.tasks import Judgements, Pool
 from modular_star_encoder.utils.errors import UserError
 
 TRUE_NEGATIVE, FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE = range(4)
 """Outcomes of a decision about a pair, `2 * decision + label`."""
 
+_SHOWN = 10**8  # scores that take seconds
+_DRAWS_PER_CHUNK = 1 << 22
+
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Ranks of the judged documents of Q queries.
+    """Ranks of the judged documents of Q queries."""
 
-    Attributes:
-        queries: Q.
-        query: (J,) int64, ascending: the query of each judged document.
-        gain: (J,) float64, how relevant it is; 0 for a document judged irrelevant.
-        rank: (J,) float64, 1 for the first document of the whole ranking; infinite where a protocol cuts it off.
-    """
-
-    queries: int
-    query: np.ndarray
-    gain: np.ndarray
-    rank: np.ndarray
+    queries: int  # Q
+    query: np.ndarray  # (J,) int64, ascending: the query of each judged document
+    gain: np.ndarray  # (J,) float64, how relevant it is; 0 for a document judged irrelevant
+    rank: np.ndarray  # (J,) float64, 1 for the first of the whole ranking; infinite where a protocol cuts it off
 
 
 def worst_order(scores: np.ndarray, gains: np.ndarray, query: np.ndarray | None = None) -> np.ndarray:
     """Places (N,) of the documents, best score first and the less relevant one first among equal scores.
 
-    Args:
-        scores, gains: (N,) each.
-        query: (N,) the query of each document, to sort several queries at once.
+    `query` (N,) sorts several queries at once.
     """
     return np.lexsort((gains, -scores) if query is None else (gains, -scores, query))
 
 
 def rank_scores(scores: Sequence[np.ndarray], gains: Sequence[np.ndarray]) -> Ranking:
-    """Rank the candidates of each query.
-
-    Args:
-        scores: for each query the scores (C,) of its candidates, compared as float32; higher is better.
-        gains: for each query how relevant its candidates (C,) are; 0 for the irrelevant ones.
-    """
-    if not len(scores) or len(scores) != len(gains):
-        raise UserError(
-            "evaluation.scores.shape", f"Give one list of gains per list of scores, not {len(gains)} for {len(scores)}."
-        )
-    ranks = []
-    for number, (row, row_gains) in enumerate(zip(scores, gains, strict=True)):
-        row, row_gains = np.asarray(row, dtype=np.float32), np.asarray(row_gains, dtype=np.float64)
-        if row.ndim != 1 or row.shape != row_gains.shape:
-            shapes = f"{row.shape} and gains of shape {row_gains.shape}"
-            raise UserError("evaluation.scores.shape", f"Query {number} has scores of shape {shapes}.")
-        check_scores(row)
-        if not np.all(row_gains >= 0):
-            raise UserError("evaluation.scores.gain", f"Query {number} has a gain below 0 or NaN.")
-        rank = np.empty(len(row))
-        rank[worst_order(row, row_gains)] = np.arange(1, len(row) + 1)
-        ranks.append(rank)
-    query = np.repeat(np.arange(len(ranks)), [len(rank) for rank in ranks])
-    every_gain = np.concatenate([np.asarray(row_gains, dtype=np.float64) for row_gains in gains])
-    return Ranking(len(ranks), query, every_gain, np.concatenate(ranks))
+    """Rank the candidates of each query by scores (C,), compared as float32; a gain (C,) is 0 for an irrelevant one."""
+    rows, row_gains = ([np.asarray(row, dtype=kind) for row in part] for part, kind in ((scores, "f4"), (gains, "f8")))
+    shapes, gain_shapes = ([row.shape for row in part] for part in (rows, row_gains))
+    if not rows or shapes != gain_shapes or any(len(shape) != 1 for shape in shapes):
+        message = f"Each query needs as many gains as scores, not arrays of shape {gain_shapes} and {shapes}."
+        raise UserError("evaluation.scores.shape", message)
+    gain, query = np.concatenate(row_gains), np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    if not np.all(gain >= 0):
+        raise UserError("evaluation.scores.gain", f"A gain is below 0 or NaN: {gain[~(gain >= 0)][0]}.")
+    flat = np.concatenate(rows)
+    check_scores(flat)
+    rank = np.empty(len(flat))
+    rank[worst_order(flat, gain, query)] = _places(query)
+    return Ranking(len(rows), query, gain, rank)
 
 
 def check_scores(scores: np.ndarray) -> None:
     """Raise UserError if a score is NaN."""
     if missing := int(np.count_nonzero(np.isnan(scores))):
-        raise UserError(
-            "evaluation.scores.nan", f"{missing} scores are NaN and cannot be ranked. Did training diverge?"
-        )
+        raise UserError("evaluation.scores.nan", f"{missing} scores are NaN. Did training diverge?")
+
+
+def rank_judged(
+    scores: Scores,
+    judgements: Judgements,
+    *,
+    exclude_self: bool = False,
+    progress: bool = False,
+    label: str = "ranking",
+) -> Ranking:
+    """Ranks of the judged documents among all documents, in one pass over the scores (Q, D), each row on its own.
+
+    The rank of a document is the number of unjudged documents that score at least as much, plus its place among the
+    judged ones. `exclude_self` leaves column i out of row i. Memory: one block, and a few numbers for each judgement.
+    """
+    bounds = np.searchsorted(judgements.query, np.arange(scores.shape[0] + 1))
+    judged_scores = np.full(len(judgements.query), np.nan, dtype=np.float32)
+    above = np.zeros(len(judgements.query), dtype=np.int64)
+    known = False
+    total = scores.shape[0] * scores.shape[1]
+    quiet = not progress or total < _SHOWN
+    with tqdm(total=total, desc=label, unit="score", unit_scale=True, disable=quiet, leave=False) as bar:
+        for block in scores.blocks():
+            check_scores(block.scores)
+            bar.update(block.scores.size)
+            if exclude_self:
+                height, width = block.scores.shape
+                first = max(block.row, block.column)
+                own = np.arange(first, max(first, min(block.row + height, block.column + width)))
+                block.scores[own - block.row, own - block.column] = -np.inf
+            judged = slice(bounds[block.row], bounds[block.row + len(block.scores)])
+            rows = judgements.query[judged] - block.row
+            if block.scores.shape[1] == scores.shape[1]:
+                judged_scores[judged] = block.scores[rows, judgements.document[judged]]
+            elif not known:
+                judged_scores[:] = scores.of_pairs(judgements.query, judgements.document)
+                known = True
+            above[judged] += _count_at_least(block.scores, rows, judged_scores[judged])
+    return _ranking(scores.shape[0], judgements, judged_scores, above)
+
+
+def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
+    """The judgements of the queries of a pool about its documents, as rows and columns of the pool."""
+    if not len(judgements.query):
+        return judgements
+    places = []  # of each judgement's query and document in the pool, or -1
+    for members, named in ((pool.queries, judgements.query), (pool.documents, judgements.document)):
+        place = np.full(max(members.max(), named.max()) + 1, -1)
+        place[members] = np.arange(len(members))
+        places.append(place[named])
+    query, document = places
+    inside = np.flatnonzero((query >= 0) & (document >= 0))
+    order = inside[np.argsort(query[inside], kind="stable")]
+    return Judgements(query[order], document[order], judgements.gain[order])
+
+
+def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """For each (row, threshold) the number of scores of that row that reach the threshold; rows ascend."""
+    if len(np.unique(rows)) == len(rows):
+        chosen = scores if np.array_equal(rows, np.arange(len(scores))) else scores[rows]
+        return np.count_nonzero(chosen >= thresholds[:, None], axis=1)
+    counts = np.empty(len(rows), dtype=np.int64)
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        ordered = np.sort(scores[rows[start]])
+        counts[start:end] = len(ordered) - np.searchsorted(ordered, thresholds[start:end], side="left")
+    return counts
+
+
+def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
+    """Ranks from the scores of the judged documents and the number of documents that score at least as much."""
+    order = worst_order(scores, judgements.gain, judgements.query)
+    query, ordered = judgements.query[order], scores[order]
+    first = np.searchsorted(query, query, side="left")
+    place = np.arange(len(order)) - first
+    # The last of those with the same query and score: up to it, judged documents score at least as much.
+    run = np.cumsum(np.append(True, (query[1:] != query[:-1]) | (ordered[1:] != ordered[:-1]))[: len(order)])
+    last = np.searchsorted(run, run, side="right") - 1
+    rank = np.empty(len(order))
+    rank[order] = above[order] - (last - first + 1) + place + 1
+    return Ranking(queries, judgements.query, judgements.gain, rank)
 
 
 def reciprocal_ranks(ranking: Ranking, cutoff: int | None = None) -> np.ndarray:
     """1 / rank of the first relevant document of each query, (Q,) in [0, 1]; 0 if its rank is above `cutoff`."""
-    _check_k(cutoff)
     relevant = _relevant(ranking)
     first = np.full(ranking.queries, np.inf)
     np.minimum.at(first, relevant.query, relevant.rank)
     return np.where(first <= (np.inf if cutoff is None else cutoff), 1.0 / first, 0.0)
-
-
-def recalls(ranking: Ranking, k: int) -> np.ndarray:
-    """Share of the relevant documents of each query that are among the first `k`, (Q,) in [0, 1]."""
-    _check_k(k)
-    relevant = _relevant(ranking)
-    found = np.bincount(relevant.query[relevant.rank <= k], minlength=ranking.queries)
-    return found / np.bincount(relevant.query, minlength=ranking.queries)
 
 
 def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
@@ -104,11 +160,8 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
     Gain 2^gain − 1, discount log2(rank + 1), as in CodeSearchNet's relevanceeval.py; the ideal ranking is cut at `k`
     too. A query without relevant documents gets NaN, to be left out of the mean.
     """
-    _check_k(k)
     limit = np.inf if k is None else k
-    order = np.lexsort((-ranking.gain, ranking.query))
-    ideal_rank = np.empty(len(order))
-    ideal_rank[order] = _places(ranking.query[order])
+    ideal_rank = _ranks_within(ranking.query, -ranking.gain)
 
     def cumulated(rank: np.ndarray) -> np.ndarray:
         gain = np.where(rank <= limit, (2.0**ranking.gain - 1) / np.log2(rank + 1), 0.0)
@@ -116,14 +169,6 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
 
     ideal = cumulated(ideal_rank)
     return np.divide(cumulated(ranking.rank), ideal, out=np.full(ranking.queries, np.nan), where=ideal > 0)
-
-
-def within_judged(ranking: Ranking, cutoff: int) -> Ranking:
-    """The same with ranks counted among judged documents only; those below `cutoff` of the whole ranking are lost."""
-    order = np.lexsort((ranking.rank, ranking.query))
-    rank = np.empty(len(order))
-    rank[order] = _places(ranking.query[order])
-    return Ranking(ranking.queries, ranking.query, ranking.gain, np.where(ranking.rank <= cutoff, rank, np.inf))
 
 
 def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
@@ -148,22 +193,21 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
     """
     name, at, cut = metric.partition("@")
     k = int(cut) if cut.isdecimal() else None
+    if k is not None and k < 1:
+        raise UserError("evaluation.metric.k", f"k must be at least 1, not {k}.")
     if metric == "map@r":
         return average_precisions_at_r(ranking)
-    if name == "mrr" and (cut.isdecimal() or not at):
-        return reciprocal_ranks(ranking, k)
-    if name == "recall" and k is not None:
-        return recalls(ranking, k)
-    if name == "ndcg" and (cut.isdecimal() or not at):
-        return ndcgs(ranking, k)
-    if name == "ndcg-judged" and k:
-        return ndcgs(within_judged(ranking, k))
-    if name == "ndcg-full" and k:
-        cut_off = np.where(ranking.rank <= k, ranking.rank, np.inf)
-        return ndcgs(Ranking(ranking.queries, ranking.query, ranking.gain, cut_off))
+    if name == "recall" and k is not None:  # the share of the relevant documents that are among the first k
+        relevant = _relevant(ranking)
+        found = np.bincount(relevant.query[relevant.rank <= k], minlength=ranking.queries)
+        return found / np.bincount(relevant.query, minlength=ranking.queries)
+    if name in ("mrr", "ndcg") and (k is not None or not at):
+        return {"mrr": reciprocal_ranks, "ndcg": ndcgs}[name](ranking, k)
+    if name in ("ndcg-judged", "ndcg-full") and k is not None:
+        rank = _ranks_within(ranking.query, ranking.rank) if name == "ndcg-judged" else ranking.rank
+        return ndcgs(replace(ranking, rank=np.where(ranking.rank <= k, rank, np.inf)))
     raise UserError(
-        "evaluation.metric.unknown",
-        f"Unknown metric {metric!r}. Available: mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r.",
+        "evaluation.metric.unknown", f"Unknown metric {metric!r}. Available: mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r."
     )
 
 
@@ -202,9 +246,7 @@ def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     """The score at and above which "positive" gives the highest F1; the highest such score if there are several.
 
-    Args:
-        scores: (N,), compared as float32.
-        labels: (N,) of 0 and 1.
+    `scores` (N,) are compared as float32, `labels` (N,) are 0 and 1.
     """
     scores, labels = np.asarray(scores, dtype=np.float32), np.asarray(labels)
     check_scores(scores)
@@ -226,17 +268,17 @@ def _relevant(ranking: Ranking) -> Ranking:
     return relevant
 
 
+def _ranks_within(query: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The rank (N,) of each key within its query, 1 for the smallest."""
+    order = np.lexsort((keys, query))
+    ranks = np.empty(len(order))
+    ranks[order] = _places(query[order])
+    return ranks
+
+
 def _places(query: np.ndarray) -> np.ndarray:
     """1, 2, … within each run of equal numbers of an ascending array."""
     return np.arange(1, len(query) + 1) - np.searchsorted(query, query, side="left")
-
-
-def _check_k(k: int | None) -> None:
-    if k is not None and k < 1:
-        raise UserError("evaluation.metric.k", f"k must be at least 1, not {k}.")
-
-
-_DRAWS_PER_CHUNK = 1 << 22
 
 
 def bootstrap_interval(
@@ -244,11 +286,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of (Q,) values (Efron 1979), the same for the same seed."""
     values = _not_empty(values)
-    _check_bootstrap(resamples, level)
     generator = np.random.default_rng(seed)
-    rows = max(1, _DRAWS_PER_CHUNK // len(values))
-    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
-    means = [values[generator.integers(len(values), size=(size, len(values)))].mean(axis=1) for size in sizes]
+    shapes = _chunks(resamples, len(values))
+    means = [values[generator.integers(len(values), size=shape)].mean(axis=1) for shape in shapes]
     return _percentiles(np.concatenate(means), level)
 
 
@@ -259,7 +299,6 @@ def bootstrap_f1_interval(
 
     Drawing pairs with replacement is drawing the four counts from a multinomial distribution.
     """
-    _check_bootstrap(resamples, level)
     counts = np.bincount(outcomes, minlength=4)
     draws = np.random.default_rng(seed).multinomial(len(outcomes), counts / len(outcomes), size=resamples)
     return _percentiles(f1(draws), level)
@@ -272,27 +311,23 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
     observed signs as one of the resamples, so that it is never 0 (Phipson & Smyth 2010).
     """
     differences = _not_empty(differences)
-    _check_bootstrap(resamples, 0.5)
     moved = differences[differences != 0]
     if not len(moved):
         return 1.0
     observed = abs(moved.sum()) * (1 - 1e-12)  # equal sums in another order of adding up
     generator = np.random.default_rng(seed)
     at_least = 0
-    rows = max(1, _DRAWS_PER_CHUNK // len(moved))
-    for start in range(0, resamples, rows):
-        size = (min(rows, resamples - start), len(moved))
-        signs = generator.integers(0, 2, size=size, dtype=np.int8) * 2 - 1
+    for shape in _chunks(resamples, len(moved)):
+        signs = generator.integers(0, 2, size=shape, dtype=np.int8) * 2 - 1
         at_least += int(np.count_nonzero(np.abs(signs @ moved) >= observed))
     return (1 + at_least) / (1 + resamples)
 
 
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Two-sided p-value of a paired permutation test: do two retrievers have the same F1?
+    """Two-sided p-value of a paired permutation test: do outcomes (N,) of the same pairs differ in F1?
 
-    Args:
-        first, second: (N,) outcomes of the same pairs. Swapping the retrievers at a pair moves it from one entry of the
-            4 × 4 table of outcomes to the mirrored one, so a resample is one binomial draw per entry.
+    Swapping the retrievers at a pair moves it from one entry of the 4 × 4 table of outcomes to the mirrored one, so a
+    resample is one binomial draw per entry.
     """
     table = np.zeros((4, 4), dtype=np.int64)
     np.add.at(table, (first, second), 1)
@@ -306,46 +341,43 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamp
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
     """One value per query, whose mean and bootstrap are those of the mean of several tasks' means.
 
-    Tasks may share queries (the same exercise in many pairs of languages): what is drawn is then the query with all its
-    tasks. The values are the mean plus each query's influence on it, so that tasks of different sizes weigh the same.
-
-    Args:
-        values: for each task, the value of each query by its id.
+    `values` are {query: value} of each task. Tasks may share queries (the same exercise in many pairs of languages):
+    what is drawn is then the query with all its tasks. The values are the mean plus each query's influence on it, so
+    that tasks of different sizes weigh the same.
     """
     means = [float(np.mean(list(task.values()))) for task in values]
-    influence: dict[str, float] = {}
-    for task, mean in zip(values, means, strict=True):
-        for query, value in task.items():
-            influence[query] = influence.get(query, 0.0) + (value - mean) / (len(task) * len(values))
-    return float(np.mean(means)) + len(influence) * np.array(list(influence.values()))
+    influence = _contributions(values, means)
+    return float(np.mean(means)) + len(influence) * influence
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
     """What each query contributes to the mean over tasks of the mean difference, for `permutation_test`."""
+    return _contributions(differences, [0.0] * len(differences))
+
+
+def _contributions(values: Sequence[Mapping[str, float]], means: Iterable[float]) -> np.ndarray:
+    """For each query the sum over tasks of its distance from the task's mean, each task with the same weight."""
     total: dict[str, float] = {}
-    for task in differences:
-        for query, difference in task.items():
-            total[query] = total.get(query, 0.0) + difference / (len(task) * len(differences))
+    for task, mean in zip(values, means, strict=True):
+        for query, value in task.items():
+            total[query] = total.get(query, 0.0) + (value - mean) / (len(task) * len(values))
     return np.array(list(total.values()))
 
 
-def _percentiles(figures: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(figures, [(1 - level) / 2, (1 + level) / 2])
+def _chunks(resamples: int, size: int) -> Iterator[tuple[int, int]]:
+    """Shapes (rows, size) of arrays of draws that fit into memory."""
+    rows = max(1, _DRAWS_PER_CHUNK // size)
+    for start in range(0, resamples, rows):
+        yield min(rows, resamples - start), size
+
+
+def _percentiles(draws: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def _check_bootstrap(resamples: int, level: float) -> None:
-    if not 0 < level < 1 or resamples < 1:
-        raise UserError(
-            "evaluation.bootstrap.settings",
-            f"level must be between 0 and 1 and resamples at least 1, not {level} and {resamples}.",
-        )
 
 
 def _not_empty(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values):
-        raise UserError(
-            "evaluation.bootstrap.no_values", f"A mean needs at least one value, not an array of shape {values.shape}."
-        )
+        raise UserError("evaluation.bootstrap.no_values", f"A mean needs values (N,), not shape {values.shape}.")
     return values

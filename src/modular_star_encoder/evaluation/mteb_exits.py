@@ -15,23 +15,28 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.prompts import LANGUAGES, code_prompt, text_prompt
-from modular_star_encoder.evaluation.tasks import pairs_task
+from modular_star_encoder.evaluation.tasks import candidate_batches
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint, load_config
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.load import checkpoint_checksum, load_checkpoint, load_config
-from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
-from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
+from modular_star_encoder.utils.errors import UserError, naming_extra
 
-if TYPE_CHECKING:
-    from mteb import ResultCache
-    from mteb.abstasks import AbsTask
+with naming_extra():
+    import mteb
+    from datasets import Dataset
+    from mteb.abstasks import AbsTask, AbsTaskRetrieval
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+    from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.models import ModelMeta
+    from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
+    from mteb.models.model_implementations import MODEL_REGISTRY
 
 
 class Side(NamedTuple):
@@ -57,14 +62,8 @@ TASK_SIDES = {
 class SharedExits:
     """Embeds at several exits in one pass, although mteb evaluates one exit after the other, the shallowest first.
 
-    Embeddings of deeper exits are kept until those are evaluated, up to a memory limit. A call that would exceed it is
-    computed at the requested exit only.
-
-    Args:
-        model, tokenizer: a retrieval model and its tokenizer.
-        exit_layers: the exits that will be evaluated.
-        memory_gb: the limit, 10^9 bytes.
-        options: for `encode_exits`.
+    Embeddings of deeper exits (`exit_layers`) are kept until those are evaluated, up to `memory_gb` (10^9 bytes); a
+    call that would exceed it is computed at the requested exit only. `options` are for `encode_exits`.
     """
 
     def __init__(
@@ -104,19 +103,17 @@ class SharedExits:
         self.exit_layers = tuple(exit_layers)
 
 
-class MtebExitEncoder:
-    """One exit as an `EncoderProtocol` of mteb.
+class MtebExitEncoder(AbsEncoder):
+    """One exit as an encoder of mteb.
 
     Prompts are the published ones, chosen by what a side of a task is (`TASK_SIDES`), because the queries of a
     code-to-text task are code. Symmetric tasks have none.
 
-    Args:
-        shared: embeds at this exit, among others.
-        exit_layer: the exit.
-        meta: how mteb names it.
-        prompts: other prefixes, by mteb's keys, most specific first: `{task}-query`, `{task}`, `{task type}-query`,
-            `{task type}`, `query`, and the same with `document`.
+    `shared` embeds at this exit, among others. `prompts` are other prefixes, by mteb's keys, most specific first:
+    `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`, and the same with `document`.
     """
+
+    mteb_model_meta: ModelMeta
 
     def __init__(
         self, shared: SharedExits, exit_layer: int, meta: ModelMeta, prompts: Mapping[str, str] | None = None
@@ -139,21 +136,7 @@ class MtebExitEncoder:
         prompt = self._prompt(task_metadata, hf_subset, prompt_type)
         return self.shared.encode(texts, self.exit_layer, prompt, progress=options.get("show_progress_bar", True))
 
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Cosine similarity (N, M) of (N, D) and (M, D)."""
-        from mteb.similarity_functions import cos_sim
-
-        return cos_sim(embeddings1, embeddings2)
-
-    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Cosine similarity (N,) of the rows of (N, D) and (N, D)."""
-        from mteb.similarity_functions import pairwise_cos_sim
-
-        return pairwise_cos_sim(embeddings1, embeddings2)
-
     def _prompt(self, task_metadata: Any, subset: str, prompt_type: Any) -> str:
-        from mteb.models.abs_encoder import get_prompt_name
-
         name = get_prompt_name(self.prompts, task_metadata, prompt_type)
         if name is not None:
             return self.prompts[name]
@@ -161,10 +144,9 @@ class MtebExitEncoder:
             return ""
         side = TASK_SIDES.get(task_metadata.name, (TEXT, CODE))[prompt_type.value == "document"]
         instructions = self.shared.model.config.instruction_prompts
-        if not side.is_code:
-            return text_prompt(instructions=instructions)
         language = side.language or (subset if subset in LANGUAGES else None)
-        return code_prompt(language, instructions=instructions)
+        make_prompt = partial(code_prompt, language) if side.is_code else text_prompt
+        return make_prompt(instructions=instructions)
 
 
 def run_mteb(
@@ -192,27 +174,18 @@ def run_mteb(
         exit_layers: which exits; all that the checkpoint has if None.
         out: folder of mteb's results: `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`.
         model_name: `owner/model` in the results; by default the Hub id, or `local/{folder}`.
-        prompts: as for `MtebExitEncoder`.
-        device, dtype: as for `load_checkpoint`.
-        memory_gb: as for `SharedExits`.
+        prompts, memory_gb: as for `MtebExitEncoder` and `SharedExits`.
         overwrite: evaluate again where results exist.
-        progress: show progress bars.
         encode_options: for `encode_exits`: max_length, tokens_per_batch.
 
     Returns:
         {exit_layer: {task: main score}}, from 0 to 1, a task's subsets averaged.
-
-    Raises:
-        ImportError: mteb is not installed.
-        UserError: an unknown task or exit, or not a retrieval checkpoint of ours.
-        OSError: no such checkpoint, or a task's data cannot be loaded.
     """
-    mteb = _import_mteb()
     chosen = _resolve_tasks(tasks)
     path = os.path.expanduser(os.fspath(checkpoint))
     model, tokenizer = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
     shared = SharedExits(model, tokenizer, exit_layers or model.config.exit_layers, memory_gb, **encode_options)
-    metas = _metas(path, model.config, shared.exit_layers, model_name)
+    metas = exit_model_metas(path, shared.exit_layers, model_name)
     encoders = [MtebExitEncoder(shared, k, meta, prompts) for k, meta in zip(shared.exit_layers, metas, strict=True)]
     cache = mteb.ResultCache(Path(out).expanduser())
     scores: dict[int, dict[str, float]] = {exit_layer: {} for exit_layer in shared.exit_layers}
@@ -226,48 +199,61 @@ def run_mteb(
 
 
 def _run_task(
-    task: AbsTask, encoders: Sequence[MtebExitEncoder], cache: ResultCache, overwrite: bool, progress: bool
+    task: AbsTask, encoders: Sequence[MtebExitEncoder], cache: mteb.ResultCache, overwrite: bool, progress: bool
 ) -> Iterator[tuple[int, float]]:
     """Exit and main score, one exit after the other; results go into the cache."""
-    import mteb
-
-    name, was_loaded = task.metadata.name, task.data_loaded
-    due = []
+    was_loaded, due = task.data_loaded, []
     for encoder in encoders:
-        known = cache.load_task_result(name, encoder.mteb_model_meta)
+        known = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
         # mteb itself would take complete results of other data of the same name.
         if overwrite or known is None or known.dataset_revision != task.metadata.revision:
             due.append(encoder.exit_layer)
     encoders[0].shared.expect(due)
     if due and not was_loaded:
         task.load_data()  # once for all exits; mteb would load and drop it for each
+    options: dict[str, Any] = {"encode_kwargs": {"show_progress_bar": progress}, "show_progress_bar": False}
     for encoder in encoders:
-        result = mteb.evaluate(
-            encoder,
-            task,
-            cache=cache,
-            overwrite_strategy="always" if encoder.exit_layer in due else "only-missing",
-            encode_kwargs={"show_progress_bar": progress},
-            show_progress_bar=False,
-            co2_tracker=False,
-        )
+        strategy = "always" if encoder.exit_layer in due else "only-missing"
+        result = mteb.evaluate(encoder, task, cache=cache, overwrite_strategy=strategy, co2_tracker=False, **options)
         yield encoder.exit_layer, float(result.task_results[0].get_score())
     if not was_loaded and task.data_loaded:
         task.unload_data()
 
 
 def exit_model_metas(
-    checkpoint: str | os.PathLike[str], exit_layers: Sequence[int] | None = None, model_name: str | None = None
+    checkpoint: str | os.PathLike[str],
+    exit_layers: Sequence[int] | None = None,
+    model_name: str | None = None,
+    revision: str | None = None,
 ) -> list[ModelMeta]:
-    """The `ModelMeta` of each exit, by which mteb can load it; no weights are loaded here.
+    """The `ModelMeta` of each exit, by which mteb can load it; loads no weights.
 
-    Args:
-        checkpoint, exit_layers, model_name: as for `run_mteb`.
+    Arguments are those of `run_mteb`; the revision is a checksum of the weights if None.
     """
-    _import_mteb()
-    path = os.path.expanduser(os.fspath(checkpoint))
-    config = load_config(checkpoint)
-    return _metas(path, config, config.resolve_exits(exit_layers=exit_layers or config.exit_layers), model_name)
+    config, path = load_config(checkpoint), os.path.expanduser(os.fspath(checkpoint))
+    is_local = os.path.isdir(path)
+    name = model_name or (f"local/{Path(path).resolve().name}" if is_local else path)
+    if "/" not in name:
+        raise UserError("mteb.model_name", f"model_name {name!r} must have the form owner/model.")
+    shared = {
+        "revision": revision or checkpoint_checksum(path),
+        "n_embedding_parameters": config.vocab_size * config.hidden_size,
+        "max_tokens": config.max_position_embeddings,
+        "embed_dim": config.projection_size,
+        "framework": ["PyTorch", "Transformers"],
+        "similarity_fn_name": "cosine",
+        "use_instructions": config.instruction_prompts,
+        "adapted_from": None if is_local else path,
+    }
+    metas = []
+    for exit_layer in config.resolve_exits(exit_layers=exit_layers or config.exit_layers):
+        with torch.device("meta"):
+            parameters = ModularStarEncoderForRetrieval(config.cut(exit_layer)).num_parameters()
+        # A partial function: mteb writes the loader's arguments into the results, where a local path has no place.
+        loader = partial(load_exit_encoder, checkpoint=path, exit_layer=exit_layer)
+        own = {"loader": loader, "name": f"{name}-exit-{exit_layer}", "n_parameters": parameters}
+        metas.append(ModelMeta(**{**dict(ModelMeta.create_empty()), **shared, **own}))
+    return metas
 
 
 def register_exits(
@@ -275,11 +261,8 @@ def register_exits(
 ) -> list[str]:
     """Make the exits known to mteb in this process, so that `mteb.get_model(name)` and its lists have them.
 
-    Returns:
-        Their names. Arguments and errors are those of `exit_model_metas`.
+    Returns their names; arguments and errors are those of `exit_model_metas`.
     """
-    from mteb.models.model_implementations import MODEL_REGISTRY
-
     metas = {str(meta.name): meta for meta in exit_model_metas(checkpoint, exit_layers, model_name)}
     MODEL_REGISTRY.update(metas)
     return list(metas)
@@ -299,104 +282,46 @@ def load_exit_encoder(
     """What mteb calls to load an exit by its `ModelMeta`; `model_name` and `revision` are those of the exit."""
     model, tokenizer = load_checkpoint(checkpoint, exit_layer, device, dtype)
     shared = SharedExits(model, tokenizer, (exit_layer,), **encode_options)
-    (meta,) = _metas(checkpoint, model.config, (exit_layer,), model_name.removesuffix(f"-exit-{exit_layer}"), revision)
+    name = model_name.removesuffix(f"-exit-{exit_layer}")
+    (meta,) = exit_model_metas(checkpoint, (exit_layer,), name, revision)
     return MtebExitEncoder(shared, exit_layer, meta, prompts)
-
-
-def _metas(
-    checkpoint: str,
-    config: ModularStarEncoderConfig,
-    exit_layers: Sequence[int],
-    model_name: str | None,
-    revision: str | None = None,
-) -> list[ModelMeta]:
-    from mteb.models import ModelMeta
-
-    folder = Path(checkpoint)
-    name = model_name or (f"local/{folder.resolve().name}" if folder.is_dir() else checkpoint)
-    if "/" not in name:
-        raise UserError("mteb.model_name", f"model_name {name!r} must have the form owner/model.")
-    revision = revision or checkpoint_checksum(checkpoint)
-    metas = []
-    for exit_layer in exit_layers:
-        with torch.device("meta"):
-            parameters = ModularStarEncoderForRetrieval(config.cut(exit_layer)).num_parameters()
-        overwrites = {
-            # A partial function: mteb writes the loader's arguments into the results, where a local path has no place.
-            "loader": partial(load_exit_encoder, checkpoint=checkpoint, exit_layer=exit_layer),
-            "name": f"{name}-exit-{exit_layer}",
-            "revision": revision,
-            "n_parameters": parameters,
-            "n_embedding_parameters": config.vocab_size * config.hidden_size,
-            "max_tokens": config.max_position_embeddings,
-            "embed_dim": config.projection_size,
-            "framework": ["PyTorch", "Transformers"],
-            "similarity_fn_name": "cosine",
-            "use_instructions": config.instruction_prompts,
-            "adapted_from": None if folder.is_dir() else checkpoint,
-        }
-        metas.append(ModelMeta(**{**dict(ModelMeta.create_empty()), **overwrites}))
-    return metas
-
-
-def _import_mteb() -> Any:
-    try:
-        import mteb
-    except ImportError as error:
-        raise ImportError("mteb is not installed: pip install 'modular-star-encoder[mteb]'.") from error
-    return mteb
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
     """Task objects, those of a benchmark in its order, each once."""
-    import mteb
-    from mteb.abstasks import AbsTask
-
-    def resolved() -> Iterator[AbsTask]:
-        for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
-            if not isinstance(task, str):
-                yield task
-                continue
-            try:
-                yield mteb.get_task(task)
-            except KeyError as error:
-                try:
-                    yield from mteb.get_benchmark(task).tasks
-                except KeyError:
-                    raise UserError(
-                        "mteb.task.unknown", f"mteb has no task or benchmark {task!r}: {error.args[0]}"
-                    ) from error
-
-    chosen = list({task.metadata.name: task for task in resolved()}.values())
+    chosen: dict[str, AbsTask] = {}
+    for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
+        for one in _tasks_named(task) if isinstance(task, str) else [task]:
+            chosen.setdefault(one.metadata.name, one)
     if not chosen:
         raise UserError("mteb.task.missing", "Name at least one task.")
-    return chosen
+    return list(chosen.values())
+
+
+def _tasks_named(name: str) -> Sequence[AbsTask]:
+    try:
+        return [mteb.get_task(name)]
+    except KeyError as error:
+        try:
+            return mteb.get_benchmark(name).tasks
+        except KeyError:
+            raise UserError("mteb.task.unknown", f"mteb has no task or benchmark {name!r}: {error.args[0]}") from error
 
 
 def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTask:
-    """A retrieval task of mteb on your own pairs, for `run_mteb`: descriptions ask for code.
+    """A retrieval task of mteb on your own pairs (description, code, language): descriptions ask for code.
 
-    Args:
-        rows: (description, code, language). Of several with the same description or the same code only the first is
-            kept, because the others would be wrong answers to it.
-        name: of the task, and so of its result files.
+    Of several pairs with the same description or the same code only the first is kept, because the others would be
+    wrong answers to it. `name` is that of the task, and so of its result files.
     """
-    _import_mteb()
-    from datasets import Dataset
-    from mteb.abstasks import AbsTaskRetrieval
-    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
-    from mteb.abstasks.task_metadata import TaskMetadata
-
-    descriptions, codes = set[str](), set[str]()
-    kept = []
-    for row in rows:
-        if row[0] not in descriptions and row[1] not in codes:
-            kept.append(row)
-            descriptions.add(row[0])
-            codes.add(row[1])
-    task = pairs_task(name, "all", kept, size=None)
-    queries, documents = ([text.text for text in texts] for texts in (task.queries, task.documents))
-    digest = hashlib.sha256(json.dumps([queries, documents]).encode()).hexdigest()
+    code_of: dict[str, str] = {}
+    codes: set[str] = set()
+    for description, code, _ in rows:
+        if description not in code_of and code not in codes:
+            code_of[description] = code
+            codes.add(code)
+    candidate_batches(len(code_of))  # checks their number
+    digest = hashlib.sha256(json.dumps([list(code_of), list(code_of.values())]).encode()).hexdigest()
 
     class LocalTask(AbsTaskRetrieval):
         metadata = TaskMetadata(
@@ -412,12 +337,12 @@ def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTas
         )
 
         def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
+            queries = [{"id": f"q{row}", "text": text} for row, text in enumerate(code_of)]
+            documents = [{"id": f"d{row}", "text": text, "title": ""} for row, text in enumerate(code_of.values())]
             data = RetrievalSplitData(
-                queries=Dataset.from_list([{"id": f"q{row}", "text": text} for row, text in enumerate(queries)]),
-                corpus=Dataset.from_list(
-                    [{"id": f"d{row}", "text": text, "title": ""} for row, text in enumerate(documents)]
-                ),
-                relevant_docs={f"q{row}": {f"d{row}": 1} for row in range(len(queries))},
+                queries=Dataset.from_list(queries),
+                corpus=Dataset.from_list(documents),
+                relevant_docs={f"q{row}": {f"d{row}": 1} for row in range(len(code_of))},
                 top_ranked=None,
             )
             self.dataset, self.data_loaded = {"default": {"test": data}}, True

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -14,12 +15,15 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import distributed, nn
 
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.evaluation.metrics import query_values
-from modular_star_encoder.evaluation.scores import CosineScores, pool_judgements, rank_judged
+from modular_star_encoder.evaluation.metrics import pool_judgements, query_values, rank_judged
+from modular_star_encoder.evaluation.retrievers import CosineScores
 from modular_star_encoder.evaluation.tasks import RetrievalTask, pairs_task, task_from_mappings
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
+
+_Encode = Callable[[list[str]], dict[int, np.ndarray]]
+"""Texts to embeddings (N, D) of each exit."""
 
 
 class MultiExitEvaluator(BaseEvaluator):
@@ -95,7 +99,7 @@ class MultiExitEvaluator(BaseEvaluator):
             candidates: rank each code among this many, its own included (1000 in the CodeSearchNet protocol), in
                 batches drawn by `seed`; among all if None.
             seed: of the batches.
-            distractors: old name, one less than `candidates`.
+            distractors: deprecated; `candidates` minus one.
             options: as for the class.
 
         Raises:
@@ -152,14 +156,22 @@ class MultiExitEvaluator(BaseEvaluator):
         Raises:
             UserError: another kind of model, an exit that it does not have, no tokenizer, or embeddings that are NaN.
         """
-        parts = self._parts(model)
-        asked = [parts.prompts.get("query", "") + query.text for query in self.task.queries]
-        queries = self._encode(parts, asked, across_processes)
-        documents = self._encode(parts, self._documents(parts.prompts), across_processes)
-        per_exit = {
-            exit_layer: self._score(embeddings, documents[exit_layer]) for exit_layer, embeddings in queries.items()
-        }
-        metrics = _over_exits(per_exit)
+        network, encode, prompts = self._encoding(model)
+        if across_processes:
+            encode = partial(_encode_share, network, encode)
+        any_code = prompts.get("document", "")
+        asked = [prompts.get("query", "") + query.text for query in self.task.queries]
+        answers = [
+            (prompts.get(f"document_{language}", any_code) if language else any_code) + code
+            for code, language in self.task.documents
+        ]
+        queries, documents = encode(asked), encode(answers)
+        scores = {k: self._score(embeddings, documents[k]) for k, embeddings in queries.items()}
+        metrics: dict[str, float] = {}
+        for name in next(iter(scores.values())):
+            values = {k: one[name] for k, one in scores.items()}
+            metrics |= {f"{name}_exit_{k}": value for k, value in values.items()}
+            metrics |= {f"{name}_mean": sum(values.values()) / len(values), f"{name}_worst": min(values.values())}
         if output_path is not None and self.write_csv:
             self._write_line(Path(output_path), {"epoch": epoch, "steps": steps, **metrics})
         metrics = self.prefix_name_to_metrics(metrics, self.name)
@@ -181,56 +193,22 @@ class MultiExitEvaluator(BaseEvaluator):
                 values.setdefault(metric.replace("@", "_at_"), []).append(query_values(ranking, metric))
         return {metric: float(np.mean(np.concatenate(found))) for metric, found in values.items()}
 
-    def _documents(self, prompts: Mapping[str, str]) -> list[str]:
-        """The documents, each with the prompt of its language, or that of any code."""
-        any_code = prompts.get("document", "")
-        return [
-            (prompts.get(f"document_{language}", any_code) if language else any_code) + code
-            for code, language in self.task.documents
-        ]
-
-    def _parts(self, model: SentenceTransformer | ModularStarEncoderForRetrieval) -> _Parts:
-        """What encoding needs from either kind of model."""
+    def _encoding(
+        self, model: SentenceTransformer | ModularStarEncoderForRetrieval
+    ) -> tuple[ModularStarEncoderForRetrieval, _Encode, Mapping[str, str]]:
+        """The network of either kind of model, a function that encodes texts with it, and the prompts."""
         if isinstance(model, SentenceTransformer):
-            network = _network(model)
+            network, tokenizer, max_length = _network(model), model.tokenizer, self.max_length or model.max_seq_length
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
-            max_length = self.max_length or model.max_seq_length
-            return _Parts(network, model.tokenizer, prompts if self.prompts is None else self.prompts, max_length)
-        if self.tokenizer is None:
-            raise UserError(
-                "evaluator.tokenizer.missing",
-                "Give MultiExitEvaluator a tokenizer: only a SentenceTransformer has one.",
-            )
-        prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
-        return _Parts(model, self.tokenizer, prompts if self.prompts is None else self.prompts, self.max_length)
-
-    def _encode(self, parts: _Parts, texts: list[str], across_processes: bool) -> dict[int, np.ndarray]:
-        """Embeddings (N, D) of each exit."""
-        exit_layers = self.exit_layers or parts.network.config.exit_layers
-
-        def encode(share: list[str]) -> dict[int, np.ndarray]:
-            return encode_exits(
-                parts.network,
-                parts.tokenizer,
-                share,
-                exit_layers=exit_layers,
-                max_length=parts.max_length,
-                tokens_per_batch=self.tokens_per_batch,
-                progress=self.progress,
-            )
-
-        world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-        if not across_processes or world == 1 or _is_split(parts.network):
-            return encode(texts)
-        unique = sorted(dict.fromkeys(texts), key=len)
-        shares: list[dict[int, np.ndarray]] = [{}] * world
-        distributed.all_gather_object(shares, encode(unique[distributed.get_rank() :: world]))
-        places = {text: place for place, text in enumerate(unique)}
-        order = np.array([places[text] for text in texts])
-        return {
-            exit_layer: np.stack([shares[place % world][exit_layer][place // world] for place in order])
-            for exit_layer in shares[0]
-        }
+        elif self.tokenizer is None:
+            raise UserError("evaluator.tokenizer.missing", "Give MultiExitEvaluator a tokenizer for this model.")
+        else:
+            network, tokenizer, max_length = model, self.tokenizer, self.max_length
+            prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
+        options: dict[str, Any] = {"exit_layers": self.exit_layers or None, "max_length": max_length}
+        options |= {"tokens_per_batch": self.tokens_per_batch, "progress": self.progress}
+        encode = partial(encode_exits, network, tokenizer, **options)
+        return network, encode, prompts if self.prompts is None else self.prompts
 
     def _write_line(self, folder: Path, line: dict[str, float]) -> None:
         """Append one line to the CSV file, which begins with the names of its columns."""
@@ -241,32 +219,11 @@ class MultiExitEvaluator(BaseEvaluator):
             file.seek(0)
             columns = list(line) if is_new else next(csv.reader(file), [])
             if set(columns) != set(line):
-                raise UserError(
-                    "evaluator.csv.other_metrics", f"{path} holds other metrics: give this evaluator another name."
-                )
+                raise UserError("evaluator.csv.other_metrics", f"{path} holds other metrics: choose another name.")
             writer = csv.DictWriter(file, columns)
             if is_new:
                 writer.writeheader()
             writer.writerow(line)
-
-
-def _over_exits(per_exit: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Each metric at each exit, its mean and its worst: `{4: {"mrr": 0.5}}` → `mrr_exit_4`, `mrr_mean`, `mrr_worst`."""
-    result: dict[str, float] = {}
-    for metric in next(iter(per_exit.values())):
-        values = {exit_layer: scores[metric] for exit_layer, scores in per_exit.items()}
-        result |= {f"{metric}_exit_{exit_layer}": value for exit_layer, value in values.items()}
-        result |= {f"{metric}_mean": sum(values.values()) / len(values), f"{metric}_worst": min(values.values())}
-    return result
-
-
-class _Parts(NamedTuple):
-    """What encoding needs of a model; `max_length` None is the network's limit."""
-
-    network: ModularStarEncoderForRetrieval
-    tokenizer: Any
-    prompts: Mapping[str, str]
-    max_length: int | None
 
 
 def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
@@ -289,8 +246,18 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
     return network
 
 
-def _is_split(network: nn.Module) -> bool:
-    """Whether FSDP2 has split the parameters: every forward pass then needs every process."""
-    from torch.distributed.fsdp import FSDPModule
+def _encode_share(network: nn.Module, encode: _Encode, texts: list[str]) -> dict[int, np.ndarray]:
+    """Embeddings of all texts, of which each process of the training encodes a share."""
+    world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if world == 1:
+        return encode(texts)
+    from torch.distributed.fsdp import FSDPModule  # not in every build of torch
 
-    return any(isinstance(module, FSDPModule) for module in network.modules())
+    # Where FSDP2 has split the parameters, every forward pass needs every process.
+    if any(isinstance(module, FSDPModule) for module in network.modules()):
+        return encode(texts)
+    unique = sorted(dict.fromkeys(texts), key=len)
+    shares: list[dict[int, np.ndarray]] = [{}] * world
+    distributed.all_gather_object(shares, encode(unique[distributed.get_rank() :: world]))
+    places = {text: divmod(place, world) for place, text in enumerate(unique)}
+    return {k: np.stack([shares[rank][k][row] for row, rank in (places[text] for text in texts)]) for k in shares[0]}

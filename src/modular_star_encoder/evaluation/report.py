@@ -1,4 +1,4 @@
-"""Task results as tables (one per benchmark), in Markdown, CSV, LaTeX and JSON.
+"""Task results as tables (one per benchmark), in Markdown, CSV, LaTeX and JSON, and as plots (extra `plots`).
 
 `report.json` is the one file format of evaluations; `read_tables` reads it, and the files that older versions wrote.
 """
@@ -8,26 +8,26 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modular_star_encoder.evaluation import metrics
 from modular_star_encoder.evaluation.benchmarks import BENCHMARKS
-from modular_star_encoder.evaluation.metrics import (
-    bootstrap_interval,
-    f1_permutation_test,
-    permutation_test,
-    shares,
-    spread,
-)
 from modular_star_encoder.evaluation.tasks import Estimate, Task, TaskResult
-from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import write_json, write_text
+from modular_star_encoder.inference.exit_profile import ExitProfile
+from modular_star_encoder.utils.errors import UserError, naming_extra
+from modular_star_encoder.utils.files import staged_file, write_json, write_text
 from modular_star_encoder.utils.reports import library_versions, markdown_table, metric_label, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
 
@@ -51,22 +51,15 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One retriever at one exit and embedding size.
-
-    Attributes:
-        columns: the main metric by column.
-        mean: over all tasks.
-        others: means of the other metrics.
-        difference: from the table's reference; None for the reference itself.
-    """
+    """One retriever at one exit and embedding size."""
 
     retriever: str
     exit_layer: int | None
     dimensions: int | None
-    columns: Mapping[str, Estimate]
-    mean: Estimate
-    others: Mapping[str, float]
-    difference: Difference | None
+    columns: Mapping[str, Estimate]  # the main metric by column
+    mean: Estimate  # over all tasks
+    others: Mapping[str, float]  # means of the other metrics
+    difference: Difference | None  # from the table's reference; None for the reference itself
 
     @property
     def label(self) -> str:
@@ -81,23 +74,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One benchmark.
-
-    Attributes:
-        benchmark: its name.
-        metric: the name of the main metric.
-        rows: in the order of the retrievers, exits ascending.
-        reference: the label of the row that differences are from.
-        size: queries (or pairs) and candidates, in words.
-        notes: caveats.
-    """
+    """One benchmark."""
 
     benchmark: str
-    metric: str
-    rows: Sequence[Row]
-    reference: str
-    size: str
-    notes: Sequence[str]
+    metric: str  # the main metric
+    rows: Sequence[Row]  # in the order of the retrievers, exits ascending
+    reference: str  # the label of the row that differences are from
+    size: str  # queries (or pairs) and candidates, in words
+    notes: Sequence[str]  # caveats
 
     @property
     def title(self) -> str:
@@ -108,29 +92,16 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an evaluation found.
+    """What an evaluation found."""
 
-    Attributes:
-        tables: one per benchmark.
-        results: of every retriever, exit and task, with the values of single queries.
-        command: what made it.
-        checksum: of the evaluated checkpoint (see `checkpoint_checksum`); None if it has none.
-
-    Example:
-        >>> report = evaluate_exits(model, tokenizer, rows)  # doctest: +SKIP
-        >>> print(report.to_markdown(), report.quality())  # doctest: +SKIP
-    """
-
-    tables: Sequence[Table]
-    results: Sequence[TaskResult]
-    command: str = ""
-    checksum: str | None = None
+    tables: Sequence[Table]  # one per benchmark
+    results: Sequence[TaskResult]  # of every retriever, exit and task, with the values of single queries
+    command: str = ""  # what made it
+    checksum: str | None = None  # of the evaluated checkpoint (see `checkpoint_checksum`)
 
     def quality(self) -> dict[int, float]:
         """{exit_layer: mean of the main metric} of the evaluated model, from the first table."""
-        own = next(row.retriever for row in self.tables[0].rows if row.difference is None)
-        rows = [row for row in self.tables[0].rows if row.retriever == own and row.exit_layer is not None]
-        return {row.exit_layer: row.mean.value for row in sorted(rows, key=_size) if row.exit_layer is not None}
+        return {exit_layer: row.mean.value for exit_layer, row in _own_exits(self.tables[0]).items()}
 
     def write(self, folder: Path) -> list[Path]:
         """Write report.md, .csv, .tex and .json, each whole or not at all, and return their paths."""
@@ -144,25 +115,18 @@ class Report:
     def to_markdown(self) -> str:
         """A section with a table for each benchmark; scores × 100, aligned for reading as plain text."""
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
-        head = ["# Evaluation", f"    {self.command}", installed] if self.command else ["# Evaluation", installed]
+        parts = ["# Evaluation", *([f"    {self.command}"] if self.command else []), installed]
         for table in self.tables:
-            head.append("\n".join([f"## {table.title}", "", *markdown_table(_cells(table)), "", *_explain(table)]))
-        return "\n\n".join(head) + "\n"
+            parts.append("\n".join([f"## {table.title}", "", *markdown_table(_cells(table)), "", *_explain(table)]))
+        return "\n\n".join(parts) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, as report.json holds it: everything but the values of single queries, as fractions."""
-        results = [
-            {key: value for key, value in asdict(result).items() if key not in ("values", "ids")}
-            | {"queries": len(result.values)}
-            for result in self.results
-        ]
-        return {
-            "command": self.command,
-            "checkpoint_checksum": self.checksum,
-            "versions": versions(),
-            "tables": [{"title": table.title, **asdict(table)} for table in self.tables],
-            "results": results,
-        }
+        results = [asdict(replace(one, values=(), ids=())) | {"queries": len(one.values)} for one in self.results]
+        for result in results:
+            del result["values"], result["ids"]
+        head = {"command": self.command, "checkpoint_checksum": self.checksum, "versions": versions()}
+        return head | {"tables": [{"title": one.title, **asdict(one)} for one in self.tables], "results": results}
 
 
 def versions() -> dict[str, str]:
@@ -171,58 +135,41 @@ def versions() -> dict[str, str]:
 
 
 def make_report(
-    tasks: Sequence[Task],
-    results: Sequence[TaskResult],
-    *,
-    seed: int = 0,
-    command: str = "",
-    checksum: str | None = None,
+    tasks: Sequence[Task], results: Sequence[TaskResult], seed: int = 0, command: str = "", checksum: str | None = None
 ) -> Report:
-    """A report with one table for each benchmark of `tasks`, in their order.
-
-    Args:
-        tasks: that were evaluated.
-        results: of all retrievers on all tasks, in any order.
-        seed: of intervals and permutations.
-        command, checksum: see `Report`.
-    """
+    """A report with a table for each benchmark of `tasks`, in their order, of the results of all retrievers."""
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
     tables = [_table(name, [task for task in tasks if task.benchmark == name], results, seed) for name in benchmarks]
     return Report(tables, results, command, checksum)
 
 
 def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult], seed: int) -> Table:
-    rows: dict[_Key, dict[str, TaskResult]] = {}
+    found: dict[_Key, dict[str, TaskResult]] = {}
     for result in results:
         if result.benchmark == benchmark:
-            rows.setdefault((result.retriever, result.exit_layer, result.dimensions), {})[result.task] = result
-    for key, found in rows.items():
-        if missing := [task.name for task in tasks if task.name not in found]:
+            found.setdefault((result.retriever, result.exit_layer, result.dimensions), {})[result.task] = result
+    groups = {}
+    for key, by_task in found.items():
+        if missing := [task.name for task in tasks if task.name not in by_task]:
             raise UserError("evaluation.result.missing", f"{key[0]} has no result for {benchmark}, {missing[0]}.")
-    groups = {key: [found[task.name] for task in tasks] for key, found in rows.items()}
-    reference = _reference(list(groups))
-    built = [
-        _row(key, tasks, group, None if key == reference else groups[reference], seed) for key, group in groups.items()
-    ]
+        groups[key] = [by_task[task.name] for task in tasks]
+    # The reference is the deepest exit, not truncated, of the first retriever that has exits, or the first retriever.
+    own = [key for key in groups if key[1] is not None]
+    own = [key for key in own if key[0] == own[0][0]]
+    reference = max(own, key=lambda key: (key[1] or 0, key[2] or 0)) if own else next(iter(groups))
     first = groups[reference]
-    label = next(row.label for row in built if row.difference is None)
+    rows = [_row(key, tasks, group, None if key == reference else first, seed) for key, group in groups.items()]
+    label = next(row.label for row in rows if row.difference is None)
     notes = list(dict.fromkeys(note for task in tasks for note in task.notes))
-    return Table(benchmark, first[0].main, built, label, _size_in_words(first), notes)
-
-
-def _reference(keys: Sequence[_Key]) -> _Key:
-    """The deepest exit, not truncated, of the first retriever that has exits; otherwise the first retriever."""
-    with_exits = [key for key in keys if key[1] is not None]
-    own = [key for key in with_exits if key[0] == with_exits[0][0]]
-    return max(own, key=lambda key: (key[1] or 0, key[2] or 0)) if own else keys[0]
+    size = f"{sum(len(result.values) for result in first):,} {'queries' if first[0].candidates else 'pairs'}"
+    if first[0].candidates:
+        bounds = sorted({min(one.candidates for one in first), max(one.candidates for one in first)})
+        size += f", {' to '.join(f'{bound:,}' for bound in bounds)} candidates each"
+    return Table(benchmark, first[0].main, rows, label, size, notes)
 
 
 def _row(
-    key: _Key,
-    tasks: Sequence[Task],
-    results: Sequence[TaskResult],
-    reference: Sequence[TaskResult] | None,
-    seed: int,
+    key: _Key, tasks: Sequence[Task], results: Sequence[TaskResult], reference: Sequence[TaskResult] | None, seed: int
 ) -> Row:
     columns: dict[str, list[TaskResult]] = {}
     for task, result in zip(tasks, results, strict=True):
@@ -230,45 +177,33 @@ def _row(
     others = [metric for metric in results[0].estimates if metric != results[0].main]
     return Row(
         *key,
-        columns={column: mean_estimate(group, seed) for column, group in columns.items()},
-        mean=mean_estimate(results, seed),
+        columns={column: _mean_estimate(group, seed) for column, group in columns.items()},
+        mean=_mean_estimate(results, seed),
         others={metric: float(np.mean([one.estimates[metric].value for one in results])) for metric in others},
-        difference=None if reference is None else difference(results, reference, seed),
+        difference=None if reference is None else _difference(results, reference, seed),
     )
 
 
-def mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
+def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
     """The main metric's mean over tasks; F1 has none, so its task must be alone."""
     main = results[0].main
     if len(results) == 1:
         return results[0].estimates[main]
     if main == "f1":
         raise ValueError("F1 has no mean over tasks.")
-    values = spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
-    return Estimate(float(values.mean()), *bootstrap_interval(values, seed))
+    values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
+    return Estimate(float(values.mean()), *metrics.bootstrap_interval(values, seed))
 
 
-def difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], seed: int) -> Difference:
+def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], seed: int) -> Difference:
     """The mean of `results` minus that of `reference`, task by task the same queries."""
     pairs = list(zip(results, reference, strict=True))
     value = float(np.mean([a.estimates[a.main].value - b.estimates[b.main].value for a, b in pairs]))
     if results[0].main == "f1":
         first, second = (np.array(result.values, dtype=np.int64) for result in pairs[0])
-        return Difference(value, f1_permutation_test(first, second, seed))
-    differences = [
-        {query: first - second for query, first, second in zip(a.ids, a.values, b.values, strict=True)}
-        for a, b in pairs
-    ]
-    return Difference(value, permutation_test(shares(differences), seed))
-
-
-def _size_in_words(results: Sequence[TaskResult]) -> str:
-    count = sum(len(result.values) for result in results)
-    if not results[0].candidates:
-        return f"{count:,} pairs"
-    pools = sorted({result.candidates for result in results})
-    candidates = f"{pools[0]:,}" if len(pools) == 1 else f"{pools[0]:,} to {pools[-1]:,}"
-    return f"{count:,} queries, {candidates} candidates each"
+        return Difference(value, metrics.f1_permutation_test(first, second, seed))
+    differences = [dict(zip(a.ids, np.subtract(a.values, b.values), strict=True)) for a, b in pairs]
+    return Difference(value, metrics.permutation_test(metrics.shares(differences), seed))
 
 
 def to_latex(tables: Sequence[Table]) -> str:
@@ -276,21 +211,11 @@ def to_latex(tables: Sequence[Table]) -> str:
     parts = []
     for table in tables:
         caption = " ".join([f"{table.title}.", *_explain(table)])
-        header, *rows = [[cell.translate(_TEX) for cell in row] for row in _cells(table)]
-        parts += [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{caption.translate(_TEX)}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-            r"\toprule",
-            " & ".join(header) + r" \\",
-            r"\midrule",
-            *(" & ".join(row) + r" \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
+        header, *lines = [" & ".join(cell.translate(_TEX) for cell in row) + r" \\" for row in _cells(table)]
+        columns = "r" * (len(_cells(table)[0]) - 1)
+        parts += [r"\begin{table}", r"\centering", rf"\caption{{{caption.translate(_TEX)}}}"]
+        parts += [rf"\begin{{tabular}}{{l{columns}}}", r"\toprule", header, r"\midrule", *lines, r"\bottomrule"]
+        parts += [r"\end{tabular}", r"\end{table}", ""]
     return "\n".join(parts)
 
 
@@ -344,58 +269,174 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
     Args:
         path: report.json or what `mose evaluate --json` or the quickstart wrote, also by older versions.
         checkpoint: checksum of the weights that the results must be of; a file without one passes.
-
-    Raises:
-        OSError: the file cannot be read.
-        UserError: it holds no results, or results of other weights.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        held_out = "retrieval" in content
+        name = "Functions of repositories that were held out" if "retrieval" in content else ""
         content = content.get("retrieval", content)
         measured = content.get("checkpoint_checksum", content.get("checkpoint_fingerprint"))
-        name = "Functions of repositories that were held out" if held_out else ""
-        tables = [_read_table(table, name) for table in content["tables"]] if "tables" in content else []
-        if not tables:
-            tables = [_read_scores_by_exit(content, name or "folder")]
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        tables = [_read_table(table, name) for table in content.get("tables", ())]
+        tables = tables or [_read_scores_by_exit(content, name or "folder")]
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(
             "evaluation.report.unreadable", f"{path} holds no results as `mose evaluate` writes them: {error!r}."
         ) from error
     if measured and checkpoint and measured != checkpoint:
         raise UserError(
             "evaluation.report.other_weights",
-            f"{path} holds results of other weights ({measured}, not {checkpoint}): evaluate again.",
+            f"{path} is of other weights ({measured}, not {checkpoint}): evaluate again.",
         )
     return tables
 
 
+def read_quality(path: str | os.PathLike[str], metric: str = "mrr", checkpoint: str = "") -> dict[int, float]:
+    """{exit_layer: quality} of the evaluated model from the first table of a file of results, for its exit profile.
+
+    Arguments and errors are those of `read_tables`; `metric` is another one in the file than the main metric.
+    """
+    table = read_tables(path, checkpoint)[0]
+    own, is_main = _own_exits(table), metric == table.metric
+    values = {k: row.mean.value if is_main else row.others.get(metric, math.nan) for k, row in own.items()}
+    if not values or not all(map(math.isfinite, values.values())):
+        raise UserError("evaluation.report.no_metric", f"{path} has no {metric} of each exit.")
+    return values
+
+
 def _read_table(stored: Mapping[str, Any], name: str) -> Table:
-    fields = {key: value for key, value in stored.items() if key not in ("title", "rows")}
     rows = []
     for row in stored["rows"]:
         row = {"retriever" if key == "system" else key: value for key, value in row.items()}
         changed = row["difference"] and Difference(**row["difference"])
         columns = {column: Estimate(**estimate) for column, estimate in row["columns"].items()}
         rows.append(Row(**row | {"columns": columns, "mean": Estimate(**row["mean"]), "difference": changed}))
-    own = next(row.retriever for row in rows if row.difference is None)
-    rows = [row for row in rows if row.retriever == own or row.exit_layer is None]
-    whole = {(row.retriever, row.exit_layer): row for row in sorted(rows, key=_size)}
-    kept = [row for row in rows if row is whole[row.retriever, row.exit_layer]]
-    return Table(**fields | {"rows": kept, "benchmark": name or fields["benchmark"]})
+    fields = {key: value for key, value in stored.items() if key != "title"} | {"rows": rows}
+    table = Table(**fields | {"benchmark": name or stored["benchmark"]})
+    own = _own_exits(table)
+    return replace(table, rows=[row for row in rows if row.exit_layer is None or row is own.get(row.exit_layer)])
 
 
-def _size(row: Row) -> tuple[bool, int]:
-    """Orders rows by the size of their embeddings, whole ones last."""
-    return row.dimensions is None, row.dimensions or 0
+def _own_exits(table: Table) -> dict[int, Row]:
+    """The rows of the evaluated model, the retriever of the reference; of several sizes the whole embeddings."""
+    own = next(row.retriever for row in table.rows if row.difference is None)
+    rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
+    return {row.exit_layer: row for row in rows if row.retriever == own and row.exit_layer is not None}
 
 
 def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
-    """The table of an older file: MRR by exit, and of BM25."""
+    """The table of an older file: metrics by exit, and of BM25."""
     exits = sorted((int(exit_layer), scores) for exit_layer, scores in content["exits"].items())
-    rows = [
-        Row(retriever, exit_layer, None, {}, Estimate(scores["mrr"], *scores["interval"]), {}, None)
-        for retriever, exit_layer, scores in [*(("model", *one) for one in exits), ("BM25", None, content["bm25"])]
-    ]
-    size = f"{content['bm25']['queries']:,} queries, {content['bm25']['distractors'] + 1:,} candidates each"
+    scores_of = [*(("model", *one) for one in exits), *([("BM25", None, content["bm25"])] if "bm25" in content else [])]
+    rows = []
+    for retriever, exit_layer, scores in scores_of:
+        mean = Estimate(scores["mrr"], *scores.get("interval", (scores["mrr"],) * 2))
+        others = {metric: value for metric, value in scores.items() if metric.startswith("recall")}
+        rows.append(Row(retriever, exit_layer, None, {}, mean, others, None))
+    first = content.get("bm25", exits[0][1])
+    size = f"{first['queries']:,} queries, {first['distractors'] + 1:,} candidates each" if "queries" in first else ""
     return Table(name, "mrr", rows, "", size, ())
+
+
+def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:
+    """Write quality_by_depth.png if a retriever has exits, and quality_by_latency.png if exit profiles exist.
+
+    Plots of an earlier run are removed first. `profiles` are the files where the retrievers' exit profiles would be.
+    """
+    by_depth, by_latency = folder / "quality_by_depth.png", folder / "quality_by_latency.png"
+    for path in (by_depth, by_latency):
+        path.unlink(missing_ok=True)
+    if not any(_exits_by_name(table) for table in tables):
+        return
+    plot_quality_by_depth(tables, by_depth)
+    found = {name: ExitProfile.load(path) for name, path in profiles.items() if path.is_file()}
+    parts = ("processor", "threads", "gpu")
+    if len({(one.device, one.shapes[0], *map(one.machine.get, parts)) for one in found.values()}) > 1:
+        raise UserError(
+            "evaluation.plots.other_machines",
+            f"The exit profiles of {' and '.join(found)} are of different machines, devices, threads or shapes of "
+            "batches: measure them under the same conditions with `mose profile`.",
+        )
+    if found:
+        plot_quality_by_latency(tables, {name: median_latencies(one) for name, one in found.items()}, by_latency)
+
+
+def median_latencies(profile: ExitProfile) -> dict[int, float]:
+    """{exit_layer: median milliseconds} of an exit profile, at the first shape of batch that it measured."""
+    return {k: profile.measurement(k, profile.shapes[0]).latency_ms_p50 for k in profile.exits}
+
+
+def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
+    """A panel for each table (the paper's Figure 4): the main metric of each exit against its depth, with intervals.
+
+    Retrievers without exits are dashed horizontal lines.
+    """
+    if not any(_exits_by_name(table) for table in tables):
+        raise UserError("evaluation.plots.no_exits", "No retriever has exits, so quality by depth cannot be plotted.")
+    with _panels(tables, path) as panels:
+        for axes, table in zip(panels, tables, strict=True):
+            for name, exits in _exits_by_name(table).items():
+                _line(axes, list(exits), list(exits.values()), name)
+            for number, row in enumerate(row for row in table.rows if row.exit_layer is None):
+                axes.axhline(100 * row.mean.value, linestyle="--", linewidth=1, color=f"C{7 + number}", label=row.label)
+            axes.set_xlabel("layers executed")
+            axes.set_xticks(sorted({k for exits in _exits_by_name(table).values() for k in exits}))
+    return path
+
+
+def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Mapping[int, float]], path: Path) -> Path:
+    """A panel for each table: the main metric of each exit against its latency.
+
+    `latencies` are {retriever: {exit_layer: milliseconds}}, all on one machine (see `median_latencies`).
+    """
+    timed: list[dict[str, dict[float, Row]]] = [{} for _ in tables]
+    for panel, table in zip(timed, tables, strict=True):
+        for name, exits in _exits_by_name(table).items():
+            for exit_layer, row in exits.items():
+                if exit_layer in (known := latencies.get(row.retriever, {})):
+                    panel.setdefault(name, {})[known[exit_layer]] = row
+    if not any(timed):
+        raise UserError("evaluation.plots.no_latency", "The exit profiles hold no exit of these retrievers.")
+    with _panels(tables, path) as panels:
+        for axes, by_name in zip(panels, timed, strict=True):
+            for name, rows in by_name.items():
+                _line(axes, list(rows), list(rows.values()), name)
+                for milliseconds, row in rows.items():
+                    axes.annotate(str(row.exit_layer), (milliseconds, 100 * row.mean.value), fontsize="small")
+            axes.set_xlabel("median latency, ms")
+            axes.set_xscale("log")
+    return path
+
+
+def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
+    """The rows of exits by retriever and size."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in table.rows:
+        if row.exit_layer is not None:
+            name = row.retriever if row.dimensions is None else f"{row.retriever}, {row.dimensions} dimensions"
+            found.setdefault(name, {})[row.exit_layer] = row
+    return {name: dict(sorted(exits.items())) for name, exits in found.items()}
+
+
+def _line(axes: Axes, places: Sequence[float], rows: Sequence[Row], label: str) -> None:
+    value, low, high = ([100 * getattr(row.mean, name) for row in rows] for name in ("value", "low", "high"))
+    (line,) = axes.plot(places, value, marker="o", markersize=4, label=label)
+    axes.fill_between(places, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+
+
+@contextmanager
+def _panels(tables: Sequence[Table], path: Path) -> Iterator[list[Axes]]:
+    """Axes to draw a panel for each table, three in a row; the plot is written to `path` at the end."""
+    with naming_extra():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    columns, lines = min(3, len(tables)), -(-len(tables) // 3)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = [figure.add_subplot(lines, columns, number) for number in range(1, len(tables) + 1)]
+    yield panels
+    for axes, table in zip(panels, tables, strict=True):
+        axes.set_title(table.title, fontsize="medium")
+        axes.set_ylabel(f"{metric_label(table.metric)} × 100")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    with staged_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -1,24 +1,38 @@
-"""Retrievers, which score documents for queries, and the cache of the embeddings of texts.
+"""Retrievers, which score documents for queries, cosine similarities in blocks, and the cache of embeddings.
 
 A retriever may have several *variants* that come from one pass over the texts: the exits of a model, and at each exit
 the sizes to which its embeddings can be truncated. `run.evaluate_tasks` asks for the variants without a stored result.
+
+A cosine similarity is the float64 sum of products of unit vectors, added up pairwise in the order of the components,
+then rounded to float32. Matrix products add in the order that is fastest for their shape. A block therefore takes from
+them only the scores that no such error can round differently, and computes the few others in the fixed order. Equal
+vectors then get equal scores everywhere, and no result depends on the size of a block or on the library.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from modular_star_encoder.evaluation.scores import CosineScores, Scores
 from modular_star_encoder.inference.encoders import Encoder, Prompted, Text
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file
+
+BLOCK = 1 << 22
+"""Scores per block: 32 MiB in float64."""
+
+HELD = 1 << 25
+"""Components of documents in memory at a time, 256 MiB in float64; with no more, a block holds all documents."""
+
+_PAIRS = 4096  # pairs of vectors in memory at a time
+_NOTHING = 2.0**-24
+"""Similarities closer to 0 are set to 0: below, float32 distinguishes numbers that float64 sums do not."""
 
 
 class ExitVariant(NamedTuple):
@@ -28,72 +42,149 @@ class ExitVariant(NamedTuple):
     dimensions: int | None = None
 
 
+class Block(NamedTuple):
+    """Scores (R, C) float32 of consecutive queries and documents, from `row` and `column` on."""
+
+    row: int
+    column: int
+    scores: np.ndarray
+
+
+class Scores(Protocol):
+    """The scores of Q queries and D documents, never all in memory."""
+
+    shape: tuple[int, int]
+
+    def blocks(self) -> Iterator[Block]:
+        """All scores, each once, in any order."""
+        ...
+
+    def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """The scores (P,) float32 of queries (P,) and documents (P,), equal to those of the blocks bit for bit."""
+        ...
+
+
 class Retriever(Protocol):
-    """Anything that ranks documents for queries.
+    """Anything that ranks documents for queries."""
 
-    Attributes:
-        name: as tables show it.
-        checksum: differs if any score could differ; results are stored under it.
-        variants: the available ones.
-    """
-
-    name: str
-    checksum: str
-    variants: tuple[ExitVariant, ...]
+    name: str  # as tables show it
+    checksum: str  # differs if any score could differ; results are stored under it
+    variants: tuple[ExitVariant, ...] = (ExitVariant(),)  # the available ones
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Do now what can be done for all texts at once, such as embedding them."""
-        ...
+        """Do what can be done for all texts at once, such as embedding them; nothing by default."""
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> Scores:
         """Scores (Q, D) of prepared texts."""
         ...
 
 
-class EmbeddingRetriever:
-    """Ranks by cosine similarity of embeddings; each text is embedded once, all missing exits in one pass.
+class EmbeddingRetriever(Retriever):
+    """Ranks by cosine similarity of embeddings, which `cache` keeps, by default in memory.
 
-    Args:
-        encoder: embeds the texts.
-        cache: stores the embeddings; in memory for the life of the retriever if None.
+    Each text is embedded once, all missing exits in one pass.
     """
 
     chunk = 4096
-    """Texts per shard of the cache: what an interruption may cost."""
+    """Texts per shard of the cache; an interruption loses at most one shard."""
 
     def __init__(self, encoder: Encoder, cache: EmbeddingCache | None = None) -> None:
         self.encoder = encoder
         self.cache = EmbeddingCache() if cache is None else cache
         self.name, self.checksum = encoder.name, encoder.checksum
-        self.variants = tuple(
-            ExitVariant(exit_layer, size) for exit_layer in encoder.exit_layers for size in encoder.dimensions
-        )
+        self.variants = tuple(ExitVariant(k, size) for k in encoder.exit_layers for size in encoder.dimensions)
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
         """Embed the texts that the cache lacks, longest first."""
-        exits = tuple(dict.fromkeys(variant.exit_layer for variant in variants))
         prompted = dict.fromkeys((self.encoder.prompt(text), text.text) for text in dict.fromkeys(texts))
-        absent = {exit_layer: self.cache.missing(self._space(exit_layer), prompted) for exit_layer in exits}
-        exits = tuple(exit_layer for exit_layer in exits if absent[exit_layer])
-        # A text is embedded at all exits where some exit lacks it: the deepest costs the pass anyway.
+        exits = dict.fromkeys(variant.exit_layer for variant in variants)
+        absent = {k: missing for k in exits if (missing := self.cache.missing(self._space(k), prompted))}
+        # A text that any exit lacks is embedded at all of them: the pass to the deepest exit computes the others too.
         wanted = sorted(set().union(*absent.values()), key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
         starts = range(0, len(wanted), self.chunk)
         for start in tqdm(starts, desc=f"embedding, {self.name}", unit="shard", disable=not progress, leave=False):
             chunk = wanted[start : start + self.chunk]
-            embeddings = self.encoder.encode(chunk, exits, progress=progress)
-            for exit_layer in exits:
+            embeddings = self.encoder.encode(chunk, tuple(absent), progress=progress)
+            for exit_layer in absent:
                 self.cache.add(self._space(exit_layer), chunk, embeddings[exit_layer])
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> CosineScores:
         """Cosine similarities of prepared texts."""
-        query_rows, document_rows = (
-            self.cache.rows(self._space(variant.exit_layer), [(self.encoder.prompt(text), text.text) for text in texts])
-            for texts in (queries, documents)
-        )
-        return CosineScores(query_rows, document_rows, dimensions=variant.dimensions)
+        space, prompt = self._space(variant.exit_layer), self.encoder.prompt
+        asked, answers = ([(prompt(one), one.text) for one in texts] for texts in (queries, documents))
+        return CosineScores(self.cache.rows(space, asked), self.cache.rows(space, answers), variant.dimensions)
 
     def _space(self, exit_layer: int | None) -> str:
         return f"{self.checksum}/{'full' if exit_layer is None else f'exit-{exit_layer}'}"
+
+
+class Rows(Protocol):
+    """Embeddings (N, F) float32 in memory or on disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray: ...
+
+
+class CosineScores:
+    """Cosine similarity, exact and then rounded to float32; a vector of zeros is similar to nothing (0).
+
+    Embeddings (Q, F) and (D, F) are read in slices and may be larger than memory. Of them the first `dimensions`
+    components are used, normalised again.
+    """
+
+    def __init__(self, queries: Rows, documents: Rows, dimensions: int | None = None) -> None:
+        self.queries, self.documents, self.dimensions = queries, documents, dimensions
+        self.shape = (len(queries), len(documents))
+
+    def blocks(self) -> Iterator[Block]:
+        """Columns outside, rows inside, so that each document is read once."""
+        height, width = self.shape
+        size = self.documents[:1].shape[1]
+        columns = width if width * size <= HELD else max(1, HELD // (4 * size))
+        rows = max(1, BLOCK // max(1, columns))
+        for column in range(0, width, columns):
+            documents = self._unit(self.documents[column : column + columns])
+            for row in range(0, height, rows):
+                yield Block(row, column, similarities(self._unit(self.queries[row : row + rows]), documents))
+
+    def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        scores = np.empty(len(queries), dtype=np.float32)
+        for start in range(0, len(queries), _PAIRS):
+            part = slice(start, start + _PAIRS)
+            units = self._unit(self.queries[queries[part]]), self._unit(self.documents[documents[part]])
+            scores[part] = _rounded((units[0] * units[1]).sum(axis=1))
+        return scores
+
+    def _unit(self, embeddings: np.ndarray) -> np.ndarray:
+        """Rows scaled to length 1, float64; rows of zeros stay, infinity becomes NaN."""
+        embeddings = embeddings[:, : self.dimensions].astype(np.float64)
+        norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            embeddings /= np.where(norms == 0, 1, norms)
+        return embeddings
+
+
+def similarities(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Rounded similarities (Q, D) float32 of unit rows, those of `CosineScores.of_pairs` bit for bit."""
+    products = queries @ documents.T
+    # Twice the error of a sum of F products of unit vectors (Higham 2002, section 3.1), in whatever order.
+    error = queries.shape[1] * 2.0**-52
+    products -= error
+    scores = _rounded(products)
+    products += 2 * error
+    unsure = np.flatnonzero(scores != _rounded(products))
+    rows, columns = np.divmod(unsure, products.shape[1])
+    for start in range(0, len(unsure), _PAIRS):
+        part = slice(start, start + _PAIRS)
+        scores[rows[part], columns[part]] = _rounded((queries[rows[part]] * documents[columns[part]]).sum(axis=1))
+    return scores
+
+
+def _rounded(similarities: np.ndarray) -> np.ndarray:
+    rounded = similarities.astype(np.float32)
+    rounded[np.abs(rounded) < _NOTHING] = 0
+    return rounded
 
 
 class EmbeddingCache:
@@ -101,10 +192,7 @@ class EmbeddingCache:
 
     A *space* (model and exit) is a folder of shards: `NAME.npy` with embeddings and `NAME.keys.npy` with the hashes of
     their texts. Shards never change, and keys are renamed into place last: a reader sees whole shards only, and any
-    number of processes may write. Embeddings are memory-mapped when read.
-
-    Args:
-        folder: of the spaces; in memory if None.
+    number of processes may write. Embeddings are memory-mapped when read; without a folder they are in memory.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
@@ -119,17 +207,26 @@ class EmbeddingCache:
     def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray) -> None:
         """Store embeddings (N, F) float32 of N texts."""
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-        if embeddings.ndim != 2 or len(embeddings) != len(texts):
+        shards = self._space(space).shards
+        size = shards[0].shape[1] if shards else embeddings.shape[-1]
+        if embeddings.shape != (len(texts), size):
             raise UserError(
                 "evaluation.embeddings.shape",
-                f"{len(texts)} texts need embeddings (N, F), not an array of shape {embeddings.shape}.",
+                f"{len(texts)} texts need ({len(texts)}, {size}) embeddings, not {embeddings.shape}.",
             )
         if not np.isfinite(embeddings).all():
             raise UserError(
-                "evaluation.embeddings.not_finite",
-                "An embedding holds NaN or infinite components. Nothing was stored; check the model.",
+                "evaluation.embeddings.not_finite", "An embedding holds NaN or infinite values. Check the model."
             )
-        self._space(space).add([_key(text) for text in texts], embeddings)
+        keys = [_key(text) for text in texts]
+        if self.folder is not None:
+            joined = b"".join(keys)
+            target = self.folder / space / f"{hashlib.sha256(joined).hexdigest()[:32]}.npy"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write(target, embeddings)
+            _write(target.with_suffix(".keys.npy"), np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32))
+            embeddings = np.load(target, mmap_mode="r", allow_pickle=False)
+        self._space(space).append(keys, embeddings)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
         """The embeddings of texts that were added, read on access."""
@@ -138,8 +235,30 @@ class EmbeddingCache:
 
     def _space(self, name: str) -> _Space:
         if name not in self._spaces:
-            self._spaces[name] = _Space(None if self.folder is None else self.folder / name)
+            space = self._spaces[name] = _Space()
+            for path in sorted((self.folder / name).glob("*.keys.npy")) if self.folder is not None else ():
+                try:
+                    keys = np.load(path, allow_pickle=False)
+                    shard = np.load(path.with_name(path.name.replace(".keys.", ".")), "r", allow_pickle=False)
+                    if keys.dtype != np.uint8 or keys.shape != (len(shard), 32) or shard.dtype != np.float32:
+                        raise ValueError("keys and embeddings do not fit together")
+                except (ValueError, OSError, EOFError) as error:
+                    raise UserError("evaluation.cache.damaged", f"{path} is damaged ({error}): remove it.") from None
+                space.append([row.tobytes() for row in keys], shard)
         return self._spaces[name]
+
+
+class _Space:
+    """The shards of one folder, and the shard and row of each text."""
+
+    def __init__(self) -> None:
+        self.shards: list[np.ndarray] = []
+        self.places: dict[bytes, tuple[int, int]] = {}
+
+    def append(self, keys: list[bytes], embeddings: np.ndarray) -> None:
+        for row, key in enumerate(keys):
+            self.places.setdefault(key, (len(self.shards), row))
+        self.shards.append(embeddings)
 
 
 class CachedRows:
@@ -158,50 +277,6 @@ class CachedRows:
             chosen = shard == number
             embeddings[chosen] = self._shards[number][row[chosen]]
         return embeddings
-
-
-class _Space:
-    """The shards of one folder, and the shard and row of each text."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self.shards: list[np.ndarray] = []
-        self.places: dict[bytes, tuple[int, int]] = {}
-        for keys in sorted(folder.glob("*.keys.npy")) if folder is not None else ():
-            self._open(keys)
-
-    def add(self, keys: list[bytes], embeddings: np.ndarray) -> None:
-        if self.shards and embeddings.shape[1] != (size := self.shards[0].shape[1]):
-            raise UserError(
-                "evaluation.embeddings.shape",
-                f"The embeddings have {embeddings.shape[1]} components, earlier ones have {size}.",
-            )
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            joined = b"".join(keys)
-            target = self.folder / f"{hashlib.sha256(joined).hexdigest()[:32]}.npy"
-            _write(target, embeddings)
-            _write(target.with_suffix(".keys.npy"), np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32))
-            embeddings = np.load(target, mmap_mode="r", allow_pickle=False)
-        self._append(keys, embeddings)
-
-    def _open(self, path: Path) -> None:
-        try:
-            keys = np.load(path, allow_pickle=False)
-            shard = np.load(path.with_name(path.name.removesuffix(".keys.npy") + ".npy"), "r", allow_pickle=False)
-            if keys.dtype != np.uint8 or keys.shape != (len(shard), 32) or shard.dtype != np.float32:
-                raise ValueError("keys and embeddings do not fit together")
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(
-                "evaluation.cache.damaged", f"{path} of the embedding cache is damaged ({error}): remove it."
-            ) from None
-        self._append([row.tobytes() for row in keys], shard)
-
-    def _append(self, keys: list[bytes], embeddings: np.ndarray) -> None:
-        number = len(self.shards)
-        self.shards.append(embeddings)
-        for row, key in enumerate(keys):
-            self.places.setdefault(key, (number, row))
 
 
 def _key(text: Prompted) -> bytes:

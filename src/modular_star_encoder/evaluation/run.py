@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from modular_star_encoder.evaluation import metrics
 from modular_star_encoder.evaluation.benchmarks import (
     ALL,
     BENCHMARKS,
@@ -29,39 +30,13 @@ from modular_star_encoder.evaluation.benchmarks import (
 )
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import write_candidates
 from modular_star_encoder.evaluation.lexical import BM25, TfIdf
-from modular_star_encoder.evaluation.metrics import (
-    FALSE_POSITIVE,
-    TRUE_POSITIVE,
-    Ranking,
-    best_f1_threshold,
-    binary_scores,
-    bootstrap_f1_interval,
-    bootstrap_interval,
-    check_scores,
-    f1,
-    outcomes,
-    query_values,
-)
-from modular_star_encoder.evaluation.plots import plot_report
-from modular_star_encoder.evaluation.report import Report, make_report
+from modular_star_encoder.evaluation.report import Report, make_report, plot_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant, Retriever
-from modular_star_encoder.evaluation.scores import pool_judgements, rank_judged
-from modular_star_encoder.evaluation.tasks import (
-    POOL,
-    Estimate,
-    PairTask,
-    RetrievalTask,
-    Task,
-    TaskResult,
-    pairs_task,
-)
+from modular_star_encoder.evaluation.tasks import POOL, Estimate, PairTask, RetrievalTask, Task, TaskResult, pairs_task
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
-from modular_star_encoder.inference.load import checkpoint_checksum
-from modular_star_encoder.modeling import (
-    ModularStarEncoderForRetrieval,
-    ModularStarEncoderForSequenceClassification,
-)
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 
@@ -87,7 +62,7 @@ def run_benchmarks(
     command: str = "",
     progress: bool = True,
 ) -> Report:
-    """Evaluate a model and baselines on benchmarks.
+    """A report on a model and baselines, with a table for each benchmark.
 
     Args:
         model: see `open_retriever`; differences in the tables are to its deepest exit.
@@ -95,26 +70,13 @@ def run_benchmarks(
         data: their folder (see `load_benchmark`).
         out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`), embeddings and the lists of
             candidates; nothing is written if None.
-        exit_layers: exits of the model; all if None.
-        baselines: other retrievers, by the names that `open_retriever` takes; BM25 without `out`, and none with it, if
-            None.
+        baselines: other retrievers, see `open_retriever`; if None, BM25 without `out` and none with it.
         untrained: also evaluate the model with fresh weights.
         allow_subset: accept partial files, with a note under the tables.
         candidates: folder of the lists of candidates of an earlier run (CodeSearchNet with 999 distractors).
         cache: folder for embeddings, shared by runs; `out/embeddings` if None.
         seed: of intervals, permutations and the untrained weights; candidates are always drawn as the protocol says.
         command: shown in the report.
-
-    Returns:
-        A report with a table for each benchmark.
-
-    Raises:
-        UserError: an unknown name or none, a damaged or partial file, or an exit that the model does not have.
-        OSError: a file or folder is missing, or `out` cannot be written to.
-
-    Example:
-        >>> report = run_benchmarks("runs/model", ["cosqa"], "data", exit_layers=[4, 9])  # doctest: +SKIP
-        >>> print(report.to_markdown())  # doctest: +SKIP
     """
     folder = None if out is None else Path(out).expanduser()
     if folder is not None and folder.exists() and not folder.is_dir():
@@ -122,7 +84,7 @@ def run_benchmarks(
     chosen = choose_benchmarks(benchmarks, data)
     if not chosen:
         raise UserError("evaluation.benchmark.missing", f"Name a benchmark: {', '.join(BENCHMARKS)}, or {ALL}.")
-    if candidates is not None and not any(name in WITH_CANDIDATES for name in chosen):
+    if candidates is not None and not set(chosen) & set(WITH_CANDIDATES):
         raise UserError(
             "evaluation.candidates.not_used", f"Lists of candidates are only for {' and '.join(WITH_CANDIDATES)}."
         )
@@ -130,17 +92,21 @@ def run_benchmarks(
     for name in chosen:
         lists = candidates if name in WITH_CANDIDATES else None
         tasks += load_benchmark(name, data, allow_subset=allow_subset, candidates=lists)
-    store = Path(cache).expanduser() if cache is not None else None if folder is None else folder / "embeddings"
+    if cache is None and folder is not None:
+        cache = folder / "embeddings"
+    store = EmbeddingCache(None if cache is None else Path(cache).expanduser())
     if baselines is None:
         baselines = ["bm25"] if folder is None else []
-    retrievers = _open_all(model, baselines, EmbeddingCache(store), exit_layers, untrained, seed)
+    retrievers = _open_all(model, baselines, store, exit_layers, untrained, seed)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # fails before the work and not after it
         for task in tasks:
             if isinstance(task, RetrievalTask) and task.benchmark in WITH_CANDIDATES:
                 write_candidates(task, folder / "candidates" / task.benchmark)
     results = evaluate_tasks(tasks, list(retrievers.values()), out=folder, seed=seed, progress=progress)
-    checksum = _checkpoint_checksum(model, retrievers[model])
+    path = Path(model).expanduser()
+    has_checksum = path.is_dir() or _own_encoder(retrievers[model]) is not None
+    checksum = checkpoint_checksum(path if path.is_dir() else model) if has_checksum else None
     report = make_report(tasks, results, seed=seed, command=_without_paths(command), checksum=checksum)
     if folder is not None:
         report.write(folder)
@@ -167,10 +133,7 @@ def evaluate_exits(
     """Rank each description's code among `size` candidates, at each exit of a loaded model and by BM25.
 
     Args:
-        model: a `ModularStarEncoderForRetrieval`.
-        tokenizer: its tokenizer.
         rows: (description, code, language). With several languages, candidates of other languages are easy ones.
-        exit_layers: exits to evaluate; all if None.
         untrained: also evaluate the architecture with fresh weights (doubles time and memory).
         size: candidates of each query, in the batches of `tasks.candidate_batches`.
         seed: of batches, intervals and fresh weights.
@@ -178,9 +141,6 @@ def evaluate_exits(
 
     Returns:
         A report with one table: MRR, Recall@1, Recall@10 and NDCG@10. `report.quality()` is {exit_layer: MRR}.
-
-    Raises:
-        UserError: an exit that the model does not have, or fewer than two rows.
     """
     task = pairs_task("folder", "all", rows, size=size, seed=seed)
     encoder = ExitEncoder(model, tokenizer, "model", exit_layers=exit_layers, **encode_options)
@@ -201,33 +161,23 @@ def evaluate_tasks(
 ) -> list[TaskResult]:
     """The results of all variants of these retrievers on these tasks, retrievers outermost.
 
-    All texts of a retriever are embedded in one pass.
-
-    Args:
-        out: folder whose `cells/` holds stored results and gets new ones; nothing is stored if None.
-        seed: of the bootstrap.
-
-    Raises:
-        UserError: scores that are NaN, or a damaged stored result.
-        OSError: the folder cannot be written to.
+    All texts of a retriever are embedded in one pass. `out/cells/` holds stored results and gets new ones; nothing is
+    stored if `out` is None. `seed` is of the bootstrap.
     """
-    checksums = [task.checksum() for task in tasks]
-    results = []
+    checksums, results = [task.checksum() for task in tasks], []
     for retriever in retrievers:
-        paths = {
-            (number, variant): _path(out, checksum, retriever, variant, seed)
-            for number, checksum in enumerate(checksums)
+        runs = [
+            (task, variant, _path(out, checksum, retriever, variant, seed))
+            for task, checksum in zip(tasks, checksums, strict=True)
             for variant in retriever.variants
-        }
-        missing = {key for key, path in paths.items() if path is None or not path.is_file()}
+        ]
+        missing = [(task, variant) for task, variant, path in runs if path is None or not path.is_file()]
         if missing:
-            texts = [text for number in sorted({number for number, _ in missing}) for text in tasks[number].texts()]
-            variants = [variant for variant in retriever.variants if variant in {key[1] for key in missing}]
-            retriever.prepare(list(dict.fromkeys(texts)), variants, progress=progress)
-        bar = tqdm(paths.items(), desc=f"scoring, {retriever.name}", unit="task", disable=not progress, leave=False)
-        for (number, variant), path in bar:
-            task = tasks[number]
-            if path is not None and (number, variant) not in missing:
+            texts = dict.fromkeys(text for task in dict.fromkeys(task for task, _ in missing) for text in task.texts())
+            retriever.prepare(list(texts), list(dict.fromkeys(one for _, one in missing)), progress=progress)
+        bar = tqdm(runs, desc=f"scoring, {retriever.name}", unit="task", disable=not progress, leave=False)
+        for task, variant, path in bar:
+            if path is not None and path.is_file():
                 stored = read_result(path)  # perhaps of another name
                 result = replace(stored, benchmark=task.benchmark, task=task.name, retriever=retriever.name)
             else:
@@ -243,65 +193,56 @@ def evaluate_task(
     task: Task, retriever: Retriever, variant: ExitVariant, *, seed: int = 0, progress: bool = True
 ) -> TaskResult:
     """One result; the retriever has prepared the task's texts."""
+    names = (task.benchmark, task.name, retriever.name, *variant)
     if isinstance(task, PairTask):
-        return _evaluate_pairs(task, retriever, variant, seed)
+        return TaskResult(*names, *_evaluate_pairs(task, retriever, variant, seed))
     ranking, rows = _rank(task, retriever, variant, progress)
-    estimates: dict[str, Estimate] = {}
-    values_of = {metric: query_values(ranking, metric) for metric in task.metrics}
+    values_of = {metric: metrics.query_values(ranking, metric) for metric in task.metrics}
     main = values_of[task.metrics[0]]
     kept = np.flatnonzero(~np.isnan(main))
     if not len(kept):
-        raise UserError(
-            "evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no query has a relevant document."
-        )
+        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no relevant document.")
+    estimates = {}
     for metric, values in values_of.items():
-        values = values[~np.isnan(values)]
-        estimates[metric] = Estimate(float(values.mean()), *bootstrap_interval(values, seed))
-    return TaskResult(
-        benchmark=task.benchmark,
-        task=task.name,
-        retriever=retriever.name,
-        exit_layer=variant.exit_layer,
-        dimensions=variant.dimensions,
-        estimates=estimates,
-        values=main[kept].tolist(),
-        ids=[task.query_ids[rows[place]] for place in kept],
-        candidates=max(len(pool.documents) for pool in task.pools) - task.exclude_self,
-    )
+        known = values[~np.isnan(values)]
+        estimates[metric] = Estimate(float(known.mean()), *metrics.bootstrap_interval(known, seed))
+    ids = [task.query_ids[rows[place]] for place in kept]
+    candidates = max(len(pool.documents) for pool in task.pools) - task.exclude_self
+    return TaskResult(*names, estimates, main[kept].tolist(), ids, candidates)
 
 
 def _rank(
     task: RetrievalTask, retriever: Retriever, variant: ExitVariant, progress: bool
-) -> tuple[Ranking, np.ndarray]:
+) -> tuple[metrics.Ranking, np.ndarray]:
     """Ranks in all pools, queries numbered from 0 in the order of the pools, and their rows (Q,) in the task."""
-    rankings = []
+    rankings, start = [], 0
+    options: dict[str, Any] = {"exclude_self": task.exclude_self, "progress": progress, "label": task.name}
     for pool in task.pools:
         queries = [task.queries[row] for row in pool.queries]
         documents = [task.documents[row] for row in pool.documents]
-        judgements = pool_judgements(task.judgements, pool)
         scores = retriever.scores(queries, documents, variant)
-        rankings.append(
-            rank_judged(scores, judgements, exclude_self=task.exclude_self, progress=progress, label=task.name)
-        )
-    starts = np.cumsum([0, *(ranking.queries for ranking in rankings)])
-    query = np.concatenate([ranking.query + start for ranking, start in zip(rankings, starts, strict=False)])
-    gain, rank = (np.concatenate([getattr(ranking, name) for ranking in rankings]) for name in ("gain", "rank"))
-    return Ranking(int(starts[-1]), query, gain, rank), np.concatenate([pool.queries for pool in task.pools])
+        ranking = metrics.rank_judged(scores, metrics.pool_judgements(task.judgements, pool), **options)
+        rankings.append(replace(ranking, query=ranking.query + start))
+        start += len(queries)
+    parts = (np.concatenate([getattr(ranking, name) for ranking in rankings]) for name in ("query", "gain", "rank"))
+    return metrics.Ranking(start, *parts), np.concatenate([pool.queries for pool in task.pools])
 
 
-def _evaluate_pairs(task: PairTask, retriever: Retriever, variant: ExitVariant, seed: int) -> TaskResult:
+def _evaluate_pairs(
+    task: PairTask, retriever: Retriever, variant: ExitVariant, seed: int
+) -> tuple[dict[str, Estimate], list[int], list[str], int, float]:
+    """The fields of a `TaskResult` after the names."""
     scores = retriever.scores(task.documents, task.documents, variant)
     valid, test = (scores.of_pairs(*pairs.T) for pairs in (task.valid_pairs, task.pairs))
-    check_scores(test)
-    threshold = best_f1_threshold(valid, task.valid_labels)
-    results = outcomes((test >= np.float32(threshold)).astype(int), task.labels)
-    value = float(f1(np.bincount(results, minlength=4)))
-    estimates = {"f1": Estimate(value, *bootstrap_f1_interval(results, seed))}
-    for name, members in (("precision", results >= FALSE_POSITIVE), ("recall", results % 2 == 1)):
-        hits = results[members] == TRUE_POSITIVE if members.any() else np.zeros(1)
-        estimates[name] = Estimate(float(np.mean(hits)), *bootstrap_interval(hits, seed))
-    names = (task.benchmark, task.name, retriever.name, variant.exit_layer, variant.dimensions)
-    return TaskResult(*names, estimates, results.tolist(), [], 0, threshold)
+    metrics.check_scores(test)
+    threshold = metrics.best_f1_threshold(valid, task.valid_labels)
+    results = metrics.outcomes((test >= np.float32(threshold)).astype(int), task.labels)
+    value = float(metrics.f1(np.bincount(results, minlength=4)))
+    estimates = {"f1": Estimate(value, *metrics.bootstrap_f1_interval(results, seed))}
+    for name, members in (("precision", results >= metrics.FALSE_POSITIVE), ("recall", results % 2 == 1)):
+        hits = results[members] == metrics.TRUE_POSITIVE if members.any() else np.zeros(1)
+        estimates[name] = Estimate(float(np.mean(hits)), *metrics.bootstrap_interval(hits, seed))
+    return estimates, results.tolist(), [], 0, threshold
 
 
 def read_result(path: Path) -> TaskResult:
@@ -313,9 +254,7 @@ def read_result(path: Path) -> TaskResult:
         estimates = {name: Estimate(**estimate) for name, estimate in data.pop("estimates").items()}
         return TaskResult(estimates=estimates, **data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            "evaluation.result.damaged", f"{path} is not a result of an evaluation ({error}): remove it and run again."
-        ) from None
+        raise UserError("evaluation.result.damaged", f"{path} is damaged ({error}): remove it and run again.") from None
 
 
 def _path(out: str | Path | None, task: str, retriever: Retriever, variant: ExitVariant, seed: int) -> Path | None:
@@ -328,22 +267,21 @@ def _path(out: str | Path | None, task: str, retriever: Retriever, variant: Exit
 def open_retriever(
     name: str, cache: EmbeddingCache | None = None, exit_layers: Sequence[int] | None = None
 ) -> Retriever:
-    """The retriever of a name.
+    """The retriever of a name: `bm25`, `tfidf`, or a model by the names that `load_encoder` takes.
 
-    Args:
-        name: `bm25`, `tfidf`, or a model by the names that `load_encoder` takes.
-        cache: of embeddings.
-        exit_layers: exits of one of our checkpoints; all if None.
-
-    Raises:
-        UserError: an exit that the model does not have, or a model that cannot be loaded.
-        OSError: no such folder or repository.
+    `exit_layers` are exits of one of our checkpoints, all if None. Errors are those of `load_encoder`.
     """
     if name not in LEXICAL:
         return EmbeddingRetriever(load_encoder(name, exit_layers), cache)
     if exit_layers:
         raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: leave them out.")
     return LEXICAL[name]()
+
+
+def _own_encoder(retriever: Retriever) -> ExitEncoder | None:
+    """The model of a retriever, if it is one of ours."""
+    encoder = retriever.encoder if isinstance(retriever, EmbeddingRetriever) else None
+    return encoder if isinstance(encoder, ExitEncoder) else None
 
 
 def _open_all(
@@ -355,29 +293,19 @@ def _open_all(
     seed: int,
 ) -> dict[str, Retriever]:
     """Retrievers by the names that were given; no two have the same name in tables."""
-    own = open_retriever(model, store, exit_layers)
-    retrievers = {model: own}
+    retrievers = {model: open_retriever(model, store, exit_layers)}
     if untrained:
-        if not isinstance(own, EmbeddingRetriever) or not isinstance(own.encoder, ExitEncoder):
+        encoder = _own_encoder(retrievers[model])
+        if encoder is None:
             raise UserError("evaluation.untrained.other_model", f"{model} is not ours: `untrained` cannot rebuild it.")
-        retrievers["untrained"] = EmbeddingRetriever(own.encoder.untrained(seed), store)
-    for name in dict.fromkeys(baselines):
+        retrievers["untrained"] = EmbeddingRetriever(encoder.untrained(seed), store)
+    for name in baselines:
         if name not in retrievers:
             retrievers[name] = open_retriever(name, store)
     names = [retriever.name for retriever in retrievers.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(
-            "evaluation.retriever.same_name",
-            f"Two retrievers would have the name {repeated[0]!r} in the tables: rename a folder.",
-        )
+        raise UserError("evaluation.retriever.same_name", f"Two retrievers are named {repeated[0]!r}: rename a folder.")
     return retrievers
-
-
-def _checkpoint_checksum(model: str, retriever: Retriever) -> str | None:
-    """The checksum of a checkpoint, local or ours on the Hub."""
-    folder = Path(model).expanduser()
-    ours = isinstance(retriever, EmbeddingRetriever) and isinstance(retriever.encoder, ExitEncoder)
-    return checkpoint_checksum(folder if folder.is_dir() else model) if folder.is_dir() or ours else None
 
 
 def _without_paths(command: str) -> str:
@@ -398,9 +326,8 @@ def classification_scores(
     """Accuracy, and precision, recall and F1 of class 1 (the metric of BigCloneBench since 2021-09-13) of each exit.
 
     Args:
-        model: a `ModularStarEncoderForSequenceClassification` with two classes, in evaluation mode.
+        model: with two classes, in evaluation mode.
         batches: `input_ids`, `attention_mask` and `labels`, as `ClassificationCollator` makes them.
-        progress: show a progress bar.
 
     Returns:
         exit → name → a fraction between 0 and 1; precision, recall and F1 are 0 where undefined.
@@ -413,6 +340,6 @@ def classification_scores(
         labels.append(batch["labels"].numpy())
     truth = np.concatenate(labels)
     return {
-        exit_layer: binary_scores(found, truth)
+        exit_layer: metrics.binary_scores(found, truth)
         for exit_layer, found in zip(exits, np.concatenate(decisions, axis=1), strict=True)
     }

@@ -21,6 +21,8 @@ from modular_star_encoder.utils.errors import UserError
 POOL = 1000
 """Candidates of a query in CodeSearchNet's protocol."""
 
+HELD_OUT = {TEXT_TO_CODE: "held-out, text → code", CODE_TO_CODE: "held-out, code → code"}
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -33,28 +35,18 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """The scores of one retriever, at one exit and embedding size, on one task.
-
-    Attributes:
-        benchmark, task, retriever: names.
-        exit_layer, dimensions: None where the retriever has none.
-        estimates: by the name of the metric; the first is the task's main metric.
-        values: of the main metric, one for each of `ids` (for F1 the outcomes of the pairs, see `metrics.outcomes`).
-        ids: the queries that have a relevant document; empty for pairs.
-        candidates: the largest number of documents that a query was ranked against; 0 for pairs.
-        threshold: the similarity at and above which a pair was called positive.
-    """
+    """The scores of one retriever, at one exit and embedding size, on one task."""
 
     benchmark: str
     task: str
     retriever: str
-    exit_layer: int | None
+    exit_layer: int | None  # None where the retriever has none, as for dimensions
     dimensions: int | None
-    estimates: Mapping[str, Estimate]
-    values: Sequence[float]
-    ids: Sequence[str]
-    candidates: int
-    threshold: float | None = None
+    estimates: Mapping[str, Estimate]  # by the name of the metric; the first is the task's main metric
+    values: Sequence[float]  # of the main metric, one for each id; for F1 the outcomes of the pairs
+    ids: Sequence[str]  # the queries that have a relevant document; empty for pairs
+    candidates: int  # the largest number of documents that a query was ranked against; 0 for pairs
+    threshold: float | None = None  # the similarity at and above which a pair was called positive
 
     @property
     def main(self) -> str:
@@ -64,17 +56,11 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judgements:
-    """Which documents are how relevant to which query; documents that are not listed are irrelevant.
+    """Which documents are how relevant to which query; documents that are not listed are irrelevant."""
 
-    Attributes:
-        query: (J,) int64, ascending.
-        document: (J,) int64, different within a query.
-        gain: (J,) float64; 0 for a document judged irrelevant.
-    """
-
-    query: np.ndarray
-    document: np.ndarray
-    gain: np.ndarray
+    query: np.ndarray  # (J,) int64, ascending
+    document: np.ndarray  # (J,) int64, different within a query
+    gain: np.ndarray  # (J,) float64; 0 for a document judged irrelevant
 
     @classmethod
     def one_each(cls, documents: Sequence[int] | range) -> Judgements:
@@ -99,33 +85,19 @@ class Pool(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RetrievalTask:
-    """Rank documents for queries.
+    """Rank documents for queries."""
 
-    Attributes:
-        benchmark: the table in which it is reported.
-        name: unique within the benchmark, such as "ruby" or "java → python".
-        queries, documents: the texts.
-        query_ids: a name for each query; tasks of one benchmark use the same name for the same query.
-        judgements: the relevance of documents.
-        pools: which queries are ranked against which documents. A query is in at most one pool, which holds its
-            relevant documents.
-        metrics: names that `metrics.query_values` knows; the first is the main metric, which tables show.
-        exclude_self: whether document i is query i itself and therefore not one of its candidates.
-        column: the column of the table, where several tasks share one.
-        notes: caveats, shown under the table.
-    """
-
-    benchmark: str
-    name: str
+    benchmark: str  # the table in which it is reported
+    name: str  # unique within the benchmark, such as "ruby" or "java → python"
     queries: Sequence[Text]
     documents: Sequence[Text]
-    query_ids: Sequence[str]
+    query_ids: Sequence[str]  # tasks of one benchmark use the same name for the same query
     judgements: Judgements
-    pools: Sequence[Pool]
-    metrics: tuple[str, ...] = ("mrr", "recall@1", "recall@10", "ndcg@10")
-    exclude_self: bool = False
-    column: str = ""
-    notes: tuple[str, ...] = ()
+    pools: Sequence[Pool]  # a query is in at most one pool, which holds its relevant documents
+    metrics: tuple[str, ...] = ("mrr", "recall@1", "recall@10", "ndcg@10")  # see `query_values`; tables show the first
+    exclude_self: bool = False  # whether document i is query i itself and therefore not one of its candidates
+    column: str = ""  # of the table, where several tasks share one
+    notes: tuple[str, ...] = ()  # caveats, shown under the table
 
     def texts(self) -> list[Text]:
         """All texts to embed."""
@@ -142,21 +114,14 @@ class RetrievalTask:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairTask:
-    """Decide whether two texts belong together, by a threshold on their similarity.
-
-    Attributes:
-        benchmark, name, column, notes: as in `RetrievalTask`.
-        documents: the texts.
-        valid_pairs, pairs: (P, 2) int64 rows of `documents`; the threshold is chosen on the first, used on the second.
-        valid_labels, labels: (P,) of 0 and 1.
-    """
+    """Decide whether two texts belong together, by a threshold on their similarity."""
 
     benchmark: str
     name: str
     documents: Sequence[Text]
-    valid_pairs: np.ndarray
-    valid_labels: np.ndarray
-    pairs: np.ndarray
+    valid_pairs: np.ndarray  # (P, 2) int64 rows of `documents`, on which the threshold is chosen
+    valid_labels: np.ndarray  # (P,) of 0 and 1
+    pairs: np.ndarray  # those on which it is used
     labels: np.ndarray
     column: str = ""
     notes: tuple[str, ...] = ()
@@ -174,6 +139,14 @@ class PairTask:
 Task = RetrievalTask | PairTask
 
 
+class RetrievalRow(NamedTuple):
+    """One pair: a description in prose, and the function that it describes without its documentation."""
+
+    description: str
+    code: str
+    language: str | None
+
+
 def _checksum(header: object, *texts: Iterable[Text], arrays: Iterable[np.ndarray]) -> str:
     digest = hashlib.sha256(json.dumps(header).encode())
     for part in texts:
@@ -184,35 +157,34 @@ def _checksum(header: object, *texts: Iterable[Text], arrays: Iterable[np.ndarra
     return digest.hexdigest()
 
 
-def full_pool(queries: int, documents: int) -> tuple[Pool]:
-    """Every document is a candidate of every query."""
-    return (Pool(np.arange(queries), np.arange(documents)),)
-
-
-def full_pool_task(
+def ranking_task(
     benchmark: str,
     name: str,
     queries: Sequence[Text],
     documents: Sequence[Text],
-    ids: Sequence[str],
+    ids: Sequence[str] | None = None,
     judgements: Judgements | None = None,
+    *,
+    batches: Iterable[np.ndarray] | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """A task in which every document is a candidate of every query.
+    """A task whose queries are ranked against all documents, or row by row within batches.
 
     Args:
-        ids: of the queries.
+        ids: of the queries; their numbers if None.
         judgements: if None, document i is the relevant one of query i.
+        batches: the rows of each batch; all documents are candidates of every query if None.
         options: other fields of the task.
     """
+    pools = [Pool(np.arange(len(queries)), np.arange(len(documents)))]
     return RetrievalTask(
-        benchmark=benchmark,
-        name=name,
-        queries=queries,
-        documents=documents,
-        query_ids=ids,
-        judgements=Judgements.one_each(range(len(queries))) if judgements is None else judgements,
-        pools=full_pool(len(queries), len(documents)),
+        benchmark,
+        name,
+        queries,
+        documents,
+        list(map(str, range(len(queries)))) if ids is None else list(ids),
+        Judgements.one_each(range(len(queries))) if judgements is None else judgements,
+        tuple(pools if batches is None else (Pool(rows, rows) for rows in batches)),
         **options,
     )
 
@@ -229,17 +201,7 @@ def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarra
             f"Ranking needs at least 2 pairs in batches of at least 2, not {n} pairs in batches of {size}.",
         )
     order = np.random.RandomState(seed).permutation(n)
-    if n < size:
-        return [order]
-    return [order[start : start + size] for start in range(0, n - size + 1, size)]
-
-
-class RetrievalRow(NamedTuple):
-    """One pair: a description in prose, and the function that it describes without its documentation."""
-
-    description: str
-    code: str
-    language: str | None
+    return [order[start : start + size] for start in range(0, max(n - size, 0) + 1, size)]
 
 
 def pairs_task(
@@ -247,7 +209,6 @@ def pairs_task(
     name: str,
     rows: Iterable[tuple[str, str, str | None]],
     *,
-    ids: Sequence[str] | None = None,
     size: int | None = POOL,
     seed: int = 0,
     **options: Any,
@@ -256,23 +217,14 @@ def pairs_task(
 
     Args:
         rows: (description, code, language), such as `RetrievalRow`s.
-        ids: a name for each row; its number if None.
         size: candidates of each query, in the batches of `candidate_batches`; all documents if None.
         seed: of the batches.
-        options: other fields of the task.
+        options: for `ranking_task`.
     """
-    pairs = [RetrievalRow(*row) for row in rows]
-    batches = candidate_batches(len(pairs), size or POOL, seed)
-    return RetrievalTask(
-        benchmark=benchmark,
-        name=name,
-        queries=[Text(row.description) for row in pairs],
-        documents=[Text(row.code, row.language) for row in pairs],
-        query_ids=[str(number) for number in range(len(pairs))] if ids is None else list(ids),
-        judgements=Judgements.one_each(range(len(pairs))),
-        pools=tuple(Pool(batch, batch) for batch in batches) if size else full_pool(len(pairs), len(pairs)),
-        **options,
-    )
+    pairs = [(Text(description), Text(code, language)) for description, code, language in rows]
+    batches = candidate_batches(len(pairs), size or POOL, seed)  # also checks the number of pairs
+    queries, documents = map(list, zip(*pairs, strict=True))
+    return ranking_task(benchmark, name, queries, documents, batches=batches if size else None, **options)
 
 
 def task_from_mappings(
@@ -295,7 +247,7 @@ def task_from_mappings(
     if unknown := sorted({document for name in answered for document in relevant[name]} - set(places)):
         raise UserError(
             "evaluation.task.unknown_document",
-            f"`relevant` names {len(unknown)} documents that `corpus` does not hold, such as {unknown[0]!r}.",
+            f"{len(unknown)} relevant documents are not in `corpus`, such as {unknown[0]!r}.",
         )
     if not answered or len(places) < 2:
         raise UserError(
@@ -303,19 +255,10 @@ def task_from_mappings(
             f"Ranking needs a query with a relevant document and at least two documents, not {len(answered)} and "
             f"{len(places)}.",
         )
-    relevant_places = [sorted(places[document] for document in relevant[name]) for name in answered]
-    return full_pool_task(
-        "mappings",
-        "all",
-        [Text(queries[name]) for name in answered],
-        [Text(text, language) for text in corpus.values()],
-        answered,
-        Judgements.of([dict.fromkeys(found, 1.0) for found in relevant_places]),
-        **options,
-    )
-
-
-HELD_OUT = {TEXT_TO_CODE: "held-out, text → code", CODE_TO_CODE: "held-out, code → code"}
+    judged = [sorted(places[document] for document in relevant[name]) for name in answered]
+    judgements = Judgements.of([dict.fromkeys(found, 1.0) for found in judged])
+    asked, documents = [Text(queries[name]) for name in answered], [Text(text, language) for text in corpus.values()]
+    return ranking_task("mappings", "all", asked, documents, answered, judgements, **options)
 
 
 def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed: int = 0) -> list[RetrievalTask]:
@@ -334,25 +277,15 @@ def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed
             drawn = drawn[: len(drawn) // POOL * POOL]  # batches drop an incomplete rest
         if len(drawn) < 2:
             continue
-        pairs = [_pair(kind, texts[groups[group][0]], generator) for group in drawn]
-        queries, documents = zip(*pairs, strict=True)
-        tasks.append(
-            RetrievalTask(
-                benchmark=HELD_OUT[kind],
-                name="all languages",
-                queries=queries,
-                documents=documents,
-                query_ids=[str(number) for number in range(len(pairs))],
-                judgements=Judgements.one_each(range(len(pairs))),
-                pools=tuple(Pool(batch, batch) for batch in candidate_batches(len(pairs), POOL)),
-            )
-        )
+        pairs = []
+        for example in (texts[groups[group][0]] for group in drawn):
+            snippets = [Text(snippet.code, snippet.language) for snippet in example.snippets]
+            if kind == TEXT_TO_CODE:
+                pairs.append((Text(example.description), snippets[0]))
+            else:  # two snippets drawn at random
+                first, second = generator.choice(len(snippets), size=2, replace=False)
+                pairs.append((snippets[first], snippets[second]))
+        queries, documents = map(list, zip(*pairs, strict=True))
+        batches = candidate_batches(len(pairs), POOL)
+        tasks.append(ranking_task(HELD_OUT[kind], "all languages", queries, documents, batches=batches))
     return tasks
-
-
-def _pair(kind: str, text: RetrievalExample, generator: np.random.Generator) -> tuple[Text, Text]:
-    """The query and its answer; of code → code two snippets drawn at random."""
-    if kind == TEXT_TO_CODE:
-        return Text(text.description), Text(text.snippets[0].code, text.snippets[0].language)
-    first, second = (text.snippets[place] for place in generator.choice(len(text.snippets), size=2, replace=False))
-    return Text(first.code, first.language), Text(second.code, second.language)

@@ -9,8 +9,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modular_star_encoder.evaluation.plots import median_latencies, plot_quality_by_depth, plot_quality_by_latency
-from modular_star_encoder.evaluation.report import Row, Table, interval
+from modular_star_encoder.evaluation.report import (
+    Row,
+    Table,
+    interval,
+    median_latencies,
+    plot_quality_by_depth,
+    plot_quality_by_latency,
+)
 from modular_star_encoder.hub.manifest import MAIN, Manifest, RepositorySettings
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.modeling import ModularStarEncoderConfig

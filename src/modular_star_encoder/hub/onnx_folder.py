@@ -29,10 +29,15 @@ from modular_star_encoder.evaluation.metrics import bootstrap_interval
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever, Retriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import Estimate, RetrievalTask, TaskResult
-from modular_star_encoder.inference.checkpoints import MODULES, check_servable, write_sentence_transformer_files
+from modular_star_encoder.inference.checkpoints import (
+    MODULES,
+    check_servable,
+    checkpoint_file,
+    load_checkpoint,
+    write_sentence_transformer_files,
+)
 from modular_star_encoder.inference.encode import encode_batches
 from modular_star_encoder.inference.encoders import ExitEncoder, Prompted, Text
-from modular_star_encoder.inference.load import checkpoint_file, load_checkpoint
 from modular_star_encoder.inference.onnx_export import (
     ONNX_FILE,
     QUANTIZED_FILE,

@@ -18,9 +18,14 @@ from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.evaluation.report import read_tables
 from modular_star_encoder.hub.manifest import Manifest, RepositorySettings
 from modular_star_encoder.hub.model_card import CARD, Measurements, StagedRepository, draw, write_card
-from modular_star_encoder.inference.checkpoints import class_named, write_checkpoint, write_sentence_transformer_files
+from modular_star_encoder.inference.checkpoints import (
+    check_checkpoint,
+    checkpoint_checksum,
+    class_named,
+    write_checkpoint,
+    write_sentence_transformer_files,
+)
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME, ExitProfile
-from modular_star_encoder.inference.load import check_checkpoint, checkpoint_checksum
 from modular_star_encoder.modeling import (
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,

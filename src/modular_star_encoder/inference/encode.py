@@ -1,13 +1,14 @@
-"""Embed texts at every exit in one pass through the model."""
+"""Embed texts at every exit in one pass, resume a pass from the states of an exit, and compile a model for CPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.sources.dataset_rows import not_unicode
@@ -58,16 +59,17 @@ def encode_exits(
     """
     config = model.config
     exits = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
-    with evaluating(model), without_padding(model), _autocast(model, dtype):
-        embeddings = encode_batches(
-            tokenizer,
-            texts,
-            lambda batch: _encode_batch(model, batch, exits),
-            prompt=prompt,
-            max_length=max_length or config.max_position_embeddings,
-            tokens_per_batch=tokens_per_batch,
-            progress=progress,
-        )
+    device = next(model.parameters()).device
+
+    def encode_batch(batch: Mapping[str, torch.Tensor]) -> np.ndarray:
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        return model(**inputs, exit_layers=exits).exit_embeddings.float().cpu().numpy()
+
+    max_length = max_length or config.max_position_embeddings
+    options: dict[str, Any] = {"prompt": prompt, "tokens_per_batch": tokens_per_batch, "progress": progress}
+    autocast = nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    with _inference(model), autocast:
+        embeddings = encode_batches(tokenizer, texts, encode_batch, max_length=max_length, **options)
     if embeddings is None:
         embeddings = np.empty((len(exits), 0, config.projection_size), dtype=np.float32)
     return dict(zip(exits, embeddings, strict=True))
@@ -141,21 +143,8 @@ def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[i
         yield rows
 
 
-def _encode_batch(
-    model: ModularStarEncoderForRetrieval, batch: Mapping[str, torch.Tensor], exits: tuple[int, ...]
-) -> np.ndarray:
-    """(E, B, D) float32 embeddings of one batch."""
-    device = next(model.parameters()).device
-    output = model(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["attention_mask"].to(device),
-        exit_layers=exits,
-    )
-    return output.exit_embeddings.float().cpu().numpy()
-
-
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation and inference mode, and back."""
     was_training = model.training
     model.eval()
@@ -167,25 +156,17 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_padding(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
-    """Compute batches without their padding, on a CPU and if the pooling allows it."""
+def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
+    """`evaluating`, and on a CPU without computing padding if the pooling allows it."""
     config = model.config
     as_configured = config.unpad_inputs
     if next(model.parameters()).device.type == "cpu" and config.pooling != "legacy":
         config.unpad_inputs = True
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         config.unpad_inputs = as_configured
-
-
-def _autocast(model: ModularStarEncoderForRetrieval, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    if dtype is None:
-        return nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
-
-
-_TOKENS_PER_BATCH = 8192
 
 
 def encode_states(
@@ -194,9 +175,7 @@ def encode_states(
     """Embeddings of texts at several exits, and their states at the shallowest of these.
 
     Args:
-        model, tokenizer: as `load_checkpoint` returns them.
         texts: N texts with their prompts; cut to what the model takes.
-        exit_layers: exits of the model.
 
     Returns:
         {exit_layer: (N, D) float32}, and of each text (T, H) float32, its real tokens' states before the final norm.
@@ -206,8 +185,8 @@ def encode_states(
     embeddings = {exit_layer: np.empty((len(texts), model.config.projection_size), np.float32) for exit_layer in exits}
     states: list[np.ndarray] = [np.empty((0, model.config.hidden_size), np.float32)] * len(texts)
     device = next(model.parameters()).device
-    with evaluating(model), without_padding(model):
-        for rows in length_batches([len(ids) for ids in token_ids], _TOKENS_PER_BATCH):
+    with _inference(model):
+        for rows in length_batches([len(ids) for ids in token_ids], 8192):
             batch = tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt").to(device)
             mask = batch["attention_mask"]
             output = model(batch["input_ids"], mask, exit_layers=exits, output_residual_states=True)
@@ -222,22 +201,15 @@ def encode_states(
 def resume_states(
     model: ModularStarEncoderForRetrieval, states: Sequence[np.ndarray], start_layer: int, exit_layer: int
 ) -> np.ndarray:
-    """Embeddings at an exit, computed from the states of a shallower one.
+    """Embeddings (N, D) float32 at an exit, from the states of a shallower one: those of a straight pass.
 
-    Args:
-        model: one with this exit.
-        states: of each text (T, H), as `encode_states` returns them.
-        start_layer: the exit that the states are of.
-        exit_layer: a deeper one.
-
-    Returns:
-        (N, D) float32, what a straight pass gives.
+    `states` are those of `encode_states`, of each text (T, H), at the exit `start_layer`.
     """
     parameter = next(model.parameters())
     embeddings = np.empty((len(states), model.config.projection_size), np.float32)
-    with evaluating(model), without_padding(model):
-        for rows in length_batches([len(one) for one in states], _TOKENS_PER_BATCH):
-            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(states[row]) for row in rows], batch_first=True)
+    with _inference(model):
+        for rows in length_batches([len(one) for one in states], 8192):
+            padded = nn.utils.rnn.pad_sequence([torch.tensor(states[row]) for row in rows], batch_first=True)
             lengths = torch.tensor([len(states[row]) for row in rows])
             mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
             output = model(
@@ -248,3 +220,69 @@ def resume_states(
             )
             embeddings[rows] = output.sentence_embedding.float().cpu().numpy()
     return embeddings
+
+
+def compile_for_inference(
+    model: ModularStarEncoderForRetrieval, *, tokens_per_chunk: int = 1024, progress: bool = True
+) -> ModularStarEncoderForRetrieval:
+    """The same model with compiled MLPs, which shares its parameters; `model` itself stays as it is.
+
+    Worth it on CPUs with AVX512-BF16 or AMX, in bfloat16. Compiled code runs under `torch.inference_mode()` and without
+    autocast, as `encode_exits` and `SentenceTransformer.encode` call a model; in any other mode the plain layers run.
+    The MLPs' weights are packed in copies when this is called: later changes of the parameters have no effect, and
+    memory for weights about doubles. Compiling takes a second or more per layer, and may need a C++ compiler.
+
+    Args:
+        model: on a CPU.
+        tokens_per_chunk: tokens that go through an MLP at once, at least two.
+
+    Example:
+        >>> model, tokenizer = load_checkpoint("runs/model", device="cpu", dtype="bfloat16")  # doctest: +SKIP
+        >>> embeddings = encode_exits(compile_for_inference(model), tokenizer, texts)  # doctest: +SKIP
+    """
+    if model.device.type != "cpu":
+        raise UserError("compile.device", f"compile_for_inference is for CPUs; the model is on {model.device}.")
+    if tokens_per_chunk < 2:
+        raise UserError("compile.tokens_per_chunk", f"tokens_per_chunk must be at least 2, not {tokens_per_chunk}.")
+    compiled = model.slice(model.config.num_hidden_layers).eval()
+    for layer in tqdm(compiled.model.layers, desc="compiling", unit="layer", disable=not progress, leave=False):
+        # An attribute of the instance: names of parameters, and so saving, stay as they are.
+        layer.mlp.forward = _in_chunks(layer.mlp.forward, _compile(layer.mlp, model), tokens_per_chunk)
+    return compiled
+
+
+def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One MLP with its weights frozen, for any number of tokens from two on."""
+    import torch._dynamo.config
+    import torch._inductor.config
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    # All layers share one code object, and so count as recompilations of one function.
+    limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
+    compiled = torch.compile(mlp.forward, dynamic=True, fullgraph=True)
+    # Two lengths, because torch takes the first for constant and compiles for any length at the second.
+    with limits, torch._inductor.config.patch(freezing=True), torch.inference_mode():
+        try:
+            for tokens in (64, 96):
+                compiled(torch.zeros(tokens, model.config.hidden_size, dtype=model.dtype))
+        except BackendCompilerFailed as error:
+            reason = str(error.inner_exception).partition("\n")[0]
+            raise UserError("compile.failed", f"torch.compile failed. Is a C++ compiler installed? {reason}") from error
+    return compiled
+
+
+def _in_chunks(
+    plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor], chunk: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An MLP's forward: compiled where it may be."""
+
+    def forward(states: torch.Tensor) -> torch.Tensor:
+        flat = states.flatten(0, -2)
+        if not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or len(flat) < 2:
+            return plain(states)
+        # Parts of equal length in place of a short last one.
+        parts = flat.tensor_split(-(-len(flat) // chunk))
+        outputs = [compiled(part) for part in parts]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(states)
+
+    return forward

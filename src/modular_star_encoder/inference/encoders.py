@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.inference.checkpoints import check_checkpoint, load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.load import check_checkpoint, load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import HTTPClient, check_url, token_from_environment
@@ -28,6 +28,8 @@ ENDPOINT_PREFIX = "openai:"
 Prompted = tuple[str, str]
 """A prompt and the text that follows it."""
 
+_NONE = np.empty((0, 1), dtype=np.float32)
+
 
 class Text(NamedTuple):
     """A text to embed: prose, or code in a programming language ("python", "c++", "c#", …)."""
@@ -37,23 +39,16 @@ class Text(NamedTuple):
 
 
 class Encoder(Protocol):
-    """Anything that embeds texts.
+    """Anything that embeds texts."""
 
-    Attributes:
-        name: as tables show it.
-        checksum: differs if any embedding could differ; embeddings are stored under it.
-        exit_layers: its exits, or (None,).
-        dimensions: sizes to which its embeddings can be truncated and normalised again, or (None,).
-    """
-
-    name: str
-    checksum: str
-    exit_layers: tuple[int | None, ...]
-    dimensions: tuple[int | None, ...]
+    name: str  # as tables show it
+    checksum: str  # differs if any embedding could differ; embeddings are stored under it
+    exit_layers: tuple[int | None, ...] = (None,)  # its exits, if it has any
+    dimensions: tuple[int | None, ...] = (None,)  # sizes to which its embeddings can be truncated, if any
 
     def prompt(self, text: Text) -> str:
         """The prefix of the text."""
-        ...
+        return ""
 
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
@@ -63,47 +58,30 @@ class Encoder(Protocol):
 
 
 def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder:
-    """Open a model by its name.
+    """Load a model by its name.
 
     Args:
         name: folder or Hub repository of one of our checkpoints or of any model that sentence-transformers loads, or
             `openai:MODEL` or `openai:MODEL@URL` (API key in OPENAI_API_KEY).
         exit_layers: exits of one of our checkpoints; all if None. Only the layers up to the deepest are loaded.
-
-    Returns:
-        An encoder with `encode(texts, exit_layers)`; its `exit_layers` are (None,) for other models than ours.
-
-    Raises:
-        UserError: an exit that the model does not have, or a model that cannot be loaded.
-        OSError: no such folder or repository.
-
-    Example:
-        >>> encoder = load_encoder("andreagurioli1995/ModularStarEncoder-finetuned", [4, 9])  # doctest: +SKIP
-        >>> encoder.encode([(encoder.prompt(Text("sort a list")), "sort a list")], [4])  # doctest: +SKIP
     """
-    if name.startswith(ENDPOINT_PREFIX):
-        _check_no_exits(name, exit_layers)
-        model, _, url = name.removeprefix(ENDPOINT_PREFIX).partition("@")
-        return EndpointEncoder(model, url or OPENAI_URL)
     folder = Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
     label = "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else name
-    if not (folder / "modules.json").is_file():
-        check_checkpoint(name)
-    if _is_ours(source):
-        own, tokenizer = load_checkpoint(name, max(exit_layers) if exit_layers else None)
-        return ExitEncoder(own, tokenizer, label, exit_layers=exit_layers)
-    _check_no_exits(name, exit_layers)
+    if not name.startswith(ENDPOINT_PREFIX):
+        if not (folder / "modules.json").is_file():
+            check_checkpoint(name)
+        if _is_ours(source):
+            own, tokenizer = load_checkpoint(name, max(exit_layers) if exit_layers else None)
+            return ExitEncoder(own, tokenizer, label, exit_layers=exit_layers)
+    if exit_layers:
+        raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: leave them out.")
+    if name.startswith(ENDPOINT_PREFIX):
+        model, _, url = name.removeprefix(ENDPOINT_PREFIX).partition("@")
+        return EndpointEncoder(model, url or OPENAI_URL)
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformerEncoder(SentenceTransformer(source), label)
-
-
-def _check_no_exits(name: str, exit_layers: Sequence[int] | None) -> None:
-    if exit_layers:
-        raise UserError(
-            "encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: leave out the exit layers."
-        )
 
 
 def _is_ours(source: str) -> bool:
@@ -114,16 +92,11 @@ def _is_ours(source: str) -> bool:
         return False
 
 
-class ExitEncoder:
+class ExitEncoder(Encoder):
     """A `ModularStarEncoderForRetrieval`, whose exits all come from one pass.
 
-    Its sizes are the configuration's `nested_dimensions`, if there are any.
-
-    Args:
-        model, tokenizer: as `load_checkpoint` returns them.
-        name: as tables show it.
-        exit_layers: which exits; all that the model has if None.
-        encode_options: for `encode_exits`: max_length, tokens_per_batch, dtype.
+    Its sizes are the configuration's `nested_dimensions`, if there are any. `encode_options` are for `encode_exits`:
+    max_length, tokens_per_batch, dtype.
     """
 
     def __init__(
@@ -163,7 +136,6 @@ class ExitEncoder:
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
-        """See `Encoder`."""
         prompted = [prompt + text for prompt, text in texts]
         exits = tuple(exit_layer for exit_layer in exit_layers if exit_layer is not None)
         options = {"exit_layers": exits, "progress": progress, **self._options}
@@ -171,19 +143,11 @@ class ExitEncoder:
         return {exit_layer: embeddings[exit_layer] for exit_layer in exits}
 
 
-class SentenceTransformerEncoder:
+class SentenceTransformerEncoder(Encoder):
     """A SentenceTransformer, or any encoder of transformers, which sentence-transformers pools by the mean.
 
     Prose gets the model's prompt `query` and code its prompt `document`, where it has them.
-
-    Args:
-        model: a `SentenceTransformer`.
-        name: as tables show it.
-        batch_size: texts per batch.
     """
-
-    exit_layers: tuple[int | None, ...] = (None,)
-    dimensions: tuple[int | None, ...] = (None,)
 
     def __init__(self, model: Any, name: str, *, batch_size: int = 32) -> None:
         self.model, self.name, self._batch_size = model, name, batch_size
@@ -197,29 +161,17 @@ class SentenceTransformerEncoder:
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
-        """See `Encoder`; texts of one prompt go together, since some models don't pool over the prompt."""
-        embeddings: np.ndarray | None = None
-        order = sorted(range(len(texts)), key=lambda row: texts[row][0])
-        for prompt, group in groupby(order, key=lambda row: texts[row][0]):
-            rows = list(group)
-            part = self.model.encode(
-                [texts[row][1] for row in rows],
-                prompt=prompt,
-                batch_size=self._batch_size,
-                show_progress_bar=progress,
-                convert_to_numpy=True,
-            )
-            if embeddings is None:
-                embeddings = np.empty((len(texts), part.shape[1]), dtype=np.float32)
-            embeddings[rows] = part
-        return {None: np.empty((0, 1), dtype=np.float32) if embeddings is None else embeddings}
+        # Texts of one prompt go together, because some models don't pool over the prompt.
+        parts, order = [], sorted(range(len(texts)), key=lambda row: texts[row][0])
+        for prompt, rows in groupby(order, key=lambda row: texts[row][0]):
+            contents = [texts[row][1] for row in rows]
+            options = {"batch_size": self._batch_size, "show_progress_bar": progress, "convert_to_numpy": True}
+            parts.append(self.model.encode(contents, prompt=prompt, **options))
+        return {None: np.concatenate(parts)[np.argsort(order)].astype(np.float32) if parts else _NONE}
 
 
 def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settings: Mapping[str, Any]) -> str:
-    """A hash of everything that a model's embeddings depend on: weights, dtypes, configuration, tokenizer, settings.
-
-    The device is left out: embeddings made on a GPU equal those of a CPU up to rounding.
-    """
+    """A hash of all that embeddings depend on but the device: those of a GPU equal those of a CPU up to rounding."""
     digest = hashlib.blake2b(json.dumps([config, settings], sort_keys=True, default=str).encode(), digest_size=20)
     digest.update(_tokenizer_state(tokenizer).encode(errors="surrogatepass"))
     for name, tensor in sorted(model.state_dict().items()):
@@ -239,7 +191,7 @@ def _tokenizer_state(tokenizer: Any) -> str:
     return copy.to_str()
 
 
-class EndpointEncoder:
+class EndpointEncoder(Encoder):
     """A model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
 
     The API key is read from the environment for each call of `encode`, and is never kept, shown or logged.
@@ -250,13 +202,8 @@ class EndpointEncoder:
         key_variable: the environment variable with the API key; requests carry none if it is empty.
         batch_size: texts per request.
         max_characters: longer texts are cut, because endpoints refuse texts longer than their model reads.
-        retries: how often a request is repeated after an overloaded or unreachable server (see `HTTPClient`).
-        pause: seconds before the first repetition, doubled for each further one.
-        timeout: seconds per request without any data.
+        retries, pause, timeout: see `HTTPClient`.
     """
-
-    exit_layers: tuple[int | None, ...] = (None,)
-    dimensions: tuple[int | None, ...] = (None,)
 
     def __init__(
         self,
@@ -276,23 +223,17 @@ class EndpointEncoder:
         identity = json.dumps([model, self.base_url, max_characters])
         self.checksum = "endpoint-" + hashlib.sha256(identity.encode()).hexdigest()[:32]
 
-    def prompt(self, text: Text) -> str:
-        """No prompt: such endpoints take the text alone."""
-        return ""
-
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
-        """See `Encoder`."""
         # Endpoints refuse empty inputs.
         inputs = [(prompt + text)[: self.max_characters] or " " for prompt, text in texts]
-        batches = range(0, len(inputs), self.batch_size)
-        parts = []
+        parts, batches = [], range(0, len(inputs), self.batch_size)
         token = token_from_environment(self.key_variable, required=False)
         with HTTPClient(token=token, **self._client_options) as client:
             for start in tqdm(batches, desc=self.name, unit="request", disable=not progress, leave=False):
                 parts.append(self._embed(client, inputs[start : start + self.batch_size]))
-        return {None: np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.float32)}
+        return {None: np.concatenate(parts) if parts else _NONE}
 
     def _embed(self, client: HTTPClient, inputs: list[str]) -> np.ndarray:
         body = {"model": self.name, "input": inputs, "encoding_format": "float"}

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+import torch
 from transformers import AutoModel
 
-from modular_star_encoder.inference.load import check_checkpoint
+from modular_star_encoder.inference.checkpoints import check_checkpoint, checkpoint_file
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 from modular_star_encoder.utils.reports import machine_kind
@@ -33,84 +30,60 @@ if TYPE_CHECKING:
 
 
 PROFILE_NAME = "exit_profile.json"
-FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """The cost of one exit at one shape of batch.
 
-    Args:
-        batch_size: texts embedded at once.
-        length: tokens of each.
-        flops_per_token: see `profile.flops_per_token`.
-        latency_ms_p50, latency_ms_p95: median and 95th percentile of the time of a batch.
-        texts_per_second, tokens_per_second: at the median time.
-        peak_memory_mb: on a CPU the largest resident memory of a process that loads the checkpoint at this exit and
-            embeds such batches, interpreter and libraries included; on a GPU the most that torch allocated. None
-            where the system does not report it.
-        runs: number of timings.
+    Peak memory: on a CPU the largest resident memory of a process that loads the checkpoint at this exit and embeds
+    such batches, interpreter and libraries included; on a GPU the most that torch allocated.
     """
 
-    batch_size: int
-    length: int
-    flops_per_token: float
-    latency_ms_p50: float
+    batch_size: int  # texts embedded at once
+    length: int  # tokens of each
+    flops_per_token: float  # see `profile.flops_per_token`
+    latency_ms_p50: float  # median and 95th percentile of the time of a batch
     latency_ms_p95: float
-    texts_per_second: float
+    texts_per_second: float  # at the median time
     tokens_per_second: float
-    peak_memory_mb: float | None
-    runs: int
+    peak_memory_mb: float | None  # None where the system does not report it
+    runs: int  # number of timings
 
 
 @dataclass(frozen=True, slots=True)
 class ProfiledExit:
-    """One exit.
+    """One exit."""
 
-    Args:
-        parameters: of the checkpoint loaded at this exit, shallower exits' heads included.
-        weights_mb: their size in the profile's dtype.
-        measurements: one per shape of batch.
-        quality: benchmark → value, higher is better.
-    """
+    parameters: int  # of the checkpoint loaded at this exit, shallower exits' heads included
+    weights_mb: float  # their size in the profile's dtype
+    measurements: tuple[Measurement, ...]  # one per shape of batch
+    quality: Mapping[str, float] = field(default_factory=dict)  # benchmark → value, higher is better
 
-    parameters: int
-    weights_mb: float
-    measurements: tuple[Measurement, ...]
-    quality: Mapping[str, float] = field(default_factory=dict)
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(batch_size, length) of each measurement."""
+        return tuple((measured.batch_size, measured.length) for measured in self.measurements)
 
 
 @dataclass(frozen=True, slots=True)
 class ExitProfile:
-    """All measured exits, ascending, and the conditions of the measurement.
+    """All measured exits, ascending, and the conditions of the measurement."""
 
-    Args:
-        exits: exit_layer → its cost and quality.
-        device: `"cpu"` or `"cuda"`.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`, of weights and computation.
-        attn_implementation: attention backend.
-        checkpoint: checksum of the weights (see `checkpoint_checksum`).
-        base_memory_mb: memory of interpreter and libraries before anything is loaded, part of the peaks on a CPU; None
-            on a GPU, or where memory was not measured.
-        machine: processor model, cores, threads used, memory; the GPU, if it was used.
-        versions: of Python and of the libraries.
-        date: day of the measurement, ISO 8601, UTC.
-    """
-
-    exits: Mapping[int, ProfiledExit]
-    device: str
-    dtype: str
+    exits: Mapping[int, ProfiledExit]  # exit_layer → its cost and quality
+    device: str  # "cpu" or "cuda"
+    dtype: str  # "float32", "bfloat16" or "float16", of weights and computation
     attn_implementation: str
-    checkpoint: str
-    base_memory_mb: float | None
-    machine: Mapping[str, Any]
-    versions: Mapping[str, str | None]
-    date: str
+    checkpoint: str  # checksum of the weights (see `checkpoint_checksum`)
+    base_memory_mb: float | None  # of interpreter and libraries alone, part of the peaks on a CPU; None if not measured
+    machine: Mapping[str, Any]  # processor model, cores, threads used, memory; the GPU, if it was used
+    versions: Mapping[str, str | None]  # of Python and of the libraries
+    date: str  # day of the measurement, ISO 8601, UTC
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """The shapes (batch_size, length) measured, in the order of the measurement."""
-        return _shapes(next(iter(self.exits.values())))
+        return next(iter(self.exits.values())).shapes
 
     def measurement(self, exit_layer: int, shape: tuple[int, int]) -> Measurement:
         """The measurement of one exit and shape, both in this profile."""
@@ -118,34 +91,25 @@ class ExitProfile:
         return next(measured for measured in measurements if (measured.batch_size, measured.length) == shape)
 
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
-        """A profile that also holds the quality of exits on a benchmark, in place of older values of that name.
-
-        Args:
-            benchmark: a name for the values, such as `"codesearchnet-python-mrr"`.
-            values: exit_layer → quality, higher is better.
-        """
+        """A profile with the quality of exits ({exit_layer: value, higher is better}) under the name of a benchmark."""
         if not set(values) & set(self.exits):
             raise UserError(
                 "profile.quality.other_exits",
                 f"{benchmark} has values of exits {_listed(values)}, and the profile of exits {_listed(self.exits)}.",
             )
-        exits = {
-            exit_layer: dataclasses.replace(profiled, quality={**profiled.quality, benchmark: values[exit_layer]})
-            if exit_layer in values
-            else profiled
-            for exit_layer, profiled in self.exits.items()
-        }
+        exits = dict(self.exits)
+        for k in values.keys() & exits.keys():
+            exits[k] = dataclasses.replace(exits[k], quality={**exits[k].quality, benchmark: values[k]})
         return dataclasses.replace(self, exits=exits)
 
     def with_quality_of(self, other: ExitProfile) -> ExitProfile:
-        """A profile with the quality values of another one, if that is of the same weights."""
-        profile = self
-        if other.checkpoint == self.checkpoint:
-            for benchmark in other.benchmarks:
-                values = {k: one.quality[benchmark] for k, one in other.exits.items() if benchmark in one.quality}
-                if set(values) & set(self.exits):
-                    profile = profile.with_quality(benchmark, values)
-        return profile
+        """A profile with the quality values of another one too, if that is of the same weights."""
+        if other.checkpoint != self.checkpoint:
+            return self
+        exits = dict(self.exits)
+        for k in exits.keys() & other.exits.keys():
+            exits[k] = dataclasses.replace(exits[k], quality={**exits[k].quality, **other.exits[k].quality})
+        return dataclasses.replace(self, exits=exits)
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
@@ -154,9 +118,9 @@ class ExitProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file; exits become strings, because JSON has no other keys."""
-        exits = {str(exit_layer): dataclasses.asdict(profiled) for exit_layer, profiled in self.exits.items()}
-        others = {part.name: getattr(self, part.name) for part in dataclasses.fields(self) if part.name != "exits"}
-        return {"format": FORMAT, **others, "exits": exits}
+        content = dataclasses.asdict(self)
+        exits = {str(exit_layer): profiled for exit_layer, profiled in content.pop("exits").items()}
+        return {"format": 1, **content, "exits": exits}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all."""
@@ -170,95 +134,40 @@ class ExitProfile:
             raise FileNotFoundError(f"There is no exit profile {path}: `mose profile` measures one.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("format") != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
-            exits = {int(exit_layer): _profiled_exit(values) for exit_layer, values in content.pop("exits").items()}
-            profile = cls(exits=dict(sorted(exits.items())), **content)
-            shapes = {_shapes(profiled) for profiled in exits.values()}
+            if content.pop("format") != 1:
+                raise ValueError("its format is not 1")
+            exits = {}
+            for exit_layer, values in sorted(content.pop("exits").items(), key=lambda item: int(item[0])):
+                measurements = tuple(Measurement(**measured) for measured in values.pop("measurements"))
+                exits[int(exit_layer)] = ProfiledExit(measurements=measurements, **values)
+            profile = cls(exits=exits, **content)
+            shapes = {one.shapes for one in exits.values()}
             if len(shapes) != 1 or shapes == {()}:
                 raise ValueError("it has no exits, or not the same measurements of each")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                "profile.file.unreadable", f"{path} is not an exit profile as `mose profile` writes it: {error}."
-            ) from error
+            raise UserError("profile.file.unreadable", f"{path} is not an exit profile: {error}.") from error
         return profile
 
 
-def _shapes(profiled: ProfiledExit) -> tuple[tuple[int, int], ...]:
-    return tuple((measured.batch_size, measured.length) for measured in profiled.measurements)
-
-
-def _profiled_exit(values: dict[str, Any]) -> ProfiledExit:
-    measurements = tuple(Measurement(**measured) for measured in values.pop("measurements"))
-    return ProfiledExit(measurements=measurements, **values)
-
-
-def quality_from_results(
-    path: str | os.PathLike[str], metric: str = "mrr", *, checkpoint: str | None = None
-) -> dict[int, float]:
-    """{exit_layer: quality} from a file that `mose evaluate` wrote, also by older versions.
-
-    Args:
-        path: report.json, or a file of `--json`. Of a report with several tables the first is used.
-        metric: `mrr`, or another metric in the file.
-        checkpoint: checksum of the weights that the results must be of; a file without one passes.
-
-    Raises:
-        OSError: the file cannot be read.
-        UserError: it holds no such results, or results of other weights.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if "tables" in content:
-            values = _quality_in_table(content["tables"][0], metric)
-        else:
-            values = {int(exit_layer): float(scores[metric]) for exit_layer, scores in content["exits"].items()}
-        if not values or not all(map(math.isfinite, values.values())):
-            raise ValueError("no value, or one that is not a number")
-        measured = content.get("checkpoint_checksum", content.get("checkpoint_fingerprint"))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
-        raise UserError(
-            "profile.quality.unreadable", f"{path} has no {metric} of each exit as `mose evaluate` writes it."
-        ) from error
-    if None not in (checkpoint, measured) and measured != checkpoint:
-        raise UserError(
-            "profile.quality.other_weights",
-            f"{path} holds results of the weights {measured}, and the profile is of {checkpoint}: evaluate again.",
-        )
-    return values
-
-
-def _quality_in_table(table: Mapping[str, Any], metric: str) -> dict[int, float]:
-    """Of the evaluated model, whose deepest exit is the row without a difference; of several sizes the largest."""
-    name = "retriever" if "retriever" in table["rows"][0] else "system"
-    own = next(row[name] for row in table["rows"] if row["difference"] is None)
-    rows = [row for row in table["rows"] if row[name] == own and row["exit_layer"] is not None]
-    rows.sort(key=lambda row: (row["dimensions"] is None, row["dimensions"] or 0))
-    return {
-        row["exit_layer"]: row["mean"]["value"] if metric == table["metric"] else row["others"][metric] for row in rows
-    }
-
-
 class _Budget(NamedTuple):
-    """One limit: its name, its value, an exit's own value, whether that must be below, and the unit."""
+    """A limit and the known values of exits, which must be at most the limit (`sign` 1) or at least (-1)."""
 
     name: str
     limit: float
-    value: Callable[[int], float | None]
-    at_most: bool
     unit: str
+    sign: int
+    values: Mapping[int, float]
 
-    def allows(self, exit_layer: int) -> bool:
-        value = self.value(exit_layer)
-        return value is not None and (value <= self.limit if self.at_most else value >= self.limit)
+    def exits(self) -> set[int]:
+        return {k for k, value in self.values.items() if self.sign * value <= self.sign * self.limit}
 
     def nearest(self, exits: Collection[int]) -> str:
         """The best value among these exits, in words."""
-        known = [(value, exit_layer) for exit_layer in exits if (value := self.value(exit_layer)) is not None]
+        known = [k for k in exits if k in self.values]
         if not known:
             return f"{self.name} is not known of any exit"
-        value, exit_layer = min(known) if self.at_most else max(known)
-        return f"{self.name} {value:.10g}{self.unit} (exit {exit_layer})"  # in full: a budget may be set to it
+        best = min(known, key=lambda k: (self.sign * self.values[k], k))
+        return f"{self.name} {self.values[best]:.10g}{self.unit} (exit {best})"  # in full: a budget may be set to it
 
 
 def select_exit(
@@ -298,38 +207,36 @@ def select_exit(
     """
     shape = _shape(profile, batch_size, length)
     quality = _quality(profile, benchmark, needed=min_quality is not None)
-    measured = partial(profile.measurement, shape=shape)
+    measured = {k: profile.measurement(k, shape) for k in profile.exits}
+    latencies = {k: one.latency_ms_p95 for k, one in measured.items()}
+    peaks = {k: one.peak_memory_mb for k, one in measured.items() if one.peak_memory_mb is not None}
     budgets = []
     if latency_ms is not None:
-        budgets.append(_Budget("latency_ms", latency_ms, lambda k: measured(k).latency_ms_p95, True, " ms"))
+        budgets.append(_Budget("latency_ms", latency_ms, " ms", 1, latencies))
     if memory_mb is not None:
-        budgets.append(_Budget("memory_mb", memory_mb, lambda k: measured(k).peak_memory_mb, True, " MB"))
+        budgets.append(_Budget("memory_mb", memory_mb, " MB", 1, peaks))
     if min_quality is not None:
-        budgets.append(_Budget("min_quality", min_quality, quality.get, False, ""))
+        budgets.append(_Budget("min_quality", min_quality, "", -1, quality))
     if not budgets:
         raise UserError("budget.missing", "Give at least one budget: latency_ms, memory_mb or min_quality.")
-    exits = _within(budgets, profile.exits)
+    exits = _within(budgets, profile)
     if not exits:
         raise UserError("budget.too_small", _none_fits(profile, budgets, shape))
-    if set(exits) <= set(quality):
-        return max(exits, key=lambda exit_layer: (quality[exit_layer], -exit_layer))
-    return max(exits)
+    return max(exits, key=lambda k: (quality[k], -k)) if exits <= set(quality) else max(exits)
 
 
-def _within(budgets: Sequence[_Budget], exits: Iterable[int]) -> list[int]:
-    return [exit_layer for exit_layer in exits if all(budget.allows(exit_layer) for budget in budgets)]
+def _within(budgets: Iterable[_Budget], profile: ExitProfile) -> set[int]:
+    return set(profile.exits).intersection(*(budget.exits() for budget in budgets))
 
 
-def _none_fits(profile: ExitProfile, budgets: list[_Budget], shape: tuple[int, int]) -> str:
+def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[int, int]) -> str:
     """For each budget the best value of the exits within the others, or of all exits."""
     wanted = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
-    others = [(budget, _within([one for one in budgets if one is not budget], profile.exits)) for budget in budgets]
-    nearest = [budget.nearest(exits) for budget, exits in others if exits]
-    if nearest:
+    others = [(budget, _within([one for one in budgets if one is not budget], profile)) for budget in budgets]
+    possible = f"the best of each alone: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
+    if nearest := [budget.nearest(exits) for budget, exits in others if exits]:
         kept = " within the other budgets" if len(budgets) > 1 else ""
         possible = f"the nearest possible{kept}: {', or '.join(nearest)}"
-    else:
-        possible = f"the best of each alone: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
     return f"No exit has {wanted} for batches of {shape[0]} × {shape[1]} tokens; {possible}."
 
 
@@ -352,13 +259,9 @@ def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[
         how = f"name one of {_listed(known)}" if known else "the profile has none, `mose profile --quality` adds it"
         raise UserError("budget.benchmark.missing", f"min_quality needs a benchmark: {how}.")
     if benchmark is not None and benchmark not in known:
-        raise UserError(
-            "budget.benchmark.unknown",
-            f"The profile has no quality on {benchmark}. Available: {_listed(known) or 'none'}.",
-        )
-    if benchmark is None:
-        return {}
-    return {k: profiled.quality[benchmark] for k, profiled in profile.exits.items() if benchmark in profiled.quality}
+        available = _listed(known) or "none"
+        raise UserError("budget.benchmark.unknown", f"No quality on {benchmark}. Available: {available}.")
+    return {k: one.quality[benchmark] for k, one in profile.exits.items() if benchmark and benchmark in one.quality}
 
 
 def _listed(items: Iterable[object]) -> str:
@@ -379,7 +282,7 @@ def load_at_budget(
 
     Args:
         checkpoint: folder or Hub id.
-        profile: costs of the exits; by default the checkpoint's `exit_profile.json`, with a warning if it was measured
+        profile: cost of each exit; by default the checkpoint's `exit_profile.json`, with a warning if it was measured
             on another kind of machine.
         model_kwargs: for `AutoModel.from_pretrained`.
         budget: `latency_ms`, `memory_mb`, `min_quality` and the other arguments of `select_exit`.
@@ -410,70 +313,39 @@ def load_sentence_transformer_at_budget(
     device: str | None = None,
     **budget: Any,
 ) -> SentenceTransformer:
-    """Load a SentenceTransformer at the exit that `select_exit` chooses.
+    """Load a SentenceTransformer at the exit that `select_exit` chooses; arguments and errors as for `load_at_budget`.
 
-    Args:
-        checkpoint, profile, budget: as for `load_at_budget`.
-        model_kwargs: as SentenceTransformer's argument of this name.
-        device: the profile's device if None, or the CPU where there is no GPU.
-
-    Raises:
-        FileNotFoundError, UserError: as `load_at_budget`.
+    `device` is the profile's if None, or the CPU where there is no GPU.
     """
-    import torch
     from sentence_transformers import SentenceTransformer
 
     profile = profile or checkpoint_profile(checkpoint)
-    if device is None:
-        device = profile.device if torch.cuda.is_available() else "cpu"
     return SentenceTransformer(
         os.path.expanduser(os.fspath(checkpoint)),
-        device=device,
+        device=device or (profile.device if torch.cuda.is_available() else "cpu"),
         config_kwargs={"exit_layer": select_exit(profile, **budget)},
         model_kwargs={"dtype": profile.dtype, **(model_kwargs or {})},
     )
 
 
 def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
-    """The profile stored with a checkpoint, local or on the Hub.
+    """The profile stored with a checkpoint, local or on the Hub; FileNotFoundError if it has none.
 
     Warns if it was measured on another kind of processor or GPU, or with another number of threads.
-
-    Raises:
-        FileNotFoundError: there is none.
-        UserError: the file is not a profile.
-        OSError: the Hub has no such repository, or cannot be reached.
     """
-    file = _profile_file(os.path.expanduser(os.fspath(checkpoint)))
+    check_checkpoint(checkpoint)
+    file = checkpoint_file(checkpoint, PROFILE_NAME)
+    if file is None:
+        raise FileNotFoundError(
+            f"There is no exit profile of {checkpoint}: measure one (`mose profile --out FILE`), give it as `profile`."
+        )
     profile = ExitProfile.load(file)
+    here, decisive = machine_kind(), ["processor", "threads"]
     if profile.device == "cuda":
-        import torch
-
-        here = machine_kind("cuda") if torch.cuda.is_available() else {}
-        decisive = ["gpu"]
-    else:
-        here, decisive = machine_kind(), ["processor", "threads"]
-    other = [
-        f"{name} {profile.machine.get(name)!r}, here {here.get(name)!r}"
-        for name in decisive
-        if profile.machine.get(name) != here.get(name)
-    ]
-    if other:
+        here, decisive = machine_kind("cuda") if torch.cuda.is_available() else {}, ["gpu"]
+    kinds = [(name, profile.machine.get(name), here.get(name)) for name in decisive]
+    if other := [f"{name} {then!r}, here {now!r}" for name, then, now in kinds if then != now]:
         warnings.warn(
             f"{file} was measured on another machine ({'; '.join(other)}): its times may not hold.", stacklevel=3
         )
     return profile
-
-
-def _profile_file(checkpoint: str) -> str:
-    check_checkpoint(checkpoint)
-    if os.path.isdir(checkpoint):
-        return os.path.join(checkpoint, PROFILE_NAME)
-    try:
-        return hf_hub_download(checkpoint, PROFILE_NAME)
-    except LocalEntryNotFoundError as error:
-        raise OSError(f"The exit profile of {checkpoint} cannot be downloaded from the Hub: {error}") from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{checkpoint} has no {PROFILE_NAME}: measure one (`mose profile --out FILE`) and give it as `profile`."
-        ) from error

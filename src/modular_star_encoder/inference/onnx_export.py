@@ -20,14 +20,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.errors import UserError, naming_extra
 
 if TYPE_CHECKING:
     import onnx_ir
 
-
+# Paths in a folder, for sentence-transformers and text-embeddings-inference.
 ONNX_FILE = "onnx/model.onnx"
-"""Its path in a folder, for sentence-transformers and text-embeddings-inference."""
+QUANTIZED_FILE = "onnx/model_qint8.onnx"
+
+TOLERANCE = 1e-4
+
+SETTINGS: dict[str, Any] = {"per_channel": True, "reduce_range": True}
+"""A scale for each output, and 7 of the 8 bits: on x86 processors without VNNI, sums of two products of 8 bits saturate
+(onnxruntime's guide to quantisation), and a loss measured with VNNI would not hold there."""
 
 INPUTS = ("input_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
@@ -37,7 +43,7 @@ _LARGEST_FILE = 2**31 - 2**27
 
 
 class _ServedExit(torch.nn.Module):
-    """What an exported file computes."""
+    """The computation of an exported file."""
 
     def __init__(self, model: ModularStarEncoderForRetrieval) -> None:
         super().__init__()
@@ -73,34 +79,23 @@ def export_onnx(
         >>> check_onnx(model, "model.onnx", exit_layer=4).sentence_embedding < 1e-4  # doctest: +SKIP
         True
     """
-    parameter = next(model.parameters())
-    if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+    if (model.dtype, model.device.type) != (torch.float32, "cpu"):
         raise UserError(
             "onnx.dtype",
-            f"ONNX files are made of float32 weights on the CPU, not of {parameter.dtype} on {parameter.device}: "
+            f"ONNX files are made of float32 weights on the CPU, not of {model.dtype} on {model.device}: "
             "load the model with dtype=torch.float32.",
         )
-    served = served_exit(model, exit_layer)
-    sample = {
-        "input_ids": torch.zeros(2, 3, dtype=torch.long),
-        "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]]),
-    }
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    sample = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
     longest = model.config.max_position_embeddings
     sizes = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length", max=longest)}
-    try:
+    options: dict[str, Any] = {"dynamic_shapes": dict.fromkeys(INPUTS, sizes), "output_names": list(OUTPUTS)}
+    with naming_extra():
         import onnxscript  # noqa: F401 - torch's exporter needs it
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-    except ImportError as error:
-        raise missing_extra() from error
     with quiet_libraries(), torch.no_grad():
         program: Any = torch.onnx.export(
-            served,
-            (),
-            kwargs=sample,
-            dynamo=True,
-            dynamic_shapes=dict.fromkeys(INPUTS, sizes),
-            output_names=list(OUTPUTS),
-            verbose=False,
+            served_exit(model, exit_layer), (), kwargs=sample, dynamo=True, verbose=False, **options
         )
     # The exporter notes for each node the lines of code that it comes from, with the paths of this machine.
     save_graph(ClearMetadataAndDocStringPass()(program.model).model, path)
@@ -116,10 +111,7 @@ def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = 
 
 
 def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
-    """Write a graph, with its weights in `{path}_data` where they don't fit into one file.
-
-    optimum and text-embeddings-inference fetch a file of this name and no other.
-    """
+    """Write a graph, with its weights in `{path}_data`, as serving software expects, if one file cannot hold them."""
     import onnx_ir
 
     tensors = [value.const_value for value in graph.graph.initializers.values()]
@@ -132,10 +124,8 @@ def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
 
 def open_session(path: str | os.PathLike[str]) -> Any:
     """An `onnxruntime.InferenceSession` of a file on the CPU, with as many threads as torch has."""
-    try:
+    with naming_extra():
         import onnxruntime
-    except ImportError as error:
-        raise missing_extra() from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
@@ -154,29 +144,13 @@ def quiet_libraries() -> Iterator[None]:
         logging.disable(before)
 
 
-def missing_extra() -> ImportError:
-    """The error for a missing package of the extra."""
-    return ImportError("ONNX files need onnxruntime and onnxscript: pip install 'modular-star-encoder[onnx]'.")
-
-
-TOLERANCE = 1e-4
-
-_LONGEST = 256
-
-
 @dataclass(frozen=True, slots=True)
 class OnnxDifferences:
-    """Largest absolute differences between a file and its model.
+    """Largest absolute differences between a file and its model."""
 
-    Attributes:
-        last_hidden_state: at real tokens, divided by the largest absolute value of the batch where that is above 1.
-        sentence_embedding: of the embeddings, whose length is 1.
-        batches: how many were compared.
-    """
-
-    last_hidden_state: float
-    sentence_embedding: float
-    batches: int
+    last_hidden_state: float  # at real tokens, divided by the largest absolute value of the batch if that is above 1
+    sentence_embedding: float  # of the embeddings, whose length is 1
+    batches: int  # how many were compared
 
 
 def check_onnx(
@@ -188,19 +162,12 @@ def check_onnx(
 ) -> OnnxDifferences:
     """Compare an ONNX file with the exit that it was made of: one text and several, one token and many, both paddings.
 
-    Args:
-        model: the model that `export_onnx` was given.
-        path: the file.
-        exit_layer: as it was given there.
-
-    Raises:
-        UserError: an output differs by more than `tolerance`, or is NaN; the message says which, where and by how
-            much.
-        ImportError: onnxruntime is missing.
+    Arguments as for `export_onnx`. UserError if an output differs by more than `tolerance` or is NaN; it says which,
+    where and by how much.
     """
     served, session = served_exit(model, exit_layer), open_session(path)
     largest, batches = dict.fromkeys(OUTPUTS, 0.0), 0
-    for batch in _batches(model.config.vocab_size, min(_LONGEST, model.config.max_position_embeddings)):
+    for batch in _batches(model.config.vocab_size, min(256, model.config.max_position_embeddings)):
         with torch.inference_mode():
             expected = served(**batch)
         found = session.run(list(OUTPUTS), {name: tensor.numpy() for name, tensor in batch.items()})
@@ -234,28 +201,15 @@ def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]
             yield {"input_ids": tokens, "attention_mask": mask}
 
 
-QUANTIZED_FILE = "onnx/model_qint8.onnx"
-
-SETTINGS: dict[str, Any] = {"per_channel": True, "reduce_range": True}
-"""A scale for each output, and 7 of the 8 bits: on x86 processors without VNNI, sums of two products of 8 bits saturate
-(onnxruntime's guide to quantisation), and a loss measured with VNNI would not hold there."""
-
-
 def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Write `source` with int8 weights of its linear layers and its token embedding.
+    """Write an ONNX file with int8 weights of the linear layers and the token embedding of `source`.
 
-    What it costs in quality has to be measured: see `hub.onnx_folder.compare_rankings`.
-
-    Args:
-        source: an ONNX file with float32 weights.
-        target: the file to write; its folder must exist.
+    `hub.onnx_folder.compare_rankings` measures the loss of quality.
     """
-    try:
+    with naming_extra():
         import onnx_ir
         from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError as error:
-        raise missing_extra() from error
-    # The quantiser names weights that don't fit into a file otherwise than serving software expects.
+    # The quantiser gives a file of weights another name than serving software expects.
     with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=Path(target).parent) as folder:
         options = SETTINGS | {"use_external_data_format": Path(f"{os.fspath(source)}_data").exists()}
         draft = Path(folder, "model.onnx")

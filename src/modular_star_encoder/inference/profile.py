@@ -1,8 +1,8 @@
 """Measure the exit profile of a checkpoint on this machine: latency, memory, size and FLOPs of every exit.
 
-Latency: batches of random tokens without padding, after a warm-up. The exits take turns in an order drawn for each
-round, so that other load on the machine affects them alike. Memory: on a CPU each exit runs in a fresh process (this
-module run as a script), because other work of a process would be measured with it; on a GPU each exit is loaded alone.
+Latency: batches of random tokens without padding, after a warm-up; the exits take turns in a random order, so that
+other load affects all of them. Memory: on a CPU each exit runs in a fresh process (this module run as a script), which
+does nothing else; on a GPU each exit is loaded alone.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from modular_star_encoder.inference.checkpoints import check_checkpoint, checkpoint_checksum, load_checkpoint
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME, ExitProfile, Measurement, ProfiledExit
-from modular_star_encoder.inference.load import check_checkpoint, checkpoint_checksum, load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_writable
 from modular_star_encoder.utils.reports import library_versions, machine_kind, markdown_table
+
+DTYPES = ("float32", "bfloat16", "float16")
+WARM_UP_ROUNDS, FEWEST_ROUNDS = 2, 5
+
+Shape = tuple[int, int]
 
 
 def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: int) -> float:
@@ -36,21 +41,14 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
 
     Matrix products alone are counted, a multiplication with its addition as two operations, as in Kaplan et al. (2020,
     arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`. With hidden size H, size of keys K (key-value heads
-    times head size), MLP size I, projection size D and T tokens:
+    times head size), MLP size I, projection size D and T tokens, `exit_layer` times layer and attention, plus one head:
 
         layer      2 · (2·H·H + 2·H·K + 2·H·I)     queries and outputs, keys and values, MLP
         attention  4 · T·H                         scores, and their weighted sum of values; grows with the text
         head       2 · (H·D + D·D)                 of every token; with `pool_then_project` once more for the text;
                                                    a linear head has no D·D
 
-    and `exit_layer` times layer and attention, plus one head. Tokens of padding cost as much as others unless
-    `config.unpad_inputs`.
-
-    Raises:
-        UserError: an exit that the model does not have, or no tokens.
-
-    Example:
-        >>> flops_per_token(model.config, exit_layer=4, length=512)  # doctest: +SKIP
+    Padding tokens count as others unless `config.unpad_inputs`.
     """
     config.check_exit(exit_layer)
     if length < 1:
@@ -65,36 +63,20 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
     return float(exit_layer * (layer + attention) + head)
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-WARM_UP_ROUNDS = 2
-FEWEST_ROUNDS = 5
-
-Shape = tuple[int, int]
-
-
 @dataclass(frozen=True, slots=True)
 class ProfilePlan:
-    """What is measured.
+    """What is measured: every combination of batch sizes and lengths."""
 
-    Args:
-        batch_sizes, lengths: texts at once, and tokens of each; every combination is measured.
-        rounds: how often each exit is timed at each shape.
-        seconds_per_shape: a shape ends early, though not before five rounds, once it has taken this long.
-        memory: whether to measure memory.
-    """
-
-    batch_sizes: tuple[int, ...] = (1, 8)
-    lengths: tuple[int, ...] = (128, 512)
-    rounds: int = 30
-    seconds_per_shape: float = 60.0
-    memory: bool = True
+    batch_sizes: tuple[int, ...] = (1, 8)  # texts at once
+    lengths: tuple[int, ...] = (128, 512)  # tokens of each
+    rounds: int = 30  # how often each exit is timed at each shape
+    seconds_per_shape: float = 60.0  # a shape ends once it has taken this long, though not before five rounds
+    memory: bool = True  # whether to measure memory
 
     def __post_init__(self) -> None:
         numbers = (*self.batch_sizes, *self.lengths, self.rounds, self.seconds_per_shape)
         if not self.batch_sizes or not self.lengths or min(numbers) <= 0:
-            raise UserError(
-                "profile.plan", f"Batch sizes, lengths, rounds and seconds must be positive, not {numbers}."
-            )
+            raise UserError("profile.plan", f"All numbers of a plan must be positive, not {numbers}.")
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -114,24 +96,13 @@ def profile_checkpoint(
 ) -> ExitProfile:
     """Measure every exit of a retrieval checkpoint.
 
-    Args:
-        checkpoint: folder or Hub id.
-        plan: shapes and repetitions; `ProfilePlan()` if None.
-        exit_layers: which exits; all that the checkpoint has if None.
-        device: `"cpu"` or `"cuda"`; a GPU if there is one and None is given.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own if None.
-
-    Raises:
-        UserError: an unknown device, dtype or exit, texts longer than the model takes, or not a retrieval checkpoint of
-            ours.
-        OSError: no such checkpoint, or a process that measures memory failed.
-
-    Example:
-        >>> profile = profile_checkpoint("runs/model", ProfilePlan(batch_sizes=(1,), lengths=(128,)))  # doctest: +SKIP
-        >>> profile.save("runs/model/exit_profile.json")  # doctest: +SKIP
+    The device is a GPU if there is one and None is given; exits, dtype and plan are by default those of the checkpoint
+    and `ProfilePlan()`.
     """
     plan = plan or ProfilePlan()
-    device = _device(device)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError("profile.device", f"device {device!r} is not available: use cpu or cuda.")
     if dtype not in (None, *DTYPES):
         raise UserError("profile.dtype", f"dtype {dtype!r} must be one of {', '.join(DTYPES)}.")
     path = os.path.expanduser(os.fspath(checkpoint))
@@ -144,20 +115,30 @@ def profile_checkpoint(
             f"The model takes {config.max_position_embeddings} tokens at most, not {max(plan.lengths)}.",
         )
     times = _measure_times(model, exits, plan, progress)
-    sizes = {exit_layer: _size(model, exit_layer) for exit_layer in exits}
+    sizes = {k: [(one.numel(), one.element_size()) for one in model.slice(k).parameters()] for k in exits}
     attention = config._attn_implementation
     del model  # a GPU must not hold it while the exits' memory is measured
     memory = _measure_memory(path, exits, plan, device, dtype, progress)
-    profiled = {
-        exit_layer: ProfiledExit(
-            *sizes[exit_layer],
-            tuple(
-                _measurement(shape, times[exit_layer, shape], peak, flops_per_token(config, exit_layer, shape[1]))
-                for shape, peak in zip(plan.shapes, memory[exit_layer].peaks, strict=True)
-            ),
-        )
-        for exit_layer in exits
-    }
+    profiled = {}
+    for k in exits:
+        measurements = []
+        for (size, length), peak in zip(plan.shapes, memory[k].peaks, strict=True):
+            seconds = times[k, (size, length)]
+            median, late = np.percentile(seconds, [50, 95])
+            measurement = Measurement(
+                batch_size=size,
+                length=length,
+                flops_per_token=flops_per_token(config, k, length),
+                latency_ms_p50=round(1000 * median, 4),
+                latency_ms_p95=round(1000 * late, 4),
+                texts_per_second=round(size / median, 2),
+                tokens_per_second=round(size * length / median, 1),
+                peak_memory_mb=None if peak is None else round(peak, 1),
+                runs=len(seconds),
+            )
+            measurements.append(measurement)
+        parameters, size = sum(count for count, _ in sizes[k]), sum(count * each for count, each in sizes[k])
+        profiled[k] = ProfiledExit(parameters, size / 1e6, tuple(measurements))
     return ExitProfile(
         exits=profiled,
         device=device,
@@ -178,19 +159,13 @@ def profile_to_file(
     out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[ExitProfile, Path]:
-    """Measure a checkpoint and write its profile, in place of an older one.
+    """Measure a checkpoint and write its profile to `out`, by default `exit_profile.json` in its folder.
 
-    Args:
-        checkpoint, plan, options: as for `profile_checkpoint`.
-        out: file to write, `exit_profile.json` in the checkpoint's folder if None. An older file of the same weights
-            keeps the quality of the exits that are measured now.
+    An older profile of the same weights is replaced, and its quality values of the measured exits are kept. UserError
+    if it has exits that `exit_layers` leaves out, or for a repository of the Hub without `out`.
 
     Returns:
         The profile, and the file.
-
-    Raises:
-        UserError: a repository of the Hub without `out`, or a file that cannot be written, is not a profile, or has
-            exits that `exit_layers` leaves out; and as `profile_checkpoint`.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
@@ -228,58 +203,29 @@ def random_batch(model: ModularStarEncoderForRetrieval, batch_size: int, length:
 
 def embed(model: ModularStarEncoderForRetrieval, batch: dict[str, torch.Tensor], exit_layer: int) -> float:
     """Seconds to embed a batch at an exit, until the device has finished."""
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(model.device)
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda device: None
+    wait(model.device)
     start = time.perf_counter()
     with torch.inference_mode():
         model(**batch, exit_layer=exit_layer)
-    if on_gpu:
-        torch.cuda.synchronize(model.device)
+    wait(model.device)
     return time.perf_counter() - start
 
 
 def format_profile(profile: ExitProfile) -> str:
     """One Markdown table per shape, aligned for reading as plain text, and a line on the circumstances."""
-    header = ("exit", "parameters", "MFLOP/token", "p50 ms", "p95 ms", "texts/s", "peak MB", *profile.benchmarks)
     blocks = []
     for shape in profile.shapes:
-        rows = [header, *(_row(profile, exit_layer, shape) for exit_layer in profile.exits)]
+        rows = [["exit", "parameters", "MFLOP/token", "p50 ms", "p95 ms", "texts/s", "peak MB", *profile.benchmarks]]
+        for k, one in profile.exits.items():
+            cost = profile.measurement(k, shape)
+            times = (f"{cost.latency_ms_p50:.2f}", f"{cost.latency_ms_p95:.2f}", f"{cost.texts_per_second:,.1f}")
+            peak = "–" if cost.peak_memory_mb is None else f"{cost.peak_memory_mb:,.0f}"
+            qualities = [f"{one.quality[name]:.3f}" if name in one.quality else "–" for name in profile.benchmarks]
+            rows.append([f"{k}", f"{one.parameters:,}", f"{cost.flops_per_token / 1e6:,.1f}", *times, peak, *qualities])
         blocks.append("\n".join([f"{shape[0]} × {shape[1]} tokens", "", *markdown_table(rows)]))
     machine = profile.machine.get("gpu") or f"{profile.machine['processor']}, {profile.machine['threads']} threads"
     return "\n\n".join([*blocks, f"{profile.device}, {profile.dtype}, {machine}, {profile.date}"])
-
-
-def _row(profile: ExitProfile, exit_layer: int, shape: Shape) -> tuple[str, ...]:
-    profiled, measured = profile.exits[exit_layer], profile.measurement(exit_layer, shape)
-    peak, qualities = measured.peak_memory_mb, (profiled.quality.get(name) for name in profile.benchmarks)
-    return (
-        str(exit_layer),
-        f"{profiled.parameters:,}",
-        f"{measured.flops_per_token / 1e6:,.1f}",
-        f"{measured.latency_ms_p50:.2f}",
-        f"{measured.latency_ms_p95:.2f}",
-        f"{measured.texts_per_second:,.1f}",
-        "–" if peak is None else f"{peak:,.0f}",
-        *("–" if quality is None else f"{quality:.3f}" for quality in qualities),
-    )
-
-
-def _device(device: str | None) -> str:
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(
-            "profile.device", f"device {device!r} is not available: use cpu, or cuda on a machine with a GPU."
-        )
-    return device
-
-
-def _size(model: ModularStarEncoderForRetrieval, exit_layer: int) -> tuple[int, float]:
-    """Parameters and MB of the model cut at an exit."""
-    parameters = list(model.slice(exit_layer).parameters())
-    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    return sum(parameter.numel() for parameter in parameters), size / 1e6
 
 
 def _measure_times(
@@ -287,9 +233,7 @@ def _measure_times(
 ) -> dict[tuple[int, Shape], list[float]]:
     """Seconds of every run of each exit and shape, warm-up left out."""
     random = np.random.default_rng(0)
-    times: dict[tuple[int, Shape], list[float]] = {
-        (exit_layer, shape): [] for exit_layer in exits for shape in plan.shapes
-    }
+    times: dict[tuple[int, Shape], list[float]] = {(k, shape): [] for k in exits for shape in plan.shapes}
     total = len(plan.shapes) * (WARM_UP_ROUNDS + plan.rounds)
     with tqdm(total=total, desc="timing", unit="round", disable=not progress, leave=False) as bar:
         for shape in plan.shapes:
@@ -322,46 +266,32 @@ def _measure_memory(
     """Memory of each exit for each shape."""
     if not plan.memory:
         return dict.fromkeys(exits, MemoryUse(None, [None] * len(plan.shapes)))
-    threads, use = torch.get_num_threads(), {}
+    use = {}
     for exit_layer in tqdm(exits, desc="measuring memory", unit="exit", disable=not progress, leave=False):
-        if device == "cuda":
-            use[exit_layer] = _measure_gpu_memory(checkpoint, exit_layer, dtype, plan.shapes)
-        else:
-            use[exit_layer] = measure_memory(checkpoint, exit_layer, dtype, plan.shapes, threads)
+        if device == "cpu":
+            use[exit_layer] = measure_memory(checkpoint, exit_layer, dtype, plan.shapes, torch.get_num_threads())
+            continue
+        gc.collect()  # the model before this one
+        model, _ = load_checkpoint(checkpoint, exit_layer, "cuda", dtype)
+        peaks: list[float | None] = []
+        for shape in plan.shapes:
+            torch.cuda.reset_peak_memory_stats()
+            embed(model, random_batch(model, *shape), exit_layer)
+            peaks.append(torch.cuda.max_memory_allocated() / 1e6)
+        use[exit_layer] = MemoryUse(None, peaks)
+        del model
     return use
-
-
-def _measure_gpu_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape]) -> MemoryUse:
-    gc.collect()  # the model before this one
-    model, _ = load_checkpoint(checkpoint, exit_layer, "cuda", dtype)
-    peaks: list[float | None] = []
-    for shape in shapes:
-        torch.cuda.reset_peak_memory_stats()
-        embed(model, random_batch(model, *shape), exit_layer)
-        peaks.append(torch.cuda.max_memory_allocated() / 1e6)
-    return MemoryUse(None, peaks)
 
 
 def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape], threads: int) -> MemoryUse:
     """Peak resident memory of a fresh process that loads an exit on the CPU and embeds one batch per shape.
 
-    Args:
-        checkpoint: folder or Hub id.
-        dtype: of weights and computation, such as `"float32"`.
-        shapes: (batch_size, length) each; the peak while loading counts for every shape.
-        threads: of torch.
-
-    Returns:
-        Peaks in the order of `shapes`.
+    `shapes` must ascend by tokens, because each peak is the largest so far; the peak while loading counts for all.
     """
     request = json.dumps([checkpoint, exit_layer, dtype, shapes, threads])
-    process = subprocess.run(  # noqa: S603 - our own module, arguments passed as a list
-        [sys.executable, "-P", "-m", __name__, request],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-P", "-m", __name__, request]
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    process = subprocess.run(command, check=False, **options)  # noqa: S603 - our own module
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
         raise OSError(f"The memory of exit {exit_layer} cannot be measured, its process ended with: {last}")
@@ -371,15 +301,14 @@ def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequenc
 def _measure_own_memory(
     checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Sequence[int]], threads: int
 ) -> MemoryUse:
-    """What the fresh process does: ascending by tokens, so that no batch is charged with a larger one before it."""
+    """What the fresh process does."""
     torch.set_num_threads(threads)
-    base = peak_memory_mb()
+    base, peaks = peak_memory_mb(), []
     model, _ = load_checkpoint(checkpoint, exit_layer, "cpu", dtype)
-    peaks = {}
-    for size, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
+    for size, length in shapes:
         embed(model, random_batch(model, size, length), exit_layer)
-        peaks[size, length] = peak_memory_mb()
-    return MemoryUse(base, [peaks[size, length] for size, length in shapes])
+        peaks.append(peak_memory_mb())
+    return MemoryUse(base, peaks)
 
 
 def peak_memory_mb() -> float | None:
@@ -389,26 +318,11 @@ def peak_memory_mb() -> float | None:
         return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         pass
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return None
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-def _measurement(shape: Shape, seconds: list[float], peak: float | None, flops: float) -> Measurement:
-    median, late = np.percentile(seconds, [50, 95])
-    return Measurement(
-        batch_size=shape[0],
-        length=shape[1],
-        flops_per_token=flops,
-        latency_ms_p50=round(1000 * median, 4),
-        latency_ms_p95=round(1000 * late, 4),
-        texts_per_second=round(shape[0] / median, 2),
-        tokens_per_second=round(shape[0] * shape[1] / median, 1),
-        peak_memory_mb=None if peak is None else round(peak, 1),
-        runs=len(seconds),
-    )
 
 
 if __name__ == "__main__":

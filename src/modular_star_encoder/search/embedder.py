@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from modular_star_encoder.data.prompts import CODE_INSTRUCTION, SEP_TOKEN, code_prompt, text_prompt
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint, load_config
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.load import checkpoint_checksum, load_checkpoint, load_config
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 

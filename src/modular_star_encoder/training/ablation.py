@@ -25,7 +25,7 @@ from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import RetrievalTask, TaskResult, held_out_tasks
-from modular_star_encoder.inference.load import checkpoint_checksum
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.training.ablation_report import (
     SELF_DISTILLED,
     Values,

@@ -18,9 +18,8 @@ from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import held_out_tasks
-from modular_star_encoder.inference.checkpoints import is_servable, write_sentence_transformer_files
+from modular_star_encoder.inference.checkpoints import is_servable, load_checkpoint, write_sentence_transformer_files
 from modular_star_encoder.inference.encoders import ExitEncoder
-from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.exit_losses import exit_weights

@@ -1,5 +1,8 @@
 """Errors that a user can mend: bad input, and a missing extra."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Bad input, in one sentence that says what was given, what is allowed and what to do.
@@ -49,3 +52,12 @@ def missing_extra(error: ModuleNotFoundError) -> ImportError | None:
     if extra is None:
         return None
     return ImportError(f"{module} is not installed. Install it with: pip install 'modular-star-encoder[{extra}]'")
+
+
+@contextmanager
+def naming_extra() -> Iterator[None]:
+    """Around imports of optional packages: where one is missing, the error names the extra to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) or error from error

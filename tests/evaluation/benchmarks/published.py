@@ -31,30 +31,23 @@ def python_code(name):
 
 def hub_rows(language):
     code = {"python": python_code}.get(language, lambda name: f"func {name.title()}() {{}}")
+    names = ("func_code_string", "func_documentation_string", "func_code_url", "repository_name", "language")
+    rest = ("someone/files", language)
     return [
-        {
-            "repository_name": "someone/files",
-            "language": language,
-            "func_code_string": code(name),
-            "func_documentation_string": f"{name.title()} a file.\n\nSlowly.",
-            "func_code_url": f"https://github.com/someone/files/{name}#L1",
-            "split_name": "test",
-        }
-        for name in NAMES
+        dict(zip(names, (code(one), f"{one.title()} a file.\n\nSlowly.", url_of(one), *rest), strict=True))
+        for one in NAMES
     ]
 
 
+def url_of(name):
+    return f"https://github.com/someone/files/{name}#L1"
+
+
 def original_rows(language):
+    renamed = {"func_code_string": "code", "func_documentation_string": "docstring", "func_code_url": "url"}
     return [
-        {
-            "repo": "someone/files",
-            "language": language,
-            "code": row["func_code_string"],
-            "code_tokens": ["func", name, "(", ")"],
-            "docstring": row["func_documentation_string"],
-            "docstring_tokens": [name.title(), "a", "file", "."],
-            "url": row["func_code_url"],
-        }
+        {renamed.get(key, key): value for key, value in row.items()}
+        | {"code_tokens": ["func", name, "(", ")"], "docstring_tokens": [name.title(), "a", "file", "."]}
         for name, row in zip(NAMES, hub_rows(language), strict=True)
     ]
 
@@ -102,21 +95,18 @@ def codesearchnet_human(folder):
 
 
 def translation(folder):
-    write_lines(folder / "test.java-cs.txt.java", [f"public void {name}(File file) {{ }}" for name in NAMES])
-    write_lines(
-        folder / "test.java-cs.txt.cs", [f"public void {name.title()}(File file) {{ }}" for name in NAMES], "\r\n"
-    )
+    java = [f"public void {name}(File file) {{ }}" for name in NAMES]
+    write_lines(folder / "test.java-cs.txt.java", java)
+    cs = [f"public void {name.title()}(File file) {{ }}" for name in NAMES]
+    write_lines(folder / "test.java-cs.txt.cs", cs, "\r\n")
 
 
 def poj104(folder):
+    places = [(label, number) for label in (81, 95, 104) for number in range(3)]
+    codes = [f"int main() {{ return {label}; }} // é{number}" for label, number in places]
     rows = [
-        {
-            "label": str(label),
-            "index": str(40_000 + 3 * label + number),
-            "code": f"int main() {{ return {label}; }} // é{number}",
-        }
-        for label in (81, 95, 104)
-        for number in range(3)
+        {"label": str(label), "index": str(40_000 + 3 * label + number), "code": code}
+        for (label, number), code in zip(places, codes, strict=True)
     ]
     write_rows(folder / "test.jsonl", rows)
 
@@ -150,31 +140,21 @@ def advtest(folder):
 def cosqa(folder):
     codes = {python_code(name): i for i, name in enumerate(NAMES)}
     queries = [
-        {
-            "idx": f"cosqa-train-{i}",
-            "doc": f"python {name} file",
-            "code": python_code(name),
-            "retrieval_idx": i,
-            "label": 1,
-        }
+        {"idx": f"cosqa-train-{i}", "doc": f"python {name} file", "retrieval_idx": codes[python_code(name)]}
         for i, name in enumerate(NAMES[::-1])
     ]
-    for row in queries:
-        row["retrieval_idx"] = codes[row["code"]]
     write_lines(folder / "code_idx_map.txt", [json.dumps(codes)])
     write_lines(folder / "cosqa-retrieval-test-500.json", json.dumps(queries, indent=1).splitlines())
 
 
 def exercism(folder):
-    rows = [
-        {
-            "slug": name,
-            "description": f"# Instructions\n\n{name.title()} a file.",
-            "code": {"python": python_code(name), "csharp": f"class {name.title()} {{ }}"}
-            | ({"go": f"func {name.title()}() {{}}"} if name != "read" else {}),
-        }
-        for name in NAMES
-    ]
+    rows = []
+    for name in NAMES:
+        code = {"python": python_code(name), "csharp": f"class {name.title()} {{ }}"}
+        if name != "read":
+            code["go"] = f"func {name.title()}() {{}}"
+        description = f"# Instructions\n\n{name.title()} a file."
+        rows.append({"slug": name, "description": description, "code": code})
     write_rows(folder / "exercises.jsonl.gz", rows)
 
 
@@ -199,9 +179,6 @@ WRITERS = {
     "bigclonebench": bigclonebench,
     "advtest": advtest,
     "cosqa": cosqa,
-    "exercism-text": exercism,
-    "exercism-text-masked": exercism,
-    "exercism-code": exercism,
-    "exercism-code-masked": exercism,
+    **{f"exercism-{kind}": exercism for kind in ("text", "text-masked", "code", "code-masked")},
     "folder": code_folder,
 }

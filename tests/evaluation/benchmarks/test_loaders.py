@@ -14,7 +14,7 @@ from tests.errors import raises
 from tests.evaluation.benchmarks import published
 from tests.evaluation.benchmarks.published import NAMES, WRITERS
 
-URLS = [f"https://github.com/someone/files/{name}#L1" for name in NAMES]
+URLS = [published.url_of(name) for name in NAMES]
 
 
 def load(name, folder, **options):
@@ -79,11 +79,7 @@ def test_docstrings_go_from_python_2_too_and_from_what_does_not_parse(code, expe
 
 @pytest.mark.parametrize(
     ("documentation", "query"),
-    [
-        ("Reads a\nfile.\n \nMore.", "Reads a\nfile."),
-        ("Reads. @see me", "Reads."),
-        ("@return it\n", "@return it"),
-    ],
+    [("Reads a\nfile.\n \nMore.", "Reads a\nfile."), ("Reads. @see me", "Reads."), ("@return it\n", "@return it")],
 )
 def test_the_query_ends_at_the_first_blank_line_or_tag_unless_it_begins_with_one(documentation, query):
     assert query_of(documentation) == query
@@ -101,28 +97,38 @@ def test_candidates_are_written_and_read_back_whatever_the_order_of_the_rows(tmp
     ]
 
 
-def test_the_full_pool_matches_by_url_and_counts_nothing_below_rank_1000(tmp_path):
-    task = load("codesearchnet-full", tmp_path)["ruby"]
-    assert answers(task) == {f"{n.title()} a file .": {f"func {n} ( )": 1} for n in NAMES[:2]}
-    assert len(task.documents) == 4
-    assert task.metrics[0] == "mrr@1000"
-
-
-def test_mtebs_sample_asks_the_whole_documentation(tmp_path):
-    tasks = load("codesearchnet-mteb", tmp_path)
-    assert list(tasks) == ["go", "ruby"]
-    for task in tasks.values():
-        assert answers(task) == {f"{n.title()} a file.\n\nSlowly.": {f"func {n.title()}() {{}}": 1} for n in NAMES}
-        assert task.metrics[0] == "ndcg@10"
-
-
-def test_human_grades_are_averaged_and_keep_those_of_zero(tmp_path):
-    (task,) = load("codesearchnet-human", tmp_path).values()
-    assert answers(task) == {
-        "open file": {"func Open() {}": 2.5, "func Close() {}": 0},
-        "write file": {"func Write() {}": 1},
-    }
-    assert task.metrics == ("ndcg-judged@300", "ndcg-full@300")
+@pytest.mark.parametrize(
+    ("name", "tasks", "expected", "metric"),
+    [
+        (
+            "codesearchnet-full",
+            ["ruby"],
+            {f"{n.title()} a file .": {f"func {n} ( )": 1} for n in NAMES[:2]},
+            "mrr@1000",
+        ),
+        (
+            "codesearchnet-mteb",
+            ["go", "ruby"],
+            {f"{n.title()} a file.\n\nSlowly.": {f"func {n.title()}() {{}}": 1} for n in NAMES},
+            "ndcg@10",
+        ),
+        (
+            "codesearchnet-human",  # grades are averaged, and those of zero kept
+            ["go"],
+            {"open file": {"func Open() {}": 2.5, "func Close() {}": 0}, "write file": {"func Write() {}": 1}},
+            "ndcg-judged@300",
+        ),
+        ("advtest", ["test"], {f"{n.title()} a file .": {f"def Func ( {n} )": 1} for n in NAMES}, "mrr"),
+        ("cosqa", ["test"], {f"python {n} file": {published.python_code(n): 1} for n in NAMES}, "mrr"),
+    ],
+)
+def test_queries_documents_and_grades_are_those_of_the_files(tmp_path, name, tasks, expected, metric):
+    found = load(name, tmp_path)
+    assert list(found) == tasks
+    for task in found.values():
+        assert answers(task) == expected
+        assert task.metrics[0] == metric
+        assert len(task.documents) == 4
 
 
 def test_missing_annotated_functions_are_left_out_only_if_a_subset_is_allowed(tmp_path):
@@ -167,16 +173,6 @@ def test_bigclonebench_takes_the_last_label_of_a_pair(tmp_path):
     assert "threshold chosen on the validation pairs" in task.notes
 
 
-def test_advtest_uses_normalised_tokens_and_every_row_as_candidate(tmp_path):
-    task = load("advtest", tmp_path)["test"]
-    assert answers(task) == {f"{n.title()} a file .": {f"def Func ( {n} )": 1} for n in NAMES}
-
-
-def test_cosqa_matches_by_the_index_of_the_code(tmp_path):
-    task = load("cosqa", tmp_path)["test"]
-    assert answers(task) == {f"python {n} file": {published.python_code(n): 1} for n in NAMES}
-
-
 def test_exercises_pair_what_both_languages_have(tmp_path):
     text = load("exercism-text", tmp_path / "a")
     assert list(text) == ["text → csharp", "text → go", "text → python"]
@@ -193,10 +189,8 @@ def test_all_means_the_benchmarks_whose_folders_exist(tmp_path, monkeypatch):
     published.codesearchnet(tmp_path / "codesearchnet")
     published.exercism(tmp_path / "exercism")
     chosen = choose_benchmarks(["all"], tmp_path)
-    assert chosen == [
-        "codesearchnet-999",
-        *(f"exercism-{kind}" for kind in ("text", "text-masked", "code", "code-masked")),
-    ]
+    exercises = [f"exercism-{kind}" for kind in ("text", "text-masked", "code", "code-masked")]
+    assert chosen == ["codesearchnet-999", *exercises]
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert choose_benchmarks(["all"], f"~/{tmp_path.name}") == chosen
     assert [len(load_benchmark(name, tmp_path, allow_subset=True)) for name in chosen] == [3, 3, 3, 6, 6]

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import huggingface_hub
 
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import (
     load_code_folder,
@@ -28,63 +31,33 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """How to find and read a benchmark.
+    """How to find and read a benchmark."""
 
-    Attributes:
-        name: as users name it.
-        title: the heading of its table.
-        folder: of its files, below a folder of several benchmarks.
-        load: reads that folder; raises UserError for a damaged or partial file and FileNotFoundError for a missing one.
-        hub: the dataset repository on the Hub with the same files; empty where there is none.
-        sized: whether `load` takes `allow_subset`.
-        with_candidates: whether candidates are drawn, so that `load` takes `candidates`, lists of an earlier run.
-        in_all: whether "all" includes it.
-    """
-
-    name: str
-    title: str
-    folder: str
+    name: str  # as users name it
+    title: str  # the heading of its table
+    folder: str  # of its files, below a folder of several benchmarks
+    # Reads that folder; raises UserError for a damaged or partial file and FileNotFoundError for a missing one.
     load: Callable[..., Sequence[Task]]
-    hub: str = ""
-    sized: bool = True
-    with_candidates: bool = False
-    in_all: bool = True
+    hub: str = ""  # the dataset repository on the Hub with the same files
+    sized: bool = True  # whether `load` takes `allow_subset`
+    with_candidates: bool = False  # whether candidates are drawn: `load` takes `candidates`, lists of an earlier run
+    in_all: bool = True  # whether "all" includes it
 
+
+_DRAWN: dict[str, Any] = {"hub": "code-search-net/code_search_net", "with_candidates": True}
+_load_leaky = partial(load_with_candidates, leaky=True)
+_LEAKY = "CodeSearchNet, 999 distractors, docstrings in Python code"
+_MTEB = "CodeSearchNet, MTEB's 1000 × 1000"
+_MASKED = "Code translation as retrieval, names masked"
 
 _BENCHMARKS = [
-    Benchmark(
-        "codesearchnet-999",
-        "CodeSearchNet, 999 distractors",
-        "codesearchnet",
-        load_with_candidates,
-        hub="code-search-net/code_search_net",
-        with_candidates=True,
-    ),
-    Benchmark(
-        "codesearchnet-999-leaky",
-        "CodeSearchNet, 999 distractors, docstrings in Python code",
-        "codesearchnet",
-        partial(load_with_candidates, leaky=True),
-        hub="code-search-net/code_search_net",
-        with_candidates=True,
-        in_all=False,
-    ),
-    Benchmark(
-        "codesearchnet-mteb",
-        "CodeSearchNet, MTEB's 1000 × 1000",
-        "codesearchnet-mteb",
-        load_mteb,
-        hub="mteb/CodeSearchNetRetrieval",
-    ),
+    Benchmark("codesearchnet-999", "CodeSearchNet, 999 distractors", "codesearchnet", load_with_candidates, **_DRAWN),
+    Benchmark("codesearchnet-999-leaky", _LEAKY, "codesearchnet", _load_leaky, **_DRAWN, in_all=False),
+    Benchmark("codesearchnet-mteb", _MTEB, "codesearchnet-mteb", load_mteb, hub="mteb/CodeSearchNetRetrieval"),
     Benchmark("codesearchnet-full", "CodeSearchNet, filtered, full pool", "codesearchnet-full", load_full_pool),
     Benchmark("codesearchnet-human", "CodeSearchNet, human judgements", "codesearchnet-human", load_human),
     Benchmark("translation", "Code translation as retrieval", "code-to-code-trans", load_translation),
-    Benchmark(
-        "translation-masked",
-        "Code translation as retrieval, names masked",
-        "code-to-code-trans",
-        partial(load_translation, masked=True),
-    ),
+    Benchmark("translation-masked", _MASKED, "code-to-code-trans", partial(load_translation, masked=True)),
     Benchmark("poj104", "POJ-104", "poj104", load_poj104),
     Benchmark("bigclonebench", "BigCloneBench", "bigclonebench", load_bigclonebench),
     Benchmark("advtest", "AdvTest", "advtest", load_advtest),
@@ -111,27 +84,19 @@ WITH_CANDIDATES = tuple(name for name, benchmark in BENCHMARKS.items() if benchm
 
 def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     """The names, each once; `all` means the benchmarks whose folders are in `data`."""
-    chosen: list[str] = []
-    for name in names:
-        if name == ALL:
-            if _is_on_hub(data):
-                raise UserError(
-                    "benchmark.all.on_hub", f"`{ALL}` means the benchmarks of a folder: name those of the Hub."
-                )
-            possible = [benchmark for benchmark in _BENCHMARKS if benchmark.in_all]
-            found = [one.name for one in possible if (Path(data).expanduser() / one.folder).is_dir()]
-            if not found:
-                folders = ", ".join(sorted({one.folder for one in possible}))
-                raise UserError(
-                    "benchmark.all.none", f"{data} holds no benchmark: expected at least one of the folders {folders}."
-                )
-            chosen += found
-        elif name in BENCHMARKS:
-            chosen.append(name)
-        else:
-            available = ", ".join([*BENCHMARKS, ALL])
-            raise UserError("benchmark.unknown", f"Unknown benchmark {name!r}. Available: {available}.")
-    return list(dict.fromkeys(chosen))
+    if unknown := [name for name in names if name not in (*BENCHMARKS, ALL)]:
+        available = ", ".join([*BENCHMARKS, ALL])
+        raise UserError("benchmark.unknown", f"Unknown benchmark {unknown[0]!r}. Available: {available}.")
+    if ALL not in names:
+        return list(dict.fromkeys(names))
+    if _is_on_hub(data):
+        raise UserError("benchmark.all.on_hub", f"`{ALL}` means the benchmarks of a folder: name those of the Hub.")
+    possible = {one.name: one.folder for one in _BENCHMARKS if one.in_all}
+    found = [name for name, folder in possible.items() if (Path(data).expanduser() / folder).is_dir()]
+    if not found:
+        folders = ", ".join(sorted(set(possible.values())))
+        raise UserError("benchmark.all.none", f"{data} holds no benchmark: expected one of the folders {folders}.")
+    return list(dict.fromkeys(one for name in names for one in (found if name == ALL else [name])))
 
 
 def load_benchmark(
@@ -144,14 +109,14 @@ def load_benchmark(
             `hub:OWNER/NAME` for another one with the same files.
         allow_subset: accept partial files, with a note.
         candidates: for benchmarks that draw candidates, the folder of the lists of an earlier run.
-
-    Raises:
-        UserError: a damaged or partial file, with its name, the line, and what was expected.
-        OSError: no such folder or file, or the Hub cannot be reached.
     """
     benchmark = BENCHMARKS[name]
     if _is_on_hub(data):
-        folder = _download(name, str(data).removeprefix("hub").removeprefix(":") or benchmark.hub)
+        repository = str(data).removeprefix("hub").removeprefix(":") or benchmark.hub
+        if not repository:
+            raise UserError("benchmark.not_on_hub", f"{name} is not on the Hub: name a folder or hub:OWNER/NAME.")
+        ignored = ["*train*", "*validation*"]
+        folder = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))
     else:
         inside = Path(data).expanduser() / benchmark.folder
         folder = inside if inside.is_dir() else Path(data).expanduser()
@@ -165,15 +130,3 @@ def load_benchmark(
 
 def _is_on_hub(data: str | Path) -> bool:
     return str(data) == "hub" or str(data).startswith("hub:")
-
-
-def _download(name: str, repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    if not repository:
-        raise UserError(
-            "benchmark.not_on_hub",
-            f"{name} is not on the Hub as its authors publish it: name a folder, or hub:OWNER/NAME.",
-        )
-    ignored = ["*train*", "*validation*"]
-    return Path(snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from modular_star_encoder.evaluation.benchmarks.rows import (
     check_size,
     check_unique,
     find_files,
+    joined_tokens,
     read_json,
     read_jsonl,
     read_lines,
@@ -44,8 +45,8 @@ from modular_star_encoder.evaluation.tasks import (
     Pool,
     RetrievalRow,
     RetrievalTask,
-    full_pool_task,
     pairs_task,
+    ranking_task,
 )
 from modular_star_encoder.inference.encoders import Text
 from modular_star_encoder.utils.errors import UserError
@@ -79,12 +80,7 @@ def _each_language(
 
 
 def load_with_candidates(
-    folder: Path,
-    *,
-    leaky: bool = False,
-    candidates: Path | None = None,
-    allow_subset: bool = False,
-    seed: int = 0,
+    folder: Path, *, leaky: bool = False, candidates: Path | None = None, allow_subset: bool = False, seed: int = 0
 ) -> list[RetrievalTask]:
     """One task for each language whose test file is there: each query among 1000 candidates drawn at random.
 
@@ -107,9 +103,8 @@ def load_with_candidates(
             refuse(paths[0], None, "at least two functions", str(len(rows)))
         name = "codesearchnet-999-leaky" if leaky else "codesearchnet-999"
         task = pairs_task(name, language, rows.values(), ids=list(rows), size=POOL, seed=seed, notes=notes)
-        if candidates is None:
-            return task
-        return replace(task, pools=_read_candidates(candidates / f"{language}.json", list(rows)))
+        lists = None if candidates is None else _read_candidates(candidates / f"{language}.json", list(rows))
+        return task if lists is None else replace(task, pools=lists)
 
     def patterns(language: str) -> tuple[str, ...]:
         return language_patterns("test", language) if language == "python" or not leaky else ()
@@ -131,12 +126,18 @@ def language_patterns(split: str, language: str) -> tuple[str, ...]:
 def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> dict[str, RetrievalRow]:
     """{url: documented function} of the files of one language, in order.
 
-    Args:
-        leaky: leave the docstring in Python code, as most published values have it.
+    `leaky` leaves the docstring in Python code, as most published values have it.
     """
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
-        for number, (url, code, documentation) in enumerate(_read(path, language), start=1):
+        rows = read_table(path, {"language": str})
+        fields = ("func_code_string", "func_documentation_string", "func_code_url")
+        if "func_code_string" not in rows[0]:
+            fields = ("code", "docstring", "url")
+        for number, row in enumerate(check_rows(path, rows, dict.fromkeys(fields, str)), start=1):
+            code, documentation, url = (row[name] for name in fields)
+            if row["language"] != language:
+                refuse(path, number, f"a row of {language}", row["language"])
             if not code.strip() or not documentation.strip():
                 refuse(path, number, "code and documentation", "an empty one")
             if url in functions:
@@ -150,19 +151,6 @@ def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> 
 def query_of(documentation: str) -> str:
     """The query of a documentation string: its summary, or all of it where it begins with a tag."""
     return documentation_summary(documentation) or documentation.strip()
-
-
-def _read(path: Path, language: str) -> Iterator[tuple[str, str, str]]:
-    """(url, code, documentation) of each row, by whichever names the file uses."""
-    rows = read_table(path, {"language": str})
-    fields = ("func_code_string", "func_documentation_string", "func_code_url")
-    if "func_code_string" not in rows[0]:
-        fields = ("code", "docstring", "url")
-    for number, row in enumerate(check_rows(path, rows, dict.fromkeys(fields, str)), start=1):
-        if row["language"] != language:
-            refuse(path, number, f"a row of {language}", row["language"])
-        code, documentation, url = (row[name] for name in fields)
-        yield url, code, documentation
 
 
 def strip_docstring(code: str) -> str:
@@ -219,9 +207,7 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
     """CodeXGLUE's filtered version: one task for each language whose folder is there, all of its code as candidates."""
 
     def load(language: str) -> RetrievalTask:
-        (test, *_), (codebase, *_) = (
-            require_files(folder / language, [f"{name}.jsonl*"]) for name in ("test", "codebase")
-        )
+        test, codebase = (require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))
         queries = read_jsonl(test, {"url": str, "docstring_tokens": list})
         candidates = read_jsonl(codebase, {"url": str, "code_tokens": list})
         notes = check_size(test, len(queries), QUERIES[language], "queries", allow_subset=allow_subset)
@@ -231,16 +217,11 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
         for number, url in enumerate(urls, start=1):
             if url not in places:
                 refuse(test, number, f"a url that {codebase.name} holds", url)
-        return full_pool_task(
-            "codesearchnet-full",
-            language,
-            [Text(text) for text in joined_tokens(test, queries, "docstring_tokens")],
-            [Text(text, language) for text in joined_tokens(codebase, candidates, "code_tokens")],
-            urls,
-            Judgements.one_each([places[url] for url in urls]),
-            metrics=("mrr@1000", "recall@1", "recall@10", "ndcg@10"),
-            notes=notes,
-        )
+        texts = [Text(text) for text in joined_tokens(test, queries, "docstring_tokens")]
+        codes = [Text(text, language) for text in joined_tokens(codebase, candidates, "code_tokens")]
+        judgements = Judgements.one_each([places[url] for url in urls])
+        options: dict[str, Any] = {"metrics": ("mrr@1000", "recall@1", "recall@10", "ndcg@10"), "notes": notes}
+        return ranking_task("codesearchnet-full", language, texts, codes, urls, judgements, **options)
 
     return _each_language(folder, lambda language: (f"{language}/test.jsonl*",), load)
 
@@ -248,9 +229,7 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
 def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """Annotators' judgements: one task for each language whose functions are there.
 
-    Args:
-        folder: holds `annotationStore.csv` (also under `resources/`) and a folder of JSON lines for each language.
-        allow_subset: accept other numbers of annotations, and missing functions.
+    The folder holds `annotationStore.csv` (also under `resources/`) and a folder of JSON lines for each language.
     """
     (annotations, *_) = require_files(folder, (ANNOTATIONS, f"resources/{ANNOTATIONS}"))
     grades, count = _read_grades(annotations)
@@ -271,16 +250,12 @@ def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
             {places[url]: sum(given) / len(given) for url, given in judged.items() if url in places}
             for judged in grades[language].values()
         ]
-        return full_pool_task(
-            "codesearchnet-human",
-            language,
-            [Text(query) for query in grades[language]],
-            [Text(code, language) for code in functions.values()],
-            list(grades[language]),
-            Judgements.of(gains),
-            metrics=("ndcg-judged@300", "ndcg-full@300"),
-            notes=(f"{len(missing)} of {len(annotated)} annotated functions are missing",) if missing else (),
-        )
+        queries = [Text(query) for query in grades[language]]
+        codes = [Text(code, language) for code in functions.values()]
+        notes = (f"{len(missing)} of {len(annotated)} annotated functions are missing",) if missing else ()
+        options: dict[str, Any] = {"metrics": ("ndcg-judged@300", "ndcg-full@300"), "notes": notes}
+        ids, judgements = list(grades[language]), Judgements.of(gains)
+        return ranking_task("codesearchnet-human", language, queries, codes, ids, judgements, **options)
 
     return _each_language(folder, lambda language: (f"{language}/**/*.jsonl*",), load)
 
@@ -332,16 +307,10 @@ def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask
         for query, place in query_ids.items():
             if not any(gain > 0 for gain in gains[place].values()):
                 refuse(paths[0], None, f"a relevant document for query {query}")
-        return full_pool_task(
-            "codesearchnet-mteb",
-            language,
-            [Text(text) for text in queries],
-            [Text(text, language) for text in documents],
-            list(query_ids),
-            Judgements.of(gains),
-            metrics=("ndcg@10", "mrr", "recall@1", "recall@10"),
-            notes=notes + more_notes,
-        )
+        asked, codes = [Text(text) for text in queries], [Text(text, language) for text in documents]
+        options: dict[str, Any] = {"metrics": ("ndcg@10", "mrr", "recall@1", "recall@10"), "notes": notes + more_notes}
+        ids, judgements = list(query_ids), Judgements.of(gains)
+        return ranking_task("codesearchnet-mteb", language, asked, codes, ids, judgements, **options)
 
     return _each_language(folder, lambda language: _mteb_patterns(language, "corpus"), load)
 
@@ -360,26 +329,8 @@ def _read_mteb(
     for number, name in enumerate(ids, start=1):
         if not isinstance(name, str):
             refuse(paths[0], number, "a string as 'id' or '_id'")
-    places = check_unique(paths[0], ids, "id")
-    return (
-        [row["text"] for row in rows],
-        places,
-        check_size(paths[0], len(rows), MTEB_SIZE, what, allow_subset=allow_subset),
-    )
-
-
-def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> list[str]:
-    """For each row of `path` the tokens of the first of these fields that it has, joined by spaces."""
-    texts = []
-    for number, row in enumerate(rows, start=1):
-        name = next((name for name in names if name in row), None)
-        if name is None:
-            refuse(path, number, f"the field {' or '.join(map(repr, names))}")
-        tokens = row[name]
-        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
-            refuse(path, number, f"a list of strings as {name!r}")
-        texts.append(" ".join(tokens))
-    return texts
+    notes = check_size(paths[0], len(rows), MTEB_SIZE, what, allow_subset=allow_subset)
+    return [row["text"] for row in rows], check_unique(paths[0], ids, "id"), notes
 
 
 def load_code_folder(folder: Path, *, seed: int = 0) -> list[RetrievalTask]:

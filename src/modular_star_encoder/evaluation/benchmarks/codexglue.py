@@ -16,24 +16,25 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name
-from pygments.token import Comment, Name, String, _TokenType
+from pygments.token import Comment, Name, String
 
-from modular_star_encoder.evaluation.benchmarks.codesearchnet import joined_tokens
 from modular_star_encoder.evaluation.benchmarks.rows import (
     check_rows,
     check_size,
     check_unique,
+    joined_tokens,
     read_json,
     read_jsonl,
     read_lines,
     refuse,
     require_files,
 )
-from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, full_pool_task
+from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, ranking_task
 from modular_star_encoder.inference.encoders import Text
 from modular_star_encoder.utils.errors import UserError
 
@@ -64,23 +65,15 @@ def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalT
     ids = check_unique(path, [row["idx"] for row in rows], "idx")
     notes = check_size(path, len(rows), ADVTEST_ROWS, "rows", allow_subset=allow_subset)
     codes = joined_tokens(path, rows, "function_tokens", "code_tokens")
-    return [
-        full_pool_task(
-            "advtest",
-            "test",
-            [Text(text) for text in joined_tokens(path, rows, "docstring_tokens")],
-            [Text(code, "python") for code in codes],
-            [str(name) for name in ids],
-            notes=notes,
-        )
-    ]
+    queries = [Text(text) for text in joined_tokens(path, rows, "docstring_tokens")]
+    documents = [Text(code, "python") for code in codes]
+    return [ranking_task("advtest", "test", queries, documents, [str(name) for name in ids], notes=notes)]
 
 
 def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """The one task: web queries → code."""
-    (base, *_), (test, *_) = (
-        require_files(folder, [name]) for name in ("code_idx_map.txt", "cosqa-retrieval-test-500.json")
-    )
+    names = ("code_idx_map.txt", "cosqa-retrieval-test-500.json")
+    base, test = (require_files(folder, [name])[0] for name in names)
     codes = read_json(base)
     if not isinstance(codes, dict) or not codes or not all(isinstance(number, int) for number in codes.values()):
         refuse(base, 1, "an object from code to whole numbers")
@@ -91,25 +84,13 @@ def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
     for number, row in enumerate(rows, start=1):
         if row["retrieval_idx"] not in places:
             refuse(test, number, f"a retrieval_idx that {base.name} holds", str(row["retrieval_idx"]))
-    return [
-        full_pool_task(
-            "cosqa",
-            "test",
-            [Text(row["doc"]) for row in rows],
-            [Text(code, "python") for code in codes],
-            [row["idx"] for row in rows],
-            Judgements.one_each([places[row["retrieval_idx"]] for row in rows]),
-            notes=notes,
-        )
-    ]
+    queries, documents = [Text(row["doc"]) for row in rows], [Text(code, "python") for code in codes]
+    judgements = Judgements.one_each([places[row["retrieval_idx"]] for row in rows])
+    return [ranking_task("cosqa", "test", queries, documents, [row["idx"] for row in rows], judgements, notes=notes)]
 
 
 def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Java → C# and C# → Java.
-
-    Args:
-        masked: replace names (see `mask_names`).
-    """
+    """Java → C# and C# → Java; `masked` replaces names (see `mask_names`)."""
     (first, *_), (second, *_) = (require_files(folder, [f"test.java-cs.txt.{ending}"]) for ending in ("java", "cs"))
     texts = {"java": _read_translation(first, "java", masked), "c#": _read_translation(second, "c#", masked)}
     size = len(texts["java"])
@@ -118,7 +99,7 @@ def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool =
         refuse(second, None, f"{size:,} lines, as in {first.name}", f"{len(texts['c#']):,}")
     name, ids = "translation-masked" if masked else "translation", [f"line {number}" for number in range(1, size + 1)]
     return [
-        full_pool_task(name, f"{source} → {target}", texts[source], texts[target], ids, notes=notes)
+        ranking_task(name, f"{source} → {target}", texts[source], texts[target], ids, notes=notes)
         for source, target in (("java", "c#"), ("c#", "java"))
     ]
 
@@ -141,7 +122,12 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
         check_unique(path, names, "index")
     else:
         path = folder / "ProgramData"
-        labels, names, codes = _read_programs(path)
+        files = [(str(problem), file) for problem in POJ_PROBLEMS for file in sorted(path.glob(f"{problem}/*.txt"))]
+        labels, names = [label for label, _ in files], [f"{label}/{file.name}" for label, file in files]
+        codes = ["\n".join(line for _, line in read_lines(file, encoding="latin-1")) for _, file in files]
+        for (_, file), code in zip(files, codes, strict=True):
+            if not code.strip():
+                refuse(file, 1, "a program", "an empty file")
     sizes = {label: labels.count(label) for label in dict.fromkeys(labels)}
     if unknown := [label for label in sizes if label not in map(str, POJ_PROBLEMS)]:
         expected = f"a label from {POJ_PROBLEMS[0]} to {POJ_PROBLEMS[-1]}"
@@ -150,36 +136,15 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
     notes = check_size(path, len(labels), expected_size, "programs", allow_subset=allow_subset)
     if len(set(sizes.values())) > 1 or min(sizes.values()) < 2 or len(sizes) < 2:
         refuse(path, None, "as many programs, two or more, of each of several problems", f"{sizes}")
-    texts = [Text(code, "c++") for code in codes]
-    metrics = ("map@r", "mrr", "recall@10")
-    return [
-        full_pool_task(
-            "poj104", "test", texts, texts, names, same_label(labels), metrics=metrics, exclude_self=True, notes=notes
-        )
-    ]
-
-
-def same_label(labels: list[str]) -> Judgements:
-    """Every other text with the same label is relevant."""
+    # Every other text with the same label is relevant.
     _, numbers = np.unique(labels, return_inverse=True)
     members = [np.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
     documents = [members[number][members[number] != row] for row, number in enumerate(numbers)]
     query = np.repeat(np.arange(len(labels)), [len(found) for found in documents])
-    return Judgements(query, np.concatenate(documents), np.ones(len(query)))
-
-
-def _read_programs(folder: Path) -> tuple[list[str], list[str], list[str]]:
-    """Labels, names and codes, from a folder per problem."""
-    labels, names, codes = [], [], []
-    for problem in POJ_PROBLEMS:
-        for path in sorted((folder / str(problem)).glob("*.txt")):
-            code = "\n".join(line for _, line in read_lines(path, encoding="latin-1"))
-            if not code.strip():
-                refuse(path, 1, "a program", "an empty file")
-            labels.append(str(problem))
-            names.append(f"{problem}/{path.name}")
-            codes.append(code)
-    return labels, names, codes
+    judgements = Judgements(query, np.concatenate(documents), np.ones(len(query)))
+    texts = [Text(code, "c++") for code in codes]
+    options: dict[str, Any] = {"metrics": ("map@r", "mrr", "recall@10"), "exclude_self": True, "notes": notes}
+    return [ranking_task("poj104", "test", texts, texts, names, judgements, **options)]
 
 
 def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[PairTask]:
@@ -189,18 +154,9 @@ def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[Pair
     places = check_unique(functions, [str(row["idx"]) for row in rows], "idx")
     valid_pairs, valid_labels, notes = _read_bigclonebench(valid, places, allow_subset)
     pairs, labels, more_notes = _read_bigclonebench(test, places, allow_subset)
-    return [
-        PairTask(
-            benchmark="bigclonebench",
-            name="test",
-            documents=[Text(row["func"], "java") for row in rows],
-            valid_pairs=valid_pairs,
-            valid_labels=valid_labels,
-            pairs=pairs,
-            labels=labels,
-            notes=("threshold chosen on the validation pairs", *notes, *more_notes),
-        )
-    ]
+    texts = [Text(row["func"], "java") for row in rows]
+    notes = ("threshold chosen on the validation pairs", *notes, *more_notes)
+    return [PairTask("bigclonebench", "test", texts, valid_pairs, valid_labels, pairs, labels, notes=notes)]
 
 
 def _read_bigclonebench(
@@ -227,10 +183,7 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
     """Text → code: a task for each language. Code → code: one for each ordered pair of languages.
 
     The candidates of a task are the exercises that both sides have; tables average over the languages of queries.
-
-    Args:
-        from_code: code → code.
-        masked: replace names in code (see `mask_names`).
+    `masked` replaces names in code (see `mask_names`).
     """
     (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
     exercises = _read_exercism(path, masked)
@@ -245,7 +198,7 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
         if len(shared) > 1:
             queries, documents = ([exercises[slug][side] for slug in shared] for side in (source, target))
             name = f"{source} → {target}"
-            tasks.append(full_pool_task(benchmark, name, queries, documents, shared, column=f"→ {target}"))
+            tasks.append(ranking_task(benchmark, name, queries, documents, shared, column=f"→ {target}"))
     return tasks or refuse(path, None, "two exercises that are solved in the same languages")
 
 
@@ -269,9 +222,7 @@ def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
 def mask_names(code: str, language: str) -> str:
     """The code with every identifier replaced by `name1`, `name2`, … in the order of their first appearance.
 
-    Args:
-        code: a snippet or a file.
-        language: any name that Pygments knows, such as "python", "c++", "c#".
+    `language` is any name that Pygments knows, such as "python", "c++", "c#".
     """
     names: dict[str, str] = {}
 
@@ -285,13 +236,10 @@ def mask_names(code: str, language: str) -> str:
         elif kind in Comment.Preproc:
             pieces.append(_WORD.sub(lambda m: m[0] if _DIRECTIVES.fullmatch(m[0]) else placeholder(m), text))
         elif kind in Comment.PreprocFile or (kind not in Comment and kind not in String.Doc):
-            pieces.append(_WORD.sub(placeholder, text) if _is_name(kind) else text)
+            is_name = kind in String.Symbol or (kind in Name and not any(kind in kept for kept in _KEPT))
+            pieces.append(_WORD.sub(placeholder, text) if is_name else text)
     lines = [line.rstrip() for line in "".join(pieces).split("\n")]
     return "\n".join(line for line in lines if line)
-
-
-def _is_name(kind: _TokenType) -> bool:
-    return kind in String.Symbol or (kind in Name and not any(kind in kept for kept in _KEPT))
 
 
 @lru_cache
@@ -300,6 +248,4 @@ def _lexer(language: str) -> Lexer:
     try:
         return get_lexer_by_name(language, stripnl=False, ensurenl=False, **options)
     except ValueError:
-        raise UserError(
-            "benchmark.masking.language", f"Pygments has no lexer for {language!r} to mask its names."
-        ) from None
+        raise UserError("benchmark.masking.language", f"Pygments has no lexer for {language!r}.") from None

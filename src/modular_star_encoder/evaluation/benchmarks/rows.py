@@ -59,15 +59,15 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
 
 def read_jsonl(path: Path, fields: Fields) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object per line."""
-    rows = []
+    rows, expected = [], f"a JSON object with {_listed(fields)}"
     for number, line in read_lines(path):
         try:
             row = json.loads(line)
         except ValueError:
-            refuse(path, number, f"a JSON object with {_listed(fields)}", repr(line[:40]))
+            refuse(path, number, expected, repr(line[:40]))
         _check_unicode(path, number, line, row)
         rows.append(_checked(path, number, row, fields))
-    return rows or refuse(path, 1, f"a JSON object with {_listed(fields)}", "an empty file")
+    return rows or refuse(path, 1, expected, "an empty file")
 
 
 def read_json(path: Path) -> Any:
@@ -100,6 +100,20 @@ def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
     except (pyarrow.ArrowException, OSError) as error:
         refuse(path, None, "a Parquet file", " ".join(str(error).split())[:120])
     return check_rows(path, rows, fields)
+
+
+def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> list[str]:
+    """For each row of `path` the tokens of the first of these fields that it has, joined by spaces."""
+    texts = []
+    for number, row in enumerate(rows, start=1):
+        name = next((name for name in names if name in row), None)
+        if name is None:
+            refuse(path, number, f"the field {' or '.join(map(repr, names))}")
+        tokens = row[name]
+        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+            refuse(path, number, f"a list of strings as {name!r}")
+        texts.append(" ".join(tokens))
+    return texts
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:

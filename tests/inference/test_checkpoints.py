@@ -1,7 +1,6 @@
-"""Slices: the exit of the full model, bit for bit, by every way of loading."""
+"""Loading, and slices: the exit of the full model, bit for bit, by every way of loading."""
 
 import json
-import re
 import shutil
 
 import numpy as np
@@ -12,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
-import modular_star_encoder.cli.main as cli
 from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.hub.onnx_folder import checkpoint_prompts
 from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
-from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint, slice_checkpoint
-from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
+from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint, slice_checkpoint
+from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderModel
 from modular_star_encoder.utils.files import staged_folder
 from tests.errors import raises
 from tests.hub.test_cached_repository import REPOSITORY, cache_repository
@@ -130,55 +129,66 @@ def test_wrong_input_writes_nothing(checkpoint, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-@pytest.mark.parametrize(
-    ("config", "sentence"),
-    [
-        ({"model_type": "bert", "architectures": ["BertModel"]}, "holds a model of type 'bert', not a Modular"),
-        ({"exit_norm": "lst"}, r"cannot be loaded: .*'exit_norm'.*\('last', 'all', 'none'\), got lst"),
-        ({}, "cannot be loaded: .*deserializing"),
-    ],
-)
-def test_a_damaged_or_foreign_checkpoint_is_one_sentence(checkpoint, tmp_path, config, sentence, capsys):
-    copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | config))
-    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
-    assert cli.main(["slice", str(copy), "--exit-layer", "2", str(tmp_path / "slice")]) == 2
-    assert re.search(f"mose: error: {copy} {sentence}", capsys.readouterr().err)
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+def change_tensors(folder, drop=(), **added):
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if not name.startswith(tuple(drop))}
+    save_file(kept | added, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def without_a_tensor(folder):
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    del tensors["projection_heads.2.dense.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def with_a_tensor_too_many(folder):
-    tensors = load_file(folder / "model.safetensors") | {"model.layers.4.mlp.c_fc.bias": torch.ones(2)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def of_another_class(folder):
+def change_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["TheirModel"]}))
+    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-@pytest.mark.parametrize(
-    ("damage", "key", "values"),
-    [
-        (without_a_tensor, "checkpoint.tensors", ("1 tensors are missing", "projection_heads.2.dense.weight")),
-        (with_a_tensor_too_many, "checkpoint.tensors", ("1 tensors are too many", "model.layers.4.mlp.c_fc.bias")),
-        (lambda folder: (folder / "tokenizer.json").write_text('{"version"'), "checkpoint.tokenizer", ("copy",)),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "checkpoint.tokenizer", ("copy",)),
-        (of_another_class, "checkpoint.other_class", ("TheirModel",)),
-    ],
-)
-def test_a_damaged_checkpoint_is_not_sliced(checkpoint, tmp_path, damage, key, values):
-    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def change(**changes):
+    return lambda folder: change_config(folder, **changes)
+
+
+HEAD, LAYER = "projection_heads.2.", "model.layers.4.mlp.c_fc.bias"
+DAMAGES = [
+    (write("model.safetensors", "not a tensor"), "damaged", ""),
+    (lambda folder: change_tensors(folder, drop=[HEAD]), "tensors", f"4 tensors are missing from {{}}, such as {HEAD}"),
+    (
+        lambda folder: change_tensors(folder, **{LAYER: torch.ones(2)}),
+        "tensors",
+        f"1 tensors are too many in {{}}, such as {LAYER}",
+    ),
+    (change(vocab_size=500), "shapes", ""),
+    (change(num_hidden_layers=2, exit_layers=[1, 2]), "tensors", "too many in"),
+    (change(exit_layers=[2, 1]), "damaged", "ascending"),
+    (change(exit_norm="lst"), "damaged", "exit_norm 'lst' must be one of last, all, none"),
+    (change(model_type="bert"), "other_model", "'bert'"),
+    (write("tokenizer.json", "{}"), "tokenizer", ""),
+    (write("tokenizer_config.json", '{"a": "b'), "tokenizer", ""),
+]
+
+
+@pytest.mark.parametrize(("damage", "fault", "value"), DAMAGES)
+@pytest.mark.parametrize("use", [load_checkpoint, lambda copy: slice_checkpoint(copy, 2, copy.parent / "slice")])
+def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_written(copy, damage, fault, value, use):
     damage(copy)
-    with raises(key, *values):
+    with raises(f"checkpoint.{fault}", copy, value.format(copy)) as error:
+        use(copy)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_exits_above_a_missing_head_are_loaded_without_it(copy):
+    change_tensors(copy, drop=[HEAD])
+    assert load_checkpoint(copy, exit_layer=1)[0].config.num_hidden_layers == 1
+
+
+def test_a_model_of_another_class_or_without_a_tokenizer_is_not_sliced(copy, tmp_path):
+    (copy / "tokenizer.json").unlink()
+    with raises("checkpoint.tokenizer", copy):
         slice_checkpoint(copy, 2, tmp_path / "slice")
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    change_config(copy, architectures=["TheirModel"])
+    with raises("checkpoint.other_class", "TheirModel"):
+        slice_checkpoint(copy, 2, tmp_path / "slice")
 
 
 def test_a_slice_of_a_repository_is_a_sentence_transformer_too(checkpoint, tmp_path, monkeypatch):
@@ -206,7 +216,7 @@ def test_a_tilde_is_the_home_folder(checkpoint, tmp_path, monkeypatch):
 
 def test_a_folder_that_is_taken_is_left_alone(checkpoint, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="already exists"):
+    with raises("files.folder.not_empty", tmp_path):
         slice_checkpoint(checkpoint, 2, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -236,3 +246,68 @@ def test_a_published_checkpoint_is_sliced_into_our_layout(tmp_path):
         expected = full(**batch, exit_layer=exit_layer).sentence_embedding
         found = AutoModel.from_pretrained(sliced, dtype=torch.float32)(**batch).sentence_embedding
     assert torch.equal(found, expected)
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def test_a_loaded_checkpoint_embeds_as_the_saved_model_did(checkpoint):
+    model, tokenizer = load_checkpoint(checkpoint, device="cpu")
+    assert not model.training
+    expected = encode_exits(tiny_model(), tiny_tokenizer(), ["return x"], progress=False)
+    loaded = encode_exits(model, tokenizer, ["return x"], progress=False)
+    assert all(np.array_equal(loaded[exit_layer], expected[exit_layer]) for exit_layer in expected)
+
+
+def test_only_the_layers_up_to_the_exit_are_loaded(copy):
+    model, _ = load_checkpoint(str(copy), exit_layer=2)
+    assert model.config.num_hidden_layers == 2
+    assert list(model.config.exit_layers) == [1, 2]
+
+
+def test_an_unknown_exit_lists_those_that_exist(copy):
+    with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
+        load_checkpoint(copy, exit_layer=3)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    for path in (tmp_path / "no", str(tmp_path / "no"), "./no-such-folder", "no-such-folder"):
+        with pytest.raises(FileNotFoundError, match=r"There is no checkpoint folder .*no"):
+            load_checkpoint(path)
+
+
+def test_a_file_is_not_a_checkpoint(copy):
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        load_checkpoint(copy / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("config.json", "has no config.json"),
+        ("model.safetensors", "no weights"),
+        ("tokenizer.json", "has no tokenizer: tokenizer.json"),
+    ],
+)
+def test_an_incomplete_folder_says_what_is_missing(copy, name, problem):
+    (copy / name).unlink()
+    with pytest.raises(FileNotFoundError, match=problem):
+        load_checkpoint(copy)
+
+
+def test_a_model_without_projection_heads_is_an_error(tmp_path):
+    torch.manual_seed(0)
+    ModularStarEncoderModel(tiny_model().config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with raises("checkpoint.not_retrieval", tmp_path):
+        load_checkpoint(tmp_path)
+
+
+def test_a_repository_that_the_hub_does_not_give_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        OSError, match="owner/no-such-model is not a local folder and cannot be downloaded from the Hub"
+    ):
+        load_checkpoint("owner/no-such-model")
