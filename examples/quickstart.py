@@ -42,8 +42,8 @@ from modular_star_encoder.evaluation.run import evaluate_exits
 from modular_star_encoder.evaluation.tasks import RetrievalRow
 from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint, slice_checkpoint
-from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.objectives.exit_losses import InContextObjective
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.vector_store import MemoryStore
 from modular_star_encoder.training.recipes import (

@@ -24,7 +24,7 @@ from tests.errors import raises
 )
 def test_a_wrong_value_is_refused_in_one_sentence_that_names_the_setting(name, values):
     for value in values:
-        with raises("settings.value", f"{name} must be", f"not {value!r}.") as error:
+        with raises("settings.value", name) as error:
             ContrastiveSettings(**{name: value})
         assert "\n" not in str(error.value)
 

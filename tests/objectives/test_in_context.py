@@ -3,7 +3,7 @@
 import torch
 
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives.classification import InContextObjective
+from modular_star_encoder.objectives.exit_losses import InContextObjective
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
 

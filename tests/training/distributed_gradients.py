@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives.classification import InContextObjective
+from modular_star_encoder.objectives.exit_losses import InContextObjective
 from tests.processes import leave_together
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 

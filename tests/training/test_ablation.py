@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.training import ablation as ablation_module
-from modular_star_encoder.training.ablation import AblationRecipe, ablate
-from modular_star_encoder.training.ablation_report import compare, plot_ablation, to_markdown, without_places
+from modular_star_encoder.training.ablation import AblationRecipe, ablate, compare, plot_ablation, to_markdown
 from modular_star_encoder.training.finetuning import finetune
 from modular_star_encoder.training.recipes import hub_config_folder, load_recipe
 from tests.errors import raises
@@ -243,7 +242,7 @@ def test_the_picture_has_both_series_in_a_panel_of_each_metric(tmp_path, monkeyp
 def test_reports_hold_no_places_of_this_machine(monkeypatch):
     monkeypatch.setenv("MOSE_DATA", "/srv/data")
     home = os.environ.get("HOME", "")
-    found = without_places({"a": ["/srv/data/x", 3], "b": f"{home}/y"})
+    found = ablation_module._without_places({"a": ["/srv/data/x", 3], "b": f"{home}/y"})
     assert found == {"a": ["$MOSE_DATA/x", 3], "b": "$HOME/y" if home else "/y"}
 
 

@@ -13,9 +13,8 @@ from modular_star_encoder.data.labelled_pairs import ClassificationRows, read_la
 from modular_star_encoder.evaluation.metrics import binary_scores
 from modular_star_encoder.evaluation.run import classification_scores
 from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
-from modular_star_encoder.objectives.classification import ClassificationObjective
-from modular_star_encoder.training.clone_detection import finetune_classifier
-from modular_star_encoder.training.finetuning import load_finetuning
+from modular_star_encoder.objectives.exit_losses import ClassificationObjective
+from modular_star_encoder.training.finetuning import finetune_classifier, load_finetuning
 from modular_star_encoder.training.recipes import ClassificationRecipe, hub_config_folder
 from tests.errors import raises
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model

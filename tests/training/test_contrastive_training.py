@@ -9,12 +9,10 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
-from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
-from modular_star_encoder.objectives.exit_losses import ObjectiveOutput
+from modular_star_encoder.objectives.exit_losses import InContextObjective, ObjectiveOutput
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
-from modular_star_encoder.training.runs import NonFiniteLossError
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.errors import raises
 from tests.objectives.contrastive_batches import every_option, every_side, texts, with_dropout
@@ -158,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_leaves_its_batch(tmp_path)
         return ContrastiveObjective()(model, batch, exits)
 
     trainer.objective = objective
-    with pytest.raises(NonFiniteLossError) as error:
+    with raises("training.loss.not_finite") as error:
         trainer.train()
     message = str(error.value)
     path = tmp_path / "run" / "non_finite_loss_step_2_rank_0.safetensors"

@@ -17,8 +17,7 @@ from transformers import AutoModel, TrainerCallback
 from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training.finetuning import finetune
-from modular_star_encoder.training.preflight import finetuning_preflight
+from modular_star_encoder.training.finetuning import finetune, finetuning_preflight
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_recipe
 from modular_star_encoder.training.starting_points import starting_config
 from modular_star_encoder.training.trainer import MultiExitTrainer
@@ -101,7 +100,7 @@ def test_a_column_of_hard_negatives_gives_every_pair_one_more_candidate(recipe_f
         recipe_file, tmp_path / "run", f"data.triplets={{source: {file}}}", columns, "objective.mini_batch_tokens=400"
     )
     plain, plain_estimate = run(recipe_file, tmp_path / "plain", "objective.mini_batch_tokens=400")
-    assert estimate.tokens_per_pair > 1.4 * plain_estimate.tokens_per_pair
+    assert estimate.tokens_per_row > 1.4 * plain_estimate.tokens_per_row
     # Untrained, a batch of 8 has a loss of about ln 8; half of it counts 16 candidates.
     first, plain_first = (log["log_history"][0]["clip_loss_exit_4"] for log in (with_negatives, plain))
     assert first - plain_first == pytest.approx(math.log(2) / 2, abs=0.15)
@@ -290,7 +289,7 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("identifier_rename_prob=30", "settings.value", "identifier_rename_prob"),
         ("eval_fraction=0.5", "settings.value", "0.2, not 0.5"),
         ("exit_weights=heavy", "exit_weights", "paper, uniform, linear"),
-        ("objective.logit_scale=0", "settings.value", "logit_scale must be a number above 0, not 0.0"),
+        ("objective.logit_scale=0", "settings.value", "logit_scale must be greater than 0, not 0"),
         ("objective.teechar=3", "settings.unknown", "objective: unknown setting teechar; did you mean teacher?"),
         ("objective={teacher: 3, distillation_weight: 1}", "contrastive.exit", "teacher names exit 3"),
         ("objective.pairs=[[query, document, negative]]", "training.objective.pairs", "objective.pairs"),
@@ -417,9 +416,9 @@ def test_pairs_of_code_alone_are_counted_as_such():
     text, code, both = (
         small_estimate(*kinds) for kinds in (("text → code",), ("code → code",), ("text → code", "code → code"))
     )
-    assert (text.tokens_per_pair, code.tokens_per_pair, both.tokens_per_pair) == (160, 240, 200)
-    assert both.flops_per_pair == pytest.approx((text.flops_per_pair + code.flops_per_pair) / 2)
-    assert code.flops_per_pair > 1.5 * text.flops_per_pair
+    assert (text.tokens_per_row, code.tokens_per_row, both.tokens_per_row) == (160, 240, 200)
+    assert both.flops_per_row == pytest.approx((text.flops_per_row + code.flops_per_row) / 2)
+    assert code.flops_per_row > 1.5 * text.flops_per_row
     assert "text → code           none in this data" in str(code)
     assert "code → code           20,000 groups" in str(code)
     assert "none in this data" not in str(both)

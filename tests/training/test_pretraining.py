@@ -76,7 +76,7 @@ def test_a_recipe_makes_a_checkpoint_that_loads_and_a_log_of_every_exit(recipe_f
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     assert estimate.parameters == model.num_parameters()
     assert model.config.vocab_size == len(tokenizer)
-    assert estimate.accumulation == 2
+    assert estimate.rows_per_step == 4
     training = [entry for entry in log["log_history"] if "loss" in entry]
     assert len(training) == 30
     for kind in ("mlm_loss", "icc_accuracy"):

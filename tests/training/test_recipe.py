@@ -63,7 +63,10 @@ def test_the_reference_names_every_key_with_its_type_default_and_meaning(kind):
     if kind is FinetuningRecipe:
         assert "float, default 0.05; share of each source's rows" in lines["eval_fraction"]
         assert "required; pairs of one step" in lines["batch_size"]
-        assert "str | int, default deepest; exit whose scores" in lines["objective.teacher"]
+        assert (
+            "'deepest' | 'next_deeper' | 'ensemble' | int, default deepest; exit whose scores"
+            in lines["objective.teacher"]
+        )
         assert lines["learning_rate"].endswith("required; peak of the schedule.")
         assert "default paper; weights of the exits' losses" in lines["exit_weights"]
 

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from modular_star_encoder.data.collators import PaddingCollator
 from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.objectives.exit_losses import InContextObjective
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.runs import last_checkpoint, train_to_the_end
 from modular_star_encoder.training.starting_points import add_adapters

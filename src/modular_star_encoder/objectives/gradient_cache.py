@@ -12,7 +12,7 @@ scaler's factor reach the parameters by the chain rule. The parameters' gradient
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,15 +51,6 @@ class MiniBatch:
 
         return {name: part(value) for name, value in inputs.items()}
 
-    def halves(self) -> tuple["MiniBatch", "MiniBatch"]:
-        """Two mini-batches with these rows."""
-        middle = len(self.rows) // 2
-        first, second = (
-            MiniBatch(self.side, self.rows[part], self.starts[part], self.width)
-            for part in (slice(middle), slice(middle, None))
-        )
-        return first, second
-
 
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
     """Mini-batches of at most `tokens` tokens each, the padding that is left included; a longer text goes alone.
@@ -95,7 +86,12 @@ def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
     mini_batches = list(mini_batches)
     while len(mini_batches) < count:
         place = max(range(len(mini_batches)), key=lambda index: len(mini_batches[index].rows))
-        mini_batches[place : place + 1] = mini_batches[place].halves()
+        largest = mini_batches[place]
+        middle = len(largest.rows) // 2
+        mini_batches[place : place + 1] = [
+            replace(largest, rows=largest.rows[part], starts=largest.starts[part])
+            for part in (slice(middle), slice(middle, None))
+        ]
     return mini_batches
 
 
@@ -211,7 +207,7 @@ class _Passes:
             )
         self.embed, self.sides, self.mini_batches, self.device = embed, sides, mini_batches, device
         self.autocast = _autocast_as_now(device)
-        self.random_states: list[RandomState] = []
+        self.random_states: list[list[torch.Tensor]] = []
 
     def first(self) -> tuple[torch.Tensor | None, ...]:
         """Embed without a graph; returns a stack per side, then the logit scale."""
@@ -219,7 +215,7 @@ class _Passes:
         logit_scale = None
         with torch.no_grad():
             for mini_batch in self.mini_batches:
-                self.random_states.append(RandomState(self.device))
+                self.random_states.append(_random_states(self.device))
                 side, inputs = mini_batch.side, self.sides[mini_batch.side]
                 part, logit_scale = self.embed(mini_batch.cut(inputs))
                 if side not in stacks:
@@ -232,10 +228,11 @@ class _Passes:
         *stack_gradients, scale_gradient = gradients
         by_side: dict[str, Any] = dict(zip(self.sides, stack_gradients, strict=True))
         last = len(self.mini_batches) - 1
-        for index, (mini_batch, random_state) in enumerate(zip(self.mini_batches, self.random_states, strict=True)):
+        for index, (mini_batch, states) in enumerate(zip(self.mini_batches, self.random_states, strict=True)):
             # An outer no_sync (gradient accumulation) holds for the last one too.
-            with nullcontext() if index == last else self._no_sync():
-                with torch.enable_grad(), random_state.again(), self.autocast():
+            ddp = isinstance(self.model, DistributedDataParallel) and index != last
+            with self.model.no_sync() if ddp else nullcontext():
+                with torch.enable_grad(), _replay(states, self.device), self.autocast():
                     stack, logit_scale = self.embed(mini_batch.cut(self.sides[mini_batch.side]))
                 outputs: list[Any] = [stack]
                 their_gradients = [by_side[mini_batch.side][:, mini_batch.rows]]
@@ -243,44 +240,31 @@ class _Passes:
                     outputs, their_gradients = [stack, logit_scale], [*their_gradients, scale_gradient]
                 torch.autograd.backward(outputs, their_gradients)
 
-    def _no_sync(self) -> AbstractContextManager[None]:
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
-
-
-class RandomState:
-    """The state of the random number generators that dropout on `device` draws from, now."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.states = _random_states(device)
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Go back to this state, and afterwards to the one from before."""
-        before = _random_states(self.device)
-        _set_random_states(self.device, self.states)
-        try:
-            yield
-        finally:
-            _set_random_states(self.device, before)
-
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(*_generator(device)))
-    return states
+    """States of the generators that dropout on `device` draws from; MPS has one generator, which takes no device."""
+    if device.type == "cpu":
+        return [torch.get_rng_state()]
+    place = () if device.type == "mps" else (device,)
+    return [torch.get_rng_state(), torch.get_device_module(device).get_rng_state(*place)]
 
 
-def _set_random_states(device: torch.device, states: list[torch.Tensor]) -> None:
+def _set_random_states(states: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[1], *_generator(device))
+        place = () if device.type == "mps" else (device,)
+        torch.get_device_module(device).set_rng_state(states[1], *place)
 
 
-def _generator(device: torch.device) -> tuple[torch.device, ...]:
-    """Arguments that name the device's generator; MPS has one only, and takes none."""
-    return () if device.type == "mps" else (device,)
+@contextmanager
+def _replay(states: list[torch.Tensor], device: torch.device) -> Iterator[None]:
+    """Draw from these states inside, and continue from the present ones afterwards."""
+    before = _random_states(device)
+    _set_random_states(states, device)
+    try:
+        yield
+    finally:
+        _set_random_states(before, device)
 
 
 def _autocast_as_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

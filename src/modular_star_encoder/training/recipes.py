@@ -3,6 +3,7 @@
 Every key of `MultiExitTrainingArguments`, and so of `transformers.TrainingArguments`, is a key of each recipe.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -76,8 +77,11 @@ class TrainingSettings:
         "dataloader_num_workers": 0,
         "seed": 0,
         "exit_weights": "paper",
-        **dict.fromkeys(("normalize_exit_weights", "rotate_shallow_exits", "log_gradient_norms"), False),
-        **dict.fromkeys(("milestones", "fractions"), ()),
+        "normalize_exit_weights": False,
+        "rotate_shallow_exits": False,
+        "log_gradient_norms": False,
+        "milestones": (),
+        "fractions": (),
     }
     REQUIRED: ClassVar[tuple[str, ...]] = ("max_steps", "learning_rate")
     OPEN_KEYS: ClassVar[tuple[str, type]] = ("training", MultiExitTrainingArguments)
@@ -153,12 +157,12 @@ class TrainingSettings:
             UserError: the recipe sets an argument that other settings decide (`training.arguments.decided`), or a value
                 that `TrainingArguments` does not take (`training.arguments.value`).
         """
-        decided |= {
-            "output_dir": os.fspath(folder),
-            "per_device_train_batch_size": rows_per_device,
-            "per_device_eval_batch_size": rows_per_device,
-            "auto_find_batch_size": False,
-        }
+        decided |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), rows_per_device)
+        decided |= {"output_dir": os.fspath(folder), "auto_find_batch_size": False}
+        if twice := sorted(set(self.training) & set(decided)):
+            raise UserError(
+                "training.arguments.decided", f"Leave out {', '.join(twice)}: other settings of the recipe decide it."
+            )
         defaults: dict[str, Any] = {
             "eval_strategy": "steps",
             "bf16": bf16_is_faster(),
@@ -166,10 +170,6 @@ class TrainingSettings:
             "disable_tqdm": not progress,
             "report_to": "none",
         }
-        if twice := sorted(set(self.training) & set(decided)):
-            raise UserError(
-                "training.arguments.decided", f"Leave out {', '.join(twice)}: other settings of the recipe decide it."
-            )
         try:
             return MultiExitTrainingArguments(**(defaults | decided | dict(self.training)))
         except UserError:
@@ -270,19 +270,9 @@ class PretrainingRecipe(TrainingRecipe):
     eval_rows: Count = 512
 
     def accumulation(self, processes: int) -> int:
-        """Batches of gradients to accumulate on each of `processes` devices.
-
-        Raises:
-            UserError: `tokens_per_step` is not a whole number of batches over the processes.
-        """
-        batch = self.rows_per_device * self.max_tokens * processes
-        if self.tokens_per_step % batch:
-            raise UserError(
-                "training.tokens_per_step.multiple",
-                f"tokens_per_step {self.tokens_per_step} must be a multiple of rows_per_device × max_tokens × "
-                f"processes = {self.rows_per_device} × {self.max_tokens} × {processes} = {batch}.",
-            )
-        return self.tokens_per_step // batch
+        """Batches of gradients to accumulate on each of `processes` devices."""
+        batch = {"rows_per_device": self.rows_per_device, "max_tokens": self.max_tokens, "processes": processes}
+        return _quotient("tokens_per_step", self.tokens_per_step, batch)
 
 
 @settings_class
@@ -343,31 +333,24 @@ class FinetuningRecipe(StartingRecipe):
         super().__post_init__()
         default = ContrastiveSettings().pairs
         pairs = (("query", "document", "negative"),) if have_negatives(self.data) else default
-        if tuple(map(tuple, self.objective.pairs)) not in (default, pairs):
+        if self.objective.pairs not in (default, pairs):
             raise UserError(
                 "training.objective.pairs", "Leave out objective.pairs: the data decides whether there are negatives."
             )
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
-        if self.training["log_gradient_norms"] and self.objective.mini_batch_tokens is not None:
-            raise UserError(
-                "training.log_gradient_norms.cached",
-                "log_gradient_norms does not work with objective.mini_batch_tokens, which keeps no graph; "
-                "switch one of them off.",
-            )
+
+    def rows(self) -> dict[str, Any]:
+        """Arguments of `prepare_retrieval_data`."""
+        names = ("eval_fraction", "seed", "max_train_samples")
+        return {"settings": self.data} | {name: getattr(self, name) for name in names}
+
+    def lengths(self) -> dict[str, int]:
+        """`max_text_tokens` and `max_code_tokens`."""
+        return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
 
     def pairs_per_device(self, processes: int) -> int:
-        """Pairs of one step on each of `processes` devices.
-
-        Raises:
-            UserError: `batch_size` is not as many pairs, an even number, on each.
-        """
-        if self.batch_size % (2 * processes):
-            raise UserError(
-                "training.batch_size.multiple",
-                f"batch_size {self.batch_size} must be a multiple of 2 × processes = {2 * processes}: each process "
-                "takes as many pairs, half of them text → code.",
-            )
-        return self.batch_size // processes
+        """Pairs of one step on each of `processes` devices, an even number: half of them are text → code."""
+        return 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
 
 
 @settings_class
@@ -390,19 +373,35 @@ class ClassificationRecipe(StartingRecipe):
     max_eval_samples: Count | None = None
 
     def accumulation(self, processes: int) -> tuple[int, int]:
-        """Pairs in memory at once on each of `processes` devices, and batches of gradients to accumulate.
-
-        Raises:
-            UserError: `batch_size` is not a whole number of batches over the processes.
-        """
+        """Pairs in memory at once on each of `processes` devices, and batches of gradients to accumulate."""
         rows = self.pairs_per_device or max(1, self.batch_size // processes)
-        if self.batch_size % (rows * processes):
-            raise UserError(
-                "training.batch_size.multiple",
-                f"batch_size {self.batch_size} must be a multiple of pairs_per_device × processes = {rows} × "
-                f"{processes}.",
-            )
-        return rows, self.batch_size // (rows * processes)
+        return rows, _quotient("batch_size", self.batch_size, {"pairs_per_device": rows, "processes": processes})
+
+
+def _quotient(name: str, total: int, factors: Mapping[str, int]) -> int:
+    """How often a product is in the total.
+
+    Raises:
+        UserError: not a whole number of times (`training.batch_size.multiple`, `training.tokens_per_step.multiple`).
+    """
+    product = math.prod(factors.values())
+    if total % product:
+        numbers = " × ".join(map(str, factors.values()))
+        raise UserError(
+            f"training.{name}.multiple",
+            f"{name} {total} must be a multiple of {' × '.join(factors)} = {numbers} = {product}.",
+        )
+    return total // product
+
+
+def check_length(config: ModularStarEncoderConfig, **lengths: int) -> None:
+    """Raise UserError if a setting for the longest text is above the model's `max_position_embeddings`."""
+    longest = config.max_position_embeddings
+    if too_long := [f"{name} {length}" for name, length in lengths.items() if length > longest]:
+        raise UserError(
+            "training.length.too_long",
+            f"{', '.join(too_long)} must be at most the model's max_position_embeddings {longest}.",
+        )
 
 
 AnyRecipe = TypeVar("AnyRecipe")

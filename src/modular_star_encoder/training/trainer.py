@@ -1,12 +1,14 @@
 """`MultiExitTrainer`, the one subclass of `Trainer`: any objective, one loss per exit, each of them logged."""
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -15,8 +17,8 @@ from transformers.utils import logging
 
 from modular_star_encoder.objectives.exit_losses import Objective, exit_weights
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
-from modular_star_encoder.training.runs import stop_for_non_finite_loss
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import staged_file, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -81,33 +83,17 @@ class MultiExitTrainer(Trainer):
         evaluator: ExitEvaluator | None = None,
         **kwargs: Any,
     ) -> None:
-        own = args if isinstance(args, MultiExitTrainingArguments) else None
         args.remove_unused_columns = False
         self.evaluator = evaluator
         if evaluator is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # `Trainer` would not evaluate without one
-        self.rotate_shallow_exits = own is not None and own.rotate_shallow_exits
-        self.log_gradient_norms = own is not None and own.log_gradient_norms
-        self.schedule = own.schedule if own is not None else None
+        self.rotate_shallow_exits = _option(args, "rotate_shallow_exits")
+        self.log_gradient_norms = _option(args, "log_gradient_norms")
+        self.schedule = getattr(args, "schedule", None)
         self.objective: Objective = objective
         config: Any = model.config
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
-        if hasattr(objective, "check"):
-            objective.check(self.exit_layers, config.projection_size)
-        if self.rotate_shallow_exits and hasattr(objective, "check_rotation"):
-            objective.check_rotation(self.exit_layers)
-        if self.log_gradient_norms and getattr(objective, "caches_gradients", False):
-            raise UserError(
-                "training.log_gradient_norms.cached",
-                "log_gradient_norms needs a graph down to the trunk and does not work with mini_batch_tokens; "
-                "switch one of them off.",
-            )
-        self.exit_weights = exit_weights(
-            own.exit_weights if own is not None else "paper",
-            self.exit_layers,
-            config.parent_num_hidden_layers,
-            normalize=own is not None and own.normalize_exit_weights,
-        )
+        self.exit_weights = check_objective(objective, args, config, self.exit_layers)
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         if self.rotate_shallow_exits and args.ddp_find_unused_parameters is None:
@@ -133,13 +119,7 @@ class MultiExitTrainer(Trainer):
             self._add("gradient_norm", exits, self._gradient_norms(weighted))
         loss = weighted.sum()
         if model.training and not torch.isfinite(loss):
-            stop_for_non_finite_loss(
-                inputs,
-                dict(zip(exits, output.losses.tolist(), strict=True)),
-                self._output_dir,
-                step=self.state.global_step + 1,
-                rank=self.args.process_index,
-            )
+            self._stop(inputs, dict(zip(exits, output.losses.tolist(), strict=True)))
         return (loss, output.metrics) if return_outputs else loss
 
     def create_scheduler(
@@ -174,6 +154,30 @@ class MultiExitTrainer(Trainer):
             return self.exit_layers, self.exit_weights
         turn = self.state.global_step % len(shallow)
         return (shallow[turn], self.exit_layers[-1]), self.exit_weights[[turn, -1]]
+
+    def _stop(self, batch: Mapping[str, Any], losses: Mapping[int, float]) -> NoReturn:
+        """Write a batch whose loss is not finite to a `.safetensors` and a `.json` file, and raise UserError."""
+        step, rank = self.state.global_step + 1, self.args.process_index
+        leaves = dict(_leaves(batch))
+        tensors = {
+            name: value.detach().cpu().contiguous() for name, value in leaves.items() if isinstance(value, torch.Tensor)
+        }
+        path = Path(self._output_dir, f"non_finite_loss_step_{step}_rank_{rank}.safetensors").absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(path) as staging:
+            save_file({name: tensor.clone() for name, tensor in tensors.items()}, staging)
+        report = {
+            "step": step,
+            "rank": rank,
+            # JSON has neither infinities nor NaN.
+            "losses": {str(exit): loss if math.isfinite(loss) else str(loss) for exit, loss in losses.items()},
+            "other_values": {name: str(value) for name, value in leaves.items() if name not in tensors},
+        }
+        write_json(path.with_suffix(".json"), report)
+        by_exit = ", ".join(f"exit {exit_layer}: {loss:g}" for exit_layer, loss in losses.items())
+        raise UserError(
+            "training.loss.not_finite", f"The loss of step {step} is not finite ({by_exit}); its batch is in {path}."
+        )
 
     def _is_logged_step(self) -> bool:
         """Whether the step in progress ends with a log line."""
@@ -262,3 +266,38 @@ class MultiExitTrainer(Trainer):
         metrics = dict(zip(self._sums, means, strict=True))
         self._sums, self._counts = {}, {}
         return metrics
+
+
+def check_objective(
+    objective: Objective, args: TrainingArguments, config: Any, exit_layers: tuple[int, ...]
+) -> torch.Tensor:
+    """The weights (E,) of the exits' losses, if objective, arguments and the model's configuration fit each other.
+
+    Raises:
+        UserError: they do not; see `MultiExitTrainer`.
+    """
+    if hasattr(objective, "check"):
+        objective.check(exit_layers, config.projection_size)
+    if _option(args, "rotate_shallow_exits") and hasattr(objective, "check_rotation"):
+        objective.check_rotation(exit_layers)
+    if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):
+        raise UserError(
+            "training.log_gradient_norms.cached",
+            "log_gradient_norms does not work with mini_batch_tokens, which keeps no graph; switch one of them off.",
+        )
+    weighting, normalize = _option(args, "exit_weights"), _option(args, "normalize_exit_weights")
+    return exit_weights(weighting, exit_layers, config.parent_num_hidden_layers, normalize=normalize)
+
+
+def _option(args: TrainingArguments, name: str) -> Any:
+    """One of our arguments; its default in a plain `TrainingArguments`."""
+    return getattr(args, name, getattr(MultiExitTrainingArguments, name))
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names (`query.input_ids`) and values of everything in nested mappings and lists."""
+    if not isinstance(value, Mapping | list | tuple):
+        yield name, value
+        return
+    for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from _leaves(part, f"{name}.{key}" if name else str(key))
