@@ -37,11 +37,7 @@ def test_only_one_rule_for_false_negatives_is_taken():
 @pytest.mark.parametrize(
     ("changes", "key", "value"),
     [
-        (
-            {"teacher": 9, "distillation_weight": 1.0},
-            "contrastive.exit",
-            "exit 9. The trained exits are 4, 18, 36",
-        ),
+        ({"teacher": 9, "distillation_weight": 1.0}, "contrastive.exit", "exit 9. The trained exits are 4, 18, 36"),
         ({"alignment_target": 27, "alignment_weight": 1.0}, "contrastive.exit", "alignment_target names exit 27"),
         ({"dimensions": {9: [64]}}, "contrastive.exit", "dimensions names exit 9"),
         ({"dimensions": [64, 2048]}, "contrastive.dimensions", "1024, not 2048"),

@@ -199,11 +199,7 @@ def test_lora_trains_adapters_and_heads_resumes_and_saves_both_ways(recipe_file,
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(recipe_file, tmp_path):
-    settings = [
-        "max_steps=2",
-        "bf16=false",
-        "config={residual_dropout: 0, attention_dropout: 0, embedding_dropout: 0}",
-    ]
+    settings = ["max_steps=2", "bf16=false", "config={residual_dropout: 0, attention_dropout: 0, embedding_dropout: 0}"]
     straight, _ = run(recipe_file, tmp_path / "one", *settings)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, "-m", "modular_star_encoder.cli.main", "finetune", str(recipe_file), *settings]
@@ -373,12 +369,7 @@ def test_the_papers_recipe_holds_its_figures():
     assert (recipe.max_steps, recipe.batch_size, recipe.max_train_samples) == (20_000, 2048, 635_404)
     assert [
         recipe.training[name] for name in ("learning_rate", "lr_scheduler_type", "warmup_steps", "exit_weights")
-    ] == [
-        1e-5,
-        "constant_with_warmup",
-        0,
-        "paper",
-    ]
+    ] == [1e-5, "constant_with_warmup", 0, "paper"]
     assert (recipe.objective.logit_scale, recipe.identifier_rename_prob) == (10.0, 0.3)
     assert recipe.max_code_tokens == 2048
 

@@ -11,7 +11,6 @@ from modular_star_encoder.training.recipes import (
     ClassificationRecipe,
     FinetuningRecipe,
     PretrainingRecipe,
-    QuickstartRecipe,
     hub_config_folder,
     load_config,
     load_recipe,

@@ -1,7 +1,7 @@
 """Contrastive fine-tuning: the symmetric CLIP loss of each exit on its own projection head."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -18,31 +18,12 @@ from modular_star_encoder.utils.errors import UserError
 SCORES_PER_CHUNK = 2**20
 
 
-@dataclass
-class ContrastiveTerms:
-    """Terms of the loss of one batch.
-
-    Args:
-        terms: name → (E,) with gradient; their sum is the loss of each exit. `clip` always; `distillation` and
-            `alignment` where they are on, multiplied by their weights.
-        metrics: name → (E,) or (), detached.
-    """
-
-    terms: dict[str, torch.Tensor]
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def losses(self) -> torch.Tensor:
-        """(E,), the sum of the terms."""
-        return torch.stack(list(self.terms.values())).sum(dim=0)
-
-
 def losses_from_embeddings(
     stacks: Mapping[str, torch.Tensor],
     exit_layers: Sequence[int],
     settings: ContrastiveSettings | None = None,
     logit_scale: torch.Tensor | float | None = None,
-) -> ContrastiveTerms:
+) -> ObjectiveOutput:
     """Symmetric cross-entropy over the similarities of a batch (CLIP, arXiv 2103.00020, figure 3), and its additions.
 
     Each anchor of this process is scored against the positives and negatives of all processes, column by column, and
@@ -56,7 +37,8 @@ def losses_from_embeddings(
         logit_scale: a learned multiplier of similarities (1,), in place of `settings.logit_scale`.
 
     Returns:
-        The terms, and the metrics `clip_loss`, `clip_accuracy` (share of anchors whose own positive is the most similar
+        The losses; the terms `clip` and, where they are on, `distillation` and `alignment`, times their weights; and
+        the metrics `clip_loss`, `clip_accuracy` (share of anchors whose own positive is the most similar
         candidate, at the largest embedding size), with several sets `clip_accuracy_{anchor}_{positive}`, and by option
         `clip_accuracy_smallest` (at the smallest size), `distillation_loss`, `alignment_loss` (without their weights),
         `masked_negatives` (share) and `logit_scale`.
@@ -97,7 +79,8 @@ def losses_from_embeddings(
     if logit_scale is not None:
         metrics["logit_scale"] = scoring.logit_scale.detach().reshape(())
     weights = {"clip": 1.0, "distillation": settings.distillation_weight, "alignment": settings.alignment_weight}
-    return ContrastiveTerms({name: weights[name] * term for name, term in terms.items()}, metrics)
+    terms = {name: weights[name] * term for name, term in terms.items()}
+    return ObjectiveOutput(torch.stack(list(terms.values())).sum(dim=0), metrics, terms)
 
 
 @dataclass(frozen=True)
@@ -327,5 +310,4 @@ class ContrastiveObjective:
 
         self.settings.check_sides({side: number_of_texts(inputs) for side, inputs in batch.items()})
         stacks, logit_scale = embed_sides(model, embed, batch, self.settings.mini_batch_tokens)
-        output = losses_from_embeddings(stacks, exit_layers, self.settings, logit_scale)
-        return ObjectiveOutput(losses=output.losses, metrics=output.metrics)
+        return losses_from_embeddings(stacks, exit_layers, self.settings, logit_scale)

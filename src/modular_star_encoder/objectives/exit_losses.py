@@ -20,10 +20,12 @@ class ObjectiveOutput:
     Args:
         losses: (E,) float32 with gradient, one loss per exit, shallowest first.
         metrics: name → (E,), or () for what belongs to no exit; detached, averaged over batches for the logs.
+        terms: name → (E,) with gradient, which add up to the losses; empty where the loss has no parts.
     """
 
     losses: torch.Tensor
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):

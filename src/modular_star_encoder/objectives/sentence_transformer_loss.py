@@ -55,8 +55,7 @@ class MultiExitContrastiveLoss(nn.Module):
         self.weighting, self.normalize_weights = weights, normalize_weights
         if self.settings.pairs != ContrastiveSettings().pairs:
             raise UserError(
-                "contrastive.pairs",
-                "Leave out pairs: the columns of the dataset are anchor, positive and negatives.",
+                "contrastive.pairs", "Leave out pairs: the columns of the dataset are anchor, positive and negatives."
             )
         config = self._encoder().config
         if config.projection_order != "project_then_pool":

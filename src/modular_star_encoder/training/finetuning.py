@@ -39,12 +39,7 @@ from modular_star_encoder.training.runs import (
     train_to_the_end,
     write_log,
 )
-from modular_star_encoder.training.starting_points import (
-    add_adapters,
-    save_trained,
-    starting_config,
-    starting_model,
-)
+from modular_star_encoder.training.starting_points import add_adapters, save_trained, starting_config, starting_model
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import build_settings, read_mapping

@@ -25,7 +25,6 @@ from modular_star_encoder.utils.settings import (
     Count,
     Int,
     Probability,
-    Seed,
     Share,
     Switch,
     check_names,
@@ -176,53 +175,6 @@ class TrainingSettings:
             raise
         except (TypeError, ValueError) as error:
             raise UserError("training.arguments.value", f"{error}") from error
-
-
-@settings_class
-class StageSettings(TrainingSettings):
-    """One stage of the quickstart.
-
-    Args:
-        batch_size: rows of one step.
-        max_tokens: longest row in tokens; None where other settings limit it.
-    """
-
-    # 0.999 as adam_beta2 would remember more steps than a short stage has.
-    DEFAULTS: ClassVar[dict[str, Any]] = TrainingSettings.DEFAULTS | {
-        "weight_decay": 0.01,
-        "adam_beta2": 0.98,
-        "adam_epsilon": 1e-8,
-        "eval_strategy": "no",
-        "dataloader_drop_last": True,
-    }
-
-    batch_size: Count
-    max_tokens: Count | None = None
-
-
-@settings_class
-class QuickstartRecipe:
-    """How a small model is pre-trained and fine-tuned in one go by `examples/quickstart.py`.
-
-    Args:
-        vocab_size: number of tokens.
-        max_query_tokens, max_document_tokens: longest description and code, prompt and special tokens included.
-        pretraining, finetuning: the two stages.
-        max_functions: number of functions to train on, drawn at random; all if None.
-        attn_implementation: attention to train with.
-        seed: seed of everything random.
-    """
-
-    EXAMPLE: ClassVar[str] = "hub_configs/quickstart/recipe.yaml"
-
-    vocab_size: Count
-    max_query_tokens: Count
-    max_document_tokens: Count
-    pretraining: StageSettings
-    finetuning: StageSettings
-    max_functions: Count | None = None
-    attn_implementation: str = "sdpa"
-    seed: Seed = 0
 
 
 @settings_class
@@ -411,7 +363,7 @@ def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: 
     """Read a recipe.
 
     Args:
-        kind: `PretrainingRecipe`, `FinetuningRecipe`, `ClassificationRecipe`, `AblationRecipe` or `QuickstartRecipe`.
+        kind: `PretrainingRecipe`, `FinetuningRecipe`, `ClassificationRecipe` or `AblationRecipe`.
         path: a YAML file.
         overrides: `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
 

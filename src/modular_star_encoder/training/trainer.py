@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -89,7 +90,6 @@ class MultiExitTrainer(Trainer):
             kwargs["eval_dataset"] = []  # `Trainer` would not evaluate without one
         self.rotate_shallow_exits = _option(args, "rotate_shallow_exits")
         self.log_gradient_norms = _option(args, "log_gradient_norms")
-        self.schedule = getattr(args, "schedule", None)
         self.objective: Objective = objective
         config: Any = model.config
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
@@ -122,14 +122,11 @@ class MultiExitTrainer(Trainer):
             self._stop(inputs, dict(zip(exits, output.losses.tolist(), strict=True)))
         return (loss, output.metrics) if return_outputs else loss
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """The schedule of `args.milestones`, or that of `args.lr_scheduler_type`."""
-        if self.schedule is not None and self.lr_scheduler is None:
-            chosen = optimizer or self.optimizer
-            assert chosen is not None  # Trainer creates the optimizer first
-            self.lr_scheduler = self.schedule.scheduler(chosen)
+        own = isinstance(self.args, MultiExitTrainingArguments) and bool(self.args.milestones)
+        if own and self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.args.rate_fraction)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
