@@ -134,7 +134,8 @@ def main(folder):
         model = pretraining_model()
         share = slice(rank * 4 // world, (rank + 1) * 4 // world)
         own = {key: tensor[share] for key, tensor in pretraining_batch().items()}
-        pretraining_loss(wrap(model), own).backward()
+        wrapped = wrap(model)  # DDP must outlive the forward pass
+        pretraining_loss(wrapped, own).backward()
         save(model, f"pretraining-{name}")
     try:
         weighted_loss(new_model(), rows(batch, 0, 2 + rank), every_option())

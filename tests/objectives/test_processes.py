@@ -46,9 +46,7 @@ def test_two_processes_give_the_gradients_of_one_through_the_loss_for_sentence_t
 def test_two_processes_give_the_gradients_of_one_in_pretraining(folder, wrapper):
     model = pretraining_model()
     pretraining_loss(model, pretraining_batch()).backward()
-    assert_same_gradients(
-        load_file(folder / f"pretraining-{wrapper}.safetensors"), gradients(model), relative=1e-6, absolute=1e-8
-    )
+    assert_same_gradients(load_file(folder / f"pretraining-{wrapper}.safetensors"), gradients(model), relative=5e-6)
 
 
 def test_batches_that_are_not_equally_large_are_refused_in_every_process(folder):
