@@ -55,12 +55,11 @@ def test_exits_that_are_trained_in_turn_learn_from_the_deepest_alone(name):
     weight = {"teacher": "distillation_weight", "alignment_target": "alignment_weight"}[name]
     for chosen in (9, "next_deeper"):
         settings = ContrastiveSettings(**{name: chosen, weight: 1.0})
-        settings.check_rotation((36,))
+        settings.check((9,), 64, rotates=True)
         with raises("contrastive.rotation", f"{name} {chosen!r}"):
-            settings.check_rotation((4, 9, 36))
-    for chosen in (36, "deepest"):
-        ContrastiveSettings(**{name: chosen, weight: 1.0}).check_rotation((4, 9, 36))
-    ContrastiveSettings(**{name: 9}).check_rotation((4, 9, 36))
+            settings.check((4, 9, 36), 64, rotates=True)
+    for values in ({name: 36, weight: 1.0}, {name: "deepest", weight: 1.0}, {name: 9}):
+        ContrastiveSettings(**values).check((4, 9, 36), 64, rotates=True)
 
 
 def test_exits_without_sizes_of_their_own_have_the_full_one():

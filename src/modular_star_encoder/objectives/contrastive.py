@@ -85,19 +85,13 @@ def losses_from_embeddings(
 
 @dataclass(frozen=True)
 class _Scoring:
-    """How the scores of a batch become losses.
-
-    Args:
-        sizes: for each exit its embedding sizes, ascending.
-        places: embedding size → places of the exits that are trained at it.
-        teacher: (E, E), row e: weights of the exits' scores in the teacher of exit e; zeros if it has none.
-    """
+    """How the scores of a batch become losses."""
 
     settings: ContrastiveSettings
     logit_scale: torch.Tensor
-    sizes: list[tuple[int, ...]]
-    places: dict[int, list[int]]
-    teacher: torch.Tensor
+    sizes: list[tuple[int, ...]]  # of the embeddings of each exit, ascending
+    places: dict[int, list[int]]  # size → places of the exits that are trained at it
+    teacher: torch.Tensor  # (E, E), row e: weights of the exits' scores in the teacher of exit e; zeros if it has none
 
     @classmethod
     def of(
@@ -273,13 +267,9 @@ class ContrastiveObjective:
         """Whether parameters get their gradients inside the loss's backward pass, and no graph leads to them."""
         return self.settings.mini_batch_tokens is not None
 
-    def check(self, exit_layers: Sequence[int], embedding_size: int) -> None:
+    def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
         """Raise UserError if the settings do not fit a model; see `ContrastiveSettings.check`."""
-        self.settings.check(exit_layers, embedding_size)
-
-    def check_rotation(self, exit_layers: Sequence[int]) -> None:
-        """Raise UserError if the settings need exits that a step lacks; see `ContrastiveSettings.check_rotation`."""
-        self.settings.check_rotation(exit_layers)
+        self.settings.check(exit_layers, embedding_size, rotates=rotates)
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
         """Losses of one batch.

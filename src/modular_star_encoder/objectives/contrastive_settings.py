@@ -96,11 +96,22 @@ class ContrastiveSettings:
         listed = self.dimensions.get(exit_layer) if isinstance(self.dimensions, Mapping) else self.dimensions
         return (embedding_size,) if listed is None else tuple(sorted(listed))
 
-    def check(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Raise UserError if an exit is not among the trained `exit_layers`, or a size is above `embedding_size`."""
+    def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
+        """Raise UserError if the settings do not fit a model.
+
+        An exit must be among the trained `exit_layers`, a size at most `embedding_size`, and where training `rotates`,
+        exits must learn from the deepest: each step has that one and one other.
+        """
         self.check_step(exit_layers, embedding_size)
         if isinstance(self.dimensions, Mapping):
             _check_exits("dimensions", self.dimensions, exit_layers)
+        chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
+        for name, weight in chosen.items() if rotates and len(exit_layers) > 1 else ():
+            if weight and getattr(self, name) not in ("deepest", exit_layers[-1]):
+                raise UserError(
+                    "contrastive.rotation",
+                    f"{name} {getattr(self, name)!r} does not work with rotate_shallow_exits; set it to deepest.",
+                )
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
         """The same for the exits of one step, which may be some of those that `dimensions` names."""
@@ -113,17 +124,6 @@ class ContrastiveSettings:
             raise UserError(
                 "contrastive.dimensions", f"dimensions must be at most the embedding's {embedding_size}, not {largest}."
             )
-
-    def check_rotation(self, exit_layers: Sequence[int]) -> None:
-        """Raise UserError if exits learn from another one than the deepest, which a step with two exits may lack."""
-        chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
-        for name, weight in chosen.items():
-            if weight and len(exit_layers) > 1 and getattr(self, name) not in ("deepest", exit_layers[-1]):
-                raise UserError(
-                    "contrastive.rotation",
-                    f"{name} {getattr(self, name)!r} does not work with rotate_shallow_exits, where each step has the "
-                    "deepest exit and one other: set deepest.",
-                )
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
         """Raise UserError if a batch, as side → number of rows, does not have the sides and equal rows of `pairs`."""
@@ -172,12 +172,7 @@ def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
     Under an averaging wrapper such as DDP, a loss of local rows against these columns has the exact gradient of the
     loss on the joint batch: the backward pass sums what every process found for a column, and needs no factor.
-
-    Args:
-        stacks: side → (E, B, D), of equal sizes in every process.
-
-    Returns:
-        side → (E, processes × B, D); the rows of process r begin at r × B.
+    (E, B, D) becomes (E, processes × B, D); the rows of process r begin at r × B.
     """
     if rank_and_count()[1] == 1:
         return dict(stacks)

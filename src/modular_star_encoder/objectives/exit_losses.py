@@ -31,10 +31,10 @@ class ObjectiveOutput:
 class Objective(Protocol):
     """A training objective: a value given to the trainer, called with the model and one batch.
 
-    It may have three more members: `check(exit_layers, embedding_size)`, which the trainer calls when it is created and
-    which raises a `UserError` if the objective does not fit the model; `check_rotation(exit_layers)`, the same where
-    each step trains the deepest exit and one other; and `caches_gradients`, true where no graph leads from the losses
-    to the parameters.
+    It may have two more members: `check(exit_layers, embedding_size, rotates=…)`, which the trainer calls when it is
+    created and which raises a `UserError` if the objective does not fit the model, or a training whose steps rotate
+    (the deepest exit and one other each); and `caches_gradients`, true where no graph leads from the losses to the
+    parameters.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:

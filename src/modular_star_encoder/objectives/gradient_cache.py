@@ -25,19 +25,12 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """Some rows of one side of a batch, without the padding that they share.
-
-    Args:
-        side: the side's name.
-        rows: (R,) places in the batch.
-        starts: (R,) first column of each row.
-        width: number of columns.
-    """
+    """Some rows of one side of a batch, without the padding that they share."""
 
     side: str
-    rows: torch.Tensor
-    starts: torch.Tensor
-    width: int
+    rows: torch.Tensor  # (R,) places in the batch
+    starts: torch.Tensor  # (R,) first column of each row
+    width: int  # columns
 
     def cut(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The model's inputs for these rows: (B, T, …) tensors become (R, width, …), and (B, …) become (R, …)."""
@@ -57,13 +50,6 @@ def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> lis
 
     Texts of a side are sorted by length, longest first, so that little padding is left and a mini-batch too large for
     the memory fails at once.
-
-    Args:
-        sides: name → `input_ids` (B, T) and `attention_mask` (B, T), with padding on either side.
-        tokens: rows times columns of a mini-batch.
-
-    Raises:
-        UserError: a side is packed into one row, or its mask is not (B, T).
     """
     mini_batches = []
     for side, inputs in sides.items():
@@ -123,17 +109,14 @@ Embed = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor | None]]
 def embed_sides(
     model: nn.Module, embed: Embed, sides: Mapping[str, Mapping[str, Any]], mini_batch_tokens: int | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Embed every side of a batch at every exit.
+    """Embed every side of a batch at every exit: side → (E, B, D), and the learned logit scale (1,) if there is one.
 
     Args:
         model: the model that `embed` calls, possibly wrapped; under DDP, gradients are synchronised in the last
             mini-batch only.
         embed: called with the inputs of one side, or of a mini-batch of it.
-        sides: name → inputs, `input_ids` and `attention_mask` (B, T).
-        mini_batch_tokens: tokens of a mini-batch; `None` embeds each side at once.
-
-    Returns:
-        side → (E, B, D), and the learned logit scale (1,) or `None`; both with gradient where it is enabled.
+        sides: name → inputs, `input_ids` and `attention_mask` (B, T), with padding on either side.
+        mini_batch_tokens: rows times columns of a mini-batch; `None` embeds each side at once.
 
     Raises:
         UserError: processes have different numbers of texts, or a side can't be cut into mini-batches.

@@ -140,13 +140,10 @@ class AblationRecipe:
         return self._recipe({}, "finetuning")
 
     def cells(self, exit_layers: Sequence[int]) -> list[AblationCell]:
-        """Every model to train, seed by seed.
-
-        Args:
-            exit_layers: exits of the model.
+        """Every model to train, seed by seed, for a model with these exits.
 
         Raises:
-            UserError: the recipe names an exit that the model does not have, or the settings of a cell are wrong.
+            UserError: the recipe names another exit, or the settings of a cell are wrong.
         """
         chosen = exit_layers if self.exit_layers is None else self.exit_layers
         if unknown := sorted(set(chosen) - set(exit_layers)):
@@ -276,12 +273,7 @@ def ablate(
 
 
 def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
-    """The tasks of the recipe's benchmarks.
-
-    Raises:
-        UserError: a benchmark that does not rank.
-        ValueError: an unknown name or a damaged file.
-    """
+    """The tasks of the recipe's benchmarks; UserError if one of them does not rank."""
     folder, found = recipe.benchmark_data or "", []
     for name in choose_benchmarks(recipe.benchmarks, folder):
         for task in load_benchmark(name, folder, allow_subset=recipe.allow_subset):

@@ -55,12 +55,12 @@ def load_finetuning(
     Arguments and errors as for `load_recipe`.
     """
     content = read_mapping(path, overrides, example=FinetuningRecipe.EXAMPLE)
+    tasks = {"retrieval": (FinetuningRecipe, finetune), "classification": (ClassificationRecipe, finetune_classifier)}
     task = content.get("task", "retrieval")
-    if task == "classification":
-        return build_settings(ClassificationRecipe, content, str(path)), finetune_classifier
-    if task == "retrieval":
-        return build_settings(FinetuningRecipe, content, str(path)), finetune
-    raise UserError("training.task", f"task must be retrieval or classification, not {task!r}.")
+    if task not in tasks:
+        raise UserError("training.task", f"task must be retrieval or classification, not {task!r}.")
+    kind, run = tasks[task]
+    return build_settings(kind, content, str(path)), run
 
 
 def finetune(

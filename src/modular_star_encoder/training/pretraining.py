@@ -149,11 +149,7 @@ def pretrain(
 
 
 def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
-    """The configuration of a recipe's `model`.
-
-    Raises:
-        UserError: it does not exist (`config.unknown`).
-    """
+    """The configuration of a recipe's `model`; UserError if there is none (`config.unknown`)."""
     return ModularStarEncoderConfig.from_pretrained(starting_source(recipe.model)[0], dtype=torch.float32)
 
 

@@ -144,13 +144,7 @@ class TrainingSettings:
     def arguments(
         self, folder: Path, rows_per_device: int, *, progress: bool, **decided: Any
     ) -> MultiExitTrainingArguments:
-        """The arguments of `MultiExitTrainer`.
-
-        Args:
-            folder: where checkpoints are written.
-            rows_per_device: rows in memory at once on each device.
-            progress: whether to show a progress bar.
-            decided: further arguments that other settings decide.
+        """The arguments of a trainer that writes checkpoints to `folder`; `decided` are not to be settings.
 
         Raises:
             UserError: the recipe sets an argument that other settings decide (`training.arguments.decided`), or a value

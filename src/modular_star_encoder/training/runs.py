@@ -98,13 +98,11 @@ def preflight(
 
     Args:
         model: may be on the meta device.
-        rows_per_step, steps, processes: of the run.
         texts: for each kind of row, all equally frequent, the mean tokens of its texts.
         tokens_in_memory: tokens on one device whose activations are kept at once.
         trained_parameters: all of the model if None.
-        passes: share of the usual passes through the layers; 4/3 where gradients are cached.
-        head_flops: of the heads on one row.
-        other_bytes: what else is kept on one device.
+        passes: of training, through the layers; 4/3 where gradients are cached.
+        head_flops, other_bytes: of the heads on one row; what else is kept on one device.
         groups: kind of pairs → number of groups; 0 where the data has none.
     """
     config = model.config

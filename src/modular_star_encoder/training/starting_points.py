@@ -128,10 +128,6 @@ def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
 
     Otherwise the first hundreds of steps go into learning them. In a small model, fine-tuning after a pre-training
     without this start was much slower than from random weights; with it, it was about as fast.
-
-    Args:
-        decoder: (features → V), with a bias.
-        token_counts: (V,) occurrences in the corpus.
     """
     counts = token_counts.to(decoder.bias) + 1
     decoder.bias.copy_((counts / counts.sum()).log())
@@ -148,17 +144,11 @@ def start_from_spellings(
     fine-tuning the quickstart's model, retrieval reached an MRR of 0.36 from this start and 0.33 with `std` 0.1;
     independent vectors reached 0.23 with 0.1 and 0.21 with the configuration's 0.018.
 
-    Each vector is drawn from N(0, std²); any two tokens with one spelling correlate by `shared`, others by 0.
-
-    Args:
-        embedding: (V, H). The vector of the padding token is left as it is.
-        spellings: V keys, such as `data.tokenizer.token_spellings` gives.
-        shared: correlation within a spelling, between 0 and 1.
-        std: standard deviation of each coordinate.
-        seed: of the random draws; the same seed gives the same vectors.
+    Each vector is drawn from N(0, std²); any two tokens with one spelling correlate by `shared`, others by 0. The
+    vector of the padding token is left as it is.
 
     Raises:
-        UserError: the number of spellings is not that of tokens, or `shared` is not between 0 and 1.
+        UserError: the number of spellings (`token_spellings`) is not that of tokens, or `shared` is not from 0 to 1.
     """
     if len(spellings) != embedding.num_embeddings or not 0 <= shared <= 1:
         raise UserError(
@@ -180,9 +170,7 @@ def start_from_spellings(
 def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> "PeftModel":
     """Freeze the trunk and give its linear layers adapters; heads stay trainable and are saved with the adapters.
 
-    Args:
-        model: a retrieval or classification model.
-        settings: of `peft.LoraConfig`, in place of rank 16, alpha 32 and all linear layers of the trunk.
+    The settings are those of `peft.LoraConfig`; by default rank 16, alpha 32 and all linear layers of the trunk.
 
     Raises:
         ImportError: peft is missing.
