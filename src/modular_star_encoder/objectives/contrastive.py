@@ -55,7 +55,7 @@ def losses_from_embeddings(
     with torch.autocast(first.device.type, enabled=False):
         stacks = {side: stack.to(torch.promote_types(stack.dtype, torch.float32)) for side, stack in stacks.items()}
         scale = settings.logit_scale if logit_scale is None else logit_scale
-        scoring = _Scoring.of(settings, exit_layers, next(iter(stacks.values())), scale)
+        scoring = _scoring(settings, exit_layers, next(iter(stacks.values())), scale)
         gathered = gather_stacks(stacks)
         sums = {pair: _pair_sums(pair, stacks, gathered, scoring) for pair in settings.pairs}
         rows = {pair: stacks[pair[0]].shape[1] for pair in settings.pairs}
@@ -93,33 +93,24 @@ class _Scoring:
     places: dict[int, list[int]]  # size → places of the exits that are trained at it
     teacher: torch.Tensor  # (E, E), row e: weights of the exits' scores in the teacher of exit e; zeros if it has none
 
-    @classmethod
-    def of(
-        cls,
-        settings: ContrastiveSettings,
-        exit_layers: Sequence[int],
-        stack: torch.Tensor,
-        logit_scale: torch.Tensor | float,
-    ) -> "_Scoring":
-        """The scoring of stacks such as this one, (E, B, D)."""
-        sizes = [settings.sizes(exit_layer, stack.shape[-1]) for exit_layer in exit_layers]
-        places: dict[int, list[int]] = {}
-        for place, of_exit in enumerate(sizes):
-            for size in of_exit:
-                places.setdefault(size, []).append(place)
-        teacher = stack.new_zeros(len(sizes), len(sizes))
-        if settings.teacher == "ensemble":
-            teacher += 1 / len(sizes)
-        elif settings.distillation_weight:
-            for pupil, place in enumerate(_places(settings.teacher, exit_layers)):
-                teacher[pupil, place] = float(pupil != place)
-        scale = torch.as_tensor(logit_scale, dtype=stack.dtype, device=stack.device)
-        return cls(settings, scale, sizes, places, teacher)
-
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """(E,) from embedding size → one value for each exit that is trained at it."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
+
+
+def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.Tensor, scale: Any) -> _Scoring:
+    """The scoring of stacks such as this one, (E, B, D)."""
+    sizes = [settings.sizes(exit_layer, stack.shape[-1]) for exit_layer in exits]
+    every_size = sorted(set().union(*sizes))
+    places = {size: [e for e, of_exit in enumerate(sizes) if size in of_exit] for size in every_size}
+    teacher = stack.new_zeros(len(sizes), len(sizes))
+    if settings.teacher == "ensemble":
+        teacher += 1 / len(sizes)
+    elif settings.distillation_weight:
+        for pupil, place in enumerate(_places(settings.teacher, exits)):
+            teacher[pupil, place] = float(pupil != place)
+    return _Scoring(settings, torch.as_tensor(scale, dtype=stack.dtype, device=stack.device), sizes, places, teacher)
 
 
 def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:

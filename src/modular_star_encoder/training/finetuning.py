@@ -27,18 +27,9 @@ from modular_star_encoder.inference.load import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.exit_losses import ClassificationObjective
+from modular_star_encoder.training import runs
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe, check_length
-from modular_star_encoder.training.runs import (
-    CHECKPOINTS,
-    MODEL,
-    Preflight,
-    open_run,
-    preflight,
-    processes_of_run,
-    train_to_the_end,
-    write_log,
-)
 from modular_star_encoder.training.starting_points import add_adapters, save_trained, starting_config, starting_model
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
@@ -69,7 +60,7 @@ def finetune(
     *,
     data: RetrievalData | None = None,
     progress: bool = True,
-    announce: Callable[[Preflight], None] = print,
+    announce: Callable[[runs.Preflight], None] = print,
 ) -> dict[str, Any]:
     """Fine-tune a model for retrieval, continuing from anything that an earlier call with this recipe left in `out`.
 
@@ -93,11 +84,13 @@ def finetune(
     Raises:
         UserError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
     """
-    out, state = Path(out), processes_of_run()
+    out, state = Path(out), runs.processes_of_run()
     objective, rows, lengths, eval_pairs = recipe.objective, recipe.rows(), recipe.lengths(), recipe.eval_pairs
     blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress)
     with state.main_process_first():
-        log = open_run(out, recipe, "fine-tuning", until_trained=("data", "eval_fraction", "max_train_samples", "seed"))
+        log = runs.open_run(
+            out, recipe, "fine-tuning", until_trained=("data", "eval_fraction", "max_train_samples", "seed")
+        )
         if log is not None:
             return log
         data = data or prepare_data(rows, out / "data", progress and state.is_main_process)
@@ -118,23 +111,23 @@ def finetune(
         eval_dataset=held_out,
         data_collator=RetrievalCollator(tokenizer),
     )
-    log = train_to_the_end(trainer, out / CHECKPOINTS, progress=progress)
+    log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
     log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "preflight": asdict(estimate)}
     model.config.unpad_inputs = blueprint.config.unpad_inputs
     save_trained(trainer, tokenizer, out, recipe)
     if state.is_main_process:
         if is_servable(model.config):
             prompts_of_files = sentence_transformer_prompts(instructions=prompts)
-            write_sentence_transformer_files(out / MODEL, model.config, prompts_of_files)
+            write_sentence_transformer_files(out / runs.MODEL, model.config, prompts_of_files)
         tasks = held_out_tasks(data.held_out, limit=eval_pairs, seed=rows["seed"])
         retrieval: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
-        retrievers = [BM25(), EmbeddingRetriever(checkpoint_encoder(out / MODEL, lengths))]
+        retrievers = [BM25(), EmbeddingRetriever(checkpoint_encoder(out / runs.MODEL, lengths))]
         for result in evaluate_tasks(tasks, retrievers, progress=progress):
             name = result.retriever if result.exit_layer is None else f"exit {result.exit_layer}"
             estimates = {metric: asdict(estimate) for metric, estimate in result.estimates.items()}
             retrieval[result.benchmark][name] = estimates
         log |= {"data": data.report, "retrieval": retrieval}
-        write_log(out, log)
+        runs.write_log(out, log)
     state.wait_for_everyone()
     return log
 
@@ -155,7 +148,7 @@ def check_recipe(
     # Batches are planned: in this order, and each of them is a whole step.
     planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
     rows = recipe.pairs_per_device(processes)
-    arguments = recipe.arguments(out / CHECKPOINTS, rows, progress=progress, **planned)
+    arguments = recipe.arguments(out / runs.CHECKPOINTS, rows, progress=progress, **planned)
     check_objective(ContrastiveObjective(recipe.objective), arguments, config, config.exit_layers)
     if not is_servable(config):
         logger.warning_once(
@@ -214,7 +207,7 @@ def finetuning_preflight(
     groups: Mapping[str, int],
     tokens: tuple[float, float],
     trained_parameters: int | None = None,
-) -> Preflight:
+) -> runs.Preflight:
     """Estimate a run; see `preflight`.
 
     Args:
@@ -227,7 +220,7 @@ def finetuning_preflight(
     kinds = {TEXT_TO_CODE: [text, code, *negatives], CODE_TO_CODE: [code, code, *negatives]}
     in_batch = sides * recipe.batch_size // processes * max(recipe.lengths().values())
     embeddings = len(model.config.exit_layers) * sides * recipe.batch_size * model.config.projection_size
-    return preflight(
+    return runs.preflight(
         model,
         rows_per_step=recipe.batch_size,
         steps=recipe.max_steps,
@@ -268,14 +261,16 @@ def finetune_classifier(
     Raises:
         UserError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
     """
-    out, state, objective = Path(out), processes_of_run(), ClassificationObjective()
+    out, state, objective = Path(out), runs.processes_of_run(), ClassificationObjective()
     config, _ = starting_config(recipe)
     check_length(config, max_tokens=recipe.max_tokens)
     rows, accumulation = recipe.accumulation(state.num_processes)
-    arguments = recipe.arguments(out / CHECKPOINTS, rows, progress=progress, gradient_accumulation_steps=accumulation)
+    arguments = recipe.arguments(
+        out / runs.CHECKPOINTS, rows, progress=progress, gradient_accumulation_steps=accumulation
+    )
     check_objective(objective, arguments, config, config.exit_layers)
     with state.main_process_first():
-        log = open_run(out, recipe, "fine-tuning a classifier", until_trained=())
+        log = runs.open_run(out, recipe, "fine-tuning a classifier", until_trained=())
         if log is not None:
             return log
     model, tokenizer = starting_model(ModularStarEncoderForSequenceClassification, recipe)
@@ -293,13 +288,13 @@ def finetune_classifier(
         eval_dataset=splits["valid"],
         data_collator=ClassificationCollator(tokenizer),
     )
-    log = train_to_the_end(trainer, out / CHECKPOINTS, progress=progress)
+    log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
     numbers = {split: len(pairs) for split, pairs in splits.items()}
     log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "pairs": numbers}
     model.config.unpad_inputs = config.unpad_inputs
     save_trained(trainer, tokenizer, out, recipe)
     if state.is_main_process:
-        saved = ModularStarEncoderForSequenceClassification.from_pretrained(out / MODEL).eval()
+        saved = ModularStarEncoderForSequenceClassification.from_pretrained(out / runs.MODEL).eval()
         saved.to("cuda" if torch.cuda.is_available() else "cpu")
         log["scores"] = {
             split: classification_scores(
@@ -308,6 +303,6 @@ def finetune_classifier(
             for split in splits
             if split != "train"
         }
-        write_log(out, log)
+        runs.write_log(out, log)
     state.wait_for_everyone()
     return log

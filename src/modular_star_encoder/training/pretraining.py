@@ -1,7 +1,7 @@
 """In-context pre-training from a recipe: corpus → tokenizer → token store → model, restartable at every stage."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,17 +18,8 @@ from modular_star_encoder.data.tokenizer import check_special_tokens, load_token
 from modular_star_encoder.evaluation.lexical import identifier_overlap_accuracy
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives.exit_losses import InContextObjective
+from modular_star_encoder.training import runs
 from modular_star_encoder.training.recipes import PretrainingRecipe, check_length
-from modular_star_encoder.training.runs import (
-    CHECKPOINTS,
-    MODEL,
-    Preflight,
-    open_run,
-    preflight,
-    processes_of_run,
-    train_to_the_end,
-    write_log,
-)
 from modular_star_encoder.training.starting_points import (
     check_vocabulary,
     start_from_spellings,
@@ -51,7 +42,7 @@ def pretrain(
     out: str | os.PathLike[str],
     *,
     progress: bool = True,
-    announce: Callable[[Preflight], None] = print,
+    announce: Callable[[runs.Preflight], None] = print,
 ) -> dict[str, Any]:
     """Pre-train a model, continuing from anything that an earlier call with this recipe left in `out`.
 
@@ -73,7 +64,7 @@ def pretrain(
     Raises:
         UserError: the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
     """
-    out, state, objective = Path(out), processes_of_run(), InContextObjective()
+    out, state, objective = Path(out), runs.processes_of_run(), InContextObjective()
     progress_here, processes = progress and state.is_main_process, state.num_processes
     source, weights = starting_source(recipe.model)
     config = model_config(recipe)
@@ -83,12 +74,18 @@ def pretrain(
         ModularStarEncoderForPreTraining(config).set_attn_implementation(recipe.attn_implementation)
     accumulation, rows_per_device = recipe.accumulation(processes), recipe.rows_per_device
     arguments = recipe.arguments(
-        out / CHECKPOINTS, rows_per_device, progress=progress, gradient_accumulation_steps=accumulation
+        out / runs.CHECKPOINTS, rows_per_device, progress=progress, gradient_accumulation_steps=accumulation
     )
     check_objective(objective, arguments, config, config.exit_layers)
-    _check_repositories(open_corpus(recipe.corpus).repositories)
+    repositories = open_corpus(recipe.corpus).repositories
+    if repositories is not None and len(repositories) < 4:  # of some corpora, only reading shows the number
+        raise UserError(
+            "training.corpus.too_few_repositories",
+            "The corpus must have two repositories to train on and two to hold out, because pairs of snippets are "
+            f"drawn from one or from two; it has {len(repositories)}: {', '.join(repositories) or 'none'}.",
+        )
     with state.main_process_first():
-        log = open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model"))
+        log = runs.open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model"))
         if log is not None:
             return log
         own = recipe.tokenizer or (source if weights else None)
@@ -130,7 +127,7 @@ def pretrain(
     trainer = MultiExitTrainer(
         model, arguments, objective, train_dataset=pairs, eval_dataset=unseen, data_collator=collator
     )
-    log = train_to_the_end(trainer, out / CHECKPOINTS, progress=progress)
+    log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
     log |= {
         "evaluation": trainer.evaluate(),
         "recipe": recipe.to_dict(),
@@ -139,12 +136,12 @@ def pretrain(
         "identifier_overlap": overlap,
         "held_out_repositories": list(held_out.repositories),
     }
-    trainer.save_model(os.fspath(out / MODEL))
+    trainer.save_model(os.fspath(out / runs.MODEL))
     if state.is_main_process:
-        tokenizer.save_pretrained(out / MODEL)
+        tokenizer.save_pretrained(out / runs.MODEL)
         if find_spec("matplotlib"):
-            plot_curves(log, out / MODEL / "curves.png")
-        write_log(out, log)
+            plot_curves(log, out / runs.MODEL / "curves.png")
+        runs.write_log(out, log)
     return log
 
 
@@ -155,11 +152,11 @@ def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
 
 def pretraining_preflight(
     model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
-) -> Preflight:
+) -> runs.Preflight:
     """Estimate a run; of the heads only the masked tokens count, at each exit of a step. See `preflight`."""
     exits = 2 if recipe.training["rotate_shallow_exits"] else len(model.config.exit_layers)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
-    return preflight(
+    return runs.preflight(
         model,
         rows_per_step=recipe.tokens_per_step // recipe.max_tokens,
         steps=recipe.max_steps,
@@ -200,16 +197,6 @@ def _token_store(
             print(f"skipped {count} files: {reason}")
         print(f"{len(store):,} files of {len(store.repositories):,} repositories")
     return store
-
-
-def _check_repositories(names: Sequence[str] | None) -> None:
-    """Raise UserError if a corpus has fewer than four repositories; of some, only reading it shows the number."""
-    if names is not None and len(names) < 4:
-        raise UserError(
-            "training.corpus.too_few_repositories",
-            "The corpus must have two repositories to train on and two to hold out, because pairs of snippets are "
-            f"drawn from one or from two; it has {len(names)}: {', '.join(names) or 'none'}.",
-        )
 
 
 def plot_curves(log: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
