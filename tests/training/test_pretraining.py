@@ -102,23 +102,17 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):
     [
         ("max_tokens=512", "training.length.too_long", "max_tokens 512 must be at most"),
         ("tokens_per_step=200", "training.tokens_per_step.multiple", "2 × 64 × 1 = 128"),
-        ("max_stepz=3", "settings.unknown", "max_steps"),
-        ("max_steps=many", "settings.value", "'many'"),
-        ("eval_fraction=2", "settings.value", "eval_fraction"),
         ("max_steps", "settings.override", "'max_steps'"),
         ("corpus.=3", "settings.override", "corpus."),
         ("steps.x=3", "settings.override", "steps"),
         ("model=nowhere", "config.unknown", "'nowhere'"),
         ("exit_weights=heavy", "exit_weights", "paper, uniform, linear"),
         ("milestones=[1, 2]", "training.schedule", "fractions []"),
-        ("eval_rows=0", "settings.value", "eval_rows"),
         ("corpus=code", "settings.value", "corpus"),
-        ("max_steps=.inf", "settings.value", "inf"),
         ("milestones=4", "training.schedule", "4"),
         ("milestones='42'", "training.schedule", "'42'"),
         ("milestones=[2.5]", "training.schedule", "[2.5]"),
         ("fractions=[half]", "training.schedule", "['half']"),
-        ("mlm_probability=15", "settings.value", "mlm_probability"),
         ("max_tokens=32", "settings.value", "max_tokens must be greater than or equal to 35, not 32"),
         ("corpus.depth=0", "training.corpus.too_few_repositories", "it has 1: corpus"),
     ],
@@ -160,13 +154,6 @@ def test_a_finished_run_is_not_trained_again(recipe_file, tmp_path):
     again = pretrain(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
     assert again["seconds"] == first["seconds"]
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == weights
-
-
-def test_a_run_that_diverges_stops_and_leaves_the_batch(recipe_file, tmp_path):
-    with raises("training.loss.not_finite", "step 2"):
-        run(recipe_file, tmp_path / "run", "learning_rate=1e30", "max_grad_norm=0", "warmup_steps=0", "max_steps=4")
-    assert list((tmp_path / "run" / "checkpoints").glob("non_finite_loss_step_2_*.safetensors"))
-    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_path):

@@ -21,7 +21,6 @@ from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.errors import raises
 from tests.objectives.contrastive_batches import every_option, every_side, texts, with_dropout
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
-from tests.training.retrieval_runs import interrupt
 
 pytestmark = pytest.mark.slow
 
@@ -183,23 +182,6 @@ def pretraining_stage(tokenizer, folder):
     settings = {"max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "save_strategy": "steps"}
     model = tiny_model(ModularStarEncoderForPreTraining, residual_dropout=0.2)
     return model, train_to_the_end(pretraining(model, folder, tokenizer, 24, **settings), folder, progress=False)
-
-
-def test_interrupted_training_resumes_to_the_same_losses_and_weights(tmp_path, tokenizer, monkeypatch):
-    straight, straight_log = pretraining_stage(tokenizer, tmp_path / "straight")
-    with interrupt(monkeypatch, step=5):
-        pretraining_stage(tokenizer, tmp_path / "interrupted")
-    resumed, log = pretraining_stage(tokenizer, tmp_path / "interrupted")
-    assert log["resumed_from"] == 4
-    assert straight_log["resumed_from"] is None
-
-    def losses(log):
-        return {entry["step"]: entry["loss"] for entry in log["log_history"] if "loss" in entry}
-
-    assert losses(log) == losses(straight_log)
-    assert len(set(losses(log).values())) == 6
-    for (name, expected), got in zip(straight.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(expected, got), name
 
 
 def test_a_half_written_checkpoint_is_passed_over_and_removed(tmp_path, tokenizer):
