@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 # Two threads that spin while they wait for each other lose their time as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -47,30 +47,68 @@ from modular_star_encoder.evaluation.run import evaluate_exits
 from modular_star_encoder.evaluation.tasks import RetrievalRow
 from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint, slice_checkpoint
-from modular_star_encoder.objectives.classification import InContextObjective
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.objectives.exit_losses import InContextObjective
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.vector_store import MemoryStore
-from modular_star_encoder.training.recipes import (
-    QuickstartRecipe,
-    StageSettings,
-    hub_config_folder,
-    load_config,
-    load_recipe,
-)
+from modular_star_encoder.training.recipes import TrainingSettings, hub_config_folder, load_config, load_recipe
 from modular_star_encoder.training.runs import train_to_the_end
 from modular_star_encoder.training.starting_points import start_from_spellings, start_from_unigrams
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from modular_star_encoder.utils.files import staged_folder, write_json
+from modular_star_encoder.utils.settings import Count, Seed, settings_class
 
 # Never trained on: `transformers` is what later examples search, and the default folder to search here is held out too.
 KEPT_OUT = ("transformers", "huggingface-hub")
 SEARCHED_PACKAGE = "huggingface_hub"
-QUESTIONS = (
-    "download a file from a repository",
-    "delete a branch",
-    "format a number of bytes for humans",
-)
+QUESTIONS = ("download a file from a repository", "delete a branch", "format a number of bytes for humans")
+
+
+@settings_class
+class StageSettings(TrainingSettings):
+    """One stage of the quickstart.
+
+    Args:
+        batch_size: rows of one step.
+        max_tokens: longest row in tokens; None where other settings limit it.
+    """
+
+    # 0.999 as adam_beta2 would remember more steps than a short stage has.
+    DEFAULTS: ClassVar[dict[str, Any]] = TrainingSettings.DEFAULTS | {
+        "weight_decay": 0.01,
+        "adam_beta2": 0.98,
+        "adam_epsilon": 1e-8,
+        "eval_strategy": "no",
+        "dataloader_drop_last": True,
+    }
+
+    batch_size: Count
+    max_tokens: Count | None = None
+
+
+@settings_class
+class QuickstartRecipe:
+    """How a small model is pre-trained and fine-tuned in one go by this script.
+
+    Args:
+        vocab_size: number of tokens.
+        max_query_tokens, max_document_tokens: longest description and code, prompt and special tokens included.
+        pretraining, finetuning: the two stages.
+        max_functions: number of functions to train on, drawn at random; all if None.
+        attn_implementation: attention to train with.
+        seed: seed of everything random.
+    """
+
+    EXAMPLE: ClassVar[str] = "hub_configs/quickstart/recipe.yaml"
+
+    vocab_size: Count
+    max_query_tokens: Count
+    max_document_tokens: Count
+    pretraining: StageSettings
+    finetuning: StageSettings
+    max_functions: Count | None = None
+    attn_implementation: str = "sdpa"
+    seed: Seed = 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from modular_star_encoder.data.collators import PackingCollator, PaddingCollator
 from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives.classification import InContextObjective
+from modular_star_encoder.objectives.exit_losses import InContextObjective
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.data.samples import WORDS
 from tests.errors import raises

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
+from peft import PeftModel
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,7 +25,7 @@ from modular_star_encoder.hub.publishing import publish
 from modular_star_encoder.hub.subprocess_check import ReloadRequest
 from modular_star_encoder.hub.verification import TEXTS
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training.starting_points import add_adapters, merged_model
+from modular_star_encoder.training.starting_points import add_adapters
 from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
 from tests.hub.stand_in_hub import TOKEN, StandInHub
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model, tiny_tokenizer
@@ -42,7 +43,7 @@ def train_one_step(model):
 def write_lora_tuned(folder):
     """A model tuned by adapters, which are saved and merged as `mose finetune` does."""
     train_one_step(add_adapters(tiny_model(), {"r": 4})).save_pretrained(folder / "adapter")
-    merged_model(tiny_model(), folder / "adapter").save_pretrained(folder / "model")
+    PeftModel.from_pretrained(tiny_model(), folder / "adapter").merge_and_unload().save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     return folder / "model"
 

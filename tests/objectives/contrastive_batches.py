@@ -2,6 +2,7 @@
 
 import torch
 
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from tests.tiny import VOCAB_SIZE, tiny_model
 
@@ -49,9 +50,9 @@ def pair_batch():
     return {"query": sides["query"], "document": sides["document"]}
 
 
-def with_dropout(rate, **changes):
+def with_dropout(rate, model_class=ModularStarEncoderForRetrieval, **changes):
     rates = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), rate)
-    return tiny_model(**rates, **changes).train()
+    return tiny_model(model_class, **rates, **changes).train()
 
 
 def gradients(model):

@@ -1,9 +1,9 @@
-"""One of several processes of test_processes.py: gradients of its share of a contrastive batch, averaged.
+"""One of several processes of test_processes.py: gradients of its share of a batch, averaged.
 
 Usage: RANK=… WORLD_SIZE=… MASTER_ADDR=… MASTER_PORT=… python -m tests.objectives.contrastive_processes FOLDER
 
-FOLDER receives `{variant}-{dtype}.safetensors`, the gradients of each variant, and `refused.json`, what each process is
-told about batches that are not equally large.
+FOLDER receives the gradients of each variant as `.safetensors`, and `refused-{rank}.json`, the error of each process
+about batches that are not equally large.
 """
 
 import json
@@ -19,12 +19,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
+from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.objectives.exit_losses import InContextObjective
 from modular_star_encoder.objectives.sentence_transformer_loss import MultiExitContrastiveLoss
 from tests.objectives.contrastive_batches import WEIGHTS, every_option, every_side, with_dropout
 from tests.processes import leave_together
-from tests.tiny import EXIT_LAYERS, tiny_tokenizer
+from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_tokenizer
 
 ROWS = 6
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -37,6 +39,22 @@ def new_model(dtype="float32"):
 
 def weighted_loss(model, batch, settings):
     return (ContrastiveObjective(settings)(model, batch, EXIT_LAYERS).losses * WEIGHTS).sum()
+
+
+def pretraining_model():
+    return with_dropout(0.0, ModularStarEncoderForPreTraining)
+
+
+def pretraining_batch():
+    """Rows with very different numbers of masked tokens: averaging the processes' means would be wrong."""
+    batch = tiny_batch(lengths=(12, 3, 9, 4))
+    labels = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
+    labels[2:, :-1] = -100
+    return {**batch, "labels": labels, "icc_labels": torch.tensor([1, 0, 0, 1])}
+
+
+def pretraining_loss(model, batch):
+    return (InContextObjective()(model, batch, EXIT_LAYERS).losses * WEIGHTS).sum()
 
 
 def rows(batch, first, last):
@@ -112,6 +130,13 @@ def main(folder):
             run(model, wrap(model), batch, every_option(mini_batch_tokens=tokens))
             save(model, f"{name}-{dtype}")
     save(sentence_transformer(batch, folder / "checkpoint"), "sentence_transformer")
+    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", sharded)):
+        model = pretraining_model()
+        share = slice(rank * 4 // world, (rank + 1) * 4 // world)
+        own = {key: tensor[share] for key, tensor in pretraining_batch().items()}
+        wrapped = wrap(model)  # DDP must outlive the forward pass
+        pretraining_loss(wrapped, own).backward()
+        save(model, f"pretraining-{name}")
     try:
         weighted_loss(new_model(), rows(batch, 0, 2 + rank), every_option())
     except ValueError as error:

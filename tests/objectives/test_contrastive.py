@@ -1,13 +1,268 @@
-"""The contrastive objective: a model and a batch."""
+"""The contrastive objective: its terms against their formulas, who learns from whom, and a model and a batch."""
+
+import math
 
 import pytest
 import torch
 
+from modular_star_encoder.objectives import contrastive as contrastive_losses
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective, losses_from_embeddings
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from tests.errors import raises
 from tests.objectives.contrastive_batches import every_option, every_side
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
+
+
+def stacks(*sides, exits=3, rows=4, size=16):
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(len(sides), exits, rows, size, generator=generator)
+    found = torch.nn.functional.normalize(draw, dim=-1).unbind(0)
+    return {side: stack.clone().requires_grad_() for side, stack in zip(sides, found, strict=True)}
+
+
+def pair(**changes):
+    return stacks("query", "document", **changes)
+
+
+def dot(first, second):
+    return sum(a * b for a, b in zip(first, second, strict=True))
+
+
+def literal_cross_entropy(rows, columns, scale, left_out=()):
+    """Mean over rows, the candidate of row i being column i, with Python floats."""
+    total = 0.0
+    for i, row in enumerate(rows):
+        scores = [scale * dot(row, column) for column in columns]
+        kept = [score for j, score in enumerate(scores) if (i, j) not in left_out]
+        total += math.log(sum(math.exp(score) for score in kept)) - scores[i]
+    return total / len(rows)
+
+
+def literal_clip_loss(queries, documents, scale, negatives=()):
+    by_query = literal_cross_entropy(queries, [*documents, *negatives], scale)
+    return (by_query + literal_cross_entropy(documents, queries, scale)) / 2
+
+
+def test_the_loss_equals_the_formula_written_out_at_every_exit():
+    sides = pair()
+    output = losses_from_embeddings(sides, EXIT_LAYERS)
+    lists = zip(sides["query"].tolist(), sides["document"].tolist(), strict=True)
+    expected = [literal_clip_loss(queries, documents, 10.0) for queries, documents in lists]
+    assert output.losses.tolist() == pytest.approx(expected, rel=1e-5)
+    assert output.losses.requires_grad
+    assert output.metrics["clip_loss"].tolist() == output.losses.tolist()
+    assert max(expected) - min(expected) > 1e-2
+    one_direction = literal_cross_entropy(sides["query"][0].tolist(), sides["document"][0].tolist(), 10.0)
+    assert abs(expected[0] - one_direction) > 1e-2
+
+
+def test_accuracy_counts_anchors_nearest_to_their_own_positive():
+    queries = torch.eye(4)[None]
+    documents = torch.eye(4)[[0, 1, 3, 2]][None]
+    output = losses_from_embeddings({"query": queries, "document": documents}, (1,))
+    assert output.metrics["clip_accuracy"].tolist() == [0.5]
+
+
+def test_hard_negatives_are_candidates_of_every_query_and_never_rows():
+    sides = stacks("query", "document", "first", "second")
+    settings = ContrastiveSettings(pairs=[["query", "document", "first", "second"]], logit_scale=3.0)
+    losses = losses_from_embeddings(sides, EXIT_LAYERS, settings).losses
+    for exit_losses, *of_exit in zip(losses.tolist(), *(stack.tolist() for stack in sides.values()), strict=True):
+        queries, documents, first, second = of_exit
+        assert exit_losses == pytest.approx(literal_clip_loss(queries, documents, 3.0, first + second), rel=1e-5)
+
+
+def test_several_sets_of_pairs_count_by_their_rows_and_keep_their_candidates_apart():
+    sides = stacks("description", "code") | {
+        side: stack.detach()[:, :2] for side, stack in stacks("code_a", "code_b").items()
+    }
+    settings = ContrastiveSettings(pairs=(("description", "code"), ("code_a", "code_b")))
+    output = losses_from_embeddings(sides, EXIT_LAYERS, settings)
+    parts = [
+        losses_from_embeddings(
+            {side: sides[side] for side in names}, EXIT_LAYERS, ContrastiveSettings(pairs=(names,))
+        ).losses
+        for names in settings.pairs
+    ]
+    torch.testing.assert_close(output.losses, (4 * parts[0] + 2 * parts[1]) / 6)
+    assert {"clip_accuracy_description_code", "clip_accuracy_code_a_code_b"} <= set(output.metrics)
+
+
+def test_a_side_may_belong_to_two_sets_of_pairs():
+    sides = stacks("description", "code", "translation")
+    settings = ContrastiveSettings(pairs=(("description", "code"), ("code", "translation")))
+    losses_from_embeddings(sides, EXIT_LAYERS, settings).losses.sum().backward()
+    assert all(stack.grad.abs().sum() > 0 for stack in sides.values())
+
+
+def test_embedding_sizes_are_trained_on_cut_and_normalised_embeddings():
+    sides = pair()
+    output = losses_from_embeddings(sides, EXIT_LAYERS, ContrastiveSettings(dimensions={1: [4], 4: [8, 16]}))
+
+    def at(size):
+        cut = {side: torch.nn.functional.normalize(stack[..., :size], dim=-1) for side, stack in sides.items()}
+        return losses_from_embeddings(cut, EXIT_LAYERS)
+
+    expected = torch.stack([at(4).losses[0], at(16).losses[1], (at(8).losses[2] + at(16).losses[2]) / 2])
+    torch.testing.assert_close(output.losses, expected)
+    accuracies = [at(size).metrics["clip_accuracy"] for size in (4, 8, 16)]
+    whole = torch.stack([accuracies[0][0], accuracies[2][1], accuracies[2][2]])
+    smallest = torch.stack([accuracies[0][0], accuracies[2][1], accuracies[1][2]])
+    assert torch.equal(output.metrics["clip_accuracy"], whole)
+    assert torch.equal(output.metrics["clip_accuracy_smallest"], smallest)
+
+
+def literal_divergence(teacher, pupil, scale):
+    """KL divergence between two rows of similarities."""
+
+    def distribution(scores):
+        exponentials = [math.exp(scale * score) for score in scores]
+        return [value / sum(exponentials) for value in exponentials]
+
+    wanted, found = distribution(teacher), distribution(pupil)
+    return sum(p * math.log(p / q) for p, q in zip(wanted, found, strict=True))
+
+
+def literal_distillation(scores, teacher, pupil, scale):
+    """Both directions' mean divergence, from (E, B, B) similarities; `teacher` makes one matrix of them."""
+    directions = []
+    for matrices in (scores, scores.transpose(1, 2)):
+        rows = zip(teacher(matrices).tolist(), matrices[pupil].tolist(), strict=True)
+        directions.append([literal_divergence(wanted, found, scale) for wanted, found in rows])
+    return sum(map(sum, directions)) / (2 * len(directions[0]))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "teachers"),
+    [
+        ("deepest", (lambda s: s[2], lambda s: s[2], None)),
+        ("next_deeper", (lambda s: s[1], lambda s: s[2], None)),
+        ("ensemble", (lambda s: s.mean(dim=0),) * 3),
+        (2, (lambda s: s[1], None, lambda s: s[1])),
+    ],
+)
+def test_distillation_equals_its_formula_and_leaves_the_teacher_alone(teacher, teachers):
+    sides = pair()
+    settings = ContrastiveSettings(teacher=teacher, distillation_weight=0.5, distillation_temperature=2.0)
+    output = losses_from_embeddings(sides, EXIT_LAYERS, settings)
+    scores = torch.einsum("eqd,ecd->eqc", *(stack.detach() for stack in sides.values()))
+    expected = [
+        4 * literal_distillation(scores, make, pupil, 10.0 / 2.0) if make else 0.0
+        for pupil, make in enumerate(teachers)
+    ]
+    assert output.metrics["distillation_loss"].tolist() == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(output.terms["distillation"], 0.5 * output.metrics["distillation_loss"])
+    for pupil, make in enumerate(teachers):
+        # What one exit's term does to the embeddings of each.
+        gradients = torch.autograd.grad(output.terms["distillation"][pupil], list(sides.values()), retain_graph=True)
+        touched = torch.stack([gradient.abs().amax(dim=(1, 2)) for gradient in gradients]).amax(dim=0)
+        assert [bool(value > 0) for value in touched] == [place == pupil and make is not None for place in range(3)]
+
+
+@pytest.mark.parametrize(("target", "places"), [("deepest", (2, 2, 2)), ("next_deeper", (1, 2, 2)), (1, (0, 0, 0))])
+def test_alignment_is_one_minus_the_cosine_to_the_target_which_it_leaves_alone(target, places):
+    sides = pair()
+    output = losses_from_embeddings(
+        sides, EXIT_LAYERS, ContrastiveSettings(alignment_weight=2.0, alignment_target=target)
+    )
+    joint = torch.cat(list(sides.values()), dim=1).detach().tolist()
+    expected = [
+        sum(1 - dot(own, wanted) for own, wanted in zip(joint[place], joint[other], strict=True)) / 8
+        for place, other in enumerate(places)
+    ]
+    assert output.metrics["alignment_loss"].tolist() == pytest.approx(expected, abs=1e-6)
+    output.terms["alignment"].sum().backward()
+    touched = [stack.grad.abs().amax(dim=(1, 2)) > 0 for stack in sides.values()]
+    assert torch.stack(touched).any(dim=0).tolist() == [place != other for place, other in enumerate(places)]
+
+
+@pytest.mark.parametrize(
+    ("option", "limit"), [({"false_negative_margin": 0.1}, lambda s: s - 0.1), ({"false_negative_factor": 0.9}, None)]
+)
+def test_negatives_that_the_deepest_exit_finds_as_similar_as_the_pair_are_left_out(option, limit):
+    sides = {side: stack.detach() for side, stack in pair().items()}
+    # One document repeats another almost; all pairs are similar, so that few negatives are left out.
+    sides["document"] = torch.nn.functional.normalize(sides["query"] + 0.5 * sides["document"], dim=-1)
+    sides["document"][:, 1] = sides["document"][:, 0]
+    limit = limit or (lambda similarity: 0.9 * similarity)
+    guide = torch.einsum("qd,cd->qc", sides["query"][-1], sides["document"][-1])
+    rows = range(4)
+    left_out = {(i, j) for i in rows for j in rows if i != j and guide[i, j] > limit(guide[i, i])}
+    back = {(i, j) for i in rows for j in rows if i != j and guide[j, i] > limit(guide[i, i])}
+    assert 0 < len(left_out) < 12
+    output = losses_from_embeddings(sides, EXIT_LAYERS, ContrastiveSettings(**option))
+    for exit_loss, queries, documents in zip(
+        output.losses.tolist(), sides["query"].tolist(), sides["document"].tolist(), strict=True
+    ):
+        by_query = literal_cross_entropy(queries, documents, 10.0, left_out)
+        by_document = literal_cross_entropy(documents, queries, 10.0, back)
+        assert exit_loss == pytest.approx((by_query + by_document) / 2, rel=1e-5)
+    assert output.metrics["masked_negatives"].item() == pytest.approx((len(left_out) + len(back)) / 24)
+
+
+@pytest.mark.parametrize("scores_per_chunk", [1, 150])
+def test_chunks_of_scores_change_neither_losses_nor_gradients(monkeypatch, scores_per_chunk):
+    def run():
+        sides = stacks("query", "document", "negative", "translation", rows=7)
+        scale = torch.tensor([12.0], requires_grad=True)
+        output = losses_from_embeddings(sides, EXIT_LAYERS, every_option(), scale)
+        output.losses.sum().backward()
+        return output, torch.cat([scale.grad, *(stack.grad.flatten() for stack in sides.values())])
+
+    whole, expected = run()
+    monkeypatch.setattr(contrastive_losses, "SCORES_PER_CHUNK", scores_per_chunk)
+    cut, found = run()
+    torch.testing.assert_close(cut.losses, whole.losses)
+    torch.testing.assert_close(found, expected)
+    assert cut.metrics.keys() == whole.metrics.keys()
+    for name, values in whole.metrics.items():
+        torch.testing.assert_close(cut.metrics[name], values, msg=name)
+
+
+def test_scores_of_chunks_are_not_kept(monkeypatch):
+    def largest_kept(scores_per_chunk):
+        monkeypatch.setattr(contrastive_losses, "SCORES_PER_CHUNK", scores_per_chunk)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()), lambda _: None):
+            losses_from_embeddings(pair(rows=64), EXIT_LAYERS)
+        return max(sizes)
+
+    assert largest_kept(3 * 64 * 64) == 3 * 64 * 64
+    assert largest_kept(3 * 64 * 8) < 3 * 64 * 64 / 2
+
+
+def test_similarities_are_computed_in_float32_under_autocast():
+    sides = {side: stack.detach().bfloat16() for side, stack in pair().items()}
+    expected = losses_from_embeddings({side: stack.float() for side, stack in sides.items()}, EXIT_LAYERS).losses
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = losses_from_embeddings(sides, EXIT_LAYERS).losses
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, expected)
+
+
+def test_distillation_does_not_train_the_scale():
+    scale = torch.tensor([5.0], requires_grad=True)
+    output = losses_from_embeddings(pair(), EXIT_LAYERS, ContrastiveSettings(distillation_weight=1.0), scale)
+    assert torch.autograd.grad(output.terms["distillation"].sum(), scale, allow_unused=True) == (None,)
+
+
+def test_a_learned_scale_has_a_gradient_and_is_reported():
+    scale = torch.tensor([5.0], requires_grad=True)
+    output = losses_from_embeddings(pair(), EXIT_LAYERS, logit_scale=scale)
+    torch.testing.assert_close(
+        output.losses, losses_from_embeddings(pair(), EXIT_LAYERS, ContrastiveSettings(logit_scale=5.0)).losses
+    )
+    output.losses.sum().backward()
+    assert scale.grad.abs() > 1e-3
+    assert output.metrics["logit_scale"].item() == 5.0
+
+
+def test_sides_that_do_not_fit_are_refused():
+    with raises("contrastive.sides", "document, negative, query;", "use document, query"):
+        losses_from_embeddings(stacks("query", "document", "negative"), EXIT_LAYERS)
+    sides = pair()
+    with raises("contrastive.rows", "query, document have 4, 3 rows"):
+        losses_from_embeddings(sides | {"document": sides["document"][:, :3]}, EXIT_LAYERS)
 
 
 def test_both_sides_are_embedded_at_every_exit():

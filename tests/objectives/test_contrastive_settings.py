@@ -24,7 +24,7 @@ from tests.errors import raises
 )
 def test_a_wrong_value_is_refused_in_one_sentence_that_names_the_setting(name, values):
     for value in values:
-        with raises("settings.value", f"{name} must be", f"not {value!r}.") as error:
+        with raises("settings.value", name) as error:
             ContrastiveSettings(**{name: value})
         assert "\n" not in str(error.value)
 
@@ -37,11 +37,7 @@ def test_only_one_rule_for_false_negatives_is_taken():
 @pytest.mark.parametrize(
     ("changes", "key", "value"),
     [
-        (
-            {"teacher": 9, "distillation_weight": 1.0},
-            "contrastive.exit",
-            "exit 9. The trained exits are 4, 18, 36",
-        ),
+        ({"teacher": 9, "distillation_weight": 1.0}, "contrastive.exit", "exit 9. The trained exits are 4, 18, 36"),
         ({"alignment_target": 27, "alignment_weight": 1.0}, "contrastive.exit", "alignment_target names exit 27"),
         ({"dimensions": {9: [64]}}, "contrastive.exit", "dimensions names exit 9"),
         ({"dimensions": [64, 2048]}, "contrastive.dimensions", "1024, not 2048"),
@@ -59,12 +55,11 @@ def test_exits_that_are_trained_in_turn_learn_from_the_deepest_alone(name):
     weight = {"teacher": "distillation_weight", "alignment_target": "alignment_weight"}[name]
     for chosen in (9, "next_deeper"):
         settings = ContrastiveSettings(**{name: chosen, weight: 1.0})
-        settings.check_rotation((36,))
+        settings.check((9,), 64, rotates=True)
         with raises("contrastive.rotation", f"{name} {chosen!r}"):
-            settings.check_rotation((4, 9, 36))
-    for chosen in (36, "deepest"):
-        ContrastiveSettings(**{name: chosen, weight: 1.0}).check_rotation((4, 9, 36))
-    ContrastiveSettings(**{name: 9}).check_rotation((4, 9, 36))
+            settings.check((4, 9, 36), 64, rotates=True)
+    for values in ({name: 36, weight: 1.0}, {name: "deepest", weight: 1.0}, {name: 9}):
+        ContrastiveSettings(**values).check((4, 9, 36), 64, rotates=True)
 
 
 def test_exits_without_sizes_of_their_own_have_the_full_one():

@@ -7,7 +7,14 @@ from safetensors.torch import load_file
 
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from tests.objectives.contrastive_batches import assert_same_gradients, every_option, every_side, gradients, pair_batch
-from tests.objectives.contrastive_processes import VARIANTS, new_model, weighted_loss
+from tests.objectives.contrastive_processes import (
+    VARIANTS,
+    new_model,
+    pretraining_batch,
+    pretraining_loss,
+    pretraining_model,
+    weighted_loss,
+)
 from tests.processes import run_processes
 
 pytestmark = pytest.mark.slow
@@ -33,6 +40,13 @@ def test_two_processes_give_the_gradients_of_one_through_the_loss_for_sentence_t
     model = new_model()
     weighted_loss(model, pair_batch(), ContrastiveSettings()).backward()
     assert_same_gradients(load_file(folder / "sentence_transformer.safetensors"), gradients(model), relative=5e-6)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_two_processes_give_the_gradients_of_one_in_pretraining(folder, wrapper):
+    model = pretraining_model()
+    pretraining_loss(model, pretraining_batch()).backward()
+    assert_same_gradients(load_file(folder / f"pretraining-{wrapper}.safetensors"), gradients(model), relative=5e-6)
 
 
 def test_batches_that_are_not_equally_large_are_refused_in_every_process(folder):

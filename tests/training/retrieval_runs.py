@@ -1,11 +1,14 @@
 """Data, checkpoints and recipes of fine-tuning, small enough to run in every test."""
 
 import json
+from contextlib import contextmanager
 
+import pytest
 import yaml
+from transformers import TrainerCallback
 
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from modular_star_encoder.training.recipes import FinetuningRecipe
+from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WORDS = ("file", "table", "index", "buffer", "stream", "record", "window", "socket", "thread", "vector")
@@ -61,6 +64,33 @@ def write_recipe(file, settings):
     return file
 
 
-def finetuning_recipe(checkpoint, triplets, **changes):
-    """The same as an object."""
-    return FinetuningRecipe(**(finetuning_settings(checkpoint, triplets) | changes))
+@contextmanager
+def interrupt(monkeypatch, step):
+    """Ctrl-C after a step of every training inside."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    original = MultiExitTrainer.__init__
+
+    def with_interrupt(self, *args, **kwargs):
+        original(self, *args, callbacks=[Interrupt()], **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MultiExitTrainer, "__init__", with_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def saved_figures(monkeypatch):
+    """The list that gets every figure that is saved."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **keys: figures.append(self) or save(self, *args, **keys)
+    )
+    return figures

@@ -10,13 +10,18 @@ from safetensors.torch import load_file, save_file
 
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.training import ablation as ablation_module
-from modular_star_encoder.training.ablation import AblationRecipe, ablate
-from modular_star_encoder.training.ablation_report import compare, plot_ablation, to_markdown, without_places
+from modular_star_encoder.training.ablation import AblationRecipe, ablate, compare, plot_ablation, to_markdown
 from modular_star_encoder.training.finetuning import finetune
 from modular_star_encoder.training.recipes import hub_config_folder, load_recipe
 from tests.errors import raises
 from tests.tiny import EXIT_LAYERS
-from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
+from tests.training.retrieval_runs import (
+    finetuning_settings,
+    saved_figures,
+    write_checkpoint,
+    write_recipe,
+    write_triplets,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +55,6 @@ def count_trainings(monkeypatch, out, stop_at=None):
     return trained
 
 
-@pytest.mark.slow
 def test_cells_resume_on_their_own_and_later_calls_may_add_some(recipe_file, tmp_path, monkeypatch):
     out = tmp_path / "ablation"
     with monkeypatch.context() as patch:
@@ -78,7 +82,6 @@ def test_cells_resume_on_their_own_and_later_calls_may_add_some(recipe_file, tmp
     assert not list((out / "cells").rglob("checkpoint-*"))
 
 
-@pytest.mark.slow
 def test_baselines_are_cut_from_the_same_checkpoint_and_see_the_same_batches(recipe_file, tmp_path):
     results, _ = run(recipe_file, tmp_path / "run", "exit_layers=[1]", "finetuning.learning_rate=1.0e-30")
     models = [tmp_path / "run" / "cells" / name / "seed-0" / "model" for name in ("self-distilled", "exit-1")]
@@ -97,7 +100,6 @@ def test_baselines_are_cut_from_the_same_checkpoint_and_see_the_same_batches(rec
     assert set(results["benchmarks"]) == {"held-out, text → code", "held-out, code → code"}
 
 
-@pytest.mark.slow
 def test_a_damaged_file_of_a_run_is_named(recipe_file, tmp_path):
     run(recipe_file, tmp_path, "baselines=false")
     for path in (tmp_path / "cells/self-distilled/seed-0/scores.json", tmp_path / "starting_points.json"):
@@ -125,7 +127,6 @@ def test_benchmarks_of_the_harness_are_measured_too(recipe_file, tmp_path):
     assert "difference" not in found["exits"]["2"]
 
 
-@pytest.mark.slow
 def test_a_model_that_was_not_kept_is_trained_again_for_a_benchmark_that_comes_later(
     recipe_file, tmp_path, monkeypatch
 ):
@@ -226,13 +227,7 @@ def test_the_report_shows_both_series_differences_and_variants():
 
 
 def test_the_picture_has_both_series_in_a_panel_of_each_metric(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **options: figures.append(self) or save(self, *args, **options)
-    )
+    figures = saved_figures(monkeypatch)
     plot_ablation(results(), tmp_path / "ablation.png")
     (figure,) = figures
     assert [axes.get_ylabel() for axes in figure.axes] == ["MRR × 100", "R@1 × 100"]
@@ -243,7 +238,7 @@ def test_the_picture_has_both_series_in_a_panel_of_each_metric(tmp_path, monkeyp
 def test_reports_hold_no_places_of_this_machine(monkeypatch):
     monkeypatch.setenv("MOSE_DATA", "/srv/data")
     home = os.environ.get("HOME", "")
-    found = without_places({"a": ["/srv/data/x", 3], "b": f"{home}/y"})
+    found = ablation_module._without_places({"a": ["/srv/data/x", 3], "b": f"{home}/y"})
     assert found == {"a": ["$MOSE_DATA/x", 3], "b": "$HOME/y" if home else "/y"}
 
 
@@ -296,14 +291,12 @@ def test_baselines_have_no_options_about_other_exits(recipe_file):
     assert {cell.recipe.objective for cell in plain} == {ContrastiveSettings()}
 
 
-@pytest.mark.slow
 def test_cells_of_other_settings_are_refused(recipe_file, tmp_path):
     run(recipe_file, tmp_path / "run", "baselines=false")
     with raises("training.run.other_settings", "another batch_size;"):
         run(recipe_file, tmp_path / "run", "baselines=false", "finetuning.batch_size=6")
 
 
-@pytest.mark.slow
 def test_cells_of_another_checkpoint_at_the_same_place_are_refused(recipe_file, tmp_path):
     checkpoint, settings = tmp_path / "checkpoint", ("baselines=false", f"finetuning.model={tmp_path / 'checkpoint'}")
     shutil.copytree(recipe_file.parent / "checkpoint", checkpoint)

@@ -13,13 +13,10 @@ from modular_star_encoder.data.finetuning_rows import ClassificationRows
 from modular_star_encoder.data.pairs import read_labelled_pairs
 from modular_star_encoder.evaluation.metrics import binary_scores
 from modular_star_encoder.evaluation.run import classification_scores
-from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
-from modular_star_encoder.objectives.classification import ClassificationObjective
-from modular_star_encoder.training.clone_detection import finetune_classifier
-from modular_star_encoder.training.finetuning import load_finetuning
+from modular_star_encoder.training.finetuning import finetune_classifier, load_finetuning
 from modular_star_encoder.training.recipes import ClassificationRecipe, hub_config_folder
 from tests.errors import raises
-from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
+from tests.tiny import EXIT_LAYERS
 from tests.training.retrieval_runs import WORDS, write_checkpoint, write_recipe
 
 
@@ -138,15 +135,6 @@ def test_rows_that_are_not_labelled_pairs_are_refused_by_line(tmp_path, row):
 def test_other_sources_of_pairs_are_refused(settings, value):
     with raises("data.pairs.settings", value):
         read_labelled_pairs(settings)
-
-
-def test_the_loss_of_each_exit_is_that_of_the_model_at_this_exit():
-    model = tiny_model(ModularStarEncoderForSequenceClassification).eval()
-    batch = tiny_batch() | {"labels": torch.tensor([0, 1, 1])}
-    output = ClassificationObjective()(model, batch, EXIT_LAYERS)
-    for exit_layer, loss in zip(EXIT_LAYERS, output.losses, strict=True):
-        expected = model(**batch, exit_layer=exit_layer).loss / model.config.exit_weight(exit_layer)
-        torch.testing.assert_close(loss, expected)
 
 
 def test_f1_is_that_of_the_positive_class():

@@ -9,24 +9,28 @@ import sys
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, TrainerCallback
+from transformers import AutoModel
 
 from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training.finetuning import finetune
-from modular_star_encoder.training.preflight import finetuning_preflight
-from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_recipe
-from modular_star_encoder.training.starting_points import starting_config
-from modular_star_encoder.training.trainer import MultiExitTrainer
+from modular_star_encoder.training.finetuning import finetune, finetuning_preflight
+from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_config, load_recipe
 from tests.errors import raises
 from tests.processes import free_port
 from tests.published.stand_in import write_stand_in
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_config
-from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
+from tests.training.retrieval_runs import (
+    finetuning_settings,
+    interrupt,
+    write_checkpoint,
+    write_recipe,
+    write_triplets,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +57,6 @@ def embed(model):
         return model.eval()(**tiny_batch(), exit_layers=EXIT_LAYERS).exit_embeddings
 
 
-@pytest.mark.slow
 def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(recipe_file, checkpoint, tmp_path):
     log, estimate = run(recipe_file, tmp_path / "run", "max_steps=20", "objective.mini_batch_tokens=400")
     model = AutoModel.from_pretrained(tmp_path / "run" / "model")
@@ -82,7 +85,6 @@ def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(
     assert sum(moved) > 0.9 * len(moved)
 
 
-@pytest.mark.slow
 def test_a_model_that_sentence_transformers_cannot_express_is_trained_and_saved_for_transformers(recipe_file, tmp_path):
     log, _ = run(recipe_file, tmp_path / "run", "config.projection_order=pool_then_project")
     assert AutoModel.from_pretrained(tmp_path / "run" / "model").config.projection_order == "pool_then_project"
@@ -90,7 +92,6 @@ def test_a_model_that_sentence_transformers_cannot_express_is_trained_and_saved_
     assert not (tmp_path / "run" / "model" / "modules.json").exists()
 
 
-@pytest.mark.slow
 def test_a_column_of_hard_negatives_gives_every_pair_one_more_candidate(recipe_file, checkpoint, tmp_path):
     file = write_triplets(tmp_path)
     rows = [json.loads(line) for line in file.open()]
@@ -101,7 +102,7 @@ def test_a_column_of_hard_negatives_gives_every_pair_one_more_candidate(recipe_f
         recipe_file, tmp_path / "run", f"data.triplets={{source: {file}}}", columns, "objective.mini_batch_tokens=400"
     )
     plain, plain_estimate = run(recipe_file, tmp_path / "plain", "objective.mini_batch_tokens=400")
-    assert estimate.tokens_per_pair > 1.4 * plain_estimate.tokens_per_pair
+    assert estimate.tokens_per_row > 1.4 * plain_estimate.tokens_per_row
     # Untrained, a batch of 8 has a loss of about ln 8; half of it counts 16 candidates.
     first, plain_first = (log["log_history"][0]["clip_loss_exit_4"] for log in (with_negatives, plain))
     assert first - plain_first == pytest.approx(math.log(2) / 2, abs=0.15)
@@ -109,29 +110,11 @@ def test_a_column_of_hard_negatives_gives_every_pair_one_more_candidate(recipe_f
     assert list(with_negatives["retrieval"]) == ["held-out, text → code", "held-out, code → code"]
 
 
-def interrupt(monkeypatch, step):
-    """Ctrl-C after a step."""
-
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == step:
-                raise KeyboardInterrupt
-
-    original = MultiExitTrainer.__init__
-
-    def with_interrupt(self, *args, **kwargs):
-        original(self, *args, callbacks=[Interrupt()], **kwargs)
-
-    monkeypatch.setattr(MultiExitTrainer, "__init__", with_interrupt)
-
-
 def straight_and_interrupted(recipe_file, folder, monkeypatch, *overrides, resumed_with=()):
     """Logs of a run that goes through and of one that Ctrl-C interrupts after step 5, one step after a checkpoint."""
     straight, _ = run(recipe_file, folder / "straight", *overrides)
-    with monkeypatch.context() as patch:
-        interrupt(patch, 5)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe_file, folder / "interrupted", *overrides)
+    with interrupt(monkeypatch, 5):
+        run(recipe_file, folder / "interrupted", *overrides)
     resumed, estimate = run(recipe_file, folder / "interrupted", *overrides, *resumed_with)
     assert (straight["resumed_from"], resumed["resumed_from"]) == (None, 4)
     losses = [[entry["loss"] for entry in log["log_history"] if "loss" in entry] for log in (straight, resumed)]
@@ -142,20 +125,16 @@ def straight_and_interrupted(recipe_file, folder, monkeypatch, *overrides, resum
     return estimate
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_losses_and_weights_of_a_straight_one(recipe_file, tmp_path, monkeypatch):
     free = ("dataloader_num_workers=1", "save_total_limit=1")
     straight_and_interrupted(recipe_file, tmp_path, monkeypatch, resumed_with=free)
     assert json.loads((tmp_path / "interrupted" / "recipe.json").read_text())["dataloader_num_workers"] == 1
 
 
-@pytest.mark.slow
 def test_settings_may_change_until_there_is_a_checkpoint(recipe_file, tmp_path, monkeypatch):
     for step, overrides in ((1, ()), (3, ("objective.mini_batch_tokens=400",))):
-        with monkeypatch.context() as patch:
-            interrupt(patch, step)
-            with pytest.raises(KeyboardInterrupt):
-                run(recipe_file, tmp_path / "run", *overrides)
+        with interrupt(monkeypatch, step):
+            run(recipe_file, tmp_path / "run", *overrides)
         assert (tmp_path / "run" / "checkpoints").is_dir()
     with raises("training.run.other_settings", "another objective;"):
         run(recipe_file, tmp_path / "run")
@@ -179,7 +158,6 @@ def test_data_that_could_not_be_read_may_be_replaced_in_the_same_folder(recipe_f
         run(recipe_file, tmp_path / "run", "max_steps=1", "data.triplets=missing.jsonl")
 
 
-@pytest.mark.slow
 def test_lora_trains_adapters_and_heads_resumes_and_saves_both_ways(recipe_file, checkpoint, tmp_path, monkeypatch):
     settings = ("lora={}", "config.logit_scale_init_value=10")
     estimate = straight_and_interrupted(recipe_file, tmp_path, monkeypatch, *settings)
@@ -198,13 +176,8 @@ def test_lora_trains_adapters_and_heads_resumes_and_saves_both_ways(recipe_file,
     assert (tmp_path / "run" / "model" / "modules.json").is_file()
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one(recipe_file, tmp_path):
-    settings = [
-        "max_steps=2",
-        "bf16=false",
-        "config={residual_dropout: 0, attention_dropout: 0, embedding_dropout: 0}",
-    ]
+    settings = ["max_steps=2", "bf16=false", "config={residual_dropout: 0, attention_dropout: 0, embedding_dropout: 0}"]
     straight, _ = run(recipe_file, tmp_path / "one", *settings)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, "-m", "modular_star_encoder.cli.main", "finetune", str(recipe_file), *settings]
@@ -239,7 +212,6 @@ def test_retrieval_models_are_continued_with_their_heads(recipe_file, tmp_path):
     assert torch.equal(embed(before), embed(after))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pretrained", "finetuned"])
 def test_published_layouts_are_started_from_and_their_tokenizer_gets_the_template(recipe_file, tmp_path, kind):
     published = write_stand_in(tmp_path / kind, kind)
@@ -273,24 +245,16 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
             "contrastive.rotation",
             "teacher 2",
         ),
-        (
-            "log_gradient_norms=true objective.mini_batch_tokens=400",
-            "training.log_gradient_norms.cached",
-            "mini_batch_tokens",
-        ),
+        ("log_gradient_norms=true objective.mini_batch_tokens=9", "training.log_gradient_norms.cached", "mini_batch"),
         ("max_code_tokens=512", "training.length.too_long", "max_code_tokens 512"),
         ("batch_size=7", "training.batch_size.multiple", "batch_size 7"),
         ("max_steps=0", "settings.value", "max_steps must be above 0, not 0"),
-        ("learning_rate=.nan", "settings.value", "learning_rate"),
         ("seed=-1", "settings.value", "seed must be from 0 to 4294967295, not -1"),
-        ("max_train_samples=10.5", "settings.value", "max_train_samples"),
         ("max_train_samples=0", "settings.value", "max_train_samples"),
-        ("rotate_shallow_exits=maybe", "settings.value", "'maybe'"),
         ("lr_scheduler_type=falling", "training.arguments.value", "falling"),
-        ("identifier_rename_prob=30", "settings.value", "identifier_rename_prob"),
         ("eval_fraction=0.5", "settings.value", "0.2, not 0.5"),
         ("exit_weights=heavy", "exit_weights", "paper, uniform, linear"),
-        ("objective.logit_scale=0", "settings.value", "logit_scale must be a number above 0, not 0.0"),
+        ("objective.logit_scale=0", "settings.value", "logit_scale must be greater than 0, not 0"),
         ("objective.teechar=3", "settings.unknown", "objective: unknown setting teechar; did you mean teacher?"),
         ("objective={teacher: 3, distillation_weight: 1}", "contrastive.exit", "teacher names exit 3"),
         ("objective.pairs=[[query, document, negative]]", "training.objective.pairs", "objective.pairs"),
@@ -302,7 +266,6 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("model=runs/small/model", "config.unknown", "Pre-train first"),
         ("model=~/nowhere", "config.unknown", "~/nowhere with a config.json"),
         ("model=/tmp", "config.unknown", "/tmp with a config.json"),
-        ("max_stepz=3", "settings.unknown", "max_stepz; did you mean max_steps?"),
         ("train_sampling_strategy=random", "training.arguments.decided", "train_sampling_strategy"),
         ("gradient_accumulation_steps=2", "training.arguments.decided", "gradient_accumulation_steps"),
         ("lora.speed=3", "training.lora", "speed"),
@@ -349,12 +312,10 @@ def test_a_run_of_an_older_version_is_continued(recipe_file, tmp_path):
     recipe = load_recipe(FinetuningRecipe, recipe_file, ["max_steps=1"])
     finetune(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
     written = tmp_path / "run" / "recipe.json"
-    older = {"steps": 1, "held_out_share": 0.2, "objective": {}, "trainer": {}, "schedule": "constant"}
-    settings = json.loads(written.read_text())
-    kept = {name: settings[name] for name in ("model", "data", "batch_size", "learning_rate", "eval_pairs", "seed")}
-    tokens = {name: settings[name] for name in ("max_text_tokens", "max_code_tokens")}
-    lines = {name: settings[name] for name in ("logging_steps", "eval_steps", "save_steps")}
-    written.write_text(json.dumps(older | kept | tokens | lines))
+    older = {"steps": 1, "held_out_share": 0.2, "objective": {}, "trainer": {}, "schedule": "constant", "seed": 0}
+    given = yaml.safe_load(recipe_file.read_text())
+    del given["max_steps"], given["eval_fraction"]
+    written.write_text(json.dumps(older | given))
     assert finetune(recipe, tmp_path / "run", progress=False)["steps"] == 1
     with raises("training.run.other_settings", "max_steps"):
         run(recipe_file, tmp_path / "run", "max_steps=2")
@@ -372,14 +333,8 @@ def test_a_model_that_is_not_found_anywhere_is_reported_with_the_hubs_reason(rec
 def test_the_papers_recipe_holds_its_figures():
     recipe = load_recipe(FinetuningRecipe, hub_config_folder("finetuned") / "recipe.yaml")
     assert (recipe.max_steps, recipe.batch_size, recipe.max_train_samples) == (20_000, 2048, 635_404)
-    assert [
-        recipe.training[name] for name in ("learning_rate", "lr_scheduler_type", "warmup_steps", "exit_weights")
-    ] == [
-        1e-5,
-        "constant_with_warmup",
-        0,
-        "paper",
-    ]
+    expected = {"learning_rate": 1e-5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0}
+    assert (expected | {"exit_weights": "paper"}).items() <= recipe.training.items()
     assert (recipe.objective.logit_scale, recipe.identifier_rename_prob) == (10.0, 0.3)
     assert recipe.max_code_tokens == 2048
 
@@ -399,10 +354,8 @@ def small_recipe():
 
 def small_estimate(*groups):
     """For our small recipe, with 20,000 groups of each of these kinds of pairs."""
-    config, has_weights = starting_config(small_recipe())
     with torch.device("meta"):
-        model = ModularStarEncoderForRetrieval(config)
-    assert not has_weights
+        model = ModularStarEncoderForRetrieval(load_config("small"))
     return finetuning_preflight(model, small_recipe(), 1, dict.fromkeys(groups, 20_000), (40.0, 120.0))
 
 
@@ -417,9 +370,9 @@ def test_pairs_of_code_alone_are_counted_as_such():
     text, code, both = (
         small_estimate(*kinds) for kinds in (("text → code",), ("code → code",), ("text → code", "code → code"))
     )
-    assert (text.tokens_per_pair, code.tokens_per_pair, both.tokens_per_pair) == (160, 240, 200)
-    assert both.flops_per_pair == pytest.approx((text.flops_per_pair + code.flops_per_pair) / 2)
-    assert code.flops_per_pair > 1.5 * text.flops_per_pair
+    assert (text.tokens_per_row, code.tokens_per_row, both.tokens_per_row) == (160, 240, 200)
+    assert both.flops_per_row == pytest.approx((text.flops_per_row + code.flops_per_row) / 2)
+    assert code.flops_per_row > 1.5 * text.flops_per_row
     assert "text → code           none in this data" in str(code)
     assert "code → code           20,000 groups" in str(code)
     assert "none in this data" not in str(both)

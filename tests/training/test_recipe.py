@@ -1,4 +1,7 @@
-"""Recipes and configurations that ship with the package."""
+"""Recipes and configurations that ship with the package, the schedule of pre-training, and what is logged."""
+
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,12 +9,11 @@ import yaml
 
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training.ablation import AblationRecipe
-from modular_star_encoder.training.arguments import bf16_is_faster
+from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster
 from modular_star_encoder.training.recipes import (
     ClassificationRecipe,
     FinetuningRecipe,
     PretrainingRecipe,
-    QuickstartRecipe,
     hub_config_folder,
     load_config,
     load_recipe,
@@ -21,11 +23,15 @@ from modular_star_encoder.utils.settings import format_reference
 from tests.errors import raises
 
 
-def test_the_quickstart_recipe_and_configuration_fit_each_other():
-    recipe, config = (
-        load_recipe(QuickstartRecipe, hub_config_folder("quickstart") / "recipe.yaml"),
-        load_config("quickstart"),
-    )
+@pytest.fixture(scope="module")
+def quickstart():
+    """The class of the quickstart's recipe, and its file."""
+    script = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "quickstart.py"))
+    return script["QuickstartRecipe"], hub_config_folder("quickstart") / "recipe.yaml"
+
+
+def test_the_quickstart_recipe_and_configuration_fit_each_other(quickstart):
+    recipe, config = load_recipe(*quickstart), load_config("quickstart")
     assert recipe.vocab_size == config.vocab_size
     assert max(recipe.max_document_tokens, recipe.pretraining.max_tokens) <= config.max_position_embeddings
     with torch.device("meta"):
@@ -47,13 +53,14 @@ def test_an_unknown_configuration_is_refused_with_the_available_ones():
         ({"max_functions": 0}, "settings.value", "max_functions"),
     ],
 )
-def test_a_wrong_setting_of_the_quickstart_is_named(tmp_path, change, key, value):
-    content = yaml.safe_load((hub_config_folder("quickstart") / "recipe.yaml").read_text()) | change
+def test_a_wrong_setting_of_the_quickstart_is_named(quickstart, tmp_path, change, key, value):
+    kind, file = quickstart
+    content = yaml.safe_load(file.read_text()) | change
     if content["vocab_size"] is None:
         del content["vocab_size"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     with raises(key, value):
-        load_recipe(QuickstartRecipe, tmp_path / "recipe.yaml")
+        load_recipe(kind, tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize("kind", [PretrainingRecipe, FinetuningRecipe, ClassificationRecipe, AblationRecipe])
@@ -63,16 +70,15 @@ def test_the_reference_names_every_key_with_its_type_default_and_meaning(kind):
     if kind is FinetuningRecipe:
         assert "float, default 0.05; share of each source's rows" in lines["eval_fraction"]
         assert "required; pairs of one step" in lines["batch_size"]
-        assert "str | int, default deepest; exit whose scores" in lines["objective.teacher"]
+        teachers = "'deepest' | 'next_deeper' | 'ensemble' | int"
+        assert f"{teachers}, default deepest; exit whose scores" in lines["objective.teacher"]
         assert lines["learning_rate"].endswith("required; peak of the schedule.")
         assert "default paper; weights of the exits' losses" in lines["exit_weights"]
 
 
 def test_a_log_line_is_short_and_names_each_exit():
-    line = format_log(
-        {"loss": 1.5, "learning_rate": 1e-3, "clip_loss_exit_1": 2.0, "clip_loss_exit_12": 1.0, "epoch": 1}
-    )
-    assert line == "loss 1.500 · learning_rate 1.0e-03 · clip_loss 1: 2.000, 12: 1.000"
+    logs = {"loss": 1.5, "learning_rate": 1e-3, "clip_loss_exit_1": 2.0, "clip_loss_exit_12": 1.0, "epoch": 1}
+    assert format_log(logs) == "loss 1.500 · learning_rate 1.0e-03 · clip_loss 1: 2.000, 12: 1.000"
 
 
 @pytest.mark.parametrize(
@@ -88,3 +94,33 @@ def test_bfloat16_is_chosen_by_what_the_processor_says_it_can_do(monkeypatch, fl
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("pathlib.Path.read_text", lambda self, **_: flags)
     assert bf16_is_faster() is faster
+
+
+def schedule(warmup_steps, milestones, fractions):
+    options = {"warmup_steps": warmup_steps, "milestones": milestones, "fractions": fractions}
+    return MultiExitTrainingArguments("never written", use_cpu=True, **options)
+
+
+def test_the_papers_rate_is_a_fraction_of_the_peak_at_every_boundary():
+    milestones, fractions = [120_000, 185_000, 220_000, 230_000, 240_000], [0.36, 0.1, 0.031, 0.01, 0.001]
+    paper = schedule(4_000, milestones, fractions)
+    for milestone, before, after in zip(milestones, [1.0, *fractions], fractions, strict=False):
+        assert (paper.rate_fraction(milestone - 1), paper.rate_fraction(milestone)) == (before, after)
+    warm_up = [paper.rate_fraction(step) for step in (0, 1, 3_999, 4_000)]
+    assert warm_up == pytest.approx([0.0, 1 / 4_000, 3_999 / 4_000, 1.0])
+    assert paper.rate_fraction(244_999) == 0.001
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ((0, [5, 5], [0.1, 0.1]), "[5, 5]"),
+        ((6, [5], [0.1]), "warmup_steps 6"),
+        ((0, [5], []), "fractions []"),
+        ((0, [5], [-0.1]), "[-0.1]"),
+        ((0, [5], [float("nan")]), "[nan]"),
+    ],
+)
+def test_a_schedule_that_contradicts_itself_is_refused(arguments, value):
+    with raises("training.schedule", value):
+        schedule(*arguments)

@@ -1,61 +1,67 @@
-"""The trainer: per-exit logs, the weighted total, and resuming as if nothing had happened."""
+"""The trainer: logs of every exit, the weighted total, resuming, gradient caching in its loop, and bad batches."""
 
 import json
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
 
 from modular_star_encoder.data.collators import PaddingCollator
 from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives.classification import InContextObjective
+from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.objectives.exit_losses import InContextObjective, ObjectiveOutput
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.runs import last_checkpoint, train_to_the_end
 from modular_star_encoder.training.starting_points import add_adapters
 from modular_star_encoder.training.trainer import MultiExitTrainer
+from tests.errors import raises
+from tests.objectives.contrastive_batches import every_option, every_side, texts, with_dropout
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.slow
 
+NO_DROPOUT = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.0)
 
-class Pairs(Dataset):
-    """Rows that differ, one batch of them being a whole collated batch."""
+
+class Rows(Dataset):
+    """Indices; the collator makes their texts."""
 
     def __len__(self):
         return 40
 
     def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        return torch.randint(4, 300, (2, 8), generator=generator)
+        return index
 
 
-def collate(rows):
-    sides = torch.stack(rows, dim=1)
-    return {
-        name: {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        for name, ids in zip(("query", "document"), sides, strict=True)
-    }
+def collate(indices):
+    lengths = [3 + index % 5 for index in indices]
+    return {"query": texts(lengths, seed=sum(indices)), "document": texts(lengths[::-1], seed=1 + sum(indices))}
 
 
 def arguments(folder, **changes):
     settings = {"max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no"}
-    return MultiExitTrainingArguments(
-        output_dir=str(folder), use_cpu=True, disable_tqdm=True, report_to="none", **(settings | changes)
-    )
+    settings |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none"}
+    return MultiExitTrainingArguments(output_dir=str(folder), **(settings | changes))
 
 
-def make_trainer(folder, weights="paper", model=None, **changes):
+def make_trainer(folder, model=None, objective=None, **changes):
     return MultiExitTrainer(
         tiny_model() if model is None else model,
-        arguments(folder, exit_weights=weights, **changes),
-        ContrastiveObjective(),
-        train_dataset=Pairs(),
-        eval_dataset=Pairs(),
+        arguments(folder, **changes),
+        objective or ContrastiveObjective(),
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
         data_collator=collate,
     )
+
+
+def total(log, name="clip_loss", prefix=""):
+    """The paper's weights × the logged losses of the exits."""
+    return sum(exit_layer / 4 * log[f"{prefix}{name}_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS)
 
 
 def test_the_total_is_the_weighted_sum_of_the_exits(tmp_path):
@@ -63,17 +69,15 @@ def test_the_total_is_the_weighted_sum_of_the_exits(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.model.eval()
     losses = ContrastiveObjective()(trainer.model, batch, EXIT_LAYERS).losses
-    total = losses[0] * 1 / 4 + losses[1] * 2 / 4 + losses[2] * 4 / 4
-    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), total)
+    expected = losses[0] * 1 / 4 + losses[1] * 2 / 4 + losses[2] * 4 / 4
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
 
 
 def test_every_exits_loss_is_logged_and_adds_up_to_the_total(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.train()
     for log in trainer.state.log_history[:2]:
-        per_exit = [log[f"clip_loss_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS]
-        total = sum(exit_layer / 4 * loss for exit_layer, loss in zip(EXIT_LAYERS, per_exit, strict=True))
-        assert log["loss"] == pytest.approx(total, rel=1e-4)
+        assert log["loss"] == pytest.approx(total(log), rel=1e-4)
         assert {f"clip_accuracy_exit_{exit_layer}" for exit_layer in EXIT_LAYERS} <= set(log)
 
 
@@ -84,22 +88,15 @@ def test_rotation_trains_the_deepest_exit_and_each_other_in_its_turn(tmp_path):
     trainer.train()
     assert seen == [(1, 4), (2, 4), (1, 4), (2, 4)]
     log = trainer.state.log_history[0]
-    total = sum(
-        exit_layer / 4 * log[f"clip_loss_exit_{exit_layer}"] / (1 + (exit_layer < 4)) for exit_layer in (1, 2, 4)
-    )
-    assert log["loss"] == pytest.approx(total, rel=1e-4)
+    shallow = (total(log) - log["clip_loss_exit_4"]) / 2
+    assert log["loss"] == pytest.approx(shallow + log["clip_loss_exit_4"], rel=1e-4)
 
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_gradient_norms_per_exit_are_those_of_each_weighted_loss_on_the_trunk(tmp_path, adapters):
-    model = add_adapters(tiny_model(), {}) if adapters else tiny_model()
-    own = {"model": model, "log_gradient_norms": True}
-    trainer = make_trainer(tmp_path, max_steps=1, logging_steps=1, learning_rate=0.0, **own)
-    trainer.model.config.attention_dropout = 0.0
-    for module in trainer.model.modules():
-        for name in ("attention_dropout", "residual_dropout", "embedding_dropout"):
-            if hasattr(module, name):
-                setattr(module, name, 0.0)
+    model = add_adapters(tiny_model(**NO_DROPOUT), {}) if adapters else tiny_model(**NO_DROPOUT)
+    settings = {"max_steps": 1, "logging_steps": 1, "learning_rate": 0.0, "log_gradient_norms": True}
+    trainer = make_trainer(tmp_path, model, **settings)
     trainer.train()
     (batch,) = [batch for step, batch in zip(range(1), trainer.get_train_dataloader(), strict=False)]
     for exit_layer in EXIT_LAYERS:
@@ -135,7 +132,7 @@ def test_a_schedule_of_steps_replaces_trainers_own(tmp_path):
 
 
 def test_a_weight_of_zero_trains_nothing_of_that_exit(tmp_path):
-    trainer = make_trainer(tmp_path, weights=[0.0, 0.0, 1.0], weight_decay=0.0)
+    trainer = make_trainer(tmp_path, exit_weights=[0.0, 0.0, 1.0], weight_decay=0.0)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
     changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
@@ -143,21 +140,20 @@ def test_a_weight_of_zero_trains_nothing_of_that_exit(tmp_path):
     assert any(name.startswith("projection_heads.4.") for name in changed)
 
 
+def pretraining(model, folder, tokenizer, length, **changes):
+    """A trainer of in-context rows."""
+    files = {f"repository {i}": [f"def f{i}_{j}(x): return x + {i * j} " * 4 for j in range(6)] for i in range(4)}
+    rows = InContextPairs(files, tokenizer, length=length, max_tokens=48, seed=0, progress=False)
+    options = {"train_dataset": rows, "data_collator": PaddingCollator(tokenizer)}
+    return MultiExitTrainer(model, arguments(folder, **changes), InContextObjective(), **options)
+
+
 def test_accumulated_gradients_are_those_of_the_mean_loss(tmp_path, tokenizer):
     """With pre-training's labels: for batches that have them, `Trainer` would leave the division to the model."""
-    texts = {f"repository {i}": [f"def f{i}_{j}(x): return x + {i * j} " * 4 for j in range(6)] for i in range(4)}
-    rows = InContextPairs(texts, tokenizer, length=8, max_tokens=48, seed=0, progress=False)
     settings = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 0.0}
-    model = tiny_model(
-        ModularStarEncoderForPreTraining, attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0
-    )
-    trainer = MultiExitTrainer(
-        model,
-        arguments(tmp_path, **settings, gradient_accumulation_steps=4, max_grad_norm=1e9),
-        InContextObjective(),
-        train_dataset=rows,
-        data_collator=PaddingCollator(tokenizer),
-    )
+    settings |= {"gradient_accumulation_steps": 4, "max_grad_norm": 1e9}
+    model = tiny_model(ModularStarEncoderForPreTraining, **NO_DROPOUT)
+    trainer = pretraining(model, tmp_path, tokenizer, 8, **settings)
     trainer.train()
     losses = [trainer.compute_loss(model, batch) for batch in trainer.get_train_dataloader()]
     (torch.stack(losses).mean()).backward()
@@ -172,12 +168,8 @@ def test_evaluation_reports_each_exit_and_leaves_the_training_log_alone(tmp_path
     trainer.train()
     training = next(log for log in trainer.state.log_history if "loss" in log)
     evaluation = next(log for log in trainer.state.log_history if "eval_loss" in log)
-    per_exit = [evaluation[f"eval_clip_loss_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS]
-    total = sum(exit_layer / 4 * loss for exit_layer, loss in zip(EXIT_LAYERS, per_exit, strict=True))
-    assert evaluation["eval_loss"] == pytest.approx(total, rel=1e-4)
-    assert training["loss"] == pytest.approx(
-        sum(exit_layer / 4 * training[f"clip_loss_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS), rel=1e-4
-    )
+    assert evaluation["eval_loss"] == pytest.approx(total(evaluation, prefix="eval_"), rel=1e-4)
+    assert training["loss"] == pytest.approx(total(training), rel=1e-4)
 
 
 def test_an_exit_that_the_model_lacks_is_refused(tmp_path):
@@ -185,51 +177,11 @@ def test_an_exit_that_the_model_lacks_is_refused(tmp_path):
         MultiExitTrainer(tiny_model(), arguments(tmp_path), ContrastiveObjective(), exit_layers=(3,))
 
 
-def pretraining_stage(tokenizer, folder, monkeypatch=None, stop_after=None):
-    """Six steps of pre-training with dropout; `stop_after` interrupts it as Ctrl-C would."""
-    texts = {f"repository {i}": [f"def f{i}_{j}(x): return x + {i * j} " * 4 for j in range(6)] for i in range(4)}
+def pretraining_stage(tokenizer, folder):
+    """Six steps of pre-training with dropout."""
     settings = {"max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "save_strategy": "steps"}
-    rows = InContextPairs(texts, tokenizer, length=24, max_tokens=48, seed=0, progress=False)
     model = tiny_model(ModularStarEncoderForPreTraining, residual_dropout=0.2)
-    if stop_after is not None:
-
-        class Interrupt(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                if state.global_step == stop_after:
-                    raise KeyboardInterrupt
-
-        original = MultiExitTrainer.__init__
-
-        def with_interrupt(self, *args, **kwargs):
-            original(self, *args, callbacks=[Interrupt()], **kwargs)
-
-        monkeypatch.setattr(MultiExitTrainer, "__init__", with_interrupt)
-    trainer = MultiExitTrainer(
-        model,
-        arguments(folder, **settings),
-        InContextObjective(),
-        train_dataset=rows,
-        data_collator=PaddingCollator(tokenizer),
-    )
-    return model, train_to_the_end(trainer, folder, progress=False)
-
-
-@pytest.mark.slow
-def test_interrupted_training_resumes_to_the_same_losses_and_weights(tmp_path, tokenizer, monkeypatch):
-    straight, straight_log = pretraining_stage(tokenizer, tmp_path / "straight")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        pretraining_stage(tokenizer, tmp_path / "interrupted", patch, stop_after=5)
-    resumed, log = pretraining_stage(tokenizer, tmp_path / "interrupted")
-    assert log["resumed_from"] == 4
-    assert straight_log["resumed_from"] is None
-
-    def losses(log):
-        return {entry["step"]: entry["loss"] for entry in log["log_history"] if "loss" in entry}
-
-    assert losses(log) == losses(straight_log)
-    assert len(set(losses(log).values())) == 6
-    for (name, expected), got in zip(straight.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(expected, got), name
+    return model, train_to_the_end(pretraining(model, folder, tokenizer, 24, **settings), folder, progress=False)
 
 
 def test_a_half_written_checkpoint_is_passed_over_and_removed(tmp_path, tokenizer):
@@ -249,3 +201,157 @@ def test_a_half_written_checkpoint_is_passed_over_and_removed(tmp_path, tokenize
 def test_an_empty_folder_has_no_last_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path) is None
     assert last_checkpoint(tmp_path / "missing") is None
+
+
+def with_scale():
+    return with_dropout(0.0, logit_scale_init_value=12.0)
+
+
+def trainer_of(model, folder, settings, **changes):
+    options = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 6, "learning_rate": 1e-2}
+    return make_trainer(folder, model, ContrastiveObjective(ContrastiveSettings(**settings)), **(options | changes))
+
+
+def train(folder, tokens, **changes):
+    trainer = trainer_of(with_scale(), folder, {"mini_batch_tokens": tokens, "alignment_weight": 0.1}, **changes)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}])
+def test_mini_batches_train_as_whole_batches_do(tmp_path, changes):
+    plain, cached = (train(tmp_path, tokens, **changes) for tokens in (None, 16))
+    names = {"loss", "grad_norm", "logit_scale"} | {f"clip_loss_exit_{exit_layer}" for exit_layer in EXIT_LAYERS}
+    for expected, found in zip(plain.state.log_history[:3], cached.state.log_history[:3], strict=True):
+        assert {name: found[name] for name in names} == pytest.approx({name: expected[name] for name in names}, 1e-3)
+    assert plain.state.log_history[2]["logit_scale"] != pytest.approx(12.0, abs=1e-3)
+    before = with_scale()
+    states = (trainer.model.state_dict() for trainer in (plain, cached))
+    distances = [
+        torch.stack([(first[name] - second[name]).norm() for name in first]).norm()
+        for first, second in ((before.state_dict(), cached.model.state_dict()), tuple(states))
+    ]
+    assert distances[1] < 1e-2 * distances[0]
+
+
+def test_mini_batches_train_in_mixed_precision(tmp_path):
+    plain, cached = (train(tmp_path, tokens, bf16=True) for tokens in (None, 16))
+    losses = [[log["loss"] for log in trainer.state.log_history[:3]] for trainer in (plain, cached)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def test_evaluation_needs_no_gradients(tmp_path):
+    trainer = train(tmp_path, 16, max_steps=1)
+    metrics = trainer.evaluate()
+    assert {"eval_logit_scale", "eval_alignment_loss_exit_1", "eval_clip_accuracy_exit_4"} <= set(metrics)
+
+
+def test_a_learned_scale_is_resumed_saved_and_loaded(tmp_path):
+    straight = train(tmp_path / "straight", 16, max_steps=4, save_strategy="steps", save_steps=2)
+    settings = {"mini_batch_tokens": 16, "alignment_weight": 0.1}
+    resumed = trainer_of(with_scale(), tmp_path / "resumed", settings, max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    scale = straight.model.logit_scale.log_scale
+    assert torch.equal(resumed.model.logit_scale.log_scale, scale)
+    straight.save_model(str(tmp_path / "saved"))
+    assert not list((tmp_path / "saved").glob("*.bin")), "Trainer's settings are a pickle"
+    loaded = ModularStarEncoderForRetrieval.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.logit_scale.log_scale, scale)
+
+
+def test_a_learned_scale_is_trained_beside_lora_and_comes_back(tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["dense", "out_proj", "logit_scale"])
+    trainer = trainer_of(get_peft_model(with_scale(), lora), tmp_path, {"mini_batch_tokens": 16})
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    scale = trainer.state.log_history[2]["logit_scale"]
+    assert scale != pytest.approx(12.0, abs=1e-2)
+    loaded = PeftModel.from_pretrained(with_scale(), tmp_path / "adapter")
+    trained = trainer.model(**tiny_batch())
+    torch.testing.assert_close(loaded(**tiny_batch()).logit_scale, trained.logit_scale)
+    assert trained.logit_scale.item() != pytest.approx(12.0, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "key"),
+    [
+        ({"mini_batch_tokens": 8}, {"log_gradient_norms": True}, "training.log_gradient_norms.cached"),
+        ({"teacher": 3, "distillation_weight": 1.0}, {}, "contrastive.exit"),
+        ({"teacher": "next_deeper", "distillation_weight": 1}, {"rotate_shallow_exits": True}, "contrastive.rotation"),
+        ({"dimensions": [17]}, {}, "contrastive.dimensions"),
+    ],
+)
+def test_settings_that_do_not_fit_the_trainer_are_refused_before_training(tmp_path, settings, own, key):
+    with raises(key):
+        trainer_of(tiny_model(), tmp_path, settings, **own)
+
+
+def test_exits_with_sizes_of_their_own_may_be_trained_in_turn(tmp_path):
+    settings = {"dimensions": {1: [4], 4: [8, 16]}, "mini_batch_tokens": 16}
+    trainer = trainer_of(tiny_model(), tmp_path, settings, rotate_shallow_exits=True)
+    trainer.train()
+    assert "clip_loss_exit_1" in trainer.state.log_history[0]
+    assert "clip_loss_exit_2" in trainer.state.log_history[1]
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_leaves_its_batch(tmp_path):
+    model = tiny_model()
+    trainer = trainer_of(model, tmp_path / "run", {"mini_batch_tokens": 16})
+    batches = []
+
+    def objective(model, batch, exits):
+        batches.append(batch)
+        if len(batches) == 2:
+            with torch.no_grad():
+                model.projection_heads["2"].out_proj.bias.fill_(float("nan"))
+        return ContrastiveObjective()(model, batch, exits)
+
+    trainer.objective = objective
+    with raises("training.loss.not_finite") as error:
+        trainer.train()
+    message = str(error.value)
+    path = tmp_path / "run" / "non_finite_loss_step_2_rank_0.safetensors"
+    assert message.startswith("The loss of step 2 is not finite (exit 1: ")
+    assert "exit 2: nan" in message
+    assert message.endswith(f"its batch is in {path}.")
+    written = load_file(path)
+    assert set(written) == {f"{side}.{name}" for side in collate([0]) for name in ("input_ids", "attention_mask")}
+    assert torch.equal(written["query.input_ids"], batches[1]["query"]["input_ids"])
+    report = json.loads(path.with_suffix(".json").read_text())
+    assert report["step"] == 2
+    assert report["losses"]["2"] == "nan"
+    assert isinstance(report["losses"]["1"], float)
+    assert trainer.state.global_step == 1
+
+
+def test_any_objective_is_stopped(tmp_path):
+    batch = tiny_batch() | {"labels": tiny_batch()["input_ids"], "icc_labels": torch.tensor([0, 1, 1])}
+
+    class Infinite(InContextObjective):
+        def __call__(self, model, batch, exits):
+            output = super().__call__(model, batch, exits)
+            return ObjectiveOutput(output.losses / 0.0, output.metrics)
+
+    trainer = make_trainer(tmp_path, tiny_model(ModularStarEncoderForPreTraining), Infinite())
+    with raises("training.loss.not_finite", "exit 1: inf"):
+        trainer.compute_loss(trainer.model.train(), {**batch, "kind": "in context"})
+    report = json.loads((tmp_path / "non_finite_loss_step_1_rank_0.json").read_text())
+    assert report["other_values"] == {"kind": "in context"}
+
+
+def test_every_option_trains_through_the_trainer(tmp_path):
+    model = tiny_model(logit_scale_init_value=10.0)
+    objective = ContrastiveObjective(every_option(mini_batch_tokens=20))
+    trainer = make_trainer(tmp_path, model, objective, max_steps=1, logging_steps=1)
+    trainer.data_collator = lambda indices: every_side()
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert {"masked_negatives", "logit_scale", "distillation_loss_exit_4", "clip_accuracy_smallest_exit_1"} <= set(log)
+
+
+@pytest.mark.parametrize(("margin", "warned"), [(1.9, True), (-1.9, False)])
+def test_a_guide_that_masks_many_negatives_is_warned_about(tmp_path, monkeypatch, margin, warned):
+    warnings = []
+    monkeypatch.setattr("modular_star_encoder.training.trainer.logger.warning_once", warnings.append)
+    trainer_of(tiny_model(), tmp_path, {"false_negative_margin": margin}, max_steps=1).train()
+    assert [text.startswith("The deepest exit takes") for text in warnings] == [True] * warned

@@ -12,7 +12,7 @@ from modular_star_encoder.cli.options import add_recipe_options
 
 
 def add_train_commands(commands: Any) -> None:
-    """Add the commands to the subparsers of `mose`."""
+    """Add the commands to the subparsers of `mose`; their `--help` ends with every key of their recipe."""
     run_folder = "folder of the run; a run that is already there continues"
 
     pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories, as a recipe says")
@@ -24,17 +24,16 @@ def add_train_commands(commands: Any) -> None:
     finetune.set_defaults(run=run_finetune)
 
     ablate = commands.add_parser("ablate", help="exits trained together against exits trained alone, and other options")
-    add_recipe_options(
-        ablate, "hub_configs/small/ablation.yaml", "finetuning.max_steps=500", "runs and reports; they continue there"
-    )
+    folder = "runs and reports; they continue there"
+    add_recipe_options(ablate, "hub_configs/small/ablation.yaml", "finetuning.max_steps=500", folder)
     ablate.set_defaults(run=run_ablate)
 
     for parser in (pretrain, finetune, ablate):
-        end_help_with_keys(parser)
+        _end_help_with_keys(parser)
 
 
-def end_help_with_keys(parser: argparse.ArgumentParser) -> None:
-    """Let `--help` of a training command end with every key of its recipe; only that imports torch."""
+def _end_help_with_keys(parser: argparse.ArgumentParser) -> None:
+    """Only `--help` of this command imports torch."""
     plain = parser.format_help
 
     def format_help() -> str:
@@ -58,9 +57,10 @@ def run_finetune(arguments: argparse.Namespace) -> None:
     """`mose finetune`."""
     from modular_star_encoder.training.finetuning import load_finetuning
 
-    recipe, finetune = load_finetuning(arguments.recipe, arguments.overrides)
-    log = finetune(recipe, arguments.out)
-    print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
+    file, overrides, out = arguments.recipe, arguments.overrides, arguments.out
+    recipe, finetune = load_finetuning(file, overrides)
+    log = finetune(recipe, out)
+    print(f"{log['steps']} steps; result in {os.path.join(out, 'model')}")
 
 
 def run_ablate(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Contrastive fine-tuning: the symmetric CLIP loss of each exit on its own projection head."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -18,31 +18,12 @@ from modular_star_encoder.utils.errors import UserError
 SCORES_PER_CHUNK = 2**20
 
 
-@dataclass
-class ContrastiveTerms:
-    """Terms of the loss of one batch.
-
-    Args:
-        terms: name → (E,) with gradient; their sum is the loss of each exit. `clip` always; `distillation` and
-            `alignment` where they are on, multiplied by their weights.
-        metrics: name → (E,) or (), detached.
-    """
-
-    terms: dict[str, torch.Tensor]
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def losses(self) -> torch.Tensor:
-        """(E,), the sum of the terms."""
-        return torch.stack(list(self.terms.values())).sum(dim=0)
-
-
 def losses_from_embeddings(
     stacks: Mapping[str, torch.Tensor],
     exit_layers: Sequence[int],
     settings: ContrastiveSettings | None = None,
     logit_scale: torch.Tensor | float | None = None,
-) -> ContrastiveTerms:
+) -> ObjectiveOutput:
     """Symmetric cross-entropy over the similarities of a batch (CLIP, arXiv 2103.00020, figure 3), and its additions.
 
     Each anchor of this process is scored against the positives and negatives of all processes, column by column, and
@@ -56,7 +37,8 @@ def losses_from_embeddings(
         logit_scale: a learned multiplier of similarities (1,), in place of `settings.logit_scale`.
 
     Returns:
-        The terms, and the metrics `clip_loss`, `clip_accuracy` (share of anchors whose own positive is the most similar
+        The losses; the terms `clip` and, where they are on, `distillation` and `alignment`, times their weights; and
+        the metrics `clip_loss`, `clip_accuracy` (share of anchors whose own positive is the most similar
         candidate, at the largest embedding size), with several sets `clip_accuracy_{anchor}_{positive}`, and by option
         `clip_accuracy_smallest` (at the smallest size), `distillation_loss`, `alignment_loss` (without their weights),
         `masked_negatives` (share) and `logit_scale`.
@@ -72,102 +54,63 @@ def losses_from_embeddings(
     settings.check_step(exit_layers, first.shape[-1])
     with torch.autocast(first.device.type, enabled=False):
         stacks = {side: stack.to(torch.promote_types(stack.dtype, torch.float32)) for side, stack in stacks.items()}
-        scoring = _Scoring.of(
-            settings, exit_layers, first, settings.logit_scale if logit_scale is None else logit_scale
-        )
+        scale = settings.logit_scale if logit_scale is None else logit_scale
+        scoring = _scoring(settings, exit_layers, next(iter(stacks.values())), scale)
         gathered = gather_stacks(stacks)
-        by_pair = {tuple(pair): _pair_sums(pair, stacks, gathered, scoring) for pair in settings.pairs}
-        rows = {pair: stacks[pair[0]].shape[1] for pair in by_pair}
-        output = _means(by_pair, rows, settings)
+        sums = {pair: _pair_sums(pair, stacks, gathered, scoring) for pair in settings.pairs}
+        rows = {pair: stacks[pair[0]].shape[1] for pair in settings.pairs}
+        means: dict[str, torch.Tensor] = {
+            name: reduce(torch.add, [of_pair[name] for of_pair in sums.values()]) / sum(rows.values())
+            for name in sums[settings.pairs[0]]
+        }
+        terms = {"clip": means["clip"]}
+        if settings.distillation_weight:
+            terms["distillation"] = means["distillation"]
         if settings.alignment_weight:
-            joint = torch.cat(list(stacks.values()), dim=1)
-            _add_term(output, "alignment", _alignment(joint, scoring.target), settings.alignment_weight)
-        if logit_scale is not None:
-            output.metrics["logit_scale"] = scoring.logit_scale.detach().reshape(())
-    return output
-
-
-def _means(
-    by_pair: Mapping[tuple[str, ...], Mapping[str, torch.Tensor]],
-    rows: Mapping[tuple[str, ...], int],
-    settings: ContrastiveSettings,
-) -> ContrastiveTerms:
-    """Terms and metrics as means over all pairs, from the sums over those of each set."""
-    names = next(iter(by_pair.values()))
-    means: dict[str, torch.Tensor] = {
-        name: reduce(torch.add, [sums[name] for sums in by_pair.values()]) / sum(rows.values()) for name in names
-    }
-    output = ContrastiveTerms({"clip": means["clip"]}, {"clip_loss": means["clip"].detach()})
-    output.metrics["clip_accuracy"] = means["hits"]
-    if len(by_pair) > 1:
-        for pair, sums in by_pair.items():
-            output.metrics[f"clip_accuracy_{pair[0]}_{pair[1]}"] = sums["hits"] / rows[pair]
+            target = _places(settings.alignment_target, exit_layers)
+            terms["alignment"] = _alignment(torch.cat(list(stacks.values()), dim=1), target)
+    metrics = {f"{name}_loss": term.detach() for name, term in terms.items()} | {"clip_accuracy": means["hits"]}
+    if len(sums) > 1:
+        metrics |= {f"clip_accuracy_{pair[0]}_{pair[1]}": sums[pair]["hits"] / rows[pair] for pair in sums}
     if settings.dimensions is not None:
-        output.metrics["clip_accuracy_smallest"] = means["hits_smallest"]
-    if settings.distillation_weight:
-        _add_term(output, "distillation", means["distillation"], settings.distillation_weight)
+        metrics["clip_accuracy_smallest"] = means["hits_smallest"]
     if settings.leaves_out_false_negatives:
-        output.metrics["masked_negatives"] = means["masked"]
-    return output
-
-
-def _add_term(output: ContrastiveTerms, name: str, term: torch.Tensor, weight: float) -> None:
-    output.terms[name] = weight * term
-    output.metrics[f"{name}_loss"] = term.detach()
+        metrics["masked_negatives"] = means["masked"]
+    if logit_scale is not None:
+        metrics["logit_scale"] = scoring.logit_scale.detach().reshape(())
+    weights = {"clip": 1.0, "distillation": settings.distillation_weight, "alignment": settings.alignment_weight}
+    terms = {name: weights[name] * term for name, term in terms.items()}
+    return ObjectiveOutput(torch.stack(list(terms.values())).sum(dim=0), metrics, terms)
 
 
 @dataclass(frozen=True)
 class _Scoring:
-    """How the scores of a batch become losses.
-
-    Args:
-        sizes: embedding size → places of the exits that are trained at it.
-        counts: (E,), number of sizes of each exit.
-        ends: smallest and largest size of each exit.
-        teacher: (E, E), row e: the weights with which the exits' scores make up the teacher of exit e; zeros where it
-            has none.
-        target: place of the exit that each exit is aligned to.
-    """
+    """How the scores of a batch become losses."""
 
     settings: ContrastiveSettings
     logit_scale: torch.Tensor
-    sizes: dict[int, list[int]]
-    counts: torch.Tensor
-    ends: tuple[tuple[int, int], ...]
-    teacher: torch.Tensor
-    target: list[int]
+    sizes: list[tuple[int, ...]]  # of the embeddings of each exit, ascending
+    places: dict[int, list[int]]  # size → places of the exits that are trained at it
+    teacher: torch.Tensor  # (E, E), row e: weights of the exits' scores in the teacher of exit e; zeros if it has none
 
-    @classmethod
-    def of(
-        cls,
-        settings: ContrastiveSettings,
-        exit_layers: Sequence[int],
-        stack: torch.Tensor,
-        logit_scale: torch.Tensor | float,
-    ) -> "_Scoring":
-        """The scoring of stacks such as this one, (E, B, D)."""
-        dtype = torch.promote_types(stack.dtype, torch.float32)
-        by_exit = [settings.sizes(exit_layer, stack.shape[-1]) for exit_layer in exit_layers]
-        sizes: dict[int, list[int]] = {}
-        for place, of_exit in enumerate(by_exit):
-            for size in of_exit:
-                sizes.setdefault(size, []).append(place)
-        exits = len(by_exit)
-        teacher = torch.zeros(exits, exits, dtype=dtype, device=stack.device)
-        if settings.teacher == "ensemble":
-            teacher += 1 / exits
-        elif settings.distillation_weight:
-            for pupil, place in enumerate(_places(settings.teacher, exit_layers)):
-                teacher[pupil, place] = float(pupil != place)
-        return cls(
-            settings,
-            torch.as_tensor(logit_scale, dtype=dtype, device=stack.device),
-            sizes,
-            torch.tensor([len(of_exit) for of_exit in by_exit], dtype=dtype, device=stack.device),
-            tuple((of_exit[0], of_exit[-1]) for of_exit in by_exit),
-            teacher,
-            _places(settings.alignment_target, exit_layers) if settings.alignment_weight else [],
-        )
+    def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """(E,) from embedding size → one value for each exit that is trained at it."""
+        by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
+        return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
+
+
+def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.Tensor, scale: Any) -> _Scoring:
+    """The scoring of stacks such as this one, (E, B, D)."""
+    sizes = [settings.sizes(exit_layer, stack.shape[-1]) for exit_layer in exits]
+    every_size = sorted(set().union(*sizes))
+    places = {size: [e for e, of_exit in enumerate(sizes) if size in of_exit] for size in every_size}
+    teacher = stack.new_zeros(len(sizes), len(sizes))
+    if settings.teacher == "ensemble":
+        teacher += 1 / len(sizes)
+    elif settings.distillation_weight:
+        for pupil, place in enumerate(_places(settings.teacher, exits)):
+            teacher[pupil, place] = float(pupil != place)
+    return _Scoring(settings, torch.as_tensor(scale, dtype=stack.dtype, device=stack.device), sizes, places, teacher)
 
 
 def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
@@ -219,65 +162,49 @@ def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
     """Sums over rows (E, R, D) whose candidates are in the columns `own` (R,) of (E, C, D)."""
-    settings, scale = scoring.settings, scoring.logit_scale
-    exits, size = rows.shape[0], rows.shape[-1]
-    scores = {
-        cut: _similarities(_at(rows, places), _at(columns, places), cut, size) for cut, places in scoring.sizes.items()
-    }
-    sums = {"clip": rows.new_zeros(exits)}
+    settings, (exits, _, size) = scoring.settings, rows.shape
+    scores = {cut: _similarities(rows, columns, places, cut) for cut, places in scoring.places.items()}
+    sums: dict[str, torch.Tensor] = {}
     masked = teachers = None
     if settings.leaves_out_false_negatives or settings.distillation_weight:
         with torch.no_grad():
-            whole = scores[size] if len(scoring.sizes.get(size, ())) == exits else _similarities(rows, columns)
-            masked = _false_negatives(whole[-1], own, settings)
+            every = list(range(exits))
+            whole = scores[size] if scoring.places.get(size) == every else _similarities(rows, columns, every, size)
             teachers = torch.einsum("pe,erc->prc", scoring.teacher, whole)
-    if masked is not None:
-        sums["masked"] = masked.sum() / max(1, columns.shape[1] - 1)
-    if settings.distillation_weight:
-        sums["distillation"] = rows.new_zeros(exits)
-    for cut, places in scoring.sizes.items():
-        share = 1 / scoring.counts[places]
-        logits = scale * scores[cut]
+            if settings.leaves_out_false_negatives:
+                masked = _false_negatives(whole[-1], own, settings)
+                sums["masked"] = masked.sum() / max(1, columns.shape[1] - 1)
+    entropies, divergences = {}, {}
+    for cut, places in scoring.places.items():
+        logits = scoring.logit_scale * scores[cut]
         if masked is not None:
             logits = logits.masked_fill(masked, -torch.inf)
-        sums["clip"] = sums["clip"].index_add(0, _index(places, own), _cross_entropies(logits, own) * share)
+        targets = own.repeat(len(places))
+        flat = nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+        entropies[cut] = flat.view(logits.shape[:2]).sum(dim=1)
         if teachers is not None and settings.distillation_weight:
-            divergences = _divergences(scores[cut], teachers[places], scoring)
             has_teacher = scoring.teacher[places].any(dim=1)
-            sums["distillation"] = sums["distillation"].index_add(
-                0, _index(places, own), divergences * share * has_teacher
-            )
+            divergences[cut] = _divergences(scores[cut], teachers[places], scoring) * has_teacher
+    sums["clip"] = scoring.mean_over_sizes(entropies)
+    if divergences:
+        sums["distillation"] = scoring.mean_over_sizes(divergences)
     hits = {
         cut: dict(zip(places, (scores[cut].argmax(dim=-1) == own).sum(dim=1), strict=True))
-        for cut, places in scoring.sizes.items()
+        for cut, places in scoring.places.items()
     }
-    for name, end in (("hits", 1), ("hits_smallest", 0)):
-        sums[name] = torch.stack([hits[ends[end]][place] for place, ends in enumerate(scoring.ends)]).to(rows.dtype)
+    for name, end in (("hits", -1), ("hits_smallest", 0)):
+        sums[name] = torch.stack([hits[sizes[end]][e] for e, sizes in enumerate(scoring.sizes)]).to(rows.dtype)
     return sums
 
 
-def _at(stack: torch.Tensor, places: list[int]) -> torch.Tensor:
-    """The exits at these places; the stack itself, and no copy, where they are all."""
-    return stack if len(places) == len(stack) else stack[places]
-
-
-def _index(places: list[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(places, device=like.device)
-
-
-def _similarities(
-    rows: torch.Tensor, columns: torch.Tensor, cut: int | None = None, size: int | None = None
-) -> torch.Tensor:
-    """(E, R, C) similarities of embeddings, cut to their first `cut` of `size` numbers and normalised again."""
-    if cut != size:
+def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], cut: int) -> torch.Tensor:
+    """(places, R, C) similarities at some exits, of embeddings cut to `cut` numbers and normalised again."""
+    exits, _, size = rows.shape
+    if len(places) < exits:  # otherwise indexing would copy for nothing
+        rows, columns = rows[places], columns[places]
+    if cut < size:
         rows, columns = (nn.functional.normalize(states[..., :cut], dim=-1) for states in (rows, columns))
     return rows @ columns.transpose(1, 2)
-
-
-def _cross_entropies(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Sums over rows (E,) of the cross-entropy of (E, R, C)."""
-    flat = nn.functional.cross_entropy(logits.flatten(0, 1), own.repeat(logits.shape[0]), reduction="none")
-    return flat.view(logits.shape[:2]).sum(dim=1)
 
 
 def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring) -> torch.Tensor:
@@ -290,17 +217,13 @@ def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring
     return divergences.sum(dim=(1, 2)) * temperature**2
 
 
-def _false_negatives(
-    similarities: torch.Tensor, own: torch.Tensor, settings: ContrastiveSettings
-) -> torch.Tensor | None:
-    """Mask (R, C) of negatives that the guide finds too similar; `None` where none are left out."""
-    if not settings.leaves_out_false_negatives:
-        return None
+def _false_negatives(similarities: torch.Tensor, own: torch.Tensor, settings: ContrastiveSettings) -> torch.Tensor:
+    """Mask (R, C) of the negatives that the guide finds too similar."""
     limits = similarities.gather(1, own[:, None])
-    if settings.false_negative_margin is not None:
-        limits = limits - settings.false_negative_margin
-    elif settings.false_negative_factor is not None:
+    if settings.false_negative_factor is not None:
         limits = limits * settings.false_negative_factor
+    else:
+        limits = limits - settings.false_negative_margin
     return (similarities > limits).scatter(1, own[:, None], False)
 
 
@@ -335,13 +258,9 @@ class ContrastiveObjective:
         """Whether parameters get their gradients inside the loss's backward pass, and no graph leads to them."""
         return self.settings.mini_batch_tokens is not None
 
-    def check(self, exit_layers: Sequence[int], embedding_size: int) -> None:
+    def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
         """Raise UserError if the settings do not fit a model; see `ContrastiveSettings.check`."""
-        self.settings.check(exit_layers, embedding_size)
-
-    def check_rotation(self, exit_layers: Sequence[int]) -> None:
-        """Raise UserError if the settings need exits that a step lacks; see `ContrastiveSettings.check_rotation`."""
-        self.settings.check_rotation(exit_layers)
+        self.settings.check(exit_layers, embedding_size, rotates=rotates)
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
         """Losses of one batch.
@@ -372,5 +291,4 @@ class ContrastiveObjective:
 
         self.settings.check_sides({side: number_of_texts(inputs) for side, inputs in batch.items()})
         stacks, logit_scale = embed_sides(model, embed, batch, self.settings.mini_batch_tokens)
-        output = losses_from_embeddings(stacks, exit_layers, self.settings, logit_scale)
-        return ObjectiveOutput(losses=output.losses, metrics=output.metrics)
+        return losses_from_embeddings(stacks, exit_layers, self.settings, logit_scale)

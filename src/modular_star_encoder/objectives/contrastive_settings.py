@@ -1,20 +1,29 @@
 """Settings of contrastive fine-tuning, and the exchange of embeddings between processes."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, StrictStr
+from pydantic import Field as Constraint
 from torch import distributed
 
 from modular_star_encoder.utils.errors import UserError
-
-DISTILLATION_TEACHERS = ("deepest", "next_deeper", "ensemble")
-ALIGNMENT_TARGETS = ("deepest", "next_deeper")
+from modular_star_encoder.utils.settings import Count, Different, Float, NonNegative, Positive, settings_class
 
 
-@dataclass(frozen=True)
+def _have_own_names(pairs: Any) -> Any:
+    if any(len(set(pair)) < len(pair) for pair in pairs) or len({pair[:2] for pair in pairs}) < len(pairs):
+        raise ValueError("must be lists of different names, and no two of them the same anchor and positive")
+    return pairs
+
+
+Pair = Annotated[tuple[StrictStr, ...], Constraint(min_length=2)]
+Pairs = Annotated[tuple[Pair, ...], Constraint(min_length=1), AfterValidator(_have_own_names)]
+Sizes = Annotated[tuple[Count, ...], Constraint(min_length=1), Different]
+
+
+@settings_class
 class ContrastiveSettings:
     """Settings of `ContrastiveObjective`; the paper's objective by default, all additions from `dimensions` on off.
 
@@ -56,42 +65,21 @@ class ContrastiveSettings:
         (128, 256)
     """
 
-    pairs: Sequence[Sequence[str]] = (("query", "document"),)
-    logit_scale: float = 10.0
-    mini_batch_tokens: int | None = None
-    dimensions: Sequence[int] | Mapping[int, Sequence[int]] | None = None
-    teacher: str | int = "deepest"
-    distillation_weight: float = 0.0
-    distillation_temperature: float = 1.0
-    alignment_weight: float = 0.0
-    alignment_target: str | int = "deepest"
-    false_negative_margin: float | None = None
-    false_negative_factor: float | None = None
+    pairs: Pairs = (("query", "document"),)
+    logit_scale: Positive = 10.0
+    mini_batch_tokens: Count | None = None
+    dimensions: Sizes | Mapping[Count, Sizes] | None = None
+    teacher: Literal["deepest", "next_deeper", "ensemble"] | Count = "deepest"
+    distillation_weight: NonNegative = 0.0
+    distillation_temperature: Positive = 1.0
+    alignment_weight: NonNegative = 0.0
+    alignment_target: Literal["deepest", "next_deeper"] | Count = "deepest"
+    false_negative_margin: Annotated[Float, Constraint(ge=-2, le=2)] | None = None
+    false_negative_factor: Positive | None = None
 
     def __post_init__(self) -> None:
-        margin, factor = self.false_negative_margin, self.false_negative_factor
-        by_exit = self.dimensions if isinstance(self.dimensions, Mapping) else {1: self.dimensions}
-        for name in ("logit_scale", "distillation_temperature"):
-            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a number above 0")
-        for name in ("distillation_weight", "alignment_weight"):
-            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number from 0")
-        for name, words in (("teacher", DISTILLATION_TEACHERS), ("alignment_target", ALIGNMENT_TARGETS)):
-            value = getattr(self, name)
-            self._require(name, value in words or _is_count(value), f"one of {', '.join(words)}, or an exit")
-        tokens = self.mini_batch_tokens
-        self._require("mini_batch_tokens", tokens is None or _is_count(tokens), "a whole number above 0, or None")
-        are_pairs = "lists of at least two different names: anchor, positive, negatives"
-        self._require("pairs", _are_pairs(self.pairs), are_pairs)
-        are_sizes = self.dimensions is None or all(_is_count(exit) and _are_sizes(by_exit[exit]) for exit in by_exit)
-        self._require("dimensions", are_sizes, "different sizes such as [64, 256], or such a list per exit")
-        is_cosine = margin is None or (_is_number(margin) and -2 <= margin <= 2)
-        self._require("false_negative_margin", is_cosine, "a difference of cosines, between -2 and 2")
-        is_factor = factor is None or (_is_number(factor) and factor > 0 and margin is None)
-        self._require("false_negative_factor", is_factor, "a number above 0, and without false_negative_margin")
-
-    def _require(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise UserError("settings.value", f"{name} must be {rule}, not {getattr(self, name)!r}.")
+        if self.false_negative_margin is not None and self.false_negative_factor is not None:
+            raise UserError("settings.value", "Set false_negative_margin or false_negative_factor, not both.")
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -108,11 +96,22 @@ class ContrastiveSettings:
         listed = self.dimensions.get(exit_layer) if isinstance(self.dimensions, Mapping) else self.dimensions
         return (embedding_size,) if listed is None else tuple(sorted(listed))
 
-    def check(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Raise UserError if an exit is not among the trained `exit_layers`, or a size is above `embedding_size`."""
+    def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
+        """Raise UserError if the settings do not fit a model.
+
+        An exit must be among the trained `exit_layers`, a size at most `embedding_size`, and where training `rotates`,
+        exits must learn from the deepest: each step has that one and one other.
+        """
         self.check_step(exit_layers, embedding_size)
         if isinstance(self.dimensions, Mapping):
             _check_exits("dimensions", self.dimensions, exit_layers)
+        chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
+        for name, weight in chosen.items() if rotates and len(exit_layers) > 1 else ():
+            if weight and getattr(self, name) not in ("deepest", exit_layers[-1]):
+                raise UserError(
+                    "contrastive.rotation",
+                    f"{name} {getattr(self, name)!r} does not work with rotate_shallow_exits; set it to deepest.",
+                )
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
         """The same for the exits of one step, which may be some of those that `dimensions` names."""
@@ -125,17 +124,6 @@ class ContrastiveSettings:
             raise UserError(
                 "contrastive.dimensions", f"dimensions must be at most the embedding's {embedding_size}, not {largest}."
             )
-
-    def check_rotation(self, exit_layers: Sequence[int]) -> None:
-        """Raise UserError if exits learn from another one than the deepest, which a step with two exits may lack."""
-        chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
-        for name, weight in chosen.items():
-            if weight and len(exit_layers) > 1 and getattr(self, name) not in ("deepest", exit_layers[-1]):
-                raise UserError(
-                    "contrastive.rotation",
-                    f"{name} {getattr(self, name)!r} does not work with rotate_shallow_exits, where each step has the "
-                    "deepest exit and one other: set deepest.",
-                )
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
         """Raise UserError if a batch, as side → number of rows, does not have the sides and equal rows of `pairs`."""
@@ -161,30 +149,6 @@ def _check_exits(name: str, named: Iterable[int], exit_layers: Sequence[int]) ->
             raise UserError("contrastive.exit", f"{name} names exit {exit_layer}. The trained exits are {exits}.")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(map(_is_count, value)) and 0 < len(set(value)) == len(value)
-
-
-def _are_pairs(value: Any) -> bool:
-    """Whether these are lists of at least two different names, without two lists of one anchor and positive."""
-    if not isinstance(value, list | tuple) or not all(isinstance(pair, list | tuple) for pair in value):
-        return False
-    are_names = all(isinstance(side, str) for pair in value for side in pair)
-    return (
-        are_names
-        and all(len(set(pair)) == len(pair) >= 2 for pair in value)
-        and (0 < len({tuple(pair[:2]) for pair in value}) == len(value))
-    )
-
-
 def rank_and_count() -> tuple[int, int]:
     """The rank of this process and the number of processes; (0, 1) without `torch.distributed`."""
     if not distributed.is_available() or not distributed.is_initialized():
@@ -208,12 +172,7 @@ def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
     Under an averaging wrapper such as DDP, a loss of local rows against these columns has the exact gradient of the
     loss on the joint batch: the backward pass sums what every process found for a column, and needs no factor.
-
-    Args:
-        stacks: side → (E, B, D), of equal sizes in every process.
-
-    Returns:
-        side → (E, processes × B, D); the rows of process r begin at r × B.
+    (E, B, D) becomes (E, processes × B, D); the rows of process r begin at r × B.
     """
     if rank_and_count()[1] == 1:
         return dict(stacks)

@@ -1,11 +1,14 @@
-"""The seam of all objectives: one loss per exit and metrics; and the weights of the exits."""
+"""What every objective returns, the weights of the exits, and the two objectives whose losses the model computes.
+
+Contrastive objectives have modules of their own.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from modular_star_encoder.utils.errors import UserError
 
@@ -17,19 +20,21 @@ class ObjectiveOutput:
     Args:
         losses: (E,) float32 with gradient, one loss per exit, shallowest first.
         metrics: name → (E,), or () for what belongs to no exit; detached, averaged over batches for the logs.
+        terms: name → (E,) with gradient, which add up to the losses; empty where the loss has no parts.
     """
 
     losses: torch.Tensor
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):
     """A training objective: a value given to the trainer, called with the model and one batch.
 
-    It may have three more members: `check(exit_layers, embedding_size)`, which the trainer calls when it is created and
-    which raises a `UserError` if the objective does not fit the model; `check_rotation(exit_layers)`, the same where
-    each step trains the deepest exit and one other; and `caches_gradients`, true where no graph leads from the losses
-    to the parameters.
+    It may have two more members: `check(exit_layers, embedding_size, rotates=…)`, which the trainer calls when it is
+    created and which raises a `UserError` if the objective does not fit the model, or a training whose steps rotate
+    (the deepest exit and one other each); and `caches_gradients`, true where no graph leads from the losses to the
+    parameters.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
@@ -78,3 +83,64 @@ def exit_weights(
                 f"from 0, not all 0, one for each of the exits {', '.join(map(str, exit_layers))}.",
             )
     return weights / weights.sum() if normalize else weights
+
+
+class InContextObjective:
+    """Masked language modelling plus in-context classification at each exit (arXiv 2503.03008, pre-training).
+
+    The model's forward computes the losses, because there DDP and FSDP2 have gathered the parameters. Over several
+    processes the masked-token loss is the mean over the masked tokens of all of them.
+    """
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
+        """Losses of one batch.
+
+        Args:
+            model: a `ModularStarEncoderForPreTraining`, possibly wrapped.
+            batch: `input_ids`, `attention_mask`, `labels` (B, T) and `icc_labels` (B,).
+            exit_layers: the exits to train.
+        """
+        output = model(**batch, exit_layers=exit_layers)
+        share = share_of_masked_tokens(batch["labels"])
+        metrics = {
+            "mlm_loss": output.mlm_losses * share,
+            "mlm_accuracy": output.mlm_accuracies * share,
+            "icc_loss": output.icc_losses,
+            "icc_accuracy": output.icc_accuracies,
+        }
+        return ObjectiveOutput(
+            losses=output.mlm_losses * share + output.icc_losses,
+            metrics={name: value.detach() for name, value in metrics.items()},
+        )
+
+
+def share_of_masked_tokens(labels: torch.Tensor) -> torch.Tensor | float:
+    """Masked tokens of this process over the mean of all processes.
+
+    Averaged over processes, mean losses times this factor are the mean over all masked tokens.
+    """
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return 1.0
+    here = (labels != -100).sum().float()
+    everywhere = here.clone()
+    distributed.all_reduce(everywhere)
+    return here * distributed.get_world_size() / everywhere.clamp(min=1)
+
+
+class ClassificationObjective:
+    """Cross-entropy of each exit."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
+        """Losses of one batch.
+
+        Args:
+            model: a `ModularStarEncoderForSequenceClassification`, possibly wrapped.
+            batch: `input_ids`, `attention_mask` (B, T) and `labels` (B,), class indices.
+            exit_layers: the exits to train.
+        """
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs, exit_layers=exit_layers).exit_logits.float()
+        targets = batch["labels"].expand(len(exit_layers), -1)
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=1)
+        accuracies = (logits.argmax(dim=-1) == targets).float().mean(dim=1)
+        return ObjectiveOutput(losses=losses, metrics={"loss": losses.detach(), "accuracy": accuracies})

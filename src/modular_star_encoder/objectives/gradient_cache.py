@@ -12,7 +12,7 @@ scaler's factor reach the parameters by the chain rule. The parameters' gradient
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,19 +25,12 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """Some rows of one side of a batch, without the padding that they share.
-
-    Args:
-        side: the side's name.
-        rows: (R,) places in the batch.
-        starts: (R,) first column of each row.
-        width: number of columns.
-    """
+    """Some rows of one side of a batch, without the padding that they share."""
 
     side: str
-    rows: torch.Tensor
-    starts: torch.Tensor
-    width: int
+    rows: torch.Tensor  # (R,) places in the batch
+    starts: torch.Tensor  # (R,) first column of each row
+    width: int  # columns
 
     def cut(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The model's inputs for these rows: (B, T, …) tensors become (R, width, …), and (B, …) become (R, …)."""
@@ -51,28 +44,12 @@ class MiniBatch:
 
         return {name: part(value) for name, value in inputs.items()}
 
-    def halves(self) -> tuple["MiniBatch", "MiniBatch"]:
-        """Two mini-batches with these rows."""
-        middle = len(self.rows) // 2
-        first, second = (
-            MiniBatch(self.side, self.rows[part], self.starts[part], self.width)
-            for part in (slice(middle), slice(middle, None))
-        )
-        return first, second
-
 
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
     """Mini-batches of at most `tokens` tokens each, the padding that is left included; a longer text goes alone.
 
     Texts of a side are sorted by length, longest first, so that little padding is left and a mini-batch too large for
     the memory fails at once.
-
-    Args:
-        sides: name → `input_ids` (B, T) and `attention_mask` (B, T), with padding on either side.
-        tokens: rows times columns of a mini-batch.
-
-    Raises:
-        UserError: a side is packed into one row, or its mask is not (B, T).
     """
     mini_batches = []
     for side, inputs in sides.items():
@@ -95,7 +72,12 @@ def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
     mini_batches = list(mini_batches)
     while len(mini_batches) < count:
         place = max(range(len(mini_batches)), key=lambda index: len(mini_batches[index].rows))
-        mini_batches[place : place + 1] = mini_batches[place].halves()
+        largest = mini_batches[place]
+        middle = len(largest.rows) // 2
+        mini_batches[place : place + 1] = [
+            replace(largest, rows=largest.rows[part], starts=largest.starts[part])
+            for part in (slice(middle), slice(middle, None))
+        ]
     return mini_batches
 
 
@@ -127,17 +109,14 @@ Embed = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor | None]]
 def embed_sides(
     model: nn.Module, embed: Embed, sides: Mapping[str, Mapping[str, Any]], mini_batch_tokens: int | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Embed every side of a batch at every exit.
+    """Embed every side of a batch at every exit: side → (E, B, D), and the learned logit scale (1,) if there is one.
 
     Args:
         model: the model that `embed` calls, possibly wrapped; under DDP, gradients are synchronised in the last
             mini-batch only.
         embed: called with the inputs of one side, or of a mini-batch of it.
-        sides: name → inputs, `input_ids` and `attention_mask` (B, T).
-        mini_batch_tokens: tokens of a mini-batch; `None` embeds each side at once.
-
-    Returns:
-        side → (E, B, D), and the learned logit scale (1,) or `None`; both with gradient where it is enabled.
+        sides: name → inputs, `input_ids` and `attention_mask` (B, T), with padding on either side.
+        mini_batch_tokens: rows times columns of a mini-batch; `None` embeds each side at once.
 
     Raises:
         UserError: processes have different numbers of texts, or a side can't be cut into mini-batches.
@@ -211,7 +190,7 @@ class _Passes:
             )
         self.embed, self.sides, self.mini_batches, self.device = embed, sides, mini_batches, device
         self.autocast = _autocast_as_now(device)
-        self.random_states: list[RandomState] = []
+        self.random_states: list[list[torch.Tensor]] = []
 
     def first(self) -> tuple[torch.Tensor | None, ...]:
         """Embed without a graph; returns a stack per side, then the logit scale."""
@@ -219,7 +198,7 @@ class _Passes:
         logit_scale = None
         with torch.no_grad():
             for mini_batch in self.mini_batches:
-                self.random_states.append(RandomState(self.device))
+                self.random_states.append(_random_states(self.device))
                 side, inputs = mini_batch.side, self.sides[mini_batch.side]
                 part, logit_scale = self.embed(mini_batch.cut(inputs))
                 if side not in stacks:
@@ -232,10 +211,11 @@ class _Passes:
         *stack_gradients, scale_gradient = gradients
         by_side: dict[str, Any] = dict(zip(self.sides, stack_gradients, strict=True))
         last = len(self.mini_batches) - 1
-        for index, (mini_batch, random_state) in enumerate(zip(self.mini_batches, self.random_states, strict=True)):
+        for index, (mini_batch, states) in enumerate(zip(self.mini_batches, self.random_states, strict=True)):
             # An outer no_sync (gradient accumulation) holds for the last one too.
-            with nullcontext() if index == last else self._no_sync():
-                with torch.enable_grad(), random_state.again(), self.autocast():
+            ddp = isinstance(self.model, DistributedDataParallel) and index != last
+            with self.model.no_sync() if ddp else nullcontext():
+                with torch.enable_grad(), _replay(states, self.device), self.autocast():
                     stack, logit_scale = self.embed(mini_batch.cut(self.sides[mini_batch.side]))
                 outputs: list[Any] = [stack]
                 their_gradients = [by_side[mini_batch.side][:, mini_batch.rows]]
@@ -243,44 +223,31 @@ class _Passes:
                     outputs, their_gradients = [stack, logit_scale], [*their_gradients, scale_gradient]
                 torch.autograd.backward(outputs, their_gradients)
 
-    def _no_sync(self) -> AbstractContextManager[None]:
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
-
-
-class RandomState:
-    """The state of the random number generators that dropout on `device` draws from, now."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.states = _random_states(device)
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Go back to this state, and afterwards to the one from before."""
-        before = _random_states(self.device)
-        _set_random_states(self.device, self.states)
-        try:
-            yield
-        finally:
-            _set_random_states(self.device, before)
-
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(*_generator(device)))
-    return states
+    """States of the generators that dropout on `device` draws from; MPS has one generator, which takes no device."""
+    if device.type == "cpu":
+        return [torch.get_rng_state()]
+    place = () if device.type == "mps" else (device,)
+    return [torch.get_rng_state(), torch.get_device_module(device).get_rng_state(*place)]
 
 
-def _set_random_states(device: torch.device, states: list[torch.Tensor]) -> None:
+def _set_random_states(states: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[1], *_generator(device))
+        place = () if device.type == "mps" else (device,)
+        torch.get_device_module(device).set_rng_state(states[1], *place)
 
 
-def _generator(device: torch.device) -> tuple[torch.device, ...]:
-    """Arguments that name the device's generator; MPS has one only, and takes none."""
-    return () if device.type == "mps" else (device,)
+@contextmanager
+def _replay(states: list[torch.Tensor], device: torch.device) -> Iterator[None]:
+    """Draw from these states inside, and continue from the present ones afterwards."""
+    before = _random_states(device)
+    _set_random_states(states, device)
+    try:
+        yield
+    finally:
+        _set_random_states(before, device)
 
 
 def _autocast_as_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

@@ -1,5 +1,6 @@
 """The contrastive objective of all exits as a loss for `SentenceTransformerTrainer`."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -54,8 +55,7 @@ class MultiExitContrastiveLoss(nn.Module):
         self.weighting, self.normalize_weights = weights, normalize_weights
         if self.settings.pairs != ContrastiveSettings().pairs:
             raise UserError(
-                "contrastive.pairs",
-                "Leave out pairs: the columns of the dataset are anchor, positive and negatives.",
+                "contrastive.pairs", "Leave out pairs: the columns of the dataset are anchor, positive and negatives."
             )
         config = self._encoder().config
         if config.projection_order != "project_then_pool":
@@ -157,10 +157,9 @@ class MultiExitContrastiveLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """All settings, for the model card."""
-        settings = {name: value for name, value in asdict(self.settings).items() if name != "pairs"}
-        weights = self.weighting if isinstance(self.weighting, str) else list(self.weighting)
-        own = {"exit_layers": list(self.exit_layers), "weights": weights, "normalize_weights": self.normalize_weights}
-        return own | settings
+        own = {"exit_layers": self.exit_layers, "weights": self.weighting, "normalize_weights": self.normalize_weights}
+        settings = json.loads(json.dumps(own | asdict(self.settings)))  # lists in place of tuples
+        return {name: value for name, value in settings.items() if name != "pairs"}
 
     @property
     def citation(self) -> str:

@@ -3,6 +3,10 @@
 A self-distilled model and one single-exit baseline per exit start from the same multi-exit pre-trained checkpoint and
 see the same batches; variants of the recipe are compared by the same protocol. Every cell (a kind of model, a seed) is
 a run of `finetune` of its own, and resumes on its own.
+
+Every estimate is a mean over queries of the mean over seeds. Its interval is a percentile bootstrap over the queries,
+paired for differences. Benchmarks of several tasks weigh every task equally (see `spread`). Seeds are reported one by
+one, because three of them make no interval.
 """
 
 import copy
@@ -12,9 +16,11 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
+import numpy as np
 from pydantic import AfterValidator
 from pydantic import Field as Constraint
 
@@ -22,23 +28,19 @@ from modular_star_encoder.data.splits import RetrievalData
 from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.benchmarks.rows import read_json
 from modular_star_encoder.evaluation.lexical import BM25
+from modular_star_encoder.evaluation.metrics import bootstrap_interval, spread
+from modular_star_encoder.evaluation.report import versions
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
-from modular_star_encoder.evaluation.tasks import RetrievalTask, TaskResult, held_out_tasks
+from modular_star_encoder.evaluation.tasks import RetrievalTask, held_out_tasks
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
-from modular_star_encoder.training.ablation_report import (
-    SELF_DISTILLED,
-    Values,
-    compare,
-    without_places,
-    write_ablation_report,
-)
 from modular_star_encoder.training.finetuning import check_recipe, checkpoint_encoder, finetune, prepare_data
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe
 from modular_star_encoder.training.runs import ADAPTER, CHECKPOINTS, LOG, MODEL, open_run, processes_of_run
 from modular_star_encoder.training.starting_points import has_weights, starting_source
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import write_json
+from modular_star_encoder.utils.files import staged_file, write_json, write_text
+from modular_star_encoder.utils.reports import markdown_table, metric_label, percent
 from modular_star_encoder.utils.settings import (
     Count,
     Different,
@@ -50,11 +52,20 @@ from modular_star_encoder.utils.settings import (
     settings_class,
 )
 
+SELF_DISTILLED = "self-distilled"
 SCORES, STARTS = "scores.json", "starting_points.json"
 
 # Cells that differ in these settings are not comparable.
 _FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "eval_pairs", "task"}
-_OLD_KEYS = FinetuningRecipe.OLD_KEYS
+
+Values = Mapping[str, Mapping[str, float]]
+"""task → query → value."""
+
+Scores = Mapping[tuple[str, int], Mapping[str, Mapping[int, Values]]]
+"""(kind of model, seed) → benchmark → exit → the reciprocal rank of each query."""
+
+METRICS: dict[str, Callable[[float], float]] = {"mrr": float, "recall@1": lambda rank: float(rank == 1.0)}
+"""Name → function of a reciprocal rank."""
 
 
 def _variant_name(name: str) -> str:
@@ -68,20 +79,15 @@ VariantName = Annotated[str, AfterValidator(_variant_name)]
 
 
 class AblationCell(NamedTuple):
-    """One model to train.
-
-    Attributes:
-        name: `self-distilled`, `exit-4` for the baseline of that exit, or that of a variant.
-        recipe: its fine-tuning; the seed of the recipe is that of the cell.
-    """
+    """One model to train: `self-distilled`, `exit-4` for the baseline of that exit, or a variant, with its recipe."""
 
     name: str
     recipe: FinetuningRecipe
 
     @property
     def folder(self) -> str:
-        """Its folder, relative to that of the cells."""
-        return f"{self.name}/seed-{self.recipe.seed}"
+        """Its folder, relative to that of the ablation."""
+        return f"cells/{self.name}/seed-{self.recipe.seed}"
 
 
 @settings_class
@@ -124,9 +130,9 @@ class AblationRecipe:
             raise UserError("ablation.benchmark_data", "benchmarks need benchmark_data, the folder of their files.")
         for changes in self.variants.values():
             parts = {key: key.partition(".")[0] for key in changes}
-            if fixed := sorted(key for key, part in parts.items() if {part, _OLD_KEYS.get(part)} & _FIXED):
+            if fixed := [key for key, part in parts.items() if FinetuningRecipe.OLD_KEYS.get(part, part) in _FIXED]:
                 raise UserError(
-                    "ablation.variants", f"variants must not change {', '.join(fixed)}: all cells share it."
+                    "ablation.variants", f"variants must not change {', '.join(sorted(fixed))}: all cells share it."
                 )
 
     def base(self) -> FinetuningRecipe:
@@ -134,24 +140,18 @@ class AblationRecipe:
         return self._recipe({}, "finetuning")
 
     def cells(self, exit_layers: Sequence[int]) -> list[AblationCell]:
-        """Every model to train, seed by seed.
-
-        Args:
-            exit_layers: exits of the model.
+        """Every model to train, seed by seed, for a model with these exits.
 
         Raises:
-            UserError: the recipe names an exit that the model does not have, or the settings of a cell are wrong.
+            UserError: the recipe names another exit, or the settings of a cell are wrong.
         """
-        wanted = list(exit_layers if self.exit_layers is None else self.exit_layers)
-        if unknown := sorted(set(wanted) - set(exit_layers)):
-            exits = ", ".join(map(str, exit_layers))
-            raise UserError(
-                "ablation.exit_layers",
-                f"exit_layers names {', '.join(map(str, unknown))}; the model's exits are {exits}.",
-            )
+        chosen = exit_layers if self.exit_layers is None else self.exit_layers
+        if unknown := sorted(set(chosen) - set(exit_layers)):
+            lists = (", ".join(map(str, exits)) for exits in (unknown, exit_layers))
+            raise UserError("ablation.exit_layers", "exit_layers names {}; the model's exits are {}.".format(*lists))
         kinds: dict[str, Mapping[str, Any]] = {SELF_DISTILLED: {}}
         if self.baselines:
-            kinds |= {f"exit-{exit_layer}": self._alone(exit_layer) for exit_layer in wanted}
+            kinds |= {f"exit-{exit_layer}": self._alone(exit_layer) for exit_layer in chosen}
         kinds |= self.variants
         return [
             AblationCell(name, self._recipe({**changes, "seed": seed}, name))
@@ -165,11 +165,9 @@ class AblationRecipe:
 
     def _alone(self, exit_layer: int) -> dict[str, Any]:
         """The changes of a baseline: its exit, and the base's options about other exits switched off."""
-        changes: dict[str, Any] = {"exit_layer": exit_layer, "exit_weights": "uniform", "rotate_shallow_exits": False}
         objective = self.base().objective
-        for weight in ("distillation_weight", "alignment_weight"):
-            if getattr(objective, weight):
-                changes[f"objective.{weight}"] = 0.0
+        changes = {"exit_layer": exit_layer, "exit_weights": "uniform", "rotate_shallow_exits": False}
+        changes |= {"objective.distillation_weight": 0.0, "objective.alignment_weight": 0.0}
         if isinstance(objective.dimensions, Mapping):
             changes["objective.dimensions"] = objective.dimensions.get(exit_layer)
         return changes
@@ -235,40 +233,60 @@ def ablate(
             raise UserError(error.key, f"{cell.name}: {error}") from error
     benchmarks = _benchmarks(recipe)
     with state.main_process_first():
-        _refuse_other_folders(out)
-        data = prepare_data(base, out / "data", progress and state.is_main_process)
+        # A killed ablation leaves hidden files.
+        visible = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
+        if out.is_file() or (visible and "data" not in visible):
+            raise UserError("training.run.not_a_run", f"{out} is not empty and holds no ablation; name another folder.")
+        data = prepare_data(base.rows(), out / "data", progress and state.is_main_process)
         if state.is_main_process:
-            _refuse_other_starting_points(cells, out / STARTS)
+            _check_starting_points({cell.recipe.model for cell in cells}, out / STARTS)
     tasks = [*(held_out_tasks(data.held_out, limit=base.eval_pairs) if recipe.held_out else []), *benchmarks]
     scores: dict[tuple[str, int], dict[str, dict[int, Values]]] = {}
     for number, cell in enumerate(cells, 1):
         if state.is_main_process:
             announce(f"cell {number} of {len(cells)}: {cell.name}, seed {cell.recipe.seed}")
-        scores[cell.name, cell.recipe.seed] = _run_cell(recipe, cell, data, tasks, out / "cells", progress)
+        found = _run_cell(cell, data, tasks, out / cell.folder, progress)
+        if state.is_main_process:
+            _clean(out / cell.folder, recipe.keep_models)
+        scores[cell.name, cell.recipe.seed] = found
     if not state.is_main_process:
         return {}
+    bm25: dict[str, list[float]] = {}
+    for result in evaluate_tasks(tasks, [BM25()], progress=progress):
+        bm25.setdefault(result.benchmark, []).append(result.estimates["mrr"].value)
+    logs = {cell.folder: json.loads((out / cell.folder / LOG).read_text(encoding="utf-8")) for cell in cells}
     results = {
-        "command": without_places(command),
-        "recipe": without_places(recipe.to_dict()),
-        "seconds": _seconds(cells, out),
-        "bm25": _lexical(tasks, progress),
+        "command": _without_places(command),
+        "recipe": _without_places(recipe.to_dict()),
+        # Of the trainings that were not interrupted.
+        "seconds": {
+            folder.partition("/")[2]: log["seconds"] for folder, log in logs.items() if log["resumed_from"] is None
+        },
+        "bm25": {benchmark: sum(values) / len(values) for benchmark, values in bm25.items()},
         **compare(scores, exits, recipe.seeds, list(recipe.variants)),
     }
-    write_ablation_report(results, out)
+    write_json(out / "ablation.json", {**results, "versions": dict(versions())})
+    write_text(out / "ablation.md", to_markdown(results))
+    if find_spec("matplotlib"):
+        plot_ablation(results, out / "ablation.png")
     return results
 
 
-def _refuse_other_folders(out: Path) -> None:
-    """Raise UserError if a folder holds something that no ablation wrote; a killed one leaves hidden files."""
-    visible = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
-    if out.is_file() or (visible and "data" not in visible):
-        raise UserError("training.run.not_a_run", f"{out} is not empty and holds no ablation; name another folder.")
+def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
+    """The tasks of the recipe's benchmarks; UserError if one of them does not rank."""
+    folder, found = recipe.benchmark_data or "", []
+    for name in choose_benchmarks(recipe.benchmarks, folder):
+        for task in load_benchmark(name, folder, allow_subset=recipe.allow_subset):
+            if not isinstance(task, RetrievalTask) or task.metrics[0] != "mrr":
+                raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; choose a retrieval benchmark.")
+            found.append(task)
+    return found
 
 
-def _refuse_other_starting_points(cells: Sequence[AblationCell], path: Path) -> None:
+def _check_starting_points(models: set[str], path: Path) -> None:
     """Raise UserError if a model that cells start from has other weights than in an earlier call."""
     known = read_json(path) if path.is_file() else {}
-    found = {name: checkpoint_checksum(starting_source(name)[0]) for name in {cell.recipe.model for cell in cells}}
+    found = {name: checkpoint_checksum(starting_source(name)[0]) for name in models}
     if other := ", ".join(sorted(name for name in found if known.get(name, found[name]) != found[name])):
         raise UserError(
             "ablation.starting_points",
@@ -277,72 +295,37 @@ def _refuse_other_starting_points(cells: Sequence[AblationCell], path: Path) -> 
     write_json(path, known | found)
 
 
-def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
-    """The tasks of the recipe's benchmarks.
-
-    Raises:
-        UserError: a benchmark that does not rank.
-        ValueError: an unknown name or a damaged file.
-    """
-    tasks: list[RetrievalTask] = []
-    folder = recipe.benchmark_data or ""
-    for name in choose_benchmarks(recipe.benchmarks, folder):
-        for task in load_benchmark(name, folder, allow_subset=recipe.allow_subset):
-            if not isinstance(task, RetrievalTask) or task.metrics[0] != "mrr":
-                raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; choose a retrieval benchmark.")
-            tasks.append(task)
-    return tasks
-
-
 def _run_cell(
-    recipe: AblationRecipe,
-    cell: AblationCell,
-    data: RetrievalData,
-    tasks: Sequence[RetrievalTask],
-    folder: Path,
-    progress: bool,
+    cell: AblationCell, data: RetrievalData, tasks: Sequence[RetrievalTask], run: Path, progress: bool
 ) -> dict[str, dict[int, Values]]:
     """Train and measure one model, unless that is done: benchmark → exit → reciprocal ranks, in every process."""
-    run, state = folder / cell.folder, processes_of_run()
-    names = [task.checksum() for task in tasks]
+    state, path = processes_of_run(), run / SCORES
+    by_checksum = {task.checksum(): task for task in tasks}
     with state.main_process_first():
         open_run(run, cell.recipe, "an ablation", until_trained=cell.recipe.to_dict())
-        known = _read_scores(run)
-        if not set(names) <= set(known) and not has_weights(run / MODEL):
+        known = read_json(path) if path.is_file() else {}
+        missing = [task for checksum, task in by_checksum.items() if checksum not in known]
+        if missing and not has_weights(run / MODEL):
             # An earlier call kept no models, and this one is still to be measured on other tasks.
             shutil.rmtree(run / MODEL, ignore_errors=True)
-    if not set(names) <= set(known):
+    if missing:
         finetune(cell.recipe, run, data=data, progress=progress, announce=lambda _: None)
         if state.is_main_process:
-            missing = [task for task, name in zip(tasks, names, strict=True) if name not in known]
-            encoder = checkpoint_encoder(cell.recipe, run / MODEL)
-            measured = evaluate_tasks(missing, [EmbeddingRetriever(encoder)], progress=progress)
-            write_json(run / SCORES, known | _by_task(missing, measured))
+            checksums = {(task.benchmark, task.name): checksum for checksum, task in by_checksum.items()}
+            encoder = checkpoint_encoder(run / MODEL, cell.recipe.lengths())
+            results = evaluate_tasks(missing, [EmbeddingRetriever(encoder)], progress=progress)
+            # Of embeddings that can be cut, the whole ones come last and are kept.
+            for result in sorted(results, key=lambda result: result.dimensions or 0):
+                of_task = known.setdefault(checksums[result.benchmark, result.task], {})
+                of_task[str(result.exit_layer)] = dict(zip(result.ids, result.values, strict=True))
+            write_json(path, known)
         state.wait_for_everyone()
-        known = _read_scores(run)
-    if state.is_main_process:
-        _clean(run, recipe.keep_models)
+        known = read_json(path)
     found: dict[str, dict[int, Any]] = {}
-    for task, name in zip(tasks, names, strict=True):
-        for exit_layer, ranks in known[name].items():
+    for checksum, task in by_checksum.items():
+        for exit_layer, ranks in known[checksum].items():
             found.setdefault(task.benchmark, {}).setdefault(int(exit_layer), {})[task.name] = ranks
     return found
-
-
-def _by_task(tasks: Sequence[RetrievalTask], cells: Sequence[TaskResult]) -> dict[str, dict[str, dict[str, float]]]:
-    """Checksum of a task → exit → query → reciprocal rank; embeddings whole, where they can be cut."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    checksums = {(task.benchmark, task.name): task.checksum() for task in tasks}
-    for cell in sorted(cells, key=lambda cell: cell.dimensions or 0):
-        place = found.setdefault(checksums[cell.benchmark, cell.task], {})
-        place[str(cell.exit_layer)] = dict(zip(cell.ids, cell.values, strict=True))
-    return found
-
-
-def _read_scores(run: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Checksum of a task → exit → query → reciprocal rank; empty before the cell is measured."""
-    path = run / SCORES
-    return read_json(path) if path.is_file() else {}
 
 
 def _clean(run: Path, keep_model: bool) -> None:
@@ -354,19 +337,186 @@ def _clean(run: Path, keep_model: bool) -> None:
                 file.unlink()
 
 
-def _lexical(tasks: Sequence[RetrievalTask], progress: bool) -> dict[str, float]:
-    """MRR of BM25, the mean over tasks, by benchmark."""
-    found: dict[str, list[float]] = {}
-    for cell in evaluate_tasks(tasks, [BM25()], progress=progress):
-        found.setdefault(cell.benchmark, []).append(cell.estimates["mrr"].value)
-    return {benchmark: sum(values) / len(values) for benchmark, values in found.items()}
+def compare(
+    scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants: Sequence[str], *, draws: int = 0
+) -> dict[str, Any]:
+    """Compare self-distilled exits with those trained alone, and variants with the self-distilled model.
+
+    Args:
+        scores: of every cell.
+        exits: of the model.
+        seeds: in the order of `by_seed`.
+        variants: their names.
+        draws: seed of the bootstrap.
+
+    Returns:
+        `exits`, `seeds`, and `benchmarks`: name → `queries`, `exits` (exit → `self_distilled` and, with a baseline,
+        `alone` and `difference`), `mean_difference` over these exits, and `variants` (name → see `_variant`). Each
+        estimate is `mrr` and `recall@1`, as fractions: `value`, `low` and `high` (95 % interval) of the mean over
+        seeds, and `by_seed`.
+    """
+    benchmarks = {}
+    for name, of_exits in scores[SELF_DISTILLED, seeds[0]].items():
+
+        def values(model: str, exit_layer: int, name: str = name) -> list[Values]:
+            return [scores[model, seed][name][exit_layer] for seed in seeds]
+
+        own = {exit_layer: values(SELF_DISTILLED, exit_layer) for exit_layer in exits}
+        others = {e: values(f"exit-{e}", e) for e in exits if (f"exit-{e}", seeds[0]) in scores}
+        found: dict[str, Any] = {
+            "queries": sum(map(len, of_exits[exits[0]].values())),
+            "exits": {str(e): {"self_distilled": _estimates([own[e]], draws=draws)} for e in exits},
+            "variants": {},
+        }
+        for e, other in others.items():
+            found["exits"][str(e)]["alone"] = _estimates([other], draws=draws)
+            found["exits"][str(e)]["difference"] = _estimates([own[e]], [other], draws=draws)
+        if others:
+            found["mean_difference"] = _estimates([own[e] for e in others], list(others.values()), draws=draws)
+        for variant in variants:
+            found["variants"][variant] = _variant({e: values(variant, e) for e in exits}, own, draws)
+        benchmarks[name] = found
+    return {"exits": list(exits), "seeds": list(seeds), "benchmarks": benchmarks}
 
 
-def _seconds(cells: Sequence[AblationCell], out: Path) -> dict[str, float]:
-    """Seconds of the training of each cell that was not interrupted."""
+def _variant(own: Mapping[int, list[Values]], reference: Mapping[int, list[Values]], draws: int) -> dict[str, Any]:
+    """`exits` (exit → `figures` and their `difference`), `mean_difference` over all exits, and a verdict.
+
+    A variant is `recommended` if it raises the mean MRR over exits (the interval of the difference is above 0) and
+    lowers no exit (no interval of an exit's difference is below 0).
+    """
+    by_exit = {
+        str(e): {
+            "figures": _estimates([own[e]], draws=draws),
+            "difference": _estimates([own[e]], [reference[e]], draws=draws),
+        }
+        for e in own
+    }
+    mean = _estimates(list(own.values()), list(reference.values()), draws=draws)
+    lowered = [int(e) for e, found in by_exit.items() if found["difference"]["mrr"]["high"] < 0]
+    recommended = mean["mrr"]["low"] > 0 and not lowered
+    return {"exits": by_exit, "mean_difference": mean, "lowered_exits": lowered, "recommended": recommended}
+
+
+def _estimates(
+    own: Sequence[list[Values]], reference: Sequence[list[Values]] | None = None, *, draws: int
+) -> dict[str, dict[str, Any]]:
+    """Metric → the estimate of `own`, exits of a model by seed, or of its difference to `reference`."""
     found = {}
-    for cell in cells:
-        log = json.loads((out / "cells" / cell.folder / LOG).read_text(encoding="utf-8"))
-        if log["resumed_from"] is None:
-            found[cell.folder] = log["seconds"]
+    for metric, of_rank in METRICS.items():
+        by_seed = [_mean(of_seed, of_rank) for of_seed in zip(*own, strict=True)]
+        if reference is not None:
+            others = [_mean(of_seed, of_rank) for of_seed in zip(*reference, strict=True)]
+            by_seed = [
+                {task: {query: value - other[task][query] for query, value in of.items()} for task, of in one.items()}
+                for one, other in zip(by_seed, others, strict=True)
+            ]
+        queries = spread(list(_mean(by_seed, float).values()))
+        low, high = bootstrap_interval(queries, draws)
+        means = [float(np.mean([np.mean(list(task.values())) for task in one.values()])) for one in by_seed]
+        found[metric] = {"value": float(queries.mean()), "low": low, "high": high, "by_seed": means}
     return found
+
+
+def _mean(several: Sequence[Values], function: Callable[[float], float]) -> Values:
+    """The mean, query by query, of a function of the values."""
+    return {
+        task: {query: float(np.mean([function(values[task][query]) for values in several])) for query in queries}
+        for task, queries in several[0].items()
+    }
+
+
+def _without_places(value: Any) -> Any:
+    """The same with `$MOSE_DATA` and `$HOME` in place of their paths on this machine."""
+    if isinstance(value, Mapping):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(item) for item in value]
+    if isinstance(value, str):
+        for variable in ("MOSE_DATA", "HOME"):
+            if place := os.environ.get(variable, "").rstrip("/"):
+                value = value.replace(place, f"${variable}")
+    return value
+
+
+def to_markdown(results: Mapping[str, Any]) -> str:
+    """Tables with scores × 100, aligned for reading as plain text.
+
+    Args:
+        results: those of `compare`, with `command`, `recipe` and `bm25` (benchmark → MRR).
+    """
+    seeds = ", ".join(map(str, results["seeds"]))
+    recipe = results["recipe"]["finetuning"]
+    parts = [
+        "# Ablation: exits trained together and alone",
+        *([f"    {results['command']}"] if results["command"] else []),
+        f"{recipe['max_steps']} steps of {recipe['batch_size']} pairs from {recipe['model']}; means over seeds "
+        f"{seeds}. Scores × 100. Intervals: 95 %, bootstrap over queries, paired for differences; ties count against "
+        "the retriever.",
+        ", ".join(f"{name} {version}" for name, version in versions().items()),
+    ]
+    for name, found in results["benchmarks"].items():
+        parts.append(f"## {name}")
+        parts.append(f"{found['queries']:,} queries; BM25 has an MRR of {percent(results['bm25'][name])}.")
+        parts.append("\n".join(markdown_table(_exit_rows(found))))
+        if found["variants"]:
+            parts.append("Other recipes, compared with the self-distilled model by MRR:")
+            parts.append("\n".join(markdown_table(_variant_rows(results["exits"], found["variants"]))))
+    return "\n\n".join(parts) + "\n"
+
+
+def _exit_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["exit"], *([exit_layer] for exit_layer in found["exits"])]
+    ones = list(found["exits"].values())
+    if "mean_difference" in found:
+        rows.append(["mean"])
+        ones.append({"difference": found["mean_difference"]})
+    for metric in METRICS:
+        rows[0] += [metric_label(metric), "alone", "difference", "interval", "by seed"]
+        for row, one in zip(rows[1:], ones, strict=True):
+            row += [percent(one[kind][metric]["value"]) if kind in one else "" for kind in ("self_distilled", "alone")]
+            row += _difference(one["difference"][metric]) if "difference" in one else ["", "", ""]
+    return rows
+
+
+def _variant_rows(exits: Sequence[int], variants: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["", *(f"exit {exit_layer}" for exit_layer in exits), "mean", "interval", "by seed", "verdict"]]
+    for name, one in variants.items():
+        changes = [f"{100 * one['exits'][str(e)]['difference']['mrr']['value']:+.1f}" for e in exits]
+        verdict = "recommended" if one["recommended"] else "no gain"
+        if one["lowered_exits"]:
+            verdict = f"lowers {', '.join(map(str, one['lowered_exits']))}"
+        rows.append([name, *changes, *_difference(one["mean_difference"]["mrr"]), verdict])
+    return rows
+
+
+def _difference(figure: Mapping[str, Any]) -> list[str]:
+    """Difference, interval, and the smallest and largest of the seeds."""
+    numbers = [figure["value"], figure["low"], figure["high"], min(figure["by_seed"]), max(figure["by_seed"])]
+    value, low, high, least, most = (f"{100 * number:+.1f}" for number in numbers)
+    return [value, f"{low} to {high}", f"{least} to {most}"]
+
+
+def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
+    """MRR and Recall@1 against layers, self-distilled and alone, with intervals; a row of panels for each benchmark.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    rows, columns = len(results["benchmarks"]), len(METRICS)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for row, (name, found) in zip(panels, results["benchmarks"].items(), strict=True):
+        for axes, metric in zip(row, METRICS, strict=True):
+            for key, label in (("self_distilled", "self-distilled"), ("alone", "single exits")):
+                points = {int(e): one[key][metric] for e, one in found["exits"].items() if key in one}
+                value, low, high = ([100 * one[bound] for one in points.values()] for bound in ("value", "low", "high"))
+                (line,) = axes.plot(list(points), value, marker="o", label=label)
+                axes.fill_between(list(points), low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+            axes.set(xlabel="layers", ylabel=f"{metric_label(metric)} × 100", title=name)
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    with staged_file(path) as staging:
+        figure.savefig(staging, format="png", dpi=120)

@@ -1,17 +1,14 @@
 """`MultiExitTrainingArguments`: how the exits are trained, and the learning-rate schedule of the paper."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.settings import Float, Int
+from modular_star_encoder.utils.settings import Int, NonNegative
 
 
 @dataclass
@@ -26,7 +23,7 @@ class MultiExitTrainingArguments(TrainingArguments):
         log_gradient_norms: log with every line the norm of the gradient of each exit's weighted loss on the trunk,
             `gradient_norm_exit_{layer}`; one more backward pass per exit in that step. Not under FSDP.
         milestones: steps at which the learning rate falls to the next of `fractions`, in place of `lr_scheduler_type`;
-            see `MultiStepSchedule`.
+            see `rate_fraction`.
         fractions: fractions of the peak learning rate, one per milestone.
 
     Raises:
@@ -49,65 +46,31 @@ class MultiExitTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         try:
             self.milestones = TypeAdapter(list[Int]).validate_python(self.milestones)
-            self.fractions = TypeAdapter(list[Float]).validate_python(self.fractions)
-        except ValidationError as error:
-            given = f"milestones {self.milestones!r} and fractions {self.fractions!r}"
-            raise UserError("training.schedule", f"{given} must be lists of steps and of numbers.") from error
-        MultiStepSchedule(self.warmup_steps, self.milestones, self.fractions)
+            self.fractions = TypeAdapter(list[NonNegative]).validate_python(self.fractions)
+            fits = len(self.milestones) == len(self.fractions)
+        except ValidationError:
+            fits = False
+        steps = list(self.milestones) if fits else []
+        if not fits or steps != sorted(set(steps)) or (steps and steps[0] < self.warmup_steps):
+            raise UserError(
+                "training.schedule",
+                f"milestones {self.milestones!r} and fractions {self.fractions!r} must be lists of steps, ascending "
+                f"from warmup_steps {self.warmup_steps} on, and of as many numbers from 0.",
+            )
         super().__post_init__()
 
-    @property
-    def schedule(self) -> "MultiStepSchedule | None":
-        """The schedule of the milestones; None where `lr_scheduler_type` applies."""
-        return MultiStepSchedule(self.warmup_steps, self.milestones, self.fractions) if self.milestones else None
+    def rate_fraction(self, step: int) -> float:
+        """Fraction of the peak rate in the optimiser step with this index, counted from 0, if there are milestones.
 
-
-@dataclass(frozen=True)
-class MultiStepSchedule:
-    """Linear warm-up, then a constant rate that falls in steps.
-
-    The paper (arXiv 2503.03008, pre-training) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and 0.001 at
-    steps 120k, 185k, 220k, 230k and 240k of 245k. It does not say whether the factors multiply; they are read here as
-    fractions of the peak, one per step, since multiplied they would end at 1e-9 of it.
-
-    Args:
-        warmup_steps: the rate at step s < `warmup_steps` is s / `warmup_steps` of the peak.
-        milestones: steps, ascending, from which on the next fraction applies.
-        fractions: of the peak, one per milestone.
-
-    Raises:
-        UserError: milestones do not ascend, begin within the warm-up, or have another number than the fractions; or a
-            fraction is negative or not finite. The key is `training.schedule`.
-    """
-
-    warmup_steps: float = 0
-    milestones: Sequence[int] = ()
-    fractions: Sequence[float] = ()
-
-    def __post_init__(self) -> None:
-        steps = list(self.milestones)
-        if len(steps) != len(self.fractions):
-            fault = (
-                f"There are {len(steps)} milestones and {len(self.fractions)} fractions; give one fraction for each."
-            )
-        elif steps != sorted(set(steps)) or (steps and steps[0] < self.warmup_steps):
-            fault = f"milestones {steps} must ascend, from warmup_steps {self.warmup_steps} on."
-        elif not all(0 <= fraction < float("inf") for fraction in self.fractions):
-            fault = f"fractions {list(self.fractions)} must be 0 or more."
-        else:
-            return
-        raise UserError("training.schedule", fault)
-
-    def fraction(self, step: int) -> float:
-        """Fraction of the peak rate in the optimiser step with this index, counted from 0."""
+        Linear warm-up, s / `warmup_steps` at step s, then a constant rate that falls in steps. The paper (arXiv
+        2503.03008, pre-training) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and 0.001 at steps 120k,
+        185k, 220k, 230k and 240k of 245k. It does not say whether the factors multiply; they are read here as fractions
+        of the peak, since multiplied they would end at 1e-9 of it.
+        """
         if step < self.warmup_steps:
             return step / self.warmup_steps
         passed = sum(step >= milestone for milestone in self.milestones)
         return self.fractions[passed - 1] if passed else 1.0
-
-    def scheduler(self, optimizer: Optimizer) -> LambdaLR:
-        """A scheduler of `optimizer`, whose rate is the peak."""
-        return LambdaLR(optimizer, self.fraction)
 
 
 def bf16_is_faster() -> bool:

@@ -1,4 +1,4 @@
-"""Fine-tuning for retrieval from a recipe: pairs → batches → model, restartable at every stage."""
+"""Fine-tuning from a recipe, for retrieval or clone detection: data → batches → model, restartable at every stage."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -7,36 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from modular_star_encoder.data.collators import RetrievalCollator
-from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts
+from modular_star_encoder.data.collators import ClassificationCollator, RetrievalCollator
+from modular_star_encoder.data.finetuning_rows import ClassificationRows, RetrievalBatches, RetrievalTexts
+from modular_star_encoder.data.pairs import read_labelled_pairs
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.data.splits import BatchPlan, PairGroups, RetrievalData, prepare_retrieval_data
+from modular_star_encoder.data.splits import (
+    CODE_TO_CODE,
+    TEXT_TO_CODE,
+    BatchPlan,
+    PairGroups,
+    RetrievalData,
+    prepare_retrieval_data,
+)
 from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
-from modular_star_encoder.evaluation.run import evaluate_tasks
+from modular_star_encoder.evaluation.run import classification_scores, evaluate_tasks
 from modular_star_encoder.evaluation.tasks import held_out_tasks
 from modular_star_encoder.inference.checkpoints import is_servable, load_checkpoint, write_sentence_transformer_files
 from modular_star_encoder.inference.encoders import ExitEncoder
-from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
-from modular_star_encoder.objectives.exit_losses import exit_weights
+from modular_star_encoder.objectives.exit_losses import ClassificationObjective
+from modular_star_encoder.training import runs
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
-from modular_star_encoder.training.clone_detection import finetune_classifier
-from modular_star_encoder.training.preflight import FinetuningPreflight, finetuning_preflight
-from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe
-from modular_star_encoder.training.runs import (
-    CHECKPOINTS,
-    MODEL,
-    open_run,
-    processes_of_run,
-    train_to_the_end,
-    write_log,
-)
+from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe, check_length
 from modular_star_encoder.training.starting_points import add_adapters, save_trained, starting_config, starting_model
-from modular_star_encoder.training.trainer import MultiExitTrainer
+from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import build_settings, read_mapping
 
@@ -51,12 +51,12 @@ def load_finetuning(
     Arguments and errors as for `load_recipe`.
     """
     content = read_mapping(path, overrides, example=FinetuningRecipe.EXAMPLE)
+    tasks = {"retrieval": (FinetuningRecipe, finetune), "classification": (ClassificationRecipe, finetune_classifier)}
     task = content.get("task", "retrieval")
-    if task == "classification":
-        return build_settings(ClassificationRecipe, content, str(path)), finetune_classifier
-    if task == "retrieval":
-        return build_settings(FinetuningRecipe, content, str(path)), finetune
-    raise UserError("training.task", f"task must be retrieval or classification, not {task!r}.")
+    if task not in tasks:
+        raise UserError("training.task", f"task must be retrieval or classification, not {task!r}.")
+    kind, run = tasks[task]
+    return build_settings(kind, content, str(path)), run
 
 
 def finetune(
@@ -65,9 +65,9 @@ def finetune(
     *,
     data: RetrievalData | None = None,
     progress: bool = True,
-    announce: Callable[[FinetuningPreflight], None] = print,
+    announce: Callable[[runs.Preflight], None] = print,
 ) -> dict[str, Any]:
-    """Fine-tune a model, continuing from anything that an earlier call with this recipe left in `out`.
+    """Fine-tune a model for retrieval, continuing from anything that an earlier call with this recipe left in `out`.
 
     `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and in the end `model/`, a checkpoint
     for `AutoModel` and, where its modules can compute the embeddings, `SentenceTransformer`, with `training_log.json`;
@@ -89,40 +89,50 @@ def finetune(
     Raises:
         UserError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
     """
-    out, state = Path(out), processes_of_run()
+    out, state = Path(out), runs.processes_of_run()
+    objective, rows, lengths, eval_pairs = recipe.objective, recipe.rows(), recipe.lengths(), recipe.eval_pairs
     blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress)
     with state.main_process_first():
-        log = open_run(out, recipe, "fine-tuning", until_trained=("data", "eval_fraction", "max_train_samples", "seed"))
+        log = runs.open_run(
+            out, recipe, "fine-tuning", until_trained=("data", "eval_fraction", "max_train_samples", "seed")
+        )
         if log is not None:
             return log
-        data = data or prepare_data(recipe, out / "data", progress and state.is_main_process)
+        data = data or prepare_data(rows, out / "data", progress and state.is_main_process)
     model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
-    prompts = model.config.instruction_prompts
-    train, unseen, groups, tokens = _batches(recipe, data, prompts, tokenizer, state.num_processes)
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
+    prompts = model.config.instruction_prompts
+    train, held_out, groups, tokens = _batches(recipe, data, prompts, tokenizer, state.num_processes)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     estimate = finetuning_preflight(blueprint, recipe, state.num_processes, groups, tokens, trained)
     if state.is_main_process:
         announce(estimate)
-    arguments.per_device_eval_batch_size = unseen.batch_size // state.num_processes
+    arguments.per_device_eval_batch_size = held_out.batch_size // state.num_processes
     trainer = MultiExitTrainer(
         adapted,
         arguments,
-        ContrastiveObjective(recipe.objective),
+        ContrastiveObjective(objective),
         train_dataset=train,
-        eval_dataset=unseen,
+        eval_dataset=held_out,
         data_collator=RetrievalCollator(tokenizer),
     )
-    log = train_to_the_end(trainer, out / CHECKPOINTS, progress=progress)
+    log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
     log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "preflight": asdict(estimate)}
     model.config.unpad_inputs = blueprint.config.unpad_inputs
     save_trained(trainer, tokenizer, out, recipe)
     if state.is_main_process:
         if is_servable(model.config):
             prompts_of_files = sentence_transformer_prompts(instructions=prompts)
-            write_sentence_transformer_files(out / MODEL, model.config, prompts_of_files)
-        log |= {"data": data.report, "retrieval": _retrieval(recipe, data, out, progress)}
-        write_log(out, log)
+            write_sentence_transformer_files(out / runs.MODEL, model.config, prompts_of_files)
+        tasks = held_out_tasks(data.held_out, limit=eval_pairs, seed=rows["seed"])
+        retrieval: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
+        retrievers = [BM25(), EmbeddingRetriever(checkpoint_encoder(out / runs.MODEL, lengths))]
+        for result in evaluate_tasks(tasks, retrievers, progress=progress):
+            name = result.retriever if result.exit_layer is None else f"exit {result.exit_layer}"
+            estimates = {metric: asdict(estimate) for metric, estimate in result.estimates.items()}
+            retrieval[result.benchmark][name] = estimates
+        log |= {"data": data.report, "retrieval": retrieval}
+        runs.write_log(out, log)
     state.wait_for_everyone()
     return log
 
@@ -136,35 +146,26 @@ def check_recipe(
         UserError: the recipe contradicts itself or the model.
     """
     config, _ = starting_config(recipe)
+    check_length(config, **recipe.lengths())
+    with torch.device("meta"):
+        model = ModularStarEncoderForRetrieval(config)
+    model.set_attn_implementation(recipe.attn_implementation)
+    # Batches are planned: in this order, and each of them is a whole step.
+    planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
+    rows = recipe.pairs_per_device(processes)
+    arguments = recipe.arguments(out / runs.CHECKPOINTS, rows, progress=progress, **planned)
+    check_objective(ContrastiveObjective(recipe.objective), arguments, config, config.exit_layers)
     if not is_servable(config):
         logger.warning_once(
             "SentenceTransformer's modules cannot compute this model's embeddings (pooling, projection_order or "
             "embedding_normalization): it is saved for AutoModel alone."
         )
-    with torch.device("meta"):
-        model = ModularStarEncoderForRetrieval(config)
-    finetuning_preflight(model, recipe, processes, {}, (0.0, 0.0))
-    model.set_attn_implementation(recipe.attn_implementation)
-    exit_weights(recipe.training["exit_weights"], config.exit_layers, config.parent_num_hidden_layers)
-    recipe.objective.check(config.exit_layers, config.projection_size)
-    if recipe.training["rotate_shallow_exits"]:
-        recipe.objective.check_rotation(config.exit_layers)
-    # Batches are planned: in this order, and each of them is a whole step.
-    planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
-    rows = recipe.pairs_per_device(processes)
-    return model, recipe.arguments(out / CHECKPOINTS, rows, progress=progress, **planned)
+    return model, arguments
 
 
-def prepare_data(recipe: FinetuningRecipe, folder: Path, progress: bool) -> RetrievalData:
-    """The rows of a recipe; with `progress` the numbers of rows and of skipped rows are printed."""
-    data = prepare_retrieval_data(
-        recipe.data,
-        folder,
-        eval_fraction=recipe.eval_fraction,
-        seed=recipe.seed,
-        max_train_samples=recipe.max_train_samples,
-        progress=progress,
-    )
+def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool) -> RetrievalData:
+    """The rows of a recipe (`FinetuningRecipe.rows`); with `progress` the numbers of read and skipped are printed."""
+    data = prepare_retrieval_data(folder=folder, progress=progress, **rows)
     if progress:
         for name, source in data.report["sources"].items():
             print(f"{name}: {source['rows']:,} rows")
@@ -176,22 +177,17 @@ def prepare_data(recipe: FinetuningRecipe, folder: Path, progress: bool) -> Retr
 
 
 def _batches(
-    recipe: FinetuningRecipe,
-    data: RetrievalData,
-    prompts: bool,
-    tokenizer: PreTrainedTokenizerFast,
-    processes: int,
+    recipe: FinetuningRecipe, data: RetrievalData, prompts: bool, tokenizer: PreTrainedTokenizerFast, processes: int
 ) -> tuple[RetrievalBatches, RetrievalBatches, Mapping[str, int], tuple[float, float]]:
     """Batches to train on and of every evaluation, groups of each kind of pairs, mean tokens of texts and of code."""
-    lengths = {"max_text_tokens": recipe.max_text_tokens, "max_code_tokens": recipe.max_code_tokens}
+    eval_pairs, batch_size, seed, steps = recipe.eval_pairs, recipe.batch_size, recipe.seed, recipe.max_steps
     train, held_out = (
-        RetrievalTexts(texts, tokenizer, prompts=prompts, progress=False, **lengths)
+        RetrievalTexts(texts, tokenizer, prompts=prompts, progress=False, **recipe.lengths())
         for texts in (data.train, data.held_out)
     )
-    groups, held_out_groups = PairGroups(data.train), PairGroups(held_out.texts)
-    plan = BatchPlan(groups, recipe.batch_size, recipe.seed)
+    groups, held_out_groups = PairGroups(data.train), PairGroups(data.held_out)
     # Batches of an evaluation are as large as those of training if there are as many rows.
-    most = min(recipe.batch_size, held_out_groups.largest_batch)
+    most = min(batch_size, held_out_groups.largest_batch)
     size = most // (2 * processes) * 2 * processes
     if not size:
         raise UserError(
@@ -199,28 +195,119 @@ def _batches(
             f"At most {most} held-out rows fit into one batch, too few for {processes} processes. Raise eval_fraction, "
             "or add data.",
         )
-    unseen = BatchPlan(held_out_groups, size, recipe.seed + 1)
+    plan, eval_plan = BatchPlan(groups, batch_size, seed), BatchPlan(held_out_groups, size, seed + 1)
+    rename_prob = recipe.identifier_rename_prob
     return (
-        RetrievalBatches(train, plan, recipe.max_steps, identifier_rename_prob=recipe.identifier_rename_prob),
-        RetrievalBatches(held_out, unseen, max(1, recipe.eval_pairs // size)),
+        RetrievalBatches(train, plan, steps, identifier_rename_prob=rename_prob),
+        RetrievalBatches(held_out, eval_plan, max(1, eval_pairs // size)),
         groups.counts,
         train.mean_tokens(),
     )
 
 
-def checkpoint_encoder(recipe: FinetuningRecipe, checkpoint: Path) -> ExitEncoder:
-    """The encoder of a checkpoint that a recipe trained, at every exit, for texts as long as in training."""
+def finetuning_preflight(
+    model: ModularStarEncoderForRetrieval,
+    recipe: FinetuningRecipe,
+    processes: int,
+    groups: Mapping[str, int],
+    tokens: tuple[float, float],
+    trained_parameters: int | None = None,
+) -> runs.Preflight:
+    """Estimate a run; see `preflight`.
+
+    Args:
+        groups: number of groups of each kind of pairs; see `BatchPlan`.
+        tokens: mean tokens of a description and of a snippet; a hard negative counts as a snippet.
+    """
+    text, code = tokens
+    settings, sides = recipe.objective, len(recipe.objective.sides)
+    negatives = [code] * (sides - 2)
+    kinds = {TEXT_TO_CODE: [text, code, *negatives], CODE_TO_CODE: [code, code, *negatives]}
+    in_batch = sides * recipe.batch_size // processes * max(recipe.lengths().values())
+    embeddings = len(model.config.exit_layers) * sides * recipe.batch_size * model.config.projection_size
+    return runs.preflight(
+        model,
+        rows_per_step=recipe.batch_size,
+        steps=recipe.max_steps,
+        processes=processes,
+        texts=[kinds[kind] for kind in groups],
+        tokens_in_memory=min(settings.mini_batch_tokens or in_batch, in_batch),
+        trained_parameters=trained_parameters,
+        passes=1.0 if settings.mini_batch_tokens is None else 4 / 3,
+        other_bytes=2 * 4 * embeddings,
+        groups={kind: groups.get(kind, 0) for kind in kinds},
+    )
+
+
+def checkpoint_encoder(checkpoint: Path, lengths: Mapping[str, int]) -> ExitEncoder:
+    """The encoder of a trained checkpoint, at every exit, for texts as long as in training."""
     model, tokenizer = load_checkpoint(checkpoint)
-    longest = max(recipe.max_text_tokens, recipe.max_code_tokens)
-    return ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=longest)
+    return ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=max(lengths.values()))
 
 
-def _retrieval(recipe: FinetuningRecipe, data: RetrievalData, out: Path, progress: bool) -> Mapping[str, Any]:
-    """Benchmark → retriever → estimates of BM25 and the saved model's exits on the held-out rows."""
-    encoder = checkpoint_encoder(recipe, out / MODEL)
-    tasks = held_out_tasks(data.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
-    found: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
-    for result in evaluate_tasks(tasks, [BM25(), EmbeddingRetriever(encoder)], progress=progress):
-        name = result.retriever if result.exit_layer is None else f"exit {result.exit_layer}"
-        found[result.benchmark][name] = {metric: asdict(estimate) for metric, estimate in result.estimates.items()}
-    return found
+def finetune_classifier(
+    recipe: ClassificationRecipe, out: str | os.PathLike[str], *, progress: bool = True
+) -> dict[str, Any]:
+    """Train a classifier of pairs, continuing from anything that an earlier call with this recipe left in `out`.
+
+    `out` gets `checkpoints/` and in the end `model/`, a checkpoint with `training_log.json`; with `lora` also
+    `adapter/`. A run with a log is finished, and the log is returned.
+
+    Args:
+        recipe: the settings.
+        out: folder of this run.
+        progress: whether to show progress bars.
+
+    Returns:
+        The training log: that of `train_to_the_end`, and `evaluation` (losses and accuracies on validation pairs at the
+        end), `scores` (split → exit → accuracy, precision, recall and F1 of `valid` and `test`), `recipe`, and `pairs`,
+        the numbers of pairs by split.
+
+    Raises:
+        UserError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
+    """
+    out, state, objective = Path(out), runs.processes_of_run(), ClassificationObjective()
+    config, _ = starting_config(recipe)
+    check_length(config, max_tokens=recipe.max_tokens)
+    rows, accumulation = recipe.accumulation(state.num_processes)
+    arguments = recipe.arguments(
+        out / runs.CHECKPOINTS, rows, progress=progress, gradient_accumulation_steps=accumulation
+    )
+    check_objective(objective, arguments, config, config.exit_layers)
+    with state.main_process_first():
+        log = runs.open_run(out, recipe, "fine-tuning a classifier", until_trained=())
+        if log is not None:
+            return log
+    model, tokenizer = starting_model(ModularStarEncoderForSequenceClassification, recipe)
+    splits = {}
+    for split, pairs in read_labelled_pairs(recipe.data).items():
+        limit = recipe.max_train_samples if split == "train" else recipe.max_eval_samples
+        chosen = pairs if limit is None else pairs.sample(limit, recipe.seed)
+        shown = progress and state.is_main_process
+        splits[split] = ClassificationRows(chosen, tokenizer, max_tokens=recipe.max_tokens, progress=shown)
+    trainer = MultiExitTrainer(
+        model if recipe.lora is None else add_adapters(model, recipe.lora),
+        arguments,
+        objective,
+        train_dataset=splits["train"],
+        eval_dataset=splits["valid"],
+        data_collator=ClassificationCollator(tokenizer),
+    )
+    log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
+    numbers = {split: len(pairs) for split, pairs in splits.items()}
+    log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "pairs": numbers}
+    model.config.unpad_inputs = config.unpad_inputs
+    save_trained(trainer, tokenizer, out, recipe)
+    if state.is_main_process:
+        saved = ModularStarEncoderForSequenceClassification.from_pretrained(out / runs.MODEL).eval()
+        saved.to("cuda" if torch.cuda.is_available() else "cpu")
+        log["scores"] = {
+            split: classification_scores(
+                saved, DataLoader(splits[split], rows, collate_fn=ClassificationCollator(tokenizer)), progress=progress
+            )
+            for split in splits
+            if split != "train"
+        }
+        runs.write_log(out, log)
+    state.wait_for_everyone()
+    return log

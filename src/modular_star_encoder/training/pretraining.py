@@ -13,31 +13,20 @@ from transformers import PreTrainedTokenizerFast
 from modular_star_encoder.data.collators import PackingCollator, PaddingCollator
 from modular_star_encoder.data.functions import open_corpus
 from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.data.sources import SourceReader
 from modular_star_encoder.data.token_store import TokenStore, build_token_store
 from modular_star_encoder.data.tokenizer import check_special_tokens, load_tokenizer, token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.lexical import identifier_overlap_accuracy
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives.classification import InContextObjective
-from modular_star_encoder.objectives.exit_losses import exit_weights
-from modular_star_encoder.training.preflight import Preflight, preflight
-from modular_star_encoder.training.recipes import PretrainingRecipe
-from modular_star_encoder.training.runs import (
-    CHECKPOINTS,
-    MODEL,
-    open_run,
-    processes_of_run,
-    train_to_the_end,
-    write_log,
-)
+from modular_star_encoder.objectives.exit_losses import InContextObjective
+from modular_star_encoder.training import runs
+from modular_star_encoder.training.recipes import PretrainingRecipe, check_length
 from modular_star_encoder.training.starting_points import (
     check_vocabulary,
-    has_weights,
-    model_folder,
     start_from_spellings,
     start_from_unigrams,
+    starting_source,
 )
-from modular_star_encoder.training.trainer import MultiExitTrainer
+from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file, staged_folder
 
@@ -53,7 +42,7 @@ def pretrain(
     out: str | os.PathLike[str],
     *,
     progress: bool = True,
-    announce: Callable[[Preflight], None] = print,
+    announce: Callable[[runs.Preflight], None] = print,
 ) -> dict[str, Any]:
     """Pre-train a model, continuing from anything that an earlier call with this recipe left in `out`.
 
@@ -75,148 +64,139 @@ def pretrain(
     Raises:
         UserError: the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
     """
-    out, state = Path(out), processes_of_run()
+    out, state, objective = Path(out), runs.processes_of_run(), InContextObjective()
+    progress_here, processes = progress and state.is_main_process, state.num_processes
+    source, weights = starting_source(recipe.model)
     config = model_config(recipe)
     # All checks that need no corpus come before it is read.
+    check_length(config, max_tokens=recipe.max_tokens)
     with torch.device("meta"):
-        model = ModularStarEncoderForPreTraining(config)
-    preflight(model, recipe, state.num_processes)
-    model.set_attn_implementation(recipe.attn_implementation)
-    exit_weights(recipe.training["exit_weights"], config.exit_layers, config.parent_num_hidden_layers)
-    accumulation = recipe.accumulation(state.num_processes)
+        ModularStarEncoderForPreTraining(config).set_attn_implementation(recipe.attn_implementation)
+    accumulation, rows_per_device = recipe.accumulation(processes), recipe.rows_per_device
     arguments = recipe.arguments(
-        out / CHECKPOINTS, recipe.rows_per_device, progress=progress, gradient_accumulation_steps=accumulation
+        out / runs.CHECKPOINTS, rows_per_device, progress=progress, gradient_accumulation_steps=accumulation
     )
-    _check_repositories(open_corpus(recipe.corpus))
+    check_objective(objective, arguments, config, config.exit_layers)
+    repositories = open_corpus(recipe.corpus).repositories
+    if repositories is not None and len(repositories) < 4:  # of some corpora, only reading shows the number
+        raise UserError(
+            "training.corpus.too_few_repositories",
+            "The corpus must have two repositories to train on and two to hold out, because pairs of snippets are "
+            f"drawn from one or from two; it has {len(repositories)}: {', '.join(repositories) or 'none'}.",
+        )
     with state.main_process_first():
-        log = open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model"))
+        log = runs.open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model"))
         if log is not None:
             return log
-        tokenizer = _tokenizer(recipe, config, out, progress and state.is_main_process)
+        own = recipe.tokenizer or (source if weights else None)
+        tokenizer = load_tokenizer(own or _train_tokenizer(recipe.corpus, config, out / "tokenizer", progress_here))
         check_special_tokens(tokenizer)
         collator = (PackingCollator if recipe.packing else PaddingCollator)(tokenizer)
-        store = _token_store(recipe, tokenizer, out, progress and state.is_main_process)
-    train, held_out = store.split(recipe.eval_fraction, recipe.seed)
-    model = _model(recipe, config, len(tokenizer))
-    estimate = preflight(model, recipe, state.num_processes)
+        store = _token_store(recipe.corpus, tokenizer, out / "tokens", progress_here)
+    torch.manual_seed(recipe.seed)
+    if weights:
+        model = ModularStarEncoderForPreTraining.from_pretrained(source, dtype=torch.float32)
+    else:
+        config.vocab_size = max(len(tokenizer), config.vocab_size if recipe.tokenizer else 0)
+        model = ModularStarEncoderForPreTraining(config)
+    check_vocabulary(len(tokenizer), model.config.vocab_size)
+    model.set_attn_implementation(recipe.attn_implementation)
+    estimate = pretraining_preflight(model, recipe, processes)
     if state.is_main_process:
         announce(estimate)
-    rows = recipe.max_steps * recipe.rows_per_device * accumulation * state.num_processes
-    options: dict[str, Any] = {
-        "max_tokens": recipe.max_tokens,
-        "mlm_probability": recipe.mlm_probability,
-        "progress": False,
-    }
-    pairs = InContextPairs(train, tokenizer, length=rows, seed=recipe.seed, **options)
-    unseen = InContextPairs(held_out, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 1, **options)
-    if recipe.start_from_corpus and not has_weights(model_folder(recipe.model)):
+
+    train, held_out = store.split(recipe.eval_fraction, recipe.seed)
+    options: dict[str, Any] = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability}
+    rows = recipe.max_steps * rows_per_device * accumulation * processes
+    pairs, unseen, fitted = (
+        InContextPairs(part, tokenizer, length=length, seed=recipe.seed + number, progress=False, **options)
+        for number, (part, length) in enumerate(
+            ((train, rows), (held_out, recipe.eval_rows), (train, recipe.eval_rows))
+        )
+    )
+    counts = pairs.token_counts()
+    if recipe.start_from_corpus and not weights:
         # A named tokenizer may have fewer tokens than the model; each of the others is a word of its own.
         unused = range(len(tokenizer), model.config.vocab_size)
         spellings = token_spellings(tokenizer) + [f"<{index}> unused" for index in unused]
         start_from_spellings(model.get_input_embeddings(), spellings, seed=recipe.seed)
-        start_from_unigrams(model.heads.decoder, torch.nn.functional.pad(pairs.token_counts(), (0, len(unused))))
-    fitted = InContextPairs(train, tokenizer, length=recipe.eval_rows, seed=recipe.seed + 2, **options)
+        start_from_unigrams(model.heads.decoder, torch.nn.functional.pad(counts, (0, len(unused))))
     overlap = identifier_overlap_accuracy(
-        [fitted[row] for row in range(recipe.eval_rows)], [unseen[row] for row in range(recipe.eval_rows)], tokenizer
+        *([part[row] for row in range(recipe.eval_rows)] for part in (fitted, unseen)), tokenizer
     )
     trainer = MultiExitTrainer(
-        model,
-        arguments,
-        InContextObjective(),
-        train_dataset=pairs,
-        eval_dataset=unseen,
-        data_collator=collator,
+        model, arguments, objective, train_dataset=pairs, eval_dataset=unseen, data_collator=collator
     )
-    log = train_to_the_end(trainer, out / CHECKPOINTS, progress=progress)
-    counts = pairs.token_counts().double()
+    log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
     log |= {
         "evaluation": trainer.evaluate(),
         "recipe": recipe.to_dict(),
         "preflight": asdict(estimate),
-        "unigram_entropy": torch.special.entr(counts / counts.sum()).sum().item(),
+        "unigram_entropy": torch.special.entr(counts.double() / counts.sum()).sum().item(),
         "identifier_overlap": overlap,
         "held_out_repositories": list(held_out.repositories),
     }
-    trainer.save_model(os.fspath(out / MODEL))
+    trainer.save_model(os.fspath(out / runs.MODEL))
     if state.is_main_process:
-        tokenizer.save_pretrained(out / MODEL)
+        tokenizer.save_pretrained(out / runs.MODEL)
         if find_spec("matplotlib"):
-            plot_curves(log, out / MODEL / "curves.png")
-        write_log(out, log)
+            plot_curves(log, out / runs.MODEL / "curves.png")
+        runs.write_log(out, log)
     return log
 
 
 def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
-    """The configuration of a recipe's `model`: one of ours, or that of a folder.
-
-    Raises:
-        UserError: neither exists (`config.unknown`).
-    """
-    return ModularStarEncoderConfig.from_pretrained(model_folder(recipe.model), dtype=torch.float32)
+    """The configuration of a recipe's `model`; UserError if there is none (`config.unknown`)."""
+    return ModularStarEncoderConfig.from_pretrained(starting_source(recipe.model)[0], dtype=torch.float32)
 
 
-def _tokenizer(
-    recipe: PretrainingRecipe, config: ModularStarEncoderConfig, out: Path, progress: bool
-) -> PreTrainedTokenizerFast:
-    """The recipe's tokenizer, or one trained on the corpus."""
-    name = recipe.tokenizer or (recipe.model if has_weights(model_folder(recipe.model)) else None)
-    if name is not None:
-        return load_tokenizer(name)
-    folder = out / "tokenizer"
+def pretraining_preflight(
+    model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
+) -> runs.Preflight:
+    """Estimate a run; of the heads only the masked tokens count, at each exit of a step. See `preflight`."""
+    exits = 2 if recipe.training["rotate_shallow_exits"] else len(model.config.exit_layers)
+    heads = sum(parameter.numel() for parameter in model.heads.parameters())
+    return runs.preflight(
+        model,
+        rows_per_step=recipe.tokens_per_step // recipe.max_tokens,
+        steps=recipe.max_steps,
+        processes=processes,
+        texts=[[recipe.max_tokens]],
+        tokens_in_memory=recipe.rows_per_device * recipe.max_tokens,
+        head_flops=6.0 * recipe.mlm_probability * exits * heads * recipe.max_tokens,
+    )
+
+
+def _train_tokenizer(corpus: Mapping[str, Any], config: ModularStarEncoderConfig, folder: Path, progress: bool) -> Path:
+    """The folder of a tokenizer trained on the corpus."""
+
+    def texts() -> Iterator[str]:
+        left = TOKENIZER_CHARACTERS
+        for file in open_corpus(corpus):
+            left -= len(file.text)
+            if left < 0:
+                return
+            yield file.text
+
     if not folder.exists():
-
-        def texts() -> Iterator[str]:
-            left = TOKENIZER_CHARACTERS
-            for file in open_corpus(recipe.corpus):
-                left -= len(file.text)
-                if left < 0:
-                    return
-                yield file.text
-
+        longest = config.max_position_embeddings
         with staged_folder(folder) as staging:
-            train_tokenizer(
-                texts(), config.vocab_size, max_length=config.max_position_embeddings, progress=progress
-            ).save_pretrained(staging)
-    return load_tokenizer(folder)
+            tokenizer = train_tokenizer(texts(), config.vocab_size, max_length=longest, progress=progress)
+            tokenizer.save_pretrained(staging)
+    return folder
 
 
 def _token_store(
-    recipe: PretrainingRecipe, tokenizer: PreTrainedTokenizerFast, out: Path, progress: bool
+    corpus: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path, progress: bool
 ) -> TokenStore:
     """The tokenized corpus."""
-    reader = open_corpus(recipe.corpus)
-    store = build_token_store(reader, tokenizer, out / "tokens", progress=progress)
+    reader = open_corpus(corpus)
+    store = build_token_store(reader, tokenizer, folder, progress=progress)
     if progress:
         for reason, count in reader.skipped.most_common():
             print(f"skipped {count} files: {reason}")
         print(f"{len(store):,} files of {len(store.repositories):,} repositories")
     return store
-
-
-def _model(
-    recipe: PretrainingRecipe, config: ModularStarEncoderConfig, vocab_size: int
-) -> ModularStarEncoderForPreTraining:
-    """A new model, or that of the recipe's folder where it has weights."""
-    torch.manual_seed(recipe.seed)
-    if has_weights(model_folder(recipe.model)):
-        model = ModularStarEncoderForPreTraining.from_pretrained(recipe.model, dtype=torch.float32)
-    else:
-        config.vocab_size = max(vocab_size, config.vocab_size if recipe.tokenizer else 0)
-        model = ModularStarEncoderForPreTraining(config)
-    check_vocabulary(vocab_size, model.config.vocab_size)
-    model.set_attn_implementation(recipe.attn_implementation)
-    return model
-
-
-def _check_repositories(corpus: SourceReader) -> None:
-    """Raise UserError if a corpus has fewer than four repositories; of some, only reading it shows the number."""
-    if corpus.repositories is not None and len(corpus.repositories) < 4:
-        raise UserError(
-            "training.corpus.too_few_repositories",
-            "The corpus must have at least two repositories to train on and two to hold out, because pairs of snippets "
-            "are drawn from one or from two; "
-            f"it has {len(corpus.repositories)}: {', '.join(corpus.repositories) or 'none'}.",
-        )
 
 
 def plot_curves(log: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

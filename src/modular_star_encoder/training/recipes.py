@@ -3,6 +3,7 @@
 Every key of `MultiExitTrainingArguments`, and so of `transformers.TrainingArguments`, is a key of each recipe.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,6 @@ from modular_star_encoder.utils.settings import (
     Count,
     Int,
     Probability,
-    Seed,
     Share,
     Switch,
     check_names,
@@ -76,8 +76,11 @@ class TrainingSettings:
         "dataloader_num_workers": 0,
         "seed": 0,
         "exit_weights": "paper",
-        **dict.fromkeys(("normalize_exit_weights", "rotate_shallow_exits", "log_gradient_norms"), False),
-        **dict.fromkeys(("milestones", "fractions"), ()),
+        "normalize_exit_weights": False,
+        "rotate_shallow_exits": False,
+        "log_gradient_norms": False,
+        "milestones": (),
+        "fractions": (),
     }
     REQUIRED: ClassVar[tuple[str, ...]] = ("max_steps", "learning_rate")
     OPEN_KEYS: ClassVar[tuple[str, type]] = ("training", MultiExitTrainingArguments)
@@ -141,24 +144,18 @@ class TrainingSettings:
     def arguments(
         self, folder: Path, rows_per_device: int, *, progress: bool, **decided: Any
     ) -> MultiExitTrainingArguments:
-        """The arguments of `MultiExitTrainer`.
-
-        Args:
-            folder: where checkpoints are written.
-            rows_per_device: rows in memory at once on each device.
-            progress: whether to show a progress bar.
-            decided: further arguments that other settings decide.
+        """The arguments of a trainer that writes checkpoints to `folder`; `decided` are not to be settings.
 
         Raises:
             UserError: the recipe sets an argument that other settings decide (`training.arguments.decided`), or a value
                 that `TrainingArguments` does not take (`training.arguments.value`).
         """
-        decided |= {
-            "output_dir": os.fspath(folder),
-            "per_device_train_batch_size": rows_per_device,
-            "per_device_eval_batch_size": rows_per_device,
-            "auto_find_batch_size": False,
-        }
+        decided |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), rows_per_device)
+        decided |= {"output_dir": os.fspath(folder), "auto_find_batch_size": False}
+        if twice := sorted(set(self.training) & set(decided)):
+            raise UserError(
+                "training.arguments.decided", f"Leave out {', '.join(twice)}: other settings of the recipe decide it."
+            )
         defaults: dict[str, Any] = {
             "eval_strategy": "steps",
             "bf16": bf16_is_faster(),
@@ -166,63 +163,12 @@ class TrainingSettings:
             "disable_tqdm": not progress,
             "report_to": "none",
         }
-        if twice := sorted(set(self.training) & set(decided)):
-            raise UserError(
-                "training.arguments.decided", f"Leave out {', '.join(twice)}: other settings of the recipe decide it."
-            )
         try:
             return MultiExitTrainingArguments(**(defaults | decided | dict(self.training)))
         except UserError:
             raise
         except (TypeError, ValueError) as error:
             raise UserError("training.arguments.value", f"{error}") from error
-
-
-@settings_class
-class StageSettings(TrainingSettings):
-    """One stage of the quickstart.
-
-    Args:
-        batch_size: rows of one step.
-        max_tokens: longest row in tokens; None where other settings limit it.
-    """
-
-    # 0.999 as adam_beta2 would remember more steps than a short stage has.
-    DEFAULTS: ClassVar[dict[str, Any]] = TrainingSettings.DEFAULTS | {
-        "weight_decay": 0.01,
-        "adam_beta2": 0.98,
-        "adam_epsilon": 1e-8,
-        "eval_strategy": "no",
-        "dataloader_drop_last": True,
-    }
-
-    batch_size: Count
-    max_tokens: Count | None = None
-
-
-@settings_class
-class QuickstartRecipe:
-    """How a small model is pre-trained and fine-tuned in one go by `examples/quickstart.py`.
-
-    Args:
-        vocab_size: number of tokens.
-        max_query_tokens, max_document_tokens: longest description and code, prompt and special tokens included.
-        pretraining, finetuning: the two stages.
-        max_functions: number of functions to train on, drawn at random; all if None.
-        attn_implementation: attention to train with.
-        seed: seed of everything random.
-    """
-
-    EXAMPLE: ClassVar[str] = "hub_configs/quickstart/recipe.yaml"
-
-    vocab_size: Count
-    max_query_tokens: Count
-    max_document_tokens: Count
-    pretraining: StageSettings
-    finetuning: StageSettings
-    max_functions: Count | None = None
-    attn_implementation: str = "sdpa"
-    seed: Seed = 0
 
 
 @settings_class
@@ -270,19 +216,9 @@ class PretrainingRecipe(TrainingRecipe):
     eval_rows: Count = 512
 
     def accumulation(self, processes: int) -> int:
-        """Batches of gradients to accumulate on each of `processes` devices.
-
-        Raises:
-            UserError: `tokens_per_step` is not a whole number of batches over the processes.
-        """
-        batch = self.rows_per_device * self.max_tokens * processes
-        if self.tokens_per_step % batch:
-            raise UserError(
-                "training.tokens_per_step.multiple",
-                f"tokens_per_step {self.tokens_per_step} must be a multiple of rows_per_device × max_tokens × "
-                f"processes = {self.rows_per_device} × {self.max_tokens} × {processes} = {batch}.",
-            )
-        return self.tokens_per_step // batch
+        """Batches of gradients to accumulate on each of `processes` devices."""
+        batch = {"rows_per_device": self.rows_per_device, "max_tokens": self.max_tokens, "processes": processes}
+        return _quotient("tokens_per_step", self.tokens_per_step, batch)
 
 
 @settings_class
@@ -343,31 +279,24 @@ class FinetuningRecipe(StartingRecipe):
         super().__post_init__()
         default = ContrastiveSettings().pairs
         pairs = (("query", "document", "negative"),) if have_negatives(self.data) else default
-        if tuple(map(tuple, self.objective.pairs)) not in (default, pairs):
+        if self.objective.pairs not in (default, pairs):
             raise UserError(
                 "training.objective.pairs", "Leave out objective.pairs: the data decides whether there are negatives."
             )
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
-        if self.training["log_gradient_norms"] and self.objective.mini_batch_tokens is not None:
-            raise UserError(
-                "training.log_gradient_norms.cached",
-                "log_gradient_norms does not work with objective.mini_batch_tokens, which keeps no graph; "
-                "switch one of them off.",
-            )
+
+    def rows(self) -> dict[str, Any]:
+        """Arguments of `prepare_retrieval_data`."""
+        names = ("eval_fraction", "seed", "max_train_samples")
+        return {"settings": self.data} | {name: getattr(self, name) for name in names}
+
+    def lengths(self) -> dict[str, int]:
+        """`max_text_tokens` and `max_code_tokens`."""
+        return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
 
     def pairs_per_device(self, processes: int) -> int:
-        """Pairs of one step on each of `processes` devices.
-
-        Raises:
-            UserError: `batch_size` is not as many pairs, an even number, on each.
-        """
-        if self.batch_size % (2 * processes):
-            raise UserError(
-                "training.batch_size.multiple",
-                f"batch_size {self.batch_size} must be a multiple of 2 × processes = {2 * processes}: each process "
-                "takes as many pairs, half of them text → code.",
-            )
-        return self.batch_size // processes
+        """Pairs of one step on each of `processes` devices, an even number: half of them are text → code."""
+        return 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
 
 
 @settings_class
@@ -390,19 +319,35 @@ class ClassificationRecipe(StartingRecipe):
     max_eval_samples: Count | None = None
 
     def accumulation(self, processes: int) -> tuple[int, int]:
-        """Pairs in memory at once on each of `processes` devices, and batches of gradients to accumulate.
-
-        Raises:
-            UserError: `batch_size` is not a whole number of batches over the processes.
-        """
+        """Pairs in memory at once on each of `processes` devices, and batches of gradients to accumulate."""
         rows = self.pairs_per_device or max(1, self.batch_size // processes)
-        if self.batch_size % (rows * processes):
-            raise UserError(
-                "training.batch_size.multiple",
-                f"batch_size {self.batch_size} must be a multiple of pairs_per_device × processes = {rows} × "
-                f"{processes}.",
-            )
-        return rows, self.batch_size // (rows * processes)
+        return rows, _quotient("batch_size", self.batch_size, {"pairs_per_device": rows, "processes": processes})
+
+
+def _quotient(name: str, total: int, factors: Mapping[str, int]) -> int:
+    """How often a product is in the total.
+
+    Raises:
+        UserError: not a whole number of times (`training.batch_size.multiple`, `training.tokens_per_step.multiple`).
+    """
+    product = math.prod(factors.values())
+    if total % product:
+        numbers = " × ".join(map(str, factors.values()))
+        raise UserError(
+            f"training.{name}.multiple",
+            f"{name} {total} must be a multiple of {' × '.join(factors)} = {numbers} = {product}.",
+        )
+    return total // product
+
+
+def check_length(config: ModularStarEncoderConfig, **lengths: int) -> None:
+    """Raise UserError if a setting for the longest text is above the model's `max_position_embeddings`."""
+    longest = config.max_position_embeddings
+    if too_long := [f"{name} {length}" for name, length in lengths.items() if length > longest]:
+        raise UserError(
+            "training.length.too_long",
+            f"{', '.join(too_long)} must be at most the model's max_position_embeddings {longest}.",
+        )
 
 
 AnyRecipe = TypeVar("AnyRecipe")
@@ -412,7 +357,7 @@ def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: 
     """Read a recipe.
 
     Args:
-        kind: `PretrainingRecipe`, `FinetuningRecipe`, `ClassificationRecipe`, `AblationRecipe` or `QuickstartRecipe`.
+        kind: `PretrainingRecipe`, `FinetuningRecipe`, `ClassificationRecipe` or `AblationRecipe`.
         path: a YAML file.
         overrides: `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
 

@@ -1,5 +1,6 @@
-"""The folder of a training run: opening it, training to the end from the last checkpoint, and what it leaves."""
+"""A training run: its size, its folder, training to the end from the last checkpoint, and its log lines."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,18 +9,19 @@ import shutil
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import save_file
 from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from modular_star_encoder.modeling import ModularStarEncoderPreTrainedModel
 from modular_star_encoder.training.recipes import TrainingSettings
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_file, write_json
+from modular_star_encoder.utils.files import write_json
 from modular_star_encoder.utils.settings import build_settings
 
 MODEL, ADAPTER, CHECKPOINTS = "model", "adapter", "checkpoints"
@@ -28,6 +30,105 @@ LOG = Path(MODEL, "training_log.json")
 
 MAY_CHANGE = frozenset({"dataloader_num_workers", "save_total_limit"})
 """Settings that do not influence what is learned, so that a run may continue with others."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Size of a run, estimated before it starts.
+
+    Attributes:
+        parameters, trained_parameters: of the model with its heads; with adapters, few of them are trained.
+        rows_per_step, steps, processes: of the run; in contrastive training a row is a pair.
+        tokens_per_row: mean of all texts of a row together.
+        flops_per_row: floating-point operations of training on one row, forward and backward.
+        memory_bytes: on each device: float32 weights, gradients and two moments, and activations; an upper estimate.
+        groups: kind of pairs → number of groups of rows without common texts.
+        epochs: kind of pairs → how often each group has its turn.
+    """
+
+    parameters: int
+    trained_parameters: int
+    rows_per_step: int
+    steps: int
+    processes: int
+    tokens_per_row: float
+    flops_per_row: float
+    memory_bytes: int
+    groups: Mapping[str, int]
+    epochs: Mapping[str, float]
+
+    def __str__(self) -> str:
+        rows = self.rows_per_step * self.steps
+        tokens = f"{rows:,} rows of {self.tokens_per_row:.0f} tokens, {rows * self.tokens_per_row / 1e9:,.3f} billion"
+        lines = {
+            "parameters": f"{self.parameters:,}, of which {self.trained_parameters:,} are trained",
+            **{
+                kind: f"{count:,} groups without common texts, {self.epochs[kind]:.2f} epochs"
+                if count
+                else "none in this data"
+                for kind, count in self.groups.items()
+            },
+            "rows per step": f"{self.rows_per_step:,} ({self.rows_per_step // self.processes:,} on each of "
+            f"{self.processes} processes)",
+            "steps": f"{self.steps:,} ({tokens})",
+            "training FLOPs": f"{self.flops_per_row:.2e} per row, {self.flops_per_row * rows:.2e} in all",
+            "memory per device": f"at most about {self.memory_bytes / 2**30:.1f} GiB",
+        }
+        return "\n".join(f"{name:21} {value}" for name, value in lines.items())
+
+
+def preflight(
+    model: ModularStarEncoderPreTrainedModel,
+    *,
+    rows_per_step: int,
+    steps: int,
+    processes: int,
+    texts: Sequence[Sequence[float]],
+    tokens_in_memory: int,
+    trained_parameters: int | None = None,
+    passes: float = 1.0,
+    head_flops: float = 0.0,
+    other_bytes: int = 0,
+    groups: Mapping[str, int] | None = None,
+) -> Preflight:
+    """Estimate a run.
+
+    FLOPs per token are 6 per parameter of a layer and 12 × T × H per layer for attention over T tokens, as in Chowdhery
+    et al. (arXiv 2204.02311, appendix B).
+
+    Args:
+        model: may be on the meta device.
+        texts: for each kind of row, all equally frequent, the mean tokens of its texts.
+        tokens_in_memory: tokens on one device whose activations are kept at once.
+        trained_parameters: all of the model if None.
+        passes: of training, through the layers; 4/3 where gradients are cached.
+        head_flops, other_bytes: of the heads on one row; what else is kept on one device.
+        groups: kind of pairs → number of groups; 0 where the data has none.
+    """
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    trained = parameters if trained_parameters is None else trained_parameters
+    attention = 12.0 * config.num_hidden_layers * config.hidden_size
+    lengths = [length for text in texts for length in text]
+    # What a pre-norm block's backward pass keeps of each token, in numbers of 2 bytes: 16 × H (block input, normalised
+    # inputs, queries, keys, values, attention output, projections, residuals), and the MLP before and after activation.
+    kept = config.num_hidden_layers * (16 * config.hidden_size + 2 * config.intermediate_size)
+    groups = groups or {}
+    kinds = sum(count > 0 for count in groups.values())
+    turns = {kind: steps * rows_per_step / kinds / count for kind, count in groups.items() if count}
+    return Preflight(
+        parameters=parameters,
+        trained_parameters=trained,
+        rows_per_step=rows_per_step,
+        steps=steps,
+        processes=processes,
+        tokens_per_row=sum(lengths) / len(texts),
+        flops_per_row=passes * sum((6.0 * layers + attention * T) * T for T in lengths) / len(texts) + head_flops,
+        memory_bytes=4 * parameters + 12 * trained + 2 * tokens_in_memory * kept + other_bytes,
+        groups=groups,
+        epochs=turns,
+    )
 
 
 def processes_of_run() -> PartialState:
@@ -50,14 +151,16 @@ def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: I
         UserError: the folder holds something else (`training.run.not_a_run`), or a run with other settings
             (`training.run.other_settings`); the message names them.
     """
-    written, settings = out / "recipe.json", json.loads(json.dumps(recipe.to_dict(), default=str))
+    written, settings = out / "recipe.json", _plain(recipe)
     if written.is_file():
-        before = _settings_before(written, recipe)
+        before: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
+        # An older version has written other names and fewer keys.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning), contextlib.suppress(UserError):
+            before = _plain(build_settings(type(recipe), before, str(written)))
         trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None
         begun = any(path != written for path in out.iterdir())
-        names = set(settings) | set(before) if trained else set(until_trained) if begun else set()
-        other = sorted(name for name in names - MAY_CHANGE if before.get(name) != settings.get(name))
-        if other:
+        names = {*settings, *before} if trained else set(until_trained) if begun else set()
+        if other := sorted(name for name in names - MAY_CHANGE if before.get(name) != settings.get(name)):
             raise UserError(
                 "training.run.other_settings",
                 f"{out} holds a run with another {', '.join(other)}; name another folder.",
@@ -71,16 +174,8 @@ def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: I
     return json.loads((out / LOG).read_text(encoding="utf-8")) if (out / LOG).is_file() else None
 
 
-def _settings_before(written: Path, recipe: TrainingSettings) -> dict[str, Any]:
-    """The settings in `recipe.json`, with today's names and defaults where an older version wrote it."""
-    before: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            before = build_settings(type(recipe), before, str(written)).to_dict()
-    except UserError:
-        return before
-    return json.loads(json.dumps(before, default=str))
+def _plain(recipe: TrainingSettings) -> dict[str, Any]:
+    return json.loads(json.dumps(recipe.to_dict(), default=str))
 
 
 def write_log(out: Path, log: Mapping[str, Any]) -> None:
@@ -135,69 +230,17 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """
     found = []
     for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
-        try:
+        with contextlib.suppress(ValueError, KeyError):
             found.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
-        except (ValueError, KeyError):
-            continue
     return max(found)[1] if found else None
-
-
-class NonFiniteLossError(UserError):
-    """The loss is infinite or not a number; the message names the file that holds the batch."""
-
-
-def stop_for_non_finite_loss(
-    batch: Mapping[str, Any], losses: Mapping[int, float], folder: str | os.PathLike, *, step: int, rank: int = 0
-) -> NoReturn:
-    """Write a batch to `non_finite_loss_step_{step}_rank_{rank}.safetensors` and `.json`, and raise NonFiniteLossError.
-
-    Args:
-        batch: tensors and other values, in mappings and lists of any depth; tensors are named by their path in the
-            batch (`query.input_ids`).
-        losses: exit → its loss.
-        folder: where to write; created if missing.
-        step: the optimiser step in progress, counted from 1.
-        rank: number of this process.
-    """
-    leaves = dict(_leaves(batch))
-    tensors = {name: value.detach().cpu().clone() for name, value in leaves.items() if isinstance(value, torch.Tensor)}
-    path = Path(folder, f"non_finite_loss_step_{step}_rank_{rank}.safetensors").absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with staged_file(path) as staging:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
-    report = {
-        "step": step,
-        "rank": rank,
-        # JSON has neither infinities nor NaN.
-        "losses": {str(exit_layer): loss if math.isfinite(loss) else str(loss) for exit_layer, loss in losses.items()},
-        "other_values": {name: str(value) for name, value in leaves.items() if name not in tensors},
-    }
-    write_json(path.with_suffix(".json"), report)
-    by_exit = ", ".join(f"exit {exit_layer}: {loss:g}" for exit_layer, loss in losses.items())
-    raise NonFiniteLossError(
-        "training.loss.not_finite", f"The loss of step {step} is not finite ({by_exit}); its batch is in {path}."
-    )
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values of everything in nested mappings and lists."""
-    if not isinstance(value, Mapping | list | tuple):
-        yield name, value
-        return
-    for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
-        yield from _leaves(part, f"{name}.{key}" if name else str(key))
-
-
-PER_EXIT = re.compile(r"(?P<metric>.+)_exit_(?P<exit>\d+)")
 
 
 def format_log(logs: dict[str, float]) -> str:
     """`{"loss": 1.2, "clip_loss_exit_4": 1.3, "clip_loss_exit_9": 1}` → `loss 1.200 · clip_loss 4: 1.300, 9: 1.000`."""
     single, per_exit = [], defaultdict(list)
     for name, value in logs.items():
-        match = PER_EXIT.fullmatch(name)
-        if match:
-            per_exit[match["metric"]].append(f"{match['exit']}: {value:.3f}")
+        if match := re.fullmatch(r"(.+)_exit_(\d+)", name):
+            per_exit[match[1]].append(f"{match[2]}: {value:.3f}")
         elif name in ("loss", "eval_loss", "grad_norm", "logit_scale", "masked_negatives"):
             single.append(f"{name} {value:.3f}")
         elif name == "learning_rate":

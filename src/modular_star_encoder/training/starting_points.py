@@ -1,14 +1,14 @@
-"""The model that a fine-tuning starts from, and its tokenizer."""
+"""What a training starts from: a model and its tokenizer, initial weights, adapters; and how the result is saved."""
 
 import copy
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -28,39 +28,29 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 
 
+def starting_source(name: str) -> tuple[str | Path, bool]:
+    """Where a recipe's `model` is, and whether it has weights.
+
+    A name is a configuration of ours, so that its meaning is stable; else a folder; else a Hub id `owner/name`.
+
+    Raises:
+        UserError: nothing of this name can exist (`config.unknown`).
+    """
+    folder = Path(name).expanduser()
+    try:
+        folder = hub_config_folder(name)
+    except UserError as error:
+        if not (folder / "config.json").is_file():
+            if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
+                return name, True
+            advice = f"No folder {name} with a config.json either. Pre-train first, or give a Hub id owner/name."
+            raise UserError(error.key, f"{error} {advice}") from error
+    return folder, has_weights(folder)
+
+
 def has_weights(folder: Path) -> bool:
     """Whether a folder contains weights."""
     return any(folder.glob("model*.safetensors"))
-
-
-def model_folder(name: str) -> Path:
-    """The folder that a recipe's `model` names: one of our configurations first, so that its meaning is stable.
-
-    Raises:
-        UserError: `name` is neither a configuration of ours nor a folder with a config.json (`config.unknown`).
-    """
-    try:
-        return hub_config_folder(name)
-    except UserError as error:
-        folder = Path(name).expanduser()
-        if (folder / "config.json").is_file():
-            return folder
-        raise UserError(error.key, f"{error} A folder {name} with a config.json was not found either.") from error
-
-
-def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Where a model is, and whether it has weights; a name of the form owner/name without a folder is a Hub id.
-
-    Raises:
-        UserError: as `model_folder`.
-    """
-    try:
-        folder = model_folder(name)
-    except UserError as error:
-        if "/" in name and not Path(name).expanduser().exists() and _is_hub_id(name):
-            return name, True
-        raise UserError(error.key, f"{error} Pre-train first, or give a Hub id owner/name.") from error
-    return folder, has_weights(folder)
 
 
 def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, bool]:
@@ -132,24 +122,12 @@ def check_vocabulary(tokens: int, vocab_size: int) -> None:
         )
 
 
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 @torch.no_grad()
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
     """Set the vocabulary projection's bias to the tokens' log frequencies, add-one smoothed.
 
     Otherwise the first hundreds of steps go into learning them. In a small model, fine-tuning after a pre-training
     without this start was much slower than from random weights; with it, it was about as fast.
-
-    Args:
-        decoder: (features → V), with a bias.
-        token_counts: (V,) occurrences in the corpus.
     """
     counts = token_counts.to(decoder.bias) + 1
     decoder.bias.copy_((counts / counts.sum()).log())
@@ -166,17 +144,11 @@ def start_from_spellings(
     fine-tuning the quickstart's model, retrieval reached an MRR of 0.36 from this start and 0.33 with `std` 0.1;
     independent vectors reached 0.23 with 0.1 and 0.21 with the configuration's 0.018.
 
-    Each vector is drawn from N(0, std²); any two tokens with one spelling correlate by `shared`, others by 0.
-
-    Args:
-        embedding: (V, H). The vector of the padding token is left as it is.
-        spellings: V keys, such as `data.tokenizer.token_spellings` gives.
-        shared: correlation within a spelling, between 0 and 1.
-        std: standard deviation of each coordinate.
-        seed: of the random draws; the same seed gives the same vectors.
+    Each vector is drawn from N(0, std²); any two tokens with one spelling correlate by `shared`, others by 0. The
+    vector of the padding token is left as it is.
 
     Raises:
-        UserError: the number of spellings is not that of tokens, or `shared` is not between 0 and 1.
+        UserError: the number of spellings (`token_spellings`) is not that of tokens, or `shared` is not from 0 to 1.
     """
     if len(spellings) != embedding.num_embeddings or not 0 <= shared <= 1:
         raise UserError(
@@ -195,16 +167,10 @@ def start_from_spellings(
     embedding.weight.copy_(vectors)
 
 
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj")
-DEFAULTS = {"r": 16, "lora_alpha": 32, "target_modules": list(LINEAR_LAYERS)}
-
-
 def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> "PeftModel":
     """Freeze the trunk and give its linear layers adapters; heads stay trainable and are saved with the adapters.
 
-    Args:
-        model: a retrieval or classification model.
-        settings: of `peft.LoraConfig`, in place of rank 16, alpha 32 and all linear layers of the trunk.
+    The settings are those of `peft.LoraConfig`; by default rank 16, alpha 32 and all linear layers of the trunk.
 
     Raises:
         ImportError: peft is missing.
@@ -215,14 +181,16 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("lora needs peft: pip install 'modular-star-encoder[peft]'.") from error
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"]
+    defaults = {"modules_to_save": _heads(model), "r": 16, "lora_alpha": 32, "target_modules": linear}
     try:
-        config = LoraConfig(**{"modules_to_save": heads_of(model), **DEFAULTS, **settings})
+        config = LoraConfig(**{**defaults, **settings})
     except TypeError as error:
         raise UserError("training.lora", f"lora: {error}.") from error
     return get_peft_model(model, config)
 
 
-def heads_of(model: ModularStarEncoderPreTrainedModel) -> list[str]:
+def _heads(model: ModularStarEncoderPreTrainedModel) -> list[str]:
     """Names of the modules beside the trunk; each of the projection heads, because peft takes no `ModuleDict`."""
     names = []
     for name, module in model.named_children():
@@ -233,20 +201,6 @@ def heads_of(model: ModularStarEncoderPreTrainedModel) -> list[str]:
     return names
 
 
-def merged_model(
-    model: ModularStarEncoderPreTrainedModel, adapter: str | os.PathLike
-) -> ModularStarEncoderPreTrainedModel:
-    """The model with the adapters of a folder, and the heads saved with them, merged into its weights.
-
-    Args:
-        model: what the adapters were trained on; its heads are replaced.
-        adapter: folder that a model of `add_adapters` was saved to.
-    """
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, os.fspath(adapter)).merge_and_unload()
-
-
 def save_trained(
     trainer: MultiExitTrainer, tokenizer: PreTrainedTokenizerFast, out: Path, recipe: StartingRecipe
 ) -> None:
@@ -254,15 +208,17 @@ def save_trained(
 
     Every process calls this, because a model may be spread over them.
     """
-    adapted = recipe.lora is not None
-    trainer.save_model(os.fspath(out / (ADAPTER if adapted else MODEL)))
+    trainer.save_model(os.fspath(out / (MODEL if recipe.lora is None else ADAPTER)))
     if not trainer.is_world_process_zero():
         return
-    if adapted and not (out / MODEL).exists():
+    if recipe.lora is not None and not (out / MODEL).exists():
+        from peft import PeftModel
+
         model: Any = trainer.model
         trained = model.get_base_model()
         with staged_folder(out / MODEL) as staging:
-            merged = merged_model(starting_model(type(trained), recipe)[0], out / ADAPTER)
+            start, _ = starting_model(type(trained), recipe)
+            merged = PeftModel.from_pretrained(start, os.fspath(out / ADAPTER)).merge_and_unload()
             merged.config.unpad_inputs = trained.config.unpad_inputs
             merged.save_pretrained(staging)
     tokenizer.save_pretrained(out / MODEL)

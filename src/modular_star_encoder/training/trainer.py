@@ -1,13 +1,16 @@
 """`MultiExitTrainer`, the one subclass of `Trainer`: any objective, one loss per exit, each of them logged."""
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -15,23 +18,13 @@ from transformers.utils import logging
 
 from modular_star_encoder.objectives.exit_losses import Objective, exit_weights
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
-from modular_star_encoder.training.runs import stop_for_non_finite_loss
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import staged_file, write_json
 
 logger = logging.get_logger(__name__)
 
 # Few pairs of a batch are alike. With half masked, training fails (benchmarks/results/mini_parallel_ablation.md).
 MOST_MASKED_NEGATIVES = 0.1
-
-
-class ExitEvaluator(Protocol):
-    """What `MultiExitTrainer` calls at every evaluation, such as a `MultiExitEvaluator`."""
-
-    def __call__(
-        self, model: nn.Module, output_path: str | None, epoch: float, steps: int, *, across_processes: bool
-    ) -> dict[str, float]:
-        """Metrics of the bare model. Every process calls; `output_path`, a folder, is given to the first one alone."""
-        ...
 
 
 class MultiExitTrainer(Trainer):
@@ -48,8 +41,9 @@ class MultiExitTrainer(Trainer):
         objective: called as `objective(model, batch, exit_layers)`; returns an `ObjectiveOutput` with one float32 loss
             per exit, shape (E,). See `modular_star_encoder.objectives`.
         exit_layers: the exits to train; all of the model by default.
-        evaluator: called at every evaluation, with or without an `eval_dataset` (once if that is a mapping of
-            several), such as a `MultiExitEvaluator`; its metrics are logged with the prefix `eval_` and can be
+        evaluator: such as a `MultiExitEvaluator`; every process calls `evaluator(model, folder, epoch, steps,
+            across_processes=True)` at every evaluation, with or without an `eval_dataset` (once if that is a mapping of
+            several), `folder` being None but in the first. Its metrics are logged with the prefix `eval_` and can be
             `args.metric_for_best_model`.
         **kwargs: passed to `Trainer`: `train_dataset`, `eval_dataset`, `data_collator`, `callbacks`, …
 
@@ -78,38 +72,20 @@ class MultiExitTrainer(Trainer):
         objective: Objective,
         *,
         exit_layers: Sequence[int] | None = None,
-        evaluator: ExitEvaluator | None = None,
+        evaluator: Callable[..., Mapping[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        own = args if isinstance(args, MultiExitTrainingArguments) else None
         args.remove_unused_columns = False
         self.evaluator = evaluator
         if evaluator is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # `Trainer` would not evaluate without one
-        self.rotate_shallow_exits = own is not None and own.rotate_shallow_exits
-        self.log_gradient_norms = own is not None and own.log_gradient_norms
-        self.schedule = own.schedule if own is not None else None
+        self.rotate_shallow_exits = _option(args, "rotate_shallow_exits")
+        self.log_gradient_norms = _option(args, "log_gradient_norms")
         self.objective: Objective = objective
         config: Any = model.config
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
-        if hasattr(objective, "check"):
-            objective.check(self.exit_layers, config.projection_size)
-        if self.rotate_shallow_exits and hasattr(objective, "check_rotation"):
-            objective.check_rotation(self.exit_layers)
-        if self.log_gradient_norms and getattr(objective, "caches_gradients", False):
-            raise UserError(
-                "training.log_gradient_norms.cached",
-                "log_gradient_norms needs a graph down to the trunk and does not work with mini_batch_tokens; "
-                "switch one of them off.",
-            )
-        self.exit_weights = exit_weights(
-            own.exit_weights if own is not None else "paper",
-            self.exit_layers,
-            config.parent_num_hidden_layers,
-            normalize=own is not None and own.normalize_exit_weights,
-        )
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self.exit_weights = check_objective(objective, args, config, self.exit_layers)
+        self._gathered: dict[str, list[torch.Tensor]] = {}
         if self.rotate_shallow_exits and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True
         super().__init__(model, args, **kwargs)
@@ -129,27 +105,20 @@ class MultiExitTrainer(Trainer):
         for name, values in output.metrics.items():
             self._add(name, exits, values)
         weighted = output.losses * weights.to(output.losses.device)
-        if self.log_gradient_norms and model.training and self._is_logged_step():
+        step = self.state.global_step + 1
+        logged = step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+        if self.log_gradient_norms and model.training and logged:
             self._add("gradient_norm", exits, self._gradient_norms(weighted))
         loss = weighted.sum()
         if model.training and not torch.isfinite(loss):
-            stop_for_non_finite_loss(
-                inputs,
-                dict(zip(exits, output.losses.tolist(), strict=True)),
-                self._output_dir,
-                step=self.state.global_step + 1,
-                rank=self.args.process_index,
-            )
+            self._stop(inputs, dict(zip(exits, output.losses.tolist(), strict=True)))
         return (loss, output.metrics) if return_outputs else loss
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """The schedule of `args.milestones`, or that of `args.lr_scheduler_type`."""
-        if self.schedule is not None and self.lr_scheduler is None:
-            chosen = optimizer or self.optimizer
-            assert chosen is not None  # Trainer creates the optimizer first
-            self.lr_scheduler = self.schedule.scheduler(chosen)
+        own = isinstance(self.args, MultiExitTrainingArguments) and bool(self.args.milestones)
+        if own and self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.args.rate_fraction)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -175,10 +144,27 @@ class MultiExitTrainer(Trainer):
         turn = self.state.global_step % len(shallow)
         return (shallow[turn], self.exit_layers[-1]), self.exit_weights[[turn, -1]]
 
-    def _is_logged_step(self) -> bool:
-        """Whether the step in progress ends with a log line."""
-        step = self.state.global_step + 1
-        return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+    def _stop(self, batch: Mapping[str, Any], losses: Mapping[int, float]) -> NoReturn:
+        """Write a batch whose loss is not finite to a `.safetensors` and a `.json` file, and raise UserError."""
+        step, rank = self.state.global_step + 1, self.args.process_index
+        leaves = dict(_leaves(batch))
+        tensors = {name: value for name, value in leaves.items() if isinstance(value, torch.Tensor)}
+        path = Path(self._output_dir, f"non_finite_loss_step_{step}_rank_{rank}.safetensors").absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(path) as staging:
+            save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, staging)
+        report = {
+            "step": step,
+            "rank": rank,
+            # JSON has neither infinities nor NaN.
+            "losses": {str(exit): loss if math.isfinite(loss) else str(loss) for exit, loss in losses.items()},
+            "other_values": {name: str(value) for name, value in leaves.items() if name not in tensors},
+        }
+        write_json(path.with_suffix(".json"), report)
+        by_exit = ", ".join(f"exit {exit_layer}: {loss:g}" for exit_layer, loss in losses.items())
+        raise UserError(
+            "training.loss.not_finite", f"The loss of step {step} is not finite ({by_exit}); its batch is in {path}."
+        )
 
     def _gradient_norms(self, losses: torch.Tensor) -> torch.Tensor:
         """Norm (E,) of each loss's gradient on the trunk's parameters."""
@@ -197,8 +183,7 @@ class MultiExitTrainer(Trainer):
         values = values.detach().float()
         keys = [f"{name}_exit_{exit_layer}" for exit_layer in exits] if values.dim() else [name]
         for key, value in zip(keys, values.reshape(-1), strict=True):
-            self._sums[key] = self._sums.get(key, 0) + value
-            self._counts[key] = self._counts.get(key, 0) + 1
+            self._gathered.setdefault(key, []).append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics per exit gathered since the last training log."""
@@ -228,37 +213,60 @@ class MultiExitTrainer(Trainer):
         """As in `Trainer`, with `{prefix}_{metric}_exit_{layer}` among the metrics."""
         metric_key_prefix = kwargs.get("metric_key_prefix", "eval")
         # Training metrics that are not logged yet must survive an evaluation between two log lines.
-        training = (self._sums, self._counts)
-        self._sums, self._counts = {}, {}
+        training, self._gathered = self._gathered, {}
         try:
             output = super().evaluation_loop(*args, **kwargs)
             metrics = self._drain_metrics()
         finally:
-            self._sums, self._counts = training
+            self._gathered = training
         added = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        if self._evaluator_is_due(metric_key_prefix):
-            added |= {f"eval_{name}": value for name, value in self._evaluate_exits().items()}
-        return output._replace(metrics={**(output.metrics or {}), **added})
-
-    def _evaluator_is_due(self, metric_key_prefix: str) -> bool:
-        """Whether this is `evaluate` on the trainer's own data, and the first of them if there are several."""
+        # Of an `evaluate` on the trainer's own data; on the first of them if there are several.
         first = f"_{next(iter(self.eval_dataset))}" if isinstance(self.eval_dataset, dict) else ""
-        return self.evaluator is not None and metric_key_prefix == f"eval{first}"
-
-    def _evaluate_exits(self) -> dict[str, float]:
-        """The evaluator's metrics, those of the first process, so that all choose the same best checkpoint."""
-        folder = os.path.join(self._output_dir, "eval") if self.is_world_process_zero() else None
-        model = self.accelerator.unwrap_model(self.model)
-        assert self.evaluator is not None
-        metrics = self.evaluator(model, folder, self.state.epoch or 0, self.state.global_step, across_processes=True)
-        return broadcast_object_list([metrics])[0]
+        if self.evaluator is not None and metric_key_prefix == f"eval{first}":
+            folder = os.path.join(self._output_dir, "eval") if self.is_world_process_zero() else None
+            model, step = self.accelerator.unwrap_model(self.model), self.state.global_step
+            found = self.evaluator(model, folder, self.state.epoch or 0, step, across_processes=True)
+            # Those of the first process, so that all choose the same best checkpoint.
+            added |= {f"eval_{name}": value for name, value in broadcast_object_list([found])[0].items()}
+        return output._replace(metrics={**(output.metrics or {}), **added})
 
     def _drain_metrics(self) -> dict[str, float]:
         """Means since the last call, over batches and processes."""
-        if not self._sums:
+        gathered, self._gathered = self._gathered, {}
+        if not gathered:
             return {}
-        means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
-        means = self.accelerator.reduce(means, reduction="mean").tolist()
-        metrics = dict(zip(self._sums, means, strict=True))
-        self._sums, self._counts = {}, {}
-        return metrics
+        means = torch.stack([torch.stack(values).mean() for values in gathered.values()])
+        return dict(zip(gathered, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+
+
+def check_objective(
+    objective: Objective, args: TrainingArguments, config: Any, exit_layers: tuple[int, ...]
+) -> torch.Tensor:
+    """The weights (E,) of the exits' losses, if objective, arguments and the model's configuration fit each other.
+
+    Raises:
+        UserError: they do not; see `MultiExitTrainer`.
+    """
+    if hasattr(objective, "check"):
+        objective.check(exit_layers, config.projection_size, rotates=_option(args, "rotate_shallow_exits"))
+    if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):
+        raise UserError(
+            "training.log_gradient_norms.cached",
+            "log_gradient_norms does not work with mini_batch_tokens, which keeps no graph; switch one of them off.",
+        )
+    weighting, normalize = _option(args, "exit_weights"), _option(args, "normalize_exit_weights")
+    return exit_weights(weighting, exit_layers, config.parent_num_hidden_layers, normalize=normalize)
+
+
+def _option(args: TrainingArguments, name: str) -> Any:
+    """One of our arguments; its default in a plain `TrainingArguments`."""
+    return getattr(args, name, getattr(MultiExitTrainingArguments, name))
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names (`query.input_ids`) and values of everything in nested mappings and lists."""
+    if not isinstance(value, Mapping | list | tuple):
+        yield name, value
+        return
+    for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from _leaves(part, f"{name}.{key}" if name else str(key))
