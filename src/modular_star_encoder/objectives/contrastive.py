@@ -222,7 +222,7 @@ def _false_negatives(similarities: torch.Tensor, own: torch.Tensor, settings: Co
     limits = similarities.gather(1, own[:, None])
     if settings.false_negative_factor is not None:
         limits = limits * settings.false_negative_factor
-    else:
+    elif settings.false_negative_margin is not None:
         limits = limits - settings.false_negative_margin
     return (similarities > limits).scatter(1, own[:, None], False)
 

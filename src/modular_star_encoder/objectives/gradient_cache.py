@@ -213,8 +213,8 @@ class _Passes:
         last = len(self.mini_batches) - 1
         for index, (mini_batch, states) in enumerate(zip(self.mini_batches, self.random_states, strict=True)):
             # An outer no_sync (gradient accumulation) holds for the last one too.
-            ddp = isinstance(self.model, DistributedDataParallel) and index != last
-            with self.model.no_sync() if ddp else nullcontext():
+            ddp = self.model if isinstance(self.model, DistributedDataParallel) and index != last else None
+            with nullcontext() if ddp is None else ddp.no_sync():
                 with torch.enable_grad(), _replay(states, self.device), self.autocast():
                     stack, logit_scale = self.embed(mini_batch.cut(self.sides[mini_batch.side]))
                 outputs: list[Any] = [stack]

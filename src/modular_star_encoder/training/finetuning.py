@@ -24,7 +24,7 @@ from modular_star_encoder.data.splits import (
     prepare_retrieval_data,
 )
 from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
+from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever, Retriever
 from modular_star_encoder.evaluation.run import classification_scores, evaluate_tasks
 from modular_star_encoder.evaluation.tasks import held_out_tasks
 from modular_star_encoder.inference.checkpoints import is_servable, load_checkpoint, write_sentence_transformer_files
@@ -51,12 +51,12 @@ def load_finetuning(
     Arguments and errors as for `load_recipe`.
     """
     content = read_mapping(path, overrides, example=FinetuningRecipe.EXAMPLE)
-    tasks = {"retrieval": (FinetuningRecipe, finetune), "classification": (ClassificationRecipe, finetune_classifier)}
     task = content.get("task", "retrieval")
-    if task not in tasks:
-        raise UserError("training.task", f"task must be retrieval or classification, not {task!r}.")
-    kind, run = tasks[task]
-    return build_settings(kind, content, str(path)), run
+    if task == "classification":
+        return build_settings(ClassificationRecipe, content, str(path)), finetune_classifier
+    if task == "retrieval":
+        return build_settings(FinetuningRecipe, content, str(path)), finetune
+    raise UserError("training.task", f"task must be retrieval or classification, not {task!r}.")
 
 
 def finetune(
@@ -126,7 +126,7 @@ def finetune(
             write_sentence_transformer_files(out / runs.MODEL, model.config, prompts_of_files)
         tasks = held_out_tasks(data.held_out, limit=eval_pairs, seed=rows["seed"])
         retrieval: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
-        retrievers = [BM25(), EmbeddingRetriever(checkpoint_encoder(out / runs.MODEL, lengths))]
+        retrievers: list[Retriever] = [BM25(), EmbeddingRetriever(checkpoint_encoder(out / runs.MODEL, lengths))]
         for result in evaluate_tasks(tasks, retrievers, progress=progress):
             name = result.retriever if result.exit_layer is None else f"exit {result.exit_layer}"
             estimates = {metric: asdict(estimate) for metric, estimate in result.estimates.items()}

@@ -121,8 +121,9 @@ def pretrain(
         spellings = token_spellings(tokenizer) + [f"<{index}> unused" for index in unused]
         start_from_spellings(model.get_input_embeddings(), spellings, seed=recipe.seed)
         start_from_unigrams(model.heads.decoder, torch.nn.functional.pad(counts, (0, len(unused))))
+    eval_rows = range(recipe.eval_rows)
     overlap = identifier_overlap_accuracy(
-        *([part[row] for row in range(recipe.eval_rows)] for part in (fitted, unseen)), tokenizer
+        [fitted[row] for row in eval_rows], [unseen[row] for row in eval_rows], tokenizer
     )
     trainer = MultiExitTrainer(
         model, arguments, objective, train_dataset=pairs, eval_dataset=unseen, data_collator=collator

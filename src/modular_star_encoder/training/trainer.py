@@ -116,9 +116,10 @@ class MultiExitTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """The schedule of `args.milestones`, or that of `args.lr_scheduler_type`."""
-        own = isinstance(self.args, MultiExitTrainingArguments) and bool(self.args.milestones)
-        if own and self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.args.rate_fraction)
+        own = self.args if isinstance(self.args, MultiExitTrainingArguments) else None
+        chosen = optimizer or self.optimizer
+        if own is not None and own.milestones and chosen is not None and self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(chosen, own.rate_fraction)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
