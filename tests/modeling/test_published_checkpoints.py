@@ -111,7 +111,7 @@ def test_a_slice_that_kept_the_final_norm_applies_it_only_with_an_option(write):
         {"pooler_in_heads": True},
         {"edit": prefix_trunk},
     ],
-    ids=str,
+    ids=["plain", "head", "transform_norm", "vocabulary_bias", "pooler_in_heads", "prefixed_trunk"],
 )
 def test_a_pre_trained_checkpoint_loads_in_every_spelling(write, options):
     folder = write("pretrained", **options)
