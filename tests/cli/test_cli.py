@@ -224,7 +224,7 @@ def test_finetune_trains_what_the_recipe_says(capsys, tmp_path):
     status, out, _ = run(capsys, "finetune", recipe, "max_steps=1", "--out", str(tmp_path / "run"), "seed=1")
     assert status == 0
     assert out.splitlines()[-1] == f"1 steps; result in {tmp_path / 'run' / 'model'}"
-    assert "pairs per step        8 (8 on each of 1 processes)" in out
+    assert "rows per step         8 (8 on each of 1 processes)" in out
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 1
 
 
