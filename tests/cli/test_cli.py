@@ -78,6 +78,7 @@ def test_search_prints_json(capsys, checkpoint, code):
         "exit_layer",
         "language",
         "text",
+        "reasons",
     }
     assert len(answers[0]["hits"]) == 5
     assert answers[0]["hits"][0]["exit_layer"] == 4

@@ -27,7 +27,7 @@ def indexed(code, checkpoint, capsys):
     with open(code / "huge.py", "wb") as file:
         file.truncate(100_000_000)
     status, out, err = run(capsys, "index", code, "--model", checkpoint, "--exit-layers", "1,4")
-    assert (status, "7 functions and windows of 4 files at exit 1, 4; embedded 4 files (7 rows)" in out) == (0, True)
+    assert (status, "5 pieces of 4 files at exit 1, 4; embedded 4 files (5 rows)" in out) == (0, True)
     assert "mose: note: 1 files left out (too large)" in err
     return code
 
@@ -38,12 +38,6 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-def test_a_margin_that_is_no_number_is_told_what_it_may_be(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["search", "x", "--margin", "abc"])
-    assert "'abc' is neither fit nor a number such as 0.02" in capsys.readouterr().err
-
-
 def test_a_second_run_reports_what_changed_as_json(indexed, checkpoint, capsys):
     (indexed / "stack.py").write_text("def peek(items):\n    return items[-1]\n")
     status, out, _ = run(capsys, "index", indexed, "--model", checkpoint, "--exit-layers", "1,4", "--json")
@@ -51,7 +45,7 @@ def test_a_second_run_reports_what_changed_as_json(indexed, checkpoint, capsys):
     assert status == 0
     assert report["index"] == str(indexed / ".mose")
     counts = {name: report[name] for name in ("files", "embedded_files", "embedded_rows", "removed_files", "rows")}
-    assert counts == {"files": 4, "embedded_files": 1, "embedded_rows": 1, "removed_files": 0, "rows": 6}
+    assert counts == {"files": 4, "embedded_files": 1, "embedded_rows": 1, "removed_files": 0, "rows": 5}
     assert report["skipped"] == {"too large": 1}
 
 
@@ -59,7 +53,7 @@ def test_an_index_is_brought_up_to_date_without_repeating_how_it_was_made(code, 
     made = ("--model", checkpoint, "--exit-layers", "1,4", "--languages", "python,go")
     for out in ((), ("--out", tmp_path / "index")):
         assert run(capsys, "index", code, *out, *made)[0] == 0
-        write_code(code, {"stack.py": f"OUT = {str(out)!r}\n", "other.js": "function other() {\n}\n"})
+        write_code(code, {"stack.py": f"OUT_FOLDER = {str(out)!r}\n", "other.js": "function other() {\n}\n"})
         status, out_text, _ = run(capsys, "index", f"{code}/src/..", *out)
         assert (status, "at exit 1, 4; embedded 1 files (1 rows), removed 0" in out_text) == (0, True)
     status, _, err = run(capsys, "index", code / "src", "--out", tmp_path / "index")
@@ -74,7 +68,7 @@ def test_the_index_of_the_working_folder_is_asked(indexed, capsys, monkeypatch):
     status, out, _ = run(capsys, "search", "add two numbers", "--languages", "go", "--exit-layer", "1")
     assert status == 0
     assert "add.go:3 " in out.splitlines()[0]
-    cascade = ("search", "push", "pop", "--rerank-exit-layer", "4", "--candidates", "3", "--hybrid")
+    cascade = ("search", "push", "pop", "--rerank-exit-layer", "4", "--candidates", "3")
     _, out, err = run(capsys, *cascade)
     assert "# push" in out
     assert "exit 4 ranked 2 of 2 questions" in err
@@ -107,15 +101,15 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
         (("search", "x", "--index", "INDEX", "--exit-layer", "2"), "was built at exit 1, 4, not 2"),
         (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "3"), "3"),
         (("search", "x", "--index", "INDEX", "--exit-layer", "4", "--rerank-exit-layer", "2"), "Choose a deeper exit"),
-        (("search", "x", "--index", "INDEX", "--margin", "0.1"), "--margin needs --rerank-exit-layer"),
-        (("search", "x", "--index", "INDEX", "--candidates", "9"), "--candidates needs --rerank-exit-layer"),
+        (("search", "x", "--index", "INDEX", "--margin", "0.1"), "need --rerank-exit-layer"),
+        (("search", "x", "--index", "INDEX", "--candidates", "9"), "need --rerank-exit-layer"),
         (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "0"), "its exits are 1, 2, 4"),
         (
             ("search", "x", "--index", "INDEX", "--exit-layer", "1", "--rerank-exit-layer", "4", "--margin", "nan"),
             "nan",
         ),
         (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "4", "--candidates", "0"), "at least 2, not 0"),
-        (("search", "x", "--folder", "FOLDER", "--margin", "0"), "--margin needs --rerank-exit-layer"),
+        (("search", "x", "--folder", "FOLDER", "--margin", "0"), "need --rerank-exit-layer"),
         (("search", "x", "--folder", "FOLDER/nowhere", "--model", "SAME"), "is not a folder"),
         (("search", "x", "--folder", "FOLDER", "--model", "SAME", "--exit-layer", "0"), "its exits are 1, 2, 4"),
         (("search", "x", "--index", "FOLDER"), "holds other things"),
@@ -143,10 +137,10 @@ def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkp
     before = sorted(code.rglob("*"))
     ways = (
         ("--exit-layer", "1"),
-        ("--exit-layer", "4", "--hybrid"),
+        ("--exit-layer", "4", "--method", "vector"),
+        ("--method", "lexical"),
         ("--exit-layer", "1", "--languages", "go,python", "--path", "s*"),
-        ("--rerank-exit-layer", "4", "--candidates", "3"),
-        ("--rerank-exit-layer", "4", "--margin", "fit"),
+        ("--exit-layer", "1", "--rerank-exit-layer", "4", "--candidates", "3"),
     )
     for way in ways:
         places = []
@@ -159,7 +153,7 @@ def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkp
     assert sorted(code.rglob("*")) == before
 
 
-def test_the_old_name_of_hybrid_is_read(shared_index, capsys):
+def test_the_old_option_of_what_is_now_the_default_is_read(shared_index, capsys):
     with pytest.warns(FutureWarning, match="--hybrid"):
         status, out, _ = run(capsys, "search", "push", "--index", shared_index.store.location, "--fuse", "--json")
     assert (status, json.loads(out)[0]["method"]) == (0, "hybrid")
@@ -174,4 +168,11 @@ def test_an_index_and_a_folder_cannot_both_be_searched(capsys):
 def test_a_folder_without_source_code_is_refused(tmp_path, checkpoint, capsys):
     (tmp_path / "notes.txt").touch()
     status, _, err = run(capsys, "search", "x", "--folder", tmp_path, "--model", checkpoint)
-    assert (status, f"{str(tmp_path)!r} holds no source code in python, javascript, go" in err) == (2, True)
+    assert (status, f"{str(tmp_path)!r} holds no source code" in err) == (2, True)
+
+
+def test_the_last_argument_may_be_the_folder_and_nothing_else_is_needed(code, capsys, monkeypatch):
+    status, out, _ = run(capsys, "search", "split a header into names", code, "--explain", "--top-k", "1")
+    assert (status, "parseHeader.js:2 " in out, "similarity and words" in out) == (0, True, True)
+    monkeypatch.chdir(code)
+    assert run(capsys, "search", "split a header into names", "--top-k", "1")[1].startswith("src/parseHeader.js:2 ")

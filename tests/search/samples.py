@@ -3,6 +3,7 @@
 import lancedb
 
 from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.pieces import Snippet
 
 FILES = {
     "stack.py": '''\
@@ -44,3 +45,8 @@ def places(answer):
 def stored_rows(location):
     """All rows of a LanceDB index as dictionaries, read without our code."""
     return lancedb.connect(str(location)).open_table("snippets").to_arrow().to_pylist()
+
+
+def embedded(row):
+    """What is embedded of a row, without the prompt."""
+    return Snippet(row["path"], "", row["name"], 1, 1, "", row["text"]).embedded()

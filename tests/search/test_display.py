@@ -8,7 +8,7 @@ def hit(score, name="Stack.push", text="def push(self):\n\n    return 1\n", exit
 
 
 def test_a_hit_shows_place_score_name_exit_and_code():
-    assert format_answer(Answer("?", [hit(0.5)])).splitlines() == [
+    assert format_answer(Answer("?", [hit(0.5)], method="vector")).splitlines() == [
         "src/a.py:12  █████      0.500  Stack.push  (exit 9)",
         "    def push(self):",
         "        return 1",

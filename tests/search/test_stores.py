@@ -7,24 +7,24 @@ from qdrant_client import QdrantClient
 
 from modular_star_encoder.search.index import open_store
 from modular_star_encoder.search.lance_store import LanceStore
+from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.search.qdrant_store import QdrantStore, connect
 from modular_star_encoder.search.vector_store import (
     Filter,
     MemoryStore,
     Row,
-    Snippet,
     StoredFile,
     content_hash,
     file_id,
     glob_expression,
     readable_path,
     row_id,
-    words_of,
 )
+from modular_star_encoder.search.words import snippet_words
 from tests.errors import raises
 from tests.loopback import LoopbackHandler, LoopbackServer
 
-SETTINGS = {"exit_layers": [1, 4], "dimension": 8, "states": False, "prompts": {"query": "é"}}
+SETTINGS = {"exit_layers": [1, 4], "dimension": 8, "prompts": {"query": "é"}}
 
 
 @pytest.fixture(params=["lance", "qdrant", "memory"])
@@ -45,7 +45,7 @@ def rows(path, texts, version="1", language="python", seed=0, width=8, missing=0
     generator = np.random.default_rng([seed, len(path)])
     made = []
     for place, text in enumerate(texts):
-        snippet = Snippet(path, language, f"f{place}", place + 1, place + 1, "", text)
+        snippet = Snippet(path, language, f"f{place}", place + 1, place + 1, "", text, place + 1, (f"f{place}", "g"))
         vectors = {k: generator.normal(size=width).astype(np.float32) for k in (1, 4)}
         made.append(
             Row(
@@ -55,7 +55,7 @@ def rows(path, texts, version="1", language="python", seed=0, width=8, missing=0
                 len(texts) + missing,
                 content_hash(text),
                 snippet,
-                words_of(snippet),
+                " ".join(snippet_words(snippet)),
                 {k: vector / np.linalg.norm(vector) for k, vector in vectors.items()},
             )
         )
@@ -97,7 +97,7 @@ def test_the_nearest_are_those_of_an_exact_search_at_each_exit(store):
     query = np.random.default_rng(1).normal(size=8).astype(np.float32)
     for exit_layer in (1, 4):
         scores = np.stack([row.vectors[exit_layer] for row in made]) @ (query / np.linalg.norm(query))
-        found = store.nearest(query, exit_layer, 5, Filter(), ["vector_4"])
+        found = store.nearest(query, exit_layer, 5, Filter(), [4])
         assert found_texts(found) == [f"text {place}" for place in np.argsort(-scores)[:5]]
         assert [one.score for one in found] == pytest.approx(sorted(scores, reverse=True)[:5], abs=1e-5)
         for one in found:
@@ -107,8 +107,8 @@ def test_the_nearest_are_those_of_an_exact_search_at_each_exit(store):
 def test_words_are_ranked_by_their_rarity(store):
     store.replace_files([], rows("x.py", ["parseHeader value", "value value", "other_value"]))
     store.finish()
-    assert found_texts(store.lexical(["header", "value"], 2, Filter()))[0] == "parseHeader value"
-    assert found_texts(store.lexical(["parse"], 9, Filter())) == ["parseHeader value"]
+    assert found_texts(store.lexical(["header", "valu"], 2, Filter()))[0] == "parseHeader value"
+    assert found_texts(store.lexical(["pars"], 9, Filter())) == ["parseHeader value"]
     assert store.lexical(["absent"], 9, Filter()) == []
     assert store.lexical([], 9, Filter()) == []
 
@@ -136,7 +136,7 @@ def test_filters_hold_for_vectors_and_words(store, where, expected):
         store.replace_files([], rows(path, [f"{text} shared"], language=language))
     found = store.nearest(np.ones(8, np.float32), 1, 9, where)
     assert {text.split()[0] for text in found_texts(found)} == expected
-    assert {text.split()[0] for text in found_texts(store.lexical(["shared"], 9, where))} == expected
+    assert {text.split()[0] for text in found_texts(store.lexical(["shar"], 9, where))} == expected
 
 
 def test_create_replaces_what_was_there(store):
@@ -146,13 +146,11 @@ def test_create_replaces_what_was_there(store):
     assert store.settings()["dimension"] == 4
 
 
-def test_only_described_rows_are_sampled_always_the_same(store):
-    described = rows("a.py", ["one", "two", "three"])
-    for row in described[:2]:
-        object.__setattr__(row.snippet, "description", "What it does.")
-    store.replace_files([], described)
-    assert set(found_texts(store.sample(9))) == {"one", "two"}
-    assert found_texts(store.sample(1)) == found_texts(store.sample(9))[:1]
+def test_a_row_comes_back_as_it_was(store):
+    (row,) = rows("a.py", ["one"])
+    store.replace_files([], [row])
+    assert store.lexical(["one"], 1, Filter())[0].snippet == row.snippet
+    assert store.lexical(["defines:g"], 1, Filter(), [4])[0].vectors[4] == pytest.approx(row.vectors[4], abs=1e-6)
 
 
 def test_many_rows_get_an_approximate_index_that_finds_almost_the_same(tmp_path):

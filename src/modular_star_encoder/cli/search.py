@@ -111,7 +111,7 @@ def run_index(arguments: argparse.Namespace) -> None:
         return
     exits = ", ".join(map(str, index.settings.exit_layers))
     print(
-        f"{index.store.location}: {report.rows:,} functions and windows of {report.files:,} files at exit {exits}; "
+        f"{index.store.location}: {report.rows:,} pieces of {report.files:,} files at exit {exits}; "
         f"embedded {report.embedded_files:,} files ({report.embedded_rows:,} rows), removed {report.removed_files:,}, "
         f"in {report.seconds:.1f} s"
     )

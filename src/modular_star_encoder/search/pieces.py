@@ -10,8 +10,10 @@ from pathlib import PurePosixPath
 from modular_star_encoder.data.languages.function_finder import Definition, outline
 from modular_star_encoder.data.languages.parsing import UnparsableSourceError
 
+SMALL_CLASS = 20
+"""Lines of a class that is one piece; a longer one is divided into its members."""
 MOST_LINES = 60
-"""Longer classes are divided into their members, longer functions and blocks into parts."""
+"""Lines of a block; longer functions (twice as long) and blocks are divided into parts."""
 EMBEDDED_CHARACTERS = 1600
 _LONGEST_FUNCTION = 2 * MOST_LINES
 _FEWEST_LETTERS = 8
@@ -45,7 +47,7 @@ class Snippet:
 def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
     """The pieces of a file, in their order; they cover every line that holds more than punctuation.
 
-    A class of at most `MOST_LINES` lines is one piece, a longer one is divided into its members and what is between
+    A class of at most `SMALL_CLASS` lines is one piece, a longer one is divided into its members and what is between
     them. A file that can't be parsed, or of a language that isn't known, is divided into blocks of lines.
     """
     lines = _LINE_END.split(text)
@@ -78,7 +80,7 @@ class _Divider:
             first = self._with_comments(one.start, at)
             yield from self._block(at, first, outer)
             name = f"{outer}.{one.name}" if outer else one.name
-            is_small = one.end - first <= MOST_LINES and (one.kind != "extension" or len(inner) < 2)
+            is_small = one.end - first <= SMALL_CLASS and (one.kind != "extension" or len(inner) < 2)
             if one.kind == "function" or is_small or not inner:
                 yield from self._definition(first, one, name)
             else:

@@ -78,7 +78,7 @@ def outline(text: str, language: str) -> list[Definition]:
         UnparsableSourceError: If `text` can't be parsed.
     """
     grammar, source = load_grammar(language), SourceText(text)
-    found: dict[tuple[int, int], Definition] = {}
+    found: dict[tuple[int, int, str], Definition] = {}
     for _, captures in QueryCursor(grammar.query).matches(parse(source.bytes, grammar).root_node):
         kind = next((kind for kind in _KINDS if kind in captures), None)
         if kind is None or not (name := _name(captures, source.bytes, grammar.language)):
@@ -87,8 +87,9 @@ def outline(text: str, language: str) -> list[Definition]:
         if node.parent is not None and node.parent.type in _WRAPPERS:
             node = node.parent
         span = (node.start_point.row, node.end_point.row + (node.end_point.column > 0))
-        if span not in found or _KINDS.index(kind) < _KINDS.index(found[span].kind):
-            found[span] = Definition(kind, name, *span)
+        known = found.get((*span, name))
+        if known is None or _KINDS.index(kind) < _KINDS.index(known.kind):
+            found[*span, name] = Definition(kind, name, *span)
     return sorted(found.values(), key=lambda one: (one.start, -one.end))
 
 

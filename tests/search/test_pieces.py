@@ -1,0 +1,101 @@
+import pytest
+
+from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
+from modular_star_encoder.search.pieces import MOST_LINES, file_pieces, is_boilerplate
+from tests.data.polyglot import NAMES, SOURCES
+from tests.search.samples import FILES
+
+DEFINITIONS = {
+    "typescript": ("export const run = (a: number) => { return a }\ninterface Shape { area(): number }\n", "run Shape"),
+    "tsx": ("export function View() { return <b>hello</b> }\n", "View"),
+    "rust": ("/// A point.\nstruct Point { x: u8 }\nimpl Point { fn norm(&self) -> u8 { self.x } }\n", "Point norm"),
+    "kotlin": ("object Registry { fun add(a: Int): Int { return a } }\n", "Registry add"),
+    "scala": ("trait Shape { def area: Int }\nobject Unit { def one = 1 }\n", "Shape area Unit one"),
+    "csharp": ("namespace N { class Stack { void Push(int a) { Add(a); } int Size { get; } } }\n", "Stack Push Size"),
+    "swift": (
+        "class Stack { func push(a: Int) { add(a) } }\nextension Stack { func pop() { cut() } }\n",
+        "Stack push pop",
+    ),
+    "lua": ("function M.push(a) return a end\nM.pop = function(x) return x end\n", "push pop"),
+    "bash": ("push() { echo 1; }\nfunction pop { echo 2; }\n", "push pop"),
+    "elixir": ("defmodule A.Stack do\n  alias A.B\n  def push(a) when a > 1 do\n    a\n  end\nend\n", "Stack push"),
+    "zig": ("pub const Stack = struct { pub fn push(a: u8) u8 { return a; } };\n", "Stack push"),
+    "haskell": ("data Stack = Empty\npush :: Int -> Int\npush x = x\n", "Stack push"),
+    "sql": ("CREATE TABLE users (id int);\n", "users"),
+    "go": ("package a\n\ntype Stack struct { n int }\n\nfunc (s *Stack) Push() { s.n++ }\n", "Stack Push"),
+    "c": ("struct point { int x; };\n#define TWICE(x) (2 * (x))\n", "point TWICE"),
+    "cpp": ("enum class Colour { red };\nusing Number = int;\n", "Colour Number"),
+}
+
+
+@pytest.mark.parametrize("language", SEARCH_LANGUAGES)
+def test_definitions_of_every_language_are_known(language):
+    text, names = DEFINITIONS.get(language) or (SOURCES[language], " ".join(NAMES[language]))
+    defined = {name for piece in file_pieces("a", language, text) for name in piece.defines}
+    assert {name.rpartition(".")[2] for name in names.split()} <= defined
+
+
+def test_every_line_with_content_is_in_one_piece():
+    methods = "".join(f"    def method_{number}(self):\n        return {number}\n\n" for number in range(40))
+    text = f'import os\n\nLIMIT = 100\n\n\n@decorated\nclass Large:\n    """Does much."""\n\n{methods}\n\ndef last():\n    pass\n'
+    lines = text.split("\n")
+    pieces = file_pieces("a.py", "python", text)
+    covered = [number for piece in pieces for number in range(piece.first_line, piece.last_line + 1)]
+    assert len(covered) == len(set(covered))
+    assert not any(line.strip() for number, line in enumerate(lines, 1) if number not in covered)
+    assert all(piece.text.split("\n") == lines[piece.first_line - 1 : piece.last_line] for piece in pieces)
+    assert [piece.name for piece in pieces[:3]] == ["", "Large", "Large.method_0"]
+    assert pieces[1].line == pieces[1].first_line == 6
+
+
+def test_a_small_class_is_one_piece_and_knows_its_methods():
+    (stack,) = file_pieces("stack.py", "python", FILES["stack.py"])
+    assert (stack.name, stack.first_line, stack.last_line) == ("Stack", 1, 7)
+    assert stack.defines == ("Stack", "push", "pop")
+
+
+def test_comments_and_decorators_before_a_definition_belong_to_it():
+    (piece,) = file_pieces("a.rs", "rust", "/// Adds\n/// numbers.\n#[inline]\nfn add(a: u8) -> u8 { a }\n")
+    assert (piece.first_line, piece.line, piece.last_line) == (1, 4, 4)
+    assert piece.description == "/// Adds /// numbers. #[inline]"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_without_definitions_are_blocks(end):
+    found = file_pieces("settings.py", "python", FILES["settings.py"].replace("\n", end))
+    assert [(one.first_line, one.last_line) for one in found] == [(1, MOST_LINES), (MOST_LINES + 1, 100)]
+    assert found[1].text.split("\n") == [f"OPTION_{number} = {number}" for number in range(MOST_LINES + 1, 101)]
+
+
+def test_a_long_function_is_divided_and_every_part_bears_its_name():
+    text = "def long():\n" + "".join(f"    step({number})\n" for number in range(200))
+    pieces = file_pieces("a.py", "python", text)
+    assert [piece.name for piece in pieces] == ["long"] * 4
+    assert [piece.defines for piece in pieces] == [("long",), (), (), ()]
+
+
+@pytest.mark.parametrize(
+    ("language", "text"), [("python", "x = '\0'\nabcdefgh = 1"), ("", "Some prose, of no language.")]
+)
+def test_a_file_that_cannot_be_parsed_is_blocks_of_lines(language, text):
+    (piece,) = file_pieces("a", language, text)
+    assert (piece.name, piece.text) == ("", text)
+
+
+def test_form_feeds_and_unicode_separators_end_no_line():
+    assert [one.last_line for one in file_pieces("a.py", "python", "LONG_A = 1\x0c\nLONG_B = '\u2028'\n")] == [2]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import os\nfrom sys import path\n", True),
+        ("# Copyright 2020 The Authors.\n# Licensed under the MIT License.\n", True),
+        ("import os\nLIMIT = 10 * os.cpu_count()\n", False),
+        ("# How the parser works.\n", False),
+        ("def importer():\n    pass\n", False),
+    ],
+)
+def test_imports_and_licences_alone_are_boilerplate(text, expected):
+    (piece,) = file_pieces("a.py", "python", text)
+    assert is_boilerplate(piece) == expected

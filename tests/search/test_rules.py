@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+
+from modular_star_encoder.search import rules
+from modular_star_encoder.search.pieces import Snippet
+from modular_star_encoder.search.rules import Question
+from modular_star_encoder.search.words import BM25, question_stems, snippet_words, stems
+
+
+def piece(path, *defines, text="x"):
+    return Snippet(path, "python", defines[0] if defines else "", 1, 1, "", text, 1, defines)
+
+
+def order(question, snippets, similarities=None, words=None):
+    count = len(snippets)
+    placed = rules.place(
+        Question.of(question),
+        snippets,
+        None if similarities is None else np.array(similarities, dtype=float),
+        np.ones(count) if words is None else np.array(words, dtype=float),
+    )
+    return [one.candidate for one in placed]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_symbol", "names"),
+    [
+        ("Router::Match", True, {"match": 1.0}),
+        ("parse_header", True, {"parse_header": 1.0}),
+        ("sort", False, {}),
+        ("how is a header parsed", False, {}),
+        ("where does HttpClient retry", False, {"httpclient": 0.5}),
+        ("Where the Session is closed", False, {"session": 0.5}),
+    ],
+)
+def test_a_question_is_a_symbol_or_a_sentence_with_names(text, is_symbol, names):
+    question = Question.of(text)
+    assert (question.is_symbol, dict(question.names)) == (is_symbol, names)
+
+
+def test_identifiers_are_words_with_their_parts_and_stems():
+    assert stems("getHTTPResponses") == ["get", "http", "respons", "gethttprespons"]
+    assert question_stems("how are the headers parsed") == ["header", "pars"]
+    assert question_stems("how is it") == ["how", "is", "it"]
+    assert stems("silhouette_score") == ["silhouet", "scor", "silhouette_scor"]
+
+
+def test_both_lists_count_by_how_sure_they_are():
+    similarities, words = np.array([0.9, 0.5, 0.5, 0.5]), np.array([0.0, 3.0, 2.9, 2.8])
+    scores = rules.fused(similarities, words, 0.5)
+    assert scores[0] != scores.max() or scores[1] < scores[0]
+    assert (
+        np.argsort(-rules.fused(similarities, words, 1.0))[0],
+        np.argsort(-rules.fused(similarities, words, 0.0))[0],
+    ) == (0, 1)
+    assert rules.fused(None, words, 0.5).tolist() == words.tolist()
+    assert scores.min() == 0
+
+
+def test_the_definition_of_a_symbol_comes_first_and_most_of_all_in_its_own_file():
+    snippets = [piece("a.py"), piece("b.py", "Stack"), piece("stack.py", "Stack")]
+    assert order("Stack", snippets, words=[3, 1, 1]) == [2, 1, 0]
+    gains = rules.definitions(Question.of("Stack"), snippets)
+    assert gains.tolist() == [0, rules.DEFINITION, rules.DEFINITION * rules.OWN_FILE]
+
+
+def test_a_sentence_finds_the_file_that_is_named_like_it():
+    snippets = [piece("src/util.py"), piece("src/parsers.py"), piece("parse/other.py")]
+    gains = rules.paths(
+        Question.of("how the parser works"), {"src/util.py": [0], "src/parsers.py": [1], "parse/other.py": [2]}, 3
+    )
+    assert gains[1] > gains[2] > gains[0] == 0
+    assert order("how the parser works", snippets)[0] == 1
+
+
+def test_a_file_with_several_good_pieces_is_a_good_file():
+    snippets = [piece("one.py"), piece("many.py"), piece("many.py"), piece("many.py")]
+    assert order("some question", snippets, words=[1.05, 1, 1, 1])[0] == 1
+
+
+def test_tests_and_re_exports_count_less_unless_they_are_asked_for():
+    snippets = [piece("tests/test_a.py"), piece("src/__init__.py"), piece("src/b.py")]
+    assert order("close a socket", snippets, words=[1.2, 1.2, 1.0])[0] == 2
+    assert order("tests of closing a socket", snippets, words=[2.0, 1, 1])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "is_side"),
+    [
+        ("tests/a.py", True),
+        ("src/a_test.go", True),
+        ("pkg/test_a.py", True),
+        ("src/a.spec.ts", True),
+        ("src/StackTest.java", True),
+        ("examples/a.py", True),
+        ("src/testimony.py", False),
+        ("src/latest.py", False),
+        ("src/contest/a.py", False),
+        ("src/Inspec.cs", False),
+    ],
+)
+def test_the_path_says_what_a_test_is(path, is_side):
+    factors = rules.priors(Question.of("close a socket"), {path: [0]}, 1)
+    assert (factors[0] < 1) == is_side
+
+
+def test_further_pieces_of_a_file_give_way_to_other_files():
+    snippets = [piece("a.py"), piece("a.py"), piece("a.py"), piece("b.py")]
+    assert rules.diversity(np.array([4.0, 3.0, 2.0, 1.0]), snippets).tolist() == [1, 0.5, 0.25, 1]
+
+
+def test_reasons_add_up_to_the_score():
+    snippets = [piece("tests/stack.py", "Stack"), piece("stack.py"), piece("stack.py", "push")]
+    for one in rules.place(Question.of("where Stack is"), snippets, np.array([0.5, 0.2, 0.1]), np.array([1.0, 0, 2])):
+        assert one.score == pytest.approx(sum(one.reasons.values()))
+    assert rules.place(Question.of("x"), [], None, np.zeros(0)) == []
+
+
+def test_scores_of_words_are_those_of_lucene_s_bm25():
+    import bm25s
+
+    documents = [["a", "b", "a"], ["b", "c"], ["c", "c", "d", "e"]]
+    index = bm25s.BM25(k1=1.2, b=0.75, method="lucene")
+    index.index(documents, show_progress=False)
+    ours = BM25(documents)
+    for words in (["a"], ["b", "c"], ["d", "unknown"]):
+        expected = index.get_scores([word for word in words if word != "unknown"])
+        np.testing.assert_allclose(ours.scores(words) / 2.2, expected, rtol=1e-5)
+
+
+def test_a_piece_is_found_by_its_name_its_path_and_what_it_defines():
+    words = snippet_words(piece("src/HttpClient.py", "Retry", text="pass"))
+    assert {"http", "client", "httpclient", "src", "retry", "defines:retry"} <= set(words)
