@@ -50,7 +50,7 @@ from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.exit_losses import InContextObjective
 from modular_star_encoder.search.index import CodeIndex
-from modular_star_encoder.search.vector_store import MemoryStore
+from modular_star_encoder.search.local_store import LocalStore
 from modular_star_encoder.training.recipes import TrainingSettings, hub_config_folder, load_config, load_recipe
 from modular_star_encoder.training.runs import train_to_the_end
 from modular_star_encoder.training.starting_points import start_from_spellings, start_from_unigrams
@@ -377,7 +377,7 @@ def search(arguments: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
     """Answer questions over a code folder with the deepest exit."""
     folder = arguments.search_folder or arguments.data or Path(sys.modules[SEARCHED_PACKAGE].__file__).parent
     questions = arguments.question or list(QUESTIONS)
-    index = CodeIndex.build(folder, MemoryStore(), checkpoint=out / "model")
+    index = CodeIndex.build(folder, LocalStore(), checkpoint=out / "model")
     answers = index.search(questions, top_k=3)
     for answer in answers:
         print(f"# {answer.question}", *answer.hits, sep="\n")

@@ -1,8 +1,9 @@
 """A small code folder, and an index of it."""
 
-import lancedb
+from dataclasses import asdict
 
 from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.local_store import LocalStore
 from modular_star_encoder.search.pieces import Snippet
 
 FILES = {
@@ -43,8 +44,15 @@ def places(answer):
 
 
 def stored_rows(location):
-    """All rows of a LanceDB index as dictionaries, read without our code."""
-    return lancedb.connect(str(location)).open_table("snippets").to_arrow().to_pylist()
+    """All rows of an index in a folder as dictionaries."""
+    rows = []
+    for segment in LocalStore(location)._alive():
+        for place in segment.alive.nonzero()[0]:
+            found = segment.found(place, 0.0, segment.exits)
+            vectors = {f"vector_{exit_layer}": one.tolist() for exit_layer, one in found.vectors.items()}
+            file_rows = segment.files[segment["file_of_row"][place]]["expected"]
+            rows.append({"row_id": found.row_id, "file_rows": file_rows, **asdict(found.snippet), **vectors})
+    return rows
 
 
 def embedded(row):

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
@@ -35,12 +36,13 @@ def indexes(code_folder, checkpoint, tmp_path_factory):
 
 
 def similarities(index, checkpoint, exit_layer):
-    """text → similarity to the question, without the index."""
+    """text → similarity to the question: of the vectors in the index, or of new ones for another exit."""
     rows = stored_rows(index.store.location)
     model, tokenizer = load_checkpoint(checkpoint)
     texts = [text_prompt() + QUESTION, *(code_prompt("python") + embedded(row) for row in rows)]
-    vectors = encode_exits(model, tokenizer, texts, exit_layers=(exit_layer,), progress=False)[exit_layer]
-    return dict(zip([row["text"] for row in rows], vectors[1:] @ vectors[0], strict=True))
+    question, *vectors = encode_exits(model, tokenizer, texts, exit_layers=(exit_layer,), progress=False)[exit_layer]
+    scores = [np.dot(row.get(f"vector_{exit_layer}", one), question) for row, one in zip(rows, vectors, strict=True)]
+    return dict(zip([row["text"] for row in rows], scores, strict=True))
 
 
 @pytest.mark.parametrize("way", ["text", "stored"])

@@ -1,7 +1,5 @@
 import os
-import shutil
 
-import lancedb
 import pytest
 from qdrant_client import QdrantClient
 from qdrant_client.models import Distance, PointStruct, VectorParams
@@ -133,7 +131,7 @@ def test_files_next_to_an_index_do_not_harm_it(tmp_path, code, checkpoint):
         (tmp_path / "index" / name).write_text("{")
     assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits
     assert build(code, tmp_path / "index", checkpoint).report.embedded_files == 0
-    shutil.rmtree(tmp_path / "index" / "snippets.lance")
+    (tmp_path / "index" / "index.json").unlink()
     with raises("search.index.foreign"):
         CodeIndex.open(tmp_path / "index")
 
@@ -149,13 +147,13 @@ def test_a_file_of_blank_lines_is_no_row(tmp_path, checkpoint):
 
 @pytest.mark.parametrize("rebuild", [False, True])
 def test_what_is_no_index_of_ours_is_never_replaced(tmp_path, code, checkpoint, rebuild):
-    table = lancedb.connect(str(tmp_path / "theirs")).create_table("snippets", [{"mine": 1}])
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "snippets.db").write_text("mine")
     client = QdrantClient(":memory:")
     client.create_collection("theirs", vectors_config=VectorParams(size=2, distance=Distance.COSINE))
     client.upsert("theirs", [PointStruct(id=1, vector=[1, 0], payload={"mine": 1})])
     for location in (tmp_path / "theirs", QdrantStore(client, "theirs")):
         with raises("search.index.foreign"):
             build(code, location, checkpoint, rebuild=rebuild)
-    table.checkout_latest()
-    assert table.to_arrow().to_pylist() == [{"mine": 1}]
+    assert {path.name: path.read_text() for path in (tmp_path / "theirs").iterdir()} == {"snippets.db": "mine"}
     assert [point.payload for point in client.scroll("theirs")[0]] == [{"mine": 1}]

@@ -40,7 +40,9 @@ def test_hits_are_the_nearest_by_cosine_at_each_exit_of_the_index(shared_index, 
     model, tokenizer = load_checkpoint(checkpoint)
     texts = [text_prompt() + "push an item", *(code_prompt(row["language"]) + embedded(row) for row in rows)]
     vectors = encode_exits(model, tokenizer, texts, exit_layers=(exit_layer,), progress=False)[exit_layer]
-    scores = vectors[1:] @ vectors[0]
+    stored = np.array([row[f"vector_{exit_layer}"] for row in rows])
+    np.testing.assert_allclose(stored, vectors[1:], atol=0.005)  # 8 bits
+    scores = stored @ vectors[0]
     (answer,) = shared_index.search(["push an item"], exit_layer=exit_layer, method="vector")
     order = np.argsort(-scores)
     assert [(hit.name, hit.last_line) for hit in answer.hits] == [
@@ -173,11 +175,11 @@ def test_embeddings_are_cut_where_the_model_was_trained_to_be(code, tmp_path):
     index = build(code, tmp_path / "index", nested, dimension=8)
     vectors = np.stack([row["vector_4"] for row in stored_rows(tmp_path / "index")])
     assert vectors.shape == (5, 8)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=0.01)
     whole = build(code, tmp_path / "whole", nested)
     assert len(stored_rows(tmp_path / "whole")[0]["vector_4"]) == 16
-    (one,), (other,) = (made.search(["push"], top_k=1, method="vector")[0].hits for made in (index, whole))
-    assert one.score != pytest.approx(other.score, abs=1e-4)
+    scores = [[hit.score for hit in made.search(["push"], method="vector")[0].hits] for made in (index, whole)]
+    assert scores[0] != pytest.approx(scores[1], abs=1e-3)
     with raises("search.dimension", "8 or 16", 7):
         build(code, tmp_path / "cut", nested, dimension=7)
 
@@ -189,7 +191,7 @@ def test_rebuild_takes_other_settings(code, tmp_path, checkpoint):
     assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits[0].exit_layer == 2
 
 
-@pytest.mark.parametrize("kind", ["lance", "damaged lance", "qdrant"])
+@pytest.mark.parametrize("kind", ["folder", "damaged folder", "qdrant"])
 def test_an_open_index_notices_that_it_was_built_anew(code, tmp_path, checkpoint, kind):
     client = QdrantClient(":memory:")
     first, second = (QdrantStore(client, "i") if kind == "qdrant" else tmp_path / "index" for _ in range(2))
@@ -198,9 +200,8 @@ def test_an_open_index_notices_that_it_was_built_anew(code, tmp_path, checkpoint
     (before,) = index.search(["push"])
     build(code, second, checkpoint, exit_layer=1, rebuild=True)  # nothing else than before
     assert index.search(["push"]) == [before]
-    if kind == "damaged lance":  # which is not overwritten but removed
-        for path in (tmp_path / "index" / "snippets.lance").glob("_versions/*"):
-            path.write_bytes(b"junk")
+    if kind == "damaged folder":
+        (tmp_path / "index" / "index.json").write_bytes(b"junk")
     build(code, second, checkpoint, exit_layers=(1, 4), rebuild=True)
     (code / "new.py").write_text("NEW = 1\n")
     asked = (
@@ -338,8 +339,8 @@ def test_a_server_serves_the_same_answers(code, tmp_path, checkpoint, shared_ind
     index = build(code, store, checkpoint, exit_layers=(1, 4))
     for options in ({"exit_layer": 1}, {"exit_layer": 4, "languages": ["python"]}, {"path": "src/**"}):
         (here,), (there,) = (one.search(["push an item"], method="vector", **options) for one in (index, shared_index))
-        assert [hit.text for hit in here.hits] == [hit.text for hit in there.hits]
-        assert [hit.score for hit in here.hits] == pytest.approx([hit.score for hit in there.hits], abs=1e-5)
+        scores = {(hit.name, hit.line): hit.score for hit in there.hits}
+        assert {(hit.name, hit.line): hit.score for hit in here.hits} == pytest.approx(scores, abs=5e-3)
     assert index.search(["parse header"], method="hybrid")[0].hits[0].name == "parseHeader"
     write_code(code, {"stack.py": "def peek(self):\n    return self.items[-1]\n"})
     assert index.update(processes=1, progress=False).embedded_files == 1
@@ -368,11 +369,11 @@ def test_a_copy_of_a_snippet_is_embedded_once_and_is_a_row_of_its_own(tmp_path, 
     assert rows["x/lib/a.py"]["vector_1"] != rows["x/lib/a.py"]["vector_4"]
 
 
-@pytest.mark.parametrize("damaged", ["data/*", "_versions/*"])
+@pytest.mark.parametrize("damaged", ["rows-*", "index.json"])
 def test_a_damaged_index_is_told_in_one_sentence_and_can_be_built_anew(code, tmp_path, checkpoint, damaged):
     build(code, tmp_path / "index", checkpoint)
-    for path in (tmp_path / "index" / "snippets.lance").glob(damaged):
-        path.write_bytes(b"junk")
+    for path in (tmp_path / "index").glob(damaged):
+        path.write_bytes(path.read_bytes()[: -len(path.read_bytes()) // 2])
     for method in ("vector", "lexical"):
         with pytest.raises((ValueError, OSError), match=r"The index .* can't be read"):
             CodeIndex.open(tmp_path / "index").search(["push"], method=method)

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-import warnings
 from collections import defaultdict
 
 import pytest
@@ -27,7 +26,6 @@ def fork_indexers(connection, folder, location, checkpoint, begun):
     The processes are forks of one that has imported everything and run nothing: quick to start, and fresh.
     """
     multiprocessing.set_start_method("fork", force=True)  # as it is where users start `mose index`
-    warnings.filterwarnings("ignore", "lancedb fork support")  # nothing ran yet
     building._ROWS_PER_BATCH = 6
     original = building._Writer.write
 

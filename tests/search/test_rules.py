@@ -4,7 +4,7 @@ import pytest
 from modular_star_encoder.search import rules
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.search.rules import Question
-from modular_star_encoder.search.words import BM25, question_stems, snippet_words, stems
+from modular_star_encoder.search.words import question_stems, snippet_words, stems
 
 
 def piece(path, *defines, text="x"):
@@ -114,18 +114,6 @@ def test_reasons_add_up_to_the_score():
     for one in rules.place(Question.of("where Stack is"), snippets, np.array([0.5, 0.2, 0.1]), np.array([1.0, 0, 2])):
         assert one.score == pytest.approx(sum(one.reasons.values()))
     assert rules.place(Question.of("x"), [], None, np.zeros(0)) == []
-
-
-def test_scores_of_words_are_those_of_lucene_s_bm25():
-    import bm25s
-
-    documents = [["a", "b", "a"], ["b", "c"], ["c", "c", "d", "e"]]
-    index = bm25s.BM25(k1=1.2, b=0.75, method="lucene")
-    index.index(documents, show_progress=False)
-    ours = BM25(documents)
-    for words in (["a"], ["b", "c"], ["d", "unknown"]):
-        expected = index.get_scores([word for word in words if word != "unknown"])
-        np.testing.assert_allclose(ours.scores(words) / 2.2, expected, rtol=1e-5)
 
 
 def test_a_piece_is_found_by_its_name_its_path_and_what_it_defines():

@@ -1,17 +1,18 @@
 import json
 from dataclasses import replace
 
+import bm25s
 import numpy as np
 import pytest
 from qdrant_client import QdrantClient
 
+from modular_star_encoder.search import local_store
 from modular_star_encoder.search.index import open_store
-from modular_star_encoder.search.lance_store import LanceStore
+from modular_star_encoder.search.local_store import LocalStore
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.search.qdrant_store import QdrantStore, connect
 from modular_star_encoder.search.vector_store import (
     Filter,
-    MemoryStore,
     Row,
     StoredFile,
     content_hash,
@@ -27,12 +28,12 @@ from tests.loopback import LoopbackHandler, LoopbackServer
 SETTINGS = {"exit_layers": [1, 4], "dimension": 8, "prompts": {"query": "é"}}
 
 
-@pytest.fixture(params=["lance", "qdrant", "memory"])
+@pytest.fixture(params=["folder", "qdrant", "memory"])
 def store(request, tmp_path):
     kinds = {
-        "lance": lambda: LanceStore(str(tmp_path / "index")),
+        "folder": lambda: LocalStore(tmp_path / "index"),
         "qdrant": lambda: QdrantStore(QdrantClient(":memory:"), "i"),
-        "memory": MemoryStore,
+        "memory": LocalStore,
     }
     made = kinds[request.param]()
     assert made.settings() is None
@@ -99,9 +100,9 @@ def test_the_nearest_are_those_of_an_exact_search_at_each_exit(store):
         scores = np.stack([row.vectors[exit_layer] for row in made]) @ (query / np.linalg.norm(query))
         found = store.nearest(query, exit_layer, 5, Filter(), [4])
         assert found_texts(found) == [f"text {place}" for place in np.argsort(-scores)[:5]]
-        assert [one.score for one in found] == pytest.approx(sorted(scores, reverse=True)[:5], abs=1e-5)
+        assert [one.score for one in found] == pytest.approx(sorted(scores, reverse=True)[:5], abs=0.01)
         for one in found:
-            np.testing.assert_allclose(one.vectors[4], made[one.snippet.first_line - 1].vectors[4], atol=1e-6)
+            np.testing.assert_allclose(one.vectors[4], made[one.snippet.first_line - 1].vectors[4], atol=0.01)
 
 
 def test_words_are_ranked_by_their_rarity(store):
@@ -150,55 +151,93 @@ def test_a_row_comes_back_as_it_was(store):
     (row,) = rows("a.py", ["one"])
     store.replace_files([], [row])
     assert store.lexical(["one"], 1, Filter())[0].snippet == row.snippet
-    assert store.lexical(["defines:g"], 1, Filter(), [4])[0].vectors[4] == pytest.approx(row.vectors[4], abs=1e-6)
+    assert store.lexical(["defines:g"], 1, Filter(), [4])[0].vectors[4] == pytest.approx(row.vectors[4], abs=0.01)
 
 
-def test_many_rows_get_an_approximate_index_that_finds_almost_the_same(tmp_path):
-    store = LanceStore(str(tmp_path / "index"), ann_rows=2000)
-    store.create({**SETTINGS, "dimension": 32, "exit_layers": [1, 4]})
-    made = rows("a.py", [f"text {number}" for number in range(3000)], width=32)
+def test_many_rows_are_searched_by_signs_first_and_almost_the_same_are_found(monkeypatch):
+    monkeypatch.setattr(local_store, "APPROXIMATE_ROWS", 1000)
+    monkeypatch.setattr(local_store, "_BEST_BY_SIGNS", 300)
+    store = LocalStore()
+    store.create(SETTINGS)
+    made = rows("a.py", [f"text {number}" for number in range(3000)], width=64)
     store.replace_files([], made)
-    store.finish()
-    assert {column for index in store._rows().list_indices() for column in index.columns} == {
-        "words",
-        "vector_1",
-        "vector_4",
-    }
     vectors = np.stack([row.vectors[1] for row in made])
     right = 0
     for query in vectors[:50]:
         exact = {f"text {place}" for place in np.argsort(-(vectors @ query))[:10]}
         right += len(exact & set(found_texts(store.nearest(query, 1, 10, Filter()))))
-    assert right >= 0.9 * 500
-    rare = rows("b.go", ["new"], language="go", seed=1, width=32)
+    assert 0.8 * 500 <= right < 500  # the signs alone lose some
+    rare = rows("b.go", ["new"], language="go", seed=1, width=64)
     store.replace_files([], rare)
-    assert found_texts(store.nearest(rare[0].vectors[1], 1, 1, Filter())) == ["new"]
+    assert found_texts(store.nearest(-rare[0].vectors[1], 1, 1, Filter(("go",)))) == ["new"]
+
+
+def test_scores_of_words_are_those_of_lucene_s_bm25_also_over_several_segments():
+    documents = [["a", "b", "a"], ["b", "c"], ["c", "c", "d", "e"]]
+    index = bm25s.BM25(k1=1.2, b=0.75, method="lucene")
+    index.index(documents, show_progress=False)
+    store = LocalStore()
+    store.create(SETTINGS)
+    for number, words in enumerate(documents):
+        (row,) = rows(f"{number}.py", [str(number)])
+        store.replace_files([], [replace(row, words=" ".join(words))])
+    for words in (["a"], ["b", "c"], ["d", "unknown"]):
+        expected = index.get_scores([word for word in words if word != "unknown"])
+        found = {int(one.snippet.text): one.score / 2.2 for one in store.lexical(words, 9, Filter())}
+        assert found == pytest.approx({place: score for place, score in enumerate(expected) if score}, rel=1e-5)
+
+
+def test_merging_changes_no_answer_and_leaves_one_segment(tmp_path):
+    store = LocalStore(tmp_path / "index")
+    store.create(SETTINGS)
+    for number in range(6):
+        texts = [f"shared word{number} {place}" for place in range(3)]
+        store.replace_files([], rows(f"f{number}.py", texts, seed=number))
+    store.replace_files([file_id("f1.py")], rows("f1.py", ["shared other"], "2"))
+    store.replace_files([file_id("f2.py")], [])
+    query = np.ones(8, np.float32)
+    asked = (lambda: store.nearest(query, 4, 20, Filter(), [1]), lambda: store.lexical(["shar", "word3"], 20, Filter()))
+    before = [[(one.row_id, one.snippet) for one in ask()] for ask in asked]
+    files = store.files()
     store.finish()
-    far = -rare[0].vectors[1]
-    assert found_texts(store.nearest(far, 1, 1, Filter(("go",)))) == ["new"]
+    assert [[(one.row_id, one.snippet) for one in ask()] for ask in asked] == before
+    assert (store.files(), store.count(), len(before[0])) == (files, 13, 13)
+    assert len(list((tmp_path / "index").glob("rows-*"))) == 1
+    other = LocalStore(tmp_path / "index")
+    assert [[(one.row_id, one.snippet) for one in ask()] for ask in asked] == before
+    store.replace_files(list(files), [])
+    store.finish()
+    assert (store.count(), other.count(), list((tmp_path / "index").glob("rows-*"))) == (0, 0, [])
 
 
-def test_an_approximate_index_is_built_again_once_it_is_outgrown(tmp_path):
-    store = LanceStore(str(tmp_path / "index"), ann_rows=300)
-    store.create({**SETTINGS, "exit_layers": [1]})
+def test_an_open_store_sees_what_another_writes(tmp_path):
+    one, other = LocalStore(tmp_path / "index"), LocalStore(tmp_path / "index")
+    one.create(SETTINGS)
+    one.replace_files([], rows("a.py", ["first"]))
+    assert found_texts(other.lexical(["first"], 9, Filter())) == ["first"]
+    one.replace_files([file_id("a.py")], rows("a.py", ["second"], "2"))
+    one.finish()
+    assert found_texts(other.lexical(["second"], 9, Filter())) == ["second"]
+    assert other.lexical(["first"], 9, Filter()) == []
 
-    def names():
-        return [index.name for index in store._rows().list_indices() if index.columns == ["vector_1"]]
 
-    for path, count, expected in (("a.py", 299, []), ("b.py", 101, [400]), ("c.py", 500, [400]), ("d.py", 800, [1700])):
-        made = [replace(row, vectors={1: row.vectors[1]}) for row in rows(path, ["text"] * count)]
-        store.replace_files([], made)
-        store.finish()
-        assert names() == [f"vector_1_for_{size}" for size in expected]
-        assert store._rows().index_stats(names()[0]).num_unindexed_rows == 0 if expected else True
+def test_an_index_of_an_earlier_version_is_rebuilt_only_when_asked(tmp_path):
+    (tmp_path / "index" / "snippets.lance").mkdir(parents=True)
+    store = LocalStore(tmp_path / "index")
+    with raises("search.index.format", tmp_path / "index"):
+        store.settings()
+    store.create(SETTINGS)
+    assert [path.name for path in (tmp_path / "index").iterdir()] == ["index.json"]
+    with raises("search.index.location", "s3://"):
+        open_store("s3://bucket/index")
 
 
 def test_a_folder_of_other_things_is_no_index(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with raises("search.index.foreign", tmp_path):
-        LanceStore(str(tmp_path))
+        LocalStore(tmp_path)
     with raises("search.index.foreign", "thesis.tex"):
-        LanceStore(str(tmp_path / "thesis.tex"))
+        LocalStore(tmp_path / "thesis.tex")
     assert open_store(tmp_path / "new").settings() is None
     assert not (tmp_path / "new").exists()
 

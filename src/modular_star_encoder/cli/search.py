@@ -36,7 +36,7 @@ def add_search_commands(commands: Any) -> None:
     """Add the commands to the subparsers of `mose`."""
     index = commands.add_parser("index", help="index a code folder, or bring its index up to date")
     index.add_argument("folder", metavar="FOLDER", help="a folder of source code")
-    index.add_argument("--out", metavar="INDEX", help="a folder, s3://…, or qdrant:NAME@URL (default: .mose in FOLDER)")
+    index.add_argument("--out", metavar="INDEX", help="a folder, or qdrant:NAME@URL (default: .mose in FOLDER)")
     _add_checkpoint_options(index, "mose-code, which is built in")
     index.add_argument("--exit-layers", metavar="LIST", type=exit_list, default=(), help="several exits: 4,9 or all")
     index.add_argument("--dimension", metavar="D", type=int, help="components to keep (default: all)")
@@ -204,8 +204,8 @@ def run_search(arguments: argparse.Namespace) -> None:
 def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     """The index to search and the exit to ask: the one named or found, else one of the folder, kept in memory."""
     from modular_star_encoder.search.index import CodeIndex, find_index
+    from modular_star_encoder.search.local_store import LocalStore
     from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
-    from modular_star_encoder.search.vector_store import MemoryStore
 
     *questions, last = arguments.questions
     if questions and arguments.index is None and arguments.folder is None and os.path.isdir(last):
@@ -219,7 +219,7 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     exit_layer = _exit_by_budget(arguments, checkpoint)
     index = CodeIndex.build(
-        folder, MemoryStore(), checkpoint=checkpoint, exit_layer=exit_layer, languages=arguments.languages
+        folder, LocalStore(), checkpoint=checkpoint, exit_layer=exit_layer, languages=arguments.languages
     )
     if not index.store.count():
         raise UserError("search.folder.empty", f"{folder!r} holds no source code.")

@@ -5,7 +5,6 @@ Files are written in batches, one transaction each. An interrupted run leaves wh
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -88,12 +87,7 @@ def update_store(
         settings.root(store.location), languages=settings.languages, depth=0, filters=filters, may_be_empty=True
     )
     writer = _Writer(store, settings, embedder, store.files())
-    with (
-        warnings.catch_warnings(),
-        tqdm(total=length_hint(reader), desc="indexing", unit="file", disable=not progress, leave=False) as bar,
-    ):
-        # Processes that parse never touch LanceDB, which warns of those that would.
-        warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
+    with tqdm(total=length_hint(reader), desc="indexing", unit="file", disable=not progress, leave=False) as bar:
         chunks = crash_safe_map(
             _pieces,
             writer.changed(reader, bar),

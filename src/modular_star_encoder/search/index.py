@@ -12,6 +12,7 @@ from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES, check
 from modular_star_encoder.search.building import UpdateReport, update_store
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.hits import Answer, Hit
+from modular_star_encoder.search.local_store import LocalStore
 from modular_star_encoder.search.ranking import Cascade, Method, Ranker, by_words
 from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, IndexSettings
 from modular_star_encoder.search.vector_store import (
@@ -35,7 +36,7 @@ class CodeIndex:
     `build` makes or updates an index, `open` reads one.
 
     Attributes:
-        store: holds the rows: a LanceDB folder, a Qdrant collection, or a `MemoryStore`.
+        store: holds the rows: a `LocalStore`, in a folder or in memory, or a Qdrant collection.
         settings: checkpoint, exits, folder and the other settings of the build.
         report: counts of the last update in this process.
 
@@ -308,10 +309,9 @@ class CodeIndex:
 
 
 def open_store(location: str | os.PathLike[str]) -> VectorStore:
-    """The store of a location: `qdrant:NAME@URL` is a collection of a server, any other an embedded LanceDB.
+    """The store of a location: `qdrant:NAME@URL` is a collection of a server, any other a folder.
 
-    A LanceDB is in a folder, or on object storage (`s3://bucket/path`; LanceDB reads credentials from the
-    environment). The key of a Qdrant server is read from QDRANT_API_KEY.
+    The key of a Qdrant server is read from QDRANT_API_KEY.
 
     Raises:
         ImportError: the extra isn't installed.
@@ -322,9 +322,11 @@ def open_store(location: str | os.PathLike[str]) -> VectorStore:
         from modular_star_encoder.search.qdrant_store import QdrantStore, connect
 
         return QdrantStore(*connect(location), location)
-    from modular_star_encoder.search.lance_store import LanceStore
-
-    return LanceStore(location)
+    if "://" in location:
+        raise UserError(
+            "search.index.location", f"An index is in a folder of this machine or qdrant:NAME@URL, not {location!r}."
+        )
+    return LocalStore(location)
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:

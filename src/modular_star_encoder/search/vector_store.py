@@ -1,4 +1,4 @@
-"""What an index holds, the protocol of its stores, and the store that keeps rows in memory."""
+"""What an index holds, and the protocol of its stores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from uuid import UUID
 import numpy as np
 
 from modular_star_encoder.search.pieces import Snippet
-from modular_star_encoder.search.words import BM25
 from modular_star_encoder.utils.errors import UserError
 
 QDRANT = "qdrant:"
@@ -64,10 +63,10 @@ class Filter:
     languages: tuple[str, ...] = ()
     path: str | None = None
 
-    def fits(self, snippet: Snippet) -> bool:
-        """Whether a row counts."""
-        return (not self.languages or snippet.language in self.languages) and (
-            self.path is None or re.search(self.path, snippet.path) is not None
+    def fits_file(self, path: str, language: str) -> bool:
+        """Whether the rows of a file count."""
+        return (not self.languages or language in self.languages) and (
+            self.path is None or re.search(self.path, path) is not None
         )
 
 
@@ -135,71 +134,6 @@ class VectorStore(Protocol):
 
     def count(self) -> int:
         """Number of rows."""
-
-
-class MemoryStore:
-    """Rows in this process, for questions that are asked once; nothing is written to disk. See `VectorStore`."""
-
-    location = "memory://"
-
-    def __init__(self) -> None:
-        self._settings: dict[str, Any] | None = None
-        self._rows: list[Row] = []
-        self._vectors: dict[int, np.ndarray] = {}
-        self._lexicon: BM25 | None = None
-
-    def settings(self) -> dict[str, Any] | None:
-        """See `VectorStore`."""
-        return self._settings
-
-    def create(self, settings: Mapping[str, Any]) -> None:
-        """See `VectorStore`."""
-        self._settings, self._rows = dict(settings), []
-
-    def files(self) -> dict[str, StoredFile]:
-        """See `VectorStore`."""
-        return stored_files((row.file_id, row.file_hash, row.file_rows) for row in self._rows)
-
-    def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
-        """See `VectorStore`."""
-        replaced = {*known, *(row.file_id for row in rows)} if known else set()
-        self._rows = [row for row in self._rows if row.file_id not in replaced] + list(rows)
-        self._vectors, self._lexicon = {}, None
-
-    def finish(self) -> None:
-        """Rows in memory need no upkeep."""
-
-    def nearest(
-        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
-    ) -> list[Found]:
-        """See `VectorStore`; every row is compared."""
-        if not self._rows:
-            return []
-        if exit_layer not in self._vectors:
-            self._vectors[exit_layer] = np.stack([row.vectors[exit_layer] for row in self._rows])
-        return self._best(self._vectors[exit_layer] @ (vector / (np.linalg.norm(vector) or 1)), limit, where)
-
-    def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
-        """See `VectorStore`."""
-        if not self._rows or not words:
-            return []
-        if self._lexicon is None:
-            self._lexicon = BM25([row.words.split() for row in self._rows])
-        return [one for one in self._best(self._lexicon.scores(words), limit, where) if one.score > 0]
-
-    def count(self) -> int:
-        """See `VectorStore`."""
-        return len(self._rows)
-
-    def _best(self, scores: np.ndarray, limit: int, where: Filter) -> list[Found]:
-        found: list[Found] = []
-        for place in np.argsort(-scores, kind="stable"):
-            row = self._rows[place]
-            if where.fits(row.snippet):
-                found.append(Found(row.row_id, row.text_hash, row.snippet, float(scores[place]), row.vectors))
-                if len(found) == limit:
-                    break
-        return best_first(found)
 
 
 def best_first(found: Iterable[Found]) -> list[Found]:

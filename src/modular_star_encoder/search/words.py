@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import PurePosixPath
-
-import numpy as np
 
 from modular_star_encoder.search.pieces import Snippet
 
@@ -78,33 +74,3 @@ def snippet_words(snippet: Snippet) -> list[str]:
     path = PurePosixPath(snippet.path)
     place = f"{path.stem} " * _WEIGHT_OF_NAME + path.parent.name
     return [*stems(f"{snippet.text} {snippet.name} {place}"), *map(definition_word, snippet.defines)]
-
-
-class BM25:
-    """BM25 scores of documents, kept by word: a question costs only the documents that hold its words.
-
-    Source: Robertson & Zaragoza, "The Probabilistic Relevance Framework", 2009; document frequencies as in Lucene.
-    """
-
-    def __init__(self, documents: Sequence[Sequence[str]], k1: float = 1.2, b: float = 0.75) -> None:
-        lengths = np.array([len(document) for document in documents], dtype=np.float32)
-        norms = k1 * (1 - b + b * lengths / max(lengths.mean(), 1.0))
-        counts: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
-        for place, document in enumerate(documents):
-            for word, count in Counter(document).items():
-                counts[word].append((place, count))
-        self._size = len(documents)
-        self._weights: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for word, found in counts.items():
-            places, frequencies = np.array(found, dtype=np.int64).T
-            idf = np.log(1 + (self._size - len(places) + 0.5) / (len(places) + 0.5))
-            self._weights[word] = places, idf * frequencies * (k1 + 1) / (frequencies + norms[places])
-
-    def scores(self, words: Sequence[str]) -> np.ndarray:
-        """Scores (N,) of the documents; each word counts as often as it is named."""
-        scores = np.zeros(self._size)
-        for word in words:
-            if word in self._weights:
-                places, weights = self._weights[word]
-                scores[places] += weights
-        return scores

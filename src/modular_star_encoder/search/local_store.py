@@ -1,0 +1,418 @@
+"""Rows in a folder: segments that are written once, and a manifest that is renamed into place.
+
+Every change is one new manifest, so that a process killed at any moment leaves the index as it was before. A segment is
+one safetensors file, mapped into memory: a search opens no more of it than it reads, and imports no database.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from modular_star_encoder.search.pieces import Snippet
+from modular_star_encoder.search.vector_store import (
+    INDEX_FOLDER,
+    Filter,
+    Found,
+    Row,
+    StoredFile,
+    best_first,
+    stored_files,
+)
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import write_text
+
+MANIFEST = "index.json"
+APPROXIMATE_ROWS = 100_000
+"""Larger segments are searched by the signs of their vectors first, and exactly among the best of these."""
+_BEST_BY_SIGNS = 4000
+LARGE_SEGMENT = 50_000
+"""Rows from which a segment is no longer merged with others, unless a third of it is gone."""
+_BLOCK = 65_536
+_K1, _B = 1.2, 0.75
+_OLD_INDEX = "snippets.lance"  # of earlier versions
+_OWN_FILES = {".gitignore", ".lock", "margins.json", _OLD_INDEX}
+
+_Arrays = dict[str, np.ndarray]
+
+
+class LocalStore:
+    """See `VectorStore`; a location of None keeps the rows in this process alone."""
+
+    def __init__(self, location: str | os.PathLike[str] | None = None) -> None:
+        self.folder = None if location is None else Path(location).expanduser().absolute()
+        self.location = "memory://" if location is None else os.fspath(location)
+        self._manifest: dict[str, Any] | None = None
+        self._version: tuple[int, int] | None = None
+        self._segments: dict[str, _Segment] = {}
+        if self.folder is not None and (self.folder.is_file() or self._strange_files()):
+            raise UserError(
+                "search.index.foreign",
+                f"{location} is not an index: it is a file, or a folder that holds other things.",
+            )
+
+    def settings(self) -> dict[str, Any] | None:
+        """See `VectorStore`."""
+        manifest = self._read()
+        return None if manifest is None else manifest["settings"]
+
+    def create(self, settings: Mapping[str, Any]) -> None:
+        """See `VectorStore`."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.folder.name == INDEX_FOLDER:  # one in another place may be meant to be committed
+                (self.folder / ".gitignore").write_text("*\n", encoding="utf-8")
+            shutil.rmtree(self.folder / _OLD_INDEX, ignore_errors=True)
+        self._write({"settings": dict(settings), "segments": {}})
+
+    def files(self) -> dict[str, StoredFile]:
+        """See `VectorStore`."""
+        return stored_files(
+            (one["id"], one["hash"], one["expected"])
+            for segment in self._alive()
+            for one in segment.files
+            if one["id"] not in segment.dead
+            for _ in range(one["rows"])
+        )
+
+    def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
+        """See `VectorStore`; one new manifest."""
+        manifest = self._existing()
+        segments = {
+            name: sorted({*dead, *known} & self._segment(name).ids) for name, dead in manifest["segments"].items()
+        }
+        if rows:
+            segments[self._add(_arrays_of(rows), _files_of(rows))] = []
+        self._write({**manifest, "segments": segments})
+
+    def finish(self) -> None:
+        """Merge small segments, and those of which a third is gone; remove what no manifest names."""
+        manifest = self._existing()
+        segments = dict(manifest["segments"])
+        merged = [one for one in self._alive() if one.size < LARGE_SEGMENT or one.alive.mean() < 2 / 3]
+        if len(merged) > 1 or any(one.dead for one in merged):
+            for one in merged:
+                del segments[one.name]
+            if any(one.alive.any() for one in merged):
+                segments[self._add(*_merged(merged))] = []
+            self._write({**manifest, "segments": segments})
+
+    def nearest(
+        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
+    ) -> list[Found]:
+        """See `VectorStore`; exact up to `APPROXIMATE_ROWS` rows of a segment."""
+        unit = vector / (np.linalg.norm(vector) or 1)
+        scored = [(one, one.similarities(unit, exit_layer, one.chosen(where))) for one in self._alive()]
+        return _best(scored, limit, extras)
+
+    def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
+        """See `VectorStore`."""
+        segments = list(self._alive())
+        rows = sum(one.size for one in segments)
+        average = sum(float(one["lengths"].sum(dtype=np.int64)) for one in segments) / max(rows, 1) or 1.0
+        scores = [np.zeros(one.size) for one in segments]
+        for word in words:
+            postings = [one.postings(word) for one in segments]
+            found = sum(len(places) for places, _ in postings)
+            idf = np.log(1 + (rows - found + 0.5) / (found + 0.5))
+            for one, (places, counts), total in zip(segments, postings, scores, strict=True):
+                norms = _K1 * (1 - _B + _B * one["lengths"][places] / average)
+                total[places] += idf * counts * (_K1 + 1) / (counts + norms)
+        for one, total in zip(segments, scores, strict=True):
+            total[~one.chosen(where)] = -np.inf
+        return [one for one in _best(list(zip(segments, scores, strict=True)), limit, extras) if one.score > 0]
+
+    def count(self) -> int:
+        """See `VectorStore`."""
+        return sum(int(one.alive.sum()) for one in self._alive())
+
+    def _existing(self) -> dict[str, Any]:
+        manifest = self._read()
+        if manifest is None:
+            raise UserError(
+                "search.index.missing", f"There is no index in {self.location}. Make one with `mose index FOLDER`."
+            )
+        return manifest
+
+    def _alive(self) -> Iterator[_Segment]:
+        """The segments, with what is gone of each."""
+        for name, dead in self._existing()["segments"].items():
+            segment = self._segment(name)
+            segment.mark(dead)
+            yield segment
+
+    def _read(self) -> dict[str, Any] | None:
+        """The manifest as it is now: another process may have written one since."""
+        if self.folder is None:
+            return self._manifest
+        path = self.folder / MANIFEST
+        try:
+            status = path.stat()
+        except OSError:
+            if (self.folder / _OLD_INDEX).exists():
+                raise UserError(
+                    "search.index.format", f"The index {self.location} is of an older version. Rebuild it (--rebuild)."
+                ) from None
+            return None
+        if self._version != (status.st_mtime_ns, status.st_ino):
+            try:
+                manifest = json.loads(path.read_text(encoding="utf-8"))
+                self._manifest = {"settings": dict(manifest["settings"]), "segments": dict(manifest["segments"])}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise self._unreadable(error) from error
+            self._version = (status.st_mtime_ns, status.st_ino)
+        return self._manifest
+
+    def _write(self, manifest: dict[str, Any]) -> None:
+        self._segments = {name: one for name, one in self._segments.items() if name in manifest["segments"]}
+        if self.folder is None:
+            self._manifest = manifest
+            return
+        write_text(self.folder / MANIFEST, json.dumps(manifest))  # ASCII: names of folders need not be Unicode
+        for path in self.folder.glob("rows-*"):
+            if path.stem not in manifest["segments"]:
+                path.unlink(missing_ok=True)
+        self._version = None
+
+    def _add(self, arrays: _Arrays, files: list[dict[str, Any]]) -> str:
+        """Write a segment that no manifest names yet; its name."""
+        name = f"rows-{uuid4().hex}"
+        if self.folder is None:
+            self._segments[name] = _Segment(name, arrays, files)
+        else:
+            from safetensors.numpy import save_file
+
+            path = self.folder / f"{name}.safetensors"
+            save_file(arrays, path.with_suffix(".tmp"), metadata={"files": json.dumps(files)})
+            os.replace(path.with_suffix(".tmp"), path)
+        return name
+
+    def _segment(self, name: str) -> _Segment:
+        if name not in self._segments:
+            if self.folder is None:
+                raise KeyError(name)
+            try:
+                self._segments[name] = _Segment(name, *_mapped(self.folder / f"{name}.safetensors"))
+            except (OSError, ValueError, KeyError) as error:
+                raise self._unreadable(error) from error
+        return self._segments[name]
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(
+            "search.index.unreadable",
+            f"The index {self.location} can't be read ({error}): if it is damaged, build it anew (--rebuild).",
+        )
+
+    def _strange_files(self) -> bool:
+        """Whether the folder holds other things and no index; our own files beside an index do not count."""
+        names = set(os.listdir(self.folder)) if self.folder is not None and self.folder.is_dir() else set()
+        return MANIFEST not in names and not all(name in _OWN_FILES or name.startswith("rows-") for name in names)
+
+
+class _Segment:
+    """Rows that were written together (N)."""
+
+    def __init__(self, name: str, arrays: Mapping[str, np.ndarray], files: list[dict[str, Any]]) -> None:
+        self.name, self.files, self.dead = name, files, frozenset[str]()
+        self.size = len(arrays["lengths"])
+        self.ids = {one["id"] for one in files}
+        self._arrays = arrays
+        self.alive = np.ones(self.size, dtype=bool)
+        if not len(arrays["file_of_row"]) == len(arrays["row_starts"]) - 1 == self.size:
+            raise ValueError("a segment is cut short")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def mark(self, dead: Sequence[str]) -> None:
+        """Note the files that other segments have replaced."""
+        if self.dead != frozenset(dead):
+            self.dead = frozenset(dead)
+            self.alive = self._of_files([one["id"] not in self.dead for one in self.files])
+
+    def chosen(self, where: Filter) -> np.ndarray:
+        """(N,) whether a row counts."""
+        if not where.languages and where.path is None:
+            return self.alive
+        return self.alive & self._of_files([where.fits_file(one["path"], one["language"]) for one in self.files])
+
+    def _of_files(self, values: Sequence[bool]) -> np.ndarray:
+        return np.array(values, dtype=bool)[self["file_of_row"]]
+
+    def similarities(self, unit: np.ndarray, exit_layer: int, chosen: np.ndarray) -> np.ndarray:
+        """(N,) cosine similarities of the chosen rows; -inf for others, and in a large segment for unlikely ones."""
+        vectors, scales = self[f"vectors_{exit_layer}"], self[f"scales_{exit_layer}"]
+        scores = np.full(self.size, -np.inf)
+        places = np.flatnonzero(chosen)
+        if len(places) > APPROXIMATE_ROWS:
+            signs = np.packbits(unit > 0)
+            distances = np.bitwise_count(self[f"signs_{exit_layer}"] ^ signs).sum(axis=1, dtype=np.uint16)
+            places = places[np.argpartition(distances[places], _BEST_BY_SIGNS)[:_BEST_BY_SIGNS]]
+        for start in range(0, len(places), _BLOCK):
+            block = places[start : start + _BLOCK]
+            scores[block] = (vectors[block].astype(np.float32) @ unit) * scales[block]
+        return scores
+
+    def postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
+        """The rows with a word, and how often each has it."""
+        wanted = _word_key(word)
+        place = int(np.searchsorted(self["words"], wanted))
+        if place == len(self["words"]) or self["words"][place] != wanted:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8)
+        first, last = self["word_starts"][place : place + 2]
+        return self["word_rows"][first:last], self["word_counts"][first:last]
+
+    def found(self, place: int, score: float, extras: Sequence[int]) -> Found:
+        """A row as it was written, with its score."""
+        first, last = self["row_starts"][place : place + 2]
+        row = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
+        snippet = Snippet(**{**row["snippet"], "defines": tuple(row["snippet"]["defines"])})
+        vectors = {
+            one: self[f"vectors_{one}"][place].astype(np.float32) * self[f"scales_{one}"][place] for one in extras
+        }
+        return Found(row["row_id"], row["text_hash"], snippet, score, vectors)
+
+    @cached_property
+    def exits(self) -> list[int]:
+        """The exits of its vectors."""
+        return [int(name.removeprefix("vectors_")) for name in self if name.startswith("vectors_")]
+
+
+def _best(scored: Sequence[tuple[_Segment, np.ndarray]], limit: int, extras: Sequence[int]) -> list[Found]:
+    """The best rows of all segments, without those of -inf."""
+    found = []
+    for segment, scores in scored:
+        places = np.argpartition(-scores, limit)[:limit] if limit < len(scores) else np.arange(len(scores))
+        found += [(float(scores[place]), segment, int(place)) for place in places if scores[place] > -np.inf]
+    found.sort(key=lambda one: -one[0])
+    # Of equal scores, all that may belong to the best are read, so that path and line decide and no segment.
+    last = found[min(limit, len(found)) - 1][0] if found else 0.0
+    return best_first(segment.found(place, score, extras) for score, segment, place in found if score >= last)[:limit]
+
+
+def _arrays_of(rows: Sequence[Row]) -> _Arrays:
+    """The arrays of a segment."""
+    arrays: _Arrays = {}
+    for exit_layer in rows[0].vectors:
+        vectors = np.stack([row.vectors[exit_layer] for row in rows]).astype(np.float32)
+        scales = np.maximum(np.abs(vectors).max(axis=1), np.finfo(np.float32).tiny) / 127
+        arrays[f"vectors_{exit_layer}"] = np.round(vectors / scales[:, None]).astype(np.int8)
+        arrays[f"scales_{exit_layer}"] = scales.astype(np.float32)
+        arrays[f"signs_{exit_layer}"] = np.packbits(vectors > 0, axis=1)
+    blobs = [
+        zlib.compress(
+            json.dumps({"row_id": row.row_id, "text_hash": row.text_hash, "snippet": asdict(row.snippet)}).encode(), 1
+        )
+        for row in rows
+    ]
+    arrays["rows"] = np.frombuffer(b"".join(blobs), dtype=np.uint8)
+    arrays["row_starts"] = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(row.file_id for row in rows))}
+    arrays["file_of_row"] = np.array([numbers[row.file_id] for row in rows], dtype=np.int64)
+    counts: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    lengths = []
+    for place, row in enumerate(rows):
+        words = row.words.split()
+        lengths.append(len(words))
+        for word, count in Counter(words).items():
+            counts[_word_key(word)].append((place, min(count, 255)))
+    arrays["lengths"] = np.array(lengths, dtype=np.int64)
+    ordered = sorted(counts)
+    postings = np.array([one for key in ordered for one in counts[key]], dtype=np.int64).reshape(-1, 2)
+    arrays["words"] = np.array(ordered, dtype=np.uint64)
+    arrays["word_starts"] = np.cumsum([0, *(len(counts[key]) for key in ordered)], dtype=np.int64)
+    arrays["word_rows"], arrays["word_counts"] = postings[:, 0].astype(np.uint32), postings[:, 1].astype(np.uint8)
+    return arrays
+
+
+def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What is known of each file of a segment, in the order of `file_of_row`."""
+    files: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        one = {"id": row.file_id, "hash": row.file_hash, "expected": row.file_rows, "rows": 0}
+        one |= {"path": row.snippet.path, "language": row.snippet.language}
+        known = files.setdefault(row.file_id, one)
+        known["rows"] += 1
+        if known["hash"] != row.file_hash:
+            known["expected"] = -1  # of two contents: not whole
+    return list(files.values())
+
+
+def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]]:
+    """The rows of several segments that are not gone, as one."""
+    arrays: _Arrays = {}
+    kept = [np.flatnonzero(one.alive) for one in segments]
+    names = [
+        "lengths",
+        *(f"{kind}_{exit_layer}" for exit_layer in segments[0].exits for kind in ("vectors", "scales", "signs")),
+    ]
+    for name in names:
+        arrays[name] = np.concatenate([one[name][places] for one, places in zip(segments, kept, strict=True)])
+    blobs = [
+        one["rows"][one["row_starts"][place] : one["row_starts"][place + 1]]
+        for one, places in zip(segments, kept, strict=True)
+        for place in places
+    ]
+    arrays["rows"] = np.concatenate(blobs)
+    arrays["row_starts"] = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
+    files: list[dict[str, Any]] = []
+    numbers, keys, rows, counts = [], [], [], []
+    first = 0
+    for one, places in zip(segments, kept, strict=True):
+        new_file = np.cumsum([len(files), *(file["id"] not in one.dead for file in one.files)])
+        numbers.append(new_file[one["file_of_row"][places]])
+        files += [file for file in one.files if file["id"] not in one.dead]
+        new_row = np.full(one.size, -1, dtype=np.int64)
+        new_row[places] = np.arange(first, first + len(places))
+        moved = new_row[one["word_rows"]]
+        stays = moved >= 0
+        keys.append(np.repeat(one["words"], np.diff(one["word_starts"]))[stays])
+        rows.append(moved[stays])
+        counts.append(one["word_counts"][stays])
+        first += len(places)
+    arrays["file_of_row"] = np.concatenate(numbers)
+    key, row, count = np.concatenate(keys), np.concatenate(rows), np.concatenate(counts)
+    order = np.lexsort((row, key))
+    arrays["words"], starts = np.unique(key[order], return_index=True)
+    arrays["word_starts"] = np.append(starts, len(key)).astype(np.int64)
+    arrays["word_rows"], arrays["word_counts"] = row[order].astype(np.uint32), count[order]
+    return arrays, files
+
+
+def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
+    """The arrays of a safetensors file, mapped into memory, and its files.
+
+    Raises:
+        OSError, ValueError, KeyError: it isn't there, or damaged.
+    """
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    start = 8 + int(content[:8].view("<u8")[0])
+    header = json.loads(content[8:start].tobytes()) if start <= len(content) else {}
+    files = json.loads(header.pop("__metadata__")["files"])
+    kinds = {"U8": np.uint8, "I8": np.int8, "U32": np.uint32, "I64": np.int64, "U64": np.uint64, "F32": np.float32}
+    arrays = {}
+    for name, one in header.items():
+        first, last = one["data_offsets"]
+        if start + last > len(content):
+            raise ValueError("a segment is cut short")
+        arrays[name] = content[start + first : start + last].view(kinds[one["dtype"]]).reshape(one["shape"])
+    return arrays, files
+
+
+def _word_key(word: str) -> int:
+    return int.from_bytes(blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
