@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.inference import encode as encode_module
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.search import embedder
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.ranking import Cascade
 from tests.search.samples import build, embedded, stored_rows, write_code
@@ -61,9 +61,11 @@ def test_the_best_of_the_shallow_exit_are_ranked_by_the_deep_one(indexes, checkp
 
 @pytest.mark.parametrize(("way", "passes"), [("text", [[1, 4], [4]]), ("stored", [[1, 4]])])
 def test_the_question_is_embedded_once_and_only_candidates_go_deeper(indexes, monkeypatch, way, passes):
-    encoded, encode = [], embedder.encode_exits
+    encoded, encode = [], encode_module.encode_exits
     monkeypatch.setattr(
-        embedder, "encode_exits", lambda *a, **o: encoded.append((len(a[2]), list(o["exit_layers"]))) or encode(*a, **o)
+        encode_module,
+        "encode_exits",
+        lambda *a, **o: encoded.append((len(a[2]), list(o["exit_layers"]))) or encode(*a, **o),
     )
     index = CodeIndex.open(indexes[way].store.location)
     index.search([QUESTION], method="vector", cascade=Cascade(4, candidates=6))

@@ -103,7 +103,6 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> No
 
 def run_index(arguments: argparse.Namespace) -> None:
     """`mose index`."""
-    _hide_loading_bars()
     index = _updated(arguments) or _built(arguments)
     report = index.report
     if arguments.json:
@@ -138,13 +137,13 @@ def _updated(arguments: argparse.Namespace) -> CodeIndex | None:
 
 def _built(arguments: argparse.Namespace) -> CodeIndex:
     """The index with the settings of the options."""
-    from modular_star_encoder.inference.checkpoints import load_config
+    from modular_star_encoder.search.embedder import Embedder
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
 
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     if arguments.exit_layers is None:
-        arguments.exit_layers = load_config(checkpoint).exit_layers
+        arguments.exit_layers = Embedder(checkpoint).config.exit_layers
     if arguments.exit_layers and _has_budget(arguments):
         raise UserError(
             "cli.search.budget", "--exit-layers names the exits, so --latency-ms and --memory-mb have none to choose."
@@ -178,7 +177,6 @@ def run_search(arguments: argparse.Namespace) -> None:
     if arguments.rerank_exit_layer is not None:
         chosen = {"candidates": arguments.candidates, "margin": arguments.margin}
         cascade = Cascade(arguments.rerank_exit_layer, **{k: v for k, v in chosen.items() if v is not None})
-    _hide_loading_bars()
     index, exit_layer = _opened(arguments)
     answers = index.search(
         arguments.questions,
@@ -236,17 +234,6 @@ def run_demo(arguments: argparse.Namespace) -> None:
         raise UserError("search.index.missing", "There is no index here or above. Make one with `mose index FOLDER`.")
     index = CodeIndex.open(location)
     serve(index, checkpoint=arguments.model, host=arguments.host, port=arguments.port, source=arguments.source)
-
-
-def _hide_loading_bars() -> None:
-    """Hide the bar of transformers, which would break ours; downloads keep theirs."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
-
-    downloads_hidden = are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    if not downloads_hidden:
-        enable_progress_bars()
 
 
 def _has_budget(arguments: argparse.Namespace) -> bool:

@@ -5,7 +5,6 @@ A checkpoint is a local folder or a repository of the Hub. Errors of the librari
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from modular_star_encoder.modeling import (
 )
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_folder
+from modular_star_encoder.utils.files import folder_checksum, staged_folder
 
 TOKENIZER_FILE = "tokenizer.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -121,12 +120,7 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
     if not folder.is_dir():
         # The Hub's cache keeps each commit in a folder of its name.
         return Path(hf_hub_download(os.fspath(checkpoint), "config.json")).parent.name
-    digest = hashlib.sha256()
-    patterns = ("config.json", TOKENIZER_FILE, "model*.safetensors")
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return folder_checksum(folder)
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:

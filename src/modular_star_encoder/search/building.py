@@ -84,7 +84,12 @@ def update_store(
     start = perf_counter()
     filters = FileFilters(tests=settings.tests, vendored=settings.vendored)
     reader = folder_repositories(
-        settings.root(store.location), languages=settings.languages, depth=0, filters=filters, may_be_empty=True
+        settings.root(store.location),
+        languages=settings.languages,
+        depth=0,
+        filters=filters,
+        may_be_empty=True,
+        obey_ignore_files=True,
     )
     writer = _Writer(store, settings, embedder, store.files())
     with tqdm(total=length_hint(reader), desc="indexing", unit="file", disable=not progress, leave=False) as bar:

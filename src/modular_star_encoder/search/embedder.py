@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modular_star_encoder.data.prompts import CODE_INSTRUCTION, SEP_TOKEN, code_prompt, text_prompt
-from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint, load_config
-from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.inference.exit_zero import ExitZero, has_exit_zero, read_config
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import folder_checksum
+
+if TYPE_CHECKING:
+    from modular_star_encoder.modeling import ModularStarEncoderConfig
 
 _KEPT_EMBEDDINGS = 20_000
 
@@ -34,7 +38,6 @@ class Embedder:
     Attributes:
         checkpoint: absolute path of the folder, or the repository's name.
         checksum: see `checkpoint_checksum`.
-        config: the configuration of the whole checkpoint.
 
     Args:
         checkpoint: a folder, or a repository of the Hub.
@@ -47,13 +50,41 @@ class Embedder:
     def __init__(self, checkpoint: str | os.PathLike[str], device: str | None = None) -> None:
         folder = Path(checkpoint).expanduser()
         self.checkpoint = str(folder.resolve()) if folder.is_dir() else shipped_checkpoint(os.fspath(checkpoint))
-        self.config = load_config(self.checkpoint)
-        self.checksum = checkpoint_checksum(self.checkpoint)
+        facts = read_config(self.checkpoint)
+        self.has_exit_zero = has_exit_zero(facts)
+        """Whether exit 0 needs no framework; then nothing of one is imported before a deeper exit is asked."""
+        if self.has_exit_zero:
+            self.checksum = folder_checksum(self.checkpoint)
+            self._instructions, sizes = facts["instruction_prompts"], facts.get("nested_dimensions") or ()
+            self._sizes = sorted({*sizes, facts["projection_size"]})
+        else:
+            from modular_star_encoder.inference.checkpoints import checkpoint_checksum
+
+            config = self.config
+            self.checksum = checkpoint_checksum(self.checkpoint)
+            self._instructions, sizes = config.instruction_prompts, getattr(config, "nested_dimensions", None) or ()
+            self._sizes = sorted({*sizes, config.projection_size})
         self._device = device
-        self._instructions = self.config.instruction_prompts
         self._model: Any = None
         self._tokenizer: Any = None
+        self._exit_zero: ExitZero | None = None
         self._known: OrderedDict[_Key, np.ndarray] = OrderedDict()
+
+    @cached_property
+    def config(self) -> ModularStarEncoderConfig:
+        """The configuration of the whole checkpoint."""
+        from modular_star_encoder.inference.checkpoints import load_config
+
+        return load_config(self.checkpoint)
+
+    def exits(self, exit_layer: int | None, exit_layers: Sequence[int] | None) -> tuple[int, ...]:
+        """The exits that are named; if none is, 0 where it needs no framework, else the deepest."""
+        if self.has_exit_zero and exit_layers is None and exit_layer in (None, 0):
+            # Under the ranking rules exit 0 answers nearly as well as the deepest, at a fraction of its cost.
+            return (0,)
+        if exit_layer is None and exit_layers is None:
+            exit_layer = self.config.num_hidden_layers  # also where a forward pass gives all exits unless told
+        return tuple(self.config.resolve_exits(exit_layer, exit_layers))
 
     def prompts(self) -> dict[str, str]:
         """Of questions and of code, where `{language}` stands for the language."""
@@ -66,14 +97,13 @@ class Embedder:
         Raises:
             ValueError: the model wasn't trained to have its embeddings cut there.
         """
-        nested = getattr(self.config, "nested_dimensions", None) or ()
-        sizes = sorted({*nested, self.config.projection_size})
-        if dimension is not None and dimension not in sizes:
+        if dimension is not None and dimension not in self._sizes:
             raise UserError(
                 "search.dimension",
-                f"{self.checkpoint} has embeddings of {' or '.join(map(str, sizes))} components, not {dimension}.",
+                f"{self.checkpoint} has embeddings of {' or '.join(map(str, self._sizes))} components, "
+                f"not {dimension}.",
             )
-        return dimension or self.config.projection_size
+        return dimension or self._sizes[-1]
 
     def load(self, exit_layer: int) -> Any:
         """The model with its layers up to an exit at least.
@@ -82,6 +112,9 @@ class Embedder:
             ValueError: an exit that it doesn't have.
             OSError: weights that can't be read.
         """
+        from modular_star_encoder.inference.checkpoints import load_checkpoint
+
+        _hide_loading_bars()
         if self._model is None or self._model.config.num_hidden_layers < exit_layer:
             self._model, self._tokenizer = load_checkpoint(self.checkpoint, exit_layer, self._device)
         return self._model
@@ -118,9 +151,31 @@ class Embedder:
         """Remember no embedding that was made before."""
         self._known.clear()
 
+    def prepare(self, exit_layers: Sequence[int]) -> None:
+        """Load what these exits need; UserError or OSError where it can't be read."""
+        if not (self.has_exit_zero and tuple(exit_layers) == (0,)):
+            self.load(max(exit_layers))
+        elif self._exit_zero is None:
+            self._exit_zero = ExitZero(self.checkpoint)
+
     def _encode(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
-        model = self.load(max(exit_layers))
-        return encode_exits(model, self._tokenizer, texts, exit_layers=exit_layers, progress=False)
+        self.prepare(exit_layers)
+        if self._exit_zero is not None and tuple(exit_layers) == (0,):
+            return {0: self._exit_zero.encode(texts)}
+        from modular_star_encoder.inference.encode import encode_exits
+
+        return encode_exits(self._model, self._tokenizer, texts, exit_layers=exit_layers, progress=False)
+
+
+def _hide_loading_bars() -> None:
+    """Hide the bar of transformers, which would break ours; downloads keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    downloads_hidden = are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if not downloads_hidden:
+        enable_progress_bars()
 
 
 def cut(embeddings: np.ndarray, dimension: int) -> np.ndarray:

@@ -105,10 +105,7 @@ class CodeIndex:
             )
         store = _store(os.path.join(os.path.expanduser(folder), INDEX_FOLDER) if location is None else location)
         embedder = Embedder(checkpoint, device)
-        if exit_layer is None and exit_layers is None:
-            # Exit 0 answers nearly as well as the deepest under the ranking rules, at a fraction of its cost.
-            exit_layer = 0 if 0 in embedder.config.exit_layers else embedder.config.num_hidden_layers
-        exits = embedder.config.resolve_exits(exit_layer, exit_layers)
+        exits = embedder.exits(exit_layer, exit_layers)
         settings = IndexSettings(
             checkpoint=embedder.checkpoint,
             checksum=embedder.checksum,
@@ -123,7 +120,9 @@ class CodeIndex:
         with _locked(store):
             stored = _kept_settings(store, rebuild)
             if stored is None:
-                embedder.load(exits[-1])  # weights that can't be read must not cost an index that can
+                embedder.questions(
+                    [""], exits, embedder.check_dimension(dimension)
+                )  # weights that can't be read must not cost an index that can
                 store.create(settings.to_dict())
             else:
                 asked, settings = settings, IndexSettings.from_dict(stored, store.location)

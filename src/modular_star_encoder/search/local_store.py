@@ -13,7 +13,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -414,5 +414,6 @@ def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
     return arrays, files
 
 
+@lru_cache(maxsize=500_000)
 def _word_key(word: str) -> int:
     return int.from_bytes(blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest(), "little")

@@ -1,9 +1,10 @@
 """Files and folders that appear complete or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def folder_checksum(
+    folder: str | os.PathLike[str], patterns: Sequence[str] = ("config.json", "tokenizer.json", "model*.safetensors")
+) -> str:
+    """The first 16 hexadecimal digits of a SHA-256 of the names and contents of a folder's files of these patterns."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in Path(folder).glob(pattern)}):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -135,6 +135,7 @@ def folder_repositories(
     depth: int | None = None,
     filters: FileFilters | None = None,
     may_be_empty: bool = False,
+    obey_ignore_files: bool = False,
 ) -> FileReader:
     """A reader of the code under `folder`.
 
@@ -144,7 +145,8 @@ def folder_repositories(
       folder make one more, named `"."`.
 
     With `depth`, repositories are the folders that many levels down, named by their path (`"a/b"` at depth 2; a file in
-    `a` itself belongs to `"a"`); at depth 0 the folder is one repository. Symbolic links are not followed. Hidden
+    `a` itself belongs to `"a"`); at depth 0 the folder is one repository. With `obey_ignore_files`, what git ignores is
+    left out (`IgnoreFiles`). Symbolic links are not followed. Hidden
     folders, virtual environments, `node_modules` and the like are not entered.
     """
     root = Path(folder).expanduser().resolve()
@@ -158,7 +160,7 @@ def folder_repositories(
     chosen = check_languages(languages)
     filters = filters or FileFilters()
     repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
-    for path, location in _source_files(root, set(chosen)):
+    for path, location in _source_files(root, set(chosen), obey_ignore_files):
         name = "/".join(path.parts[:-1][:depth]) if depth else root.name
         # Filtered by the whole path, so that a folder `tests` next to the sources is not a repository.
         repositories[name or "."].add(path, location, filters, inside=name if depth else "")
@@ -175,17 +177,29 @@ def _normalised_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _source_files(root: Path, languages: set[str]) -> Iterator[tuple[PurePath, Path]]:
+def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[PurePath, Path]]:
     """Yield (path relative to `root`, location) of every source file; no symbolic link is followed."""
+    ignored = None
+    if obey:
+        from modular_star_encoder.data.sources.ignore_files import IgnoreFiles
+
+        ignored = IgnoreFiles(root)
     for parent, folders, files in os.walk(root):
         if "pyvenv.cfg" in files:  # a virtual environment, whatever its name
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in CLOSED_FOLDERS]
+        folders[:] = [
+            name
+            for name in folders
+            if not (name.startswith(".") or name in CLOSED_FOLDERS)
+            and not (ignored and ignored.ignores(Path(parent, name), is_folder=True))
+        ]
         for name in files:
             location = Path(parent, name)
+            if language_of(location) not in languages or (ignored and ignored.ignores(location, is_folder=False)):
+                continue
             # Unlike Path.is_symlink, this raises nothing where a folder may be listed but not entered.
-            if language_of(location) in languages and not os.path.islink(location):
+            if not os.path.islink(location):
                 yield location.relative_to(root), location
 
 

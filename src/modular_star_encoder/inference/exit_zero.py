@@ -1,0 +1,80 @@
+"""Exit 0 without a deep learning framework: a table of the vocabulary, averaged and projected by numpy.
+
+Exit 0 of `ModularStarEncoderForRetrieval` runs no layer. Where its head is linear, the weighted mean of the projected
+tokens is the projected mean, so that the token table and the head fold into one table (V, D).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_NEEDED = {
+    "projection_head": "linear",
+    "projection_order": "pool_then_project",
+    "pooling": "mean",
+    "embedding_normalization": "l2",
+    "exit_norm": "none",
+    "token_weights": True,
+}
+_TEXTS_PER_BATCH = 512
+
+
+class ExitZero:
+    """Embeds texts at exit 0 of a checkpoint in a folder.
+
+    Example:
+        >>> ExitZero("hub_configs/mose-code").encode(["parse a header"]).shape
+        (1, 384)
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read the checkpoint; ValueError or OSError if it can't be read, or has no exit 0 of this kind."""
+        from safetensors import safe_open
+        from tokenizers import Tokenizer
+
+        folder = Path(folder)
+        if not has_exit_zero(read_config(folder)):
+            raise ValueError(f"{folder} has no exit 0 that numpy can run.")
+        with safe_open(folder / "model.safetensors", "np") as tensors:
+
+            def read(name: str) -> np.ndarray:
+                return tensors.get_tensor(name).astype(np.float32)
+
+            head = "projection_heads.0.dense."
+            table = read("model.embed_tokens.weight") @ read(f"{head}weight").T + read(f"{head}bias")
+            self._weights = np.maximum(read("model.token_weights.weight")[:, 0], 0)
+        self._table = table * self._weights[:, None]
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(read_config(folder)["max_position_embeddings"])
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """(N, D) float32 of length 1; zeros for a text without tokens."""
+        embeddings = np.zeros((len(texts), self._table.shape[1]), dtype=np.float32)
+        for start in range(0, len(texts), _TEXTS_PER_BATCH):
+            batch = self._tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_PER_BATCH]))
+            for place, encoding in enumerate(batch, start):
+                if encoding.ids:
+                    total = self._weights[encoding.ids].sum() or 1.0
+                    embeddings[place] = self._table[encoding.ids].sum(axis=0) / total
+        lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+        return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration of a checkpoint folder, unchecked; empty if there is none that can be read."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def has_exit_zero(config: dict[str, Any]) -> bool:
+    """Whether a checkpoint's exit 0 is one that `ExitZero` computes."""
+    return 0 in config.get("exit_layers", ()) and all(config.get(key) == value for key, value in _NEEDED.items())

@@ -1,0 +1,44 @@
+import subprocess
+import sys
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+from modular_star_encoder.inference.checkpoints import load_checkpoint
+from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.inference.exit_zero import ExitZero, has_exit_zero, read_config
+
+MODEL = str(files("modular_star_encoder.hub_configs") / "mose-code")
+TEXTS = ["parse an HTTP header", "def f(x):\n    return x + 1\n" * 200, "", "größe 🐍"]
+
+
+def test_numpy_embeds_what_the_model_embeds_at_exit_0():
+    model, tokenizer = load_checkpoint(MODEL)
+    expected = encode_exits(model, tokenizer, TEXTS, exit_layers=(0,), progress=False)[0]
+    embedded = ExitZero(MODEL).encode(TEXTS)
+    np.testing.assert_allclose(embedded, expected, atol=1e-5)
+    assert embedded[2].tolist() == [0.0] * 384
+
+
+def test_a_checkpoint_without_such_an_exit_is_refused(tmp_path):
+    assert has_exit_zero(read_config(MODEL))
+    assert not has_exit_zero(read_config(tmp_path))
+    for change in ({"exit_layers": [1]}, {"projection_head": "mlp"}, {"pooling": "lasttoken"}):
+        assert not has_exit_zero(read_config(MODEL) | change)
+    with pytest.raises(ValueError, match="exit 0"):
+        ExitZero(tmp_path)
+
+
+@pytest.mark.slow
+def test_search_imports_no_framework(tmp_path):
+    (tmp_path / "a.py").write_text("def parse_header(text):\n    return text.split(':')\n")
+    run = (
+        "import sys; from modular_star_encoder.cli.main import main; "
+        "folder = sys.argv[1]; "
+        "status = main(['index', folder]) or main(['search', 'parse a header', '--index', folder + '/.mose']); "
+        "print(status, sorted({'torch', 'transformers', 'sentence_transformers', 'datasets'} & set(sys.modules)))"
+    )
+    printed = subprocess.run([sys.executable, "-c", run, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "parse_header" in printed.stdout
+    assert printed.stdout.splitlines()[-1] == "0 []"
