@@ -120,9 +120,7 @@ class CodeIndex:
         with _locked(store):
             stored = _kept_settings(store, rebuild)
             if stored is None:
-                embedder.questions(
-                    [""], exits, embedder.check_dimension(dimension)
-                )  # weights that can't be read must not cost an index that can
+                embedder.prepare(exits)  # weights that can't be read must not cost an index that can
                 store.create(settings.to_dict())
             else:
                 asked, settings = settings, IndexSettings.from_dict(stored, store.location)

@@ -31,8 +31,8 @@ class UserError(ValueError):
 
 # Extra → modules that come with it; of several extras, the one that suits most people who meet the error.
 _MODULES = {
-    "train": "accelerate datasets evaluate jinja2 pydantic sklearn",
-    "search": "bm25s filelock lancedb pygments tree_sitter",
+    "train": "accelerate bm25s datasets evaluate jinja2 pydantic sklearn",
+    "search": "filelock pathspec pygments tree_sitter tree_sitter_language_pack",
     "dataset": "pyarrow rensa",
     "onnx": "onnx onnx_ir onnxruntime onnxscript",
     "demo": "gradio",
