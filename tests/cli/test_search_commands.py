@@ -176,3 +176,14 @@ def test_the_last_argument_may_be_the_folder_and_nothing_else_is_needed(code, ca
     assert (status, "parseHeader.js:2 " in out, "similarity and words" in out) == (0, True, True)
     monkeypatch.chdir(code)
     assert run(capsys, "search", "split a header into names", "--top-k", "1")[1].startswith("src/parseHeader.js:2 ")
+
+
+def test_related_code_is_found_from_a_place(indexed, capsys, monkeypatch):
+    monkeypatch.chdir(indexed / "src")
+    status, out, _ = run(capsys, "related", "add.go:4", "--top-k", "2", "--json")
+    hits = json.loads(out)["hits"]
+    assert (status, len(hits), any(hit["path"].endswith("add.go") for hit in hits)) == (0, 2, False)
+    status, _, err = run(capsys, "related", "add.go:1")
+    assert (status, "no code at line 1 of 'src/add.go'" in err) == (2, True)
+    status, _, err = run(capsys, "related", "add.go")
+    assert (status, "FILE:LINE" in err) == (2, True)

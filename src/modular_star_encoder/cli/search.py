@@ -79,6 +79,18 @@ def add_search_commands(commands: Any) -> None:
     search.add_argument("--json", action="store_true", help="print JSON")
     search.set_defaults(run=run_search)
 
+    related = commands.add_parser("related", help="find code that resembles the code at a line")
+    related.add_argument("place", metavar="FILE:LINE", help="for example src/app.py:120")
+    related.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
+    related.add_argument("--top-k", metavar="N", type=int, default=5, help="hits (default: 5)")
+    related.add_argument("--lines", metavar="N", type=int, default=3, help="lines of code to show (default: 3)")
+    related.add_argument("--json", action="store_true", help="print JSON")
+    related.set_defaults(run=run_related)
+
+    mcp = commands.add_parser("mcp", help="serve an index to agents (Model Context Protocol, stdin and stdout)")
+    mcp.add_argument("folder", metavar="FOLDER", nargs="?", default=".", help="what to serve (default: this folder)")
+    mcp.set_defaults(run=run_mcp)
+
     demo = commands.add_parser("demo", help="search an index on a page in the browser, two exits side by side")
     demo.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
     demo.add_argument("--model", metavar="CHECKPOINT", help="where the index's checkpoint is now, if it was moved")
@@ -224,16 +236,44 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     return index, exit_layer
 
 
+def run_related(arguments: argparse.Namespace) -> None:
+    """`mose related`."""
+    from modular_star_encoder.search.hits import Answer, format_answer
+
+    path, _, line = arguments.place.rpartition(":")
+    if not path or not line.isdigit():
+        raise UserError("cli.related.place", f"A place is FILE:LINE, such as src/app.py:120, not {arguments.place!r}.")
+    index = _found_index(arguments.index)
+    inside = os.path.relpath(os.path.realpath(path), os.path.realpath(index.folder)).replace(os.sep, "/")
+    hits = index.related(inside, int(line), top_k=arguments.top_k)
+    answer = Answer(arguments.place, hits, method="vector")
+    print(json.dumps(answer.to_dict(), indent=2) if arguments.json else format_answer(answer, lines=arguments.lines))
+
+
+def run_mcp(arguments: argparse.Namespace) -> None:
+    """`mose mcp`."""
+    from modular_star_encoder.search.index import CodeIndex
+    from modular_star_encoder.search.mcp_server import build_server
+
+    build_server(CodeIndex.build(arguments.folder, progress=False)).run("stdio")
+
+
 def run_demo(arguments: argparse.Namespace) -> None:
     """`mose demo`."""
     from modular_star_encoder.demo.serving import serve
+
+    index = _found_index(arguments.index)
+    serve(index, checkpoint=arguments.model, host=arguments.host, port=arguments.port, source=arguments.source)
+
+
+def _found_index(location: str | None) -> CodeIndex:
+    """The index that is named, or that of this folder or of one above it."""
     from modular_star_encoder.search.index import CodeIndex, find_index
 
-    location = arguments.index or find_index()
+    location = location or find_index()
     if location is None:
         raise UserError("search.index.missing", "There is no index here or above. Make one with `mose index FOLDER`.")
-    index = CodeIndex.open(location)
-    serve(index, checkpoint=arguments.model, host=arguments.host, port=arguments.port, source=arguments.source)
+    return CodeIndex.open(location)
 
 
 def _has_budget(arguments: argparse.Namespace) -> bool:

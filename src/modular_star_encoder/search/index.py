@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, get_args
+
+import numpy as np
 
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES, check_languages
 from modular_star_encoder.search.building import UpdateReport, update_store
@@ -28,6 +32,8 @@ from modular_star_encoder.search.vector_store import (
 from modular_star_encoder.utils.errors import UserError
 
 _SECONDS_FOR_THE_LOCK = 3
+_MOST_PIECES = 10_000
+"""Of one file, where the code at a line is looked for."""
 
 
 class CodeIndex:
@@ -246,6 +252,30 @@ class CodeIndex:
                 ranked = ranker.by_rules(question, vectors, top_k, where)
             answers.append(Answer(question, self._hits(ranked.found), ranked.margin, ranked.reranked, method))
         return answers
+
+    def related(self, path: str, line: int, *, top_k: int = 10, exit_layer: int | None = None) -> list[Hit]:
+        """Find the code that resembles the code at a line.
+
+        Args:
+            path: of a file of the index, from the folder that is indexed, with forward slashes.
+            line: 1-based.
+            top_k: hits, without the code itself.
+            exit_layer: one of the index's exits; the deepest if None.
+
+        Raises:
+            UserError: the index has no code at that line (`search.related.missing`), or no such exit.
+        """
+        self._refuse_another()
+        exit_layer = self.settings.check_exit(exit_layer, self.store.location)
+        zeros = np.zeros(self.settings.dimension, dtype=np.float32)
+        pattern = f"^{re.escape(readable_path(path))}$"
+        pieces = self.store.nearest(zeros, exit_layer, _MOST_PIECES, Filter(path=pattern), [exit_layer])
+        here = [one for one in pieces if one.snippet.first_line <= line <= one.snippet.last_line]
+        if not here:
+            raise UserError("search.related.missing", f"The index has no code at line {line} of {path!r}.")
+        found = self.store.nearest(here[0].vectors[exit_layer], exit_layer, top_k + 1, Filter())
+        others = [replace(one, exit_layer=exit_layer) for one in found if one.row_id != here[0].row_id]
+        return self._hits(others[:top_k])
 
     def ranker(self, exit_layer: int | None = None, cascade: Cascade | None = None) -> Ranker:
         """The ranker behind `search`, with the same arguments, for embedded questions.

@@ -37,6 +37,7 @@ _MODULES = {
     "onnx": "onnx onnx_ir onnxruntime onnxscript",
     "demo": "gradio",
     "plots": "matplotlib",
+    "mcp": "mcp",
     "mteb": "mteb",
     "peft": "peft",
     "qdrant": "qdrant_client",
