@@ -171,6 +171,22 @@ def test_a_folder_without_source_code_is_refused(tmp_path, checkpoint, capsys):
     assert (status, f"{str(tmp_path)!r} holds no source code" in err) == (2, True)
 
 
+def test_a_folder_without_an_index_is_never_stale_and_its_index_is_kept_in_the_cache(
+    code, checkpoint, capsys, monkeypatch, tmp_path
+):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    search = ("search", "brand_new", code, "--model", checkpoint, "--top-k", "1")
+    assert "brand_new" not in run(capsys, *search)[1]
+    write_code(code, {"stack.py": "def brand_new():\n    return 1\n"})
+    assert "brand_new" in run(capsys, *search)[1]
+    assert len(list(cache.glob("*/*/*/index.json"))) == 1
+    cache.chmod(0o500)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "brand_new" in run(capsys, *search)[1]
+    cache.chmod(0o700)
+
+
 def test_the_last_argument_may_be_the_folder_and_nothing_else_is_needed(code, capsys, monkeypatch):
     status, out, _ = run(capsys, "search", "split a header into names", code, "--explain", "--top-k", "1")
     assert (status, "parseHeader.js:2 " in out, "similarity and words" in out) == (0, True, True)

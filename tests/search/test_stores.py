@@ -221,6 +221,18 @@ def test_an_open_store_sees_what_another_writes(tmp_path):
     assert other.lexical(["first"], 9, Filter()) == []
 
 
+def test_a_reader_survives_a_merge_between_its_manifest_and_its_segments(tmp_path, monkeypatch):
+    one, other = LocalStore(tmp_path / "index"), LocalStore(tmp_path / "index")
+    one.create(SETTINGS)
+    for path in ("a.py", "b.py"):
+        one.replace_files([], rows(path, [f"text of {path}"]))
+    before, read = other._read(), other._read
+    one.finish()
+    answers = iter([before])
+    monkeypatch.setattr(other, "_read", lambda: next(answers, None) or read())
+    assert other.count() == 2
+
+
 def test_an_index_of_an_earlier_version_is_rebuilt_only_when_asked(tmp_path):
     (tmp_path / "index" / "snippets.lance").mkdir(parents=True)
     store = LocalStore(tmp_path / "index")

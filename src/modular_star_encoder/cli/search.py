@@ -56,7 +56,7 @@ def add_search_commands(commands: Any) -> None:
     )
     where = search.add_mutually_exclusive_group()
     where.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
-    where.add_argument("--folder", metavar="FOLDER", help="search a folder without an index; keeps nothing")
+    where.add_argument("--folder", metavar="FOLDER", help="search a folder without an index of its own")
     _add_checkpoint_options(search, "the one of the index, else mose-code")
     search.add_argument("--top-k", metavar="N", type=int, default=5, help="hits per question (default: 5)")
     search.add_argument("--languages", metavar="LIST", type=name_list, help="only these languages")
@@ -212,8 +212,8 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 
 def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
-    """The index to search and the exit to ask: the one named or found, else one of the folder, kept in memory."""
-    from modular_star_encoder.search.index import CodeIndex, find_index
+    """The index to search, and the exit to ask: the one named or found, else that of the folder in the cache."""
+    from modular_star_encoder.search.index import CodeIndex, cached_location, find_index
     from modular_star_encoder.search.local_store import LocalStore
     from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
 
@@ -228,8 +228,9 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     folder = arguments.folder or "."
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     exit_layer = _exit_by_budget(arguments, checkpoint)
+    location = cached_location(folder, checkpoint, exit_layer, arguments.languages)
     index = CodeIndex.build(
-        folder, LocalStore(), checkpoint=checkpoint, exit_layer=exit_layer, languages=arguments.languages
+        folder, LocalStore(location), checkpoint=checkpoint, exit_layer=exit_layer, languages=arguments.languages
     )
     if not index.store.count():
         raise UserError("search.folder.empty", f"{folder!r} holds no source code.")

@@ -26,6 +26,7 @@ from modular_star_encoder.search.vector_store import (
     ForeignDataError,
     Found,
     VectorStore,
+    content_hash,
     glob_expression,
     readable_path,
 )
@@ -361,6 +362,17 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
     start = Path(folder).expanduser().absolute()
     places = (place / INDEX_FOLDER for place in (start, *start.parents))
     return next((str(place) for place in places if place.is_dir()), None)
+
+
+def cached_location(folder: str | os.PathLike[str], *made_with: object) -> str | None:
+    """The place in the user's cache for the index of a folder without one of its own; None where that is read-only."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-star-encoder" / "search"
+    key = "\n".join([os.path.realpath(folder), *map(str, made_with)])
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return str(cache / content_hash(key)[:16]) if os.access(cache, os.W_OK) else None
 
 
 @contextmanager

@@ -148,8 +148,12 @@ class LocalStore:
 
     def _alive(self) -> Iterator[_Segment]:
         """The segments, with what is gone of each."""
-        for name, dead in self._existing()["segments"].items():
-            segment = self._segment(name)
+        try:
+            segments = [(self._segment(name), dead) for name, dead in self._existing()["segments"].items()]
+        except FileNotFoundError:  # merged by another process since the manifest was read
+            self._version = None
+            segments = [(self._segment(name), dead) for name, dead in self._existing()["segments"].items()]
+        for segment, dead in segments:
             segment.mark(dead)
             yield segment
 
@@ -205,6 +209,8 @@ class LocalStore:
                 raise KeyError(name)
             try:
                 self._segments[name] = _Segment(name, *_mapped(self.folder / f"{name}.safetensors"))
+            except FileNotFoundError:
+                raise
             except (OSError, ValueError, KeyError) as error:
                 raise self._unreadable(error) from error
         return self._segments[name]
