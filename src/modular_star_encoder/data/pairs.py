@@ -22,7 +22,7 @@ from modular_star_encoder.data.functions import (
     open_corpus,
 )
 from modular_star_encoder.data.languages.documentation import reads_as_prose
-from modular_star_encoder.data.languages.registry import language_named
+from modular_star_encoder.data.languages.registry import LANGUAGES, language_named
 from modular_star_encoder.data.sources.dataset_rows import (
     BadLine,
     Row,
@@ -164,7 +164,7 @@ def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExampl
         (columns.negative, columns.negative_language or columns.language),
     ):
         language = language_named(row[name])
-        if language is None:
+        if language not in LANGUAGES:
             return f"unknown {name}"
         snippets.append(Snippet(language, row[code] if code else ""))
     repository = row[columns.repository] or ""
@@ -268,11 +268,13 @@ def _parallel(settings: Any, progress: bool) -> SourceExamples:
         for language, solution in solutions.items():
             if solution is None:  # parquet has every language in every row
                 continue
-            known = language_named(language)
-            if reason := _not_code(solution) if known else f"language {language}, none of ours":
+            name_of_ours = language_named(language)
+            if name_of_ours not in LANGUAGES:
+                found.skip(f"language {language}, none of ours", place, solution, strict)
+            elif reason := _not_code(solution):
                 found.skip(reason, place, solution, strict)
             else:
-                snippets.append(Snippet(known or "", solution))
+                snippets.append(Snippet(name_of_ours, solution))
         if reason := not_unicode(slug):
             found.skip(reason, place, row, strict)
         elif len(snippets) > 1:

@@ -491,7 +491,7 @@ _CPP_LINE = re.compile(
 
 
 def language_entry(name: str) -> Language:
-    """The entry of a language; UserError (`data.language.unknown`) if `name` is not one of `LANGUAGES`."""
+    """The entry of a language; UserError (`data.language.unknown`) if `name` is unknown."""
     if name not in _LANGUAGE:
         raise UserError(
             "data.language.unknown", f"Language {name!r} is unknown. Available: {', '.join(SEARCH_LANGUAGES)}."
