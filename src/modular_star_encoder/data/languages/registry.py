@@ -18,7 +18,7 @@ Captures of an entry's query:
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -76,7 +76,17 @@ _FUNCTION_VALUES = (
 )
 _DECLARATOR = f"(variable_declarator name: (identifier) @name value: [{_FUNCTION_VALUES}])"
 _ASSIGNMENT = f"(assignment_expression left: [(identifier) (member_expression)] @name right: [{_FUNCTION_VALUES}])"
-_TYPESCRIPT_QUERY = f"""
+_SCRIPT_TEST_FOLDER, _SCRIPT_TEST_FILE = r"__(tests?|mocks|fixtures)__|spec", r".*[.-](test|spec)"
+_CLASS_FRAME = (b"class A {\n", b"\n}")
+_INTERFACE_FRAME = (b"interface A {\n", b"\n}")
+_CAMEL_CASE_TEST = r"Test[A-Z0-9].*|.*[a-z0-9](Tests?|TestCase)"
+_C_KEYWORDS = _words("if else for while switch return do catch sizeof defined")
+_C_GAP = rb'\s*(?:extern\s+"C"\s*)?'
+
+_TYPESCRIPT = Language(
+    name="typescript",
+    suffixes=(".ts", ".mts", ".cts"),
+    query=f"""
         [(function_declaration name: (_) @name body: (_) @body)
          (generator_function_declaration name: (_) @name body: (_) @body)
          (method_definition name: (_) @name body: (_) @body)] @function
@@ -91,13 +101,11 @@ _TYPESCRIPT_QUERY = f"""
          (interface_declaration name: (_) @name) (internal_module name: (_) @name)] @scope
         (comment) @comment
         [(template_string) (string)] @verbatim
-        """
-_SCRIPT_TESTS = {"test_folder": r"__(tests?|mocks|fixtures)__|spec", "test_file": r".*[.-](test|spec)"}
-_CLASS_FRAME = (b"class A {\n", b"\n}")
-_INTERFACE_FRAME = (b"interface A {\n", b"\n}")
-_CAMEL_CASE_TEST = r"Test[A-Z0-9].*|.*[a-z0-9](Tests?|TestCase)"
-_C_KEYWORDS = _words("if else for while switch return do catch sizeof defined")
-_C_GAP = rb'\s*(?:extern\s+"C"\s*)?'
+        """,
+    documented_by_blocks=True,
+    test_folder=_SCRIPT_TEST_FOLDER,
+    test_file=_SCRIPT_TEST_FILE,
+)
 
 _ENTRIES = (
     Language(
@@ -147,7 +155,8 @@ _ENTRIES = (
         gap=rb"\s*(?:export\s+(?:default\s+)?)?(?:(?:var|let|const)\s+)?",
         constructors=_words("constructor"),
         special_methods=_words("toString toLocaleString valueOf"),
-        **_SCRIPT_TESTS,
+        test_folder=_SCRIPT_TEST_FOLDER,
+        test_file=_SCRIPT_TEST_FILE,
     ),
     Language(
         name="go",
@@ -280,20 +289,8 @@ _ENTRIES = (
         special_methods=_words("main"),
         special_method=r"operator(?:[\W\d].*)?",
     ),
-    Language(
-        name="typescript",
-        suffixes=(".ts", ".mts", ".cts"),
-        query=_TYPESCRIPT_QUERY,
-        documented_by_blocks=True,
-        **_SCRIPT_TESTS,
-    ),
-    Language(
-        name="tsx",
-        suffixes=(".tsx",),
-        query=_TYPESCRIPT_QUERY,
-        documented_by_blocks=True,
-        **_SCRIPT_TESTS,
-    ),
+    _TYPESCRIPT,
+    replace(_TYPESCRIPT, name="tsx", suffixes=(".tsx",)),
     Language(
         name="rust",
         suffixes=(".rs",),
