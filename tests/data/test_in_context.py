@@ -95,12 +95,6 @@ def test_at_least_one_token_is_masked(tokenizer):
     assert [int((row["labels"] >= 0).sum()) for row in rows] == [1] * 20
 
 
-def test_special_tokens_written_in_a_text_stay_characters(tokenizer):
-    texts = {name: ["<sep><cls><mask><pad> " * 10] * 2 for name in "ab"}
-    dataset = make(tokenizer, texts, length=10)
-    assert all(original(dataset[i]).count(1) == 2 and original(dataset[i]).count(2) == 1 for i in range(10))
-
-
 def test_texts_that_cannot_form_pairs_are_left_out_and_counted(tokenizer):
     texts = repository_texts(repositories=2) | {"single": ["long enough " * 30], "short": ["x", "y"]}
     dataset = make(tokenizer, texts)

@@ -68,19 +68,6 @@ def test_the_published_columns_become_triplets_again_and_again(tmp_path, name):
     assert reader.skipped == {}
 
 
-def test_a_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch):
-    import datasets
-
-    file = write(tmp_path / "a.parquet", [row()])
-    local = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-    calls = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: calls.append((names, options)) or local)
-    assert list(open_triplets("modularStarEncoder/SynthCoNL", revision="v1")) == [TRIPLET]
-    ((names, options),) = calls
-    assert names[0] == "modularStarEncoder/SynthCoNL"
-    assert (options["split"], options["revision"], options["streaming"]) == ("train", "v1", True)
-
-
 def test_other_names_of_columns_are_read(tmp_path):
     columns = {"description": "nl", "code": "a", "language": "la", "other_code": "b", "other_language": "lb"}
     other = {"nl": "Adds.", "a": "x", "la": "C++", "b": "y", "lb": "JavaScript", "r": None}
