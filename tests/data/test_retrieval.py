@@ -62,20 +62,6 @@ def test_bad_input_is_refused_in_one_sentence(tokenizer):
         make(bare)
 
 
-def test_batches_are_padded_on_the_left_and_keep_the_order(tokenizer):
-    dataset = make(tokenizer)
-    rows = [dataset[i] for i in range(6)]
-    batch = RetrievalCollator(tokenizer)(rows)
-    assert set(batch) == {"query", "document"}
-    for side, inputs in batch.items():
-        assert set(inputs) == {"input_ids", "attention_mask"}
-        assert (inputs["attention_mask"] == 0).any()
-        for row, ids, mask in zip(rows, inputs["input_ids"], inputs["attention_mask"], strict=True):
-            assert torch.equal(ids[mask.bool()], row[f"{side}_ids"])
-            assert ids[-1] == 2
-            assert set(ids[~mask.bool()].tolist()) <= {0}
-
-
 def parallel_texts(count=12):
     """Triplets whose snippets have a word to rename."""
     python = "def table{0}():\n    column = {0}\n    return column + column"
