@@ -208,23 +208,15 @@ extern "C" ⟦void h() {}⟧
 }
 """
 
-MARKED = {
-    "python": PYTHON,
-    "java": JAVA,
-    "go": GO,
-    "php": PHP,
-    "ruby": RUBY,
-    "javascript": JAVASCRIPT,
-    "c": C,
-    "cpp": CPP,
-}
+MARKED = {"python": PYTHON, "java": JAVA, "go": GO, "php": PHP}
+MARKED |= {"ruby": RUBY, "javascript": JAVASCRIPT, "c": C, "cpp": CPP}
 
 # Language → name → description of every function.
 NAMES = {
     "python": {
         "Ähre.wächst": "Return the size after growing.",
         "läuft": "Run to the end of it.",
-        **dict.fromkeys(["Ähre.wächst.inner"], ""),
+        "Ähre.wächst.inner": "",
     },
     "java": {
         "Größe.größe": "Returns the size of ä.",
@@ -233,7 +225,7 @@ NAMES = {
     "go": {
         "Stack.Push": "Push puts é on top of the stack.",
         "F": "F is documented by a block.",
-        **dict.fromkeys(["g"], ""),
+        "g": "",
     },
     "php": {
         "größe": "Grows the ähre, see Foo.",

@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from modular_star_encoder.data.collators import PackingCollator, PaddingCollator
 from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from modular_star_encoder.objectives.exit_losses import InContextObjective
-from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.data.samples import WORDS
 from tests.errors import raises
 from tests.tiny import tiny_model
@@ -68,28 +65,6 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(tokenizer, rows, bac
     assert set(gradients) == set(expected)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5, msg=name)
-
-
-def trained(tokenizer, collator, folder, workers=0):
-    every_step = {"max_steps": 2, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
-    sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "dataloader_num_workers": workers}
-    quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none"}
-    arguments = TrainingArguments(output_dir=str(folder), learning_rate=1e-2, **every_step, **sizes, **quiet)
-    pairs = pairs_of_many_lengths(tokenizer)
-    data = {"train_dataset": pairs, "eval_dataset": pairs, "data_collator": collator}
-    trainer = MultiExitTrainer(model_for(tokenizer), arguments, InContextObjective(), **data)
-    trainer.train()
-    return trainer.state.log_history
-
-
-@pytest.mark.slow
-def test_the_trainer_takes_the_same_steps_as_with_padding(tokenizer, tmp_path):
-    padded = trained(tokenizer, PaddingCollator(tokenizer), tmp_path / "padded")
-    packed = trained(tokenizer, PackingCollator(tokenizer), tmp_path / "packed", workers=1)
-    for name in ("loss", "grad_norm", "mlm_loss_exit_4", "icc_loss_exit_1", "eval_loss", "eval_icc_loss_exit_4"):
-        ours, expected = ([log[name] for log in history if name in log] for history in (packed, padded))
-        assert len(ours) == (1 if name.startswith("eval") else 2)
-        assert ours == pytest.approx(expected, rel=1e-4), name
 
 
 def test_too_many_tokens_and_unfinished_rows_are_refused(tokenizer, rows):

@@ -185,15 +185,6 @@ def test_collecting_filters_drops_repeated_code_and_counts_everything():
     }
 
 
-def test_several_processes_give_the_same_functions_in_the_same_order(monkeypatch):
-    monkeypatch.setattr(functions, "_FILES_PER_CHUNK", 2)
-    files = [source(good(f"f{i}", number=i), path=f"{i}.py") for i in range(25)]
-    alone = collect_functions(files, processes=1, progress=False)
-    together = collect_functions(iter(files), processes=2, progress=False)
-    assert [one.name for one in alone.functions] == [f"f{i}" for i in range(25)]
-    assert together == alone
-
-
 def find_or_die(text, *arguments, **options):
     if "DEADLY" in text:
         os._exit(1)
@@ -217,12 +208,9 @@ def test_keys_ignore_layout_and_punctuation_only():
     assert description_key("Return the Index.") == description_key("return (the) index") != description_key("the index")
 
 
-def test_an_identifier_is_the_same_in_every_run():
+def test_an_identifier_is_the_same_in_every_run_and_tells_functions_apart():
     assert function_id(function()) == "cd8ab7017bc4282883e87ef5f3d2370e"
     assert function_id(function()) == function_id(replace(function(), name="x", description="y", license="MIT"))
-
-
-def test_an_identifier_tells_apart_what_is_not_the_same_function():
     changes = {"repository": "r", "path": "p", "language": "go", "line": 9, "start_byte": 9, "source": "x", "code": "y"}
     others = {function_id(replace(function(), **{name: value})) for name, value in changes.items()}
     assert len(others - {function_id(function())}) == len(changes)
@@ -240,23 +228,12 @@ def test_an_identifier_tells_apart_what_is_not_the_same_function():
         ({"code": "def f():\n\n\n    return 1"}, "code of fewer than 3 lines"),
         ({"name": "A.__len__"}, "special method"),
         ({"name": "A.runTest"}, "name contains test"),
+        *(({"description": text}, None) for text in ("just three words", "word " * 256, "Résumé of the naïve façade")),
+        ({"name": "TestCase.run"}, None),
     ],
 )
-def test_each_rule_drops_what_it_names(changes, reason):
+def test_each_rule_drops_what_it_names_and_keeps_values_on_its_limit(changes, reason):
     assert drop_reason(replace(function(), **changes)) == reason
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"description": "just three words"},
-        {"description": "word " * 256},
-        {"description": "Résumé of the naïve façade"},
-        {"name": "TestCase.run"},
-    ],
-)
-def test_rules_keep_values_on_their_limits(changes):
-    assert drop_reason(replace(function(), **changes)) is None
 
 
 @pytest.mark.parametrize(
@@ -302,11 +279,6 @@ def test_each_outermost_function_is_a_text_of_a_corpus_of_functions(corpus):
     assert [file.repository for file in corpus.skip(1)] == ["b"]
     assert [file.repository for file in corpus.shard(0, 2)] == ["a"]
     assert list(corpus.skip(1).shard(1, 2)) == []
-
-
-def test_unknown_snippets_are_refused(tmp_path):
-    with raises("data.corpus.snippets", "classes"):
-        open_corpus({"folder": str(tmp_path), "snippets": "classes"})
 
 
 HUB = {

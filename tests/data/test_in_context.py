@@ -2,8 +2,6 @@ import re
 
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader
 from transformers import AddedToken
 
 from modular_star_encoder.data.collators import PaddingCollator
@@ -95,12 +93,6 @@ def test_at_least_one_token_is_masked(tokenizer):
     assert [int((row["labels"] >= 0).sum()) for row in rows] == [1] * 20
 
 
-def test_special_tokens_written_in_a_text_stay_characters(tokenizer):
-    texts = {name: ["<sep><cls><mask><pad> " * 10] * 2 for name in "ab"}
-    dataset = make(tokenizer, texts, length=10)
-    assert all(original(dataset[i]).count(1) == 2 and original(dataset[i]).count(2) == 1 for i in range(10))
-
-
 def test_texts_that_cannot_form_pairs_are_left_out_and_counted(tokenizer):
     texts = repository_texts(repositories=2) | {"single": ["long enough " * 30], "short": ["x", "y"]}
     dataset = make(tokenizer, texts)
@@ -141,22 +133,6 @@ def test_padding_follows_the_tokenizer_and_is_ignored(tokenizer, side):
         assert set(batch["labels"][i][~real].tolist()) <= {-100}
         assert real[-1 if side == "left" else 0]
         assert batch["icc_labels"][i] == row["icc_label"]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_processes_and_workers_share_out_the_same_rows(tokenizer, processes, workers):
-    """As `Trainer` has accelerate share out batches: each to one process, the next to the next."""
-    dataset = make(tokenizer, length=24)
-    received = [[] for _ in range(processes)]
-    for rank in range(processes):
-        loader = DataLoader(dataset, batch_size=4, collate_fn=list, num_workers=workers)
-        shared_out = prepare_data_loader(loader, num_processes=processes, process_index=rank, put_on_device=False)
-        received[rank] = list(shared_out)
-    assert [len(batches) for batches in received] == [6 // processes] * processes
-    rows = [row for turn in zip(*received, strict=True) for batch in turn for row in batch]
-    assert len(rows) == len(dataset)
-    assert all(torch.equal(row[name], dataset[i][name]) for i, row in enumerate(rows) for name in row)
 
 
 def test_special_tokens_without_a_role_are_never_drawn():

@@ -68,19 +68,6 @@ def test_the_published_columns_become_triplets_again_and_again(tmp_path, name):
     assert reader.skipped == {}
 
 
-def test_a_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch):
-    import datasets
-
-    file = write(tmp_path / "a.parquet", [row()])
-    local = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-    calls = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: calls.append((names, options)) or local)
-    assert list(open_triplets("modularStarEncoder/SynthCoNL", revision="v1")) == [TRIPLET]
-    ((names, options),) = calls
-    assert names[0] == "modularStarEncoder/SynthCoNL"
-    assert (options["split"], options["revision"], options["streaming"]) == ("train", "v1", True)
-
-
 def test_other_names_of_columns_are_read(tmp_path):
     columns = {"description": "nl", "code": "a", "language": "la", "other_code": "b", "other_language": "lb"}
     other = {"nl": "Adds.", "a": "x", "la": "C++", "b": "y", "lb": "JavaScript", "r": None}
@@ -99,13 +86,6 @@ def test_a_hard_negative_has_its_own_language_or_that_of_a_code(tmp_path, column
         list(open_triplets(file, columns=columns, strict=True))
 
 
-def test_columns_that_do_not_exist_are_refused(tmp_path):
-    with raises("data.source.column", "worse"):
-        open_triplets(write(tmp_path / "a.parquet", [row()]), columns=TripletColumns(negative="worse"))
-    with raises("data.triplets.negative_language", "lb"):
-        TripletColumns(negative_language="lb")
-
-
 def test_a_folder_gives_the_files_of_a_split(tmp_path):
     for number, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"]):
         write(tmp_path / "data" / f"{name}.parquet", [row(number)])
@@ -115,17 +95,14 @@ def test_a_folder_gives_the_files_of_a_split(tmp_path):
         open_triplets(tmp_path, split="test")
 
 
-def test_a_folder_without_splits_is_read_whole_in_order(tmp_path):
+def test_a_folder_without_splits_is_read_whole_in_order_and_so_are_files_without_rows(tmp_path):
     write(tmp_path / "b" / "c.jsonl", [row(1)])
     write(tmp_path / "a.jsonl.gz", [row(0)])
     assert repositories(open_triplets(tmp_path)) == ["0", "1"]
-
-
-def test_row_groups_without_rows_are_read(tmp_path):
-    write(tmp_path / "a.parquet", [row(0)])
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row()]).slice(0, 0), tmp_path / "b.parquet")
-    write(tmp_path / "c.parquet", [row(1)])
-    assert repositories(open_triplets(tmp_path)) == ["0", "1"]
+    write(tmp_path / "parquet" / "a.parquet", [row(2)])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row()]).slice(0, 0), tmp_path / "parquet" / "b.parquet")
+    write(tmp_path / "parquet" / "c.parquet", [row(3)])
+    assert repositories(open_triplets(tmp_path / "parquet")) == ["2", "3"]
 
 
 def test_the_report_of_near_deduplication_holds_no_rows(tmp_path):
@@ -213,6 +190,8 @@ def test_damaged_files_are_one_sentence_with_their_name(tmp_path):
 def test_sources_without_rows_are_refused(tmp_path):
     with raises("data.source.column", "func2", "repository_name"):
         open_triplets(write(tmp_path / "a.parquet", [row(without="func2")]))
+    with raises("data.triplets.negative_language", "lb"):
+        TripletColumns(negative_language="lb")
     with raises("data.source.no_files"):
         open_triplets(tmp_path / "none.jsonl")
     (tmp_path / "folder").mkdir()
@@ -231,13 +210,6 @@ def test_a_row_without_a_text_is_named(tmp_path):
 
 def read(settings):
     return read_retrieval_examples(settings, progress=False)
-
-
-def test_a_triplet_is_prose_and_two_snippets_under_any_names_of_columns(tmp_path):
-    assert read({"triplets": str(write(tmp_path / "rows.jsonl", [row()]))})["triplets"].texts == [TRIPLET]
-    file = str(write(tmp_path / "rows.jsonl", [row(without="func_documentation_string", doc="Adds two numbers.")]))
-    found = read({"triplets": {"source": file, "columns": {"description": "doc"}}})
-    assert found["triplets"].texts[0].description == "Adds two numbers."
 
 
 BAD_FOR_TRAINING = {

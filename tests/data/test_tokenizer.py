@@ -45,12 +45,6 @@ def test_every_text_comes_back_from_its_ids_and_digits_stand_alone(tokenizer):
     assert len(ids) < len("1234 years")
 
 
-def test_a_prompt_brings_its_inner_separator(tokenizer):
-    ids = tokenizer(code_prompt("python") + "load x")["input_ids"]
-    assert ids.count(1) == 2
-    assert ids[0] == 1
-
-
 def test_a_reloaded_tokenizer_gives_identical_ids(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     reloaded = AutoTokenizer.from_pretrained(tmp_path)

@@ -29,10 +29,8 @@ def pad_inputs(
     rows: Sequence[torch.Tensor], pad_token_id: int, side: str, multiple_of: int = 1
 ) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, both int64 of shape (rows, length)."""
-    return {
-        "input_ids": pad_rows(rows, pad_token_id, side, multiple_of),
-        "attention_mask": pad_rows([torch.ones_like(row) for row in rows], 0, side, multiple_of),
-    }
+    mask = pad_rows([torch.ones_like(row) for row in rows], 0, side, multiple_of)
+    return {"input_ids": pad_rows(rows, pad_token_id, side, multiple_of), "attention_mask": mask}
 
 
 class _Padding:
@@ -107,11 +105,8 @@ class PackingCollator:
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         total, longest = int(bounds[-1]), int(lengths.max())
         if self._max_tokens is not None and total > self._max_tokens:
-            raise UserError(
-                "data.packing.too_long",
-                f"{len(rows)} rows have {total} tokens together, above max_tokens={self._max_tokens}; "
-                "use smaller batches or a larger limit.",
-            )
+            message = f"{len(rows)} rows have {total} tokens, above max_tokens={self._max_tokens}; use smaller batches."
+            raise UserError("data.packing.too_long", message)
         input_ids = torch.cat([row["input_ids"] for row in rows])
         if (input_ids[bounds[1:] - 1] != self._cls).any():
             raise UserError("data.packing.unfinished", "Every row must end with <cls>, as those of InContextPairs do.")

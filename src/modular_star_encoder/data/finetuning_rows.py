@@ -16,9 +16,6 @@ from modular_star_encoder.data.splits import TEXT_TO_CODE, BatchPlan
 from modular_star_encoder.data.tokenizer import ContentEncoder, check_special_tokens, encode_content
 from modular_star_encoder.utils.errors import UserError
 
-MIN_OCCURRENCES, MIN_CHARACTERS = 3, 3
-SHORTEST_NAME, LONGEST_NAME = 3, 8
-
 _WORD = re.compile(r"\b[^\W\d]\w*")
 _LETTERS = np.array(list(string.ascii_lowercase))
 
@@ -33,18 +30,16 @@ def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
     taken = set(counts)
     names: dict[str, str] = {}
     for word, count in counts.items():
-        if count >= MIN_OCCURRENCES and len(word) >= MIN_CHARACTERS:
+        if count >= 3 and len(word) >= 3:
             name = word
             while name in taken:
-                length = generator.integers(SHORTEST_NAME, LONGEST_NAME + 1)
-                name = "".join(generator.choice(_LETTERS, size=length))
+                name = "".join(generator.choice(_LETTERS, size=generator.integers(3, 9)))
             names[word] = name
             taken.add(name)
     return _WORD.sub(lambda match: names.get(match[0], match[0]), code)
 
 
-# Streams of random numbers besides those of `BatchPlan`.
-_SNIPPETS, _NAMES = 10, 11
+_SNIPPETS, _NAMES = 10, 11  # streams of random numbers besides those of `BatchPlan`
 
 
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
@@ -117,14 +112,11 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
     def mean_tokens(self) -> tuple[float, float]:
         """Mean tokens of a description and of a snippet as the encoder reads them, framed (all alike) and truncated."""
-        longest = max((before for before, _ in self._code_frames.values()), key=len)
+        frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
-        for rows, limit, before in (
-            (self._descriptions, self._limits[0], self._text_frame[0]),
-            (self._codes, self._limits[1], longest),
-        ):
+        for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
             lengths = np.diff(rows.bounds)
-            framed = np.minimum(lengths[lengths > 0] + len(before) + 1, limit)
+            framed = np.minimum(lengths[lengths > 0] + before + 1, limit)
             means.append(float(framed.mean()) if len(framed) else 0.0)
         return means[0], means[1]
 
@@ -192,9 +184,6 @@ def _framed(content: np.ndarray, frame: tuple[list[int], int], max_tokens: int) 
     return torch.from_numpy(np.concatenate([before, content, [after]]).astype(np.int64))
 
 
-_SPECIAL_TOKENS = 3
-
-
 class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
     """Rows of clone detection, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, version 2).
 
@@ -207,11 +196,10 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         """Tokenize each snippet once."""
         check_special_tokens(tokenizer, "sep", "cls")
-        if max_tokens < _SPECIAL_TOKENS + 2:
-            message = f"max_tokens must be at least {_SPECIAL_TOKENS + 2}, not {max_tokens}."
-            raise UserError("data.pairs.max_tokens", message)
+        if max_tokens < 5:  # three are special
+            raise UserError("data.pairs.max_tokens", f"max_tokens must be at least 5, not {max_tokens}.")
         self.pairs = pairs
-        self._sep, self._cls, self._room = tokenizer.sep_token_id, tokenizer.cls_token_id, max_tokens - _SPECIAL_TOKENS
+        self._sep, self._cls, self._room = tokenizer.sep_token_id, tokenizer.cls_token_id, max_tokens - 3
         self._codes = encode_content(tokenizer, pairs.codes, progress=progress, description="Code")
 
     def __len__(self) -> int:

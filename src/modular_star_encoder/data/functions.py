@@ -70,20 +70,14 @@ def description_key(description: str) -> str:
     return "".join(filter(str.isalnum, description.lower()))
 
 
-MIN_DESCRIPTION_WORDS = 3
-MAX_DESCRIPTION_WORDS = 256
-MIN_CODE_LINES = 3
-
-
 def drop_reason(function: DocumentedFunction) -> str | None:
     """The first rule by which `function` is dropped, or None."""
-    words = sum(any(map(str.isalnum, word)) for word in function.description.split())
-    if not MIN_DESCRIPTION_WORDS <= words <= MAX_DESCRIPTION_WORDS:
+    if not 3 <= sum(any(map(str.isalnum, word)) for word in function.description.split()) <= 256:
         return "description not of 3 to 256 words"
     letters = [character for character in function.description if character.isalpha()]
     if 2 * sum(map(str.isascii, letters)) <= len(letters):  # a coarse test of "written in English"
         return "description mostly not ASCII"
-    if sum(bool(line.strip()) for line in function.code.splitlines()) < MIN_CODE_LINES:
+    if sum(bool(line.strip()) for line in function.code.splitlines()) < 3:
         return "code of fewer than 3 lines"
     entry = language_entry(function.language)
     outer, _, name = function.name.rpartition(".")
@@ -146,10 +140,8 @@ def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress:
     """
     counts: Counter[str] = Counter()
     kept: dict[str, DocumentedFunction] = {}
-    found = 0
-    with tqdm(
-        desc="Extracting functions", total=length_hint(files) or None, unit=" files", disable=not progress
-    ) as bar:
+    found, total = 0, length_hint(files) or None
+    with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
         for functions, chunk_counts in filtered_functions(files, processes):
             counts += chunk_counts
             found += len(functions)
@@ -175,17 +167,23 @@ def filtered_functions(
 def _filtered(files: list[SourceFile]) -> tuple[list[DocumentedFunction], Counter[str]]:
     counts: Counter[str] = Counter(files=len(files))
     kept: list[DocumentedFunction] = []
-    for file in files:
-        if file.language not in LANGUAGES:
-            counts["files in an unsupported language"] += 1
-            continue
-        for function in extract_functions(file, counts):
-            counts["documented functions"] += 1
-            if reason := drop_reason(function):
-                counts[f"dropped: {reason}"] += 1
-            else:
-                kept.append(function)
+    for function in (one for found in _functions_by_file(files, counts, True) for one in found):
+        counts["documented functions"] += 1
+        if reason := drop_reason(function):
+            counts[f"dropped: {reason}"] += 1
+        else:
+            kept.append(function)
     return kept, counts
+
+
+def _functions_by_file(
+    files: list[SourceFile], counts: Counter[str], documented_only: bool
+) -> Iterator[list[DocumentedFunction]]:
+    for file in files:
+        if file.language in LANGUAGES:
+            yield extract_functions(file, counts, documented_only)
+        else:
+            counts["files in an unsupported language"] += 1
 
 
 def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
@@ -213,9 +211,8 @@ class FunctionFiles(SourceReader):
         return type(self)(self._files.shard(index, count))
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
-        for functions, counts in crash_safe_map(
-            _outer_functions, self._files, processes=2, chunk_size=_FILES_PER_CHUNK, crashed=_crashed
-        ):
+        extract = partial(crash_safe_map, _outer_functions, processes=2, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
+        for functions, counts in extract(self._files):
             for reason in _REASONS.keys() & counts.keys():
                 skipped[_REASONS[reason]] += counts[reason]
             yield from functions
@@ -232,12 +229,9 @@ _REASONS = {
 def _outer_functions(files: list[SourceFile]) -> tuple[list[SourceFile], Counter[str]]:
     found: list[SourceFile] = []
     counts: Counter[str] = Counter()
-    for file in files:
-        if file.language not in LANGUAGES:
-            counts["files in an unsupported language"] += 1
-            continue
+    for functions in _functions_by_file(files, counts, False):
         end = 0
-        for one in extract_functions(file, counts, documented_only=False):
+        for one in functions:
             if (one.start_byte or 0) >= end:
                 end = one.end_byte or 0
                 path = f"{one.path}#L{one.line}"
@@ -296,8 +290,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     return FunctionFiles(files) if snippets == "functions" else files
 
 
-# Of each, the name of the column on the Hub (`code_search_net`) and of the field in its authors' JSON lines
-# (github.com/github/CodeSearchNet, README, "Data Format").
+# Names of the columns on the Hub (`code_search_net`) and in the authors' JSON lines (github.com/github/CodeSearchNet).
 _CODESEARCHNET_COLUMNS = {
     "language": ("language", "language"),
     "code": ("func_code_string", "code"),
@@ -329,15 +322,13 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
     Its code is the row's, in Python without the docstring: with it, BM25 reaches an MRR of 97 %. The line is that of
     the row's URL, 0 without one. LeakingDocstringError: Python code that does not parse, or is only a docstring.
     """
-    values = {
-        what: next((row[name] for name in names if isinstance(row.get(name), str)), None)
-        for what, names in _CODESEARCHNET_COLUMNS.items()
-    }
-    missing = [" or ".join(dict.fromkeys(_CODESEARCHNET_COLUMNS[one])) for one in _REQUIRED if values[one] is None]
-    if missing:
-        message = f"A row of CodeSearchNet needs text in the column {', '.join(missing)}."
-        raise UserError("data.codesearchnet.column", message)
-    texts = {what: value or "" for what, value in values.items()}
+    texts: dict[str, str] = {}
+    for what, names in _CODESEARCHNET_COLUMNS.items():
+        found = [row[name] for name in names if isinstance(row.get(name), str)]
+        if not found and what in _REQUIRED:
+            message = f"A row of CodeSearchNet needs text in the column {' or '.join(dict.fromkeys(names))}."
+            raise UserError("data.codesearchnet.column", message)
+        texts[what] = found[0] if found else ""
     language = language_entry(language_named(texts["language"]) or texts["language"]).name
     line = re.search(r"#L(\d+)", texts["url"])
     code = texts["code"].replace("\r\n", "\n").replace("\r", "\n")

@@ -21,13 +21,13 @@ of the label*, and each snippet alone too:
    Then each may take half of it, and what one leaves is the other's. They are cut anywhere in their texts.
 5. **The label**, a fair coin: same repository → (a₁, a₂), different ones → (a₁, b₂).
 
-The label comes last, so (l₁, l₂, n₁, n₂) has one law under both. A and B are exchangeable, and stay so when cell and
-lengths are given, since these are symmetric in them: a₂ and b₂ have one law, and the second snippet alone gives
-nothing away. Neither does the first, which is a₁ in any case.
+The label comes last, so (l₁, l₂, n₁, n₂) has one law under both. A and B are exchangeable, also given cell and lengths,
+which are symmetric in them: a₂ and b₂ have one law, and the second snippet alone gives nothing away. Neither does the
+first, which is a₁ in any case.
 
 The cost is length: of two texts the shorter counts. From texts of 630 tokens on average (log-normal with σ = 1, cut at
-2,048) rows of at most 2,048 have about 1,120 tokens on average, and one in seven is full. The paper reports about 1,300
-from 630, and one in five; two texts of 630 tokens have 1,263 with the special tokens, before any cut.
+2,048) rows of at most 2,048 have about 1,120 tokens on average, and one in seven is full; the paper reports 1,300, and
+one in five.
 """
 
 from collections.abc import Mapping, Sequence
@@ -113,12 +113,8 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         ids[[0, middle, -1]] = self._sep, self._sep, self._cls
         ids[1:middle] = self._rows[first.row][first.start : first.start + first.length]
         ids[middle + 1 : -1] = self._rows[second.row][second.start : second.start + second.length]
-        labels = self._mask_some(rng, ids, middle)
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "labels": torch.from_numpy(labels),
-            "icc_label": torch.tensor(int(same)),
-        }
+        labels = torch.from_numpy(self._mask_some(rng, ids, middle))
+        return {"input_ids": torch.from_numpy(ids), "labels": labels, "icc_label": torch.tensor(int(same))}
 
     def _mask_some(self, rng: np.random.Generator, ids: np.ndarray, middle: int) -> np.ndarray:
         """Mask `ids` in place, never at the special tokens (first, `middle`, last), and return the labels."""
@@ -166,9 +162,7 @@ class _Cell(NamedTuple):
     second_length: int
 
 
-class _Proposals(NamedTuple):
-    """The repositories of one language, those with the longest texts first."""
-
+class _Proposals(NamedTuple):  # the repositories of one language, those with the longest texts first
     groups: np.ndarray
     negative_longest: np.ndarray
     cumulative_weights: np.ndarray

@@ -22,7 +22,7 @@ from modular_star_encoder.data.functions import (
     open_corpus,
 )
 from modular_star_encoder.data.languages.documentation import reads_as_prose
-from modular_star_encoder.data.languages.registry import language_named
+from modular_star_encoder.data.languages.registry import LANGUAGES, language_named
 from modular_star_encoder.data.sources.dataset_rows import (
     BadLine,
     Row,
@@ -95,34 +95,31 @@ class TripletColumns:
         return [name for name in asdict(self).values() if name is not None]
 
 
+@dataclass
 class TripletReader:
     """Iterates over the triplets of a dataset, as a stream, in a fixed order, again and again.
 
     `skipped` counts the rows left out of the last iteration by reason; `examples` has the first by reason.
     """
 
-    def __init__(
-        self,
-        rows: Iterable[tuple[str, Row]],
-        columns: TripletColumns,
-        strict: bool,
-        fault: Callable[[RetrievalExample], str | None] = lambda _: None,
-    ) -> None:
-        self._rows, self._columns, self._strict, self._fault = rows, columns, strict, fault
-        self.skipped: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
+    rows: Iterable[tuple[str, Row]]
+    columns: TripletColumns
+    strict: bool
+    fault: Callable[[RetrievalExample], str | None]
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[RetrievalExample]:
         # Each iteration has counters of its own; one that was abandoned cannot add to those of the next.
         left_out = SourceExamples()
         self.skipped, self.examples = left_out.skipped, left_out.examples
-        for place, row in self._rows:
-            triplet = row.reason if isinstance(row, BadLine) else _triplet(row, self._columns)
-            reason = triplet if isinstance(triplet, str) else self._fault(triplet)
+        for place, row in self.rows:
+            triplet = row.reason if isinstance(row, BadLine) else _triplet(row, self.columns)
+            reason = triplet if isinstance(triplet, str) else self.fault(triplet)
             if reason is None and isinstance(triplet, RetrievalExample):
                 yield triplet
             else:
-                left_out.skip(reason or "", place, row, self._strict)
+                left_out.skip(reason or "", place, row, self.strict)
 
 
 def open_triplets(
@@ -164,7 +161,7 @@ def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExampl
         (columns.negative, columns.negative_language or columns.language),
     ):
         language = language_named(row[name])
-        if language is None:
+        if language not in LANGUAGES:
             return f"unknown {name}"
         snippets.append(Snippet(language, row[code] if code else ""))
     repository = row[columns.repository] or ""
@@ -268,11 +265,13 @@ def _parallel(settings: Any, progress: bool) -> SourceExamples:
         for language, solution in solutions.items():
             if solution is None:  # parquet has every language in every row
                 continue
-            known = language_named(language)
-            if reason := _not_code(solution) if known else f"language {language}, none of ours":
+            name_of_ours = language_named(language)
+            if name_of_ours not in LANGUAGES:
+                found.skip(f"language {language}, none of ours", place, solution, strict)
+            elif reason := _not_code(solution):
                 found.skip(reason, place, solution, strict)
             else:
-                snippets.append(Snippet(known or "", solution))
+                snippets.append(Snippet(name_of_ours, solution))
         if reason := not_unicode(slug):
             found.skip(reason, place, row, strict)
         elif len(snippets) > 1:

@@ -43,10 +43,8 @@ def code_prompt(language: str | None = None, *, instructions: bool = True) -> st
         return ANY_CODE_INSTRUCTION + SEP_TOKEN
     name = display_name(language)
     if not name or any(token in name for token in SPECIAL_TOKENS):
-        raise UserError(
-            "data.prompt.language",
-            f"language must be the name of a programming language, such as 'python', or None; not {language!r}.",
-        )
+        message = f"language must be the name of a programming language, such as 'python', or None; not {language!r}."
+        raise UserError("data.prompt.language", message)
     return CODE_INSTRUCTION.format(language=name) + SEP_TOKEN
 
 
@@ -63,7 +61,6 @@ def sentence_transformer_prompts(*, instructions: bool = True) -> dict[str, str]
     which names the language; use them with `encode(..., prompt_name="document_python")`. Without `instructions` the
     names are the same and every prompt is empty, so that callers need not know which kind of model they have.
     """
-    prompts = {"query": text_prompt(instructions=instructions), "document": code_prompt(instructions=instructions)}
-    return prompts | {
-        f"document_{language}": code_prompt(language, instructions=instructions) for language in LANGUAGES
-    }
+    by_language = {f"document_{name}": code_prompt(name, instructions=instructions) for name in LANGUAGES}
+    document = code_prompt(instructions=instructions)
+    return {"query": text_prompt(instructions=instructions), "document": document, **by_language}

@@ -53,8 +53,7 @@ def draw_repositories(
     seed and on the names and sizes alone: not on the order of the rows, the Python version or the machine.
     """
     if min_test < 1 or not 0 < max_repository_share <= 1:
-        message = f"min_test must be at least 1, not {min_test}, and max_repository_share up to 1, "
-        message += f"not {max_repository_share}."
+        message = f"min_test is from 1, and max_repository_share up to 1; not {min_test} and {max_repository_share}."
         raise UserError("data.split.arguments", message)
     if len(sizes) < 2:
         message = f"A split by repository needs functions of at least two repositories; these are of {len(sizes)}."
@@ -141,12 +140,13 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
             message = f"max_train_samples is {limit}; there are {len(train)} rows to train on."
             raise UserError("data.split.max_train_samples", message)
         train = np.sort(np.random.default_rng(seed).permutation(train)[:limit])
+    read = {
+        name: {"rows": len(found.texts), "skipped": dict(found.skipped), "examples": found.examples}
+        for name, found in sources.items()
+    }
     report = {
         "settings": requested,
-        "sources": {
-            name: {"rows": len(found.texts), "skipped": dict(found.skipped), "examples": found.examples}
-            for name, found in sources.items()
-        },
+        "sources": read,
         "shared_with_held_out": int(leaked.sum()),
         "train": len(train),
         "held_out": len(unseen),
@@ -177,17 +177,14 @@ def _table(texts: Sequence[RetrievalExample]) -> pyarrow.Table:
 
 
 def _rows(path: Path) -> list[RetrievalExample]:
-    return [
-        RetrievalExample(
-            row["description"],
-            tuple(map(Snippet, row["languages"], row["codes"])),
-            row["repository"],
+    rows = []
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+            snippets = tuple(map(Snippet, row["languages"], row["codes"]))
             # Earlier versions wrote no such columns.
-            Snippet(row["negative_language"], row["negative_code"]) if row.get("negative_code") else None,
-        )
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
-        for row in batch.to_pylist()
-    ]
+            negative = Snippet(row["negative_language"], row["negative_code"]) if row.get("negative_code") else None
+            rows.append(RetrievalExample(row["description"], snippets, row["repository"], negative))
+    return rows
 
 
 class Draw(NamedTuple):
@@ -285,11 +282,10 @@ class PairGroups:
 class BatchPlan:
     """The rows of every batch: a function of (seed, step) alone, so that resuming needs no state but the step.
 
-    Where the data gives both kinds of pairs, even places of a batch are text → code and odd ones code → code; otherwise
-    all are of one kind. The groups of a kind are taken in a random order, a new one in each epoch; groups at the end of
-    an epoch that fill no batch are left out. Each epoch takes another row of a group. A code → code pair whose group is
-    already in the batch with its description is replaced by another one, drawn at random; and so is a hard negative
-    that means the same as a row of the batch.
+    Where the data gives both kinds of pairs, even places of a batch are text → code and odd ones code → code. The
+    groups of a kind come in a random order, a new one in each epoch; those at the end that fill no batch are left out.
+    Each epoch takes another row of a group. A code → code pair whose group is already in the batch with its
+    description, and a hard negative that means the same as a row of the batch, are replaced by others, at random.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
@@ -337,8 +333,7 @@ class BatchPlan:
         share = self.batch_size // len(self._kinds)
         chosen: dict[str, tuple[np.ndarray, int]] = {}
         for kind in self._kinds:
-            steps_per_epoch = self._groups.counts[kind] // share
-            epoch, turn = divmod(step, steps_per_epoch)
+            epoch, turn = divmod(step, self._groups.counts[kind] // share)
             chosen[kind] = self._order(kind, epoch)[turn * share : (turn + 1) * share], epoch
         if len(self._kinds) > 1:
             places, epoch = chosen[CODE_TO_CODE]

@@ -71,10 +71,8 @@ class TokenCorpus:
         is_drawn = np.array([name in drawn for name in self.repository_names])
         held_out = is_drawn[self.repository_of[self.row_numbers]]
         whole = {one.name: getattr(self, one.name) for one in fields(TokenCorpus)}
-        train, evaluation = (
-            TokenCorpus(**whole | {"row_numbers": self.row_numbers[part]}) for part in (~held_out, held_out)
-        )
-        return train, evaluation
+        parts = [TokenCorpus(**whole | {"row_numbers": self.row_numbers[part]}) for part in (~held_out, held_out)]
+        return parts[0], parts[1]
 
 
 def corpus_of_files(
@@ -100,14 +98,11 @@ def corpus_of_texts(
     texts_by_repository: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerFast, *, progress: bool = True
 ) -> TokenCorpus:
     """Tokenize the texts (files, functions) of each repository, all of one language, into memory."""
-    files = [
-        SourceFile(name, "", "", text) for name in sorted(texts_by_repository) for text in texts_by_repository[name]
-    ]
+    files = [SourceFile(name, "", "", text) for name, texts in sorted(texts_by_repository.items()) for text in texts]
     return corpus_of_files(files, tokenizer, progress=progress)
 
 
-_STATE = "state.json"
-_NAMES = "repositories.jsonl"
+_STATE, _NAMES = "state.json", "repositories.jsonl"
 _BOUND, _INDEX = np.dtype("<i8"), np.dtype("<i4")
 
 

@@ -28,9 +28,7 @@ from modular_star_encoder.data.prompts import (
 from modular_star_encoder.utils.errors import UserError
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-
 TEXTS_PER_BATCH = 256
-
 _TOKENS_PER_COUNT = 2**22
 
 
@@ -44,10 +42,8 @@ def train_tokenizer(
     `vocab_size`. A small corpus may fill fewer entries: size the model by `len(tokenizer)`.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
-        message = (
-            f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes and special tokens), and max_length at least 4; "
-        )
-        raise UserError("data.tokenizer.sizes", f"{message}not {vocab_size} and {max_length}.")
+        message = f"vocab_size must be at least {MIN_VOCAB_SIZE}, bytes and special tokens, and max_length at least 4;"
+        raise UserError("data.tokenizer.sizes", f"{message} not {vocab_size} and {max_length}.")
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
@@ -141,8 +137,7 @@ class TokenRows:
     """
 
     def __init__(self, flat: np.ndarray, bounds: np.ndarray) -> None:
-        self._flat = flat
-        self.bounds = bounds
+        self._flat, self.bounds = flat, bounds
 
     def __len__(self) -> int:
         return len(self.bounds) - 1

@@ -70,18 +70,15 @@ def crash_safe_map(
 def _halved(
     function: Callable[[list[Item]], Result], chunk: list[Item], crashed: Callable[[Item], Result]
 ) -> Iterator[Result]:
-    with _executor(1) as executor:
-        try:
+    try:
+        with _executor(1) as executor:
             yield executor.submit(function, chunk).result()
-            return
-        except BrokenProcessPool:
-            pass
-    if len(chunk) == 1:
-        yield crashed(chunk[0])
-    else:
+    except BrokenProcessPool:
         middle = len(chunk) // 2
-        yield from _halved(function, chunk[:middle], crashed)
-        yield from _halved(function, chunk[middle:], crashed)
+        if not middle:
+            yield crashed(chunk[0])
+        for half in (chunk[:middle], chunk[middle:]) if middle else ():
+            yield from _halved(function, half, crashed)
 
 
 def _executor(processes: int) -> ProcessPoolExecutor:

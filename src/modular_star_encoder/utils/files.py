@@ -50,9 +50,9 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
     try:
         yield temporary
         if resumable:
-            for path in (temporary, *temporary.rglob("*")):
-                if path.is_file():
-                    _flush_to_disk(path)
+            for path in filter(Path.is_file, (temporary, *temporary.rglob("*"))):
+                with path.open("rb") as written:
+                    os.fsync(written.fileno())
         os.replace(temporary, target)
     finally:
         _remove(temporary)
@@ -72,11 +72,6 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
     with staged_file(target, resumable=resumable) as temporary:
         temporary.mkdir()
         yield temporary
-
-
-def _flush_to_disk(path: Path) -> None:
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
 
 
 def _remove(path: Path) -> None:

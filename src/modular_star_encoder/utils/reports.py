@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,9 +24,7 @@ def percent(value: float) -> str:
 
 def metric_label(name: str) -> str:
     """The name of a metric in tables: `mrr` → MRR, `recall@10` → R@10."""
-    if name in ("precision", "recall"):
-        return name
-    return name.replace("recall@", "R@").upper()
+    return name if name in ("precision", "recall") else name.replace("recall@", "R@").upper()
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -45,12 +42,11 @@ def machine_kind(device: str = "cpu") -> dict[str, Any]:
     """Processor model, cores, torch's threads, memory in GB (10^9 bytes, or None); for `"cuda"` also the GPU."""
     import torch
 
-    kind: dict[str, Any] = {
-        "processor": processor_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": _memory_gb(),
-    }
+    kind: dict[str, Any] = {"processor": processor_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    try:
+        kind["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (AttributeError, ValueError, OSError):
+        kind["memory_gb"] = None
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.device(device))
         kind |= {"gpu": properties.name, "gpu_memory_gb": round(properties.total_memory / 1e9, 1)}
@@ -77,13 +73,6 @@ def library_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None
     return versions
 
 
-def _memory_gb() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
 def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -> Card:
     """A card that the Hub can read, with values for the required metadata; otherwise UserError with this key."""
     try:
@@ -99,21 +88,14 @@ def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -
 
 def render_card(template: str, **values: Any) -> str:
     """A card, YAML metadata and Markdown, from a template of model_cards; a missing variable is an error."""
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    templates = PackageLoader("modular_star_encoder.model_cards", "")
     environment = Environment(  # noqa: S701  Markdown, not HTML
-        loader=FunctionLoader(_read_template),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
+        loader=templates, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["cell"] = cell
     return environment.get_template(template).render(**values).lstrip()
-
-
-def _read_template(name: str) -> str:
-    return files("modular_star_encoder.model_cards").joinpath(name).read_text(encoding="utf-8")
 
 
 def cell(value: Any) -> str:

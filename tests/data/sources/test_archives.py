@@ -48,8 +48,10 @@ def contents(reader):
     return [(file.repository, file.path, file.language, file.text) for file in reader]
 
 
-def paths(reader):
-    return [file.path for file in reader]
+def read(*arguments, **options):
+    """(paths of the files, counts of what is left out)."""
+    reader = archive_repositories(*arguments, **options)
+    return [file.path for file in reader], reader.skipped
 
 
 @pytest.mark.parametrize("suffix", [*TAR_MODES, ".zip", ".jar"])
@@ -93,9 +95,7 @@ OUTSIDE = ["/etc/x.py", "../x.py", "a/../../x.py", "C:/x.py", "..\\x.py", "C:\\x
 @BOTH
 def test_members_whose_path_leads_outside_are_counted_and_not_read(tmp_path, suffix):
     make(tmp_path / "a", {**dict.fromkeys(OUTSIDE, "secret"), "ok.py": "x"}, suffix)
-    reader = archive_repositories(tmp_path)
-    assert paths(reader) == ["ok.py"]
-    assert reader.skipped == {"unsafe path": len(OUTSIDE)}
+    assert read(tmp_path) == (["ok.py"], {"unsafe path": len(OUTSIDE)})
 
 
 def test_links_and_devices_are_counted_and_never_followed(tmp_path):
@@ -119,9 +119,7 @@ def test_links_and_devices_are_counted_and_never_followed(tmp_path):
     info = zipfile.ZipInfo("link.py")
     info.external_attr = (stat.S_IFLNK | 0o777) << 16
     make_zip(tmp_path / "b.zip", {"ok.py": "x", info: "/etc/passwd"})
-    reader = archive_repositories(tmp_path)
-    assert paths(reader) == ["ok.py", "ok.py"]
-    assert reader.skipped == {"link or device": 5}
+    assert read(tmp_path) == (["ok.py", "ok.py"], {"link or device": 5})
 
 
 @BOTH
@@ -130,9 +128,7 @@ def test_large_members_are_counted_without_being_unpacked(tmp_path, suffix, monk
     reads = []
     for kind in (zipfile.ZipExtFile, tarfile.ExFileObject):
         monkeypatch.setattr(kind, "read", lambda self, *size, old=kind.read: reads.append(size) or old(self, *size))
-    reader = archive_repositories(tmp_path, filters=FileFilters(max_bytes=100))
-    assert paths(reader) == ["ok.py"]
-    assert reader.skipped == {"too large": 1}
+    assert read(tmp_path, filters=FileFilters(max_bytes=100)) == (["ok.py"], {"too large": 1})
     assert reads == [(101,)]
 
 
@@ -140,9 +136,7 @@ def test_a_zip_that_declares_too_small_a_size_is_not_unpacked_beyond_it(tmp_path
     path = make_zip(tmp_path / "a.zip", {"bomb.py": "x" * 5_000_000, "ok.py": "x"})
     data = path.read_bytes().replace(struct.pack("<I", 5_000_000), struct.pack("<I", 50))
     path.write_bytes(data)
-    reader = archive_repositories(path)
-    assert paths(reader) == ["ok.py"]
-    assert reader.skipped == {"unreadable": 1}
+    assert read(path) == (["ok.py"], {"unreadable": 1})
 
 
 MANY, MUCH = "rest of an archive with too many members", "rest of an archive that unpacks to too many bytes"
@@ -152,26 +146,21 @@ MANY, MUCH = "rest of an archive with too many members", "rest of an archive tha
 def test_reading_stops_at_the_limits_of_members_and_of_unpacked_bytes(tmp_path, suffix):
     make(tmp_path / "a", {f"{number}.py": "word\n" * 40_000 for number in range(9)}, suffix)
     make(tmp_path / "b", {"0.py": "x"}, suffix)
-    reader = archive_repositories(tmp_path, limits=ArchiveLimits(max_members=5))
-    assert len(paths(reader)) == 6
-    assert reader.skipped == {MANY: 1}
-    reader = archive_repositories(tmp_path, limits=ArchiveLimits(max_bytes=1_000_000))
-    assert 4 <= len(paths(reader)) <= 6
-    assert reader.skipped == {MUCH: 1}
+    paths, skipped = read(tmp_path, limits=ArchiveLimits(max_members=5))
+    assert (len(paths), skipped) == (6, {MANY: 1})
+    paths, skipped = read(tmp_path, limits=ArchiveLimits(max_bytes=1_000_000))
+    assert 4 <= len(paths) <= 6
+    assert skipped == {MUCH: 1}
 
 
 def test_a_zip_with_a_huge_directory_is_refused_before_it_is_read(tmp_path):
     make_zip(tmp_path / "a.zip", {f"{'x' * 900}{number}.py": "x" for number in range(9)})
-    reader = archive_repositories(tmp_path, limits=ArchiveLimits(max_members=9))
-    assert paths(reader) == []
-    assert reader.skipped == {MANY: 1}
+    assert read(tmp_path, limits=ArchiveLimits(max_members=9)) == ([], {MANY: 1})
 
 
 def test_bytes_of_other_members_of_a_compressed_tar_count_too(tmp_path):
     make_tar(tmp_path / "a.tar.gz", {"zeros.bin": b"\0" * 5_000_000, "x.py": "x"})
-    reader = archive_repositories(tmp_path, limits=ArchiveLimits(max_bytes=1_000_000))
-    assert paths(reader) == []
-    assert reader.skipped == {MUCH: 1}
+    assert read(tmp_path, limits=ArchiveLimits(max_bytes=1_000_000)) == ([], {MUCH: 1})
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
@@ -180,16 +169,14 @@ def test_a_header_of_a_huge_size_is_refused_before_it_is_read(tmp_path, kind):
     header.type, header.size = kind, 3_000_000
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         archive.fileobj.write(header.tobuf() + b"x" * 3_000_320 + b"\0" * 10240)
-    reader = archive_repositories(tmp_path)
-    assert paths(reader) == []
-    assert reader.skipped == {"rest of an archive with huge headers": 1}
+    assert read(tmp_path) == ([], {"rest of an archive with huge headers": 1})
 
 
 def test_headers_are_not_kept_in_memory(tmp_path, monkeypatch):
     make_tar(tmp_path / "a.tar", {f"{number}.py": "x" for number in range(50)}, "w")
     kept, original = [], tarfile.TarFile.next
     monkeypatch.setattr(tarfile.TarFile, "next", lambda self: kept.append(len(self.members)) or original(self))
-    assert len(paths(archive_repositories(tmp_path))) == 50
+    assert len(read(tmp_path)[0]) == 50
     assert max(kept) <= 1
 
 
@@ -197,17 +184,13 @@ def test_headers_are_not_kept_in_memory(tmp_path, monkeypatch):
 def test_damaged_archives_are_counted_and_the_next_is_read(tmp_path, suffix):
     (tmp_path / f"a{suffix}").write_bytes(b"no archive at all" * 100)
     make_zip(tmp_path / "b.zip", {"ok.py": "x"})
-    reader = archive_repositories(tmp_path)
-    assert paths(reader) == ["ok.py"]
-    assert reader.skipped == {"rest of a damaged archive": 1}
+    assert read(tmp_path) == (["ok.py"], {"rest of a damaged archive": 1})
 
 
 def test_a_truncated_archive_yields_what_comes_before_the_damage(tmp_path):
     path = make_tar(tmp_path / "a.tar.gz", {"ok.py": "x", "big.bin": os.urandom(200_000), "late.py": "x"})
     path.write_bytes(path.read_bytes()[:100_000])
-    reader = archive_repositories(path)
-    assert paths(reader) == ["ok.py"]
-    assert reader.skipped == {"rest of a damaged archive": 1}
+    assert read(path) == (["ok.py"], {"rest of a damaged archive": 1})
 
 
 def test_an_encrypted_member_is_counted_and_the_others_are_read(tmp_path):
@@ -216,17 +199,13 @@ def test_an_encrypted_member_is_counted_and_the_others_are_read(tmp_path):
     for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         data[data.find(signature) + offset] |= 1
     path.write_bytes(data)
-    reader = archive_repositories(path)
-    assert paths(reader) == ["b.py"]
-    assert reader.skipped == {"unreadable": 1}
+    assert read(path) == (["b.py"], {"unreadable": 1})
 
 
 def test_filters_languages_and_closed_folders_hold_inside_archives(tmp_path):
     files = ["p/a.py", "p/b.go", "p/tests/c.go", "p/vendor/d.go", "p/.hidden/e.go", "p/node_modules/f.go"]
     make_tar(tmp_path / "a.tar.gz", dict.fromkeys(files, "x"))
-    reader = archive_repositories(tmp_path, languages=["go"])
-    assert paths(reader) == ["p/b.go"]
-    assert reader.skipped == {"test code": 1, "vendored code": 1}
+    assert read(tmp_path, languages=["go"]) == (["p/b.go"], {"test code": 1, "vendored code": 1})
 
 
 def test_sources_without_archives_are_refused(tmp_path):

@@ -228,8 +228,14 @@ def test_names_outside_unicode_are_escaped_in_a_corpus_of_a_recipe(tmp_path, sni
         assert (repository, path.partition("#")[0]) == (r"r\udcffepository", r"caf\udce9.py")
 
 
-def test_installed_packages_are_left_out_by_a_list_of_names_and_not_by_letters():
-    with raises("data.installed.exclude", "numpy"):
-        open_corpus({"installed": True, "exclude": "numpy"})
-    with raises("data.corpus.options"):
-        open_corpus({"installed": False})
+@pytest.mark.parametrize(
+    ("settings", "key", "value"),
+    [
+        ({"installed": True, "exclude": "numpy"}, "data.installed.exclude", "numpy"),  # a list, not letters
+        ({"installed": False}, "data.corpus.options", "False"),
+        ({"installed": True, "snippets": "classes"}, "data.corpus.snippets", "classes"),
+    ],
+)
+def test_a_corpus_that_cannot_be_opened_is_refused(settings, key, value):
+    with raises(key, value):
+        open_corpus(settings)

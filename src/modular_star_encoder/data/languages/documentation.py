@@ -52,7 +52,7 @@ _RDOC_MARK = re.compile(r"(?<![\w+])\+([\w:.#?!=]+)\+(?![\w+])")
 
 
 def docstring_of(literal: str) -> str | None:
-    """The value of a Python string literal or of several in a row, or None if it is not a plain string."""
+    """The value of a Python string literal, or of several in a row; None if it is not a plain string."""
     try:
         with warnings.catch_warnings(action="ignore"):  # such as those for invalid escapes
             value = ast.literal_eval(f"({literal}\n)")
@@ -155,11 +155,8 @@ def description_before(start: int, comments: list[tuple[int, int]], source: Sour
     blocks_only = language.documented_by_blocks
     run: list[str] = []
     for comment in _comments_before(start, comments, source, language):
-        if comment.startswith(_BLOCKS) and not blocks_only:
+        if comment.startswith("/**" if blocks_only else _BLOCKS):
             run = run or [comment]
-            break
-        if comment.startswith("/**") and blocks_only:
-            run = [comment]
             break
         if not blocks_only:
             run.insert(0, comment)

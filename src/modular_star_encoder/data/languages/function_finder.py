@@ -15,9 +15,7 @@ from modular_star_encoder.data.languages.documentation import description_before
 from modular_star_encoder.data.languages.parsing import Grammar, SourceText, UnparsableSourceError, load_grammar, parse
 from modular_star_encoder.data.languages.registry import Language
 
-MAX_NESTING = 16
-"""Functions inside so many others and classes are left out: each level repeats the text of those inside it."""
-
+MAX_NESTING = 16  # functions deeper inside others are left out: each level repeats the text of those inside it
 _MAX_NAME_LENGTH = 200
 
 
@@ -125,14 +123,13 @@ class _Finder:
                 strings += captures["verbatim"]
             elif "untyped" in captures:
                 self._untyped.add(captures["untyped"][0].id)
-            elif "type" in captures or "extension" in captures:
-                continue  # for search alone
-            elif name := _name(captures, source.bytes, grammar.language):
+            elif {"type", "extension"}.isdisjoint(captures) and (name := _name(captures, source.bytes, self._language)):
                 body = captures["body"][0] if "body" in captures else None
                 if "scope" not in captures:
                     node = captures["function"][0]
                     key = (body or node).id  # of several patterns that find one body, the widest counts
-                    if key not in functions or _length(node) > _length(functions[key].node):
+                    before = functions[key].node if key in functions else None
+                    if before is None or len(range(*before.byte_range)) < len(range(*node.byte_range)):
                         functions[key] = _Definition(node, name, True, body)
                 elif name != "exports":  # `module.exports = {…}` names nothing
                     scopes.append(_Definition(captures["scope"][0], name, False, body))
@@ -169,8 +166,7 @@ class _Finder:
         """The function at `index` of the definitions, or None if it is left out."""
         node, body = self._definitions[index].node, self._definitions[index].body
         start, end = node.start_byte, node.end_byte
-        has_docstring = self._language.has_docstrings and body is not None
-        if has_docstring and body is not None:
+        if self._language.has_docstrings and body is not None:
             docstring = _docstring(body, self._source)
             if docstring and len(_statements(body)) == 1:
                 return None
@@ -181,8 +177,8 @@ class _Finder:
             end = self._end_of_heredocs(end)
         if documented_only and not description:
             return None
-        cuts = list(_indent_cuts(self._source, start, end, self._fixed_lines))
-        if has_docstring:
+        cuts = _indent_cuts(self._source, start, end, self._fixed_lines)
+        if self._language.has_docstrings:
             inside = takewhile(lambda one: one.node.start_byte < end, self._definitions[index:])
             cuts += [cut for one in inside if one.body and (cut := _docstring_cut(one.body, self._source))]
         code = _cut_out(self._source.bytes, start, end, cuts)
@@ -195,10 +191,6 @@ class _Finder:
         while line_end in self._heredocs and not self._source.bytes[end:line_end].strip():
             end = line_end = self._heredocs[line_end]
         return end
-
-
-def _length(node: Node) -> int:
-    return node.end_byte - node.start_byte
 
 
 _C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_name", "operator_name"}
@@ -259,9 +251,7 @@ def _qualified_name(node: Node | None, source: bytes) -> str:
     return ".".join([*parts, _text(node, source).partition("(")[0].rstrip() if node is not None else ""])
 
 
-Cut = tuple[int, int, bytes]
-"""(first byte, byte after the last, replacement)."""
-
+Cut = tuple[int, int, bytes]  # first byte, byte after the last, replacement
 _STRINGS = {"string", "concatenated_string", "parenthesized_expression"}
 # What may follow a docstring on its last line, and the blank lines after it.
 _REST_OF_DOCSTRING_LINE = re.compile(rb"[ \t\f]*;?[ \t\f]*(?:#[^\n]*)?(?:\n(?:[ \t\f]*\n)*|\Z)")
@@ -269,26 +259,21 @@ _INDENT = re.compile(rb"[ \t\f]*")
 
 
 def _statements(body: Node) -> list[Node]:
-    """The statements of a block, without comments and the like."""
     return [child for child in body.named_children if not child.is_extra]
 
 
 def _docstring(body: Node, source: SourceText) -> tuple[Node, str] | None:
     """(statement, value) of the docstring at the beginning of a Python definition's body, or None."""
-    statement = next(iter(_statements(body)), None)
-    if statement is None or statement.type != "expression_statement" or statement.named_child_count != 1:
-        return None
-    literal = statement.named_child(0)
-    if literal is None or literal.type not in _STRINGS:
-        return None
-    value = docstring_of(source.bytes[literal.start_byte : literal.end_byte].decode())
-    return None if value is None else (statement, value)
+    match _statements(body):
+        case [Node(type="expression_statement", named_children=[literal]) as statement, *_] if literal.type in _STRINGS:
+            value = docstring_of(source.bytes[literal.start_byte : literal.end_byte].decode())
+            return None if value is None else (statement, value)
+    return None
 
 
 def _docstring_cut(body: Node, source: SourceText) -> Cut | None:
     """The cut that removes the docstring of a Python definition, if it has one."""
-    found = _docstring(body, source)
-    if found is None:
+    if not (found := _docstring(body, source)):
         return None
     docstring, statements = found[0], _statements(body)
     if len(statements) == 1:
@@ -300,31 +285,22 @@ def _docstring_cut(body: Node, source: SourceText) -> Cut | None:
 
 def _end_of_last_statement(node: Node) -> int:
     """Where the last token of a Python definition ends; comments may follow it inside the node."""
-    while node.child_count:
-        last = next((child for child in reversed(node.children) if not child.is_extra), None)
-        if last is None:
-            break
-        node = last
+    while children := [child for child in node.children if not child.is_extra]:
+        node = children[-1]
     return node.end_byte
 
 
-def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]) -> Iterator[Cut]:
-    """Yield the cuts that remove the indentation of a span's first line from its other lines.
-
-    `fixed_lines` are the beginnings of lines inside strings, whose white space is content.
-    """
+def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]) -> list[Cut]:
+    """The cuts that remove the indentation of a span's first line from its other lines, except `fixed_lines`."""
     found = _INDENT.match(source.bytes, source.line_start(start), start)
     indent = found[0].rpartition(b"\f")[2] if found else b""
-    if indent:
-        for at in source.line_starts_between(start, end):
-            if at not in fixed_lines and source.bytes.startswith(indent, at):
-                yield at, at + len(indent), b""
+    lines = [at for at in source.line_starts_between(start, end) if at not in fixed_lines]
+    return [(at, at + len(indent), b"") for at in lines if indent and source.bytes.startswith(indent, at)]
 
 
 def _cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
     """The text from `start` to `end` with the cuts made; of cuts that overlap, the first and widest counts."""
-    pieces = []
-    at = start
+    pieces, at = [], start
     for cut_start, cut_end, replacement in sorted(cuts, key=lambda cut: (cut[0], -cut[1])):
         if at <= cut_start < end:
             pieces += [source[at:cut_start], replacement]

@@ -1,5 +1,6 @@
 """From source text to syntax trees: lines and offsets of a text, tree-sitter parsers, and syntax checks."""
 
+import codecs
 import re
 import textwrap
 import time
@@ -14,12 +15,8 @@ from tree_sitter import Parser, Point, Query, QueryCursor, Tree
 
 from modular_star_encoder.data.languages.registry import Language, language_entry
 
-MAX_PARSE_SECONDS = 5.0
-"""Limit of a parse, in processor time. A file of 1 MB takes about half a second on one core."""
-MAX_LINE_BYTES = 10_000
-"""Limit of a line: longer ones are data or minified, and nested deeply enough to exhaust the memory."""
-
-_BYTE_ORDER_MARK = "\ufeff"
+MAX_PARSE_SECONDS = 5.0  # of processor time; a file of 1 MB takes about half a second on one core
+MAX_LINE_BYTES = 10_000  # longer lines are data or minified, and nested deeply enough to exhaust the memory
 
 # tree-sitter 0.26 never releases what a read callback returns, so every text passes through one buffer, in views of few
 # sizes: powers of two, and any below 16, since the first character of a view must be whole.
@@ -43,8 +40,8 @@ class SourceText:
             self._original = text.encode()
         except UnicodeEncodeError:
             raise UnparsableSourceError("The text holds half a surrogate pair.") from None
-        self._skipped = len(_BYTE_ORDER_MARK.encode()) if text.startswith(_BYTE_ORDER_MARK) else 0
-        body = self._original[self._skipped :]
+        body = self._original.removeprefix(codecs.BOM_UTF8)
+        self._skipped = len(self._original) - len(body)
         pairs = [match.start() for match in re.finditer(rb"\r\n", body)]
         self._removed = [start - number for number, start in enumerate(pairs)]
         self.bytes = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -70,12 +67,12 @@ class SourceText:
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A language's parser, its query for functions, and a query for `@error` and `@missing` nodes."""
+    """A language's parser and queries."""
 
     language: Language
     parser: Parser
     query: Query
-    errors: Query
+    errors: Query  # finds `@error` and `@missing` nodes
 
 
 @cache
@@ -103,10 +100,8 @@ def parse(source: bytes, grammar: Grammar) -> Tree:
             blanked = _MACRO_LINE.sub(lambda match: b" " * len(match[0]), blanked)
         if blanked == source:
             break
-        source = blanked
-        tree = parse_once(source, grammar)
-        errors = error_bytes(tree, grammar)
-        if errors < fewest:
+        source, tree = blanked, parse_once(blanked, grammar)
+        if (errors := error_bytes(tree, grammar)) < fewest:
             best, fewest = tree, errors
     return best
 
@@ -186,7 +181,11 @@ def best_parse(code: str, language: str) -> tuple[float, bool]:
     grammar = load_grammar(language)
     body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")
     best = (1.0, False)
-    for before, after in _frames(body, grammar.language) if body.strip() else ():
+    opening = grammar.language.opening
+    frames = [(b"", b"")]
+    if not (opening and body.lstrip().startswith(opening[:2])):
+        frames = [(opening + before, after) for before, after in (*frames, *grammar.language.frames)]
+    for before, after in frames if body.strip() else ():
         try:
             tree = parse(before + body + after, grammar)
         except UnparsableSourceError:
@@ -201,13 +200,6 @@ def best_parse(code: str, language: str) -> tuple[float, bool]:
         if best == (0.0, True):
             break
     return best
-
-
-def _frames(body: bytes, language: Language) -> list[tuple[bytes, bytes]]:
-    frames = [(b"", b""), *language.frames]
-    if language.opening and body.lstrip().startswith(language.opening[:2]):
-        return frames[:1]
-    return [(language.opening + before, after) for before, after in frames]
 
 
 def syntax_error_share(code: str, language: str) -> float:

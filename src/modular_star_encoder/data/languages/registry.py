@@ -1,7 +1,7 @@
 """The programming languages: one entry for each, with everything that the package knows about it.
 
-Supporting a new language means adding one entry to `_ENTRIES`. Its tree-sitter grammar is one of the dependencies, or
-one of those in tree-sitter-language-pack.
+A new language is one more entry of `_ENTRIES`. Its tree-sitter grammar is one of the dependencies, or one of those in
+tree-sitter-language-pack.
 
 Captures of an entry's query:
 
@@ -18,7 +18,7 @@ Captures of an entry's query:
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -76,7 +76,17 @@ _FUNCTION_VALUES = (
 )
 _DECLARATOR = f"(variable_declarator name: (identifier) @name value: [{_FUNCTION_VALUES}])"
 _ASSIGNMENT = f"(assignment_expression left: [(identifier) (member_expression)] @name right: [{_FUNCTION_VALUES}])"
-_TYPESCRIPT = f"""
+_SCRIPT_TEST_FOLDER, _SCRIPT_TEST_FILE = r"__(tests?|mocks|fixtures)__|spec", r".*[.-](test|spec)"
+_CLASS_FRAME = (b"class A {\n", b"\n}")
+_INTERFACE_FRAME = (b"interface A {\n", b"\n}")
+_CAMEL_CASE_TEST = r"Test[A-Z0-9].*|.*[a-z0-9](Tests?|TestCase)"
+_C_KEYWORDS = _words("if else for while switch return do catch sizeof defined")
+_C_GAP = rb'\s*(?:extern\s+"C"\s*)?'
+
+_TYPESCRIPT = Language(
+    name="typescript",
+    suffixes=(".ts", ".mts", ".cts"),
+    query=f"""
         [(function_declaration name: (_) @name body: (_) @body)
          (generator_function_declaration name: (_) @name body: (_) @body)
          (method_definition name: (_) @name body: (_) @body)] @function
@@ -91,12 +101,11 @@ _TYPESCRIPT = f"""
          (interface_declaration name: (_) @name) (internal_module name: (_) @name)] @scope
         (comment) @comment
         [(template_string) (string)] @verbatim
-        """
-_CLASS_FRAME = (b"class A {\n", b"\n}")
-_INTERFACE_FRAME = (b"interface A {\n", b"\n}")
-_CAMEL_CASE_TEST = r"Test[A-Z0-9].*|.*[a-z0-9](Tests?|TestCase)"
-_C_KEYWORDS = _words("if else for while switch return do catch sizeof defined")
-_C_GAP = rb'\s*(?:extern\s+"C"\s*)?'
+        """,
+    documented_by_blocks=True,
+    test_folder=_SCRIPT_TEST_FOLDER,
+    test_file=_SCRIPT_TEST_FILE,
+)
 
 _ENTRIES = (
     Language(
@@ -119,18 +128,15 @@ _ENTRIES = (
         suffixes=(".js", ".mjs", ".cjs", ".jsx"),
         grammar="tree_sitter_javascript",
         query=f"""
-        (function_declaration name: (_) @name body: (_) @body) @function
-        (generator_function_declaration name: (_) @name body: (_) @body) @function
-        (function_expression name: (_) @name body: (_) @body) @function
-        (generator_function name: (_) @name body: (_) @body) @function
-        (method_definition name: (_) @name body: (_) @body) @function
-        {_DECLARATOR} @function
-        (lexical_declaration . {_DECLARATOR} .) @function
-        (variable_declaration . {_DECLARATOR} .) @function
-        {_ASSIGNMENT} @function
-        (expression_statement {_ASSIGNMENT}) @function
-        (pair key: (_) @name value: [{_FUNCTION_VALUES}]) @function
-        (field_definition property: (_) @name value: [{_FUNCTION_VALUES}]) @function
+        [(function_declaration name: (_) @name body: (_) @body)
+         (generator_function_declaration name: (_) @name body: (_) @body)
+         (function_expression name: (_) @name body: (_) @body)
+         (generator_function name: (_) @name body: (_) @body)
+         (method_definition name: (_) @name body: (_) @body)] @function
+        [{_DECLARATOR} {_ASSIGNMENT} (expression_statement {_ASSIGNMENT})
+         (lexical_declaration . {_DECLARATOR} .) (variable_declaration . {_DECLARATOR} .)
+         (pair key: (_) @name value: [{_FUNCTION_VALUES}])
+         (field_definition property: (_) @name value: [{_FUNCTION_VALUES}])] @function
         (export_statement "default" @name value: [
             (function_expression !name body: (_) @body)
             (generator_function !name body: (_) @body)
@@ -149,8 +155,8 @@ _ENTRIES = (
         gap=rb"\s*(?:export\s+(?:default\s+)?)?(?:(?:var|let|const)\s+)?",
         constructors=_words("constructor"),
         special_methods=_words("toString toLocaleString valueOf"),
-        test_folder=r"__(tests?|mocks|fixtures)__|spec",
-        test_file=r".*[.-](test|spec)",
+        test_folder=_SCRIPT_TEST_FOLDER,
+        test_file=_SCRIPT_TEST_FILE,
     ),
     Language(
         name="go",
@@ -175,14 +181,12 @@ _ENTRIES = (
         suffixes=(".java",),
         grammar="tree_sitter_java",
         query="""
-        (method_declaration name: (_) @name body: (_) @body) @function
-        (constructor_declaration name: (_) @name body: (_) @body) @function
-        (compact_constructor_declaration name: (_) @name body: (_) @body) @function
-        (class_declaration name: (_) @name) @scope
-        (interface_declaration name: (_) @name) @scope
-        (enum_declaration name: (_) @name) @scope
-        (record_declaration name: (_) @name) @scope
-        (annotation_type_declaration name: (_) @name) @scope
+        [(method_declaration name: (_) @name body: (_) @body)
+         (constructor_declaration name: (_) @name body: (_) @body)
+         (compact_constructor_declaration name: (_) @name body: (_) @body)] @function
+        [(class_declaration name: (_) @name) (interface_declaration name: (_) @name)
+         (enum_declaration name: (_) @name) (record_declaration name: (_) @name)
+         (annotation_type_declaration name: (_) @name)] @scope
         [(block_comment) (line_comment)] @comment
         (string_literal (multiline_string_fragment)) @verbatim
         """,
@@ -200,10 +204,8 @@ _ENTRIES = (
         query="""
         (function_definition name: (_) @name body: (_) @body) @function
         (method_declaration name: (_) @name body: (_) @body) @function
-        (class_declaration name: (_) @name) @scope
-        (interface_declaration name: (_) @name) @scope
-        (trait_declaration name: (_) @name) @scope
-        (enum_declaration name: (_) @name) @scope
+        [(class_declaration name: (_) @name) (interface_declaration name: (_) @name)
+         (trait_declaration name: (_) @name) (enum_declaration name: (_) @name)] @scope
         (comment) @comment
         [(heredoc) (nowdoc) (string) (encapsed_string)] @verbatim
         """,
@@ -222,10 +224,8 @@ _ENTRIES = (
         suffixes=(".rb",),
         grammar="tree_sitter_ruby",
         query="""
-        (method name: (_) @name) @function
-        (singleton_method name: (_) @name) @function
-        (class name: (_) @name) @scope
-        (module name: (_) @name) @scope
+        [(method name: (_) @name) (singleton_method name: (_) @name)] @function
+        [(class name: (_) @name) (module name: (_) @name)] @scope
         (comment) @comment
         [(heredoc_body) (string)] @verbatim
         """,
@@ -245,10 +245,8 @@ _ENTRIES = (
         grammar="tree_sitter_c",
         query="""
         (function_definition type: (_) declarator: (_) @declarator body: (_) @body) @function
-        (struct_specifier name: (_) @name body: (_)) @type
-        (enum_specifier name: (_) @name body: (_)) @type
-        (type_definition declarator: (_) @name) @type
-        (preproc_function_def name: (_) @name) @type
+        [(struct_specifier name: (_) @name body: (_)) (enum_specifier name: (_) @name body: (_))
+         (type_definition declarator: (_) @name) (preproc_function_def name: (_) @name)] @type
         (comment) @comment
         (string_literal) @verbatim
         """,
@@ -273,13 +271,11 @@ _ENTRIES = (
             (function_definition declarator: (_) @declarator body: (_) @body))) @function
         (function_definition
             !type declarator: (function_declarator declarator: [(identifier) (field_identifier)]) body: (_) @untyped)
-        (class_specifier name: (_) @name body: (_)) @scope
-        (struct_specifier name: (_) @name body: (_)) @scope
-        (union_specifier name: (_) @name body: (_)) @scope
+        [(class_specifier name: (_) @name body: (_)) (struct_specifier name: (_) @name body: (_))
+         (union_specifier name: (_) @name body: (_))] @scope
         (function_definition type: [(class_specifier) (struct_specifier)] declarator: (identifier) @name) @scope
-        (enum_specifier name: (_) @name body: (_)) @type
-        (alias_declaration name: (_) @name) @type
-        (concept_definition name: (_) @name) @type
+        [(enum_specifier name: (_) @name body: (_)) (alias_declaration name: (_) @name)
+         (concept_definition name: (_) @name)] @type
         (comment) @comment
         [(raw_string_literal) (string_literal)] @verbatim
         """,
@@ -293,22 +289,8 @@ _ENTRIES = (
         special_methods=_words("main"),
         special_method=r"operator(?:[\W\d].*)?",
     ),
-    Language(
-        name="typescript",
-        suffixes=(".ts", ".mts", ".cts"),
-        query=_TYPESCRIPT,
-        documented_by_blocks=True,
-        test_folder=r"__(tests?|mocks|fixtures)__|spec",
-        test_file=r".*[.-](test|spec)",
-    ),
-    Language(
-        name="tsx",
-        suffixes=(".tsx",),
-        query=_TYPESCRIPT,
-        documented_by_blocks=True,
-        test_folder=r"__(tests?|mocks|fixtures)__|spec",
-        test_file=r".*[.-](test|spec)",
-    ),
+    _TYPESCRIPT,
+    replace(_TYPESCRIPT, name="tsx", suffixes=(".tsx",)),
     Language(
         name="rust",
         suffixes=(".rs",),
@@ -347,10 +329,8 @@ _ENTRIES = (
         query="""
         (function_definition name: (_) @name body: (_) @body) @function
         (function_declaration name: (_) @name) @type
-        (class_definition name: (_) @name) @scope
-        (object_definition name: (_) @name) @scope
-        (trait_definition name: (_) @name) @scope
-        (enum_definition name: (_) @name) @scope
+        [(class_definition name: (_) @name) (object_definition name: (_) @name)
+         (trait_definition name: (_) @name) (enum_definition name: (_) @name)] @scope
         (type_definition name: (_) @name) @type
         [(comment) (block_comment)] @comment
         """,
@@ -362,16 +342,12 @@ _ENTRIES = (
         suffixes=(".cs",),
         display_name="c#",
         query="""
-        (method_declaration name: (_) @name body: (_) @body) @function
-        (constructor_declaration name: (_) @name body: (_) @body) @function
-        (method_declaration name: (_) @name !body) @type
-        (property_declaration name: (_) @name) @type
-        (delegate_declaration name: (_) @name) @type
-        (enum_declaration name: (_) @name) @type
-        (class_declaration name: (_) @name) @scope
-        (struct_declaration name: (_) @name) @scope
-        (interface_declaration name: (_) @name) @scope
-        (record_declaration name: (_) @name) @scope
+        [(method_declaration name: (_) @name body: (_) @body)
+         (constructor_declaration name: (_) @name body: (_) @body)] @function
+        [(method_declaration name: (_) @name !body) (property_declaration name: (_) @name)
+         (delegate_declaration name: (_) @name) (enum_declaration name: (_) @name)] @type
+        [(class_declaration name: (_) @name) (struct_declaration name: (_) @name)
+         (interface_declaration name: (_) @name) (record_declaration name: (_) @name)] @scope
         (namespace_declaration name: (_) @name) @extension
         (comment) @comment
         """,
@@ -491,11 +467,10 @@ _CPP_LINE = re.compile(
 
 
 def language_entry(name: str) -> Language:
-    """The entry of a language; UserError (`data.language.unknown`) if `name` is not one of `LANGUAGES`."""
+    """The entry of a language; UserError (`data.language.unknown`) if `name` is unknown."""
     if name not in _LANGUAGE:
-        raise UserError(
-            "data.language.unknown", f"Language {name!r} is unknown. Available: {', '.join(SEARCH_LANGUAGES)}."
-        )
+        message = f"Language {name!r} is unknown. Available: {', '.join(SEARCH_LANGUAGES)}."
+        raise UserError("data.language.unknown", message)
     return _LANGUAGE[name]
 
 

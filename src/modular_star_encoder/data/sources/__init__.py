@@ -55,10 +55,9 @@ class SourceReader(ABC):
         self.skipped = skipped = self._left_out()
         for file in self._read(skipped):
             if self.unicode_names:
-                repository, path = (
-                    name.encode(errors="backslashreplace").decode() for name in (file.repository, file.path)
-                )
-                file = replace(file, repository=repository, path=path)
+                names = {"repository": file.repository, "path": file.path}
+                names = {name: value.encode(errors="backslashreplace").decode() for name, value in names.items()}
+                file = replace(file, **names)
             yield file
 
     @abstractmethod
@@ -74,8 +73,7 @@ class SourceReader(ABC):
     def shard(self, index: int, count: int) -> Self:
         """A reader of the units `index`, `index + count`, …: `count` such readers read every unit once."""
         if not 0 <= index < count:
-            message = f"shard needs an index from 0 to {count - 1} of {count} shards, not {index}."
-            raise UserError("data.reader.shard", message)
+            raise UserError("data.reader.shard", f"shard needs an index from 0 to {count - 1}, not {index}.")
         return self._window(self._start + index * self._step, self._step * count)
 
     def _window(self, start: int, step: int) -> Self:
@@ -118,10 +116,8 @@ _MAX_ENCODED_CHARACTERS, _MAX_ENCODED_SHARE = 1024, 0.5
 
 def is_vendored(path: PurePath, language: str) -> bool:
     """Whether a folder of `path` holds copies of other projects."""
-    folders = set(path.parts[:-1])
-    if language != "python" and folders & _VENDOR_FOLDERS_EXCEPT_IN_PYTHON:
-        return True
-    return not folders.isdisjoint(_VENDOR_FOLDERS | INSTALL_FOLDERS)
+    more = set() if language == "python" else _VENDOR_FOLDERS_EXCEPT_IN_PYTHON
+    return not (_VENDOR_FOLDERS | INSTALL_FOLDERS | more).isdisjoint(path.parts[:-1])
 
 
 def is_test(path: PurePath, language: str) -> bool:
@@ -204,7 +200,7 @@ class FileFilters:
             return "very long lines"
         if self.max_average_line_length is not None and sum(lengths) > self.max_average_line_length * len(lengths):
             return "long lines on average"
-        if self.min_alphabetic_share and alphabetic_share(text) < self.min_alphabetic_share:
+        if alphabetic_share(text) < self.min_alphabetic_share:
             return "few letters"
         if not self.generated and is_generated(text):
             return "generated code"

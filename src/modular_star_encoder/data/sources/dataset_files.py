@@ -30,12 +30,11 @@ from modular_star_encoder.data.sources.dataset_rows import open_rows
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_http_settings
 
-_ROWS_PER_BATCH = 16
-_MANY_PIECES = 10  # a share is then at most a tenth larger than another
-
 SOFTWARE_HERITAGE_S3 = "s3://softwareheritage/content/{blob_id}"
 """Needs `s3fs`, and credentials where that looks for them."""
 
+_ROWS_PER_BATCH = 16
+_MANY_PIECES = 10  # a share is then at most a tenth larger than another
 _BLOB_ID = re.compile(r"[0-9a-f]{40}")
 _GZIP_MAGIC = b"\x1f\x8b"
 _AHEAD_PER_THREAD = 4
@@ -57,10 +56,6 @@ class RowColumns:
     text: str
     language: str | None = None
     license: str | None = None
-
-    def names(self) -> list[str]:
-        """The columns to read."""
-        return [name for name in asdict(self).values() if name is not None]
 
 
 STARCODERDATA_COLUMNS = RowColumns(repository="max_stars_repo_name", path="max_stars_repo_path", text="content")
@@ -87,7 +82,7 @@ class ContentSource:
     options: dict[str, Any] | None = None  # of fsspec's file system, such as `{"anon": True}` for s3
 
     def __post_init__(self) -> None:
-        check_http_settings(concurrency=self.threads, attempts=self.attempts, pause=self.pause, timeout=self.timeout)
+        check_http_settings(**self._http_settings())
         if "{blob_id}" not in self.url:
             raise UserError("data.contents.url", "The URL of contents must hold {blob_id}, like SOFTWARE_HERITAGE_S3.")
         try:
@@ -107,19 +102,16 @@ class ContentSource:
         """Whether the protocol is http or https; fsspec would need aiohttp for these."""
         return self.protocol in ("http", "https")
 
+    def _http_settings(self) -> dict[str, Any]:
+        numbers = {"concurrency": self.threads, "attempts": self.attempts}
+        return {**numbers, "pause": self.pause, "timeout": self.timeout}
+
     @contextmanager
     def fetcher(self, max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
         """Yield a function that fetches a content in the background; leaving cancels what is under way."""
         with ExitStack() as stack:
             if self.is_http:
-                client = HTTPClient(
-                    concurrency=self.threads,
-                    attempts=self.attempts,
-                    pause=self.pause,
-                    timeout=self.timeout,
-                    max_bytes=max_bytes,
-                    follow_redirects=True,
-                )
+                client = HTTPClient(max_bytes=max_bytes, follow_redirects=True, **self._http_settings())
                 submit = partial(stack.enter_context(client).submit, "GET")
             else:
                 executor = ThreadPoolExecutor(self.threads)
@@ -158,9 +150,8 @@ def unpack(content: bytes, max_bytes: int) -> bytes:
 class DatasetReader(SourceReader):
     """What the readers of data sets share: the units are the rows of a data set opened by `open_rows`.
 
-    A data set comes in pieces: the row groups of parquet files, the data files of a dataset of the Hub. If they can be
-    divided evenly, a shard reads its own only; otherwise it reads all and decodes its share of the rows. About one
-    piece is held in memory at a time.
+    A data set comes in pieces (row groups, files), of which about one is in memory. If they can be divided evenly, a
+    shard reads its own only; otherwise it reads all and decodes its share of the rows.
     """
 
     def __init__(
@@ -201,8 +192,8 @@ class DatasetReader(SourceReader):
 class RowReader(DatasetReader):
     """Reads a data set with one file a row."""
 
-    def __init__(self, rows: datasets.IterableDataset, columns: RowColumns, *options: Any) -> None:
-        super().__init__(rows, *options)
+    def __init__(self, columns: RowColumns, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._columns = columns
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
@@ -236,16 +227,15 @@ def row_repositories(
 
     `source` and `options` are those of `open_rows`; `columns` are its columns, such as `THE_STACK_COLUMNS`.
     """
-    check_languages(languages)
-    rows = open_rows(source, columns=columns.names(), **options)
-    return RowReader(rows, columns, languages, filters)
+    rows = open_rows(source, columns=[name for name in asdict(columns).values() if name], **options)
+    return RowReader(columns, rows, languages, filters)
 
 
 class TheStackReader(DatasetReader):
     """Reads rows with lists of files, whose contents are fetched ahead; its units are repositories."""
 
-    def __init__(self, rows: datasets.IterableDataset, contents: ContentSource, progress: bool, *options: Any) -> None:
-        super().__init__(rows, *options)
+    def __init__(self, contents: ContentSource, progress: bool, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._contents, self._progress = contents, progress
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
@@ -254,9 +244,9 @@ class TheStackReader(DatasetReader):
         with tqdm(desc="Fetching contents", unit=" files", disable=not self._progress) as bar:
             for file, encoding, future in self._fetched(files):
                 content, reason, last = _received(future)
+                fetched += not reason
                 text = ""
                 if not reason:
-                    fetched += 1
                     try:
                         text, reason = self._filters.decode(unpack(content, self._filters.max_bytes), encoding)
                     except zlib.error:
@@ -268,11 +258,9 @@ class TheStackReader(DatasetReader):
                     yield SourceFile(file.repository, file.path, file.language, text, file.license)
                 # A wrong URL or missing access should not be noticed after a week of skipping.
                 if not fetched and skipped[_MISSING] + skipped[_NOT_FETCHED] >= _MAX_FAILURES_AT_FIRST:
-                    raise UserError(
-                        "data.contents.no_access",
-                        f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched by "
-                        f"{self._contents.protocol} (the last: {last}); check the URL and your access to it.",
-                    )
+                    message = f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched by "
+                    message += f"{self._contents.protocol} (the last: {last}); check the URL and your access to it."
+                    raise UserError("data.contents.no_access", message)
 
     def _wanted(self, row: dict[str, Any], skipped: Counter[str]) -> Iterator[tuple[SourceFile, str, str]]:
         """Yield (file without its text, blob, encoding) of the files of a row to fetch."""
@@ -320,6 +308,5 @@ def the_stack_repositories(
     iterating raises UserError. `source`, such as `"bigcode/the-stack-v2-train-smol-ids"`, and `options` are those of
     `open_rows`; contents are fetched from `contents`, such as `ContentSource(url=SOFTWARE_HERITAGE_S3)`.
     """
-    check_languages(languages)
     rows = open_rows(source, columns=("repo_name", "files"), **options)
-    return TheStackReader(rows, contents, progress, languages, filters)
+    return TheStackReader(contents, progress, rows, languages, filters)

@@ -22,6 +22,7 @@ _SPLITS = ("train", "validation", "test")
 _EXAMPLE_LENGTH = 200
 _NO_ROWS = "dropped.jsonl"  # near-deduplication's report on the rows that it left out of the parquet files next to it
 _HUB_OPTIONS = ("config", "revision", "data_dir")
+_NOT_FOUND = "no such file or dataset of the Hub, or a gated one: accept its terms and log in with `hf auth login`."
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A file, a list of files, a folder, or the name of a dataset of the Hub."""
@@ -72,12 +73,8 @@ def open_rows(
             )
         known = rows.column_names or list(next(iter(rows), {}))
     except Exception as error:  # the Hub, the network and the formats raise many kinds
-        advice = (
-            "is it damaged, or not parquet?"
-            if files and all(map(os.path.isfile, files))
-            else "no such file, no dataset of that name on the Hub, or a gated one: accept its terms and log in with "
-            "`hf auth login`."
-        )
+        there = files and all(map(os.path.isfile, files))
+        advice = "is it damaged, or not parquet?" if there else _NOT_FOUND
         message = f"The dataset {shown!r} cannot be read ({type(error).__name__}): {advice}"
         raise UserError("data.source.unreadable", message) from error
     if missing := [name for name in columns if name not in known]:
@@ -87,14 +84,12 @@ def open_rows(
     return rows.select_columns(list(dict.fromkeys(columns)))
 
 
-class DatasetRows:
-    """Iterates over pairs of where a row is, for messages, and the row, again and again in the same order."""
-
-    def __init__(self, read: Callable[[], Iterator[tuple[str, Row]]]) -> None:
-        self._read = read
+@dataclass(frozen=True, slots=True)
+class _DatasetRows:
+    read: Callable[[], Iterator[tuple[str, Row]]]
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
-        return self._read()
+        return self.read()
 
 
 def open_dataset_rows(
@@ -120,9 +115,9 @@ def open_dataset_rows(
     if files and all(file.endswith(_JSON_LINES) for file in files):
         if missing := [file for file in files if not os.path.isfile(file)]:
             raise UserError("data.source.no_files", f"No file {missing[0]}.")
-        return DatasetRows(partial(_json_lines, files))
+        return _DatasetRows(partial(_json_lines, files))
     rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
-    return DatasetRows(partial(_table_rows, rows.with_format("arrow"), name))
+    return _DatasetRows(partial(_table_rows, rows.with_format("arrow"), name))
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
@@ -166,12 +161,11 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
     if split is not None and any(splits.values()):
         if not splits.get(split):
             there = ", ".join(one for one, files in splits.items() if files)
-            raise UserError("data.source.split", f"{os.fspath(source)!r} has no split {split!r}; it has {there}.")
+            raise UserError("data.source.split", f"{name!r} has no split {split!r}; it has {there}.")
         found = splits[split]
     if not found or len({file.suffix == ".parquet" for file in found}) > 1:
-        kinds = "parquet" if suffixes == _PARQUET else "parquet or JSON Lines"
-        what = "both parquet and JSON Lines files: name those to read" if found else f"no {kinds} file"
-        raise UserError("data.source.no_files", f"{os.fspath(source)!r} holds {what}.")
+        what = "both parquet and JSON Lines files: name those to read" if found else f"no file {', '.join(suffixes)}"
+        raise UserError("data.source.no_files", f"{name!r} holds {what}.")
     return [str(file) for file in found]
 
 

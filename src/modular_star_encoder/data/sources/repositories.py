@@ -1,8 +1,8 @@
 """Source files of this machine: installed Python distributions, folders of checkouts, zip and tar archives.
 
 Files come in the order of repository and path, those of an archive in the order of its members. Archives are of unknown
-origin: nothing is written to disk; links, devices and members whose path leads outside are counted, never followed; and
-the size of members, their number and the number of bytes that an archive may unpack to are limited.
+origin: nothing is written to disk; links, devices and paths that lead outside are counted, never followed; the size of
+members, their number and the bytes that an archive unpacks to are limited.
 """
 
 import bz2
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from modular_star_encoder.data.languages.registry import check_languages, language_of
 from modular_star_encoder.data.sources import CLOSED_FOLDERS, FileFilters, SourceFile, SourceReader, is_closed
@@ -42,7 +42,7 @@ class _Repository:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def add(self, path: PurePath, location: Path, filters: FileFilters, inside: str = "") -> None:
-        """Add a file to those to read, under its path from the folder `inside`, or count it as left out."""
+        """Add or leave out a file; `inside` is the repository's folder."""
         # A path that climbs out of site-packages is a script or a data file; `__editable__` files are import hooks.
         if ".." in path.parts or path.name.startswith("__editable__"):
             return
@@ -53,10 +53,9 @@ class _Repository:
 
 
 class FileReader(SourceReader):
-    """Reads files of this machine; its units are the repositories, sorted by name."""
+    """Reads files of this machine; its units are the repositories with a file to read, sorted by name."""
 
     def __init__(self, repositories: dict[str, _Repository], filters: FileFilters) -> None:
-        """`repositories` may hold some without a file to read; only the files left out of them are counted."""
         self._filters = filters
         units = [(name, one) for name, one in sorted(repositories.items()) if one.files]
         if units:  # the counts of all shards together are those of the whole
@@ -108,21 +107,19 @@ def installed_repositories(
     if isinstance(exclude, str):
         message = f"exclude must be a list of names of distributions, not {exclude!r}."
         raise UserError("data.installed.exclude", message)
-    excluded = {_normalised_name(name) for name in (*exclude, OWN_DISTRIBUTION)}
-    chosen = set(check_languages(languages))
-    filters = filters or FileFilters()
+    seen = {_normalised_name(name) for name in (*exclude, OWN_DISTRIBUTION)}
+    chosen, filters = set(check_languages(languages)), filters or FileFilters()
     repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
-    seen: set[str] = set()
+    without_standard_library = STANDARD_LIBRARY in seen
     for distribution in metadata.distributions():
         name = _normalised_name(distribution.name or "")
         # The first on sys.path is the one that Python imports; a distribution without a name is a broken install.
-        if name and name not in seen | excluded:
+        if name and name not in seen:
             seen.add(name)
             for file in distribution.files or []:
-                path = PurePath(file)
-                if language_of(path) in chosen:
-                    repositories[name].add(path, Path(str(distribution.locate_file(file))), filters)
-    if STANDARD_LIBRARY not in excluded:
+                if language_of(file) in chosen:
+                    repositories[name].add(file, Path(str(distribution.locate_file(file))), filters)
+    if not without_standard_library:
         for path, location in _source_files(Path(sysconfig.get_path("stdlib")), chosen):
             repositories[STANDARD_LIBRARY].add(path, location, filters)
     return FileReader(repositories, filters)
@@ -139,15 +136,11 @@ def folder_repositories(
 ) -> FileReader:
     """A reader of the code under `folder`.
 
-    - A folder that is itself a checkout or a package (it holds one of `CHECKOUT_MARKERS`) is one repository, named
-      after the folder.
-    - In any other folder every direct sub-folder with source files is a repository, and source files directly in the
-      folder make one more, named `"."`.
-
     With `depth`, repositories are the folders that many levels down, named by their path (`"a/b"` at depth 2; a file in
-    `a` itself belongs to `"a"`); at depth 0 the folder is one repository. With `obey_ignore_files`, what git ignores is
-    left out (`IgnoreFiles`). Symbolic links are not followed. Hidden
-    folders, virtual environments, `node_modules` and the like are not entered.
+    `a` itself belongs to `"a"`, and one in `folder` to `"."`); at depth 0 the folder is one repository, named after it.
+    By default the depth is 0 for a checkout or a package (it holds one of `CHECKOUT_MARKERS`) and otherwise 1. Symbolic
+    links are not followed. Hidden folders, virtual environments, `node_modules` and the like are not entered. With
+    `obey_ignore_files`, what git ignores is left out (`IgnoreFiles`).
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -157,8 +150,7 @@ def folder_repositories(
         depth = 0 if any((root / marker).exists() for marker in CHECKOUT_MARKERS) else 1
     elif depth < 0:
         raise UserError("data.folder.depth", f"depth must be a number of levels from 0, not {depth}.")
-    chosen = check_languages(languages)
-    filters = filters or FileFilters()
+    chosen, filters = check_languages(languages), filters or FileFilters()
     repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
     for path, location in _source_files(root, set(chosen), obey_ignore_files):
         name = "/".join(path.parts[:-1][:depth]) if depth else root.name
@@ -213,13 +205,12 @@ TAR_OPENERS: dict[str, Callable[..., Any]] = {
 ARCHIVE_SUFFIXES = (*ZIP_SUFFIXES, *TAR_OPENERS)
 
 _HEADER_BYTES = 1_000_000  # long names and attributes; tarfile reads each into memory
-_HEADER_TYPES = {
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-}
+_LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_HEADER_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *_LONG_NAMES)
 _DIRECTORY_BYTES_PER_MEMBER = 512
 # RuntimeError: encrypted members, unknown compression.
-_ARCHIVE_ERRORS = (OSError, EOFError, RuntimeError, ValueError, LookupError, struct.error, zlib.error)
-BROKEN_ARCHIVE = (*_ARCHIVE_ERRORS, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+_PLAIN_ERRORS = (OSError, EOFError, RuntimeError, ValueError, LookupError, struct.error, zlib.error)
+BROKEN_ARCHIVE = (*_PLAIN_ERRORS, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 _TOO_MANY, _TOO_LARGE = "rest of an archive with too many members", "rest of an archive that unpacks to too many bytes"
 
 
@@ -239,12 +230,11 @@ class ArchiveLimitError(Exception):
     """The archive exceeds a limit; the message is the reason that is counted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A member of an archive: `kind` is "file", "folder" or "other" (links, devices)."""
+class Member(NamedTuple):
+    """A member of an archive."""
 
     name: str
-    kind: str
+    kind: str  # "file", "folder" or "other" (links, devices)
     size: int
     read: Callable[[int], bytes]
 
@@ -333,12 +323,8 @@ def _tar_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
         while (info := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep every header
             kind = "file" if info.isreg() and not info.issparse() else "folder" if info.isdir() else "other"
-            yield Member(info.name, kind, info.size, partial(_extract, archive, info))
-
-
-def _extract(archive: tarfile.TarFile, info: tarfile.TarInfo, size: int) -> bytes:
-    file = archive.extractfile(info)
-    return file.read(size) if file else b""
+            file = archive.extractfile(info) if kind == "file" else None
+            yield Member(info.name, kind, info.size, file.read if file else bytes)
 
 
 class ArchiveReader(SourceReader):
@@ -362,35 +348,35 @@ class ArchiveReader(SourceReader):
                     text, reason = self._text(member, path)
                     if reason:
                         skipped[reason] += 1
-                    elif text is not None:
+                    elif text:
                         yield SourceFile(repository, path.as_posix(), language_of(path) or "", text)
             except ArchiveLimitError as reason:
                 skipped[str(reason)] += 1
             except BROKEN_ARCHIVE:
                 skipped["rest of a damaged archive"] += 1
 
-    def _text(self, member: Member, path: PurePath) -> tuple[str | None, str | None]:
-        """(text, None) of a member, or (None, why it is left out); (None, None) for one that is not a source file."""
+    def _text(self, member: Member, path: PurePath) -> tuple[str, str | None]:
+        """(text, None) of a member, or ("", why it is left out); ("", None) for one that is not a source file."""
         if member.kind == "folder":
-            return None, None
+            return "", None
         if member.kind == "other":
-            return None, "link or device"
+            return "", "link or device"
         # Absolute or climbing, read as a path of this system or of Windows.
         windows = PureWindowsPath(member.name)
         if windows.anchor or ".." in windows.parts or "\0" in member.name:
-            return None, "unsafe path"
+            return "", "unsafe path"
         language = language_of(path)
         if language not in self._languages or is_closed(path):
-            return None, None
-        if reason := self._filters.reason_by_path(path, language or ""):
-            return None, reason
+            return "", None
+        if reason := self._filters.reason_by_path(path, language):
+            return "", reason
         if member.size > self._filters.max_bytes:
-            return None, "too large"
+            return "", "too large"
         try:
             # One byte more than allowed: the size that an archive declares may be wrong.
             content = member.read(self._filters.max_bytes + 1)
         except BROKEN_ARCHIVE:  # an encrypted or damaged member; the next may be readable
-            return None, "unreadable"
+            return "", "unreadable"
         return self._filters.decode(content)
 
 
@@ -412,16 +398,14 @@ def archive_repositories(
         message = f"{os.fspath(source)!r} does not exist; pass an archive or a folder of archives."
         raise UserError("data.source.missing", message)
     if root.is_dir():
-        found = [path for path in root.rglob("*") if _archive_suffix(path) and path.is_file() and not path.is_symlink()]
-        names = [path.relative_to(root).as_posix() for path in found]
+        files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if not path.is_symlink()}
     else:
-        found, names = [root] if _archive_suffix(root) else [], [root.name]
+        files = {root.name: root}
+    found = {name: path for name, path in files.items() if _archive_suffix(path) and path.is_file()}
     if not found:
         message = f"{os.fspath(source)!r} holds no archive with one of the suffixes {', '.join(ARCHIVE_SUFFIXES)}."
         raise UserError("data.source.no_files", message)
-    short = [name[: -len(_archive_suffix(Path(name)))] for name in names]
-    counts = Counter(short)
-    unique = [name if counts[brief] > 1 else brief for name, brief in zip(names, short, strict=True)]
-    return ArchiveReader(
-        zip(unique, found, strict=True), check_languages(languages), filters or FileFilters(), limits or ArchiveLimits()
-    )
+    short = {name: name[: -len(_archive_suffix(path))] for name, path in found.items()}
+    counts = Counter(short.values())
+    archives = [(name if counts[short[name]] > 1 else short[name], path) for name, path in found.items()]
+    return ArchiveReader(archives, check_languages(languages), filters or FileFilters(), limits or ArchiveLimits())
