@@ -34,13 +34,7 @@ from modular_star_encoder.synthconl.extraction import (
 )
 from modular_star_encoder.synthconl.minhash import DuplicateSettings, minhash_class
 from modular_star_encoder.synthconl.near_duplicate_job import REPORT, prepare_job
-from modular_star_encoder.synthconl.publishing import (
-    CARD,
-    DATASET_SCHEMA,
-    STATISTICS,
-    dataset_card,
-    dataset_statistics,
-)
+from modular_star_encoder.synthconl.publishing import CARD, DATASET_SCHEMA, STATISTICS, dataset_card, dataset_statistics
 from modular_star_encoder.synthconl.row_files import read_file, read_rows, row_files, write_rows, write_split
 from modular_star_encoder.synthconl.translation import Languages, TranslationSettings, target_language, translate
 from modular_star_encoder.utils.errors import UserError
