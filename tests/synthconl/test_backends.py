@@ -130,7 +130,6 @@ def test_vllm_that_is_not_installed_names_its_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "key", "values"),
     [
-        ("gpt", {}, "synthconl.backend.unknown", ["'gpt'", "vllm, openai, transformers"]),
         ("openai", {}, "synthconl.backend.options", ["'openai'", "'base_url'"]),
         ("openai", {"base_url": "localhost:8000"}, "http.url", ["localhost:8000"]),
         ("openai", {"base_url": "http://h/v1", "concurrency": 0}, "http.settings", ["0"]),

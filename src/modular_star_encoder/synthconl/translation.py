@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +25,7 @@ from modular_star_encoder.synthconl.backends import (
     ERROR,
     TOO_LONG,
     BackendError,
+    BackendName,
     Completion,
     CompletionBackend,
     CompletionRequest,
@@ -110,7 +111,7 @@ class TranslationSettings:
         prompt_price, completion_price: price of a million tokens, for the report.
     """
 
-    backend: Literal["vllm", "openai", "transformers"]
+    backend: BackendName
     model: str
     max_tokens: Count = 2048
     prompt: Annotated[str, AfterValidator(check_prompt)] = PROMPT
