@@ -297,7 +297,7 @@ def test_a_giant_cluster_is_not_swallowed_and_is_reported():
         result = find(windows, giant_cluster=59)
     assert result.kept.sum() > 10
     (giant,) = result.giant_clusters
-    assert (giant.cluster, giant.rows, giant.kept) == (0, 60, result.kept.sum())
+    assert giant == {"cluster": 0, "rows": 60, "kept": result.kept.sum()}
     near = {frozenset(pair) for pair in result.pairs.tolist()}
     kept = set(np.flatnonzero(result.kept).tolist())
     for row in set(range(60)) - kept:

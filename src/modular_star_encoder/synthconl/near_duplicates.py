@@ -30,15 +30,6 @@ _PAIRS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 8192, 1 << 23  # of eight bytes each, 
 
 
 @dataclass(frozen=True, slots=True)
-class GiantCluster:
-    """A cluster that is too large to be reduced to one row: its id (a row), its rows and those kept."""
-
-    cluster: int
-    rows: int
-    kept: int
-
-
-@dataclass(frozen=True, slots=True)
 class NearDuplicates:
     """Which of n rows are kept and why; rows are named by their position in the input."""
 
@@ -46,15 +37,13 @@ class NearDuplicates:
     reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is that of row i
     reason: np.ndarray  # int64 (n,)
     clusters: np.ndarray  # int64 (n,): the row of smallest id in the cluster of row i, which is i for a row alone
-    # int64 (n,): for a dropped row, the most similar compared row, or the number of the text of the set that it is
-    # near; −1 for rows that are kept
+    # int64 (n,): the most similar row, or the number of the text of the set that a row is near; −1 if it is kept
     nearest: np.ndarray
-    similarity: np.ndarray  # float64 (n,): the Jaccard similarity to `nearest`; 0 for rows that are kept
-    # int64 (pairs, 2): near pairs of distinct rows, of smaller id first. Equal rows share the pairs of the one of
-    # smallest id
-    pairs: np.ndarray
+    similarity: np.ndarray  # float64 (n,): the Jaccard similarity to `nearest`; 0 if it is kept
+    pairs: np.ndarray  # int64 (pairs, 2): near pairs of distinct rows, of smaller id first
     pair_similarities: np.ndarray  # float64 (pairs,)
-    giant_clusters: tuple[GiantCluster, ...] = ()  # the clusters that were not reduced to one row
+    # Of each cluster too large to be reduced to one row: `cluster` (its row of smallest id), `rows` and `kept` (counts)
+    giant_clusters: tuple[dict[str, int], ...] = ()
     compared: int = 0  # number of pairs compared
     largest_bucket: int = 0  # the most distinct rows that share a band
     rows_over_limit: int = 0  # the most rows, over the bands, that were compared with a part of their bucket only
@@ -387,10 +376,10 @@ def decide(
     row_clusters = rows.rows[clusters][number]
     alone = np.flatnonzero(reasons >= _FIRST_SET)
     row_clusters[alone] = alone
-    giants = [
-        GiantCluster(row, int((row_clusters == row).sum()), int((reasons[row_clusters == row] == _KEPT).sum()))
-        for row in rows.rows[sizes > settings.giant_cluster].tolist()
-    ]
+    giants = []
+    for row in rows.rows[sizes > settings.giant_cluster].tolist():
+        members = reasons[row_clusters == row]
+        giants.append({"cluster": row, "rows": len(members), "kept": int((members == _KEPT).sum())})
     if giants:
         size = settings.giant_cluster
         message = f"{len(giants)} clusters have more than {size} different rows; only rows near a kept one are dropped."

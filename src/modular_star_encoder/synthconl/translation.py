@@ -51,11 +51,9 @@ Code:
 
 MAX_ERRORS_IN_A_ROW = 20
 SESSIONS = "sessions.json"
-SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("id", "text", "finish_reason")]
-    + [(name, pa.int64()) for name in ("prompt_tokens", "completion_tokens")]
-    + [("error", pa.string())]
-)
+_TOKENS = ("prompt_tokens", "completion_tokens")
+_COLUMNS = ("id", "text", "finish_reason", *_TOKENS, "error")
+SCHEMA = pa.schema([(name, pa.int64() if name in _TOKENS else pa.string()) for name in _COLUMNS])
 _SECONDS_BETWEEN_NOTES, _SECONDS_BETWEEN_SYNCS = 30.0, 1.0
 
 Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
@@ -231,10 +229,9 @@ class _Session(AbstractContextManager["_Session"]):
     """The counts of one call, written to a list of all calls; those of a killed call are at most 30 seconds old."""
 
     def __init__(self, path: Path, backend: CompletionBackend) -> None:
-        self._path, self._backend = path, backend
-        self._earlier = _read_sessions(path)
+        self._path, self._backend, self._earlier = path, backend, _read_sessions(path)
         self.counts: Counter[str] = Counter()
-        self._start = self._written = time.monotonic()
+        self._start, self._next_note = time.monotonic(), 0.0
 
     def __exit__(self, *_: object) -> None:
         if self.counts:
@@ -244,39 +241,35 @@ class _Session(AbstractContextManager["_Session"]):
         return time.monotonic() - self._start
 
     def add(self, completions: Sequence[Completion]) -> None:
-        first = not self.counts
-        for name in ("prompt_tokens", "completion_tokens"):
+        for name in _TOKENS:
             self.counts[name] += sum(getattr(one, name) for one in completions)
         self.counts["completions"] += len(completions)
-        if first or time.monotonic() - self._written > _SECONDS_BETWEEN_NOTES:
+        if self.seconds() > self._next_note:
             self._write()
 
     def _write(self) -> None:
         own = {**self.counts, "seconds": self.seconds(), "backend": self._backend.describe()}
         write_json(self._path, [*self._earlier, own])
-        self._written = time.monotonic()
+        self._next_note = self.seconds() + _SECONDS_BETWEEN_NOTES
 
 
 def _read_sessions(path: Path) -> list[dict[str, Any]]:
-    """The calls that worked on a folder of completions, in order."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
     """Counts from the completions themselves; speed from the sessions."""
-    totals: Counter[str] = Counter()
-    for file in row_files(out):
-        table = pq.read_table(file, columns=["finish_reason", "prompt_tokens", "completion_tokens"])
-        totals["completions"] += len(table)
-        totals["errors"] += pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py() or 0
-        for name in ("prompt_tokens", "completion_tokens"):
-            totals[name] += pc.sum(table[name]).as_py() or 0
+    table = pa.concat_tables(pq.read_table(file, columns=["finish_reason", *_TOKENS]) for file in row_files(out))
+    tokens = {name: pc.sum(table[name]).as_py() for name in _TOKENS}
+    errors = pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py()
     sessions = _read_sessions(out / SESSIONS)
     seconds, counted = (sum(session[name] for session in sessions) for name in ("seconds", "completions"))
     backends = [session["backend"] for session in sessions]
     return {
-        **totals,
-        "cost": settings.cost(totals["prompt_tokens"], totals["completion_tokens"]),
+        "completions": len(table),
+        "errors": errors,
+        **tokens,
+        "cost": settings.cost(*tokens.values()),
         "seconds": round(seconds, 3),
         "completions_per_second": round(counted / seconds, 3) if seconds else 0.0,
         "backends": [one for i, one in enumerate(backends) if one not in backends[:i]],
@@ -294,7 +287,7 @@ class _OpenFile:
 
 
 class _CompletionFiles(AbstractContextManager["_CompletionFiles"]):
-    """The completions of a folder of rows, file by file; several files may be open at once, each with a journal."""
+    """The completions of a folder of rows, file by file; several may be open at once, each with a journal."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -364,8 +357,8 @@ def _read_journal(path: Path) -> dict[str, Completion]:
     answered = {}
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            completion = _without_halves(Completion(**json.loads(line)))
-        except (ValueError, TypeError, AttributeError):
+            completion = Completion(**json.loads(line))
+        except (ValueError, TypeError):
             message = f"{path} is damaged in line {number}; delete that line to request its row again."
             raise UserError("synthconl.journal", message) from None
         answered[completion.id] = completion
