@@ -201,7 +201,6 @@ def _eval_results(measurements: Measurements) -> Iterator[EvalResult]:
 
 
 def _notes(staged: StagedRepository) -> Iterator[str]:
-    """The notes below the table."""
     profile, tables = staged.measurements.profile, staged.measurements.tables
     if tables:
         yield "Benchmarks: with the 95 % interval of a bootstrap over queries."

@@ -8,6 +8,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -139,7 +140,7 @@ class OpenAIBackend(CompletionBackend):
             raise failure
 
     def describe(self) -> dict[str, Any]:
-        """The model, its given revision, and the names of the models in the endpoint's answers."""
+        """See `CompletionBackend`; `served` has the names of the models in the endpoint's answers."""
         served = sorted(self._served)
         return {"backend": "openai", "model": self._model, "revision": self._revision, "served": served}
 
@@ -209,9 +210,14 @@ class _LocalBackend(CompletionBackend):
         # The template has written the special tokens.
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _not_loaded(self, error: Exception) -> BackendError:
-        first_line = str(error).strip().partition("\n")[0].rstrip(".")
-        return BackendError("synthconl.backend.model", f"The model {self._name!r} can't be loaded: {first_line}.")
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, TypeError) as error:
+            first_line = str(error).strip().partition("\n")[0].rstrip(".")
+            message = f"The model {self._name!r} can't be loaded: {first_line}."
+            raise BackendError("synthconl.backend.model", message) from error
 
 
 class TransformersBackend(_LocalBackend):
@@ -243,7 +249,7 @@ class TransformersBackend(_LocalBackend):
         self._device = device
 
     def describe(self) -> dict[str, Any]:
-        """The model, its commit on the Hub if it came from there, its dtype, and versions."""
+        """See `CompletionBackend`."""
         return {
             "backend": "transformers",
             "model": self._name,
@@ -257,11 +263,9 @@ class TransformersBackend(_LocalBackend):
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
-        options = {"revision": self._options["revision"], "padding_side": "left"}
-        try:
+        with self._loading():
+            options = {"revision": self._options["revision"], "padding_side": "left"}
             tokenizer = AutoTokenizer.from_pretrained(self._name, **options)
-        except (OSError, ValueError) as error:
-            raise self._not_loaded(error) from error
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id is None:
@@ -274,11 +278,9 @@ class TransformersBackend(_LocalBackend):
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        options = {name: value for name, value in self._options.items() if value is not None}
-        try:
+        with self._loading():
+            options = {name: value for name, value in self._options.items() if value is not None}
             model: Any = AutoModelForCausalLM.from_pretrained(self._name, **options)
-        except (OSError, ValueError) as error:
-            raise self._not_loaded(error) from error
         model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         ends = model.generation_config.eos_token_id
         # Replaces the model's own settings, whose penalties and temperatures would not be greedy.
@@ -323,8 +325,7 @@ class VLLMBackend(_LocalBackend):
 
     Args:
         model, max_tokens: See `open_backend`.
-        batch_size: Number of prompts handed over at once. The engine idles at the end of each batch, so small ones are
-            slow; a batch is lost when the process is killed.
+        batch_size: Number of prompts handed over at once: small batches are slow, and one is lost in a kill.
         max_model_len: Longest prompt and answer together, in tokens.
         revision, dtype, tensor_parallel_size, gpu_memory_utilization: See `vllm.LLM`.
         engine: Further arguments of `vllm.LLM`, such as `quantization`.
@@ -365,16 +366,14 @@ class VLLMBackend(_LocalBackend):
         self._vllm = vllm
 
     def describe(self) -> dict[str, Any]:
-        """The model, its given revision and dtype, and the version of vLLM."""
+        """See `CompletionBackend`."""
         given = {name: self._options[name] for name in ("revision", "dtype")}
         return {"backend": "vllm", "model": self._name, **given, "vllm": getattr(self._vllm, "__version__", "unknown")}
 
     @cached_property
     def _engine(self) -> Any:
-        try:
+        with self._loading():
             return self._vllm.LLM(model=self._name, **self._options)
-        except (OSError, ValueError, TypeError) as error:
-            raise self._not_loaded(error) from error
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -61,12 +61,12 @@ _LARGEST_CLUSTERS, _TEXTS_AT_A_TIME, _LINES_AT_A_TIME, _PAIRS_PER_PART, _MAX_TAS
 
 @dataclass(frozen=True, slots=True)
 class DuplicateReport:
-    """Counts of a finished job, in rows."""
+    """Counts of a finished job."""
 
-    rows: int  # all rows
+    rows: int
     counts: dict[str, int]  # the rows kept, and those dropped, by reason
-    clusters: int  # the number of clusters of at least two rows
-    largest_clusters: list[int]  # their sizes, largest first, at most twenty
+    clusters: int  # clusters of at least two rows
+    largest_clusters: list[int]  # the sizes of the largest, at most twenty
     giant_clusters: list[dict[str, Any]]  # `NearDuplicates.giant_clusters`, with ids
     pairs_compared: int  # candidate pairs whose true similarity was computed
     near_pairs: int  # those at or above the threshold
@@ -75,7 +75,6 @@ class DuplicateReport:
 
     @property
     def kept(self) -> int:
-        """The number of rows kept."""
         return self.counts[KEPT]
 
     @classmethod
@@ -369,7 +368,6 @@ class DatatroveStep:
     compare_tasks: int
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        """Do this rank's share of the task."""
         counts = {"fingerprint": len(self.job.shards), "write": len(self.job.shards), "compare": self.compare_tasks}
         parts = [self.compare_tasks] if self.task in ("compare", "decide") else []
         for number in range(rank, counts.get(self.task, 1), world_size):

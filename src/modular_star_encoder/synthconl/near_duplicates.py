@@ -78,12 +78,11 @@ def find_near_duplicates(
             dropped too. Whole texts are compared: one that contains another among much else is not near it.
     """
     settings = settings or DuplicateSettings()
-    lengths = {name: len(column) for name, column in columns.items()} | ({} if ids is None else {"ids": len(ids)})
-    if not columns or len(set(lengths.values())) > 1:
-        given = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        message = f"columns must be one or more, all and ids of the same length, not {given or 'none'}."
+    lengths = {len(one) for one in (*columns.values(), *([] if ids is None else [ids]))}
+    if not columns or len(lengths) > 1:
+        message = f"columns must be one or more, all and ids of the same length, not of lengths {sorted(lengths)}."
         raise UserError("synthconl.near_duplicates.columns", message)
-    count = next(iter(lengths.values()))
+    (count,) = lengths
     if ids is not None and len(set(ids)) < count:
         raise UserError("synthconl.near_duplicates.ids", "ids must be different for all rows.")
     order = np.array(range(count) if ids is None else sorted(range(count), key=ids.__getitem__), np.int64)
@@ -162,12 +161,9 @@ def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 class Column:
-    """What is searched of one column: the fingerprints of all rows, and the m distinct ones by number.
+    """The m distinct rows of one column, whose texts and fingerprints are in one part or several, such as files.
 
-    Args:
-        texts: The texts, in one part or several (files, for example).
-        prints: The fingerprints of each part.
-        rows: int64 (m,): the distinct rows, counted through all parts.
+    `rows` are the distinct rows, counted through all parts: int64 (m,).
     """
 
     def __init__(
@@ -183,7 +179,6 @@ class Column:
         return len(self._rows)
 
     def texts(self, numbers: np.ndarray) -> list[str]:
-        """The texts of these distinct rows."""
         rows = self._rows[numbers]
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         places = rows - self._starts[parts]
@@ -274,7 +269,7 @@ def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
 class Search:
     """A search among the rows of some columns ("within") and against texts of other sets ("between").
 
-    A task is a list of pairs that may be near in one column; within, in all columns if `settings.match` is "both".
+    A task is a list of pairs that may be near in one column, or within, if `settings.match` is "both", in all columns.
     """
 
     columns: Sequence[Column]
@@ -302,11 +297,9 @@ class Search:
 
     def compare(self, kind: str, task: int, pairs: np.ndarray) -> NearPairs:
         """The `pairs` of a task that are similar enough to be near-duplicates."""
-        chosen = self.columns[task : task + 1]
-        if kind == "within" and self.settings.match == "both":
-            chosen = self.columns
+        every = kind == "within" and self.settings.match == "both"
         smallest = np.ones(len(pairs))
-        for column in chosen:
+        for column in self.columns if every else self.columns[task : task + 1]:
             other = self.others if kind == "between" else column
             smallest = np.minimum(smallest, _similarities(pairs, column, other))
             near = smallest >= self.settings.threshold
@@ -401,10 +394,7 @@ def decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `count` nodes the partner of the highest value, of equal ones the smallest, and the value.
-
-    A node without a partner has −1 and 0.
-    """
+    """For each of `count` nodes the partner of the highest value, of equal ones the smallest, or −1; and the value."""
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one counts
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield lists of `size` items, the last one shorter."""
+    """Lists of `size` items, the last one shorter."""
     iterator = iter(items)
     return iter(lambda: list(islice(iterator, size)), [])
 
@@ -73,7 +73,6 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of one file."""
     return pq.read_table(file, columns=list(columns) if columns else None).to_pylist()
 
 

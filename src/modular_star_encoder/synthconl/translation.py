@@ -131,7 +131,7 @@ class TranslationSettings:
         }
 
     def open(self) -> CompletionBackend:
-        """The back end; see `open_backend`."""
+        """See `open_backend`."""
         return open_backend(self.backend, self.model, self.max_tokens, self.options)
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
@@ -331,7 +331,7 @@ def _read_journal(path: Path) -> dict[str, Completion]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    answered = {}
+    answered: dict[str, Completion] = {}
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             completion = Completion(**json.loads(line))
