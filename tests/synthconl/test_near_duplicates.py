@@ -20,7 +20,7 @@ from modular_star_encoder.synthconl.minhash import (
 )
 from modular_star_encoder.synthconl.near_duplicates import Column, Search, find_near_duplicates
 from tests.errors import raises
-from tests.synthconl.near_duplicate_samples import (
+from tests.synthconl.samples import (
     code,
     mutated,
     rows_with_near_duplicates,
