@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from modular_star_encoder.hub import verification
 from modular_star_encoder.hub.staging import stage_repositories
-from modular_star_encoder.hub.subprocess_check import ReloadedEmbeddings
-from modular_star_encoder.hub.verification import check_files, verify_repositories
+from modular_star_encoder.hub.subprocess_check import ReloadedEmbeddings, ReloadRequest, verify_reload
+from modular_star_encoder.hub.verification import TEXTS, check_files, verify_repositories
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.utils.files import write_text
@@ -122,6 +122,13 @@ def test_other_embeddings_than_the_sources_are_found(staged, monkeypatch):
         exits[2][0, 0] += change
         with raises("hub.reload.differs", sentence):
             verify_repositories([staged])
+
+
+@pytest.mark.slow
+def test_a_repository_that_does_not_load_without_this_package_is_found(folder):
+    (folder / "configuration_modular_star_encoder.py").unlink()
+    with raises("hub.reload.failed", folder):
+        verify_reload([ReloadRequest(str(folder), TEXTS)], progress=False)
 
 
 @pytest.mark.slow

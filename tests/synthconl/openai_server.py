@@ -1,13 +1,11 @@
-"""A loopback server of OpenAI's chat protocol: answers come from a function or a model."""
+"""A loopback server of OpenAI's chat protocol, whose answers come from a function."""
 
 import json
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from queue import Empty, Queue
 from typing import Any
 
-from modular_star_encoder.synthconl.backends import TOO_LONG, Completion, CompletionRequest, TransformersBackend
+from modular_star_encoder.synthconl.backends import TOO_LONG, Completion
 from tests.loopback import LoopbackHandler, LoopbackServer
 
 Answer = Callable[[str], Completion]
@@ -17,17 +15,13 @@ Fault = Callable[[int, dict[str, Any], dict[str, str]], tuple[int, Any, dict[str
 class OpenAIServer:
     """Serves while it is used as a context manager.
 
-    Attributes:
-        base_url: What a client is given.
-        prompts: The prompts of all requests that were answered with a completion, in order.
-        bodies: The bodies of all requests.
+    `fault` sees the number of a request, its body and its headers, and may give another reply.
     """
 
     def __init__(self, answer: Answer, fault: Fault | None = None) -> None:
-        """`fault` sees the number of a request, its body and its headers, and may give another reply."""
         self.answer, self.fault = answer, fault
-        self.prompts: list[str] = []
-        self.bodies: list[dict[str, Any]] = []
+        self.prompts: list[str] = []  # of the requests that were answered with a completion
+        self.bodies: list[dict[str, Any]] = []  # of all requests
         self.lock = threading.Lock()
         self._server = LoopbackServer(_Handler, self)
         self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
@@ -69,31 +63,3 @@ def _content(model: str, completion: Completion) -> dict[str, Any]:
     usage = {"prompt_tokens": completion.prompt_tokens, "completion_tokens": completion.completion_tokens}
     choice = {"index": 0, "message": message, "finish_reason": completion.finish_reason}
     return {"id": "chatcmpl-0", "object": "chat.completion", "model": model, "choices": [choice], "usage": usage}
-
-
-class ModelAnswers:
-    """Answers prompts with a causal model; those that wait at the same time make one batch."""
-
-    def __init__(self, folder: str | Path, max_tokens: int, batch_size: int = 32) -> None:
-        self._backend = TransformersBackend(str(folder), max_tokens, batch_size=batch_size)
-        self._waiting: Queue[tuple[str, Queue[Completion]]] = Queue()
-        self._batch_size = batch_size
-        threading.Thread(target=self._work, daemon=True).start()
-
-    def __call__(self, prompt: str) -> Completion:
-        """Wait for the answer."""
-        answer: Queue[Completion] = Queue()
-        self._waiting.put((prompt, answer))
-        return answer.get()
-
-    def _work(self) -> None:
-        while True:
-            batch = [self._waiting.get()]
-            try:
-                while len(batch) < self._batch_size:
-                    batch.append(self._waiting.get(timeout=0.002))
-            except Empty:
-                pass
-            requests = [CompletionRequest(str(place), prompt) for place, (prompt, _) in enumerate(batch)]
-            for completion in self._backend.complete(requests):
-                batch[int(completion.id)][1].put(completion)

@@ -1,10 +1,8 @@
 """A causal language model of random weights, its greedy answers token by token, and vLLM's offline API around it.
 
-`LLM` and `SamplingParams` have the signatures and behaviour of vLLM's as far as they are used: `generate` returns one
-`RequestOutput` for each prompt, in their order, and refuses prompts that are longer than `max_model_len`.
+As vLLM's, `generate` returns one output for each prompt, in their order, and refuses prompts that are too long.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -83,24 +81,14 @@ class Oracle:
 
 @dataclass
 class SamplingParams:
-    temperature: float = 1.0
-    max_tokens: int | None = 16
-    seed: int | None = None
+    temperature: float
+    max_tokens: int
 
 
 class LLM:
-    def __init__(
-        self,
-        model: str,
-        *,
-        revision: str | None = None,
-        dtype: str = "auto",
-        seed: int = 0,
-        tensor_parallel_size: int = 1,
-        gpu_memory_utilization: float = 0.9,
-        max_model_len: int | None = None,
-        enable_prefix_caching: bool | None = None,
-    ) -> None:
+    def __init__(self, model: str, *, max_model_len: int, **options: Any) -> None:
+        known = {"revision", "dtype", "seed", "tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_caching"}
+        assert options.keys() <= known
         if not Path(model, "config.json").is_file():
             raise ValueError(f"No model config found in {model!r}.\nMore lines follow.")
         self._model, self._longest = model, max_model_len
@@ -108,9 +96,7 @@ class LLM:
     def get_tokenizer(self) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(self._model)
 
-    def generate(
-        self, prompts: Sequence[dict[str, Any]], sampling_params: SamplingParams, *, use_tqdm: bool = True
-    ) -> list[Any]:
+    def generate(self, prompts: list[dict[str, Any]], sampling_params: SamplingParams, *, use_tqdm: bool) -> list[Any]:
         assert sampling_params.temperature == 0
         oracle = Oracle(self._model, sampling_params.max_tokens)
         outputs = []

@@ -16,7 +16,7 @@ from modular_star_encoder.synthconl.minhash import DuplicateSettings
 from modular_star_encoder.synthconl.near_duplicate_job import WORK, DuplicateJob, datatrove_steps, prepare_job
 from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 from tests.errors import raises
-from tests.synthconl import near_duplicate_samples as samples
+from tests.synthconl import samples
 
 AGAINST = {"bench": ["x = 1", ""]}
 

@@ -25,12 +25,7 @@ from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import small_recipe, translation, write_corpus
 
 CARD = {"name": "Mine | ours", "corpus": "Functions of six repositories.", "license_link": "https://example.org/terms"}
-FILES = {
-    "README.md",
-    "statistics.json",
-    "data/train-00000-of-00001.parquet",
-    "data/validation-00000-of-00001.parquet",
-}
+FILES = {"README.md", "statistics.json", "data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"}
 
 
 def build(folder):

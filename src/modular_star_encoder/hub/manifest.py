@@ -73,7 +73,7 @@ class RepositorySettings:
 
     @property
     def parent(self) -> str | None:
-        """The key of the entry that it comes from."""
+        """Key of the entry that it comes from."""
         return self.slice_of or self.trained_from
 
 

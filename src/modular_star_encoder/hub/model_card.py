@@ -4,13 +4,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modular_star_encoder.evaluation.report import (
-    Row,
     Table,
     interval,
     median_latencies,
@@ -71,11 +71,6 @@ class StagedRepository:
     training_rows: Sequence[tuple[str, Any]] = ()
     recipe: str = ""  # as YAML
 
-    @property
-    def exit_layers(self) -> tuple[int, ...]:
-        """Its exits."""
-        return tuple(self.config.exit_layers)
-
     def link(self, revision: str | None = None) -> str:
         """A Markdown link to its branch, or to a revision."""
         branch = self.settings.branch
@@ -104,8 +99,8 @@ def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: st
         parameters=measured.parameters[config.num_hidden_layers],
         dimension=config.projection_size if staged.retrieval else config.hidden_size,
         longest=config.max_position_embeddings,
-        query=_literal(staged.prompts.get("query", "") + "sum of two numbers"),
-        code=_literal(staged.prompts.get("document_python", "") + "def add(a, b):\n    return a + b"),
+        query=_quoted(staged.prompts.get("query", "") + "sum of two numbers"),
+        code=_quoted(staged.prompts.get("document_python", "") + "def add(a, b):\n    return a + b"),
         measured_head=head,
         measured_rows=rows,
         notes=list(_notes(staged)),
@@ -123,11 +118,7 @@ def check_card(path: Path) -> None:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Draw quality by latency, or by depth without latencies; needs matplotlib.
-
-    Returns:
-        The file's name; None for fewer than two exits or without benchmarks.
-    """
+    """Draw quality by latency, or by depth without latencies; the file's name, or None if there is no curve to draw."""
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None
     if measurements.profile is None:
@@ -147,9 +138,10 @@ def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[s
     rows = [["parameters", *(f"{count:,}" for count in measurements.parameters.values()), *blank]]
     rows += [[name, *cells, *blank] for name, cells in _cost_rows(measurements.profile, exits)]
     for table in measurements.tables:
-        found = {row.retriever if row.exit_layer is None else row.exit_layer: row for row in table.rows}
-        cells = [_quality(found.get(column)) for column in columns]
-        rows.append([f"{table.title}: {metric_label(table.metric)} × 100", *cells])
+        means = {row.retriever if row.exit_layer is None else row.exit_layer: row.mean for row in table.rows}
+        texts = {column: f"{percent(mean.value)} ({interval(mean)})" for column, mean in means.items()}
+        name = f"{table.title}: {metric_label(table.metric)} × 100"
+        rows.append([name, *(texts.get(column, UNKNOWN) for column in columns)])
     return ["", *(f"exit {k}" for k in exits), *retrievers], rows
 
 
@@ -169,13 +161,7 @@ def _cost_rows(profile: ExitProfile | None, exits: Sequence[int]) -> Iterator[tu
             yield name, [UNKNOWN if value is None else form.format(value * scale) for value in values]
 
 
-def _quality(row: Row | None) -> str:
-    return UNKNOWN if row is None else f"{percent(row.mean.value)} ({interval(row.mean)})"
-
-
-def _literal(text: str) -> str:
-    """A text as a literal of Python, whose escapes are JSON's."""
-    return json.dumps(text, ensure_ascii=False)
+_quoted = partial(json.dumps, ensure_ascii=False)  # a text as a literal of Python
 
 
 def _metadata(staged: StagedRepository, manifest: Manifest) -> ModelCardData:
@@ -215,7 +201,6 @@ def _eval_results(measurements: Measurements) -> Iterator[EvalResult]:
 
 
 def _notes(staged: StagedRepository) -> Iterator[str]:
-    """The notes below the table."""
     profile, tables = staged.measurements.profile, staged.measurements.tables
     if tables:
         yield "Benchmarks: with the 95 % interval of a bootstrap over queries."

@@ -75,10 +75,8 @@ class RankingComparison:
     queries: int
     candidates: int
     same_top_10: int  # queries with the same first ten documents in the same order
-    # queries where they differ, but only between documents whose similarities by the model are closer than `TIE`
-    ties_in_top_10: int
-    # fraction of the model's first ten documents that the file also has, in any order; mean over queries
-    shared_top_10: float
+    ties_in_top_10: int  # queries whose first ten differ only in the order of ties; see `TopTen`
+    shared_top_10: float  # mean fraction of the model's first ten documents that the file also has, in any order
     metric: str  # the task's main metric, such as `mrr`
     model: float  # the metric of the model, from 0 to 1
     file: float  # and of the file
@@ -139,9 +137,8 @@ def export_onnx_folder(
             rankings = compare_rankings(encoder, files, tasks, progress=progress)
         for one in rankings["float32"]:
             if other := one.queries - one.same_top_10 - one.ties_in_top_10:
-                queries = f"{other} of {one.queries} queries of {one.benchmark}, {one.task}"
-                message = f"The ONNX file ranks otherwise than the model: {queries} have other first ten documents."
-                raise UserError("hub.onnx.rankings", message)
+                place = f"{one.benchmark}, {one.task}: {other} of {one.queries} queries"
+                raise UserError("hub.onnx.rankings", f"The ONNX file gives {place} another top 10 than the model.")
         common = {"exit_layer": exit_layer, "versions": library_versions(PACKAGES), "machine": machine_kind()}
         compared = {"tolerance": TOLERANCE, **asdict(differences)}
         reports: dict[str, Any] = {EXPORT_REPORT: {"differences_from_torch": compared}}
@@ -170,12 +167,9 @@ def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEn
 def _write_serving_files(
     folder: Path, config: ModularStarEncoderConfig, tokenizer: PreTrainedTokenizerBase, prompts: dict[str, str]
 ) -> None:
-    """Write the files next to `onnx/`: configuration, tokenizer, and the modules of a SentenceTransformer.
-
-    The configuration is that of a StarCoder2 of the exit's sizes, as transformers before and after version 5 reads it.
-    No model is built from it: text-embeddings-inference needs sizes and a padding token (backends/ort/src/lib.rs),
-    optimum a type that it knows.
-    """
+    """Write the files next to `onnx/`: configuration, tokenizer, and the modules of a SentenceTransformer."""
+    # Versions 4 and 5 of transformers read this. No model is built from it: text-embeddings-inference needs sizes and a
+    # padding token (backends/ort/src/lib.rs), optimum a type that it knows.
     rope = dict(config.rope_parameters)
     settings = {
         "architectures": ["Starcoder2Model"],
@@ -201,11 +195,7 @@ def _write_serving_files(
 
 
 class OnnxEncoder:
-    """An ONNX file in onnxruntime, on the texts of an `ExitEncoder`: same prompts, tokenizer, lengths and batches.
-
-    Args:
-        reference: the encoder of the exported model, at one exit and without options.
-    """
+    """An ONNX file in onnxruntime, with the prompts, tokenizer and batches of `reference`, its model's encoder."""
 
     dimensions: tuple[int | None, ...] = (None,)
 
@@ -220,7 +210,7 @@ class OnnxEncoder:
         self.checksum = digest.hexdigest()
 
     def prompt(self, text: Text) -> str:
-        """The model's prompt."""
+        """See `Encoder`."""
         return self._reference.prompt(text)
 
     def encode(
@@ -235,7 +225,7 @@ class OnnxEncoder:
             max_length=config.max_position_embeddings,
             progress=progress,
         )
-        if embeddings is None:
+        if embeddings is None:  # no texts
             embeddings = np.empty((1, 0, config.projection_size), dtype=np.float32)
         return dict.fromkeys(exit_layers, embeddings[0])
 
@@ -256,20 +246,15 @@ def compare_rankings(
     if len(reference.exit_layers) != 1:
         message = f"An ONNX file has one exit; the model must have one, not {list(reference.exit_layers)}."
         raise UserError("hub.onnx.exits", message)
-    retrievers = [EmbeddingRetriever(reference)]
-    retrievers += [EmbeddingRetriever(OnnxEncoder(path, reference, name)) for name, path in files.items()]
-    results = evaluate_tasks(tasks, retrievers, seed=seed, progress=progress)
-    own = [
-        [one for one in results if (one.retriever, one.dimensions) == (by.name, by.variants[0].dimensions)]
-        for by in retrievers
-    ]
-    return {
-        retriever.name: [
-            _comparison(task, (retrievers[0], retriever), pair, seed)
-            for task, *pair in zip(tasks, own[0], found, strict=True)
-        ]
-        for retriever, found in zip(retrievers[1:], own[1:], strict=True)
-    }
+    model = EmbeddingRetriever(reference)
+    expected = evaluate_tasks(tasks, [model], seed=seed, progress=progress)
+    comparisons = {}
+    for name, path in files.items():
+        file = EmbeddingRetriever(OnnxEncoder(path, reference, name))
+        found = evaluate_tasks(tasks, [file], seed=seed, progress=progress)
+        results = zip(tasks, expected, found, strict=True)
+        comparisons[name] = [_comparison(task, (model, file), pair, seed) for task, *pair in results]
+    return comparisons
 
 
 def _comparison(

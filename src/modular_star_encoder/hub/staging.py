@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[St
         staged[entry.key] = _stage(manifest, entry, parent, Path(folder, entry.key.replace("/", "--")))
     for key, one in staged.items():
         cut = [other for other in staged.values() if other.settings.slice_of == key]
-        slices = [(other.exit_layers[-1], other.link(), f"`{_weights_sha256(other.folder)}`") for other in cut]
+        slices = [(other.config.exit_layers[-1], other.link(), f"`{_weights_sha256(other.folder)}`") for other in cut]
         staged[key] = replace(one, slices=slices)
         write_card(staged[key], manifest)
     return list(staged.values())
@@ -59,8 +59,8 @@ def _stage(
     source = uncut.source if uncut else Path(str(entry.checkpoint)).expanduser()
     tokenizer = entry.tokenizer or (uncut.folder if uncut else None)
     model_class = _check_source(source, tokenizer)
-    if uncut and entry.exit_layer not in uncut.exit_layers:
-        exits = ", ".join(map(str, uncut.exit_layers))
+    if uncut and entry.exit_layer not in uncut.config.exit_layers:
+        exits = ", ".join(map(str, uncut.config.exit_layers))
         message = f"{entry.key}: exit_layer {entry.exit_layer} is not an exit of {entry.slice_of}; its exits: {exits}."
         raise UserError("hub.staging.exit_layer", message)
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
@@ -105,7 +105,7 @@ def _stage(
         measurements=measured,
         figure=figure,
         parent=parent,
-        training_rows=list(_training_rows(log)),
+        training_rows=_training_rows(log),
         recipe=yaml.safe_dump(without_paths(recipe), sort_keys=False, allow_unicode=True) if recipe else "",
     )
 
@@ -130,7 +130,6 @@ def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularSta
 
 
 def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, int]) -> Measurements:
-    """The measurements of a checkpoint."""
     checksum = checkpoint_checksum(source)
     path = Path(entry.profile).expanduser() if entry.profile else source / PROFILE_NAME
     profile = ExitProfile.load(path) if entry.profile or path.is_file() else None
@@ -143,36 +142,33 @@ def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, i
 
 def _read_training(entry: RepositorySettings, source: Path) -> tuple[dict[str, Any], Any]:
     """The training log, empty if there is none, and the recipe."""
-    named = [entry.training_log] if entry.training_log else [source / TRAINING_LOG, source.parent / TRAINING_LOG]
-    path = next((one for one in (Path(one).expanduser() for one in named) if one.is_file()), None)
-    if path is None and entry.training_log:
-        raise UserError("hub.staging.training_log", f"Training log {entry.training_log} not found.")
-    log = {} if path is None else _read_settings(path)
+    paths = [source / TRAINING_LOG, source.parent / TRAINING_LOG]
+    paths = [Path(entry.training_log).expanduser()] if entry.training_log else [one for one in paths if one.is_file()]
+    log = _read_settings(paths[0]) if paths else {}
     return log, _read_settings(Path(entry.recipe).expanduser()) if entry.recipe else log.get("recipe")
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file."""
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         content = json.loads(data) if path.suffix == ".json" else yaml.safe_load(data)
-    except (ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         content = " ".join(str(error).split())
     if not isinstance(content, dict):
-        raise UserError("hub.staging.settings", f"{path} must be a mapping of settings, not: {content}.")
+        raise UserError("hub.staging.settings", f"{path} must be a file with a mapping of settings, not: {content}.")
     return content
 
 
-def _training_rows(log: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _training_rows(log: Mapping[str, Any]) -> list[tuple[str, Any]]:
     data, held_out = log.get("data") or {}, log.get("held_out_repositories")
     values = {"steps": log.get("steps"), "rows to train on": data.get("train"), "rows held out": data.get("held_out")}
-    yield from ((name, value) for name, value in values.items() if isinstance(value, int))
-    if held_out:
-        yield "repositories held out", len(held_out)
+    values["repositories held out"] = len(held_out) if held_out else None
+    return [(name, value) for name, value in values.items() if isinstance(value, int)]
 
 
 def without_paths(settings: Any) -> Any:
-    """Settings without local paths; names of models and datasets stay."""
+    """Settings without paths of this machine; names of models and datasets stay."""
     if isinstance(settings, dict):
         return {name: without_paths(value) for name, value in settings.items()}
     if isinstance(settings, list | tuple):

@@ -106,7 +106,6 @@ class Blocker(MetaPathFinder):
     """Make our package unimportable, however it is installed."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        """Raise for our package; leave every other name to the next finders."""
         if fullname.partition(".")[0] == PACKAGE:
             raise ModuleNotFoundError(f"{PACKAGE} is not available in this process")
 

@@ -40,32 +40,24 @@ TEXT_LIMIT = 64 << 20
 
 TEXTS = ("add two numbers", "def subtract(first, second):\n    return first - second", "x")
 TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
-"""Allowed difference of a component of a unit vector: the computation is the same, but pooling outside the model rounds
-elsewhere."""
+"""Allowed difference of a component of a unit vector: pooling outside the model rounds elsewhere."""
 
 
 def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
-    """Check staged repositories as a stranger would use them.
-
-    Returns:
-        For the key of each repository, the largest difference from the source's embeddings.
-    """
+    """Check repositories as a stranger would use them; returns each key's largest difference from its source."""
     for one in staged:
         check_files(one.folder, tuple(one.settings.files))
         check_card(one.folder / CARD)
         _check_tokenizer(one.folder)
     requests = [
-        ReloadRequest(os.fspath(one.folder), TEXTS, one.prompts.get("query", ""), one.exit_layers) for one in staged
+        ReloadRequest(str(one.folder), TEXTS, one.prompts.get("query", ""), one.config.exit_layers) for one in staged
     ]
     reloaded = verify_reload(requests, progress=progress)
     return {one.settings.key: _compare(one, found) for one, found in zip(staged, reloaded, strict=True)}
 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
-    """Check that a folder has exactly the files of a repository, and none that must not be published.
-
-    `extra` are the paths of further files that it must contain.
-    """
+    """Check that a folder has the files of a repository and the `extra` ones, and none that must not be published."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
     weights = {name for name in paths if WEIGHTS.fullmatch(name)} or {"model.safetensors"}
     expected = {*REQUIRED, *extra, *weights} | ({INDEX} if len(weights) > 1 else set())
@@ -116,7 +108,7 @@ def _check_tokenizer(folder: Path) -> None:
 def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
     """The largest difference from the source's embeddings."""
     own, masked_lm, dtype = _source_embeddings(staged)
-    deepest = staged.exit_layers[-1]
+    deepest = staged.config.exit_layers[-1]
     pairs = {f"exit {k}": (own[k], found.exits[k]) for k in own}
     pairs["AutoModel"] = own[deepest], found.auto_model
     pairs["SentenceTransformer"] = own[deepest], found.sentence_transformer
@@ -142,7 +134,7 @@ def _source_embeddings(staged: StagedRepository) -> tuple[dict[int, np.ndarray],
     prompt = staged.prompts.get("query", "")
     batch = tokenizer([prompt + text for text in TEXTS], padding=True, return_tensors="pt", **cut)
     dtype = str(model.dtype).removeprefix("torch.")
-    exits = staged.exit_layers
+    exits = staged.config.exit_layers
     if staged.retrieval:
         own = {k: model(**batch, exit_layer=k).sentence_embedding.float().numpy() for k in exits}
         return own, None, dtype

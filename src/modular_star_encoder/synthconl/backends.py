@@ -5,17 +5,18 @@ text or their position. Nothing here imports torch before the first request.
 """
 
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from modular_star_encoder.synthconl.row_files import batches
-from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.errors import UserError, naming_extra
 from modular_star_encoder.utils.http import (
     HTTPClient,
     HTTPRequestError,
@@ -36,8 +37,8 @@ ERROR, TOO_LONG = "error", "too_long"
 class CompletionRequest:
     """One prompt."""
 
-    id: str  # id of its row
-    prompt: str  # the user's message, without any chat template
+    id: str  # of its row
+    prompt: str  # the user's message, without a chat template
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,9 @@ class Completion:
 
     id: str  # id of the request
     text: str  # the answer
-    # Why it ended: `"stop"`, `"length"`, `"content_filter"` or another word of OpenAI's protocol; `"too_long"` if the
-    # prompt leaves no room for an answer, and `"error"` if this one request failed for another reason
-    finish_reason: str
-    prompt_tokens: int = 0  # tokens of the prompt, chat template included; 0 where an endpoint does not say
-    completion_tokens: int = 0  # tokens of the answer, the final one included; 0 where an endpoint does not say
+    finish_reason: str  # a word of OpenAI's protocol; `TOO_LONG` for a prompt without room for an answer; or `ERROR`
+    prompt_tokens: int = 0  # chat template included; 0 where an endpoint does not say
+    completion_tokens: int = 0  # the final token included; 0 where an endpoint does not say
     error: str = ""  # why the request failed; empty otherwise
 
 
@@ -59,23 +58,16 @@ class BackendError(UserError):
 
 
 class CompletionBackend(Protocol):
-    """A language model, wherever it runs. Decoding is greedy.
+    """A language model, wherever it runs. Decoding is greedy."""
 
-    Attributes:
-        in_flight: The largest number of requests under way at once: what is lost at most when the process is killed.
-        run_options: Options that say how it is run; its answers do not depend on them, up to rounding.
-    """
-
-    in_flight: int
-    run_options: ClassVar[frozenset[str]]
+    in_flight: int  # the largest number of requests under way at once: what is lost at most when the process is killed
+    run_options: ClassVar[frozenset[str]]  # options that do not change the answers, up to rounding
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
         """Yield one completion for each request, in any order, as soon as it is there.
 
-        Requests are taken from the iterable as they are needed, at most `in_flight` ahead of what was yielded.
-
-        Raises:
-            BackendError: No further request can be answered; all earlier answers have been yielded.
+        Requests are taken from the iterable at most `in_flight` ahead of what was yielded. A BackendError means that no
+        further request can be answered; all earlier answers have been yielded.
         """
         ...
 
@@ -84,7 +76,7 @@ class CompletionBackend(Protocol):
         ...
 
 
-class OpenAIBackend:
+class OpenAIBackend(CompletionBackend):
     """An endpoint of OpenAI's chat protocol: vLLM, SGLang, llama.cpp, Ollama, hosted services.
 
     A request that the endpoint fails to answer for a while is sent again (see `HTTPClient`); a failure that no further
@@ -99,9 +91,7 @@ class OpenAIBackend:
             is not sent.
     """
 
-    run_options: ClassVar[frozenset[str]] = frozenset(
-        {"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"}
-    )
+    run_options = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
 
     def __init__(
         self,
@@ -122,16 +112,15 @@ class OpenAIBackend:
         http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
         check_http_settings(**http)
         self._url = check_url(base_url) + "/chat/completions"
-        total_time = attempts * (timeout + 60)
-        token = token_from_environment(api_key_variable)
-        self._open_client = partial(HTTPClient, token=token, total_time=total_time, **http)
+        http |= {"token": token_from_environment(api_key_variable), "total_time": attempts * (timeout + 60)}
+        self._open_client = partial(HTTPClient, **http)
         self._model, self._revision, self.in_flight = model, revision, concurrency
         body = {"model": model, "temperature": 0, "max_tokens": max_tokens} | dict(body or {})
         self._body = {name: value for name, value in body.items() if value is not None}
         self._served: set[str] = set()
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
-        """See `CompletionBackend`. When one request fails for good, those under way are waited for and yielded."""
+        """See `CompletionBackend`; when one request fails for good, those under way are waited for and yielded."""
         failure: BackendError | None = None
         asked: dict[Future[Response], CompletionRequest] = {}
         remaining = iter(requests)
@@ -151,7 +140,7 @@ class OpenAIBackend:
             raise failure
 
     def describe(self) -> dict[str, Any]:
-        """The model, its given revision, and the names of the models in the endpoint's answers."""
+        """See `CompletionBackend`; `served` has the names of the models in the endpoint's answers."""
         served = sorted(self._served)
         return {"backend": "openai", "model": self._model, "revision": self._revision, "served": served}
 
@@ -182,7 +171,7 @@ def _is_an_error(response: Response) -> bool:
     return isinstance(content, dict) and "choices" not in content and "error" in content
 
 
-class _LocalBackend(ABC):
+class _LocalBackend(CompletionBackend):
     """Prompts become token ids, and requests of `batches_together` batches are sorted by length into batches."""
 
     _tokenizer: Any
@@ -221,9 +210,14 @@ class _LocalBackend(ABC):
         # The template has written the special tokens.
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _not_loaded(self, error: Exception) -> BackendError:
-        first_line = str(error).strip().partition("\n")[0].rstrip(".")
-        return BackendError("synthconl.backend.model", f"The model {self._name!r} can't be loaded: {first_line}.")
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, TypeError) as error:
+            first_line = str(error).strip().partition("\n")[0].rstrip(".")
+            message = f"The model {self._name!r} can't be loaded: {first_line}."
+            raise BackendError("synthconl.backend.model", message) from error
 
 
 class TransformersBackend(_LocalBackend):
@@ -237,7 +231,7 @@ class TransformersBackend(_LocalBackend):
         device: Where to run; a GPU if there is one.
     """
 
-    run_options: ClassVar[frozenset[str]] = frozenset({"batch_size", "device"})
+    run_options = frozenset({"batch_size", "device"})
 
     def __init__(
         self,
@@ -255,7 +249,7 @@ class TransformersBackend(_LocalBackend):
         self._device = device
 
     def describe(self) -> dict[str, Any]:
-        """The model, its commit on the Hub if it came from there, its dtype, and versions."""
+        """See `CompletionBackend`."""
         return {
             "backend": "transformers",
             "model": self._name,
@@ -269,11 +263,9 @@ class TransformersBackend(_LocalBackend):
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
-        options = {"revision": self._options["revision"], "padding_side": "left"}
-        try:
+        with self._loading():
+            options = {"revision": self._options["revision"], "padding_side": "left"}
             tokenizer = AutoTokenizer.from_pretrained(self._name, **options)
-        except (OSError, ValueError) as error:
-            raise self._not_loaded(error) from error
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id is None:
@@ -286,11 +278,9 @@ class TransformersBackend(_LocalBackend):
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        options = {name: value for name, value in self._options.items() if value is not None}
-        try:
+        with self._loading():
+            options = {name: value for name, value in self._options.items() if value is not None}
             model: Any = AutoModelForCausalLM.from_pretrained(self._name, **options)
-        except (OSError, ValueError) as error:
-            raise self._not_loaded(error) from error
         model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         ends = model.generation_config.eos_token_id
         # Replaces the model's own settings, whose penalties and temperatures would not be greedy.
@@ -335,14 +325,13 @@ class VLLMBackend(_LocalBackend):
 
     Args:
         model, max_tokens: See `open_backend`.
-        batch_size: Number of prompts handed over at once. The engine idles at the end of each batch, so small ones are
-            slow; a batch is lost when the process is killed.
+        batch_size: Number of prompts handed over at once: small batches are slow, and one is lost in a kill.
         max_model_len: Longest prompt and answer together, in tokens.
         revision, dtype, tensor_parallel_size, gpu_memory_utilization: See `vllm.LLM`.
         engine: Further arguments of `vllm.LLM`, such as `quantization`.
     """
 
-    run_options: ClassVar[frozenset[str]] = frozenset({"batch_size", "tensor_parallel_size", "gpu_memory_utilization"})
+    run_options = frozenset({"batch_size", "tensor_parallel_size", "gpu_memory_utilization"})
 
     def __init__(
         self,
@@ -372,23 +361,19 @@ class VLLMBackend(_LocalBackend):
             "gpu_memory_utilization": gpu_memory_utilization,
             **(engine or {}),
         }
-        try:
+        with naming_extra():
             import vllm
-        except ImportError as error:
-            raise ImportError("Translating with vLLM needs it: pip install 'modular-star-encoder[vllm]'.") from error
         self._vllm = vllm
 
     def describe(self) -> dict[str, Any]:
-        """The model, its given revision and dtype, and the version of vLLM."""
+        """See `CompletionBackend`."""
         given = {name: self._options[name] for name in ("revision", "dtype")}
         return {"backend": "vllm", "model": self._name, **given, "vllm": getattr(self._vllm, "__version__", "unknown")}
 
     @cached_property
     def _engine(self) -> Any:
-        try:
+        with self._loading():
             return self._vllm.LLM(model=self._name, **self._options)
-        except (OSError, ValueError, TypeError) as error:
-            raise self._not_loaded(error) from error
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -406,24 +391,22 @@ class VLLMBackend(_LocalBackend):
             yield Completion(request.id, answer.text, answer.finish_reason, len(ids), len(answer.token_ids))
 
 
-BACKENDS: Mapping[str, type[VLLMBackend | OpenAIBackend | TransformersBackend]] = {
+BackendName = Literal["vllm", "openai", "transformers"]
+BACKENDS: Mapping[BackendName, type[VLLMBackend | OpenAIBackend | TransformersBackend]] = {
     "vllm": VLLMBackend,
     "openai": OpenAIBackend,
     "transformers": TransformersBackend,
 }
 
 
-def open_backend(name: str, model: str, max_tokens: int, options: Mapping[str, Any]) -> CompletionBackend:
+def open_backend(name: BackendName, model: str, max_tokens: int, options: Mapping[str, Any]) -> CompletionBackend:
     """Return a back end; this loads no model and sends no request.
 
     Args:
-        name: `"vllm"`, `"openai"` or `"transformers"`.
         model: Name at the endpoint; for the others, folder or Hub id, at the branch, tag or commit `revision`.
         max_tokens: Largest number of tokens of an answer.
         options: Further arguments of the back end's class.
     """
-    if name not in BACKENDS:
-        raise UserError("synthconl.backend.unknown", f"Back end {name!r} not found. Available: {', '.join(BACKENDS)}.")
     try:
         signature(BACKENDS[name]).bind(model, max_tokens, **options)
     except TypeError as error:

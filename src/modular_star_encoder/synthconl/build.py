@@ -34,13 +34,7 @@ from modular_star_encoder.synthconl.extraction import (
 )
 from modular_star_encoder.synthconl.minhash import DuplicateSettings, minhash_class
 from modular_star_encoder.synthconl.near_duplicate_job import REPORT, prepare_job
-from modular_star_encoder.synthconl.publishing import (
-    CARD,
-    DATASET_SCHEMA,
-    STATISTICS,
-    dataset_card,
-    dataset_statistics,
-)
+from modular_star_encoder.synthconl.publishing import CARD, DATASET_SCHEMA, STATISTICS, dataset_card, dataset_statistics
 from modular_star_encoder.synthconl.row_files import read_file, read_rows, row_files, write_rows, write_split
 from modular_star_encoder.synthconl.translation import Languages, TranslationSettings, target_language, translate
 from modular_star_encoder.utils.errors import UserError
@@ -162,8 +156,8 @@ def load_dataset_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) 
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
     """Build a dataset, or continue what an earlier call with this recipe left in `out`.
 
-    Killed at any point, the same call continues: no finished stage is repeated, no row is lost, doubled or given
-    another's translation, and at most the translations under way are requested again.
+    Killed at any point, the same call continues: no finished stage is repeated, no row is lost or doubled, and at most
+    the translations under way are requested again.
 
     Args:
         recipe: What to build.
@@ -212,7 +206,6 @@ class Build:
         return json.loads((self.out / stage / REPORT).read_text(encoding="utf-8"))
 
     def is_done(self, stage: str) -> bool:
-        """Whether a stage is finished."""
         return (self.out / stage / REPORT).is_file()
 
 
@@ -296,13 +289,10 @@ def near_duplicates(build: Build, out: Path) -> None:
 
 def split(build: Build, out: Path) -> None:
     """Draw the repositories of the validation split."""
+    recipe = build.recipe
     sizes = Counter(row["repository_name"] for row in read_rows(build.out / "near_duplicates", ["repository_name"]))
-    held_out = draw_repositories(
-        sizes,
-        seed=build.recipe.seed,
-        min_test=build.recipe.validation_rows,
-        max_repository_share=build.recipe.max_repository_share,
-    )
+    share = recipe.max_repository_share
+    held_out = draw_repositories(sizes, seed=recipe.seed, min_test=recipe.validation_rows, max_repository_share=share)
     splits = zip(SPLITS, (set(sizes) - held_out, held_out), strict=True)
     counts = {name: {"rows": sum(map(sizes.__getitem__, names)), "repositories": len(names)} for name, names in splits}
     with staged_folder(out) as staging:
@@ -347,7 +337,7 @@ STAGES: tuple[Stage, ...] = (functions, translations, triplets, near_duplicates,
 
 
 def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield every function with the model's answer to it."""
+    """Every function with the model's answer to it."""
     for file in row_files(out / "functions"):
         answers_file = out / "translations" / file.name
         rows, answers = read_file(file), read_file(answers_file)
@@ -392,10 +382,11 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
     write_json(build.out / LOG, log)
 
 
-def _settings_up_to(recipe: DatasetRecipe, name: str) -> dict[str, Any]:
+def _settings_up_to(recipe: DatasetRecipe, stage: str) -> dict[str, Any]:
     """The settings that decide the result of a stage: its own and those of the stages before."""
-    settings = list(recipe.stage_settings().items())
-    return dict(settings[: [one for one, _ in settings].index(name) + 1])
+    settings = recipe.stage_settings()
+    names = list(settings)
+    return {name: settings[name] for name in names[: names.index(stage) + 1]}
 
 
 def _read_log(out: Path) -> dict[str, Any]:
@@ -411,13 +402,12 @@ def _read_log(out: Path) -> dict[str, Any]:
 
 def _check_settings(build: Build, log: dict[str, Any]) -> None:
     """Check that existing stages were made with the same settings."""
-    for name in (stage.__name__ for stage in STAGES):
-        if name in log and (build.out / name).exists():
-            other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
-            if other:
-                made = f"{build.out / name} was made with another {', '.join(other)}"
-                message = f"{made}; name another folder, or remove that one and those of the later stages."
-                raise UserError("synthconl.build.other_settings", message)
+    for name in (stage.__name__ for stage in STAGES if stage.__name__ in log):
+        other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
+        if other and (build.out / name).exists():
+            made = f"{build.out / name} was made with another {', '.join(other)}"
+            message = f"{made}; name another folder, or remove that one and those of the later stages."
+            raise UserError("synthconl.build.other_settings", message)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field as Constraint
 
+from modular_star_encoder.utils.errors import naming_extra
 from modular_star_encoder.utils.settings import Count, Float, settings_class
 
 SHINGLE_CHARACTERS = 5
@@ -107,7 +108,7 @@ def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         bounds[i + 1].
     """
     size = SHINGLE_CHARACTERS
-    padded = ["" if _is_blank(text) else text.ljust(size, _FILLER) for text in texts]
+    padded = [text.ljust(size, _FILLER) if text.strip() else "" for text in texts]
     lengths = np.array([len(text) for text in padded], np.int64)
     bounds = np.concatenate(([0], np.cumsum(np.maximum(lengths - size + 1, 0))))
     if not bounds[-1]:
@@ -141,16 +142,8 @@ def shingle_sets(texts: Iterable[str]) -> list[np.ndarray]:
 
 def jaccard(first: np.ndarray, second: np.ndarray) -> float:
     """Jaccard similarity of two results of `shingle_sets`; 0 if one of them is empty."""
-    if not len(first) or not len(second):
-        return 0.0
-    both = np.concatenate((first, second))
-    both.sort()
-    common = int(np.count_nonzero(both[1:] == both[:-1]))
-    return common / (len(both) - common)
-
-
-def _is_blank(text: str) -> bool:
-    return not text or text.isspace()
+    common = len(np.intersect1d(first, second, assume_unique=True))
+    return common / max(len(first) + len(second) - common, 1)
 
 
 def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
@@ -185,7 +178,7 @@ def fingerprint(texts: Iterable[str | None], banding: Banding) -> Fingerprints:
 
 
 def _fingerprint(batch: list[str], banding: Banding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    contents = [b"" if _is_blank(text) else text.encode("utf-8", "surrogatepass") for text in batch]
+    contents = [text.encode("utf-8", "surrogatepass") if text.strip() else b"" for text in batch]
     digests = b"".join(hashlib.blake2b(one, digest_size=16).digest() if one else bytes(16) for one in contents)
     hashes, bounds = hash_shingles(batch)
     matrix = minhash_class().digest_matrix_from_flat_token_hashes(hashes, bounds.astype(np.uint64), PERMUTATIONS, _SEED)
@@ -202,10 +195,8 @@ def _fingerprint(batch: list[str], banding: Banding) -> tuple[np.ndarray, np.nda
 
 def minhash_class() -> Any:
     """rensa's `RMinHash`, or an ImportError that names the extra."""
-    try:
+    with naming_extra():
         from rensa import RMinHash
-    except ImportError as error:
-        raise ImportError("Near-duplicates need rensa: pip install 'modular-star-encoder[dataset]'.") from error
     return RMinHash
 
 
@@ -223,8 +214,8 @@ def store_fingerprints(
             for column in range(columns)
         ]
         ends = np.zeros(columns, "<i8")
-        for column, files in enumerate(outputs):
-            files["bounds"].write(ends[column].tobytes())
+        for files in outputs:
+            files["bounds"].write(bytes(8))
         for batch in batches:
             for column, (files, texts) in enumerate(zip(outputs, batch, strict=True)):
                 prints = fingerprint(texts, banding)

@@ -55,19 +55,19 @@ from modular_star_encoder.utils.files import staged_file, staged_folder, write_j
 
 WORK, REPORT, DROPPED = ".near-duplicate-job", "report.json", "dropped.jsonl"
 _KINDS = ("within", "between")
+_mapped = partial(np.load, mmap_mode="r")
 _LARGEST_CLUSTERS, _TEXTS_AT_A_TIME, _LINES_AT_A_TIME, _PAIRS_PER_PART, _MAX_TASKS = 20, 1024, 8192, 100_000, 1000
 
 
 @dataclass(frozen=True, slots=True)
 class DuplicateReport:
-    """Counts of a finished job, in rows."""
+    """Counts of a finished job."""
 
-    rows: int  # all rows
+    rows: int
     counts: dict[str, int]  # the rows kept, and those dropped, by reason
-    clusters: int  # the number of clusters of at least two rows
-    largest_clusters: list[int]  # their sizes, largest first, at most twenty
-    # `"cluster"` (an id), `"rows"` and `"kept"` of those too large to be reduced to one row
-    giant_clusters: list[dict[str, Any]]
+    clusters: int  # clusters of at least two rows
+    largest_clusters: list[int]  # the sizes of the largest, at most twenty
+    giant_clusters: list[dict[str, Any]]  # `NearDuplicates.giant_clusters`, with ids
     pairs_compared: int  # candidate pairs whose true similarity was computed
     near_pairs: int  # those at or above the threshold
     largest_bucket: int  # the most distinct rows that share a band
@@ -75,7 +75,6 @@ class DuplicateReport:
 
     @property
     def kept(self) -> int:
-        """The number of rows kept."""
         return self.counts[KEPT]
 
     @classmethod
@@ -86,7 +85,7 @@ class DuplicateReport:
 
 
 def prepare_job(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     columns: Sequence[str],
@@ -102,7 +101,7 @@ def prepare_job(
     number of the text of the set that it is near) and `similarity`.
 
     Args:
-        source: A folder of parquet files, or a list of them.
+        source: A folder of parquet files.
         out: The folder to write to: one that doesn't exist, is empty, or was begun by the same job.
         columns: The columns of text to compare; `settings.match` says whether one or all of them must be near.
         id_column: A column of different texts or integers; of near-duplicates, the row of smallest id stays. Without
@@ -114,10 +113,9 @@ def prepare_job(
         message = f"columns must be a list of one or more names, each once, not {columns!r}."
         raise UserError("synthconl.near_duplicates.columns", message)
     minhash_class()
-    out = Path(out).absolute()
+    source, out = Path(source).absolute(), Path(out).absolute()
     shards = find_shards(source)
-    inside = isinstance(source, str | os.PathLike) and Path(source).absolute() in out.parents
-    if inside or any(out in Path(one.path).parents for one in shards):
+    if out == source or out in source.parents or source in out.parents:
         message = f"{out} is inside the folder to read, or contains it; name another folder to write to."
         raise UserError("synthconl.near_duplicates.out", message)
     check_columns(shards, columns, id_column)
@@ -133,8 +131,7 @@ def prepare_job(
         "versions": {"rensa": version("rensa")},
     }
     if job.finished or job.work.exists():
-        path = out / REPORT if job.finished else job.work / "job.json"
-        before = _read_json(path).get("job", {}) if job.finished else _read_json(path)
+        before = _read_json(out / REPORT).get("job", {}) if job.finished else _read_json(job.work / "job.json")
         if before != description:
             changed = ", ".join(name for name in description if before.get(name) != description[name])
             message = f"{out} was begun with other {changed}; name another folder, or remove it and start again."
@@ -191,10 +188,10 @@ class DuplicateJob:
         return (self.out / REPORT).exists()
 
     def run(self, progress: bool = True) -> DuplicateReport:
-        """Do all that is left in this process; `progress` shows progress bars.
+        """Do all that is left in this process, the only one that does.
 
-        Only one process at a time may do this. Rows are read a thousand at a time, and a few hundred bytes of each stay
-        in memory; the texts are copied to the disk until the job is finished.
+        Rows are read a thousand at a time, and a few hundred bytes of each stay in memory; the texts are copied to the
+        disk until the job is finished.
         """
         if self.finished:
             return self.finish()
@@ -285,7 +282,7 @@ class DuplicateJob:
             counts=result.counts,
             clusters=len(sizes),
             largest_clusters=sizes[:_LARGEST_CLUSTERS].tolist(),
-            giant_clusters=[{**asdict(one), "cluster": ids[one.cluster].as_py()} for one in result.giant_clusters],
+            giant_clusters=[one | {"cluster": ids[one["cluster"]].as_py()} for one in result.giant_clusters],
             pairs_compared=result.compared,
             near_pairs=len(result.pairs),
             largest_bucket=result.largest_bucket,
@@ -311,8 +308,8 @@ class DuplicateJob:
         if not self.finished:
             report = DuplicateReport.read(self.work / "decided" / "report.json")
             with staged_file(self.out / DROPPED, resumable=True) as temporary, temporary.open("wb") as output:
-                for row in self._dropped_rows(tuple(report.counts)):
-                    output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                rows = self._dropped_rows(tuple(report.counts))
+                output.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
             content = {**asdict(report), "job": _read_json(self.work / "job.json")}
             with staged_file(self.out / REPORT, resumable=True) as temporary:
                 temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -330,17 +327,11 @@ class DuplicateJob:
                 self._decided(name)[rows] for name in ("reason", "clusters", "nearest", "similarity")
             )
             is_row = near_a_row[reason]
-            names, own, near = (
-                ids.take(pa.array(one)).to_pylist() for one in (clusters, rows, np.where(is_row, nearest, 0))
-            )
-            for i, row_id in enumerate(own):
-                yield {
-                    "id": row_id,
-                    "reason": reasons[reason[i]],
-                    "cluster": names[i],
-                    "nearest": near[i] if is_row[i] else int(nearest[i]),
-                    "similarity": float(similarity[i]),
-                }
+            named = {"id": rows, "cluster": clusters, "nearest": np.where(is_row, nearest, 0)}
+            table = pa.table({name: ids.take(pa.array(one)) for name, one in named.items()})
+            for i, line in enumerate(table.to_pylist()):
+                line |= {"reason": reasons[reason[i]], "similarity": float(similarity[i])}
+                yield line if is_row[i] else line | {"nearest": int(nearest[i])}
 
     def _compared(self, part: int, parts: int) -> Path:
         return self.work / f"compared-{part:05d}-of-{parts:05d}.npz"
@@ -368,10 +359,6 @@ class DuplicateJob:
         )
 
 
-def _mapped(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
-
-
 @dataclass(frozen=True, slots=True)
 class DatatroveStep:
     """One kind of task of a job, as a step of a pipeline of datatrove: it takes no documents and yields none."""
@@ -381,7 +368,6 @@ class DatatroveStep:
     compare_tasks: int
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        """Do this rank's share of the task."""
         counts = {"fingerprint": len(self.job.shards), "write": len(self.job.shards), "compare": self.compare_tasks}
         parts = [self.compare_tasks] if self.task in ("compare", "decide") else []
         for number in range(rank, counts.get(self.task, 1), world_size):

@@ -30,15 +30,6 @@ _PAIRS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 8192, 1 << 23  # of eight bytes each, 
 
 
 @dataclass(frozen=True, slots=True)
-class GiantCluster:
-    """A cluster that is too large to be reduced to one row: its id (a row), its rows and those kept."""
-
-    cluster: int
-    rows: int
-    kept: int
-
-
-@dataclass(frozen=True, slots=True)
 class NearDuplicates:
     """Which of n rows are kept and why; rows are named by their position in the input."""
 
@@ -46,15 +37,13 @@ class NearDuplicates:
     reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is that of row i
     reason: np.ndarray  # int64 (n,)
     clusters: np.ndarray  # int64 (n,): the row of smallest id in the cluster of row i, which is i for a row alone
-    # int64 (n,): for a dropped row, the most similar compared row, or the number of the text of the set that it is
-    # near; −1 for rows that are kept
+    # int64 (n,): the most similar row, or the number of the text of the set that a row is near; −1 if it is kept
     nearest: np.ndarray
-    similarity: np.ndarray  # float64 (n,): the Jaccard similarity to `nearest`; 0 for rows that are kept
-    # int64 (pairs, 2): near pairs of distinct rows, of smaller id first. Equal rows share the pairs of the one of
-    # smallest id
-    pairs: np.ndarray
+    similarity: np.ndarray  # float64 (n,): the Jaccard similarity to `nearest`; 0 if it is kept
+    pairs: np.ndarray  # int64 (pairs, 2): near pairs of distinct rows, of smaller id first
     pair_similarities: np.ndarray  # float64 (pairs,)
-    giant_clusters: tuple[GiantCluster, ...] = ()  # the clusters that were not reduced to one row
+    # Of each cluster too large to be reduced to one row: `cluster` (its row of smallest id), `rows` and `kept` (counts)
+    giant_clusters: tuple[dict[str, int], ...] = ()
     compared: int = 0  # number of pairs compared
     largest_bucket: int = 0  # the most distinct rows that share a band
     rows_over_limit: int = 0  # the most rows, over the bands, that were compared with a part of their bucket only
@@ -89,12 +78,11 @@ def find_near_duplicates(
             dropped too. Whole texts are compared: one that contains another among much else is not near it.
     """
     settings = settings or DuplicateSettings()
-    lengths = {name: len(column) for name, column in columns.items()} | ({} if ids is None else {"ids": len(ids)})
-    if not columns or len(set(lengths.values())) > 1:
-        given = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        message = f"columns must be one or more, all and ids of the same length, not {given or 'none'}."
+    lengths = {len(one) for one in (*columns.values(), *([] if ids is None else [ids]))}
+    if not columns or len(lengths) > 1:
+        message = f"columns must be one or more, all and ids of the same length, not of lengths {sorted(lengths)}."
         raise UserError("synthconl.near_duplicates.columns", message)
-    count = next(iter(lengths.values()))
+    (count,) = lengths
     if ids is not None and len(set(ids)) < count:
         raise UserError("synthconl.near_duplicates.ids", "ids must be different for all rows.")
     order = np.array(range(count) if ids is None else sorted(range(count), key=ids.__getitem__), np.int64)
@@ -173,12 +161,9 @@ def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 class Column:
-    """What is searched of one column: the fingerprints of all rows, and the m distinct ones by number.
+    """The m distinct rows of one column, whose texts and fingerprints are in one part or several, such as files.
 
-    Args:
-        texts: The texts, in one part or several (files, for example).
-        prints: The fingerprints of each part.
-        rows: int64 (m,): the distinct rows, counted through all parts.
+    `rows` are the distinct rows, counted through all parts: int64 (m,).
     """
 
     def __init__(
@@ -194,7 +179,6 @@ class Column:
         return len(self._rows)
 
     def texts(self, numbers: np.ndarray) -> list[str]:
-        """The texts of these distinct rows."""
         rows = self._rows[numbers]
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         places = rows - self._starts[parts]
@@ -285,7 +269,7 @@ def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
 class Search:
     """A search among the rows of some columns ("within") and against texts of other sets ("between").
 
-    A task is a list of pairs that may be near in one column; within, in all columns if `settings.match` is "both".
+    A task is a list of pairs that may be near in one column, or within, if `settings.match` is "both", in all columns.
     """
 
     columns: Sequence[Column]
@@ -313,11 +297,9 @@ class Search:
 
     def compare(self, kind: str, task: int, pairs: np.ndarray) -> NearPairs:
         """The `pairs` of a task that are similar enough to be near-duplicates."""
-        chosen = self.columns[task : task + 1]
-        if kind == "within" and self.settings.match == "both":
-            chosen = self.columns
+        every = kind == "within" and self.settings.match == "both"
         smallest = np.ones(len(pairs))
-        for column in chosen:
+        for column in self.columns if every else self.columns[task : task + 1]:
             other = self.others if kind == "between" else column
             smallest = np.minimum(smallest, _similarities(pairs, column, other))
             near = smallest >= self.settings.threshold
@@ -387,10 +369,10 @@ def decide(
     row_clusters = rows.rows[clusters][number]
     alone = np.flatnonzero(reasons >= _FIRST_SET)
     row_clusters[alone] = alone
-    giants = [
-        GiantCluster(row, int((row_clusters == row).sum()), int((reasons[row_clusters == row] == _KEPT).sum()))
-        for row in rows.rows[sizes > settings.giant_cluster].tolist()
-    ]
+    giants = []
+    for row in rows.rows[sizes > settings.giant_cluster].tolist():
+        members = reasons[row_clusters == row]
+        giants.append({"cluster": row, "rows": len(members), "kept": int((members == _KEPT).sum())})
     if giants:
         size = settings.giant_cluster
         message = f"{len(giants)} clusters have more than {size} different rows; only rows near a kept one are dropped."
@@ -412,10 +394,7 @@ def decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `count` nodes the partner of the highest value, of equal ones the smallest, and the value.
-
-    A node without a partner has −1 and 0.
-    """
+    """For each of `count` nodes the partner of the highest value, of equal ones the smallest, or −1; and the value."""
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one counts
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

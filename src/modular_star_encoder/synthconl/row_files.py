@@ -1,6 +1,5 @@
 """Rows in parquet files: numbered files written and read one at a time, and any user's files as shards of rows."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +22,7 @@ Item = TypeVar("Item")
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield lists of `size` items, the last one shorter."""
+    """Lists of `size` items, the last one shorter."""
     iterator = iter(items)
     return iter(lambda: list(islice(iterator, size)), [])
 
@@ -74,7 +73,6 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of one file."""
     return pq.read_table(file, columns=list(columns) if columns else None).to_pylist()
 
 
@@ -87,43 +85,35 @@ def count_rows(folder: Path) -> int:
 class Shard:
     """A user's parquet file: its path, its name relative to the folder of all, and its number of rows."""
 
-    path: str
+    path: Path
     name: str
     rows: int
 
     def identity(self) -> dict[str, object]:
         """Values that change when the file is replaced."""
-        status = os.stat(self.path)
+        status = self.path.stat()
         return {"name": self.name, "rows": self.rows, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
-def find_shards(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[Shard, ...]:
-    """The parquet files of a folder, in the order of their names, or those of a list, in its order."""
-    if isinstance(source, str | os.PathLike):
-        root = Path(source)
-        named = [(path, path.relative_to(root).as_posix()) for path in sorted(root.rglob("*.parquet"))]
-    else:
-        named = [(Path(path), Path(path).name) for path in source]
-    if not named:
-        raise UserError("synthconl.shards.missing", f"{source} contains no parquet file.")
-    if len({name for _, name in named}) < len(named):
-        message = "The parquet files must have different names: the output reuses them."
-        raise UserError("synthconl.shards.same_name", message)
-    return tuple(Shard(str(path.absolute()), name, _opened(path).metadata.num_rows) for path, name in named)
+def find_shards(folder: Path) -> tuple[Shard, ...]:
+    """The parquet files of a folder, in the order of their names."""
+    paths = sorted(folder.rglob("*.parquet"))
+    if not paths:
+        raise UserError("synthconl.shards.missing", f"{folder} contains no parquet file.")
+    return tuple(Shard(path, path.relative_to(folder).as_posix(), _opened(path).metadata.num_rows) for path in paths)
 
 
 def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: str | None) -> None:
     """Check that all files have the columns of text, and ids of text or integers."""
-    allowed = dict.fromkeys(columns, ("text", _is_text))
-    if id_column is not None and id_column not in allowed:
-        allowed[id_column] = ("text or integers", lambda kind: _is_text(kind) or pa.types.is_integer(kind))
     for shard in shards:
         schema = _opened(shard.path).schema_arrow
-        for name, (wanted, accepts) in allowed.items():
+        for name in (*columns, *([] if id_column is None else [id_column])):
             if name not in schema.names:
                 message = f"{shard.name} has no column {name!r}; it has {', '.join(schema.names)}."
                 raise UserError("synthconl.shards.column_missing", message)
-            if not accepts(kind := schema.field(name).type):
+            kind = schema.field(name).type
+            if not _is_text(kind) and (name in columns or not pa.types.is_integer(kind)):
+                wanted = "text" if name in columns else "text or integers"
                 message = f"Column {name!r} of {shard.name} contains {kind}; it must be {wanted}."
                 raise UserError("synthconl.shards.column_type", message)
 
@@ -153,11 +143,9 @@ def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
     ids = read_ids(shards, id_column)
     order = pc.sort_indices(ids)
     in_order = ids.take(order)
-    same = pc.equal(in_order.slice(1), in_order.slice(0, max(len(ids) - 1, 0)))
-    fault = f"{ids.null_count} are missing" if ids.null_count else ""
-    if not fault and pc.any(same).as_py():
-        fault = f"{in_order[pc.index(same, True).as_py()]} repeats"
-    if fault:
+    repeated = in_order.slice(1).filter(pc.equal(in_order.slice(1), in_order.slice(0, max(len(ids) - 1, 0))))
+    if ids.null_count or len(repeated):
+        fault = f"{ids.null_count} are missing" if ids.null_count else f"{repeated[0]} repeats"
         raise UserError("synthconl.shards.ids", f"Column {id_column!r} must have a different id in each row; {fault}.")
     return order.to_numpy().astype(np.int64)
 
@@ -177,7 +165,7 @@ def write_kept(shard: Shard, target: Path, kept: np.ndarray, advance: Callable[[
     write_parquet(target, tables(), file.schema_arrow)
 
 
-def _opened(path: str | Path) -> pq.ParquetFile:
+def _opened(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as error:

@@ -6,11 +6,11 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +25,7 @@ from modular_star_encoder.synthconl.backends import (
     ERROR,
     TOO_LONG,
     BackendError,
+    BackendName,
     Completion,
     CompletionBackend,
     CompletionRequest,
@@ -50,11 +51,9 @@ Code:
 
 MAX_ERRORS_IN_A_ROW = 20
 SESSIONS = "sessions.json"
-SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("id", "text", "finish_reason")]
-    + [(name, pa.int64()) for name in ("prompt_tokens", "completion_tokens")]
-    + [("error", pa.string())]
-)
+_TOKENS = ("prompt_tokens", "completion_tokens")
+_COLUMNS = ("id", "text", "finish_reason", *_TOKENS, "error")
+SCHEMA = pa.schema([(name, pa.int64() if name in _TOKENS else pa.string()) for name in _COLUMNS])
 _SECONDS_BETWEEN_NOTES, _SECONDS_BETWEEN_SYNCS = 30.0, 1.0
 
 Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
@@ -110,7 +109,7 @@ class TranslationSettings:
         prompt_price, completion_price: price of a million tokens, for the report.
     """
 
-    backend: Literal["vllm", "openai", "transformers"]
+    backend: BackendName
     model: str
     max_tokens: Count = 2048
     prompt: Annotated[str, AfterValidator(check_prompt)] = PROMPT
@@ -132,7 +131,7 @@ class TranslationSettings:
         }
 
     def open(self) -> CompletionBackend:
-        """The back end; see `open_backend`."""
+        """See `open_backend`."""
         return open_backend(self.backend, self.model, self.max_tokens, self.options)
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
@@ -165,16 +164,17 @@ def translate(
         UserError: `synthconl.journal`: the answers of an unfinished file are damaged, or of other rows.
     """
     functions, out, backend = Path(functions), Path(out), settings.open()
+    files: dict[str, _CompletionFile] = {}  # of each row that waits for its completion
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
     with (
         _Session(out / SESSIONS, backend) as session,
-        _CompletionFiles(out) as files,
+        ExitStack() as journals,
         tqdm(desc="Translating", total=count_rows(functions), unit=" functions", disable=not progress) as bar,
-        closing(backend.complete(_requests(functions, files, settings, seed, bar))) as completions,
+        closing(backend.complete(_requests(functions, out, files, journals, settings, seed, bar))) as completions,
     ):
         for trusted in _trusted(completions, begun):
             for completion in trusted:
-                files.add(completion)
+                files.pop(completion.id).add(completion)
             session.add(trusted)
             bar.update(len(trusted))
             tokens, seconds = session.counts["completion_tokens"], session.seconds()
@@ -186,20 +186,30 @@ def translate(
 
 
 def _requests(
-    functions: Path, files: "_CompletionFiles", settings: TranslationSettings, seed: int, bar: tqdm
+    functions: Path,
+    out: Path,
+    files: dict[str, "_CompletionFile"],
+    journals: ExitStack,
+    settings: TranslationSettings,
+    seed: int,
+    bar: tqdm,
 ) -> Iterator[CompletionRequest]:
-    for file in row_files(functions):
-        if files.is_complete(file.name):
-            bar.update(pq.read_metadata(file).num_rows)
+    """Yield the requests of all rows without a completion, which are added to `files`."""
+    for path in row_files(functions):
+        if (target := out / path.name).is_file():
+            _journal_path(target).unlink(missing_ok=True)  # left by a kill
+            bar.update(pq.read_metadata(path).num_rows)
             continue
-        rows = read_file(file, ("id", "language1_CSN", "func1_CSN"))
-        missing = files.open(file.name, [row["id"] for row in rows])
-        bar.update(len(rows) - len(missing))
+        rows = read_file(path, ("id", "language1_CSN", "func1_CSN"))
+        file = _CompletionFile(target, [row["id"] for row in rows])
+        journals.callback(file.journal.close)
+        files.update(dict.fromkeys(file.missing, file))
+        bar.update(len(rows) - len(file.missing))
         for row in rows:
-            if row["id"] in missing:
+            if row["id"] in file.missing:
                 source = row["language1_CSN"]
-                target = target_language(row["id"], source, seed=seed, targets=settings.targets)
-                yield translation_request(row["id"], row["func1_CSN"], source, target, settings.prompt)
+                language = target_language(row["id"], source, seed=seed, targets=settings.targets)
+                yield translation_request(row["id"], row["func1_CSN"], source, language, settings.prompt)
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
@@ -230,10 +240,9 @@ class _Session(AbstractContextManager["_Session"]):
     """The counts of one call, written to a list of all calls; those of a killed call are at most 30 seconds old."""
 
     def __init__(self, path: Path, backend: CompletionBackend) -> None:
-        self._path, self._backend = path, backend
-        self._earlier = _read_sessions(path)
+        self._path, self._backend, self._earlier = path, backend, _read_sessions(path)
         self.counts: Counter[str] = Counter()
-        self._start = self._written = time.monotonic()
+        self._start, self._next_note = time.monotonic(), 0.0
 
     def __exit__(self, *_: object) -> None:
         if self.counts:
@@ -243,115 +252,77 @@ class _Session(AbstractContextManager["_Session"]):
         return time.monotonic() - self._start
 
     def add(self, completions: Sequence[Completion]) -> None:
-        first = not self.counts
-        for name in ("prompt_tokens", "completion_tokens"):
+        for name in _TOKENS:
             self.counts[name] += sum(getattr(one, name) for one in completions)
         self.counts["completions"] += len(completions)
-        if first or time.monotonic() - self._written > _SECONDS_BETWEEN_NOTES:
+        if self.seconds() > self._next_note:
             self._write()
 
     def _write(self) -> None:
         own = {**self.counts, "seconds": self.seconds(), "backend": self._backend.describe()}
         write_json(self._path, [*self._earlier, own])
-        self._written = time.monotonic()
+        self._next_note = self.seconds() + _SECONDS_BETWEEN_NOTES
 
 
 def _read_sessions(path: Path) -> list[dict[str, Any]]:
-    """The calls that worked on a folder of completions, in order."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
     """Counts from the completions themselves; speed from the sessions."""
-    totals: Counter[str] = Counter()
-    for file in row_files(out):
-        table = pq.read_table(file, columns=["finish_reason", "prompt_tokens", "completion_tokens"])
-        totals["completions"] += len(table)
-        totals["errors"] += pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py() or 0
-        for name in ("prompt_tokens", "completion_tokens"):
-            totals[name] += pc.sum(table[name]).as_py() or 0
+    table = pa.concat_tables(pq.read_table(file, columns=["finish_reason", *_TOKENS]) for file in row_files(out))
+    tokens = {name: pc.sum(table[name]).as_py() for name in _TOKENS}
+    errors = pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py()
     sessions = _read_sessions(out / SESSIONS)
     seconds, counted = (sum(session[name] for session in sessions) for name in ("seconds", "completions"))
     backends = [session["backend"] for session in sessions]
     return {
-        **totals,
-        "cost": settings.cost(totals["prompt_tokens"], totals["completion_tokens"]),
+        "completions": len(table),
+        "errors": errors,
+        **tokens,
+        "cost": settings.cost(*tokens.values()),
         "seconds": round(seconds, 3),
         "completions_per_second": round(counted / seconds, 3) if seconds else 0.0,
         "backends": [one for i, one in enumerate(backends) if one not in backends[:i]],
     }
 
 
-@dataclass
-class _OpenFile:
-    """The ids of a file's rows, their completions so far, the journal of these, and when it was last synced."""
+class _CompletionFile:
+    """The completions of one file of rows: a journal until every row has one, then the parquet file `target`."""
 
-    ids: Sequence[str]
-    answered: dict[str, Completion]
-    journal: BinaryIO
-    synced: float
-
-
-class _CompletionFiles(AbstractContextManager["_CompletionFiles"]):
-    """The completions of a folder of rows, file by file; several files may be open at once, each with a journal."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._open: dict[str, _OpenFile] = {}
-        self._file_of: dict[str, str] = {}
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.journal.close()
-
-    def is_complete(self, name: str) -> bool:
-        """Whether the file `name` has a completion for every row; then its journal, if any, is removed."""
-        if complete := (self._folder / name).is_file():
-            self._journal_path(name).unlink(missing_ok=True)
-        return complete
-
-    def open(self, name: str, ids: Sequence[str]) -> set[str]:
-        """Open the file `name` for the rows with these ids, and return those that have no completion yet."""
-        path = self._journal_path(name)
-        answered = _read_journal(path)
-        if strangers := answered.keys() - set(ids):
-            message = f"{path} has an answer to {min(strangers)}, which is not a row of {name}; name another folder."
-            raise UserError("synthconl.journal", message)
-        self._open[name] = _OpenFile(ids, answered, path.open("ab"), time.monotonic())
-        missing = set(ids) - answered.keys()
-        self._file_of |= dict.fromkeys(missing, name)
-        if not missing:
-            self._finish(name)
-        return missing
+    def __init__(self, target: Path, ids: Sequence[str]) -> None:
+        self._target, self._ids, self._path = target, ids, _journal_path(target)
+        self._answered = _read_journal(self._path)
+        if strangers := self._answered.keys() - set(ids):
+            place = f"{self._path} has an answer to {min(strangers)}, which is not a row of {target.name}"
+            raise UserError("synthconl.journal", f"{place}; name another folder.")
+        self.missing = set(ids) - self._answered.keys()
+        self.journal, self._synced = self._path.open("ab"), time.monotonic()
+        self._finish()
 
     def add(self, completion: Completion) -> None:
         """Write a completion to the system at once, and to the disk at least once a second."""
-        name, completion = self._file_of.pop(completion.id), _without_halves(completion)
-        file = self._open[name]
-        file.answered[completion.id] = completion
-        file.journal.write(json.dumps(asdict(completion)).encode() + b"\n")
-        file.journal.flush()
-        if time.monotonic() - file.synced > _SECONDS_BETWEEN_SYNCS:
-            os.fsync(file.journal.fileno())
-            file.synced = time.monotonic()
-        if len(file.answered) == len(file.ids):
-            self._finish(name)
+        # Question marks for lone surrogates, which JSON can escape and parquet can't hold.
+        texts = {name: getattr(completion, name) for name in ("text", "finish_reason", "error")}
+        texts = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
+        self._answered[completion.id] = completion = replace(completion, **texts)
+        self.journal.write(json.dumps(asdict(completion)).encode() + b"\n")
+        self.journal.flush()
+        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
+            os.fsync(self.journal.fileno())
+            self._synced = time.monotonic()
+        self._finish()
 
-    def _finish(self, name: str) -> None:
-        file = self._open.pop(name)
-        rows = [asdict(file.answered[row_id]) for row_id in file.ids]
-        write_parquet(self._folder / name, [pa.Table.from_pylist(rows, SCHEMA)], SCHEMA)
-        file.journal.close()
-        self._journal_path(name).unlink()
-
-    def _journal_path(self, name: str) -> Path:
-        return self._folder / f"{name}.journal"
+    def _finish(self) -> None:
+        if len(self._answered) == len(self._ids):
+            rows = [asdict(self._answered[row_id]) for row_id in self._ids]
+            write_parquet(self._target, [pa.Table.from_pylist(rows, SCHEMA)], SCHEMA)
+            self.journal.close()
+            self._path.unlink()
 
 
-def _without_halves(completion: Completion) -> Completion:
-    """The completion with question marks for lone surrogates, which JSON can escape and parquet can't hold."""
-    texts = {name: getattr(completion, name) for name in ("text", "finish_reason", "error")}
-    return replace(completion, **{name: text.encode(errors="replace").decode() for name, text in texts.items()})
+def _journal_path(target: Path) -> Path:
+    return target.with_name(f"{target.name}.journal")
 
 
 def _read_journal(path: Path) -> dict[str, Completion]:
@@ -360,11 +331,11 @@ def _read_journal(path: Path) -> dict[str, Completion]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    answered = {}
+    answered: dict[str, Completion] = {}
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            completion = _without_halves(Completion(**json.loads(line)))
-        except (ValueError, TypeError, AttributeError):
+            completion = Completion(**json.loads(line))
+        except (ValueError, TypeError):
             message = f"{path} is damaged in line {number}; delete that line to request its row again."
             raise UserError("synthconl.journal", message) from None
         answered[completion.id] = completion
