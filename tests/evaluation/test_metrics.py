@@ -136,18 +136,6 @@ def test_bootstrap_interval_is_reproducible_and_has_the_width_of_the_normal_appr
     assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(2000), rel=0.1)
 
 
-def test_a_lower_level_gives_a_narrower_interval():
-    values = np.random.default_rng(1).uniform(size=200)
-    narrow, wide = (bootstrap_interval(values, seed=0, level=level) for level in (0.5, 0.95))
-    assert wide[0] < narrow[0] < narrow[1] < wide[1]
-
-
-def test_a_mean_of_nothing_is_an_error():
-    for function in (bootstrap_interval, permutation_test):
-        with raises("evaluation.bootstrap.no_values"):
-            function(np.array([]), 0)
-
-
 def test_the_f1_interval_is_that_of_resampling_pairs():
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 2, size=400)

@@ -160,7 +160,7 @@ DAMAGES = [
     (change(vocab_size=500), "shapes", ""),
     (change(num_hidden_layers=2, exit_layers=[1, 2]), "tensors", "too many in"),
     (change(exit_layers=[2, 1]), "damaged", "ascending"),
-    (change(exit_norm="lst"), "damaged", "exit_norm 'lst' must be one of last, all, none"),
+    (change(exit_norm="lst"), "damaged", "('last', 'all', 'none'), got lst"),
     (change(model_type="bert"), "other_model", "'bert'"),
     (write("tokenizer.json", "{}"), "tokenizer", ""),
     (write("tokenizer_config.json", '{"a": "b'), "tokenizer", ""),

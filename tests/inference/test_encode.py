@@ -1,10 +1,10 @@
-"""Embeddings of every exit from one pass, and of a pass that is resumed."""
+"""Embeddings of every exit from one pass."""
 
 import numpy as np
 import pytest
 import torch
 
-from modular_star_encoder.inference.encode import encode_exits, encode_states, resume_states
+from modular_star_encoder.inference.encode import encode_exits
 from tests.errors import raises
 from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, tiny_model
 
@@ -147,19 +147,3 @@ def test_legacy_pooling_may_read_padding_which_is_then_computed(tokenizer):
     model = tiny_model(pooling="legacy").eval()
     lengths = [len(ids) for ids in tokenizer(SHORT_AND_LONG)["input_ids"]]
     assert tokens_through_the_layers(model, tokenizer) == 2 * max(lengths)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("unpad", [False, True])
-def test_a_resumed_pass_gives_the_embeddings_of_a_straight_one(tokenizer, side, unpad, monkeypatch):
-    monkeypatch.setattr(tokenizer, "padding_side", side)
-    model = tiny_model(unpad_inputs=unpad)
-    straight = encode_exits(model, tokenizer, TEXTS, progress=False)
-    embeddings, states = encode_states(model, tokenizer, TEXTS, (1, 2))
-    assert list(embeddings) == [1, 2]
-    for exit_layer, values in embeddings.items():
-        np.testing.assert_allclose(values, straight[exit_layer], atol=1e-5)
-    assert [len(one) for one in states] == [len(ids) for ids in tokenizer(TEXTS)["input_ids"]]
-    for deep in (2, 4):
-        np.testing.assert_allclose(resume_states(model, states, 1, deep), straight[deep], atol=1e-5)
-    assert np.abs(straight[4] - straight[1]).max() > 0.1

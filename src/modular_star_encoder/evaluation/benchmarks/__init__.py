@@ -108,7 +108,7 @@ def load_benchmark(
         data: its folder, a folder that holds it under its usual name, `hub` for its authors' repository on the Hub, or
             `hub:OWNER/NAME` for another one with the same files.
         allow_subset: accept partial files, with a note.
-        candidates: for benchmarks that draw candidates, the folder of the lists of an earlier run.
+        candidates: folder of the lists of an earlier run; used by benchmarks that draw candidates.
     """
     benchmark = BENCHMARKS[name]
     if _is_on_hub(data):
@@ -121,9 +121,7 @@ def load_benchmark(
         inside = Path(data).expanduser() / benchmark.folder
         folder = inside if inside.is_dir() else Path(data).expanduser()
     options: dict[str, object] = {"allow_subset": allow_subset} if benchmark.sized else {}
-    if candidates is not None:
-        if not benchmark.with_candidates:
-            raise UserError("evaluation.candidates.not_used", f"{name} draws no candidates: leave out their lists.")
+    if candidates is not None and benchmark.with_candidates:
         options["candidates"] = Path(candidates)
     return list(benchmark.load(folder, **options))
 
