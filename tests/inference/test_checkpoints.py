@@ -17,7 +17,6 @@ from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_relo
 from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint, slice_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderModel
-from modular_star_encoder.utils.files import staged_folder
 from tests.errors import raises
 from tests.hub.test_cached_repository import REPOSITORY, cache_repository
 from tests.published.stand_in import write_stand_in
@@ -48,14 +47,10 @@ def test_encode_at_an_exit_equals_encode_of_the_slice_bit_for_bit(checkpoint, tm
         assert not np.allclose(expected, load(checkpoint).encode(TEXTS, prompt_name="query"), atol=1e-2)
 
 
-def test_a_slice_still_offers_its_shallower_exits(checkpoint, tmp_path):
-    sliced = slice_checkpoint(checkpoint, 2, tmp_path / "slice")
+def test_a_slice_has_its_shallower_exits_and_a_slice_of_it_is_the_slice(checkpoint, tmp_path):
+    sliced, direct = (slice_checkpoint(checkpoint, k, tmp_path / str(k)) for k in (2, 1))
     assert np.array_equal(load(sliced).encode(TEXTS, exit_layer=1), load(checkpoint).encode(TEXTS, exit_layer=1))
-
-
-def test_a_slice_of_a_slice_is_the_slice(checkpoint, tmp_path):
-    direct = slice_checkpoint(checkpoint, 1, tmp_path / "direct")
-    twice = slice_checkpoint(slice_checkpoint(checkpoint, 2, tmp_path / "first"), 1, tmp_path / "second")
+    twice = slice_checkpoint(sliced, 1, tmp_path / "twice")
     assert (direct / "model.safetensors").read_bytes() == (twice / "model.safetensors").read_bytes()
 
 
@@ -207,11 +202,10 @@ def test_a_slice_of_a_repository_is_a_sentence_transformer_too(checkpoint, tmp_p
     assert checkpoint_prompts(REPOSITORY, tiny_config()) == {"query": "find: "}
 
 
-def test_a_tilde_is_the_home_folder(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(checkpoint.parent))
-    sliced = slice_checkpoint("~/model", 2, "~/slice")
-    assert sliced == checkpoint.parent / "slice"
-    assert sliced.is_dir()
+def test_a_tilde_is_the_home_folder(copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert slice_checkpoint("~/copy", 2, "~/slice") == copy.parent / "slice"
+    assert (copy.parent / "slice").is_dir()
 
 
 def test_a_folder_that_is_taken_is_left_alone(checkpoint, tmp_path):
@@ -219,21 +213,6 @@ def test_a_folder_that_is_taken_is_left_alone(checkpoint, tmp_path):
     with raises("files.folder.not_empty", tmp_path):
         slice_checkpoint(checkpoint, 2, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
-    def write_half() -> None:
-        with staged_folder(tmp_path / "out") as staging:
-            (staging / "half").write_text("")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_half()
-    assert list(tmp_path.iterdir()) == []
-    with staged_folder(tmp_path / "out") as staging:
-        (staging / "whole").write_text("")
-        assert not (tmp_path / "out").exists()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
 
 
 def test_a_published_checkpoint_is_sliced_into_our_layout(tmp_path):
@@ -265,20 +244,14 @@ def test_only_the_layers_up_to_the_exit_are_loaded(copy):
     model, _ = load_checkpoint(str(copy), exit_layer=2)
     assert model.config.num_hidden_layers == 2
     assert list(model.config.exit_layers) == [1, 2]
-
-
-def test_an_unknown_exit_lists_those_that_exist(copy):
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
         load_checkpoint(copy, exit_layer=3)
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_a_missing_folder_or_a_file_in_its_place_is_named(copy, tmp_path):
     for path in (tmp_path / "no", str(tmp_path / "no"), "./no-such-folder", "no-such-folder"):
         with pytest.raises(FileNotFoundError, match=r"There is no checkpoint folder .*no"):
             load_checkpoint(path)
-
-
-def test_a_file_is_not_a_checkpoint(copy):
     with pytest.raises(NotADirectoryError, match="is a file"):
         load_checkpoint(copy / "config.json")
 

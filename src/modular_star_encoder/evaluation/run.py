@@ -21,13 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modular_star_encoder.evaluation import metrics
-from modular_star_encoder.evaluation.benchmarks import (
-    ALL,
-    BENCHMARKS,
-    WITH_CANDIDATES,
-    choose_benchmarks,
-    load_benchmark,
-)
+from modular_star_encoder.evaluation.benchmarks import WITH_CANDIDATES, choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import write_candidates
 from modular_star_encoder.evaluation.lexical import BM25, TfIdf
 from modular_star_encoder.evaluation.report import Report, make_report, plot_report
@@ -96,8 +90,7 @@ def run_benchmarks(
     folder = None if out is None else Path(out).expanduser()
     if folder is not None and folder.exists() and not folder.is_dir():
         raise UserError("evaluation.out.not_a_folder", f"{folder} is a file: name a folder for the reports.")
-    if not (chosen := choose_benchmarks(benchmarks, data)):
-        raise UserError("evaluation.benchmark.missing", f"Name a benchmark: {', '.join(BENCHMARKS)}, or {ALL}.")
+    chosen = choose_benchmarks(benchmarks, data)
     if candidates is not None and not set(chosen) & set(WITH_CANDIDATES):
         raise UserError(
             "evaluation.candidates.not_used", f"Lists of candidates are only for {' and '.join(WITH_CANDIDATES)}."
