@@ -17,6 +17,7 @@ from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_relo
 from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint, slice_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderModel
+from modular_star_encoder.utils.files import staged_folder
 from tests.errors import raises
 from tests.hub.test_cached_repository import REPOSITORY, cache_repository
 from tests.published.stand_in import write_stand_in
@@ -213,6 +214,21 @@ def test_a_folder_that_is_taken_is_left_alone(checkpoint, tmp_path):
     with raises("files.folder.not_empty", tmp_path):
         slice_checkpoint(checkpoint, 2, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
+    def write_half() -> None:
+        with staged_folder(tmp_path / "out") as staging:
+            (staging / "half").write_text("")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+    with staged_folder(tmp_path / "out") as staging:
+        (staging / "whole").write_text("")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
 
 
 def test_a_published_checkpoint_is_sliced_into_our_layout(tmp_path):

@@ -232,10 +232,9 @@ def interval(estimate: Estimate) -> str:
 
 def _cells(table: Table) -> list[list[str]]:
     """Header and rows as text."""
-    columns, others = list(table.rows[0].columns), list(table.rows[0].others)
+    columns, others = list(table.rows[0].columns), map(metric_label, table.rows[0].others)
     mean = ["mean"] if len(columns) > 1 else []
-    header = ["", *columns, *mean, "95 % interval", *map(metric_label, others), f"Δ {metric_label(table.metric)}", "p"]
-    cells = [header]
+    cells = [["", *columns, *mean, "95 % interval", *others, f"Δ {metric_label(table.metric)}", "p"]]
     for row in table.rows:
         means = [percent(row.mean.value)] if mean else []
         changed = ["", ""]

@@ -216,9 +216,7 @@ class EmbeddingCache:
                 f"{len(texts)} texts need ({len(texts)}, {size}) embeddings, not {embeddings.shape}.",
             )
         if not np.isfinite(embeddings).all():
-            raise UserError(
-                "evaluation.embeddings.not_finite", "An embedding holds NaN or infinite values. Check the model."
-            )
+            raise UserError("evaluation.embeddings.not_finite", "An embedding is NaN or infinite. Check the model.")
         keys = [_key(text) for text in texts]
         if self.folder is not None:
             joined = b"".join(keys)

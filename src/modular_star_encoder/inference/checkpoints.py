@@ -173,9 +173,8 @@ def _load_tokenizer(path: str) -> Any:
         except OSError:
             raise
         except Exception as error:  # of a damaged file; tokenizers raises nothing narrower
-            raise UserError(
-                "checkpoint.tokenizer", f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
-            ) from error
+            message = f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
+            raise UserError("checkpoint.tokenizer", message) from error
 
 
 @contextmanager
@@ -188,9 +187,8 @@ def _clear_errors(path: str) -> Iterator[None]:
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
-        raise UserError(
-            "checkpoint.shapes", f"{path} cannot be loaded: weights and configuration differ in shape."
-        ) from error
+        message = f"{path} cannot be loaded: weights and configuration differ in shape."
+        raise UserError("checkpoint.shapes", message) from error
     except OSError as error:
         if os.path.isdir(path):
             raise

@@ -108,8 +108,7 @@ def encode_batches(
     embeddings: np.ndarray | None = None
     with tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar:
         for rows in length_batches([len(ids) for ids in token_ids], tokens_per_batch):
-            batch = tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt")
-            stack = encode_batch(batch)
+            stack = encode_batch(tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt"))
             if embeddings is None:
                 embeddings = np.empty((stack.shape[0], len(unique), stack.shape[-1]), dtype=np.float32)
             embeddings[:, rows] = stack

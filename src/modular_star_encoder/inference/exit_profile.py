@@ -219,21 +219,20 @@ def select_exit(
         budgets.append(_Budget("min_quality", min_quality, "", -1, quality))
     if not budgets:
         raise UserError("budget.missing", "Give at least one budget: latency_ms, memory_mb or min_quality.")
-    if not (exits := _within(budgets, profile)):
+    if not (exits := set(profile.exits).intersection(*(budget.exits() for budget in budgets))):
         raise UserError("budget.too_small", _none_fits(profile, budgets, shape))
     return max(exits, key=lambda k: (quality[k], -k)) if exits <= set(quality) else max(exits)
-
-
-def _within(budgets: Iterable[_Budget], profile: ExitProfile) -> set[int]:
-    return set(profile.exits).intersection(*(budget.exits() for budget in budgets))
 
 
 def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[int, int]) -> str:
     """For each budget the best value of the exits within the others, or of all exits."""
     wanted = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
-    others = [(budget, _within([one for one in budgets if one is not budget], profile)) for budget in budgets]
     possible = f"the best of each alone: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
-    if nearest := [budget.nearest(exits) for budget, exits in others if exits]:
+    nearest = []
+    for budget in budgets:
+        if within := set(profile.exits).intersection(*(one.exits() for one in budgets if one is not budget)):
+            nearest.append(budget.nearest(within))
+    if nearest:
         kept = " within the other budgets" if len(budgets) > 1 else ""
         possible = f"the nearest possible{kept}: {', or '.join(nearest)}"
     return f"No exit has {wanted} for batches of {shape[0]} × {shape[1]} tokens; {possible}."

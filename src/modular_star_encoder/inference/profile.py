@@ -109,11 +109,8 @@ def profile_checkpoint(
     model, _ = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     exits = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
-    if max(plan.lengths) > config.max_position_embeddings:
-        raise UserError(
-            "profile.length",
-            f"The model takes {config.max_position_embeddings} tokens at most, not {max(plan.lengths)}.",
-        )
+    if (longest := max(plan.lengths)) > (limit := config.max_position_embeddings):
+        raise UserError("profile.length", f"The model takes {limit} tokens at most, not {longest}.")
     times = _measure_times(model, exits, plan, progress)
     sizes = {k: [(one.numel(), one.element_size()) for one in model.slice(k).parameters()] for k in exits}
     attention = config._attn_implementation

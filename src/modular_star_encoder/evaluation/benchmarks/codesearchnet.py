@@ -323,10 +323,8 @@ def load_code_folder(folder: Path) -> list[RetrievalTask]:
     """One task of the documented functions in a folder of source code, by the protocol of 1000 candidates."""
     functions = collect_functions(folder_repositories(folder)).functions
     if len(functions) < 2:
-        raise UserError(
-            "benchmark.folder.too_few",
-            f"{folder} holds {len(functions)} documented functions that pass the filters; ranking needs two.",
-        )
+        message = f"{folder} holds {len(functions)} documented functions that pass the filters; ranking needs two."
+        raise UserError("benchmark.folder.too_few", message)
     rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
     notes = (f"only {len(rows)} documented functions, so fewer than 999 distractors",) if len(rows) < POOL else ()
     return [pairs_task("folder", "all", rows, notes=notes)]
