@@ -27,23 +27,13 @@ def test_what_was_added_comes_back_in_any_order_and_from_several_shards(tmp_path
     assert np.array_equal(rows[1:3], values[[0, 3]])
 
 
-def test_a_prompt_and_a_text_that_begins_with_it_are_two_things(tmp_path):
-    cache = EmbeddingCache()
-    cache.add("m", TEXTS[2:3], embeddings(TEXTS[2:3]))
-    assert cache.missing("m", TEXTS[3:]) == TEXTS[3:]
-
-
-def test_another_process_finds_them_and_another_space_does_not(tmp_path):
+def test_another_process_finds_them_mapped_and_not_read_and_another_space_does_not(tmp_path):
     EmbeddingCache(tmp_path).add("m/exit-4", TEXTS, embeddings(TEXTS))
     assert EmbeddingCache(tmp_path).missing("m/exit-4", TEXTS) == []
     assert EmbeddingCache(tmp_path).missing("m/exit-9", TEXTS) == TEXTS
-    assert np.array_equal(EmbeddingCache(tmp_path).rows("m/exit-4", TEXTS)[:], embeddings(TEXTS))
-
-
-def test_embeddings_are_mapped_and_not_read(tmp_path):
-    EmbeddingCache(tmp_path).add("m", TEXTS, embeddings(TEXTS))
-    rows = EmbeddingCache(tmp_path).rows("m", TEXTS)
-    assert all(isinstance(shard, np.memmap) for shard in rows._shards)
+    rows = EmbeddingCache(tmp_path).rows("m/exit-4", TEXTS)
+    assert np.array_equal(rows[:], embeddings(TEXTS))
+    assert all(isinstance(shard, np.memmap) for shard in rows.shards)
 
 
 def test_a_shard_without_its_keys_does_not_count(tmp_path):
@@ -55,20 +45,15 @@ def test_a_shard_without_its_keys_does_not_count(tmp_path):
     assert EmbeddingCache(tmp_path).missing("m", TEXTS) == []
 
 
-def test_damaged_shards_are_an_error_by_name(tmp_path):
+def test_damaged_shards_and_pickles_are_an_error_by_name(tmp_path):
     EmbeddingCache(tmp_path).add("m", TEXTS, embeddings(TEXTS))
     keys = next(tmp_path.glob("m/*.keys.npy"))
-    for damage in (b"", keys.read_bytes()[:100], b"\x80\x04N."):
+    damages = [b"", keys.read_bytes()[:100], b"\x80\x04N."]
+    np.save(keys, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    for damage in (keys.read_bytes(), *damages):
         keys.write_bytes(damage)
         with raises("evaluation.cache.damaged", keys):
             EmbeddingCache(tmp_path).missing("m", TEXTS)
-
-
-def test_pickles_are_never_read(tmp_path):
-    (tmp_path / "m").mkdir()
-    np.save(tmp_path / "m" / "a.keys.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with raises("evaluation.cache.damaged"):
-        EmbeddingCache(tmp_path).missing("m", TEXTS)
 
 
 @pytest.mark.parametrize(

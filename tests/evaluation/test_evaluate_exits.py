@@ -1,11 +1,8 @@
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.evaluation.report import read_quality, read_tables
 from modular_star_encoder.evaluation.run import evaluate_exits
 from modular_star_encoder.inference.encode import encode_exits
 from tests.evaluation.samples import code_rows, reciprocal_ranks
@@ -35,9 +32,6 @@ def test_each_exit_is_scored_with_the_published_prompts(model, tokenizer, report
         assert estimates["recall@1"].value == np.mean(expected == 1)
         assert mrr.low <= mrr.value <= mrr.high
     assert {(len(one.values), one.candidates) for one in report.results} == {(16, 8)}
-
-
-def test_bm25_is_scored_on_the_same_batches(report):
     assert by_exit(report, "BM25")[None]["mrr"].value == 1  # a description shares two words with its own code only
 
 
@@ -60,11 +54,3 @@ def test_only_the_requested_exits_are_evaluated(model, tokenizer):
     assert [(one.retriever, one.exit_layer) for one in report.results] == [("model", 2), ("BM25", None)]
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
         evaluate_exits(model, tokenizer, ROWS, exit_layers=(3,), progress=False)
-
-
-def test_the_json_file_is_read_back(report, tmp_path):
-    file = tmp_path / "results.json"
-    file.write_text(json.dumps(report.to_dict(), allow_nan=False))
-    assert read_quality(file) == report.quality()
-    (table,) = read_tables(file)
-    assert [row.label for row in table.rows] == ["model, exit 1", "model, exit 2", "model, exit 4", "BM25"]

@@ -1,13 +1,10 @@
 """BM25, its words, and in-context classification by identifiers alone."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
 from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.evaluation.benchmarks import load_benchmark
 from modular_star_encoder.evaluation.lexical import (
     BM25,
     identifier_overlap,
@@ -15,17 +12,12 @@ from modular_star_encoder.evaluation.lexical import (
     identifier_tokens,
 )
 from modular_star_encoder.evaluation.retrievers import ExitVariant
-from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.inference.encoders import Text
-
-DATA = os.environ.get("MOSE_DATA")
 
 
 def bm25_scores(queries, documents):
-    system = BM25()
     queries, documents = ([Text(text) for text in texts] for texts in (queries, documents))
-    system.prepare([*queries, *documents], (ExitVariant(),))
-    return np.concatenate([block.scores for block in system.scores(queries, documents, ExitVariant()).blocks()])
+    return np.concatenate([block.scores for block in BM25().scores(queries, documents, ExitVariant()).blocks()])
 
 
 @pytest.mark.parametrize(
@@ -62,14 +54,6 @@ def test_queries_and_documents_without_words_score_zero():
     assert bm25_scores(["read"], ["", "{}"]).tolist() == [[0, 0]]
 
 
-@pytest.mark.skipif(not DATA, reason="MOSE_DATA is not set to a folder with codesearchnet/*_test.jsonl.gz")
-def test_bm25_reaches_its_known_mrr_on_codesearchnet():
-    cells = evaluate_tasks(load_benchmark("codesearchnet-999", DATA, allow_subset=True), [BM25()], progress=False)
-    figures = {cell.task: 100 * cell.estimates["mrr"].value for cell in cells}
-    assert figures == pytest.approx({"ruby": 50.6, "javascript": 48.3, "go": 73.9}, abs=1)
-    assert {cell.task: (len(cell.values), cell.candidates) for cell in cells}["go"] == (2000, 1000)
-
-
 @pytest.mark.parametrize(
     ("first", "second", "overlap"),
     [
@@ -104,7 +88,7 @@ def test_repositories_with_words_of_their_own_are_distinguished_and_others_are_n
 
 
 def test_masked_words_count(tokenizer):
-    (row,) = (pairs(tokenizer, True, 0)[i] for i in range(1))
+    row = pairs(tokenizer, True, 0)[0]
     everything_masked = {**row, "labels": torch.where(row["input_ids"] > 3, row["input_ids"], row["labels"])}
     everything_masked["input_ids"] = torch.where(row["input_ids"] > 3, tokenizer.mask_token_id, row["input_ids"])
     results = [identifier_overlap_accuracy([one], [one], tokenizer) for one in (row, everything_masked)]

@@ -92,17 +92,13 @@ def test_scores_of_pairs_are_those_of_blocks_bit_for_bit():
     queries, documents = embeddings(20, 64), embeddings(30, 64, seed=1)
     texts = [[Text(f"read file{i % 7} {kind} alpha{i}") for i in range(n)] for kind, n in (("a", 20), ("b", 30))]
     first, second = (grid.ravel() for grid in np.meshgrid(np.arange(20), np.arange(30), indexing="ij"))
-    for scores in (CosineScores(queries, documents), *(lexical_scores(system, *texts) for system in (BM25(), TfIdf()))):
+    lexical = [system.scores(*texts, ExitVariant()) for system in (BM25(), TfIdf())]
+    for scores in (CosineScores(queries, documents), *lexical):
         whole = np.concatenate([block.scores for block in scores.blocks()])
         shuffle = np.random.default_rng(0).permutation(len(first))
         assert np.array_equal(scores.of_pairs(first[shuffle], second[shuffle]), whole.ravel()[shuffle])
         assert whole.dtype == np.float32
         assert whole.std() > 0
-
-
-def lexical_scores(system, queries, documents):
-    system.prepare([*queries, *documents], (ExitVariant(),))
-    return system.scores(queries, documents, ExitVariant())
 
 
 def test_a_text_is_not_a_candidate_of_itself():

@@ -48,14 +48,10 @@ def test_encode_at_an_exit_equals_encode_of_the_slice_bit_for_bit(checkpoint, tm
         assert not np.allclose(expected, load(checkpoint).encode(TEXTS, prompt_name="query"), atol=1e-2)
 
 
-def test_a_slice_still_offers_its_shallower_exits(checkpoint, tmp_path):
-    sliced = slice_checkpoint(checkpoint, 2, tmp_path / "slice")
+def test_a_slice_has_its_shallower_exits_and_a_slice_of_it_is_the_slice(checkpoint, tmp_path):
+    sliced, direct = (slice_checkpoint(checkpoint, k, tmp_path / str(k)) for k in (2, 1))
     assert np.array_equal(load(sliced).encode(TEXTS, exit_layer=1), load(checkpoint).encode(TEXTS, exit_layer=1))
-
-
-def test_a_slice_of_a_slice_is_the_slice(checkpoint, tmp_path):
-    direct = slice_checkpoint(checkpoint, 1, tmp_path / "direct")
-    twice = slice_checkpoint(slice_checkpoint(checkpoint, 2, tmp_path / "first"), 1, tmp_path / "second")
+    twice = slice_checkpoint(sliced, 1, tmp_path / "twice")
     assert (direct / "model.safetensors").read_bytes() == (twice / "model.safetensors").read_bytes()
 
 
@@ -160,7 +156,7 @@ DAMAGES = [
     (change(vocab_size=500), "shapes", ""),
     (change(num_hidden_layers=2, exit_layers=[1, 2]), "tensors", "too many in"),
     (change(exit_layers=[2, 1]), "damaged", "ascending"),
-    (change(exit_norm="lst"), "damaged", "exit_norm 'lst' must be one of last, all, none"),
+    (change(exit_norm="lst"), "damaged", "('last', 'all', 'none'), got lst"),
     (change(model_type="bert"), "other_model", "'bert'"),
     (write("tokenizer.json", "{}"), "tokenizer", ""),
     (write("tokenizer_config.json", '{"a": "b'), "tokenizer", ""),
@@ -207,11 +203,10 @@ def test_a_slice_of_a_repository_is_a_sentence_transformer_too(checkpoint, tmp_p
     assert checkpoint_prompts(REPOSITORY, tiny_config()) == {"query": "find: "}
 
 
-def test_a_tilde_is_the_home_folder(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(checkpoint.parent))
-    sliced = slice_checkpoint("~/model", 2, "~/slice")
-    assert sliced == checkpoint.parent / "slice"
-    assert sliced.is_dir()
+def test_a_tilde_is_the_home_folder(copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert slice_checkpoint("~/copy", 2, "~/slice") == copy.parent / "slice"
+    assert (copy.parent / "slice").is_dir()
 
 
 def test_a_folder_that_is_taken_is_left_alone(checkpoint, tmp_path):
@@ -265,20 +260,14 @@ def test_only_the_layers_up_to_the_exit_are_loaded(copy):
     model, _ = load_checkpoint(str(copy), exit_layer=2)
     assert model.config.num_hidden_layers == 2
     assert list(model.config.exit_layers) == [1, 2]
-
-
-def test_an_unknown_exit_lists_those_that_exist(copy):
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
         load_checkpoint(copy, exit_layer=3)
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_a_missing_folder_or_a_file_in_its_place_is_named(copy, tmp_path):
     for path in (tmp_path / "no", str(tmp_path / "no"), "./no-such-folder", "no-such-folder"):
         with pytest.raises(FileNotFoundError, match=r"There is no checkpoint folder .*no"):
             load_checkpoint(path)
-
-
-def test_a_file_is_not_a_checkpoint(copy):
     with pytest.raises(NotADirectoryError, match="is a file"):
         load_checkpoint(copy / "config.json")
 

@@ -1,10 +1,10 @@
-"""Embeddings of every exit from one pass, and of a pass that is resumed."""
+"""Embeddings of every exit from one pass."""
 
 import numpy as np
 import pytest
 import torch
 
-from modular_star_encoder.inference.encode import encode_exits, encode_states, resume_states
+from modular_star_encoder.inference.encode import encode_exits
 from tests.errors import raises
 from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, tiny_model
 
@@ -43,12 +43,6 @@ def test_every_exit_equals_the_model_called_with_one_text(model, tokenizer):
     assert not np.allclose(embeddings[1], embeddings[4], atol=0.1)
 
 
-def test_one_pass_gives_all_exits(model, tokenizer):
-    spy = Spy(model)
-    encode(spy, tokenizer, TEXTS)
-    assert len(spy.shapes) == 1
-
-
 def test_batches_keep_to_the_token_budget_and_a_long_text_goes_alone(model, tokenizer):
     texts = ["return " * n for n in range(1, 30)] + ["first, second " * 15]
     spy = Spy(model)
@@ -80,11 +74,8 @@ def test_long_texts_are_cut_to_max_length_and_by_default_to_what_the_model_reads
         assert spy.shapes == [(1, expected)]
 
 
-def test_only_the_requested_exits_are_given_in_ascending_order(model, tokenizer):
+def test_the_requested_exits_are_given_in_ascending_order_and_no_texts_give_empty_arrays(model, tokenizer):
     assert tuple(encode(model, tokenizer, TEXTS, exit_layers=[2, 1])) == (1, 2)
-
-
-def test_no_texts_give_empty_arrays(model, tokenizer):
     embeddings = encode(model, tokenizer, [])
     assert [(k, stack.shape) for k, stack in embeddings.items()] == [(k, (0, PROJECTION_SIZE)) for k in EXIT_LAYERS]
 
@@ -104,6 +95,7 @@ def test_texts_and_exits_that_cannot_be_encoded_are_an_error(model, tokenizer, m
 def test_the_model_runs_in_evaluation_mode_and_is_left_as_it_was(model, tokenizer):
     spy = Spy(model).train()
     encode(spy, tokenizer, TEXTS)
+    assert len(spy.shapes) == 1  # one pass gives all exits
     assert not spy.was_training
     assert not spy.had_gradients
     assert spy.inner.training
@@ -147,19 +139,3 @@ def test_legacy_pooling_may_read_padding_which_is_then_computed(tokenizer):
     model = tiny_model(pooling="legacy").eval()
     lengths = [len(ids) for ids in tokenizer(SHORT_AND_LONG)["input_ids"]]
     assert tokens_through_the_layers(model, tokenizer) == 2 * max(lengths)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("unpad", [False, True])
-def test_a_resumed_pass_gives_the_embeddings_of_a_straight_one(tokenizer, side, unpad, monkeypatch):
-    monkeypatch.setattr(tokenizer, "padding_side", side)
-    model = tiny_model(unpad_inputs=unpad)
-    straight = encode_exits(model, tokenizer, TEXTS, progress=False)
-    embeddings, states = encode_states(model, tokenizer, TEXTS, (1, 2))
-    assert list(embeddings) == [1, 2]
-    for exit_layer, values in embeddings.items():
-        np.testing.assert_allclose(values, straight[exit_layer], atol=1e-5)
-    assert [len(one) for one in states] == [len(ids) for ids in tokenizer(TEXTS)["input_ids"]]
-    for deep in (2, 4):
-        np.testing.assert_allclose(resume_states(model, states, 1, deep), straight[deep], atol=1e-5)
-    assert np.abs(straight[4] - straight[1]).max() > 0.1

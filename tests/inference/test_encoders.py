@@ -170,9 +170,9 @@ def test_overloaded_servers_are_retried(server):
     assert len(encode(server, ["a"])) == 1
     server.replies = [(429, {}, {})] * 3
     with raises("http.no_answer", "after 3 attempts", "status 429"):
-        encode(server, ["a"], retries=2)
+        encode(server, ["a"], attempts=3)
     with raises("http.no_answer", "after 2 attempts"):
-        EndpointEncoder("m", "http://127.0.0.1:9", retries=1, pause=0).encode([("", "a")], (None,), progress=False)
+        EndpointEncoder("m", "http://127.0.0.1:9", attempts=2, pause=0).encode([("", "a")], (None,), progress=False)
 
 
 @pytest.mark.parametrize(

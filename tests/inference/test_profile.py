@@ -218,10 +218,6 @@ def test_the_papers_model_costs_about_two_operations_per_parameter():
     # 36 layers of 27.8 million weights and their biases in matrix products; embeddings take part in none.
     assert flops_per_token(config, 36, 1) == pytest.approx(2 * 36 * 27.79e6, rel=0.01)
     assert flops_per_token(config, 36, 2048) > 1.1 * flops_per_token(config, 36, 1)
-
-
-def test_an_unknown_exit_or_an_empty_text_is_an_error():
-    config = load_config("finetuned")
     with pytest.raises(ValueError, match="its exits are 4, 9, 18, 27, 36"):
         flops_per_token(config, 5, 10)
     with raises("profile.length", 0):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from modular_star_encoder.inference.encoders import Text
 
+K1, B = 1.2, 0.75
 _LETTER = r"[^\WA-Z\d_]"  # any letter but an ASCII capital: words of most other alphabets stay whole
 _PART = re.compile(rf"[A-Z]+(?!{_LETTER})|[A-Z]?{_LETTER}+|\d+")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
@@ -40,32 +41,26 @@ class BM25(Retriever):
 
     name = "BM25"
 
-    def __init__(self, k1: float = 1.2, b: float = 0.75) -> None:
-        self.k1, self.b = k1, b
-        self.checksum = f"bm25-{k1}-{b}-lucene-{version('bm25s')}"
-        self._tokens: dict[str, list[str]] = {}
-
-    def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Split the texts."""
-        self._tokens = {text.text: identifier_tokens(text.text) for text in texts}
+    def __init__(self) -> None:
+        self.checksum = f"bm25-{K1}-{B}-lucene-{version('bm25s')}"
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> BM25Scores:
-        """Scores of prepared texts."""
-        query_tokens, document_tokens = ([self._tokens[text.text] for text in texts] for texts in (queries, documents))
-        return BM25Scores(query_tokens, document_tokens, self.k1, self.b)
+        """Scores of texts, split at each call."""
+        tokens = ([identifier_tokens(text.text) for text in texts] for texts in (queries, documents))
+        return BM25Scores(*tokens)
 
 
 class BM25Scores:
     """BM25 scores float32 of tokenised queries (Q) and documents (D), indexed together."""
 
-    def __init__(self, queries: list[list[str]], documents: list[list[str]], k1: float, b: float) -> None:
+    def __init__(self, queries: list[list[str]], documents: list[list[str]]) -> None:
         import bm25s
 
         self.shape = (len(queries), len(documents))
         self._queries = [sorted(set(query)) for query in queries]
         self._index = None
         if any(documents):  # bm25s can't index a vocabulary of nothing
-            self._index = bm25s.BM25(k1=k1, b=b, method="lucene")
+            self._index = bm25s.BM25(k1=K1, b=B, method="lucene")
             self._index.index(documents, show_progress=False)
 
     def blocks(self) -> Iterator[Block]:

@@ -7,14 +7,14 @@ outcomes, never scores in blocks, so that no value depends on how the scores wer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from modular_star_encoder.evaluation.retrievers import Scores
-from modular_star_encoder.evaluation.tasks import Judgements, Pool
+from modular_star_encoder.evaluation.tasks import Judgements, Pool, RetrievalTask
 from modular_star_encoder.utils.errors import UserError
 
 TRUE_NEGATIVE, FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE = range(4)
@@ -63,6 +63,23 @@ def check_scores(scores: np.ndarray) -> None:
     """Raise UserError if a score is NaN."""
     if missing := int(np.count_nonzero(np.isnan(scores))):
         raise UserError("evaluation.scores.nan", f"{missing} scores are NaN. Did training diverge?")
+
+
+def rank_task(
+    task: RetrievalTask, scores: Callable[[Pool], Scores], *, progress: bool = False
+) -> tuple[Ranking, np.ndarray]:
+    """Ranks in all pools, queries numbered from 0 in the order of the pools, and their rows (Q,) in the task.
+
+    `scores` of a pool are of its queries and documents.
+    """
+    rankings, start = [], 0
+    for pool in task.pools:
+        judged = pool_judgements(task.judgements, pool)
+        ranking = rank_judged(scores(pool), judged, exclude_self=task.exclude_self, progress=progress, label=task.name)
+        rankings.append(replace(ranking, query=ranking.query + start))
+        start += len(pool.queries)
+    parts = (np.concatenate([getattr(ranking, name) for ranking in rankings]) for name in ("query", "gain", "rank"))
+    return Ranking(start, *parts), np.concatenate([pool.queries for pool in task.pools])
 
 
 def rank_judged(
@@ -281,27 +298,22 @@ def _places(query: np.ndarray) -> np.ndarray:
     return np.arange(1, len(query) + 1) - np.searchsorted(query, query, side="left")
 
 
-def bootstrap_interval(
-    values: np.ndarray, seed: int, resamples: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of (Q,) values (Efron 1979), the same for the same seed."""
-    values = _not_empty(values)
+def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 1000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of (Q,) values (Efron 1979), the same for the same seed."""
     generator = np.random.default_rng(seed)
     shapes = _chunks(resamples, len(values))
     means = [values[generator.integers(len(values), size=shape)].mean(axis=1) for shape in shapes]
-    return _percentiles(np.concatenate(means), level)
+    return _percentiles(np.concatenate(means))
 
 
-def bootstrap_f1_interval(
-    outcomes: np.ndarray, seed: int, resamples: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of F1 over pairs, from their outcomes (N,) (see `metrics.outcomes`).
+def bootstrap_f1_interval(outcomes: np.ndarray, seed: int, resamples: int = 1000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of F1 over pairs, from their outcomes (N,) (see `metrics.outcomes`).
 
     Drawing pairs with replacement is drawing the four counts from a multinomial distribution.
     """
     counts = np.bincount(outcomes, minlength=4)
     draws = np.random.default_rng(seed).multinomial(len(outcomes), counts / len(outcomes), size=resamples)
-    return _percentiles(f1(draws), level)
+    return _percentiles(f1(draws))
 
 
 def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000) -> float:
@@ -310,7 +322,6 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
     If two retrievers are exchangeable, each difference is as likely to have the other sign. The p-value counts the
     observed signs as one of the resamples, so that it is never 0 (Phipson & Smyth 2010).
     """
-    differences = _not_empty(differences)
     moved = differences[differences != 0]
     if not len(moved):
         return 1.0
@@ -346,21 +357,17 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
     that tasks of different sizes weigh the same.
     """
     means = [float(np.mean(list(task.values()))) for task in values]
-    influence = _contributions(values, means)
+    distances = [{query: one - mean for query, one in task.items()} for task, mean in zip(values, means, strict=True)]
+    influence = shares(distances)
     return float(np.mean(means)) + len(influence) * influence
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
     """What each query contributes to the mean over tasks of the mean difference, for `permutation_test`."""
-    return _contributions(differences, [0.0] * len(differences))
-
-
-def _contributions(values: Sequence[Mapping[str, float]], means: Iterable[float]) -> np.ndarray:
-    """For each query the sum over tasks of its distance from the task's mean, each task with the same weight."""
     total: dict[str, float] = {}
-    for task, mean in zip(values, means, strict=True):
+    for task in differences:
         for query, value in task.items():
-            total[query] = total.get(query, 0.0) + (value - mean) / (len(task) * len(values))
+            total[query] = total.get(query, 0.0) + value / (len(task) * len(differences))
     return np.array(list(total.values()))
 
 
@@ -371,13 +378,6 @@ def _chunks(resamples: int, size: int) -> Iterator[tuple[int, int]]:
         yield min(rows, resamples - start), size
 
 
-def _percentiles(draws: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+def _percentiles(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(draws, (0.025, 0.975))
     return float(low), float(high)
-
-
-def _not_empty(values: np.ndarray) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not len(values):
-        raise UserError("evaluation.bootstrap.no_values", f"A mean needs values (N,), not shape {values.shape}.")
-    return values

@@ -15,7 +15,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import distributed, nn
 
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.evaluation.metrics import pool_judgements, query_values, rank_judged
+from modular_star_encoder.evaluation.metrics import query_values, rank_task
 from modular_star_encoder.evaluation.retrievers import CosineScores
 from modular_star_encoder.evaluation.tasks import RetrievalTask, pairs_task, task_from_mappings
 from modular_star_encoder.inference.encode import encode_exits
@@ -159,13 +159,10 @@ class MultiExitEvaluator(BaseEvaluator):
         network, encode, prompts = self._encoding(model)
         if across_processes:
             encode = partial(_encode_share, network, encode)
-        any_code = prompts.get("document", "")
-        asked = [prompts.get("query", "") + query.text for query in self.task.queries]
-        answers = [
-            (prompts.get(f"document_{language}", any_code) if language else any_code) + code
-            for code, language in self.task.documents
-        ]
-        queries, documents = encode(asked), encode(answers)
+        queries = encode([prompts.get("query", "") + query.text for query in self.task.queries])
+        names = [f"document_{one.language}" for one in self.task.documents]
+        prefixes = [prompts.get(name, prompts.get("document", "")) for name in names]
+        documents = encode([prefix + one.text for prefix, one in zip(prefixes, self.task.documents, strict=True)])
         scores = {k: self._score(embeddings, documents[k]) for k, embeddings in queries.items()}
         metrics: dict[str, float] = {}
         for name in next(iter(scores.values())):
@@ -185,13 +182,9 @@ class MultiExitEvaluator(BaseEvaluator):
 
     def _score(self, queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
         """Means over the queries, from embeddings (Q, D) and (N, D)."""
-        values: dict[str, list[np.ndarray]] = {}
-        for pool in self.task.pools:
-            scores = CosineScores(queries[pool.queries], documents[pool.documents])
-            ranking = rank_judged(scores, pool_judgements(self.task.judgements, pool), progress=False)
-            for metric in ("mrr", "ndcg@10", *(f"recall@{k}" for k in self.recall_at)):
-                values.setdefault(metric.replace("@", "_at_"), []).append(query_values(ranking, metric))
-        return {metric: float(np.mean(np.concatenate(found))) for metric, found in values.items()}
+        ranking, _ = rank_task(self.task, lambda pool: CosineScores(queries[pool.queries], documents[pool.documents]))
+        metrics = ("mrr", "ndcg@10", *(f"recall@{k}" for k in self.recall_at))
+        return {metric.replace("@", "_at_"): float(np.mean(query_values(ranking, metric))) for metric in metrics}
 
     def _encoding(
         self, model: SentenceTransformer | ModularStarEncoderForRetrieval

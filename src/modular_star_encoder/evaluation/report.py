@@ -10,11 +10,10 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +24,6 @@ from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.utils.errors import UserError, naming_extra
 from modular_star_encoder.utils.files import staged_file, write_json, write_text
 from modular_star_encoder.utils.reports import library_versions, markdown_table, metric_label, percent
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
 
@@ -64,12 +60,8 @@ class Row:
     @property
     def label(self) -> str:
         """Its name in tables, such as "model, exit 4, 256 dimensions"."""
-        parts = [self.retriever]
-        if self.exit_layer is not None:
-            parts.append(f"exit {self.exit_layer}")
-        if self.dimensions is not None:
-            parts.append(f"{self.dimensions} dimensions")
-        return ", ".join(parts)
+        exit_layer = "" if self.exit_layer is None else f", exit {self.exit_layer}"
+        return f"{self.retriever}{exit_layer}{'' if self.dimensions is None else f', {self.dimensions} dimensions'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,10 +232,9 @@ def interval(estimate: Estimate) -> str:
 
 def _cells(table: Table) -> list[list[str]]:
     """Header and rows as text."""
-    columns, others = list(table.rows[0].columns), list(table.rows[0].others)
+    columns, others = list(table.rows[0].columns), map(metric_label, table.rows[0].others)
     mean = ["mean"] if len(columns) > 1 else []
-    header = ["", *columns, *mean, "95 % interval", *map(metric_label, others), f"Δ {metric_label(table.metric)}", "p"]
-    cells = [header]
+    cells = [["", *columns, *mean, "95 % interval", *others, f"Δ {metric_label(table.metric)}", "p"]]
     for row in table.rows:
         means = [percent(row.mean.value)] if mean else []
         changed = ["", ""]
@@ -369,17 +360,10 @@ def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
 
     Retrievers without exits are dashed horizontal lines.
     """
-    if not any(_exits_by_name(table) for table in tables):
+    lines = [_exits_by_name(table) for table in tables]
+    if not any(lines):
         raise UserError("evaluation.plots.no_exits", "No retriever has exits, so quality by depth cannot be plotted.")
-    with _panels(tables, path) as panels:
-        for axes, table in zip(panels, tables, strict=True):
-            for name, exits in _exits_by_name(table).items():
-                _line(axes, list(exits), list(exits.values()), name)
-            for number, row in enumerate(row for row in table.rows if row.exit_layer is None):
-                axes.axhline(100 * row.mean.value, linestyle="--", linewidth=1, color=f"C{7 + number}", label=row.label)
-            axes.set_xlabel("layers executed")
-            axes.set_xticks(sorted({k for exits in _exits_by_name(table).values() for k in exits}))
-    return path
+    return _plot(tables, lines, path, by_latency=False)
 
 
 def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Mapping[int, float]], path: Path) -> Path:
@@ -387,56 +371,53 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
 
     `latencies` are {retriever: {exit_layer: milliseconds}}, all on one machine (see `median_latencies`).
     """
-    timed: list[dict[str, dict[float, Row]]] = [{} for _ in tables]
-    for panel, table in zip(timed, tables, strict=True):
+    lines: list[dict[str, dict[float, Row]]] = [{} for _ in tables]
+    for line, table in zip(lines, tables, strict=True):
         for name, exits in _exits_by_name(table).items():
-            for exit_layer, row in exits.items():
-                if exit_layer in (known := latencies.get(row.retriever, {})):
-                    panel.setdefault(name, {})[known[exit_layer]] = row
-    if not any(timed):
+            times = latencies.get(next(iter(exits.values())).retriever, {})
+            if timed := {times[k]: row for k, row in exits.items() if k in times}:
+                line[name] = timed
+    if not any(lines):
         raise UserError("evaluation.plots.no_latency", "The exit profiles hold no exit of these retrievers.")
-    with _panels(tables, path) as panels:
-        for axes, by_name in zip(panels, timed, strict=True):
-            for name, rows in by_name.items():
-                _line(axes, list(rows), list(rows.values()), name)
-                for milliseconds, row in rows.items():
-                    axes.annotate(str(row.exit_layer), (milliseconds, 100 * row.mean.value), fontsize="small")
-            axes.set_xlabel("median latency, ms")
-            axes.set_xscale("log")
-    return path
+    return _plot(tables, lines, path, by_latency=True)
 
 
-def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
+def _exits_by_name(table: Table) -> dict[str, dict[float, Row]]:
     """The rows of exits by retriever and size."""
-    found: dict[str, dict[int, Row]] = {}
-    for row in table.rows:
+    found: dict[str, dict[float, Row]] = {}
+    for row in sorted(table.rows, key=lambda row: row.exit_layer or 0):
         if row.exit_layer is not None:
-            name = row.retriever if row.dimensions is None else f"{row.retriever}, {row.dimensions} dimensions"
-            found.setdefault(name, {})[row.exit_layer] = row
-    return {name: dict(sorted(exits.items())) for name, exits in found.items()}
+            found.setdefault(replace(row, exit_layer=None).label, {})[row.exit_layer] = row
+    return found
 
 
-def _line(axes: Axes, places: Sequence[float], rows: Sequence[Row], label: str) -> None:
-    value, low, high = ([100 * getattr(row.mean, name) for row in rows] for name in ("value", "low", "high"))
-    (line,) = axes.plot(places, value, marker="o", markersize=4, label=label)
-    axes.fill_between(places, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-
-
-@contextmanager
-def _panels(tables: Sequence[Table], path: Path) -> Iterator[list[Axes]]:
-    """Axes to draw a panel for each table, three in a row; the plot is written to `path` at the end."""
+def _plot(
+    tables: Sequence[Table], lines: Sequence[Mapping[str, Mapping[float, Row]]], path: Path, by_latency: bool
+) -> Path:
+    """Draw {name: {place on the x axis: row}} of each table, three panels in a row."""
     with naming_extra():
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    columns, lines = min(3, len(tables)), -(-len(tables) // 3)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = [figure.add_subplot(lines, columns, number) for number in range(1, len(tables) + 1)]
-    yield panels
-    for axes, table in zip(panels, tables, strict=True):
+    height, width = -(-len(tables) // 3), min(3, len(tables))
+    figure = Figure(figsize=(4.2 * width, 3.2 * height), layout="constrained")
+    for number, (table, by_name) in enumerate(zip(tables, lines, strict=True), start=1):
+        axes = figure.add_subplot(height, width, number)
+        for name, rows in by_name.items():
+            estimates = [row.mean for row in rows.values()]
+            value, low, high = ([100 * getattr(one, bound) for one in estimates] for bound in ("value", "low", "high"))
+            (line,) = axes.plot(list(rows), value, marker="o", markersize=4, label=name)
+            axes.fill_between(list(rows), low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+            for place, row in rows.items() if by_latency else ():
+                axes.annotate(str(row.exit_layer), (place, 100 * row.mean.value), fontsize="small")
+        if by_latency:
+            axes.set(xlabel="median latency, ms", xscale="log")
+        else:
+            for place, row in enumerate(row for row in table.rows if row.exit_layer is None):
+                axes.axhline(100 * row.mean.value, linestyle="--", linewidth=1, color=f"C{7 + place}", label=row.label)
+            axes.set(xlabel="layers executed", xticks=sorted({k for rows in by_name.values() for k in rows}))
         axes.set_title(table.title, fontsize="medium")
         axes.set_ylabel(f"{metric_label(table.metric)} × 100")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
     with staged_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
+    return path

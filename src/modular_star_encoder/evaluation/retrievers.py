@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -215,9 +216,7 @@ class EmbeddingCache:
                 f"{len(texts)} texts need ({len(texts)}, {size}) embeddings, not {embeddings.shape}.",
             )
         if not np.isfinite(embeddings).all():
-            raise UserError(
-                "evaluation.embeddings.not_finite", "An embedding holds NaN or infinite values. Check the model."
-            )
+            raise UserError("evaluation.embeddings.not_finite", "An embedding is NaN or infinite. Check the model.")
         keys = [_key(text) for text in texts]
         if self.folder is not None:
             joined = b"".join(keys)
@@ -248,12 +247,12 @@ class EmbeddingCache:
         return self._spaces[name]
 
 
+@dataclass(slots=True)
 class _Space:
     """The shards of one folder, and the shard and row of each text."""
 
-    def __init__(self) -> None:
-        self.shards: list[np.ndarray] = []
-        self.places: dict[bytes, tuple[int, int]] = {}
+    shards: list[np.ndarray] = field(default_factory=list)
+    places: dict[bytes, tuple[int, int]] = field(default_factory=dict)
 
     def append(self, keys: list[bytes], embeddings: np.ndarray) -> None:
         for row, key in enumerate(keys):
@@ -261,21 +260,22 @@ class _Space:
         self.shards.append(embeddings)
 
 
+@dataclass(frozen=True, slots=True)
 class CachedRows:
-    """Embeddings (N, F) float32 from several shards."""
+    """Embeddings (N, F) float32 from several shards, and the shard and row of each."""
 
-    def __init__(self, shards: Sequence[np.ndarray], places: np.ndarray) -> None:
-        self._shards, self._places = shards, places
+    shards: Sequence[np.ndarray]
+    places: np.ndarray
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        shard, row = self._places[rows].T
-        embeddings = np.empty((len(row), self._shards[0].shape[1]), dtype=np.float32)
+        shard, row = self.places[rows].T
+        embeddings = np.empty((len(row), self.shards[0].shape[1]), dtype=np.float32)
         for number in np.unique(shard):
             chosen = shard == number
-            embeddings[chosen] = self._shards[number][row[chosen]]
+            embeddings[chosen] = self.shards[number][row[chosen]]
         return embeddings
 
 

@@ -21,18 +21,27 @@ import torch
 from tqdm.auto import tqdm
 
 from modular_star_encoder.evaluation import metrics
-from modular_star_encoder.evaluation.benchmarks import (
-    ALL,
-    BENCHMARKS,
-    WITH_CANDIDATES,
-    choose_benchmarks,
-    load_benchmark,
-)
+from modular_star_encoder.evaluation.benchmarks import WITH_CANDIDATES, choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import write_candidates
 from modular_star_encoder.evaluation.lexical import BM25, TfIdf
 from modular_star_encoder.evaluation.report import Report, make_report, plot_report
-from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant, Retriever
-from modular_star_encoder.evaluation.tasks import POOL, Estimate, PairTask, RetrievalTask, Task, TaskResult, pairs_task
+from modular_star_encoder.evaluation.retrievers import (
+    EmbeddingCache,
+    EmbeddingRetriever,
+    ExitVariant,
+    Retriever,
+    Scores,
+)
+from modular_star_encoder.evaluation.tasks import (
+    POOL,
+    Estimate,
+    PairTask,
+    Pool,
+    RetrievalTask,
+    Task,
+    TaskResult,
+    pairs_task,
+)
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
@@ -82,31 +91,26 @@ def run_benchmarks(
     if folder is not None and folder.exists() and not folder.is_dir():
         raise UserError("evaluation.out.not_a_folder", f"{folder} is a file: name a folder for the reports.")
     chosen = choose_benchmarks(benchmarks, data)
-    if not chosen:
-        raise UserError("evaluation.benchmark.missing", f"Name a benchmark: {', '.join(BENCHMARKS)}, or {ALL}.")
     if candidates is not None and not set(chosen) & set(WITH_CANDIDATES):
         raise UserError(
             "evaluation.candidates.not_used", f"Lists of candidates are only for {' and '.join(WITH_CANDIDATES)}."
         )
-    tasks: list[Task] = []
-    for name in chosen:
-        lists = candidates if name in WITH_CANDIDATES else None
-        tasks += load_benchmark(name, data, allow_subset=allow_subset, candidates=lists)
+    options: dict[str, Any] = {"allow_subset": allow_subset, "candidates": candidates}
+    tasks = [task for name in chosen for task in load_benchmark(name, data, **options)]
     if cache is None and folder is not None:
         cache = folder / "embeddings"
     store = EmbeddingCache(None if cache is None else Path(cache).expanduser())
     if baselines is None:
         baselines = ["bm25"] if folder is None else []
-    retrievers = _open_all(model, baselines, store, exit_layers, untrained, seed)
+    retrievers = _open_all(model, baselines, store, exit_layers, seed if untrained else None)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # fails before the work and not after it
         for task in tasks:
             if isinstance(task, RetrievalTask) and task.benchmark in WITH_CANDIDATES:
                 write_candidates(task, folder / "candidates" / task.benchmark)
     results = evaluate_tasks(tasks, list(retrievers.values()), out=folder, seed=seed, progress=progress)
-    path = Path(model).expanduser()
-    has_checksum = path.is_dir() or _own_encoder(retrievers[model]) is not None
-    checksum = checkpoint_checksum(path if path.is_dir() else model) if has_checksum else None
+    has_checksum = Path(model).expanduser().is_dir() or _own_encoder(retrievers[model]) is not None
+    checksum = checkpoint_checksum(model) if has_checksum else None
     report = make_report(tasks, results, seed=seed, command=_without_paths(command), checksum=checksum)
     if folder is not None:
         report.write(folder)
@@ -144,10 +148,9 @@ def evaluate_exits(
     """
     task = pairs_task("folder", "all", rows, size=size, seed=seed)
     encoder = ExitEncoder(model, tokenizer, "model", exit_layers=exit_layers, **encode_options)
-    retrievers: list[Retriever] = [EmbeddingRetriever(encoder)]
-    if untrained:
-        retrievers.append(EmbeddingRetriever(encoder.untrained(seed)))
-    results = evaluate_tasks([task], [*retrievers, BM25()], seed=seed, progress=progress)
+    encoders = [encoder, encoder.untrained(seed)] if untrained else [encoder]
+    retrievers = [*map(EmbeddingRetriever, encoders), BM25()]
+    results = evaluate_tasks([task], retrievers, seed=seed, progress=progress)
     return make_report([task], results, seed=seed)
 
 
@@ -196,7 +199,12 @@ def evaluate_task(
     names = (task.benchmark, task.name, retriever.name, *variant)
     if isinstance(task, PairTask):
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant, seed))
-    ranking, rows = _rank(task, retriever, variant, progress)
+
+    def scores(pool: Pool) -> Scores:
+        queries = [task.queries[row] for row in pool.queries]
+        return retriever.scores(queries, [task.documents[row] for row in pool.documents], variant)
+
+    ranking, rows = metrics.rank_task(task, scores, progress=progress)
     values_of = {metric: metrics.query_values(ranking, metric) for metric in task.metrics}
     main = values_of[task.metrics[0]]
     kept = np.flatnonzero(~np.isnan(main))
@@ -209,23 +217,6 @@ def evaluate_task(
     ids = [task.query_ids[rows[place]] for place in kept]
     candidates = max(len(pool.documents) for pool in task.pools) - task.exclude_self
     return TaskResult(*names, estimates, main[kept].tolist(), ids, candidates)
-
-
-def _rank(
-    task: RetrievalTask, retriever: Retriever, variant: ExitVariant, progress: bool
-) -> tuple[metrics.Ranking, np.ndarray]:
-    """Ranks in all pools, queries numbered from 0 in the order of the pools, and their rows (Q,) in the task."""
-    rankings, start = [], 0
-    options: dict[str, Any] = {"exclude_self": task.exclude_self, "progress": progress, "label": task.name}
-    for pool in task.pools:
-        queries = [task.queries[row] for row in pool.queries]
-        documents = [task.documents[row] for row in pool.documents]
-        scores = retriever.scores(queries, documents, variant)
-        ranking = metrics.rank_judged(scores, metrics.pool_judgements(task.judgements, pool), **options)
-        rankings.append(replace(ranking, query=ranking.query + start))
-        start += len(queries)
-    parts = (np.concatenate([getattr(ranking, name) for ranking in rankings]) for name in ("query", "gain", "rank"))
-    return metrics.Ranking(start, *parts), np.concatenate([pool.queries for pool in task.pools])
 
 
 def _evaluate_pairs(
@@ -289,16 +280,14 @@ def _open_all(
     baselines: Sequence[str],
     store: EmbeddingCache,
     exit_layers: Sequence[int] | None,
-    untrained: bool,
-    seed: int,
+    untrained_seed: int | None,
 ) -> dict[str, Retriever]:
     """Retrievers by the names that were given; no two have the same name in tables."""
     retrievers = {model: open_retriever(model, store, exit_layers)}
-    if untrained:
-        encoder = _own_encoder(retrievers[model])
-        if encoder is None:
+    if untrained_seed is not None:
+        if (encoder := _own_encoder(retrievers[model])) is None:
             raise UserError("evaluation.untrained.other_model", f"{model} is not ours: `untrained` cannot rebuild it.")
-        retrievers["untrained"] = EmbeddingRetriever(encoder.untrained(seed), store)
+        retrievers["untrained"] = EmbeddingRetriever(encoder.untrained(untrained_seed), store)
     for name in baselines:
         if name not in retrievers:
             retrievers[name] = open_retriever(name, store)

@@ -167,9 +167,8 @@ def _load_tokenizer(path: str) -> Any:
         except OSError:
             raise
         except Exception as error:  # of a damaged file; tokenizers raises nothing narrower
-            raise UserError(
-                "checkpoint.tokenizer", f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
-            ) from error
+            message = f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
+            raise UserError("checkpoint.tokenizer", message) from error
 
 
 @contextmanager
@@ -182,9 +181,8 @@ def _clear_errors(path: str) -> Iterator[None]:
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
-        raise UserError(
-            "checkpoint.shapes", f"{path} cannot be loaded: weights and configuration differ in shape."
-        ) from error
+        message = f"{path} cannot be loaded: weights and configuration differ in shape."
+        raise UserError("checkpoint.shapes", message) from error
     except OSError as error:
         if os.path.isdir(path):
             raise
@@ -330,22 +328,23 @@ def write_sentence_transformer_files(
 
 def is_servable(config: ModularStarEncoderConfig) -> bool:
     """Whether SentenceTransformers' own pooling and normalisation give the model's embedding."""
-    return all(getattr(config, name) in allowed for name, allowed in _servable_settings(config).items())
+    try:
+        check_servable(config)
+    except UserError:
+        return False
+    return True
 
 
 def check_servable(config: ModularStarEncoderConfig) -> None:
     """Raise UserError if SentenceTransformers' own pooling and normalisation would not give the model's embedding."""
-    for name, allowed in _servable_settings(config).items():
+    # A mean and a linear head commute, so the order of the two does not matter.
+    commute = config.projection_head == "linear" and config.pooling == "mean"
+    orders = ("project_then_pool", "pool_then_project") if commute else ("project_then_pool",)
+    known = {"pooling": ("mean", "lasttoken"), "projection_order": orders, "embedding_normalization": ("l2",)}
+    for name, allowed in known.items():
         if getattr(config, name) not in allowed:
             raise UserError(
                 "checkpoint.not_servable",
                 f"A model with {name}={getattr(config, name)!r} cannot be a SentenceTransformer, whose modules know "
                 f"only {' and '.join(map(repr, allowed))}.",
             )
-
-
-def _servable_settings(config: ModularStarEncoderConfig) -> dict[str, tuple[str, ...]]:
-    # A mean and a linear head commute, so the order of the two does not matter.
-    commute = config.projection_head == "linear" and config.pooling == "mean"
-    orders = ("project_then_pool", "pool_then_project") if commute else ("project_then_pool",)
-    return {"pooling": ("mean", "lasttoken"), "projection_order": orders, "embedding_normalization": ("l2",)}

@@ -1,4 +1,4 @@
-"""Embed texts at every exit in one pass, resume a pass from the states of an exit, and compile a model for CPUs."""
+"""Embed texts at every exit in one pass, and compile a model for CPUs."""
 
 from __future__ import annotations
 
@@ -108,8 +108,7 @@ def encode_batches(
     embeddings: np.ndarray | None = None
     with tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar:
         for rows in length_batches([len(ids) for ids in token_ids], tokens_per_batch):
-            batch = tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt")
-            stack = encode_batch(batch)
+            stack = encode_batch(tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt"))
             if embeddings is None:
                 embeddings = np.empty((stack.shape[0], len(unique), stack.shape[-1]), dtype=np.float32)
             embeddings[:, rows] = stack
@@ -167,59 +166,6 @@ def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
             yield
     finally:
         config.unpad_inputs = as_configured
-
-
-def encode_states(
-    model: ModularStarEncoderForRetrieval, tokenizer: Any, texts: Sequence[str], exit_layers: Sequence[int]
-) -> tuple[dict[int, np.ndarray], list[np.ndarray]]:
-    """Embeddings of texts at several exits, and their states at the shallowest of these.
-
-    Args:
-        texts: N texts with their prompts; cut to what the model takes.
-
-    Returns:
-        {exit_layer: (N, D) float32}, and of each text (T, H) float32, its real tokens' states before the final norm.
-    """
-    exits = model.config.resolve_exits(exit_layers=exit_layers)
-    token_ids = tokenize(tokenizer, list(texts), model.config.max_position_embeddings, progress=False)
-    embeddings = {exit_layer: np.empty((len(texts), model.config.projection_size), np.float32) for exit_layer in exits}
-    states: list[np.ndarray] = [np.empty((0, model.config.hidden_size), np.float32)] * len(texts)
-    device = next(model.parameters()).device
-    with _inference(model):
-        for rows in length_batches([len(ids) for ids in token_ids], 8192):
-            batch = tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt").to(device)
-            mask = batch["attention_mask"]
-            output = model(batch["input_ids"], mask, exit_layers=exits, output_residual_states=True)
-            for exit_layer, values in zip(exits, output.exit_embeddings, strict=True):
-                embeddings[exit_layer][rows] = values.float().cpu().numpy()
-            shallowest = output.residual_states[0]
-            for place, row in enumerate(rows):
-                states[row] = shallowest[place][mask[place].bool()].float().cpu().numpy()
-    return embeddings, states
-
-
-def resume_states(
-    model: ModularStarEncoderForRetrieval, states: Sequence[np.ndarray], start_layer: int, exit_layer: int
-) -> np.ndarray:
-    """Embeddings (N, D) float32 at an exit, from the states of a shallower one: those of a straight pass.
-
-    `states` are those of `encode_states`, of each text (T, H), at the exit `start_layer`.
-    """
-    parameter = next(model.parameters())
-    embeddings = np.empty((len(states), model.config.projection_size), np.float32)
-    with _inference(model):
-        for rows in length_batches([len(one) for one in states], 8192):
-            padded = nn.utils.rnn.pad_sequence([torch.tensor(states[row]) for row in rows], batch_first=True)
-            lengths = torch.tensor([len(states[row]) for row in rows])
-            mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-            output = model(
-                inputs_embeds=padded.to(parameter.device, parameter.dtype),
-                attention_mask=mask.to(parameter.device),
-                start_layer=start_layer,
-                exit_layer=exit_layer,
-            )
-            embeddings[rows] = output.sentence_embedding.float().cpu().numpy()
-    return embeddings
 
 
 def compile_for_inference(

@@ -65,10 +65,9 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
             `openai:MODEL` or `openai:MODEL@URL` (API key in OPENAI_API_KEY).
         exit_layers: exits of one of our checkpoints; all if None. Only the layers up to the deepest are loaded.
     """
-    folder = Path(name).expanduser()
-    source = str(folder) if folder.is_dir() else name
-    label = "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else name
-    if not name.startswith(ENDPOINT_PREFIX):
+    folder, is_endpoint = Path(name).expanduser(), name.startswith(ENDPOINT_PREFIX)
+    source, label = (str(folder), "/".join(folder.resolve().parts[-2:])) if folder.is_dir() else (name, name)
+    if not is_endpoint:
         if not (folder / "modules.json").is_file():
             check_checkpoint(name)
         if _is_ours(source):
@@ -76,7 +75,7 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
             return ExitEncoder(own, tokenizer, label, exit_layers=exit_layers)
     if exit_layers:
         raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: leave them out.")
-    if name.startswith(ENDPOINT_PREFIX):
+    if is_endpoint:
         model, _, url = name.removeprefix(ENDPOINT_PREFIX).partition("@")
         return EndpointEncoder(model, url or OPENAI_URL)
     from sentence_transformers import SentenceTransformer
@@ -144,18 +143,15 @@ class ExitEncoder(Encoder):
 
 
 class SentenceTransformerEncoder(Encoder):
-    """A SentenceTransformer, or any encoder of transformers, which sentence-transformers pools by the mean.
+    """A SentenceTransformer, or any encoder of transformers, which sentence-transformers pools by the mean."""
 
-    Prose gets the model's prompt `query` and code its prompt `document`, where it has them.
-    """
-
-    def __init__(self, model: Any, name: str, *, batch_size: int = 32) -> None:
-        self.model, self.name, self._batch_size = model, name, batch_size
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.name = model, name
         settings = {"modules": str(model), "max_seq_length": model.max_seq_length}
         self.checksum = weights_checksum(model, model.tokenizer, json.dumps(model.prompts), settings)
 
     def prompt(self, text: Text) -> str:
-        """The prompt `query` or `document`."""
+        """The model's prompt `query` of prose and `document` of code, where it has them."""
         return self.model.prompts.get("query" if text.language is None else "document") or ""
 
     def encode(
@@ -165,8 +161,7 @@ class SentenceTransformerEncoder(Encoder):
         parts, order = [], sorted(range(len(texts)), key=lambda row: texts[row][0])
         for prompt, rows in groupby(order, key=lambda row: texts[row][0]):
             contents = [texts[row][1] for row in rows]
-            options = {"batch_size": self._batch_size, "show_progress_bar": progress, "convert_to_numpy": True}
-            parts.append(self.model.encode(contents, prompt=prompt, **options))
+            parts.append(self.model.encode(contents, prompt=prompt, show_progress_bar=progress))
         return {None: np.concatenate(parts)[np.argsort(order)].astype(np.float32) if parts else _NONE}
 
 
@@ -182,8 +177,7 @@ def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settin
 
 def _tokenizer_state(tokenizer: Any) -> str:
     """Everything that decides the token ids, without truncation and padding, which the tokenizer's last call sets."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return json.dumps(tokenizer.get_vocab(), sort_keys=True)
     copy = Tokenizer.from_str(backend.to_str())
     copy.no_truncation()
@@ -194,32 +188,22 @@ def _tokenizer_state(tokenizer: Any) -> str:
 class EndpointEncoder(Encoder):
     """A model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
 
-    The API key is read from the environment for each call of `encode`, and is never kept, shown or logged.
+    The API key is read from `OPENAI_API_KEY` for each call of `encode`, and is never kept, shown or logged.
 
     Args:
         model: the name that the endpoint knows.
         base_url: without `/embeddings`.
-        key_variable: the environment variable with the API key; requests carry none if it is empty.
         batch_size: texts per request.
         max_characters: longer texts are cut, because endpoints refuse texts longer than their model reads.
-        retries, pause, timeout: see `HTTPClient`.
+        client_options: of `HTTPClient`: attempts, pause, timeout.
     """
 
     def __init__(
-        self,
-        model: str,
-        base_url: str = OPENAI_URL,
-        *,
-        key_variable: str = "OPENAI_API_KEY",
-        batch_size: int = 128,
-        max_characters: int = 16_000,
-        retries: int = 6,
-        pause: float = 1.0,
-        timeout: float = 120.0,
+        self, model: str, base_url: str, *, batch_size: int = 128, max_characters: int = 16_000, **client_options: Any
     ) -> None:
-        self.name, self.base_url, self.key_variable = model, check_url(base_url), key_variable
+        self.name, self.base_url = model, check_url(base_url)
         self.batch_size, self.max_characters = batch_size, max_characters
-        self._client_options: dict[str, Any] = {"attempts": retries + 1, "pause": pause, "timeout": timeout}
+        self._client_options: dict[str, Any] = {"attempts": 7, "timeout": 120.0, **client_options}
         identity = json.dumps([model, self.base_url, max_characters])
         self.checksum = "endpoint-" + hashlib.sha256(identity.encode()).hexdigest()[:32]
 
@@ -229,7 +213,7 @@ class EndpointEncoder(Encoder):
         # Endpoints refuse empty inputs.
         inputs = [(prompt + text)[: self.max_characters] or " " for prompt, text in texts]
         parts, batches = [], range(0, len(inputs), self.batch_size)
-        token = token_from_environment(self.key_variable, required=False)
+        token = token_from_environment("OPENAI_API_KEY", required=False)
         with HTTPClient(token=token, **self._client_options) as client:
             for start in tqdm(batches, desc=self.name, unit="request", disable=not progress, leave=False):
                 parts.append(self._embed(client, inputs[start : start + self.batch_size]))

@@ -63,7 +63,7 @@ class ProfiledExit:
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(batch_size, length) of each measurement."""
-        return tuple((measured.batch_size, measured.length) for measured in self.measurements)
+        return tuple((one.batch_size, one.length) for one in self.measurements)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,8 @@ class ExitProfile:
 
     def measurement(self, exit_layer: int, shape: tuple[int, int]) -> Measurement:
         """The measurement of one exit and shape, both in this profile."""
-        measurements = self.exits[exit_layer].measurements
-        return next(measured for measured in measurements if (measured.batch_size, measured.length) == shape)
+        measured = self.exits[exit_layer]
+        return measured.measurements[measured.shapes.index(shape)]
 
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
         """A profile with the quality of exits ({exit_layer: value, higher is better}) under the name of a benchmark."""
@@ -104,12 +104,12 @@ class ExitProfile:
 
     def with_quality_of(self, other: ExitProfile) -> ExitProfile:
         """A profile with the quality values of another one too, if that is of the same weights."""
-        if other.checkpoint != self.checkpoint:
-            return self
-        exits = dict(self.exits)
-        for k in exits.keys() & other.exits.keys():
-            exits[k] = dataclasses.replace(exits[k], quality={**exits[k].quality, **other.exits[k].quality})
-        return dataclasses.replace(self, exits=exits)
+        profile = self
+        for name in other.benchmarks if other.checkpoint == self.checkpoint else ():
+            values = {k: one.quality[name] for k, one in other.exits.items() if name in one.quality}
+            if values.keys() & self.exits.keys():
+                profile = profile.with_quality(name, values)
+        return profile
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ class ExitProfile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all."""
-        write_json(Path(path), self.to_dict())
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExitProfile:
@@ -219,22 +219,20 @@ def select_exit(
         budgets.append(_Budget("min_quality", min_quality, "", -1, quality))
     if not budgets:
         raise UserError("budget.missing", "Give at least one budget: latency_ms, memory_mb or min_quality.")
-    exits = _within(budgets, profile)
-    if not exits:
+    if not (exits := set(profile.exits).intersection(*(budget.exits() for budget in budgets))):
         raise UserError("budget.too_small", _none_fits(profile, budgets, shape))
     return max(exits, key=lambda k: (quality[k], -k)) if exits <= set(quality) else max(exits)
-
-
-def _within(budgets: Iterable[_Budget], profile: ExitProfile) -> set[int]:
-    return set(profile.exits).intersection(*(budget.exits() for budget in budgets))
 
 
 def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[int, int]) -> str:
     """For each budget the best value of the exits within the others, or of all exits."""
     wanted = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
-    others = [(budget, _within([one for one in budgets if one is not budget], profile)) for budget in budgets]
     possible = f"the best of each alone: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
-    if nearest := [budget.nearest(exits) for budget, exits in others if exits]:
+    nearest = []
+    for budget in budgets:
+        if within := set(profile.exits).intersection(*(one.exits() for one in budgets if one is not budget)):
+            nearest.append(budget.nearest(within))
+    if nearest:
         kept = " within the other budgets" if len(budgets) > 1 else ""
         possible = f"the nearest possible{kept}: {', or '.join(nearest)}"
     return f"No exit has {wanted} for batches of {shape[0]} × {shape[1]} tokens; {possible}."

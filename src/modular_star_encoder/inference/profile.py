@@ -109,11 +109,8 @@ def profile_checkpoint(
     model, _ = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     exits = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
-    if max(plan.lengths) > config.max_position_embeddings:
-        raise UserError(
-            "profile.length",
-            f"The model takes {config.max_position_embeddings} tokens at most, not {max(plan.lengths)}.",
-        )
+    if (longest := max(plan.lengths)) > (limit := config.max_position_embeddings):
+        raise UserError("profile.length", f"The model takes {limit} tokens at most, not {longest}.")
     times = _measure_times(model, exits, plan, progress)
     sizes = {k: [(one.numel(), one.element_size()) for one in model.slice(k).parameters()] for k in exits}
     attention = config._attn_implementation
@@ -298,19 +295,6 @@ def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequenc
     return MemoryUse(*json.loads(process.stdout.splitlines()[-1]))
 
 
-def _measure_own_memory(
-    checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Sequence[int]], threads: int
-) -> MemoryUse:
-    """What the fresh process does."""
-    torch.set_num_threads(threads)
-    base, peaks = peak_memory_mb(), []
-    model, _ = load_checkpoint(checkpoint, exit_layer, "cpu", dtype)
-    for size, length in shapes:
-        embed(model, random_batch(model, size, length), exit_layer)
-        peaks.append(peak_memory_mb())
-    return MemoryUse(base, peaks)
-
-
 def peak_memory_mb() -> float | None:
     """Largest resident memory of this process so far, in MB (10^6 bytes); None where the system does not report it."""
     try:
@@ -323,6 +307,18 @@ def peak_memory_mb() -> float | None:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def _measure_own_memory(
+    checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape], threads: int
+) -> MemoryUse:
+    torch.set_num_threads(threads)
+    base, peaks = peak_memory_mb(), []
+    model, _ = load_checkpoint(checkpoint, exit_layer, "cpu", dtype)
+    for shape in shapes:
+        embed(model, random_batch(model, *shape), exit_layer)
+        peaks.append(peak_memory_mb())
+    return MemoryUse(base, peaks)
 
 
 if __name__ == "__main__":

@@ -156,9 +156,3 @@ def test_lists_of_candidates_that_do_not_fit_are_an_error(tmp_path, content, mes
     (lists / "go.json").write_text(content)
     with raises("benchmark.file.unexpected", message, "go.json"):
         load_benchmark("codesearchnet-999", tmp_path, candidates=lists)
-
-
-def test_lists_of_candidates_belong_to_one_protocol(tmp_path):
-    published.cosqa(tmp_path)
-    with raises("evaluation.candidates.not_used", "cosqa"):
-        load_benchmark("cosqa", tmp_path, candidates=tmp_path)

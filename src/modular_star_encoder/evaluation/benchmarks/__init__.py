@@ -84,17 +84,19 @@ WITH_CANDIDATES = tuple(name for name, benchmark in BENCHMARKS.items() if benchm
 
 def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     """The names, each once; `all` means the benchmarks whose folders are in `data`."""
+    available = ", ".join([*BENCHMARKS, ALL])
+    if not names:
+        raise UserError("benchmark.missing", f"Name a benchmark: {available}.")
     if unknown := [name for name in names if name not in (*BENCHMARKS, ALL)]:
-        available = ", ".join([*BENCHMARKS, ALL])
         raise UserError("benchmark.unknown", f"Unknown benchmark {unknown[0]!r}. Available: {available}.")
     if ALL not in names:
         return list(dict.fromkeys(names))
     if _is_on_hub(data):
         raise UserError("benchmark.all.on_hub", f"`{ALL}` means the benchmarks of a folder: name those of the Hub.")
-    possible = {one.name: one.folder for one in _BENCHMARKS if one.in_all}
-    found = [name for name, folder in possible.items() if (Path(data).expanduser() / folder).is_dir()]
+    possible = [one for one in _BENCHMARKS if one.in_all]
+    found = [one.name for one in possible if (Path(data).expanduser() / one.folder).is_dir()]
     if not found:
-        folders = ", ".join(sorted(set(possible.values())))
+        folders = ", ".join(sorted({one.folder for one in possible}))
         raise UserError("benchmark.all.none", f"{data} holds no benchmark: expected one of the folders {folders}.")
     return list(dict.fromkeys(one for name in names for one in (found if name == ALL else [name])))
 
@@ -108,7 +110,7 @@ def load_benchmark(
         data: its folder, a folder that holds it under its usual name, `hub` for its authors' repository on the Hub, or
             `hub:OWNER/NAME` for another one with the same files.
         allow_subset: accept partial files, with a note.
-        candidates: for benchmarks that draw candidates, the folder of the lists of an earlier run.
+        candidates: folder of the lists of an earlier run; used by benchmarks that draw candidates.
     """
     benchmark = BENCHMARKS[name]
     if _is_on_hub(data):
@@ -121,9 +123,7 @@ def load_benchmark(
         inside = Path(data).expanduser() / benchmark.folder
         folder = inside if inside.is_dir() else Path(data).expanduser()
     options: dict[str, object] = {"allow_subset": allow_subset} if benchmark.sized else {}
-    if candidates is not None:
-        if not benchmark.with_candidates:
-            raise UserError("evaluation.candidates.not_used", f"{name} draws no candidates: leave out their lists.")
+    if candidates is not None and benchmark.with_candidates:
         options["candidates"] = Path(candidates)
     return list(benchmark.load(folder, **options))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,16 +71,15 @@ Grades = dict[str, dict[str, list[float]]]
 """{query: {url: the annotators' grades}}"""
 
 
-def _each_language(
-    folder: Path, patterns: Callable[[str], Sequence[str]], load: Callable[[str], RetrievalTask]
-) -> list[RetrievalTask]:
-    """The tasks of the languages whose files are in `folder`; at least one must be."""
-    require_files(folder, [pattern for language in LANGUAGES for pattern in patterns(language)])
-    return [load(language) for language in LANGUAGES if find_files(folder, patterns(language))]
+def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
+    """The languages whose files are in `folder`, at least one; `patterns` have `{0}` in place of the language."""
+    files = {language: [pattern.format(language) for pattern in patterns] for language in languages}
+    require_files(folder, [pattern for of_language in files.values() for pattern in of_language])
+    return [language for language, of_language in files.items() if find_files(folder, of_language)]
 
 
 def load_with_candidates(
-    folder: Path, *, leaky: bool = False, candidates: Path | None = None, allow_subset: bool = False, seed: int = 0
+    folder: Path, *, leaky: bool = False, candidates: Path | None = None, allow_subset: bool = False
 ) -> list[RetrievalTask]:
     """One task for each language whose test file is there: each query among 1000 candidates drawn at random.
 
@@ -89,27 +88,21 @@ def load_with_candidates(
         leaky: only Python, with its docstrings in the code, to compare with published values.
         candidates: folder of the lists that `write_candidates` wrote; rows that they do not name are left out.
         allow_subset: accept files with fewer rows than the official split.
-        seed: of the shuffle, without lists.
     """
-
-    def load(language: str) -> RetrievalTask:
+    name, tasks = "codesearchnet-999-leaky" if leaky else "codesearchnet-999", []
+    for language in _languages(folder, language_patterns("test", "{0}"), ("python",) if leaky else LANGUAGES):
         paths = find_files(folder, language_patterns("test", language))
         rows = read_functions(paths, language, leaky=leaky)
         notes: tuple[str, ...] = ("docstrings are in the code",) if leaky else ()
         if candidates is None:
-            size = TEST_SIZES[language]
-            notes += check_size(paths[0], len(rows), size, "functions", allow_subset=allow_subset)
+            notes += check_size(paths[0], len(rows), TEST_SIZES[language], "functions", allow_subset=allow_subset)
         if len(rows) < 2:
             refuse(paths[0], None, "at least two functions", str(len(rows)))
-        name = "codesearchnet-999-leaky" if leaky else "codesearchnet-999"
-        task = pairs_task(name, language, rows.values(), ids=list(rows), size=POOL, seed=seed, notes=notes)
-        lists = None if candidates is None else _read_candidates(candidates / f"{language}.json", list(rows))
-        return task if lists is None else replace(task, pools=lists)
-
-    def patterns(language: str) -> tuple[str, ...]:
-        return language_patterns("test", language) if language == "python" or not leaky else ()
-
-    return _each_language(folder, patterns, load)
+        task = pairs_task(name, language, rows.values(), ids=list(rows), size=POOL, notes=notes)
+        if candidates is not None:
+            task = replace(task, pools=_read_candidates(candidates / f"{language}.json", list(rows)))
+        tasks.append(task)
+    return tasks
 
 
 def language_patterns(split: str, language: str) -> tuple[str, ...]:
@@ -154,16 +147,13 @@ def query_of(documentation: str) -> str:
 
 
 def strip_docstring(code: str) -> str:
-    """A Python function without its docstring; code that does not parse is cut by its tokens."""
+    """A Python function without its docstring; from code that does not parse, the string that its body begins with."""
     try:
         found = find_functions(textwrap.dedent(code).strip("\n"), "python")
     except UnparsableSourceError:
         found = []
-    return found[0].code if found and found[0].line == 1 else _without_first_string(code)
-
-
-def _without_first_string(code: str) -> str:
-    """The code without the string that its body begins with."""
+    if found and found[0].line == 1:
+        return found[0].code
     depth, in_body, passed, pieces = 0, False, False, []
     for kind, text in PythonLexer(stripnl=False, ensurenl=False).get_tokens(code):
         if in_body and not passed and not (kind in TextToken or kind in Comment):
@@ -189,8 +179,7 @@ def write_candidates(task: RetrievalTask, folder: Path) -> Path:
 def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no list of candidates {path}.")
-    data: Any = read_json(path)
-    (data,) = check_rows(path, [data], {"pools": list})
+    (data,) = check_rows(path, [read_json(path)], {"pools": list})
     places = {url: place for place, url in enumerate(urls)}
     pools = []
     for number, pool in enumerate(data["pools"], start=1):
@@ -205,8 +194,8 @@ def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
 
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """CodeXGLUE's filtered version: one task for each language whose folder is there, all of its code as candidates."""
-
-    def load(language: str) -> RetrievalTask:
+    tasks = []
+    for language in _languages(folder, ["{0}/test.jsonl*"]):
         test, codebase = (require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))
         queries = read_jsonl(test, {"url": str, "docstring_tokens": list})
         candidates = read_jsonl(codebase, {"url": str, "code_tokens": list})
@@ -221,9 +210,8 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
         codes = [Text(text, language) for text in joined_tokens(codebase, candidates, "code_tokens")]
         judgements = Judgements.one_each([places[url] for url in urls])
         options: dict[str, Any] = {"metrics": ("mrr@1000", "recall@1", "recall@10", "ndcg@10"), "notes": notes}
-        return ranking_task("codesearchnet-full", language, texts, codes, urls, judgements, **options)
-
-    return _each_language(folder, lambda language: (f"{language}/test.jsonl*",), load)
+        tasks.append(ranking_task("codesearchnet-full", language, texts, codes, urls, judgements, **options))
+    return tasks
 
 
 def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
@@ -235,8 +223,8 @@ def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
     grades, count = _read_grades(annotations)
     if count != ANNOTATION_ROWS and not allow_subset:
         refuse(annotations, None, f"{ANNOTATION_ROWS:,} annotations", f"{count:,}")
-
-    def load(language: str) -> RetrievalTask:
+    tasks = []
+    for language in _languages(folder, ["{0}/**/*.jsonl*"]):
         if language not in grades:
             refuse(annotations, None, f"annotations of {language}")
         functions = _read_code(sorted(folder.glob(f"{language}/**/*.jsonl*")))
@@ -255,9 +243,8 @@ def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
         notes = (f"{len(missing)} of {len(annotated)} annotated functions are missing",) if missing else ()
         options: dict[str, Any] = {"metrics": ("ndcg-judged@300", "ndcg-full@300"), "notes": notes}
         ids, judgements = list(grades[language]), Judgements.of(gains)
-        return ranking_task("codesearchnet-human", language, queries, codes, ids, judgements, **options)
-
-    return _each_language(folder, lambda language: (f"{language}/**/*.jsonl*",), load)
+        tasks.append(ranking_task("codesearchnet-human", language, queries, codes, ids, judgements, **options))
+    return tasks
 
 
 def _read_grades(path: Path) -> tuple[dict[str, Grades], int]:
@@ -292,8 +279,8 @@ def _read_code(paths: list[Path]) -> dict[str, str]:
 
 def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """MTEB's 1000 × 1000: one task for each language whose folders are there."""
-
-    def load(language: str) -> RetrievalTask:
+    tasks = []
+    for language in _languages(folder, _mteb_patterns("{0}", "corpus")):
         documents, document_ids, notes = _read_mteb(folder, language, "corpus", "documents", allow_subset)
         queries, query_ids, more_notes = _read_mteb(folder, language, "queries", "queries", allow_subset)
         paths = require_files(folder, _mteb_patterns(language, "qrels"))
@@ -310,9 +297,8 @@ def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask
         asked, codes = [Text(text) for text in queries], [Text(text, language) for text in documents]
         options: dict[str, Any] = {"metrics": ("ndcg@10", "mrr", "recall@1", "recall@10"), "notes": notes + more_notes}
         ids, judgements = list(query_ids), Judgements.of(gains)
-        return ranking_task("codesearchnet-mteb", language, asked, codes, ids, judgements, **options)
-
-    return _each_language(folder, lambda language: _mteb_patterns(language, "corpus"), load)
+        tasks.append(ranking_task("codesearchnet-mteb", language, asked, codes, ids, judgements, **options))
+    return tasks
 
 
 def _mteb_patterns(language: str, part: str) -> tuple[str, ...]:
@@ -333,14 +319,12 @@ def _read_mteb(
     return [row["text"] for row in rows], check_unique(paths[0], ids, "id"), notes
 
 
-def load_code_folder(folder: Path, *, seed: int = 0) -> list[RetrievalTask]:
+def load_code_folder(folder: Path) -> list[RetrievalTask]:
     """One task of the documented functions in a folder of source code, by the protocol of 1000 candidates."""
     functions = collect_functions(folder_repositories(folder)).functions
     if len(functions) < 2:
-        raise UserError(
-            "benchmark.folder.too_few",
-            f"{folder} holds {len(functions)} documented functions that pass the filters; ranking needs two.",
-        )
+        message = f"{folder} holds {len(functions)} documented functions that pass the filters; ranking needs two."
+        raise UserError("benchmark.folder.too_few", message)
     rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
     notes = (f"only {len(rows)} documented functions, so fewer than 999 distractors",) if len(rows) < POOL else ()
-    return [pairs_task("folder", "all", rows, seed=seed, notes=notes)]
+    return [pairs_task("folder", "all", rows, notes=notes)]

@@ -72,8 +72,7 @@ def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalT
 
 def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """The one task: web queries → code."""
-    names = ("code_idx_map.txt", "cosqa-retrieval-test-500.json")
-    base, test = (require_files(folder, [name])[0] for name in names)
+    base, test = (require_files(folder, [name])[0] for name in ("code_idx_map.txt", "cosqa-retrieval-test-500.json"))
     codes = read_json(base)
     if not isinstance(codes, dict) or not codes or not all(isinstance(number, int) for number in codes.values()):
         refuse(base, 1, "an object from code to whole numbers")
