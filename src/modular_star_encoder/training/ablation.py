@@ -57,14 +57,12 @@ SCORES, STARTS = "scores.json", "starting_points.json"
 # Cells that differ in these settings are not comparable.
 _FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "eval_pairs", "task"}
 
+# Task → query → value.
 Values = Mapping[str, Mapping[str, float]]
-"""task → query → value."""
-
+# (Kind of model, seed) → benchmark → exit → the reciprocal rank of each query.
 Scores = Mapping[tuple[str, int], Mapping[str, Mapping[int, Values]]]
-"""(kind of model, seed) → benchmark → exit → the reciprocal rank of each query."""
-
+# Functions of a reciprocal rank.
 METRICS: dict[str, Callable[[float], float]] = {"mrr": float, "recall@1": lambda rank: float(rank == 1.0)}
-"""Name → function of a reciprocal rank."""
 
 
 def _variant_name(name: str) -> str:
@@ -138,11 +136,7 @@ class AblationRecipe:
         return self._recipe({}, "finetuning")
 
     def cells(self, exit_layers: Sequence[int]) -> list[AblationCell]:
-        """Every model to train, seed by seed, for a model with these exits.
-
-        Raises:
-            UserError: the recipe names another exit, or the settings of a cell are wrong.
-        """
+        """Every model to train, seed by seed, for a model with these exits; UserError if a setting does not fit it."""
         chosen = exit_layers if self.exit_layers is None else self.exit_layers
         if unknown := sorted(set(chosen) - set(exit_layers)):
             lists = (", ".join(map(str, exits)) for exits in (unknown, exit_layers))
@@ -334,12 +328,6 @@ def _clean(run: Path, keep_model: bool) -> None:
 def compare(scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants: Sequence[str]) -> dict[str, Any]:
     """Compare self-distilled exits with those trained alone, and variants with the self-distilled model.
 
-    Args:
-        scores: of every cell.
-        exits: of the model.
-        seeds: in the order of `by_seed`.
-        variants: their names.
-
     Returns:
         `exits`, `seeds`, and `benchmarks`: name → `queries`, `exits` (exit → `self_distilled` and, with a baseline,
         `alone` and `difference`), `mean_difference` over these exits, and `variants` (name → see `_variant`). Each
@@ -420,11 +408,7 @@ def _without_places(value: Any) -> Any:
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """Tables with scores × 100, aligned for reading as plain text.
-
-    Args:
-        results: those of `compare`, with `command`, `recipe` and `bm25` (benchmark → MRR).
-    """
+    """Tables with scores × 100 of the results of `compare`, with `command`, `recipe` and `bm25` (benchmark → MRR)."""
     seeds = ", ".join(map(str, results["seeds"]))
     recipe = results["recipe"]["finetuning"]
     parts = [

@@ -192,28 +192,16 @@ def _token_store(
     return store
 
 
-def plot_curves(log: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw masked-token loss and in-context accuracy of every exit over the steps.
+def plot_curves(log: Mapping[str, Any], path: Path) -> None:
+    """Draw masked-token loss and in-context accuracy of every exit over the steps, from the log of `pretrain`.
 
     Thin lines are training rows, dots held-out repositories; dashes need no model: the unigram entropy, and the
     accuracy of identifier overlap on the held-out rows.
-
-    Args:
-        log: the result of `pretrain`, or the content of its `training_log.json`.
-        path: PNG file to write, replaced if it exists.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        UserError: the log has no line of training.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Curves need matplotlib: pip install 'modular-star-encoder[plots]'.") from error
+    from matplotlib.figure import Figure
+
     history, prefix = log["log_history"], "mlm_loss_exit_"
     exits = sorted({int(key.removeprefix(prefix)) for line in history for key in line if key.startswith(prefix)})
-    if not exits:
-        raise UserError("training.log.empty", "The log has no line of training to draw.")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     floors = {"mlm_loss": log["unigram_entropy"], "icc_accuracy": log["identifier_overlap"]["accuracy"]}
     for axes, (metric, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
@@ -226,7 +214,7 @@ def plot_curves(log: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         axes.set(xlabel="step", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
-    with staged_file(Path(path)) as staging:
+    with staged_file(path) as staging:
         figure.savefig(staging, format="png", dpi=120)
 
 

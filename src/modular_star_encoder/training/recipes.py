@@ -34,11 +34,7 @@ from modular_star_encoder.utils.settings import (
 
 
 def hub_config_folder(name: str) -> Path:
-    """The folder of one of our configurations, such as `"quickstart"`.
-
-    Raises:
-        UserError: `hub_configs` has no folder of this name (`config.unknown`).
-    """
+    """The folder of one of our configurations, such as `"quickstart"`; UserError if it is none (`config.unknown`)."""
     root = Path(str(files("modular_star_encoder.hub_configs")))
     names = sorted(path.parent.name for path in root.glob("*/config.json"))
     if name not in names:

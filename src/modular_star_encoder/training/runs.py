@@ -134,13 +134,8 @@ def processes_of_run() -> PartialState:
 def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str]) -> dict[str, Any] | None:
     """Create the folder of a run, or check that it holds a run with the same recipe; the log of a finished run.
 
-    From the first checkpoint on all settings must be the same, except those in `MAY_CHANGE`.
-
-    Args:
-        out: the folder; `recipe.json` in it holds the settings.
-        recipe: the settings.
-        kind: the kind of run, for messages.
-        until_trained: settings that must be the same even before the first checkpoint, once the folder has other files.
+    `recipe.json` in the folder holds the settings. From the first checkpoint on all must be the same, except those in
+    `MAY_CHANGE`; before it, those in `until_trained`, once the folder has other files. `kind` is for messages.
 
     Raises:
         UserError: the folder holds something else (`training.run.not_a_run`), or a run with other settings

@@ -24,7 +24,6 @@ from modular_star_encoder.utils.files import staged_folder
 if TYPE_CHECKING:
     from peft import PeftModel
 
-
 Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 
 
@@ -49,7 +48,6 @@ def starting_source(name: str) -> tuple[str | Path, bool]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder contains weights."""
     return any(folder.glob("model*.safetensors"))
 
 
@@ -84,11 +82,8 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
 def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Model, PreTrainedTokenizerFast]:
     """The model that a recipe starts from, in float32, and its tokenizer; missing heads are drawn by the seed.
 
-    A tokenizer without a template, such as the published one, gets ours.
-
-    Raises:
-        UserError: the model has no tokenizer, fewer tokens than the tokenizer, or not the recipe's exit.
-        OSError: neither a folder nor a Hub repository of this name exists.
+    A tokenizer without a template, such as the published one, gets ours. Errors are those of `starting_config`, and a
+    UserError where model and tokenizer do not fit.
     """
     source, weights = starting_source(recipe.model)
     if recipe.tokenizer is None and not weights:
@@ -155,12 +150,7 @@ def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, s
 def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> "PeftModel":
     """Freeze the trunk and give its linear layers adapters; heads stay trainable and are saved with the adapters.
 
-    The settings are those of `peft.LoraConfig`; by default rank 16, alpha 32 and all linear layers of the trunk.
-
-    Raises:
-        ImportError: peft is missing.
-        UserError: a setting that `LoraConfig` does not have (`training.lora`).
-        ValueError: layers that the model does not have.
+    `settings` are those of `peft.LoraConfig`; UserError for others (`training.lora`).
     """
     try:
         from peft import LoraConfig, get_peft_model
