@@ -243,7 +243,6 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def validate_exits(self) -> None:
-        """Raise ValueError if exits are out of order, out of range, or not exits of the parent."""
         exits, depth = list(self.exit_layers), self.num_hidden_layers
         if not exits or exits != sorted(set(exits)) or exits[0] < 0 or exits[-1] != depth:
             raise ValueError(
@@ -265,13 +264,11 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             raise ValueError(f"token_weights need pooling 'mean', not {self.pooling!r}.")
 
     def validate_logit_scale(self) -> None:
-        """Raise ValueError if the start value is out of bounds."""
         (lowest, highest), value = LOGIT_SCALE_BOUNDS, self.logit_scale_init_value
         if value is not None and not lowest <= value <= highest:
             raise ValueError(f"logit_scale_init_value {value} must be None or from {lowest:g} to {highest:g}.")
 
     def validate_heads(self) -> None:
-        """Raise ValueError if attention heads do not divide."""
         heads = self.num_attention_heads
         if self.hidden_size % heads or self.head_dim % 2:
             raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads {heads}.")

@@ -533,15 +533,14 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         self.config.auto_map = _auto_map(type(self))
         if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = _whole_tensors(self)
+        kwargs["save_original_format"] = save_original_format
         if not self.should_save_on_this_rank(is_main_process):
-            super().save_pretrained(
-                save_directory, is_main_process=False, save_original_format=save_original_format, **kwargs
-            )
+            super().save_pretrained(save_directory, is_main_process=False, **kwargs)
             return
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as staging:
-            super().save_pretrained(staging, save_original_format=save_original_format, **kwargs)
+            super().save_pretrained(staging, **kwargs)
             for module in (Path(__file__), Path(__file__).with_name("configuration_modular_star_encoder.py")):
                 shutil.copyfile(module, Path(staging) / module.name)
             _move_checkpoint(Path(staging), target)
@@ -613,9 +612,9 @@ def _move_checkpoint(source: Path, target: Path) -> None:
     for name in sorted(names):
         os.replace(source / name, target / name)
     # An adapter is saved with its base's weights and does not replace them.
-    if any(weights.fullmatch(name) for name in names):
-        for stale in [path for path in target.iterdir() if weights.fullmatch(path.name) and path.name not in names]:
-            stale.unlink()
+    if any(map(weights.fullmatch, names)):
+        for stale in {path.name for path in target.iterdir() if weights.fullmatch(path.name)} - names:
+            (target / stale).unlink()
 
 
 class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
@@ -640,16 +639,13 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([ModularStarEncoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = None
         # CODEPATH: a slice of a published model below its top has no final norm; the published models have one.
-        if config.exit_norm != "none":
-            self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
+        normed = config.exit_norm != "none"
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon) if normed else None
         self.rotary_emb = ModularStarEncoderRotaryEmbedding(config)
-        # Stored with the other table of the vocabulary; the retrieval model reads it.
-        self.token_weights = None
-        # CODEPATH: the published models pool the plain mean; `mose-code` weights it.
-        if config.token_weights:
-            self.token_weights = ModularStarEncoderTokenWeights(config.vocab_size, 1)
+        # CODEPATH: the published models pool the plain mean; `mose-code` weights it. The retrieval model reads this.
+        weighted = config.token_weights
+        self.token_weights = ModularStarEncoderTokenWeights(config.vocab_size, 1) if weighted else None
         self.embedding_dropout = config.embedding_dropout
         self.gradient_checkpointing = False
         self.post_init()
@@ -745,10 +741,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             position_ids = position_ids.expand(states.shape[:2])
         bounds = _document_bounds(states, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         # Recorded outputs of layers are not restored to the padded shape.
-        recorded = any(
-            kwargs.get(name) or getattr(self.config, name, False)
-            for name in ("output_hidden_states", "output_attentions")
-        )
+        outputs = ("output_hidden_states", "output_attentions")
+        recorded = any(kwargs.get(name) or getattr(self.config, name, False) for name in outputs)
         restore = None
         padded = attention_mask is not None and attention_mask.dim() == 2
         # CODEPATH: computing padding is simpler and compiles; leaving it out is faster on batches of mixed lengths.
@@ -766,18 +760,25 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
                 position_ids = position_ids.reshape(1, -1)
         if bounds is None:
             mask = self._attention_mask(states, attention_mask, position_ids)
-            return states, _positions(attention_mask, states) if position_ids is None else position_ids, mask, restore
-        lengths = bounds.diff()
-        flash, documents = is_flash_attention_requested(self.config), None
-        if not flash:
+            if position_ids is None and padded:  # real tokens count: padding on either side changes nothing
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            elif position_ids is None:
+                position_ids = torch.arange(states.shape[1], device=states.device).unsqueeze(0)
+            return states, position_ids, mask, restore
+        lengths, documents, cu_seq_lens, max_length = bounds.diff(), None, None, None
+        if is_flash_attention_requested(self.config):
+            cu_seq_lens = bounds.to(torch.int32)
+            max_length = kwargs.get("max_length_q") or int(lengths.max())
+        else:
             documents = DocumentGroups.of_similar_length(lengths.tolist(), bounds.device)
             for group in documents.groups:
                 group.mask = self._attention_mask(states[0][group.tokens], group.real)
-        cu_seq_lens = bounds.to(torch.int32) if flash else None
-        max_length = (kwargs.get("max_length_q") or int(lengths.max())) if flash else None
         kwargs |= {"document_groups": documents, "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
         kwargs |= {"max_length_q": max_length, "max_length_k": max_length}
-        return states, _packed_positions(bounds) if position_ids is None else position_ids, None, restore
+        if position_ids is None:  # they count from 0 in each text
+            starts = bounds[:-1].repeat_interleave(lengths)
+            position_ids = (torch.arange(starts.shape[0], device=bounds.device) - starts).unsqueeze(0)
+        return states, position_ids, None, restore
 
     def _attention_mask(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
@@ -814,12 +815,6 @@ def _document_bounds(
     return nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
-def _packed_positions(bounds: torch.Tensor) -> torch.Tensor:
-    """Positions (1, N) that count from 0 in each text of a flat batch."""
-    starts = bounds[:-1].repeat_interleave(bounds.diff())
-    return (torch.arange(starts.shape[0], device=bounds.device) - starts).unsqueeze(0)
-
-
 def _unpad(
     states: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
@@ -850,46 +845,23 @@ def _rows(
     return states.flatten(0, 1)[bounds[:-1, None] + offsets * mask], mask.long()
 
 
-def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
-    """Positions (B, T) that count the real tokens of each row, so that padding on either side changes nothing."""
-    if attention_mask is not None and attention_mask.dim() == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
-
-
-def _token_at(states: torch.Tensor, attention_mask: torch.Tensor | None, position: str) -> torch.Tensor:
-    """States (B, H) of one token per row: the last real one (`last`, `lasttoken`), the `first`, the `legacy` place."""
+def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """The mean (B, H) of each row's real tokens, or its last one (`last`, `lasttoken`), `first`, or `legacy` token."""
     batch, length = states.shape[:2]
-    rows, places = torch.arange(batch, device=states.device), torch.arange(length, device=states.device)
     if attention_mask is None:
         attention_mask = torch.ones(batch, length, dtype=torch.long, device=states.device)
-    # CODEPATH: where the published models pool is not known; `legacy` is how their ancestor did.
-    if position == "legacy":
+    # CODEPATH: models trained here pool the mean; the published ones do not state theirs, so it is an option.
+    if pooling == "mean":  # in the operations of sentence-transformers' `Pooling`
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        dtype = torch.float32 if states.dtype in (torch.float16, torch.bfloat16) else states.dtype
+        total = (states * mask).sum(dim=1, dtype=dtype)
+        return (total / mask.sum(dim=1, dtype=dtype).clamp(min=1e-9)).to(states.dtype)
+    rows, places = torch.arange(batch, device=states.device), torch.arange(length, device=states.device)
+    # CODEPATH: `legacy` is how the ancestor of the published models pooled.
+    if pooling == "legacy":
         return states[rows, attention_mask.long().sum(dim=-1) - 1]
-    order = places.flip(0) if position == "first" else places
+    order = places.flip(0) if pooling == "first" else places
     return states[rows, (attention_mask * (order + 1)).argmax(dim=-1)]
-
-
-def _mean_of_tokens(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean (B, D) of each row's real tokens, in the operations of sentence-transformers' `Pooling`."""
-    if attention_mask is None:
-        attention_mask = torch.ones(states.shape[:-1], dtype=torch.long, device=states.device)
-    mask = attention_mask.unsqueeze(-1).to(states.dtype)
-    dtype = torch.float32 if states.dtype in (torch.float16, torch.bfloat16) else states.dtype
-    total = (states * mask).sum(dim=1, dtype=dtype)
-    return (total / mask.sum(dim=1, dtype=dtype).clamp(min=1e-9)).to(states.dtype)
-
-
-def _scales(weights: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Factors (B, T, 1) float32 of a row's n real tokens, n · w / Σ w: the plain mean of tokens scaled by them is the
-    mean weighted by `weights` (B, T, 1). Padding has 0, and so has a row without any weight."""
-    weights = weights.float()
-    if attention_mask is None:
-        tokens: Any = weights.shape[1]
-    else:
-        mask = attention_mask.unsqueeze(-1).float()
-        weights, tokens = weights * mask, mask.sum(dim=1, keepdim=True)
-    return weights * (tokens / weights.sum(dim=1, keepdim=True).clamp(min=1e-9))
 
 
 class ModularStarEncoderTokenWeights(nn.Embedding):
@@ -922,7 +894,7 @@ class ModularStarEncoderExitConditionedPooler(nn.Module):
     def forward(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, exit_vector: torch.Tensor
     ) -> torch.Tensor:
-        pooled = torch.tanh(self.dense(_token_at(states, attention_mask, self.position)))
+        pooled = torch.tanh(self.dense(_pool(states, attention_mask, self.position)))
         return torch.cat((pooled, exit_vector.expand(pooled.shape[0], -1)), dim=-1)
 
 
@@ -961,8 +933,7 @@ class MaskedLanguageModelingLoss(torch.autograd.Function):
         weight_cast, bias_cast = weight.to(flat.dtype), bias.to(flat.dtype)
         scales = (loss_gradients / tokens).repeat_interleave(tokens)
         feature_gradients = []
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
-        bias_gradient = torch.zeros_like(bias, dtype=torch.float32)
+        weight_gradient, bias_gradient = (torch.zeros_like(one, dtype=torch.float32) for one in (weight, bias))
         for part, part_targets, part_sums, part_scales in _chunks(len(weight), flat, targets, log_sums, scales):
             gradient = torch.addmm(bias_cast, part, weight_cast.T).float().sub_(part_sums[:, None]).exp_()
             gradient.scatter_add_(1, part_targets[:, None], -torch.ones_like(part_sums)[:, None])
@@ -1031,11 +1002,9 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The vocabulary projection."""
         return self.heads.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the vocabulary projection."""
         self.heads.decoder = new_embeddings
 
     @can_return_tuple
@@ -1186,22 +1155,23 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         if isinstance(module, ModularStarEncoderLogitScale):
             init.constant_(module.log_scale, math.log(self.config.logit_scale_init_value))
 
-    def _pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        # CODEPATH: models trained here pool the mean; the published ones do not state theirs, so it is an option.
-        if self.config.pooling == "mean":
-            return _mean_of_tokens(states, attention_mask)
-        return _token_at(states, attention_mask, self.config.pooling)
-
     def _token_scales(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Factors (B, T, 1) of tokens whose plain mean is then the weighted one; `None` without token weights."""
+        """Factors (B, T, 1) float32 of a text's n real tokens, n · w / Σ w; `None` without token weights.
+
+        The plain mean of tokens scaled by them is the weighted mean. Padding has 0, and so has a text without weight.
+        """
         if self.model.token_weights is None:
             return None
         if input_ids is None:
             raise ValueError("This model weights tokens by their ids; pass input_ids instead of inputs_embeds.")
-        weights, mask = _rows(self.model.token_weights(input_ids), attention_mask, bounds)
-        scales = _scales(weights, mask)
+        weights, mask = _rows(self.model.token_weights(input_ids).float(), attention_mask, bounds)
+        tokens: Any = weights.shape[1]
+        if mask is not None:
+            real = mask.unsqueeze(-1).float()
+            weights, tokens = weights * real, real.sum(dim=1, keepdim=True)
+        scales = weights * (tokens / weights.sum(dim=1, keepdim=True).clamp(min=1e-9))
         return scales if bounds is None else scales[mask.bool()].view(*input_ids.shape, 1)
 
     def _normalize(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -1242,9 +1212,10 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             # CODEPATH: ours project tokens, then pool; the published models probably do, their ancestor does not.
             if self.config.projection_order == "project_then_pool":
                 tokens = head(states)
-                pooled = self._pool(*_rows(scaled(tokens), attention_mask, bounds)).to(tokens.dtype)
+                pooled = _pool(*_rows(scaled(tokens), attention_mask, bounds), self.config.pooling).to(tokens.dtype)
             else:
-                pooled = head(self._pool(*_rows(scaled(states), attention_mask, bounds)).to(states.dtype))
+                pooled = _pool(*_rows(scaled(states), attention_mask, bounds), self.config.pooling)
+                pooled = head(pooled.to(states.dtype))
                 if scales is not None:
                     # The embedding of an empty text is zeros, not the head's bias.
                     pooled = pooled * _rows(scales, attention_mask, bounds)[0].any(dim=1)
@@ -1309,12 +1280,12 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
         exits = self.config.resolve_exits(exit_layer, exit_layers)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, **kwargs)
         bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
-        vectors = [self.exit_embedding(self.config.exit_index(exit_layer)) for exit_layer in exits]
-        pooled = [
-            self.pooler(*_rows(states, attention_mask, bounds), vector)
-            for states, vector in zip(outputs.exit_hidden_states, vectors, strict=True)
-        ]
-        exit_logits = torch.stack([self.classifier(self.dropout(features)) for features in pooled])
+        logits = []
+        for exit_layer, states in zip(exits, outputs.exit_hidden_states, strict=True):
+            vector = self.exit_embedding(self.config.exit_index(exit_layer))
+            features = self.pooler(*_rows(states, attention_mask, bounds), vector)
+            logits.append(self.classifier(self.dropout(features)))
+        exit_logits = torch.stack(logits)
         loss = None
         if labels is not None:
             loss = sum(

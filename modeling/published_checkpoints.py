@@ -56,19 +56,12 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 def read_published_layout(
     model_class: type[ModularStarEncoderPreTrainedModel], path: str | os.PathLike | None, kwargs: Mapping[str, Any]
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
-    """Prepare the loading of a published checkpoint; return the arguments of any other unchanged.
+    """The class to load, and arguments of `from_pretrained` with a complete `config` and `key_mapping` to our names.
 
-    The Auto classes do not know the published class name and choose the trunk. If the file has projection heads, they
-    get the retrieval model instead; a model class called by its own name (without `config`) stays, and the common base
-    class becomes the class that the file fits.
-
-    Args:
-        model_class: whose `from_pretrained` was called.
-        path: folder or Hub repository.
-        kwargs: its keyword arguments.
-
-    Returns:
-        The class to load, and keyword arguments with a complete `config` and the `key_mapping` to our names.
+    The arguments of a checkpoint that is not a published one stay as they are. The Auto classes do not know the
+    published class name and choose the trunk. If the file has projection heads, they get the retrieval model instead; a
+    model class called by its own name (without `config`) stays, and the common base class becomes the class that the
+    file fits.
 
     Raises:
         ValueError: the file's tensors are not those of a published checkpoint; the message names them.

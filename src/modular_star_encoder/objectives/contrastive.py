@@ -49,13 +49,13 @@ def losses_from_embeddings(
     """
     settings = settings or ContrastiveSettings()
     settings.check_sides({side: stack.shape[1] for side, stack in stacks.items()})
-    stacks = {side: stacks[side] for side in settings.sides}
-    first = next(iter(stacks.values()))
+    first = stacks[settings.sides[0]]
     settings.check_step(exit_layers, first.shape[-1])
     with torch.autocast(first.device.type, enabled=False):
-        stacks = {side: stack.to(torch.promote_types(stack.dtype, torch.float32)) for side, stack in stacks.items()}
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        stacks = {side: stacks[side].to(dtype) for side in settings.sides}
         scale = settings.logit_scale if logit_scale is None else logit_scale
-        scoring = _scoring(settings, exit_layers, next(iter(stacks.values())), scale)
+        scoring = _scoring(settings, exit_layers, first.to(dtype), scale)
         gathered = gather_stacks(stacks)
         sums = {pair: _pair_sums(pair, stacks, gathered, scoring) for pair in settings.pairs}
         rows = {pair: stacks[pair[0]].shape[1] for pair in settings.pairs}
@@ -85,8 +85,6 @@ def losses_from_embeddings(
 
 @dataclass(frozen=True)
 class _Scoring:
-    """How the scores of a batch become losses."""
-
     settings: ContrastiveSettings
     logit_scale: torch.Tensor
     sizes: list[tuple[int, ...]]  # of the embeddings of each exit, ascending
@@ -283,10 +281,8 @@ class ContrastiveObjective:
         def embed(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
             output = model(**inputs, exit_layers=exit_layers)
             if len(output.exit_embeddings) != len(exit_layers):
-                raise UserError(
-                    "contrastive.data_parallel",
-                    "nn.DataParallel mixes up exits and texts; start one process per device (torchrun).",
-                )
+                message = "nn.DataParallel mixes up exits and texts; start one process per device (torchrun)."
+                raise UserError("contrastive.data_parallel", message)
             return output.exit_embeddings, output.logit_scale
 
         self.settings.check_sides({side: number_of_texts(inputs) for side, inputs in batch.items()})

@@ -108,10 +108,8 @@ class ContrastiveSettings:
         chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
         for name, weight in chosen.items() if rotates and len(exit_layers) > 1 else ():
             if weight and getattr(self, name) not in ("deepest", exit_layers[-1]):
-                raise UserError(
-                    "contrastive.rotation",
-                    f"{name} {getattr(self, name)!r} does not work with rotate_shallow_exits; set it to deepest.",
-                )
+                message = f"{name} {getattr(self, name)!r} does not work with rotate_shallow_exits; set it to deepest."
+                raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
         """The same for the exits of one step, which may be some of those that `dimensions` names."""
@@ -121,25 +119,20 @@ class ContrastiveSettings:
             _check_exits("alignment_target", [self.alignment_target], exit_layers)
         largest = max(self.sizes(exit_layer, 1)[-1] for exit_layer in exit_layers)
         if largest > embedding_size:
-            raise UserError(
-                "contrastive.dimensions", f"dimensions must be at most the embedding's {embedding_size}, not {largest}."
-            )
+            message = f"dimensions must be at most the embedding's {embedding_size}, not {largest}."
+            raise UserError("contrastive.dimensions", message)
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
         """Raise UserError if a batch, as side → number of rows, does not have the sides and equal rows of `pairs`."""
         if set(rows) != set(self.sides):
-            raise UserError(
-                "contrastive.sides",
-                f"The batch has the sides {', '.join(sorted(rows))}; the objective's pairs use "
-                f"{', '.join(sorted(self.sides))}.",
-            )
+            found, used = (", ".join(sorted(sides)) for sides in (rows, self.sides))
+            message = f"The batch has the sides {found}; the objective's pairs use {used}."
+            raise UserError("contrastive.sides", message)
         for pair in self.pairs:
             numbers = [rows[side] for side in pair]
             if len(set(numbers)) > 1 or not numbers[0]:
-                raise UserError(
-                    "contrastive.rows",
-                    f"{', '.join(pair)} have {', '.join(map(str, numbers))} rows; their numbers must be equal.",
-                )
+                message = f"{', '.join(pair)} have {', '.join(map(str, numbers))} rows; their numbers must be equal."
+                raise UserError("contrastive.rows", message)
 
 
 def _check_exits(name: str, named: Iterable[int], exit_layers: Sequence[int]) -> None:
@@ -161,10 +154,9 @@ def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[in
     processes = rank_and_count()[1]
     if processes == 1:
         return [list(numbers)]
-    own = torch.tensor(numbers, device=device)
-    everyones = [torch.empty_like(own) for _ in range(processes)]
-    distributed.all_gather(everyones, own)
-    return torch.stack(everyones).tolist()
+    everyones = torch.empty(processes, len(numbers), dtype=torch.long, device=device)
+    distributed.all_gather(list(everyones), torch.tensor(numbers, device=device))
+    return everyones.tolist()
 
 
 def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -39,10 +39,6 @@ class Objective(Protocol):
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
         """Losses (E,) and metrics of `batch` at `exit_layers`."""
-        ...
-
-
-WEIGHTINGS = ("paper", "uniform", "linear")
 
 
 def exit_weights(
@@ -79,8 +75,8 @@ def exit_weights(
         if len(weights) != len(exit_layers) or not (weights >= 0).all() or weights.sum() == 0:
             raise UserError(
                 "exit_weights",
-                f"exit_weights {weighting!r} must be one of {', '.join(WEIGHTINGS)}, or {len(exit_layers)} numbers "
-                f"from 0, not all 0, one for each of the exits {', '.join(map(str, exit_layers))}.",
+                f"exit_weights {weighting!r} must be one of paper, uniform, linear, or {len(exit_layers)} numbers from "
+                f"0, not all 0, one for each of the exits {', '.join(map(str, exit_layers))}.",
             )
     return weights / weights.sum() if normalize else weights
 
@@ -101,20 +97,14 @@ class InContextObjective:
             exit_layers: the exits to train.
         """
         output = model(**batch, exit_layers=exit_layers)
-        share = share_of_masked_tokens(batch["labels"])
-        metrics = {
-            "mlm_loss": output.mlm_losses * share,
-            "mlm_accuracy": output.mlm_accuracies * share,
-            "icc_loss": output.icc_losses,
-            "icc_accuracy": output.icc_accuracies,
-        }
-        return ObjectiveOutput(
-            losses=output.mlm_losses * share + output.icc_losses,
-            metrics={name: value.detach() for name, value in metrics.items()},
-        )
+        share = _share_of_masked_tokens(batch["labels"])
+        metrics = {"mlm_loss": output.mlm_losses * share, "mlm_accuracy": output.mlm_accuracies * share}
+        metrics |= {"icc_loss": output.icc_losses, "icc_accuracy": output.icc_accuracies}
+        losses = metrics["mlm_loss"] + metrics["icc_loss"]
+        return ObjectiveOutput(losses, {name: value.detach() for name, value in metrics.items()})
 
 
-def share_of_masked_tokens(labels: torch.Tensor) -> torch.Tensor | float:
+def _share_of_masked_tokens(labels: torch.Tensor) -> torch.Tensor | float:
     """Masked tokens of this process over the mean of all processes.
 
     Averaged over processes, mean losses times this factor are the mean over all masked tokens.

@@ -1,13 +1,12 @@
 """Embeddings of a batch of any size, with gradient, in the memory of one mini-batch (GradCache, arXiv 2101.06983).
 
-The forward pass embeds every mini-batch at all exits without a graph and remembers the random states. The loss is
-computed on the stacks of all exits by ordinary autograd, which hands their gradient to the backward pass here. That
-embeds each mini-batch once more, with the same random states and autocast, and continues from its part of the gradient:
-one such pass serves all exits, embedding sizes and terms of the loss.
+The forward pass embeds every mini-batch at all exits without a graph and remembers the random states. Autograd computes
+the gradient of the loss on the stacks of all exits. The backward pass embeds each mini-batch once more, with the same
+random states and autocast, and continues from its part of that gradient.
 
-For the caller the stacks are ordinary tensors with gradient. Weights of losses, gradient accumulation and a gradient
-scaler's factor reach the parameters by the chain rule. The parameters' gradients are accumulated while the loss's
-`backward` runs, so `torch.autograd.grad` with respect to them finds nothing.
+For the caller the stacks are ordinary tensors with gradient: weights of losses, accumulation and a gradient scaler's
+factor reach the parameters by the chain rule. `torch.autograd.grad` with respect to parameters finds nothing, because
+their gradients are accumulated while the loss's `backward` runs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -34,15 +33,12 @@ class MiniBatch:
 
     def cut(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The model's inputs for these rows: (B, T, …) tensors become (R, width, …), and (B, …) become (R, …)."""
-        shape = inputs["input_ids"].shape[:2]
+        shape, parts = inputs["input_ids"].shape[:2], dict(inputs)
         columns = self.starts[:, None] + torch.arange(self.width, device=self.starts.device)
-
-        def part(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) or value.shape[:1] != shape[:1]:
-                return value
-            return value[self.rows[:, None], columns] if value.shape[:2] == shape else value[self.rows]
-
-        return {name: part(value) for name, value in inputs.items()}
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.shape[:1] == shape[:1]:
+                parts[name] = value[self.rows[:, None], columns] if value.shape[:2] == shape else value[self.rows]
+        return parts
 
 
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
@@ -84,19 +80,13 @@ def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
 def _spans(side: str, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """First column (B,) of each row's real tokens, and the number (B,) of columns to the last one."""
     if "cu_seq_lens_q" in inputs:
-        raise UserError(
-            "contrastive.mini_batches.packed",
-            f"{side!r} is packed into one row; mini_batch_tokens needs one row per text.",
-        )
+        message = f"{side!r} is packed into one row; mini_batch_tokens needs one row per text."
+        raise UserError("contrastive.mini_batches.packed", message)
     input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    if mask is None:
-        mask = torch.ones_like(input_ids)
-    if mask.shape != input_ids.shape:
-        raise UserError(
-            "contrastive.mini_batches.mask",
-            f"{side!r} has an attention_mask of shape {tuple(mask.shape)}; it must be that of input_ids.",
-        )
-    real = mask.bool()
+    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    if real.shape != input_ids.shape:
+        message = f"{side!r} has an attention_mask of shape {tuple(real.shape)}; it must be that of input_ids."
+        raise UserError("contrastive.mini_batches.mask", message)
     firsts = real.long().argmax(dim=1)
     lasts = real.shape[1] - 1 - real.flip(1).long().argmax(dim=1)
     return firsts, torch.where(real.any(dim=1), lasts - firsts + 1, 1)
@@ -137,7 +127,6 @@ def embed_sides(
 
 
 def number_of_texts(inputs: Mapping[str, Any]) -> int:
-    """Texts of one side, which may be packed."""
     bounds = inputs.get("cu_seq_lens_q")
     return inputs["input_ids"].shape[0] if bounds is None else len(bounds) - 1
 
@@ -148,11 +137,10 @@ def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, 
     everyones = gather_numbers([*texts, mini_batches], device)
     if any(others[:-1] != texts for others in everyones):
         rows = " and ".join(sorted({"/".join(map(str, others[:-1])) for others in everyones}))
-        raise UserError(
-            "contrastive.processes",
-            f"Processes have {rows} texts in their batches; contrastive batches must be equally large in all of them "
-            "(dataloader_drop_last=True).",
+        message = (
+            f"Processes have {rows} texts in their batches; all must be equally large (dataloader_drop_last=True)."
         )
+        raise UserError("contrastive.processes", message)
     return max(others[-1] for others in everyones)
 
 
@@ -184,10 +172,8 @@ class _Passes:
     ) -> None:
         self.model = getattr(model, "_orig_mod", model)
         if getattr(self.model, "static_graph", False):
-            raise UserError(
-                "contrastive.mini_batches.static_graph",
-                "mini_batch_tokens does not work with DDP's static_graph; switch static_graph off.",
-            )
+            message = "mini_batch_tokens does not work with DDP's static_graph; switch static_graph off."
+            raise UserError("contrastive.mini_batches.static_graph", message)
         self.embed, self.sides, self.mini_batches, self.device = embed, sides, mini_batches, device
         self.autocast = _autocast_as_now(device)
         self.random_states: list[list[torch.Tensor]] = []
@@ -252,11 +238,11 @@ def _replay(states: list[torch.Tensor], device: torch.device) -> Iterator[None]:
 
 def _autocast_as_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A function that enters autocast as it is at this moment, with no weights cast before."""
-    settings: list[dict[str, Any]] = [
-        {"device_type": kind, "dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+    cached = torch.is_autocast_cache_enabled()
+    settings = [
+        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cached)
         for kind in sorted({"cpu", device.type})
     ]
-    cached = torch.is_autocast_cache_enabled()
 
     @contextmanager
     def enter() -> Iterator[None]:
@@ -264,7 +250,7 @@ def _autocast_as_now(device: torch.device) -> Callable[[], AbstractContextManage
         torch.clear_autocast_cache()
         with ExitStack() as stack:
             for setting in settings:
-                stack.enter_context(torch.autocast(**setting, cache_enabled=cached))
+                stack.enter_context(torch.autocast(*setting))
             yield
 
     return enter

@@ -54,16 +54,12 @@ class MultiExitContrastiveLoss(nn.Module):
         self.settings = settings or ContrastiveSettings()
         self.weighting, self.normalize_weights = weights, normalize_weights
         if self.settings.pairs != ContrastiveSettings().pairs:
-            raise UserError(
-                "contrastive.pairs", "Leave out pairs: the columns of the dataset are anchor, positive and negatives."
-            )
+            message = "Leave out pairs: the columns of the dataset are anchor, positive and negatives."
+            raise UserError("contrastive.pairs", message)
         config = self._encoder().config
         if config.projection_order != "project_then_pool":
-            raise UserError(
-                "contrastive.projection_order",
-                f"projection_order {config.projection_order!r} has no tokens for a SentenceTransformer; it must be "
-                "project_then_pool.",
-            )
+            message = f"projection_order {config.projection_order!r} has no tokens to pool; use project_then_pool."
+            raise UserError("contrastive.projection_order", message)
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
         self.settings.check(self.exit_layers, config.projection_size)
         depth = config.parent_num_hidden_layers
@@ -83,9 +79,7 @@ class MultiExitContrastiveLoss(nn.Module):
         """
         columns = list(sentence_features)
         if len(columns) < 2:
-            raise UserError(
-                "contrastive.columns", "The dataset needs at least two columns of texts: anchor and positive."
-            )
+            raise UserError("contrastive.columns", "The dataset needs two columns of texts: anchor and positive.")
         names = ("query", "document", *(f"negative_{number}" for number in range(1, len(columns) - 1)))
         settings = replace(self.settings, pairs=(names,))
         sides = dict(zip(names, columns, strict=True))
@@ -148,11 +142,8 @@ class MultiExitContrastiveLoss(nn.Module):
         if hasattr(encoder, "get_base_model"):
             encoder = encoder.get_base_model()
         if not isinstance(encoder, ModularStarEncoderForRetrieval):
-            raise UserError(
-                "contrastive.model",
-                "MultiExitContrastiveLoss needs a SentenceTransformer of a ModularStarEncoderForRetrieval, not of a "
-                f"{type(encoder).__name__}.",
-            )
+            message = f"The SentenceTransformer's model must be a ModularStarEncoderForRetrieval, not {type(encoder)}."
+            raise UserError("contrastive.model", message)
         return encoder
 
     def get_config_dict(self) -> dict[str, Any]:

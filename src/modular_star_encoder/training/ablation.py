@@ -4,9 +4,8 @@ A self-distilled model and one single-exit baseline per exit start from the same
 see the same batches; variants of the recipe are compared by the same protocol. Every cell (a kind of model, a seed) is
 a run of `finetune` of its own, and resumes on its own.
 
-Every estimate is a mean over queries of the mean over seeds. Its interval is a percentile bootstrap over the queries,
-paired for differences. Benchmarks of several tasks weigh every task equally (see `spread`). Seeds are reported one by
-one, because three of them make no interval.
+Every estimate is a mean over queries of the mean over seeds. Its interval is a bootstrap over the queries, paired for
+differences. Benchmarks of several tasks weigh every task equally (see `spread`).
 """
 
 import copy
@@ -58,14 +57,12 @@ SCORES, STARTS = "scores.json", "starting_points.json"
 # Cells that differ in these settings are not comparable.
 _FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "eval_pairs", "task"}
 
+# Task → query → value.
 Values = Mapping[str, Mapping[str, float]]
-"""task → query → value."""
-
+# (Kind of model, seed) → benchmark → exit → the reciprocal rank of each query.
 Scores = Mapping[tuple[str, int], Mapping[str, Mapping[int, Values]]]
-"""(kind of model, seed) → benchmark → exit → the reciprocal rank of each query."""
-
+# Functions of a reciprocal rank.
 METRICS: dict[str, Callable[[float], float]] = {"mrr": float, "recall@1": lambda rank: float(rank == 1.0)}
-"""Name → function of a reciprocal rank."""
 
 
 def _variant_name(name: str) -> str:
@@ -86,7 +83,6 @@ class AblationCell(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Its folder, relative to that of the ablation."""
         return f"cells/{self.name}/seed-{self.recipe.seed}"
 
 
@@ -140,11 +136,7 @@ class AblationRecipe:
         return self._recipe({}, "finetuning")
 
     def cells(self, exit_layers: Sequence[int]) -> list[AblationCell]:
-        """Every model to train, seed by seed, for a model with these exits.
-
-        Raises:
-            UserError: the recipe names another exit, or the settings of a cell are wrong.
-        """
+        """Every model to train, seed by seed, for a model with these exits; UserError if a setting does not fit it."""
         chosen = exit_layers if self.exit_layers is None else self.exit_layers
         if unknown := sorted(set(chosen) - set(exit_layers)):
             lists = (", ".join(map(str, exits)) for exits in (unknown, exit_layers))
@@ -181,12 +173,10 @@ class AblationRecipe:
 
 def recipe_reference(command: str) -> str:
     """Every key of the recipes of `pretrain`, `finetune` or `ablate`: type, default and meaning, one line each."""
+    tasks = {"retrieval": FinetuningRecipe, "classification": ClassificationRecipe}
     kinds: dict[str, dict[str, type]] = {
         "pretrain": {"settings": PretrainingRecipe},
-        "finetune": {
-            "settings with task: retrieval": FinetuningRecipe,
-            "settings with task: classification": ClassificationRecipe,
-        },
+        "finetune": {f"settings with task: {task}": kind for task, kind in tasks.items()},
         "ablate": {"settings": AblationRecipe},
     }
     parts = [f"{title}:\n{format_reference(kind)}\n" for title, kind in kinds[command].items()]
@@ -254,14 +244,12 @@ def ablate(
     bm25: dict[str, list[float]] = {}
     for result in evaluate_tasks(tasks, [BM25()], progress=progress):
         bm25.setdefault(result.benchmark, []).append(result.estimates["mrr"].value)
-    logs = {cell.folder: json.loads((out / cell.folder / LOG).read_text(encoding="utf-8")) for cell in cells}
+    logs = {cell.folder.partition("/")[2]: read_json(out / cell.folder / LOG) for cell in cells}
     results = {
         "command": _without_places(command),
         "recipe": _without_places(recipe.to_dict()),
         # Of the trainings that were not interrupted.
-        "seconds": {
-            folder.partition("/")[2]: log["seconds"] for folder, log in logs.items() if log["resumed_from"] is None
-        },
+        "seconds": {name: log["seconds"] for name, log in logs.items() if log["resumed_from"] is None},
         "bm25": {benchmark: sum(values) / len(values) for benchmark, values in bm25.items()},
         **compare(scores, exits, recipe.seeds, list(recipe.variants)),
     }
@@ -337,17 +325,8 @@ def _clean(run: Path, keep_model: bool) -> None:
                 file.unlink()
 
 
-def compare(
-    scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants: Sequence[str], *, draws: int = 0
-) -> dict[str, Any]:
+def compare(scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants: Sequence[str]) -> dict[str, Any]:
     """Compare self-distilled exits with those trained alone, and variants with the self-distilled model.
-
-    Args:
-        scores: of every cell.
-        exits: of the model.
-        seeds: in the order of `by_seed`.
-        variants: their names.
-        draws: seed of the bootstrap.
 
     Returns:
         `exits`, `seeds`, and `benchmarks`: name → `queries`, `exits` (exit → `self_distilled` and, with a baseline,
@@ -361,45 +340,38 @@ def compare(
         def values(model: str, exit_layer: int, name: str = name) -> list[Values]:
             return [scores[model, seed][name][exit_layer] for seed in seeds]
 
-        own = {exit_layer: values(SELF_DISTILLED, exit_layer) for exit_layer in exits}
-        others = {e: values(f"exit-{e}", e) for e in exits if (f"exit-{e}", seeds[0]) in scores}
+        own = {e: values(SELF_DISTILLED, e) for e in exits}
+        alone = {e: values(f"exit-{e}", e) for e in exits if (f"exit-{e}", seeds[0]) in scores}
         found: dict[str, Any] = {
             "queries": sum(map(len, of_exits[exits[0]].values())),
-            "exits": {str(e): {"self_distilled": _estimates([own[e]], draws=draws)} for e in exits},
-            "variants": {},
+            "exits": {str(e): {"self_distilled": _estimates([own[e]])} for e in exits},
+            "variants": {variant: _variant({e: values(variant, e) for e in exits}, own) for variant in variants},
         }
-        for e, other in others.items():
-            found["exits"][str(e)]["alone"] = _estimates([other], draws=draws)
-            found["exits"][str(e)]["difference"] = _estimates([own[e]], [other], draws=draws)
-        if others:
-            found["mean_difference"] = _estimates([own[e] for e in others], list(others.values()), draws=draws)
-        for variant in variants:
-            found["variants"][variant] = _variant({e: values(variant, e) for e in exits}, own, draws)
+        for e, other in alone.items():
+            found["exits"][str(e)] |= {"alone": _estimates([other]), "difference": _estimates([own[e]], [other])}
+        if alone:
+            found["mean_difference"] = _estimates([own[e] for e in alone], list(alone.values()))
         benchmarks[name] = found
     return {"exits": list(exits), "seeds": list(seeds), "benchmarks": benchmarks}
 
 
-def _variant(own: Mapping[int, list[Values]], reference: Mapping[int, list[Values]], draws: int) -> dict[str, Any]:
+def _variant(own: Mapping[int, list[Values]], reference: Mapping[int, list[Values]]) -> dict[str, Any]:
     """`exits` (exit → `figures` and their `difference`), `mean_difference` over all exits, and a verdict.
 
     A variant is `recommended` if it raises the mean MRR over exits (the interval of the difference is above 0) and
     lowers no exit (no interval of an exit's difference is below 0).
     """
     by_exit = {
-        str(e): {
-            "figures": _estimates([own[e]], draws=draws),
-            "difference": _estimates([own[e]], [reference[e]], draws=draws),
-        }
-        for e in own
+        str(e): {"figures": _estimates([own[e]]), "difference": _estimates([own[e]], [reference[e]])} for e in own
     }
-    mean = _estimates(list(own.values()), list(reference.values()), draws=draws)
+    mean = _estimates(list(own.values()), list(reference.values()))
     lowered = [int(e) for e, found in by_exit.items() if found["difference"]["mrr"]["high"] < 0]
     recommended = mean["mrr"]["low"] > 0 and not lowered
     return {"exits": by_exit, "mean_difference": mean, "lowered_exits": lowered, "recommended": recommended}
 
 
 def _estimates(
-    own: Sequence[list[Values]], reference: Sequence[list[Values]] | None = None, *, draws: int
+    own: Sequence[list[Values]], reference: Sequence[list[Values]] | None = None
 ) -> dict[str, dict[str, Any]]:
     """Metric → the estimate of `own`, exits of a model by seed, or of its difference to `reference`."""
     found = {}
@@ -412,7 +384,7 @@ def _estimates(
                 for one, other in zip(by_seed, others, strict=True)
             ]
         queries = spread(list(_mean(by_seed, float).values()))
-        low, high = bootstrap_interval(queries, draws)
+        low, high = bootstrap_interval(queries, 0)
         means = [float(np.mean([np.mean(list(task.values())) for task in one.values()])) for one in by_seed]
         found[metric] = {"value": float(queries.mean()), "low": low, "high": high, "by_seed": means}
     return found
@@ -427,24 +399,16 @@ def _mean(several: Sequence[Values], function: Callable[[float], float]) -> Valu
 
 
 def _without_places(value: Any) -> Any:
-    """The same with `$MOSE_DATA` and `$HOME` in place of their paths on this machine."""
-    if isinstance(value, Mapping):
-        return {key: _without_places(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_places(item) for item in value]
-    if isinstance(value, str):
-        for variable in ("MOSE_DATA", "HOME"):
-            if place := os.environ.get(variable, "").rstrip("/"):
-                value = value.replace(place, f"${variable}")
-    return value
+    """The JSON value with `$MOSE_DATA` and `$HOME` in place of their paths on this machine."""
+    text = json.dumps(value, default=str)
+    for variable in ("MOSE_DATA", "HOME"):
+        if place := os.environ.get(variable, "").rstrip("/"):
+            text = text.replace(json.dumps(place)[1:-1], f"${variable}")
+    return json.loads(text)
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """Tables with scores × 100, aligned for reading as plain text.
-
-    Args:
-        results: those of `compare`, with `command`, `recipe` and `bm25` (benchmark → MRR).
-    """
+    """Tables with scores × 100 of the results of `compare`, with `command`, `recipe` and `bm25` (benchmark → MRR)."""
     seeds = ", ".join(map(str, results["seeds"]))
     recipe = results["recipe"]["finetuning"]
     parts = [
@@ -498,11 +462,7 @@ def _difference(figure: Mapping[str, Any]) -> list[str]:
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
-    """MRR and Recall@1 against layers, self-distilled and alone, with intervals; a row of panels for each benchmark.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """MRR and Recall@1 against layers, self-distilled and alone, with intervals; a row of panels for each benchmark."""
     from matplotlib.figure import Figure
 
     rows, columns = len(results["benchmarks"]), len(METRICS)

@@ -76,9 +76,8 @@ class MultiExitTrainingArguments(TrainingArguments):
 def bf16_is_faster() -> bool:
     """Whether this machine's default device has instructions that multiply matrices in bfloat16.
 
-    True on recent GPUs and on CPUs with AMX, AVX512-BF16 or Arm's BF16; others emulate bfloat16, and autocast would
-    slow training down. The answer comes from the machine's flags (Linux), not from a measurement, so that an
-    interrupted run gets the same answer when it is resumed.
+    Other devices emulate it, and autocast would slow training down. The answer comes from the machine's flags (Linux),
+    not from a measurement, so that an interrupted run gets the same answer when it is resumed.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

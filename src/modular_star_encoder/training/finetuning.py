@@ -52,10 +52,10 @@ def load_finetuning(
     """
     content = read_mapping(path, overrides, example=FinetuningRecipe.EXAMPLE)
     task = content.get("task", "retrieval")
-    if task == "classification":
-        return build_settings(ClassificationRecipe, content, str(path)), finetune_classifier
     if task == "retrieval":
         return build_settings(FinetuningRecipe, content, str(path)), finetune
+    if task == "classification":
+        return build_settings(ClassificationRecipe, content, str(path)), finetune_classifier
     raise UserError("training.task", f"task must be retrieval or classification, not {task!r}.")
 
 
@@ -93,9 +93,7 @@ def finetune(
     objective, rows, lengths, eval_pairs = recipe.objective, recipe.rows(), recipe.lengths(), recipe.eval_pairs
     blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress)
     with state.main_process_first():
-        log = runs.open_run(
-            out, recipe, "fine-tuning", until_trained=("data", "eval_fraction", "max_train_samples", "seed")
-        )
+        log = runs.open_run(out, recipe, "fine-tuning", until_trained=("data", *rows))
         if log is not None:
             return log
         data = data or prepare_data(rows, out / "data", progress and state.is_main_process)
@@ -190,19 +188,12 @@ def _batches(
     most = min(batch_size, held_out_groups.largest_batch)
     size = most // (2 * processes) * 2 * processes
     if not size:
-        raise UserError(
-            "training.held_out.too_few",
-            f"At most {most} held-out rows fit into one batch, too few for {processes} processes. Raise eval_fraction, "
-            "or add data.",
-        )
+        message = f"At most {most} held-out rows fit into one batch, too few for {processes} processes."
+        raise UserError("training.held_out.too_few", f"{message} Raise eval_fraction, or add data.")
     plan, eval_plan = BatchPlan(groups, batch_size, seed), BatchPlan(held_out_groups, size, seed + 1)
-    rename_prob = recipe.identifier_rename_prob
-    return (
-        RetrievalBatches(train, plan, steps, identifier_rename_prob=rename_prob),
-        RetrievalBatches(held_out, eval_plan, max(1, eval_pairs // size)),
-        groups.counts,
-        train.mean_tokens(),
-    )
+    batches = RetrievalBatches(train, plan, steps, identifier_rename_prob=recipe.identifier_rename_prob)
+    eval_batches = RetrievalBatches(held_out, eval_plan, max(1, eval_pairs // size))
+    return batches, eval_batches, groups.counts, train.mean_tokens()
 
 
 def finetuning_preflight(
@@ -213,12 +204,7 @@ def finetuning_preflight(
     tokens: tuple[float, float],
     trained_parameters: int | None = None,
 ) -> runs.Preflight:
-    """Estimate a run; see `preflight`.
-
-    Args:
-        groups: number of groups of each kind of pairs; see `BatchPlan`.
-        tokens: mean tokens of a description and of a snippet; a hard negative counts as a snippet.
-    """
+    """Estimate a run from the groups of each kind of pairs and the mean tokens of descriptions and of snippets."""
     text, code = tokens
     settings, sides = recipe.objective, len(recipe.objective.sides)
     negatives = [code] * (sides - 2)
@@ -270,9 +256,8 @@ def finetune_classifier(
     config, _ = starting_config(recipe)
     check_length(config, max_tokens=recipe.max_tokens)
     rows, accumulation = recipe.accumulation(state.num_processes)
-    arguments = recipe.arguments(
-        out / runs.CHECKPOINTS, rows, progress=progress, gradient_accumulation_steps=accumulation
-    )
+    decided = {"gradient_accumulation_steps": accumulation}
+    arguments = recipe.arguments(out / runs.CHECKPOINTS, rows, progress=progress, **decided)
     check_objective(objective, arguments, config, config.exit_layers)
     with state.main_process_first():
         log = runs.open_run(out, recipe, "fine-tuning a classifier", until_trained=())
@@ -294,20 +279,17 @@ def finetune_classifier(
         data_collator=ClassificationCollator(tokenizer),
     )
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
-    numbers = {split: len(pairs) for split, pairs in splits.items()}
-    log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "pairs": numbers}
+    log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict()}
+    log["pairs"] = {split: len(pairs) for split, pairs in splits.items()}
     model.config.unpad_inputs = config.unpad_inputs
     save_trained(trainer, tokenizer, out, recipe)
     if state.is_main_process:
         saved = ModularStarEncoderForSequenceClassification.from_pretrained(out / runs.MODEL).eval()
         saved.to("cuda" if torch.cuda.is_available() else "cpu")
-        log["scores"] = {
-            split: classification_scores(
-                saved, DataLoader(splits[split], rows, collate_fn=ClassificationCollator(tokenizer)), progress=progress
-            )
-            for split in splits
-            if split != "train"
-        }
+        log["scores"] = {}
+        for split in [name for name in splits if name != "train"]:
+            loader = DataLoader(splits[split], rows, collate_fn=ClassificationCollator(tokenizer))
+            log["scores"][split] = classification_scores(saved, loader, progress=progress)
         runs.write_log(out, log)
     state.wait_for_everyone()
     return log

@@ -31,8 +31,6 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file, staged_folder
 
 PANELS = (("mlm_loss", "masked-token loss (nats)"), ("icc_accuracy", "in-context classification accuracy"))
-"""Metric → label of the panels of `curves.png`."""
-
 # Enough for the merges of a large vocabulary; more text makes training the tokenizer slower, not better.
 TOKENIZER_CHARACTERS = 100_000_000
 
@@ -73,16 +71,15 @@ def pretrain(
     with torch.device("meta"):
         ModularStarEncoderForPreTraining(config).set_attn_implementation(recipe.attn_implementation)
     accumulation, rows_per_device = recipe.accumulation(processes), recipe.rows_per_device
-    arguments = recipe.arguments(
-        out / runs.CHECKPOINTS, rows_per_device, progress=progress, gradient_accumulation_steps=accumulation
-    )
+    decided = {"gradient_accumulation_steps": accumulation}
+    arguments = recipe.arguments(out / runs.CHECKPOINTS, rows_per_device, progress=progress, **decided)
     check_objective(objective, arguments, config, config.exit_layers)
     repositories = open_corpus(recipe.corpus).repositories
     if repositories is not None and len(repositories) < 4:  # of some corpora, only reading shows the number
         raise UserError(
             "training.corpus.too_few_repositories",
-            "The corpus must have two repositories to train on and two to hold out, because pairs of snippets are "
-            f"drawn from one or from two; it has {len(repositories)}: {', '.join(repositories) or 'none'}.",
+            "The corpus must have two repositories to train on and two to hold out, because pairs of snippets come "
+            f"from one or from two; it has {len(repositories)}: {', '.join(repositories) or 'none'}.",
         )
     with state.main_process_first():
         log = runs.open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model"))
@@ -107,12 +104,10 @@ def pretrain(
 
     train, held_out = store.split(recipe.eval_fraction, recipe.seed)
     options: dict[str, Any] = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability}
-    rows = recipe.max_steps * rows_per_device * accumulation * processes
+    rows, eval_rows = recipe.max_steps * rows_per_device * accumulation * processes, recipe.eval_rows
     pairs, unseen, fitted = (
         InContextPairs(part, tokenizer, length=length, seed=recipe.seed + number, progress=False, **options)
-        for number, (part, length) in enumerate(
-            ((train, rows), (held_out, recipe.eval_rows), (train, recipe.eval_rows))
-        )
+        for number, (part, length) in enumerate([(train, rows), (held_out, eval_rows), (train, eval_rows)])
     )
     counts = pairs.token_counts()
     if recipe.start_from_corpus and not weights:
@@ -121,10 +116,8 @@ def pretrain(
         spellings = token_spellings(tokenizer) + [f"<{index}> unused" for index in unused]
         start_from_spellings(model.get_input_embeddings(), spellings, seed=recipe.seed)
         start_from_unigrams(model.heads.decoder, torch.nn.functional.pad(counts, (0, len(unused))))
-    eval_rows = range(recipe.eval_rows)
-    overlap = identifier_overlap_accuracy(
-        [fitted[row] for row in eval_rows], [unseen[row] for row in eval_rows], tokenizer
-    )
+    fitted_rows, unseen_rows = ([part[row] for row in range(eval_rows)] for part in (fitted, unseen))
+    overlap = identifier_overlap_accuracy(fitted_rows, unseen_rows, tokenizer)
     trainer = MultiExitTrainer(
         model, arguments, objective, train_dataset=pairs, eval_dataset=unseen, data_collator=collator
     )
@@ -190,7 +183,6 @@ def _train_tokenizer(corpus: Mapping[str, Any], config: ModularStarEncoderConfig
 def _token_store(
     corpus: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path, progress: bool
 ) -> TokenStore:
-    """The tokenized corpus."""
     reader = open_corpus(corpus)
     store = build_token_store(reader, tokenizer, folder, progress=progress)
     if progress:
@@ -200,29 +192,16 @@ def _token_store(
     return store
 
 
-def plot_curves(log: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw masked-token loss and in-context accuracy of every exit over the steps.
+def plot_curves(log: Mapping[str, Any], path: Path) -> None:
+    """Draw masked-token loss and in-context accuracy of every exit over the steps, from the log of `pretrain`.
 
     Thin lines are training rows, dots held-out repositories; dashes need no model: the unigram entropy, and the
     accuracy of identifier overlap on the held-out rows.
-
-    Args:
-        log: the result of `pretrain`, or the content of its `training_log.json`.
-        path: PNG file to write, replaced if it exists.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        UserError: the log has no line of training.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Curves need matplotlib: pip install 'modular-star-encoder[plots]'.") from error
-    history = log["log_history"]
-    prefix = "mlm_loss_exit_"
+    from matplotlib.figure import Figure
+
+    history, prefix = log["log_history"], "mlm_loss_exit_"
     exits = sorted({int(key.removeprefix(prefix)) for line in history for key in line if key.startswith(prefix)})
-    if not exits:
-        raise UserError("training.log.empty", "The log has no line of training to draw.")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     floors = {"mlm_loss": log["unigram_entropy"], "icc_accuracy": log["identifier_overlap"]["accuracy"]}
     for axes, (metric, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
@@ -235,7 +214,7 @@ def plot_curves(log: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         axes.set(xlabel="step", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
-    with staged_file(Path(path)) as staging:
+    with staged_file(path) as staging:
         figure.savefig(staging, format="png", dpi=120)
 
 

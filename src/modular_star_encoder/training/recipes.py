@@ -34,11 +34,7 @@ from modular_star_encoder.utils.settings import (
 
 
 def hub_config_folder(name: str) -> Path:
-    """The folder of one of our configurations, such as `"quickstart"`.
-
-    Raises:
-        UserError: `hub_configs` has no folder of this name (`config.unknown`).
-    """
+    """The folder of one of our configurations, such as `"quickstart"`; UserError if it is none (`config.unknown`)."""
     root = Path(str(files("modular_star_encoder.hub_configs")))
     names = sorted(path.parent.name for path in root.glob("*/config.json"))
     if name not in names:
@@ -53,7 +49,7 @@ def load_config(name: str) -> ModularStarEncoderConfig:
 
 @settings_class
 class TrainingSettings:
-    """The keys of `MultiExitTrainingArguments`, with defaults of ours.
+    """The keys of `MultiExitTrainingArguments`, with our defaults.
 
     Args:
         max_steps: optimiser steps.
@@ -128,12 +124,10 @@ class TrainingSettings:
 
     @property
     def seed(self) -> int:
-        """Seed of everything random."""
         return self.training["seed"]
 
     @property
     def max_steps(self) -> int:
-        """Optimiser steps."""
         return self.training["max_steps"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,7 +138,7 @@ class TrainingSettings:
     def arguments(
         self, folder: Path, rows_per_device: int, *, progress: bool, **decided: Any
     ) -> MultiExitTrainingArguments:
-        """The arguments of a trainer that writes checkpoints to `folder`; `decided` are not to be settings.
+        """The arguments of a trainer that writes checkpoints to `folder`; the recipe must not set those in `decided`.
 
         Raises:
             UserError: the recipe sets an argument that other settings decide (`training.arguments.decided`), or a value
@@ -153,9 +147,8 @@ class TrainingSettings:
         decided |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), rows_per_device)
         decided |= {"output_dir": os.fspath(folder), "auto_find_batch_size": False}
         if twice := sorted(set(self.training) & set(decided)):
-            raise UserError(
-                "training.arguments.decided", f"Leave out {', '.join(twice)}: other settings of the recipe decide it."
-            )
+            message = f"Leave out {', '.join(twice)}: other settings of the recipe decide it."
+            raise UserError("training.arguments.decided", message)
         defaults: dict[str, Any] = {
             "eval_strategy": "steps",
             "bf16": bf16_is_faster(),
@@ -280,18 +273,16 @@ class FinetuningRecipe(StartingRecipe):
         default = ContrastiveSettings().pairs
         pairs = (("query", "document", "negative"),) if have_negatives(self.data) else default
         if self.objective.pairs not in (default, pairs):
-            raise UserError(
-                "training.objective.pairs", "Leave out objective.pairs: the data decides whether there are negatives."
-            )
+            message = "Leave out objective.pairs: the data decides whether there are negatives."
+            raise UserError("training.objective.pairs", message)
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
 
     def rows(self) -> dict[str, Any]:
         """Arguments of `prepare_retrieval_data`."""
-        names = ("eval_fraction", "seed", "max_train_samples")
-        return {"settings": self.data} | {name: getattr(self, name) for name in names}
+        own = {"eval_fraction": self.eval_fraction, "seed": self.seed, "max_train_samples": self.max_train_samples}
+        return {"settings": self.data, **own}
 
     def lengths(self) -> dict[str, int]:
-        """`max_text_tokens` and `max_code_tokens`."""
         return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
 
     def pairs_per_device(self, processes: int) -> int:
@@ -325,18 +316,12 @@ class ClassificationRecipe(StartingRecipe):
 
 
 def _quotient(name: str, total: int, factors: Mapping[str, int]) -> int:
-    """How often a product is in the total.
-
-    Raises:
-        UserError: not a whole number of times (`training.batch_size.multiple`, `training.tokens_per_step.multiple`).
-    """
+    """How often a product is in the total; UserError if that is no whole number (`training.batch_size.multiple`)."""
     product = math.prod(factors.values())
     if total % product:
         numbers = " × ".join(map(str, factors.values()))
-        raise UserError(
-            f"training.{name}.multiple",
-            f"{name} {total} must be a multiple of {' × '.join(factors)} = {numbers} = {product}.",
-        )
+        message = f"{name} {total} must be a multiple of {' × '.join(factors)} = {numbers} = {product}."
+        raise UserError(f"training.{name}.multiple", message)
     return total // product
 
 
@@ -344,10 +329,8 @@ def check_length(config: ModularStarEncoderConfig, **lengths: int) -> None:
     """Raise UserError if a setting for the longest text is above the model's `max_position_embeddings`."""
     longest = config.max_position_embeddings
     if too_long := [f"{name} {length}" for name, length in lengths.items() if length > longest]:
-        raise UserError(
-            "training.length.too_long",
-            f"{', '.join(too_long)} must be at most the model's max_position_embeddings {longest}.",
-        )
+        message = f"{', '.join(too_long)} must be at most the model's max_position_embeddings {longest}."
+        raise UserError("training.length.too_long", message)
 
 
 AnyRecipe = TypeVar("AnyRecipe")

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerState
 
 from modular_star_encoder.modeling import ModularStarEncoderPreTrainedModel
 from modular_star_encoder.training.recipes import TrainingSettings
@@ -60,16 +59,14 @@ class Preflight:
     def __str__(self) -> str:
         rows = self.rows_per_step * self.steps
         tokens = f"{rows:,} rows of {self.tokens_per_row:.0f} tokens, {rows * self.tokens_per_row / 1e9:,.3f} billion"
+        each = f"{self.rows_per_step // self.processes:,} on each of {self.processes} processes"
+        kinds = dict.fromkeys(self.groups, "none in this data")
+        for kind, epochs in self.epochs.items():
+            kinds[kind] = f"{self.groups[kind]:,} groups without common texts, {epochs:.2f} epochs"
         lines = {
             "parameters": f"{self.parameters:,}, of which {self.trained_parameters:,} are trained",
-            **{
-                kind: f"{count:,} groups without common texts, {self.epochs[kind]:.2f} epochs"
-                if count
-                else "none in this data"
-                for kind, count in self.groups.items()
-            },
-            "rows per step": f"{self.rows_per_step:,} ({self.rows_per_step // self.processes:,} on each of "
-            f"{self.processes} processes)",
+            **kinds,
+            "rows per step": f"{self.rows_per_step:,} ({each})",
             "steps": f"{self.steps:,} ({tokens})",
             "training FLOPs": f"{self.flops_per_row:.2e} per row, {self.flops_per_row * rows:.2e} in all",
             "memory per device": f"at most about {self.memory_bytes / 2**30:.1f} GiB",
@@ -110,13 +107,11 @@ def preflight(
     layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
     trained = parameters if trained_parameters is None else trained_parameters
     attention = 12.0 * config.num_hidden_layers * config.hidden_size
-    lengths = [length for text in texts for length in text]
+    lengths = [length for row in texts for length in row]
     # What a pre-norm block's backward pass keeps of each token, in numbers of 2 bytes: 16 × H (block input, normalised
     # inputs, queries, keys, values, attention output, projections, residuals), and the MLP before and after activation.
     kept = config.num_hidden_layers * (16 * config.hidden_size + 2 * config.intermediate_size)
-    groups = groups or {}
-    kinds = sum(count > 0 for count in groups.values())
-    turns = {kind: steps * rows_per_step / kinds / count for kind, count in groups.items() if count}
+    counts = {kind: count for kind, count in (groups or {}).items() if count}
     return Preflight(
         parameters=parameters,
         trained_parameters=trained,
@@ -126,8 +121,8 @@ def preflight(
         tokens_per_row=sum(lengths) / len(texts),
         flops_per_row=passes * sum((6.0 * layers + attention * T) * T for T in lengths) / len(texts) + head_flops,
         memory_bytes=4 * parameters + 12 * trained + 2 * tokens_in_memory * kept + other_bytes,
-        groups=groups,
-        epochs=turns,
+        groups=groups or {},
+        epochs={kind: steps * rows_per_step / len(counts) / count for kind, count in counts.items()},
     )
 
 
@@ -139,13 +134,8 @@ def processes_of_run() -> PartialState:
 def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str]) -> dict[str, Any] | None:
     """Create the folder of a run, or check that it holds a run with the same recipe; the log of a finished run.
 
-    From the first checkpoint on all settings must be the same, except those in `MAY_CHANGE`.
-
-    Args:
-        out: the folder; `recipe.json` in it holds the settings.
-        recipe: the settings.
-        kind: the kind of run, for messages.
-        until_trained: settings that must be the same even before the first checkpoint, once the folder has other files.
+    `recipe.json` in the folder holds the settings. From the first checkpoint on all must be the same, except those in
+    `MAY_CHANGE`; before it, those in `until_trained`, once the folder has other files. `kind` is for messages.
 
     Raises:
         UserError: the folder holds something else (`training.run.not_a_run`), or a run with other settings
@@ -161,14 +151,11 @@ def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: I
         begun = any(path != written for path in out.iterdir())
         names = {*settings, *before} if trained else set(until_trained) if begun else set()
         if other := sorted(name for name in names - MAY_CHANGE if before.get(name) != settings.get(name)):
-            raise UserError(
-                "training.run.other_settings",
-                f"{out} holds a run with another {', '.join(other)}; name another folder.",
-            )
+            message = f"{out} holds a run with another {', '.join(other)}; name another folder."
+            raise UserError("training.run.other_settings", message)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            "training.run.not_a_run", f"{out} is not empty and holds no run of {kind}; name another folder."
-        )
+        message = f"{out} is not empty and holds no run of {kind}; name another folder."
+        raise UserError("training.run.not_a_run", message)
     out.mkdir(parents=True, exist_ok=True)
     write_json(written, settings)
     return json.loads((out / LOG).read_text(encoding="utf-8")) if (out / LOG).is_file() else None
@@ -181,14 +168,8 @@ def _plain(recipe: TrainingSettings) -> dict[str, Any]:
 def write_log(out: Path, log: Mapping[str, Any]) -> None:
     """Write the training log, with null for infinities and NaN, which JSON does not have."""
 
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    write_json(out / LOG, finite(dict(log)))
+    # `json` reads what it writes, with the words NaN, Infinity and -Infinity.
+    write_json(out / LOG, json.loads(json.dumps(log), parse_constant=lambda _: None))
 
 
 def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progress: bool = True) -> dict[str, Any]:
@@ -202,11 +183,12 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
         trainer.add_callback(ExitProgressCallback())
     with trainer.args.main_process_first(local=False):
         checkpoint = last_checkpoint(folder)
-        resumed_from = _step(Path(checkpoint)) if checkpoint else None
+        resumed_from = int(checkpoint.rpartition("-")[2]) if checkpoint else None
         if trainer.is_world_process_zero():
             # `Trainer` would count incomplete checkpoints among those to keep.
             for path in Path(folder).glob("checkpoint-*"):
-                if path.name.rpartition("-")[2].isdecimal() and (resumed_from is None or _step(path) > resumed_from):
+                step = path.name.rpartition("-")[2]
+                if step.isdecimal() and int(step) > (resumed_from or 0):
                     shutil.rmtree(path)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -218,16 +200,8 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
     }
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest complete checkpoint folder in `output_dir`, or None.
-
-    `trainer_state.json` is the last file that `Trainer` writes into a checkpoint: a folder without it, or with half of
-    it, is incomplete.
-    """
+    """The newest complete checkpoint folder, or None; the last file that `Trainer` writes is `trainer_state.json`."""
     found = []
     for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
         with contextlib.suppress(ValueError, KeyError):
@@ -251,14 +225,7 @@ def format_log(logs: dict[str, float]) -> str:
 class ExitProgressCallback(ProgressCallback):
     """`Trainer`'s progress bar, with readable log lines."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write one line above the bar; the summary at the end of training has no line."""
         line = format_log(logs or {})
         if state.is_world_process_zero and self.training_bar is not None and line:

@@ -24,7 +24,6 @@ from modular_star_encoder.utils.files import staged_folder
 if TYPE_CHECKING:
     from peft import PeftModel
 
-
 Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 
 
@@ -49,7 +48,6 @@ def starting_source(name: str) -> tuple[str | Path, bool]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder contains weights."""
     return any(folder.glob("model*.safetensors"))
 
 
@@ -57,7 +55,8 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
     """The configuration of the model that a recipe starts from, and whether it has weights.
 
     Raises:
-        UserError: the model does not have the recipe's exit, or settings contradict each other.
+        UserError: settings contradict each other.
+        ValueError: the model does not have the recipe's exit.
         OSError: neither a folder nor a Hub repository of this name exists.
     """
     source, weights = starting_source(recipe.model)
@@ -72,10 +71,8 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
     except OSError as error:
         if isinstance(source, Path):
             raise
-        raise OSError(
-            f"{source} is not a folder with a config.json (pre-train first), and loading it from the Hub failed: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+        message = f"{source} is not a folder with a config.json (pre-train first), and loading it from the Hub failed"
+        raise OSError(f"{message}: {' '.join(str(error).split())}") from error
     if recipe.exit_layer is not None:
         config = config.cut(recipe.exit_layer)
         config.exit_layers = [recipe.exit_layer]
@@ -85,18 +82,13 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
 def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Model, PreTrainedTokenizerFast]:
     """The model that a recipe starts from, in float32, and its tokenizer; missing heads are drawn by the seed.
 
-    A tokenizer without a template, such as the published one, gets ours.
-
-    Raises:
-        UserError: the model has no tokenizer, fewer tokens than the tokenizer, or not the recipe's exit.
-        OSError: neither a folder nor a Hub repository of this name exists.
+    A tokenizer without a template, such as the published one, gets ours. Errors are those of `starting_config`, and a
+    UserError where model and tokenizer do not fit.
     """
     source, weights = starting_source(recipe.model)
     if recipe.tokenizer is None and not weights:
-        raise UserError(
-            "training.tokenizer.missing",
-            f"{recipe.model} has no weights and no tokenizer; set tokenizer in the recipe.",
-        )
+        message = f"{recipe.model} has no weights and no tokenizer; set tokenizer in the recipe."
+        raise UserError("training.tokenizer.missing", message)
     tokenizer = with_template(load_tokenizer(recipe.tokenizer or source))
     torch.manual_seed(recipe.seed)
     if weights:
@@ -117,9 +109,8 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     """Raise UserError if the tokenizer has more tokens than the model."""
     if tokens > vocab_size:
-        raise UserError(
-            "training.tokenizer.too_large", f"The tokenizer has {tokens} tokens, more than the model's {vocab_size}."
-        )
+        message = f"The tokenizer has {tokens} tokens, more than the model's {vocab_size}."
+        raise UserError("training.tokenizer.too_large", message)
 
 
 @torch.no_grad()
@@ -134,34 +125,23 @@ def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def start_from_spellings(
-    embedding: nn.Embedding, spellings: Sequence[str], *, shared: float = 0.8, std: float = 0.3, seed: int = 0
-) -> None:
-    """Draw token vectors so that tokens with the same spelling start out similar.
+def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, seed: int) -> None:
+    """Draw token vectors so that tokens with the same spelling (`token_spellings`) start out similar.
 
     A byte-level tokenizer has several tokens for one word ("parse", " parse", "Parse", " PARSE"); a description uses
     one and the code another, and nothing but training says that they belong together. After one hundred steps of
-    fine-tuning the quickstart's model, retrieval reached an MRR of 0.36 from this start and 0.33 with `std` 0.1;
-    independent vectors reached 0.23 with 0.1 and 0.21 with the configuration's 0.018.
+    fine-tuning the quickstart's model, retrieval reached an MRR of 0.36 from this start and 0.33 with a standard
+    deviation of 0.1; independent vectors reached 0.23 with 0.1 and 0.21 with the configuration's 0.018.
 
-    Each vector is drawn from N(0, std²); any two tokens with one spelling correlate by `shared`, others by 0. The
-    vector of the padding token is left as it is.
-
-    Raises:
-        UserError: the number of spellings (`token_spellings`) is not that of tokens, or `shared` is not from 0 to 1.
+    Each vector is drawn from N(0, 0.3²); any two tokens with one spelling correlate by 0.8, others by 0. The vector of
+    the padding token is left as it is.
     """
-    if len(spellings) != embedding.num_embeddings or not 0 <= shared <= 1:
-        raise UserError(
-            "training.spellings",
-            f"Give {embedding.num_embeddings} spellings, one per token, and shared between 0 and 1, not "
-            f"{len(spellings)} and {shared}.",
-        )
     generator = torch.Generator().manual_seed(seed)
     groups = {spelling: group for group, spelling in enumerate(dict.fromkeys(spellings))}
     common = torch.randn(len(groups), embedding.embedding_dim, generator=generator)
     own = torch.randn(len(spellings), embedding.embedding_dim, generator=generator)
     members = torch.tensor([groups[spelling] for spelling in spellings])
-    vectors = std * (shared**0.5 * common[members] + (1 - shared) ** 0.5 * own)
+    vectors = 0.3 * (0.8**0.5 * common[members] + 0.2**0.5 * own)
     if embedding.padding_idx is not None:
         vectors[embedding.padding_idx] = embedding.weight[embedding.padding_idx].cpu()
     embedding.weight.copy_(vectors)
@@ -170,12 +150,7 @@ def start_from_spellings(
 def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> "PeftModel":
     """Freeze the trunk and give its linear layers adapters; heads stay trainable and are saved with the adapters.
 
-    The settings are those of `peft.LoraConfig`; by default rank 16, alpha 32 and all linear layers of the trunk.
-
-    Raises:
-        ImportError: peft is missing.
-        UserError: a setting that `LoraConfig` does not have (`training.lora`).
-        ValueError: layers that the model does not have.
+    `settings` are those of `peft.LoraConfig`; UserError for others (`training.lora`).
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -191,7 +166,7 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
 
 
 def _heads(model: ModularStarEncoderPreTrainedModel) -> list[str]:
-    """Names of the modules beside the trunk; each of the projection heads, because peft takes no `ModuleDict`."""
+    """Names of the modules other than the trunk; of each projection head, because peft takes no `ModuleDict`."""
     names = []
     for name, module in model.named_children():
         if name == "projection_heads":

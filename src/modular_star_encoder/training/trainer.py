@@ -93,11 +93,7 @@ class MultiExitTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weighted sum of the exits' losses; with `return_outputs` also the metrics, each (E,)."""
         exits, weights = self._exits_of_this_step(model)
@@ -138,7 +134,6 @@ class MultiExitTrainer(Trainer):
         return self.args.output_dir or "trainer_output"
 
     def _exits_of_this_step(self, model: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
-        """The exits to train now, and their weights."""
         shallow = self.exit_layers[:-1]
         if not self.rotate_shallow_exits or not model.training or not shallow:
             return self.exit_layers, self.exit_weights
@@ -154,18 +149,14 @@ class MultiExitTrainer(Trainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(path) as staging:
             save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, staging)
-        report = {
-            "step": step,
-            "rank": rank,
-            # JSON has neither infinities nor NaN.
-            "losses": {str(exit): loss if math.isfinite(loss) else str(loss) for exit, loss in losses.items()},
-            "other_values": {name: str(value) for name, value in leaves.items() if name not in tensors},
-        }
+        # JSON has neither infinities nor NaN.
+        finite = {str(exit): loss if math.isfinite(loss) else str(loss) for exit, loss in losses.items()}
+        others = {name: str(value) for name, value in leaves.items() if name not in tensors}
+        report = {"step": step, "rank": rank, "losses": finite, "other_values": others}
         write_json(path.with_suffix(".json"), report)
         by_exit = ", ".join(f"exit {exit_layer}: {loss:g}" for exit_layer, loss in losses.items())
-        raise UserError(
-            "training.loss.not_finite", f"The loss of step {step} is not finite ({by_exit}); its batch is in {path}."
-        )
+        message = f"The loss of step {step} is not finite ({by_exit}); its batch is in {path}."
+        raise UserError("training.loss.not_finite", message)
 
     def _gradient_norms(self, losses: torch.Tensor) -> torch.Tensor:
         """Norm (E,) of each loss's gradient on the trunk's parameters."""
@@ -175,15 +166,14 @@ class MultiExitTrainer(Trainer):
         norms = []
         for loss in losses:
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            found = [gradient.float().norm() for gradient in gradients if gradient is not None]
-            norms.append(torch.stack(found).norm())
+            found = [gradient.float() for gradient in gradients if gradient is not None]
+            norms.append(torch.nn.utils.get_total_norm(found))
         return torch.stack(norms)
 
     def _add(self, name: str, exits: Sequence[int], values: torch.Tensor) -> None:
         """Gather a metric, one value per exit or one for all, for the next log line."""
-        values = values.detach().float()
         keys = [f"{name}_exit_{exit_layer}" for exit_layer in exits] if values.dim() else [name]
-        for key, value in zip(keys, values.reshape(-1), strict=True):
+        for key, value in zip(keys, values.detach().float().reshape(-1), strict=True):
             self._gathered.setdefault(key, []).append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -198,11 +188,7 @@ class MultiExitTrainer(Trainer):
         super().log(logs, start_time)
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         """The total loss of one batch; the exits' metrics are gathered on the way."""
         with torch.no_grad(), self.compute_loss_context_manager():
