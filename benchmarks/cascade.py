@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from cascade_figure import plot
 from cascade_indexing import SHAPES, measure_indexing
+from margins import FittedMargin, fit_threshold
 from report import RESULTS, write
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
@@ -33,7 +34,6 @@ from modular_star_encoder.evaluation.tasks import RetrievalRow
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits, tokenize
 from modular_star_encoder.inference.profile import flops_per_token
-from modular_star_encoder.search.cascade import FittedMargin, fit_threshold
 from modular_star_encoder.utils.reports import markdown_table, percent
 
 CANDIDATES = (10, 50, 200)

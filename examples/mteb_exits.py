@@ -12,7 +12,7 @@ interrupted run continues from them.
 import argparse
 import sys
 
-from modular_star_encoder.cli.options import exit_list
+from modular_star_encoder.cli import exit_list
 from modular_star_encoder.data.functions import collect_functions
 from modular_star_encoder.data.sources.repositories import folder_repositories
 

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.search import rules
-from modular_star_encoder.search.pieces import Snippet
+from modular_star_encoder.search.pieces import Snippet, question_stems, snippet_words, stems
 from modular_star_encoder.search.rules import Question
-from modular_star_encoder.search.words import question_stems, snippet_words, stems
 
 
 def piece(path, *defines, text="x"):

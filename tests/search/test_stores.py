@@ -9,7 +9,7 @@ from qdrant_client import QdrantClient
 from modular_star_encoder.search import local_store
 from modular_star_encoder.search.index import open_store
 from modular_star_encoder.search.local_store import LocalStore
-from modular_star_encoder.search.pieces import Snippet
+from modular_star_encoder.search.pieces import Snippet, snippet_words
 from modular_star_encoder.search.qdrant_store import QdrantStore, connect
 from modular_star_encoder.search.vector_store import (
     Filter,
@@ -21,7 +21,6 @@ from modular_star_encoder.search.vector_store import (
     readable_path,
     row_id,
 )
-from modular_star_encoder.search.words import snippet_words
 from tests.errors import raises
 from tests.loopback import LoopbackHandler, LoopbackServer
 

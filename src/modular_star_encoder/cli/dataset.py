@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from modular_star_encoder.cli.options import add_recipe_options
+from modular_star_encoder.cli import add_recipe_options
 from modular_star_encoder.utils.errors import UserError
 
 

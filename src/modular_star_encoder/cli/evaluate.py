@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Any
 
-from modular_star_encoder.cli.options import exit_list, name_list, named_file, number_list
+from modular_star_encoder.cli import exit_list, name_list, named_file, number_list
 
 
 def add_evaluate_commands(commands: Any) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from modular_star_encoder.cli.options import exit_list, name_list
+from modular_star_encoder.cli import exit_list, name_list
 from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _built(arguments: argparse.Namespace) -> CodeIndex:
     """The index with the settings of the options."""
     from modular_star_encoder.search.embedder import Embedder
     from modular_star_encoder.search.index import CodeIndex
-    from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
+    from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     if arguments.exit_layers is None:
@@ -215,7 +215,7 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     """The index to search, and the exit to ask: the one named or found, else that of the folder in the cache."""
     from modular_star_encoder.search.index import CodeIndex, cached_location, find_index
     from modular_star_encoder.search.local_store import LocalStore
-    from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
+    from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
     *questions, last = arguments.questions
     if questions and arguments.index is None and arguments.folder is None and os.path.isdir(last):

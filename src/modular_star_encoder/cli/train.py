@@ -8,7 +8,7 @@ import shlex
 import sys
 from typing import Any
 
-from modular_star_encoder.cli.options import add_recipe_options
+from modular_star_encoder.cli import add_recipe_options
 
 
 def add_train_commands(commands: Any) -> None:

@@ -295,7 +295,7 @@ class PairSampler:
                 return texts
 
     def _candidates(self, repository: int, language: int, length: int) -> tuple[int, int]:
-        """The bounds of the texts to draw one from."""
+        """The (start, end) of each text from which one may be drawn."""
         group = self._group(repository, language)
         assert group is not None, "a repository is drawn only if it has texts of the language"
         start, end = self._group_bounds[group : group + 2].tolist()

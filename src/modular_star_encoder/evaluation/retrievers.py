@@ -61,7 +61,7 @@ class Scores(Protocol):
         ...
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """The scores (P,) float32 of queries (P,) and documents (P,), equal to those of the blocks bit for bit."""
+        """The scores (P,) float32 of P pairs, given as row numbers of queries and documents; bit for bit those of `blocks`."""
         ...
 
 

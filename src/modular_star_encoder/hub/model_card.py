@@ -109,7 +109,7 @@ def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: st
 
 
 def check_card(path: Path) -> None:
-    """Check that the Hub's client can read a card's metadata, and that its figures exist."""
+    """Check that the Hub's client can read a card's metadata, and that the images it shows exist."""
     required = ("license", "library_name", "pipeline_tag", "tags")
     card = load_card(ModelCard, path, required, "hub.card.metadata")
     for figure in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 import modular_star_encoder.modeling as modeling
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.tokenizer import load_tokenizer
+from modular_star_encoder.inference.exit_zero import shipped_checkpoint
 from modular_star_encoder.modeling import (
     ModularStarEncoderConfig,
     ModularStarEncoderForRetrieval,
@@ -97,7 +98,7 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
     """Check that a local path is a checkpoint folder, before anything is loaded; names of the Hub pass."""
-    folder = Path(path).expanduser()
+    folder = Path(_expanded(path))
     if not folder.exists():
         if isinstance(path, str) and re.fullmatch(r"(?![.~]+/)[^/]+/[^/]+", path):  # owner/name
             return
@@ -116,7 +117,7 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
     Of a folder the first 16 hexadecimal digits of a SHA-256 of its configuration, tokenizer and weights (reads them
     all, about a second per GB); of a repository of the Hub the commit that is loaded.
     """
-    folder = Path(checkpoint).expanduser()
+    folder = Path(_expanded(checkpoint))
     if not folder.is_dir():
         # The Hub's cache keeps each commit in a folder of its name.
         return Path(hf_hub_download(os.fspath(checkpoint), "config.json")).parent.name
@@ -140,7 +141,7 @@ def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
 
 
 def _expanded(path: str | os.PathLike[str]) -> str:
-    return os.path.expanduser(os.fspath(path))
+    return shipped_checkpoint(os.path.expanduser(os.fspath(path)))
 
 
 def _load_whole(model_class: Any, path: str, **options: Any) -> Any:

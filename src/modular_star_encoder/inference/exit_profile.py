@@ -95,7 +95,7 @@ class ExitProfile:
         if not set(values) & set(self.exits):
             raise UserError(
                 "profile.quality.other_exits",
-                f"{benchmark} has values of exits {_listed(values)}, and the profile of exits {_listed(self.exits)}.",
+                f"{benchmark} has values of exits {_listed(values)}, but the profile covers exits {_listed(self.exits)}.",
             )
         exits = dict(self.exits)
         for k in values.keys() & exits.keys():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def has_exit_zero(config: dict[str, Any]) -> bool:
     """Whether a checkpoint's exit 0 is one that `ExitZero` computes."""
     return 0 in config.get("exit_layers", ()) and all(config.get(key) == value for key, value in _NEEDED.items())
+
+
+def shipped_checkpoint(name: str) -> str:
+    """The folder of a checkpoint that the package holds, such as `mose-code`; any other name as it is."""
+    folder = Path(str(files("modular_star_encoder.hub_configs"))) / name
+    return (
+        str(folder)
+        if "/" not in name and not Path(name).exists() and (folder / "model.safetensors").is_file()
+        else name
+    )

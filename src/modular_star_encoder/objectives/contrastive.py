@@ -140,7 +140,8 @@ def _pair_sums(
 
 
 def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> dict[str, torch.Tensor]:
-    """Sums over the rows (E, B, D) of one direction; the candidate of row b is in column rank × B + b of (E, C, D).
+    """The loss of one direction, summed over the rows (E, B, D), for each exit; the positive of row b is candidate
+    rank × B + b of (E, C, D).
 
     Scores are computed for a chunk of rows at a time and once more in the backward pass, so that memory grows with the
     batch and not with its square.

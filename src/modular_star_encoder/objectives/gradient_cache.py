@@ -64,7 +64,7 @@ def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> lis
 
 
 def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
-    """The same rows in `count` mini-batches, those with the most rows being halved; `count` is at most that of rows."""
+    """Split mini-batches until there are `count`, always halving the largest; `count` is at most the number of rows."""
     mini_batches = list(mini_batches)
     while len(mini_batches) < count:
         place = max(range(len(mini_batches)), key=lambda index: len(mini_batches[index].rows))

@@ -18,9 +18,9 @@ from modular_star_encoder.data.languages.registry import language_of_text
 from modular_star_encoder.data.sources import FileFilters, SourceFile
 from modular_star_encoder.data.sources.repositories import FileReader, folder_repositories
 from modular_star_encoder.search.embedder import Embedder
-from modular_star_encoder.search.pieces import Snippet, file_pieces, is_boilerplate
-from modular_star_encoder.search.settings import IndexSettings
+from modular_star_encoder.search.pieces import Snippet, file_pieces, is_boilerplate, snippet_words
 from modular_star_encoder.search.vector_store import (
+    IndexSettings,
     Row,
     StoredFile,
     VectorStore,
@@ -29,7 +29,6 @@ from modular_star_encoder.search.vector_store import (
     readable_path,
     row_id,
 )
-from modular_star_encoder.search.words import snippet_words
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 
 _FILES_PER_CHUNK = 8

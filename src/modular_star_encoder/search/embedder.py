@@ -6,14 +6,13 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modular_star_encoder.data.prompts import CODE_INSTRUCTION, SEP_TOKEN, code_prompt, text_prompt
-from modular_star_encoder.inference.exit_zero import ExitZero, has_exit_zero, read_config
+from modular_star_encoder.inference.exit_zero import ExitZero, has_exit_zero, read_config, shipped_checkpoint
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum
@@ -26,17 +25,11 @@ _KEPT_EMBEDDINGS = 20_000
 _Key = tuple[tuple[int, ...], int, str]  # exits, dimension, text
 
 
-def shipped_checkpoint(name: str) -> str:
-    """The folder of a checkpoint that the package holds, such as `mose-code`; any other name as it is."""
-    folder = Path(str(files("modular_star_encoder.hub_configs"))) / name
-    return str(folder) if (folder / "model.safetensors").is_file() else name
-
-
 class Embedder:
     """One checkpoint, of which no more layers are loaded than were asked for.
 
     Attributes:
-        checkpoint: absolute path of the folder, or the repository's name.
+        checkpoint: absolute path of the folder, or the name of a repository or of a model of the package.
         checksum: see `checkpoint_checksum`.
 
     Args:
@@ -49,12 +42,13 @@ class Embedder:
 
     def __init__(self, checkpoint: str | os.PathLike[str], device: str | None = None) -> None:
         folder = Path(checkpoint).expanduser()
-        self.checkpoint = str(folder.resolve()) if folder.is_dir() else shipped_checkpoint(os.fspath(checkpoint))
-        facts = read_config(self.checkpoint)
+        self.checkpoint = str(folder.resolve()) if folder.is_dir() else os.fspath(checkpoint)
+        self._folder = shipped_checkpoint(self.checkpoint)
+        facts = read_config(self._folder)
         self.has_exit_zero = has_exit_zero(facts)
         """Whether exit 0 needs no framework; then nothing of one is imported before a deeper exit is asked."""
         if self.has_exit_zero:
-            self.checksum = folder_checksum(self.checkpoint)
+            self.checksum = folder_checksum(self._folder)
             self._instructions, sizes = facts["instruction_prompts"], facts.get("nested_dimensions") or ()
             self._sizes = sorted({*sizes, facts["projection_size"]})
         else:
@@ -156,7 +150,7 @@ class Embedder:
         if not (self.has_exit_zero and tuple(exit_layers) == (0,)):
             self.load(max(exit_layers))
         elif self._exit_zero is None:
-            self._exit_zero = ExitZero(self.checkpoint)
+            self._exit_zero = ExitZero(self._folder)
 
     def _encode(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
         self.prepare(exit_layers)

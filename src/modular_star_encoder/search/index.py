@@ -18,13 +18,14 @@ from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.hits import Answer, Hit
 from modular_star_encoder.search.local_store import LocalStore
 from modular_star_encoder.search.ranking import Cascade, Method, Ranker, by_words
-from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT, IndexSettings
 from modular_star_encoder.search.vector_store import (
+    DEFAULT_CHECKPOINT,
     INDEX_FOLDER,
     QDRANT,
     Filter,
     ForeignDataError,
     Found,
+    IndexSettings,
     VectorStore,
     content_hash,
     glob_expression,

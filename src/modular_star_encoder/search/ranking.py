@@ -9,10 +9,9 @@ from typing import Literal
 import numpy as np
 
 from modular_star_encoder.search.embedder import Embedder
+from modular_star_encoder.search.pieces import definition_word, question_stems
 from modular_star_encoder.search.rules import Question, place
-from modular_star_encoder.search.settings import IndexSettings
-from modular_star_encoder.search.vector_store import Filter, Found, VectorStore
-from modular_star_encoder.search.words import definition_word, question_stems
+from modular_star_encoder.search.vector_store import Filter, Found, IndexSettings, VectorStore
 from modular_star_encoder.utils.errors import UserError
 
 Method = Literal["hybrid", "vector", "lexical"]

@@ -15,8 +15,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from modular_star_encoder.search.pieces import Snippet
-from modular_star_encoder.search.words import parts, telling_parts
+from modular_star_encoder.search.pieces import Snippet, parts, telling_parts
 
 SIMILARITY_WEIGHT, SIMILARITY_WEIGHT_OF_SYMBOLS = 0.5, 0.3
 DEFINITION, OWN_FILE, INSIDE_A_SENTENCE = 1.5, 1.5, 0.5
@@ -77,7 +76,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, snippets: Sequence[Snippet]) -> np.ndarray:
-    """Pieces that define a name of the question gain, and more in a file of that name."""
+    """Gains (N,) of pieces that define a name mentioned in the question; more where the file also has that name."""
     gains = np.zeros(len(snippets))
     for place, snippet in enumerate(snippets):
         defined = {name.lower().rstrip("!?") for name in snippet.defines}

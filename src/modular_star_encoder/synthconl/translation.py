@@ -269,7 +269,7 @@ def _read_sessions(path: Path) -> list[dict[str, Any]]:
 
 
 def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
-    """Counts from the completions themselves; speed from the sessions."""
+    """The report: counts are taken from the completions, speed from the log of each run."""
     table = pa.concat_tables(pq.read_table(file, columns=["finish_reason", *_TOKENS]) for file in row_files(out))
     tokens = {name: pc.sum(table[name]).as_py() for name in _TOKENS}
     errors = pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py()

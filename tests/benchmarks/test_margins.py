@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from modular_star_encoder.search.cascade import fit_threshold, threshold_curve
+from benchmarks.margins import fit_threshold, threshold_curve
 from modular_star_encoder.search.ranking import Cascade
 from tests.errors import raises
 
