@@ -137,7 +137,7 @@ def open_triplets(
         source, split, options: See `open_dataset_rows`.
         columns: The names of its columns.
         strict: Whether a bad row is an error (`data.row`); otherwise it is skipped and counted. A triplet has a
-            description, two codes that are not blank, two of our languages, in any spelling (`C++` is `cpp`), and as
+            description, two codes that are not blank, two of `LANGUAGES` in any spelling (`C++` is `cpp`), and as
             repository a text or nothing.
         fault: Says why a triplet is a bad row for other reasons, or None.
     """
@@ -148,29 +148,25 @@ def open_triplets(
 
 def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExample | str:
     """The triplet of a row, or why it is not one."""
-    for name in columns.names():
-        if name not in row:
-            return f"no column {name}"
+    if missing := [name for name in columns.names() if name not in row]:
+        return f"no column {missing[0]}"
     for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):
         if not isinstance(row[name], str) or not row[name].strip():
             return f"empty {name}"
+    sides = [(columns.code, columns.language), (columns.other_code, columns.other_language)]
+    if columns.negative:
+        sides.append((columns.negative, columns.negative_language or columns.language))
     snippets = []
-    for code, name in (
-        (columns.code, columns.language),
-        (columns.other_code, columns.other_language),
-        (columns.negative, columns.negative_language or columns.language),
-    ):
+    for code, name in sides:
         language = language_named(row[name])
         if language not in LANGUAGES:
             return f"unknown {name}"
-        snippets.append(Snippet(language, row[code] if code else ""))
+        snippets.append(Snippet(language, row[code]))
     repository = row[columns.repository] or ""
     if not isinstance(repository, str):
         return f"{columns.repository} is not a text"
-    negative = snippets[2] if columns.negative else None
-    return not_unicode(repository) or RetrievalExample(
-        row[columns.description], tuple(snippets[:2]), repository, negative
-    )
+    own, negative = tuple(snippets[:2]), next(iter(snippets[2:]), None)
+    return not_unicode(repository) or RetrievalExample(row[columns.description], own, repository, negative)
 
 
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:

@@ -48,21 +48,18 @@ def crash_safe_map(
             future = executor.submit(function, chunk)
         waiting.append((chunk, future))
 
-    def next_results() -> Iterator[Result]:
-        chunk, future = waiting.popleft()
-        try:
-            yield future.result()
-        except BrokenProcessPool:  # every chunk that waits for a broken executor gets here in its turn
-            yield from _halved(function, chunk, crashed)
-
     try:
-        for chunk in chunks:
-            submit(chunk)
+        while True:
             # A short queue, so that a large corpus is never all in memory.
-            if len(waiting) > 4 * processes:
-                yield from next_results()
-        while waiting:
-            yield from next_results()
+            for chunk in islice(chunks, 4 * processes + 1 - len(waiting)):
+                submit(chunk)
+            if not waiting:
+                break
+            chunk, future = waiting.popleft()
+            try:
+                yield future.result()
+            except BrokenProcessPool:  # every chunk that waits for a broken executor gets here in its turn
+                yield from _halved(function, chunk, crashed)
     finally:
         executor.shutdown(cancel_futures=True)
 
