@@ -261,13 +261,11 @@ def _parallel(settings: Any, progress: bool) -> SourceExamples:
         for language, solution in solutions.items():
             if solution is None:  # parquet has every language in every row
                 continue
-            name_of_ours = language_named(language)
-            if name_of_ours not in LANGUAGES:
-                found.skip(f"language {language}, none of ours", place, solution, strict)
-            elif reason := _not_code(solution):
+            known = language_named(language)
+            if reason := _not_code(solution) if known in LANGUAGES else f"language {language}, none of ours":
                 found.skip(reason, place, solution, strict)
             else:
-                snippets.append(Snippet(name_of_ours, solution))
+                snippets.append(Snippet(known or "", solution))
         if reason := not_unicode(slug):
             found.skip(reason, place, row, strict)
         elif len(snippets) > 1:
@@ -342,13 +340,12 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
 
 
 def _bigclonebench(folder: Path) -> dict[str, LabelledPairs]:
-    places: dict[str, int] = {}
-    codes: list[str] = []
+    functions: dict[str, str] = {}
     for where, row in open_dataset_rows(folder / "data.jsonl", ["func", "idx"]):
         if not isinstance(row, dict) or not _is_code(row.get("func")) or "idx" not in row:
             raise UserError("data.row", f"{where} must have func, in whole characters, and idx.")
-        places[str(row["idx"])] = len(codes)
-        codes.append(row["func"])
+        functions[str(row["idx"])] = row["func"]
+    places, codes = {name: place for place, name in enumerate(functions)}, list(functions.values())
     paths = {split: folder / f"{split}.txt" for split in _LABELLED_SPLITS}
     if not (paths["train"].is_file() and paths["valid"].is_file()):
         raise UserError("data.source.no_files", f"{folder} must hold train.txt and valid.txt besides data.jsonl.")

@@ -71,11 +71,12 @@ def _halved(
         with _executor(1) as executor:
             yield executor.submit(function, chunk).result()
     except BrokenProcessPool:
-        middle = len(chunk) // 2
-        if not middle:
+        if len(chunk) == 1:
             yield crashed(chunk[0])
-        for half in (chunk[:middle], chunk[middle:]) if middle else ():
-            yield from _halved(function, half, crashed)
+            return
+        middle = len(chunk) // 2
+        yield from _halved(function, chunk[:middle], crashed)
+        yield from _halved(function, chunk[middle:], crashed)
 
 
 def _executor(processes: int) -> ProcessPoolExecutor:

@@ -54,15 +54,14 @@ Different = AfterValidator(_different)
 Switch = StrictBool
 
 _AnyFloat = Annotated[float, BeforeValidator(_number)]
-_PLAIN_KINDS: dict[Any, Any] = {
-    int: Int,
-    float: _AnyFloat,
-    bool: Switch,
-    int | None: Int | None,
-    float | None: _AnyFloat | None,
-}
 # Checks for fields of dataclasses that do not check themselves.
-_PLAIN: dict[Any, TypeAdapter[Any]] = {kind: TypeAdapter(checked) for kind, checked in _PLAIN_KINDS.items()}
+_PLAIN: dict[Any, TypeAdapter[Any]] = {
+    int: TypeAdapter(Int),
+    float: TypeAdapter(_AnyFloat),
+    bool: TypeAdapter(Switch),
+    int | None: TypeAdapter(Int | None),
+    float | None: TypeAdapter(_AnyFloat | None),
+}
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
