@@ -137,7 +137,7 @@ def open_triplets(
         source, split, options: See `open_dataset_rows`.
         columns: The names of its columns.
         strict: Whether a bad row is an error (`data.row`); otherwise it is skipped and counted. A triplet has a
-            description, two codes that are not blank, two of our languages, in any spelling (`C++` is `cpp`), and as
+            description, two codes that are not blank, two of `LANGUAGES` in any spelling (`C++` is `cpp`), and as
             repository a text or nothing.
         fault: Says why a triplet is a bad row for other reasons, or None.
     """
@@ -148,29 +148,25 @@ def open_triplets(
 
 def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExample | str:
     """The triplet of a row, or why it is not one."""
-    for name in columns.names():
-        if name not in row:
-            return f"no column {name}"
+    if missing := [name for name in columns.names() if name not in row]:
+        return f"no column {missing[0]}"
     for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):
         if not isinstance(row[name], str) or not row[name].strip():
             return f"empty {name}"
+    sides = [(columns.code, columns.language), (columns.other_code, columns.other_language)]
+    if columns.negative:
+        sides.append((columns.negative, columns.negative_language or columns.language))
     snippets = []
-    for code, name in (
-        (columns.code, columns.language),
-        (columns.other_code, columns.other_language),
-        (columns.negative, columns.negative_language or columns.language),
-    ):
+    for code, name in sides:
         language = language_named(row[name])
         if language not in LANGUAGES:
             return f"unknown {name}"
-        snippets.append(Snippet(language, row[code] if code else ""))
+        snippets.append(Snippet(language, row[code]))
     repository = row[columns.repository] or ""
     if not isinstance(repository, str):
         return f"{columns.repository} is not a text"
-    negative = snippets[2] if columns.negative else None
-    return not_unicode(repository) or RetrievalExample(
-        row[columns.description], tuple(snippets[:2]), repository, negative
-    )
+    own, negative = tuple(snippets[:2]), next(iter(snippets[2:]), None)
+    return not_unicode(repository) or RetrievalExample(row[columns.description], own, repository, negative)
 
 
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:
@@ -265,13 +261,11 @@ def _parallel(settings: Any, progress: bool) -> SourceExamples:
         for language, solution in solutions.items():
             if solution is None:  # parquet has every language in every row
                 continue
-            name_of_ours = language_named(language)
-            if name_of_ours not in LANGUAGES:
-                found.skip(f"language {language}, none of ours", place, solution, strict)
-            elif reason := _not_code(solution):
+            known = language_named(language)
+            if reason := _not_code(solution) if known in LANGUAGES else f"language {language}, none of ours":
                 found.skip(reason, place, solution, strict)
             else:
-                snippets.append(Snippet(name_of_ours, solution))
+                snippets.append(Snippet(known or "", solution))
         if reason := not_unicode(slug):
             found.skip(reason, place, row, strict)
         elif len(snippets) > 1:
@@ -346,13 +340,12 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
 
 
 def _bigclonebench(folder: Path) -> dict[str, LabelledPairs]:
-    places: dict[str, int] = {}
-    codes: list[str] = []
+    functions: dict[str, str] = {}
     for where, row in open_dataset_rows(folder / "data.jsonl", ["func", "idx"]):
         if not isinstance(row, dict) or not _is_code(row.get("func")) or "idx" not in row:
             raise UserError("data.row", f"{where} must have func, in whole characters, and idx.")
-        places[str(row["idx"])] = len(codes)
-        codes.append(row["func"])
+        functions[str(row["idx"])] = row["func"]
+    places, codes = {name: place for place, name in enumerate(functions)}, list(functions.values())
     paths = {split: folder / f"{split}.txt" for split in _LABELLED_SPLITS}
     if not (paths["train"].is_file() and paths["valid"].is_file()):
         raise UserError("data.source.no_files", f"{folder} must hold train.txt and valid.txt besides data.jsonl.")

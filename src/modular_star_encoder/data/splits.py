@@ -257,7 +257,7 @@ class PairGroups:
 
     @property
     def counts(self) -> dict[str, int]:
-        """kind → number of groups."""
+        """Kind → number of groups."""
         return {kind: len(numbers) for kind, numbers in self.numbers.items()}
 
     @property

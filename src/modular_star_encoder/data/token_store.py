@@ -80,18 +80,15 @@ def corpus_of_files(
 ) -> TokenCorpus:
     """Tokenize source files, one row each, into memory; `build_token_store` is for those that do not fit."""
     kept = list(files)
-    names = np.array([(file.repository, file.language) for file in kept], dtype=object).reshape(-1, 2)
-    repository_names, repository_of = np.unique(names[:, 0], return_inverse=True)
-    language_names, language_of = np.unique(names[:, 1], return_inverse=True)
-    return TokenCorpus(
-        encode_content(tokenizer, [file.text for file in kept], progress=progress),
-        np.arange(len(kept)),
-        tuple(repository_names.tolist()),
-        repository_of.astype(np.int32),
-        tuple(language_names.tolist()),
-        language_of.astype(np.int32),
-        ContentEncoder(tokenizer).checksum,
-    )
+    rows = encode_content(tokenizer, [file.text for file in kept], progress=progress)
+    repositories = _numbered([file.repository for file in kept])
+    languages = _numbered([file.language for file in kept])
+    return TokenCorpus(rows, np.arange(len(kept)), *repositories, *languages, ContentEncoder(tokenizer).checksum)
+
+
+def _numbered(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    different, numbers = np.unique(np.array(names, dtype=object), return_inverse=True)
+    return tuple(different.tolist()), numbers.astype(np.int32)
 
 
 def corpus_of_texts(

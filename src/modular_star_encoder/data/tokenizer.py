@@ -55,8 +55,7 @@ def train_tokenizer(
         show_progress=progress,
     )
     texts = iter(texts)
-    first = next(texts, None)
-    if first is None:
+    if (first := next(texts, None)) is None:
         raise UserError("data.tokenizer.no_text", "A tokenizer needs at least one text to train on; `texts` is empty.")
     tokenizer.train_from_iterator(chain([first], texts), trainer)
     tokenizer.post_processor = _template(tokenizer)
@@ -199,8 +198,7 @@ def encode_content(
 def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> None:
     """Check that a tokenizer has the special tokens with these roles; by default `sep`, `cls` and `mask`."""
     names = [f"{role}_token" for role in roles or ("sep", "cls", "mask")]
-    missing = [name for name in names if getattr(tokenizer, f"{name}_id") is None]
-    if missing:
+    if missing := [name for name in names if getattr(tokenizer, f"{name}_id") is None]:
         raise UserError("data.tokenizer.token_missing", f"The tokenizer must define {', '.join(missing)}.")
 
 

@@ -48,21 +48,18 @@ def crash_safe_map(
             future = executor.submit(function, chunk)
         waiting.append((chunk, future))
 
-    def next_results() -> Iterator[Result]:
-        chunk, future = waiting.popleft()
-        try:
-            yield future.result()
-        except BrokenProcessPool:  # every chunk that waits for a broken executor gets here in its turn
-            yield from _halved(function, chunk, crashed)
-
     try:
-        for chunk in chunks:
-            submit(chunk)
+        while True:
             # A short queue, so that a large corpus is never all in memory.
-            if len(waiting) > 4 * processes:
-                yield from next_results()
-        while waiting:
-            yield from next_results()
+            for chunk in islice(chunks, 4 * processes + 1 - len(waiting)):
+                submit(chunk)
+            if not waiting:
+                break
+            chunk, future = waiting.popleft()
+            try:
+                yield future.result()
+            except BrokenProcessPool:  # every chunk that waits for a broken executor gets here in its turn
+                yield from _halved(function, chunk, crashed)
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -74,11 +71,12 @@ def _halved(
         with _executor(1) as executor:
             yield executor.submit(function, chunk).result()
     except BrokenProcessPool:
-        middle = len(chunk) // 2
-        if not middle:
+        if len(chunk) == 1:
             yield crashed(chunk[0])
-        for half in (chunk[:middle], chunk[middle:]) if middle else ():
-            yield from _halved(function, half, crashed)
+            return
+        middle = len(chunk) // 2
+        yield from _halved(function, chunk[:middle], crashed)
+        yield from _halved(function, chunk[middle:], crashed)
 
 
 def _executor(processes: int) -> ProcessPoolExecutor:

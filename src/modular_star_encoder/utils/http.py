@@ -34,10 +34,9 @@ _LONGEST_REASON = 300
 class HTTPRequestError(UserError):
     """A request that failed for good.
 
-    Keys: `http.status` (the server refuses), `http.no_answer` (unreachable or busy in every attempt), `http.too_slow`
-    (over the total time), `http.too_large` (over the size limit). `status` is that of the last response, if there was
-    one; `reason` is without the host: "status 401, Incorrect API key provided"; `text` is the beginning of the last
-    response's body, without the token.
+    Keys: `http.status` (refused), `http.no_answer` (unreachable or busy in every attempt), `http.too_slow`,
+    `http.too_large`. Of the last response, if there was one: `status`, `reason` ("status 401, Incorrect API key
+    provided") and `text`, the beginning of its body, without the token.
     """
 
     def __init__(self, key: str, message: str, *, status: int | None = None, reason: str = "", text: str = "") -> None:
@@ -64,12 +63,15 @@ class Response:
             return None
 
 
+_Check = Callable[[Response], bool]
+
+
 class HTTPClient:
     """Sends requests to http and https addresses. Use it as a context manager: leaving cancels what is under way.
 
-    Failures that may pass (status 408, 409, 425, 429 and 5xx, time-outs, broken connections) are retried after a
-    pause: what the server names in `Retry-After`, at most 60 seconds, or `pause`, doubled for each further attempt and
-    varied at random by half, so that concurrent requests don't return together.
+    Failures that may pass (status 408, 409, 425, 429 and 5xx, time-outs, broken connections) are retried after what
+    the server names in `Retry-After`, or `pause`, doubled for each further attempt and varied by half, so that
+    concurrent requests don't return together; at most 60 seconds.
 
     Args:
         token: sent as bearer token; never shown in an error or `repr`.
@@ -79,7 +81,7 @@ class HTTPClient:
         timeout: seconds without any data after which an attempt has failed.
         total_time: seconds for one request with all its attempts and pauses.
         max_bytes: size limit of a response's body, after decompression by HTTP.
-        follow_redirects: whether to follow redirects; don't for requests with a token, which would reach other hosts.
+        follow_redirects: whether to follow redirects; with a token, it would reach other hosts.
     """
 
     def __init__(
@@ -123,15 +125,11 @@ class HTTPClient:
         self._thread.join()
         self._loop.close()
 
-    def request(
-        self, method: str, url: str, *, body: Any = None, retry_if: Callable[[Response], bool] | None = None
-    ) -> Response:
+    def request(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> Response:
         """Send a request and wait for its response; see `submit`."""
         return self.submit(method, url, body=body, retry_if=retry_if).result()
 
-    def submit(
-        self, method: str, url: str, *, body: Any = None, retry_if: Callable[[Response], bool] | None = None
-    ) -> "Future[Response]":
+    def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
         """Send a request in the background; the future has a response of a status below 300 or HTTPRequestError.
 
         `url` may hold a secret: errors name the host only. `body` is sent as JSON. `retry_if` says whether a successful
@@ -142,7 +140,7 @@ class HTTPClient:
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> "Future[Any]":
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    async def _send(self, method: str, url: str, body: Any, retry_if: Callable[[Response], bool] | None) -> Response:
+    async def _send(self, method: str, url: str, body: Any, retry_if: _Check | None) -> Response:
         failed: dict[str, Any] = {"reason": f"{url_host(url)} does not answer"}
         retry_after = None
         async with self._slots:
@@ -240,15 +238,13 @@ def hide_secrets(text: str, token: str = "") -> str:
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """The seconds that the server asks to wait, which it writes as a number or as a date."""
     value = headers.get("retry-after", "")
-    with contextlib.suppress(ValueError, TypeError):
-        return float(value)
-    with contextlib.suppress(ValueError, TypeError):
-        return parsedate_to_datetime(value).timestamp() - time.time()
+    for seconds in (float, lambda date: parsedate_to_datetime(date).timestamp() - time.time()):
+        with contextlib.suppress(ValueError, TypeError):
+            return seconds(value)
     return None
 
 
-CONFLICT = 412
-"""Status of a commit that the Hub refuses because its parent is no longer the newest."""
+CONFLICT = 412  # status of a commit that the Hub refuses because its parent is no longer the newest
 
 
 def check_repository_id(repository: str) -> None:
@@ -256,13 +252,11 @@ def check_repository_id(repository: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    try:
+    with contextlib.suppress(HFValidationError):
         validate_repo_id(repository)
-        valid = "/" in repository
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise UserError("hub.repository_id", f"{repository!r} is not the id of a repository, such as owner/name.")
+        if "/" in repository:
+            return
+    raise UserError("hub.repository_id", f"{repository!r} is not the id of a repository, such as owner/name.")
 
 
 @contextlib.contextmanager

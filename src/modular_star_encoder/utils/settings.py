@@ -28,12 +28,12 @@ Settings = TypeVar("Settings")
 
 def _number(value: Any) -> Any:
     """YAML reads `1e5`, which has no point, as a string, and pydantic takes true and false for numbers."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
     try:
-        return float(value) if isinstance(value, str) else value
+        if not isinstance(value, bool):
+            return float(value) if isinstance(value, str) else value
     except ValueError:
-        raise ValueError("must be a number") from None
+        pass
+    raise ValueError("must be a number")
 
 
 def _different(values: Any) -> Any:
@@ -53,14 +53,15 @@ Share = Annotated[Float, Constraint(gt=0, lt=1)]
 Different = AfterValidator(_different)
 Switch = StrictBool
 
+_AnyFloat = Annotated[float, BeforeValidator(_number)]
+# Checks for fields of dataclasses that do not check themselves.
 _PLAIN: dict[Any, TypeAdapter[Any]] = {
     int: TypeAdapter(Int),
-    float: TypeAdapter(Annotated[float, BeforeValidator(_number)]),
+    float: TypeAdapter(_AnyFloat),
     bool: TypeAdapter(Switch),
     int | None: TypeAdapter(Int | None),
-    float | None: TypeAdapter(Annotated[float, BeforeValidator(_number)] | None),
+    float | None: TypeAdapter(_AnyFloat | None),
 }
-"""Checks for fields of dataclasses that do not check themselves."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -116,11 +117,8 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = (), *,
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            equals = ""
-        if not equals:
-            message = f"{override!r} must have the form key=value with a YAML value, such as seed=1."
-            raise UserError("settings.override", message)
-        set_dotted(content, key, value, repr(override))
+            equals, value = "", None
+        set_dotted(content, key if equals else "", value, repr(override))
     return content
 
 
@@ -128,7 +126,7 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
     """Set `a.b.c` in nested mappings, adding those that are missing."""
     *parents, last = key.split(".")
     if not all(parents) or not last:
-        raise UserError("settings.override", f"{where} must have the form key=value, such as seed=1.")
+        raise UserError("settings.override", f"{where} must have the form key=value with YAML, such as seed=1.")
     for parent in parents:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
@@ -152,7 +150,10 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
             if isinstance(expected, type) and is_dataclass(expected) and isinstance(value, Mapping):
                 values[name] = build_settings(expected, value, name)
             elif (check := _PLAIN.get(expected)) is not None:
-                values[name] = _named(check, name, value)
+                try:
+                    values[name] = check.validate_python(value)
+                except ValidationError as error:
+                    raise ValueError(f"{name} {_sentence(error.errors()[0])}") from None
         if collected := getattr(kind, "OPEN_KEYS", None):
             open_names = {one.name for one in fields(collected[1])} - {one.name for one in _fields(kind)}
             values[collected[0]] = {name: values.pop(name) for name in list(values) if name in open_names}
@@ -202,27 +203,19 @@ def _keys(kind: type) -> list[Field[Any]]:
     return own
 
 
-def _named(check: TypeAdapter[Any], name: str, value: Any) -> Any:
-    try:
-        return check.validate_python(value)
-    except ValidationError as error:
-        raise ValueError(f"{name} {_sentence(error.errors()[0])}") from None
-
-
 def _user_error(error: ValidationError, where: str) -> UserError:
     """The first fault of a validation as one sentence with the place, the rule and the value."""
     faults = error.errors()
     fault = next((one for one in faults if one["type"] == "unexpected_keyword_argument"), faults[0])
-    place = ".".join(
-        str(part) for part in fault["loc"] if not re.search(r"[\[(]|^(int|tuple|dict|literal)$", str(part))
-    )
+    parts = [part for part in map(str, fault["loc"]) if not re.search(r"[\[(]|^(int|tuple|dict|literal)$", part)]
+    place = ".".join(parts)
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
         return UserError(cause.key, f"{where}: {f'{place}: ' if place else ''}{cause}")
     if fault["type"] == "unexpected_keyword_argument":
         parent, _, name = place.rpartition(".")
         return UserError("settings.unknown", f"{where}: unknown setting {name}{f' of {parent}' if parent else ''}.")
-    if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+    if fault["type"].startswith("missing"):
         return UserError("settings.missing", f"{where} is incomplete: {place} is missing.")
     return UserError("settings.value", f"{where}: {place} {_sentence(fault)}".replace(":  ", ": "))
 

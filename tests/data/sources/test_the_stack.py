@@ -154,16 +154,6 @@ def test_only_a_few_contents_are_fetched_ahead(reader_of, server):
     assert server.requested.total() <= 12
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_shards_and_resumed_readers_share_out_repositories(reader_of, count):
-    reader = reader_of(*([record(2 * row), record(2 * row + 1)] for row in range(10)))
-    everything = texts(reader)
-    shards = [texts(reader.shard(index, count)) for index in range(count)]
-    assert sorted(text for shard in shards for text in shard) == sorted(everything)
-    assert texts(reader.skip(4)) == everything[8:]
-    assert texts(reader.shard(0, count).skip(1)) == shards[0][2:]
-
-
 def test_contents_may_come_from_a_folder(reader_of, tmp_path):
     (tmp_path / blob(1)).write_bytes(gzip.compress(b"local = 1"))
     reader = reader_of([record(1), record(2)], url=f"file://{tmp_path}/{{blob_id}}")

@@ -141,8 +141,7 @@ def _one_line(text: str) -> str:
 
 
 _MAX_GAP_BYTES = 200
-_BLOCKS = ("/*", "=begin")
-_AFTER_MEMBER = ("/**<", "/*!<", "///<", "//!<")
+_BLOCKS, _AFTER_MEMBER = ("/*", "=begin"), ("/**<", "/*!<", "///<", "//!<")
 
 
 def description_before(start: int, comments: list[tuple[int, int]], source: SourceText, language: Language) -> str:
@@ -179,8 +178,6 @@ def _comments_before(start: int, spans: list[tuple[int, int]], source: SourceTex
         start, may_follow = first, rb"\s*"
 
 
-MIN_WORDS = 3
-
 _TAGS = re.compile(r"^\s*@.*$|\{@\w+[^{}]*\}|`[^`\n]*`", re.MULTILINE)
 _CODE = re.compile(r"[{}]|;\s*$|\s=\s|\w\(.*\)\s*:?\s*$|^\s*(?:def|func|function|class|end|return)\b", re.MULTILINE)
 _WORD = re.compile(r"[^\W\d_]+")
@@ -192,4 +189,4 @@ def reads_as_prose(text: str) -> bool:
     Lines of tags (`@param`) and text between backticks do not count. Of 13,835 functions in twelve languages none
     counts as prose; of their 12,574 descriptions 97.5 % do.
     """
-    return len(_WORD.findall(text)) >= MIN_WORDS and _CODE.search(_TAGS.sub("", text)) is None
+    return len(_WORD.findall(text)) >= 3 and _CODE.search(_TAGS.sub("", text)) is None

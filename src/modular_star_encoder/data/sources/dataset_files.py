@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import PurePath
 from typing import Any, Self
@@ -58,16 +58,14 @@ class RowColumns:
     license: str | None = None
 
 
-STARCODERDATA_COLUMNS = RowColumns(repository="max_stars_repo_name", path="max_stars_repo_path", text="content")
-"""`bigcode/starcoderdata`."""
-
-THE_STACK_COLUMNS = replace(STARCODERDATA_COLUMNS, language="lang", license="max_stars_repo_licenses")
-"""`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1)."""
-
-GITHUB_CODE_COLUMNS = RowColumns(
-    repository="repo_name", path="path", text="code", language="language", license="license"
+THE_STACK_COLUMNS = RowColumns(
+    repository="max_stars_repo_name",
+    path="max_stars_repo_path",
+    text="content",
+    language="lang",
+    license="max_stars_repo_licenses",
 )
-"""`codeparrot/github-code` and `codeparrot/github-code-clean`."""
+"""`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1); `bigcode/starcoderdata` lacks the last two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,7 @@ def open_rows(
     Args:
         source: A parquet file or URL, a list of them, a folder of them, or the name of a dataset of the Hub.
         columns: The columns to read.
-        config, split, revision, data_dir: Hub only: the configuration, the split, the branch, tag or commit, and the
-            folder to read alone, such as that of one language.
+        config, split, revision, data_dir: For the Hub only; `data_dir` is a folder, such as that of one language.
     """
     shown, files = _shown(source), _files(source, _PARQUET)
     try:
@@ -136,11 +136,7 @@ def row_example(place: str, row: Any) -> str:
 
 def not_unicode(text: str) -> str | None:
     """Why a text can't be written or tokenized, or None: JSON can hold halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "halves of characters (lone surrogates)"
-    return None
+    return "halves of characters (lone surrogates)" if re.search(r"[\ud800-\udfff]", text) else None
 
 
 def _shown(source: Source) -> str:

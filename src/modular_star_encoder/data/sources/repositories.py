@@ -89,7 +89,6 @@ class FileReader(SourceReader):
         return self._filters.decode(content)
 
     def __length_hint__(self) -> int:
-        """The number of files that an iteration reads: an upper bound of those that it yields."""
         return sum(len(one.files) for _, one in self._chosen())
 
 
@@ -110,7 +109,7 @@ def installed_repositories(
     seen = {_normalised_name(name) for name in (*exclude, OWN_DISTRIBUTION)}
     chosen, filters = set(check_languages(languages)), filters or FileFilters()
     repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
-    without_standard_library = STANDARD_LIBRARY in seen
+    with_standard_library = STANDARD_LIBRARY not in seen
     for distribution in metadata.distributions():
         name = _normalised_name(distribution.name or "")
         # The first on sys.path is the one that Python imports; a distribution without a name is a broken install.
@@ -119,7 +118,7 @@ def installed_repositories(
             for file in distribution.files or []:
                 if language_of(file) in chosen:
                     repositories[name].add(file, Path(str(distribution.locate_file(file))), filters)
-    if not without_standard_library:
+    if with_standard_library:
         for path, location in _source_files(Path(sysconfig.get_path("stdlib")), chosen):
             repositories[STANDARD_LIBRARY].add(path, location, filters)
     return FileReader(repositories, filters)
