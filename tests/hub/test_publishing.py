@@ -161,23 +161,20 @@ def test_a_refused_token_writes_nothing_and_is_not_repeated_and_a_hub_may_be_awa
         push(staged[0], HfApi(endpoint="http://127.0.0.1:9", token=TOKEN))
 
 
-def test_a_branch_starts_empty_and_leaves_main_alone(hub, api, plan, unverified):
-    publications = publish(plan, upload=True, api=api, progress=False)
+def test_branches_start_empty_slices_name_their_parents_revision_and_the_same_again_is_nothing(
+    hub, api, plan, unverified, tmp_path
+):
+    publications = publish(plan, upload=True, api=api, progress=False, staging=tmp_path / "staged")
     places = [f"{one.repository} {one.branch}" for one in publications]
     assert places == ["me/pre main", "me/tiny main", "me/tiny-1 main", "me/tiny exit-2"]
+    assert {path.name for path in (tmp_path / "staged").iterdir()} == {"pre", "tiny", "tiny-1", "tiny@exit-2"}
     assert len(hub.commits("me/tiny", "exit-2")) == len(hub.commits("me/tiny")) == 2
     main, branch = hub.files("me/tiny"), hub.files("me/tiny", "exit-2")
     assert "quality_by_latency.png" in main
     assert "quality_by_latency.png" not in branch
     assert len(branch["model.safetensors"]) < len(main["model.safetensors"])
-
-
-def test_slices_name_the_revision_of_their_parent_and_publishing_again_writes_nothing(hub, api, plan, unverified):
-    publications = publish(plan, upload=True, api=api, progress=False)
-    revision = publications[1].revision
-    for files in (hub.files("me/tiny-1"), hub.files("me/tiny", "exit-2")):
-        assert f"revision `{revision}`" in files["README.md"].decode()
-    assert f"revision `{publications[0].revision}`" in hub.files("me/tiny")["README.md"].decode()
+    for files, parent in ((hub.files("me/tiny-1"), 1), (branch, 1), (main, 0)):
+        assert f"revision `{publications[parent].revision}`" in files["README.md"].decode()
     again = publish(plan, upload=True, api=api, progress=False)
     assert [(one.changes, one.revision) for one in again] == [((), one.revision) for one in publications]
 
@@ -193,12 +190,6 @@ def test_nothing_is_sent_if_one_repository_does_not_pass(hub, api, plan, monkeyp
         publish(plan, upload=True, api=api, progress=False, staging=tmp_path / "staged")
     assert hub.requests == []
     assert list(tmp_path.iterdir()) == []
-
-
-def test_staged_repositories_can_be_kept(hub, api, plan, unverified, tmp_path):
-    publish(plan, api=api, progress=False, staging=tmp_path / "staged")
-    assert {path.name for path in (tmp_path / "staged").iterdir()} == {"pre", "tiny", "tiny-1", "tiny@exit-2"}
-    assert hub.repositories == {}
 
 
 def test_a_card_whose_metadata_the_hub_refuses_is_not_committed(hub, api, staged, tmp_path):

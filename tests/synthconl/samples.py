@@ -14,6 +14,7 @@ from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.backends import Completion
 from modular_star_encoder.synthconl.build import DatasetRecipe, build_dataset
+from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
 from modular_star_encoder.synthconl.translation import LANGUAGE_NAMES, TranslationSettings
 
 FUNCTION_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "language1_CSN", "func1_CSN")])
@@ -125,23 +126,32 @@ def small_recipe(corpus, base_url, **changes):
     return DatasetRecipe(**settings | changes)
 
 
-def build_and_die(corpus, base_url, out, renames, rows_per_file=1000, **changes):
-    """Build, and kill -9 this process just before its `renames`-th renaming."""
-    row_files.ROWS_PER_FILE = rows_per_file
+def die_before_renaming(number):
+    """Kill -9 this process just before its renaming of this number, from 1."""
     count = 0
 
     def deadly(real):
         def rename(*arguments, **options):
             nonlocal count
             count += 1
-            if count == renames:
+            if count == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(*arguments, **options)
 
         return rename
 
     os.replace, os.rename = deadly(os.replace), deadly(os.rename)
+
+
+def build_and_die(corpus, base_url, out, renames, rows_per_file=1000, **changes):
+    row_files.ROWS_PER_FILE = rows_per_file
+    die_before_renaming(renames)
     build_dataset(small_recipe(corpus, base_url, **changes), out, progress=False)
+
+
+def drop_and_die(source, out, against, renames):
+    die_before_renaming(renames)
+    prepare_job(source, out, columns=["code", "translation"], id_column="id", against=against).run(progress=False)
 
 
 CODE_WORDS = [

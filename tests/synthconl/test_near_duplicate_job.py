@@ -1,15 +1,11 @@
 import json
-import os
 import random
-import subprocess
-import sys
 from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import modular_star_encoder
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
 from modular_star_encoder.synthconl import near_duplicate_job, row_files
 from modular_star_encoder.synthconl.minhash import DuplicateSettings
@@ -131,14 +127,11 @@ def test_without_ids_the_first_row_of_the_first_file_stays(tmp_path):
     assert report.clusters == 1
 
 
-def test_files_of_which_every_row_is_dropped_are_read_by_all(tmp_path):
+def test_a_file_without_rows_is_read_by_all(tmp_path):
     rows = [{"code": samples.code(random.Random(seed))} for seed in range(5)]
-    for name in ("a", "b"):
-        (tmp_path / "in").mkdir(exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / f"{name}.parquet")
+    write_shards(tmp_path / "in", rows * 2, sizes=(5, 5))
     drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None, against=None)
-    assert pq.read_table(tmp_path / "out" / "b.parquet").to_pylist() == []
-    assert pq.read_metadata(tmp_path / "out" / "b.parquet").num_row_groups == 0
+    assert pq.read_table(tmp_path / "out" / "part-1" / "1.parquet", partitioning=None).to_pylist() == []
     assert [row for _, row in open_dataset_rows(tmp_path / "out", ["code"])] == rows
 
 
@@ -181,61 +174,16 @@ def test_interrupted_by_ctrl_c_it_leaves_nothing_half_written_and_goes_on(source
     assert content(out) == content(finished[1])
 
 
-KILLED_AGAIN_AND_AGAIN = """
-import os, random, signal, sys, time, types
-import rensa, scipy.sparse.csgraph  # here, not in every child
-package = types.ModuleType("modular_star_encoder")  # which would load torch
-package.__path__ = [sys.argv[3]]
-sys.modules[package.__name__] = package
-from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
-
-source, out = sys.argv[1:3]
-
-def run():
-    options = {"columns": ["code", "translation"], "id_column": "id", "against": {"bench": ["x = 1", ""]}}
-    prepare_job(source, out, **options).run(progress=False)
-
-def kill_at_the_second_renaming(before):
-    renamings, rename = [], os.replace
-    def replace(*names):
-        renamings.append(names)
-        if len(renamings) < 2 or not before:
-            rename(*names)
-        if len(renamings) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.replace = replace
-
-kills, exit_code = 0, None
-moment = random.Random(0)
-while exit_code is None:
-    child = os.fork()
-    if not child:
-        if kills % 3:
-            kill_at_the_second_renaming(before=kills % 3 == 1)
-        run()
-        os._exit(0)
-    if not kills % 3:
-        time.sleep(moment.uniform(0, 0.05))
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        kills += 1
-    else:
-        exit_code = os.WEXITSTATUS(status)
-print(kills)
-sys.exit(exit_code)
-"""
-
-
 @pytest.mark.slow
-def test_killed_in_every_task_and_restarted_it_gives_the_same(source, finished, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, str(source), str(out), *modular_star_encoder.__path__]
-    environment = os.environ | {"RAYON_NUM_THREADS": "1"}
-    killed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert killed.returncode == 0, killed.stderr
-    assert int(killed.stdout.split()[-1]) >= 6
-    assert content(out) == content(finished[1])
+def test_killed_at_every_renaming_and_restarted_it_gives_the_same(source, finished, tmp_path):
+    arguments, deaths = (samples.drop_and_die, source, tmp_path / "out", AGAINST), 0
+    # The last two renamings are of one task, which a death between them repeats.
+    while samples.ended_by_sigkill(process := samples.start_process(*arguments, 2 + deaths % 2)):
+        deaths += 1
+        assert deaths < 30
+    assert process.exitcode == 0
+    assert deaths >= 6
+    assert content(tmp_path / "out") == content(finished[1])
 
 
 @pytest.mark.parametrize(

@@ -178,18 +178,9 @@ def test_a_changed_journal_is_refused(folders, interrupted, before, after, value
         run(folders, server)
 
 
-def failing(word, reason="error", error="Too long."):
+def failing(word, error="Too long."):
     """Answers that echo, and fail for the prompts with a word."""
-    return lambda prompt: Completion("", "", reason, error=error) if word in prompt else echo(prompt)
-
-
-def test_a_request_of_its_own_fault_is_recorded_once_others_are_answered(folders):
-    with OpenAIServer(failing("function 11")) as server:
-        assert run(folders, server)["errors"] == 1
-        assert len(server.bodies) == ROWS
-    (row,) = [row for row in read_rows(folders[1]) if row["finish_reason"] != "stop"]
-    assert (row["id"], row["finish_reason"], row["text"]) == ("id11", "error", "")
-    assert "Too long" in row["error"]
+    return lambda prompt: Completion("", "", "error", error=error) if word in prompt else echo(prompt)
 
 
 def test_any_number_of_prompts_may_be_too_long(folders):
@@ -228,22 +219,23 @@ def test_errors_alone_stop_the_run_and_are_asked_again(folders):
 
 
 def test_errors_that_are_all_that_is_left_are_recorded(folders):
-    stop = (401, {}, {})
-    with OpenAIServer(
-        failing("function 27"), lambda _, body, __: stop if "function 27" in str(body) else None
-    ) as server:
+    def fault(number, body, headers):
+        return (401, {}, {}) if "function 27" in str(body) else None
+
+    with OpenAIServer(failing("function 27"), fault) as server:
         with pytest.raises(BackendError):
             run(folders, server)
         server.fault = None
         assert run(folders, server)["errors"] == 3
 
 
-def test_text_and_errors_that_no_file_can_hold_are_mended(folders):
-    mended = failing("function 27", error="half: \ud83d.")
+def test_errors_are_recorded_once_others_are_answered_and_every_text_fits_into_a_file(folders):
+    mended = failing("function 11", error="half: \ud83d.")
     with OpenAIServer(lambda prompt: replace(mended(prompt), text="a\udc80b\0")) as server:
-        assert run(folders, server)["errors"] == 3
-    rows = list(read_rows(folders[1]))
-    assert {(row["text"], row["error"]) for row in rows} == {("a?b\0", ""), ("", "status 400, half: ?")}
+        assert run(folders, server)["errors"] == 1
+        assert len(server.bodies) == ROWS
+    rows = {(row["finish_reason"], row["text"], row["error"]) for row in read_rows(folders[1])}
+    assert rows == {("stop", "a?b\0", ""), ("error", "", "status 400, half: ?")}
 
 
 @pytest.mark.parametrize(
@@ -312,16 +304,13 @@ def test_a_draft_in_the_reasoning_is_not_the_answer(reasoning, answer):
     assert clean(f"<think>\n{draft}").rejected == "empty"
 
 
-def test_a_tag_of_reasoning_inside_code_is_code():
-    code = 'func strip(text string) string {\n\treturn cut(text, "</think>")\n}'
-    assert clean(f"```go\n{code}\n```").code == code
-
-
 def test_what_is_inside_the_code_is_left_as_it_is():
     code = 'func add() {\n\n\tnote := "```"\n\n\tthis.code = note  \n\n// Note: done\n}'
     assert clean(code).code == code
     assert clean(f"```go\n{code}\n```").code == code
     assert clean(f"```go\n    {GO}\n```").code == f"    {GO}"
+    tag = 'func strip(text string) string {\n\treturn cut(text, "</think>")\n}'
+    assert clean(f"```go\n{tag}\n```").code == tag
 
 
 def test_tags_of_php_are_left_out_of_php_alone():
