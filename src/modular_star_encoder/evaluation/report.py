@@ -376,9 +376,9 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
     return _plot(tables, lines, path, by_latency=True)
 
 
-def _exits_by_name(table: Table) -> dict[str, dict[float, Row]]:
+def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
     """The rows of exits by retriever and size."""
-    found: dict[str, dict[float, Row]] = {}
+    found: dict[str, dict[int, Row]] = {}
     for row in sorted(table.rows, key=lambda row: row.exit_layer or 0):
         if row.exit_layer is not None:
             found.setdefault(replace(row, exit_layer=None).label, {})[row.exit_layer] = row
@@ -386,7 +386,10 @@ def _exits_by_name(table: Table) -> dict[str, dict[float, Row]]:
 
 
 def _plot(
-    tables: Sequence[Table], lines: Sequence[Mapping[str, Mapping[float, Row]]], path: Path, by_latency: bool
+    tables: Sequence[Table],
+    lines: Sequence[Mapping[str, Mapping[int, Row] | Mapping[float, Row]]],
+    path: Path,
+    by_latency: bool,
 ) -> Path:
     """Draw {name: {place on the x axis: row}} of each table, three panels in a row."""
     with naming_extra():
