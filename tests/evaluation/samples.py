@@ -40,15 +40,8 @@ def vectors(n, size=3, seed=0):
 def retrieval_task(benchmark="toy", name="one", n=20, seed=0, **options):
     """Document i is query i with noise, so that deeper exits, which see more components, find it more often."""
     queries, noise = vectors(n, seed=seed), vectors(n, seed=seed + 100)
-    pairs = zip(queries, noise, strict=True)
-    documents = [
-        Text(
-            " ".join(
-                str(float(x) + 0.3 * float(y)) for x, y in zip(query.text.split(), other.text.split(), strict=True)
-            )
-        )
-        for query, other in pairs
-    ]
+    values, others = (np.array([text.text.split() for text in texts], dtype=float) for texts in (queries, noise))
+    documents = [Text(" ".join(map(str, row.tolist()))) for row in values + 0.3 * others]
     return replace(ranking_task(benchmark, name, queries, documents, [f"q{i}" for i in range(n)]), **options)
 
 

@@ -33,9 +33,8 @@ class RetrievalMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in NAMES:
-            raise UserError(
-                "evaluation.metric.unknown", f"Unknown metric {self.config_name!r}. Available: {', '.join(NAMES)}."
-            )
+            message = f"Unknown metric {self.config_name!r}. Available: {', '.join(NAMES)}."
+            raise UserError("evaluation.metric.unknown", message)
         score, gain = datasets.Value("float32"), datasets.Value("float64")
         kinds = {"predictions": datasets.Sequence(score), "references": datasets.Sequence(gain)}
         if self.config_name == "f1":

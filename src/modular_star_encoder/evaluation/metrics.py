@@ -223,9 +223,8 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
     if name in ("ndcg-judged", "ndcg-full") and k is not None:
         rank = _ranks_within(ranking.query, ranking.rank) if name == "ndcg-judged" else ranking.rank
         return ndcgs(replace(ranking, rank=np.where(ranking.rank <= k, rank, np.inf)))
-    raise UserError(
-        "evaluation.metric.unknown", f"Unknown metric {metric!r}. Available: mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r."
-    )
+    available = "mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r"
+    raise UserError("evaluation.metric.unknown", f"Unknown metric {metric!r}. Available: {available}.")
 
 
 def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:

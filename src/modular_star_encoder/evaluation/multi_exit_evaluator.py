@@ -106,9 +106,8 @@ class MultiExitEvaluator(BaseEvaluator):
             UserError: fewer than two rows, or fewer than two candidates.
         """
         if distractors is not None:
-            warnings.warn(
-                f"distractors={distractors} is now candidates={distractors + 1}.", FutureWarning, stacklevel=2
-            )
+            message = f"distractors={distractors} is now candidates={distractors + 1}."
+            warnings.warn(message, FutureWarning, stacklevel=2)
             candidates = distractors + 1
         return cls(pairs_task("pairs", "all", rows, size=candidates, seed=seed), **options)
 
@@ -231,11 +230,8 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
         and model[1].include_prompt
     )
     if not pools_alike:
-        raise UserError(
-            "evaluator.model.other",
-            "MultiExitEvaluator needs a SentenceTransformer of a ModularStarEncoderForRetrieval with the configured "
-            f"pooling and at most a normalisation after it; this one has {', '.join(names)}.",
-        )
+        needed = "Transformer, Pooling (as configured) and at most Normalize around a ModularStarEncoderForRetrieval"
+        raise UserError("evaluator.model.other", f"The evaluator needs {needed}; this model has {', '.join(names)}.")
     return network
 
 

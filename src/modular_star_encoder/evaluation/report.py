@@ -269,14 +269,11 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
         tables = [_read_table(table, name) for table in content.get("tables", ())]
         tables = tables or [_read_scores_by_exit(content, name or "folder")]
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
-        raise UserError(
-            "evaluation.report.unreadable", f"{path} holds no results as `mose evaluate` writes them: {error!r}."
-        ) from error
+        message = f"{path} holds no results as `mose evaluate` writes them: {error!r}."
+        raise UserError("evaluation.report.unreadable", message) from error
     if measured and checkpoint and measured != checkpoint:
-        raise UserError(
-            "evaluation.report.other_weights",
-            f"{path} is of other weights ({measured}, not {checkpoint}): evaluate again.",
-        )
+        message = f"{path} is of other weights ({measured}, not {checkpoint}): evaluate again."
+        raise UserError("evaluation.report.other_weights", message)
     return tables
 
 
@@ -341,11 +338,8 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
     found = {name: ExitProfile.load(path) for name, path in profiles.items() if path.is_file()}
     parts = ("processor", "threads", "gpu")
     if len({(one.device, one.shapes[0], *map(one.machine.get, parts)) for one in found.values()}) > 1:
-        raise UserError(
-            "evaluation.plots.other_machines",
-            f"The exit profiles of {' and '.join(found)} are of different machines, devices, threads or shapes of "
-            "batches: measure them under the same conditions with `mose profile`.",
-        )
+        message = "are of different machines, devices, threads or batches: measure them alike with `mose profile`."
+        raise UserError("evaluation.plots.other_machines", f"The exit profiles of {' and '.join(found)} {message}")
     if found:
         plot_quality_by_latency(tables, {name: median_latencies(one) for name, one in found.items()}, by_latency)
 
@@ -382,9 +376,9 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
     return _plot(tables, lines, path, by_latency=True)
 
 
-def _exits_by_name(table: Table) -> dict[str, dict[float, Row]]:
+def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
     """The rows of exits by retriever and size."""
-    found: dict[str, dict[float, Row]] = {}
+    found: dict[str, dict[int, Row]] = {}
     for row in sorted(table.rows, key=lambda row: row.exit_layer or 0):
         if row.exit_layer is not None:
             found.setdefault(replace(row, exit_layer=None).label, {})[row.exit_layer] = row
@@ -392,7 +386,10 @@ def _exits_by_name(table: Table) -> dict[str, dict[float, Row]]:
 
 
 def _plot(
-    tables: Sequence[Table], lines: Sequence[Mapping[str, Mapping[float, Row]]], path: Path, by_latency: bool
+    tables: Sequence[Table],
+    lines: Sequence[Mapping[str, Mapping[int, Row] | Mapping[float, Row]]],
+    path: Path,
+    by_latency: bool,
 ) -> Path:
     """Draw {name: {place on the x axis: row}} of each table, three panels in a row."""
     with naming_extra():

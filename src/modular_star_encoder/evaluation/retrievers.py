@@ -211,10 +211,8 @@ class EmbeddingCache:
         shards = self._space(space).shards
         size = shards[0].shape[1] if shards else embeddings.shape[-1]
         if embeddings.shape != (len(texts), size):
-            raise UserError(
-                "evaluation.embeddings.shape",
-                f"{len(texts)} texts need ({len(texts)}, {size}) embeddings, not {embeddings.shape}.",
-            )
+            message = f"{len(texts)} texts need ({len(texts)}, {size}) embeddings, not {embeddings.shape}."
+            raise UserError("evaluation.embeddings.shape", message)
         if not np.isfinite(embeddings).all():
             raise UserError("evaluation.embeddings.not_finite", "An embedding is NaN or infinite. Check the model.")
         keys = [_key(text) for text in texts]

@@ -25,23 +25,8 @@ from modular_star_encoder.evaluation.benchmarks import WITH_CANDIDATES, choose_b
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import write_candidates
 from modular_star_encoder.evaluation.lexical import BM25, TfIdf
 from modular_star_encoder.evaluation.report import Report, make_report, plot_report
-from modular_star_encoder.evaluation.retrievers import (
-    EmbeddingCache,
-    EmbeddingRetriever,
-    ExitVariant,
-    Retriever,
-    Scores,
-)
-from modular_star_encoder.evaluation.tasks import (
-    POOL,
-    Estimate,
-    PairTask,
-    Pool,
-    RetrievalTask,
-    Task,
-    TaskResult,
-    pairs_task,
-)
+from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant, Retriever
+from modular_star_encoder.evaluation.tasks import POOL, Estimate, PairTask, RetrievalTask, Task, TaskResult, pairs_task
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
@@ -92,9 +77,8 @@ def run_benchmarks(
         raise UserError("evaluation.out.not_a_folder", f"{folder} is a file: name a folder for the reports.")
     chosen = choose_benchmarks(benchmarks, data)
     if candidates is not None and not set(chosen) & set(WITH_CANDIDATES):
-        raise UserError(
-            "evaluation.candidates.not_used", f"Lists of candidates are only for {' and '.join(WITH_CANDIDATES)}."
-        )
+        message = f"Lists of candidates are only for {' and '.join(WITH_CANDIDATES)}."
+        raise UserError("evaluation.candidates.not_used", message)
     options: dict[str, Any] = {"allow_subset": allow_subset, "candidates": candidates}
     tasks = [task for name in chosen for task in load_benchmark(name, data, **options)]
     if cache is None and folder is not None:
@@ -200,11 +184,13 @@ def evaluate_task(
     if isinstance(task, PairTask):
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant, seed))
 
-    def scores(pool: Pool) -> Scores:
-        queries = [task.queries[row] for row in pool.queries]
-        return retriever.scores(queries, [task.documents[row] for row in pool.documents], variant)
-
-    ranking, rows = metrics.rank_task(task, scores, progress=progress)
+    ranking, rows = metrics.rank_task(
+        task,
+        lambda pool: retriever.scores(
+            [task.queries[row] for row in pool.queries], [task.documents[row] for row in pool.documents], variant
+        ),
+        progress=progress,
+    )
     values_of = {metric: metrics.query_values(ranking, metric) for metric in task.metrics}
     main = values_of[task.metrics[0]]
     kept = np.flatnonzero(~np.isnan(main))

@@ -196,10 +196,8 @@ def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarra
     CodeSearchNet and CodeBERT use: same rows, same batches.
     """
     if n < 2 or size < 2:
-        raise UserError(
-            "evaluation.candidates.too_few",
-            f"Ranking needs at least 2 pairs in batches of at least 2, not {n} pairs in batches of {size}.",
-        )
+        message = f"Ranking needs at least 2 pairs in batches of at least 2, not {n} pairs in batches of {size}."
+        raise UserError("evaluation.candidates.too_few", message)
     order = np.random.RandomState(seed).permutation(n)
     return [order[start : start + size] for start in range(0, max(n - size, 0) + 1, size)]
 
@@ -245,16 +243,11 @@ def task_from_mappings(
     places = {name: place for place, name in enumerate(corpus)}
     answered = [name for name in queries if relevant.get(name)]
     if unknown := sorted({document for name in answered for document in relevant[name]} - set(places)):
-        raise UserError(
-            "evaluation.task.unknown_document",
-            f"{len(unknown)} relevant documents are not in `corpus`, such as {unknown[0]!r}.",
-        )
+        message = f"{len(unknown)} relevant documents are not in `corpus`, such as {unknown[0]!r}."
+        raise UserError("evaluation.task.unknown_document", message)
     if not answered or len(places) < 2:
-        raise UserError(
-            "evaluation.candidates.too_few",
-            f"Ranking needs a query with a relevant document and at least two documents, not {len(answered)} and "
-            f"{len(places)}.",
-        )
+        message = f"Ranking needs an answered query and two documents, not {len(answered)} and {len(places)}."
+        raise UserError("evaluation.candidates.too_few", message)
     judged = [sorted(places[document] for document in relevant[name]) for name in answered]
     judgements = Judgements.of([dict.fromkeys(found, 1.0) for found in judged])
     asked, documents = [Text(queries[name]) for name in answered], [Text(text, language) for text in corpus.values()]

@@ -24,11 +24,7 @@ import modular_star_encoder.modeling as modeling
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.inference.exit_zero import shipped_checkpoint
-from modular_star_encoder.modeling import (
-    ModularStarEncoderConfig,
-    ModularStarEncoderForRetrieval,
-    ModularStarEncoderPreTrainedModel,
-)
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum, staged_folder
@@ -153,11 +149,8 @@ def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
     names = {"missing from": missing, "too many in": filter(_TRUNK.search, info["unexpected_keys"])}
     for problem, found in names.items():
         if listed := sorted(found):
-            raise UserError(
-                "checkpoint.tensors",
-                f"{len(listed)} tensors are {problem} {path}, such as {listed[0]}: its configuration does not describe "
-                "its weights.",
-            )
+            message = f"{len(listed)} tensors are {problem} {path}, such as {listed[0]}"
+            raise UserError("checkpoint.tensors", f"{message}: its configuration does not describe its weights.")
     return model
 
 
@@ -255,19 +248,17 @@ def write_checkpoint(
             shutil.copyfile(source, out / name)
 
 
-def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[ModularStarEncoderPreTrainedModel]:
+def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
     """Our class of this name; for a published checkpoint the base class, which reads the tensor names."""
     if name == PUBLISHED_ARCHITECTURE:
-        return ModularStarEncoderPreTrainedModel
+        return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
-        raise UserError(
-            "checkpoint.other_class",
-            f"{checkpoint} holds a {name}, which is not a class of this package: load it and save model.slice(…).",
-        )
+        message = f"{checkpoint} holds a {name}, not a class of this package: load it and save model.slice(…)."
+        raise UserError("checkpoint.other_class", message)
     return getattr(modeling, name)
 
 
-def keep_only_exit(model: ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
+def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
     """Drop the other exits of a model with their projection heads; the layers stay."""
     for other in set(model.config.exit_layers) - {exit_layer}:
         if hasattr(model, "projection_heads"):
@@ -344,8 +335,5 @@ def check_servable(config: ModularStarEncoderConfig) -> None:
     known = {"pooling": ("mean", "lasttoken"), "projection_order": orders, "embedding_normalization": ("l2",)}
     for name, allowed in known.items():
         if getattr(config, name) not in allowed:
-            raise UserError(
-                "checkpoint.not_servable",
-                f"A model with {name}={getattr(config, name)!r} cannot be a SentenceTransformer, whose modules know "
-                f"only {' and '.join(map(repr, allowed))}.",
-            )
+            message = f"A SentenceTransformer cannot have {name}={getattr(config, name)!r}, only"
+            raise UserError("checkpoint.not_servable", f"{message} {' or '.join(map(repr, allowed))}.")

@@ -100,10 +100,8 @@ def encode_batches(
         raise UserError("encode.tokenizer.no_padding", "The tokenizer has no padding token: set tokenizer.pad_token.")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     if broken := [text for text in unique if not_unicode(text)]:
-        raise UserError(
-            "encode.texts.not_unicode",
-            f"{len(broken)} texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}.",
-        )
+        message = f"{len(broken)} texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}."
+        raise UserError("encode.texts.not_unicode", message)
     token_ids = tokenize(tokenizer, [prompt + text for text in unique], max_length, progress)
     embeddings: np.ndarray | None = None
     with tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar:

@@ -228,7 +228,5 @@ class EndpointEncoder(Encoder):
                 raise ValueError
             return np.array([row["embedding"] for row in rows], dtype=np.float32).reshape(len(inputs), -1)
         except (KeyError, TypeError, ValueError):
-            raise UserError(
-                "encoder.endpoint.answer",
-                f"{self.base_url} did not answer with one embedding for each of {len(inputs)} texts.",
-            ) from None
+            message = f"{self.base_url} did not answer with one embedding for each of {len(inputs)} texts."
+            raise UserError("encoder.endpoint.answer", message) from None

@@ -93,10 +93,8 @@ class ExitProfile:
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
         """A profile with the quality of exits ({exit_layer: value, higher is better}) under the name of a benchmark."""
         if not set(values) & set(self.exits):
-            raise UserError(
-                "profile.quality.other_exits",
-                f"{benchmark} has values of exits {_listed(values)}, but the profile covers exits {_listed(self.exits)}.",
-            )
+            message = f"{benchmark} has values of exits {_listed(values)}, but the profile covers {_listed(self.exits)}."
+            raise UserError("profile.quality.other_exits", message)
         exits = dict(self.exits)
         for k in values.keys() & exits.keys():
             exits[k] = dataclasses.replace(exits[k], quality={**exits[k].quality, benchmark: values[k]})
@@ -334,16 +332,13 @@ def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
     check_checkpoint(checkpoint)
     file = checkpoint_file(checkpoint, PROFILE_NAME)
     if file is None:
-        raise FileNotFoundError(
-            f"There is no exit profile of {checkpoint}: measure one (`mose profile --out FILE`), give it as `profile`."
-        )
+        raise FileNotFoundError(f"There is no exit profile of {checkpoint}: measure one with `mose profile`.")
     profile = ExitProfile.load(file)
     here, decisive = machine_kind(), ["processor", "threads"]
     if profile.device == "cuda":
         here, decisive = machine_kind("cuda") if torch.cuda.is_available() else {}, ["gpu"]
     kinds = [(name, profile.machine.get(name), here.get(name)) for name in decisive]
     if other := [f"{name} {then!r}, here {now!r}" for name, then, now in kinds if then != now]:
-        warnings.warn(
-            f"{file} was measured on another machine ({'; '.join(other)}): its times may not hold.", stacklevel=3
-        )
+        message = f"{file} was measured on another machine ({'; '.join(other)}): its times may not hold."
+        warnings.warn(message, stacklevel=3)
     return profile

@@ -80,11 +80,8 @@ def export_onnx(
         True
     """
     if (model.dtype, model.device.type) != (torch.float32, "cpu"):
-        raise UserError(
-            "onnx.dtype",
-            f"ONNX files are made of float32 weights on the CPU, not of {model.dtype} on {model.device}: "
-            "load the model with dtype=torch.float32.",
-        )
+        message = f"ONNX export needs float32 weights on the CPU, not {model.dtype} on {model.device}"
+        raise UserError("onnx.dtype", f"{message}: load the model with dtype=torch.float32.")
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
     sample = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
     longest = model.config.max_position_embeddings
@@ -179,11 +176,10 @@ def check_onnx(
                 values, wanted = values[real], wanted[real]
             difference = float((values - wanted).abs().max() / wanted.abs().max().clamp(min=1))
             if not difference <= tolerance:
-                raise UserError(
-                    "onnx.difference",
-                    f"{path} does not compute what the model computes: {name} differs by {difference:.2g} (allowed: "
-                    f"{tolerance:g}) at a batch of {real.shape[0]} × {real.shape[1]} tokens.",
+                size = (
+                    f"{difference:.2g} (allowed: {tolerance:g}) at a batch of {real.shape[0]} × {real.shape[1]} tokens"
                 )
+                raise UserError("onnx.difference", f"{path}: {name} differs from the model's by {size}.")
             largest[name] = max(largest[name], difference)
         batches += 1
     return OnnxDifferences(**largest, batches=batches)

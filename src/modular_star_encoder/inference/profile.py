@@ -168,11 +168,8 @@ def profile_to_file(
     check_writable(path)
     older = ExitProfile.load(path) if path.is_file() else None
     if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
-        raise UserError(
-            "profile.out.other_exits",
-            f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost: measure them too, or "
-            "name another file (--out).",
-        )
+        message = f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost"
+        raise UserError("profile.out.other_exits", f"{message}: measure them too, or name another file (--out).")
     profile = profile_checkpoint(checkpoint, plan, **options)
     if older is not None:
         profile = profile.with_quality_of(older)

@@ -1,4 +1,4 @@
-"""Files as pieces, the rows of an index (a function, a class, or lines between them), and the words that BM25 compares."""
+"""Files as pieces, which are the rows of an index (functions, classes, other lines), and the words of pieces for BM25."""
 
 from __future__ import annotations
 

@@ -356,7 +356,7 @@ def compare(scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants
 
 
 def _variant(own: Mapping[int, list[Values]], reference: Mapping[int, list[Values]]) -> dict[str, Any]:
-    """The results of one variant: for each exit its figures and their difference from the baseline, the mean, a verdict.
+    """The results of one variant: of each exit the figures and their difference from the baseline; the mean; a verdict.
 
     A variant is `recommended` if it raises the mean MRR over exits (the interval of the difference is above 0) and
     lowers no exit (no interval of an exit's difference is below 0).
