@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from modular_star_encoder.modeling import (
-    ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
     ModularStarEncoderForSequenceClassification,
 )
@@ -105,16 +104,6 @@ def test_an_adapter_saved_beside_its_base_leaves_the_base_whole(base):
     model.save_pretrained(base)
     assert (base / "model.safetensors").read_bytes() == weights
     assert torch.equal(embed(AutoModel.from_pretrained(base)), embed(model))
-
-
-def test_lora_trains_the_shared_heads_of_pretraining():
-    lora = LoraConfig(r=4, target_modules=LAYERS, modules_to_save=["heads"])
-    model = get_peft_model(tiny_model(ModularStarEncoderForPreTraining), lora)
-    labels = torch.where(tiny_batch()["attention_mask"] == 1, tiny_batch()["input_ids"], -100)
-    model(**tiny_batch(), labels=labels, icc_labels=torch.tensor([1, 0, 1])).loss.backward()
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert any("heads.modules_to_save" in name for name in trained)
-    assert [name for name, parameter in trained.items() if parameter.grad is None] == []
 
 
 def test_a_classifier_trained_with_lora_in_the_trainer_merges_into_a_checkpoint(tmp_path):

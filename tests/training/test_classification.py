@@ -93,7 +93,6 @@ def test_truncation_leaves_the_short_snippet_whole(tokenizer, tmp_path, long, le
         (("train.txt", "100 101 2"), "data.row", "train.txt, line 1"),
         (("valid.txt", "100 999 1"), "data.row", "valid.txt, line 1"),
         (("train.txt", ""), "data.source.empty", "train.txt"),
-        (("data.jsonl", '{"idx": 3}'), "data.row", "func"),
         (("data.jsonl", '{"idx": 3, "func": "int \\ud800;"}'), "data.row", "func"),
     ],
 )
@@ -109,13 +108,7 @@ GOOD_PAIR = {"first": "int a;", "second": "int b;", "label": 1}
 
 @pytest.mark.parametrize(
     "row",
-    [
-        GOOD_PAIR | {"second": " "},
-        GOOD_PAIR | {"first": "int \ud800;"},
-        GOOD_PAIR | {"label": [1]},
-        {"first": "int a;", "second": "int b;"},
-        [1],
-    ],
+    [GOOD_PAIR | {"second": " "}, GOOD_PAIR | {"label": [1]}, {"first": "int a;", "second": "int b;"}, [1]],
 )
 def test_rows_that_are_not_labelled_pairs_are_refused_by_line(tmp_path, row):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [GOOD_PAIR, row])))
@@ -125,12 +118,7 @@ def test_rows_that_are_not_labelled_pairs_are_refused_by_line(tmp_path, row):
 
 @pytest.mark.parametrize(
     ("settings", "value"),
-    [
-        ({"pairs": "x"}, "not pairs"),
-        ({1: "x"}, "not 1"),
-        ({"train": 3, "valid": "x"}, "data.train must be the name of a file or folder, not 3"),
-        ({"bigclonebench": None}, "data.bigclonebench must be the name of a file or folder, not None"),
-    ],
+    [({"pairs": "x"}, "not pairs"), ({"bigclonebench": None}, "data.bigclonebench must be the name of a file")],
 )
 def test_other_sources_of_pairs_are_refused(settings, value):
     with raises("data.pairs.settings", value):
@@ -177,8 +165,6 @@ def test_a_classifier_is_trained_at_one_exit_with_lora_and_its_head_is_kept(reci
     [
         ("max_tokens=512", "training.length.too_long", "max_tokens 512"),
         ("pairs_per_device=3", "training.batch_size.multiple", "3 × 1"),
-        ("batch_size=0", "settings.value", "batch_size"),
-        ("data=code", "settings.value", "data"),
         ("task=regression", "training.task", "'regression'"),
         ("task=retrieval", "settings.unknown", "max_eval_samples"),
         ("max_train_samples=-1", "settings.value", "max_train_samples"),
