@@ -62,6 +62,9 @@ def run(recipe_file, out, *overrides):
     return finetune(recipe, out, progress=False)
 
 
+SHORT, LONG = "a b", "x = 1; " * 50
+
+
 def test_a_row_is_both_snippets_in_the_published_template(tokenizer, tmp_path):
     pairs = read_labelled_pairs({"bigclonebench": write_bigclonebench(tmp_path / "data")})["train"]
     rows = ClassificationRows(pairs, tokenizer, max_tokens=128, progress=False)
@@ -70,19 +73,15 @@ def test_a_row_is_both_snippets_in_the_published_template(tokenizer, tmp_path):
     assert rows[3]["labels"] == pairs.labels[3]
 
 
-@pytest.mark.parametrize(("long", "lengths"), [(0, (44, 3)), (1, (3, 44)), (2, (24, 23))])
-def test_truncation_leaves_the_short_snippet_whole(tokenizer, tmp_path, long, lengths):
-    short_code, long_code = "a b", "x = 1; " * 50
-    first, second = [(long_code, short_code), (short_code, long_code), (long_code, long_code)][long]
-    row = {"first": first, "second": second, "label": 1}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
-    files = dict.fromkeys(("train", "valid"), tmp_path / "pairs.jsonl")
-    ids = ClassificationRows(read_labelled_pairs(files)["train"], tokenizer, max_tokens=50, progress=False)[0][
-        "input_ids"
-    ].tolist()
-    assert len(ids) == 50
+@pytest.mark.parametrize(
+    ("first", "second", "lengths"), [(LONG, SHORT, (44, 3)), (SHORT, LONG, (3, 44)), (LONG, LONG, (24, 23))]
+)
+def test_truncation_leaves_the_short_snippet_whole(tokenizer, tmp_path, first, second, lengths):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"first": first, "second": second, "label": 1}))
+    pairs = read_labelled_pairs(dict.fromkeys(("train", "valid"), tmp_path / "pairs.jsonl"))["train"]
+    ids = ClassificationRows(pairs, tokenizer, max_tokens=50, progress=False)[0]["input_ids"].tolist()
     second_sep = ids.index(1, 1)
-    assert (ids[0], ids[-1]) == (1, 2)
+    assert (len(ids), ids[0], ids[-1]) == (50, 1, 2)
     assert abs(second_sep - 1 - lengths[0]) <= 1
     assert abs(48 - second_sep - lengths[1]) <= 1
 
