@@ -45,16 +45,9 @@ class ModularStarEncoderTester:
     num_labels = 3
 
     def get_config(self):
-        return ModularStarEncoderConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            pad_token_id=0,
-        )
+        names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        settings = {name: getattr(self, name) for name in names}
+        return ModularStarEncoderConfig(**settings, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0)
 
     def prepare_config_and_inputs_for_common(self):
         shape = (self.batch_size, self.seq_length)

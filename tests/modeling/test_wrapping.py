@@ -4,14 +4,12 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoModel
 
 from modular_star_encoder.modeling import (
-    ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
-    ModularStarEncoderForSequenceClassification,
 )
 from tests.modeling.test_saving import CHECKPOINT_FILES
 from tests.processes import run_processes
@@ -105,40 +103,3 @@ def test_an_adapter_saved_beside_its_base_leaves_the_base_whole(base):
     model.save_pretrained(base)
     assert (base / "model.safetensors").read_bytes() == weights
     assert torch.equal(embed(AutoModel.from_pretrained(base)), embed(model))
-
-
-def test_lora_trains_the_shared_heads_of_pretraining():
-    lora = LoraConfig(r=4, target_modules=LAYERS, modules_to_save=["heads"])
-    model = get_peft_model(tiny_model(ModularStarEncoderForPreTraining), lora)
-    labels = torch.where(tiny_batch()["attention_mask"] == 1, tiny_batch()["input_ids"], -100)
-    model(**tiny_batch(), labels=labels, icc_labels=torch.tensor([1, 0, 1])).loss.backward()
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert any("heads.modules_to_save" in name for name in trained)
-    assert [name for name, parameter in trained.items() if parameter.grad is None] == []
-
-
-def test_a_classifier_trained_with_lora_in_the_trainer_merges_into_a_checkpoint(tmp_path):
-    tiny_model(ModularStarEncoderForSequenceClassification, num_labels=3).save_pretrained(tmp_path / "base")
-    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-    heads = ["exit_embedding", "pooler"]
-    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=4, target_modules=LAYERS, modules_to_save=heads)
-    batch = tiny_batch()
-    rows = [
-        {"input_ids": ids, "attention_mask": mask, "labels": label}
-        for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], (0, 1, 2), strict=True)
-    ]
-    options = {"max_steps": 1, "learning_rate": 0.1, "use_cpu": True, "report_to": [], "disable_tqdm": True}
-    arguments = TrainingArguments(tmp_path / "run", **options)
-    trainer = Trainer(get_peft_model(base, lora), arguments, train_dataset=rows)
-    trainer.train()
-    trainer.save_model(tmp_path / "adapter")
-
-    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-    untrained = run(base, **batch).logits
-    reloaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    expected = run(trainer.model, **batch).logits
-    assert torch.equal(run(reloaded, **batch).logits, expected)
-    reloaded.merge_and_unload().save_pretrained(tmp_path / "merged")
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(run(merged, **batch).logits, expected, rtol=0, atol=1e-5)
-    assert (untrained - expected).abs().max() > 1e-2

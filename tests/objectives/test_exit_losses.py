@@ -11,26 +11,20 @@ from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 PAPER = (4, 9, 18, 27, 36)
 
 
-def test_the_papers_weights_are_exit_over_depth():
-    weights = exit_weights("paper", PAPER, 36)
-    assert [round(weight, 3) for weight in weights.tolist()] == [0.111, 0.25, 0.5, 0.75, 1.0]
-    assert weights.sum().item() == pytest.approx(2.611, abs=1e-3)
-
-
-def test_a_slice_weighs_its_exits_by_its_parents_depth():
-    assert exit_weights("paper", (4, 9), 36).tolist() == pytest.approx([4 / 36, 9 / 36])
-
-
-def test_normalised_weights_keep_their_proportions():
-    weights = exit_weights("paper", PAPER, 36, normalize=True)
-    assert weights.sum().item() == pytest.approx(1.0)
-    torch.testing.assert_close(weights / weights[-1], exit_weights("paper", PAPER, 36))
-
-
-def test_uniform_and_explicit_weights():
-    assert exit_weights("uniform", PAPER, 36).tolist() == [1.0] * 5
-    assert exit_weights("linear", PAPER, 36).tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert exit_weights([0, 2.5], (1, 2), 2).tolist() == [0.0, 2.5]
+@pytest.mark.parametrize(
+    ("weighting", "exits", "expected"),
+    [
+        ("paper", PAPER, [4 / 36, 0.25, 0.5, 0.75, 1.0]),
+        ("paper", PAPER[:2], [4 / 36, 0.25]),  # a slice refers to its parent's depth
+        ("uniform", PAPER, [1.0] * 5),
+        ("linear", PAPER, [0.2, 0.4, 0.6, 0.8, 1.0]),
+        ([0, 2.5], (1, 2), [0.0, 2.5]),
+    ],
+)
+def test_weights_are_named_or_given_and_normalised_ones_keep_their_proportions(weighting, exits, expected):
+    assert exit_weights(weighting, exits, 36).tolist() == pytest.approx(expected)
+    normalised = exit_weights(weighting, exits, 36, normalize=True)
+    assert normalised.tolist() == pytest.approx([weight / sum(expected) for weight in expected])
 
 
 @pytest.mark.parametrize(

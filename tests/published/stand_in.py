@@ -58,19 +58,14 @@ def write_stand_in(
     """Write a repository and return its folder.
 
     Args:
-        folder: created if missing.
         kind: "pretrained", "finetuned", or "finetuned-<k>", the first k layers with one head. With the same seed, the
             tensors that a cut repository shares with the full one are equal to its own.
-        seed: of the weights.
-        dtype: of the weights, and `torch_dtype` of the configuration.
         cut_head_index: number that a cut repository gives to its only head.
         depth: `num_hidden_layers` of the configuration; by default the full depth, in a cut repository too.
         listed: keys of config.json that are written as a list of one value.
         options: keys of `SHAPE` and `VARIANT`.
     """
-    unknown = set(options) - set(SHAPE) - set(VARIANT)
-    if unknown:
-        raise TypeError(f"write_stand_in has no options {sorted(unknown)}")
+    assert set(options) <= {*SHAPE, *VARIANT}, options
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shape = SHAPE | {key: value for key, value in options.items() if key in SHAPE}
@@ -151,34 +146,16 @@ def write_tokenizer(folder, max_length):
 
 def write_config(folder, shape, dtype, listed):
     """config.json with the published keys, and no others."""
-    config = {
-        "architectures": ["ModularStarEncoder"],
-        "attention_dropout": 0.1,
-        "auto_map": {
-            "AutoConfig": "config.ModularStarEncoderConfig",
-            "AutoModel": "modularStarEncoder.ModularStarEncoder",
-        },
-        "bos_token_id": 0,
-        "embedding_dropout": 0.1,
-        "eos_token_id": 0,
-        "hidden_act": "gelu_pytorch_tanh",
-        "initializer_range": 0.018042,
-        "keys_to_ignore_at_inference": "past_key_values",
-        "layer_matryoshka_loss": True,
-        "layer_norm_eps": 1e-05,
-        "mlp_type": "default",
-        "model_type": "ModularStarEncoder",
-        "norm_epsilon": 1e-05,
-        "norm_type": "layer_norm",
-        "residual_dropout": 0.1,
-        "rope_theta": 999999.4420358813,
-        "sliding_window": None,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "transformers_version": "4.39.3",
-        "use_bias": True,
-        "use_cache": False,
-        **shape,
-    }
+    names = {"AutoConfig": "config.ModularStarEncoderConfig", "AutoModel": "modularStarEncoder.ModularStarEncoder"}
+    config = {"architectures": ["ModularStarEncoder"], "auto_map": names, "model_type": "ModularStarEncoder"}
+    config |= {"torch_dtype": str(dtype).removeprefix("torch."), "transformers_version": "4.39.3"}
+    config |= {"rope_theta": 999999.4420358813}
+    config |= {"hidden_act": "gelu_pytorch_tanh", "mlp_type": "default", "norm_type": "layer_norm", "use_bias": True}
+    config |= dict.fromkeys(("attention_dropout", "embedding_dropout", "residual_dropout"), 0.1)
+    config |= dict.fromkeys(("bos_token_id", "eos_token_id"), 0)
+    config |= {"layer_norm_eps": 1e-05, "norm_epsilon": 1e-05, "initializer_range": 0.018042}
+    config |= {"layer_matryoshka_loss": True, "keys_to_ignore_at_inference": "past_key_values"}
+    config |= {"sliding_window": None, "use_cache": False, **shape}
     config |= {key: [config[key]] for key in listed}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 

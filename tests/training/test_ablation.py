@@ -70,25 +70,21 @@ def test_cells_resume_on_their_own_and_later_calls_may_add_some(recipe_file, tmp
     assert len(lines) == 6
     added = ["uniform/seed-0", "self-distilled/seed-1", "exit-2/seed-1", "uniform/seed-1"]
     assert trained[1:] == added
-    found = json.loads((out / "ablation.json").read_text())["benchmarks"]["held-out, text → code"]
-    assert found["exits"]["2"]["self_distilled"]["mrr"]["by_seed"][0] == pytest.approx(
-        results["benchmarks"]["held-out, text → code"]["exits"]["2"]["self_distilled"]["mrr"]["by_seed"][0]
-    )
+    name = "held-out, text → code"
+    found, before = json.loads((out / "ablation.json").read_text())["benchmarks"][name], results["benchmarks"][name]
+    by_seed = [one["exits"]["2"]["self_distilled"]["mrr"]["by_seed"][0] for one in (found, before)]
+    assert by_seed[0] == pytest.approx(by_seed[1])
     assert set(found["variants"]["uniform"]["exits"]) == {"1", "2", "4"}
     assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert "| uniform |" in (out / "ablation.md").read_text()
-    left = sorted(path.relative_to(out).as_posix() for path in (out / "cells").rglob("*.safetensors"))
-    assert left == []
-    assert not list((out / "cells").rglob("checkpoint-*"))
+    assert not [*(out / "cells").rglob("*.safetensors"), *(out / "cells").rglob("checkpoint-*")]
 
 
 def test_baselines_are_cut_from_the_same_checkpoint_and_see_the_same_batches(recipe_file, tmp_path):
     results, _ = run(recipe_file, tmp_path / "run", "exit_layers=[1]", "finetuning.learning_rate=1.0e-30")
     models = [tmp_path / "run" / "cells" / name / "seed-0" / "model" for name in ("self-distilled", "exit-1")]
     both, alone = (load_file(model / "model.safetensors") for model in models)
-    heads = {
-        f"projection_heads.1.{part}" for part in ("dense.bias", "dense.weight", "out_proj.bias", "out_proj.weight")
-    }
+    heads = {f"projection_heads.1.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("bias", "weight")}
     assert {name for name in alone if name.startswith("projection_heads")} == heads
     assert not any(name.startswith("model.layers.1") for name in alone)
     for name in set(alone) - heads:
@@ -100,31 +96,12 @@ def test_baselines_are_cut_from_the_same_checkpoint_and_see_the_same_batches(rec
     assert set(results["benchmarks"]) == {"held-out, text → code", "held-out, code → code"}
 
 
-def test_a_damaged_file_of_a_run_is_named(recipe_file, tmp_path):
-    run(recipe_file, tmp_path, "baselines=false")
-    for path in (tmp_path / "cells/self-distilled/seed-0/scores.json", tmp_path / "starting_points.json"):
-        path.write_text(path.read_text()[:-3])
-        with pytest.raises(ValueError, match=f"{path.name}, line .* expected one JSON value"):
-            run(recipe_file, tmp_path, "baselines=false")
-
-
 def write_exercises(folder):
     rows = [
         {"slug": f"exercise{i}", "description": f"Compute {i}.", "code": {"go": f"func E{i}() {{}}", "c": f"int e{i};"}}
         for i in range(4)
     ]
     (folder / "exercises.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-
-def test_benchmarks_of_the_harness_are_measured_too(recipe_file, tmp_path):
-    write_exercises(tmp_path)
-    options = (f"benchmark_data={tmp_path}", "benchmarks=[exercism-code]", "held_out=false", "baselines=false")
-    results, _ = run(recipe_file, tmp_path / "run", *options)
-    assert list(results["benchmarks"]) == list(results["bm25"]) == ["exercism-code"]
-    found = results["benchmarks"]["exercism-code"]
-    assert found["queries"] == 8
-    assert set(found["exits"]) == {str(exit_layer) for exit_layer in EXIT_LAYERS}
-    assert "difference" not in found["exits"]["2"]
 
 
 def test_a_model_that_was_not_kept_is_trained_again_for_a_benchmark_that_comes_later(
@@ -137,7 +114,10 @@ def test_a_model_that_was_not_kept_is_trained_again_for_a_benchmark_that_comes_l
     assert not list(out.rglob("*.safetensors"))
     later = (*options, f"benchmark_data={tmp_path}", "benchmarks=[exercism-code]")
     after, _ = run(recipe_file, out, *later)
-    assert after["benchmarks"].pop("exercism-code")["queries"] == 8
+    found = after["benchmarks"].pop("exercism-code")
+    assert found["queries"] == 8
+    assert set(found["exits"]) == {str(exit_layer) for exit_layer in EXIT_LAYERS}
+    assert "difference" not in found["exits"]["2"]
     assert after["benchmarks"] == before["benchmarks"]
     assert trained == ["self-distilled/seed-0"] * 2
     assert not list(out.rglob("*.safetensors"))
@@ -171,21 +151,15 @@ def test_figures_are_means_and_differences_are_paired():
     assert one["difference"]["mrr"]["by_seed"] == pytest.approx([(35 - 17.5) / 40] * 2)
     assert one["difference"]["mrr"]["low"] < (35 - 17.5) / 40 < one["difference"]["mrr"]["high"]
     # Where every query differs by the same, drawing other queries changes nothing.
-    shifted = [value - 0.25 for value in GOOD]
-    (one,) = compare(scores({"self-distilled": {1: GOOD}, "exit-1": {1: shifted}}), (1,), (0, 1), [])[
-        "benchmarks"
-    ].values()
-    difference = one["exits"]["1"]["difference"]["mrr"]
-    assert (difference["low"], difference["high"]) == pytest.approx((0.25, 0.25))
-    assert one["exits"]["1"]["self_distilled"]["mrr"]["high"] > one["exits"]["1"]["self_distilled"]["mrr"]["low"]
-
-
-def test_the_mean_over_seeds_is_taken_query_by_query():
-    both = scores({"self-distilled": {1: [1.0, 0.5]}}, seeds=(0,)) | scores(
-        {"self-distilled": {1: [0.5, 0.5]}}, seeds=(1,)
-    )
-    (found,) = compare(both, (1,), (0, 1), [])["benchmarks"].values()
-    figure = found["exits"]["1"]["self_distilled"]
+    shifted = {"self-distilled": {1: GOOD}, "exit-1": {1: [value - 0.25 for value in GOOD]}}
+    one = compare(scores(shifted), (1,), (0, 1), [])["benchmarks"]["bench"]["exits"]["1"]
+    assert (one["difference"]["mrr"]["low"], one["difference"]["mrr"]["high"]) == pytest.approx((0.25, 0.25))
+    assert one["self_distilled"]["mrr"]["high"] > one["self_distilled"]["mrr"]["low"]
+    # The mean over seeds is taken query by query.
+    seeds = [
+        scores({"self-distilled": {1: ranks}}, seeds=(seed,)) for seed, ranks in enumerate([[1.0, 0.5], [0.5] * 2])
+    ]
+    figure = compare(seeds[0] | seeds[1], (1,), (0, 1), [])["benchmarks"]["bench"]["exits"]["1"]["self_distilled"]
     assert figure["mrr"]["by_seed"] == [0.75, 0.5]
     assert figure["mrr"]["value"] == pytest.approx(0.625)
     assert figure["recall@1"]["by_seed"] == [0.5, 0.0]
@@ -206,17 +180,16 @@ def test_a_variant_is_recommended_if_it_raises_the_mean_and_lowers_no_exit(exits
     assert (found["recommended"], found["lowered_exits"]) == (recommended, lowered)
 
 
-def results(draws=0):
-    given = scores(
-        {"self-distilled": {1: GOOD, 2: GOOD}, "exit-1": {1: BAD}, "exit-2": {2: BAD}, "other": {1: BAD, 2: GOOD}}
-    )
+@pytest.fixture
+def results():
+    both = {"self-distilled": {1: GOOD, 2: GOOD}, "exit-1": {1: BAD}, "exit-2": {2: BAD}, "other": {1: BAD, 2: GOOD}}
     recipe = {"finetuning": {"max_steps": 3, "batch_size": 4, "model": "m"}}
     extra = {"command": "mose ablate x", "recipe": recipe, "bm25": {"bench": 0.5}}
-    return {**extra, **compare(given, (1, 2), (0, 1), ["other"], draws=draws)}
+    return {**extra, **compare(scores(both), (1, 2), (0, 1), ["other"])}
 
 
-def test_the_report_shows_both_series_differences_and_variants():
-    lines = to_markdown(results()).splitlines()
+def test_the_report_shows_both_series_differences_and_variants(results):
+    lines = to_markdown(results).splitlines()
     row = next(line for line in lines if line.startswith("| 1 "))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:4] == ["1", "87.5", "43.8", "+43.8"]
@@ -226,9 +199,9 @@ def test_the_report_shows_both_series_differences_and_variants():
     assert "    mose ablate x" in lines
 
 
-def test_the_picture_has_both_series_in_a_panel_of_each_metric(tmp_path, monkeypatch):
+def test_the_picture_has_both_series_in_a_panel_of_each_metric(tmp_path, monkeypatch, results):
     figures = saved_figures(monkeypatch)
-    plot_ablation(results(), tmp_path / "ablation.png")
+    plot_ablation(results, tmp_path / "ablation.png")
     (figure,) = figures
     assert [axes.get_ylabel() for axes in figure.axes] == ["MRR × 100", "R@1 × 100"]
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[87.5, 87.5], [43.75, 43.75]]
@@ -245,30 +218,19 @@ def test_reports_hold_no_places_of_this_machine(monkeypatch):
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
-        ("seeds=[]", "settings.value", "seeds"),
         ("seeds=[1, 1]", "settings.value", "seeds"),
         ("exit_layers=[3]", "ablation.exit_layers", "exit_layers names 3; the model's exits are 1, 2, 4"),
-        ("exit_layers=2", "settings.value", "exit_layers"),
-        ("exit_layers=[two]", "settings.value", "exit_layers"),
         ("benchmarks=codesearchnet-999", "settings.value", "'codesearchnet-999'"),
-        ("benchmarks=null", "settings.value", "benchmarks"),
-        ("variants={1: {}}", "settings.value", "variants"),
-        ("variants={a: {1: 2}}", "settings.value", "variants.a"),
         ("variants={self-distilled: {}}", "settings.value", "'self-distilled'"),
         ("variants={../x: {}}", "settings.value", "'../x'"),
         ("variants={a: {data.triplets: x}}", "ablation.variants", "data.triplets"),
         ("variants={a: {samples: 3}}", "ablation.variants", "samples"),
         ("variants={a: {objective.speed: 3}}", "settings.unknown", "a: objective: unknown setting speed"),
         ("variants={a: {max_steps.x: 3}}", "settings.override", "max_steps is not a mapping"),
-        (
-            "variants={a: {objective: {teacher: 3, distillation_weight: 1}}}",
-            "contrastive.exit",
-            "a: teacher names exit",
-        ),
+        ("variants={a: {objective: {teacher: 3, distillation_weight: 1}}}", "contrastive.exit", "a: teacher names"),
         ("held_out=false", "ablation.benchmarks", "held_out"),
         ("benchmarks=[exercism-code]", "ablation.benchmark_data", "benchmark_data"),
         ("finetuning.max_steps=0", "settings.value", "max_steps"),
-        ("finetuning=3", "settings.value", "finetuning"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_path, override, key, value):
@@ -291,20 +253,14 @@ def test_baselines_have_no_options_about_other_exits(recipe_file):
     assert {cell.recipe.objective for cell in plain} == {ContrastiveSettings()}
 
 
-def test_cells_of_other_settings_are_refused(recipe_file, tmp_path):
-    run(recipe_file, tmp_path / "run", "baselines=false")
-    with raises("training.run.other_settings", "another batch_size;"):
-        run(recipe_file, tmp_path / "run", "baselines=false", "finetuning.batch_size=6")
-
-
-def test_cells_of_another_checkpoint_at_the_same_place_are_refused(recipe_file, tmp_path):
+def test_cells_of_other_settings_or_of_another_checkpoint_at_the_same_place_are_refused(recipe_file, tmp_path):
     checkpoint, settings = tmp_path / "checkpoint", ("baselines=false", f"finetuning.model={tmp_path / 'checkpoint'}")
     shutil.copytree(recipe_file.parent / "checkpoint", checkpoint)
     run(recipe_file, tmp_path / "run", *settings)
-    weights = load_file(checkpoint / "model.safetensors")
-    save_file(
-        {name: tensor + 1 for name, tensor in weights.items()}, checkpoint / "model.safetensors", {"format": "pt"}
-    )
+    with raises("training.run.other_settings", "another batch_size;"):
+        run(recipe_file, tmp_path / "run", *settings, "finetuning.batch_size=6")
+    weights = {name: tensor + 1 for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
     with raises("ablation.starting_points", checkpoint):
         run(recipe_file, tmp_path / "run", *settings, "seeds=[0, 1]")
     assert not (tmp_path / "run" / "cells" / "self-distilled" / "seed-1").exists()

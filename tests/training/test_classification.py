@@ -62,6 +62,9 @@ def run(recipe_file, out, *overrides):
     return finetune(recipe, out, progress=False)
 
 
+SHORT, LONG = "a b", "x = 1; " * 50
+
+
 def test_a_row_is_both_snippets_in_the_published_template(tokenizer, tmp_path):
     pairs = read_labelled_pairs({"bigclonebench": write_bigclonebench(tmp_path / "data")})["train"]
     rows = ClassificationRows(pairs, tokenizer, max_tokens=128, progress=False)
@@ -70,19 +73,15 @@ def test_a_row_is_both_snippets_in_the_published_template(tokenizer, tmp_path):
     assert rows[3]["labels"] == pairs.labels[3]
 
 
-@pytest.mark.parametrize(("long", "lengths"), [(0, (44, 3)), (1, (3, 44)), (2, (24, 23))])
-def test_truncation_leaves_the_short_snippet_whole(tokenizer, tmp_path, long, lengths):
-    short_code, long_code = "a b", "x = 1; " * 50
-    first, second = [(long_code, short_code), (short_code, long_code), (long_code, long_code)][long]
-    row = {"first": first, "second": second, "label": 1}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
-    files = dict.fromkeys(("train", "valid"), tmp_path / "pairs.jsonl")
-    ids = ClassificationRows(read_labelled_pairs(files)["train"], tokenizer, max_tokens=50, progress=False)[0][
-        "input_ids"
-    ].tolist()
-    assert len(ids) == 50
+@pytest.mark.parametrize(
+    ("first", "second", "lengths"), [(LONG, SHORT, (44, 3)), (SHORT, LONG, (3, 44)), (LONG, LONG, (24, 23))]
+)
+def test_truncation_leaves_the_short_snippet_whole(tokenizer, tmp_path, first, second, lengths):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"first": first, "second": second, "label": 1}))
+    pairs = read_labelled_pairs(dict.fromkeys(("train", "valid"), tmp_path / "pairs.jsonl"))["train"]
+    ids = ClassificationRows(pairs, tokenizer, max_tokens=50, progress=False)[0]["input_ids"].tolist()
     second_sep = ids.index(1, 1)
-    assert (ids[0], ids[-1]) == (1, 2)
+    assert (len(ids), ids[0], ids[-1]) == (50, 1, 2)
     assert abs(second_sep - 1 - lengths[0]) <= 1
     assert abs(48 - second_sep - lengths[1]) <= 1
 
@@ -93,7 +92,6 @@ def test_truncation_leaves_the_short_snippet_whole(tokenizer, tmp_path, long, le
         (("train.txt", "100 101 2"), "data.row", "train.txt, line 1"),
         (("valid.txt", "100 999 1"), "data.row", "valid.txt, line 1"),
         (("train.txt", ""), "data.source.empty", "train.txt"),
-        (("data.jsonl", '{"idx": 3}'), "data.row", "func"),
         (("data.jsonl", '{"idx": 3, "func": "int \\ud800;"}'), "data.row", "func"),
     ],
 )
@@ -109,13 +107,7 @@ GOOD_PAIR = {"first": "int a;", "second": "int b;", "label": 1}
 
 @pytest.mark.parametrize(
     "row",
-    [
-        GOOD_PAIR | {"second": " "},
-        GOOD_PAIR | {"first": "int \ud800;"},
-        GOOD_PAIR | {"label": [1]},
-        {"first": "int a;", "second": "int b;"},
-        [1],
-    ],
+    [GOOD_PAIR | {"second": " "}, GOOD_PAIR | {"label": [1]}, {"first": "int a;", "second": "int b;"}, [1]],
 )
 def test_rows_that_are_not_labelled_pairs_are_refused_by_line(tmp_path, row):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [GOOD_PAIR, row])))
@@ -125,12 +117,7 @@ def test_rows_that_are_not_labelled_pairs_are_refused_by_line(tmp_path, row):
 
 @pytest.mark.parametrize(
     ("settings", "value"),
-    [
-        ({"pairs": "x"}, "not pairs"),
-        ({1: "x"}, "not 1"),
-        ({"train": 3, "valid": "x"}, "data.train must be the name of a file or folder, not 3"),
-        ({"bigclonebench": None}, "data.bigclonebench must be the name of a file or folder, not None"),
-    ],
+    [({"pairs": "x"}, "not pairs"), ({"bigclonebench": None}, "data.bigclonebench must be the name of a file")],
 )
 def test_other_sources_of_pairs_are_refused(settings, value):
     with raises("data.pairs.settings", value):
@@ -177,8 +164,6 @@ def test_a_classifier_is_trained_at_one_exit_with_lora_and_its_head_is_kept(reci
     [
         ("max_tokens=512", "training.length.too_long", "max_tokens 512"),
         ("pairs_per_device=3", "training.batch_size.multiple", "3 × 1"),
-        ("batch_size=0", "settings.value", "batch_size"),
-        ("data=code", "settings.value", "data"),
         ("task=regression", "training.task", "'regression'"),
         ("task=retrieval", "settings.unknown", "max_eval_samples"),
         ("max_train_samples=-1", "settings.value", "max_train_samples"),

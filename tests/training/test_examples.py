@@ -9,16 +9,11 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def documented_command(path):
-    """The first command of a script's docstring, without `python`."""
-    line = next(line for line in path.read_text().splitlines() if line.startswith("    python examples/"))
-    return shlex.split(line)[1:]
-
-
 def run(name, monkeypatch, raised=None):
     """The exit status of the documented command, its recipe missing; or of one that raises in place of reading it."""
     path = EXAMPLES / f"{name}.py"
-    script, recipe, *others = documented_command(path)
+    line = next(line for line in path.read_text().splitlines() if line.startswith("    python examples/"))
+    _, script, recipe, *others = shlex.split(line)
     assert script == f"examples/{name}.py"
     assert (path.parent.parent / recipe).is_file()
     main = runpy.run_path(str(path))["main"]
@@ -33,12 +28,8 @@ def run(name, monkeypatch, raised=None):
 
 
 @pytest.mark.parametrize("name", ["finetune", "pretrain"])
-def test_the_documented_command_is_understood(name, monkeypatch, capsys):
+def test_the_documented_command_is_understood_and_a_missing_package_is_reported_in_one_line(name, monkeypatch, capsys):
     assert run(name, monkeypatch) == 2
     assert capsys.readouterr().err.startswith(f"{name}: error: Recipe nowhere.yaml not found.")
-
-
-@pytest.mark.parametrize("name", ["finetune", "pretrain"])
-def test_a_missing_package_is_reported_in_one_line(name, monkeypatch, capsys):
     assert run(name, monkeypatch, ImportError("lora needs\npeft: pip install it.")) == 2
     assert capsys.readouterr().err == f"{name}: error: lora needs peft: pip install it.\n"

@@ -86,30 +86,13 @@ def test_a_recipe_makes_a_checkpoint_that_loads_and_a_log_of_every_exit(recipe_f
     assert 1 <= len(log["held_out_repositories"]) <= 3
 
 
-def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):
-    run(recipe_file, tmp_path / "run", "max_steps=2")
-    with raises("training.run.other_settings", "another max_steps, seed"):
-        run(recipe_file, tmp_path / "run", "max_steps=4", "seed=1")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").write_text("mine")
-    with raises("training.run.not_a_run", "other"):
-        run(recipe_file, tmp_path / "other")
-    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
-
-
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
         ("max_tokens=512", "training.length.too_long", "max_tokens 512 must be at most"),
         ("tokens_per_step=200", "training.tokens_per_step.multiple", "2 × 64 × 1 = 128"),
-        ("max_steps", "settings.override", "'max_steps'"),
-        ("corpus.=3", "settings.override", "corpus."),
-        ("steps.x=3", "settings.override", "steps"),
         ("model=nowhere", "config.unknown", "'nowhere'"),
-        ("exit_weights=heavy", "exit_weights", "paper, uniform, linear"),
         ("milestones=[1, 2]", "training.schedule", "fractions []"),
-        ("corpus=code", "settings.value", "corpus"),
-        ("milestones=4", "training.schedule", "4"),
         ("milestones='42'", "training.schedule", "'42'"),
         ("milestones=[2.5]", "training.schedule", "[2.5]"),
         ("fractions=[half]", "training.schedule", "['half']"),
@@ -119,18 +102,13 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):
 )
 def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_path, override, key, value):
     with raises(key, value):
-        run(recipe_file, tmp_path / "run", *(["steps=1"] if override.startswith("steps.") else []), override)
+        run(recipe_file, tmp_path / "run", override)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [
-        ("corpus.rows=x", "exactly one source"),
-        ("corpus.folder=/does/not/exist", "does not exist"),
-        ("corpus.speed=3", "speed"),
-        ("attn_implementation=fast", "fast"),
-    ],
+    [("corpus.rows=x", "exactly one source"), ("corpus.speed=3", "speed"), ("attn_implementation=fast", "fast")],
 )
 def test_faults_that_other_rooms_find_stop_before_anything_is_written(recipe_file, tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
@@ -145,15 +123,6 @@ def test_settings_of_training_may_change_until_something_is_trained(recipe_file,
     assert log["steps"] == 2
     with raises("training.run.other_settings", "another corpus"):
         run(recipe_file, tmp_path / "run", "max_steps=2", "corpus.depth=2")
-
-
-def test_a_finished_run_is_not_trained_again(recipe_file, tmp_path):
-    first, _ = run(recipe_file, tmp_path / "run", "max_steps=2")
-    weights = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
-    recipe = load_recipe(PretrainingRecipe, recipe_file, ["max_steps=2"])
-    again = pretrain(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
-    assert again["seconds"] == first["seconds"]
-    assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == weights
 
 
 def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_path):
@@ -222,14 +191,6 @@ def test_the_papers_recipe_is_the_papers():
     assert model_config(recipe).num_hidden_layers == 36
 
 
-def test_every_recipe_of_ours_fits_its_model():
-    for name in ("pretrained", "small"):
-        recipe = load_recipe(PretrainingRecipe, hub_config_folder(name) / "recipe.yaml")
-        assert isinstance(recipe, PretrainingRecipe)
-        assert recipe.model == name
-        assert recipe.max_tokens <= model_config(recipe).max_position_embeddings
-
-
 def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_weights(recipe_file, tmp_path):
     out, generator, kills = tmp_path / "killed", random.Random(0), 0
     command = [sys.executable, "-m", "modular_star_encoder.cli.main", "pretrain", str(recipe_file), "max_steps=40"]
@@ -265,27 +226,16 @@ def test_starting_from_unigrams_predicts_the_tokens_frequencies():
 
 def test_tokens_with_one_spelling_start_out_similar_and_others_do_not():
     embedding = torch.nn.Embedding(4, 4096, padding_idx=0)
-    start_from_spellings(embedding, ["<pad>", "parse", "parse", "format"], shared=0.8, std=0.1)
-    vectors = embedding.weight.detach()
+    start_from_spellings(embedding, ["<pad>", "parse", "parse", "format"], seed=0)
+    vectors = embedding.weight.detach().clone()
     correlations = torch.corrcoef(vectors[1:])
     assert correlations[0, 1].item() == pytest.approx(0.8, abs=0.03)
     assert correlations[0, 2].item() == pytest.approx(0, abs=0.06)
-    assert vectors[1:].std().item() == pytest.approx(0.1, abs=0.005)
+    assert vectors[1:].std().item() == pytest.approx(0.3, abs=0.015)
     assert not vectors[0].any()
-
-
-def test_the_same_seed_gives_the_same_vectors():
-    first, second, other = (torch.nn.Embedding(3, 8) for _ in range(3))
-    for embedding, seed in ((first, 1), (second, 1), (other, 2)):
-        start_from_spellings(embedding, ["a", "a", "b"], seed=seed)
-    assert torch.equal(first.weight, second.weight)
-    assert not torch.equal(first.weight, other.weight)
-
-
-@pytest.mark.parametrize(("spellings", "shared"), [(["a"], 0.5), (["a", "b"], 1.5)])
-def test_bad_arguments_are_refused(spellings, shared):
-    with raises("training.spellings", shared):
-        start_from_spellings(torch.nn.Embedding(2, 4), spellings, shared=shared)
+    for seed in (0, 1):
+        start_from_spellings(embedding, ["<pad>", "parse", "parse", "format"], seed=seed)
+        assert torch.equal(embedding.weight, vectors) is (seed == 0)
 
 
 def test_every_token_has_a_spelling_that_ignores_case_spaces_and_underscores():
@@ -298,19 +248,16 @@ def test_every_token_has_a_spelling_that_ignores_case_spaces_and_underscores():
     assert spellings["<sep>"] != spellings["<cls>"]
 
 
-def log(exits=(1, 2)):
+def test_every_exit_has_its_held_out_curve_in_both_panels(tmp_path, monkeypatch):
     history = [
         {"step": step, f"{prefix}mlm_loss_exit_{e}": 7.0 - step, f"{prefix}icc_accuracy_exit_{e}": 0.5}
         for step in (1, 2, 3)
         for prefix in ("", "eval_")
-        for e in exits
+        for e in (1, 2)
     ]
-    return {"log_history": history, "unigram_entropy": 7.0, "identifier_overlap": {"accuracy": 0.6}}
-
-
-def test_every_exit_has_its_held_out_curve_in_both_panels(tmp_path, monkeypatch):
     figures = saved_figures(monkeypatch)
-    plot_curves(log(), tmp_path / "curves.png")
+    log = {"log_history": history, "unigram_entropy": 7.0, "identifier_overlap": {"accuracy": 0.6}}
+    plot_curves(log, tmp_path / "curves.png")
     losses, accuracies = (
         {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
         for axes in figures[0].axes
@@ -318,11 +265,3 @@ def test_every_exit_has_its_held_out_curve_in_both_panels(tmp_path, monkeypatch)
     assert losses == {"exit 1": [6, 5, 4], "exit 2": [6, 5, 4]}
     assert set(accuracies) == {"exit 1", "exit 2"}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_log_without_training_is_refused_and_the_old_picture_stays(tmp_path):
-    (tmp_path / "curves.png").write_text("old")
-    with raises("training.log.empty"):
-        plot_curves(log(exits=()), tmp_path / "curves.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
-    assert (tmp_path / "curves.png").read_text() == "old"

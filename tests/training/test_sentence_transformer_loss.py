@@ -75,18 +75,10 @@ def test_the_model_is_left_as_it_was(model):
 
 def train(model, folder, steps, resume=None):
     loss = MultiExitContrastiveLoss(model, ContrastiveSettings(mini_batch_tokens=40))
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        save_steps=2,
-        logging_steps=1,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=8,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
-    )
+    settings = {"max_steps": steps, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
+    settings |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": 8}
+    settings |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none"}
+    arguments = SentenceTransformerTrainingArguments(output_dir=str(folder), **settings)
     rows = Dataset.from_dict(dict(zip(("anchor", "positive"), LINES, strict=True)))
     trainer = SentenceTransformerTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, loss=loss)
     trainer.train(resume_from_checkpoint=resume)
@@ -96,21 +88,14 @@ def train(model, folder, steps, resume=None):
 @pytest.mark.slow
 def test_their_trainer_logs_every_exit_and_resumes_with_the_learned_scale(checkpoint, tmp_path):
     straight = train(SentenceTransformer(str(checkpoint), device="cpu"), tmp_path / "straight", 4)
-    logs = [log for log in straight.state.log_history if "loss" in log]
-    for log in logs:
-        parts = [log[f"clip_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS]
-        assert log["loss"] == pytest.approx(sum(parts), abs=2e-3)
-    assert len(logs) == 4
     straight.evaluate()
-    evaluation = straight.state.log_history[-1]
-    parts = [evaluation[f"eval_clip_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS]
-    assert evaluation["eval_loss"] == pytest.approx(sum(parts), abs=2e-3)
-    resumed = train(
-        SentenceTransformer(str(checkpoint), device="cpu"),
-        tmp_path / "resumed",
-        4,
-        resume=str(tmp_path / "straight" / "checkpoint-2"),
-    )
+    *logs, evaluation = [log for log in straight.state.log_history if "loss" in log or "eval_loss" in log]
+    assert len(logs) == 4
+    for prefix, log in [*(("", log) for log in logs), ("eval_", evaluation)]:
+        parts = [log[f"{prefix}clip_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS]
+        assert log[f"{prefix}loss"] == pytest.approx(sum(parts), abs=2e-3)
+    untrained, half = SentenceTransformer(str(checkpoint), device="cpu"), tmp_path / "straight" / "checkpoint-2"
+    resumed = train(untrained, tmp_path / "resumed", 4, resume=str(half))
     expected, found = (trainer.model[0].auto_model.state_dict() for trainer in (straight, resumed))
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
@@ -19,7 +18,7 @@ from modular_star_encoder.training.runs import last_checkpoint, train_to_the_end
 from modular_star_encoder.training.starting_points import add_adapters
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.errors import raises
-from tests.objectives.contrastive_batches import every_option, every_side, texts, with_dropout
+from tests.objectives.contrastive_batches import texts, with_dropout
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -62,15 +61,6 @@ def make_trainer(folder, model=None, objective=None, **changes):
 def total(log, name="clip_loss", prefix=""):
     """The paper's weights × the logged losses of the exits."""
     return sum(exit_layer / 4 * log[f"{prefix}{name}_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS)
-
-
-def test_the_total_is_the_weighted_sum_of_the_exits(tmp_path):
-    batch = {"query": tiny_batch(lengths=(5, 3, 4)), "document": tiny_batch()}
-    trainer = make_trainer(tmp_path)
-    trainer.model.eval()
-    losses = ContrastiveObjective()(trainer.model, batch, EXIT_LAYERS).losses
-    expected = losses[0] * 1 / 4 + losses[1] * 2 / 4 + losses[2] * 4 / 4
-    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
 
 
 def test_every_exits_loss_is_logged_and_adds_up_to_the_total(tmp_path):
@@ -172,11 +162,6 @@ def test_evaluation_reports_each_exit_and_leaves_the_training_log_alone(tmp_path
     assert training["loss"] == pytest.approx(total(training), rel=1e-4)
 
 
-def test_an_exit_that_the_model_lacks_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
-        MultiExitTrainer(tiny_model(), arguments(tmp_path), ContrastiveObjective(), exit_layers=(3,))
-
-
 def pretraining_stage(tokenizer, folder):
     """Six steps of pre-training with dropout."""
     settings = {"max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "save_strategy": "steps"}
@@ -195,12 +180,8 @@ def test_a_half_written_checkpoint_is_passed_over_and_removed(tmp_path, tokenize
     _, log = pretraining_stage(tokenizer, tmp_path)
     assert log["resumed_from"] == 4
     assert not (tmp_path / "checkpoint-8").exists()
-    assert json.loads(state.read_text())["global_step"] == 6
-
-
-def test_an_empty_folder_has_no_last_checkpoint(tmp_path):
-    assert last_checkpoint(tmp_path) is None
     assert last_checkpoint(tmp_path / "missing") is None
+    assert json.loads(state.read_text())["global_step"] == 6
 
 
 def with_scale():
@@ -221,6 +202,7 @@ def train(folder, tokens, **changes):
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}])
 def test_mini_batches_train_as_whole_batches_do(tmp_path, changes):
     plain, cached = (train(tmp_path, tokens, **changes) for tokens in (None, 16))
+    assert {"eval_logit_scale", "eval_alignment_loss_exit_1", "eval_clip_accuracy_exit_4"} <= set(cached.evaluate())
     names = {"loss", "grad_norm", "logit_scale"} | {f"clip_loss_exit_{exit_layer}" for exit_layer in EXIT_LAYERS}
     for expected, found in zip(plain.state.log_history[:3], cached.state.log_history[:3], strict=True):
         assert {name: found[name] for name in names} == pytest.approx({name: expected[name] for name in names}, 1e-3)
@@ -232,18 +214,6 @@ def test_mini_batches_train_as_whole_batches_do(tmp_path, changes):
         for first, second in ((before.state_dict(), cached.model.state_dict()), tuple(states))
     ]
     assert distances[1] < 1e-2 * distances[0]
-
-
-def test_mini_batches_train_in_mixed_precision(tmp_path):
-    plain, cached = (train(tmp_path, tokens, bf16=True) for tokens in (None, 16))
-    losses = [[log["loss"] for log in trainer.state.log_history[:3]] for trainer in (plain, cached)]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
-
-
-def test_evaluation_needs_no_gradients(tmp_path):
-    trainer = train(tmp_path, 16, max_steps=1)
-    metrics = trainer.evaluate()
-    assert {"eval_logit_scale", "eval_alignment_loss_exit_1", "eval_clip_accuracy_exit_4"} <= set(metrics)
 
 
 def test_a_learned_scale_is_resumed_saved_and_loaded(tmp_path):
@@ -259,26 +229,11 @@ def test_a_learned_scale_is_resumed_saved_and_loaded(tmp_path):
     assert torch.equal(loaded.logit_scale.log_scale, scale)
 
 
-def test_a_learned_scale_is_trained_beside_lora_and_comes_back(tmp_path):
-    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["dense", "out_proj", "logit_scale"])
-    trainer = trainer_of(get_peft_model(with_scale(), lora), tmp_path, {"mini_batch_tokens": 16})
-    trainer.train()
-    trainer.model.save_pretrained(tmp_path / "adapter")
-    scale = trainer.state.log_history[2]["logit_scale"]
-    assert scale != pytest.approx(12.0, abs=1e-2)
-    loaded = PeftModel.from_pretrained(with_scale(), tmp_path / "adapter")
-    trained = trainer.model(**tiny_batch())
-    torch.testing.assert_close(loaded(**tiny_batch()).logit_scale, trained.logit_scale)
-    assert trained.logit_scale.item() != pytest.approx(12.0, abs=1e-2)
-
-
 @pytest.mark.parametrize(
     ("settings", "own", "key"),
     [
         ({"mini_batch_tokens": 8}, {"log_gradient_norms": True}, "training.log_gradient_norms.cached"),
-        ({"teacher": 3, "distillation_weight": 1.0}, {}, "contrastive.exit"),
         ({"teacher": "next_deeper", "distillation_weight": 1}, {"rotate_shallow_exits": True}, "contrastive.rotation"),
-        ({"dimensions": [17]}, {}, "contrastive.dimensions"),
     ],
 )
 def test_settings_that_do_not_fit_the_trainer_are_refused_before_training(tmp_path, settings, own, key):
@@ -309,18 +264,14 @@ def test_a_loss_that_is_not_finite_stops_training_and_leaves_its_batch(tmp_path)
     trainer.objective = objective
     with raises("training.loss.not_finite") as error:
         trainer.train()
-    message = str(error.value)
     path = tmp_path / "run" / "non_finite_loss_step_2_rank_0.safetensors"
-    assert message.startswith("The loss of step 2 is not finite (exit 1: ")
-    assert "exit 2: nan" in message
-    assert message.endswith(f"its batch is in {path}.")
+    for part in ("step 2", "exit 2: nan", path):
+        assert str(part) in str(error.value)
     written = load_file(path)
     assert set(written) == {f"{side}.{name}" for side in collate([0]) for name in ("input_ids", "attention_mask")}
     assert torch.equal(written["query.input_ids"], batches[1]["query"]["input_ids"])
     report = json.loads(path.with_suffix(".json").read_text())
-    assert report["step"] == 2
-    assert report["losses"]["2"] == "nan"
-    assert isinstance(report["losses"]["1"], float)
+    assert (report["step"], report["losses"]["2"], type(report["losses"]["1"])) == (2, "nan", float)
     assert trainer.state.global_step == 1
 
 
@@ -337,16 +288,6 @@ def test_any_objective_is_stopped(tmp_path):
         trainer.compute_loss(trainer.model.train(), {**batch, "kind": "in context"})
     report = json.loads((tmp_path / "non_finite_loss_step_1_rank_0.json").read_text())
     assert report["other_values"] == {"kind": "in context"}
-
-
-def test_every_option_trains_through_the_trainer(tmp_path):
-    model = tiny_model(logit_scale_init_value=10.0)
-    objective = ContrastiveObjective(every_option(mini_batch_tokens=20))
-    trainer = make_trainer(tmp_path, model, objective, max_steps=1, logging_steps=1)
-    trainer.data_collator = lambda indices: every_side()
-    trainer.train()
-    log = trainer.state.log_history[0]
-    assert {"masked_negatives", "logit_scale", "distillation_loss_exit_4", "clip_accuracy_smallest_exit_1"} <= set(log)
 
 
 @pytest.mark.parametrize(("margin", "warned"), [(1.9, True), (-1.9, False)])
