@@ -61,7 +61,7 @@ class Scores(Protocol):
         ...
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """The scores (P,) float32 of P pairs, given as row numbers of queries and documents; bit for bit those of `blocks`."""
+        """Scores (P,) float32 of P pairs, given as row numbers of queries and documents; bit for bit those of `blocks`."""
         ...
 
 
@@ -74,6 +74,7 @@ class Retriever(Protocol):
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
         """Do what can be done for all texts at once, such as embedding them; nothing by default."""
+        return None
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> Scores:
         """Scores (Q, D) of prepared texts."""

@@ -93,7 +93,9 @@ class ExitProfile:
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
         """A profile with the quality of exits ({exit_layer: value, higher is better}) under the name of a benchmark."""
         if not set(values) & set(self.exits):
-            message = f"{benchmark} has values of exits {_listed(values)}, but the profile covers {_listed(self.exits)}."
+            message = (
+                f"{benchmark} has values of exits {_listed(values)}, but the profile covers {_listed(self.exits)}."
+            )
             raise UserError("profile.quality.other_exits", message)
         exits = dict(self.exits)
         for k in values.keys() & exits.keys():

@@ -1,4 +1,4 @@
-"""Files as pieces, which are the rows of an index (functions, classes, other lines), and the words of pieces for BM25."""
+"""Files as pieces (functions, classes, other lines), the rows of an index; and the words of pieces for BM25."""
 
 from __future__ import annotations
 
