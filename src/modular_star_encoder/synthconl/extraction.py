@@ -67,7 +67,7 @@ def function_rows(
     processes: int = 2,
     progress: bool = True,
 ) -> Iterator[Row]:
-    """Yield the documented functions of some corpora, each once, with the columns of `FUNCTION_SCHEMA`.
+    """Yield the documented functions of some corpora, with the columns of `FUNCTION_SCHEMA`.
 
     Of functions whose code differs in white space only, the first is kept. A digest of each stays in memory.
 
