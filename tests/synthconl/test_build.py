@@ -18,7 +18,7 @@ from modular_star_encoder.data.pairs import open_triplets
 from modular_star_encoder.synthconl import build, row_files
 from modular_star_encoder.synthconl.build import EXAMPLE, SPLITS, STAGES, DatasetRecipe, load_dataset_recipe
 from modular_star_encoder.synthconl.publishing import MEANINGS
-from modular_star_encoder.synthconl.row_files import count_rows, read_rows, write_parquet, write_rows, write_split
+from modular_star_encoder.synthconl.row_files import count_rows, read_rows, write_rows, write_split
 from modular_star_encoder.synthconl.translation import SCHEMA, target_language
 from tests.errors import raises
 from tests.synthconl.openai_server import OpenAIServer
@@ -123,7 +123,6 @@ def test_only_what_is_published_is_in_the_folder(finished):
     files = {path.relative_to(finished / "dataset").as_posix() for path in (finished / "dataset").rglob("*.*")}
     parts = {f"data/{split}-00000-of-00001.parquet" for split in SPLITS}
     assert files == {"README.md", "statistics.json", "report.json", *parts}
-    assert {path.name for path in finished.iterdir()} == {stage.__name__ for stage in STAGES} | {".lock", "build.json"}
 
 
 def test_a_finished_build_is_not_built_again_and_how_it_is_run_may_change(corpus, finished, server):
@@ -347,13 +346,3 @@ def test_a_split_is_numbered_out_of_its_number_of_files(tmp_path, monkeypatch):
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == [f"train-0000{i}-of-00003.parquet" for i in range(3)]
     assert [row for file in files for row in pq.read_table(file).to_pylist()] == some_rows(14)
-
-
-def test_a_file_that_cannot_be_written_to_its_end_does_not_appear(tmp_path):
-    def tables():
-        yield pa.Table.from_pylist(some_rows(2), IDS)
-        raise ValueError("no more")
-
-    with pytest.raises(ValueError, match="no more"):
-        write_parquet(tmp_path / "rows.parquet", tables(), IDS)
-    assert list(tmp_path.iterdir()) == []

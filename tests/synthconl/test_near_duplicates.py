@@ -48,14 +48,6 @@ def test_the_default_is_25_bands_of_10_and_high_recall_more_bands():
     assert rows[0] < rows[-1]
 
 
-@pytest.mark.parametrize(
-    "values", [{"threshold": 0}, {"threshold": 1.1}, {"recall": "low"}, {"match": "any"}, {"giant_cluster": 0}]
-)
-def test_settings_out_of_range_are_refused(values):
-    with raises("settings.value", *values, *values.values()):
-        DuplicateSettings(**values)
-
-
 def test_similarity_is_that_of_the_sets_of_strings():
     rng = random.Random(1)
     for number in range(60):

@@ -111,7 +111,6 @@ class Blocker(MetaPathFinder):
 
 
 def main(request_file: str, result_file: str) -> None:
-    """Answer every request in the clean process; the arrays of request number i are called `{i}/…`."""
     sys.meta_path.insert(0, Blocker())
     arrays: dict[str, np.ndarray] = {}
     for number, request in enumerate(json.loads(Path(request_file).read_text(encoding="utf-8"))):

@@ -165,8 +165,7 @@ class OpenAIBackend(CompletionBackend):
         return Completion(request.id, str(text), str(reason), asked, written)
 
 
-def _is_an_error(response: Response) -> bool:
-    """Whether a response of status 200 is an error, as gateways send."""
+def _is_an_error(response: Response) -> bool:  # of status 200, as gateways send
     content = response.json()
     return isinstance(content, dict) and "choices" not in content and "error" in content
 

@@ -67,7 +67,7 @@ def function_rows(
     processes: int = 2,
     progress: bool = True,
 ) -> Iterator[Row]:
-    """Yield the documented functions of some corpora, each once, with the columns of `FUNCTION_SCHEMA`.
+    """Yield the documented functions of some corpora, with the columns of `FUNCTION_SCHEMA`.
 
     Of functions whose code differs in white space only, the first is kept. A digest of each stays in memory.
 
@@ -230,7 +230,9 @@ def clean_translation(
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)
     text = _REASONING.sub("", text.replace("\r\n", "\n"))  # a fence ends with its line
-    blocks = [(_language_of_tag(one["tag"].lower()), one["code"]) for one in _BLOCK.finditer(text)]
+    blocks = []
+    for tag, code in ((one["tag"].lower(), one["code"]) for one in _BLOCK.finditer(text)):
+        blocks.append((language_named(tag) or language_of(PurePath(f"file.{tag}")) or _TAGS.get(tag, ""), code))
     block = max(blocks, key=lambda one: (one[0] == target_language, one[0] == "", len(one[1])), default=None)
     language, code = block or ("", _CLOSING.sub("", _OPENING.sub("", text)))
     code = (_PHP_TAGS.sub("", code) if target_language == "php" else code).strip("\n").rstrip()
@@ -245,10 +247,6 @@ def clean_translation(
     else:
         reason = _fault(code, source_language, target_language, max_error_share)
     return Translation("", reason) if reason else Translation(code)
-
-
-def _language_of_tag(tag: str) -> str:
-    return language_named(tag) or language_of(PurePath(f"file.{tag}")) or _TAGS.get(tag, "")
 
 
 def _fault(code: str, source: str, target: str, max_error_share: float) -> str:

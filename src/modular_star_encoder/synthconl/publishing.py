@@ -39,7 +39,7 @@ DATASET_SCHEMA = pa.schema([(name, pa.string()) for name in MEANINGS])
 
 @dataclass(frozen=True, slots=True)
 class CodeCounts:
-    """The number of codes of one language, and their average length in characters."""
+    """Codes of one language."""
 
     samples: int
     average_characters: float
@@ -49,10 +49,10 @@ class CodeCounts:
 class DatasetStatistics:
     """Counts of a dataset."""
 
-    rows: int  # the number of triplets
+    rows: int
     original: dict[str, CodeCounts]  # by language, the functions as people wrote them
     synthetic: dict[str, CodeCounts]  # by language, the translations
-    average_description_characters: float  # average length of a description
+    average_description_characters: float
 
     def to_markdown(self) -> str:
         """The table, one line per language and one for all."""
