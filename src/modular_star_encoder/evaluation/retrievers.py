@@ -61,7 +61,7 @@ class Scores(Protocol):
         ...
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Scores (P,) float32 of P pairs, given as row numbers of queries and documents; bit for bit those of `blocks`."""
+        """Scores (P,) float32 of P pairs, given as row numbers of queries and documents; equal to those of `blocks`."""
         ...
 
 
