@@ -189,11 +189,11 @@ def test_only_a_causal_model_hides_later_tokens_in_every_form(packing, is_causal
     assert difference[5:12].min() > 1e-5
 
 
-@pytest.mark.parametrize("where", ["call", "configuration"])
-def test_hidden_states_of_a_batch_without_padding_have_the_padded_shape(where):
-    call, changes = ({"output_hidden_states": place == where} for place in ("call", "configuration"))
-    model = tiny_model(ModularStarEncoderModel, unpad_inputs=True, **changes)
-    outputs = run(model, **TEXTS, **(call if where == "call" else {}))
+@pytest.mark.parametrize(
+    ("call", "changes"), [({"output_hidden_states": True}, {}), ({}, {"output_hidden_states": True})]
+)
+def test_hidden_states_of_a_batch_without_padding_have_the_padded_shape(call, changes):
+    outputs = run(tiny_model(ModularStarEncoderModel, unpad_inputs=True, **changes), **TEXTS, **call)
     assert {states.shape[:2] for states in outputs.hidden_states} == {TEXTS["input_ids"].shape}
 
 
