@@ -43,7 +43,6 @@ def hub_config_folder(name: str) -> Path:
 
 
 def load_config(name: str) -> ModularStarEncoderConfig:
-    """The model configuration of `hub_configs/{name}`."""
     return ModularStarEncoderConfig.from_pretrained(hub_config_folder(name))
 
 
