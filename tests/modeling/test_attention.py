@@ -57,6 +57,7 @@ REAL = TEXTS["attention_mask"].bool()
 PACKED = TEXTS["input_ids"][REAL].unsqueeze(0)
 POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
 BOUNDS = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+RECORDED = {"output_hidden_states": True}
 # Two ways to mark the texts of a row.
 BY_POSITIONS = {"input_ids": PACKED, "position_ids": POSITIONS}
 BY_BOUNDS = {
@@ -101,7 +102,7 @@ def test_each_packed_text_has_its_own_embedding_and_class(model_class, changes, 
     close(getattr(run(model, **packing, exit_layers=EXIT_LAYERS), name), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"output_hidden_states": True}], ids=["", "recorded"])
+@pytest.mark.parametrize("options", [{}, RECORDED], ids=["", "recorded"])
 def test_several_packed_rows_are_kept_apart_too(options):
     one = run(tiny_model(), **BY_POSITIONS)
     rows = PACKED.repeat(2, 1)
@@ -189,11 +190,9 @@ def test_only_a_causal_model_hides_later_tokens_in_every_form(packing, is_causal
     assert difference[5:12].min() > 1e-5
 
 
-@pytest.mark.parametrize("where", ["call", "configuration"])
-def test_hidden_states_of_a_batch_without_padding_have_the_padded_shape(where):
-    call, changes = ({"output_hidden_states": place == where} for place in ("call", "configuration"))
-    model = tiny_model(ModularStarEncoderModel, unpad_inputs=True, **changes)
-    outputs = run(model, **TEXTS, **(call if where == "call" else {}))
+@pytest.mark.parametrize(("call", "changes"), [(RECORDED, {}), ({}, RECORDED)])
+def test_hidden_states_of_a_batch_without_padding_have_the_padded_shape(call, changes):
+    outputs = run(tiny_model(ModularStarEncoderModel, unpad_inputs=True, **changes), **TEXTS, **call)
     assert {states.shape[:2] for states in outputs.hidden_states} == {TEXTS["input_ids"].shape}
 
 

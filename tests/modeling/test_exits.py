@@ -54,12 +54,7 @@ def equal(got, expected):
 
 @pytest.mark.parametrize(
     ("arguments", "layers"),
-    [
-        *(({"exit_layer": exit_layer}, exit_layer) for exit_layer in EXITS),
-        ({"exit_layers": (1, 2)}, 2),
-        ({"exit_layers": (0, 2)}, 2),
-        ({}, 4),
-    ],
+    [*(({"exit_layer": exit_layer}, exit_layer) for exit_layer in EXITS), ({"exit_layers": (0, 2)}, 2), ({}, 4)],
 )
 def test_a_forward_runs_the_layers_up_to_the_deepest_exit(arguments, layers):
     model, calls = zero_model(), []
@@ -190,10 +185,8 @@ def test_weighted_means_do_not_depend_on_padding_or_packing(exits):
     lengths = mask.sum(1)
     flat, positions = batch["input_ids"][mask], torch.cat([torch.arange(length) for length in lengths])
     bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    for rows, marks in (
-        (1, {"cu_seq_lens_q": bounds}),
-        *((n, {"position_ids": positions.repeat(n, 1)}) for n in (1, 2)),
-    ):
+    by_positions = [(n, {"position_ids": positions.repeat(n, 1)}) for n in (1, 2)]
+    for rows, marks in ((1, {"cu_seq_lens_q": bounds}), *by_positions):
         packed = run(model, input_ids=flat.repeat(rows, 1), **marks, exit_layers=exits)
         close(packed.exit_embeddings, expected.exit_embeddings.repeat(1, rows, 1))
         tokens = expected.last_hidden_state[mask].repeat(rows, 1, 1)

@@ -150,15 +150,6 @@ def test_a_class_loads_itself_and_the_base_class_what_the_file_fits(write, calle
     equal(run(model, **tiny_batch(), exit_layer=2).exit_hidden_states, expected)
 
 
-def test_a_loaded_checkpoint_saves_in_our_layout(write, tmp_path):
-    model = AutoModel.from_pretrained(write("finetuned"))
-    model.save_pretrained(tmp_path / "ours")
-    again = AutoModel.from_pretrained(tmp_path / "ours")
-    equal(run(again, **tiny_batch()).exit_embeddings, run(model, **tiny_batch()).exit_embeddings)
-    written = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert not {"matryoshka_layers", "conditional_size", "layer_norm_eps"} & set(written)
-
-
 def test_arguments_reach_the_configuration(write):
     folder = write("finetuned")
     classifier = ModularStarEncoderForSequenceClassification.from_pretrained(folder, num_labels=3)

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from modular_star_encoder.modeling import (
     ModularStarEncoderForRetrieval,
 )
-from tests.modeling.test_saving import CHECKPOINT_FILES
+from tests.modeling.test_saving import CHECKPOINT_FILES, contents
 from tests.processes import run_processes
 from tests.tiny import EXIT_LAYERS, run, tiny_batch, tiny_model
 
@@ -24,10 +24,6 @@ def embed(model):
     return run(model, **tiny_batch(), exit_layers=EXIT_LAYERS).exit_embeddings
 
 
-def files(folder):
-    return {path.name for path in folder.iterdir()}
-
-
 def read_config(folder):
     return json.loads((folder / "config.json").read_text())
 
@@ -36,7 +32,7 @@ def read_config(folder):
 def test_a_model_sharded_by_fsdp2_saves_a_whole_checkpoint(tmp_path, world_size):
     run_processes("tests.modeling.sharded_training", tmp_path, world=world_size)
     checkpoint = tmp_path / "checkpoint"
-    assert files(checkpoint) == CHECKPOINT_FILES
+    assert set(contents(checkpoint)) == CHECKPOINT_FILES
     tiny_model().save_pretrained(tmp_path / "untouched")
     for key in ("architectures", "auto_map"):
         assert read_config(checkpoint)[key] == read_config(tmp_path / "untouched")[key]
@@ -48,7 +44,7 @@ def test_a_model_sharded_by_fsdp2_saves_a_whole_checkpoint(tmp_path, world_size)
     assert (embed(again) - embed(tiny_model())).abs().max() > 0.1
     for rank in range(world_size):
         expected = CHECKPOINT_FILES if rank == 0 else set()
-        assert files(tmp_path / f"process-{rank}") == expected, "only the first process writes"
+        assert set(contents(tmp_path / f"process-{rank}")) == expected, "only the first process writes"
 
 
 @pytest.fixture
@@ -89,7 +85,7 @@ def test_an_adapter_reloads_onto_its_base_with_identical_embeddings(base, adapte
 def test_merged_lora_saves_a_checkpoint_like_any_other(base, adapted, tmp_path):
     expected = embed(adapted)
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-    assert files(tmp_path / "merged") == CHECKPOINT_FILES
+    assert set(contents(tmp_path / "merged")) == CHECKPOINT_FILES
     assert read_config(base) == read_config(tmp_path / "merged")
     again, report = AutoModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(report.values()), report

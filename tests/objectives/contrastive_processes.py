@@ -41,20 +41,20 @@ def weighted_loss(model, batch, settings):
     return (ContrastiveObjective(settings)(model, batch, EXIT_LAYERS).losses * WEIGHTS).sum()
 
 
-def pretraining_model():
-    return with_dropout(0.0, ModularStarEncoderForPreTraining)
+def pretraining_backward(wrap=lambda model: model, share=slice(None)):
+    """A model with the gradients of its share of four rows.
 
-
-def pretraining_batch():
-    """Rows with very different numbers of masked tokens: averaging the processes' means would be wrong."""
+    They have very different numbers of masked tokens: averaging the processes' means would be wrong.
+    """
     batch = tiny_batch(lengths=(12, 3, 9, 4))
     labels = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
     labels[2:, :-1] = -100
-    return {**batch, "labels": labels, "icc_labels": torch.tensor([1, 0, 0, 1])}
-
-
-def pretraining_loss(model, batch):
-    return (InContextObjective()(model, batch, EXIT_LAYERS).losses * WEIGHTS).sum()
+    batch |= {"labels": labels, "icc_labels": torch.tensor([1, 0, 0, 1])}
+    model = with_dropout(0.0, ModularStarEncoderForPreTraining)
+    wrapped = wrap(model)  # DDP must outlive the forward pass
+    own = {key: tensor[share] for key, tensor in batch.items()}
+    (InContextObjective()(wrapped, own, EXIT_LAYERS).losses * WEIGHTS).sum().backward()
+    return model
 
 
 def rows(batch, first, last):
@@ -131,12 +131,8 @@ def main(folder):
             save(model, f"{name}-{dtype}")
     save(sentence_transformer(batch, folder / "checkpoint"), "sentence_transformer")
     for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", sharded)):
-        model = pretraining_model()
         share = slice(rank * 4 // world, (rank + 1) * 4 // world)
-        own = {key: tensor[share] for key, tensor in pretraining_batch().items()}
-        wrapped = wrap(model)  # DDP must outlive the forward pass
-        pretraining_loss(wrapped, own).backward()
-        save(model, f"pretraining-{name}")
+        save(pretraining_backward(wrap, share), f"pretraining-{name}")
     try:
         weighted_loss(new_model(), rows(batch, 0, 2 + rank), every_option())
     except ValueError as error:

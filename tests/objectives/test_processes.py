@@ -7,14 +7,7 @@ from safetensors.torch import load_file
 
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from tests.objectives.contrastive_batches import assert_same_gradients, every_option, every_side, gradients, pair_batch
-from tests.objectives.contrastive_processes import (
-    VARIANTS,
-    new_model,
-    pretraining_batch,
-    pretraining_loss,
-    pretraining_model,
-    weighted_loss,
-)
+from tests.objectives.contrastive_processes import VARIANTS, new_model, pretraining_backward, weighted_loss
 from tests.processes import run_processes
 
 pytestmark = pytest.mark.slow
@@ -44,8 +37,7 @@ def test_two_processes_give_the_gradients_of_one_through_the_loss_for_sentence_t
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_two_processes_give_the_gradients_of_one_in_pretraining(folder, wrapper):
-    model = pretraining_model()
-    pretraining_loss(model, pretraining_batch()).backward()
+    model = pretraining_backward()
     assert_same_gradients(load_file(folder / f"pretraining-{wrapper}.safetensors"), gradients(model), relative=5e-6)
 
 

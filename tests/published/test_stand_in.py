@@ -102,16 +102,6 @@ def test_the_auto_classes_run_the_repositorys_own_code_where_our_package_does_no
         assert result["ids"][2] == result["ids"][0] + 1
 
 
-def test_pre_trained_logits_have_a_column_per_token_and_two_per_text(repositories):
-    folder = repositories["pretrained"]
-    batch = tokenize(folder)
-    output = run(load(folder), batch)
-    size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    assert output.prediction_logits.shape == (*batch["input_ids"].shape, size)
-    assert output.seq_relationship_logits.shape == (3, 2)
-    assert len(output.hidden_states) == SHAPE["num_hidden_layers"] + 1
-
-
 def test_every_token_sees_the_later_ones(repositories, tmp_path):
     causal = write_stand_in(tmp_path / "causal", "pretrained", is_causal=True)
     for folder, changes in ((repositories["pretrained"], True), (causal, False)):

@@ -59,7 +59,6 @@ def finetuning_settings(checkpoint, triplets):
 
 
 def write_recipe(file, settings):
-    """A recipe as a file."""
     file.write_text(yaml.safe_dump(settings))
     return file
 

@@ -15,13 +15,8 @@ from modular_star_encoder.training.finetuning import finetune
 from modular_star_encoder.training.recipes import hub_config_folder, load_recipe
 from tests.errors import raises
 from tests.tiny import EXIT_LAYERS
-from tests.training.retrieval_runs import (
-    finetuning_settings,
-    saved_figures,
-    write_checkpoint,
-    write_recipe,
-    write_triplets,
-)
+from tests.training import retrieval_runs
+from tests.training.retrieval_runs import saved_figures, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +24,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
-    settings = finetuning_settings(write_checkpoint(folder / "checkpoint"), write_triplets(folder))
+    checkpoint, triplets = retrieval_runs.write_checkpoint(folder / "checkpoint"), retrieval_runs.write_triplets(folder)
+    settings = retrieval_runs.finetuning_settings(checkpoint, triplets)
     settings |= {"max_steps": 1, "eval_steps": 1, "save_steps": 1}
     recipe = {"finetuning": settings, "seeds": [0], "exit_layers": [2], "variants": {}}
     return write_recipe(folder / "recipe.yaml", recipe)

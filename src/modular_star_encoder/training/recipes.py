@@ -43,7 +43,6 @@ def hub_config_folder(name: str) -> Path:
 
 
 def load_config(name: str) -> ModularStarEncoderConfig:
-    """The model configuration of `hub_configs/{name}`."""
     return ModularStarEncoderConfig.from_pretrained(hub_config_folder(name))
 
 
@@ -279,8 +278,8 @@ class FinetuningRecipe(StartingRecipe):
 
     def rows(self) -> dict[str, Any]:
         """Arguments of `prepare_retrieval_data`."""
-        own = {"eval_fraction": self.eval_fraction, "seed": self.seed, "max_train_samples": self.max_train_samples}
-        return {"settings": self.data, **own}
+        names = ("eval_fraction", "seed", "max_train_samples")
+        return {"settings": self.data} | {name: getattr(self, name) for name in names}
 
     def lengths(self) -> dict[str, int]:
         return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}

@@ -107,7 +107,6 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
 
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
-    """Raise UserError if the tokenizer has more tokens than the model."""
     if tokens > vocab_size:
         message = f"The tokenizer has {tokens} tokens, more than the model's {vocab_size}."
         raise UserError("training.tokenizer.too_large", message)
