@@ -291,11 +291,12 @@ class _Segment:
     def found(self, place: int, score: float, extras: Sequence[int]) -> Found:
         """A row as it was written, with its score."""
         first, last = self["row_starts"][place : place + 2]
-        row_id, text_hash, *values, defines = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
+        row_id, text_hash, *values = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
+        values[-1] = tuple(values[-1])  # `defines`
         vectors = {
             one: self[f"vectors_{one}"][place].astype(np.float32) * self[f"scales_{one}"][place] for one in extras
         }
-        return Found(row_id, text_hash, Snippet(*values, tuple(defines)), score, vectors)
+        return Found(row_id, text_hash, Snippet(*values), score, vectors)
 
     @cached_property
     def words(self) -> int:
@@ -371,8 +372,9 @@ def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
     """The rows of each word, from words that ascend."""
     words, starts = np.unique(key, return_index=True)
     word_starts = np.append(starts, len(key)).astype(np.uint32)
-    places = {"word_rows": row.astype(np.uint16), "word_counts": count.astype(np.uint8)}
-    return {"words": words, "word_starts": word_starts, **places}
+    arrays: _Arrays = {"words": words, "word_starts": word_starts}
+    arrays |= {"word_rows": row.astype(np.uint16), "word_counts": count.astype(np.uint8)}
+    return arrays
 
 
 def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
