@@ -61,7 +61,7 @@ def fill(folder: Path, rows: int, width: int) -> dict[str, float]:
     before, writing = status_bytes("VmHWM"), 0.0
     store = LocalStore(folder / "index")
     store.create({})
-    generator = np.random.default_rng(2)
+    maker = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     questions = np.empty((0, width))
     best = np.empty((QUESTIONS, 0), dtype=[("score", "f4"), ("row", "i8")])
     for first, vectors in chunks(rows, width):
@@ -70,13 +70,12 @@ def fill(folder: Path, rows: int, width: int) -> dict[str, float]:
         found["score"], found["row"] = questions @ vectors.T, np.arange(first, first + len(vectors))
         best = np.concatenate([best, found], axis=1)
         best = np.take_along_axis(best, np.argpartition(-best["score"], TOP, axis=1)[:, :TOP], axis=1)
-        for start in range(0, len(vectors), BATCH):
-            batch = [
-                row(first + start + place, one, text_of(generator)) for place, one in enumerate(vectors[start:][:BATCH])
-            ]
+        starts = range(0, len(vectors), BATCH)
+        for batch in maker.map(rows_of, [first + one for one in starts], [vectors[one:][:BATCH] for one in starts]):
             writing -= perf_counter()
             store.replace_files((), batch)
             writing += perf_counter()
+    maker.shutdown()
     start = perf_counter()
     store.finish()
     np.savez(folder / "exact.npz", questions=questions, rows=best["row"])
@@ -185,6 +184,12 @@ def text_of(generator: np.random.Generator) -> str:
             names[place] = names[int(repeat * place)]
     lines = [f"    {a} = {b}({c}, {d})" for a, b, c, d in zip(*[iter(names)] * WORDS_PER_LINE, strict=True)]
     return "\n".join([f"def {names[0]}({names[1]}):", *lines[1:]])
+
+
+def rows_of(first: int, vectors: np.ndarray) -> list[Row]:
+    """A batch of rows, numbered from `first`."""
+    generator = np.random.default_rng((2, first))
+    return [row(first + place, vector, text_of(generator)) for place, vector in enumerate(vectors)]
 
 
 def row(number: int, vector: np.ndarray, text: str) -> Row:

@@ -352,7 +352,7 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
         arrays[f"vectors_{exit_layer}"] = np.round(vectors / scales[:, None]).astype(np.int8)
         arrays[f"scales_{exit_layer}"] = scales.astype(np.float32)
         arrays[f"signs_{exit_layer}"] = _signs(arrays[f"vectors_{exit_layer}"])
-    blobs = [zlib.compress(json.dumps([row.row_id, row.text_hash, *_values(row.snippet)]).encode(), 1) for row in rows]
+    blobs = [zlib.compress(json.dumps([row.row_id, row.text_hash, *_values(row.snippet)]).encode(), 6) for row in rows]
     arrays["rows"] = np.frombuffer(b"".join(blobs), dtype=np.uint8)
     arrays["row_starts"] = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
     numbers = {key: number for number, key in enumerate(dict.fromkeys(row.file_id for row in rows))}
