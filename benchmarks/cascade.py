@@ -1,16 +1,14 @@
 """What a cascade costs and loses: a shallow exit finds candidates, a deep one ranks them. On rows of CodeSearchNet.
 
     MOSE_DATA=~/data python benchmarks/cascade.py CHECKPOINT --languages ruby
-    python benchmarks/cascade.py --shape paper       # what indexing costs at the paper's size; random weights in bf16
 
 Each description is ranked against all functions of its language, by every exit alone and by every cascade of two exits.
 A threshold of the shallow margin, below which the deep exit runs, is fitted on one half of the queries; all figures are
 those of the other half, whose share of deep passes is counted. Functions beyond the candidates keep their shallow rank.
 
 Cost is arithmetic by the formula of evaluation/profile_flops.py, tokens of the prompt included: of indexing 1,000
-functions at the recall exit, and of one question. A question is embedded once, as deep as it needs; candidates resume
-from the states of the recall exit (`mose index --keep-states`), or, dearer, start from text. Nothing is remembered
-between questions, as the package would.
+functions at the recall exit, and of one question. A question is embedded once, as deep as it needs; candidates are
+embedded from text. Nothing is remembered between questions, as the package would.
 """
 
 import argparse
@@ -22,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from cascade_figure import plot
-from cascade_indexing import SHAPES, measure_indexing
 from margins import FittedMargin, fit_threshold
 from report import RESULTS, write
 
@@ -41,23 +38,15 @@ SEED = 0
 
 
 def main() -> None:
-    """Parse, measure one or the other, print, write."""
+    """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="folder of a retrieval checkpoint")
+    parser.add_argument("checkpoint", help="folder of a retrieval checkpoint")
     parser.add_argument("--languages", nargs="+", default=["ruby", "javascript", "go"], help="default: all three")
     parser.add_argument("--label", help="what the results call the checkpoint (default: the folder's name)")
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="measure indexing at a size instead, without quality")
-    parser.add_argument("--documents", type=int, default=2000, help="of that (default: %(default)s)")
-    parser.add_argument("--sample", type=int, default=64, help="documents that are run (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="interleaved passes over them (default: %(default)s)")
     parser.add_argument("--name", help="of the results")
     arguments = parser.parse_args()
-    if arguments.shape:
-        figures, text = measure_indexing(arguments.shape, arguments.documents, arguments.sample, arguments.rounds)
-        print(f"{text}\n\n{write(arguments.name or f'cascade_indexing_{arguments.shape}', figures, text)}")
-        return
-    if arguments.checkpoint is None or "MOSE_DATA" not in os.environ:
-        parser.error("name a checkpoint, and set MOSE_DATA to a folder that holds codesearchnet/; or use --shape")
+    if "MOSE_DATA" not in os.environ:
+        parser.error("set MOSE_DATA to a folder that holds codesearchnet/")
     figures = measure_quality(arguments.checkpoint, arguments.languages)
     figures = {"checkpoint": arguments.label or Path(arguments.checkpoint).name, **figures}
     name = arguments.name or "cascade"
@@ -91,14 +80,12 @@ class Outcome:
 
     Attributes:
         reciprocal_ranks: of the right function.
-        query_gflop: of a question, candidates resuming from states included.
-        query_gflop_from_text: the same with candidates that start from text.
+        query_gflop: of a question, candidates included.
         deep: whether the deep exit ran.
     """
 
     reciprocal_ranks: np.ndarray
     query_gflop: np.ndarray
-    query_gflop_from_text: np.ndarray
     deep: np.ndarray
 
 
@@ -158,21 +145,19 @@ def alone(language: Language, exit_layer: int) -> Outcome:
     chosen = np.flatnonzero(language.held_out)
     ranks = np.array([rank for _, rank, _ in shallow_rankings(language, exit_layer, chosen)])
     cost = language.query_flops[exit_layer][chosen] / 1e9
-    return Outcome(1 / ranks, cost, cost, np.zeros(len(chosen), dtype=bool))
+    return Outcome(1 / ranks, cost, np.zeros(len(chosen), dtype=bool))
 
 
 def cascaded(language: Language, shallow: int, deep: int, candidates: int) -> tuple[Outcome, Outcome, FittedMargin]:
     """A cascade whose deep exit always runs, one with a margin fitted on the other half, and that margin."""
     everything = np.arange(len(language.held_out))
-    margins, first, second, resumed, from_text = (np.empty(len(everything)) for _ in range(5))
+    margins, first, second, candidate_flops = (np.empty(len(everything)) for _ in range(4))
     document, query = language.document_flops, language.query_flops
     for number, (order, rank, margin) in enumerate(shallow_rankings(language, shallow, everything)):
         found = order[:candidates]
         margins[number], first[number] = margin, 1 / rank
         second[number] = 1 / (deep_rank(language, deep, found, number) if rank <= candidates else rank)
-        # The head of the recall exit isn't run again, and that of the deep one costs the same at every exit.
-        resumed[number] = (document[deep] - document[shallow])[found].sum()
-        from_text[number] = document[deep][found].sum()
+        candidate_flops[number] = document[deep][found].sum()
     test = language.held_out
     fitted = fit_threshold(margins[~test], first[~test], second[~test])
 
@@ -180,8 +165,7 @@ def cascaded(language: Language, shallow: int, deep: int, candidates: int) -> tu
         question = np.where(runs, query[deep], query[shallow])
         return Outcome(
             np.where(runs, second, first)[test],
-            ((question + runs * resumed) / 1e9)[test],
-            ((question + runs * from_text) / 1e9)[test],
+            ((question + runs * candidate_flops) / 1e9)[test],
             runs[test],
         )
 
@@ -225,13 +209,12 @@ def summary(
         "deep_share": float(np.mean([outcome.deep.mean() for outcome in outcomes])),
         "index_gflop_per_1000": float(np.mean(documents)) * 1000 / 1e9,
         "query_gflop": float(np.mean([outcome.query_gflop.mean() for outcome in outcomes])),
-        "query_gflop_from_text": float(np.mean([outcome.query_gflop_from_text.mean() for outcome in outcomes])),
     }
 
 
 def table(figures: dict[str, Any]) -> str:
     """All ways of ranking, and below them the protocol."""
-    header = ("", "MRR", "95 % interval", "deep passes", "GFLOP per 1,000 functions", "GFLOP per question", "from text")
+    header = ("", "MRR", "95 % interval", "deep passes", "GFLOP per 1,000 functions", "GFLOP per question")
     rows = [tuple(header)]
     for way in figures["ways"]:
         low, high = way["interval"]
@@ -243,7 +226,6 @@ def table(figures: dict[str, Any]) -> str:
                 f"{way['deep_share']:.0%}",
                 f"{way['index_gflop_per_1000']:,.0f}",
                 f"{way['query_gflop']:,.3f}",
-                f"{way['query_gflop_from_text']:,.3f}",
             )
         )
     sizes = [f"{name} {one['queries']:,} queries among {one['functions']:,} functions"

@@ -39,7 +39,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         left.scatter([], [], color=colour, label=f"exit {exit_layer}, then {deepest} on its candidates")
     left.scatter([], [], facecolors="none", edgecolors="grey", label="the same, with a fitted margin")
     left.set_xlabel("GFLOP to index 1,000 functions")
-    right.set_xlabel("GFLOP per question, candidates resuming from states")
+    right.set_xlabel("GFLOP per question")
     left.set_ylabel("MRR × 100")
     left.legend(fontsize="x-small")
     right.set_title("small, middle and large points: 10, 50 and 200 candidates", fontsize="small")

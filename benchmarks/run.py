@@ -53,7 +53,6 @@ FULL = (
     Benchmark("contrastive_step", ("--bf16",)),
     Benchmark("contrastive_step", ("--bf16", "--shape", "mini", "--max-tokens", "64", "256")),
     Benchmark("near_duplicates", needs_data=True),
-    Benchmark("cascade", ("--shape", "paper")),
     Benchmark("vector_index"),
 )
 QUICK = (

@@ -1,11 +1,11 @@
 """Index the installed transformers and ask it ten questions whose answers were written down beforehand.
 
-    python benchmarks/search_transformers.py --model runs/quickstart/model
+    python benchmarks/search_transformers.py                                          # the shipped model at exit 0
     python benchmarks/search_transformers.py --model CHECKPOINT --exit-layers 1,2,4 --index runs/transformers-index
 
-A copy of the distribution's Python files is indexed by `mose index`, at several exits from one pass; the index is then
-asked at each exit, by BM25, and by both fused. Last, one file gets one more function and `mose index` runs again. An
-index that is kept (--index) is completed if a run was stopped; its time is then that of the last part alone.
+A copy of the distribution's Python files is indexed by `mose index`, at one exit or several from one pass; the index is
+asked by words, and at each exit by vectors and by the rules over both. Last, one file gets one more function and `mose
+index` runs again. An index that is kept (--index) is completed if a run was stopped; its time is that of the last part.
 
 Hits at 10 are questions with a right answer among the first ten; MRR is the mean of 1 / rank of the first one, 0 below
 the first hundred. Ten questions tell whether it works, not which of two exits is better.
@@ -25,6 +25,7 @@ from report import write
 
 from modular_star_encoder.search.hits import Answer
 from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
 from modular_star_encoder.utils.reports import library_versions, markdown_table, percent
 
 QUESTIONS = Path(__file__).parent.parent / "examples" / "search" / "questions.jsonl"
@@ -36,8 +37,8 @@ DEPTH = 100
 def main() -> None:
     """Parse, index, ask, touch, index again, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub repository of a retrieval checkpoint")
-    parser.add_argument("--exit-layers", default="all", help="such as 1,2,4 (default: %(default)s)")
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT, help="retrieval checkpoint (default: %(default)s)")
+    parser.add_argument("--exit-layers", help="such as 1,2,4, or all (default: that of the model)")
     parser.add_argument("--index", type=Path, help="folder for code and index (default: a temporary one)")
     parser.add_argument("--label", help="what the results call the checkpoint (default: the folder's name)")
     parser.add_argument("--name", default="search_transformers", help="of the results (default: %(default)s)")
@@ -46,16 +47,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.index or Path(temporary)
         code = copy_distribution(folder / DISTRIBUTION)
-        command = [
-            sys.executable,
-            "-m",
-            "modular_star_encoder.cli.main",
-            "index",
-            str(code),
-            "--out",
-            str(folder / "index"),
-        ]
-        command += ["--model", arguments.model, "--exit-layers", arguments.exit_layers, "--json"]
+        command = [sys.executable, "-m", "modular_star_encoder.cli.main", "index", str(code), "--json"]
+        command += ["--out", str(folder / "index"), "--model", arguments.model]
+        command += ["--exit-layers", arguments.exit_layers] if arguments.exit_layers else []
         first = run(command)
         index = CodeIndex.open(folder / "index", checkpoint=arguments.model)
         rankings = ask(index, questions)
@@ -64,7 +58,6 @@ def main() -> None:
     figures = {
         "checkpoint": arguments.label or Path(arguments.model).name,
         "distribution": library_versions((DISTRIBUTION,)),
-        "search_versions": library_versions(("lancedb", "bm25s")),
         "exit_layers": exits,
         "index": {**first, "complete_run": first["embedded_files"] == first["files"]},
         "rankings": rankings,
@@ -99,11 +92,11 @@ def run(command: list[str]) -> dict[str, Any]:
 def ask(index: CodeIndex, questions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Ranks of the first right answer to each question, and their summary, for every way of ranking."""
     texts = [question["question"] for question in questions]
-    answers = {"BM25": index.search(texts, top_k=DEPTH, method="lexical")}
+    answers = {"words": index.search(texts, top_k=DEPTH, method="lexical")}
     for exit_layer in index.settings.exit_layers:
-        answers[f"exit {exit_layer}"] = index.search(texts, top_k=DEPTH, exit_layer=exit_layer)
-        fused = index.search(texts, top_k=DEPTH, exit_layer=exit_layer, method="hybrid")
-        answers[f"exit {exit_layer} and BM25, fused"] = fused
+        vectors = index.search(texts, top_k=DEPTH, exit_layer=exit_layer, method="vector")
+        answers[f"exit {exit_layer}, vectors alone"] = vectors
+        answers[f"exit {exit_layer} and words"] = index.search(texts, top_k=DEPTH, exit_layer=exit_layer)
     return {name: summary(index.folder, questions, found) for name, found in answers.items()}
 
 
@@ -144,7 +137,7 @@ def sentence(figures: dict[str, Any]) -> str:
     first, second, version = figures["index"], figures["after_touching_one_file"], figures["distribution"][DISTRIBUTION]
     part = "" if first["complete_run"] else " (a run that went on with an earlier one)"
     return (
-        f"{figures['checkpoint']}; transformers {version}: {first['rows']:,} functions and windows of "
+        f"{figures['checkpoint']}; transformers {version}: {first['rows']:,} pieces of "
         f"{first['files']:,} files, indexed in {first['seconds']:.0f} s{part}. After one file was changed, a second "
         f"run embedded {second['embedded_files']} file ({second['embedded_rows']} rows) and took "
         f"{second['seconds']:.0f} s."

@@ -18,7 +18,7 @@ def cascade(monkeypatch):
     import cascade
 
     yield cascade
-    for name in {"cascade", "cascade_figure", "cascade_indexing", "report"} - before:
+    for name in {"cascade", "cascade_figure", "report"} - before:
         sys.modules.pop(name, None)
 
 
@@ -40,13 +40,12 @@ def reciprocal_rank(scores, right, places):
     return 1 / (1 + sum(scores[place] >= scores[right] for place in places if place != right))
 
 
-def test_a_cascade_over_all_documents_is_the_deep_exit_alone_and_costs_their_deeper_layers(cascade, language):
+def test_a_cascade_over_all_documents_is_the_deep_exit_alone_and_costs_their_embedding(cascade, language):
     always, _, _ = cascade.cascaded(language, 1, 4, SIZE)
     np.testing.assert_allclose(always.reciprocal_ranks, cascade.alone(language, 4).reciprocal_ranks)
     question = 4 * (1 + np.flatnonzero(language.held_out))
     documents = np.arange(1, SIZE + 1).sum()
-    np.testing.assert_allclose(always.query_gflop, question + 3 * documents)
-    np.testing.assert_allclose(always.query_gflop_from_text, question + 4 * documents)
+    np.testing.assert_allclose(always.query_gflop, question + 4 * documents)
 
 
 def test_documents_beyond_the_candidates_keep_their_shallow_rank(cascade, language):

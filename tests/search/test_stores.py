@@ -209,6 +209,27 @@ def test_merging_changes_no_answer_and_leaves_one_segment(tmp_path):
     assert (store.count(), other.count(), list((tmp_path / "index").glob("rows-*"))) == (0, 0, [])
 
 
+def test_a_growing_index_is_merged_into_segments_that_16_bits_number(tmp_path, monkeypatch):
+    for name, value in {"MOST_ROWS": 6, "LARGE_SEGMENT": 5, "_SMALL_SEGMENTS": 4}.items():
+        monkeypatch.setattr(local_store, name, value)
+    store = LocalStore(tmp_path / "index")
+    store.create(SETTINGS)
+    store.replace_files([], rows("long.py", [f"shared long {place}" for place in range(15)]))
+    for number in range(20):
+        store.replace_files([], rows(f"f{number}.py", [f"shared {number} {place}" for place in range(2)], seed=number))
+        assert sum(one.size < 5 for one in store._alive()) < 4
+    store.finish()
+    sizes = sorted(one.size for one in store._alive())
+    assert (sum(sizes), sizes[-1], len(sizes)) == (55, 6, 10)
+    assert store.files()[file_id("long.py")] == StoredFile("1", 15)
+    everything = {f"shared {number} {place}" for number in range(20) for place in range(2)}
+    found = found_texts(store.lexical(["shar"], 99, Filter()))
+    assert len(found) == 55
+    assert everything < set(found)
+    store.replace_files([file_id("long.py")], [])
+    assert store.count() == 40
+
+
 def test_an_open_store_sees_what_another_writes(tmp_path):
     one, other = LocalStore(tmp_path / "index"), LocalStore(tmp_path / "index")
     one.create(SETTINGS)

@@ -10,11 +10,12 @@ import json
 import os
 import shutil
 import zlib
-from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from functools import cached_property, lru_cache
 from hashlib import blake2b
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -36,16 +37,19 @@ from modular_star_encoder.utils.files import write_text
 
 MANIFEST = "index.json"
 APPROXIMATE_ROWS = 100_000
-"""Larger segments are searched by the signs of their vectors first, and exactly among the best of these."""
+"""More rows are searched by the signs of their vectors first, and exactly among the best of these."""
 _BEST_BY_SIGNS = 4000
+MOST_ROWS = 65_536
+"""Rows of a segment: 16 bits number them, and merging needs memory for no more."""
 LARGE_SEGMENT = 50_000
 """Rows from which a segment is no longer merged with others, unless a third of it is gone."""
-_BLOCK = 65_536
+_SMALL_SEGMENTS = 256  # so many are merged while an index grows
 _K1, _B = 1.2, 0.75
 _OLD_INDEX = "snippets.lance"  # of earlier versions
 _OWN_FILES = {".gitignore", ".lock", "margins.json", _OLD_INDEX}
 
 _Arrays = dict[str, np.ndarray]
+_values = attrgetter(*(one.name for one in fields(Snippet)))
 
 
 class LocalStore:
@@ -93,46 +97,62 @@ class LocalStore:
         segments = {
             name: sorted({*dead, *known} & self._segment(name).ids) for name, dead in manifest["segments"].items()
         }
-        if rows:
-            segments[self._add(_arrays_of(rows), _files_of(rows))] = []
+        for start in range(0, len(rows), MOST_ROWS):
+            part = rows[start : start + MOST_ROWS]
+            segments[self._add(_arrays_of(part), _files_of(part))] = []
         self._write({**manifest, "segments": segments})
+        if sum(self._segment(name).size < LARGE_SEGMENT for name in segments) >= _SMALL_SEGMENTS:
+            self.finish()
 
     def finish(self) -> None:
         """Merge small segments, and those of which a third is gone; remove what no manifest names."""
         manifest = self._existing()
         segments = dict(manifest["segments"])
-        merged = [one for one in self._alive() if one.size < LARGE_SEGMENT or one.alive.mean() < 2 / 3]
-        if len(merged) > 1 or any(one.dead for one in merged):
-            for one in merged:
+        groups: list[list[_Segment]] = [[]]
+        for one in self._alive():
+            if one.size < LARGE_SEGMENT or one.alive.mean() < 2 / 3:
+                if sum(int(other.alive.sum()) for other in [*groups[-1], one]) > MOST_ROWS:
+                    groups.append([])
+                groups[-1].append(one)
+        groups = [group for group in groups if len(group) > 1 or any(one.dead for one in group)]
+        for group in groups:
+            for one in group:
                 del segments[one.name]
-            if any(one.alive.any() for one in merged):
-                segments[self._add(*_merged(merged))] = []
+            if any(one.alive.any() for one in group):
+                segments[self._add(*_merged(group))] = []
+        if groups:
             self._write({**manifest, "segments": segments})
 
     def nearest(
         self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
     ) -> list[Found]:
-        """See `VectorStore`; exact up to `APPROXIMATE_ROWS` rows of a segment."""
-        unit = vector / (np.linalg.norm(vector) or 1)
-        scored = [(one, one.similarities(unit, exit_layer, one.chosen(where))) for one in self._alive()]
-        return _best(scored, limit, extras)
+        """See `VectorStore`; exact up to `APPROXIMATE_ROWS` rows."""
+        unit = (vector / (np.linalg.norm(vector) or 1)).astype(np.float32)
+        chosen = [(one, np.flatnonzero(one.chosen(where))) for one in self._alive()]
+        if sum(len(places) for _, places in chosen) > APPROXIMATE_ROWS:
+            chosen = _best_by_signs(chosen, unit, exit_layer)
+        return _best(
+            [(one, places, one.similarities(unit, exit_layer, places)) for one, places in chosen], limit, extras
+        )
 
     def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
         """See `VectorStore`."""
         segments = list(self._alive())
         rows = sum(one.size for one in segments)
-        average = sum(float(one["lengths"].sum(dtype=np.int64)) for one in segments) / max(rows, 1) or 1.0
+        average = sum(one.words for one in segments) / max(rows, 1) or 1.0
         scores = [np.zeros(one.size) for one in segments]
         for word in words:
             postings = [one.postings(word) for one in segments]
             found = sum(len(places) for places, _ in postings)
             idf = np.log(1 + (rows - found + 0.5) / (found + 0.5))
             for one, (places, counts), total in zip(segments, postings, scores, strict=True):
-                norms = _K1 * (1 - _B + _B * one["lengths"][places] / average)
-                total[places] += idf * counts * (_K1 + 1) / (counts + norms)
+                norms = _K1 * (1 - _B + _B / average * one["lengths"][places])
+                total[places] += idf * (_K1 + 1) * counts / (counts + norms)
+        scored = []
         for one, total in zip(segments, scores, strict=True):
-            total[~one.chosen(where)] = -np.inf
-        return [one for one in _best(list(zip(segments, scores, strict=True)), limit, extras) if one.score > 0]
+            places = np.flatnonzero((total > 0) & one.chosen(where))
+            scored.append((one, places, total[places]))
+        return _best(scored, limit, extras)
 
     def count(self) -> int:
         """See `VectorStore`."""
@@ -260,19 +280,10 @@ class _Segment:
     def _of_files(self, values: Sequence[bool]) -> np.ndarray:
         return np.array(values, dtype=bool)[self["file_of_row"]]
 
-    def similarities(self, unit: np.ndarray, exit_layer: int, chosen: np.ndarray) -> np.ndarray:
-        """(N,) cosine similarities of the chosen rows; -inf for others, and in a large segment for unlikely ones."""
+    def similarities(self, unit: np.ndarray, exit_layer: int, places: np.ndarray) -> np.ndarray:
+        """(P,) cosine similarities of some rows."""
         vectors, scales = self[f"vectors_{exit_layer}"], self[f"scales_{exit_layer}"]
-        scores = np.full(self.size, -np.inf)
-        places = np.flatnonzero(chosen)
-        if len(places) > APPROXIMATE_ROWS:
-            signs = np.packbits(unit > 0)
-            distances = np.bitwise_count(self[f"signs_{exit_layer}"] ^ signs).sum(axis=1, dtype=np.uint16)
-            places = places[np.argpartition(distances[places], _BEST_BY_SIGNS)[:_BEST_BY_SIGNS]]
-        for start in range(0, len(places), _BLOCK):
-            block = places[start : start + _BLOCK]
-            scores[block] = (vectors[block].astype(np.float32) @ unit) * scales[block]
-        return scores
+        return (vectors[places].astype(np.float32) @ unit) * scales[places]
 
     def postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
         """The rows with a word, and how often each has it."""
@@ -286,12 +297,17 @@ class _Segment:
     def found(self, place: int, score: float, extras: Sequence[int]) -> Found:
         """A row as it was written, with its score."""
         first, last = self["row_starts"][place : place + 2]
-        row = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
-        snippet = Snippet(**{**row["snippet"], "defines": tuple(row["snippet"]["defines"])})
+        row_id, text_hash, *values = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
+        values[-1] = tuple(values[-1])  # `defines`
         vectors = {
             one: self[f"vectors_{one}"][place].astype(np.float32) * self[f"scales_{one}"][place] for one in extras
         }
-        return Found(row["row_id"], row["text_hash"], snippet, score, vectors)
+        return Found(row_id, text_hash, Snippet(*values), score, vectors)
+
+    @cached_property
+    def words(self) -> int:
+        """Words of all its rows."""
+        return int(self["lengths"].sum(dtype=np.int64))
 
     @cached_property
     def exits(self) -> list[int]:
@@ -299,12 +315,34 @@ class _Segment:
         return [int(name.removeprefix("vectors_")) for name in self if name.startswith("vectors_")]
 
 
-def _best(scored: Sequence[tuple[_Segment, np.ndarray]], limit: int, extras: Sequence[int]) -> list[Found]:
-    """The best rows of all segments, without those of -inf."""
+_Places = list[tuple[_Segment, np.ndarray]]
+
+
+def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Places:
+    """Of the chosen rows those whose signs differ from the question's in the fewest components."""
+    signs = _signs(unit[None])
+    distances = [
+        np.bitwise_count(one[f"signs_{exit_layer}"] ^ signs).sum(axis=0, dtype=np.uint16)[places]
+        for one, places in chosen
+    ]
+    counts = sum(np.bincount(one, minlength=len(unit) + 1) for one in distances)
+    most = np.searchsorted(np.cumsum(counts), _BEST_BY_SIGNS)
+    return [(one, places[values <= most]) for (one, places), values in zip(chosen, distances, strict=True)]
+
+
+def _signs(vectors: np.ndarray) -> np.ndarray:
+    """(D / 64, N) uint64: which components of vectors (N, D) are positive, 64 in a number."""
+    packed = np.packbits(vectors > 0, axis=1)
+    packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))
+    return np.ascontiguousarray(packed.view(np.uint64).T)
+
+
+def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int, extras: Sequence[int]) -> list[Found]:
+    """The best of some rows of each segment."""
     found = []
-    for segment, scores in scored:
-        places = np.argpartition(-scores, limit)[:limit] if limit < len(scores) else np.arange(len(scores))
-        found += [(float(scores[place]), segment, int(place)) for place in places if scores[place] > -np.inf]
+    for segment, places, scores in scored:
+        best = np.argpartition(-scores, limit)[:limit] if limit < len(scores) else range(len(scores))
+        found += [(float(scores[one]), segment, int(places[one])) for one in best]
     found.sort(key=lambda one: -one[0])
     # Of equal scores, all that may belong to the best are read, so that path and line decide and no segment.
     last = found[min(limit, len(found)) - 1][0] if found else 0.0
@@ -319,30 +357,29 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
         scales = np.maximum(np.abs(vectors).max(axis=1), np.finfo(np.float32).tiny) / 127
         arrays[f"vectors_{exit_layer}"] = np.round(vectors / scales[:, None]).astype(np.int8)
         arrays[f"scales_{exit_layer}"] = scales.astype(np.float32)
-        arrays[f"signs_{exit_layer}"] = np.packbits(vectors > 0, axis=1)
-    blobs = [
-        zlib.compress(
-            json.dumps({"row_id": row.row_id, "text_hash": row.text_hash, "snippet": asdict(row.snippet)}).encode(), 1
-        )
-        for row in rows
-    ]
+        arrays[f"signs_{exit_layer}"] = _signs(arrays[f"vectors_{exit_layer}"])
+    blobs = [zlib.compress(json.dumps([row.row_id, row.text_hash, *_values(row.snippet)]).encode(), 6) for row in rows]
     arrays["rows"] = np.frombuffer(b"".join(blobs), dtype=np.uint8)
     arrays["row_starts"] = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
     numbers = {key: number for number, key in enumerate(dict.fromkeys(row.file_id for row in rows))}
-    arrays["file_of_row"] = np.array([numbers[row.file_id] for row in rows], dtype=np.int64)
-    counts: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-    lengths = []
-    for place, row in enumerate(rows):
-        words = row.words.split()
-        lengths.append(len(words))
-        for word, count in Counter(words).items():
-            counts[_word_key(word)].append((place, min(count, 255)))
-    arrays["lengths"] = np.array(lengths, dtype=np.int64)
-    ordered = sorted(counts)
-    postings = np.array([one for key in ordered for one in counts[key]], dtype=np.int64).reshape(-1, 2)
-    arrays["words"] = np.array(ordered, dtype=np.uint64)
-    arrays["word_starts"] = np.cumsum([0, *(len(counts[key]) for key in ordered)], dtype=np.int64)
-    arrays["word_rows"], arrays["word_counts"] = postings[:, 0].astype(np.uint32), postings[:, 1].astype(np.uint8)
+    arrays["file_of_row"] = np.array([numbers[row.file_id] for row in rows], dtype=np.uint32)
+    words = [row.words.split() for row in rows]
+    arrays["lengths"] = np.array([len(one) for one in words], dtype=np.uint32)
+    key = np.fromiter(map(_word_key, chain.from_iterable(words)), dtype=np.uint64)
+    place = np.repeat(np.arange(len(rows)), arrays["lengths"])
+    order = np.argsort(key, kind="stable")
+    key, place = key[order], place[order]
+    first = np.flatnonzero(np.append([True], (np.diff(key) != 0) | (np.diff(place) != 0))[: len(key)])
+    counts = np.minimum(np.diff(np.append(first, len(key))), 255)
+    return arrays | _postings(key[first], place[first], counts)
+
+
+def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
+    """The rows of each word, from words that ascend."""
+    words, starts = np.unique(key, return_index=True)
+    word_starts = np.append(starts, len(key)).astype(np.uint32)
+    arrays: _Arrays = {"words": words, "word_starts": word_starts}
+    arrays |= {"word_rows": row.astype(np.uint16), "word_counts": count.astype(np.uint8)}
     return arrays
 
 
@@ -363,19 +400,16 @@ def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]
     """The rows of several segments that are not gone, as one."""
     arrays: _Arrays = {}
     kept = [np.flatnonzero(one.alive) for one in segments]
-    names = [
-        "lengths",
-        *(f"{kind}_{exit_layer}" for exit_layer in segments[0].exits for kind in ("vectors", "scales", "signs")),
-    ]
-    for name in names:
+    exits = segments[0].exits
+    for name in ("lengths", *(f"{kind}_{exit_layer}" for exit_layer in exits for kind in ("vectors", "scales"))):
         arrays[name] = np.concatenate([one[name][places] for one, places in zip(segments, kept, strict=True)])
-    blobs = [
-        one["rows"][one["row_starts"][place] : one["row_starts"][place + 1]]
-        for one, places in zip(segments, kept, strict=True)
-        for place in places
-    ]
+    for exit_layer in exits:
+        arrays[f"signs_{exit_layer}"] = _signs(arrays[f"vectors_{exit_layer}"])
+    sizes = [np.diff(one["row_starts"]) for one in segments]
+    blobs = [one["rows"][np.repeat(one.alive, size)] for one, size in zip(segments, sizes, strict=True)]
     arrays["rows"] = np.concatenate(blobs)
-    arrays["row_starts"] = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
+    alive_sizes = [size[places] for size, places in zip(sizes, kept, strict=True)]
+    arrays["row_starts"] = np.concatenate([[0], *alive_sizes]).cumsum(dtype=np.int64)
     files: list[dict[str, Any]] = []
     numbers, keys, rows, counts = [], [], [], []
     first = 0
@@ -391,12 +425,10 @@ def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]
         rows.append(moved[stays])
         counts.append(one["word_counts"][stays])
         first += len(places)
-    arrays["file_of_row"] = np.concatenate(numbers)
+    arrays["file_of_row"] = np.concatenate(numbers).astype(np.uint32)
     key, row, count = np.concatenate(keys), np.concatenate(rows), np.concatenate(counts)
-    order = np.lexsort((row, key))
-    arrays["words"], starts = np.unique(key[order], return_index=True)
-    arrays["word_starts"] = np.append(starts, len(key)).astype(np.int64)
-    arrays["word_rows"], arrays["word_counts"] = row[order].astype(np.uint32), count[order]
+    order = np.argsort(key, kind="stable")  # rows ascend already
+    arrays |= _postings(key[order], row[order], count[order])
     return arrays, files
 
 
@@ -406,11 +438,19 @@ def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
     Raises:
         OSError, ValueError, KeyError: it isn't there, or damaged.
     """
-    content = np.memmap(path, dtype=np.uint8, mode="r")
+    content = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     start = 8 + int(content[:8].view("<u8")[0])
     header = json.loads(content[8:start].tobytes()) if start <= len(content) else {}
     files = json.loads(header.pop("__metadata__")["files"])
-    kinds = {"U8": np.uint8, "I8": np.int8, "U32": np.uint32, "I64": np.int64, "U64": np.uint64, "F32": np.float32}
+    kinds = {
+        "U8": np.uint8,
+        "I8": np.int8,
+        "U16": np.uint16,
+        "U32": np.uint32,
+        "I64": np.int64,
+        "U64": np.uint64,
+        "F32": np.float32,
+    }
     arrays = {}
     for name, one in header.items():
         first, last = one["data_offsets"]

@@ -263,7 +263,7 @@ def ablate(
 def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
     """The tasks of the recipe's benchmarks; UserError if one of them does not rank."""
     folder, found = recipe.benchmark_data or "", []
-    for name in choose_benchmarks(recipe.benchmarks, folder):
+    for name in choose_benchmarks(recipe.benchmarks, folder) if recipe.benchmarks else ():
         for task in load_benchmark(name, folder, allow_subset=recipe.allow_subset):
             if not isinstance(task, RetrievalTask) or task.metrics[0] != "mrr":
                 raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; choose a retrieval benchmark.")
