@@ -25,7 +25,7 @@ from report import write
 
 from modular_star_encoder.search.hits import Answer
 from modular_star_encoder.search.index import CodeIndex
-from modular_star_encoder.search.settings import DEFAULT_CHECKPOINT
+from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 from modular_star_encoder.utils.reports import library_versions, markdown_table, percent
 
 QUESTIONS = Path(__file__).parent.parent / "examples" / "search" / "questions.jsonl"
