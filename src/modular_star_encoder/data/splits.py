@@ -53,7 +53,7 @@ def draw_repositories(
     on the seed and on the names and sizes alone: not on the order of the rows, the Python version or the machine.
     """
     if min_test < 1 or not 0 < max_repository_share <= 1:
-        message = f"min_test is from 1, and max_repository_share up to 1; not {min_test} and {max_repository_share}."
+        message = f"min_test must be from 1, max_repository_share up to 1; not {min_test} and {max_repository_share}."
         raise UserError("data.split.arguments", message)
     if len(sizes) < 2:
         message = f"A split by repository needs functions of at least two repositories; these are of {len(sizes)}."
