@@ -80,7 +80,8 @@ class ClassificationCollator(_Padding):
 class PackingCollator:
     """Packs rows of `InContextPairs` one after another; replaces `PaddingCollator`.
 
-    Returns, for P rows of N tokens in total, what `ModularStarEncoderForPreTraining` takes on every attention backend:
+    Returns, for P rows of N tokens in total, the inputs of `ModularStarEncoderForPreTraining` for any attention
+    backend:
 
     - `input_ids`, `position_ids` (from 0 in every row) and `labels`, int64 (1, N);
     - `cu_seq_lens_q`, `cu_seq_lens_k`: the same tensor, the rows' bounds, int32 (P + 1,);

@@ -70,7 +70,7 @@ class SourceExamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TripletColumns:
-    """The names of the columns of a dataset of triplets; by default those of SynthCoNL as published.
+    """The names of the columns of a dataset of triplets; by default the columns of the published SynthCoNL.
 
     `negative` is a column of hard negatives, which SynthCoNL does not have; `negative_language` is the column of their
     languages, by default `language`.
@@ -303,7 +303,7 @@ _LABELLED_SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True, slots=True)
 class LabelledPairs:
-    """Pairs of snippets of one split, for clone detection: do the two do the same?"""
+    """Pairs of snippets of one split for clone detection, labelled by whether both do the same."""
 
     codes: list[str]  # the snippets, each once
     pairs: np.ndarray  # int64 (pairs, 2), places in `codes`

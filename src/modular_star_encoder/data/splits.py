@@ -56,7 +56,7 @@ def draw_repositories(
         message = f"min_test must be from 1, max_repository_share up to 1; not {min_test} and {max_repository_share}."
         raise UserError("data.split.arguments", message)
     if len(sizes) < 2:
-        message = f"A split by repository needs functions of at least two repositories; these are of {len(sizes)}."
+        message = f"A split by repository needs functions of at least two repositories; these are in {len(sizes)}."
         raise UserError("data.split.too_few_repositories", message)
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
@@ -241,7 +241,7 @@ class PairGroups:
     """The groups that give each kind of pair, and their rows; kinds without pairs are left out."""
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
-        """Group rows; those with a description give text → code pairs, those with two snippets code → code pairs."""
+        """Group rows: a description gives text → code pairs, two snippets give code → code pairs."""
         rows: dict[str, dict[int, list[int]]] = {TEXT_TO_CODE: defaultdict(list), CODE_TO_CODE: defaultdict(list)}
         groups = same_content_groups(texts)
         self.of_rows, self.negatives = groups, groups_of_negatives(texts, groups)
@@ -289,7 +289,7 @@ class BatchPlan:
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """Draw nothing yet; `batch_size` counts the pairs of all processes and is even if there are both kinds."""
+        """Check the arguments; `batch_size` is the number of pairs in all processes, even if there are both kinds."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative

@@ -64,7 +64,7 @@ class TokenCorpus:
             raise UserError("data.split.eval_fraction", f"eval_fraction must be between 0 and 1, not {eval_fraction}.")
         names = self.repositories
         if len(names) < 2:
-            message = f"A split needs texts of at least two repositories; these are of {len(names)}."
+            message = f"A split needs texts of at least two repositories; these are in {len(names)}."
             raise UserError("data.split.too_few_repositories", message)
         count = min(max(round(eval_fraction * len(names)), 1), len(names) - 1)
         drawn = set(hashed_order(names, seed)[:count])

@@ -42,7 +42,7 @@ def train_tokenizer(
     includes them. A small corpus may fill fewer entries: size the model by `len(tokenizer)`.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
-        message = f"vocab_size must be at least {MIN_VOCAB_SIZE}, bytes and special tokens, and max_length at least 4;"
+        message = f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes, special tokens), and max_length at least 4;"
         raise UserError("data.tokenizer.sizes", f"{message} not {vocab_size} and {max_length}.")
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -383,7 +383,7 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
 
 
 def _settings_up_to(recipe: DatasetRecipe, stage: str) -> dict[str, Any]:
-    """The settings that decide the result of a stage: its own and those of the stages before."""
+    """The settings that decide the result of a stage: its own settings and the settings of earlier stages."""
     settings = recipe.stage_settings()
     names = list(settings)
     return {name: settings[name] for name in names[: names.index(stage) + 1]}
@@ -406,7 +406,7 @@ def _check_settings(build: Build, log: dict[str, Any]) -> None:
         other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
         if other and (build.out / name).exists():
             made = f"{build.out / name} was made with another {', '.join(other)}"
-            message = f"{made}; name another folder, or remove that one and those of the later stages."
+            message = f"{made}; name another folder, or remove that one and the folders of later stages."
             raise UserError("synthconl.build.other_settings", message)
 
 

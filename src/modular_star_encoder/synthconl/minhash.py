@@ -1,4 +1,4 @@
-"""What counts as a near-duplicate, and MinHash fingerprints of texts, in memory and on disk."""
+"""Settings that define near-duplicates, and MinHash fingerprints of texts, in memory and on disk."""
 
 import hashlib
 from array import array
@@ -69,7 +69,7 @@ def optimal_banding(threshold: float, miss_weight: float = 0.5, permutations: in
 
 @settings_class
 class DuplicateSettings:
-    """What counts as a near-duplicate.
+    """Settings that define near-duplicates.
 
     Attributes:
         threshold: Smallest Jaccard similarity of the sets of shingles at which two texts are near-duplicates.

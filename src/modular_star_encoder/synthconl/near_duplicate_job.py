@@ -93,7 +93,7 @@ def prepare_job(
     against: Mapping[str, Iterable[str | None]] | None = None,
     settings: DuplicateSettings | None = None,
 ) -> "DuplicateJob":
-    """Prepare to write the rows of parquet files that are not near-duplicates of others, to files of the same names.
+    """Prepare a job that writes the rows of parquet files without near-duplicates to files of the same names.
 
     This checks everything and writes the description of the job, or finds the state of the same earlier job; `run` does
     the work. `out` also gets `report.json` (the report, and what it was made from) and `dropped.jsonl`, a line for each

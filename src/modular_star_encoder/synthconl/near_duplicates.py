@@ -270,7 +270,8 @@ def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
 class Search:
     """A search among the rows of some columns ("within") and against texts of other sets ("between").
 
-    A task is a list of pairs that may be near in one column, or within, if `settings.match` is "both", in all columns.
+    A task is a list of pairs that may be near in one column, or, for "within" with `settings.match` "both", in all
+    columns.
     """
 
     columns: Sequence[Column]

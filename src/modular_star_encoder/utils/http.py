@@ -117,7 +117,7 @@ class HTTPClient:
         self.close()
 
     def close(self) -> None:
-        """Cancel the requests under way and close the connections. No request can be sent afterwards."""
+        """Cancel pending requests and close the connections. No request can be sent afterwards."""
         if self._loop.is_closed():
             return
         self._run(self._abandon()).result()

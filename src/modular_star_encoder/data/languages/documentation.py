@@ -1,8 +1,8 @@
 """Turns comments and docstrings into the description of a function, one paragraph of prose.
 
 CodeSearchNet's description is the documentation up to the first blank line, or else up to the first `@` (Husain et al.
-2019, arXiv 1909.09436, section 2). Here it ends at the first of both, and only an `@` that begins a line ends it, so
-that an e-mail address in a sentence does not. Other notations for parameters and results end it, too.
+2019, arXiv 1909.09436, section 2). Here it ends at whichever comes first, and only an `@` that begins a line ends it,
+so that an e-mail address in a sentence does not. Other notations for parameters and results end it, too.
 """
 
 import ast

@@ -21,7 +21,7 @@ _MAX_NAME_LENGTH = 200
 
 @dataclass(frozen=True, slots=True)
 class FoundFunction:
-    """A function of a text; the fields are those of `DocumentedFunction`."""
+    """A function in a text; the fields are fields of `DocumentedFunction`."""
 
     line: int
     name: str
@@ -35,7 +35,7 @@ class FoundFunction:
 def find_functions(
     text: str, language: str, *, documented_only: bool = False, counts: Counter[str] | None = None
 ) -> list[FoundFunction]:
-    """The functions of `text` without a syntax error, in order, methods and nested functions included.
+    """Find the functions of `text` that have no syntax error, in order, methods and nested functions included.
 
     Functions without a body, and Python functions whose body is only a docstring, are left out. PHP needs its `<?php`.
     `counts` counts files and functions with a syntax error, and functions nested too deeply.

@@ -31,7 +31,7 @@ Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line of JSON Lines that is not a row: what is wrong with it, and the line."""
+    """A line of JSON Lines that is not a row: the reason, and the line."""
 
     reason: str
     text: str
