@@ -111,7 +111,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Mean tokens of a description and of a snippet as the encoder reads them, framed (all alike) and truncated."""
+        """Mean tokens of a description and of a snippet, framed (all by the longest prompt) and truncated."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):

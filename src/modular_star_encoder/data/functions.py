@@ -52,7 +52,7 @@ def function_id(function: DocumentedFunction) -> str:
     A function that moves or changes gets another id. Its name, description and licence do not affect the id.
     """
     place = f"{function.line}:{'' if function.start_byte is None else function.start_byte}"
-    # Its length precedes each part, so that different lists of parts never make the same text.
+    # The length of each part precedes it, so that different lists of parts never make the same text.
     parts = (function.repository, function.path, function.language, place, function.source or function.code)
     encoded = [part.encode(errors="surrogatepass") for part in parts]
     digest = hashlib.sha256(b"".join(b"%d:%b" % (len(part), part) for part in encoded))
@@ -351,4 +351,4 @@ def _without_docstring(code: str) -> str:
         found = []
     if found and found[0].line == 1 + code[: len(code) - len(code.lstrip())].count("\n"):
         return found[0].code
-    raise LeakingDocstringError("The code of this Python row does not parse, or is nothing but its docstring.")
+    raise LeakingDocstringError("The code of this Python row does not parse, or is only a docstring.")

@@ -75,8 +75,8 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         """Take a tokenized corpus, or tokenize the texts of each repository, all of one language, into memory.
 
-        The tokenizer must have `<sep>`, `<cls>` and `<mask>`, and be the corpus's. `max_tokens` includes special
-        tokens.
+        The tokenizer must have `<sep>`, `<cls>` and `<mask>`, and be the one that made the corpus. `max_tokens`
+        includes special tokens.
         """
         if length < 1 or seed < 0 or not 0 < mlm_probability < 1 or max_tokens < MIN_ROW_TOKENS:
             message = "length must be at least 1, seed at least 0, mlm_probability between 0 and 1, and max_tokens at "

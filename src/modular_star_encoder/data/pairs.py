@@ -178,7 +178,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
             - `triplets`: the name of a dataset of the Hub, a file or a folder; or a mapping with `source` and the other
               arguments of `open_triplets`; with `columns: {negative: NAME}` each row also has a hard negative;
             - `functions`: the settings of a corpus (see `open_corpus`), whose documented functions are taken;
-            - `parallel`: a file, folder or dataset with one exercise a row, `slug` and `code` (a mapping of languages
+            - `parallel`: a file, folder or dataset with one exercise per row, `slug` and `code` (a mapping of languages
               to solutions); or a mapping with `source`, `name` and `code` (other names of these columns), `strict` and
               the arguments of `open_dataset_rows`.
 
@@ -325,7 +325,7 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
         settings: `train`, `valid` and optionally `test`, each a JSON Lines or parquet file with the columns `first`,
             `second` (snippets) and `label` (0 or 1); or `bigclonebench`, a folder with the files of CodeXGLUE
             (github.com/microsoft/CodeXGLUE, Clone-detection-BigCloneBench): `data.jsonl` holds functions (`func`,
-            `idx`), and `train.txt`, `valid.txt` and `test.txt` two ids and a label a line.
+            `idx`), and `train.txt`, `valid.txt` and `test.txt` two ids and a label per line.
     """
     for name, source in settings.items():
         if not isinstance(source, str | os.PathLike) or not os.fspath(source):

@@ -37,7 +37,7 @@ _REPLACEMENTS, _NEGATIVES = 2, 3
 def hashed_order(names: Iterable[str], seed: int) -> list[str]:
     """The names in a random order that depends on the seed and the names alone.
 
-    A hash rather than a generator's shuffle: stable everywhere, and a new repository does not reorder the others.
+    It sorts by a hash instead of shuffling: stable everywhere, and a new repository does not reorder the others.
     """
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
@@ -289,7 +289,7 @@ class BatchPlan:
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """Check the arguments; `batch_size` is the number of pairs in all processes, even if there are both kinds."""
+        """Check the arguments; `batch_size` counts the pairs of all processes, and is even with both kinds."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative

@@ -167,7 +167,7 @@ class Fingerprints:
 
     digests: np.ndarray  # uint64 (n, 2): equal for equal texts, and zero for blank ones
     lengths: np.ndarray  # int64 (n,): characters; an upper bound where the text is stored as UTF-8
-    keys: np.ndarray  # uint64 (n, bands): texts that share one are compared; meaningless for blank texts
+    keys: np.ndarray  # uint64 (n, bands): texts that share a key are compared; meaningless for blank texts
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> Fingerprints:

@@ -66,7 +66,7 @@ class DuplicateReport:
     rows: int
     counts: dict[str, int]  # the kept rows, and the dropped rows by reason
     clusters: int  # clusters of at least two rows
-    largest_clusters: list[int]  # the sizes of the largest, at most twenty
+    largest_clusters: list[int]  # the sizes of the largest clusters, at most twenty
     giant_clusters: list[dict[str, Any]]  # `NearDuplicates.giant_clusters`, with ids
     pairs_compared: int  # candidate pairs whose true similarity was computed
     near_pairs: int  # pairs at or above the threshold
@@ -93,7 +93,7 @@ def prepare_job(
     against: Mapping[str, Iterable[str | None]] | None = None,
     settings: DuplicateSettings | None = None,
 ) -> "DuplicateJob":
-    """Prepare a job that writes the rows of parquet files without near-duplicates to files of the same names.
+    """Prepare a job that copies parquet files without near-duplicate rows to files of the same names.
 
     This checks everything and writes the description of the job, or finds the state of the same earlier job; `run` does
     the work. `out` also gets `report.json` (the report, and what it was made from) and `dropped.jsonl`, a line for each
@@ -361,7 +361,7 @@ class DuplicateJob:
 
 @dataclass(frozen=True, slots=True)
 class DatatroveStep:
-    """One kind of task of a job, as a step of a pipeline of datatrove: it takes no documents and yields none."""
+    """One kind of task of a job, as a step of a datatrove pipeline: it takes no documents and yields none."""
 
     job: DuplicateJob
     task: str

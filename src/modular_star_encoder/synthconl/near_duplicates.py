@@ -42,8 +42,7 @@ class NearDuplicates:
     similarity: np.ndarray  # float64 (n,): the Jaccard similarity to `nearest`; 0 if it is kept
     pairs: np.ndarray  # int64 (pairs, 2): near pairs of distinct rows, the smaller id first
     pair_similarities: np.ndarray  # float64 (pairs,)
-    # For each cluster too large for one row: `cluster` (its row of smallest id), `rows` and `kept`
-    # (counts)
+    # For each cluster too large for one row: `cluster` (its row of smallest id), `rows` and `kept` (counts)
     giant_clusters: tuple[dict[str, int], ...] = ()
     compared: int = 0  # number of pairs compared
     largest_bucket: int = 0  # the most distinct rows that share a band
@@ -107,7 +106,7 @@ def find_near_duplicates(
 
 @dataclass(frozen=True, slots=True)
 class DistinctRows:
-    """m distinct rows among n."""
+    """The m distinct rows among n rows."""
 
     rows: np.ndarray  # int64 (m,): the row of smallest id among equal rows
     numbers: np.ndarray  # int64 (n,): for each row, the number of the distinct row that it equals
@@ -164,7 +163,7 @@ def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 class Column:
     """The m distinct rows of one column, whose texts and fingerprints are in one part or several, such as files.
 
-    `rows` are the distinct rows, counted through all parts: int64 (m,).
+    `rows` are the distinct rows, numbered through all parts: int64 (m,).
     """
 
     def __init__(

@@ -97,7 +97,7 @@ _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<
 
 
 def size_category(rows: int) -> str:
-    """The Hub's name for the order of magnitude of a number of rows."""
+    """The Hub's size category for a number of rows."""
     return next((name for name, limit in _SIZES if rows < limit), "10M<n<100M")
 
 
@@ -203,7 +203,7 @@ def push_dataset(
 ) -> Upload:
     """Upload a dataset with its card, or report what would be uploaded.
 
-    The access token is the one of `hf auth login` or `HF_TOKEN`.
+    The access token comes from `hf auth login` or `HF_TOKEN`.
 
     Args:
         folder: The folder that `build_dataset` returned, or its `out`.

@@ -133,7 +133,7 @@ class HTTPClient:
         """Send a request in the background; the future gives a response with a status below 300 or HTTPRequestError.
 
         `url` may hold a secret: errors name the host only. `body` is sent as JSON. `retry_if` says whether to retry a
-        response with a status of success that reports a failure, as some gateways send.
+        response that reports a failure with a success status, as some gateways send.
         """
         return self._run(self._send(method, url, body, retry_if))
 
@@ -230,7 +230,7 @@ def token_from_environment(variable: str | None, *, required: bool = True) -> st
 
 
 def hide_secrets(text: str, token: str = "") -> str:
-    """`text` with `***` for the token and for words that look like an API key of OpenAI."""
+    """`text` with `***` for the token and for words that look like an OpenAI API key."""
     text = text.replace(token, "***") if token else text
     return " ".join("***" if "sk-" in word else word for word in text.split(" ")) if "sk-" in text else text
 

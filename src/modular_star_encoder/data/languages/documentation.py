@@ -54,7 +54,7 @@ _RDOC_MARK = re.compile(r"(?<![\w+])\+([\w:.#?!=]+)\+(?![\w+])")
 def docstring_of(literal: str) -> str | None:
     """The value of a Python string literal, or of several consecutive ones; None if it is not a plain string."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # such as those for invalid escapes
+        with warnings.catch_warnings(action="ignore"):  # such as warnings about invalid escapes
             value = ast.literal_eval(f"({literal}\n)")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None

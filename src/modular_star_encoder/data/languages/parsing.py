@@ -56,7 +56,7 @@ class SourceText:
         return self._line_starts[self.line(offset) - 1]
 
     def line_starts_between(self, start: int, end: int) -> list[int]:
-        """The offsets before `end` at which the lines after the one of `start` begin."""
+        """The offsets before `end` at which lines begin, after the line of `start`."""
         return self._line_starts[self.line(start) : bisect_left(self._line_starts, end)]
 
     def original_span(self, start: int, end: int) -> tuple[int, int, str]:

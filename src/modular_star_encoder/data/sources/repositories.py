@@ -137,9 +137,9 @@ def folder_repositories(
 
     With `depth`, repositories are the folders `depth` levels down, named by their path (`"a/b"` at depth 2; a file
     directly in `a` belongs to `"a"`, one directly in `folder` to `"."`); at depth 0 the folder is one repository, named
-    after it. By default the depth is 0 for a checkout or a package (it holds one of `CHECKOUT_MARKERS`) and otherwise
-    1. Symbolic links are not followed. Hidden folders, virtual environments, `node_modules` and the like are not
-    entered. With `obey_ignore_files`, files that git ignores are left out (`IgnoreFiles`).
+    after it. The default depth is 1, or 0 for a checkout or a package (it holds one of `CHECKOUT_MARKERS`). Symbolic
+    links are not followed. Hidden folders, virtual environments, `node_modules` and the like are not entered. With
+    `obey_ignore_files`, files that git ignores are left out (`IgnoreFiles`).
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
