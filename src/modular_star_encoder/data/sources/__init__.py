@@ -37,7 +37,7 @@ class SourceReader(ABC):
     all) and `filters` (None for `FileFilters()`). `skipped` counts the files left out in the last iteration.
     """
 
-    unicode_names = False  # whether names that are not Unicode get `\udcff`, which can be written everywhere
+    unicode_names = False  # whether characters such as `\udcff` in names are escaped, so that every file can hold them
 
     def __init__(self, units: Iterable[tuple[str, Any]] | None = None) -> None:
         """`units` are the repositories, each with the data that the reader needs, if they are known before reading."""
