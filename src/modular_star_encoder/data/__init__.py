@@ -1,1 +1,1 @@
-"""From source code to rows to batches; importing one module does not load torch unless it makes tensors."""
+"""From source code to rows to batches; only the modules that make tensors import torch."""

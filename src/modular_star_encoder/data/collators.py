@@ -15,7 +15,7 @@ Row = Mapping[str, torch.Tensor]
 
 
 def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str, multiple_of: int = 1) -> torch.Tensor:
-    """The rows, each (tokens,), as int64 (rows, longest rounded up to `multiple_of`), filled with `value` on `side`."""
+    """Pad rows, each (tokens,), with `value` on `side`: int64 (rows, longest row rounded up to `multiple_of`)."""
     longest = max(len(row) for row in rows)
     length = -(-longest // multiple_of) * multiple_of
     padded = torch.full((len(rows), length), value, dtype=torch.int64)
@@ -28,13 +28,13 @@ def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str, multiple_of: i
 def pad_inputs(
     rows: Sequence[torch.Tensor], pad_token_id: int, side: str, multiple_of: int = 1
 ) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, both int64 of shape (rows, length)."""
+    """Pad rows to `input_ids` and `attention_mask`, both int64 of shape (rows, length)."""
     mask = pad_rows([torch.ones_like(row) for row in rows], 0, side, multiple_of)
     return {"input_ids": pad_rows(rows, pad_token_id, side, multiple_of), "attention_mask": mask}
 
 
 class _Padding:
-    """Pads on the tokenizer's side, to a multiple of a number of tokens."""
+    """Pads on the tokenizer's side, to a multiple of `pad_to_multiple_of` tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, pad_to_multiple_of: int = 1) -> None:
         check_special_tokens(tokenizer, "pad")
@@ -62,7 +62,7 @@ class RetrievalCollator(_Padding):
     """Pads rows of `RetrievalTexts` and `RetrievalBatches` on the tokenizer's side.
 
     Returns `{"query": {...}, "document": {...}}`, each with `input_ids` and `attention_mask`, int64 of shape (B, T); T
-    is that of the longest query or document. With hard negatives, `negative` is a third side.
+    is the length of the longest query or document. With hard negatives, `negative` is a third entry.
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, dict[str, torch.Tensor]]:
@@ -80,14 +80,15 @@ class ClassificationCollator(_Padding):
 class PackingCollator:
     """Packs rows of `InContextPairs` one after another; replaces `PaddingCollator`.
 
-    Returns, for P rows of N tokens together, what `ModularStarEncoderForPreTraining` takes on every attention backend:
+    Returns, for P rows of N tokens in total, the inputs of `ModularStarEncoderForPreTraining` for any attention
+    backend:
 
     - `input_ids`, `position_ids` (from 0 in every row) and `labels`, int64 (1, N);
-    - `cu_seq_lens_q`, `cu_seq_lens_k`: the one tensor of the rows' bounds, int32 (P + 1,);
+    - `cu_seq_lens_q`, `cu_seq_lens_k`: the same tensor, the rows' bounds, int32 (P + 1,);
     - `max_length_q`, `max_length_k`: the tokens of the longest row, as integers: flash attention wants them on the CPU;
     - `icc_labels`, int64 (P,).
 
-    Every row ends with `<cls>`. Losses are those of the padded batch. The batch cannot be sliced along its first
+    Every row ends with `<cls>`. Losses equal the losses of the padded batch. The batch cannot be sliced along its first
     dimension: train without accelerate's `split_batches` and `dispatch_batches`, and on one device per process.
     """
 
@@ -109,7 +110,7 @@ class PackingCollator:
             raise UserError("data.packing.too_long", message)
         input_ids = torch.cat([row["input_ids"] for row in rows])
         if (input_ids[bounds[1:] - 1] != self._cls).any():
-            raise UserError("data.packing.unfinished", "Every row must end with <cls>, as those of InContextPairs do.")
+            raise UserError("data.packing.unfinished", "Every row must end with <cls>, as rows of InContextPairs do.")
         marks = bounds.to(torch.int32)
         return {
             "input_ids": input_ids[None],

@@ -39,15 +39,15 @@ def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
     return _WORD.sub(lambda match: names.get(match[0], match[0]), code)
 
 
-_SNIPPETS, _NAMES = 10, 11  # streams of random numbers besides those of `BatchPlan`
+_SNIPPETS, _NAMES = 10, 11  # random streams besides the streams of `BatchPlan`
 
 
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
-    """Descriptions and snippets, tokenized once, and how the encoder reads them.
+    """Descriptions and snippets, tokenized once and framed as the encoder reads them.
 
-    `<sep>{instruction}<sep>{text}<cls>`, or `<sep>{text}<cls>` without prompts. Only the text is truncated, never its
-    frame. Special tokens that are written in a text are ordinary characters there. As a data set, row `i` holds
-    `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).
+    A text becomes `<sep>{instruction}<sep>{text}<cls>`, or `<sep>{text}<cls>` without prompts. Only the text is
+    truncated, never its frame. Special tokens that are written in a text are ordinary characters there. As a data set,
+    row `i` holds `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         prompts: bool = True,
         progress: bool = True,
     ) -> None:
-        """Tokenize, with a tokenizer whose template ends with `<cls>`; prompts and special tokens count as tokens."""
+        """Tokenize the texts; the template must end with `<cls>`. Limits include prompts and special tokens."""
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
@@ -99,7 +99,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._code(self.texts[row].snippets[number], content, renaming)
 
     def negative(self, row: int, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """The hard negative of a row, which must have one; as `snippet`."""
+        """The hard negative of a row, which must have one; `renaming` as for `snippet`."""
         negative = self.texts[row].negative
         if negative is None:
             raise IndexError(f"row {row} has no hard negative")
@@ -111,7 +111,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Mean tokens of a description and of a snippet as the encoder reads them, framed (all alike) and truncated."""
+        """Mean tokens of a description and of a snippet, framed (all by the longest prompt) and truncated."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -122,7 +122,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
 
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
-    """The rows of every batch, one batch after the other: what a sequential sampler reads from 0 to `steps` × batch.
+    """The rows of every batch, one batch after the other, for a sequential sampler (`steps` × batch size rows).
 
     Row `i` depends on the seed of the plan and `i` only. It holds `query_ids` and `document_ids`, int64 (T,): a
     description and its code, or two snippets, drawn each time. Where every row has a hard negative, there are
@@ -188,7 +188,7 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
     """Rows of clone detection, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, version 2).
 
     Row `i` holds `input_ids`, int64 (T,), T ≤ `max_tokens`, and `labels`, an int64 scalar. Where both snippets do not
-    fit, each gets half of the room, or the part of it that the other leaves.
+    fit, each gets half of the room, plus what the other leaves.
     """
 
     def __init__(

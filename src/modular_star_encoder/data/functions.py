@@ -1,8 +1,7 @@
 """From a corpus to documented functions: (description, code) rows, filtered by CodeSearchNet's rules.
 
-The description is the first paragraph of what the author says of a function: its docstring in Python, elsewhere the
-comment before it. The code is the function without any docstring: with its own, even BM25 finds it by the words of the
-query.
+The description is the first paragraph of a function's documentation: its docstring in Python, elsewhere the comment
+before it. The code is the function without its docstring; otherwise even BM25 would find it by the words of the query.
 
 Source of the rules: Husain et al., "CodeSearchNet Challenge", 2019 (arXiv 1909.09436), section 2.
 """
@@ -44,16 +43,16 @@ class DocumentedFunction:
     source: str = ""  # the whole function as in its file, from start_byte; SynthCoNL's column `func1_CSN`
     start_byte: int | None = None  # its first byte in the UTF-8 encoding of the file's text; None if unknown
     end_byte: int | None = None  # the byte after its last
-    license: str | None = None  # according to the origin of the file
+    license: str | None = None  # as the source of the file reports it
 
 
 def function_id(function: DocumentedFunction) -> str:
-    """32 hexadecimal digits, the same on every machine: of repository, path, language, place and source of `function`.
+    """Hash repository, path, language, place and source of `function` to 32 hexadecimal digits, alike on all machines.
 
-    A function that moves or changes becomes another one. Its name, description and licence do not count.
+    A function that moves or changes gets another id. Its name, description and licence do not affect the id.
     """
     place = f"{function.line}:{'' if function.start_byte is None else function.start_byte}"
-    # Lengths go before the parts, so that no two lists of parts make the same text.
+    # The length of each part precedes it, so that different lists of parts never make the same text.
     parts = (function.repository, function.path, function.language, place, function.source or function.code)
     encoded = [part.encode(errors="surrogatepass") for part in parts]
     digest = hashlib.sha256(b"".join(b"%d:%b" % (len(part), part) for part in encoded))
@@ -61,7 +60,7 @@ def function_id(function: DocumentedFunction) -> str:
 
 
 def code_key(code: str) -> str:
-    """`code` with one space for every run of white space: equal for functions that differ in layout only."""
+    """Return `code` with each run of white space as one space: equal for functions that differ only in layout."""
     return " ".join(code.split())
 
 
@@ -71,7 +70,7 @@ def description_key(description: str) -> str:
 
 
 def drop_reason(function: DocumentedFunction) -> str | None:
-    """The first rule by which `function` is dropped, or None."""
+    """Return the first rule that drops `function`, or None."""
     if not 3 <= sum(any(map(str.isalnum, word)) for word in function.description.split()) <= 256:
         return "description not of 3 to 256 words"
     letters = [character for character in function.description if character.isalpha()]
@@ -90,9 +89,9 @@ def drop_reason(function: DocumentedFunction) -> str | None:
 
 
 def drop_near_identical_descriptions(functions: Iterable[DocumentedFunction]) -> list[DocumentedFunction]:
-    """`functions` without those whose description or code repeats that of an earlier one that was kept.
+    """Return `functions` without those that repeat the description or code of an earlier, kept function.
 
-    In a contrastive batch such rows would be negatives of each other, and in a benchmark, wrong answers that are right.
+    In a contrastive batch such rows would be each other's negatives; a benchmark would score a right document as wrong.
     """
     seen: set[tuple[str, str]] = set()
     kept = []
@@ -109,9 +108,9 @@ def extract_functions(
 ) -> list[DocumentedFunction]:
     """The documented functions of `file`, in the order of the text, methods and nested functions included.
 
-    No filter is applied, but functions without a body, with only a docstring in it, or with a syntax error are left
-    out. A `.h` that was read as C and is C++ yields functions in C++. `counts` counts `"files that do not parse"`, and
-    what `find_functions` counts.
+    No filter applies, but functions without a body, with only a docstring as body, or with a syntax error are left out.
+    A `.h` file that holds C++ yields C++ functions. `counts` gets the `"files that do not parse"` and the counts of
+    `find_functions`.
     """
     language = language_of_text(file.language, file.path, file.text)
     try:
@@ -126,16 +125,16 @@ def extract_functions(
 
 @dataclass(frozen=True, slots=True)
 class FunctionCollection:
-    """The functions that passed every filter, in the order of their files, and how many were dropped by which."""
+    """The functions that passed every filter, in the order of their files, and how many each filter dropped."""
 
     functions: list[DocumentedFunction]
     counts: Counter[str] = field(default_factory=Counter)
 
 
 def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress: bool = True) -> FunctionCollection:
-    """The documented functions of `files` that pass `drop_reason`, in order, each code once, and counts.
+    """Collect the documented functions of `files` that pass `drop_reason`, in order, each code once, with counts.
 
-    The result does not depend on `processes`; with 0 or 1 the work is done in this process. Counted are `"files"`,
+    The result does not depend on `processes`; with 0 or 1 this process does the work. The counts are `"files"`,
     `"documented functions"`, each reason to drop a function or file, and `"functions kept"`.
     """
     counts: Counter[str] = Counter()
@@ -159,7 +158,7 @@ def filtered_functions(
 ) -> Iterator[tuple[list[DocumentedFunction], Counter[str]]]:
     """Yield the documented functions that pass `drop_reason`, and counts, for some files at a time, in order.
 
-    As `collect_functions`, for corpora whose functions do not fit into memory; equal functions are not dropped.
+    Like `collect_functions`, but for corpora whose functions do not fit into memory; duplicate functions stay.
     """
     yield from crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
 
@@ -193,7 +192,7 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 class FunctionFiles(SourceReader):
     """Yields every function of a reader's files, documented or not, as a file whose path ends in `#L{line}`.
 
-    A function inside another one belongs to that one. Units are those of the reader.
+    A nested function is part of the function around it. Units are the same as the reader's.
     """
 
     def __init__(self, files: SourceReader) -> None:
@@ -240,7 +239,7 @@ def _outer_functions(files: list[SourceFile]) -> tuple[list[SourceFile], Counter
 
 
 SNIPPETS = ("files", "functions")
-# Source → (module of `data.sources`, function). Archives and folders need no `datasets`, so each is imported by need.
+# Source → (module of `data.sources`, function). Archives and folders need no `datasets`, so modules are imported late.
 _OPENERS = {
     "folder": ("repositories", "folder_repositories"),
     "installed": ("repositories", "installed_repositories"),
@@ -251,13 +250,13 @@ _OPENERS = {
 
 
 def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
-    """The reader of a recipe's `corpus`, with StarCoder2's filters.
+    """Open a recipe's `corpus` as a reader with StarCoder2's filters.
 
     Args:
         settings: exactly one source, its options, and optionally `languages`, a list, and `snippets`: `files` (whole,
             the default) or `functions` (each by itself, see `FunctionFiles`):
 
-            - `folder: PATH`, with `depth` (levels from there down to the repositories);
+            - `folder: PATH`, with `depth` (levels from PATH down to the repositories);
             - `installed: true`, with `exclude` (names of distributions): the installed Python packages;
             - `archives: PATH`: an archive, or a folder of them, one repository each;
             - `rows: PATH or Hub id`, with `columns` (ours → the dataset's) and further arguments of `open_rows`;
@@ -266,11 +265,11 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
     if len(named) != 1:
-        message = f"A corpus has exactly one source of {', '.join(_OPENERS)}; {len(named)} are set."
+        message = f"A corpus needs exactly one source of {', '.join(_OPENERS)}; {len(named)} are set."
         raise UserError("data.corpus.source", message)
     source, snippets = options.pop(named[0]), options.pop("snippets", "files")
     if snippets not in SNIPPETS:
-        message = f"A corpus's snippets are one of {', '.join(SNIPPETS)}, not {snippets!r}."
+        message = f"A corpus's snippets must be one of {', '.join(SNIPPETS)}, not {snippets!r}."
         raise UserError("data.corpus.snippets", message)
     module, opener = _OPENERS[named[0]]
     readers = import_module(f"modular_star_encoder.data.sources.{module}")
@@ -309,18 +308,18 @@ class LeakingDocstringError(ValueError):
 
 
 def documentation_summary(documentation: str) -> str:
-    """The query of a documentation string: its first paragraph up to the first `@` tag.
+    """Return the query in a documentation string: its first paragraph up to the first `@` tag.
 
-    CodeSearchNet cuts at one or the other; both keep the names of parameters, which the code repeats, out of the query.
+    CodeSearchNet makes one of these two cuts; both keep parameter names, which the code repeats, out of the query.
     """
     return re.split(r"\n\s*\n|@", documentation.strip(), maxsplit=1)[0].strip()
 
 
 def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
-    """The function of one row of CodeSearchNet as published: the Hub's columns, or the fields of the JSON lines.
+    """Read the function of a published CodeSearchNet row: the Hub's columns, or the fields of the JSON lines.
 
-    Its code is the row's, in Python without the docstring: with it, BM25 reaches an MRR of 97 %. The line is that of
-    the row's URL, 0 without one. LeakingDocstringError: Python code that does not parse, or is only a docstring.
+    Python code loses its docstring, with which BM25 reaches an MRR of 97 %. The line comes from the row's URL (0
+    without one). Raises LeakingDocstringError if Python code does not parse or is only a docstring.
     """
     texts: dict[str, str] = {}
     for what, names in _CODESEARCHNET_COLUMNS.items():
@@ -352,4 +351,4 @@ def _without_docstring(code: str) -> str:
         found = []
     if found and found[0].line == 1 + code[: len(code) - len(code.lstrip())].count("\n"):
         return found[0].code
-    raise LeakingDocstringError("The code of this Python row does not parse, or is nothing but its docstring.")
+    raise LeakingDocstringError("The code of this Python row does not parse, or is only a docstring.")

@@ -1,31 +1,31 @@
-"""Rows of in-context pre-training: two snippets, are they from the same repository? Some tokens are masked.
+"""Rows of in-context pre-training: two snippets with some masked tokens, and whether they share a repository.
 
 Source: the MoSE paper (arXiv 2503.03008): label 1 means "same repository"; 15 % of the tokens are masked, 80/10/10, as
 in BERT.
 
-Two snippets of one repository share their language more often than two of different ones, and their lengths are alike:
-a classifier could read the label off these. The law by which the two are drawn makes *languages and lengths independent
-of the label*, and each snippet alone too:
+Two snippets of one repository share their language more often than snippets of two repositories, and their lengths are
+closer: a classifier could read the label off these. The sampling below makes *languages and lengths independent of the
+label*, and each single snippet too:
 
 1. **A cell.** A repository C is drawn in proportion to the square root of its number of texts (a compromise between
-   every text and every repository being seen equally often), and two different texts of it. Of these only the two
-   languages (l₁, l₂) and the two lengths (t₁, t₂), in tokens and at most the room of a row, are kept. The law of cells
-   is symmetric, and languages go together as they do in repositories.
-2. **Two repositories.** A ≠ B are drawn by the same weights among those that have, for this cell, two different texts:
-   one of language l₁ with t₁ tokens or more and one of language l₂ with t₂ or more; where no two are found, among those
-   that have two different texts of these languages; and if that fails too, another cell is drawn.
-3. **Two texts of each**, (a₁, a₂) of A and (b₁, b₂) of B, by one law: different ones, each among the texts of its
-   language whose length differs from t by a tenth at most (where these are fewer than 4, among the 4 nearest in order
-   of length; all that fill the room count as equally long).
-4. **Windows**: the first has n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|), unless they exceed the room.
-   Then each may take half of it, and what one leaves is the other's. They are cut anywhere in their texts.
+   seeing every text and every repository equally often), then two different texts of C. The cell keeps only their
+   languages (l₁, l₂) and lengths (t₁, t₂), in tokens, at most the room of a row. The distribution of cells is
+   symmetric, and languages occur together as they do in repositories.
+2. **Two repositories.** A ≠ B are drawn with the same weights among the repositories with two different texts for this
+   cell: one of language l₁ with t₁ tokens or more and one of language l₂ with t₂ or more. If no two are found, all
+   repositories with two different texts of these languages are used; if that fails too, another cell is drawn.
+3. **Two texts of each**, (a₁, a₂) of A and (b₁, b₂) of B, drawn in the same way: different texts, each among the texts
+   of its language whose length differs from t by at most a tenth (if fewer than 4 do, among the 4 nearest in order of
+   length; all texts that fill the room count as equally long).
+4. **Windows**: the first has n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|), unless together they exceed
+   the room. Then each gets half of the room, plus what the other leaves. A window begins anywhere in its text.
 5. **The label**, a fair coin: same repository → (a₁, a₂), different ones → (a₁, b₂).
 
-The label comes last, so (l₁, l₂, n₁, n₂) has one law under both. A and B are exchangeable, also given cell and lengths,
-which are symmetric in them: a₂ and b₂ have one law, and the second snippet alone gives nothing away. Neither does the
-first, which is a₁ in any case.
+The label comes last, so (l₁, l₂, n₁, n₂) has one distribution for both labels. A and B are exchangeable, also given
+cell and lengths, which are symmetric in A and B: a₂ and b₂ have one distribution, so the second snippet alone does not
+reveal the label. Nor does the first, which is always a₁.
 
-The cost is length: of two texts the shorter counts. From texts of 630 tokens on average (log-normal with σ = 1, cut at
+The cost is length: the shorter of two texts decides. From texts of 630 tokens on average (log-normal with σ = 1, cut at
 2,048) rows of at most 2,048 have about 1,120 tokens on average, and one in seven is full; the paper reports 1,300, and
 one in five.
 """
@@ -52,14 +52,14 @@ _MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1
 class InContextPairs(Dataset[dict[str, torch.Tensor]]):
     """Endless pairs of snippets, as a map-style dataset of a chosen length.
 
-    Row `i` depends on `seed` and `i` only, so that any worker, process or resumed run makes the same one. It holds
+    Row `i` depends on `seed` and `i` only, so that any worker, process or resumed run makes the same row. It holds
 
     - `input_ids`, int64 (T,): `<sep> first <sep> second <cls>`, partly masked, T ≤ `max_tokens`;
     - `labels`, int64 (T,): the original ids of the masked positions (one at least), −100 elsewhere;
     - `icc_label`, int64 scalar: 1 if both snippets are from one repository, otherwise 0, with equal chances.
 
-    A snippet is a window of one text; the two are always of different texts, drawn by the law above. `repositories`
-    names those in use, and `dropped_texts` counts the texts that are not (see `PairSampler`).
+    A snippet is a window of one text; the two come from different texts, drawn as described above. `repositories` names
+    the repositories in use, and `dropped_texts` counts the unused texts (see `PairSampler`).
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         """Take a tokenized corpus, or tokenize the texts of each repository, all of one language, into memory.
 
-        The tokenizer has `<sep>`, `<cls>` and `<mask>`, and made the corpus. Special tokens count in `max_tokens`.
+        The tokenizer must have `<sep>`, `<cls>` and `<mask>`, and be the one that made the corpus. `max_tokens`
+        includes special tokens.
         """
         if length < 1 or seed < 0 or not 0 < mlm_probability < 1 or max_tokens < MIN_ROW_TOKENS:
             message = "length must be at least 1, seed at least 0, mlm_probability between 0 and 1, and max_tokens at "
@@ -90,7 +91,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)
         self._ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), special_token_ids(tokenizer))
-        # Not the corpus itself: worker processes that are sent this dataset would be sent its columns too.
+        # Do not keep the corpus itself: a worker process that gets this dataset would get the corpus's columns too.
         self._rows, self._row_numbers = corpus.rows, corpus.row_numbers
         self._sampler = PairSampler(corpus, room=max_tokens - 3)
         self.repositories = tuple(corpus.repository_names[i] for i in self._sampler.repositories)
@@ -148,7 +149,7 @@ class Window(NamedTuple):
 
 
 class WindowPair(NamedTuple):
-    """Two snippets of different texts, and whether these are of one repository."""
+    """Two snippets of different texts, and whether both texts are from one repository."""
 
     first: Window
     second: Window
@@ -169,10 +170,10 @@ class _Proposals(NamedTuple):  # the repositories of one language, those with th
 
 
 class PairSampler:
-    """Draws pairs by the law above. One draw takes about a tenth of a millisecond, whatever the corpus.
+    """Draws pairs as described above. One draw takes about a tenth of a millisecond for any corpus.
 
-    In use are texts of at least 16 tokens, in repositories with two of them and languages of two repositories. Memory:
-    about 20 bytes per text. `repositories` are indices of `corpus.repository_names`.
+    It uses texts of at least 16 tokens, in repositories with two such texts and languages that two repositories share.
+    It needs about 20 bytes of memory per text. `repositories` are indices of `corpus.repository_names`.
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:
@@ -215,7 +216,7 @@ class PairSampler:
         return _Proposals(groups, -self._longest[groups], np.cumsum(weights[self._group_repository[groups]]))
 
     def draw(self, rng: np.random.Generator) -> WindowPair:
-        """Draw one pair; RuntimeError if nearly all texts are in languages that no two repositories share."""
+        """Draw one pair; raise RuntimeError if nearly all texts are in languages that no two repositories share."""
         for _ in range(_MAX_CELLS):
             cell = self._draw_cell(rng)
             any_length = cell._replace(first_length=0, second_length=0)
@@ -246,7 +247,7 @@ class PairSampler:
         return int(self._group_language[group]), min(int(self._lengths[text]), self.room)
 
     def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
-        """A and B, or None where a limited number of proposals does not hold two."""
+        """Draw A and B, or return None if a limited number of proposals does not find two."""
         # The side with the fewer repositories proposes, the other is looked up.
         if cell.first_language == cell.second_language:
             proposing = cell.first_language
@@ -274,7 +275,7 @@ class PairSampler:
             if len(found) == 2:
                 if found[0] != found[1]:
                     return found[0], found[1]
-                found = []  # draw both again: keeping the first would give the two different laws
+                found = []  # draw both again: keeping the first would give A and B different distributions
         return None
 
     def _count(self, language: int, length: int) -> int:
@@ -295,7 +296,7 @@ class PairSampler:
                 return texts
 
     def _candidates(self, repository: int, language: int, length: int) -> tuple[int, int]:
-        """The (start, end) of each text from which one may be drawn."""
+        """Return the range (start, end) of the texts from which one is drawn."""
         group = self._group(repository, language)
         assert group is not None, "a repository is drawn only if it has texts of the language"
         start, end = self._group_bounds[group : group + 2].tolist()
@@ -320,7 +321,7 @@ def _weighted(rng: np.random.Generator, cumulative: np.ndarray) -> int:
 
 
 def _usable(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The places of the texts in use: leaving out one repository may leave a language with a single one."""
+    """Return the places of the texts in use; dropping a repository may leave a language with only one repository."""
     places = np.flatnonzero(lengths >= MIN_SNIPPET_TOKENS)
     languages = int(language.max(initial=0)) + 1
     while True:

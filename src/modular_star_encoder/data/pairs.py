@@ -46,18 +46,18 @@ class RetrievalExample:
     """One meaning in several texts: a row of fine-tuning for retrieval."""
 
     description: str  # the meaning in prose; empty if there is none
-    snippets: tuple[Snippet, ...]  # the meaning in code, at least once; the description is that of the first
+    snippets: tuple[Snippet, ...]  # the meaning in code, at least once; the description belongs to the first
     repository: str = ""  # rows are held out by repository; empty if it is unknown
-    negative: Snippet | None = None  # code that is much like it and means something else (a hard negative)
+    negative: Snippet | None = None  # similar code with another meaning (a hard negative)
 
 
 @dataclass(slots=True)
 class SourceExamples:
-    """What was read from one source."""
+    """The rows that were read from one source."""
 
     texts: list[RetrievalExample] = field(default_factory=list)  # in the order of the source
     skipped: Counter[str] = field(default_factory=Counter)  # rows, or parts of rows, left out by reason
-    examples: dict[str, str] = field(default_factory=dict)  # the first by reason: where it is, and how it begins
+    examples: dict[str, str] = field(default_factory=dict)  # by reason, the first one: its place and its beginning
 
     def skip(self, reason: str, place: str, row: Any, strict: bool) -> None:
         """Count something that is left out; with `strict`, raise UserError (`data.row`)."""
@@ -70,10 +70,10 @@ class SourceExamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TripletColumns:
-    """The names of the columns of a dataset of triplets; by default those of SynthCoNL as published.
+    """The names of the columns of a dataset of triplets; by default the columns of the published SynthCoNL.
 
-    `negative` is a column of hard negatives, which SynthCoNL does not have; `negative_language` that of their
-    languages, by default the column `language`.
+    `negative` is a column of hard negatives, which SynthCoNL does not have; `negative_language` is the column of their
+    languages, by default `language`.
     """
 
     description: str = "func_documentation_string"
@@ -99,7 +99,7 @@ class TripletColumns:
 class TripletReader:
     """Iterates over the triplets of a dataset, as a stream, in a fixed order, again and again.
 
-    `skipped` counts the rows left out of the last iteration by reason; `examples` has the first by reason.
+    `skipped` counts the rows left out of the last iteration by reason; `examples` has the first such row by reason.
     """
 
     rows: Iterable[tuple[str, Row]]
@@ -110,7 +110,7 @@ class TripletReader:
     examples: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[RetrievalExample]:
-        # Each iteration has counters of its own; one that was abandoned cannot add to those of the next.
+        # Each iteration has counters of its own; an abandoned iteration cannot add to the next one's.
         left_out = SourceExamples()
         self.skipped, self.examples = left_out.skipped, left_out.examples
         for place, row in self.rows:
@@ -137,8 +137,8 @@ def open_triplets(
         source, split, options: See `open_dataset_rows`.
         columns: The names of its columns.
         strict: Whether a bad row is an error (`data.row`); otherwise it is skipped and counted. A triplet has a
-            description, two codes that are not blank, two of `LANGUAGES` in any spelling (`C++` is `cpp`), and as
-            repository a text or nothing.
+            description, two codes that are not blank, two of `LANGUAGES` in any spelling (`C++` is `cpp`), and a text
+            or nothing as repository.
         fault: Says why a triplet is a bad row for other reasons, or None.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
@@ -173,12 +173,12 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     """Read every source in a recipe's `data`.
 
     Args:
-        settings: One or several of (None is as if left out)
+        settings: One or several of these (None means left out)
 
             - `triplets`: the name of a dataset of the Hub, a file or a folder; or a mapping with `source` and the other
               arguments of `open_triplets`; with `columns: {negative: NAME}` each row also has a hard negative;
             - `functions`: the settings of a corpus (see `open_corpus`), whose documented functions are taken;
-            - `parallel`: a file, folder or dataset with one exercise a row, `slug` and `code` (a mapping of languages
+            - `parallel`: a file, folder or dataset with one exercise per row, `slug` and `code` (a mapping of languages
               to solutions); or a mapping with `source`, `name` and `code` (other names of these columns), `strict` and
               the arguments of `open_dataset_rows`.
 
@@ -303,7 +303,7 @@ _LABELLED_SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True, slots=True)
 class LabelledPairs:
-    """Pairs of snippets of one split, for clone detection: do the two do the same?"""
+    """Pairs of snippets of one split for clone detection, labelled by whether both do the same."""
 
     codes: list[str]  # the snippets, each once
     pairs: np.ndarray  # int64 (pairs, 2), places in `codes`
@@ -325,7 +325,7 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
         settings: `train`, `valid` and optionally `test`, each a JSON Lines or parquet file with the columns `first`,
             `second` (snippets) and `label` (0 or 1); or `bigclonebench`, a folder with the files of CodeXGLUE
             (github.com/microsoft/CodeXGLUE, Clone-detection-BigCloneBench): `data.jsonl` holds functions (`func`,
-            `idx`), and `train.txt`, `valid.txt` and `test.txt` two ids and a label a line.
+            `idx`), and `train.txt`, `valid.txt` and `test.txt` two ids and a label per line.
     """
     for name, source in settings.items():
         if not isinstance(source, str | os.PathLike) or not os.fspath(source):

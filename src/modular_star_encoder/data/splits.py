@@ -1,9 +1,9 @@
-"""Which rows train, which evaluate, and which meet in one batch.
+"""Splits rows into training and evaluation rows, and chooses the rows of each batch.
 
-Rows to train on and rows to evaluate with share no repository, no code and no description. In contrastive learning
-every other row of a batch is a wrong answer, so rows with the same meaning must not meet: rows that share a description
-or a code, directly or through others, form a *group*, and a batch takes at most one row of a group. No hard negative
-has the meaning of another row of the batch, either.
+Training and evaluation rows share no repository, code or description. In contrastive learning every other row of a
+batch is a negative, so rows with the same meaning must not be in one batch: rows that share a description or a code,
+directly or through other rows, form a *group*, and a batch has at most one row of a group. No hard negative has the
+meaning of another row of the batch, either.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ REPORT = "report.json"
 TEXT_TO_CODE, CODE_TO_CODE = "text → code", "code → code"
 
 _EARLIER_NAMES = {"held_out_share": "eval_fraction", "samples": "max_train_samples"}
-# Streams of random numbers besides those of the two kinds of pairs.
+# Random streams besides the two streams for the kinds of pairs.
 _REPLACEMENTS, _NEGATIVES = 2, 3
 
 
 def hashed_order(names: Iterable[str], seed: int) -> list[str]:
     """The names in a random order that depends on the seed and the names alone.
 
-    A hash rather than a generator's shuffle: stable everywhere, and a new repository does not reorder the others.
+    It sorts by a hash instead of shuffling: stable everywhere, and a new repository does not reorder the others.
     """
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
@@ -45,18 +45,18 @@ def hashed_order(names: Iterable[str], seed: int) -> list[str]:
 def draw_repositories(
     sizes: Mapping[str, int], *, seed: int, min_test: int = 2000, max_repository_share: float = 0.05
 ) -> set[str]:
-    """The names of the repositories to hold out, of those in `sizes` (repository → number of functions).
+    """Draw the names of the repositories to hold out from `sizes` (repository → number of functions).
 
     About a fifth of all functions is held out, or `min_test` if that is less. Only repositories with at most
-    `max_repository_share` of all functions are drawn, so that no single project decides the results; when these do not
-    suffice, the smallest of the others follow. One repository at least is left for training. The draw depends on the
-    seed and on the names and sizes alone: not on the order of the rows, the Python version or the machine.
+    `max_repository_share` of all functions are drawn, so that no single project decides the results; if these do not
+    suffice, the smallest of the larger ones are added. At least one repository is left for training. The draw depends
+    on the seed and on the names and sizes alone: not on the order of the rows, the Python version or the machine.
     """
     if min_test < 1 or not 0 < max_repository_share <= 1:
-        message = f"min_test is from 1, and max_repository_share up to 1; not {min_test} and {max_repository_share}."
+        message = f"min_test must be from 1, max_repository_share up to 1; not {min_test} and {max_repository_share}."
         raise UserError("data.split.arguments", message)
     if len(sizes) < 2:
-        message = f"A split by repository needs functions of at least two repositories; these are of {len(sizes)}."
+        message = f"A split by repository needs functions of at least two repositories; these are in {len(sizes)}."
         raise UserError("data.split.too_few_repositories", message)
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
@@ -74,11 +74,11 @@ def draw_repositories(
 
 @dataclass(frozen=True, slots=True)
 class RetrievalData:
-    """Rows of fine-tuning for retrieval, in the order of the sources."""
+    """Fine-tuning rows for retrieval, in the order of the sources."""
 
     train: list[RetrievalExample]
     held_out: list[RetrievalExample]  # none of their repositories, descriptions or codes is in `train`
-    report: dict[str, Any]  # what was read, skipped, left out for sharing with held-out rows, and held out
+    report: dict[str, Any]  # what was read, skipped, held out, and left out because it overlaps with held-out rows
 
 
 def prepare_retrieval_data(
@@ -124,7 +124,7 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
     texts = [text for found in sources.values() for text in found.texts]
     held_out = np.concatenate([_held_out(found.texts, requested["eval_fraction"], seed) for found in sources.values()])
     unseen, groups = np.flatnonzero(held_out), same_content_groups(texts)
-    # Each source draws by itself: a repository that one holds out may be another's too.
+    # Each source draws by itself: a repository that one source holds out may also be in another.
     repositories = {texts[row].repository for row in unseen} - {""}
     leaked = np.isin(groups, groups[unseen]) | np.array([text.repository in repositories for text in texts])
     negatives = groups_of_negatives(texts, groups)
@@ -133,7 +133,7 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
     leaked &= ~held_out
     train = np.flatnonzero(~held_out & ~leaked)
     if not len(train):
-        message = "Every row to train on shares its content or repository with one held out; add data."
+        message = "Every training row shares its content or repository with a held-out row; add data."
         raise UserError("data.split.nothing_to_train", message)
     if limit is not None:
         if limit > len(train):
@@ -156,7 +156,7 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
 
 
 def _held_out(texts: Sequence[RetrievalExample], fraction: float, seed: int) -> np.ndarray:
-    """Which rows of a source are held out, bool (rows,). A row of unknown repository is a repository of its own."""
+    """Return which rows of a source are held out, bool (rows,); a row without repository is its own repository."""
     names = [text.repository or f"row {row}" for row, text in enumerate(texts)]
     drawn = draw_repositories(Counter(names), seed=seed, min_test=max(1, round(fraction * len(texts))))
     return np.array([name in drawn for name in names])
@@ -188,7 +188,7 @@ def _rows(path: Path) -> list[RetrievalExample]:
 
 
 class Draw(NamedTuple):
-    """One place of a batch: which row of the data, as which kind of pair."""
+    """One place of a batch: a row of the data and the kind of pair that it gives."""
 
     row: int
     kind: str
@@ -218,9 +218,9 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """The group, int64 (rows,), of the rows whose code is the hard negative of each row; -1 where no row has that code.
+    """For each row, the group of the rows whose code is its hard negative, int64 (rows,); -1 if no row has it.
 
-    None if there is a row without a negative.
+    Returns None if any row has no negative.
     """
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
@@ -238,10 +238,10 @@ def _digest(key: str) -> bytes:
 
 
 class PairGroups:
-    """The groups that give each kind of pairs, with their rows; kinds without pairs are missing."""
+    """The groups that give each kind of pair, and their rows; kinds without pairs are left out."""
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
-        """Group rows; those with a description give text → code pairs, those with two snippets code → code pairs."""
+        """Group rows: a description gives text → code pairs, two snippets give code → code pairs."""
         rows: dict[str, dict[int, list[int]]] = {TEXT_TO_CODE: defaultdict(list), CODE_TO_CODE: defaultdict(list)}
         groups = same_content_groups(texts)
         self.of_rows, self.negatives = groups, groups_of_negatives(texts, groups)
@@ -265,7 +265,7 @@ class PairGroups:
         """The most pairs that a batch can have, whichever rows are drawn first."""
         if len(self.numbers) < 2:
             return min(sum(self.counts.values()), self.most_groups_with_negative)
-        # Each half may have as many as its kind has groups, and the second must find as many next to the first.
+        # Each half has at most as many pairs as its kind has groups; the second half needs groups that the first lacks.
         code, text = self.numbers[CODE_TO_CODE], self.numbers[TEXT_TO_CODE]
         common = len(np.intersect1d(code, text))
         apart = max(min(len(code) // 2, common), len(code) - common)
@@ -280,16 +280,16 @@ class PairGroups:
 
 
 class BatchPlan:
-    """The rows of every batch: a function of (seed, step) alone, so that resuming needs no state but the step.
+    """Chooses the rows of every batch from (seed, step) alone, so that resuming needs no state but the step.
 
-    Where the data gives both kinds of pairs, even places of a batch are text → code and odd ones code → code. The
-    groups of a kind come in a random order, a new one in each epoch; those at the end that fill no batch are left out.
-    Each epoch takes another row of a group. A code → code pair whose group is already in the batch with its
-    description, and a hard negative that means the same as a row of the batch, are replaced by others, at random.
+    If the data gives both kinds of pairs, even places of a batch are text → code and odd places code → code. Each epoch
+    puts the groups of a kind in a new random order, leaves out the last groups if they fill no batch, and takes another
+    row of each group. A code → code pair whose group is already in the batch with its description, and a hard negative
+    that means the same as a row of the batch, are replaced by random others.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """Draw nothing yet; `batch_size` counts the pairs of all processes and is even if there are both kinds."""
+        """Check the arguments; `batch_size` counts the pairs of all processes, and is even with both kinds."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
@@ -305,13 +305,13 @@ class BatchPlan:
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
     def batch(self, step: int) -> list[Draw]:
-        """The rows of the batch with this number, counted from 0, in order."""
+        """The rows of batch number `step`, counted from 0, in order."""
         if self._latest[0] != step:
             self._latest = step, self._make_batch(step)
         return self._latest[1]
 
     def negatives(self, step: int) -> list[int] | None:
-        """The row whose hard negative is at each place of the batch; None if rows have none."""
+        """For each place of batch `step`, the row whose hard negative is there; None if rows have no negatives."""
         if self._groups.negatives is None:
             return None
         if self._latest_negatives[0] != step:
@@ -346,14 +346,14 @@ class BatchPlan:
         return [draw for together in zip(*draws, strict=True) for draw in together]
 
     def _order(self, kind: str, epoch: int) -> np.ndarray:
-        """The places of a kind's groups in the order of an epoch."""
+        """The places of the groups of `kind`, in the order of `epoch`."""
         if self._orders.get(kind, (-1,))[0] != epoch:
             generator = np.random.default_rng((self.seed, self._kinds.index(kind), epoch))
             self._orders[kind] = epoch, generator.permutation(self._groups.counts[kind])
         return self._orders[kind][1]
 
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
-        """The places of code → code groups, with others in place of those whose group is taken."""
+        """Return the `places` of code → code groups, with each taken group replaced by another."""
         numbers = self._groups.numbers[CODE_TO_CODE]
         meets = np.flatnonzero(np.isin(numbers[places], taken))
         if not len(meets):

@@ -7,10 +7,10 @@ A store is a folder of flat little-endian arrays, without a header, and two text
     repositories.bin      int32 (rows,): the repository of each row, a line of repositories.jsonl
     languages.bin         int32 (rows,): the language of each row, an entry of "languages" in state.json
     repositories.jsonl    one JSON string per line
-    state.json            how much of these files counts, and what they were made from
+    state.json            how much of these files is valid, and what they were made from
 
-Files only grow, and `state.json` is replaced atomically after what it counts has reached the disk. Anything beyond its
-counts was being written when the process ended, and the next process cuts it off.
+Files only grow, and `state.json` is replaced atomically after the data that it counts has reached the disk. Data beyond
+its counts was incomplete when the process ended, and the next process cuts it off.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from modular_star_encoder.utils.files import staged_file
 class TokenCorpus:
     """Texts in memory (`corpus_of_texts`, `corpus_of_files`) or on disk (`TokenStore`), or a part of them (`split`)."""
 
-    rows: TokenRows  # of every text; of a part, those of the whole
+    rows: TokenRows  # of every text; a part keeps the rows of the whole corpus
     row_numbers: np.ndarray  # int64 (texts,), sorted: the rows that belong to this corpus
     repository_names: tuple[str, ...]
     repository_of: np.ndarray  # int32 (rows,), indices of `repository_names`
@@ -57,14 +57,14 @@ class TokenCorpus:
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
         """(corpus to train on, held-out corpus): two views that share no repository.
 
-        Of the repositories, `eval_fraction` is held out; at least one is, and one is left. The draw depends on the seed
-        and the names alone.
+        `eval_fraction` of the repositories is held out: at least one, and at least one is left. The draw depends on the
+        seed and the names alone.
         """
         if not 0 < eval_fraction < 1:
             raise UserError("data.split.eval_fraction", f"eval_fraction must be between 0 and 1, not {eval_fraction}.")
         names = self.repositories
         if len(names) < 2:
-            message = f"A split needs texts of at least two repositories; these are of {len(names)}."
+            message = f"A split needs texts of at least two repositories; these are in {len(names)}."
             raise UserError("data.split.too_few_repositories", message)
         count = min(max(round(eval_fraction * len(names)), 1), len(names) - 1)
         drawn = set(hashed_order(names, seed)[:count])
@@ -78,7 +78,7 @@ class TokenCorpus:
 def corpus_of_files(
     files: Iterable[SourceFile], tokenizer: PreTrainedTokenizerFast, *, progress: bool = True
 ) -> TokenCorpus:
-    """Tokenize source files, one row each, into memory; `build_token_store` is for those that do not fit."""
+    """Tokenize source files, one row each, into memory; use `build_token_store` for files that do not fit."""
     kept = list(files)
     rows = encode_content(tokenizer, [file.text for file in kept], progress=progress)
     repositories = _numbered([file.repository for file in kept])
@@ -105,7 +105,7 @@ _BOUND, _INDEX = np.dtype("<i8"), np.dtype("<i4")
 
 @dataclass
 class _State:
-    """The content of `state.json`; sizes are in entries, except that of the names, in bytes."""
+    """The content of `state.json`; sizes count entries, except `name_bytes`."""
 
     tokenizer: str
     dtype: str
@@ -128,9 +128,9 @@ class _State:
 
 
 class TokenStore(TokenCorpus):
-    """The corpus that `build_token_store` made, memory-mapped: opening it reads next to nothing.
+    """The corpus that `build_token_store` made, memory-mapped: opening it reads almost nothing.
 
-    Worker processes that get it open the files themselves.
+    A worker process that gets the store opens the files itself.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -150,7 +150,7 @@ class TokenStore(TokenCorpus):
 
 
 class _MappedRows(TokenRows):
-    """Worker processes that get these rows open the files; numpy would send them the whole content."""
+    """A worker process that gets these rows opens the files; numpy would send it the whole content."""
 
     def __init__(self, folder: Path) -> None:
         state = _finished_state(folder)
@@ -181,11 +181,11 @@ def build_token_store(
     files_per_commit: int = 4096,
     progress: bool = True,
 ) -> TokenStore:
-    """Tokenize `files` into a store, or continue one that was interrupted, at any moment and in any way.
+    """Tokenize `files` into a store, or continue a store, however the earlier call was interrupted.
 
-    Every file is one row, in the order of `files`. To continue, pass the same files in the same order: those already
-    stored are read again and compared, but not tokenized. A finished store is opened without reading `files`. After
-    `files_per_commit` files the work so far is safe. Only one process may work on a folder at a time.
+    Every file is one row, in the order of `files`. To continue, pass the same files in the same order: files already
+    stored are read again and compared, but not tokenized. A finished store is opened without reading `files`. The work
+    is saved every `files_per_commit` files. Only one process may work on a folder at a time.
     """
     if files_per_commit < 1:
         message = f"files_per_commit must be at least 1, not {files_per_commit}."
@@ -201,7 +201,7 @@ def build_token_store(
             iterator = iter(files)
             with tqdm(desc="Tokenizing", total=length_hint(files) or None, unit=" files", disable=not progress) as bar:
                 digest = ""
-                for file in islice(iterator, state.files):  # those that are stored
+                for file in islice(iterator, state.files):  # the stored files
                     digest = _digest(digest, file)
                     bar.update()
                 if digest != state.files_digest:
@@ -217,7 +217,7 @@ def build_token_store(
 
 
 class _Writer:
-    """Appends rows to the files of a store; `state` follows."""
+    """Appends rows to the files of a store and updates `state`."""
 
     def __init__(self, folder: Path, state: _State, encoder: ContentEncoder) -> None:
         _check_sizes(folder, state)
@@ -267,7 +267,7 @@ class _Writer:
 
 
 def _digest(before: str, file: SourceFile) -> str:
-    """The digest of a sequence of files, from that of all but the last."""
+    """Return the digest of a sequence of files that ends with `file`, given the digest of the files before it."""
     content = json.dumps([before, file.repository, file.path, file.language, file.text])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 

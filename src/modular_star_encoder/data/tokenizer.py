@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer with StarCoder2's pre-tokenizer, our special tokens and the template of prompts.py.
 
-A special token written in a text is read as that token; this is how a prompt brings its inner `<sep>`. *Content* that
-happens to hold the characters `<sep>` must not: `encode_content` encodes it as ordinary characters.
+A special token written in a text is read as that token, which lets a prompt bring its inner `<sep>`. *Content* that
+holds the characters `<sep>` must not become that token: `encode_content` encodes it as ordinary characters.
 """
 
 import copy
@@ -38,11 +38,11 @@ def train_tokenizer(
     """Train a tokenizer on `texts`.
 
     One text is encoded as `<sep> text <cls>`, a pair as `<sep> a <sep> b <cls>`; truncation to `max_length` keeps these
-    tokens. Padding is on the left. The ids of `<pad>`, `<sep>`, `<cls>` and `<mask>` are 0, 1, 2 and 3, and count in
-    `vocab_size`. A small corpus may fill fewer entries: size the model by `len(tokenizer)`.
+    tokens. Padding is on the left. `<pad>`, `<sep>`, `<cls>` and `<mask>` have the ids 0, 1, 2 and 3; `vocab_size`
+    includes them. A small corpus may fill fewer entries: size the model by `len(tokenizer)`.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
-        message = f"vocab_size must be at least {MIN_VOCAB_SIZE}, bytes and special tokens, and max_length at least 4;"
+        message = f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes, special tokens), and max_length at least 4;"
         raise UserError("data.tokenizer.sizes", f"{message} not {vocab_size} and {max_length}.")
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -72,19 +72,19 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or Hub repository, exactly as in its tokenizer.json.
+    """Load the tokenizer of a folder or Hub repository, exactly as its tokenizer.json defines it.
 
-    `AutoTokenizer` uses the class that tokenizer_config.json names. GPT-2's, which StarCoder2's descendants name,
-    replaces the pre-tokenizer: numbers would no longer be split into digits.
+    `AutoTokenizer` uses the class that tokenizer_config.json names. StarCoder2's descendants name GPT-2's class, which
+    replaces the pre-tokenizer and no longer splits numbers into digits.
     """
     return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer with the template of `prompts.py`, and `<sep>`, `<cls>` and `<mask>` spelled as there.
+    """Return the tokenizer with the template of `prompts.py` and its spelling of `<sep>`, `<cls>` and `<mask>`.
 
     The published tokenizer has no template, because its users write the special tokens into their texts, and may spell
-    them in another way. Every token keeps its id. A tokenizer that has all this is returned unchanged.
+    them differently. Every token keeps its id. A tokenizer that already has both is returned unchanged.
     """
     check_special_tokens(tokenizer, "sep", "cls")
     ours = {"sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
@@ -120,7 +120,7 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Each token's letters and digits in lower case, in the order of ids: "parse" for "parse", " Parse" and "_PARSE".
 
-    Tokens without any (punctuation, parts of characters, special tokens) keep their own form, which no other has.
+    Tokens without letters or digits (punctuation, parts of characters, special tokens) keep their own, unique form.
     """
     spellings = []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
@@ -147,7 +147,7 @@ class TokenRows:
         return self._flat[self.bounds[index] : self.bounds[index + 1]]
 
     def counts(self, vocab_size: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """How often each token occurs in all rows or in `rows` (sorted numbers of rows), int64 (vocab_size,)."""
+        """Count how often each token occurs in all rows, or in `rows` (sorted row numbers): int64 (vocab_size,)."""
         rows = np.arange(len(self)) if rows is None else rows
         counts = np.zeros(vocab_size, np.int64)
         for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else ():
@@ -161,8 +161,8 @@ class TokenRows:
 class ContentEncoder:
     """Encodes texts as ordinary characters: no template, no truncation, and no special tokens, even if written there.
 
-    `dtype` is uint16 for vocabularies up to 65,536, otherwise uint32. `checksum` is that of what decides the ids; the
-    template, padding, truncation, saving and loading do not change it.
+    `dtype` is uint16 for vocabularies up to 65,536, otherwise uint32. `checksum` covers everything that decides the
+    ids; the template, padding, truncation, saving and loading do not change it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -203,6 +203,6 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> Non
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The ids of all special tokens, sorted: those with a role and those that are merely marked as special."""
+    """The sorted ids of all special tokens, whether they have a role or are only marked as special."""
     marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(marked.union(tokenizer.all_special_ids))

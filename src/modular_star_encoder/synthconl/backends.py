@@ -48,8 +48,8 @@ class Completion:
     id: str  # id of the request
     text: str  # the answer
     finish_reason: str  # a word of OpenAI's protocol; `TOO_LONG` for a prompt without room for an answer; or `ERROR`
-    prompt_tokens: int = 0  # chat template included; 0 where an endpoint does not say
-    completion_tokens: int = 0  # the final token included; 0 where an endpoint does not say
+    prompt_tokens: int = 0  # chat template included; 0 if an endpoint does not report it
+    completion_tokens: int = 0  # the final token included; 0 if an endpoint does not report it
     error: str = ""  # why the request failed; empty otherwise
 
 
@@ -60,14 +60,14 @@ class BackendError(UserError):
 class CompletionBackend(Protocol):
     """A language model, wherever it runs. Decoding is greedy."""
 
-    in_flight: int  # the largest number of requests under way at once: what is lost at most when the process is killed
+    in_flight: int  # the largest number of pending requests; a kill of the process loses at most these
     run_options: ClassVar[frozenset[str]]  # options that do not change the answers, up to rounding
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
-        """Yield one completion for each request, in any order, as soon as it is there.
+        """Yield one completion for each request, in any order, as soon as it arrives.
 
-        Requests are taken from the iterable at most `in_flight` ahead of what was yielded. A BackendError means that no
-        further request can be answered; all earlier answers have been yielded.
+        At most `in_flight` requests are taken from the iterable before their completions are yielded. A BackendError
+        means that no further request can be answered; all earlier answers have been yielded.
         """
         ...
 
@@ -79,16 +79,16 @@ class CompletionBackend(Protocol):
 class OpenAIBackend(CompletionBackend):
     """An endpoint of OpenAI's chat protocol: vLLM, SGLang, llama.cpp, Ollama, hosted services.
 
-    A request that the endpoint fails to answer for a while is sent again (see `HTTPClient`); a failure that no further
-    request can mend stops the run. Source of the protocol: OpenAI's API reference, `POST /chat/completions`.
+    A request that temporarily fails is sent again (see `HTTPClient`); a failure that every further request would repeat
+    stops the run. Source of the protocol: OpenAI's API reference, `POST /chat/completions`.
 
     Args:
         model, max_tokens, revision: See `open_backend`; the revision is for the dataset's card alone.
         base_url: Address of the API, such as `http://127.0.0.1:8000/v1`.
         api_key_variable: Environment variable with the API key; None for an endpoint that needs none.
         concurrency, attempts, pause, timeout: See `HTTPClient`.
-        body: Further fields of a request's body (`{"repetition_penalty": 1.0}`), or other values; a field that is None
-            is not sent.
+        body: Further fields of a request's body (`{"repetition_penalty": 1.0}`), or other values for its fields; a
+            field that is None is not sent.
     """
 
     run_options = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
@@ -120,7 +120,7 @@ class OpenAIBackend(CompletionBackend):
         self._served: set[str] = set()
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
-        """See `CompletionBackend`; when one request fails for good, those under way are waited for and yielded."""
+        """See `CompletionBackend`; when one request fails for good, pending ones are awaited and yielded."""
         failure: BackendError | None = None
         asked: dict[Future[Response], CompletionRequest] = {}
         remaining = iter(requests)
@@ -165,13 +165,13 @@ class OpenAIBackend(CompletionBackend):
         return Completion(request.id, str(text), str(reason), asked, written)
 
 
-def _is_an_error(response: Response) -> bool:  # of status 200, as gateways send
+def _is_an_error(response: Response) -> bool:  # with status 200, as some gateways send
     content = response.json()
     return isinstance(content, dict) and "choices" not in content and "error" in content
 
 
 class _LocalBackend(CompletionBackend):
-    """Prompts become token ids, and requests of `batches_together` batches are sorted by length into batches."""
+    """Tokenizes prompts, and sorts the requests of `batches_together` batches by length into batches."""
 
     _tokenizer: Any
     _longest_prompt: int
@@ -196,7 +196,7 @@ class _LocalBackend(CompletionBackend):
                 else:
                     message = f"The prompt has {len(ids)} tokens; {self._longest_prompt} fit."
                     yield Completion(request.id, "", TOO_LONG, prompt_tokens=len(ids), error=message)
-            # The longest first: what does not fit into memory fails at once.
+            # The longest come first: a batch that does not fit into memory fails at once.
             rows.sort(key=lambda row: len(row[1]), reverse=True)
             for batch in batches(rows, self._batch_size):
                 yield from self._generate(batch)
@@ -220,7 +220,7 @@ class _LocalBackend(CompletionBackend):
 
 
 class TransformersBackend(_LocalBackend):
-    """transformers' own generation, in this process: slow, and runs everywhere.
+    """transformers' own generation, in this process: slow, but runs everywhere.
 
     Prompts of similar length, among 16 batches, make a batch, padded on the left.
 
@@ -282,7 +282,7 @@ class TransformersBackend(_LocalBackend):
             model: Any = AutoModelForCausalLM.from_pretrained(self._name, **options)
         model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         ends = model.generation_config.eos_token_id
-        # Replaces the model's own settings, whose penalties and temperatures would not be greedy.
+        # Replace the model's own settings: their penalties and temperatures are not greedy.
         model.generation_config = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -324,7 +324,7 @@ class VLLMBackend(_LocalBackend):
 
     Args:
         model, max_tokens: See `open_backend`.
-        batch_size: Number of prompts handed over at once: small batches are slow, and one is lost in a kill.
+        batch_size: Number of prompts handed over at once: small batches are slow, and a kill loses one batch.
         max_model_len: Longest prompt and answer together, in tokens.
         revision, dtype, tensor_parallel_size, gpu_memory_utilization: See `vllm.LLM`.
         engine: Further arguments of `vllm.LLM`, such as `quantization`.
@@ -352,7 +352,7 @@ class VLLMBackend(_LocalBackend):
         self._longest_prompt = max_model_len - max_tokens
         self._options = {
             "seed": 0,
-            "enable_prefix_caching": True,  # the instruction opens every prompt
+            "enable_prefix_caching": True,  # every prompt begins with the instruction
             "revision": revision,
             "dtype": dtype,
             "max_model_len": max_model_len,
@@ -402,7 +402,7 @@ def open_backend(name: BackendName, model: str, max_tokens: int, options: Mappin
     """Return a back end; this loads no model and sends no request.
 
     Args:
-        model: Name at the endpoint; for the others, folder or Hub id, at the branch, tag or commit `revision`.
+        model: Name at the endpoint; for other back ends, folder or Hub id, at the branch, tag or commit `revision`.
         max_tokens: Largest number of tokens of an answer.
         options: Further arguments of the back end's class.
     """

@@ -102,16 +102,16 @@ class DatasetRecipe:
         translation: see `TranslationSettings`.
         languages: languages of the functions.
         max_characters: longest function, in characters; longer ones are not translated.
-        max_syntax_error_share: largest share of a translation that may not parse; 1 accepts whatever the syntax.
+        max_syntax_error_share: largest share of a translation that may not parse; 1 accepts any syntax.
         near_duplicates: see `NearDuplicateSettings`.
         against: benchmarks that no row may be near: by name, a `source`, a `column` of it, and further arguments of
             `open_dataset_rows`.
         validation_rows: smallest number of rows of the validation split, or a fifth of all if that is less; whole
             repositories are held out.
-        max_repository_share: largest share of the rows of a repository that is held out, if the others suffice.
+        max_repository_share: largest share of all rows that a held-out repository has, if the others suffice.
         card: see `CardSettings`.
         processes: processes that extract functions.
-        seed: of all random draws.
+        seed: seed of all random draws.
     """
 
     corpus: Corpora
@@ -149,15 +149,15 @@ class DatasetRecipe:
 
 
 def load_dataset_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> DatasetRecipe:
-    """Read a recipe; arguments and errors are those of `load_settings`."""
+    """Read a recipe; arguments and errors are as for `load_settings`."""
     return load_settings(DatasetRecipe, path, overrides, example=EXAMPLE)
 
 
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
     """Build a dataset, or continue what an earlier call with this recipe left in `out`.
 
-    Killed at any point, the same call continues: no finished stage is repeated, no row is lost or doubled, and at most
-    the translations under way are requested again.
+    After a kill at any point, the same call continues: no finished stage is repeated, no row is lost or duplicated, and
+    at most the pending translations are requested again.
 
     Args:
         recipe: What to build.
@@ -170,7 +170,7 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
 
     Raises:
         UserError: `synthconl.build.*`: `out` contains something else, was begun with other settings, or another process
-            works there; nothing passes a stage, or all of it is of one repository; or a corpus, a benchmark or a back
+            works there; no row passes a stage, or all rows are from one repository; or a corpus, a benchmark or a back
             end can't be used.
         BackendError: The back end can't continue. Its earlier answers are kept.
         ImportError: A required package isn't installed.
@@ -182,7 +182,7 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     try:
         with FileLock(build.out / LOCK, timeout=LOCK_SECONDS):
             log = _read_log(build.out)
-            # What a killed process was about to rename.
+            # Temporary files that a killed process left.
             for path in (*build.out.glob(".*.tmp"), *build.out.glob("translations/.*.tmp")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             for stage in STAGES:
@@ -227,7 +227,7 @@ def functions(build: Build, out: Path) -> None:
             raise UserError("synthconl.build.empty", message)
         repositories = {row["repository_name"] for row in read_rows(staging, ["repository_name"])}
         if len(repositories) < 2:  # checked before the translation is paid for
-            message = f"All functions are of repository {repositories.pop()!r}; the validation split needs another one."
+            message = f"All functions are in repository {repositories.pop()!r}; the validation split needs another one."
             raise UserError("synthconl.build.one_repository", message)
         write_json(staging / REPORT, {"counts": dict(sorted(counts.items(), key=_place))})
 
@@ -314,7 +314,7 @@ def dataset(build: Build, out: Path) -> None:
         (staging / "data").mkdir()
         for name in SPLITS:
             write_split(staging / "data", name, rows(name), DATASET_SCHEMA)
-        # Read as a user will read them; a row that is not a triplet would be our mistake.
+        # Read the rows as a user does; a row that is not a triplet is a bug in this package.
         triplets_of = (open_triplets(staging, split=name, strict=True) for name in SPLITS)
         statistics = dataset_statistics(chain.from_iterable(triplets_of))
         packages = ("modular-star-encoder", "rensa", "tree-sitter")
@@ -342,13 +342,13 @@ def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         answers_file = out / "translations" / file.name
         rows, answers = read_file(file), read_file(answers_file)
         if [row["id"] for row in rows] != [answer["id"] for answer in answers]:
-            message = f"The answers in {answers_file} are not those to {file}; remove {answers_file.parent}."
+            message = f"The answers in {answers_file} do not belong to {file}; remove {answers_file.parent}."
             raise UserError("synthconl.build.other_answers", message)
         yield from zip(rows, answers, strict=True)
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """The order of the extraction's counts: files, functions, dropped ones by how often, those left."""
+    """The order of the extraction's counts: files, functions, dropped functions by frequency, kept functions."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number
@@ -383,7 +383,7 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
 
 
 def _settings_up_to(recipe: DatasetRecipe, stage: str) -> dict[str, Any]:
-    """The settings that decide the result of a stage: its own and those of the stages before."""
+    """The settings that decide the result of a stage: its own settings and the settings of earlier stages."""
     settings = recipe.stage_settings()
     names = list(settings)
     return {name: settings[name] for name in names[: names.index(stage) + 1]}
@@ -406,7 +406,7 @@ def _check_settings(build: Build, log: dict[str, Any]) -> None:
         other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
         if other and (build.out / name).exists():
             made = f"{build.out / name} was made with another {', '.join(other)}"
-            message = f"{made}; name another folder, or remove that one and those of the later stages."
+            message = f"{made}; name another folder, or remove that one and the folders of later stages."
             raise UserError("synthconl.build.other_settings", message)
 
 

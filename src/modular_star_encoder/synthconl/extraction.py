@@ -1,4 +1,4 @@
-"""What goes into the dataset: documented functions out of source files, and the code of a model's answers."""
+"""The content of the dataset: documented functions from source files, and the code in a model's answers."""
 
 import re
 from collections import Counter
@@ -48,7 +48,7 @@ def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceRe
     """Open one corpus: a reader of files, or the rows of CodeSearchNet.
 
     `corpus` has settings of `open_corpus`; or `codesearchnet`, a source of `open_dataset_rows` with CodeSearchNet's
-    columns, and further arguments of that.
+    columns, and its further arguments.
     """
     if "codesearchnet" in corpus:
         options = dict(corpus)
@@ -69,12 +69,12 @@ def function_rows(
 ) -> Iterator[Row]:
     """Yield the documented functions of some corpora, with the columns of `FUNCTION_SCHEMA`.
 
-    Of functions whose code differs in white space only, the first is kept. A digest of each stays in memory.
+    If functions differ only in white space, the first is kept. A digest of each function stays in memory.
 
     Args:
         corpora: See `open_source`. CodeSearchNet's rows have passed its filters, and no others are applied.
-        languages, max_characters: Of the functions; those in other languages and longer ones are dropped.
-        counts: Receives the numbers of what is read, kept, and dropped by reason.
+        languages, max_characters: Functions in other languages and longer functions are dropped.
+        counts: Receives the numbers of rows or files read, functions kept, and drops by reason.
         processes, progress: Number of worker processes, and whether to show a progress bar.
     """
     seen: set[bytes] = set()
@@ -215,11 +215,12 @@ def clean_translation(
 ) -> Translation:
     """Take the code out of an answer and accept or reject it.
 
-    The code is that of the answer's code block, of several the longest in the target language; without a block, it is
-    the answer without the sentences before and after. Reasoning (`<think>…</think>`) is removed first. The code is
-    accepted if it contains a function and parses as the target language, or nearly so and not better as the source
-    language. Grammars forgive much: of 200 real functions of one language, up to 72 % parse as another with few errors
-    (JavaScript as C++); this rule accepts up to 23 % (Java as C++), and all as their own language.
+    The code is the answer's code block, or the longest in the target language if there are several; without a block, it
+    is the answer without the sentences before and after the code. Reasoning (`<think>…</think>`) is removed first. The
+    code is accepted if it contains a function and parses as the target language, or parses nearly so and not better as
+    the source language. Grammars are tolerant: of 200 real functions of one language, up to 72 % parse as another with
+    few errors (JavaScript as C++); this rule accepts up to 23 % as another (Java as C++), and all as their own
+    language.
 
     Args:
         text, finish_reason: The answer, and why it ended; see `Completion`.

@@ -1,4 +1,4 @@
-"""What counts as a near-duplicate, and MinHash fingerprints of texts, in memory and on disk."""
+"""Settings that define near-duplicates, and MinHash fingerprints of texts, in memory and on disk."""
 
 import hashlib
 from array import array
@@ -50,8 +50,8 @@ class Banding:
 def optimal_banding(threshold: float, miss_weight: float = 0.5, permutations: int = PERMUTATIONS) -> Banding:
     """The banding with the smallest error at `threshold`, over texts of all similarities from 0 to 1.
 
-    The error is the share of pairs below the threshold that are compared, weighted 1 − `miss_weight`, plus the share
-    above it that are missed, weighted `miss_weight`: the rule of datasketch's `MinHashLSH` ("LSH Ensemble", VLDB 2016).
+    The error is the share of pairs below the threshold that are compared, weighted 1 − `miss_weight`, plus the share of
+    missed pairs above it, weighted `miss_weight`: the rule in datasketch's `MinHashLSH` ("LSH Ensemble", VLDB 2016).
     """
     similarity = (np.arange(1000) + 0.5) / 1000
 
@@ -69,21 +69,21 @@ def optimal_banding(threshold: float, miss_weight: float = 0.5, permutations: in
 
 @settings_class
 class DuplicateSettings:
-    """What counts as a near-duplicate.
+    """Settings that define near-duplicates.
 
     Attributes:
         threshold: Smallest Jaccard similarity of the sets of shingles at which two texts are near-duplicates.
         recall: `"default"` is the banding with the smallest error, 25 bands of 10 at a threshold of 0.7: it compares
-            94 % of the pairs of similarity 0.8 and half of those right at the threshold. `"high"` gives misses nineteen
-            times the weight, 36 bands of 7: it compares 95 % at the threshold, and several times as many pairs in vain.
-        match: With several columns, `"either"` makes two rows near-duplicates if one column is near; `"both"` needs
-            all.
-        bucket_limit: Rows that share a band are compared with this many smallest ids among them, so that the work is
-            linear in the number of rows: at worst bands × `bucket_limit` pairs of eight bytes for each row. Ordinary
-            corpora have less than one pair for each row.
+            94 % of the pairs of similarity 0.8 and half of those at the threshold. `"high"` gives misses nineteen times
+            the weight, 36 bands of 7: it compares 95 % at the threshold, and several times as many pairs below it.
+        match: With several columns, `"either"` makes two rows near-duplicates if one column is near, `"both"` if all
+            are.
+        bucket_limit: A row is compared with this many rows that share a band with it, the smallest ids first, so that
+            the work is linear in the number of rows: at worst bands × `bucket_limit` pairs of eight bytes for each row.
+            Ordinary corpora have less than one pair for each row.
         giant_cluster: A cluster with more different rows is not reduced to one row. Similarity is not transitive:
             chains of near-duplicates join unlike rows, and boilerplate can chain a whole corpus. In such a cluster,
-            rows are kept in the order of their ids unless they are near one kept before.
+            rows are kept in the order of their ids unless they are near a row kept before.
     """
 
     threshold: Annotated[Float, Constraint(gt=0, le=1)] = 0.7
@@ -104,8 +104,8 @@ def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     A shingle is `SHINGLE_CHARACTERS` code points; a shorter text is one shingle, a blank text has none.
 
     Returns:
-        The hashes, uint64 (shingles,), and bounds, int64 (texts + 1,): those of text i are from bounds[i] to
-        bounds[i + 1].
+        The hashes, uint64 (shingles,), and bounds, int64 (texts + 1,): text i has those from `bounds[i]` to
+        `bounds[i + 1]`.
     """
     size = SHINGLE_CHARACTERS
     padded = [text.ljust(size, _FILLER) if text.strip() else "" for text in texts]
@@ -167,7 +167,7 @@ class Fingerprints:
 
     digests: np.ndarray  # uint64 (n, 2): equal for equal texts, and zero for blank ones
     lengths: np.ndarray  # int64 (n,): characters; an upper bound where the text is stored as UTF-8
-    keys: np.ndarray  # uint64 (n, bands): texts that share one are compared; meaningless for blank texts
+    keys: np.ndarray  # uint64 (n, bands): texts that share a key are compared; meaningless for blank texts
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> Fingerprints:
@@ -233,7 +233,7 @@ class StoredColumn:
     def __init__(self, folder: Path, column: int, banding: Banding) -> None:
         def mapped(name: str, dtype: str) -> np.ndarray:
             path = folder / f"{column}.{name}"
-            # An empty file can't be mapped. Slices of a plain view cost less than those of `np.memmap`.
+            # An empty file can't be mapped. Slices of a plain view cost less than slices of `np.memmap`.
             return np.memmap(path, dtype, mode="r").view(np.ndarray) if path.stat().st_size else np.empty(0, dtype)
 
         self._text, self._bounds = mapped("text", "u1"), mapped("bounds", "<i8")

@@ -1,6 +1,6 @@
 """Near-deduplication of parquet files as tasks that any process can do or repeat at any time.
 
-The tasks, in order; those of one kind may run at the same time, also on several machines that share a file system:
+The tasks, in order; tasks of one kind may run at the same time, also on several machines that share a file system:
 
     fingerprint(shard)      for each shard: its texts and fingerprints
     propose()               once: distinct rows and candidate pairs
@@ -9,8 +9,8 @@ The tasks, in order; those of one kind may run at the same time, also on several
     write(shard)            for each shard: the rows that are kept
     finish()                once: the report and the dropped rows; the work folder is removed
 
-The result of a task appears by renaming, and a task whose result exists does nothing. So after any interruption the
-same tasks continue from there, and no row is lost or doubled.
+The result of a task appears by a rename, and a task whose result exists does nothing. So the same tasks continue after
+any interruption, and no row is lost or duplicated.
 """
 
 import json
@@ -64,14 +64,14 @@ class DuplicateReport:
     """Counts of a finished job."""
 
     rows: int
-    counts: dict[str, int]  # the rows kept, and those dropped, by reason
+    counts: dict[str, int]  # the kept rows, and the dropped rows by reason
     clusters: int  # clusters of at least two rows
-    largest_clusters: list[int]  # the sizes of the largest, at most twenty
+    largest_clusters: list[int]  # the sizes of the largest clusters, at most twenty
     giant_clusters: list[dict[str, Any]]  # `NearDuplicates.giant_clusters`, with ids
     pairs_compared: int  # candidate pairs whose true similarity was computed
-    near_pairs: int  # those at or above the threshold
+    near_pairs: int  # pairs at or above the threshold
     largest_bucket: int  # the most distinct rows that share a band
-    rows_over_limit: int  # the most rows, over the bands, that were compared with a part of their bucket only
+    rows_over_limit: int  # the most rows in one band that were compared with only a part of their bucket
 
     @property
     def kept(self) -> int:
@@ -93,19 +93,19 @@ def prepare_job(
     against: Mapping[str, Iterable[str | None]] | None = None,
     settings: DuplicateSettings | None = None,
 ) -> "DuplicateJob":
-    """Prepare to write the rows of parquet files that are not near-duplicates of others, to files of the same names.
+    """Prepare a job that copies parquet files without near-duplicate rows to files of the same names.
 
-    This checks everything and writes the description of the job, or finds the same job as it was left; `run` does it.
-    `out` also gets `report.json` (the report, and what it was made from) and `dropped.jsonl`, a line for each dropped
-    row: `id`, `reason`, `cluster` (the smallest id in it), `nearest` (the id of the most similar row, or the 0-based
-    number of the text of the set that it is near) and `similarity`.
+    This checks everything and writes the description of the job, or finds the state of the same earlier job; `run` does
+    the work. `out` also gets `report.json` (the report, and what it was made from) and `dropped.jsonl`, a line for each
+    dropped row: `id`, `reason`, `cluster` (the smallest id in it), `nearest` (the id of the most similar row, or the
+    0-based number of the near text in another set) and `similarity`.
 
     Args:
         source: A folder of parquet files.
         out: The folder to write to: one that doesn't exist, is empty, or was begun by the same job.
         columns: The columns of text to compare; `settings.match` says whether one or all of them must be near.
-        id_column: A column of different texts or integers; of near-duplicates, the row of smallest id stays. Without
-            one, the first stays, in the order of the files' names.
+        id_column: A column of unique texts or integers; among near-duplicates, the row of smallest id stays. Without
+            this column, the first row stays, in the order of the file names.
         against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
             dropped too.
     """
@@ -188,7 +188,7 @@ class DuplicateJob:
         return (self.out / REPORT).exists()
 
     def run(self, progress: bool = True) -> DuplicateReport:
-        """Do all that is left in this process, the only one that does.
+        """Run all remaining tasks in this process; no other process may work on the job.
 
         Rows are read a thousand at a time, and a few hundred bytes of each stay in memory; the texts are copied to the
         disk until the job is finished.
@@ -361,7 +361,7 @@ class DuplicateJob:
 
 @dataclass(frozen=True, slots=True)
 class DatatroveStep:
-    """One kind of task of a job, as a step of a pipeline of datatrove: it takes no documents and yields none."""
+    """One kind of task of a job, as a step of a datatrove pipeline: it takes no documents and yields none."""
 
     job: DuplicateJob
     task: str
@@ -375,13 +375,13 @@ class DatatroveStep:
 
 
 def datatrove_steps(job: DuplicateJob, compare_tasks: int = 16) -> list[tuple[str, DatatroveStep, int]]:
-    """The tasks of a job for datatrove's executors (local, Slurm, Ray), for more rows than one machine should do.
+    """The tasks of a job for datatrove's executors (local, Slurm, Ray), for more rows than one machine can process.
 
     Datatrove's own MinHash blocks are not used: they shingle words and take every shared band for a duplicate without
     comparing the texts. The machines share a file system.
 
     Args:
-        compare_tasks: The number of tasks of the comparison; the same when a job is continued.
+        compare_tasks: The number of tasks of the comparison; do not change it when a job is continued.
 
     Returns:
         For each step, in order: its name, the step, and its number of tasks. Each runs after the one before.

@@ -1,7 +1,7 @@
 """Near-duplicates of texts: MinHash bands propose pairs, the true Jaccard similarity of their shingles decides.
 
-A pair is a uint64: the number of the first row in the upper 32 bits, that of the second in the lower. Rows are the
-distinct rows, numbered in the order of their ids, so that no result depends on the order of the input.
+A pair is a uint64: the number of the first row in the upper 32 bits, the number of the second in the lower. Rows are
+the distinct rows, numbered in the order of their ids, so that no result depends on the order of the input.
 `near_duplicate_job` does the same with files, in bounded memory.
 """
 
@@ -34,19 +34,19 @@ class NearDuplicates:
     """Which of n rows are kept and why; rows are named by their position in the input."""
 
     kept: np.ndarray  # bool (n,)
-    reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is that of row i
+    reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is the reason for row i
     reason: np.ndarray  # int64 (n,)
-    clusters: np.ndarray  # int64 (n,): the row of smallest id in the cluster of row i, which is i for a row alone
-    # int64 (n,): the most similar row, or the number of the text of the set that a row is near; −1 if it is kept
+    clusters: np.ndarray  # int64 (n,): the row of smallest id in the cluster of row i, which is i if row i is alone
+    # int64 (n,): the most similar row, or the number of the near text in another set; −1 if row i is kept
     nearest: np.ndarray
     similarity: np.ndarray  # float64 (n,): the Jaccard similarity to `nearest`; 0 if it is kept
-    pairs: np.ndarray  # int64 (pairs, 2): near pairs of distinct rows, of smaller id first
+    pairs: np.ndarray  # int64 (pairs, 2): near pairs of distinct rows, the smaller id first
     pair_similarities: np.ndarray  # float64 (pairs,)
-    # Of each cluster too large to be reduced to one row: `cluster` (its row of smallest id), `rows` and `kept` (counts)
+    # For each cluster too large for one row: `cluster` (its row of smallest id), `rows` and `kept` (counts)
     giant_clusters: tuple[dict[str, int], ...] = ()
     compared: int = 0  # number of pairs compared
     largest_bucket: int = 0  # the most distinct rows that share a band
-    rows_over_limit: int = 0  # the most rows, over the bands, that were compared with a part of their bucket only
+    rows_over_limit: int = 0  # the most rows in one band that were compared with only a part of their bucket
 
     @property
     def counts(self) -> dict[str, int]:
@@ -73,9 +73,9 @@ def find_near_duplicates(
 
     Args:
         columns: The texts of each column, all of the same length; None and blank texts resemble nothing.
-        ids: The order of rows; of near-duplicates, the smallest id stays. By default, the position.
+        ids: The ids of the rows, by default their positions; among near-duplicates, the smallest id stays.
         against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
-            dropped too. Whole texts are compared: one that contains another among much else is not near it.
+            dropped too. Whole texts are compared: a long text that contains a short one is not near it.
     """
     settings = settings or DuplicateSettings()
     lengths = {len(one) for one in (*columns.values(), *([] if ids is None else [ids]))}
@@ -106,9 +106,9 @@ def find_near_duplicates(
 
 @dataclass(frozen=True, slots=True)
 class DistinctRows:
-    """m distinct rows among n."""
+    """The m distinct rows among n rows."""
 
-    rows: np.ndarray  # int64 (m,): the row of smallest id among those that are equal
+    rows: np.ndarray  # int64 (m,): the row of smallest id among equal rows
     numbers: np.ndarray  # int64 (n,): for each row, the number of the distinct row that it equals
 
 
@@ -163,7 +163,7 @@ def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 class Column:
     """The m distinct rows of one column, whose texts and fingerprints are in one part or several, such as files.
 
-    `rows` are the distinct rows, counted through all parts: int64 (m,).
+    `rows` are the distinct rows, numbered through all parts: int64 (m,).
     """
 
     def __init__(
@@ -197,9 +197,9 @@ class Column:
 
 
 def _pairs_within(column: Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Pairs of rows that share a key, each row with the `limit` first of its bucket.
+    """Return pairs of rows that share a key: each row with the first `limit` rows of its bucket.
 
-    Also the size of the largest bucket, and the most rows, over the bands, beyond the limit of their bucket.
+    Also return the size of the largest bucket, and the most rows in one band that are beyond the limit of their bucket.
     """
     rows = column.not_blank()
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -208,7 +208,7 @@ def _pairs_within(column: Column, limit: int) -> tuple[np.ndarray, int, int]:
         in_order = keys[rows[order]]
         starts = np.arange(len(order))
         starts[1:][in_order[1:] == in_order[:-1]] = 0
-        starts = np.maximum.accumulate(starts)  # where the bucket of each begins
+        starts = np.maximum.accumulate(starts)  # where the bucket of each row begins
         place = np.arange(len(order)) - starts
         most = int(place.max(initial=0))
         found = [pairs]
@@ -222,7 +222,7 @@ def _pairs_within(column: Column, limit: int) -> tuple[np.ndarray, int, int]:
 
 
 def _pairs_between(column: Column, others: Column, limit: int) -> np.ndarray:
-    """Pairs (row, text of another set) that share a key, each row with the `limit` first texts of its bucket."""
+    """Return pairs (row, text of another set) that share a key: each row with the first `limit` texts of its bucket."""
     rows, other_rows = column.not_blank(), others.not_blank()
     pairs = np.empty(0, np.uint64)
     for keys, other_keys in zip(column.bands(), others.bands(), strict=True):
@@ -269,7 +269,8 @@ def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
 class Search:
     """A search among the rows of some columns ("within") and against texts of other sets ("between").
 
-    A task is a list of pairs that may be near in one column, or within, if `settings.match` is "both", in all columns.
+    A task is a list of pairs that may be near in one column, or, for "within" with `settings.match` "both", in all
+    columns.
     """
 
     columns: Sequence[Column]
@@ -349,7 +350,7 @@ def decide(
     sizes = np.bincount(clusters, minlength=count)
     is_giant = sizes[clusters] > settings.giant_cluster
     kept = (clusters == np.arange(count)) | is_giant
-    # Pairs ascend, so whether `one` is kept is settled before its pairs with later rows come.
+    # Pairs ascend, so it is known whether `one` is kept before its pairs with later rows come.
     inside = np.flatnonzero(is_giant[first])
     for one, other in zip(first[inside].tolist(), second[inside].tolist(), strict=True):
         if kept[one]:
@@ -394,8 +395,8 @@ def decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `count` nodes the partner of the highest value, of equal ones the smallest, or −1; and the value."""
+    """For each of `count` nodes, the partner of highest value (the smallest of several, −1 for none) and the value."""
     partner, similarity = np.full(count, -1), np.zeros(count)
-    sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one counts
+    sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]
     return partner, similarity

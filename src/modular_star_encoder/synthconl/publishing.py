@@ -39,7 +39,7 @@ DATASET_SCHEMA = pa.schema([(name, pa.string()) for name in MEANINGS])
 
 @dataclass(frozen=True, slots=True)
 class CodeCounts:
-    """Codes of one language."""
+    """Number and length of the code samples in one language."""
 
     samples: int
     average_characters: float
@@ -55,7 +55,7 @@ class DatasetStatistics:
     average_description_characters: float
 
     def to_markdown(self) -> str:
-        """The table, one line per language and one for all."""
+        """The table, one line per language and one for all languages."""
         lines = [
             "| language | original samples | average characters | synthetic samples | average characters |",
             "|---|---:|---:|---:|---:|",
@@ -97,7 +97,7 @@ _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<
 
 
 def size_category(rows: int) -> str:
-    """The Hub's name for the order of magnitude of a number of rows."""
+    """The Hub's size category for a number of rows."""
     return next((name for name, limit in _SIZES if rows < limit), "10M<n<100M")
 
 
@@ -129,8 +129,8 @@ def dataset_card(
     """The card: YAML metadata and Markdown.
 
     Args:
-        settings: By stage, what decided its result: `DatasetRecipe.stage_settings()`.
-        reports: By stage, what it counted.
+        settings: By stage, the settings that decided its result: `DatasetRecipe.stage_settings()`.
+        reports: By stage, its counts.
         splits: By split, its number of `rows` and `repositories`.
         statistics, licenses, versions: Counts of all splits, of rows by licence, and the software that built it.
     """
@@ -191,7 +191,7 @@ class Upload:
     url: str = ""  # the address of the uploaded dataset; empty if nothing was uploaded
 
     def __str__(self) -> str:
-        """A line for each file, and one for all."""
+        """A line for each file, and one for the total."""
         lines = [f"{size:>14,}  {name}" for name, size in self.files]
         total = f"{sum(size for _, size in self.files):>14,}  bytes in {len(self.files)} files"
         end = f"uploaded to {self.url}" if self.url else f"nothing was uploaded to {self.repository}: a dry run"
@@ -203,10 +203,10 @@ def push_dataset(
 ) -> Upload:
     """Upload a dataset with its card, or report what would be uploaded.
 
-    The access token is the one of `hf auth login` or `HF_TOKEN`.
+    The access token comes from `hf auth login` or `HF_TOKEN`.
 
     Args:
-        folder: The folder that `build_dataset` returned, or the one that it was given.
+        folder: The folder that `build_dataset` returned, or its `out`.
         repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
         upload, private: Whether to upload (otherwise nothing is sent), and whether a new repository is private.
     """

@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one shorter."""
+    """Yield lists of `size` items; the last may be shorter."""
     iterator = iter(items)
     return iter(lambda: list(islice(iterator, size)), [])
 
@@ -83,7 +83,7 @@ def count_rows(folder: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A user's parquet file: its path, its name relative to the folder of all, and its number of rows."""
+    """A user's parquet file: its path, its name relative to the folder of all files, and its number of rows."""
 
     path: Path
     name: str
@@ -151,7 +151,7 @@ def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
 
 
 def write_kept(shard: Shard, target: Path, kept: np.ndarray, advance: Callable[[int], object]) -> None:
-    """Write the rows that are kept, bool (rows,), with all their columns and the schema of the shard."""
+    """Write the rows where `kept`, bool (rows,), is true, with all their columns and the schema of the shard."""
     file = _opened(shard.path)
 
     def tables() -> Iterator[pa.Table]:

@@ -1,4 +1,4 @@
-"""The stage of translation: prompts, and one answer for every function of a folder, whatever interrupts it."""
+"""The translation stage: prompts, and one answer for every function of a folder, even after interruptions."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ from modular_star_encoder.utils.files import write_json
 from modular_star_encoder.utils.settings import Count, NonNegative, settings_class
 
 LANGUAGE_NAMES = {name: name.title() for name in LANGUAGES} | {"javascript": "JavaScript", "php": "PHP", "cpp": "C++"}
-"""The languages in prompts and tables."""
+"""The names of the languages in prompts and tables."""
 
 PROMPT = """\
 Translate the function below from {source_language} to {target_language}. Keep what it does and the idiom of the \
@@ -119,7 +119,7 @@ class TranslationSettings:
     completion_price: NonNegative = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the translations, up to rounding: without prices and how the back end is run."""
+        """The settings that decide the translations, up to rounding: no prices and no `run_options` of the back end."""
         run_options = BACKENDS[self.backend].run_options
         return {
             "backend": self.backend,
@@ -152,7 +152,7 @@ def translate(
     Args:
         functions: Folder of row files with the columns `id`, `language1_CSN` and `func1_CSN`.
         out: Folder, which exists, that gets one file of completions for each file of functions.
-        settings: How. The caller checks that they are those of the earlier call.
+        settings: How to translate. The caller checks that an earlier call had the same settings.
         seed: Decides the target languages.
 
     Returns:
@@ -161,10 +161,10 @@ def translate(
 
     Raises:
         BackendError: The back end can't continue, or answers only errors. Its earlier answers are kept.
-        UserError: `synthconl.journal`: the answers of an unfinished file are damaged, or of other rows.
+        UserError: `synthconl.journal`: the answers of an unfinished file are damaged, or belong to other rows.
     """
     functions, out, backend = Path(functions), Path(out), settings.open()
-    files: dict[str, _CompletionFile] = {}  # of each row that waits for its completion
+    files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
     with (
         _Session(out / SESSIONS, backend) as session,
@@ -194,7 +194,7 @@ def _requests(
     seed: int,
     bar: tqdm,
 ) -> Iterator[CompletionRequest]:
-    """Yield the requests of all rows without a completion, which are added to `files`."""
+    """Yield the requests of all rows without a completion, and add these rows to `files`."""
     for path in row_files(functions):
         if (target := out / path.name).is_file():
             _journal_path(target).unlink(missing_ok=True)  # left by a kill
@@ -213,7 +213,7 @@ def _requests(
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
-    """Yield completions; errors only after a later request was answered, which shows that the error is their own.
+    """Yield completions, errors only after a later request is answered, which shows that the back end still works.
 
     `answered` says whether the model has answered anything in an earlier call.
     """
@@ -237,7 +237,7 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
 
 
 class _Session(AbstractContextManager["_Session"]):
-    """The counts of one call, written to a list of all calls; those of a killed call are at most 30 seconds old."""
+    """The counts of one call, written to a list of all calls; the counts of a killed call lag by at most 30 seconds."""
 
     def __init__(self, path: Path, backend: CompletionBackend) -> None:
         self._path, self._backend, self._earlier = path, backend, _read_sessions(path)
@@ -301,8 +301,8 @@ class _CompletionFile:
         self._finish()
 
     def add(self, completion: Completion) -> None:
-        """Write a completion to the system at once, and to the disk at least once a second."""
-        # Question marks for lone surrogates, which JSON can escape and parquet can't hold.
+        """Write a completion to the operating system at once, and to the disk at least once a second."""
+        # Question marks replace lone surrogates, which JSON can escape and parquet can't hold.
         texts = {name: getattr(completion, name) for name in ("text", "finish_reason", "error")}
         texts = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
         self._answered[completion.id] = completion = replace(completion, **texts)

@@ -27,8 +27,8 @@ def crash_safe_map(
     """Yield the results of `function` for one chunk of `items` after another, in order.
 
     When a process dies, the chunk that may have killed it is halved until a single item is left, and the result of that
-    item is `crashed(item)`. Ctrl-C is left to the calling process. Items are read as they are needed. With 0 or 1
-    processes the work is done in this one, without protection.
+    item is `crashed(item)`. Only the calling process handles Ctrl-C. Items are read when they are needed. With 0 or 1
+    processes, this process does the work, without protection.
     """
     iterator = iter(items)
     chunks = iter(lambda: list(islice(iterator, chunk_size)), [])
@@ -50,7 +50,7 @@ def crash_safe_map(
 
     try:
         while True:
-            # A short queue, so that a large corpus is never all in memory.
+            # The queue is short, so that a large corpus is never entirely in memory.
             for chunk in islice(chunks, 4 * processes + 1 - len(waiting)):
                 submit(chunk)
             if not waiting:
@@ -84,7 +84,7 @@ def _executor(processes: int) -> ProcessPoolExecutor:
 
 
 def _prepare_worker() -> None:
-    # The parent alone handles Ctrl-C; each worker would print a traceback.
+    # Only the parent handles Ctrl-C; otherwise each worker prints a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Workers of a killed parent would wait for ever and keep its open files and locks.
     threading.Thread(target=_die_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: bad input, and a missing extra."""
+"""Errors that a user can fix: bad input, and a missing extra."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ class UserError(ValueError):
         return type(self), (self.key, str(self))
 
 
-# Extra → modules that come with it; of several extras, the one that suits most people who meet the error.
+# Extra → modules that come with it; if several extras have a module, the one that most users need.
 _MODULES = {
     "train": "accelerate bm25s datasets evaluate jinja2 pydantic sklearn",
     "search": "filelock pathspec pygments tree_sitter tree_sitter_language_pack",
@@ -47,7 +47,7 @@ _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in 
 
 
 def missing_extra(error: ModuleNotFoundError) -> ImportError | None:
-    """An error that names the extra to install, or None where the missing module is not of an extra."""
+    """An error that names the extra to install, or None if no extra has the missing module."""
     module = (error.name or "").partition(".")[0]
     extra = _EXTRA_OF.get(module)
     if extra is None:
@@ -57,7 +57,7 @@ def missing_extra(error: ModuleNotFoundError) -> ImportError | None:
 
 @contextmanager
 def naming_extra() -> Iterator[None]:
-    """Around imports of optional packages: where one is missing, the error names the extra to install."""
+    """Wrap imports of optional packages: if one is missing, the error names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:

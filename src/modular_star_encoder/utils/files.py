@@ -42,7 +42,7 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
     """Yield a temporary path in the folder of `target`; the file written there replaces `target` if no error occurs.
 
     `resumable` is for steps of a job that is killed and resumed, one process at a time: data reaches the disk before
-    the rename, and the temporary name is always the same, so that the next attempt removes what a killed one left.
+    the rename, and the temporary name is always the same, so that the next attempt removes the file of a killed one.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")
@@ -84,7 +84,7 @@ def _remove(path: Path) -> None:
 def folder_checksum(
     folder: str | os.PathLike[str], patterns: Sequence[str] = ("config.json", "tokenizer.json", "model*.safetensors")
 ) -> str:
-    """The first 16 hexadecimal digits of a SHA-256 of the names and contents of a folder's files of these patterns."""
+    """Hash the names and contents of the files in `folder` that match `patterns`: 16 hexadecimal digits of SHA-256."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in Path(folder).glob(pattern)}):
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
 """The HTTP client: time-outs, limits, retries with growing pauses, one sentence for each failure, no secrets.
 
-Requests run on an event loop in a thread of the client, so that they can be concurrent and be cancelled, whether or
-not the caller has an event loop itself. The Hub's own client has its errors put into one sentence here, too.
+Requests run on an event loop in a thread of the client, so that they can be concurrent and cancelled, whether or not
+the caller has an event loop. `wrap_hub_errors` turns errors of the Hub's own client into one sentence.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class HTTPRequestError(UserError):
     """A request that failed for good.
 
     Keys: `http.status` (refused), `http.no_answer` (unreachable or busy in every attempt), `http.too_slow`,
-    `http.too_large`. Of the last response, if there was one: `status`, `reason` ("status 401, Incorrect API key
+    `http.too_large`. Attributes from the last response, if any: `status`, `reason` ("status 401, Incorrect API key
     provided") and `text`, the beginning of its body, without the token.
     """
 
@@ -67,21 +67,21 @@ _Check = Callable[[Response], bool]
 
 
 class HTTPClient:
-    """Sends requests to http and https addresses. Use it as a context manager: leaving cancels what is under way.
+    """Sends requests to http and https addresses. Use it as a context manager: leaving cancels pending requests.
 
-    Failures that may pass (status 408, 409, 425, 429 and 5xx, time-outs, broken connections) are retried after what
-    the server names in `Retry-After`, or `pause`, doubled for each further attempt and varied by half, so that
-    concurrent requests don't return together; at most 60 seconds.
+    Temporary failures (status 408, 409, 425, 429 and 5xx, time-outs, broken connections) are retried after the server's
+    `Retry-After`, or after `pause`, doubled for each further attempt and varied by half, so that concurrent requests
+    don't retry together; at most 60 seconds.
 
     Args:
         token: sent as bearer token; never shown in an error or `repr`.
-        concurrency: number of requests under way at once; further ones wait.
-        attempts: how often a request is sent at most.
+        concurrency: largest number of concurrent requests; further ones wait.
+        attempts: largest number of times that a request is sent.
         pause: seconds before the second attempt.
         timeout: seconds without any data after which an attempt has failed.
         total_time: seconds for one request with all its attempts and pauses.
         max_bytes: size limit of a response's body, after decompression by HTTP.
-        follow_redirects: whether to follow redirects; with a token, it would reach other hosts.
+        follow_redirects: whether to follow redirects; a token would then reach other hosts.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class HTTPClient:
         self.close()
 
     def close(self) -> None:
-        """Cancel the requests under way and close the connections. No request can be sent afterwards."""
+        """Cancel pending requests and close the connections. No request can be sent afterwards."""
         if self._loop.is_closed():
             return
         self._run(self._abandon()).result()
@@ -130,10 +130,10 @@ class HTTPClient:
         return self.submit(method, url, body=body, retry_if=retry_if).result()
 
     def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
-        """Send a request in the background; the future has a response of a status below 300 or HTTPRequestError.
+        """Send a request in the background; the future gives a response with a status below 300 or HTTPRequestError.
 
-        `url` may hold a secret: errors name the host only. `body` is sent as JSON. `retry_if` says whether a successful
-        response is a failure to retry after all, as some gateways send.
+        `url` may hold a secret: errors name the host only. `body` is sent as JSON. `retry_if` says whether to retry a
+        response that reports a failure with a success status, as some gateways send.
         """
         return self._run(self._send(method, url, body, retry_if))
 
@@ -178,7 +178,7 @@ class HTTPClient:
             return Response(stream.status_code, dict(stream.headers), bytes(content))
 
     def _failure(self, response: Response) -> dict[str, Any]:
-        """The attributes of the error."""
+        """The attributes of the HTTPRequestError for `response`."""
         text = hide_secrets(response.content.decode(errors="replace"), self._token)
         content = response.json()
         error = content.get("error", content) if isinstance(content, dict) else None
@@ -208,7 +208,7 @@ def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeou
 
 
 def check_url(url: str) -> str:
-    """`url` without slashes at its end."""
+    """Check `url` and return it without slashes at its end."""
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
         raise UserError("http.url", f"{url!r} is not an address such as https://api.openai.com/v1.")
     return url.rstrip("/")
@@ -230,7 +230,7 @@ def token_from_environment(variable: str | None, *, required: bool = True) -> st
 
 
 def hide_secrets(text: str, token: str = "") -> str:
-    """`text` with `***` for the token and for words that look like an API key of OpenAI."""
+    """`text` with `***` for the token and for words that look like an OpenAI API key."""
     text = text.replace(token, "***") if token else text
     return " ".join("***" if "sk-" in word else word for word in text.split(" ")) if "sk-" in text else text
 
@@ -285,6 +285,6 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """The Hub client's exceptions for network failures: those of httpx, which newer versions call httpx2."""
+    """The Hub client's exceptions for network failures: exceptions of httpx, or of httpx2 in newer versions."""
     loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
     return tuple(module.TransportError for module in loaded if module)

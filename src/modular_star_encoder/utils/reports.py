@@ -1,4 +1,4 @@
-"""What reports and cards need: numbers and tables as text, the kind of machine (without its name), versions."""
+"""Helpers for reports and cards: numbers and tables as text, the kind of machine (without its name), versions."""
 
 import os
 import platform
@@ -74,7 +74,7 @@ def library_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None
 
 
 def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -> Card:
-    """A card that the Hub can read, with values for the required metadata; otherwise UserError with this key."""
+    """Load a card; raise UserError with `key` unless the Hub can read it and it has the required metadata."""
     try:
         card = kind.load(path)
         missing = [name for name in required if not card.data.to_dict().get(name)]

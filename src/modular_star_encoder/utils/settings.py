@@ -1,7 +1,7 @@
 """Recipes and manifests: YAML files and `KEY=VALUE` words become checked dataclasses, and a reference of their keys.
 
-A settings class is a frozen dataclass; if it is made by `settings_class`, its types and constraints are the checks. It
-may define `OLD_KEYS` (old name → name), which are read with a FutureWarning, and `OPEN_KEYS` (field, dataclass): a
+A settings class is a frozen dataclass; if it is made by `settings_class`, its types and constraints check the values.
+It may define `OLD_KEYS` (old name → name), which are read with a FutureWarning, and `OPEN_KEYS` (field, dataclass): a
 mapping field that collects the keys of that other dataclass.
 """
 
@@ -54,7 +54,7 @@ Different = AfterValidator(_different)
 Switch = StrictBool
 
 _AnyFloat = Annotated[float, BeforeValidator(_number)]
-# Checks for fields of dataclasses that do not check themselves.
+# Checks for dataclasses that do not check their own fields.
 _PLAIN: dict[Any, TypeAdapter[Any]] = {
     int: TypeAdapter(Int),
     float: TypeAdapter(_AnyFloat),
@@ -94,7 +94,7 @@ def settings_class(kind: type[Settings]) -> type[Settings]:
 def load_settings(
     kind: type[Settings], path: str | os.PathLike[str], overrides: Sequence[str] = (), *, example: str = ""
 ) -> Settings:
-    """An instance of a settings class from a YAML file; `example` is a recipe to name when `path` does not exist.
+    """An instance of a settings class from a YAML file; if `path` does not exist, the error names the recipe `example`.
 
     `overrides` are `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
     """
@@ -123,7 +123,7 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = (), *,
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set `a.b.c` in nested mappings, adding those that are missing."""
+    """Set `a.b.c` in nested mappings, adding missing mappings."""
     *parents, last = key.split(".")
     if not all(parents) or not last:
         raise UserError("settings.override", f"{where} must have the form key=value with YAML, such as seed=1.")
@@ -178,7 +178,7 @@ def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], 
 
 
 def rename_old_keys(kind: type, content: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The content with current names of its keys, with a FutureWarning; of two values for a key, the later wins."""
+    """Replace old keys of `content` by current ones, with a FutureWarning; of two values for a key, the later wins."""
     old_keys: Mapping[str, str] = getattr(kind, "OLD_KEYS", {})
     content = kind.upgrade(content) if hasattr(kind, "upgrade") else content
     renamed: dict[Any, Any] = {}
@@ -194,7 +194,7 @@ def _fields(kind: Any) -> tuple[Field[Any], ...]:
 
 
 def _keys(kind: type) -> list[Field[Any]]:
-    """The dataclass fields that are keys of a settings class, those it collects included."""
+    """The dataclass fields that are keys of a settings class, including the collected keys."""
     own = [one for one in _fields(kind) if one.init]
     if collected := getattr(kind, "OPEN_KEYS", None):
         names = {one.name for one in own}
@@ -226,9 +226,9 @@ def _sentence(fault: Any) -> str:
 
 
 def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(key, its type, default and meaning) of a settings class; keys of nested settings are behind a dot.
+    """(key, its type, default and meaning) of a settings class; keys of nested settings follow a dot.
 
-    Of the dataclass in `OPEN_KEYS`, keys are listed that are described or that have a default in `kind.DEFAULTS`.
+    For the dataclass in `OPEN_KEYS`, only keys with a description or with a default in `kind.DEFAULTS` are listed.
     """
     meanings = _meanings(kind)
     hints = get_type_hints(kind, include_extras=False)

@@ -1,8 +1,8 @@
-"""What authors write about a function: from comments and docstrings to one paragraph of prose.
+"""Turns comments and docstrings into the description of a function, one paragraph of prose.
 
 CodeSearchNet's description is the documentation up to the first blank line, or else up to the first `@` (Husain et al.
-2019, arXiv 1909.09436, section 2). Here it ends at either, and only an `@` that begins a line is a tag, as are other
-notations for parameters and results: an address in the middle of a sentence does not end the description.
+2019, arXiv 1909.09436, section 2). Here it ends at whichever comes first, and only an `@` that begins a line ends it,
+so that an e-mail address in a sentence does not. Other notations for parameters and results end it, too.
 """
 
 import ast
@@ -20,7 +20,7 @@ _BLOCK_START = re.compile(r"/\*[*!]*<?")
 _BLOCK_MARGIN = re.compile(r"\s*\*+")
 _RUBY_BLOCK_MARKER = re.compile(r"=begin\b.*|=end\b.*")
 
-# Instructions to tools among the prose of comments.
+# Comments that instruct tools; they are not prose.
 _DIRECTIVE = re.compile(
     r"\s*(?:rubocop:|:\w*doc:|frozen_string_literal:|-\*-|eslint\b|js[hl]int\b|jscs:|istanbul ignore|c8 ignore"
     r"|prettier-ignore|phpcs:|nolint\w*|nosonar|clang-format o|cppcheck-suppress|coverity\b|lint:)",
@@ -52,9 +52,9 @@ _RDOC_MARK = re.compile(r"(?<![\w+])\+([\w:.#?!=]+)\+(?![\w+])")
 
 
 def docstring_of(literal: str) -> str | None:
-    """The value of a Python string literal, or of several in a row; None if it is not a plain string."""
+    """The value of a Python string literal, or of several consecutive ones; None if it is not a plain string."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # such as those for invalid escapes
+        with warnings.catch_warnings(action="ignore"):  # such as warnings about invalid escapes
             value = ast.literal_eval(f"({literal}\n)")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
@@ -68,10 +68,10 @@ def docstring_description(docstring: str) -> str:
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """The first paragraph, in one line, of the comments before a function; empty if they hold none, or a licence.
+    """The first paragraph of the comments before a function, in one line; empty if they hold no prose, or a licence.
 
-    Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Of tags before the prose,
-    those that introduce it (`@brief`, `@description`) are removed alone, and others with their text.
+    Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Before the prose, tags that
+    introduce it (`@brief`, `@description`) are removed alone, other tags with their text.
     """
     entry, text = language_entry(language), "\n".join(comments)
     if _LEGAL_NOTICE.search(text):
@@ -147,9 +147,9 @@ _BLOCKS, _AFTER_MEMBER = ("/*", "=begin"), ("/**<", "/*!<", "///<", "//!<")
 def description_before(start: int, comments: list[tuple[int, int]], source: SourceText, language: Language) -> str:
     """The description in the comments before the function at `start`, or "".
 
-    A function's documentation is the last block, or the run of lines, that ends at it without a blank line. In
-    languages with `documented_by_blocks` it is the last `/** */`, and other comments may follow it. `comments` are
-    their spans in `source.bytes`, sorted.
+    A function's documentation is the last block comment, or run of line comments, with no blank line before the
+    function. In languages with `documented_by_blocks` it is the last `/** */`, and other comments may follow it.
+    `comments` are the sorted spans of all comments in `source.bytes`.
     """
     blocks_only = language.documented_by_blocks
     run: list[str] = []
@@ -186,7 +186,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 def reads_as_prose(text: str) -> bool:
     """Whether a text that should be code is a description: at least three words, and no sign of code.
 
-    Lines of tags (`@param`) and text between backticks do not count. Of 13,835 functions in twelve languages none
-    counts as prose; of their 12,574 descriptions 97.5 % do.
+    Lines of tags (`@param`) and text between backticks are ignored. In twelve languages, none of 13,835 functions reads
+    as prose, and 97.5 % of their 12,574 descriptions do.
     """
     return len(_WORD.findall(text)) >= 3 and _CODE.search(_TAGS.sub("", text)) is None

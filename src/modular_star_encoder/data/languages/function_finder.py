@@ -1,6 +1,6 @@
 """The functions of a source text, found in its syntax tree: their spans, names, descriptions and code.
 
-Trees are read by queries, which run outside Python and without recursion, so that nesting is limited by memory only.
+Queries read the trees. They run outside Python and without recursion, so that only memory limits the nesting.
 """
 
 import re
@@ -15,13 +15,13 @@ from modular_star_encoder.data.languages.documentation import description_before
 from modular_star_encoder.data.languages.parsing import Grammar, SourceText, UnparsableSourceError, load_grammar, parse
 from modular_star_encoder.data.languages.registry import Language
 
-MAX_NESTING = 16  # functions deeper inside others are left out: each level repeats the text of those inside it
+MAX_NESTING = 16  # deeper functions are left out: each level repeats the text of the functions inside it
 _MAX_NAME_LENGTH = 200
 
 
 @dataclass(frozen=True, slots=True)
 class FoundFunction:
-    """A function of a text; the fields are those of `DocumentedFunction`."""
+    """A function in a text; the fields are fields of `DocumentedFunction`."""
 
     line: int
     name: str
@@ -35,9 +35,9 @@ class FoundFunction:
 def find_functions(
     text: str, language: str, *, documented_only: bool = False, counts: Counter[str] | None = None
 ) -> list[FoundFunction]:
-    """The functions of `text` without a syntax error, in order, methods and nested functions included.
+    """Find the functions of `text` that have no syntax error, in order, methods and nested functions included.
 
-    Functions without a body are left out, and Python functions with only a docstring in it. PHP needs its `<?php`.
+    Functions without a body, and Python functions whose body is only a docstring, are left out. PHP needs its `<?php`.
     `counts` counts files and functions with a syntax error, and functions nested too deeply.
 
     Raises:
@@ -70,7 +70,7 @@ _KINDS = ("function", "scope", "type", "extension")
 
 
 def outline(text: str, language: str) -> list[Definition]:
-    """What `text` defines, outer before inner, also where there are syntax errors; whole lines.
+    """List what `text` defines, in whole lines, outer before inner, even if there are syntax errors.
 
     Raises:
         UnparsableSourceError: If `text` can't be parsed.
@@ -96,7 +96,7 @@ _WRAPPERS = {"decorated_definition", "export_statement", "template_declaration"}
 
 @dataclass(slots=True)
 class _Definition:
-    """A function or scope of the tree; offsets are those of `SourceText.bytes`."""
+    """A function or scope of the tree; offsets are into `SourceText.bytes`."""
 
     node: Node
     name: str
@@ -127,7 +127,7 @@ class _Finder:
                 body = captures["body"][0] if "body" in captures else None
                 if "scope" not in captures:
                     node = captures["function"][0]
-                    key = (body or node).id  # of several patterns that find one body, the widest counts
+                    key = (body or node).id  # if several patterns find one body, the widest wins
                     before = functions[key].node if key in functions else None
                     if before is None or len(range(*before.byte_range)) < len(range(*node.byte_range)):
                         functions[key] = _Definition(node, name, True, body)
@@ -138,7 +138,7 @@ class _Finder:
         )
         self._comments.sort()
         self._heredocs = {node.start_byte: node.end_byte for node in strings if node.type == "heredoc_body"}
-        # Where the lines begin whose white space is part of a string.
+        # The starts of the lines whose white space is part of a string.
         spans = (node.byte_range for node in strings if node.start_point.row < node.end_point.row)
         self._fixed_lines = {at for start, end in spans for at in source.line_starts_between(start, end)}
 
@@ -186,7 +186,7 @@ class _Finder:
         return FoundFunction(self._source.line(start), name, description, code, text, first, last)
 
     def _end_of_heredocs(self, end: int) -> int:
-        """Where the heredocs end that begin on the last line of a Ruby method; its node does not hold them."""
+        """The end of the heredocs that begin on the last line of a Ruby method; the method's node excludes them."""
         line_end = self._source.bytes.find(b"\n", end)
         while line_end in self._heredocs and not self._source.bytes[end:line_end].strip():
             end = line_end = self._heredocs[line_end]
@@ -199,7 +199,7 @@ _C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_nam
 def _name(captures: dict[str, list[Node]], source: bytes, language: Language) -> str | None:
     """The name of the function or scope of one match, dotted where the text is qualified.
 
-    None for a match that is not a function: a macro, or a statement that error recovery took for one.
+    None for a match that is not a function: a macro, or a statement that error recovery took for a function.
     """
     if "keyword" in captures and _text(captures["keyword"][0], source) not in language.definers:
         return None
@@ -284,7 +284,7 @@ def _docstring_cut(body: Node, source: SourceText) -> Cut | None:
 
 
 def _end_of_last_statement(node: Node) -> int:
-    """Where the last token of a Python definition ends; comments may follow it inside the node."""
+    """The end of the last token of a Python definition; comments may follow it inside the node."""
     while children := [child for child in node.children if not child.is_extra]:
         node = children[-1]
     return node.end_byte
@@ -299,8 +299,7 @@ def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]
 
 
 def _cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
-    """The text from `start` to `end` without the cuts. Of cuts that overlap, the earliest counts; of those that begin
-    together, the widest."""
+    """The text from `start` to `end` without the cuts. Of overlapping cuts, the earliest applies, then the widest."""
     pieces, at = [], start
     for cut_start, cut_end, replacement in sorted(cuts, key=lambda cut: (cut[0], -cut[1])):
         if at <= cut_start < end:

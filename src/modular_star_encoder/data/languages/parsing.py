@@ -16,7 +16,7 @@ from tree_sitter import Parser, Point, Query, QueryCursor, Tree
 from modular_star_encoder.data.languages.registry import Language, language_entry
 
 MAX_PARSE_SECONDS = 5.0  # of processor time; a file of 1 MB takes about half a second on one core
-MAX_LINE_BYTES = 10_000  # longer lines are data or minified, and nested deeply enough to exhaust the memory
+MAX_LINE_BYTES = 10_000  # longer lines are data or minified code, nested deeply enough to exhaust the memory
 
 # tree-sitter 0.26 never releases what a read callback returns, so every text passes through one buffer, in views of few
 # sizes: powers of two, and any below 16, since the first character of a view must be whole.
@@ -31,7 +31,7 @@ class UnparsableSourceError(ValueError):
 class SourceText:
     """The `bytes` of a text in UTF-8, without a byte-order mark and with `\\n` for every `\\r\\n` and `\\r`.
 
-    Grammars differ in how they read `\\r`, and code is stored with `\\n`; yet offsets are those of the file.
+    Grammars differ in how they read `\\r`, and code is stored with `\\n`; `original_span` gives offsets in the file.
     """
 
     def __init__(self, text: str) -> None:
@@ -56,7 +56,7 @@ class SourceText:
         return self._line_starts[self.line(offset) - 1]
 
     def line_starts_between(self, start: int, end: int) -> list[int]:
-        """The offsets before `end` at which the lines after the one of `start` begin."""
+        """The offsets before `end` at which lines begin, after the line of `start`."""
         return self._line_starts[self.line(start) : bisect_left(self._line_starts, end)]
 
     def original_span(self, start: int, end: int) -> tuple[int, int, str]:
@@ -77,7 +77,7 @@ class Grammar:
 
 @cache
 def load_grammar(language: str) -> Grammar:
-    """The grammar of one of `SEARCH_LANGUAGES` (`data.language.unknown`): one per process, not for several threads."""
+    """The grammar of one of `SEARCH_LANGUAGES` (`data.language.unknown`): one per process, not thread-safe."""
     entry = language_entry(language)
     if entry.grammar:
         grammar = TreeSitterLanguage(getattr(import_module(entry.grammar), entry.grammar_function)())
@@ -88,7 +88,7 @@ def load_grammar(language: str) -> Grammar:
 
 
 def parse(source: bytes, grammar: Grammar) -> Tree:
-    """As `parse_once`; in languages with macros, those that break the syntax are read as white space.
+    """Parse like `parse_once`, but read macros that break the syntax as white space, in languages with macros.
 
     All offsets stay the same. Of several attempts, the tree with the fewest errors is returned.
     """
@@ -158,7 +158,7 @@ _MACRO_LINE = re.compile(rb"^[ \t]*[A-Z][A-Z0-9_]{3,}[ \t]*(?:\([^()\n]*\))?[ \t
 
 
 def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
-    """`source` with blanks for words like macros that are a syntax error, or next to one, which may be its cause."""
+    """Return `source` with blanks for macro-like words that are a syntax error, or are next to one and may cause it."""
     text = bytearray(source)
     for node in QueryCursor(grammar.errors).captures(tree.root_node).get("error", []):
         start, end = node.byte_range
@@ -174,8 +174,8 @@ def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
 def best_parse(code: str, language: str) -> tuple[float, bool]:
     """(share of syntax errors, whether there is a function) of a piece of code, parsed in the frame that suits it best.
 
-    The share is that of the bytes under ERROR nodes of the tree-sitter grammar; a missing token counts as one byte.
-    Text that can't be parsed and blank text are 1.0. Grammars tolerate much, Ruby's most of all: plain prose may parse,
+    The share counts the bytes under ERROR nodes of the tree-sitter grammar, and one byte for each missing token. It is
+    1.0 for blank text and text that can't be parsed. Grammars tolerate much, Ruby's most of all: plain prose may parse,
     but has no function (a name and a body). PHP may lack its `<?php`.
     """
     grammar = load_grammar(language)

@@ -1,19 +1,20 @@
 """The programming languages: one entry for each, with everything that the package knows about it.
 
-A new language is one more entry of `_ENTRIES`. Its tree-sitter grammar is one of the dependencies, or one of those in
+A new language is one more entry of `_ENTRIES`. Its tree-sitter grammar is a dependency of this package, or is in
 tree-sitter-language-pack.
 
 Captures of an entry's query:
 
 - `@function`: the smallest text that is the function with its name, decorators and template parameters;
-- `@name`: its name, or that of a scope; C and C++ give the `@declarator` that holds it, Go the `@receiver`'s type too;
-- `@body`: what makes it a definition; of several patterns that find one body, the widest `@function` counts;
-- `@scope`: what lends its name to the functions inside;
-- `@type`: a definition that search lists and training does not read, such as a struct of C; `@extension`: one that adds
-  to what is defined elsewhere, such as an `impl` of Rust, and lends no name;
+- `@name`: the name of a function or scope; C and C++ give the `@declarator` that holds it, Go also the `@receiver`
+  type;
+- `@body`: the body that makes it a definition; if several patterns find one body, the widest `@function` wins;
+- `@scope`: a definition, such as a class, that gives its name to the functions inside;
+- `@type`: a definition that search lists and training does not read, such as a C struct; `@extension`: a definition
+  that extends one from elsewhere, such as a Rust `impl`, and gives no name;
 - `@keyword`: a word that must be one of the entry's `definers`;
 - `@untyped`: the body of a C++ function without a type, which is a constructor or a macro;
-- `@comment`: every comment; and `@verbatim`: what may span lines whose white space is content.
+- `@comment`: every comment; and `@verbatim`: text that may span lines and whose white space is content.
 """
 
 import re
@@ -32,19 +33,19 @@ class Language:
     name: str  # ours, in `SEARCH_LANGUAGES`, rows and settings
     suffixes: tuple[str, ...]  # of its files, with the dot
     query: str  # finds functions, scopes, comments and strings; see above
-    grammar: str = ""  # module of its tree-sitter grammar; empty for the one that the language pack has of its name
+    grammar: str = ""  # module of its tree-sitter grammar; empty for the language pack's grammar of this name
     grammar_function: str = "language"  # the module's function that returns the grammar
     display_name: str = ""  # how prompts and data sets write it, if not like `name`
     opening: bytes = b""  # what a file must begin with, such as PHP's `<?php`
     frames: tuple[tuple[bytes, bytes], ...] = ()  # text around a snippet that makes it a file: a method needs a class
     has_macros: bool = False  # whether words of the preprocessor may break the syntax
     keywords: frozenset[str] = frozenset()  # words that error recovery may take for the name of a function
-    definers: frozenset[str] = frozenset()  # words that `@keyword` must be one of (trees are parsed without text,
+    definers: frozenset[str] = frozenset()  # words allowed as `@keyword` (trees are parsed without text,
     # so that queries can't hold predicates)
-    dotted_name: Callable[[str], str] = str  # the dotted name of a function for its name in the tree
+    dotted_name: Callable[[str], str] = str  # turns a function's name in the tree into its dotted name
     has_docstrings: bool = False  # whether documentation is a string inside the function
     line_comment: str = r"\s*//+[!<]*"  # pattern of its marker
-    directive: str = r"(?!)"  # pattern of how a comment for tools begins, besides those of all languages
+    directive: str = r"(?!)"  # pattern that begins a comment for tools, besides the patterns of all languages
     documented_by_blocks: bool = False  # whether only `/** */` documents
     gap: bytes = rb"\s*"  # pattern of the text allowed between a comment and its function
     markup: frozenset[str] = frozenset({"html"})  # in comments: `html`, `doxygen`, `rdoc`
@@ -52,8 +53,8 @@ class Language:
     constructors_named_like_class: bool = False
     special_methods: frozenset[str] = frozenset()  # names to which the language gives a meaning
     special_method: str = r"(?!)"  # pattern of further such names
-    test_folder: str = r"(?!)"  # pattern of folders with tests, besides those of all languages
-    test_file: str = r"(?!)"  # pattern of their files, without suffix
+    test_folder: str = r"(?!)"  # pattern of folders with tests, besides the patterns of all languages
+    test_file: str = r"(?!)"  # pattern of test files, without suffix
 
 
 def _words(text: str) -> frozenset[str]:
@@ -452,7 +453,7 @@ _LANGUAGE = {one.name: one for one in _ENTRIES}
 SEARCH_LANGUAGES = tuple(_LANGUAGE)
 """Our names of all languages."""
 LANGUAGES = SEARCH_LANGUAGES[:8]
-"""Those of ModularStarEncoder, which training and the data sets use."""
+"""The languages of ModularStarEncoder, which training and the data sets use."""
 
 LANGUAGE_OF_SUFFIX = {suffix: one.name for one in _ENTRIES for suffix in one.suffixes}
 _LANGUAGE_OF_NAME = {name: one.name for one in _ENTRIES for name in (one.name, one.display_name) if name}

@@ -1,10 +1,10 @@
-"""Source files out of data sets: those with one file a row, and The Stack v2, which lists files stored elsewhere.
+"""Source files from data sets with one file per row, or from The Stack v2, which lists files stored elsewhere.
 
-`bigcode/the-stack-v2-train-smol-ids` and `-full-ids` have one row a repository, with `repo_name` and `files`, a list of
-records with `blob_id`, `path`, `language`, `src_encoding`, `length_bytes`, `is_vendor`, `is_generated`,
+`bigcode/the-stack-v2-train-smol-ids` and `-full-ids` have one row per repository, with `repo_name` and `files`, a list
+of records with `blob_id`, `path`, `language`, `src_encoding`, `length_bytes`, `is_vendor`, `is_generated`,
 `detected_licenses` and `license_type`. Contents are gzip-compressed in the bucket of Software Heritage, at
-`s3://softwareheritage/content/{blob_id}`; bulk access needs an agreement with Software Heritage and Inria, and is the
-user's own. Source: the dataset cards, and Lozhkov et al., 2024 (arXiv 2402.19173).
+`s3://softwareheritage/content/{blob_id}`; for bulk access, each user needs an agreement with Software Heritage and
+Inria. Source: the dataset cards, and Lozhkov et al., 2024 (arXiv 2402.19173).
 """
 
 import os
@@ -31,10 +31,10 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_http_settings
 
 SOFTWARE_HERITAGE_S3 = "s3://softwareheritage/content/{blob_id}"
-"""Needs `s3fs`, and credentials where that looks for them."""
+"""Needs `s3fs`, and credentials where `s3fs` looks for them."""
 
 _ROWS_PER_BATCH = 16
-_MANY_PIECES = 10  # a share is then at most a tenth larger than another
+_MANY_PIECES = 10  # a shard is then at most a tenth larger than another
 _BLOB_ID = re.compile(r"[0-9a-f]{40}")
 _GZIP_MAGIC = b"\x1f\x8b"
 _AHEAD_PER_THREAD = 4
@@ -46,7 +46,7 @@ _MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowColumns:
-    """The names of the columns of a data set with one file a row.
+    """The names of the columns of a data set with one file per row.
 
     With `language` None, the suffix of the path decides; `license` may hold a string or a list.
     """
@@ -72,9 +72,9 @@ THE_STACK_COLUMNS = RowColumns(
 class ContentSource:
     """Where and how contents are fetched."""
 
-    url: str  # with `{blob_id}` in it; http or what fsspec knows (s3, file); never shown, it may hold a signature
+    url: str  # with `{blob_id}`; http or a protocol of fsspec (s3, file); never shown, as it may hold a signature
     threads: int = 16  # contents fetched at the same time
-    attempts: int = 4  # by http; a content that does not exist or is forbidden is requested once
+    attempts: int = 4  # over http; a missing or forbidden content is requested once
     pause: float = 0.5  # seconds before the second attempt; twice as many before each further one
     timeout: float = 30.0  # seconds without an answer; http only
     options: dict[str, Any] | None = None  # of fsspec's file system, such as `{"anon": True}` for s3
@@ -106,7 +106,7 @@ class ContentSource:
 
     @contextmanager
     def fetcher(self, max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
-        """Yield a function that fetches a content in the background; leaving cancels what is under way."""
+        """Yield a function that fetches a content in the background; leaving cancels pending fetches."""
         with ExitStack() as stack:
             if self.is_http:
                 client = HTTPClient(max_bytes=max_bytes, follow_redirects=True, **self._http_settings())
@@ -120,7 +120,7 @@ class ContentSource:
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
-    """(content, why it is left out, the kind of error) of a fetch; an error's own message may hold the URL."""
+    """Return (content, why it is left out, the kind of error) of a fetch; the error's message might hold the URL."""
     try:
         content = future.result()
     except HTTPRequestError as error:
@@ -128,7 +128,7 @@ def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
             return b"", "too large", ""
         kind = f"status {error.status}" if error.status else error.reason
         return b"", _MISSING if error.status in _NOT_AVAILABLE else _NOT_FETCHED, kind
-    except Exception as error:  # every protocol raises kinds of its own
+    except Exception as error:  # every protocol raises its own exceptions
         missing = isinstance(error, FileNotFoundError | PermissionError)
         return b"", _MISSING if missing else _NOT_FETCHED, type(error).__name__
     return content if isinstance(content, bytes) else content.content, None, ""
@@ -146,10 +146,10 @@ def unpack(content: bytes, max_bytes: int) -> bytes:
 
 
 class DatasetReader(SourceReader):
-    """What the readers of data sets share: the units are the rows of a data set opened by `open_rows`.
+    """Base class of the readers of data sets; the units are the rows of a data set opened by `open_rows`.
 
-    A data set comes in pieces (row groups, files), of which about one is in memory. If they can be divided evenly, a
-    shard reads its own only; otherwise it reads all and decodes its share of the rows.
+    A data set comes in pieces (row groups, files), of which about one is in memory. If the pieces divide evenly, a
+    shard reads only its own pieces; otherwise it reads all and decodes its share of the rows.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class DatasetReader(SourceReader):
 
 
 class RowReader(DatasetReader):
-    """Reads a data set with one file a row."""
+    """Reads a data set with one file per row."""
 
     def __init__(self, columns: RowColumns, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -209,7 +209,7 @@ class RowReader(DatasetReader):
 
 
 def joined_licenses(value: str | Sequence[str] | None) -> str | None:
-    """The names of licences, one or several, as one string; None if there is none."""
+    """Join the names of one or several licences into one string; None if there is none."""
     return value or None if isinstance(value, str) else ", ".join(value or ()) or None
 
 
@@ -221,9 +221,9 @@ def row_repositories(
     filters: FileFilters | None = None,
     **options: Any,
 ) -> RowReader:
-    """A reader of a data set with one file a row; its units are the rows.
+    """Return a reader of a data set with one file per row; its units are the rows.
 
-    `source` and `options` are those of `open_rows`; `columns` are its columns, such as `THE_STACK_COLUMNS`.
+    `source` and `options` are as for `open_rows`; `columns` are the data set's, such as `THE_STACK_COLUMNS`.
     """
     rows = open_rows(source, columns=[name for name in asdict(columns).values() if name], **options)
     return RowReader(columns, rows, languages, filters)
@@ -254,14 +254,14 @@ class TheStackReader(DatasetReader):
                     skipped[reason] += 1
                 else:
                     yield SourceFile(file.repository, file.path, file.language, text, file.license)
-                # A wrong URL or missing access should not be noticed after a week of skipping.
+                # A wrong URL or missing access should show now, not after a week of skipping.
                 if not fetched and skipped[_MISSING] + skipped[_NOT_FETCHED] >= _MAX_FAILURES_AT_FIRST:
                     message = f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched by "
                     message += f"{self._contents.protocol} (the last: {last}); check the URL and your access to it."
                     raise UserError("data.contents.no_access", message)
 
     def _wanted(self, row: dict[str, Any], skipped: Counter[str]) -> Iterator[tuple[SourceFile, str, str]]:
-        """Yield (file without its text, blob, encoding) of the files of a row to fetch."""
+        """Yield (file without its text, blob, encoding) for each file of a row that is to be fetched."""
         for record in row["files"] or ():
             path = PurePath((record["path"] or "").lstrip("/"))
             language = language_named(record["language"])
@@ -300,10 +300,10 @@ def the_stack_repositories(
     progress: bool = True,
     **options: Any,
 ) -> TheStackReader:
-    """A reader of The Stack v2, repository by repository, in the order of its rows.
+    """Return a reader of The Stack v2, repository by repository, in the order of its rows.
 
     Files that cannot be fetched are counted in `skipped` and left out, but if none of the first 200 can be fetched,
-    iterating raises UserError. `source`, such as `"bigcode/the-stack-v2-train-smol-ids"`, and `options` are those of
+    iterating raises UserError. `source`, such as `"bigcode/the-stack-v2-train-smol-ids"`, and `options` are as for
     `open_rows`; contents are fetched from `contents`, such as `ContentSource(url=SOFTWARE_HERITAGE_S3)`.
     """
     rows = open_rows(source, columns=("repo_name", "files"), **options)

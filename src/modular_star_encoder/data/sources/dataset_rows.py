@@ -31,7 +31,7 @@ Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line of JSON Lines that is not a row: what is wrong with it, and the line."""
+    """A line of JSON Lines that is not a row: the reason, and the line."""
 
     reason: str
     text: str
@@ -57,12 +57,12 @@ def open_rows(
     Args:
         source: A parquet file or URL, a list of them, a folder of them, or the name of a dataset of the Hub.
         columns: The columns to read.
-        config, split, revision, data_dir: For the Hub only; `data_dir` is a folder, such as that of one language.
+        config, split, revision, data_dir: For the Hub only; `data_dir` is a folder, such as the one of a language.
     """
     shown, files = _shown(source), _files(source, _PARQUET)
     try:
         if files:
-            # Without a size of its own, a batch is as large as the first row group, which may have no rows.
+            # Without a fixed size, a batch is as large as the first row group, which may have no rows.
             options = {"split": "rows", "streaming": True, "batch_size": _ROWS_PER_TABLE}
             rows = datasets.load_dataset("parquet", data_files={"rows": files}, **options)
             # Row groups instead of files: pyarrow reads ahead of a slow consumer, up to a whole file.
@@ -72,7 +72,7 @@ def open_rows(
                 str(source), config, split=split, revision=revision, data_dir=data_dir, streaming=True
             )
         known = rows.column_names or list(next(iter(rows), {}))
-    except Exception as error:  # the Hub, the network and the formats raise many kinds
+    except Exception as error:  # the Hub, the network and the formats raise many kinds of errors
         there = files and all(map(os.path.isfile, files))
         advice = "is it damaged, or not parquet?" if there else _NOT_FOUND
         message = f"The dataset {shown!r} cannot be read ({type(error).__name__}): {advice}"
@@ -80,7 +80,7 @@ def open_rows(
     if missing := [name for name in columns if name not in known]:
         message = f"The dataset {shown!r} has no column {', '.join(map(repr, missing))}; it has {', '.join(known)}."
         raise UserError("data.source.column", message)
-    # A name may occur twice: a hard negative may have the language column of another code.
+    # A name may occur twice: a hard negative may share the language column of another code.
     return rows.select_columns(list(dict.fromkeys(columns)))
 
 
@@ -99,17 +99,17 @@ def open_dataset_rows(
 
     Args:
         source: A parquet or JSON Lines file, a list of them, a folder of them, or the name of a dataset of the Hub.
-        columns: The columns to read. A row of JSON Lines may lack some, and have others.
-        split: The split to read. Of a folder, the files whose names begin with it (`train-00000-of-00004.parquet`); all
-            files if no name begins with one of train, validation and test. Files that are named are read whole.
+        columns: The columns to read. A row of JSON Lines may lack some columns and have others.
+        split: The split to read. In a folder, only files whose names begin with it (`train-00000-of-00004.parquet`);
+            all files if no name begins with train, validation or test. Named files are read whole.
         options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
 
     Returns:
-        Pairs of where a row is, for messages, and the row; in place of a row that is not a JSON object, a `BadLine`.
+        Pairs (place of the row, for messages; row). A `BadLine` replaces a row that is not a JSON object.
     """
     name = _shown(source)
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
-        message = f"Reading {name!r} has no option {', '.join(unknown)}; there are split, {', '.join(_HUB_OPTIONS)}."
+        message = f"Reading {name!r} has no option {', '.join(unknown)}; it has split, {', '.join(_HUB_OPTIONS)}."
         raise UserError("data.source.options", message)
     files = _files(source, (*_PARQUET, *_JSON_LINES), split)
     if files and all(file.endswith(_JSON_LINES) for file in files):
@@ -121,7 +121,7 @@ def open_dataset_rows(
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
-    """Yield the texts of one column of a dataset; `options` are those of `open_dataset_rows`."""
+    """Yield the texts of one column of a dataset; `options` are as for `open_dataset_rows`."""
     for place, row in open_dataset_rows(source, [column], **options):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise UserError("data.row", f"{place} has no text in column {column!r}.")
@@ -129,7 +129,7 @@ def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
 
 
 def row_example(place: str, row: Any) -> str:
-    """Where a row is and how it (a `BadLine`, a row or a part of one) begins, for messages and reports."""
+    """Show the place and the beginning of `row` (a row, a part of one or a `BadLine`), for messages and reports."""
     shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
     return f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
 
@@ -144,7 +144,7 @@ def _shown(source: Source) -> str:
 
 
 def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> list[str]:
-    """The files that `source` names, of a folder those of the split; none if it is the name of a dataset of the Hub."""
+    """The files of `source`, in a folder only the files of the split; none if it names a dataset of the Hub."""
     if isinstance(source, list | tuple):
         return [os.path.expanduser(os.fspath(file)) for file in source]
     name = os.path.expanduser(os.fspath(source))
@@ -180,7 +180,7 @@ def _json_lines(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
 def _json_object(line: str) -> Row:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):  # of brackets in brackets in brackets
+    except (ValueError, RecursionError):  # too deeply nested brackets
         return BadLine("no JSON", line.strip())
     return row if isinstance(row, dict) else BadLine("no JSON object", line.strip())
 

@@ -11,9 +11,9 @@ NAMES = (".gitignore", ".moseignore")
 
 
 class IgnoreFiles:
-    """Says which paths below a folder are ignored; folders above it count up to the top of its repository.
+    """Says which paths below a folder are ignored; ignore files above it apply up to the top of its repository.
 
-    Ask of a folder before what is inside it: like git, nothing inside an ignored folder is looked at.
+    Ask about a folder before its content: as in git, nothing inside an ignored folder is examined.
     """
 
     def __init__(self, root: Path) -> None:
@@ -27,7 +27,7 @@ class IgnoreFiles:
         self._above = known
 
     def ignores(self, path: Path, *, is_folder: bool) -> bool:
-        """Whether a path is ignored; of several patterns the last one of the deepest file counts."""
+        """Whether a path is ignored; if several patterns match, the last one of the deepest file decides."""
         for base, spec in reversed(self._of(path.parent)):
             relative = path.relative_to(base).as_posix() + ("/" if is_folder else "")
             include = spec.check_file(relative).include
@@ -51,5 +51,5 @@ def _read(path: Path) -> GitIgnoreSpec | None:
         if os.path.islink(path) or not path.is_file():
             return None
         return GitIgnoreSpec.from_lines(path.read_text(encoding="utf-8", errors="replace").splitlines())
-    except (OSError, ValueError):  # too long a path, or a pattern that is none
+    except (OSError, ValueError):  # a path that is too long, or an invalid pattern
         return None

@@ -1,8 +1,8 @@
 """Source files of this machine: installed Python distributions, folders of checkouts, zip and tar archives.
 
-Files come in the order of repository and path, those of an archive in the order of its members. Archives are of unknown
-origin: nothing is written to disk; links, devices and paths that lead outside are counted, never followed; the size of
-members, their number and the bytes that an archive unpacks to are limited.
+Files come in the order of repository and path; in an archive, in the order of its members. Archives are not trusted:
+nothing is written to disk; links, devices and paths that lead outside are counted, never followed; the size of members,
+their number and the bytes that an archive unpacks to are limited.
 """
 
 import bz2
@@ -58,7 +58,7 @@ class FileReader(SourceReader):
     def __init__(self, repositories: dict[str, _Repository], filters: FileFilters) -> None:
         self._filters = filters
         units = [(name, one) for name, one in sorted(repositories.items()) if one.files]
-        if units:  # the counts of all shards together are those of the whole
+        if units:  # the counts of all shards add up to the counts of the whole
             units[0][1].left_out += sum((one.left_out for one in repositories.values() if not one.files), Counter())
         for _, one in units:
             one.files.sort()
@@ -98,10 +98,10 @@ def installed_repositories(
     languages: Iterable[str] | None = ("python",),
     filters: FileFilters | None = None,
 ) -> FileReader:
-    """A reader of the code installed in this Python environment, without the distributions to `exclude`.
+    """Return a reader of the code installed in this Python environment, without the distributions to `exclude`.
 
     Every installed distribution is one repository, under its normalised name (PEP 503), and so is the standard
-    library (`"python-standard-library"`). This package itself is never among them.
+    library (`"python-standard-library"`). This package itself is never included.
     """
     if isinstance(exclude, str):
         message = f"exclude must be a list of names of distributions, not {exclude!r}."
@@ -133,13 +133,13 @@ def folder_repositories(
     may_be_empty: bool = False,
     obey_ignore_files: bool = False,
 ) -> FileReader:
-    """A reader of the code under `folder`.
+    """Return a reader of the code under `folder`.
 
-    With `depth`, repositories are the folders that many levels down, named by their path (`"a/b"` at depth 2; a file in
-    `a` itself belongs to `"a"`, and one in `folder` to `"."`); at depth 0 the folder is one repository, named after it.
-    By default the depth is 0 for a checkout or a package (it holds one of `CHECKOUT_MARKERS`) and otherwise 1. Symbolic
+    With `depth`, repositories are the folders `depth` levels down, named by their path (`"a/b"` at depth 2; a file
+    directly in `a` belongs to `"a"`, one directly in `folder` to `"."`); at depth 0 the folder is one repository, named
+    after it. The default depth is 1, or 0 for a checkout or a package (it holds one of `CHECKOUT_MARKERS`). Symbolic
     links are not followed. Hidden folders, virtual environments, `node_modules` and the like are not entered. With
-    `obey_ignore_files`, what git ignores is left out (`IgnoreFiles`).
+    `obey_ignore_files`, files that git ignores are left out (`IgnoreFiles`).
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -153,7 +153,7 @@ def folder_repositories(
     repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
     for path, location in _source_files(root, set(chosen), obey_ignore_files):
         name = "/".join(path.parts[:-1][:depth]) if depth else root.name
-        # Filtered by the whole path, so that a folder `tests` next to the sources is not a repository.
+        # Filters see the whole path, so that a folder `tests` next to the sources is not a repository.
         repositories[name or "."].add(path, location, filters, inside=name if depth else "")
     if not may_be_empty and not any(one.files for one in repositories.values()):
         left_out = sum((one.left_out for one in repositories.values()), Counter())
@@ -218,7 +218,7 @@ class ArchiveLimits:
     """How much of one archive is read."""
 
     max_members: int = 200_000  # later members are not read
-    max_bytes: int = 8_000_000_000  # unpacked (of a zip, only the members read count)
+    max_bytes: int = 8_000_000_000  # unpacked; in a zip, only of the members that are read
 
     def __post_init__(self) -> None:
         if min(self.max_members, self.max_bytes) < 1:
@@ -241,7 +241,7 @@ class Member(NamedTuple):
 def archive_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
     """Yield the members of an archive in their order; each can be read until the next is requested.
 
-    Raises ArchiveLimitError if the archive exceeds a limit, and one of BROKEN_ARCHIVE if it is damaged.
+    Raises ArchiveLimitError if the archive exceeds a limit, and an error of BROKEN_ARCHIVE if it is damaged.
     """
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
     for number, member in enumerate(members(location, limits)):
@@ -302,7 +302,7 @@ class _TarBytes:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A header; if it announces a huge name or huge attributes, ArchiveLimitError comes before these are read."""
+    """A header; if it announces a huge name or attributes, it raises ArchiveLimitError before reading them."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
@@ -355,12 +355,12 @@ class ArchiveReader(SourceReader):
                 skipped["rest of a damaged archive"] += 1
 
     def _text(self, member: Member, path: PurePath) -> tuple[str, str | None]:
-        """(text, None) of a member, or ("", why it is left out); ("", None) for one that is not a source file."""
+        """(text, None) of a member, or ("", why it is left out); ("", None) for a member that is not a source file."""
         if member.kind == "folder":
             return "", None
         if member.kind == "other":
             return "", "link or device"
-        # Absolute or climbing, read as a path of this system or of Windows.
+        # The path is absolute or climbs out of the archive, on this system or on Windows.
         windows = PureWindowsPath(member.name)
         if windows.anchor or ".." in windows.parts or "\0" in member.name:
             return "", "unsafe path"
@@ -386,11 +386,11 @@ def archive_repositories(
     filters: FileFilters | None = None,
     limits: ArchiveLimits | None = None,
 ) -> ArchiveReader:
-    """A reader of one archive, or of every archive under a folder; each is one repository.
+    """Return a reader of one archive, or of every archive under a folder; each is one repository.
 
-    Read are zip files (`.zip`, `.whl`, `.jar`) and tar files (`.tar`, also with `.gz`, `.bz2`, `.xz`, `.tgz` and the
-    like). A repository has the name of its file, without the suffix; in a folder, its path from there. Symbolic links
-    are not followed.
+    It reads zip files (`.zip`, `.whl`, `.jar`) and tar files (`.tar`, also with `.gz`, `.bz2`, `.xz`, `.tgz` and the
+    like). A repository has the name of its file, without the suffix; in a folder, its path relative to the folder.
+    Symbolic links are not followed.
     """
     root = Path(source).expanduser()
     if not root.exists():
