@@ -1,8 +1,8 @@
 """Ranks from scores, metrics of rankings and of decisions about pairs, confidence intervals, significance tests.
 
-Scores are compared as float32 and ties count against the retriever: among equal scores a less relevant document comes
-first. A retriever that gives every document the same score therefore gets the worst value. Metrics are computed from
-ranks or outcomes, never from blocks of scores, so that no value depends on the block size.
+Scores are compared as float32, and ties are resolved against the retriever: among equal scores, the less relevant
+document comes first. A retriever that gives every document the same score therefore gets the worst value. Metrics use
+ranks or outcomes, never blocks of scores, so that no value depends on the block size.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _DRAWS_PER_CHUNK = 1 << 22
 class Ranking:
     """The ranks of the judged documents of Q queries; J is the number of judgements."""
 
-    queries: int  # Q
-    query: np.ndarray  # (J,) int64, ascending: the query of each judged document
-    gain: np.ndarray  # (J,) float64, how relevant it is; 0 for a document judged irrelevant
+    queries: int  # number of queries, Q
+    query: np.ndarray  # (J,) int64, ascending: number of the query of each judgement
+    gain: np.ndarray  # (J,) float64, degree of relevance; 0 for a document judged irrelevant
     rank: np.ndarray  # (J,) float64, 1 for the first document; infinite if a protocol cuts the ranking before it
 
 
@@ -47,7 +47,7 @@ def rank_scores(scores: Sequence[np.ndarray], gains: Sequence[np.ndarray]) -> Ra
     rows, row_gains = ([np.asarray(row, dtype=kind) for row in part] for part, kind in ((scores, "f4"), (gains, "f8")))
     shapes, gain_shapes = ([row.shape for row in part] for part in (rows, row_gains))
     if not rows or shapes != gain_shapes or any(len(shape) != 1 for shape in shapes):
-        message = f"Each query needs as many gains as scores, not arrays of shape {gain_shapes} and {shapes}."
+        message = f"Each query needs as many gains as scores; their shapes are {gain_shapes} and {shapes}."
         raise UserError("evaluation.scores.shape", message)
     gain, query = np.concatenate(row_gains), np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     if not np.all(gain >= 0):

@@ -29,10 +29,10 @@ _Encode = Callable[[list[str]], dict[int, np.ndarray]]
 class MultiExitEvaluator(BaseEvaluator):
     """Evaluate text → code retrieval at every exit: MRR, NDCG@10, Recall@k, and their mean and minimum over the exits.
 
-    It works with `MultiExitTrainer(evaluator=…)` and `SentenceTransformerTrainer(evaluator=…)`. All exits come from one
-    pass over the texts, and ties count against the model.
+    Pass it as `MultiExitTrainer(evaluator=…)` or `SentenceTransformerTrainer(evaluator=…)`. One pass over the texts
+    computes all exits, and ties are resolved against the model.
 
-    The metrics are named `mrr_exit_4`, `mrr_mean`, `mrr_worst`, `ndcg_at_10_exit_4`, …; trainers prefix `eval_`.
+    The metrics are `mrr_exit_4`, `mrr_mean`, `mrr_worst`, `ndcg_at_10_exit_4`, …; trainers add the prefix `eval_`.
     `TrainingArguments(metric_for_best_model="eval_mrr_mean", load_best_model_at_end=True)` keeps the checkpoint whose
     mean over the exits is best; `eval_mrr_worst` keeps the checkpoint whose weakest exit is best.
 
@@ -103,7 +103,7 @@ class MultiExitEvaluator(BaseEvaluator):
             options: arguments of the class.
 
         Raises:
-            UserError: fewer than two rows, or fewer than two candidates.
+            UserError: there are fewer than two rows, or fewer than two candidates.
         """
         if distractors is not None:
             message = f"distractors={distractors} is now candidates={distractors + 1}."
@@ -230,7 +230,7 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
         and model[1].include_prompt
     )
     if not pools_alike:
-        needed = "Transformer, Pooling (as configured) and at most Normalize around a ModularStarEncoderForRetrieval"
+        needed = "a ModularStarEncoderForRetrieval with Transformer, Pooling (as configured), optionally Normalize"
         raise UserError("evaluator.model.other", f"The evaluator needs {needed}; this model has {', '.join(names)}.")
     return network
 
@@ -240,7 +240,7 @@ def _encode_share(network: nn.Module, encode: _Encode, texts: list[str]) -> dict
     world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
     if world == 1:
         return encode(texts)
-    from torch.distributed.fsdp import FSDPModule  # not in every build of torch
+    from torch.distributed.fsdp import FSDPModule  # some builds of torch lack it
 
     # If FSDP2 has split the parameters, every process must take part in every forward pass.
     if any(isinstance(module, FSDPModule) for module in network.modules()):

@@ -53,7 +53,7 @@ class Row:
     exit_layer: int | None
     dimensions: int | None
     columns: Mapping[str, Estimate]  # {column of the table: the main metric}
-    mean: Estimate  # over all tasks
+    mean: Estimate  # mean of the main metric over all tasks
     others: Mapping[str, float]  # {other metric: its mean}
     difference: Difference | None  # from the reference row; None in the reference row itself
 
@@ -70,7 +70,7 @@ class Table:
 
     benchmark: str
     metric: str  # the main metric
-    rows: Sequence[Row]  # in the order of the retrievers, exits ascending
+    rows: Sequence[Row]  # in the order of the retrievers; exits of a retriever ascend
     reference: str  # the label of the reference row, which the other rows are compared with
     size: str  # the numbers of queries (or pairs) and candidates, in words
     notes: Sequence[str]  # caveats, shown below the table
@@ -89,7 +89,7 @@ class Report:
     tables: Sequence[Table]  # one per benchmark
     results: Sequence[TaskResult]  # one per retriever, exit and task, with the value of each query
     command: str = ""  # the command that ran the evaluation
-    checksum: str | None = None  # of the evaluated checkpoint (see `checkpoint_checksum`)
+    checksum: str | None = None  # checksum of the evaluated checkpoint (see `checkpoint_checksum`)
 
     def quality(self) -> dict[int, float]:
         """{exit_layer: mean of the main metric} of the evaluated model, from the first table."""

@@ -31,7 +31,7 @@ BLOCK = 1 << 22
 HELD = 1 << 25
 """Most components of documents in memory at once, 256 MiB in float64; with fewer, a block holds all documents."""
 
-_PAIRS = 4096  # pairs of vectors in memory at a time
+_PAIRS = 4096  # pairs of vectors in memory at once
 _NOTHING = 2.0**-24
 """Smaller similarities are set to 0, because there float32 is finer than the error of float64 sums."""
 
@@ -66,9 +66,9 @@ class Scores(Protocol):
 
 
 class Retriever(Protocol):
-    """Anything that ranks documents for queries."""
+    """The interface of a model that ranks documents for queries."""
 
-    name: str  # as tables show it
+    name: str  # name in tables
     checksum: str  # changes whenever a score may change; part of the key of stored results
     variants: tuple[ExitVariant, ...] = (ExitVariant(),)  # the available variants
 
@@ -202,12 +202,12 @@ class EmbeddingCache:
         self._spaces: dict[str, _Space] = {}
 
     def missing(self, space: str, texts: Iterable[Prompted]) -> list[Prompted]:
-        """The texts without an embedding in `space`, in order."""
+        """The texts whose embeddings are missing in `space`, in the given order."""
         places = self._space(space).places
         return [text for text in texts if _key(text) not in places]
 
     def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray) -> None:
-        """Store embeddings (N, F) float32 of N texts."""
+        """Store the embeddings (N, F) float32 of N texts in `space`."""
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
         shards = self._space(space).shards
         size = shards[0].shape[1] if shards else embeddings.shape[-1]

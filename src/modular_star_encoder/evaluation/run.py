@@ -62,11 +62,11 @@ def run_benchmarks(
         model: see `open_retriever`; the tables compare all rows with its deepest exit.
         benchmarks: names in `evaluation.benchmarks.BENCHMARKS`, or "all".
         data: folder of the benchmarks (see `load_benchmark`).
-        out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`), embeddings and the lists of
+        out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`), embeddings and lists of
             candidates; nothing is written if None.
         baselines: other retrievers, see `open_retriever`; if None, BM25 if `out` is None too, else no baseline.
-        untrained: also evaluate the model with fresh weights.
-        allow_subset: accept partial files, with a note under the tables.
+        untrained: also evaluate the model with random weights.
+        allow_subset: accept partial files, and add a note below the tables.
         candidates: folder with the lists of candidates from an earlier run (CodeSearchNet with 999 distractors).
         cache: folder for embeddings, which several runs may share; `out/embeddings` if None.
         seed: random seed of intervals, permutations and untrained weights; the protocol fixes the seed of candidates.
@@ -122,9 +122,9 @@ def evaluate_exits(
 
     Args:
         rows: (description, code, language). With several languages, candidates in other languages are easy to reject.
-        untrained: also evaluate the architecture with fresh weights (doubles time and memory).
+        untrained: also evaluate the architecture with random weights (doubles time and memory).
         size: number of candidates of each query, in the batches of `tasks.candidate_batches`.
-        seed: random seed of batches, intervals and fresh weights.
+        seed: random seed of batches, intervals and untrained weights.
         encode_options: passed to `encode_exits`: max_length, tokens_per_batch, dtype.
 
     Returns:
@@ -279,7 +279,7 @@ def _open_all(
             retrievers[name] = open_retriever(name, store)
     names = [retriever.name for retriever in retrievers.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError("evaluation.retriever.same_name", f"Two retrievers are named {repeated[0]!r}: rename one.")
+        raise UserError("evaluation.retriever.same_name", f"Two retrievers are named {repeated[0]!r}: rename a folder.")
     return retrievers
 
 

@@ -44,7 +44,7 @@ class TaskResult:
     dimensions: int | None
     estimates: Mapping[str, Estimate]  # {metric: estimate}; the first is the task's main metric
     values: Sequence[float]  # the main metric of each query in `ids`; for F1 the outcome of each pair
-    ids: Sequence[str]  # the queries that have a relevant document; empty for pairs
+    ids: Sequence[str]  # ids of the queries with a relevant document; empty for pairs
     candidates: int  # number of candidates of a query, in the largest pool; 0 for pairs
     threshold: float | None = None  # pairs with at least this similarity are classified as positive
 
@@ -120,7 +120,7 @@ class PairTask:
     name: str
     documents: Sequence[Text]
     valid_pairs: np.ndarray  # (P, 2) int64 row numbers of documents; these pairs choose the threshold
-    valid_labels: np.ndarray  # (P,) of 0 and 1
+    valid_labels: np.ndarray  # (P,), 0 or 1
     pairs: np.ndarray  # (N, 2) int64; these pairs are classified with the threshold
     labels: np.ndarray
     column: str = ""

@@ -15,7 +15,7 @@ MAIN = "main"
 
 @settings_class
 class RepositorySettings:
-    """One repository, or one branch of a repository.
+    """An entry of a manifest: one repository, or one branch of a repository.
 
     Args:
         name: name of the repository, without its namespace.
@@ -59,7 +59,7 @@ class RepositorySettings:
         if self.slice_of is None and self.checkpoint is None:
             raise UserError("hub.manifest.checkpoint", f"{self.key} needs either checkpoint or slice_of.")
         if (self.slice_of is None) != (self.exit_layer is None):
-            raise UserError("hub.manifest.exit_layer", f"{self.key} needs slice_of and exit_layer together.")
+            raise UserError("hub.manifest.exit_layer", f"{self.key} needs both slice_of and exit_layer, or neither.")
         for path in self.files:
             parts = PurePosixPath(path).parts
             if not parts or parts[0] == "/" or ".." in parts or "\\" in path:

@@ -99,7 +99,7 @@ def export_onnx_folder(
     tasks: Sequence[RetrievalTask] = (),
     progress: bool = True,
 ) -> OnnxFolder:
-    """Write one exit of a retrieval checkpoint as a folder for serving.
+    """Export one exit of a retrieval checkpoint as a folder for servers that run ONNX.
 
     The ONNX file is compared with the model on batches of several shapes and on the rankings of `tasks`; the folder is
     written only if they agree. It contains the report `onnx/export.json`, and with `int8` also
@@ -267,7 +267,7 @@ def _comparison(
         blocks = [one.scores(queries, documents, one.variants[0]).blocks() for one in retrievers]
         for expected, found in zip(*blocks, strict=True):
             if expected.scores.shape[1] != len(documents):
-                message = f"{task.name} of {task.benchmark} has too many documents to rank: {len(documents):,}."
+                message = f"{task.benchmark}, {task.name} has too many documents to compare: {len(documents):,}."
                 raise UserError("hub.onnx.documents", message)
             parts.append(compare_tops(expected.scores, found.scores))
     tops = TopTen(*map(np.concatenate, zip(*parts, strict=True)))

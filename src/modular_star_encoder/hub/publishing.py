@@ -18,13 +18,13 @@ from modular_star_encoder.hub.verification import verify_repositories
 from modular_star_encoder.utils.files import staged_folder
 from modular_star_encoder.utils.http import wrap_hub_errors
 
-KEPT = (".gitattributes",)  # files that the Hub writes itself
+KEPT = (".gitattributes",)  # files that the Hub creates
 ADDED, CHANGED, DELETED = "+", "~", "-"
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A file that a commit adds (+), changes (~) or deletes (-), and its size in bytes."""
+    """A file that a commit adds (+), changes (~) or deletes (-), with its size in bytes."""
 
     kind: str
     path: str
@@ -78,7 +78,7 @@ def publish(
         progress: whether to show progress.
 
     Returns:
-        The changes of each repository, in the order of the manifest; `str` gives the lines that `mose publish` prints.
+        The changes of each repository, in the order of the manifest; `str(…)` is the text that `mose publish` prints.
 
     Raises:
         UserError: a checkpoint can't be staged (`hub.staging.*`) or fails the verification (`hub.files.*`,
@@ -132,7 +132,7 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
             return Publication(repository, branch, changes, head)
         if head is None:
             api.create_repo(repository, private=private, exist_ok=True)
-            if branch != MAIN:  # a branch starts empty
+            if branch != MAIN:  # a new branch starts at the first, empty commit
                 first = api.list_repo_commits(repository)[-1].commit_id
                 api.create_branch(repository, branch=branch, revision=first, exist_ok=True)
             head, there = _remote(api, repository, branch)
@@ -148,7 +148,7 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
         )
         left = compare(staged.folder, _remote(api, repository, commit.oid)[1])
     if left:
-        raise OSError(f"{repository} differs from the uploaded files: {left[0].path}; upload again.")
+        raise OSError(f"{repository} differs from the uploaded files in {left[0].path}: upload again.")
     return Publication(repository, branch, changes, commit.oid, uploaded=True)
 
 

@@ -57,7 +57,7 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> tuple[ModularStarEncoderForRetrieval, Any]:
-    """Load a retrieval model, ready for inference, with its tokenizer.
+    """Load a retrieval model in evaluation mode, and its tokenizer.
 
     Args:
         path: a checkpoint folder, or a Hub repository ("owner/name"), whose code is not run.
@@ -176,7 +176,7 @@ def _clear_errors(path: str) -> Iterator[None]:
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
-        message = f"{path} cannot be loaded: weights and configuration differ in shape."
+        message = f"{path} cannot be loaded: the shapes of its weights do not match its configuration."
         raise UserError("checkpoint.shapes", message) from error
     except OSError as error:
         if os.path.isdir(path):
@@ -199,7 +199,7 @@ def slice_checkpoint(
 
     Args:
         checkpoint: a folder or Hub id.
-        exit_layer: depth of the slice, an exit of the checkpoint.
+        exit_layer: number of layers of the slice; it must be an exit of the checkpoint.
         out: folder to write; it must be empty or not exist. It is written atomically.
         only_exit: keep only the projection head of this exit, as in the published models that were cut.
 
@@ -330,7 +330,7 @@ def is_servable(config: ModularStarEncoderConfig) -> bool:
 
 def check_servable(config: ModularStarEncoderConfig) -> None:
     """Raise UserError if the pooling and normalisation of sentence-transformers change the embedding."""
-    # A mean and a linear head commute, so the order of the two does not matter.
+    # Mean pooling and a linear head commute, so their order does not matter.
     commute = config.projection_head == "linear" and config.pooling == "mean"
     orders = ("project_then_pool", "pool_then_project") if commute else ("project_then_pool",)
     known = {"pooling": ("mean", "lasttoken"), "projection_order": orders, "embedding_normalization": ("l2",)}

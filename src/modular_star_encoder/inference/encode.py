@@ -30,8 +30,8 @@ def encode_exits(
 ) -> dict[int, np.ndarray]:
     """Embed N texts at several exits in one pass; the layers up to the deepest exit are computed once.
 
-    Texts are sorted by length and batched; on a CPU no padding is computed. The result is in the order of `texts`.
-    Equal texts are encoded once, so their embeddings are equal to the last bit.
+    Texts are sorted by length and batched; on a CPU padding tokens are skipped. The result is in the order of `texts`.
+    Equal texts are encoded once, so their embeddings are bit for bit equal.
 
     Args:
         model: a `ModularStarEncoderForRetrieval`, on any device. It runs in evaluation mode; its mode is restored.
@@ -185,7 +185,7 @@ def compile_for_inference(
         >>> embeddings = encode_exits(compile_for_inference(model), tokenizer, texts)  # doctest: +SKIP
     """
     if model.device.type != "cpu":
-        raise UserError("compile.device", f"compile_for_inference is for CPUs; the model is on {model.device}.")
+        raise UserError("compile.device", f"compile_for_inference needs a model on the CPU, not on {model.device}.")
     if tokens_per_chunk < 2:
         raise UserError("compile.tokens_per_chunk", f"tokens_per_chunk must be at least 2, not {tokens_per_chunk}.")
     compiled = model.slice(model.config.num_hidden_layers).eval()

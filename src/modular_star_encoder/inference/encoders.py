@@ -41,7 +41,7 @@ class Text(NamedTuple):
 class Encoder(Protocol):
     """The interface of a model that embeds texts."""
 
-    name: str  # as tables show it
+    name: str  # name in tables
     checksum: str  # changes whenever an embedding may change; key of cached embeddings
     exit_layers: tuple[int | None, ...] = (None,)  # its exits; (None,) if it has no exits
     dimensions: tuple[int | None, ...] = (None,)  # sizes of its truncated embeddings; (None,) if it has one size
@@ -58,7 +58,7 @@ class Encoder(Protocol):
 
 
 def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder:
-    """Load a model by its name.
+    """Load an encoder by the name of its model.
 
     Args:
         name: folder or Hub repository of a ModularStarEncoder or of any model that sentence-transformers can load;
@@ -188,7 +188,7 @@ def _tokenizer_state(tokenizer: Any) -> str:
 class EndpointEncoder(Encoder):
     """A model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
 
-    The API key is read from `OPENAI_API_KEY` for each call of `encode`, and is never kept, shown or logged.
+    The API key is read from `OPENAI_API_KEY` for each call of `encode`, and is never stored, shown or logged.
 
     Args:
         model: name of the model at the endpoint.

@@ -45,7 +45,7 @@ class Measurement:
     flops_per_token: float  # see `profile.flops_per_token`
     latency_ms_p50: float  # median time of a batch; latency_ms_p95 is the 95th percentile
     latency_ms_p95: float
-    texts_per_second: float  # at the median time
+    texts_per_second: float  # at the median latency
     tokens_per_second: float
     peak_memory_mb: float | None  # None if the operating system does not report it
     runs: int  # number of timings
@@ -68,7 +68,7 @@ class ProfiledExit:
 
 @dataclass(frozen=True, slots=True)
 class ExitProfile:
-    """All measured exits, ascending, and the conditions of the measurement."""
+    """The measured exits of a checkpoint, ascending, and the conditions of the measurement."""
 
     exits: Mapping[int, ProfiledExit]  # {exit_layer: its cost and quality}
     device: str  # "cpu" or "cuda"
@@ -78,7 +78,7 @@ class ExitProfile:
     base_memory_mb: float | None  # of interpreter and libraries, included in peaks on a CPU; None if not measured
     machine: Mapping[str, Any]  # processor model, cores, used threads, memory; the GPU, if one was used
     versions: Mapping[str, str | None]  # of Python and of the libraries
-    date: str  # day of the measurement, ISO 8601, UTC
+    date: str  # date of the measurement, ISO 8601, UTC
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -94,7 +94,7 @@ class ExitProfile:
         """Return a copy with the quality of exits ({exit_layer: value}, higher is better) on a benchmark."""
         if not set(values) & set(self.exits):
             message = (
-                f"{benchmark} has values of exits {_listed(values)}, but the profile covers {_listed(self.exits)}."
+                f"{benchmark} has values for exits {_listed(values)}, but the profile covers {_listed(self.exits)}."
             )
             raise UserError("profile.quality.other_exits", message)
         exits = dict(self.exits)
@@ -235,7 +235,7 @@ def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[in
     if nearest:
         kept = " within the other budgets" if len(budgets) > 1 else ""
         possible = f"the nearest possible{kept}: {', or '.join(nearest)}"
-    return f"No exit has {wanted} for batches of {shape[0]} × {shape[1]} tokens; {possible}."
+    return f"No exit meets {wanted} for batches of {shape[0]} × {shape[1]} tokens; {possible}."
 
 
 def _shape(profile: ExitProfile, batch_size: int | None, length: int | None) -> tuple[int, int]:
@@ -254,11 +254,11 @@ def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[
     if benchmark is None and len(known) == 1:
         benchmark = known[0]
     if benchmark is None and needed:
-        how = f"name one of {_listed(known)}" if known else "the profile has none, `mose profile --quality` adds it"
+        how = f"name one of {_listed(known)}" if known else "the profile has none; `mose profile --quality` adds one"
         raise UserError("budget.benchmark.missing", f"min_quality needs a benchmark: {how}.")
     if benchmark is not None and benchmark not in known:
         available = _listed(known) or "none"
-        raise UserError("budget.benchmark.unknown", f"No quality on {benchmark}. Available: {available}.")
+        raise UserError("budget.benchmark.unknown", f"The profile lacks {benchmark}. Available: {available}.")
     return {k: one.quality[benchmark] for k, one in profile.exits.items() if benchmark and benchmark in one.quality}
 
 
@@ -341,6 +341,6 @@ def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
         here, decisive = machine_kind("cuda") if torch.cuda.is_available() else {}, ["gpu"]
     kinds = [(name, profile.machine.get(name), here.get(name)) for name in decisive]
     if other := [f"{name} {then!r}, here {now!r}" for name, then, now in kinds if then != now]:
-        message = f"{file} was measured on another machine ({'; '.join(other)}): its times may not hold."
+        message = f"{file} was measured on another machine ({'; '.join(other)}): its times may be wrong here."
         warnings.warn(message, stacklevel=3)
     return profile

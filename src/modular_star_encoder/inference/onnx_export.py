@@ -25,7 +25,7 @@ from modular_star_encoder.utils.errors import UserError, naming_extra
 if TYPE_CHECKING:
     import onnx_ir
 
-# Paths in a folder, for sentence-transformers and text-embeddings-inference.
+# Paths that sentence-transformers and text-embeddings-inference expect in a folder.
 ONNX_FILE = "onnx/model.onnx"
 QUANTIZED_FILE = "onnx/model_qint8.onnx"
 
@@ -179,7 +179,7 @@ def check_onnx(
                 size = (
                     f"{difference:.2g} (allowed: {tolerance:g}) at a batch of {real.shape[0]} × {real.shape[1]} tokens"
                 )
-                raise UserError("onnx.difference", f"{path}: {name} differs from the model's by {size}.")
+                raise UserError("onnx.difference", f"{path}: {name} differs from the model by {size}.")
             largest[name] = max(largest[name], difference)
         batches += 1
     return OnnxDifferences(**largest, batches=batches)

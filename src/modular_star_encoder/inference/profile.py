@@ -76,7 +76,7 @@ class ProfilePlan:
     def __post_init__(self) -> None:
         numbers = (*self.batch_sizes, *self.lengths, self.rounds, self.seconds_per_shape)
         if not self.batch_sizes or not self.lengths or min(numbers) <= 0:
-            raise UserError("profile.plan", f"All numbers of a plan must be positive, not {numbers}.")
+            raise UserError("profile.plan", f"All numbers in a plan must be positive, not {numbers}.")
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -169,7 +169,7 @@ def profile_to_file(
     older = ExitProfile.load(path) if path.is_file() else None
     if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
         message = f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost"
-        raise UserError("profile.out.other_exits", f"{message}: measure them too, or name another file (--out).")
+        raise UserError("profile.out.other_exits", f"{message}: measure them too, or write to another file (--out).")
     profile = profile_checkpoint(checkpoint, plan, **options)
     if older is not None:
         profile = profile.with_quality_of(older)

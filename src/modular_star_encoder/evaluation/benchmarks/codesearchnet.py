@@ -157,7 +157,7 @@ def strip_docstring(code: str) -> str:
     depth, in_body, passed, pieces = 0, False, False, []
     for kind, text in PythonLexer(stripnl=False, ensurenl=False).get_tokens(code):
         if in_body and not passed and not (kind in TextToken or kind in Comment):
-            if kind in String:  # one string is several tokens
+            if kind in String:  # the lexer splits one string into several tokens
                 continue
             passed = True
         pieces.append(text)
@@ -272,7 +272,7 @@ def _read_code(paths: list[Path]) -> dict[str, str]:
             url = row.get("url", row.get("func_code_url"))
             code = next((row[name] for name in ("function", "code", "func_code_string") if name in row), None)
             if not isinstance(url, str) or not isinstance(code, str) or not code.strip():
-                refuse(path, number, "a url and the code of a function as 'function' or 'code'")
+                refuse(path, number, "a url and the code of a function in the field 'function' or 'code'")
             functions.setdefault(url, code)
     return functions
 
@@ -323,7 +323,7 @@ def load_code_folder(folder: Path) -> list[RetrievalTask]:
     """Build one task from the documented functions in a folder of source code, with 1000 random candidates."""
     functions = collect_functions(folder_repositories(folder)).functions
     if len(functions) < 2:
-        message = f"{folder} holds {len(functions)} documented functions that pass the filters; ranking needs two."
+        message = f"{folder} holds {len(functions)} documented functions that pass the filters; at least 2 are needed."
         raise UserError("benchmark.folder.too_few", message)
     rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
     notes = (f"only {len(rows)} documented functions, so fewer than 999 distractors",) if len(rows) < POOL else ()

@@ -1,8 +1,8 @@
-"""CodeXGLUE's retrieval and clone benchmarks (github.com/microsoft/CodeXGLUE), CoSQA, and Exercism's exercises.
+"""Load CodeXGLUE's retrieval and clone benchmarks (github.com/microsoft/CodeXGLUE), CoSQA and Exercism.
 
-- AdvTest: Python functions with normalised names. Builtins, attributes and strings keep their words. A function may
-  occur twice.
-- CoSQA: web queries about Python functions.
+- AdvTest: retrieve Python functions with normalised names; builtins, attributes and strings keep their words. A
+  function may occur twice.
+- CoSQA: retrieve Python functions for web queries.
 - Translation: retrieve the same method in the other language, Java or C#.
 - POJ-104: retrieve solutions of the same problem in C++.
 - BigCloneBench: classify pairs of Java functions as clones; F1 at a threshold chosen on the validation pairs.
