@@ -20,7 +20,7 @@ from modular_star_encoder.utils.errors import UserError
 TRUE_NEGATIVE, FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE = range(4)
 """The outcomes of a decision about a pair, numbered `2 * decision + label`."""
 
-_SHOWN = 10**8  # number of scores from which on a progress bar is shown, because they take seconds
+_SHOWN = 10**8  # with this many scores, which take seconds, a progress bar is shown
 _DRAWS_PER_CHUNK = 1 << 22
 
 
@@ -137,7 +137,7 @@ def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
 
 
 def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """The number of scores in each row that are at least the threshold, (J,) for J rows, ascending, and thresholds."""
+    """For each of J ascending `rows` and its threshold, the number (J,) of scores that reach it in this row."""
     if len(np.unique(rows)) == len(rows):
         chosen = scores if np.array_equal(rows, np.arange(len(scores))) else scores[rows]
         return np.count_nonzero(chosen >= thresholds[:, None], axis=1)
@@ -349,7 +349,7 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamp
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """One value (Q,) per query; their mean is the mean over the tasks, and they can be resampled for its interval.
+    """One value (Q,) per query. Their mean is the mean over the tasks; resampling them gives the interval of this mean.
 
     `values` has {query: value} for each task. Tasks may share queries (the same exercise in many pairs of languages): a
     resample then draws a query with all its tasks. A value is the mean plus the query's influence on it, so that tasks

@@ -109,8 +109,8 @@ class MtebExitEncoder(AbsEncoder):
     It uses the published prompts for prose or code according to `TASK_SIDES`, because the queries of a code-to-text
     task are code. Symmetric tasks get no prompt.
 
-    `shared` embeds at this exit, among others. `prompts` ({mteb's key: prefix}) replaces prompts. Its keys, the most
-    specific first: `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`; or with `document`.
+    `shared` embeds at this exit, among others. `prompts` ({mteb's key: prefix}) replaces prompts. Its keys are, the
+    most specific first, `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`; or with `document`.
     """
 
     mteb_model_meta: ModelMeta
@@ -250,7 +250,7 @@ def exit_model_metas(
     for exit_layer in config.resolve_exits(exit_layers=exit_layers or config.exit_layers):
         with torch.device("meta"):
             parameters = ModularStarEncoderForRetrieval(config.cut(exit_layer)).num_parameters()
-        # A partial function: mteb writes the loader's arguments into the results, which must not hold a local path.
+        # A partial function, as mteb writes the loader's arguments into the results, which must not hold local paths.
         loader = partial(load_exit_encoder, checkpoint=path, exit_layer=exit_layer)
         own = {"loader": loader, "name": f"{name}-exit-{exit_layer}", "n_parameters": parameters}
         metas.append(ModelMeta(**{**dict(ModelMeta.create_empty()), **shared, **own}))

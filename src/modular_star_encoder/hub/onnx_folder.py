@@ -267,7 +267,7 @@ def _comparison(
         blocks = [one.scores(queries, documents, one.variants[0]).blocks() for one in retrievers]
         for expected, found in zip(*blocks, strict=True):
             if expected.scores.shape[1] != len(documents):
-                message = f"{task.benchmark}, {task.name} has too many documents to compare: {len(documents):,}."
+                message = f"{task.name} of {task.benchmark} has too many documents to compare: {len(documents):,}."
                 raise UserError("hub.onnx.documents", message)
             parts.append(compare_tops(expected.scores, found.scores))
     tops = TopTen(*map(np.concatenate, zip(*parts, strict=True)))

@@ -8,7 +8,7 @@
 - BigCloneBench: classify pairs of Java functions as clones; F1 at a threshold chosen on the validation pairs.
 - Exercism (github.com/exercism, MIT): exercises solved in many languages, as JSON lines with `slug`, `description` and
   `code` ({language: solution}). Pools are small (71 to 146), and solutions share the names that the exercise
-  prescribes: TF-IDF reaches 81 MRR from descriptions and 88 from code. Variants with masked names avoid this.
+  prescribes: TF-IDF reaches 81 MRR from descriptions and 88 from code. Variants with masked names remove this hint.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _read_bigclonebench(
 
 
 def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False) -> list[RetrievalTask]:
-    """Load text → code, one task per language; or with `from_code` code → code, one task per ordered pair of languages.
+    """Load text → code tasks, one per language, or with `from_code` code → code tasks, one per ordered language pair.
 
     Candidates are the exercises that have both texts; tables average over the languages of queries.
     `masked` replaces names in code (see `mask_names`).
