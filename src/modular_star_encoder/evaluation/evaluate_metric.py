@@ -1,4 +1,4 @@
-"""The ranking metrics and F1 for users of Hugging Face's `evaluate`, by the same code as `mose evaluate`.
+"""Ranking metrics and F1 for Hugging Face's `evaluate`, computed by the same code as in `mose evaluate`.
 
 ndcg = evaluate.load(evaluate_metric.__file__, "ndcg")  # needs no network; or RetrievalMetric("ndcg")
 ndcg.compute(predictions=[[0.9, 0.3, 0.5]], references=[[1, 0, 0]], k=10)  # {"ndcg@10": 1.0}
@@ -17,19 +17,19 @@ from modular_star_encoder.utils.errors import UserError
 
 NAMES = ("mrr", "recall", "ndcg", "map_at_r", "f1")
 
-_DESCRIPTION = "Retrieval metrics whose ties count against the retriever, and F1 of the positive class."
+_DESCRIPTION = "Retrieval metrics that resolve ties against the retriever, and F1 of the positive class."
 _INPUTS = """
 Args:
-    predictions: for each query the scores of its candidates, float32; for f1 a decision, 0 or 1, for each pair.
-    references: for each query how relevant its candidates are, 0 for the irrelevant ones; for f1 the labels.
-    k: where recall and ndcg are cut (at 10 by default), and mrr (not by default).
+    predictions: one list per query with the scores of its candidates, float32; for f1 one decision, 0 or 1, per pair.
+    references: one list per query with the gains of its candidates, 0 if irrelevant; for f1 one label per pair.
+    k: number of candidates that recall and ndcg (10 by default) and mrr (all by default) look at.
 Returns:
-    {name: the mean over queries}, a fraction between 0 and 1.
+    {name of the metric: its mean over the queries, a fraction between 0 and 1}.
 """
 
 
 class RetrievalMetric(evaluate.Metric):
-    """One of `NAMES`, which is the name of its configuration."""
+    """One metric of `evaluate`; the name of its configuration is one of `NAMES`."""
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in NAMES:

@@ -1,7 +1,8 @@
-"""The lexical baseline: BM25 (Robertson & Zaragoza 2009, as in Lucene) over the parts of identifiers.
+"""Lexical baselines over the parts of identifiers: BM25 (Robertson & Zaragoza 2009, as in Lucene) and TF-IDF.
 
-Code and prose only share words once `parseHTTPHeader` and `parse_http_header` both read "parse http header", so the
-tokeniser matters more than BM25's parameters: plain words lose 17 points of MRR on 1,005 rows of CodeSearchNet's Ruby.
+The tokeniser splits both `parseHTTPHeader` and `parse_http_header` into "parse http header", so that code and prose
+share words. This matters more than the parameters of BM25: whole words lose 17 points of MRR on 1,005 rows of
+CodeSearchNet's Ruby.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ if TYPE_CHECKING:
     from modular_star_encoder.inference.encoders import Text
 
 K1, B = 1.2, 0.75
-_LETTER = r"[^\WA-Z\d_]"  # any letter but an ASCII capital: words of most other alphabets stay whole
+_LETTER = r"[^\WA-Z\d_]"  # any letter except ASCII capitals, so that words of most other alphabets stay whole
 _PART = re.compile(rf"[A-Z]+(?!{_LETTER})|[A-Z]?{_LETTER}+|\d+")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
 
 
 def identifier_tokens(text: str) -> list[str]:
-    """Lower-case parts of the words of a text, split at camelCase, `_` and digits: `HTTPServer2` → http server 2."""
+    """Split a text into lower-case words, also at camelCase, `_` and digits: `HTTPServer2` → http server 2."""
     return [part.lower() for part in _PART.findall(text)]
 
 
 class BM25(Retriever):
-    """BM25 as a `Retriever`, with the document frequencies of the candidates of each pool.
+    """BM25 as a `Retriever`; the candidates of a pool determine its document frequencies.
 
-    A term counts once per query, however often it is repeated there. A query without known terms scores 0 everywhere.
+    Repeated terms of a query count once. The scores of a query without known terms are all 0.
     """
 
     name = "BM25"
@@ -45,13 +46,13 @@ class BM25(Retriever):
         self.checksum = f"bm25-{K1}-{B}-lucene-{version('bm25s')}"
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> BM25Scores:
-        """Scores of texts, split at each call."""
+        """BM25 scores (Q, D) of texts, which each call tokenises and indexes."""
         tokens = ([identifier_tokens(text.text) for text in texts] for texts in (queries, documents))
         return BM25Scores(*tokens)
 
 
 class BM25Scores:
-    """BM25 scores float32 of tokenised queries (Q) and documents (D), indexed together."""
+    """BM25 scores (Q, D) float32 of Q tokenised queries and D tokenised documents, which share one index."""
 
     def __init__(self, queries: list[list[str]], documents: list[list[str]]) -> None:
         import bm25s
@@ -59,7 +60,7 @@ class BM25Scores:
         self.shape = (len(queries), len(documents))
         self._queries = [sorted(set(query)) for query in queries]
         self._index = None
-        if any(documents):  # bm25s can't index a vocabulary of nothing
+        if any(documents):  # bm25s can't index an empty vocabulary
             self._index = bm25s.BM25(k1=K1, b=B, method="lucene")
             self._index.index(documents, show_progress=False)
 
@@ -67,7 +68,7 @@ class BM25Scores:
         return _row_blocks(self.shape, lambda start, end: np.stack([self._row(row) for row in range(start, end)]))
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """See `Scores`; each query is scored once."""
+        """See `Scores`; scores each query once, however many pairs it has."""
         scores = np.empty(len(queries), dtype=np.float32)
         order = np.argsort(queries, kind="stable")
         for pairs in np.split(order, np.flatnonzero(np.diff(queries[order])) + 1):
@@ -83,7 +84,7 @@ class BM25Scores:
 
 
 class TfIdf(Retriever):
-    """TF-IDF cosine as a `Retriever`, with sublinear term frequency and the document frequencies of each pool."""
+    """TF-IDF cosine as a `Retriever`; term frequencies are sublinear, each pool has its own document frequencies."""
 
     name = "TF-IDF"
 
@@ -91,20 +92,20 @@ class TfIdf(Retriever):
         self.checksum = f"tfidf-sublinear-{version('scikit-learn')}"
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> SparseScores:
-        """Cosine similarities of weights that are fitted on the documents."""
+        """Cosine similarities (Q, D) of TF-IDF vectors, whose weights are fitted on `documents`."""
         from scipy.sparse import csr_matrix
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         vectorizer = TfidfVectorizer(analyzer=identifier_tokens, sublinear_tf=True)
         try:
             fitted = vectorizer.fit_transform([text.text for text in documents])
-        except ValueError:  # not one term in any document
+        except ValueError:  # no document has a term
             return SparseScores(csr_matrix((len(queries), 1)), csr_matrix((len(documents), 1)))
         return SparseScores(vectorizer.transform([text.text for text in queries]), fitted)
 
 
 class SparseScores:
-    """Dot products of sparse unit rows (Q, V) and (D, V), always added up in the order of the terms."""
+    """Dot products (Q, D) of sparse unit vectors (Q, V) and (D, V), always added in the order of the terms."""
 
     def __init__(self, queries: csr_matrix, documents: csr_matrix) -> None:
         self.shape = (queries.shape[0], documents.shape[0])
@@ -124,14 +125,14 @@ class SparseScores:
 
 
 def _row_blocks(shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> Iterator[Block]:
-    """Blocks of whole rows; `rows` computes those from its first to before its second argument."""
+    """Yield blocks of whole rows; `rows(start, end)` computes the scores of rows `start` to `end` - 1."""
     step = max(1, BLOCK // max(1, shape[1]))
     for start in range(0, shape[0], step):
         yield Block(start, 0, rows(start, min(start + step, shape[0])).astype(np.float32, copy=False))
 
 
 def identifier_overlap(first: str, second: str) -> float:
-    """Jaccard similarity, 0 to 1, of the sets of words of three characters or more that could be identifiers."""
+    """Jaccard similarity (0 to 1) of the identifiers in two texts: ASCII words of three characters or more."""
     a, b = (set(_IDENTIFIER.findall(text)) for text in (first, second))
     return len(a & b) / len(a | b) if a | b else 0.0
 
@@ -141,9 +142,9 @@ def identifier_overlap_accuracy(
     measured_on: Iterable[Mapping[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Accuracy of "same repository if the identifiers overlap by more than a threshold", on rows of `InContextPairs`.
+    """Accuracy of a baseline on rows of `InContextPairs`: same repository if `identifier_overlap` exceeds a threshold.
 
-    Returns `accuracy` on `measured_on`, `fitted_accuracy` on `fitted_on`, and the `threshold`, the best one there.
+    Returns `accuracy` on `measured_on`, `fitted_accuracy` on `fitted_on`, and `threshold`, the best one on `fitted_on`.
     """
     overlaps, labels = _overlaps(fitted_on, tokenizer)
     unseen, unseen_labels = _overlaps(measured_on, tokenizer)
@@ -156,7 +157,7 @@ def identifier_overlap_accuracy(
 def _overlaps(
     rows: Iterable[Mapping[str, torch.Tensor]], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The overlap of each pair, with its masked tokens restored, and whether both are from one repository."""
+    """For each row, `identifier_overlap` of its two texts without masks, and whether they share a repository."""
     overlaps, labels = [], []
     for row in rows:
         ids = row["labels"].where(row["labels"] != -100, row["input_ids"])

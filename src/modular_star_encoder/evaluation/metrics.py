@@ -1,8 +1,8 @@
-"""From scores to ranks, metrics of rankings and of decisions about pairs, their intervals and significance tests.
+"""Ranks from scores, metrics of rankings and of decisions about pairs, confidence intervals, significance tests.
 
-Scores are compared as float32 and ties count against the retriever: among equal scores a less relevant document comes
-first. A retriever that gives every document the same score therefore gets the worst value. Metrics take ranks or
-outcomes, never scores in blocks, so that no value depends on how the scores were cut.
+Scores are compared as float32, and ties are resolved against the retriever: among equal scores, the less relevant
+document comes first. A retriever that gives every document the same score therefore gets the worst value. Metrics use
+ranks or outcomes, never blocks of scores, so that no value depends on the block size.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from modular_star_encoder.evaluation.tasks import Judgements, Pool, RetrievalTas
 from modular_star_encoder.utils.errors import UserError
 
 TRUE_NEGATIVE, FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE = range(4)
-"""Outcomes of a decision about a pair, `2 * decision + label`."""
+"""The outcomes of a decision about a pair, numbered `2 * decision + label`."""
 
-_SHOWN = 10**8  # scores that take seconds
+_SHOWN = 10**8  # with this many scores, which take seconds, a progress bar is shown
 _DRAWS_PER_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Ranks of the judged documents of Q queries."""
+    """The ranks of the judged documents of Q queries; J is the number of judgements."""
 
-    queries: int  # Q
-    query: np.ndarray  # (J,) int64, ascending: the query of each judged document
-    gain: np.ndarray  # (J,) float64, how relevant it is; 0 for a document judged irrelevant
-    rank: np.ndarray  # (J,) float64, 1 for the first of the whole ranking; infinite where a protocol cuts it off
+    queries: int  # number of queries, Q
+    query: np.ndarray  # (J,) int64, ascending: number of the query of each judgement
+    gain: np.ndarray  # (J,) float64, degree of relevance; 0 for a document judged irrelevant
+    rank: np.ndarray  # (J,) float64, 1 for the first document; infinite if a protocol cuts the ranking before it
 
 
 def worst_order(scores: np.ndarray, gains: np.ndarray, query: np.ndarray | None = None) -> np.ndarray:
-    """Places (N,) of the documents, best score first and the less relevant one first among equal scores.
+    """Indices (N,) that sort documents by descending score, and by ascending gain among equal scores.
 
-    `query` (N,) sorts several queries at once.
+    With `query` (N,), the numbers of the queries, each query is sorted on its own.
     """
     return np.lexsort((gains, -scores) if query is None else (gains, -scores, query))
 
 
 def rank_scores(scores: Sequence[np.ndarray], gains: Sequence[np.ndarray]) -> Ranking:
-    """Rank the candidates of each query by scores (C,), compared as float32; a gain (C,) is 0 for an irrelevant one."""
+    """Rank the candidates of each query by scores (C,), compared as float32; gains (C,) are 0 if irrelevant."""
     rows, row_gains = ([np.asarray(row, dtype=kind) for row in part] for part, kind in ((scores, "f4"), (gains, "f8")))
     shapes, gain_shapes = ([row.shape for row in part] for part in (rows, row_gains))
     if not rows or shapes != gain_shapes or any(len(shape) != 1 for shape in shapes):
-        message = f"Each query needs as many gains as scores, not arrays of shape {gain_shapes} and {shapes}."
+        message = f"Each query needs as many gains as scores; their shapes are {gain_shapes} and {shapes}."
         raise UserError("evaluation.scores.shape", message)
     gain, query = np.concatenate(row_gains), np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     if not np.all(gain >= 0):
@@ -62,15 +62,15 @@ def rank_scores(scores: Sequence[np.ndarray], gains: Sequence[np.ndarray]) -> Ra
 def check_scores(scores: np.ndarray) -> None:
     """Raise UserError if a score is NaN."""
     if missing := int(np.count_nonzero(np.isnan(scores))):
-        raise UserError("evaluation.scores.nan", f"{missing} scores are NaN. Did training diverge?")
+        raise UserError("evaluation.scores.nan", f"{missing} scores are NaN. Check whether training diverged.")
 
 
 def rank_task(
     task: RetrievalTask, scores: Callable[[Pool], Scores], *, progress: bool = False
 ) -> tuple[Ranking, np.ndarray]:
-    """Ranks in all pools, queries numbered from 0 in the order of the pools, and their rows (Q,) in the task.
+    """The ranking of all pools, whose Q queries are numbered in pool order, and the row (Q,) of each in the task.
 
-    `scores` of a pool are of its queries and documents.
+    `scores(pool)` returns the scores of the pool's queries and documents.
     """
     rankings, start = [], 0
     for pool in task.pools:
@@ -90,10 +90,10 @@ def rank_judged(
     progress: bool = False,
     label: str = "ranking",
 ) -> Ranking:
-    """Ranks of the judged documents among all documents, in one pass over the scores (Q, D), each row on its own.
+    """Rank the judged documents of each query among all documents, in one pass over the scores (Q, D).
 
-    The rank of a document is the number of unjudged documents that score at least as much, plus its place among the
-    judged ones. `exclude_self` leaves column i out of row i. Memory: one block, and a few numbers for each judgement.
+    The rank of a document is the number of unjudged documents with the same or a higher score, plus its place among the
+    judged ones. `exclude_self` ignores column i in row i. Memory: one block, and a few numbers per judgement.
     """
     bounds = np.searchsorted(judgements.query, np.arange(scores.shape[0] + 1))
     judged_scores = np.full(len(judgements.query), np.nan, dtype=np.float32)
@@ -122,10 +122,10 @@ def rank_judged(
 
 
 def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
-    """The judgements of the queries of a pool about its documents, as rows and columns of the pool."""
+    """The judgements between queries and documents of one pool, with their row numbers in the pool."""
     if not len(judgements.query):
         return judgements
-    places = []  # of each judgement's query and document in the pool, or -1
+    places = []  # for queries and documents: the row in the pool of each judgement, -1 outside the pool
     for members, named in ((pool.queries, judgements.query), (pool.documents, judgements.document)):
         place = np.full(max(members.max(), named.max()) + 1, -1)
         place[members] = np.arange(len(members))
@@ -137,7 +137,7 @@ def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
 
 
 def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """For each (row, threshold) the number of scores of that row that reach the threshold; rows ascend."""
+    """For each of J ascending `rows` and its threshold, the number (J,) of scores that reach it in this row."""
     if len(np.unique(rows)) == len(rows):
         chosen = scores if np.array_equal(rows, np.arange(len(scores))) else scores[rows]
         return np.count_nonzero(chosen >= thresholds[:, None], axis=1)
@@ -150,12 +150,12 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """Ranks from the scores of the judged documents and the number of documents that score at least as much."""
+    """A ranking from the scores (J,) of judged documents; `above` (J,) counts documents with no lower score."""
     order = worst_order(scores, judgements.gain, judgements.query)
     query, ordered = judgements.query[order], scores[order]
     first = np.searchsorted(query, query, side="left")
     place = np.arange(len(order)) - first
-    # The last of those with the same query and score: up to it, judged documents score at least as much.
+    # The last document with the same query and score: all judged documents up to it score as high or higher.
     run = np.cumsum(np.append(True, (query[1:] != query[:-1]) | (ordered[1:] != ordered[:-1]))[: len(order)])
     last = np.searchsorted(run, run, side="right") - 1
     rank = np.empty(len(order))
@@ -164,7 +164,7 @@ def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np
 
 
 def reciprocal_ranks(ranking: Ranking, cutoff: int | None = None) -> np.ndarray:
-    """1 / rank of the first relevant document of each query, (Q,) in [0, 1]; 0 if its rank is above `cutoff`."""
+    """1 / rank of the first relevant document, (Q,) in [0, 1]; 0 for a query where this rank is above `cutoff`."""
     relevant = _relevant(ranking)
     first = np.full(ranking.queries, np.inf)
     np.minimum.at(first, relevant.query, relevant.rank)
@@ -174,8 +174,8 @@ def reciprocal_ranks(ranking: Ranking, cutoff: int | None = None) -> np.ndarray:
 def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
     """Normalised discounted cumulative gain of the first `k` documents, (Q,) in [0, 1] (Järvelin & Kekäläinen 2002).
 
-    Gain 2^gain − 1, discount log2(rank + 1), as in CodeSearchNet's relevanceeval.py; the ideal ranking is cut at `k`
-    too. A query without relevant documents gets NaN, to be left out of the mean.
+    Gain 2^gain − 1, discount log2(rank + 1), as in CodeSearchNet's relevanceeval.py; the ideal ranking is also
+    cut at `k`. The value of a query without relevant documents is NaN; means ignore it.
     """
     limit = np.inf if k is None else k
     ideal_rank = _ranks_within(ranking.query, -ranking.gain)
@@ -189,10 +189,10 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
 
 
 def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
-    """Average precision at R, the number of relevant documents of each query, (Q,) in [0, 1] (Musgrave et al. 2020).
+    """Average precision at R, (Q,) in [0, 1], where a query has R relevant documents (Musgrave et al. 2020).
 
-    The mean over the relevant documents of (their place among the relevant ones / their rank), where those below rank R
-    count 0. The divisor is R and not the number found, as in CodeXGLUE's evaluator for POJ-104.
+    A relevant document contributes (its place among the relevant ones) / (its rank), or 0 if its rank is above R. The
+    sum is divided by R and not by the number of documents found, as in CodeXGLUE's evaluator for POJ-104.
     """
     relevant = _relevant(ranking)
     order = np.lexsort((relevant.rank, relevant.query))
@@ -203,10 +203,10 @@ def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
 
 
 def query_values(ranking: Ranking, metric: str) -> np.ndarray:
-    """The values (Q,) of a metric by its name: mrr, mrr@K, recall@K, ndcg, ndcg@K, ndcg-judged@K, map@r.
+    """The values (Q,) of a metric by name: mrr, mrr@K, recall@K, ndcg, ndcg@K, ndcg-judged@K, ndcg-full@K, map@r.
 
-    `ndcg-judged@K` is CodeSearchNet's NDCG within the annotated documents, of the first K of the whole ranking, and
-    `ndcg-full@K` its NDCG of the full ranking, whose ideal is not cut.
+    Both last NDCGs are CodeSearchNet's: `ndcg-judged@K` ranks only annotated documents among the first K of the whole
+    ranking; `ndcg-full@K` keeps their ranks in the whole ranking. Neither cuts the ideal ranking.
     """
     name, at, cut = metric.partition("@")
     k = int(cut) if cut.isdecimal() else None
@@ -214,7 +214,7 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
         raise UserError("evaluation.metric.k", f"k must be at least 1, not {k}.")
     if metric == "map@r":
         return average_precisions_at_r(ranking)
-    if name == "recall" and k is not None:  # the share of the relevant documents that are among the first k
+    if name == "recall" and k is not None:  # the fraction of relevant documents among the first k
         relevant = _relevant(ranking)
         found = np.bincount(relevant.query[relevant.rank <= k], minlength=ranking.queries)
         return found / np.bincount(relevant.query, minlength=ranking.queries)
@@ -228,18 +228,18 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
 
 
 def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Outcome (N,) int64 of each decision about a pair, from decisions and labels (N,) of 0 and 1."""
+    """The outcome (N,) int64 of each decision about a pair, from decisions (N,) and labels (N,) of 0 and 1."""
     decisions, labels = np.asarray(decisions), np.asarray(labels)
     if decisions.shape != labels.shape or decisions.ndim != 1 or not len(labels):
         shapes = f"{decisions.shape} and {labels.shape}"
-        raise UserError("evaluation.labels.shape", f"Decisions and labels must be lists of one length, not {shapes}.")
+        raise UserError("evaluation.labels.shape", f"Decisions and labels must be lists of equal length, not {shapes}.")
     if not np.isin(decisions, (0, 1)).all() or not np.isin(labels, (0, 1)).all():
         raise UserError("evaluation.labels.value", "Decisions and labels must be 0 or 1.")
     return 2 * decisions.astype(np.int64) + labels.astype(np.int64)
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """F1 of the positive class (...), from counts (..., 4) of the outcomes; 0 where nothing is or is said positive."""
+    """F1 (...) of the positive class from counts (..., 4) of outcomes; 0 if no label and no decision is positive."""
     counts = np.asarray(counts, dtype=np.float64)
     twice = 2 * counts[..., TRUE_POSITIVE]
     total = twice + counts[..., FALSE_POSITIVE] + counts[..., FALSE_NEGATIVE]
@@ -247,7 +247,7 @@ def f1(counts: np.ndarray) -> np.ndarray:
 
 
 def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, and precision, recall and F1 of class 1, of decisions and labels (N,) of 0 and 1; 0 where undefined."""
+    """Accuracy, and precision, recall and F1 of class 1, of decisions and labels (N,) of 0 and 1; 0 if undefined."""
     counts = np.bincount(outcomes(decisions, labels), minlength=4)
     correct = counts[TRUE_POSITIVE]
     found, positive = counts[FALSE_POSITIVE] + correct, counts[FALSE_NEGATIVE] + correct
@@ -260,14 +260,14 @@ def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The score at and above which "positive" gives the highest F1; the highest such score if there are several.
+    """The threshold with the highest F1 if scores at or above it are positive; the highest of equally good thresholds.
 
-    `scores` (N,) are compared as float32, `labels` (N,) are 0 and 1.
+    `scores` (N,) are compared as float32; `labels` (N,) are 0 or 1.
     """
     scores, labels = np.asarray(scores, dtype=np.float32), np.asarray(labels)
     check_scores(scores)
     if not labels.any():
-        raise UserError("evaluation.labels.value", "A threshold needs at least one positive pair.")
+        raise UserError("evaluation.labels.value", "Choosing a threshold needs at least one positive pair.")
     order = np.argsort(-scores, kind="stable")
     ordered, positive = scores[order], np.cumsum(labels[order])
     last_of_ties = np.append(ordered[1:] != ordered[:-1], True)
@@ -293,12 +293,12 @@ def _ranks_within(query: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def _places(query: np.ndarray) -> np.ndarray:
-    """1, 2, … within each run of equal numbers of an ascending array."""
+    """Count 1, 2, … (N,) within each run of equal numbers of an ascending array (N,)."""
     return np.arange(1, len(query) + 1) - np.searchsorted(query, query, side="left")
 
 
 def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 1000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of (Q,) values (Efron 1979), the same for the same seed."""
+    """95 % percentile bootstrap interval of the mean of values (Q,) (Efron 1979); equal seeds give equal intervals."""
     generator = np.random.default_rng(seed)
     shapes = _chunks(resamples, len(values))
     means = [values[generator.integers(len(values), size=shape)].mean(axis=1) for shape in shapes]
@@ -308,7 +308,7 @@ def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 1000) -> 
 def bootstrap_f1_interval(outcomes: np.ndarray, seed: int, resamples: int = 1000) -> tuple[float, float]:
     """95 % percentile bootstrap interval of F1 over pairs, from their outcomes (N,) (see `metrics.outcomes`).
 
-    Drawing pairs with replacement is drawing the four counts from a multinomial distribution.
+    Drawing pairs with replacement is the same as drawing their four counts from a multinomial distribution.
     """
     counts = np.bincount(outcomes, minlength=4)
     draws = np.random.default_rng(seed).multinomial(len(outcomes), counts / len(outcomes), size=resamples)
@@ -316,15 +316,15 @@ def bootstrap_f1_interval(outcomes: np.ndarray, seed: int, resamples: int = 1000
 
 
 def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Two-sided p-value of a paired permutation test: is the mean of (Q,) differences 0?
+    """Two-sided p-value of a paired permutation test: is the mean of the differences (Q,) 0?
 
-    If two retrievers are exchangeable, each difference is as likely to have the other sign. The p-value counts the
-    observed signs as one of the resamples, so that it is never 0 (Phipson & Smyth 2010).
+    If two retrievers are exchangeable, both signs of a difference are equally likely. The observed signs count as one
+    of the resamples, so the p-value is never 0 (Phipson & Smyth 2010).
     """
     moved = differences[differences != 0]
     if not len(moved):
         return 1.0
-    observed = abs(moved.sum()) * (1 - 1e-12)  # equal sums in another order of adding up
+    observed = abs(moved.sum()) * (1 - 1e-12)  # tolerates the rounding of sums added in another order
     generator = np.random.default_rng(seed)
     at_least = 0
     for shape in _chunks(resamples, len(moved)):
@@ -336,8 +336,8 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamples: int = 10_000) -> float:
     """Two-sided p-value of a paired permutation test: do outcomes (N,) of the same pairs differ in F1?
 
-    Swapping the retrievers at a pair moves it from one entry of the 4 × 4 table of outcomes to the mirrored one, so a
-    resample is one binomial draw per entry.
+    Swapping the retrievers moves a pair from entry (i, j) of the 4 × 4 table of outcomes to entry (j, i). A resample is
+    therefore one binomial draw per entry.
     """
     table = np.zeros((4, 4), dtype=np.int64)
     np.add.at(table, (first, second), 1)
@@ -349,11 +349,11 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamp
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """One value per query, whose mean and bootstrap are those of the mean of several tasks' means.
+    """One value (Q,) per query. Their mean is the mean over the tasks; resampling them gives the interval of this mean.
 
-    `values` are {query: value} of each task. Tasks may share queries (the same exercise in many pairs of languages):
-    what is drawn is then the query with all its tasks. The values are the mean plus each query's influence on it, so
-    that tasks of different sizes weigh the same.
+    `values` has {query: value} for each task. Tasks may share queries (the same exercise in many pairs of languages): a
+    resample then draws a query with all its tasks. A value is the mean plus the query's influence on it, so that tasks
+    of different sizes have the same weight.
     """
     means = [float(np.mean(list(task.values()))) for task in values]
     distances = [{query: one - mean for query, one in task.items()} for task, mean in zip(values, means, strict=True)]
@@ -362,7 +362,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """What each query contributes to the mean over tasks of the mean difference, for `permutation_test`."""
+    """The part (Q,) that each query adds to the mean difference, averaged over tasks; see `permutation_test`."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():
@@ -371,7 +371,7 @@ def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def _chunks(resamples: int, size: int) -> Iterator[tuple[int, int]]:
-    """Shapes (rows, size) of arrays of draws that fit into memory."""
+    """Split `resamples` rows of `size` draws into chunks that fit into memory; yields their shapes (rows, size)."""
     rows = max(1, _DRAWS_PER_CHUNK // size)
     for start in range(0, resamples, rows):
         yield min(rows, resamples - start), size

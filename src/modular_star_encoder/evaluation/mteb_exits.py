@@ -1,10 +1,10 @@
-"""Exits as models of mteb (extra `mteb`): CoIR, MTEB(Code) and any other of its tasks, at several exits.
+"""Evaluate exits as models of mteb (extra `mteb`) on CoIR, MTEB(Code) or any other of its tasks.
 
-Scores are mteb's own, by its own protocol, in which a tie may count either way. Each exit is a model with its own name,
-`{owner}/{model}-exit-{k}`, so that result files of two exits never collide. The revision is the Hub's commit, or a
-checksum of the weights, so that a checkpoint that was trained further gets new results.
+mteb computes the scores by its own protocol, which breaks ties in arbitrary order. Each exit is a model with the name
+`{owner}/{model}-exit-{k}`, so that the result files of two exits never collide. The revision is the Hub's commit, or a
+checksum of the weights, so that a checkpoint gets new results after further training.
 
-mteb's data sets need the network unless they are in the local cache; tasks of your own (`local_task`) need none.
+mteb downloads its datasets unless they are in the local cache; your own tasks (`local_task`) need no network.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ with naming_extra():
 
 
 class Side(NamedTuple):
-    """What the queries or the documents of a task are; without a language, that of the subset, if it is one."""
+    """What the queries, or the documents, of a task are. If `language` is None, mteb's subset may name the language."""
 
     is_code: bool
     language: str | None = None
@@ -56,14 +56,14 @@ TASK_SIDES = {
     "CodeTransOceanDL": (PYTHON, PYTHON),
     "CosQA": (TEXT, PYTHON),
 }
-"""Queries and documents of mteb's code tasks; tasks that are not listed have queries in prose and documents in code."""
+"""{task: (queries, documents)} of mteb's code tasks; in all other tasks, queries are prose and documents are code."""
 
 
 class SharedExits:
-    """Embeds at several exits in one pass, although mteb evaluates one exit after the other, the shallowest first.
+    """Embeds texts at several exits in one pass, although mteb evaluates the exits one by one, the shallowest first.
 
-    Embeddings of deeper exits (`exit_layers`) are kept until those are evaluated, up to `memory_gb` (10^9 bytes); a
-    call that would exceed it is computed at the requested exit only. `options` are for `encode_exits`.
+    It keeps the embeddings of deeper exits (`exit_layers`) until mteb evaluates them, up to `memory_gb` (10^9 bytes); a
+    call that would exceed this limit computes the requested exit only. `options` are passed to `encode_exits`.
     """
 
     def __init__(
@@ -98,19 +98,19 @@ class SharedExits:
         return embeddings[exit_layer]
 
     def expect(self, exit_layers: Sequence[int]) -> None:
-        """Drop the kept embeddings; these exits are evaluated next."""
+        """Drop all kept embeddings, and set the exits that mteb evaluates next."""
         self._kept.clear()
         self.exit_layers = tuple(exit_layers)
 
 
 class MtebExitEncoder(AbsEncoder):
-    """One exit as an encoder of mteb.
+    """One exit of a model as an encoder of mteb.
 
-    Prompts are the published ones, chosen by what a side of a task is (`TASK_SIDES`), because the queries of a
-    code-to-text task are code. Symmetric tasks have none.
+    It uses the published prompts for prose or code according to `TASK_SIDES`, because the queries of a code-to-text
+    task are code. Symmetric tasks get no prompt.
 
-    `shared` embeds at this exit, among others. `prompts` are other prefixes, by mteb's keys, most specific first:
-    `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`, and the same with `document`.
+    `shared` embeds at this exit, among others. `prompts` ({mteb's key: prefix}) replaces prompts. Its keys are, the
+    most specific first, `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`; or with `document`.
     """
 
     mteb_model_meta: ModelMeta
@@ -131,7 +131,7 @@ class MtebExitEncoder(AbsEncoder):
         prompt_type: Any = None,
         **options: Any,
     ) -> np.ndarray:
-        """Embeddings (N, D) float32 of the batches' `text`; of mteb's options only `show_progress_bar` counts."""
+        """Embeddings (N, D) float32 of the texts in the batches; ignores mteb's options except `show_progress_bar`."""
         texts = [text for batch in inputs for text in batch["text"]]
         prompt = self._prompt(task_metadata, hf_subset, prompt_type)
         return self.shared.encode(texts, self.exit_layer, prompt, progress=options.get("show_progress_bar", True))
@@ -164,22 +164,23 @@ def run_mteb(
     progress: bool = True,
     **encode_options: Any,
 ) -> dict[int, dict[str, float]]:
-    """Run tasks of mteb at several exits.
+    """Evaluate several exits of a checkpoint on tasks of mteb.
 
-    Existing results of the same weights and data are kept: an interrupted run continues where it stopped.
+    Existing results of the same weights and data are kept, so an interrupted run continues where it stopped.
 
     Args:
         checkpoint: folder or Hub id.
         tasks: names of tasks (`"CosQA"`) or benchmarks (`"CoIR"`, `"MTEB(Code, v1)"`), or task objects.
-        exit_layers: which exits; all that the checkpoint has if None.
-        out: folder of mteb's results: `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`.
+        exit_layers: exits to evaluate; all exits of the checkpoint if None.
+        out: folder for mteb's result files: `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`.
         model_name: `owner/model` in the results; by default the Hub id, or `local/{folder}`.
-        prompts, memory_gb: as for `MtebExitEncoder` and `SharedExits`.
-        overwrite: evaluate again where results exist.
-        encode_options: for `encode_exits`: max_length, tokens_per_batch.
+        prompts: see `MtebExitEncoder`.
+        memory_gb: see `SharedExits`.
+        overwrite: evaluate again even if results exist.
+        encode_options: passed to `encode_exits`: max_length, tokens_per_batch.
 
     Returns:
-        {exit_layer: {task: main score}}, from 0 to 1, a task's subsets averaged.
+        {exit_layer: {task: main score from 0 to 1, the mean over the task's subsets}}.
     """
     chosen = _resolve_tasks(tasks)
     path = os.path.expanduser(os.fspath(checkpoint))
@@ -201,16 +202,16 @@ def run_mteb(
 def _run_task(
     task: AbsTask, encoders: Sequence[MtebExitEncoder], cache: mteb.ResultCache, overwrite: bool, progress: bool
 ) -> Iterator[tuple[int, float]]:
-    """Exit and main score, one exit after the other; results go into the cache."""
+    """Yield (exit, main score) for one exit after the other; stores the results in the cache."""
     was_loaded, due = task.data_loaded, []
     for encoder in encoders:
         known = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
-        # mteb itself would take complete results of other data of the same name.
+        # mteb itself would reuse complete results of another dataset with the same name.
         if overwrite or known is None or known.dataset_revision != task.metadata.revision:
             due.append(encoder.exit_layer)
     encoders[0].shared.expect(due)
     if due and not was_loaded:
-        task.load_data()  # once for all exits; mteb would load and drop it for each
+        task.load_data()  # once for all exits; mteb would load and drop the data for each exit
     options: dict[str, Any] = {"encode_kwargs": {"show_progress_bar": progress}, "show_progress_bar": False}
     for encoder in encoders:
         strategy = "always" if encoder.exit_layer in due else "only-missing"
@@ -226,9 +227,9 @@ def exit_model_metas(
     model_name: str | None = None,
     revision: str | None = None,
 ) -> list[ModelMeta]:
-    """The `ModelMeta` of each exit, by which mteb can load it; loads no weights.
+    """The `ModelMeta` of each exit, which lets mteb load the exit; this function loads no weights.
 
-    Arguments are those of `run_mteb`; the revision is a checksum of the weights if None.
+    See `run_mteb` for the arguments. If `revision` is None, it is `checkpoint_checksum(checkpoint)`.
     """
     config, path = load_config(checkpoint), os.path.expanduser(os.fspath(checkpoint))
     is_local = os.path.isdir(path)
@@ -249,7 +250,7 @@ def exit_model_metas(
     for exit_layer in config.resolve_exits(exit_layers=exit_layers or config.exit_layers):
         with torch.device("meta"):
             parameters = ModularStarEncoderForRetrieval(config.cut(exit_layer)).num_parameters()
-        # A partial function: mteb writes the loader's arguments into the results, where a local path has no place.
+        # A partial function, as mteb writes the loader's arguments into the results, which must not hold local paths.
         loader = partial(load_exit_encoder, checkpoint=path, exit_layer=exit_layer)
         own = {"loader": loader, "name": f"{name}-exit-{exit_layer}", "n_parameters": parameters}
         metas.append(ModelMeta(**{**dict(ModelMeta.create_empty()), **shared, **own}))
@@ -259,9 +260,9 @@ def exit_model_metas(
 def register_exits(
     checkpoint: str | os.PathLike[str], exit_layers: Sequence[int] | None = None, model_name: str | None = None
 ) -> list[str]:
-    """Make the exits known to mteb in this process, so that `mteb.get_model(name)` and its lists have them.
+    """Register the exits of a checkpoint in mteb for this process, so that `mteb.get_model(name)` finds them.
 
-    Returns their names; arguments and errors are those of `exit_model_metas`.
+    Returns their names. See `exit_model_metas` for the arguments and errors.
     """
     metas = {str(meta.name): meta for meta in exit_model_metas(checkpoint, exit_layers, model_name)}
     MODEL_REGISTRY.update(metas)
@@ -279,7 +280,7 @@ def load_exit_encoder(
     prompts: Mapping[str, str] | None = None,
     **encode_options: Any,
 ) -> MtebExitEncoder:
-    """What mteb calls to load an exit by its `ModelMeta`; `model_name` and `revision` are those of the exit."""
+    """Load one exit as an encoder; mteb calls this with the name and the revision of the exit's `ModelMeta`."""
     model, tokenizer = load_checkpoint(checkpoint, exit_layer, device, dtype)
     shared = SharedExits(model, tokenizer, (exit_layer,), **encode_options)
     name = model_name.removesuffix(f"-exit-{exit_layer}")
@@ -288,7 +289,7 @@ def load_exit_encoder(
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
-    """Task objects, those of a benchmark in its order, each once."""
+    """Task objects without repetitions; a benchmark's name stands for all its tasks, in their order."""
     chosen: dict[str, AbsTask] = {}
     for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
         for one in _tasks_named(task) if isinstance(task, str) else [task]:
@@ -309,10 +310,10 @@ def _tasks_named(name: str) -> Sequence[AbsTask]:
 
 
 def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTask:
-    """A retrieval task of mteb on your own pairs (description, code, language): descriptions ask for code.
+    """A retrieval task of mteb on your own (description, code, language) rows: descriptions are queries for code.
 
-    Of several pairs with the same description or the same code only the first is kept, because the others would be
-    wrong answers to it. `name` is that of the task, and so of its result files.
+    Among rows with the same description or the same code, only the first is kept; the others would be false negatives.
+    `name` is the name of the task and of its result files.
     """
     code_of: dict[str, str] = {}
     codes: set[str] = set()
@@ -320,7 +321,7 @@ def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTas
         if description not in code_of and code not in codes:
             code_of[description] = code
             codes.add(code)
-    candidate_batches(len(code_of))  # checks their number
+    candidate_batches(len(code_of))  # checks the number of pairs
     digest = hashlib.sha256(json.dumps([list(code_of), list(code_of.values())]).encode()).hexdigest()
 
     class LocalTask(AbsTaskRetrieval):

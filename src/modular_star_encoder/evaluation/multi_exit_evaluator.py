@@ -1,4 +1,4 @@
-"""Retrieval quality of every exit during training, as a metric that selects the best checkpoint."""
+"""Measure the retrieval quality of every exit during training, as a metric that selects the best checkpoint."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 
 _Encode = Callable[[list[str]], dict[int, np.ndarray]]
-"""Texts to embeddings (N, D) of each exit."""
+"""A function from N texts to {exit_layer: embeddings (N, D)}."""
 
 
 class MultiExitEvaluator(BaseEvaluator):
-    """Text → code retrieval at every exit: MRR, NDCG@10 and Recall@k, and their mean and worst value over the exits.
+    """Evaluate text → code retrieval at every exit: MRR, NDCG@10, Recall@k, and their mean and minimum over the exits.
 
-    It works with `MultiExitTrainer(evaluator=…)` and `SentenceTransformerTrainer(evaluator=…)`. All exits come from one
-    pass over the texts, and ties count against the model.
+    Pass it as `MultiExitTrainer(evaluator=…)` or `SentenceTransformerTrainer(evaluator=…)`. One pass over the texts
+    computes all exits, and ties are resolved against the model.
 
-    The metrics are named `mrr_exit_4`, `mrr_mean`, `mrr_worst`, `ndcg_at_10_exit_4`, …; trainers prefix `eval_`.
+    The metrics are `mrr_exit_4`, `mrr_mean`, `mrr_worst`, `ndcg_at_10_exit_4`, …; trainers add the prefix `eval_`.
     `TrainingArguments(metric_for_best_model="eval_mrr_mean", load_best_model_at_end=True)` keeps the checkpoint whose
-    exits are best on average, `eval_mrr_worst` the one whose weakest exit is best.
+    mean over the exits is best; `eval_mrr_worst` keeps the checkpoint whose weakest exit is best.
 
-    With several processes, `MultiExitTrainer` lets each process encode its share of the texts, and all of them score
-    the whole; with parameters split by FSDP every process encodes all texts. `SentenceTransformerTrainer` evaluates in
-    the first process alone from version 6.2 on.
+    With several processes, `MultiExitTrainer` lets each process encode its share of the texts, and every process scores
+    all texts. If FSDP splits the parameters, every process encodes all texts. `SentenceTransformerTrainer` evaluates in
+    the first process only, from version 6.2 on.
 
     Args:
         task: queries, documents and relevance; see `from_pairs` and `from_mappings`.
-        tokenizer: needed for a `ModularStarEncoderForRetrieval`; a SentenceTransformer has its own.
+        tokenizer: required for a `ModularStarEncoderForRetrieval`; a SentenceTransformer has its own tokenizer.
         exit_layers: exits to evaluate; all if None.
         recall_at: values of k for Recall@k.
-        prompts: prefixes `query`, `document` and `document_{language}`; by default those of the SentenceTransformer,
-            or the published ones if the model's configuration has `instruction_prompts`.
-        max_length: tokens to which longer texts are cut; the model's limit if None.
-        tokens_per_batch: padding included; see `encode_exits`.
-        name: prefix of the metrics, to tell several evaluators apart.
+        prompts: {`query`, `document` or `document_{language}`: prefix}; by default the prompts of the
+            SentenceTransformer, or the published ones if the model's configuration has `instruction_prompts`.
+        max_length: longer texts are cut to this number of tokens; the model's limit if None.
+        tokens_per_batch: largest number of tokens in a batch, padding included; see `encode_exits`.
+        name: prefix of the metrics, which distinguishes several evaluators.
         write_csv: append a line per evaluation to `Multi-Exit_evaluation_{name}_results.csv` in the trainer's
             `output_path`.
         progress: show progress bars.
@@ -92,18 +92,18 @@ class MultiExitEvaluator(BaseEvaluator):
         distractors: int | None = None,
         **options: Any,
     ) -> MultiExitEvaluator:
-        """An evaluator on (description, code, language) rows.
+        """Build an evaluator from (description, code, language) rows.
 
         Args:
-            rows: at least two.
-            candidates: rank each code among this many, its own included (1000 in the CodeSearchNet protocol), in
-                batches drawn by `seed`; among all if None.
-            seed: of the batches.
+            rows: at least two rows.
+            candidates: number of documents that a query is ranked against, the relevant one included (1000 in the
+                CodeSearchNet protocol), in random batches; all documents if None.
+            seed: random seed of the batches.
             distractors: deprecated; `candidates` minus one.
-            options: as for the class.
+            options: arguments of the class.
 
         Raises:
-            UserError: fewer than two rows, or fewer than two candidates.
+            UserError: there are fewer than two rows, or fewer than two candidates.
         """
         if distractors is not None:
             message = f"distractors={distractors} is now candidates={distractors + 1}."
@@ -120,14 +120,14 @@ class MultiExitEvaluator(BaseEvaluator):
         language: str | None = None,
         **options: Any,
     ) -> MultiExitEvaluator:
-        """An evaluator on texts by id, as sentence-transformers' InformationRetrievalEvaluator takes them.
+        """Build an evaluator from {id: text}, in the format of sentence-transformers' InformationRetrievalEvaluator.
 
         Args:
             queries, corpus, relevant, language: see `evaluation.tasks.task_from_mappings`.
-            options: as for the class.
+            options: arguments of the class.
 
         Raises:
-            UserError: no query has a relevant document, fewer than two documents, or an unknown document.
+            UserError: no query has a relevant document, there are fewer than two documents, or an id is unknown.
         """
         return cls(task_from_mappings(queries, corpus, relevant, language), **options)
 
@@ -140,20 +140,20 @@ class MultiExitEvaluator(BaseEvaluator):
         *,
         across_processes: bool = False,
     ) -> dict[str, float]:
-        """Evaluate a model.
+        """Evaluate every exit of a model.
 
         Args:
-            model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer of such a model that pools as its
-                configuration says and at most normalises. It is in evaluation mode for the time of the call.
-            output_path: folder of the CSV file.
-            epoch, steps: written into it.
-            across_processes: every process of the training calls this, so the texts may be divided among them.
+            model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer around one that pools as the model's
+                configuration says and may normalise. The call runs it in evaluation mode and then restores its mode.
+            output_path: folder of the CSV file; no file is written if None.
+            epoch, steps: written into the CSV file.
+            across_processes: True if every training process makes this call; the processes then share the texts.
 
         Returns:
             {metric: a fraction between 0 and 1}.
 
         Raises:
-            UserError: another kind of model, an exit that it does not have, no tokenizer, or embeddings that are NaN.
+            UserError: the model is of another kind, lacks an exit, has no tokenizer, or returns NaN.
         """
         network, encode, prompts = self._encoding(model)
         if across_processes:
@@ -176,11 +176,11 @@ class MultiExitEvaluator(BaseEvaluator):
         return metrics
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Settings for the model card."""
+        """The settings of the evaluator, for the model card."""
         return {"exit_layers": self.exit_layers, "candidates": len(self.task.pools[0].documents)}
 
     def _score(self, queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
-        """Means over the queries, from embeddings (Q, D) and (N, D)."""
+        """{metric: its mean over the queries}, from embeddings (Q, D) of queries and (N, D) of documents."""
         ranking, _ = rank_task(self.task, lambda pool: CosineScores(queries[pool.queries], documents[pool.documents]))
         metrics = ("mrr", "ndcg@10", *(f"recall@{k}" for k in self.recall_at))
         return {metric.replace("@", "_at_"): float(np.mean(query_values(ranking, metric))) for metric in metrics}
@@ -188,7 +188,7 @@ class MultiExitEvaluator(BaseEvaluator):
     def _encoding(
         self, model: SentenceTransformer | ModularStarEncoderForRetrieval
     ) -> tuple[ModularStarEncoderForRetrieval, _Encode, Mapping[str, str]]:
-        """The network of either kind of model, a function that encodes texts with it, and the prompts."""
+        """The network in the model, a function that encodes texts with it, and the prompts."""
         if isinstance(model, SentenceTransformer):
             network, tokenizer, max_length = _network(model), model.tokenizer, self.max_length or model.max_seq_length
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
@@ -203,7 +203,7 @@ class MultiExitEvaluator(BaseEvaluator):
         return network, encode, prompts if self.prompts is None else self.prompts
 
     def _write_line(self, folder: Path, line: dict[str, float]) -> None:
-        """Append one line to the CSV file, which begins with the names of its columns."""
+        """Append one line to the CSV file, after a header if the file is new."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"Multi-Exit_evaluation{'_' + self.name if self.name else ''}_results.csv"
         is_new = not path.exists()
@@ -211,7 +211,7 @@ class MultiExitEvaluator(BaseEvaluator):
             file.seek(0)
             columns = list(line) if is_new else next(csv.reader(file), [])
             if set(columns) != set(line):
-                raise UserError("evaluator.csv.other_metrics", f"{path} holds other metrics: choose another name.")
+                raise UserError("evaluator.csv.other_metrics", f"{path} has other metrics: give another `name`.")
             writer = csv.DictWriter(file, columns)
             if is_new:
                 writer.writeheader()
@@ -219,8 +219,8 @@ class MultiExitEvaluator(BaseEvaluator):
 
 
 def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
-    """The network of a SentenceTransformer whose other modules do what the network does itself."""
-    network: Any = getattr(model[0], "auto_model", None)  # AutoModel may have loaded it by remote code: another class
+    """The network of a SentenceTransformer; UserError if its other modules change the embedding of the network."""
+    network: Any = getattr(model[0], "auto_model", None)  # its class differs if AutoModel ran remote code
     names = [type(module).__name__ for module in model]
     pools_alike = (
         names in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
@@ -230,19 +230,19 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
         and model[1].include_prompt
     )
     if not pools_alike:
-        needed = "Transformer, Pooling (as configured) and at most Normalize around a ModularStarEncoderForRetrieval"
+        needed = "a ModularStarEncoderForRetrieval with Transformer, Pooling (as configured), optionally Normalize"
         raise UserError("evaluator.model.other", f"The evaluator needs {needed}; this model has {', '.join(names)}.")
     return network
 
 
 def _encode_share(network: nn.Module, encode: _Encode, texts: list[str]) -> dict[int, np.ndarray]:
-    """Embeddings of all texts, of which each process of the training encodes a share."""
+    """Embeddings of all texts; each training process encodes a share of them."""
     world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
     if world == 1:
         return encode(texts)
-    from torch.distributed.fsdp import FSDPModule  # not in every build of torch
+    from torch.distributed.fsdp import FSDPModule  # some builds of torch lack it
 
-    # Where FSDP2 has split the parameters, every forward pass needs every process.
+    # If FSDP2 has split the parameters, every process must take part in every forward pass.
     if any(isinstance(module, FSDPModule) for module in network.modules()):
         return encode(texts)
     unique = sorted(dict.fromkeys(texts), key=len)

@@ -1,6 +1,6 @@
-"""Task results as tables (one per benchmark), in Markdown, CSV, LaTeX and JSON, and as plots (extra `plots`).
+"""Write task results as tables (one per benchmark) in Markdown, CSV, LaTeX and JSON, and as plots (extra `plots`).
 
-`report.json` is the one file format of evaluations; `read_tables` reads it, and the files that older versions wrote.
+`read_tables` reads `report.json`, and the files that older versions wrote.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from modular_star_encoder.utils.reports import library_versions, markdown_table,
 PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
 
 _Key = tuple[str, int | None, int | None]
-"""Retriever, exit, dimensions: one row."""
+"""The retriever, exit and dimensions of one row of a table."""
 
 _TEX = str.maketrans(
     {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "→": r"$\to$", "–": "--"}
@@ -39,7 +39,7 @@ _TEX = str.maketrans(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A row's mean minus the reference row's, as a fraction, and the p-value of a paired permutation test."""
+    """The mean of a row minus the reference row's, as a fraction, and the p-value of a paired permutation test."""
 
     value: float
     p: float
@@ -47,56 +47,56 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One retriever at one exit and embedding size."""
+    """The scores of one retriever at one exit and embedding size, on one benchmark."""
 
     retriever: str
     exit_layer: int | None
     dimensions: int | None
-    columns: Mapping[str, Estimate]  # the main metric by column
-    mean: Estimate  # over all tasks
-    others: Mapping[str, float]  # means of the other metrics
-    difference: Difference | None  # from the table's reference; None for the reference itself
+    columns: Mapping[str, Estimate]  # {column of the table: the main metric}
+    mean: Estimate  # mean of the main metric over all tasks
+    others: Mapping[str, float]  # {other metric: its mean}
+    difference: Difference | None  # from the reference row; None in the reference row itself
 
     @property
     def label(self) -> str:
-        """Its name in tables, such as "model, exit 4, 256 dimensions"."""
+        """The name of the row in tables, such as "model, exit 4, 256 dimensions"."""
         exit_layer = "" if self.exit_layer is None else f", exit {self.exit_layer}"
         return f"{self.retriever}{exit_layer}{'' if self.dimensions is None else f', {self.dimensions} dimensions'}"
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One benchmark."""
+    """The rows of all retrievers on one benchmark."""
 
     benchmark: str
     metric: str  # the main metric
-    rows: Sequence[Row]  # in the order of the retrievers, exits ascending
-    reference: str  # the label of the row that differences are from
-    size: str  # queries (or pairs) and candidates, in words
-    notes: Sequence[str]  # caveats
+    rows: Sequence[Row]  # in the order of the retrievers; exits of a retriever ascend
+    reference: str  # the label of the reference row, which the other rows are compared with
+    size: str  # the numbers of queries (or pairs) and candidates, in words
+    notes: Sequence[str]  # caveats, shown below the table
 
     @property
     def title(self) -> str:
-        """Its heading."""
+        """The heading of the table."""
         known = BENCHMARKS.get(self.benchmark)
         return self.benchmark if known is None else known.title
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an evaluation found."""
+    """The results of an evaluation, as tables and by task."""
 
     tables: Sequence[Table]  # one per benchmark
-    results: Sequence[TaskResult]  # of every retriever, exit and task, with the values of single queries
-    command: str = ""  # what made it
-    checksum: str | None = None  # of the evaluated checkpoint (see `checkpoint_checksum`)
+    results: Sequence[TaskResult]  # one per retriever, exit and task, with the value of each query
+    command: str = ""  # the command that ran the evaluation
+    checksum: str | None = None  # checksum of the evaluated checkpoint (see `checkpoint_checksum`)
 
     def quality(self) -> dict[int, float]:
         """{exit_layer: mean of the main metric} of the evaluated model, from the first table."""
         return {exit_layer: row.mean.value for exit_layer, row in _own_exits(self.tables[0]).items()}
 
     def write(self, folder: Path) -> list[Path]:
-        """Write report.md, .csv, .tex and .json, each whole or not at all, and return their paths."""
+        """Write report.md, .csv, .tex and .json, each atomically, and return their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         texts = {"md": self.to_markdown(), "csv": to_csv(self.results), "tex": to_latex(self.tables)}
         for ending, text in texts.items():
@@ -105,7 +105,7 @@ class Report:
         return [folder / f"report.{ending}" for ending in (*texts, "json")]
 
     def to_markdown(self) -> str:
-        """A section with a table for each benchmark; scores × 100, aligned for reading as plain text."""
+        """Markdown text with one table per benchmark; scores are × 100, columns are aligned as plain text."""
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
         parts = ["# Evaluation", *([f"    {self.command}"] if self.command else []), installed]
         for table in self.tables:
@@ -113,7 +113,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, as report.json holds it: everything but the values of single queries, as fractions."""
+        """The content of report.json: everything except the value of each query; scores are fractions."""
         results = [asdict(replace(one, values=(), ids=())) | {"queries": len(one.values)} for one in self.results]
         for result in results:
             del result["values"], result["ids"]
@@ -122,14 +122,14 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that scores depend on."""
+    """The versions of Python and of the packages that affect scores."""
     return {name: version for name, version in library_versions(PACKAGES).items() if version is not None}
 
 
 def make_report(
     tasks: Sequence[Task], results: Sequence[TaskResult], seed: int = 0, command: str = "", checksum: str | None = None
 ) -> Report:
-    """A report with a table for each benchmark of `tasks`, in their order, of the results of all retrievers."""
+    """A report on the results of all retrievers, with one table per benchmark, in the order of `tasks`."""
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
     tables = [_table(name, [task for task in tasks if task.benchmark == name], results, seed) for name in benchmarks]
     return Report(tables, results, command, checksum)
@@ -145,7 +145,7 @@ def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult],
         if missing := [task.name for task in tasks if task.name not in by_task]:
             raise UserError("evaluation.result.missing", f"{key[0]} has no result for {benchmark}, {missing[0]}.")
         groups[key] = [by_task[task.name] for task in tasks]
-    # The reference is the deepest exit, not truncated, of the first retriever that has exits, or the first retriever.
+    # The reference is the deepest exit (full embeddings) of the first retriever with exits, else the first retriever.
     own = [key for key in groups if key[1] is not None]
     own = [key for key in own if key[0] == own[0][0]]
     reference = max(own, key=lambda key: (key[1] or 0, key[2] or 0)) if own else next(iter(groups))
@@ -177,7 +177,7 @@ def _row(
 
 
 def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
-    """The main metric's mean over tasks; F1 has none, so its task must be alone."""
+    """The mean of the main metric over tasks; F1 cannot be averaged, so a task with F1 must be alone."""
     main = results[0].main
     if len(results) == 1:
         return results[0].estimates[main]
@@ -188,7 +188,7 @@ def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
 
 
 def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], seed: int) -> Difference:
-    """The mean of `results` minus that of `reference`, task by task the same queries."""
+    """The mean of `results` minus the mean of `reference`; both hold the same tasks and queries."""
     pairs = list(zip(results, reference, strict=True))
     value = float(np.mean([a.estimates[a.main].value - b.estimates[b.main].value for a, b in pairs]))
     if results[0].main == "f1":
@@ -199,7 +199,7 @@ def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], 
 
 
 def to_latex(tables: Sequence[Table]) -> str:
-    """A `table` for each benchmark, for the package booktabs."""
+    """LaTeX code with one `table` per benchmark; needs the package booktabs."""
     parts = []
     for table in tables:
         caption = " ".join([f"{table.title}.", *_explain(table)])
@@ -212,7 +212,7 @@ def to_latex(tables: Sequence[Table]) -> str:
 
 
 def to_csv(results: Sequence[TaskResult]) -> str:
-    """A line for each metric of each result, as fractions."""
+    """CSV text with one line per result and metric; scores are fractions."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     names = ["benchmark", "task", "retriever", "exit_layer", "dimensions", "metric", "value", "low", "high"]
@@ -226,12 +226,12 @@ def to_csv(results: Sequence[TaskResult]) -> str:
 
 
 def interval(estimate: Estimate) -> str:
-    """Its bounds × 100."""
+    """The bounds of the 95 % interval × 100, as text."""
     return f"{percent(estimate.low)}–{percent(estimate.high)}"
 
 
 def _cells(table: Table) -> list[list[str]]:
-    """Header and rows as text."""
+    """The header and the rows of a table, as text."""
     columns, others = list(table.rows[0].columns), map(metric_label, table.rows[0].others)
     mean = ["mean"] if len(columns) > 1 else []
     cells = [["", *columns, *mean, "95 % interval", *others, f"Δ {metric_label(table.metric)}", "p"]]
@@ -255,11 +255,11 @@ def _explain(table: Table) -> list[str]:
 
 
 def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Table]:
-    """The tables of a file of results: the rows of the evaluated model's exits and of retrievers without exits.
+    """Read the tables of a results file; keep the rows of the evaluated model and of retrievers without exits.
 
     Args:
-        path: report.json or what `mose evaluate --json` or the quickstart wrote, also by older versions.
-        checkpoint: checksum of the weights that the results must be of; a file without one passes.
+        path: report.json, or a file that `mose evaluate --json` or the quickstart wrote, in this or an older version.
+        checkpoint: checksum of the weights that must have been evaluated; a file without a checksum passes.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -269,24 +269,24 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
         tables = [_read_table(table, name) for table in content.get("tables", ())]
         tables = tables or [_read_scores_by_exit(content, name or "folder")]
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
-        message = f"{path} holds no results as `mose evaluate` writes them: {error!r}."
+        message = f"{path} is not a results file of `mose evaluate`: {error!r}."
         raise UserError("evaluation.report.unreadable", message) from error
     if measured and checkpoint and measured != checkpoint:
-        message = f"{path} is of other weights ({measured}, not {checkpoint}): evaluate again."
+        message = f"{path} holds results of other weights ({measured}, not {checkpoint}): evaluate again."
         raise UserError("evaluation.report.other_weights", message)
     return tables
 
 
 def read_quality(path: str | os.PathLike[str], metric: str = "mrr", checkpoint: str = "") -> dict[int, float]:
-    """{exit_layer: quality} of the evaluated model from the first table of a file of results, for its exit profile.
+    """Read {exit_layer: quality} of the evaluated model from the first table of a results file, for an exit profile.
 
-    Arguments and errors are those of `read_tables`; `metric` is another one in the file than the main metric.
+    `metric` is a metric in the file. The other arguments and the errors are the same as in `read_tables`.
     """
     table = read_tables(path, checkpoint)[0]
     own, is_main = _own_exits(table), metric == table.metric
     values = {k: row.mean.value if is_main else row.others.get(metric, math.nan) for k, row in own.items()}
     if not values or not all(map(math.isfinite, values.values())):
-        raise UserError("evaluation.report.no_metric", f"{path} has no {metric} of each exit.")
+        raise UserError("evaluation.report.no_metric", f"{path} lacks {metric} for one exit or more.")
     return values
 
 
@@ -304,14 +304,14 @@ def _read_table(stored: Mapping[str, Any], name: str) -> Table:
 
 
 def _own_exits(table: Table) -> dict[int, Row]:
-    """The rows of the evaluated model, the retriever of the reference; of several sizes the whole embeddings."""
+    """{exit_layer: row} of the evaluated model (the retriever of the reference row), with the full embeddings."""
     own = next(row.retriever for row in table.rows if row.difference is None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
     return {row.exit_layer: row for row in rows if row.retriever == own and row.exit_layer is not None}
 
 
 def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
-    """The table of an older file: metrics by exit, and of BM25."""
+    """The table in a file of an older version, which holds the metrics of each exit and of BM25."""
     exits = sorted((int(exit_layer), scores) for exit_layer, scores in content["exits"].items())
     scores_of = [*(("model", *one) for one in exits), *([("BM25", None, content["bm25"])] if "bm25" in content else [])]
     rows = []
@@ -327,7 +327,7 @@ def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
 def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:
     """Write quality_by_depth.png if a retriever has exits, and quality_by_latency.png if exit profiles exist.
 
-    Plots of an earlier run are removed first. `profiles` are the files where the retrievers' exit profiles would be.
+    Plots of an earlier run are removed first. `profiles` is {retriever: file of its exit profile, if it exists}.
     """
     by_depth, by_latency = folder / "quality_by_depth.png", folder / "quality_by_latency.png"
     for path in (by_depth, by_latency):
@@ -338,21 +338,21 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
     found = {name: ExitProfile.load(path) for name, path in profiles.items() if path.is_file()}
     parts = ("processor", "threads", "gpu")
     if len({(one.device, one.shapes[0], *map(one.machine.get, parts)) for one in found.values()}) > 1:
-        message = "are of different machines, devices, threads or batches: measure them alike with `mose profile`."
+        message = "differ in machine, device, threads or batches: measure them alike with `mose profile`."
         raise UserError("evaluation.plots.other_machines", f"The exit profiles of {' and '.join(found)} {message}")
     if found:
         plot_quality_by_latency(tables, {name: median_latencies(one) for name, one in found.items()}, by_latency)
 
 
 def median_latencies(profile: ExitProfile) -> dict[int, float]:
-    """{exit_layer: median milliseconds} of an exit profile, at the first shape of batch that it measured."""
+    """{exit_layer: median milliseconds} of an exit profile, at its first batch shape."""
     return {k: profile.measurement(k, profile.shapes[0]).latency_ms_p50 for k in profile.exits}
 
 
 def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
-    """A panel for each table (the paper's Figure 4): the main metric of each exit against its depth, with intervals.
+    """Plot the main metric of each exit, with intervals, against its depth (the paper's Figure 4), a panel per table.
 
-    Retrievers without exits are dashed horizontal lines.
+    Dashed horizontal lines show retrievers without exits. Returns `path`.
     """
     lines = [_exits_by_name(table) for table in tables]
     if not any(lines):
@@ -361,9 +361,9 @@ def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
 
 
 def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Mapping[int, float]], path: Path) -> Path:
-    """A panel for each table: the main metric of each exit against its latency.
+    """Plot the main metric of each exit against its latency, one panel per table; returns `path`.
 
-    `latencies` are {retriever: {exit_layer: milliseconds}}, all on one machine (see `median_latencies`).
+    `latencies` is {retriever: {exit_layer: milliseconds}}, measured on one machine (see `median_latencies`).
     """
     lines: list[dict[str, dict[float, Row]]] = [{} for _ in tables]
     for line, table in zip(lines, tables, strict=True):
@@ -372,12 +372,12 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
             if timed := {times[k]: row for k, row in exits.items() if k in times}:
                 line[name] = timed
     if not any(lines):
-        raise UserError("evaluation.plots.no_latency", "The exit profiles hold no exit of these retrievers.")
+        raise UserError("evaluation.plots.no_latency", "The exit profiles cover no exit of these retrievers.")
     return _plot(tables, lines, path, by_latency=True)
 
 
 def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
-    """The rows of exits by retriever and size."""
+    """{retriever and embedding size: {exit_layer: row}}, exits ascending."""
     found: dict[str, dict[int, Row]] = {}
     for row in sorted(table.rows, key=lambda row: row.exit_layer or 0):
         if row.exit_layer is not None:
@@ -391,7 +391,7 @@ def _plot(
     path: Path,
     by_latency: bool,
 ) -> Path:
-    """Draw {name: {place on the x axis: row}} of each table, three panels in a row."""
+    """Draw one panel per table, three side by side; `lines` has {name: {x coordinate: row}} for each table."""
     with naming_extra():
         from matplotlib.figure import Figure
     height, width = -(-len(tables) // 3), min(3, len(tables))

@@ -1,12 +1,12 @@
-"""Retrievers, which score documents for queries, cosine similarities in blocks, and the cache of embeddings.
+"""Retrievers, which score documents for queries; cosine similarities in blocks; a cache of embeddings.
 
 A retriever may have several *variants* that come from one pass over the texts: the exits of a model, and at each exit
-the sizes to which its embeddings can be truncated. `run.evaluate_tasks` asks for the variants without a stored result.
+the sizes to which its embeddings can be truncated. `run.evaluate_tasks` requests the variants without a stored result.
 
-A cosine similarity is the float64 sum of products of unit vectors, added up pairwise in the order of the components,
-then rounded to float32. Matrix products add in the order that is fastest for their shape. A block therefore takes from
-them only the scores that no such error can round differently, and computes the few others in the fixed order. Equal
-vectors then get equal scores everywhere, and no result depends on the size of a block or on the library.
+The cosine similarity of two unit vectors is the float64 sum of their products, added pairwise in the order of the
+components and rounded to float32. A matrix product adds them in another order, so its rounding error differs. A block
+keeps the scores of the matrix product that round to the same float32 despite this error, and computes the other scores
+in the fixed order. Scores of equal vectors are therefore equal, whatever the block size or the library.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ BLOCK = 1 << 22
 """Scores per block: 32 MiB in float64."""
 
 HELD = 1 << 25
-"""Components of documents in memory at a time, 256 MiB in float64; with no more, a block holds all documents."""
+"""Most components of documents in memory at once, 256 MiB in float64; with fewer, a block holds all documents."""
 
-_PAIRS = 4096  # pairs of vectors in memory at a time
+_PAIRS = 4096  # pairs of vectors in memory at once
 _NOTHING = 2.0**-24
-"""Similarities closer to 0 are set to 0: below, float32 distinguishes numbers that float64 sums do not."""
+"""Smaller similarities are set to 0, because there float32 is finer than the error of float64 sums."""
 
 
 class ExitVariant(NamedTuple):
-    """An exit of a model, and the size its embeddings are truncated to; None where a retriever has neither."""
+    """An exit, None if the retriever has no exits, and the size of truncated embeddings, None if it has one size."""
 
     exit_layer: int | None = None
     dimensions: int | None = None
 
 
 class Block(NamedTuple):
-    """Scores (R, C) float32 of consecutive queries and documents, from `row` and `column` on."""
+    """Scores (R, C) float32 of R queries from number `row` on and C documents from number `column` on."""
 
     row: int
     column: int
@@ -52,39 +52,39 @@ class Block(NamedTuple):
 
 
 class Scores(Protocol):
-    """The scores of Q queries and D documents, never all in memory."""
+    """The scores of Q queries and D documents, computed in blocks because they may not fit into memory."""
 
     shape: tuple[int, int]
 
     def blocks(self) -> Iterator[Block]:
-        """All scores, each once, in any order."""
+        """Yield blocks that together hold each score once, in any order."""
         ...
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Scores (P,) float32 of P pairs, given as row numbers of queries and documents; equal to those of `blocks`."""
+        """Scores (P,) float32 of P pairs, given by row numbers (P,) of queries and of documents; equal to `blocks`."""
         ...
 
 
 class Retriever(Protocol):
-    """Anything that ranks documents for queries."""
+    """The interface of a model that ranks documents for queries."""
 
-    name: str  # as tables show it
-    checksum: str  # differs if any score could differ; results are stored under it
-    variants: tuple[ExitVariant, ...] = (ExitVariant(),)  # the available ones
+    name: str  # name in tables
+    checksum: str  # changes whenever a score may change; part of the key of stored results
+    variants: tuple[ExitVariant, ...] = (ExitVariant(),)  # the available variants
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Do what can be done for all texts at once, such as embedding them; nothing by default."""
+        """Prepare all texts at once, for example embed them; does nothing by default."""
         return None
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> Scores:
-        """Scores (Q, D) of prepared texts."""
+        """Scores (Q, D) of texts that `prepare` has seen."""
         ...
 
 
 class EmbeddingRetriever(Retriever):
-    """Ranks by cosine similarity of embeddings, which `cache` keeps, by default in memory.
+    """Ranks documents by the cosine similarity of embeddings. `cache` keeps the embeddings, by default in memory.
 
-    Each text is embedded once, all missing exits in one pass.
+    Each text is embedded once; one pass computes all missing exits.
     """
 
     chunk = 4096
@@ -97,11 +97,11 @@ class EmbeddingRetriever(Retriever):
         self.variants = tuple(ExitVariant(k, size) for k in encoder.exit_layers for size in encoder.dimensions)
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Embed the texts that the cache lacks, longest first."""
+        """Embed the texts that are missing in the cache, longest first."""
         prompted = dict.fromkeys((self.encoder.prompt(text), text.text) for text in dict.fromkeys(texts))
         exits = dict.fromkeys(variant.exit_layer for variant in variants)
         absent = {k: missing for k in exits if (missing := self.cache.missing(self._space(k), prompted))}
-        # A text that any exit lacks is embedded at all of them: the pass to the deepest exit computes the others too.
+        # A text that is missing at one exit is embedded at all: the pass to the deepest exit computes the others too.
         wanted = sorted(set().union(*absent.values()), key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
         starts = range(0, len(wanted), self.chunk)
         for start in tqdm(starts, desc=f"embedding, {self.name}", unit="shard", disable=not progress, leave=False):
@@ -111,7 +111,7 @@ class EmbeddingRetriever(Retriever):
                 self.cache.add(self._space(exit_layer), chunk, embeddings[exit_layer])
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> CosineScores:
-        """Cosine similarities of prepared texts."""
+        """Cosine similarities of texts that `prepare` has seen."""
         space, prompt = self._space(variant.exit_layer), self.encoder.prompt
         asked, answers = ([(prompt(one), one.text) for one in texts] for texts in (queries, documents))
         return CosineScores(self.cache.rows(space, asked), self.cache.rows(space, answers), variant.dimensions)
@@ -129,10 +129,10 @@ class Rows(Protocol):
 
 
 class CosineScores:
-    """Cosine similarity, exact and then rounded to float32; a vector of zeros is similar to nothing (0).
+    """Cosine similarities, exact and then rounded to float32; the similarity to a vector of zeros is 0.
 
-    Embeddings (Q, F) and (D, F) are read in slices and may be larger than memory. Of them the first `dimensions`
-    components are used, normalised again.
+    Embeddings (Q, F) and (D, F) are read in slices and may be larger than memory. They are truncated to the first
+    `dimensions` components and normalised again.
     """
 
     def __init__(self, queries: Rows, documents: Rows, dimensions: int | None = None) -> None:
@@ -140,7 +140,7 @@ class CosineScores:
         self.shape = (len(queries), len(documents))
 
     def blocks(self) -> Iterator[Block]:
-        """Columns outside, rows inside, so that each document is read once."""
+        """Yield all rows of one range of columns before the next range, so that each document is read once."""
         height, width = self.shape
         size = self.documents[:1].shape[1]
         columns = width if width * size <= HELD else max(1, HELD // (4 * size))
@@ -159,7 +159,7 @@ class CosineScores:
         return scores
 
     def _unit(self, embeddings: np.ndarray) -> np.ndarray:
-        """Rows scaled to length 1, float64; rows of zeros stay, infinity becomes NaN."""
+        """Scale the rows to length 1, in float64; rows of zeros stay zero, infinite values become NaN."""
         embeddings = embeddings[:, : self.dimensions].astype(np.float64)
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
         with np.errstate(invalid="ignore"):
@@ -168,9 +168,9 @@ class CosineScores:
 
 
 def similarities(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Rounded similarities (Q, D) float32 of unit rows, those of `CosineScores.of_pairs` bit for bit."""
+    """Similarities (Q, D) float32 of unit vectors, bit for bit equal to `CosineScores.of_pairs`."""
     products = queries @ documents.T
-    # Twice the error of a sum of F products of unit vectors (Higham 2002, section 3.1), in whatever order.
+    # Twice the largest error of a sum of F products of unit vectors, added in any order (Higham 2002, section 3.1).
     error = queries.shape[1] * 2.0**-52
     products -= error
     scores = _rounded(products)
@@ -190,11 +190,11 @@ def _rounded(similarities: np.ndarray) -> np.ndarray:
 
 
 class EmbeddingCache:
-    """Embeddings by model, exit, prompt and text; a second benchmark over the same texts embeds nothing.
+    """A cache of embeddings by model, exit, prompt and text, so that benchmarks with the same texts embed them once.
 
     A *space* (model and exit) is a folder of shards: `NAME.npy` with embeddings and `NAME.keys.npy` with the hashes of
-    their texts. Shards never change, and keys are renamed into place last: a reader sees whole shards only, and any
-    number of processes may write. Embeddings are memory-mapped when read; without a folder they are in memory.
+    their texts. Shards never change, and their keys are written last, atomically: readers see complete shards only, and
+    several processes may write. Embeddings are memory-mapped; without a folder they are kept in memory.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
@@ -202,17 +202,17 @@ class EmbeddingCache:
         self._spaces: dict[str, _Space] = {}
 
     def missing(self, space: str, texts: Iterable[Prompted]) -> list[Prompted]:
-        """The texts without an embedding in `space`, in order."""
+        """The texts whose embeddings are missing in `space`, in the given order."""
         places = self._space(space).places
         return [text for text in texts if _key(text) not in places]
 
     def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray) -> None:
-        """Store embeddings (N, F) float32 of N texts."""
+        """Store the embeddings (N, F) float32 of N texts in `space`."""
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
         shards = self._space(space).shards
         size = shards[0].shape[1] if shards else embeddings.shape[-1]
         if embeddings.shape != (len(texts), size):
-            message = f"{len(texts)} texts need ({len(texts)}, {size}) embeddings, not {embeddings.shape}."
+            message = f"{len(texts)} texts need embeddings of shape ({len(texts)}, {size}), not {embeddings.shape}."
             raise UserError("evaluation.embeddings.shape", message)
         if not np.isfinite(embeddings).all():
             raise UserError("evaluation.embeddings.not_finite", "An embedding is NaN or infinite. Check the model.")
@@ -227,7 +227,7 @@ class EmbeddingCache:
         self._space(space).append(keys, embeddings)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
-        """The embeddings of texts that were added, read on access."""
+        """The embeddings (N, F) of N texts in the cache, read when they are indexed."""
         found = self._space(space)
         return CachedRows(found.shards, np.array([found.places[_key(text)] for text in texts]).reshape(-1, 2))
 
@@ -239,7 +239,7 @@ class EmbeddingCache:
                     keys = np.load(path, allow_pickle=False)
                     shard = np.load(path.with_name(path.name.replace(".keys.", ".")), "r", allow_pickle=False)
                     if keys.dtype != np.uint8 or keys.shape != (len(shard), 32) or shard.dtype != np.float32:
-                        raise ValueError("keys and embeddings do not fit together")
+                        raise ValueError("keys and embeddings do not match")
                 except (ValueError, OSError, EOFError) as error:
                     raise UserError("evaluation.cache.damaged", f"{path} is damaged ({error}): remove it.") from None
                 space.append([row.tobytes() for row in keys], shard)
@@ -248,7 +248,7 @@ class EmbeddingCache:
 
 @dataclass(slots=True)
 class _Space:
-    """The shards of one folder, and the shard and row of each text."""
+    """The shards of one folder, and {key of a text: (shard, row)}."""
 
     shards: list[np.ndarray] = field(default_factory=list)
     places: dict[bytes, tuple[int, int]] = field(default_factory=dict)
@@ -261,7 +261,7 @@ class _Space:
 
 @dataclass(frozen=True, slots=True)
 class CachedRows:
-    """Embeddings (N, F) float32 from several shards, and the shard and row of each."""
+    """Embeddings (N, F) float32 in several shards; `places` (N, 2) holds the shard and row of each."""
 
     shards: Sequence[np.ndarray]
     places: np.ndarray

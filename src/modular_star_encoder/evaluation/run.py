@@ -1,8 +1,8 @@
-"""The one path from tasks to scores: benchmarks and retrievers by name → task results → a report.
+"""Run evaluations: names of benchmarks and retrievers → task results → a report.
 
-`mose evaluate` calls `run_benchmarks`, training calls `evaluate_tasks` and `evaluate_exits`. With a folder `out`, each
-result is stored under a hash of what it depends on (the task's texts and protocol, the retriever's weights): a run that
-is started again computes only what is missing, and no stored result is overwritten.
+`mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks` and `evaluate_exits`. With a folder `out`, each
+result is stored under a hash of everything it depends on (the task's texts and protocol, the retriever's weights). A
+repeated run computes only the missing results, and overwrites none.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 
 PROTOCOL = 1
-"""Increased when the same scores would give other results."""
+"""The version of the protocol; increase it when equal scores would give other results."""
 
 LEXICAL: dict[str, Callable[[], Retriever]] = {"bm25": BM25, "tfidf": TfIdf}
 
@@ -56,28 +56,28 @@ def run_benchmarks(
     command: str = "",
     progress: bool = True,
 ) -> Report:
-    """A report on a model and baselines, with a table for each benchmark.
+    """Evaluate a model and baselines on benchmarks; returns a report with one table per benchmark.
 
     Args:
-        model: see `open_retriever`; differences in the tables are to its deepest exit.
+        model: see `open_retriever`; the tables compare all rows with its deepest exit.
         benchmarks: names in `evaluation.benchmarks.BENCHMARKS`, or "all".
-        data: their folder (see `load_benchmark`).
-        out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`), embeddings and the lists of
+        data: folder of the benchmarks (see `load_benchmark`).
+        out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`), embeddings and lists of
             candidates; nothing is written if None.
-        baselines: other retrievers, see `open_retriever`; if None, BM25 without `out` and none with it.
-        untrained: also evaluate the model with fresh weights.
-        allow_subset: accept partial files, with a note under the tables.
-        candidates: folder of the lists of candidates of an earlier run (CodeSearchNet with 999 distractors).
-        cache: folder for embeddings, shared by runs; `out/embeddings` if None.
-        seed: of intervals, permutations and the untrained weights; candidates are always drawn as the protocol says.
-        command: shown in the report.
+        baselines: other retrievers, see `open_retriever`; if None, BM25 if `out` is None too, else no baseline.
+        untrained: also evaluate the model with random weights.
+        allow_subset: accept partial files, and add a note below the tables.
+        candidates: folder with the lists of candidates from an earlier run (CodeSearchNet with 999 distractors).
+        cache: folder for embeddings, which several runs may share; `out/embeddings` if None.
+        seed: random seed of intervals, permutations and untrained weights; the protocol fixes the seed of candidates.
+        command: the command line that the report shows.
     """
     folder = None if out is None else Path(out).expanduser()
     if folder is not None and folder.exists() and not folder.is_dir():
-        raise UserError("evaluation.out.not_a_folder", f"{folder} is a file: name a folder for the reports.")
+        raise UserError("evaluation.out.not_a_folder", f"{folder} is a file; `out` must be a folder.")
     chosen = choose_benchmarks(benchmarks, data)
     if candidates is not None and not set(chosen) & set(WITH_CANDIDATES):
-        message = f"Lists of candidates are only for {' and '.join(WITH_CANDIDATES)}."
+        message = f"Only {' and '.join(WITH_CANDIDATES)} use lists of candidates."
         raise UserError("evaluation.candidates.not_used", message)
     options: dict[str, Any] = {"allow_subset": allow_subset, "candidates": candidates}
     tasks = [task for name in chosen for task in load_benchmark(name, data, **options)]
@@ -88,7 +88,7 @@ def run_benchmarks(
         baselines = ["bm25"] if folder is None else []
     retrievers = _open_all(model, baselines, store, exit_layers, seed if untrained else None)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)  # fails before the work and not after it
+        folder.mkdir(parents=True, exist_ok=True)  # fails before the evaluation, not after it
         for task in tasks:
             if isinstance(task, RetrievalTask) and task.benchmark in WITH_CANDIDATES:
                 write_candidates(task, folder / "candidates" / task.benchmark)
@@ -101,7 +101,7 @@ def run_benchmarks(
         profiles = {one.name: Path(name).expanduser() / PROFILE_NAME for name, one in retrievers.items()}
         try:
             plot_report(report.tables, profiles, folder)
-        except (ImportError, ValueError) as error:  # the reports are written; a missing plot is only a note
+        except (ImportError, ValueError) as error:  # the reports are already written, so a missing plot is only a note
             print(f"mose: note: a plot is missing. {error}", file=sys.stderr)
     return report
 
@@ -118,13 +118,13 @@ def evaluate_exits(
     progress: bool = True,
     **encode_options: Any,
 ) -> Report:
-    """Rank each description's code among `size` candidates, at each exit of a loaded model and by BM25.
+    """Evaluate text → code retrieval among `size` candidates, at each exit of a loaded model and with BM25.
 
     Args:
-        rows: (description, code, language). With several languages, candidates of other languages are easy ones.
-        untrained: also evaluate the architecture with fresh weights (doubles time and memory).
-        size: candidates of each query, in the batches of `tasks.candidate_batches`.
-        seed: of batches, intervals and fresh weights.
+        rows: (description, code, language). With several languages, candidates in other languages are easy to reject.
+        untrained: also evaluate the architecture with random weights (doubles time and memory).
+        size: number of candidates of each query, in the batches of `tasks.candidate_batches`.
+        seed: random seed of batches, intervals and untrained weights.
         encode_options: passed to `encode_exits`: max_length, tokens_per_batch, dtype.
 
     Returns:
@@ -146,10 +146,10 @@ def evaluate_tasks(
     seed: int = 0,
     progress: bool = True,
 ) -> list[TaskResult]:
-    """The results of all variants of these retrievers on these tasks, retrievers outermost.
+    """Evaluate all variants of the retrievers on all tasks; returns results in order of retriever, task and variant.
 
-    All texts of a retriever are embedded in one pass. `out/cells/` holds stored results and gets new ones; nothing is
-    stored if `out` is None. `seed` is of the bootstrap.
+    Each retriever embeds all texts in one pass. Results are read from and stored in `out/cells/`; nothing is stored if
+    `out` is None. `seed` is the random seed of the bootstrap.
     """
     checksums, results = [task.checksum() for task in tasks], []
     for retriever in retrievers:
@@ -165,7 +165,7 @@ def evaluate_tasks(
         bar = tqdm(runs, desc=f"scoring, {retriever.name}", unit="task", disable=not progress, leave=False)
         for task, variant, path in bar:
             if path is not None and path.is_file():
-                stored = read_result(path)  # perhaps of another name
+                stored = read_result(path)  # its names may differ
                 result = replace(stored, benchmark=task.benchmark, task=task.name, retriever=retriever.name)
             else:
                 result = evaluate_task(task, retriever, variant, seed=seed, progress=progress)
@@ -179,7 +179,7 @@ def evaluate_tasks(
 def evaluate_task(
     task: Task, retriever: Retriever, variant: ExitVariant, *, seed: int = 0, progress: bool = True
 ) -> TaskResult:
-    """One result; the retriever has prepared the task's texts."""
+    """Evaluate one variant of a retriever on one task; `retriever.prepare` must have seen the task's texts."""
     names = (task.benchmark, task.name, retriever.name, *variant)
     if isinstance(task, PairTask):
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant, seed))
@@ -195,7 +195,7 @@ def evaluate_task(
     main = values_of[task.metrics[0]]
     kept = np.flatnonzero(~np.isnan(main))
     if not len(kept):
-        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no relevant document.")
+        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no document is relevant.")
     estimates = {}
     for metric, values in values_of.items():
         known = values[~np.isnan(values)]
@@ -208,7 +208,7 @@ def evaluate_task(
 def _evaluate_pairs(
     task: PairTask, retriever: Retriever, variant: ExitVariant, seed: int
 ) -> tuple[dict[str, Estimate], list[int], list[str], int, float]:
-    """The fields of a `TaskResult` after the names."""
+    """The fields of a `TaskResult` that follow its names."""
     scores = retriever.scores(task.documents, task.documents, variant)
     valid, test = (scores.of_pairs(*pairs.T) for pairs in (task.valid_pairs, task.pairs))
     metrics.check_scores(test)
@@ -223,7 +223,7 @@ def _evaluate_pairs(
 
 
 def read_result(path: Path) -> TaskResult:
-    """A stored result, also of versions that wrote `system` and `figures`."""
+    """Read a stored result, also from older versions, which wrote `system` and `figures`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         names = {"system": "retriever", "figures": "estimates"}
@@ -244,19 +244,19 @@ def _path(out: str | Path | None, task: str, retriever: Retriever, variant: Exit
 def open_retriever(
     name: str, cache: EmbeddingCache | None = None, exit_layers: Sequence[int] | None = None
 ) -> Retriever:
-    """The retriever of a name: `bm25`, `tfidf`, or a model by the names that `load_encoder` takes.
+    """Open the retriever `bm25` or `tfidf`, or a model whose name `load_encoder` accepts.
 
-    `exit_layers` are exits of one of our checkpoints, all if None. Errors are those of `load_encoder`.
+    `exit_layers` selects exits of a ModularStarEncoder, all if None. See `load_encoder` for the errors.
     """
     if name not in LEXICAL:
         return EmbeddingRetriever(load_encoder(name, exit_layers), cache)
     if exit_layers:
-        raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: leave them out.")
+        raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: remove exit_layers.")
     return LEXICAL[name]()
 
 
 def _own_encoder(retriever: Retriever) -> ExitEncoder | None:
-    """The model of a retriever, if it is one of ours."""
+    """The encoder of a retriever if it is a ModularStarEncoder, else None."""
     encoder = retriever.encoder if isinstance(retriever, EmbeddingRetriever) else None
     return encoder if isinstance(encoder, ExitEncoder) else None
 
@@ -268,11 +268,11 @@ def _open_all(
     exit_layers: Sequence[int] | None,
     untrained_seed: int | None,
 ) -> dict[str, Retriever]:
-    """Retrievers by the names that were given; no two have the same name in tables."""
+    """{given name: retriever}; UserError if two retrievers have the same name in tables."""
     retrievers = {model: open_retriever(model, store, exit_layers)}
     if untrained_seed is not None:
         if (encoder := _own_encoder(retrievers[model])) is None:
-            raise UserError("evaluation.untrained.other_model", f"{model} is not ours: `untrained` cannot rebuild it.")
+            raise UserError("evaluation.untrained.other_model", f"`untrained` needs a ModularStarEncoder, not {model}.")
         retrievers["untrained"] = EmbeddingRetriever(encoder.untrained(untrained_seed), store)
     for name in baselines:
         if name not in retrievers:
@@ -284,7 +284,7 @@ def _open_all(
 
 
 def _without_paths(command: str) -> str:
-    """The command without this machine's paths."""
+    """The command, with local paths replaced by the variables MOSE_DATA and HOME."""
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
             command = command.replace(place, f"${variable}")
@@ -298,14 +298,14 @@ def classification_scores(
     *,
     progress: bool = True,
 ) -> dict[int, dict[str, float]]:
-    """Accuracy, and precision, recall and F1 of class 1 (the metric of BigCloneBench since 2021-09-13) of each exit.
+    """Accuracy of each exit, and precision, recall and F1 of class 1 (BigCloneBench's metric since 2021-09-13).
 
     Args:
-        model: with two classes, in evaluation mode.
-        batches: `input_ids`, `attention_mask` and `labels`, as `ClassificationCollator` makes them.
+        model: a classifier with two classes, in evaluation mode.
+        batches: mappings with `input_ids`, `attention_mask` and `labels`, as from `ClassificationCollator`.
 
     Returns:
-        exit → name → a fraction between 0 and 1; precision, recall and F1 are 0 where undefined.
+        {exit: {metric: a fraction between 0 and 1}}; precision, recall and F1 are 0 where undefined.
     """
     exits, device = tuple(model.config.exit_layers), next(model.parameters()).device
     decisions, labels = [], []

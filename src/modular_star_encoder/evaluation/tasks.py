@@ -1,6 +1,6 @@
-"""Tasks (rank documents for queries, or decide about pairs) and their results.
+"""Tasks (rank documents for queries, or classify pairs) and their results.
 
-A task holds texts and relevance judgements, and nothing about a model. Benchmarks make tasks; `run` evaluates them.
+A task holds texts and relevance judgements; it does not depend on a model. Benchmarks make tasks; `run` evaluates them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from modular_star_encoder.inference.encoders import Text
 from modular_star_encoder.utils.errors import UserError
 
 POOL = 1000
-"""Candidates of a query in CodeSearchNet's protocol."""
+"""Number of candidates of a query in CodeSearchNet's protocol."""
 
 HELD_OUT = {TEXT_TO_CODE: "held-out, text → code", CODE_TO_CODE: "held-out, code → code"}
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over queries, or F1 over pairs, as a fraction, with its 95 % bootstrap interval."""
+    """A mean over queries, or F1 over pairs, as a fraction, with the bounds of its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -40,13 +40,13 @@ class TaskResult:
     benchmark: str
     task: str
     retriever: str
-    exit_layer: int | None  # None where the retriever has none, as for dimensions
+    exit_layer: int | None  # None if the retriever has no exits; likewise `dimensions`
     dimensions: int | None
-    estimates: Mapping[str, Estimate]  # by the name of the metric; the first is the task's main metric
-    values: Sequence[float]  # of the main metric, one for each id; for F1 the outcomes of the pairs
-    ids: Sequence[str]  # the queries that have a relevant document; empty for pairs
-    candidates: int  # the largest number of documents that a query was ranked against; 0 for pairs
-    threshold: float | None = None  # the similarity at and above which a pair was called positive
+    estimates: Mapping[str, Estimate]  # {metric: estimate}; the first is the task's main metric
+    values: Sequence[float]  # the main metric of each query in `ids`; for F1 the outcome of each pair
+    ids: Sequence[str]  # ids of the queries with a relevant document; empty for pairs
+    candidates: int  # number of candidates of a query, in the largest pool; 0 for pairs
+    threshold: float | None = None  # pairs with at least this similarity are classified as positive
 
     @property
     def main(self) -> str:
@@ -56,28 +56,28 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judgements:
-    """Which documents are how relevant to which query; documents that are not listed are irrelevant."""
+    """J relevance judgements, each about one query and one document; all other documents are irrelevant."""
 
-    query: np.ndarray  # (J,) int64, ascending
-    document: np.ndarray  # (J,) int64, different within a query
-    gain: np.ndarray  # (J,) float64; 0 for a document judged irrelevant
+    query: np.ndarray  # (J,) int64 row numbers, ascending
+    document: np.ndarray  # (J,) int64 row numbers, unique within a query
+    gain: np.ndarray  # (J,) float64, the degree of relevance; 0 for a document judged irrelevant
 
     @classmethod
     def one_each(cls, documents: Sequence[int] | range) -> Judgements:
-        """Query i has the one relevant document `documents[i]`."""
+        """Judgements where the only relevant document of query i is `documents[i]`."""
         count = len(documents)
         return cls(np.arange(count), np.asarray(documents, dtype=np.int64), np.ones(count))
 
     @classmethod
     def of(cls, gains: Sequence[Mapping[int, float]]) -> Judgements:
-        """From {document: gain} of each query."""
+        """Judgements from one mapping {document: gain} per query."""
         query = np.repeat(np.arange(len(gains)), [len(judged) for judged in gains])
         document = np.array([document for judged in gains for document in judged], dtype=np.int64)
         return cls(query, document, np.array([gain for judged in gains for gain in judged.values()], dtype=np.float64))
 
 
 class Pool(NamedTuple):
-    """Queries (Q,) that are ranked against the same candidates (D,): row numbers into the texts of a task."""
+    """Row numbers in a task of Q queries and of the D documents that are the candidates of each of them."""
 
     queries: np.ndarray
     documents: np.ndarray
@@ -85,18 +85,18 @@ class Pool(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RetrievalTask:
-    """Rank documents for queries."""
+    """A task to rank documents for queries."""
 
-    benchmark: str  # the table in which it is reported
+    benchmark: str  # name of the benchmark; its tasks share a table
     name: str  # unique within the benchmark, such as "ruby" or "java → python"
     queries: Sequence[Text]
     documents: Sequence[Text]
-    query_ids: Sequence[str]  # tasks of one benchmark use the same name for the same query
+    query_ids: Sequence[str]  # the same query has the same id in all tasks of a benchmark
     judgements: Judgements
-    pools: Sequence[Pool]  # a query is in at most one pool, which holds its relevant documents
+    pools: Sequence[Pool]  # a query is in one pool at most, together with its relevant documents
     metrics: tuple[str, ...] = ("mrr", "recall@1", "recall@10", "ndcg@10")  # see `query_values`; tables show the first
-    exclude_self: bool = False  # whether document i is query i itself and therefore not one of its candidates
-    column: str = ""  # of the table, where several tasks share one
+    exclude_self: bool = False  # whether document i is query i, and therefore not a candidate for it
+    column: str = ""  # column of the table, if several tasks share it; `name` if empty
     notes: tuple[str, ...] = ()  # caveats, shown under the table
 
     def texts(self) -> list[Text]:
@@ -114,14 +114,14 @@ class RetrievalTask:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairTask:
-    """Decide whether two texts belong together, by a threshold on their similarity."""
+    """A task to classify pairs of texts as matching or not, by a threshold on their similarity."""
 
     benchmark: str
     name: str
     documents: Sequence[Text]
-    valid_pairs: np.ndarray  # (P, 2) int64 rows of `documents`, on which the threshold is chosen
-    valid_labels: np.ndarray  # (P,) of 0 and 1
-    pairs: np.ndarray  # those on which it is used
+    valid_pairs: np.ndarray  # (P, 2) int64 row numbers of documents; these pairs choose the threshold
+    valid_labels: np.ndarray  # (P,), 0 or 1
+    pairs: np.ndarray  # (N, 2) int64; these pairs are classified with the threshold
     labels: np.ndarray
     column: str = ""
     notes: tuple[str, ...] = ()
@@ -140,7 +140,7 @@ Task = RetrievalTask | PairTask
 
 
 class RetrievalRow(NamedTuple):
-    """One pair: a description in prose, and the function that it describes without its documentation."""
+    """A description in prose, and the code of the function that it describes, without documentation."""
 
     description: str
     code: str
@@ -168,13 +168,13 @@ def ranking_task(
     batches: Iterable[np.ndarray] | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """A task whose queries are ranked against all documents, or row by row within batches.
+    """Build a task; the candidates of a query are all documents, or the documents of its batch.
 
     Args:
-        ids: of the queries; their numbers if None.
-        judgements: if None, document i is the relevant one of query i.
-        batches: the rows of each batch; all documents are candidates of every query if None.
-        options: other fields of the task.
+        ids: ids of the queries; their row numbers if None.
+        judgements: if None, document i is the only relevant document of query i.
+        batches: row numbers (B,) of each batch; if None, all documents are candidates of every query.
+        options: other fields of `RetrievalTask`.
     """
     pools = [Pool(np.arange(len(queries)), np.arange(len(documents)))]
     return RetrievalTask(
@@ -190,10 +190,10 @@ def ranking_task(
 
 
 def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarray]:
-    """Row numbers of each batch: `n` rows shuffled, cut into batches of `size`, the incomplete last one dropped.
+    """Shuffle `n` rows, cut them into batches of `size`, and return the row numbers of each complete batch.
 
-    With fewer than `size` rows there is one batch of them all. The shuffle is the one of `np.random.seed(seed)`, which
-    CodeSearchNet and CodeBERT use: same rows, same batches.
+    If there are fewer than `size` rows, one batch holds them all. CodeSearchNet and CodeBERT shuffle with the same
+    `np.random.seed(seed)`, so equal rows give the same batches.
     """
     if n < 2 or size < 2:
         message = f"Ranking needs at least 2 pairs in batches of at least 2, not {n} pairs in batches of {size}."
@@ -211,13 +211,13 @@ def pairs_task(
     seed: int = 0,
     **options: Any,
 ) -> RetrievalTask:
-    """A task that asks for the code of each description.
+    """Build a task whose queries are descriptions; the relevant document of each is its code.
 
     Args:
         rows: (description, code, language), such as `RetrievalRow`s.
-        size: candidates of each query, in the batches of `candidate_batches`; all documents if None.
-        seed: of the batches.
-        options: for `ranking_task`.
+        size: number of candidates of each query, in the batches of `candidate_batches`; all documents if None.
+        seed: random seed of the batches.
+        options: passed to `ranking_task`.
     """
     pairs = [(Text(description), Text(code, language)) for description, code, language in rows]
     batches = candidate_batches(len(pairs), size or POOL, seed)  # also checks the number of pairs
@@ -232,13 +232,13 @@ def task_from_mappings(
     language: str | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """A task from texts by id; queries without a relevant document are left out, all documents are candidates.
+    """Build a task from {id: text}; leaves out queries without a relevant document. All documents are candidates.
 
     Args:
-        queries, corpus: id → text.
-        relevant: id of a query → ids of its relevant documents.
-        language: of all documents; None if it is unknown or they are prose.
-        options: other fields of the task.
+        queries, corpus: {id: text}.
+        relevant: {id of a query: ids of its relevant documents}.
+        language: programming language of all documents; None if unknown, or if the documents are prose.
+        options: other fields of `RetrievalTask`.
     """
     places = {name: place for place, name in enumerate(corpus)}
     answered = [name for name in queries if relevant.get(name)]
@@ -246,7 +246,7 @@ def task_from_mappings(
         message = f"{len(unknown)} relevant documents are not in `corpus`, such as {unknown[0]!r}."
         raise UserError("evaluation.task.unknown_document", message)
     if not answered or len(places) < 2:
-        message = f"Ranking needs an answered query and two documents, not {len(answered)} and {len(places)}."
+        message = f"Ranking needs a judged query and two documents, but there are {len(answered)} and {len(places)}."
         raise UserError("evaluation.candidates.too_few", message)
     judged = [sorted(places[document] for document in relevant[name]) for name in answered]
     judgements = Judgements.of([dict.fromkeys(found, 1.0) for found in judged])
@@ -255,19 +255,19 @@ def task_from_mappings(
 
 
 def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed: int = 0) -> list[RetrievalTask]:
-    """A task for each kind of pairs, text → code and code → code, of which there are at least two.
+    """Build one task for text → code pairs and one for code → code pairs; leaves out a task with fewer than two pairs.
 
     Args:
-        texts: the rows.
-        limit: queries of a task, drawn at random; above 1000 whole thousands of them, each ranked within its own.
-        seed: of the draw.
+        texts: the held-out rows.
+        limit: largest number of queries of a task, drawn at random; above 1000, they form complete batches of 1000.
+        seed: random seed of the draw.
     """
     tasks: list[RetrievalTask] = []
     for kind, groups in PairGroups(texts).rows.items():
         generator = np.random.default_rng((seed, len(tasks)))
         drawn = generator.permutation(len(groups))[:limit]
         if len(drawn) > POOL:
-            drawn = drawn[: len(drawn) // POOL * POOL]  # batches drop an incomplete rest
+            drawn = drawn[: len(drawn) // POOL * POOL]  # an incomplete last batch would be dropped
         if len(drawn) < 2:
             continue
         pairs = []
@@ -275,7 +275,7 @@ def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed
             snippets = [Text(snippet.code, snippet.language) for snippet in example.snippets]
             if kind == TEXT_TO_CODE:
                 pairs.append((Text(example.description), snippets[0]))
-            else:  # two snippets drawn at random
+            else:  # two random snippets
                 first, second = generator.choice(len(snippets), size=2, replace=False)
                 pairs.append((snippets[first], snippets[second]))
         queries, documents = map(list, zip(*pairs, strict=True))

@@ -1,4 +1,4 @@
-"""Manifests: the YAML files in hub_configs that say which repositories are published, and from what."""
+"""Manifests are YAML files, as in hub_configs, that list the repositories to publish and their sources."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -15,24 +15,24 @@ MAIN = "main"
 
 @settings_class
 class RepositorySettings:
-    """One repository, or one branch of a repository.
+    """An entry of a manifest: one repository, or one branch of a repository.
 
     Args:
-        name: of the repository, without its namespace.
-        checkpoint: folder to publish as it is; or
-        slice_of, exit_layer: the key of an entry above, and the exit at which to cut it.
-        only_exit: a slice keeps this exit's head alone, as the published cut models do.
-        branch: of the repository.
-        trained_from: key of the entry above whose model was the start of this one's training.
-        tokenizer: folder of the tokenizer; that of the checkpoint if None.
+        name: name of the repository, without its namespace.
+        checkpoint: folder to publish unchanged; use either this or `slice_of`.
+        slice_of, exit_layer: key of an entry above from which to cut a slice, and the last layer of this slice.
+        only_exit: keep only the head of this exit in a slice, as in the published models that were cut.
+        branch: branch of the repository.
+        trained_from: key of the entry above from which the training of this model started.
+        tokenizer: folder of the tokenizer; by default the checkpoint.
         evaluation: results of `mose evaluate` (report.json, or --json) or of the quickstart (results.json); a slice
-            takes those of its parent, cut to its exits.
-        profile: file of `mose profile`; by default `exit_profile.json` in the checkpoint's folder, if it exists.
-        training_log: file of `mose pretrain` and `mose finetune`; by default the one in the checkpoint's folder or its
+            uses the results of its parent for its exits.
+        profile: file from `mose profile`; by default `exit_profile.json` in the checkpoint's folder, if it exists.
+        training_log: file from `mose pretrain` or `mose finetune`; by default the one in the checkpoint's folder or its
             parent folder, if it exists.
-        recipe: YAML or JSON file of the recipe, where the training log has none.
-        training_data: the training data, in prose.
-        files: further files of the repository: path there → file here, such as
+        recipe: YAML or JSON file of the recipe; by default the recipe in the training log.
+        training_data: description of the training data.
+        files: additional files, as path in the repository: local file, such as
             `onnx/model.onnx: runs/export/model.onnx`.
     """
 
@@ -54,12 +54,12 @@ class RepositorySettings:
     def __post_init__(self) -> None:
         own = ("checkpoint", "evaluation", "profile", "recipe", "trained_from", "training_log")
         if self.slice_of and (given := [name for name in own if getattr(self, name)]):
-            message = f"{self.key} is a slice of {self.slice_of}, which decides {', '.join(given)}; remove them."
+            message = f"{self.key} is a slice of {self.slice_of}, which sets {', '.join(given)}; remove these keys."
             raise UserError("hub.manifest.slice", message)
         if self.slice_of is None and self.checkpoint is None:
             raise UserError("hub.manifest.checkpoint", f"{self.key} needs either checkpoint or slice_of.")
         if (self.slice_of is None) != (self.exit_layer is None):
-            raise UserError("hub.manifest.exit_layer", f"{self.key} needs slice_of and exit_layer together.")
+            raise UserError("hub.manifest.exit_layer", f"{self.key} needs both slice_of and exit_layer, or neither.")
         for path in self.files:
             parts = PurePosixPath(path).parts
             if not parts or parts[0] == "/" or ".." in parts or "\\" in path:
@@ -68,27 +68,27 @@ class RepositorySettings:
 
     @property
     def key(self) -> str:
-        """How other entries refer to it: its name, with `@branch` where that isn't main."""
+        """The key by which other entries refer to this one: its name, and `@branch` if the branch isn't main."""
         return self.name if self.branch == MAIN else f"{self.name}@{self.branch}"
 
     @property
     def parent(self) -> str | None:
-        """Key of the entry that it comes from."""
+        """The key of the entry that this one is cut from or trained from."""
         return self.slice_of or self.trained_from
 
 
 @settings_class
 class Manifest:
-    """The repositories to publish together.
+    """The repositories to publish, and metadata that their cards share.
 
     Args:
         namespace: user or organisation on the Hub that owns the repositories.
-        title: heading of the cards.
-        license: the Hub's name for the licence of the weights; with `other` also `license_name` and `license_link`.
-        repositories: in the order of publication: parents before what comes from them.
-        datasets: ids on the Hub of the training data.
-        tags: further tags.
-        limits: what users should know, in prose.
+        title: title of the cards.
+        license: licence of the weights, by its name on the Hub; `other` also needs `license_name` and `license_link`.
+        repositories: repositories in the order of publication, parents first.
+        datasets: Hub ids of the training data.
+        tags: additional tags.
+        limits: text on the limitations of the models.
     """
 
     namespace: str | None
@@ -103,9 +103,9 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if not self.namespace:
-            raise UserError("hub.manifest.namespace", "namespace must be yours on the Hub: namespace=NAME.")
+            raise UserError("hub.manifest.namespace", "namespace must be your name on the Hub: namespace=NAME.")
         if not self.license or (self.license == "other" and not self.license_name):
-            message = "license must be the Hub's name of a licence, such as apache-2.0, or other with license_name."
+            message = "license must be a licence name on the Hub, such as apache-2.0, or `other` with license_name."
             raise UserError("hub.manifest.license", message)
         above: set[str] = set()
         for entry in self.repositories:
@@ -118,19 +118,19 @@ class Manifest:
             above.add(entry.key)
 
     def repository(self, entry: RepositorySettings) -> str:
-        """The id of an entry on the Hub."""
+        """The Hub id of the repository of an entry."""
         return f"{self.namespace}/{entry.name}"
 
 
 def load_manifest(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Manifest:
-    """Read a manifest; arguments and errors are those of `load_settings`."""
+    """Read a manifest from a YAML file; see `load_settings` for arguments and errors."""
     return load_settings(Manifest, path, overrides, example="hub_configs/quickstart/publish.yaml")
 
 
 def folder_manifest(
     folder: str | os.PathLike[str], repository: str, *, license: str = "apache-2.0", evaluation: Sequence[str] = ()
 ) -> Manifest:
-    """The manifest of one checkpoint folder."""
+    """Build a manifest that publishes one checkpoint folder as `repository` ("owner/name")."""
     check_repository_id(repository)
     namespace, _, name = repository.partition("/")
     entry = RepositorySettings(name=name, checkpoint=os.fspath(folder), evaluation=tuple(evaluation))

@@ -1,4 +1,4 @@
-"""The card of a published model: metadata for the Hub, and for its readers only what was measured."""
+"""Write the card of a published model: metadata for the Hub, and the measurements."""
 
 import json
 import re
@@ -33,14 +33,14 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """The measurements of the exits of one repository."""
+    """The parameters, costs and scores of the exits of one repository."""
 
-    parameters: Mapping[int, int]  # exit_layer → parameters of the model loaded at this exit, counted
-    profile: ExitProfile | None  # costs of these exits; None if they were not measured
-    tables: Sequence[Table]  # benchmarks, with the rows of these exits and of retrievers without exits
+    parameters: Mapping[int, int]  # {exit_layer: number of parameters of the model up to this exit}
+    profile: ExitProfile | None  # costs of these exits; None if not measured
+    tables: Sequence[Table]  # one per benchmark, with rows of these exits and of retrievers without exits
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """The measurements of a slice with these exits, whose embeddings are the parent's."""
+        """The measurements of a slice with these exits; at each exit, its embeddings equal those of its parent."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}
@@ -54,25 +54,25 @@ class Measurements:
 
 @dataclass(frozen=True, slots=True)
 class StagedRepository:
-    """One complete repository in a folder, and what its card says."""
+    """One complete repository in a folder, and the content of its card."""
 
-    settings: RepositorySettings  # its entry in the manifest
-    repository: str  # its id on the Hub
-    folder: Path  # its files
-    source: Path  # checkpoint folder whose outputs it must reproduce at its exits
+    settings: RepositorySettings  # entry in the manifest
+    repository: str  # id on the Hub
+    folder: Path  # folder of the files
+    source: Path  # checkpoint folder; both must give equal outputs at the exits of the repository
     config: ModularStarEncoderConfig
-    retrieval: bool  # whether it embeds; otherwise it is a pre-trained model
-    prompts: Mapping[str, str]  # of its SentenceTransformer
-    measurements: Measurements  # of its exits
+    retrieval: bool  # True for a retrieval model, False for a pre-trained model
+    prompts: Mapping[str, str]  # prompts of the SentenceTransformer
+    measurements: Measurements  # measurements of the exits
     figure: str | None = None  # file name of the figure; None if there is none
-    parent: "StagedRepository | None" = None  # the model that it was cut from, or that its training started from
-    # Those cut from it: exit, link, and the SHA-256 of the weights, since their revision links back
+    parent: "StagedRepository | None" = None  # the model it was cut from, or its training started from
+    # (exit, link, SHA-256 of the weights) of each slice; not its revision, because the card of the slice links here
     slices: Sequence[tuple[int, str, str]] = ()
     training_rows: Sequence[tuple[str, Any]] = ()
-    recipe: str = ""  # as YAML
+    recipe: str = ""  # training recipe as YAML
 
     def link(self, revision: str | None = None) -> str:
-        """A Markdown link to its branch, or to a revision."""
+        """A Markdown link to the branch of the repository, or to a revision."""
         branch = self.settings.branch
         name = self.repository if branch == MAIN else f"{self.repository}, branch {branch}"
         place = revision or (None if branch == MAIN else branch)
@@ -80,7 +80,7 @@ class StagedRepository:
 
 
 def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: str | None = None) -> None:
-    """Write the card; again when the revision of the parent is known."""
+    """Write the card of a staged repository; call it again when the revision of the parent is known."""
     config, measured, settings = staged.config, staged.measurements, staged.settings
     heading = "" if staged.retrieval else "pre-trained"
     heading = f"the first {settings.exit_layer} layers" if settings.slice_of else heading
@@ -109,7 +109,7 @@ def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: st
 
 
 def check_card(path: Path) -> None:
-    """Check that the Hub's client can read a card's metadata, and that the images it shows exist."""
+    """Raise UserError if the Hub's client cannot read the metadata of a card, or if an image in it is missing."""
     required = ("license", "library_name", "pipeline_tag", "tags")
     card = load_card(ModelCard, path, required, "hub.card.metadata")
     for figure in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):
@@ -118,7 +118,7 @@ def check_card(path: Path) -> None:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Draw quality by latency, or by depth without latencies; the file's name, or None if there is no curve to draw."""
+    """Plot quality by latency, or by depth if no latency is known; returns the file name, or None without a plot."""
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None
     if measurements.profile is None:
@@ -129,7 +129,7 @@ def draw(measurements: Measurements, folder: Path) -> str | None:
 
 
 def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a card's table, with a column for each exit and each retriever without exits."""
+    """Header and rows of the table in a card, with one column per exit and per retriever without exits."""
     exits = list(measurements.parameters)
     others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
     retrievers = list(dict.fromkeys(row.retriever for row in others))
@@ -161,11 +161,11 @@ def _cost_rows(profile: ExitProfile | None, exits: Sequence[int]) -> Iterator[tu
             yield name, [UNKNOWN if value is None else form.format(value * scale) for value in values]
 
 
-_quoted = partial(json.dumps, ensure_ascii=False)  # a text as a literal of Python
+_quoted = partial(json.dumps, ensure_ascii=False)  # a text as a Python literal
 
 
 def _metadata(staged: StagedRepository, manifest: Manifest) -> ModelCardData:
-    """The card's metadata block; a branch has no base model, because it has the same repository."""
+    """The metadata of a card; without a base model if the parent is a branch of the same repository."""
     base = staged.parent.repository if staged.parent else None
     return ModelCardData(
         model_name=staged.repository.partition("/")[2],
@@ -183,7 +183,7 @@ def _metadata(staged: StagedRepository, manifest: Manifest) -> ModelCardData:
 
 
 def _eval_results(measurements: Measurements) -> Iterator[EvalResult]:
-    """The `model-index`: the main metric × 100 for each benchmark and exit."""
+    """Yield the main metric × 100 of each benchmark and exit, for the `model-index` of the card."""
     tasks = {"f1": ("text-classification", "Clone detection")}
     for table in measurements.tables:
         kind, name = tasks.get(table.metric, ("text-retrieval", "Code retrieval"))

@@ -1,14 +1,14 @@
-"""One exit as a folder for servers that run ONNX: text-embeddings-inference, and sentence-transformers' ONNX back end.
+"""Export one exit as a folder for text-embeddings-inference and for sentence-transformers' ONNX back end.
 
-    config.json                       that of a StarCoder2, a type that optimum knows, with the sizes of the exit
+    config.json                       a StarCoder2 configuration, which optimum supports, with the sizes of the exit
     tokenizer.json, tokenizer_config.json
-    modules.json, 1_Pooling/, …       a SentenceTransformer, by the module names that all versions know
-    onnx/model.onnx                   compared with the model before the folder appears
-    onnx/model_qint8.onnx             the same with 8-bit weights, on request
-    onnx/export.json, quantization.json   the differences, and the cost of the 8 bits
+    modules.json, 1_Pooling/, …       a SentenceTransformer, with module names that all versions accept
+    onnx/model.onnx                   the exit; it is compared with the model before the folder appears
+    onnx/model_qint8.onnx             the exit with 8-bit weights, if requested
+    onnx/export.json, quantization.json   differences from the model, and the loss of quality with 8 bits
 
-optimum's ONNX package needs transformers below 4.58 (optimum-onnx 0.1.0), which knows neither our code nor transformers
-5's tokenizer class; hence the type and the class named in this folder.
+optimum's ONNX package needs transformers below 4.58 (optimum-onnx 0.1.0), which supports neither this model nor the
+tokenizer class of transformers 5. The folder therefore declares another model type and tokenizer class.
 """
 
 import hashlib
@@ -63,28 +63,28 @@ _STARCODER2 = (
 
 TOP = 10
 TIE = 1e-5
-"""Similarities closer than this are a tie: embeddings that differ by rounding alone may order them either way."""
+"""Similarities that differ by less are ties, because rounding of the embeddings may change their order."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankingComparison:
-    """A file compared with its model on one task."""
+    """The rankings of an ONNX file and of its model on one task, compared."""
 
     benchmark: str
     task: str
     queries: int
     candidates: int
-    same_top_10: int  # queries with the same first ten documents in the same order
-    ties_in_top_10: int  # queries whose first ten differ only in the order of ties; see `TopTen`
-    shared_top_10: float  # mean fraction of the model's first ten documents that the file also has, in any order
+    same_top_10: int  # number of queries whose first ten documents are the same, in the same order
+    ties_in_top_10: int  # number of queries whose first ten differ only in the order of ties; see `TopTen`
+    shared_top_10: float  # mean fraction of documents that both have among their first ten, in any order
     metric: str  # the task's main metric, such as `mrr`
-    model: float  # the metric of the model, from 0 to 1
-    file: float  # and of the file
+    model: float  # value of the metric for the model, from 0 to 1
+    file: float  # value of the metric for the file
     difference: Estimate  # `file` - `model`, with its 95 % bootstrap interval over the queries
 
 
 class OnnxFolder(NamedTuple):
-    """The written folder, and for each ONNX file ("float32", "int8") the comparison of its rankings, task by task."""
+    """The written folder, and {ONNX file ("float32" or "int8"): comparisons of its rankings, one per task}."""
 
     folder: Path
     rankings: dict[str, list[RankingComparison]]
@@ -99,21 +99,21 @@ def export_onnx_folder(
     tasks: Sequence[RetrievalTask] = (),
     progress: bool = True,
 ) -> OnnxFolder:
-    """Write one exit of a retrieval checkpoint as a folder for serving.
+    """Export one exit of a retrieval checkpoint as a folder for servers that run ONNX.
 
-    The ONNX file is compared with the model at several shapes, and on the rankings of `tasks`; the folder appears only
-    if they agree. Two reports go with it: `onnx/export.json`, and with `int8` `onnx/quantization.json`, the cost of the
-    8 bits on `tasks`.
+    The ONNX file is compared with the model on batches of several shapes and on the rankings of `tasks`; the folder is
+    written only if they agree. It contains the report `onnx/export.json`, and with `int8` also
+    `onnx/quantization.json`, which compares the 8-bit file with the model on `tasks`.
 
     Args:
         checkpoint: a folder or Hub repository.
-        exit_layer: the exit; the deepest if None.
-        out: folder to write, which must not exist or be empty; by default `{name}-{exit_layer}-onnx`, next to the
+        exit_layer: exit to export; the deepest if None.
+        out: folder to write; it must be empty or not exist. By default it is `{name}-{exit_layer}-onnx`, next to the
             checkpoint's folder (for a repository, in the current folder).
-        int8: also write the file with 8-bit weights.
+        int8: also write a file with 8-bit weights; needs `tasks`.
     """
     if int8 and not tasks:
-        raise UserError("hub.onnx.int8", "8-bit weights cost quality: give retrieval data to measure how much.")
+        raise UserError("hub.onnx.int8", "8-bit weights lose quality: give retrieval data to measure the loss.")
     model, tokenizer = load_checkpoint(checkpoint, exit_layer, device="cpu", dtype=torch.float32)
     exit_layer = model.config.num_hidden_layers
     check_servable(model.config)
@@ -138,7 +138,7 @@ def export_onnx_folder(
         for one in rankings["float32"]:
             if other := one.queries - one.same_top_10 - one.ties_in_top_10:
                 place = f"{one.benchmark}, {one.task}: {other} of {one.queries} queries"
-                raise UserError("hub.onnx.rankings", f"The ONNX file gives {place} another top 10 than the model.")
+                raise UserError("hub.onnx.rankings", f"The ONNX file and the model differ in the top 10 of {place}.")
         common = {"exit_layer": exit_layer, "versions": library_versions(PACKAGES), "machine": machine_kind()}
         compared = {"tolerance": TOLERANCE, **asdict(differences)}
         reports: dict[str, Any] = {EXPORT_REPORT: {"differences_from_torch": compared}}
@@ -151,14 +151,14 @@ def export_onnx_folder(
 
 
 def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int) -> Path:
-    """The default output folder of an exit."""
+    """The default output folder for one exit of a checkpoint."""
     folder = Path(checkpoint).expanduser()
     name = f"{folder.resolve().name if folder.is_dir() else folder.name}-{exit_layer}-onnx"
     return folder.resolve().with_name(name) if folder.is_dir() else Path(name)
 
 
 def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEncoderConfig) -> dict[str, str]:
-    """The prompts in a checkpoint's folder or repository, or else the published ones."""
+    """The prompts that a checkpoint's SentenceTransformer files contain, or else the published prompts."""
     file = checkpoint_file(checkpoint, "config_sentence_transformers.json")
     prompts = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("prompts")
     return prompts or sentence_transformer_prompts(instructions=config.instruction_prompts)
@@ -167,9 +167,9 @@ def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEn
 def _write_serving_files(
     folder: Path, config: ModularStarEncoderConfig, tokenizer: PreTrainedTokenizerBase, prompts: dict[str, str]
 ) -> None:
-    """Write the files next to `onnx/`: configuration, tokenizer, and the modules of a SentenceTransformer."""
-    # Versions 4 and 5 of transformers read this. No model is built from it: text-embeddings-inference needs sizes and a
-    # padding token (backends/ort/src/lib.rs), optimum a type that it knows.
+    """Write all files except `onnx/`: configuration, tokenizer, and the modules of a SentenceTransformer."""
+    # Versions 4 and 5 of transformers can read this configuration. No model is built from it: text-embeddings-inference
+    # needs its sizes and padding token (backends/ort/src/lib.rs), and optimum needs a model type that it supports.
     rope = dict(config.rope_parameters)
     settings = {
         "architectures": ["Starcoder2Model"],
@@ -189,13 +189,13 @@ def _write_serving_files(
     settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings["model_max_length"] = min(settings["model_max_length"], config.max_position_embeddings)
     write_json(path, {name: value for name, value in settings.items() if name != "backend"})
-    # An ONNX file has one exit, and so no arguments to pass on.
+    # An ONNX file has one exit, so the module takes no `exit_layer`.
     modules = [{name: value for name, value in module.items() if name != "kwargs"} for module in MODULES]
     write_sentence_transformer_files(folder, config, prompts, modules)
 
 
 class OnnxEncoder:
-    """An ONNX file in onnxruntime, with the prompts, tokenizer and batches of `reference`, its model's encoder."""
+    """Encodes texts with an ONNX file; `reference`, the encoder of its model, gives prompts, tokenizer and batches."""
 
     dimensions: tuple[int | None, ...] = (None,)
 
@@ -242,9 +242,9 @@ def compare_rankings(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, list[RankingComparison]]:
-    """Rank with a model, at one exit, and with ONNX files of it: by name of a file, a comparison for each task."""
+    """Rank with one exit of a model and with its ONNX files; returns {name of a file: one comparison per task}."""
     if len(reference.exit_layers) != 1:
-        message = f"An ONNX file has one exit; the model must have one, not {list(reference.exit_layers)}."
+        message = f"An ONNX file has one exit, so the encoder must have one, not {list(reference.exit_layers)}."
         raise UserError("hub.onnx.exits", message)
     model = EmbeddingRetriever(reference)
     expected = evaluate_tasks(tasks, [model], seed=seed, progress=progress)
@@ -267,7 +267,7 @@ def _comparison(
         blocks = [one.scores(queries, documents, one.variants[0]).blocks() for one in retrievers]
         for expected, found in zip(*blocks, strict=True):
             if expected.scores.shape[1] != len(documents):
-                message = f"{task.name} of {task.benchmark} has too many documents to rank: {len(documents):,}."
+                message = f"{task.name} of {task.benchmark} has too many documents to compare: {len(documents):,}."
                 raise UserError("hub.onnx.documents", message)
             parts.append(compare_tops(expected.scores, found.scores))
     tops = TopTen(*map(np.concatenate, zip(*parts, strict=True)))
@@ -289,17 +289,17 @@ def _comparison(
 
 
 class TopTen(NamedTuple):
-    """How the ten best columns of two score matrices (Q, N) compare, for each row."""
+    """A comparison of the ten best columns of each row in two score matrices (Q, N)."""
 
-    same: np.ndarray  # (Q,) bool, the same columns in the same order; those with equal scores are in ascending order
-    # (Q,) bool, the same except for ties: position by position, the scores in the first matrix of its own column and
-    # of the second matrix's column differ by less than `TIE`
+    same: np.ndarray  # (Q,) bool, the same columns in the same order; columns with equal scores are ascending
+    # (Q,) bool, the same columns except for ties: at each rank, both matrices' columns have scores in the first matrix
+    # that differ by less than `TIE`
     tied: np.ndarray
-    shared: np.ndarray  # (Q,) fraction of columns that both have, in any order
+    shared: np.ndarray  # (Q,) fraction of the ten columns that both matrices have, in any order
 
 
 def compare_tops(expected: np.ndarray, found: np.ndarray) -> TopTen:
-    """Compare the ten best columns of the rows of two score matrices (Q, N)."""
+    """Compare the ten best columns of each row in two score matrices (Q, N)."""
     first, second = (np.argsort(-scores, axis=1, kind="stable")[:, :TOP] for scores in (expected, found))
     in_order, as_found = (np.take_along_axis(expected, order, axis=1) for order in (first, second))
     return TopTen(
@@ -310,7 +310,7 @@ def compare_tops(expected: np.ndarray, found: np.ndarray) -> TopTen:
 
 
 def format_rankings(rankings: Mapping[str, Sequence[RankingComparison]]) -> str:
-    """A Markdown table, scores × 100: each file and its model on each task."""
+    """A Markdown table with one row per file and task, which compares the file with its model; scores are × 100."""
     header = ("", "task", "same top 10", "shared top 10", "metric", "model", "file", "difference")
     rows = [
         (

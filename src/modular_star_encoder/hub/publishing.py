@@ -1,4 +1,4 @@
-"""Publish staged repositories on the Hub: report what would change, or make one commit for each."""
+"""Publish staged repositories on the Hub: report the changes, or upload them in one commit per repository."""
 
 import hashlib
 import os
@@ -18,13 +18,13 @@ from modular_star_encoder.hub.verification import verify_repositories
 from modular_star_encoder.utils.files import staged_folder
 from modular_star_encoder.utils.http import wrap_hub_errors
 
-KEPT = (".gitattributes",)  # files that the Hub writes itself
+KEPT = (".gitattributes",)  # files that the Hub creates
 ADDED, CHANGED, DELETED = "+", "~", "-"
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A file that a commit adds (+), changes (~) or deletes (-), and its size in bytes."""
+    """A file that a commit adds (+), changes (~) or deletes (-), with its size in bytes."""
 
     kind: str
     path: str
@@ -33,16 +33,16 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """The changes of one repository."""
+    """The changes in one repository."""
 
     repository: str
     branch: str
-    changes: tuple[Change, ...]  # the differences from the files on the Hub
-    revision: str | None  # the commit of the branch; None where there is none yet
-    uploaded: bool = False  # whether the changes were committed
+    changes: tuple[Change, ...]  # differences between the staged files and the Hub
+    revision: str | None  # latest commit of the branch; None if the branch does not exist
+    uploaded: bool = False  # whether the changes were uploaded
 
     def __str__(self) -> str:
-        """A line for each file that differs, and one for all."""
+        """Text with one line per changed file, and a line with the revision or "a dry run"."""
         name = self.repository if self.branch == MAIN else f"{self.repository}, branch {self.branch}"
         lines = [f"{change.size:>14,}  {change.kind} {change.path}" for change in self.changes]
         if not self.changes:
@@ -60,30 +60,30 @@ def publish(
     api: HfApi | None = None,
     progress: bool = True,
 ) -> list[Publication]:
-    """Stage and verify all repositories of a manifest, then upload them, or report what would be uploaded.
+    """Stage and verify all repositories of a manifest, then upload them or report the changes.
 
     Staging writes each repository to a folder: checkpoint, SentenceTransformer files, exit profile, figure and card.
-    Verification looks for secrets, pickles and unexpected files, and compares the embeddings of a process that has
-    only the repository's own code with those of the source; nothing is uploaded unless all repositories pass. Every
-    repository gets one commit, parents first; one without a difference gets none. After a failure, each repository is
-    at its old or its new revision, and the next call does the rest.
+    Verification looks for secrets, pickles and unexpected files. It also computes embeddings in a process that has only
+    the code in the repository, and compares them with embeddings of the source. Nothing is uploaded unless all
+    repositories pass. Each changed repository gets one commit, parents first. After a failure, each repository has its
+    old or its new revision, and the next call uploads the rest.
 
     Args:
         manifest: the repositories; see `load_manifest` (a YAML file) and `folder_manifest` (one checkpoint folder).
-        upload: whether to upload; otherwise nothing is sent.
+        upload: whether to upload; if False, nothing is sent.
         private: whether new repositories are private.
-        staging: folder that keeps the staged repositories; it must not exist, or be empty. By default, they are
+        staging: folder in which to keep the staged repositories; it must be empty or not exist. By default they are
             removed.
-        api: the Hub's client; by default the one of `hf auth login`, `HF_TOKEN` and `HF_ENDPOINT`.
+        api: client of the Hub; by default it uses `hf auth login`, `HF_TOKEN` and `HF_ENDPOINT`.
         progress: whether to show progress.
 
     Returns:
-        The changes of each repository, in the order of the manifest; `str` gives the lines that `mose publish` prints.
+        The changes of each repository, in the order of the manifest; `str(…)` is the text that `mose publish` prints.
 
     Raises:
-        UserError: a checkpoint can't be staged (`hub.staging.*`) or doesn't pass the verification (`hub.files.*`,
+        UserError: a checkpoint can't be staged (`hub.staging.*`) or fails the verification (`hub.files.*`,
             `hub.card.*`, `hub.tokenizer`, `hub.reload.*`); nothing was sent.
-        OSError: the Hub refuses, or can't be reached.
+        OSError: the Hub rejects the request or can't be reached.
 
     Example:
         >>> from modular_star_encoder.hub.manifest import folder_manifest
@@ -103,7 +103,7 @@ def publish(
         for one in staged:
             parent = published.get(one.settings.parent or "")
             if parent is not None:
-                # In a dry run the revision is not known before the parent has its commit.
+                # In a dry run, a changed parent has no new commit, so its revision is unknown.
                 write_card(one, manifest, None if parent.changes and not parent.uploaded else parent.revision)
                 check_card(one.folder / CARD)
             published[one.settings.key] = push(one, api, upload=upload, private=private)
@@ -111,7 +111,7 @@ def publish(
 
 
 def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = None) -> str:
-    """The card of a manifest's first repository; also written to the folder `out`, with the figure if there is one."""
+    """Return the card of the first repository in a manifest; also write card and figure to `out`, unless it is None."""
     with tempfile.TemporaryDirectory(prefix="mose-card-") as folder:
         staged = stage_repositories(manifest, folder)[0]
         check_card(staged.folder / CARD)
@@ -123,7 +123,7 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Make a branch contain exactly the staged files, by one commit on the revision that they were compared with."""
+    """Make a branch contain exactly the staged files, with one commit on top of the compared revision."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)
@@ -132,7 +132,7 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
             return Publication(repository, branch, changes, head)
         if head is None:
             api.create_repo(repository, private=private, exist_ok=True)
-            if branch != MAIN:  # a branch starts empty
+            if branch != MAIN:  # a new branch starts at the first, empty commit
                 first = api.list_repo_commits(repository)[-1].commit_id
                 api.create_branch(repository, branch=branch, revision=first, exist_ok=True)
             head, there = _remote(api, repository, branch)
@@ -148,12 +148,12 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
         )
         left = compare(staged.folder, _remote(api, repository, commit.oid)[1])
     if left:
-        raise OSError(f"{repository} differs from the uploaded files: {left[0].path}; upload again.")
+        raise OSError(f"{repository} differs from the uploaded files in {left[0].path}: upload again.")
     return Publication(repository, branch, changes, commit.oid, uploaded=True)
 
 
 def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
-    """The changes that make the files of the Hub those of a folder, by path."""
+    """The changes, sorted by path, that turn the files on the Hub (`there`) into the files of a folder."""
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     changes = [Change(DELETED, path, there[path].size) for path in set(there) - set(here) - set(KEPT)]
     for path, file in here.items():
@@ -166,7 +166,7 @@ def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
 
 
 def _same(file: Path, there: RepoFile) -> bool:
-    """Whether contents are equal, by the Hub's checksums: SHA-256 of large files, git's of others."""
+    """Whether two files are equal by the Hub's checksums: SHA-256 for large files, git's SHA-1 for others."""
     with file.open("rb") as content:
         if there.lfs is not None:
             return hashlib.file_digest(content, "sha256").hexdigest() == there.lfs.sha256
@@ -175,7 +175,7 @@ def _same(file: Path, there: RepoFile) -> bool:
 
 
 def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dict[str, RepoFile]]:
-    """The commit of a branch and its files; (None, empty set) if the branch does not exist."""
+    """The latest commit of a branch and {path: file}; (None, {}) if the branch does not exist."""
     try:
         head = api.model_info(repository, revision=revision).sha
         tree = api.list_repo_tree(repository, revision=head, recursive=True)

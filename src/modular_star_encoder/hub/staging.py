@@ -1,4 +1,4 @@
-"""Write repositories to folders, as they will be on the Hub: checkpoint, exit profile, figure and card."""
+"""Write the files of each repository to a folder before upload: checkpoint, exit profile, figure and card."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ HIDDEN = "(a local path)"
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write every repository of a manifest, in its order, to a folder in `folder`: its key, with -- for slashes."""
+    """Write each repository of a manifest, in order, to `folder/KEY`, where KEY has -- in place of slashes."""
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None
@@ -69,18 +69,18 @@ def _stage(
     config = AutoConfig.from_pretrained(folder)
     if not (folder / "modules.json").is_file():
         published = sentence_transformer_prompts(instructions=config.instruction_prompts) if retrieval else {}
-        # The verification pools a pre-trained model by the mean, whatever its retrieval heads would do.
+        # The verification uses mean pooling for a pre-trained model, whatever pooling its configuration has.
         own = {} if retrieval else {"dimension": config.hidden_size, "pooling": "mean"}
         write_sentence_transformer_files(folder, config, published, **own)
     prompts = _read_settings(folder / "config_sentence_transformers.json").get("prompts") or {}
     if retrieval and not {"query", "document_python"} <= set(prompts):
-        message = f"{source} must have the prompts query and document_python, which its card uses."
+        message = f"{source} needs the prompts query and document_python for the examples in its card."
         raise UserError("hub.staging.prompts", message)
-    with torch.device("meta"):  # counts parameters without weights
+    with torch.device("meta"):  # to count parameters without memory for weights
         parameters = {k: model_class(config.cut(k)).num_parameters() for k in config.exit_layers}
     measured = uncut.measurements.cut(parameters) if uncut else _measure(entry, source, parameters)
     if measured.profile is not None:
-        # The checksum of the copy: another version may have written the source.
+        # The checksum of the copy may differ from the source, which another version may have written.
         replace(measured.profile, checkpoint=checkpoint_checksum(folder)).save(folder / PROFILE_NAME)
     try:
         figure = draw(measured, folder)
@@ -89,7 +89,7 @@ def _stage(
         figure = None
     for path, file in entry.files.items():
         if (folder / path).exists() or (folder / path) == folder / CARD:
-            message = f"{entry.key}: files must not name {path}, which the repository already has."
+            message = f"{entry.key}: `files` must not contain {path}, which the repository already has."
             raise UserError("hub.staging.files", message)
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(Path(file).expanduser(), folder / path)
@@ -111,19 +111,19 @@ def _stage(
 
 
 def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularStarEncoderPreTrainedModel]:
-    """The class of a checkpoint that can be published."""
+    """The model class of a checkpoint; UserError if the checkpoint cannot be published."""
     if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
-        message = f"{source} has an adapter: publish the merged model, which `mose finetune` writes too."
+        message = f"{source} holds an adapter: publish the merged model, which `mose finetune` also writes."
         raise UserError("hub.staging.checkpoint", message)
     check_checkpoint(source)
     architecture = AutoConfig.from_pretrained(source).architectures[0]
     model_class = class_named(architecture, source)
     if not Path(tokenizer or source, TOKENIZER).expanduser().is_file():
-        fault = f"{tokenizer or source} has no {TOKENIZER}; name a folder that has one as `tokenizer`."
+        fault = f"{tokenizer or source} has no {TOKENIZER}; set `tokenizer` to a folder that has one."
     elif model_class is ModularStarEncoderPreTrainedModel:
-        fault = f"{source} is in another layout; `mose slice` at its deepest exit writes ours."
+        fault = f"{source} is in another layout; convert it with `mose slice` at its deepest exit."
     elif not issubclass(model_class, (ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval)):
-        fault = f"{source} is a {architecture}; only pre-trained and retrieval models are published."
+        fault = f"{source} is a {architecture}; only pre-trained and retrieval models can be published."
     else:
         return model_class
     raise UserError("hub.staging.checkpoint", fault)
@@ -134,14 +134,14 @@ def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, i
     path = Path(entry.profile).expanduser() if entry.profile else source / PROFILE_NAME
     profile = ExitProfile.load(path) if entry.profile or path.is_file() else None
     if profile is not None and profile.checkpoint != checksum:
-        message = f"{path} was measured on other weights than those of {source}: run `mose profile` again."
+        message = f"{path} was measured with other weights than {source}: run `mose profile` again."
         raise UserError("hub.staging.profile", message)
     tables = [table for file in entry.evaluation for table in read_tables(Path(file).expanduser(), checksum)]
     return Measurements(parameters, profile, tables).cut(parameters)
 
 
 def _read_training(entry: RepositorySettings, source: Path) -> tuple[dict[str, Any], Any]:
-    """The training log, empty if there is none, and the recipe."""
+    """The training log, empty if missing, and the recipe, None if missing."""
     paths = [source / TRAINING_LOG, source.parent / TRAINING_LOG]
     paths = [Path(entry.training_log).expanduser()] if entry.training_log else [one for one in paths if one.is_file()]
     log = _read_settings(paths[0]) if paths else {}
@@ -149,14 +149,14 @@ def _read_training(entry: RepositorySettings, source: Path) -> tuple[dict[str, A
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file."""
+    """Read a YAML or JSON file that holds a mapping; UserError if it does not."""
     try:
         data = path.read_bytes()
         content = json.loads(data) if path.suffix == ".json" else yaml.safe_load(data)
     except (OSError, ValueError, yaml.YAMLError) as error:
         content = " ".join(str(error).split())
     if not isinstance(content, dict):
-        raise UserError("hub.staging.settings", f"{path} must be a file with a mapping of settings, not: {content}.")
+        raise UserError("hub.staging.settings", f"{path} must hold a mapping of settings, not: {content}.")
     return content
 
 
@@ -168,7 +168,7 @@ def _training_rows(log: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def without_paths(settings: Any) -> Any:
-    """Settings without paths of this machine; names of models and datasets stay."""
+    """Settings with local paths replaced by `HIDDEN`; keeps names of models and datasets."""
     if isinstance(settings, dict):
         return {name: without_paths(value) for name, value in settings.items()}
     if isinstance(settings, list | tuple):
@@ -179,7 +179,7 @@ def without_paths(settings: Any) -> Any:
 
 
 def _weights_sha256(folder: Path) -> str:
-    """The SHA-256 of the weights: of the one file, as the Hub shows it, or of the list of its shards' checksums."""
+    """The SHA-256 of the weights file, as the Hub shows it, or of the list of checksums if there are several files."""
     digests = []
     for path in sorted(folder.glob("model*.safetensors")):
         with path.open("rb") as file:

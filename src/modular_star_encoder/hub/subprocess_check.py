@@ -1,7 +1,7 @@
-"""Load checkpoints as a stranger would: in a fresh process in which this package can't be imported.
+"""Load checkpoints like a user without this package: in a new process that can't import it.
 
-`verify_reload` starts the process, which runs this file as a script: subprocess_check.py REQUESTS.json RESULT.npz. So
-this file imports nothing of ours at its top.
+`verify_reload` starts the process, which runs this file as a script: subprocess_check.py REQUESTS.json RESULT.npz.
+Therefore, this file does not import this package at its top.
 """
 
 import json
@@ -24,31 +24,31 @@ PACKAGE = "modular_star_encoder"
 
 @dataclass(frozen=True, slots=True)
 class ReloadRequest:
-    """What to embed with which checkpoint."""
+    """A checkpoint, and the texts to embed with it."""
 
     checkpoint: str  # folder of a retrieval or pre-trained checkpoint, or the id of a repository in the local Hub cache
-    texts: Sequence[str]  # the texts, as one padded batch
+    texts: Sequence[str]  # texts to embed, as one padded batch
     prompt: str = ""  # prefix of every text
-    exit_layers: Sequence[int] = ()  # exits to embed at, in addition to the deepest
-    revision: str | None = None  # of a repository
+    exit_layers: Sequence[int] = ()  # further exits to embed at, besides the deepest
+    revision: str | None = None  # revision of a repository
 
 
 @dataclass(frozen=True)
 class ReloadedEmbeddings:
-    """Embeddings (N, D) float32 of the same texts, by the two ways in which users load a checkpoint."""
+    """Embeddings (N, D) float32 of the same texts, for both ways in which users load a checkpoint."""
 
     auto_model: np.ndarray  # at the deepest exit
     sentence_transformer: np.ndarray  # at the deepest exit
-    exits: Mapping[int, np.ndarray] = field(default_factory=dict)  # by `SentenceTransformer.encode(exit_layer=…)`
-    masked_lm: np.ndarray | None = None  # of a pre-trained model: logits (N, V) for the last token of each text
+    exits: Mapping[int, np.ndarray] = field(default_factory=dict)  # from `SentenceTransformer.encode(exit_layer=…)`
+    masked_lm: np.ndarray | None = None  # for a pre-trained model, logits (N, V) of the last token of each text
 
 
 def verify_reload(
     requests: Sequence[ReloadRequest], *, progress: bool = True, environment: Mapping[str, str] | None = None
 ) -> list[ReloadedEmbeddings]:
-    """Embed texts with checkpoints, one after the other, in one fresh process that runs the checkpoints' own code.
+    """Embed texts with several checkpoints in one new process, which runs the model code in the checkpoints.
 
-    `progress` shows a clock; `environment` has the variables that differ from this process's, offline if None.
+    `progress` shows a clock. `environment` sets environment variables of the process; if None, it runs offline.
     """
     import torch
 
@@ -57,7 +57,7 @@ def verify_reload(
     with tempfile.TemporaryDirectory() as folder:
         request_file, result = Path(folder, "requests.json"), Path(folder, "result.npz")
         request_file.write_text(json.dumps(list(map(asdict, requests))), encoding="utf-8")
-        # As many threads as here: the way sums are split decides their last bits.
+        # The same number of threads as here, because it affects the last bits of sums.
         own = {"HF_MODULES_CACHE": str(Path(folder, "modules")), "OMP_NUM_THREADS": str(torch.get_num_threads())}
         process = subprocess.Popen(  # noqa: S603 - our own script, arguments passed as a list
             [sys.executable, "-P", __file__, str(request_file), str(result)],
@@ -86,7 +86,7 @@ def verify_reload(
 
 
 def wait_with_clock(process: "subprocess.Popen[str]", description: str, *, progress: bool = True) -> str:
-    """Wait for a process and return its stderr; an interruption kills the process."""
+    """Wait for a process, show a clock, and return its stderr; an interruption kills the process."""
     from tqdm.auto import tqdm
 
     clock = "{desc} {elapsed}"
@@ -103,7 +103,7 @@ def wait_with_clock(process: "subprocess.Popen[str]", description: str, *, progr
 
 
 class Blocker(MetaPathFinder):
-    """Make our package unimportable, however it is installed."""
+    """An import hook that makes this package unimportable, even if it is installed."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname.partition(".")[0] == PACKAGE:
@@ -124,10 +124,10 @@ def main(request_file: str, result_file: str) -> None:
 def embed(
     checkpoint: str, texts: list[str], prompt: str, exit_layers: list[int], revision: str | None
 ) -> dict[str, np.ndarray]:
-    """Embed texts through `AutoModel` and through `SentenceTransformer`, both by remote code alone.
+    """Embed texts with `AutoModel` and with `SentenceTransformer`, both with remote code.
 
-    A pre-trained model has no embeddings of its own: there, `auto_model` is the normalised mean of the tokens' states,
-    which is what `SentenceTransformer` computes, and `masked_lm` is its prediction for the last token.
+    For a pre-trained model, which returns no embeddings, `auto_model` is the normalised mean of the hidden states of
+    the tokens, as in `SentenceTransformer`, and `masked_lm` holds the logits of the last token.
     """
     import torch
     from sentence_transformers import SentenceTransformer
@@ -138,7 +138,7 @@ def embed(
     model = AutoModel.from_pretrained(checkpoint, **options).eval()
     if not type(model).__module__.startswith("transformers_modules."):
         raise RuntimeError(f"{type(model)} does not come from the checkpoint's own code")
-    # SentenceTransformer also cuts texts to this length.
+    # SentenceTransformer cuts texts to the same length.
     cut = {"truncation": True, "max_length": model.config.max_position_embeddings}
     batch = tokenizer([prompt + text for text in texts], padding=True, return_tensors="pt", **cut)
     arrays = {}

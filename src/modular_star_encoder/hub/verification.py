@@ -1,4 +1,4 @@
-"""Checks before anything is uploaded: files, secrets, the card, and whether strangers get equal embeddings."""
+"""Checks before the upload: files, secrets, the card, and equal embeddings for users without this package."""
 
 import json
 import os
@@ -40,11 +40,11 @@ TEXT_LIMIT = 64 << 20
 
 TEXTS = ("add two numbers", "def subtract(first, second):\n    return first - second", "x")
 TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
-"""Allowed difference of a component of a unit vector: pooling outside the model rounds elsewhere."""
+"""Largest allowed difference in a component of a unit vector, because pooling outside the model rounds otherwise."""
 
 
 def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
-    """Check repositories as a stranger would use them; returns each key's largest difference from its source."""
+    """Check staged repositories; returns {key: largest difference between embeddings of repository and source}."""
     for one in staged:
         check_files(one.folder, tuple(one.settings.files))
         check_card(one.folder / CARD)
@@ -57,14 +57,14 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
-    """Check that a folder has the files of a repository and the `extra` ones, and none that must not be published."""
+    """Check that a folder has the required and the `extra` files of a repository, and no other or unsafe files."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
     weights = {name for name in paths if WEIGHTS.fullmatch(name)} or {"model.safetensors"}
     expected = {*REQUIRED, *extra, *weights} | ({INDEX} if len(weights) > 1 else set())
     if missing := sorted(expected - set(paths)):
         raise UserError("hub.files.missing", f"{folder} lacks {', '.join(missing)}.")
     if surplus := sorted(set(paths) - expected - set(OPTIONAL)):
-        message = f"{folder} contains {', '.join(surplus)}; name further files as `files` in the manifest."
+        message = f"{folder} contains {', '.join(surplus)}; list additional files under `files` in the manifest."
         raise UserError("hub.files.unexpected", message)
     for name, path in sorted(paths.items()):
         if path.is_symlink():
@@ -76,7 +76,7 @@ def _check_content(name: str, path: Path) -> None:
     with path.open("rb") as file:
         text = file.read(TEXT_LIMIT)
     if path.suffix in PICKLES or re.match(rb"\x80[\x02-\x05]|PK\x03\x04", text):
-        raise UserError("hub.files.pickle", f"{path} may be a pickle; only safetensors are published.")
+        raise UserError("hub.files.pickle", f"{path} may be a pickle; publish weights as safetensors only.")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as tensors:
@@ -88,10 +88,10 @@ def _check_content(name: str, path: Path) -> None:
     places += [text.index(token.encode())] if token and token.encode() in text else []
     if places:
         line = text[: places[0]].count(b"\n") + 1
-        raise UserError("hub.files.secret", f"{name} of {path.parent} seems to contain a secret in line {line}.")
+        raise UserError("hub.files.secret", f"{name} in {path.parent} may contain a secret in line {line}.")
     home = os.path.expanduser("~").rstrip("/").encode()
     if len(home) > 1 and home + b"/" in text:
-        message = f"{name} of {path.parent} names a folder of this machine, below {home.decode()}."
+        message = f"{name} in {path.parent} contains a local path, inside {home.decode()}."
         raise UserError("hub.files.local_path", message)
 
 
@@ -100,13 +100,13 @@ def _check_tokenizer(folder: Path) -> None:
     faults = [f"has no {name} token" for name in names if getattr(tokenizer, f"{name}_token") is None]
     declared = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
     if declared not in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        faults.append(f"is declared a {declared}, which splits numbers in another way")
+        faults.append(f"is declared as {declared}, which splits numbers differently")
     if faults:
         raise UserError("hub.tokenizer", f"The tokenizer of {folder} {' and '.join(faults)}.")
 
 
 def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
-    """The largest difference from the source's embeddings."""
+    """The largest difference from the embeddings of the source; UserError if it exceeds `TOLERANCE`."""
     own, masked_lm, dtype = _source_embeddings(staged)
     deepest = staged.config.exit_layers[-1]
     pairs = {f"exit {k}": (own[k], found.exits[k]) for k in own}
@@ -126,7 +126,7 @@ def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
 
 @torch.inference_mode()
 def _source_embeddings(staged: StagedRepository) -> tuple[dict[int, np.ndarray], np.ndarray | None, str]:
-    """The source's embeddings (N, D) at the repository's exits, logits as in `ReloadedEmbeddings`, and its dtype."""
+    """{exit: embeddings (N, D)} of the source, logits (N, V) as in `ReloadedEmbeddings` or None, and the dtype."""
     model_class = ModularStarEncoderForRetrieval if staged.retrieval else ModularStarEncoderForPreTraining
     model = model_class.from_pretrained(staged.source).eval()
     tokenizer = load_tokenizer(staged.folder)

@@ -1,6 +1,6 @@
-"""Read checkpoints (whole, at an exit, or only their configuration), identify them, and write slices of them.
+"""Load checkpoints (all layers, up to an exit, or only the configuration), compute checksums, and write slices.
 
-A checkpoint is a local folder or a repository of the Hub. Errors of the libraries below become one sentence.
+A checkpoint is a local folder or a repository on the Hub. Errors of transformers and the Hub become one sentence.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ SENTENCE_TRANSFORMER_FILES = (
     "1_Pooling/config.json",
     "2_Normalize/config.json",
 )
-# The module paths of sentence-transformers before version 6: version 6 reads them, and so do text-embeddings-inference
-# and older installations, which accept only these.
+# The module paths of sentence-transformers before version 6. Version 6 also reads them; older versions and
+# text-embeddings-inference accept no others.
 MODULES = (
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer", "kwargs": ["exit_layer"]},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
 )
-# text-embeddings-inference reads the first two without a default (router/src/lib.rs), so none is left out.
+# All are written, because text-embeddings-inference requires the first two (router/src/lib.rs).
 POOLING_MODES = ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_lasttoken")
 
 _TRUNK = re.compile(r"(^|\.)(embed_tokens|layers|norm)\.")
@@ -57,23 +57,24 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> tuple[ModularStarEncoderForRetrieval, Any]:
-    """Load a retrieval model, ready for inference, with its tokenizer.
+    """Load a retrieval model in evaluation mode, and its tokenizer.
 
     Args:
-        path: a checkpoint folder, or a repository of the Hub ("owner/name"), of which no code is run.
-        exit_layer: read only the layers up to this exit.
-        device, dtype: of the model; by default a GPU if there is one, and the checkpoint's own.
+        path: a checkpoint folder, or a Hub repository ("owner/name"), whose code is not run.
+        exit_layer: load only the layers up to this exit.
+        device: device of the model; by default a GPU if there is one, else the CPU.
+        dtype: dtype of the model; by default the dtype of the checkpoint.
 
     Raises:
-        UserError: not a retrieval checkpoint of ours, a damaged file, weights that do not fit its configuration (a
-            missing head would be drawn at random), or an exit that it does not have.
-        OSError: no such folder or repository, or one without configuration, weights or tokenizer.
+        UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, lacks the exit, or its weights do
+            not match its configuration (a missing head would be initialised randomly).
+        OSError: the folder or repository does not exist, or lacks configuration, weights or tokenizer.
     """
     config, path = load_config(path), _expanded(path)
     if exit_layer is not None:
         config.check_exit(exit_layer)
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, TOKENIZER_FILE)):
-        raise FileNotFoundError(f"{path} has no tokenizer: {TOKENIZER_FILE} is not there.")
+        raise FileNotFoundError(f"{path} has no tokenizer: {TOKENIZER_FILE} does not exist.")
     options = {name: value for name, value in (("exit_layer", exit_layer), ("dtype", dtype)) if value is not None}
     model = _load_whole(AutoModel, path, trust_remote_code=False, **options)
     if not isinstance(model, ModularStarEncoderForRetrieval):
@@ -82,7 +83,7 @@ def load_checkpoint(
 
 
 def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
-    """The configuration alone: which exits there are, and how texts are prompted."""
+    """Load only the configuration of a checkpoint, which tells its exits and whether it uses instruction prompts."""
     check_checkpoint(path)
     path = _expanded(path)
     with _clear_errors(path):
@@ -93,7 +94,7 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Check that a local path is a checkpoint folder, before anything is loaded; names of the Hub pass."""
+    """Check that a local path is a checkpoint folder, before it is loaded; a Hub id passes unchecked."""
     folder = Path(_expanded(path))
     if not folder.exists():
         if isinstance(path, str) and re.fullmatch(r"(?![.~]+/)[^/]+/[^/]+", path):  # owner/name
@@ -104,24 +105,24 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no config.json.")
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        raise FileNotFoundError(f"{path} has no weights: neither {' nor '.join(WEIGHT_FILES)} is there.")
+        raise FileNotFoundError(f"{path} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists.")
 
 
 def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
-    """An identifier of a checkpoint's weights.
+    """Return a checksum that identifies the weights of a checkpoint.
 
-    Of a folder the first 16 hexadecimal digits of a SHA-256 of its configuration, tokenizer and weights (reads them
-    all, about a second per GB); of a repository of the Hub the commit that is loaded.
+    For a folder: the first 16 hexadecimal digits of a SHA-256 of configuration, tokenizer and weights, which takes
+    about a second per GB. For a Hub repository: the hash of the commit that is loaded.
     """
     folder = Path(_expanded(checkpoint))
     if not folder.is_dir():
-        # The Hub's cache keeps each commit in a folder of its name.
+        # The Hub's cache has one folder per commit, named after its hash.
         return Path(hf_hub_download(os.fspath(checkpoint), "config.json")).parent.name
     return folder_checksum(folder)
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """A file of a checkpoint folder or of a Hub repository; None if it has none, or offline if it was never fetched."""
+    """The path of a file in a checkpoint; None if the file is missing, or offline if it is not in the Hub's cache."""
     path = _expanded(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
@@ -141,16 +142,16 @@ def _expanded(path: str | os.PathLike[str]) -> str:
 
 
 def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
-    """A model whose tensors are all in the file, and the file has no more of a trunk than the model."""
+    """Load a model; UserError if its file lacks tensors, or holds layers or embeddings that the model does not have."""
     with _clear_errors(path):
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
-    # A published model may lack its vocabulary's bias, which is a bias of zero then.
+    # A published model may lack the bias of its vocabulary; this bias is then zero.
     missing = set(info["missing_keys"]) - {"heads.decoder.bias"}
     names = {"missing from": missing, "too many in": filter(_TRUNK.search, info["unexpected_keys"])}
     for problem, found in names.items():
         if listed := sorted(found):
             message = f"{len(listed)} tensors are {problem} {path}, such as {listed[0]}"
-            raise UserError("checkpoint.tensors", f"{message}: its configuration does not describe its weights.")
+            raise UserError("checkpoint.tensors", f"{message}: its configuration does not match its weights.")
     return model
 
 
@@ -160,7 +161,7 @@ def _load_tokenizer(path: str) -> Any:
             return load_tokenizer(path)
         except OSError:
             raise
-        except Exception as error:  # of a damaged file; tokenizers raises nothing narrower
+        except Exception as error:  # damaged file; tokenizers raises no narrower class
             message = f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
             raise UserError("checkpoint.tokenizer", message) from error
 
@@ -175,7 +176,7 @@ def _clear_errors(path: str) -> Iterator[None]:
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
-        message = f"{path} cannot be loaded: weights and configuration differ in shape."
+        message = f"{path} cannot be loaded: the shapes of its weights do not match its configuration."
         raise UserError("checkpoint.shapes", message) from error
     except OSError as error:
         if os.path.isdir(path):
@@ -193,22 +194,22 @@ def slice_checkpoint(
 ) -> Path:
     """Write the first `exit_layer` layers of a checkpoint as a stand-alone checkpoint.
 
-    The slice holds the same tensors, in the configuration's dtype: its outputs at each of its exits equal those of the
-    full model bit for bit. Its configuration also keeps the depth and the exits of its parent.
+    The slice holds the same tensors in the configuration's dtype, so its outputs at its exits are bit for bit equal to
+    the outputs of the full model. Its configuration records the depth and the exits of the full model.
 
     Args:
         checkpoint: a folder or Hub id.
-        exit_layer: depth of the slice, an exit of the checkpoint.
-        out: folder to write; it must not exist, or be empty. It appears whole or not at all.
-        only_exit: keep the projection head of this exit alone, as the published cut models do.
+        exit_layer: number of layers of the slice; it must be an exit of the checkpoint.
+        out: folder to write; it must be empty or not exist. It is written atomically.
+        only_exit: keep only the projection head of this exit, as in the published models that were cut.
 
     Returns:
         The written folder.
 
     Raises:
-        UserError: the checkpoint has no such exit (the message lists its exits), is damaged or not ours, or `out` is
-            not empty. Nothing is written.
-        OSError: its folder lacks configuration or weights, or the Hub has no such repository. Nothing is written.
+        UserError: the checkpoint lacks the exit (the message lists its exits), is damaged, is no ModularStarEncoder, or
+            `out` is not empty. Nothing is written.
+        OSError: the folder lacks configuration or weights, or the Hub repository does not exist. Nothing is written.
 
     Example:
         >>> slice_checkpoint("runs/model", 4, "runs/model-exit-4")  # doctest: +SKIP
@@ -229,9 +230,9 @@ def write_checkpoint(
     only_exit: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write a copy of a checkpoint, whole or cut at `exit_layer`, with this package's model code.
+    """Write a copy of a checkpoint, complete or cut at `exit_layer`, with this package's model code.
 
-    The tokenizer is that of the folder `tokenizer`, or of the checkpoint. See `slice_checkpoint`.
+    The tokenizer comes from the folder `tokenizer`, or from the checkpoint if None. See `slice_checkpoint`.
     """
     config, path = load_config(checkpoint), _expanded(checkpoint)
     if exit_layer is not None:
@@ -249,17 +250,17 @@ def write_checkpoint(
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """Our class of this name; for a published checkpoint the base class, which reads the tensor names."""
+    """The model class of this name in this package; the base class for a published one, as it renames tensors."""
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
-        message = f"{checkpoint} holds a {name}, not a class of this package: load it and save model.slice(…)."
+        message = f"{checkpoint} holds a {name}, which this package does not define: load it and save model.slice(…)."
         raise UserError("checkpoint.other_class", message)
     return getattr(modeling, name)
 
 
 def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
-    """Drop the other exits of a model with their projection heads; the layers stay."""
+    """Remove all other exits and their projection heads from a model; keep all layers."""
     for other in set(model.config.exit_layers) - {exit_layer}:
         if hasattr(model, "projection_heads"):
             del model.projection_heads[str(other)]
@@ -269,9 +270,9 @@ def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer
 def save_retrieval_checkpoint(
     model: ModularStarEncoderForRetrieval, tokenizer: PreTrainedTokenizerBase, out: str | os.PathLike[str]
 ) -> Path:
-    """Write model, code, tokenizer, and the prompts and modules of a SentenceTransformer.
+    """Write model, code and tokenizer, and the prompts and modules of a SentenceTransformer.
 
-    The folder `out` must not exist, or be empty. It appears whole or not at all.
+    The folder `out` must be empty or not exist. It is written atomically.
     """
     with staged_folder(out) as staging:
         model.save_pretrained(staging)
@@ -292,14 +293,14 @@ def write_sentence_transformer_files(
 ) -> None:
     """Write `modules.json` and the modules' settings into a checkpoint's folder.
 
-    A retrieval model's `last_hidden_state` are the exit's projected tokens, so stock pooling and normalisation follow,
-    and `encode(..., exit_layer=k)` reaches the model.
+    The `last_hidden_state` of a retrieval model holds the projected tokens of the exit, which standard modules pool and
+    normalise. `encode(..., exit_layer=k)` passes the exit to the model.
 
     Args:
-        prompts: name → prefix, as `SentenceTransformer.encode(prompt_name=…)` takes them.
+        prompts: {name: prefix}, for `SentenceTransformer.encode(prompt_name=…)`.
         modules: content of `modules.json`.
         dimension: size of the embeddings; `config.projection_size` if None.
-        pooling: of a model that has no embeddings of its own, `"mean"` or `"lasttoken"`; the retrieval model's if None.
+        pooling: `"mean"` or `"lasttoken"`, for a model without embeddings; `config.pooling` if None.
     """
     if pooling is None:
         check_servable(config)
@@ -319,7 +320,7 @@ def write_sentence_transformer_files(
 
 
 def is_servable(config: ModularStarEncoderConfig) -> bool:
-    """Whether SentenceTransformers' own pooling and normalisation give the model's embedding."""
+    """Whether the pooling and normalisation of sentence-transformers give the same embedding as the model."""
     try:
         check_servable(config)
     except UserError:
@@ -328,12 +329,12 @@ def is_servable(config: ModularStarEncoderConfig) -> bool:
 
 
 def check_servable(config: ModularStarEncoderConfig) -> None:
-    """Raise UserError if SentenceTransformers' own pooling and normalisation would not give the model's embedding."""
-    # A mean and a linear head commute, so the order of the two does not matter.
+    """Raise UserError if the pooling and normalisation of sentence-transformers change the embedding."""
+    # Mean pooling and a linear head commute, so their order does not matter.
     commute = config.projection_head == "linear" and config.pooling == "mean"
     orders = ("project_then_pool", "pool_then_project") if commute else ("project_then_pool",)
     known = {"pooling": ("mean", "lasttoken"), "projection_order": orders, "embedding_normalization": ("l2",)}
     for name, allowed in known.items():
         if getattr(config, name) not in allowed:
-            message = f"A SentenceTransformer cannot have {name}={getattr(config, name)!r}, only"
+            message = f"A SentenceTransformer does not support {name}={getattr(config, name)!r}, only"
             raise UserError("checkpoint.not_servable", f"{message} {' or '.join(map(repr, allowed))}.")

@@ -30,27 +30,27 @@ def encode_exits(
 ) -> dict[int, np.ndarray]:
     """Embed N texts at several exits in one pass; the layers up to the deepest exit are computed once.
 
-    Texts are sorted by length and batched; on a CPU no padding is computed. The result is in the order of `texts`.
-    Equal texts are encoded once, so their embeddings are equal to the last bit.
+    Texts are sorted by length and batched; on a CPU padding tokens are skipped. The result is in the order of `texts`.
+    Equal texts are encoded once, so their embeddings are bit for bit equal.
 
     Args:
-        model: a `ModularStarEncoderForRetrieval`, on any device. It is in evaluation mode for the time of the call.
+        model: a `ModularStarEncoderForRetrieval`, on any device. It runs in evaluation mode; its mode is restored.
         tokenizer: the model's tokenizer.
-        texts: without prompts.
+        texts: N texts, without prompts.
         exit_layers: exits of the model; all if None.
         prompt: prefix of every text, see `data.prompts`.
-        max_length: tokens, special ones included, to which longer texts are cut; the model's
+        max_length: longer texts are cut to this number of tokens, special ones included; the model's
             `max_position_embeddings` if None.
-        tokens_per_batch: most tokens of a batch, padding included; a longer text is a batch of its own.
+        tokens_per_batch: largest number of tokens in a batch, padding included; a longer text is a batch of its own.
         progress: show progress bars.
-        dtype: compute under autocast in this dtype; in the model's own if None.
+        dtype: compute under autocast in this dtype; if None, in the dtype of the model.
 
     Returns:
-        {exit_layer: (N, D) float32, L2-normalised}, ascending by exit; D is `config.projection_size`.
+        {exit_layer: embeddings (N, D) float32, L2-normalised}, ascending by exit; D is `config.projection_size`.
 
     Raises:
-        UserError: an exit that the model does not have, one string in place of a list, a tokenizer without a padding
-            token, or a text with lone surrogates.
+        UserError: the model lacks an exit, `texts` is one string, the tokenizer has no padding token, or a text holds
+            lone surrogates.
 
     Example:
         >>> embeddings = encode_exits(model, tokenizer, ["def f(): pass"], exit_layers=[4, 9])  # doctest: +SKIP
@@ -85,14 +85,14 @@ def encode_batches(
     tokens_per_batch: int = 8192,
     progress: bool = True,
 ) -> np.ndarray | None:
-    """Tokenize, sort and pad as `encode_exits` does, for any function that computes embeddings of a batch.
+    """Tokenize, sort and pad N texts like `encode_exits`, and embed them with a given function at E exits.
 
     Args:
-        encode_batch: `input_ids` and `attention_mask`, int64 (B, T), to embeddings (E, B, D) float32.
-        max_length, prompt, tokens_per_batch: as for `encode_exits`.
+        encode_batch: maps `input_ids` and `attention_mask`, int64 (B, T), to embeddings (E, B, D) float32.
+        max_length, prompt, tokens_per_batch: see `encode_exits`.
 
     Returns:
-        (E, N, D) float32 in the order of `texts`; None if there is no text.
+        Embeddings (E, N, D) float32 in the order of `texts`; None if there are no texts.
     """
     if isinstance(texts, str):
         raise UserError("encode.texts.one_string", f"texts must be a list of strings, not the string {texts[:40]!r}.")
@@ -115,9 +115,9 @@ def encode_batches(
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) -> list[list[int]]:
-    """Token ids of each text, specials included, cut to `max_length`."""
+    """The token ids of each text, special tokens included, cut to `max_length`."""
     token_ids: list[list[int]] = []
-    chunk = 1024  # large enough for the tokenizer's threads, small enough for a bar that moves
+    chunk = 1024  # large enough for the tokenizer's threads, small enough to update the progress bar often
     starts = range(0, len(texts), chunk)
     for start in tqdm(starts, desc="tokenizing", unit="chunk", disable=not progress, leave=False):
         batch = tokenizer(texts[start : start + chunk], truncation=True, max_length=max_length)
@@ -126,7 +126,7 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) 
 
 
 def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Row numbers of each batch, longest first, so that a batch too large for memory fails at the start."""
+    """Yield the row numbers of each batch, longest rows first, so that a batch too large for memory fails early."""
     rows: list[int] = []
     longest = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -142,7 +142,7 @@ def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[i
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation and inference mode, and back."""
+    """Run the block in evaluation and inference mode, then restore the mode of the model."""
     was_training = model.training
     model.eval()
     try:
@@ -154,7 +154,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
-    """`evaluating`, and on a CPU without computing padding if the pooling allows it."""
+    """Like `evaluating`; on a CPU, also skip the computation of padding tokens if the pooling allows it."""
     config = model.config
     as_configured = config.unpad_inputs
     if next(model.parameters()).device.type == "cpu" and config.pooling != "legacy":
@@ -169,42 +169,42 @@ def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
 def compile_for_inference(
     model: ModularStarEncoderForRetrieval, *, tokens_per_chunk: int = 1024, progress: bool = True
 ) -> ModularStarEncoderForRetrieval:
-    """The same model with compiled MLPs, which shares its parameters; `model` itself stays as it is.
+    """Return a copy of the model with compiled MLPs, which shares its parameters; `model` is not changed.
 
-    Worth it on CPUs with AVX512-BF16 or AMX, in bfloat16. Compiled code runs under `torch.inference_mode()` and without
-    autocast, as `encode_exits` and `SentenceTransformer.encode` call a model; in any other mode the plain layers run.
-    The MLPs' weights are packed in copies when this is called: later changes of the parameters have no effect, and
-    memory for weights about doubles. Compiling takes a second or more per layer, and may need a C++ compiler.
+    It is faster on CPUs with AVX512-BF16 or AMX, in bfloat16. Compiled code runs in `torch.inference_mode()` without
+    autocast, as in `encode_exits` and `SentenceTransformer.encode`; otherwise the plain layers run. Compiled MLPs hold
+    packed copies of the weights, so memory for weights about doubles, and later changes of the parameters have no
+    effect. Compiling takes a second or more per layer, and may need a C++ compiler.
 
     Args:
-        model: on a CPU.
-        tokens_per_chunk: tokens that go through an MLP at once, at least two.
+        model: a model on a CPU.
+        tokens_per_chunk: number of tokens that an MLP processes at once, at least two.
 
     Example:
         >>> model, tokenizer = load_checkpoint("runs/model", device="cpu", dtype="bfloat16")  # doctest: +SKIP
         >>> embeddings = encode_exits(compile_for_inference(model), tokenizer, texts)  # doctest: +SKIP
     """
     if model.device.type != "cpu":
-        raise UserError("compile.device", f"compile_for_inference is for CPUs; the model is on {model.device}.")
+        raise UserError("compile.device", f"compile_for_inference needs a model on the CPU, not on {model.device}.")
     if tokens_per_chunk < 2:
         raise UserError("compile.tokens_per_chunk", f"tokens_per_chunk must be at least 2, not {tokens_per_chunk}.")
     compiled = model.slice(model.config.num_hidden_layers).eval()
     for layer in tqdm(compiled.model.layers, desc="compiling", unit="layer", disable=not progress, leave=False):
-        # An attribute of the instance: names of parameters, and so saving, stay as they are.
+        # Setting an attribute of the instance keeps the names of the parameters, and therefore the saved files.
         layer.mlp.forward = _in_chunks(layer.mlp.forward, _compile(layer.mlp, model), tokens_per_chunk)
     return compiled
 
 
 def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One MLP with its weights frozen, for any number of tokens from two on."""
+    """Compile one MLP with frozen weights, for any number of tokens from two on."""
     import torch._dynamo.config
     import torch._inductor.config
     from torch._dynamo.exc import BackendCompilerFailed
 
-    # All layers share one code object, and so count as recompilations of one function.
+    # All layers share one code object, so torch counts them as recompilations of one function.
     limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
     compiled = torch.compile(mlp.forward, dynamic=True, fullgraph=True)
-    # Two lengths, because torch takes the first for constant and compiles for any length at the second.
+    # Two lengths, because torch compiles for the first length only, and for any length at the second.
     with limits, torch._inductor.config.patch(freezing=True), torch.inference_mode():
         try:
             for tokens in (64, 96):
@@ -218,13 +218,13 @@ def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[
 def _in_chunks(
     plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor], chunk: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """An MLP's forward: compiled where it may be."""
+    """The forward function of an MLP: `compiled` in inference mode without autocast, else `plain`."""
 
     def forward(states: torch.Tensor) -> torch.Tensor:
         flat = states.flatten(0, -2)
         if not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or len(flat) < 2:
             return plain(states)
-        # Parts of equal length in place of a short last one.
+        # Parts of equal length, so that the last one is not short.
         parts = flat.tensor_split(-(-len(flat) // chunk))
         outputs = [compiled(part) for part in parts]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(states)

@@ -1,4 +1,4 @@
-"""Models that embed texts behind one protocol: our exits, any SentenceTransformer, an OpenAI-compatible endpoint."""
+"""Encoders with one interface: a ModularStarEncoder, any SentenceTransformer, an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPENAI_URL = "https://api.openai.com/v1"
 ENDPOINT_PREFIX = "openai:"
 
 Prompted = tuple[str, str]
-"""A prompt and the text that follows it."""
+"""(prompt, text that follows it)."""
 
 _NONE = np.empty((0, 1), dtype=np.float32)
 
@@ -39,31 +39,31 @@ class Text(NamedTuple):
 
 
 class Encoder(Protocol):
-    """Anything that embeds texts."""
+    """The interface of a model that embeds texts."""
 
-    name: str  # as tables show it
-    checksum: str  # differs if any embedding could differ; embeddings are stored under it
-    exit_layers: tuple[int | None, ...] = (None,)  # its exits, if it has any
-    dimensions: tuple[int | None, ...] = (None,)  # sizes to which its embeddings can be truncated, if any
+    name: str  # name in tables
+    checksum: str  # changes whenever an embedding may change; key of cached embeddings
+    exit_layers: tuple[int | None, ...] = (None,)  # its exits; (None,) if it has no exits
+    dimensions: tuple[int | None, ...] = (None,)  # sizes of its truncated embeddings; (None,) if it has one size
 
     def prompt(self, text: Text) -> str:
-        """The prefix of the text."""
+        """The prompt of the text, a prefix; empty by default."""
         return ""
 
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
-        """Embeddings (N, F) float32 of texts with their prompts at each exit, from one pass."""
+        """{exit_layer: embeddings (N, F) float32} of N prompted texts, computed in one pass."""
         ...
 
 
 def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder:
-    """Load a model by its name.
+    """Load an encoder by the name of its model.
 
     Args:
-        name: folder or Hub repository of one of our checkpoints or of any model that sentence-transformers loads, or
-            `openai:MODEL` or `openai:MODEL@URL` (API key in OPENAI_API_KEY).
-        exit_layers: exits of one of our checkpoints; all if None. Only the layers up to the deepest are loaded.
+        name: folder or Hub repository of a ModularStarEncoder or of any model that sentence-transformers can load;
+            or `openai:MODEL` or `openai:MODEL@URL` (API key in OPENAI_API_KEY).
+        exit_layers: exits of a ModularStarEncoder; all if None. Only the layers up to the deepest one are loaded.
     """
     folder, is_endpoint = Path(name).expanduser(), name.startswith(ENDPOINT_PREFIX)
     source, label = (str(folder), "/".join(folder.resolve().parts[-2:])) if folder.is_dir() else (name, name)
@@ -74,7 +74,7 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
             own, tokenizer = load_checkpoint(name, max(exit_layers) if exit_layers else None)
             return ExitEncoder(own, tokenizer, label, exit_layers=exit_layers)
     if exit_layers:
-        raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: leave them out.")
+        raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: remove exit_layers.")
     if is_endpoint:
         model, _, url = name.removeprefix(ENDPOINT_PREFIX).partition("@")
         return EndpointEncoder(model, url or OPENAI_URL)
@@ -87,14 +87,14 @@ def _is_ours(source: str) -> bool:
     try:
         return isinstance(AutoConfig.from_pretrained(source), ModularStarEncoderConfig)
     except (ValueError, OSError):
-        # A type unknown to transformers, or sentence-transformers' older layout without config.json at the top.
+        # transformers does not know this model type, or an old layout of sentence-transformers has no config.json here.
         return False
 
 
 class ExitEncoder(Encoder):
-    """A `ModularStarEncoderForRetrieval`, whose exits all come from one pass.
+    """A `ModularStarEncoderForRetrieval`; one pass computes the embeddings of all exits.
 
-    Its sizes are the configuration's `nested_dimensions`, if there are any. `encode_options` are for `encode_exits`:
+    Its `dimensions` are the configuration's `nested_dimensions`, if any. `encode_options` are passed to `encode_exits`:
     max_length, tokens_per_batch, dtype.
     """
 
@@ -117,7 +117,7 @@ class ExitEncoder(Encoder):
         self.checksum = weights_checksum(model, tokenizer, config.to_json_string(), settings)
 
     def untrained(self, seed: int = 0) -> ExitEncoder:
-        """The same architecture with fresh weights: a lower bound that shows what the wording of texts alone gives."""
+        """The same architecture with random weights, a lower bound that only benefits from words that texts share."""
         parameter = next(self.model.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -126,7 +126,7 @@ class ExitEncoder(Encoder):
         return ExitEncoder(model, self.tokenizer, f"{self.name}, untrained", exit_layers=exits, **self._options)
 
     def prompt(self, text: Text) -> str:
-        """The published instruction, if the model was fine-tuned with instructions."""
+        """The published prompt of the text; with instructions, if the model was fine-tuned with them."""
         instructions = self.model.config.instruction_prompts
         if text.language is None:
             return text_prompt(instructions=instructions)
@@ -143,7 +143,7 @@ class ExitEncoder(Encoder):
 
 
 class SentenceTransformerEncoder(Encoder):
-    """A SentenceTransformer, or any encoder of transformers, which sentence-transformers pools by the mean."""
+    """A SentenceTransformer, or any encoder of transformers, which sentence-transformers extends by mean pooling."""
 
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.name = model, name
@@ -151,13 +151,13 @@ class SentenceTransformerEncoder(Encoder):
         self.checksum = weights_checksum(model, model.tokenizer, json.dumps(model.prompts), settings)
 
     def prompt(self, text: Text) -> str:
-        """The model's prompt `query` of prose and `document` of code, where it has them."""
+        """The model's prompt `query` for prose or `document` for code; empty if the model has no such prompt."""
         return self.model.prompts.get("query" if text.language is None else "document") or ""
 
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
-        # Texts of one prompt go together, because some models don't pool over the prompt.
+        # One call per prompt, because some models exclude the prompt from pooling and need its length.
         parts, order = [], sorted(range(len(texts)), key=lambda row: texts[row][0])
         for prompt, rows in groupby(order, key=lambda row: texts[row][0]):
             contents = [texts[row][1] for row in rows]
@@ -166,7 +166,7 @@ class SentenceTransformerEncoder(Encoder):
 
 
 def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settings: Mapping[str, Any]) -> str:
-    """A hash of all that embeddings depend on but the device: those of a GPU equal those of a CPU up to rounding."""
+    """A hash of everything that affects embeddings, except the device, which only affects rounding."""
     digest = hashlib.blake2b(json.dumps([config, settings], sort_keys=True, default=str).encode(), digest_size=20)
     digest.update(_tokenizer_state(tokenizer).encode(errors="surrogatepass"))
     for name, tensor in sorted(model.state_dict().items()):
@@ -176,7 +176,7 @@ def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settin
 
 
 def _tokenizer_state(tokenizer: Any) -> str:
-    """Everything that decides the token ids, without truncation and padding, which the tokenizer's last call sets."""
+    """The tokenizer as text, without truncation and padding, because each call of the tokenizer changes these."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return json.dumps(tokenizer.get_vocab(), sort_keys=True)
     copy = Tokenizer.from_str(backend.to_str())
@@ -188,14 +188,14 @@ def _tokenizer_state(tokenizer: Any) -> str:
 class EndpointEncoder(Encoder):
     """A model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
 
-    The API key is read from `OPENAI_API_KEY` for each call of `encode`, and is never kept, shown or logged.
+    The API key is read from `OPENAI_API_KEY` for each call of `encode`, and is never stored, shown or logged.
 
     Args:
-        model: the name that the endpoint knows.
-        base_url: without `/embeddings`.
+        model: name of the model at the endpoint.
+        base_url: URL of the endpoint, without `/embeddings`.
         batch_size: texts per request.
-        max_characters: longer texts are cut, because endpoints refuse texts longer than their model reads.
-        client_options: of `HTTPClient`: attempts, pause, timeout.
+        max_characters: longer texts are cut, because endpoints reject texts that are too long for their model.
+        client_options: passed to `HTTPClient`: attempts, pause, timeout.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class EndpointEncoder(Encoder):
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
-        # Endpoints refuse empty inputs.
+        # Endpoints reject empty inputs.
         inputs = [(prompt + text)[: self.max_characters] or " " for prompt, text in texts]
         parts, batches = [], range(0, len(inputs), self.batch_size)
         token = token_from_environment("OPENAI_API_KEY", required=False)
@@ -228,5 +228,5 @@ class EndpointEncoder(Encoder):
                 raise ValueError
             return np.array([row["embedding"] for row in rows], dtype=np.float32).reshape(len(inputs), -1)
         except (KeyError, TypeError, ValueError):
-            message = f"{self.base_url} did not answer with one embedding for each of {len(inputs)} texts."
+            message = f"{self.base_url} did not return one embedding for each of {len(inputs)} texts."
             raise UserError("encoder.endpoint.answer", message) from None

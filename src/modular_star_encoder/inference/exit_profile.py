@@ -1,7 +1,7 @@
-"""The exit profile: cost and quality of each exit of a checkpoint, and the choice of an exit by a budget.
+"""The exit profile holds the cost and quality of each exit of a checkpoint; `select_exit` chooses an exit by a budget.
 
-It is stored with the checkpoint as `exit_profile.json`; `profile.profile_checkpoint` measures it. Times are
-milliseconds, MB are 10^6 bytes.
+`profile.profile_checkpoint` measures a profile, which the checkpoint stores as `exit_profile.json`. Times are in
+milliseconds; 1 MB is 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -34,67 +34,67 @@ PROFILE_NAME = "exit_profile.json"
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The cost of one exit at one shape of batch.
+    """The cost of one exit at one batch shape.
 
-    Peak memory: on a CPU the largest resident memory of a process that loads the checkpoint at this exit and embeds
-    such batches, interpreter and libraries included; on a GPU the most that torch allocated.
+    Peak memory on a CPU is the largest resident memory of a process that loads the checkpoint at this exit and embeds
+    such batches, interpreter and libraries included; on a GPU it is the most memory that torch allocated.
     """
 
-    batch_size: int  # texts embedded at once
-    length: int  # tokens of each
+    batch_size: int  # number of texts in a batch
+    length: int  # number of tokens of each text
     flops_per_token: float  # see `profile.flops_per_token`
-    latency_ms_p50: float  # median and 95th percentile of the time of a batch
+    latency_ms_p50: float  # median time of a batch; latency_ms_p95 is the 95th percentile
     latency_ms_p95: float
-    texts_per_second: float  # at the median time
+    texts_per_second: float  # at the median latency
     tokens_per_second: float
-    peak_memory_mb: float | None  # None where the system does not report it
+    peak_memory_mb: float | None  # None if the operating system does not report it
     runs: int  # number of timings
 
 
 @dataclass(frozen=True, slots=True)
 class ProfiledExit:
-    """One exit."""
+    """The size, cost and quality of one exit."""
 
-    parameters: int  # of the checkpoint loaded at this exit, shallower exits' heads included
-    weights_mb: float  # their size in the profile's dtype
-    measurements: tuple[Measurement, ...]  # one per shape of batch
-    quality: Mapping[str, float] = field(default_factory=dict)  # benchmark → value, higher is better
+    parameters: int  # of the checkpoint loaded at this exit, with the heads of shallower exits
+    weights_mb: float  # size of the parameters in the profile's dtype
+    measurements: tuple[Measurement, ...]  # one per batch shape
+    quality: Mapping[str, float] = field(default_factory=dict)  # {benchmark: value}, higher is better
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(batch_size, length) of each measurement."""
+        """The batch shape (batch_size, length) of each measurement."""
         return tuple((one.batch_size, one.length) for one in self.measurements)
 
 
 @dataclass(frozen=True, slots=True)
 class ExitProfile:
-    """All measured exits, ascending, and the conditions of the measurement."""
+    """The measured exits of a checkpoint, ascending, and the conditions of the measurement."""
 
-    exits: Mapping[int, ProfiledExit]  # exit_layer → its cost and quality
+    exits: Mapping[int, ProfiledExit]  # {exit_layer: its cost and quality}
     device: str  # "cpu" or "cuda"
     dtype: str  # "float32", "bfloat16" or "float16", of weights and computation
     attn_implementation: str
     checkpoint: str  # checksum of the weights (see `checkpoint_checksum`)
-    base_memory_mb: float | None  # of interpreter and libraries alone, part of the peaks on a CPU; None if not measured
-    machine: Mapping[str, Any]  # processor model, cores, threads used, memory; the GPU, if it was used
+    base_memory_mb: float | None  # of interpreter and libraries, included in peaks on a CPU; None if not measured
+    machine: Mapping[str, Any]  # processor model, cores, used threads, memory; the GPU, if one was used
     versions: Mapping[str, str | None]  # of Python and of the libraries
-    date: str  # day of the measurement, ISO 8601, UTC
+    date: str  # date of the measurement, ISO 8601, UTC
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """The shapes (batch_size, length) measured, in the order of the measurement."""
+        """The batch shapes (batch_size, length), in the order of the measurements."""
         return next(iter(self.exits.values())).shapes
 
     def measurement(self, exit_layer: int, shape: tuple[int, int]) -> Measurement:
-        """The measurement of one exit and shape, both in this profile."""
+        """The measurement of one exit at one batch shape; the profile must contain both."""
         measured = self.exits[exit_layer]
         return measured.measurements[measured.shapes.index(shape)]
 
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
-        """A profile with the quality of exits ({exit_layer: value, higher is better}) under the name of a benchmark."""
+        """Return a copy with the quality of exits ({exit_layer: value}, higher is better) on a benchmark."""
         if not set(values) & set(self.exits):
             message = (
-                f"{benchmark} has values of exits {_listed(values)}, but the profile covers {_listed(self.exits)}."
+                f"{benchmark} has values for exits {_listed(values)}, but the profile covers {_listed(self.exits)}."
             )
             raise UserError("profile.quality.other_exits", message)
         exits = dict(self.exits)
@@ -103,7 +103,7 @@ class ExitProfile:
         return dataclasses.replace(self, exits=exits)
 
     def with_quality_of(self, other: ExitProfile) -> ExitProfile:
-        """A profile with the quality values of another one too, if that is of the same weights."""
+        """Return a copy with the quality values of `other` as well, if both profiles describe the same weights."""
         profile = self
         for name in other.benchmarks if other.checkpoint == self.checkpoint else ():
             values = {k: one.quality[name] for k, one in other.exits.items() if name in one.quality}
@@ -113,22 +113,22 @@ class ExitProfile:
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
-        """Names of the quality values, sorted."""
+        """The sorted names of the benchmarks with quality values."""
         return tuple(sorted({name for profiled in self.exits.values() for name in profiled.quality}))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file; exits become strings, because JSON has no other keys."""
+        """The content of the file; exits are strings, because keys of JSON objects are strings."""
         content = dataclasses.asdict(self)
         exits = {str(exit_layer): profiled for exit_layer, profiled in content.pop("exits").items()}
         return {"format": 1, **content, "exits": exits}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file, whole or not at all."""
+        """Write the profile to a file, atomically."""
         write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExitProfile:
-        """Read a file that `save` wrote."""
+        """Read a profile from a file that `save` wrote."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no exit profile {path}: `mose profile` measures one.")
@@ -143,14 +143,14 @@ class ExitProfile:
             profile = cls(exits=exits, **content)
             shapes = {one.shapes for one in exits.values()}
             if len(shapes) != 1 or shapes == {()}:
-                raise ValueError("it has no exits, or not the same measurements of each")
+                raise ValueError("it has no exits, or their batch shapes differ")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError("profile.file.unreadable", f"{path} is not an exit profile: {error}.") from error
         return profile
 
 
 class _Budget(NamedTuple):
-    """A limit and the known values of exits, which must be at most the limit (`sign` 1) or at least (-1)."""
+    """A limit, and the known values of exits, which must be at most (`sign` 1) or at least (`sign` -1) the limit."""
 
     name: str
     limit: float
@@ -162,12 +162,12 @@ class _Budget(NamedTuple):
         return {k for k, value in self.values.items() if self.sign * value <= self.sign * self.limit}
 
     def nearest(self, exits: Collection[int]) -> str:
-        """The best value among these exits, in words."""
+        """The best value among these exits, as text."""
         known = [k for k in exits if k in self.values]
         if not known:
             return f"{self.name} is not known of any exit"
         best = min(known, key=lambda k: (self.sign * self.values[k], k))
-        return f"{self.name} {self.values[best]:.10g}{self.unit} (exit {best})"  # in full: a budget may be set to it
+        return f"{self.name} {self.values[best]:.10g}{self.unit} (exit {best})"  # all digits, to reuse as a budget
 
 
 def select_exit(
@@ -180,25 +180,25 @@ def select_exit(
     batch_size: int | None = None,
     length: int | None = None,
 ) -> int:
-    """The best exit within all budgets.
+    """Choose the best exit within all budgets.
 
-    That is the exit of the highest quality on `benchmark`, the shallowest of equals; the deepest, if the quality of one
-    of the exits is not known.
+    The best exit has the highest quality on `benchmark`; among equals it is the shallowest. If the quality of an exit
+    within the budgets is unknown, the deepest exit is chosen.
 
     Args:
         profile: cost and quality of each exit.
-        latency_ms: limit of the 95th percentile of a batch's time, in milliseconds.
-        memory_mb: limit of the peak memory, in MB (10^6 bytes).
-        min_quality: the least quality on `benchmark`.
-        benchmark: whose quality counts; optional if the profile has one.
-        batch_size, length: shape of the batch that the budgets are about; by default the first one of the profile.
+        latency_ms: largest 95th percentile of the time of a batch, in milliseconds.
+        memory_mb: largest peak memory, in MB (10^6 bytes).
+        min_quality: smallest quality on `benchmark`.
+        benchmark: name of the benchmark that measures quality; optional if the profile has only one.
+        batch_size, length: batch shape to which the budgets apply; by default the first one in the profile.
 
     Returns:
         The exit layer.
 
     Raises:
-        UserError: no budget is given, the profile lacks the shape or the benchmark, or no exit is within all budgets;
-            the message then names the nearest exits.
+        UserError: no budget is given, the profile lacks the shape or the benchmark, or no exit is within all budgets
+            (the message names the nearest exits).
 
     Example:
         >>> profile = ExitProfile.load("runs/model/exit_profile.json")  # doctest: +SKIP
@@ -225,7 +225,7 @@ def select_exit(
 
 
 def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[int, int]) -> str:
-    """For each budget the best value of the exits within the others, or of all exits."""
+    """An error message with the best value for each budget among the exits within the other budgets, or all exits."""
     wanted = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
     possible = f"the best of each alone: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
     nearest = []
@@ -235,11 +235,11 @@ def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[in
     if nearest:
         kept = " within the other budgets" if len(budgets) > 1 else ""
         possible = f"the nearest possible{kept}: {', or '.join(nearest)}"
-    return f"No exit has {wanted} for batches of {shape[0]} × {shape[1]} tokens; {possible}."
+    return f"No exit meets {wanted} for batches of {shape[0]} × {shape[1]} tokens; {possible}."
 
 
 def _shape(profile: ExitProfile, batch_size: int | None, length: int | None) -> tuple[int, int]:
-    """The first shape of the profile with this batch size and length."""
+    """The first batch shape in the profile with this batch size and length; None matches any."""
     for shape in profile.shapes:
         if batch_size in (None, shape[0]) and length in (None, shape[1]):
             return shape
@@ -249,16 +249,16 @@ def _shape(profile: ExitProfile, batch_size: int | None, length: int | None) -> 
 
 
 def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[int, float]:
-    """Quality of each exit for which it is known, on the named benchmark or the only one."""
+    """{exit_layer: quality} on `benchmark`, or on the only benchmark if None; exits of unknown quality are left out."""
     known = profile.benchmarks
     if benchmark is None and len(known) == 1:
         benchmark = known[0]
     if benchmark is None and needed:
-        how = f"name one of {_listed(known)}" if known else "the profile has none, `mose profile --quality` adds it"
+        how = f"name one of {_listed(known)}" if known else "the profile has none; `mose profile --quality` adds one"
         raise UserError("budget.benchmark.missing", f"min_quality needs a benchmark: {how}.")
     if benchmark is not None and benchmark not in known:
         available = _listed(known) or "none"
-        raise UserError("budget.benchmark.unknown", f"No quality on {benchmark}. Available: {available}.")
+        raise UserError("budget.benchmark.unknown", f"The profile lacks {benchmark}. Available: {available}.")
     return {k: one.quality[benchmark] for k, one in profile.exits.items() if benchmark and benchmark in one.quality}
 
 
@@ -275,14 +275,14 @@ def load_at_budget(
 ) -> ModularStarEncoderForRetrieval:
     """Load the model at the exit that `select_exit` chooses.
 
-    Only the layers up to that exit are read, in the profile's dtype; `model.config.num_hidden_layers` is the exit. The
-    model stays on the CPU, as with `AutoModel`, unless `model_kwargs` has a `device_map`.
+    Only the layers up to this exit are loaded, in the profile's dtype; `model.config.num_hidden_layers` is the exit. As
+    with `AutoModel`, the model is on the CPU unless `model_kwargs` has a `device_map`.
 
     Args:
         checkpoint: folder or Hub id.
-        profile: cost of each exit; by default the checkpoint's `exit_profile.json`, with a warning if it was measured
-            on another kind of machine.
-        model_kwargs: for `AutoModel.from_pretrained`.
+        profile: cost of each exit; by default the checkpoint's `exit_profile.json`, with a warning if another kind of
+            machine measured it.
+        model_kwargs: passed to `AutoModel.from_pretrained`.
         budget: `latency_ms`, `memory_mb`, `min_quality` and the other arguments of `select_exit`.
 
     Returns:
@@ -311,9 +311,9 @@ def load_sentence_transformer_at_budget(
     device: str | None = None,
     **budget: Any,
 ) -> SentenceTransformer:
-    """Load a SentenceTransformer at the exit that `select_exit` chooses; arguments and errors as for `load_at_budget`.
+    """Load a SentenceTransformer at the exit that `select_exit` chooses.
 
-    `device` is the profile's if None, or the CPU where there is no GPU.
+    See `load_at_budget` for arguments and errors. If `device` is None, it is the profile's device, or else the CPU.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -327,9 +327,9 @@ def load_sentence_transformer_at_budget(
 
 
 def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
-    """The profile stored with a checkpoint, local or on the Hub; FileNotFoundError if it has none.
+    """Load the profile of a checkpoint, local or on the Hub; FileNotFoundError if the checkpoint has none.
 
-    Warns if it was measured on another kind of processor or GPU, or with another number of threads.
+    Warns if the profile was measured on another kind of processor or GPU, or with another number of threads.
     """
     check_checkpoint(checkpoint)
     file = checkpoint_file(checkpoint, PROFILE_NAME)
@@ -341,6 +341,6 @@ def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
         here, decisive = machine_kind("cuda") if torch.cuda.is_available() else {}, ["gpu"]
     kinds = [(name, profile.machine.get(name), here.get(name)) for name in decisive]
     if other := [f"{name} {then!r}, here {now!r}" for name, then, now in kinds if then != now]:
-        message = f"{file} was measured on another machine ({'; '.join(other)}): its times may not hold."
+        message = f"{file} was measured on another machine ({'; '.join(other)}): its times may be wrong here."
         warnings.warn(message, stacklevel=3)
     return profile

@@ -1,7 +1,7 @@
-"""Exit 0 without a deep learning framework: a table of the vocabulary, averaged and projected by numpy.
+"""Compute exit 0 with numpy, without a deep learning framework, from one table of token embeddings.
 
-Exit 0 of `ModularStarEncoderForRetrieval` runs no layer. Where its head is linear, the weighted mean of the projected
-tokens is the projected mean, so that the token table and the head fold into one table (V, D).
+Exit 0 of `ModularStarEncoderForRetrieval` runs no layer. If its head is linear, projecting the weighted mean of the
+tokens equals averaging the projected tokens, so the token embeddings and the head merge into one table (V, D).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ExitZero:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Read the checkpoint; ValueError or OSError if it can't be read, or has no exit 0 of this kind."""
+        """Read the checkpoint; ValueError or OSError if it is unreadable, or if numpy cannot compute its exit 0."""
         from safetensors import safe_open
         from tokenizers import Tokenizer
 
@@ -55,7 +55,7 @@ class ExitZero:
         self._tokenizer.enable_truncation(read_config(folder)["max_position_embeddings"])
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """(N, D) float32 of length 1; zeros for a text without tokens."""
+        """Embeddings (N, D) float32 of length 1; zeros for a text without tokens."""
         embeddings = np.zeros((len(texts), self._table.shape[1]), dtype=np.float32)
         for start in range(0, len(texts), _TEXTS_PER_BATCH):
             batch = self._tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_PER_BATCH]))
@@ -68,7 +68,7 @@ class ExitZero:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The configuration of a checkpoint folder, unchecked; empty if there is none that can be read."""
+    """The configuration of a checkpoint folder, without checks; empty if it is missing or unreadable."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -77,12 +77,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def has_exit_zero(config: dict[str, Any]) -> bool:
-    """Whether a checkpoint's exit 0 is one that `ExitZero` computes."""
+    """Whether `ExitZero` can compute exit 0 of a checkpoint with this configuration."""
     return 0 in config.get("exit_layers", ()) and all(config.get(key) == value for key, value in _NEEDED.items())
 
 
 def shipped_checkpoint(name: str) -> str:
-    """The folder of a checkpoint that the package holds, such as `mose-code`; any other name as it is."""
+    """The folder of a checkpoint that the package contains, such as `mose-code`; returns any other name unchanged."""
     folder = Path(str(files("modular_star_encoder.hub_configs"))) / name
     return (
         str(folder)

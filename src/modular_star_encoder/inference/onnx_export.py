@@ -1,8 +1,8 @@
-"""One exit of a retrieval model as an ONNX file for text, with dynamic batch and length (extra `onnx`).
+"""Export one exit of a retrieval model as an ONNX file with dynamic batch size and length (extra `onnx`).
 
 Inputs: `input_ids` and `attention_mask`, int64 (batch_size, sequence_length), padded on either side. Outputs, float32:
 `last_hidden_state` (batch_size, sequence_length, D), the projected tokens, which sentence-transformers pools; and
-`sentence_embedding` (batch_size, D), pooled and normalised, which text-embeddings-inference takes as it is.
+`sentence_embedding` (batch_size, D), pooled and normalised, which text-embeddings-inference uses directly.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from modular_star_encoder.utils.errors import UserError, naming_extra
 if TYPE_CHECKING:
     import onnx_ir
 
-# Paths in a folder, for sentence-transformers and text-embeddings-inference.
+# Paths that sentence-transformers and text-embeddings-inference expect in a folder.
 ONNX_FILE = "onnx/model.onnx"
 QUANTIZED_FILE = "onnx/model_qint8.onnx"
 
 TOLERANCE = 1e-4
 
 SETTINGS: dict[str, Any] = {"per_channel": True, "reduce_range": True}
-"""A scale for each output, and 7 of the 8 bits: on x86 processors without VNNI, sums of two products of 8 bits saturate
-(onnxruntime's guide to quantisation), and a loss measured with VNNI would not hold there."""
+"""One scale per output, and 7 of the 8 bits: on x86 processors without VNNI, sums of two 8-bit products saturate
+(onnxruntime's guide to quantisation), so a loss of quality that was measured with VNNI would not hold there."""
 
 INPUTS = ("input_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
 
-# A protobuf file ends at 2 GiB; the rest of that is for the graph.
+# A protobuf file has at most 2 GiB; this limit on the weights leaves space for the graph.
 _LARGEST_FILE = 2**31 - 2**27
 
 
 class _ServedExit(torch.nn.Module):
-    """The computation of an exported file."""
+    """The module that is exported: the deepest exit of a model, with the outputs `OUTPUTS`."""
 
     def __init__(self, model: ModularStarEncoderForRetrieval) -> None:
         super().__init__()
@@ -61,16 +61,16 @@ def export_onnx(
     """Write one exit of a model as an ONNX file (`check_onnx` compares it with the model).
 
     Inputs are `input_ids` and `attention_mask`, int64 (batch_size, sequence_length); outputs `last_hidden_state`
-    (batch_size, sequence_length, D) and `sentence_embedding` (batch_size, D), float32. Weights of more than 2 GB are
+    (batch_size, sequence_length, D) and `sentence_embedding` (batch_size, D), float32. Weights above 2 GB are
     written to `{path}_data`.
 
     Args:
-        model: in float32, on the CPU. It is not changed.
-        path: the file; its folder must exist.
-        exit_layer: the deepest exit if None.
+        model: a model in float32 on the CPU. It is not changed.
+        path: the file to write; its folder must exist.
+        exit_layer: exit to export; the deepest if None.
 
     Raises:
-        UserError: an exit that the model does not have, or weights that are not float32 on the CPU.
+        UserError: the model lacks the exit, or its weights are not float32 on the CPU.
         ImportError: onnxscript is missing (extra `onnx`).
 
     Example:
@@ -94,33 +94,33 @@ def export_onnx(
         program: Any = torch.onnx.export(
             served_exit(model, exit_layer), (), kwargs=sample, dynamo=True, verbose=False, **options
         )
-    # The exporter notes for each node the lines of code that it comes from, with the paths of this machine.
+    # The exporter adds to each node the lines of code that it comes from, with local paths: remove them.
     save_graph(ClearMetadataAndDocStringPass()(program.model).model, path)
 
 
 def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = None) -> torch.nn.Module:
-    """The computation of the exported file, as a module in evaluation mode that shares the model's weights."""
+    """The module that `export_onnx` exports, in evaluation mode; it shares the model's weights."""
     cut = model.slice(model.config.num_hidden_layers if exit_layer is None else exit_layer)
-    # Leaving padding out needs lengths on the host, and a graph has none.
+    # Skipping padding needs the lengths as Python numbers, which an exported graph does not have.
     cut.config.unpad_inputs = False
     cut.set_attn_implementation("sdpa")
     return _ServedExit(cut).eval()
 
 
 def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
-    """Write a graph, with its weights in `{path}_data`, as serving software expects, if one file cannot hold them."""
+    """Write a graph; weights too large for one file go to `{path}_data`, the name that serving software expects."""
     import onnx_ir
 
     tensors = [value.const_value for value in graph.graph.initializers.values()]
     if sum(tensor.nbytes for tensor in tensors if tensor is not None) > _LARGEST_FILE:
         onnx_ir.save(graph, path, external_data=f"{Path(path).name}_data")
     else:
-        # Weights read from another graph's data file would stay there.
+        # Load the weights first: they may be in the data file of another graph, and would stay there.
         onnx_ir.save(onnx_ir.external_data.load_to_model(graph), path)
 
 
 def open_session(path: str | os.PathLike[str]) -> Any:
-    """An `onnxruntime.InferenceSession` of a file on the CPU, with as many threads as torch has."""
+    """Open an ONNX file as an `onnxruntime.InferenceSession` on the CPU, with as many threads as torch uses."""
     with naming_extra():
         import onnxruntime
     options = onnxruntime.SessionOptions()
@@ -130,7 +130,7 @@ def open_session(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hold back advice of exporter and quantiser that is about other models (torchvision, convolutions)."""
+    """Silence log messages and warnings of exporter and quantiser, which concern other models (torchvision, …)."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -143,11 +143,11 @@ def quiet_libraries() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class OnnxDifferences:
-    """Largest absolute differences between a file and its model."""
+    """The largest absolute differences between the outputs of an ONNX file and of its model."""
 
-    last_hidden_state: float  # at real tokens, divided by the largest absolute value of the batch if that is above 1
-    sentence_embedding: float  # of the embeddings, whose length is 1
-    batches: int  # how many were compared
+    last_hidden_state: float  # without padding; divided by the largest absolute value in the batch if above 1
+    sentence_embedding: float  # between embeddings of length 1
+    batches: int  # number of compared batches
 
 
 def check_onnx(
@@ -157,10 +157,10 @@ def check_onnx(
     *,
     tolerance: float = TOLERANCE,
 ) -> OnnxDifferences:
-    """Compare an ONNX file with the exit that it was made of: one text and several, one token and many, both paddings.
+    """Compare an ONNX file with the exit that it holds, for one or several texts, short or long, with either padding.
 
-    Arguments as for `export_onnx`. UserError if an output differs by more than `tolerance` or is NaN; it says which,
-    where and by how much.
+    See `export_onnx` for the arguments. UserError if an output is NaN or differs by more than `tolerance`; the message
+    names the output, the batch and the difference.
     """
     served, session = served_exit(model, exit_layer), open_session(path)
     largest, batches = dict.fromkeys(OUTPUTS, 0.0), 0
@@ -172,21 +172,21 @@ def check_onnx(
         for name, values in zip(OUTPUTS, map(torch.from_numpy, found), strict=True):
             wanted = expected[name]
             if name == "last_hidden_state":
-                # Values at padding are arbitrary, and never read.
+                # Values at padding tokens are arbitrary, and pooling ignores them.
                 values, wanted = values[real], wanted[real]
             difference = float((values - wanted).abs().max() / wanted.abs().max().clamp(min=1))
             if not difference <= tolerance:
                 size = (
                     f"{difference:.2g} (allowed: {tolerance:g}) at a batch of {real.shape[0]} × {real.shape[1]} tokens"
                 )
-                raise UserError("onnx.difference", f"{path}: {name} differs from the model's by {size}.")
+                raise UserError("onnx.difference", f"{path}: {name} differs from the model by {size}.")
             largest[name] = max(largest[name], difference)
         batches += 1
     return OnnxDifferences(**largest, batches=batches)
 
 
 def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Random tokens: one and several texts, of equal and of different lengths, padded on the left and on the right."""
+    """Yield batches of random tokens: one or several texts, equal or different lengths, left or right padding."""
     generator = torch.Generator().manual_seed(0)
     for lengths in ((1,), (longest,), (1, 1), (7, 7, 7, 7, 7), (longest, 1, longest // 2)):
         width = max(lengths)
@@ -198,14 +198,14 @@ def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]
 
 
 def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Write an ONNX file with int8 weights of the linear layers and the token embedding of `source`.
+    """Write `source` to `target` with int8 weights in the linear layers and the token embedding.
 
-    `hub.onnx_folder.compare_rankings` measures the loss of quality.
+    `hub.onnx_folder.compare_rankings` measures how much quality this loses.
     """
     with naming_extra():
         import onnx_ir
         from onnxruntime.quantization import QuantType, quantize_dynamic
-    # The quantiser gives a file of weights another name than serving software expects.
+    # The quantiser gives the weights file a name that serving software does not expect.
     with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=Path(target).parent) as folder:
         options = SETTINGS | {"use_external_data_format": Path(f"{os.fspath(source)}_data").exists()}
         draft = Path(folder, "model.onnx")

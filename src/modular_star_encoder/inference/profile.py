@@ -1,8 +1,8 @@
 """Measure the exit profile of a checkpoint on this machine: latency, memory, size and FLOPs of every exit.
 
-Latency: batches of random tokens without padding, after a warm-up; the exits take turns in a random order, so that
-other load affects all of them. Memory: on a CPU each exit runs in a fresh process (this module run as a script), which
-does nothing else; on a GPU each exit is loaded alone.
+Latency is timed on batches of random tokens without padding, after a warm-up. The exits alternate in random order, so
+that other load affects all of them. Memory is measured on a CPU in a separate process per exit, which runs this module
+as a script; on a GPU each exit is loaded alone.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ Shape = tuple[int, int]
 
 
 def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: int) -> float:
-    """Floating-point operations for each token of a text of `length` tokens, embedded at one exit.
+    """Floating-point operations per token to embed a text of `length` tokens at one exit.
 
-    Matrix products alone are counted, a multiplication with its addition as two operations, as in Kaplan et al. (2020,
-    arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`. With hidden size H, size of keys K (key-value heads
-    times head size), MLP size I, projection size D and T tokens, `exit_layer` times layer and attention, plus one head:
+    Only matrix products are counted; a multiplication and its addition are two operations, as in Kaplan et al. (2020,
+    arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`. H is the hidden size, K the key size (key-value
+    heads times head size), I the MLP size, D the projection size, T = `length`; exit k costs k layers and one head:
 
         layer      2 · (2·H·H + 2·H·K + 2·H·I)     queries and outputs, keys and values, MLP
-        attention  4 · T·H                         scores, and their weighted sum of values; grows with the text
-        head       2 · (H·D + D·D)                 of every token; with `pool_then_project` once more for the text;
+        attention  4 · T·H                         in each layer: scores, and the weighted sum of values
+        head       2 · (H·D + D·D)                 per token; with `pool_then_project` once more per text;
                                                    a linear head has no D·D
 
-    Padding tokens count as others unless `config.unpad_inputs`.
+    Padding tokens cost the same as other tokens unless `config.unpad_inputs`.
     """
     config.check_exit(exit_layer)
     if length < 1:
@@ -65,22 +65,22 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
 
 @dataclass(frozen=True, slots=True)
 class ProfilePlan:
-    """What is measured: every combination of batch sizes and lengths."""
+    """What to measure: every combination of `batch_sizes` and `lengths`."""
 
-    batch_sizes: tuple[int, ...] = (1, 8)  # texts at once
-    lengths: tuple[int, ...] = (128, 512)  # tokens of each
-    rounds: int = 30  # how often each exit is timed at each shape
-    seconds_per_shape: float = 60.0  # a shape ends once it has taken this long, though not before five rounds
+    batch_sizes: tuple[int, ...] = (1, 8)  # numbers of texts in a batch
+    lengths: tuple[int, ...] = (128, 512)  # numbers of tokens of each text
+    rounds: int = 30  # number of timings of each exit at each batch shape
+    seconds_per_shape: float = 60.0  # timing of a shape ends after this time, but after five rounds at least
     memory: bool = True  # whether to measure memory
 
     def __post_init__(self) -> None:
         numbers = (*self.batch_sizes, *self.lengths, self.rounds, self.seconds_per_shape)
         if not self.batch_sizes or not self.lengths or min(numbers) <= 0:
-            raise UserError("profile.plan", f"All numbers of a plan must be positive, not {numbers}.")
+            raise UserError("profile.plan", f"All numbers in a plan must be positive, not {numbers}.")
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """All (batch_size, length), the smallest first."""
+        """All batch shapes (batch_size, length), the smallest first."""
         shapes = {(size, length) for size in self.batch_sizes for length in self.lengths}
         return tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape)))
 
@@ -94,10 +94,10 @@ def profile_checkpoint(
     dtype: str | None = None,
     progress: bool = True,
 ) -> ExitProfile:
-    """Measure every exit of a retrieval checkpoint.
+    """Measure the exits of a retrieval checkpoint.
 
-    The device is a GPU if there is one and None is given; exits, dtype and plan are by default those of the checkpoint
-    and `ProfilePlan()`.
+    If None, `device` is a GPU if there is one, else the CPU; `plan` is `ProfilePlan()`; `exit_layers` and `dtype` come
+    from the checkpoint.
     """
     plan = plan or ProfilePlan()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,11 +110,11 @@ def profile_checkpoint(
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     exits = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
     if (longest := max(plan.lengths)) > (limit := config.max_position_embeddings):
-        raise UserError("profile.length", f"The model takes {limit} tokens at most, not {longest}.")
+        raise UserError("profile.length", f"The model accepts {limit} tokens at most, not {longest}.")
     times = _measure_times(model, exits, plan, progress)
     sizes = {k: [(one.numel(), one.element_size()) for one in model.slice(k).parameters()] for k in exits}
     attention = config._attn_implementation
-    del model  # a GPU must not hold it while the exits' memory is measured
+    del model  # so that it uses no GPU memory while the memory of the exits is measured
     memory = _measure_memory(path, exits, plan, device, dtype, progress)
     profiled = {}
     for k in exits:
@@ -158,18 +158,18 @@ def profile_to_file(
 ) -> tuple[ExitProfile, Path]:
     """Measure a checkpoint and write its profile to `out`, by default `exit_profile.json` in its folder.
 
-    An older profile of the same weights is replaced, and its quality values of the measured exits are kept. UserError
-    if it has exits that `exit_layers` leaves out, or for a repository of the Hub without `out`.
+    It replaces an older profile, but keeps the quality values of the measured exits if the weights are the same.
+    UserError if the older profile has exits that `exit_layers` leaves out, or if a Hub repository comes without `out`.
 
     Returns:
-        The profile, and the file.
+        The profile, and the path of the file.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
     older = ExitProfile.load(path) if path.is_file() else None
     if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
         message = f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost"
-        raise UserError("profile.out.other_exits", f"{message}: measure them too, or name another file (--out).")
+        raise UserError("profile.out.other_exits", f"{message}: measure them too, or write to another file (--out).")
     profile = profile_checkpoint(checkpoint, plan, **options)
     if older is not None:
         profile = profile.with_quality_of(older)
@@ -178,25 +178,25 @@ def profile_to_file(
 
 
 def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
-    """The path of a checkpoint's profile: `out`, or the file in its folder."""
+    """The path of a checkpoint's profile: `out`, or `exit_profile.json` in its folder if None."""
     if out is not None:
         return Path(out).expanduser()
     check_checkpoint(checkpoint)
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
-        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder: name the profile's file (--out).")
+        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder: give the profile's path (--out).")
     return folder / PROFILE_NAME
 
 
 def random_batch(model: ModularStarEncoderForRetrieval, batch_size: int, length: int) -> dict[str, torch.Tensor]:
-    """Token ids drawn at random, the same in every call, and a mask without padding, both int64 (B, T)."""
+    """Random token ids, equal in every call, and an attention mask without padding, both int64 (B, T)."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=generator).to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def embed(model: ModularStarEncoderForRetrieval, batch: dict[str, torch.Tensor], exit_layer: int) -> float:
-    """Seconds to embed a batch at an exit, until the device has finished."""
+    """Embed a batch at one exit, and return the seconds until the device has finished."""
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda device: None
     wait(model.device)
     start = time.perf_counter()
@@ -207,7 +207,7 @@ def embed(model: ModularStarEncoderForRetrieval, batch: dict[str, torch.Tensor],
 
 
 def format_profile(profile: ExitProfile) -> str:
-    """One Markdown table per shape, aligned for reading as plain text, and a line on the circumstances."""
+    """Markdown text with one table per batch shape, and a line with device, dtype, machine and date."""
     blocks = []
     for shape in profile.shapes:
         rows = [["exit", "parameters", "MFLOP/token", "p50 ms", "p95 ms", "texts/s", "peak MB", *profile.benchmarks]]
@@ -225,7 +225,7 @@ def format_profile(profile: ExitProfile) -> str:
 def _measure_times(
     model: ModularStarEncoderForRetrieval, exits: Sequence[int], plan: ProfilePlan, progress: bool
 ) -> dict[tuple[int, Shape], list[float]]:
-    """Seconds of every run of each exit and shape, warm-up left out."""
+    """{(exit, batch shape): seconds of each timing}, without warm-up."""
     random = np.random.default_rng(0)
     times: dict[tuple[int, Shape], list[float]] = {(k, shape): [] for k in exits for shape in plan.shapes}
     total = len(plan.shapes) * (WARM_UP_ROUNDS + plan.rounds)
@@ -245,9 +245,9 @@ def _measure_times(
 
 
 class MemoryUse(NamedTuple):
-    """Of a process that embeds, in MB (10^6 bytes), None where the system does not report it.
+    """The memory of a process that embeds, in MB (10^6 bytes); None if the operating system does not report it.
 
-    `base` is the memory with all libraries before anything is loaded, `peaks` the largest so far after each batch.
+    `base` is the memory with all libraries before the model is loaded; `peaks` are the peaks so far after each batch.
     """
 
     base: float | None
@@ -257,7 +257,7 @@ class MemoryUse(NamedTuple):
 def _measure_memory(
     checkpoint: str, exits: Sequence[int], plan: ProfilePlan, device: str, dtype: str, progress: bool
 ) -> dict[int, MemoryUse]:
-    """Memory of each exit for each shape."""
+    """{exit: its memory}, with one peak per batch shape."""
     if not plan.memory:
         return dict.fromkeys(exits, MemoryUse(None, [None] * len(plan.shapes)))
     use = {}
@@ -265,7 +265,7 @@ def _measure_memory(
         if device == "cpu":
             use[exit_layer] = measure_memory(checkpoint, exit_layer, dtype, plan.shapes, torch.get_num_threads())
             continue
-        gc.collect()  # the model before this one
+        gc.collect()  # frees the model of the previous exit
         model, _ = load_checkpoint(checkpoint, exit_layer, "cuda", dtype)
         peaks: list[float | None] = []
         for shape in plan.shapes:
@@ -278,9 +278,9 @@ def _measure_memory(
 
 
 def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape], threads: int) -> MemoryUse:
-    """Peak resident memory of a fresh process that loads an exit on the CPU and embeds one batch per shape.
+    """Peak resident memory of a new process that loads an exit on the CPU and embeds one batch per shape.
 
-    `shapes` must ascend by tokens, because each peak is the largest so far; the peak while loading counts for all.
+    `shapes` must ascend by tokens, because each peak is the largest so far. All peaks include the loading of the model.
     """
     request = json.dumps([checkpoint, exit_layer, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
@@ -293,7 +293,7 @@ def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequenc
 
 
 def peak_memory_mb() -> float | None:
-    """Largest resident memory of this process so far, in MB (10^6 bytes); None where the system does not report it."""
+    """Largest resident memory of this process so far, in MB (10^6 bytes); None if the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:"))

@@ -1,4 +1,4 @@
-"""The benchmarks by name, and the folders of their files. To add one, write its `load` function and list it here."""
+"""The list of benchmarks, and how to load each. To add one, write its `load` function and list it here."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """How to find and read a benchmark."""
+    """Where the files of a benchmark are, and how to read them."""
 
-    name: str  # as users name it
+    name: str  # name on the command line
     title: str  # the heading of its table
-    folder: str  # of its files, below a folder of several benchmarks
-    # Reads that folder; raises UserError for a damaged or partial file and FileNotFoundError for a missing one.
+    folder: str  # name of its folder inside a folder of several benchmarks
+    # Reads the folder; raises UserError for a damaged or partial file, and FileNotFoundError for a missing file.
     load: Callable[..., Sequence[Task]]
     hub: str = ""  # the dataset repository on the Hub with the same files
-    sized: bool = True  # whether `load` takes `allow_subset`
-    with_candidates: bool = False  # whether candidates are drawn: `load` takes `candidates`, lists of an earlier run
+    sized: bool = True  # whether `load` has the argument `allow_subset`
+    with_candidates: bool = False  # whether candidates are random: `load` has the argument `candidates`
     in_all: bool = True  # whether "all" includes it
 
 
@@ -83,7 +83,7 @@ WITH_CANDIDATES = tuple(name for name, benchmark in BENCHMARKS.items() if benchm
 
 
 def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
-    """The names, each once; `all` means the benchmarks whose folders are in `data`."""
+    """The names of benchmarks without repetitions; replaces `all` by all benchmarks whose folders are in `data`."""
     available = ", ".join([*BENCHMARKS, ALL])
     if not names:
         raise UserError("benchmark.missing", f"Name a benchmark: {available}.")
@@ -92,7 +92,7 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     if ALL not in names:
         return list(dict.fromkeys(names))
     if _is_on_hub(data):
-        raise UserError("benchmark.all.on_hub", f"`{ALL}` means the benchmarks of a folder: name those of the Hub.")
+        raise UserError("benchmark.all.on_hub", f"`{ALL}` needs a folder; on the Hub, name each benchmark.")
     possible = [one for one in _BENCHMARKS if one.in_all]
     found = [one.name for one in possible if (Path(data).expanduser() / one.folder).is_dir()]
     if not found:
@@ -104,19 +104,19 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
 def load_benchmark(
     name: str, data: str | Path, *, allow_subset: bool = False, candidates: str | Path | None = None
 ) -> list[Task]:
-    """The tasks of a benchmark.
+    """Load the tasks of a benchmark.
 
     Args:
-        data: its folder, a folder that holds it under its usual name, `hub` for its authors' repository on the Hub, or
-            `hub:OWNER/NAME` for another one with the same files.
-        allow_subset: accept partial files, with a note.
-        candidates: folder of the lists of an earlier run; used by benchmarks that draw candidates.
+        data: the folder of the benchmark, or its parent folder; `hub` for the repository of its authors on the Hub; or
+            `hub:OWNER/NAME` for another repository with the same files.
+        allow_subset: accept partial files, and add a note to the tasks.
+        candidates: folder with the lists of candidates from an earlier run, for benchmarks with random candidates.
     """
     benchmark = BENCHMARKS[name]
     if _is_on_hub(data):
         repository = str(data).removeprefix("hub").removeprefix(":") or benchmark.hub
         if not repository:
-            raise UserError("benchmark.not_on_hub", f"{name} is not on the Hub: name a folder or hub:OWNER/NAME.")
+            raise UserError("benchmark.not_on_hub", f"{name} is not on the Hub: give a folder or hub:OWNER/NAME.")
         ignored = ["*train*", "*validation*"]
         folder = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))
     else:

@@ -1,9 +1,9 @@
-"""CodeSearchNet (Husain et al. 2019) in four protocols, and its protocol on the functions of a folder.
+"""CodeSearchNet (Husain et al. 2019) in four protocols, and its first protocol on the functions of a folder.
 
-Files may be those of its authors, of the Hub, of CodeXGLUE or of MTEB. Known flaws: Python's `code` holds the docstring
-that is the query. With it even BM25 reaches 97 MRR, without it 57 to 59; published values for Python are often of that
-kind. Docstrings are stripped here unless `leaky`. And documentation is not a search query: its authors wrote it next to
-the code, and it shares the code's words.
+The files may come from its authors, the Hub, CodeXGLUE or MTEB. It has two known flaws. First, Python's `code` holds
+the docstring that is the query: BM25 reaches 97 MRR with the docstring, and 57 to 59 without it. Published values for
+Python often include it; this module strips docstrings unless `leaky`. Second, documentation is not a search query:
+developers write it next to the code, and it shares words with the code.
 """
 
 from __future__ import annotations
@@ -55,24 +55,24 @@ from modular_star_encoder.utils.files import write_json
 LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
 
 TEST_SIZES = {"go": 14_291, "java": 26_909, "javascript": 6_483, "php": 28_391, "python": 22_176, "ruby": 2_279}
-"""Rows of the official test splits."""
+"""Number of rows of each official test split."""
 
 QUERIES = {"go": 8_122, "java": 10_955, "javascript": 3_291, "php": 14_014, "python": 14_918, "ruby": 1_261}
 CANDIDATES = {"go": 28_120, "java": 40_347, "javascript": 13_981, "php": 52_660, "python": 43_827, "ruby": 4_360}
-"""Queries and code bases of CodeXGLUE's filtered version."""
+"""Number of queries and of candidates in CodeXGLUE's filtered version."""
 
 MTEB_SIZE = 1000
-"""Queries, and documents, of each language."""
+"""Number of queries, and of documents, of each language."""
 
 ANNOTATIONS = "annotationStore.csv"
 ANNOTATION_ROWS = 4_006
 
 Grades = dict[str, dict[str, list[float]]]
-"""{query: {url: the annotators' grades}}"""
+"""{query: {url of a function: relevance grades of the annotators}}"""
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
-    """The languages whose files are in `folder`, at least one; `patterns` have `{0}` in place of the language."""
+    """The languages whose files are in `folder`, at least one; `{0}` in a pattern stands for the language."""
     files = {language: [pattern.format(language) for pattern in patterns] for language in languages}
     require_files(folder, [pattern for of_language in files.values() for pattern in of_language])
     return [language for language, of_language in files.items() if find_files(folder, of_language)]
@@ -81,12 +81,12 @@ def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] =
 def load_with_candidates(
     folder: Path, *, leaky: bool = False, candidates: Path | None = None, allow_subset: bool = False
 ) -> list[RetrievalTask]:
-    """One task for each language whose test file is there: each query among 1000 candidates drawn at random.
+    """Load one task per language whose test file exists; each query has 1000 random candidates.
 
     Args:
-        folder: holds `{language}_test.jsonl.gz`, or the languages' folders of the Hub or of the authors' archives.
-        leaky: only Python, with its docstrings in the code, to compare with published values.
-        candidates: folder of the lists that `write_candidates` wrote; rows that they do not name are left out.
+        folder: holds `{language}_test.jsonl.gz`, or a folder per language from the Hub or from the authors' archives.
+        leaky: load only Python, with the docstrings in the code, to compare with published values.
+        candidates: folder with the lists that `write_candidates` wrote; leaves out rows that are not in the lists.
         allow_subset: accept files with fewer rows than the official split.
     """
     name, tasks = "codesearchnet-999-leaky" if leaky else "codesearchnet-999", []
@@ -106,7 +106,7 @@ def load_with_candidates(
 
 
 def language_patterns(split: str, language: str) -> tuple[str, ...]:
-    """Where the files of a split may be: plain JSON lines, the Hub's Parquet, the authors' archive unpacked."""
+    """Patterns for the files of a split: plain JSON lines, Parquet from the Hub, the authors' unpacked archive."""
     return (
         f"{language}_{split}.jsonl.gz",
         f"{language}_{split}.jsonl",
@@ -117,9 +117,9 @@ def language_patterns(split: str, language: str) -> tuple[str, ...]:
 
 
 def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> dict[str, RetrievalRow]:
-    """{url: documented function} of the files of one language, in order.
+    """Read {url: documented function} from the files of one language, in order.
 
-    `leaky` leaves the docstring in Python code, as most published values have it.
+    `leaky` keeps the docstring in Python code, as in most published evaluations.
     """
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
@@ -142,12 +142,12 @@ def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> 
 
 
 def query_of(documentation: str) -> str:
-    """The query of a documentation string: its summary, or all of it where it begins with a tag."""
+    """The query for a function: the summary of its documentation, or all of it if it begins with a tag."""
     return documentation_summary(documentation) or documentation.strip()
 
 
 def strip_docstring(code: str) -> str:
-    """A Python function without its docstring; from code that does not parse, the string that its body begins with."""
+    """Remove the docstring of a Python function; if the code does not parse, remove a string that starts its body."""
     try:
         found = find_functions(textwrap.dedent(code).strip("\n"), "python")
     except UnparsableSourceError:
@@ -157,7 +157,7 @@ def strip_docstring(code: str) -> str:
     depth, in_body, passed, pieces = 0, False, False, []
     for kind, text in PythonLexer(stripnl=False, ensurenl=False).get_tokens(code):
         if in_body and not passed and not (kind in TextToken or kind in Comment):
-            if kind in String:  # one string is several tokens
+            if kind in String:  # the lexer splits one string into several tokens
                 continue
             passed = True
         pieces.append(text)
@@ -168,7 +168,7 @@ def strip_docstring(code: str) -> str:
 
 
 def write_candidates(task: RetrievalTask, folder: Path) -> Path:
-    """Write which ids are ranked together to `folder/{language}.json`, and return its path."""
+    """Write the query ids of each pool to `folder/{language}.json`, and return the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{task.name}.json"
     pools = [[task.query_ids[row] for row in pool.queries] for pool in task.pools]
@@ -178,7 +178,7 @@ def write_candidates(task: RetrievalTask, folder: Path) -> Path:
 
 def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
     if not path.is_file():
-        raise FileNotFoundError(f"There is no list of candidates {path}.")
+        raise FileNotFoundError(f"List of candidates not found: {path}.")
     (data,) = check_rows(path, [read_json(path)], {"pools": list})
     places = {url: place for place, url in enumerate(urls)}
     pools = []
@@ -193,7 +193,7 @@ def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
 
 
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """CodeXGLUE's filtered version: one task for each language whose folder is there, all of its code as candidates."""
+    """Load CodeXGLUE's filtered version, one task per language folder; all code of the language is a candidate."""
     tasks = []
     for language in _languages(folder, ["{0}/test.jsonl*"]):
         test, codebase = (require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))
@@ -215,7 +215,7 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
 
 
 def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Annotators' judgements: one task for each language whose functions are there.
+    """Load the human judgements, one task per language whose functions exist.
 
     The folder holds `annotationStore.csv` (also under `resources/`) and a folder of JSON lines for each language.
     """
@@ -248,7 +248,7 @@ def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 
 
 def _read_grades(path: Path) -> tuple[dict[str, Grades], int]:
-    """{language: grades} in lower case, and the number of annotations."""
+    """Read {language: grades}, with languages and queries in lower case, and the number of annotations."""
     grades: dict[str, Grades] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     reader = csv.DictReader(line + "\n" for _, line in read_lines(path))
     columns = ("Language", "Query", "GitHubUrl", "Relevance")
@@ -265,20 +265,20 @@ def _read_grades(path: Path) -> tuple[dict[str, Grades], int]:
 
 
 def _read_code(paths: list[Path]) -> dict[str, str]:
-    """{url: code}; of the same function in several files, the first."""
+    """Read {url: code}; if a url occurs twice, its first code."""
     functions: dict[str, str] = {}
     for path in paths:
         for number, row in enumerate(read_jsonl(path, {}), start=1):
             url = row.get("url", row.get("func_code_url"))
             code = next((row[name] for name in ("function", "code", "func_code_string") if name in row), None)
             if not isinstance(url, str) or not isinstance(code, str) or not code.strip():
-                refuse(path, number, "a url and the code of a function as 'function' or 'code'")
+                refuse(path, number, "a url and the code of a function in the field 'function' or 'code'")
             functions.setdefault(url, code)
     return functions
 
 
 def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """MTEB's 1000 × 1000: one task for each language whose folders are there."""
+    """Load MTEB's 1000 × 1000, one task per language whose folders exist."""
     tasks = []
     for language in _languages(folder, _mteb_patterns("{0}", "corpus")):
         documents, document_ids, notes = _read_mteb(folder, language, "corpus", "documents", allow_subset)
@@ -308,7 +308,7 @@ def _mteb_patterns(language: str, part: str) -> tuple[str, ...]:
 def _read_mteb(
     folder: Path, language: str, part: str, what: str, allow_subset: bool
 ) -> tuple[list[str], dict[str, int], tuple[str, ...]]:
-    """Texts, the place of each id, and notes on the size."""
+    """Read the texts, {id: index of its text}, and notes on the size."""
     paths = require_files(folder, _mteb_patterns(language, part))
     rows = [row for path in paths for row in read_table(path, {"text": str})]
     ids = [row.get("_id", row.get("id")) for row in rows]
@@ -320,10 +320,10 @@ def _read_mteb(
 
 
 def load_code_folder(folder: Path) -> list[RetrievalTask]:
-    """One task of the documented functions in a folder of source code, by the protocol of 1000 candidates."""
+    """Build one task from the documented functions in a folder of source code, with 1000 random candidates."""
     functions = collect_functions(folder_repositories(folder)).functions
     if len(functions) < 2:
-        message = f"{folder} holds {len(functions)} documented functions that pass the filters; ranking needs two."
+        message = f"{folder} holds {len(functions)} documented functions that pass the filters; at least 2 are needed."
         raise UserError("benchmark.folder.too_few", message)
     rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
     notes = (f"only {len(rows)} documented functions, so fewer than 999 distractors",) if len(rows) < POOL else ()

@@ -1,14 +1,14 @@
-"""CodeXGLUE's retrieval and clone benchmarks (github.com/microsoft/CodeXGLUE), CoSQA, and Exercism's exercises.
+"""Load CodeXGLUE's retrieval and clone benchmarks (github.com/microsoft/CodeXGLUE), CoSQA and Exercism.
 
-- AdvTest: Python functions with normalised names. The same function may be in it twice; builtins, attributes and
-  strings keep their words.
-- CoSQA: web queries about Python functions.
-- Translation: the same method in Java and C#, as retrieval.
-- POJ-104: solutions of the same problem in C++.
-- BigCloneBench: pairs of Java functions, clones or not, by F1 at a threshold chosen on the validation pairs.
+- AdvTest: retrieve Python functions with normalised names; builtins, attributes and strings keep their words. A
+  function may occur twice.
+- CoSQA: retrieve Python functions for web queries.
+- Translation: retrieve the same method in the other language, Java or C#.
+- POJ-104: retrieve solutions of the same problem in C++.
+- BigCloneBench: classify pairs of Java functions as clones; F1 at a threshold chosen on the validation pairs.
 - Exercism (github.com/exercism, MIT): exercises solved in many languages, as JSON lines with `slug`, `description` and
   `code` ({language: solution}). Pools are small (71 to 146), and solutions share the names that the exercise
-  prescribes: TF-IDF gets 81 MRR from descriptions and 88 from code. The variants with masked names show what is left.
+  prescribes: TF-IDF reaches 81 MRR from descriptions and 88 from code. Variants with masked names remove this hint.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ POJ_PROBLEMS, POJ_PROGRAMS_EACH = range(81, 105), 500
 BIGCLONEBENCH_PAIRS = 415_416
 
 PROMPT_NAMES = {"cpp": "c++", "csharp": "c#"}
-"""Exercism's names of languages that differ from those in prompts."""
+"""{Exercism's name of a language: its name in prompts}, if they differ."""
 
 DESCRIPTION = "text"
 
@@ -55,11 +55,11 @@ _DIRECTIVES = re.compile(
     r"define|undef|include|ifn?def|if|elif|else|endif|pragma|once|error|warning|line|defined|import|(end)?region"
     r"|nullable|enable|disable|restore|php"
 )
-_OWN_OBJECT = ("this", "self")  # PHP's lexer takes $this for a variable like others
+_OWN_OBJECT = ("this", "self")  # PHP's lexer does not distinguish $this from other variables
 
 
 def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """The one task, from `test.jsonl` of the authors' preprocess.py: documentation → code."""
+    """Load the only task, documentation → code, from the `test.jsonl` that the authors' preprocess.py writes."""
     (path, *_) = require_files(folder, ("test.jsonl", "test.jsonl.gz"))
     rows = read_jsonl(path, {"idx": (int, str), "url": str, "docstring_tokens": list})
     ids = check_unique(path, [row["idx"] for row in rows], "idx")
@@ -71,7 +71,7 @@ def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalT
 
 
 def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """The one task: web queries → code."""
+    """Load the only task, web queries → code."""
     base, test = (require_files(folder, [name])[0] for name in ("code_idx_map.txt", "cosqa-retrieval-test-500.json"))
     codes = read_json(base)
     if not isinstance(codes, dict) or not codes or not all(isinstance(number, int) for number in codes.values()):
@@ -89,7 +89,7 @@ def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 
 
 def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Java → C# and C# → Java; `masked` replaces names (see `mask_names`)."""
+    """Load the tasks Java → C# and C# → Java; `masked` replaces names (see `mask_names`)."""
     (first, *_), (second, *_) = (require_files(folder, [f"test.java-cs.txt.{ending}"]) for ending in ("java", "cs"))
     texts = {"java": _read_translation(first, "java", masked), "c#": _read_translation(second, "c#", masked)}
     size = len(texts["java"])
@@ -113,7 +113,7 @@ def _read_translation(path: Path, language: str, masked: bool) -> list[Text]:
 
 
 def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """The one task: a program → the others that solve the same problem."""
+    """Load the only task: a program → the other programs that solve the same problem."""
     (path, *_) = require_files(folder, ("test.jsonl", f"ProgramData/{POJ_PROBLEMS[0]}/*.txt"))
     if path.name == "test.jsonl":
         rows = read_jsonl(path, {"label": str, "index": str, "code": str})
@@ -147,7 +147,7 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
 
 
 def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[PairTask]:
-    """The one task."""
+    """Load the only task: classify pairs of functions as clones."""
     functions, valid, test = (require_files(folder, [name])[0] for name in ("data.jsonl", "valid.txt", "test.txt"))
     rows = read_jsonl(functions, {"func": str, "idx": (str, int)})
     places = check_unique(functions, [str(row["idx"]) for row in rows], "idx")
@@ -161,7 +161,7 @@ def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[Pair
 def _read_bigclonebench(
     path: Path, places: dict[str, int], allow_subset: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Pairs (P, 2), labels (P,) and notes; of a pair that comes twice the last label counts, as for the authors."""
+    """Pairs (P, 2), labels (P,) and notes; the last label of a repeated pair applies, as in the authors' code."""
     labels: dict[tuple[int, int], int] = {}
     number = 0
     for number, line in read_lines(path):
@@ -179,9 +179,9 @@ def _read_bigclonebench(
 
 
 def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False) -> list[RetrievalTask]:
-    """Text → code: a task for each language. Code → code: one for each ordered pair of languages.
+    """Load text → code tasks, one per language, or with `from_code` code → code tasks, one per ordered language pair.
 
-    The candidates of a task are the exercises that both sides have; tables average over the languages of queries.
+    Candidates are the exercises that have both texts; tables average over the languages of queries.
     `masked` replaces names in code (see `mask_names`).
     """
     (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
@@ -202,7 +202,7 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
 
 
 def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
-    """{slug: {language or `DESCRIPTION`: text}}"""
+    """Read {slug: {language or `DESCRIPTION`: text}}; `masked` replaces the names in code."""
     rows = read_jsonl(path, {"slug": str, "description": str, "code": dict})
     check_unique(path, [row["slug"] for row in rows], "slug")
     exercises: dict[str, dict[str, Text]] = {}
@@ -219,7 +219,7 @@ def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
 
 @lru_cache(maxsize=1 << 14)
 def mask_names(code: str, language: str) -> str:
-    """The code with every identifier replaced by `name1`, `name2`, … in the order of their first appearance.
+    """Replace the identifiers in code by `name1`, `name2`, … in the order of their first appearance.
 
     `language` is any name that Pygments knows, such as "python", "c++", "c#".
     """

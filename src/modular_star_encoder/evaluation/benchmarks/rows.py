@@ -1,4 +1,4 @@
-"""Read the files of benchmarks; errors name the file, the line and what was expected there."""
+"""Read the files of benchmarks; errors name the file, the line and the expected content."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from modular_star_encoder.data.sources.dataset_rows import not_unicode
 from modular_star_encoder.utils.errors import UserError
 
 Fields = Mapping[str, type | tuple[type, ...]]
-"""The names of a row's required fields and the types of their values."""
+"""{name of a required field of a row: type or types of its value}."""
 
 _NAMES = {str: "a string", list: "a list", int: "a whole number", dict: "an object", float: "a number"}
 
 
 def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoReturn:
-    """Raise UserError with file, 1-based line or row, and what was expected there."""
+    """Raise UserError that names the file, the line or row (from 1), the expected and the found content."""
     place = f"{path}, line {line}" if line is not None else f"{path}"
     message = f"{place}: expected {expected}{f', found {found}' if found else ''}."
     raise UserError("benchmark.file.unexpected", message)
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files of the first pattern that matches any, sorted by name; none if no pattern does."""
+    """The files that match the first pattern with a match, sorted by name; an empty list if no pattern matches."""
     for pattern in patterns:
         if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return found
@@ -34,7 +34,7 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """`find_files`, and FileNotFoundError with the names that were expected."""
+    """Like `find_files`, but raise FileNotFoundError, which names the patterns, if no file matches."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     if not (found := find_files(folder, patterns)):
@@ -43,7 +43,7 @@ def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end) of a text file or of one compressed with gzip."""
+    """Yield (line number from 1, line without its end) of a text file, plain or compressed with gzip."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -58,7 +58,7 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
 
 
 def read_jsonl(path: Path, fields: Fields) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line."""
+    """Read a file with one JSON object per line, and check that each has `fields`."""
     rows, expected = [], f"a JSON object with {_listed(fields)}"
     for number, line in read_lines(path):
         try:
@@ -71,7 +71,7 @@ def read_jsonl(path: Path, fields: Fields) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """The one JSON value of a file."""
+    """Read a file that holds one JSON value."""
     text = "\n".join(line for _, line in read_lines(path))
     try:
         value = json.loads(text)
@@ -82,14 +82,14 @@ def read_json(path: Path) -> Any:
 
 
 def check_rows(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
-    """The rows of a JSON list, each with these fields; rows count as lines in messages."""
+    """Return `rows` after checking that it is a list of objects with `fields`; errors give the row number as line."""
     if not isinstance(rows, list) or not rows:
         refuse(path, 1, f"a list of objects with {_listed(fields)}", "an empty list" if rows == [] else _kind(rows))
     return [_checked(path, number, row, fields) for number, row in enumerate(rows, start=1)]
 
 
 def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
-    """Rows of a Parquet file, or of JSON lines by any other ending."""
+    """Read the rows of a Parquet file, or of JSON lines if the suffix is not `.parquet`."""
     if path.suffix != ".parquet":
         return read_jsonl(path, fields)
     import pyarrow
@@ -103,7 +103,7 @@ def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
 
 
 def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> list[str]:
-    """For each row of `path` the tokens of the first of these fields that it has, joined by spaces."""
+    """For each row of `path`, join the tokens in a field with spaces: the first of `names` that the row has."""
     texts = []
     for number, row in enumerate(rows, start=1):
         name = next((name for name in names if name in row), None)
@@ -117,17 +117,17 @@ def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> li
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Notes on the size of a benchmark: none if it is whole, one if a part of it is allowed."""
+    """Check the size of a file; returns no note if it is complete, and one note if it is an allowed subset."""
     if found == expected:
         return ()
     if found > expected or not allow_subset:
-        hint = "; allow a subset to measure on a part" if found < expected else ""
+        hint = "; set allow_subset to evaluate on a part" if found < expected else ""
         refuse(path, None, f"{expected:,} {what}", f"{found:,}{hint}")
     return (f"{path.name}: {found:,} of {expected:,} {what}",)
 
 
 def check_unique(path: Path, values: Sequence[Any], what: str) -> dict[Any, int]:
-    """{value: its place}; UserError if one comes twice."""
+    """{value: its index in `values`}; UserError if a value occurs twice."""
     places: dict[Any, int] = {}
     for number, value in enumerate(values):
         if value in places:
@@ -137,7 +137,7 @@ def check_unique(path: Path, values: Sequence[Any], what: str) -> dict[Any, int]
 
 
 def _check_unicode(path: Path, line: int | None, text: str, value: Any) -> None:
-    """Refuse halves of characters, which JSON can hold in its escapes and no tokenizer takes."""
+    """Raise UserError for a lone surrogate, which a JSON escape can hold but no tokenizer accepts."""
     if "\\ud" in text.lower() and (found := not_unicode(json.dumps(value, ensure_ascii=False))):
         refuse(path, line, "whole characters", found)
 
