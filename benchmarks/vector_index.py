@@ -27,9 +27,8 @@ import numpy as np
 from report import status_bytes, write
 
 from modular_star_encoder.search.local_store import LocalStore
-from modular_star_encoder.search.pieces import Snippet
+from modular_star_encoder.search.pieces import Snippet, question_stems, snippet_words
 from modular_star_encoder.search.vector_store import Filter, Row, content_hash, file_id, row_id
-from modular_star_encoder.search.pieces import question_stems, snippet_words
 from modular_star_encoder.utils.reports import markdown_table
 
 CHUNK, BATCH = 10_240, 256
