@@ -22,7 +22,7 @@ DEFINITION, OWN_FILE, INSIDE_A_SENTENCE = 1.5, 1.5, 0.5
 PATH, FOLDER = 1.5, 0.5
 GOOD_FILE, PIECES_OF_A_FILE = 1.0, 5
 SIDE_FILES, INITIAL_FILES, DECLARATIONS = 0.5, 0.5, 0.7
-FURTHER_PIECE = 0.5
+FURTHER_PIECE = 0.8
 _SHORTEST_PREFIX = 3
 
 _SEPARATOR = re.compile(r"::|->|\.|\\|#|/")
@@ -142,7 +142,7 @@ def priors(question: Question, files: Mapping[str, Sequence[int]], count: int) -
 
 
 def diversity(scores: np.ndarray, snippets: Sequence[Snippet]) -> np.ndarray:
-    """Factors (N,): each further piece of a file counts half of the one before."""
+    """Factors (N,): each further piece of a file counts less than the one before."""
     factors, seen = np.ones(len(scores)), Counter[str]()
     for place in np.argsort(-scores, kind="stable"):
         path = snippets[place].path
