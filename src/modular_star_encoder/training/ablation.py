@@ -286,7 +286,7 @@ def _check_starting_points(models: set[str], path: Path) -> None:
 def _run_cell(
     cell: AblationCell, data: RetrievalData, tasks: Sequence[RetrievalTask], run: Path, progress: bool
 ) -> dict[str, dict[int, Values]]:
-    """Train and evaluate a cell unless its scores exist; return benchmark → exit → reciprocal ranks in all processes."""
+    """Train and evaluate a cell unless its scores exist; return benchmark → exit → reciprocal ranks."""
     state, path = processes_of_run(), run / SCORES
     by_checksum = {task.checksum(): task for task in tasks}
     with state.main_process_first():

@@ -95,7 +95,7 @@ class TrainingSettings:
 
     @classmethod
     def upgrade(cls, content: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Return the content with the keys of the old mapping `trainer` moved to the top and `config` in current names."""
+        """Return the content with the keys of the old mapping `trainer` moved up, and current names in `config`."""
         upgraded: dict[Any, Any] = {}
         for name, value in content.items():
             if name == "schedule" and value == "constant":

@@ -182,7 +182,7 @@ class MultiExitTrainer(Trainer):
             logs.update(self._drain_metrics())
             if logs.get("masked_negatives", 0) > MOST_MASKED_NEGATIVES:
                 logger.warning_once(
-                    "The deepest exit masks more than a tenth of all negatives as false: it can't guide yet. "
+                    "The deepest exit takes more than a tenth of all negatives to be false: it can't guide yet. "
                     "Fine-tune without false_negative_margin and false_negative_factor first, or set them stricter."
                 )
         super().log(logs, start_time)
