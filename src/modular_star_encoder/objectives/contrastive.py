@@ -31,10 +31,10 @@ def losses_from_embeddings(
     several sets of pairs each has candidates of its own.
 
     Args:
-        stacks: side → (E, B, D), L2-normalised; row b of a pair's positive and negatives belongs to its anchor's.
+        stacks: side → (E, B, D), L2-normalised; row b of the positives and negatives belongs to row b of the anchors.
         exit_layers: the exits, in the order of E.
-        settings: which terms are computed.
-        logit_scale: a learned multiplier of similarities (1,), in place of `settings.logit_scale`.
+        settings: determine which terms are computed.
+        logit_scale: a learned multiplier of similarities (1,); it replaces `settings.logit_scale`.
 
     Returns:
         The losses; the terms `clip` and, where they are on, `distillation` and `alignment`, times their weights; and
@@ -98,7 +98,7 @@ class _Scoring:
 
 
 def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.Tensor, scale: Any) -> _Scoring:
-    """The scoring of stacks such as this one, (E, B, D)."""
+    """Return the scoring for stacks with the size, dtype and device of `stack` (E, B, D)."""
     sizes = [settings.sizes(exit_layer, stack.shape[-1]) for exit_layer in exits]
     every_size = sorted(set().union(*sizes))
     places = {size: [e for e, of_exit in enumerate(sizes) if size in of_exit] for size in every_size}
@@ -112,7 +112,7 @@ def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.T
 
 
 def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
-    """For each exit the place of the exit that teaches it, or that it is aligned to."""
+    """Return, for each exit, the place of its teacher or alignment target."""
     last = len(exit_layers) - 1
     if chosen == "next_deeper":
         return [min(place + 1, last) for place in range(last + 1)]
@@ -121,7 +121,7 @@ def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
 
 
 def _alignment(stack: torch.Tensor, target: list[int]) -> torch.Tensor:
-    """Mean over texts of 1 - cosine to the target's embedding (E,); zero for an exit that is its own target."""
+    """Return the mean over texts (E,) of 1 - cosine(embedding, target's embedding); zero for the target itself."""
     cosines = nn.functional.cosine_similarity(stack, stack.detach()[target], dim=-1)
     pupils = torch.tensor([float(own != place) for own, place in enumerate(target)], device=stack.device)
     return (1 - cosines).mean(dim=1) * pupils.to(stack.dtype)
@@ -130,7 +130,7 @@ def _alignment(stack: torch.Tensor, target: list[int]) -> torch.Tensor:
 def _pair_sums(
     pair: Sequence[str], stacks: Mapping[str, torch.Tensor], gathered: Mapping[str, torch.Tensor], scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Sums over this process's pairs of one set: losses as the mean of both directions, hits of anchors alone."""
+    """Sum over this process's pairs of one set: losses are the mean of both directions, hits count anchors only."""
     anchor, positive, *negatives = pair
     candidates = torch.cat([gathered[side] for side in (positive, *negatives)], dim=1)
     forwards = _row_sums(stacks[anchor], candidates, scoring)
@@ -140,11 +140,11 @@ def _pair_sums(
 
 
 def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> dict[str, torch.Tensor]:
-    """The loss of one direction, summed over the rows (E, B, D), for each exit; the positive of row b is candidate
-    rank × B + b of (E, C, D).
+    """Return each exit's loss in one direction, summed over the rows (E, B, D); the positive of row b is candidate
+    rank × B + b of the columns (E, C, D).
 
-    Scores are computed for a chunk of rows at a time and once more in the backward pass, so that memory grows with the
-    batch and not with its square.
+    Scores are computed chunk by chunk and once more in the backward pass, so that memory grows linearly with the
+    batch, not quadratically.
     """
     count = rows.shape[1]
     own = torch.arange(count, device=rows.device) + rank_and_count()[0] * count
@@ -160,7 +160,7 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
 def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Sums over rows (E, R, D) whose candidates are in the columns `own` (R,) of (E, C, D)."""
+    """Return sums over the rows (E, R, D) of a chunk; `own` (R,) is the column of each row's positive in (E, C, D)."""
     settings, (exits, _, size) = scoring.settings, rows.shape
     scores = {cut: _similarities(rows, columns, places, cut) for cut, places in scoring.places.items()}
     sums: dict[str, torch.Tensor] = {}
@@ -197,7 +197,7 @@ def _chunk_sums(
 
 
 def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], cut: int) -> torch.Tensor:
-    """(places, R, C) similarities at some exits, of embeddings cut to `cut` numbers and normalised again."""
+    """Similarities (places, R, C) at the exits `places`; embeddings are cut to size `cut` and normalised again."""
     exits, _, size = rows.shape
     if len(places) < exits:  # otherwise indexing would copy for nothing
         rows, columns = rows[places], columns[places]
@@ -207,9 +207,9 @@ def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], 
 
 
 def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring) -> torch.Tensor:
-    """Sums over rows (E,) of the divergence from the teachers' distributions over the candidates, times T²."""
+    """Return, summed over rows (E,), the divergence from the teacher's distribution over the candidates, times T²."""
     temperature = scoring.settings.distillation_temperature
-    # Training must not change the scale in order to please the teacher.
+    # The distillation term must not train the scale.
     scale = scoring.logit_scale.detach() / temperature
     wanted, found = ((scale * part).log_softmax(dim=-1) for part in (teachers, scores))
     divergences = nn.functional.kl_div(found, wanted, reduction="none", log_target=True)
@@ -217,7 +217,7 @@ def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring
 
 
 def _false_negatives(similarities: torch.Tensor, own: torch.Tensor, settings: ContrastiveSettings) -> torch.Tensor:
-    """Mask (R, C) of the negatives that the guide finds too similar."""
+    """Return a mask (R, C) of the negatives whose similarity at the deepest exit is above the limit."""
     limits = similarities.gather(1, own[:, None])
     if settings.false_negative_factor is not None:
         limits = limits * settings.false_negative_factor
@@ -230,11 +230,11 @@ class ContrastiveObjective:
     """CLIP loss between descriptions and code, or code and code, at each exit; an objective of `MultiExitTrainer`.
 
     Over several processes, candidates come from all of them and the gradients are those of the joint batch, which needs
-    batches of equal size and a wrapper that averages gradients (DDP, FSDP2). Accumulated batches are separate ones:
-    accumulation adds no negatives; `mini_batch_tokens` is what makes large batches possible.
+    batches of equal size and a wrapper that averages gradients (DDP, FSDP2). Gradient accumulation adds no negatives;
+    use `mini_batch_tokens` for large batches.
 
     Args:
-        settings: by default the paper's.
+        settings: the paper's by default.
 
     Example:
         >>> from modular_star_encoder import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
@@ -254,7 +254,7 @@ class ContrastiveObjective:
 
     @property
     def caches_gradients(self) -> bool:
-        """Whether parameters get their gradients inside the loss's backward pass, and no graph leads to them."""
+        """Whether the loss's backward pass fills parameter gradients itself, without a graph to the parameters."""
         return self.settings.mini_batch_tokens is not None
 
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
@@ -267,8 +267,8 @@ class ContrastiveObjective:
         Args:
             model: a `ModularStarEncoderForRetrieval`, possibly wrapped.
             batch: the sides that `settings.pairs` names, `query` and `document` by default, each with `input_ids` and
-                `attention_mask` (B, T), padded on either side. Sides of one pair have as many rows, row b of each
-                belonging together; different pairs may have different numbers. Rows of one side may be of different
+                `attention_mask` (B, T), padded on either side. Sides of one pair have equally many rows, and row b
+                of each belongs together; different pairs may have different numbers. Rows of a side may be of different
                 kinds (descriptions and code).
             exit_layers: the exits to train.
 

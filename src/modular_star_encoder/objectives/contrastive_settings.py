@@ -42,20 +42,20 @@ class ContrastiveSettings:
             alike, or by exit, `{4: (64, 256)}`. Embeddings are cut and normalised again; the loss of an exit is the
             mean over its sizes. List the full size too if it is to be trained. `None`, or an exit without an entry: the
             full size alone.
-        teacher: exit whose scores the others are trained to have: `"deepest"`, `"next_deeper"`, `"ensemble"` (mean of
-            the scores of all exits), or an exit's number. It is never trained by its pupils. One that isn't trained
-            yet teaches noise (benchmarks/results/mini_parallel_ablation.md): begin with fine-tuned models.
-        distillation_weight: of the Kullback-Leibler divergence from the teacher's distribution over the candidates, at
-            full size, to each exit's.
-        distillation_temperature: divides the logits of both; the divergence is multiplied by its square, which keeps
-            gradients at one size (Hinton et al., arXiv 1503.02531, section 2).
-        alignment_weight: of 1 - cosine(exit's embedding, target's embedding), which brings exits into one space, so
-            that queries of a shallow exit can search an index of a deep one.
-        alignment_target: `"deepest"`, `"next_deeper"`, or an exit's number; never trained by the others.
-        false_negative_margin: a negative is left out where the deepest exit's similarity is above that of the pair
-            minus this margin (GISTEmbed, arXiv 2402.16829, whose guide is another, trained model; here an exit that
-            isn't trained yet would mask half the negatives, so begin with fine-tuned ones).
-        false_negative_factor: the same where it is above this factor times that of the pair.
+        teacher: exit whose scores the other exits learn: `"deepest"`, `"next_deeper"`, `"ensemble"` (mean of the scores
+            of all exits), or an exit's number. Distillation sends no gradient to the teacher. An untrained teacher
+            teaches noise (benchmarks/results/mini_parallel_ablation.md), so begin with fine-tuned models.
+        distillation_weight: weight of the Kullback-Leibler divergence from the teacher's distribution over the
+            candidates, at full size, to each exit's distribution.
+        distillation_temperature: divides both logits; the divergence is multiplied by the squared temperature, which
+            preserves the size of gradients (Hinton et al., arXiv 1503.02531, section 2).
+        alignment_weight: weight of 1 - cosine(exit's embedding, target's embedding). This term brings exits into one
+            space, so that queries embedded at a shallow exit can search documents embedded at a deep one.
+        alignment_target: `"deepest"`, `"next_deeper"`, or an exit's number; alignment sends no gradient to it.
+        false_negative_margin: mask a negative whose similarity at the deepest exit exceeds the positive's minus this
+            margin (GISTEmbed, arXiv 2402.16829, whose guide is a separate trained model). An untrained deepest exit
+            masks half the negatives, so begin with fine-tuned models.
+        false_negative_factor: mask a negative whose similarity exceeds this factor times the positive's.
 
     Raises:
         UserError: a value is of another type or out of range (`settings.value`).
@@ -99,8 +99,8 @@ class ContrastiveSettings:
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
         """Raise UserError if the settings do not fit a model.
 
-        An exit must be among the trained `exit_layers`, a size at most `embedding_size`, and where training `rotates`,
-        exits must learn from the deepest: each step has that one and one other.
+        Named exits must be among the trained `exit_layers`, and sizes at most `embedding_size`. If training `rotates`,
+        teacher and target must be the deepest exit, because a step has the deepest and one other.
         """
         self.check_step(exit_layers, embedding_size)
         if isinstance(self.dimensions, Mapping):
@@ -112,7 +112,7 @@ class ContrastiveSettings:
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """The same for the exits of one step, which may be some of those that `dimensions` names."""
+        """Do the checks of `check` for the exits of one step, which may be fewer than `dimensions` names."""
         if self.distillation_weight and isinstance(self.teacher, int):
             _check_exits("teacher", [self.teacher], exit_layers)
         if self.alignment_weight and isinstance(self.alignment_target, int):
@@ -150,7 +150,7 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-    """The whole numbers of every process, as many in each."""
+    """Gather a list of integers from every process; all lists have the same length."""
     processes = rank_and_count()[1]
     if processes == 1:
         return [list(numbers)]
@@ -160,7 +160,7 @@ def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[in
 
 
 def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The embeddings of all processes, with gradient, in one collective for all sides and exits.
+    """Gather the embeddings of all processes, with gradient, in one collective for all sides and exits.
 
     Under an averaging wrapper such as DDP, a loss of local rows against these columns has the exact gradient of the
     loss on the joint batch: the backward pass sums what every process found for a column, and needs no factor.

@@ -29,12 +29,11 @@ class ObjectiveOutput:
 
 
 class Objective(Protocol):
-    """A training objective: a value given to the trainer, called with the model and one batch.
+    """A training objective: the trainer calls it with the model, one batch and the exits.
 
-    It may have two more members: `check(exit_layers, embedding_size, rotates=…)`, which the trainer calls when it is
-    created and which raises a `UserError` if the objective does not fit the model, or a training whose steps rotate
-    (the deepest exit and one other each); and `caches_gradients`, true where no graph leads from the losses to the
-    parameters.
+    It may have two more members. The trainer calls `check(exit_layers, embedding_size, rotates=…)` at its creation; it
+    raises a `UserError` if the objective does not fit the model, or does not fit steps that rotate (each trains the
+    deepest exit and one other). `caches_gradients` is true if no graph leads from the losses to the parameters.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
@@ -105,7 +104,7 @@ class InContextObjective:
 
 
 def _share_of_masked_tokens(labels: torch.Tensor) -> torch.Tensor | float:
-    """Masked tokens of this process over the mean of all processes.
+    """Return this process's number of masked tokens, divided by the mean number over all processes.
 
     Averaged over processes, mean losses times this factor are the mean over all masked tokens.
     """

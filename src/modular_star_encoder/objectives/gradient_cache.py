@@ -42,7 +42,7 @@ class MiniBatch:
 
 
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
-    """Mini-batches of at most `tokens` tokens each, the padding that is left included; a longer text goes alone.
+    """Cut sides into mini-batches of at most `tokens` tokens, padding included; a longer text has its own.
 
     Texts of a side are sorted by length, longest first, so that little padding is left and a mini-batch too large for
     the memory fails at once.
@@ -132,7 +132,7 @@ def number_of_texts(inputs: Mapping[str, Any]) -> int:
 
 
 def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, device: torch.device) -> int:
-    """The largest number of mini-batches in any process, after checking that batches are equally large."""
+    """Check that all processes have equally large batches; return the largest number of mini-batches in any process."""
     texts = [number_of_texts(inputs) for inputs in sides.values()]
     everyones = gather_numbers([*texts, mini_batches], device)
     if any(others[:-1] != texts for others in everyones):
@@ -145,11 +145,11 @@ def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, 
 
 
 class _CachedEmbeddings(torch.autograd.Function):
-    """The stacks of all sides, and the logit scale, of a run of mini-batches that is repeated in the backward pass."""
+    """Return the stacks of all sides and the logit scale; the backward pass embeds the mini-batches again."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, passes: "_Passes") -> tuple[torch.Tensor | None, ...]:
-        # `anchor` requires grad, so that what this returns does: parameters are no inputs here.
+        # `anchor` requires grad so that the outputs do: the parameters are not inputs of this function.
         ctx.passes = passes
         return passes.first()
 
@@ -160,7 +160,7 @@ class _CachedEmbeddings(torch.autograd.Function):
 
 
 class _Passes:
-    """Both passes of one batch; what they share belongs to this batch alone, so batches may overlap."""
+    """Both passes of one batch and the state that they share; each batch has its own, so batches may overlap."""
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class _Passes:
         by_side: dict[str, Any] = dict(zip(self.sides, stack_gradients, strict=True))
         last = len(self.mini_batches) - 1
         for index, (mini_batch, states) in enumerate(zip(self.mini_batches, self.random_states, strict=True)):
-            # An outer no_sync (gradient accumulation) holds for the last one too.
+            # An outer no_sync (gradient accumulation) applies to the last mini-batch too.
             ddp = self.model if isinstance(self.model, DistributedDataParallel) and index != last else None
             with nullcontext() if ddp is None else ddp.no_sync():
                 with torch.enable_grad(), _replay(states, self.device), self.autocast():
@@ -227,7 +227,7 @@ def _set_random_states(states: list[torch.Tensor], device: torch.device) -> None
 
 @contextmanager
 def _replay(states: list[torch.Tensor], device: torch.device) -> Iterator[None]:
-    """Draw from these states inside, and continue from the present ones afterwards."""
+    """Use these random states in the block, and restore the current ones afterwards."""
     before = _random_states(device)
     _set_random_states(states, device)
     try:
@@ -237,7 +237,7 @@ def _replay(states: list[torch.Tensor], device: torch.device) -> Iterator[None]:
 
 
 def _autocast_as_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A function that enters autocast as it is at this moment, with no weights cast before."""
+    """Return a context manager that restores the current autocast settings, with an empty cache of cast weights."""
     cached = torch.is_autocast_cache_enabled()
     settings = [
         (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cached)
@@ -246,7 +246,7 @@ def _autocast_as_now(device: torch.device) -> Callable[[], AbstractContextManage
 
     @contextmanager
     def enter() -> Iterator[None]:
-        # Weights that were cast without a graph would be taken from the cache, and have no gradient.
+        # The cache may hold weights that were cast without a graph; these would get no gradient.
         torch.clear_autocast_cache()
         with ExitStack() as stack:
             for setting in settings:

@@ -31,7 +31,7 @@ class MultiExitContrastiveLoss(nn.Module):
         exit_layers: exits to train; all of the model by default.
 
     Raises:
-        UserError: another model, exits that it does not have, or settings that do not fit it.
+        UserError: the model has another class or lacks these exits, or the settings do not fit it.
 
     Example:
         >>> from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
@@ -68,7 +68,7 @@ class MultiExitContrastiveLoss(nn.Module):
     def forward(
         self, sentence_features: Iterable[dict[str, Any]], labels: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Weighted terms of every exit, such as `clip_exit_4`, whose sum is the loss.
+        """Return the weighted terms of every exit, such as `clip_exit_4`; their sum is the loss.
 
         Args:
             sentence_features: one dict per column, with `input_ids` and `attention_mask` (B, T).
@@ -93,7 +93,7 @@ class MultiExitContrastiveLoss(nn.Module):
         }
 
     def _embed(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(E, B, D) of one column, and the learned logit scale."""
+        """Return the embeddings (E, B, D) of one column, and the learned logit scale."""
         with self._exits_in_features():
             features = self.model({**inputs, "exit_layers": self.exit_layers})
         embeddings = []
@@ -106,9 +106,9 @@ class MultiExitContrastiveLoss(nn.Module):
 
     @contextmanager
     def _exits_in_features(self) -> Iterator[None]:
-        """For the time of a call, the transformer's features hold the tokens that each exit's head has projected.
+        """In this block, add the tokens projected by each exit's head to the transformer's features.
 
-        They have to leave the wrapped model through its output, where DDP looks for the parameters that are in use.
+        The tokens must leave the wrapped model through its output, where DDP looks for used parameters.
         """
         encoder, found = self._encoder(), {}
 

@@ -1,4 +1,4 @@
-"""What a search answers, as data and as text."""
+"""The hits of a search, as data and as text."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ class Hit:
     """A function, or a window of lines, that answers a question.
 
     Attributes:
-        path: leads to the file from where the folder was named.
-        line: 1-based line at which it begins.
-        name: of the function; empty for a window.
-        score: of a vector search the cosine similarity; else that of the ranking rules, in shares of the best by
-            similarity and words.
+        path: path of the file, relative if it is below the working folder, else absolute.
+        line: 1-based line at which the hit begins.
+        name: name of the function; empty for a window.
+        score: cosine similarity in a vector search; else the score of the ranking rules, as a share of the best score
+            by similarity and words.
         exit_layer: the exit that ranked it; None if only words did.
         last_line: its last line; 0 if not known.
         language: lower-case name of the programming language.
         text: the code, from the definition on.
-        reasons: what each ranking rule gave to the score or took from it.
+        reasons: ranking rule → what it added to the score or subtracted from it.
     """
 
     path: str
@@ -44,7 +44,7 @@ class Answer:
     """The hits of one question.
 
     Attributes:
-        question: as it was asked.
+        question: the question's text.
         hits: best first.
         margin: how far the best similarity of the first exit leads the second; None where there are no two.
         reranked: whether a deep exit ranked the hits.
@@ -70,13 +70,13 @@ _INDENT = "    "
 def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: bool = False) -> str:
     """A line for each hit (place, score, name), and the first lines of its code.
 
-    Similarities are drawn on a scale from 0 to 1; scores of words and of hybrid rankings as shares of the best.
+    Bars show similarities on a scale from 0 to 1, and lexical and hybrid scores as shares of the best score.
 
     Args:
         answer: what to show.
-        lines: of code for each hit.
+        lines: number of code lines to show for each hit.
         width: longer lines of code are cut.
-        explain: also show what each ranking rule gave.
+        explain: also show what each ranking rule added.
     """
     whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0)
     shown = []
@@ -95,7 +95,7 @@ def score_bar(share: float, width: int = BAR_WIDTH) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without what could steer a terminal: code and names of files are anybody's."""
+    """Replace unprintable characters, because untrusted code and file names could control a terminal."""
     return "".join(character if character.isprintable() else "�" for character in text.replace("\t", _INDENT))
 
 

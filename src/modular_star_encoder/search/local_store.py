@@ -1,4 +1,4 @@
-"""Rows in a folder: segments that are written once, and a manifest that is renamed into place.
+"""Rows in a folder: segments, each written once, and a manifest that lists them and is replaced atomically.
 
 Every change is one new manifest, so that a process killed at any moment leaves the index as it was before. A segment is
 one safetensors file, mapped into memory: a search opens no more of it than it reads, and imports no database.
@@ -105,7 +105,7 @@ class LocalStore:
             self.finish()
 
     def finish(self) -> None:
-        """Merge small segments, and those of which a third is gone; remove what no manifest names."""
+        """Merge small segments and segments of which a third is deleted; remove files that no manifest names."""
         manifest = self._existing()
         segments = dict(manifest["segments"])
         groups: list[list[_Segment]] = [[]]
@@ -167,7 +167,7 @@ class LocalStore:
         return manifest
 
     def _alive(self) -> Iterator[_Segment]:
-        """The segments, with what is gone of each."""
+        """Yield the segments, with their deleted files marked."""
         try:
             segments = [(self._segment(name), dead) for name, dead in self._existing()["segments"].items()]
         except FileNotFoundError:  # merged by another process since the manifest was read
@@ -178,7 +178,7 @@ class LocalStore:
             yield segment
 
     def _read(self) -> dict[str, Any] | None:
-        """The manifest as it is now: another process may have written one since."""
+        """Read the current manifest again, because another process may have replaced it."""
         if self.folder is None:
             return self._manifest
         path = self.folder / MANIFEST
@@ -211,7 +211,7 @@ class LocalStore:
         self._version = None
 
     def _add(self, arrays: _Arrays, files: list[dict[str, Any]]) -> str:
-        """Write a segment that no manifest names yet; its name."""
+        """Write a segment that no manifest names yet; return its name."""
         name = f"rows-{uuid4().hex}"
         if self.folder is None:
             self._segments[name] = _Segment(name, arrays, files)
@@ -238,11 +238,11 @@ class LocalStore:
     def _unreadable(self, error: Exception) -> UserError:
         return UserError(
             "search.index.unreadable",
-            f"The index {self.location} can't be read ({error}): if it is damaged, build it anew (--rebuild).",
+            f"The index {self.location} can't be read ({error}): if it is damaged, rebuild it (--rebuild).",
         )
 
     def _strange_files(self) -> bool:
-        """Whether the folder holds other things and no index; our own files beside an index do not count."""
+        """Return whether the folder holds foreign files and no index; files that an index writes are not foreign."""
         names = set(os.listdir(self.folder)) if self.folder is not None and self.folder.is_dir() else set()
         return MANIFEST not in names and not all(name in _OWN_FILES or name.startswith("rows-") for name in names)
 
@@ -272,7 +272,7 @@ class _Segment:
             self.alive = self._of_files([one["id"] not in self.dead for one in self.files])
 
     def chosen(self, where: Filter) -> np.ndarray:
-        """(N,) whether a row counts."""
+        """Return a mask (N,) of the rows that are not deleted and pass the filter."""
         if not where.languages and where.path is None:
             return self.alive
         return self.alive & self._of_files([where.fits_file(one["path"], one["language"]) for one in self.files])
@@ -286,7 +286,7 @@ class _Segment:
         return (vectors[places].astype(np.float32) @ unit) * scales[places]
 
     def postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
-        """The rows with a word, and how often each has it."""
+        """Return the rows that contain a word, and how often each contains it."""
         wanted = _word_key(word)
         place = int(np.searchsorted(self["words"], wanted))
         if place == len(self["words"]) or self["words"][place] != wanted:
@@ -344,7 +344,7 @@ def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int,
         best = np.argpartition(-scores, limit)[:limit] if limit < len(scores) else range(len(scores))
         found += [(float(scores[one]), segment, int(places[one])) for one in best]
     found.sort(key=lambda one: -one[0])
-    # Of equal scores, all that may belong to the best are read, so that path and line decide and no segment.
+    # Rows that tie with the last one are read too, so that path and line order them, not their segment.
     last = found[min(limit, len(found)) - 1][0] if found else 0.0
     return best_first(segment.found(place, score, extras) for score, segment, place in found if score >= last)[:limit]
 
@@ -384,7 +384,7 @@ def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
 
 
 def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What is known of each file of a segment, in the order of `file_of_row`."""
+    """Return the id, hash, path and row counts of each file of a segment, in the order of `file_of_row`."""
     files: dict[str, dict[str, Any]] = {}
     for row in rows:
         one = {"id": row.file_id, "hash": row.file_hash, "expected": row.file_rows, "rows": 0}
@@ -397,7 +397,7 @@ def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]]:
-    """The rows of several segments that are not gone, as one."""
+    """Merge the rows of several segments that are not deleted into one segment."""
     arrays: _Arrays = {}
     kept = [np.flatnonzero(one.alive) for one in segments]
     exits = segments[0].exits

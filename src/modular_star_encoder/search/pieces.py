@@ -1,4 +1,4 @@
-"""Files as pieces (functions, classes, other lines), the rows of an index; and the words of pieces for BM25."""
+"""Divide files into pieces (functions, classes, other lines), the rows of an index, and find their words for BM25."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from modular_star_encoder.data.languages.function_finder import Definition, outl
 from modular_star_encoder.data.languages.parsing import UnparsableSourceError
 
 SMALL_CLASS = 20
-"""Lines of a class that is one piece; a longer one is divided into its members."""
+"""Most lines of a class that stays one piece; a longer class is divided into its members."""
 MOST_LINES = 60
-"""Lines of a block; longer functions (twice as long) and blocks are divided into parts."""
+"""Most lines of a block; longer blocks, and functions of more than twice this length, are divided."""
 EMBEDDED_CHARACTERS = 1600
 _LONGEST_FUNCTION = 2 * MOST_LINES
 _FEWEST_LETTERS = 8
 _LINE_END = re.compile(r"\r\n|\r|\n")
-# What stands before a definition and belongs to it: comments, decorators and attributes.
+# Lines before a definition that belong to it: comments, decorators and attributes.
 _LEADING = re.compile(r"\s*(//|#(?!\s*(include|define|if|endif|pragma)\b)|/\*|\*|--|@|\[\[?[A-Z])")
 _IMPORT = re.compile(r"\s*(import|from|use|using|package|module|require|#\s*include|pub use|namespace)\b")
 _LICENCE = re.compile(r"copyright|licen[sc]e|SPDX", re.IGNORECASE)
@@ -40,16 +40,16 @@ class Snippet:
     defines: tuple[str, ...] = ()  # names without what encloses them
 
     def embedded(self) -> str:
-        """What is embedded: the words of the path's end and the name, then the code."""
+        """Return the text to embed: the last two parts of the path and the name, then the code."""
         place = " ".join(PurePosixPath(self.path).parts[-2:])
         return f"{place} {self.name}\n{self.text}"[:EMBEDDED_CHARACTERS]
 
 
 def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
-    """The pieces of a file, in their order; they cover every line that holds more than punctuation.
+    """Return the pieces of a file in order; they cover every line that holds more than punctuation.
 
     A class of at most `SMALL_CLASS` lines is one piece, a longer one is divided into its members and what is between
-    them. A file that can't be parsed, or of a language that isn't known, is divided into blocks of lines.
+    them. A file that can't be parsed, or whose language is unknown, is divided into blocks of lines.
     """
     lines = _LINE_END.split(text)
     try:
@@ -102,7 +102,7 @@ class _Divider:
             yield self._snippet(start, min(start + MOST_LINES, one.end), name, max(start, one.start))
 
     def _block(self, start: int, end: int, name: str) -> Iterator[Snippet]:
-        """Lines without a definition, unless there is nothing in them to find."""
+        """Yield pieces of lines without a definition, except pieces with hardly any letters."""
         while start < end and not self._lines[start].strip():
             start += 1
         while start < end and not self._lines[end - 1].strip():
@@ -121,7 +121,7 @@ class _Divider:
 
 
 def is_boilerplate(snippet: Snippet) -> bool:
-    """Whether a piece defines nothing and holds imports or a licence alone, which no question is about."""
+    """Return whether a piece defines nothing and holds only imports or a licence, which no question is about."""
     if snippet.defines:
         return False
     lines = [line for line in snippet.text.split("\n") if line.strip()]
@@ -172,7 +172,7 @@ def parts(text: str) -> set[str]:
 
 
 def question_stems(question: str) -> list[str]:
-    """What BM25 looks for: each stem once, without the words that say nothing, unless there are no others."""
+    """Return the stems that BM25 looks for, each once; stop words are left out unless there are no other words."""
     words = _WORD.findall(question)
     telling = [word for word in words if not _STOP_WORD.fullmatch(word)] or words
     return sorted({stem for word in telling for stem in _stems(word)})
@@ -185,12 +185,12 @@ def telling_parts(question: str) -> set[str]:
 
 
 def definition_word(name: str) -> str:
-    """The word of a piece that defines `name`."""
+    """Return the word that marks a piece that defines `name`."""
     return _DEFINES + re.sub(r"\s", "", name.lower().rstrip("!?"))
 
 
 def snippet_words(snippet: Snippet) -> list[str]:
-    """What BM25 compares of a piece: its text, its name, its file's name twice, its folder's, and what it defines."""
+    """Return a piece's words for BM25: text, name, file name (twice), folder name, and the names that it defines."""
     path = PurePosixPath(snippet.path)
     place = f"{path.stem} " * _WEIGHT_OF_NAME + path.parent.name
     return [*stems(f"{snippet.text} {snippet.name} {place}"), *map(definition_word, snippet.defines)]

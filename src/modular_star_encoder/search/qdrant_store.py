@@ -1,7 +1,7 @@
-"""Rows on a Qdrant server, for those who outgrow one machine.
+"""Rows on a Qdrant server, for indexes that outgrow one machine.
 
-Qdrant has no transactions. New rows of a file are written before its old ones go, and every row says how many its file
-has, so that after a cut every file that isn't whole is known and written again.
+Qdrant has no transactions. New rows of a file are written before its old rows are deleted, and every row stores how
+many rows its file has, so that the next update finds incomplete files and writes them again.
 
 Words are ranked by Qdrant's own recipe for BM25: a sparse vector of term weights with a fixed average length, which
 the server multiplies by inverse document frequencies (Modifier.IDF).
@@ -46,7 +46,7 @@ def connect(location: str) -> tuple[Any, str]:
 
     Raises:
         ImportError: the client isn't installed.
-        ValueError: not of this form, or a URL with a password.
+        ValueError: the location has another form, or its URL holds a password.
     """
     name, _, url = location.removeprefix(QDRANT).partition("@")
     if not name or not url.startswith(("http://", "https://")):
@@ -77,9 +77,9 @@ class QdrantStore:
     """See `VectorStore`.
 
     Args:
-        client: a `QdrantClient`, of whatever server or mode.
-        name: of the collection.
-        location: as errors and settings show it.
+        client: a `QdrantClient`, for a server or in memory.
+        name: name of the collection.
+        location: the location that errors and settings show.
     """
 
     def __init__(self, client: Any, name: str, location: str = "") -> None:
@@ -133,7 +133,7 @@ class QdrantStore:
             self._client.delete(self._name, stale, wait=True)
 
     def finish(self) -> None:
-        """The server looks after its indexes."""
+        """Do nothing: the server maintains its indexes."""
 
     @_wrap_errors
     def nearest(
@@ -177,7 +177,7 @@ class QdrantStore:
         return best_first(found)
 
     def _filter(self, where: Filter) -> Any:
-        """Conditions of the server, None for none; `must` is empty if no file can fit."""
+        """Return the filter for the server, or None to keep all rows; `must` is empty if no file passes."""
         models, must = self._models, []
         if where.languages:
             must.append(models.FieldCondition(key="language", match=models.MatchAny(any=list(where.languages))))
@@ -205,7 +205,7 @@ class QdrantStore:
         if weights:
             vectors["words"] = self._models.SparseVector(indices=list(weights), values=list(weights.values()))
         payload = {name: getattr(row, name) for name in ("file_id", "file_hash", "file_rows", "text_hash")}
-        # `path` and `language` also stand alone, for filters.
+        # `path` and `language` are stored again as own fields, for filters.
         payload |= {"path": row.snippet.path, "language": row.snippet.language, "snippet": asdict(row.snippet)}
         return self._models.PointStruct(id=row.row_id, vector=vectors, payload=payload)
 

@@ -1,8 +1,8 @@
-"""The ranking rules: how similarity, words, definitions, paths and files place the candidates of a question.
+"""The ranking rules: rank a question's candidates by similarity, words, definitions, paths and files.
 
-Each rule is one function of the question and its candidates; what each is worth is measured in benchmarks/README.md.
-Weights are shared by all languages and repositories. The rules are semble's (MinishLab, 2026) in our words, except that
-lists are fused by standardised scores: ranks throw away how sure each list is.
+Each rule is one function of the question and its candidates; benchmarks/README.md measures the effect of each.
+All languages and repositories share the same weights. The rules reimplement semble's (MinishLab, 2026), except that
+standardised scores are fused, not ranks, because ranks discard how far candidates are apart.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _INITIAL_FILE = re.compile(r"(^|/)(__init__\.py|package-info\.java)$")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question and what the rules read in it."""
+    """A question and what the rules extract from it."""
 
     text: str
     is_symbol: bool  # one name alone, such as `Router::Match` or `parse_header`
-    names: Mapping[str, float]  # lower-case names whose definition is looked for, and how much each counts
+    names: Mapping[str, float]  # lower-case name to find the definition of → its weight
 
     @classmethod
     def of(cls, text: str) -> Question:
@@ -64,7 +64,7 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Scores (N,) from 0: the weighted sum of both lists, each standardised; of words alone without similarities."""
+    """Return scores (N,) of at least 0: the weighted sum of both standardised scores; `words` if no similarities."""
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)
@@ -76,7 +76,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, snippets: Sequence[Snippet]) -> np.ndarray:
-    """Gains (N,) of pieces that define a name mentioned in the question; more where the file also has that name."""
+    """Return what to add (N,) to pieces that define a name in the question; more if the file also has that name."""
     gains = np.zeros(len(snippets))
     for place, snippet in enumerate(snippets):
         defined = {name.lower().rstrip("!?") for name in snippet.defines}
@@ -97,7 +97,7 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Mapping[str, Sequence[int]], count: int) -> np.ndarray:
-    """Pieces gain by the share of the question's words that are in the name of their file, or half in its folder's."""
+    """Return what to add (N,): the share of question words in the piece's file name; words in its folder count half."""
     gains = np.zeros(count)
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
@@ -110,7 +110,7 @@ def paths(question: Question, files: Mapping[str, Sequence[int]], count: int) ->
 
 
 def _met(word: str, others: set[str]) -> bool:
-    """Whether a word is among others, or one of them begins with it or it with one of them."""
+    """Return whether a word equals one of the others, is a prefix of one, or begins with one."""
     return word in others or any(
         min(len(word), len(other)) >= _SHORTEST_PREFIX and (word.startswith(other) or other.startswith(word))
         for other in others
@@ -118,7 +118,7 @@ def _met(word: str, others: set[str]) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, files: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """The best piece of each file gains by the share of the file's best scores in those of the best file."""
+    """Gains (N,) for the best piece of each file: the sum of the file's best scores over the largest sum."""
     gains = np.zeros(len(scores))
     sums = {path: np.sort(scores[places])[-PIECES_OF_A_FILE:].sum() for path, places in files.items()}
     most = max(sums.values(), default=0.0) or 1.0
@@ -128,7 +128,7 @@ def good_files(scores: np.ndarray, gained: np.ndarray, files: Mapping[str, Seque
 
 
 def priors(question: Question, files: Mapping[str, Sequence[int]], count: int) -> np.ndarray:
-    """Factors (N,): tests, examples and documentation count less unless asked for, as do files that re-export."""
+    """Return factors (N,) that lower files that re-export and, unless the question is about tests, side files."""
     factors = np.ones(count)
     about_tests = bool(_ABOUT_TESTS.search(question.text))
     for path, places in files.items():
@@ -153,7 +153,7 @@ def diversity(scores: np.ndarray, snippets: Sequence[Snippet]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A candidate in its place: which one it is, its score, and what each rule gave or took, in shares of the best."""
+    """A ranked candidate: its index, its score, and what each rule added or subtracted, as shares of the best score."""
 
     candidate: int
     score: float
@@ -163,7 +163,7 @@ class Placed:
 def place(
     question: Question, snippets: Sequence[Snippet], similarities: np.ndarray | None, words: np.ndarray
 ) -> list[Placed]:
-    """The candidates of a question, best first.
+    """Return the candidates of a question, best first.
 
     Args:
         question: what was asked.

@@ -1,8 +1,8 @@
 """The ablation of the paper's Table 5: is an exit that was trained together with others better than one trained alone?
 
 A self-distilled model and one single-exit baseline per exit start from the same multi-exit pre-trained checkpoint and
-see the same batches; variants of the recipe are compared by the same protocol. Every cell (a kind of model, a seed) is
-a run of `finetune` of its own, and resumes on its own.
+see the same batches; variants of the recipe are compared by the same protocol. Every cell (one kind of model with one
+seed) is a separate run of `finetune` and resumes separately.
 
 Every estimate is a mean over queries of the mean over seeds. Its interval is a bootstrap over the queries, paired for
 differences. Benchmarks of several tasks weigh every task equally (see `spread`).
@@ -61,12 +61,12 @@ _FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "e
 Values = Mapping[str, Mapping[str, float]]
 # (Kind of model, seed) → benchmark → exit → the reciprocal rank of each query.
 Scores = Mapping[tuple[str, int], Mapping[str, Mapping[int, Values]]]
-# Functions of a reciprocal rank.
+# Metric → the function that computes it from a reciprocal rank.
 METRICS: dict[str, Callable[[float], float]] = {"mrr": float, "recall@1": lambda rank: float(rank == 1.0)}
 
 
 def _variant_name(name: str) -> str:
-    """Names are folders, and those of the self-distilled model and the baselines are taken."""
+    """Return the name; ValueError if it cannot be a folder, or is reserved for another kind of cell."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name == SELF_DISTILLED or name.startswith("exit-"):
         raise ValueError(f"must be a word other than {SELF_DISTILLED} and exit-K")
     return name
@@ -76,7 +76,7 @@ VariantName = Annotated[str, AfterValidator(_variant_name)]
 
 
 class AblationCell(NamedTuple):
-    """One model to train: `self-distilled`, `exit-4` for the baseline of that exit, or a variant, with its recipe."""
+    """One model to train and its recipe; the name is `self-distilled`, `exit-4` (baseline at exit 4) or a variant."""
 
     name: str
     recipe: FinetuningRecipe
@@ -93,17 +93,17 @@ class AblationRecipe:
     Args:
         finetuning: settings of the self-distilled model (see `FinetuningRecipe`), which trains all exits. Its seed
             decides which rows are held out in all cells.
-        seeds: one model of each kind for each seed; seeds decide new heads, batches, renaming and dropout.
-        exit_layers: exits with a single-exit baseline; all of the model if None.
-        baselines: whether to train single-exit baselines: the same checkpoint cut at that exit, its own head only, and
-            the same data, batches and steps. The loss of the one exit has weight 1, and has no terms of other exits.
+        seeds: each seed trains one model of each kind and determines its new heads, batches, renaming and dropout.
+        exit_layers: exits that get a single-exit baseline; all exits of the model if None.
+        baselines: whether to train single-exit baselines: the same checkpoint, cut at the exit, with only this exit's
+            head, on the same data, batches and steps. The exit's loss has weight 1 and no terms from other exits.
         variants: name → settings that differ from `finetuning`, with dots for settings inside settings, such as
             `objective.distillation_weight: 1`. Each is compared with the self-distilled model.
-        held_out: whether the rows held out from the data are measured.
-        benchmarks: further ones, by the names of `mose evaluate`; retrieval only.
-        benchmark_data: folder of their files.
-        allow_subset: whether partial files of benchmarks are accepted.
-        keep_models: whether the weights of measured models stay on disk.
+        held_out: whether to evaluate on the rows held out from the data.
+        benchmarks: retrieval benchmarks to evaluate on, by their names in `mose evaluate`.
+        benchmark_data: folder with the files of the benchmarks.
+        allow_subset: whether to accept partial benchmark files.
+        keep_models: whether to keep the weights of evaluated models on disk.
     """
 
     EXAMPLE: ClassVar[str] = "hub_configs/small/ablation.yaml"
@@ -132,11 +132,11 @@ class AblationRecipe:
                 )
 
     def base(self) -> FinetuningRecipe:
-        """The recipe of the self-distilled model, with the seed of the data."""
+        """Return the recipe of the self-distilled model, with the seed that splits the data."""
         return self._recipe({}, "finetuning")
 
     def cells(self, exit_layers: Sequence[int]) -> list[AblationCell]:
-        """Every model to train, seed by seed, for a model with these exits; UserError if a setting does not fit it."""
+        """Return all cells, seed by seed, for a checkpoint with these exits; UserError if a setting does not fit it."""
         chosen = exit_layers if self.exit_layers is None else self.exit_layers
         if unknown := sorted(set(chosen) - set(exit_layers)):
             lists = (", ".join(map(str, exits)) for exits in (unknown, exit_layers))
@@ -152,11 +152,11 @@ class AblationRecipe:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as plain values; those of `finetuning` with their defaults."""
+        """Return all settings as plain values; `finetuning` includes its defaults."""
         return asdict(self) | {"finetuning": self.base().to_dict()}
 
     def _alone(self, exit_layer: int) -> dict[str, Any]:
-        """The changes of a baseline: its exit, and the base's options about other exits switched off."""
+        """Return what a baseline changes in the base recipe: it trains one exit, without terms of other exits."""
         objective = self.base().objective
         changes = {"exit_layer": exit_layer, "exit_weights": "uniform", "rotate_shallow_exits": False}
         changes |= {"objective.distillation_weight": 0.0, "objective.alignment_weight": 0.0}
@@ -172,7 +172,7 @@ class AblationRecipe:
 
 
 def recipe_reference(command: str) -> str:
-    """Every key of the recipes of `pretrain`, `finetune` or `ablate`: type, default and meaning, one line each."""
+    """Return the type, default and meaning of every recipe key of `pretrain`, `finetune` or `ablate`, one per line."""
     tasks = {"retrieval": FinetuningRecipe, "classification": ClassificationRecipe}
     kinds: dict[str, dict[str, type]] = {
         "pretrain": {"settings": PretrainingRecipe},
@@ -191,12 +191,12 @@ def ablate(
     progress: bool = True,
     announce: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train and measure every cell, and compare them; finished cells in `out` are kept.
+    """Train and evaluate every cell that `out` does not hold yet, and compare all cells.
 
     `out` gets `data/` (rows, shared by all cells), `starting_points.json` (checksums of the models that cells start
     from), `cells/{name}/seed-{seed}/` (each a run of `finetune` with `scores.json`), and in the end `ablation.md`,
-    `ablation.json` and, where matplotlib is installed, `ablation.png`. Later calls may have more seeds, variants and
-    benchmarks; models that were not kept are trained again for these. With several processes each calls this.
+    `ablation.json` and, where matplotlib is installed, `ablation.png`. A later call may add seeds, variants and
+    benchmarks; new benchmarks train models again that were not kept. With several processes, each calls this function.
 
     Args:
         recipe: the settings.
@@ -209,8 +209,8 @@ def ablate(
         The content of `ablation.json`; see `compare`.
 
     Raises:
-        UserError: the recipe contradicts itself or the model, or `out` holds cells of other settings or of another
-            starting point.
+        UserError: the recipe contradicts itself or the model, or `out` holds cells with other settings or
+            another starting checkpoint.
     """
     out, state, base = Path(out), processes_of_run(), recipe.base()
     blueprint, _ = check_recipe(base, out, state.num_processes, progress)
@@ -248,7 +248,7 @@ def ablate(
     results = {
         "command": _without_places(command),
         "recipe": _without_places(recipe.to_dict()),
-        # Of the trainings that were not interrupted.
+        # Only of uninterrupted runs: the log of a resumed run has the seconds of its last call.
         "seconds": {name: log["seconds"] for name, log in logs.items() if log["resumed_from"] is None},
         "bm25": {benchmark: sum(values) / len(values) for benchmark, values in bm25.items()},
         **compare(scores, exits, recipe.seeds, list(recipe.variants)),
@@ -261,7 +261,7 @@ def ablate(
 
 
 def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
-    """The tasks of the recipe's benchmarks; UserError if one of them does not rank."""
+    """Load the tasks of the recipe's benchmarks; UserError if a task has no MRR."""
     folder, found = recipe.benchmark_data or "", []
     for name in choose_benchmarks(recipe.benchmarks, folder) if recipe.benchmarks else ():
         for task in load_benchmark(name, folder, allow_subset=recipe.allow_subset):
@@ -272,7 +272,7 @@ def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
 
 
 def _check_starting_points(models: set[str], path: Path) -> None:
-    """Raise UserError if a model that cells start from has other weights than in an earlier call."""
+    """Raise UserError if the weights of a starting checkpoint changed since an earlier call."""
     known = read_json(path) if path.is_file() else {}
     found = {name: checkpoint_checksum(starting_source(name)[0]) for name in models}
     if other := ", ".join(sorted(name for name in found if known.get(name, found[name]) != found[name])):
@@ -286,7 +286,7 @@ def _check_starting_points(models: set[str], path: Path) -> None:
 def _run_cell(
     cell: AblationCell, data: RetrievalData, tasks: Sequence[RetrievalTask], run: Path, progress: bool
 ) -> dict[str, dict[int, Values]]:
-    """Train and measure one model, unless that is done: benchmark → exit → reciprocal ranks, in every process."""
+    """Train and evaluate a cell unless its scores exist; return benchmark → exit → reciprocal ranks."""
     state, path = processes_of_run(), run / SCORES
     by_checksum = {task.checksum(): task for task in tasks}
     with state.main_process_first():
@@ -294,7 +294,7 @@ def _run_cell(
         known = read_json(path) if path.is_file() else {}
         missing = [task for checksum, task in by_checksum.items() if checksum not in known]
         if missing and not has_weights(run / MODEL):
-            # An earlier call kept no models, and this one is still to be measured on other tasks.
+            # An earlier call removed the weights, and new tasks need them: train the model again.
             shutil.rmtree(run / MODEL, ignore_errors=True)
     if missing:
         finetune(cell.recipe, run, data=data, progress=progress, announce=lambda _: None)
@@ -302,7 +302,7 @@ def _run_cell(
             checksums = {(task.benchmark, task.name): checksum for checksum, task in by_checksum.items()}
             encoder = checkpoint_encoder(run / MODEL, cell.recipe.lengths())
             results = evaluate_tasks(missing, [EmbeddingRetriever(encoder)], progress=progress)
-            # Of embeddings that can be cut, the whole ones come last and are kept.
+            # Embeddings that can be cut have one result per size; the full size comes last and replaces the others.
             for result in sorted(results, key=lambda result: result.dimensions or 0):
                 of_task = known.setdefault(checksums[result.benchmark, result.task], {})
                 of_task[str(result.exit_layer)] = dict(zip(result.ids, result.values, strict=True))
@@ -317,7 +317,7 @@ def _run_cell(
 
 
 def _clean(run: Path, keep_model: bool) -> None:
-    """Remove the checkpoints of a measured cell, and its weights unless they are kept."""
+    """Remove the checkpoints of an evaluated cell and, unless `keep_model`, its weights."""
     shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
     if not keep_model:
         for folder in (MODEL, ADAPTER):
@@ -326,7 +326,7 @@ def _clean(run: Path, keep_model: bool) -> None:
 
 
 def compare(scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants: Sequence[str]) -> dict[str, Any]:
-    """Compare self-distilled exits with those trained alone, and variants with the self-distilled model.
+    """Compare self-distilled exits with exits trained alone, and variants with the self-distilled model.
 
     Returns:
         `exits`, `seeds`, and `benchmarks`: name → `queries`, `exits` (exit → `self_distilled` and, with a baseline,
@@ -356,7 +356,7 @@ def compare(scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants
 
 
 def _variant(own: Mapping[int, list[Values]], reference: Mapping[int, list[Values]]) -> dict[str, Any]:
-    """The results of one variant: of each exit the figures and their difference from the baseline; the mean; a verdict.
+    """Return a variant's results: estimates per exit, their differences from the reference, the mean, and a verdict.
 
     A variant is `recommended` if it raises the mean MRR over exits (the interval of the difference is above 0) and
     lowers no exit (no interval of an exit's difference is below 0).
@@ -373,7 +373,7 @@ def _variant(own: Mapping[int, list[Values]], reference: Mapping[int, list[Value
 def _estimates(
     own: Sequence[list[Values]], reference: Sequence[list[Values]] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Metric → the estimate of `own`, exits of a model by seed, or of its difference to `reference`."""
+    """Return metric → estimate of `own` (values by exit and seed), or of its difference from `reference` if given."""
     found = {}
     for metric, of_rank in METRICS.items():
         by_seed = [_mean(of_seed, of_rank) for of_seed in zip(*own, strict=True)]
@@ -391,7 +391,7 @@ def _estimates(
 
 
 def _mean(several: Sequence[Values], function: Callable[[float], float]) -> Values:
-    """The mean, query by query, of a function of the values."""
+    """Apply `function` to every value and return the mean for each query."""
     return {
         task: {query: float(np.mean([function(values[task][query]) for values in several])) for query in queries}
         for task, queries in several[0].items()
@@ -399,7 +399,7 @@ def _mean(several: Sequence[Values], function: Callable[[float], float]) -> Valu
 
 
 def _without_places(value: Any) -> Any:
-    """The JSON value with `$MOSE_DATA` and `$HOME` in place of their paths on this machine."""
+    """Return the JSON value with this machine's paths replaced by `$MOSE_DATA` and `$HOME`."""
     text = json.dumps(value, default=str)
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
@@ -408,7 +408,7 @@ def _without_places(value: Any) -> Any:
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """Tables with scores × 100 of the results of `compare`, with `command`, `recipe` and `bm25` (benchmark → MRR)."""
+    """Return tables, scores × 100, of what `compare` returns plus `command`, `recipe` and `bm25` (benchmark → MRR)."""
     seeds = ", ".join(map(str, results["seeds"]))
     recipe = results["recipe"]["finetuning"]
     parts = [
@@ -455,14 +455,14 @@ def _variant_rows(exits: Sequence[int], variants: Mapping[str, Any]) -> list[lis
 
 
 def _difference(figure: Mapping[str, Any]) -> list[str]:
-    """Difference, interval, and the smallest and largest of the seeds."""
+    """Return the difference, its interval, and the smallest and largest difference of any seed."""
     numbers = [figure["value"], figure["low"], figure["high"], min(figure["by_seed"]), max(figure["by_seed"])]
     value, low, high, least, most = (f"{100 * number:+.1f}" for number in numbers)
     return [value, f"{low} to {high}", f"{least} to {most}"]
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
-    """MRR and Recall@1 against layers, self-distilled and alone, with intervals; a row of panels for each benchmark."""
+    """Plot MRR and Recall@1 against layers, self-distilled and alone, with intervals; a row of panels per benchmark."""
     from matplotlib.figure import Figure
 
     rows, columns = len(results["benchmarks"]), len(METRICS)

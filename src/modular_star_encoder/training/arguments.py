@@ -20,8 +20,8 @@ class MultiExitTrainingArguments(TrainingArguments):
             number per exit; see `exit_weights` of `modular_star_encoder.objectives.exit_losses`.
         normalize_exit_weights: divide the weights by their sum.
         rotate_shallow_exits: train the deepest exit and one other per step, in turn, instead of all.
-        log_gradient_norms: log with every line the norm of the gradient of each exit's weighted loss on the trunk,
-            `gradient_norm_exit_{layer}`; one more backward pass per exit in that step. Not under FSDP.
+        log_gradient_norms: add `gradient_norm_exit_{layer}` to every log line: the norm of the trunk's gradient from
+            this exit's weighted loss. A logged step runs one more backward pass per exit. Not under FSDP.
         milestones: steps at which the learning rate falls to the next of `fractions`, in place of `lr_scheduler_type`;
             see `rate_fraction`.
         fractions: fractions of the peak learning rate, one per milestone.
@@ -60,12 +60,12 @@ class MultiExitTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     def rate_fraction(self, step: int) -> float:
-        """Fraction of the peak rate in the optimiser step with this index, counted from 0, if there are milestones.
+        """Return the fraction of the peak rate at an optimiser step, counted from 0; needs `milestones`.
 
         Linear warm-up, s / `warmup_steps` at step s, then a constant rate that falls in steps. The paper (arXiv
         2503.03008, pre-training) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and 0.001 at steps 120k,
-        185k, 220k, 230k and 240k of 245k. It does not say whether the factors multiply; they are read here as fractions
-        of the peak, since multiplied they would end at 1e-9 of it.
+        185k, 220k, 230k and 240k of 245k. It does not say whether the factors multiply. Here each is a fraction of the
+        peak; multiplied, they would end at 1e-9 of the peak.
         """
         if step < self.warmup_steps:
             return step / self.warmup_steps
@@ -74,7 +74,7 @@ class MultiExitTrainingArguments(TrainingArguments):
 
 
 def bf16_is_faster() -> bool:
-    """Whether this machine's default device has instructions that multiply matrices in bfloat16.
+    """Return whether this machine's default device has instructions that multiply matrices in bfloat16.
 
     Other devices emulate it, and autocast would slow training down. The answer comes from the machine's flags (Linux),
     not from a measurement, so that an interrupted run gets the same answer when it is resumed.

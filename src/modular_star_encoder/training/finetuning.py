@@ -46,9 +46,9 @@ logger = logging.get_logger(__name__)
 def load_finetuning(
     path: str | os.PathLike[str], overrides: Sequence[str] = ()
 ) -> tuple[StartingRecipe, Callable[..., dict[str, Any]]]:
-    """Read a recipe of any `task`; the recipe, and the function that runs it: `run(recipe, out, progress=…)`.
+    """Read a recipe of any `task`; return the recipe and the function that runs it, `run(recipe, out, progress=…)`.
 
-    Arguments and errors as for `load_recipe`.
+    Arguments and errors are the same as in `load_recipe`.
     """
     content = read_mapping(path, overrides, example=FinetuningRecipe.EXAMPLE)
     task = content.get("task", "retrieval")
@@ -67,24 +67,24 @@ def finetune(
     progress: bool = True,
     announce: Callable[[runs.Preflight], None] = print,
 ) -> dict[str, Any]:
-    """Fine-tune a model for retrieval, continuing from anything that an earlier call with this recipe left in `out`.
+    """Fine-tune a model for retrieval; continue from the files that an earlier call with this recipe left in `out`.
 
     `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and in the end `model/`, a checkpoint
     for `AutoModel` and, where its modules can compute the embeddings, `SentenceTransformer`, with `training_log.json`;
-    with `lora` also `adapter/`, and `model/` has the merged weights. A run with a log is finished, and the log is
-    returned. With several processes (`accelerate launch`, `torchrun`) each calls this.
+    with `lora` also `adapter/`, and `model/` has the merged weights. If `out` holds a log, the run is finished and the
+    log is returned. With several processes (`accelerate launch`, `torchrun`), every process calls this function.
 
     Args:
         recipe: the settings.
         out: folder of this run.
-        data: prepared rows, in place of the recipe's `data`.
+        data: prepared rows; they replace the recipe's `data`.
         progress: whether to show progress bars.
         announce: called with the estimated size of the run before anything is trained.
 
     Returns:
-        The training log: that of `train_to_the_end`, and `evaluation` (losses and accuracies on held-out pairs at the
-        end), `retrieval` (benchmark → retriever → estimates: every exit, and BM25, on `held_out_tasks`), `recipe`,
-        `preflight` and `data`, the report of the rows that were read, skipped and held out.
+        The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on held-out pairs),
+        `retrieval` (benchmark → retriever → estimates on `held_out_tasks`; the retrievers are every exit and BM25),
+        `recipe`, `preflight` and `data` (numbers of rows read, skipped and held out).
 
     Raises:
         UserError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
@@ -138,7 +138,7 @@ def finetune(
 def check_recipe(
     recipe: FinetuningRecipe, out: Path, processes: int, progress: bool
 ) -> tuple[ModularStarEncoderForRetrieval, MultiExitTrainingArguments]:
-    """The model without weights and the trainer's arguments, after the checks that need neither data nor weights.
+    """Run the checks that need neither data nor weights; return the model without weights and the trainer's arguments.
 
     Raises:
         UserError: the recipe contradicts itself or the model.
@@ -148,7 +148,7 @@ def check_recipe(
     with torch.device("meta"):
         model = ModularStarEncoderForRetrieval(config)
     model.set_attn_implementation(recipe.attn_implementation)
-    # Batches are planned: in this order, and each of them is a whole step.
+    # Batches are planned: the trainer must keep their order and take one batch per step.
     planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
     rows = recipe.pairs_per_device(processes)
     arguments = recipe.arguments(out / runs.CHECKPOINTS, rows, progress=progress, **planned)
@@ -162,7 +162,7 @@ def check_recipe(
 
 
 def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool) -> RetrievalData:
-    """The rows of a recipe (`FinetuningRecipe.rows`); with `progress` the numbers of read and skipped are printed."""
+    """Prepare the rows of `FinetuningRecipe.rows`; with `progress`, print the numbers of rows read and skipped."""
     data = prepare_retrieval_data(folder=folder, progress=progress, **rows)
     if progress:
         for name, source in data.report["sources"].items():
@@ -177,14 +177,14 @@ def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool) -> Retri
 def _batches(
     recipe: FinetuningRecipe, data: RetrievalData, prompts: bool, tokenizer: PreTrainedTokenizerFast, processes: int
 ) -> tuple[RetrievalBatches, RetrievalBatches, Mapping[str, int], tuple[float, float]]:
-    """Batches to train on and of every evaluation, groups of each kind of pairs, mean tokens of texts and of code."""
+    """Return training batches, evaluation batches, kind of pairs → number of groups, mean tokens of text and code."""
     eval_pairs, batch_size, seed, steps = recipe.eval_pairs, recipe.batch_size, recipe.seed, recipe.max_steps
     train, held_out = (
         RetrievalTexts(texts, tokenizer, prompts=prompts, progress=False, **recipe.lengths())
         for texts in (data.train, data.held_out)
     )
     groups, held_out_groups = PairGroups(data.train), PairGroups(data.held_out)
-    # Batches of an evaluation are as large as those of training if there are as many rows.
+    # Evaluation batches are as large as training batches if there are enough rows.
     most = min(batch_size, held_out_groups.largest_batch)
     size = most // (2 * processes) * 2 * processes
     if not size:
@@ -204,7 +204,7 @@ def finetuning_preflight(
     tokens: tuple[float, float],
     trained_parameters: int | None = None,
 ) -> runs.Preflight:
-    """Estimate a run from the groups of each kind of pairs and the mean tokens of descriptions and of snippets."""
+    """Estimate a run; `groups` is kind of pairs → number of groups, `tokens` the mean tokens of text and of code."""
     text, code = tokens
     settings, sides = recipe.objective, len(recipe.objective.sides)
     negatives = [code] * (sides - 2)
@@ -226,7 +226,7 @@ def finetuning_preflight(
 
 
 def checkpoint_encoder(checkpoint: Path, lengths: Mapping[str, int]) -> ExitEncoder:
-    """The encoder of a trained checkpoint, at every exit, for texts as long as in training."""
+    """Return an encoder of a trained checkpoint at every exit, with the text lengths of training."""
     model, tokenizer = load_checkpoint(checkpoint)
     return ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=max(lengths.values()))
 
@@ -234,10 +234,10 @@ def checkpoint_encoder(checkpoint: Path, lengths: Mapping[str, int]) -> ExitEnco
 def finetune_classifier(
     recipe: ClassificationRecipe, out: str | os.PathLike[str], *, progress: bool = True
 ) -> dict[str, Any]:
-    """Train a classifier of pairs, continuing from anything that an earlier call with this recipe left in `out`.
+    """Train a classifier of pairs; continue from the files that an earlier call with this recipe left in `out`.
 
     `out` gets `checkpoints/` and in the end `model/`, a checkpoint with `training_log.json`; with `lora` also
-    `adapter/`. A run with a log is finished, and the log is returned.
+    `adapter/`. If `out` holds a log, the run is finished and the log is returned.
 
     Args:
         recipe: the settings.
@@ -245,9 +245,9 @@ def finetune_classifier(
         progress: whether to show progress bars.
 
     Returns:
-        The training log: that of `train_to_the_end`, and `evaluation` (losses and accuracies on validation pairs at the
-        end), `scores` (split → exit → accuracy, precision, recall and F1 of `valid` and `test`), `recipe`, and `pairs`,
-        the numbers of pairs by split.
+        The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on validation
+        pairs), `scores` (split `valid` or `test` → exit → accuracy, precision, recall and F1), `recipe`, and `pairs`
+        (split → number of pairs).
 
     Raises:
         UserError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.

@@ -42,11 +42,11 @@ def pretrain(
     progress: bool = True,
     announce: Callable[[runs.Preflight], None] = print,
 ) -> dict[str, Any]:
-    """Pre-train a model, continuing from anything that an earlier call with this recipe left in `out`.
+    """Pre-train a model; continue from the files that an earlier call with this recipe left in `out`.
 
     `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and in the end `model/`, a checkpoint
-    with `training_log.json` and, where matplotlib is installed, `curves.png`; a run with a log is finished, and
-    the log is returned. With several processes (`accelerate launch`, `torchrun`) each calls this.
+    with `training_log.json` and, where matplotlib is installed, `curves.png`. If `out` holds a log, the run is
+    finished and the log is returned. With several processes (`accelerate launch`, `torchrun`), each process calls it.
 
     Args:
         recipe: the settings.
@@ -55,9 +55,9 @@ def pretrain(
         announce: called with the estimated size of the run before anything is trained.
 
     Returns:
-        The training log: that of `train_to_the_end`, and `evaluation` at the end, `recipe`, `preflight`,
-        `unigram_entropy` (nats per token of the training part), `identifier_overlap` (in-context classification without
-        a model) and the names of the held-out repositories.
+        The training log: the keys of `train_to_the_end`, `evaluation` (final metrics), `recipe`, `preflight`,
+        `unigram_entropy` (nats per training token), `identifier_overlap` (accuracy of in-context classification
+        without a model) and the names of the held-out repositories.
 
     Raises:
         UserError: the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
@@ -66,7 +66,7 @@ def pretrain(
     progress_here, processes = progress and state.is_main_process, state.num_processes
     source, weights = starting_source(recipe.model)
     config = model_config(recipe)
-    # All checks that need no corpus come before it is read.
+    # Run all checks that need no corpus before reading the corpus.
     check_length(config, max_tokens=recipe.max_tokens)
     with torch.device("meta"):
         ModularStarEncoderForPreTraining(config).set_attn_implementation(recipe.attn_implementation)
@@ -75,7 +75,7 @@ def pretrain(
     arguments = recipe.arguments(out / runs.CHECKPOINTS, rows_per_device, progress=progress, **decided)
     check_objective(objective, arguments, config, config.exit_layers)
     repositories = open_corpus(recipe.corpus).repositories
-    if repositories is not None and len(repositories) < 4:  # of some corpora, only reading shows the number
+    if repositories is not None and len(repositories) < 4:  # some corpora know the number only after reading
         raise UserError(
             "training.corpus.too_few_repositories",
             "The corpus must have two repositories to train on and two to hold out, because pairs of snippets come "
@@ -111,7 +111,7 @@ def pretrain(
     )
     counts = pairs.token_counts()
     if recipe.start_from_corpus and not weights:
-        # A named tokenizer may have fewer tokens than the model; each of the others is a word of its own.
+        # A given tokenizer may have fewer tokens than the model; each remaining vocabulary entry gets its own spelling.
         unused = range(len(tokenizer), model.config.vocab_size)
         spellings = token_spellings(tokenizer) + [f"<{index}> unused" for index in unused]
         start_from_spellings(model.get_input_embeddings(), spellings, seed=recipe.seed)
@@ -140,14 +140,14 @@ def pretrain(
 
 
 def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
-    """The configuration of a recipe's `model`; UserError if there is none (`config.unknown`)."""
+    """Return the configuration of a recipe's `model`; UserError if it is not found (`config.unknown`)."""
     return ModularStarEncoderConfig.from_pretrained(starting_source(recipe.model)[0], dtype=torch.float32)
 
 
 def pretraining_preflight(
     model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
 ) -> runs.Preflight:
-    """Estimate a run; of the heads only the masked tokens count, at each exit of a step. See `preflight`."""
+    """Estimate a run, see `preflight`; heads are computed at masked tokens only, for each exit of a step."""
     exits = 2 if recipe.training["rotate_shallow_exits"] else len(model.config.exit_layers)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     return runs.preflight(
@@ -162,7 +162,7 @@ def pretraining_preflight(
 
 
 def _train_tokenizer(corpus: Mapping[str, Any], config: ModularStarEncoderConfig, folder: Path, progress: bool) -> Path:
-    """The folder of a tokenizer trained on the corpus."""
+    """Train a tokenizer on the corpus unless `folder` holds one; return its folder."""
 
     def texts() -> Iterator[str]:
         left = TOKENIZER_CHARACTERS
@@ -195,8 +195,8 @@ def _token_store(
 def plot_curves(log: Mapping[str, Any], path: Path) -> None:
     """Draw masked-token loss and in-context accuracy of every exit over the steps, from the log of `pretrain`.
 
-    Thin lines are training rows, dots held-out repositories; dashes need no model: the unigram entropy, and the
-    accuracy of identifier overlap on the held-out rows.
+    Thin lines show training rows, dots show held-out repositories. Dashed lines are baselines without a model: the
+    unigram entropy, and the accuracy of identifier overlap on held-out rows.
     """
     from matplotlib.figure import Figure
 

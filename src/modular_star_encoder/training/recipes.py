@@ -34,7 +34,7 @@ from modular_star_encoder.utils.settings import (
 
 
 def hub_config_folder(name: str) -> Path:
-    """The folder of one of our configurations, such as `"quickstart"`; UserError if it is none (`config.unknown`)."""
+    """Return the folder of a packaged configuration such as `"quickstart"`; UserError if unknown (`config.unknown`)."""
     root = Path(str(files("modular_star_encoder.hub_configs")))
     names = sorted(path.parent.name for path in root.glob("*/config.json"))
     if name not in names:
@@ -94,7 +94,7 @@ class TrainingSettings:
 
     @classmethod
     def upgrade(cls, content: Mapping[Any, Any]) -> dict[Any, Any]:
-        """The content with the keys of the old mapping `trainer` as its own, and current names in `config`."""
+        """Return the content with the keys of the old mapping `trainer` moved up, and current names in `config`."""
         upgraded: dict[Any, Any] = {}
         for name, value in content.items():
             if name == "schedule" and value == "constant":
@@ -137,7 +137,7 @@ class TrainingSettings:
     def arguments(
         self, folder: Path, rows_per_device: int, *, progress: bool, **decided: Any
     ) -> MultiExitTrainingArguments:
-        """The arguments of a trainer that writes checkpoints to `folder`; the recipe must not set those in `decided`.
+        """Return training arguments that write checkpoints to `folder`; the recipe must not set arguments in `decided`.
 
         Raises:
             UserError: the recipe sets an argument that other settings decide (`training.arguments.decided`), or a value
@@ -184,12 +184,12 @@ class PretrainingRecipe(TrainingRecipe):
 
     Args:
         corpus: one source of files and its options, such as `folder: PATH`; see `open_corpus`.
-        tokens_per_step: tokens of one step over all processes, reached by accumulating gradients; rows count as full.
+        tokens_per_step: tokens per step over all processes, by gradient accumulation; each row counts as `max_tokens`.
         rows_per_device: rows in memory at once on each device.
         max_tokens: longest row, special tokens included.
         mlm_probability: share of the text tokens to predict.
         tokenizer: folder or Hub id; by default one of the model's vocabulary size is trained on the corpus.
-        start_from_corpus: initial token vectors by spelling and decoder biases by frequency, for small models.
+        start_from_corpus: initialise token vectors by spelling and decoder biases by frequency, for small models.
         packing: compute the rows of a batch as one flat row, without padding.
         eval_fraction: share of the repositories kept for evaluation.
         eval_rows: held-out rows of one evaluation.
@@ -315,7 +315,7 @@ class ClassificationRecipe(StartingRecipe):
 
 
 def _quotient(name: str, total: int, factors: Mapping[str, int]) -> int:
-    """How often a product is in the total; UserError if that is no whole number (`training.batch_size.multiple`)."""
+    """Divide the total by the product of `factors`; UserError if a rest remains (`training.batch_size.multiple`)."""
     product = math.prod(factors.values())
     if total % product:
         numbers = " × ".join(map(str, factors.values()))
@@ -325,7 +325,7 @@ def _quotient(name: str, total: int, factors: Mapping[str, int]) -> int:
 
 
 def check_length(config: ModularStarEncoderConfig, **lengths: int) -> None:
-    """Raise UserError if a setting for the longest text is above the model's `max_position_embeddings`."""
+    """Raise UserError if a maximum length exceeds the model's `max_position_embeddings`."""
     longest = config.max_position_embeddings
     if too_long := [f"{name} {length}" for name, length in lengths.items() if length > longest]:
         message = f"{', '.join(too_long)} must be at most the model's max_position_embeddings {longest}."

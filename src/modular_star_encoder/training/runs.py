@@ -1,4 +1,4 @@
-"""A training run: its size, its folder, training to the end from the last checkpoint, and its log lines."""
+"""A training run: estimate its size, check its folder, train from the last checkpoint, and format log lines."""
 
 import contextlib
 import json
@@ -36,13 +36,13 @@ class Preflight:
     """Size of a run, estimated before it starts.
 
     Attributes:
-        parameters, trained_parameters: of the model with its heads; with adapters, few of them are trained.
-        rows_per_step, steps, processes: of the run; in contrastive training a row is a pair.
+        parameters, trained_parameters: numbers for the model with its heads; adapters train few parameters.
+        rows_per_step, steps, processes: numbers for the run; in contrastive training a row is a pair.
         tokens_per_row: mean of all texts of a row together.
         flops_per_row: floating-point operations of training on one row, forward and backward.
-        memory_bytes: on each device: float32 weights, gradients and two moments, and activations; an upper estimate.
+        memory_bytes: upper estimate per device: float32 weights, gradients and two moments, and activations.
         groups: kind of pairs → number of groups of rows without common texts.
-        epochs: kind of pairs → how often each group has its turn.
+        epochs: kind of pairs → how often the run uses each group.
     """
 
     parameters: int
@@ -98,8 +98,8 @@ def preflight(
         texts: for each kind of row, all equally frequent, the mean tokens of its texts.
         tokens_in_memory: tokens on one device whose activations are kept at once.
         trained_parameters: all of the model if None.
-        passes: of training, through the layers; 4/3 where gradients are cached.
-        head_flops, other_bytes: of the heads on one row; what else is kept on one device.
+        passes: training passes through the layers per row; 4/3 where gradients are cached.
+        head_flops, other_bytes: FLOPs of the heads per row; further bytes kept on each device.
         groups: kind of pairs → number of groups; 0 where the data has none.
     """
     config = model.config
@@ -127,15 +127,15 @@ def preflight(
 
 
 def processes_of_run() -> PartialState:
-    """This process and the others of the run; without a GPU they communicate by gloo."""
+    """Return the state of this run's processes; without a GPU they communicate by gloo."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str]) -> dict[str, Any] | None:
-    """Create the folder of a run, or check that it holds a run with the same recipe; the log of a finished run.
+    """Create a run's folder or check that it holds a run with this recipe; return the log if the run is finished.
 
-    `recipe.json` in the folder holds the settings. From the first checkpoint on all must be the same, except those in
-    `MAY_CHANGE`; before it, those in `until_trained`, once the folder has other files. `kind` is for messages.
+    `recipe.json` in the folder holds the settings. Once a checkpoint exists, all settings except `MAY_CHANGE` must be
+    the same; before that, if other files exist, only those in `until_trained`. `kind` names the run in messages.
 
     Raises:
         UserError: the folder holds something else (`training.run.not_a_run`), or a run with other settings
@@ -144,7 +144,7 @@ def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: I
     written, settings = out / "recipe.json", _plain(recipe)
     if written.is_file():
         before: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
-        # An older version has written other names and fewer keys.
+        # Older versions wrote other names and fewer keys.
         with warnings.catch_warnings(action="ignore", category=FutureWarning), contextlib.suppress(UserError):
             before = _plain(build_settings(type(recipe), before, str(written)))
         trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None

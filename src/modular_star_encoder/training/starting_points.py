@@ -1,4 +1,4 @@
-"""What a training starts from: a model and its tokenizer, initial weights, adapters; and how the result is saved."""
+"""Load the model and tokenizer that training starts from, set initial weights, add adapters, and save the result."""
 
 import copy
 import os
@@ -28,9 +28,9 @@ Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 
 
 def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Where a recipe's `model` is, and whether it has weights.
+    """Return the location of a recipe's `model` and whether it has weights.
 
-    A name is a configuration of ours, so that its meaning is stable; else a folder; else a Hub id `owner/name`.
+    A name is first looked up among the packaged configurations, then as a folder, then as a Hub id `owner/name`.
 
     Raises:
         UserError: nothing of this name can exist (`config.unknown`).
@@ -52,7 +52,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, bool]:
-    """The configuration of the model that a recipe starts from, and whether it has weights.
+    """Return the configuration of a recipe's starting model and whether this model has weights.
 
     Raises:
         UserError: settings contradict each other.
@@ -80,10 +80,10 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
 
 
 def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Model, PreTrainedTokenizerFast]:
-    """The model that a recipe starts from, in float32, and its tokenizer; missing heads are drawn by the seed.
+    """Load a recipe's starting model, in float32, and its tokenizer; the seed initialises missing heads.
 
-    A tokenizer without a template, such as the published one, gets ours. Errors are those of `starting_config`, and a
-    UserError where model and tokenizer do not fit.
+    A tokenizer without a template, such as the published one, gets this package's. Raises the errors of
+    `starting_config`, and UserError if the tokenizer does not fit the model.
     """
     source, weights = starting_source(recipe.model)
     if recipe.tokenizer is None and not weights:
@@ -116,7 +116,7 @@ def check_vocabulary(tokens: int, vocab_size: int) -> None:
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
     """Set the vocabulary projection's bias to the tokens' log frequencies, add-one smoothed.
 
-    Otherwise the first hundreds of steps go into learning them. In a small model, fine-tuning after a pre-training
+    Otherwise the first hundreds of steps learn these biases. In a small model, fine-tuning after pre-training
     without this start was much slower than from random weights; with it, it was about as fast.
     """
     counts = token_counts.to(decoder.bias) + 1
@@ -149,7 +149,7 @@ def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, s
 def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> "PeftModel":
     """Freeze the trunk and give its linear layers adapters; heads stay trainable and are saved with the adapters.
 
-    `settings` are those of `peft.LoraConfig`; UserError for others (`training.lora`).
+    `settings` are arguments of `peft.LoraConfig`; UserError for unknown ones (`training.lora`).
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -165,7 +165,7 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
 
 
 def _heads(model: ModularStarEncoderPreTrainedModel) -> list[str]:
-    """Names of the modules other than the trunk; of each projection head, because peft takes no `ModuleDict`."""
+    """Return the names of all heads; projection heads are named one by one, because peft takes no `ModuleDict`."""
     names = []
     for name, module in model.named_children():
         if name == "projection_heads":
@@ -178,7 +178,7 @@ def _heads(model: ModularStarEncoderPreTrainedModel) -> list[str]:
 def save_trained(
     trainer: MultiExitTrainer, tokenizer: PreTrainedTokenizerFast, out: Path, recipe: StartingRecipe
 ) -> None:
-    """Write `model/` with weights, code and tokenizer; of a model with adapters `adapter/` too, and merged weights.
+    """Write `model/` with weights, code and tokenizer; with adapters, write `adapter/` too and merge the weights.
 
     Every process calls this, because a model may be spread over them.
     """

@@ -41,9 +41,9 @@ class MultiExitTrainer(Trainer):
         objective: called as `objective(model, batch, exit_layers)`; returns an `ObjectiveOutput` with one float32 loss
             per exit, shape (E,). See `modular_star_encoder.objectives`.
         exit_layers: the exits to train; all of the model by default.
-        evaluator: such as a `MultiExitEvaluator`; every process calls `evaluator(model, folder, epoch, steps,
-            across_processes=True)` at every evaluation, with or without an `eval_dataset` (once if that is a mapping of
-            several), `folder` being None but in the first. Its metrics are logged with the prefix `eval_` and can be
+        evaluator: for example a `MultiExitEvaluator`; at every evaluation, every process calls `evaluator(model,
+            folder, epoch, steps, across_processes=True)` once, with or without an `eval_dataset`; `folder` is None
+            except in the first process. Its metrics are logged with the prefix `eval_` and can be
             `args.metric_for_best_model`.
         **kwargs: passed to `Trainer`: `train_dataset`, `eval_dataset`, `data_collator`, `callbacks`, …
 
@@ -95,7 +95,7 @@ class MultiExitTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted sum of the exits' losses; with `return_outputs` also the metrics, each (E,)."""
+        """Return the weighted sum of the exits' losses; with `return_outputs` also the metrics, each (E,)."""
         exits, weights = self._exits_of_this_step(model)
         output = self.objective(model, dict(inputs), exits)
         for name, values in output.metrics.items():
@@ -111,7 +111,7 @@ class MultiExitTrainer(Trainer):
         return (loss, output.metrics) if return_outputs else loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """The schedule of `args.milestones`, or that of `args.lr_scheduler_type`."""
+        """Return the schedule of `args.milestones` if set, else the one of `args.lr_scheduler_type`."""
         own = self.args if isinstance(self.args, MultiExitTrainingArguments) else None
         chosen = optimizer or self.optimizer
         if own is not None and own.milestones and chosen is not None and self.lr_scheduler is None:
@@ -120,11 +120,11 @@ class MultiExitTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All but biases, norms and a learned logit scale: CLIP decays no gains (arXiv 2103.00020, section 2.5)."""
+        """Exclude biases, norms and a learned logit scale: CLIP decays no gains (arXiv 2103.00020, section 2.5)."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As in `Trainer`, but without the pickle of the settings: what was saved may be published as it is."""
+        """Save as `Trainer` does, but without the pickled settings, so that the folder can be published as it is."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             Path(output_dir or self._output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
@@ -159,7 +159,7 @@ class MultiExitTrainer(Trainer):
         raise UserError("training.loss.not_finite", message)
 
     def _gradient_norms(self, losses: torch.Tensor) -> torch.Tensor:
-        """Norm (E,) of each loss's gradient on the trunk's parameters."""
+        """Return the norm (E,) of the trunk's gradient from each loss."""
         model = self.accelerator.unwrap_model(self.model)
         bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a model with adapters
         parameters = [parameter for parameter in bare.model.parameters() if parameter.requires_grad]
@@ -182,7 +182,7 @@ class MultiExitTrainer(Trainer):
             logs.update(self._drain_metrics())
             if logs.get("masked_negatives", 0) > MOST_MASKED_NEGATIVES:
                 logger.warning_once(
-                    "The deepest exit takes more than a tenth of all negatives for false ones: it can't guide yet. "
+                    "The deepest exit takes more than a tenth of all negatives to be false: it can't guide yet. "
                     "Fine-tune without false_negative_margin and false_negative_factor first, or set them stricter."
                 )
         super().log(logs, start_time)
@@ -190,10 +190,10 @@ class MultiExitTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
-        """The total loss of one batch; the exits' metrics are gathered on the way."""
+        """Return the total loss of one batch, and gather the metrics of its exits."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)))
-        assert isinstance(loss, torch.Tensor)  # compute_loss was not asked for outputs
+        assert isinstance(loss, torch.Tensor)  # because return_outputs is False
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -207,18 +207,18 @@ class MultiExitTrainer(Trainer):
         finally:
             self._gathered = training
         added = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        # Of an `evaluate` on the trainer's own data; on the first of them if there are several.
+        # Run the evaluator only with the trainer's own eval_dataset; with several, only with the first.
         first = f"_{next(iter(self.eval_dataset))}" if isinstance(self.eval_dataset, dict) else ""
         if self.evaluator is not None and metric_key_prefix == f"eval{first}":
             folder = os.path.join(self._output_dir, "eval") if self.is_world_process_zero() else None
             model, step = self.accelerator.unwrap_model(self.model), self.state.global_step
             found = self.evaluator(model, folder, self.state.epoch or 0, step, across_processes=True)
-            # Those of the first process, so that all choose the same best checkpoint.
+            # All processes take the first one's metrics, so that they choose the same best checkpoint.
             added |= {f"eval_{name}": value for name, value in broadcast_object_list([found])[0].items()}
         return output._replace(metrics={**(output.metrics or {}), **added})
 
     def _drain_metrics(self) -> dict[str, float]:
-        """Means since the last call, over batches and processes."""
+        """Return each metric's mean over processes and over batches since the last call."""
         gathered, self._gathered = self._gathered, {}
         if not gathered:
             return {}
@@ -229,10 +229,10 @@ class MultiExitTrainer(Trainer):
 def check_objective(
     objective: Objective, args: TrainingArguments, config: Any, exit_layers: tuple[int, ...]
 ) -> torch.Tensor:
-    """The weights (E,) of the exits' losses, if objective, arguments and the model's configuration fit each other.
+    """Check that objective, arguments and configuration fit each other; return the weights (E,) of the exits' losses.
 
     Raises:
-        UserError: they do not; see `MultiExitTrainer`.
+        UserError: they do not fit; see `MultiExitTrainer`.
     """
     if hasattr(objective, "check"):
         objective.check(exit_layers, config.projection_size, rotates=_option(args, "rotate_shallow_exits"))
@@ -246,12 +246,12 @@ def check_objective(
 
 
 def _option(args: TrainingArguments, name: str) -> Any:
-    """One of our arguments; its default in a plain `TrainingArguments`."""
+    """Return an argument of `MultiExitTrainingArguments`, or its default if `args` is a plain `TrainingArguments`."""
     return getattr(args, name, getattr(MultiExitTrainingArguments, name))
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names (`query.input_ids`) and values of everything in nested mappings and lists."""
+    """Yield the dotted name (`query.input_ids`) and value of each leaf of nested mappings and lists."""
     if not isinstance(value, Mapping | list | tuple):
         yield name, value
         return
