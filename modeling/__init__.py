@@ -1,4 +1,4 @@
-"""The model: what travels inside every Hub repository, registered here with the Auto classes."""
+"""The model code that every Hub repository contains, registered here with the Auto classes."""
 
 from transformers import (
     AutoConfig,

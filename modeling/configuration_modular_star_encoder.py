@@ -84,8 +84,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             the published models, whose earlier exits are raw residual states. `"all"`: to every exit. `"none"`: nowhere
             (a slice of a `"last"` model below its top).
         exit_embedding_size (`int`, defaults to 4): Size of the learned exit vector that shared heads read.
-        exit_embedding_rows (`int`, *optional*): Exits, in the parent's order, that have such a vector of their own; the
-            others have zeros. By default all.
+        exit_embedding_rows (`int`, *optional*): Number of exits, in the parent's order, with their own exit vector;
+            the other exits have zeros. By default all have one.
         projection_size (`int`, *optional*): Size of the retrieval embedding; by default `hidden_size`.
         projection_head (`str`, defaults to `"mlp"`): Shape of the projection heads: `"mlp"`, two linear layers with an
             activation between; or `"linear"`, one linear layer.
@@ -94,8 +94,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             `"pool_then_project"`. They differ with `"mlp"` heads. With `"linear"` heads and mean pooling they agree,
             and `"pool_then_project"` is cheaper.
         pooling (`str`, defaults to `"mean"`): Pooling of tokens: `"mean"` over all real tokens; `"lasttoken"`, the last
-            real one; or `"legacy"`, the token at place `attention_mask.sum() - 1` of the row, as in the published
-            models' ancestor: with padding on the left this is not the last token, and depends on the padding.
+            real one; or `"legacy"`, the token at index `attention_mask.sum() - 1` of the row, as in the published
+            models' ancestor: with padding on the left this index depends on the padding and is not the last token.
         token_weights (`bool`, defaults to `False`): Whether the mean is weighted: each entry of the vocabulary has a
             learned weight of at least 0. Needs mean pooling.
         embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides embeddings by their norm; `"clip"` only
@@ -217,7 +217,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _keep_exits_within_depth(self) -> None:
-        """Published slices list the exits of their parent; keep their own, and store the parent's."""
+        """Split the exits of a published slice, which lists its parent's: keep its own, and store the parent's."""
         exits = list(self.exit_layers)
         if exits and self.num_hidden_layers < exits[-1]:
             self.parent_exit_layers, self.parent_num_hidden_layers = exits, exits[-1]
@@ -227,7 +227,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; numbers and words that a published file wraps in a list of one are unwrapped."""
+        """Load as transformers does, but unwrap numbers and words that a published file wraps in a list of one."""
         lists = {"architectures", "exit_layers", "matryoshka_layers", "parent_exit_layers", "eos_token_id"}
 
         def unwrap(key: str, value: Any) -> Any:
@@ -300,11 +300,11 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return tuple(self.check_exit(exit_layer) for exit_layer in sorted(set(exit_layers)))
 
     def exit_index(self, exit_layer: int) -> int:
-        """Row of this exit in the exit embedding: its place among the exits of the parent."""
+        """Return the row of this exit in the exit embedding: its place among the parent's exits."""
         return list(self.parent_exit_layers).index(self.check_exit(exit_layer))
 
     def exit_weight(self, exit_layer: int) -> float:
-        """Weight of this exit's loss in the paper: layers executed over the depth of the full model (i/36).
+        """Return the paper's weight of this exit's loss: layers executed divided by the depth of the full model (i/36).
 
         Exit 0 has weight 0, so its head is not trained; train models with this exit with uniform weights.
         """

@@ -55,8 +55,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_modular_star_encoder import LOGIT_SCALE_BOUNDS, ModularStarEncoderConfig
 
-# Logits that the masked language modelling loss computes at once: 2**22 float32 are 16 MiB for any vocabulary. But
-# 160 tokens at least, because every chunk reads and writes a gradient as large as the vocabulary's weights.
+# Logits that the masked language modelling loss computes at once: 2**22 float32 are 16 MiB for any vocabulary. A chunk
+# has at least 160 tokens, because it reads and writes a gradient as large as the vocabulary's weights.
 LOGITS_PER_CHUNK = 2**22
 TOKENS_PER_CHUNK = 160
 # Rows of that gradient that are summed at once: on a CPU, a sum over two dtypes first copies one of them.
@@ -65,7 +65,7 @@ ROWS_PER_SUM = 4096
 # Arguments of `save_pretrained` that only `push_to_hub` reads.
 PUSH_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description", "tags")
 
-# Texts share a group of unpadded attention while the shortest has this share of the longest one's tokens.
+# Texts share a group of unpadded attention if the shortest has at least this fraction of the longest one's tokens.
 SHORTEST_IN_GROUP = 0.8
 
 
@@ -76,8 +76,8 @@ class ModularStarEncoderModelOutput(ModelOutput):
     Args:
         last_hidden_state: (B, T, H), states of the deepest requested exit.
         exit_hidden_states: tuple of E tensors (B, T, H), shallowest exit first.
-        residual_states: the same before the final norm, from which a later pass can resume (`start_layer`); only with
-            `output_residual_states=True`.
+        residual_states: the exits' states before the final norm; a later pass can resume there (`start_layer`). Only
+            with `output_residual_states=True`.
         hidden_states: embeddings and the output of each executed layer, (B, T, H); the last equals `last_hidden_state`.
             Empty if no layer runs (exit 0 alone).
         attentions: attention weights of each executed layer, (B, heads, T, T).
@@ -131,9 +131,9 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
     """Output of the retrieval model.
 
     Args:
-        last_hidden_state: (B, T, D), tokens projected by the head of the deepest requested exit. With token weights
-            each is multiplied by its share of its text's weight times the number of tokens, so that the plain mean of
-            these tokens is the weighted mean.
+        last_hidden_state: (B, T, D), tokens projected by the head of the deepest requested exit. With token weights,
+            each token is scaled by its weight, relative to the mean weight of its text, so that the plain mean of the
+            scaled tokens is the weighted mean.
         sentence_embedding: (B, D), of the deepest requested exit, normalised (`config.embedding_normalization`).
         exit_embeddings: (E, B, D), of every requested exit, shallowest first, normalised.
         logit_scale: (1,) float32, the learned multiplier of similarities, if the model has one.
@@ -151,7 +151,7 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
     @property
     def projected_pooled_normalized(self) -> list[torch.Tensor] | torch.Tensor:
-        """The published models' name: a list of (B, D), one per exit, or the one tensor of a single exit."""
+        """The published models' name of the embeddings: a list of (B, D), one per exit; for one exit, its tensor."""
         return list(self.exit_embeddings) if len(self.exit_embeddings) > 1 else self.exit_embeddings[0]
 
     @property
@@ -286,7 +286,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ModularStarEncoderRotaryEmbedding":
-        """Move with the model, but stay float32 in `model.to(torch.bfloat16)`, as at load: angles need the digits."""
+        """Move with the model, but stay float32 in `model.to(torch.bfloat16)`, as at load: angles need precision."""
         exact = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
         super()._apply(fn, recurse)
         for name, before in exact.items():
@@ -449,7 +449,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         the model, or of another shape raise an error that names them. New heads give a warning.
 
         Raises:
-            ValueError: the checkpoint's trunk is not the model's. Not raised with `output_loading_info=True`, which
+            ValueError: the checkpoint's trunk does not fit the model. Not raised with `output_loading_info=True`, which
                 returns the names, nor with a `state_dict` in place of a checkpoint. Shapes may differ with
                 `ignore_mismatched_sizes=True`.
         """
@@ -550,7 +550,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
 
 
 def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None:
-    """Raise ValueError if the checkpoint's trunk is not the model's."""
+    """Raise ValueError if the checkpoint's trunk tensors do not match the model's."""
     trunk = re.compile(r"^(model\.)?(embed_tokens|layers|norm)\.")
     for problem, place in (("missing", "from"), ("unexpected", "in")):
         names = sorted(filter(trunk.match, info[f"{problem}_keys"]))
@@ -563,7 +563,7 @@ def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None
 
 
 def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) -> set[str]:
-    """Patterns of the tensors that a checkpoint of `full` holds and a model of `kept` does not read."""
+    """Return patterns of the tensors that a checkpoint of `full` has and a model of `kept` does not load."""
     patterns = set()
     layers = "|".join(str(index) for index in range(kept.num_hidden_layers, full.num_hidden_layers))
     exits = "|".join(str(exit) for exit in full.exit_layers if exit not in kept.exit_layers)
@@ -588,9 +588,9 @@ def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str,
 
 
 def _whole_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """The full tensors of a model that `fully_shard` has split, in the first process; `None` for any other model.
+    """Return the full tensors of a model that `fully_shard` has split, in the first process; `None` for other models.
 
-    Transformers gathers only those that it has split itself, at load.
+    Transformers gathers only tensors that it has split itself, at load.
     """
     if getattr(model.config, "distributed_config", None) is not None or not torch.distributed.is_available():
         return None
@@ -606,7 +606,7 @@ def _whole_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
 
 
 def _move_checkpoint(source: Path, target: Path) -> None:
-    """Move every file of `source` into `target` by rename, then remove weights there that these replace."""
+    """Move every file of `source` into `target` by rename, then remove the old weights that the new files replace."""
     weights = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     names = {path.name for path in source.iterdir()}
     for name in sorted(names):
@@ -732,10 +732,10 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         position_ids: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor, Any, Callable[[torch.Tensor], torch.Tensor] | None]:
-        """How the texts of a batch share its rows: padded as given, or flat, one after the other without padding.
+        """Arrange a batch for the layers: padded as given, or flat, its texts one after the other without padding.
 
         Returns the states (B, T, H), or flat (1, N, H); their positions; the attention mask of the backend; and for
-        states that were flattened the way back to (B, T, H). Adds to `kwargs` what keeps flat texts apart.
+        flattened states a function that restores (B, T, H). Adds arguments to `kwargs` that keep flat texts apart.
         """
         if position_ids is not None:
             position_ids = position_ids.expand(states.shape[:2])
@@ -783,7 +783,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
     def _attention_mask(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
     ) -> Any:
-        """The mask of the attention backend: padding, and texts packed into one row (positions that restart)."""
+        """Return the backend's attention mask; it hides padding and separates packed texts (positions that restart)."""
         apart = None
         if attention_mask is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids)
@@ -800,7 +800,7 @@ def _document_bounds(
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Where texts begin and end in the flattened (B, T, …) states, (texts + 1,); `None` if each row is one text."""
+    """Return the bounds (texts + 1,) of texts in the flattened (B, T, …) states; `None` if each row is one text."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:
@@ -818,7 +818,7 @@ def _document_bounds(
 def _unpad(
     states: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """The real tokens of (B, T, H) as (1, N, H), their texts' bounds, and the way back, with zeros for padding."""
+    """Return the real tokens of (B, T, H) as (1, N, H), the texts' bounds, and a function that restores the padding."""
     shape = states.shape
     places = attention_mask.flatten().nonzero().squeeze(-1)
     lengths = attention_mask.long().sum(dim=-1)
@@ -834,7 +834,7 @@ def _unpad(
 def _rows(
     states: torch.Tensor, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One row per text, and the mask: packed texts (B, T, H) become (texts, longest, H), padded on the right."""
+    """Return states with one row per text, and their mask; packed texts (B, T, H) become (texts, longest, H)."""
     if bounds is None:
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("Heads need an attention_mask of shape (B, T); a prepared 4D mask is for the trunk alone.")
@@ -865,7 +865,7 @@ def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: st
 
 
 class ModularStarEncoderTokenWeights(nn.Embedding):
-    """A weight (V, 1) of each vocabulary entry in the mean of a text's tokens; 1 at first, never below 0."""
+    """Weight (V, 1) of each vocabulary entry in the mean over a text's tokens; initially 1, never below 0."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return ClampWithInwardGradient.apply(super().forward(input_ids), 0.0, math.inf)
@@ -1090,9 +1090,9 @@ class ModularStarEncoderProjectionHead(nn.Module):
 
 
 class ClampWithInwardGradient(torch.autograd.Function):
-    """Clamp a parameter so that it can come back: the gradient beyond a bound is dropped only if it leads outwards.
+    """Clamp a parameter; beyond a bound, drop only gradients that lead outwards, so that the parameter can return.
 
-    With `torch.clamp` the gradient is zero there: a value that one optimiser step puts beyond the bound never returns.
+    With `torch.clamp` all gradients beyond a bound are zero, and the parameter never returns.
     """
 
     @staticmethod
@@ -1158,9 +1158,9 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
     def _token_scales(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Factors (B, T, 1) float32 of a text's n real tokens, n · w / Σ w; `None` without token weights.
+        """Return factors (B, T, 1) float32 of a text's n real tokens, n · w / Σ w; `None` without token weights.
 
-        The plain mean of tokens scaled by them is the weighted mean. Padding has 0, and so has a text without weight.
+        The plain mean of the scaled tokens is the weighted mean. Padding, and a text whose weights sum to 0, get 0.
         """
         if self.model.token_weights is None:
             return None

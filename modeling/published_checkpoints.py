@@ -1,7 +1,7 @@
 """Load the published repositories (huggingface.co/modularStarEncoder) unmodified, without their remote code.
 
-Their configurations do not say whether a checkpoint is fine-tuned, and perhaps not how deep it is; the names of its
-tensors do. `read_published_layout` reads the header of the safetensors file, completes the configuration, checks every
+Their configurations do not say whether a checkpoint is fine-tuned, and may not give its depth; the tensor names tell
+both. `read_published_layout` reads the header of the safetensors file, completes the configuration, checks every
 name and shape before anything is loaded, and tells transformers how to rename.
 
 Repositories that this package writes have its own layout, so this file does not travel with them.
@@ -56,9 +56,9 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 def read_published_layout(
     model_class: type[ModularStarEncoderPreTrainedModel], path: str | os.PathLike | None, kwargs: Mapping[str, Any]
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
-    """The class to load, and arguments of `from_pretrained` with a complete `config` and `key_mapping` to our names.
+    """Return the class to load, and `from_pretrained` arguments with a full `config` and `key_mapping` to our names.
 
-    The arguments of a checkpoint that is not a published one stay as they are. The Auto classes do not know the
+    The arguments stay unchanged for a checkpoint that is not a published one. The Auto classes do not know the
     published class name and choose the trunk. If the file has projection heads, they get the retrieval model instead; a
     model class called by its own name (without `config`) stays, and the common base class becomes the class that the
     file fits.
@@ -104,10 +104,10 @@ def _published_config(
 def describe(
     shapes: Shapes, config: ModularStarEncoderConfig
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], ModularStarEncoderConfig, dict[str, str]]:
-    """The class that a published file fits, its complete configuration, and the renamings to our names.
+    """Return the model class for a published file, its complete configuration, and the renamings to our names.
 
     Raises:
-        ValueError: its depth is not an exit, or its projection heads are neither one nor one per exit.
+        ValueError: the file's depth is not an exit, or its projection heads are neither one nor one per exit.
     """
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     heads = sorted({int(match[1]) for name in shapes if (match := _PROJECTION.match(name))})

@@ -1,4 +1,4 @@
-"""The command line; and what several commands share: types of options, which argparse reports when they don't fit."""
+"""The command line, and the option types that several commands share; argparse reports values that do not fit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def named_file(text: str) -> tuple[str, str]:
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:
-    """Add RECIPE, KEY=VALUE and --out to a command; the first two texts are examples, the third says what --out is."""
+    """Add RECIPE, KEY=VALUE and --out to a command; `recipe` and `setting` are examples, `out` is the help of --out."""
     parser.add_argument("recipe", metavar="RECIPE", help=f"a YAML file, for example {recipe}")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"other settings: {setting}")
     parser.add_argument("--out", metavar="FOLDER", required=True, help=out)

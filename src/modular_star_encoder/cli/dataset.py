@@ -25,7 +25,7 @@ def add_dataset_commands(commands: Any) -> None:
     dedup.add_argument("source", metavar="SOURCE", help="a folder of parquet files")
     dedup.add_argument("--out", metavar="FOLDER", required=True, help="where to write; an old run is continued")
     dedup.add_argument("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare, with commas")
-    dedup.add_argument("--match", choices=("either", "both"), default="either", help="how many columns must be near")
+    dedup.add_argument("--match", choices=("either", "both"), default="either", help="columns that must be near")
     dedup.add_argument("--id-column", metavar="NAME", help="column of ids; the smallest of a cluster stays")
     dedup.add_argument("--threshold", metavar="JACCARD", type=float, default=0.7, help="smallest similarity (0.7)")
     dedup.add_argument("--recall", choices=("default", "high"), default="default", help="how many pairs are compared")
@@ -34,14 +34,14 @@ def add_dataset_commands(commands: Any) -> None:
         metavar="SOURCE:COLUMN",
         action="append",
         default=[],
-        help="texts that no row may be near, such as those of a benchmark: parquet, JSON Lines or a dataset of the Hub",
+        help="drop rows near these texts, such as a benchmark's: parquet, JSON Lines or a dataset of the Hub",
     )
     dedup.set_defaults(run=run_dataset_dedup)
 
     stats = commands.add_parser("stats", help="print samples and average lengths by language")
     stats.add_argument("source", metavar="SOURCE", help="folder, parquet or JSON Lines file, or dataset of the Hub")
     stats.add_argument("--split", default="train", help="train (the default), validation or another one")
-    stats.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    stats.add_argument("--json", metavar="FILE", help="also write the statistics to FILE")
     stats.set_defaults(run=run_dataset_stats)
 
     push = commands.add_parser("push", help="say what would be uploaded to the Hub; with --upload, upload it")

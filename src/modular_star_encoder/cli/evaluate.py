@@ -25,9 +25,9 @@ def add_evaluate_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--baselines", metavar="NAMES", type=name_list, help="bm25, tfidf, other models, openai:MODEL@URL"
     )
-    evaluate.add_argument("--allow-subset", action="store_true", help="accept partial benchmark files, and say so")
-    evaluate.add_argument("--candidates", metavar="FOLDER", help="lists of candidates of an earlier run")
-    evaluate.add_argument("--cache", metavar="FOLDER", help="where embeddings are kept (default: OUT/embeddings)")
+    evaluate.add_argument("--allow-subset", action="store_true", help="accept partial benchmark files, and report it")
+    evaluate.add_argument("--candidates", metavar="FOLDER", help="candidate lists from an earlier run")
+    evaluate.add_argument("--cache", metavar="FOLDER", help="where to keep embeddings (default: OUT/embeddings)")
     evaluate.set_defaults(run=run_evaluate)
 
     profile = commands.add_parser("profile", help="measure the cost of every exit on this machine")
@@ -38,7 +38,7 @@ def add_evaluate_commands(commands: Any) -> None:
         "--lengths", metavar="LIST", type=number_list, default=(128, 512), help="default: 128,512 tokens"
     )
     profile.add_argument(
-        "--rounds", metavar="N", type=int, default=30, help="timings of each exit and shape (default: 30)"
+        "--rounds", metavar="N", type=int, default=30, help="timed runs per exit and shape (default: 30)"
     )
     profile.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
     profile.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the checkpoint's)")

@@ -21,9 +21,9 @@ EXPECTED_ERRORS = (ValueError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
+    """Run one command; return the exit status: 0, 2 after an error that the user can fix, 130 after Ctrl-C.
 
-    Results go to stdout; progress and errors, one line each, to stderr. Wrong usage leaves through argparse (status 2).
+    Results go to stdout; progress and errors, one line each, to stderr. argparse handles wrong usage (status 2).
     """
     arguments = parse(argv)
     keep_few_compiled_operations()
@@ -53,17 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def keep_few_compiled_operations() -> None:
-    """Keep as many as the layers of one batch need, unless the environment says otherwise.
+    """Limit the caches of compiled operations to what one batch needs, unless the environment sets their size.
 
-    oneDNN, and PyTorch's binding to it, each keep 1,024 by default, one for every shape that a bfloat16 matrix on a CPU
-    has had; batches without padding have a new shape each (benchmarks/NOTES.md). To be called before the first one.
+    oneDNN and PyTorch's binding to it each keep 1,024 operations by default, one per shape of a bfloat16 matrix on a
+    CPU; each batch without padding has a new shape (benchmarks/NOTES.md). Call this before the first such operation.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse; settings (`key=value`) may also stand after options, where argparse itself takes no more of them."""
+    """Parse the arguments; settings (`key=value`) may also follow options, where argparse alone rejects them."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest:

@@ -17,7 +17,7 @@ def add_publish_commands(commands: Any) -> None:
     cut.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
     cut.set_defaults(run=run_slice)
 
-    card = commands.add_parser("card", help="print the card of a checkpoint: usage, and what was measured")
+    card = commands.add_parser("card", help="print the model card of a checkpoint: usage and measurements")
     card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder")
     _add_folder_options(card)
     card.add_argument("--out", metavar="FOLDER", help="write README.md and the figure there instead")
@@ -44,11 +44,11 @@ def add_publish_commands(commands: Any) -> None:
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
-    """What a manifest says, for one checkpoint folder."""
+    """Add the options that replace a manifest for one checkpoint folder."""
     parser.add_argument("--repository", metavar="OWNER/NAME", help="of a folder: its repository on the Hub")
     parser.add_argument("--license", metavar="NAME", help="of a folder: the Hub's name of the licence (apache-2.0)")
     parser.add_argument(
-        "--evaluation", metavar="FILE", action="append", default=[], help="of a folder: figures of mose evaluate"
+        "--evaluation", metavar="FILE", action="append", default=[], help="of a folder: results of mose evaluate"
     )
 
 

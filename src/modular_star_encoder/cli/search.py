@@ -67,7 +67,7 @@ def add_search_commands(commands: Any) -> None:
         default="hybrid",
         help="hybrid: similarity, words and ranking rules (default); lexical: no model; vector: similarity alone",
     )
-    for old in ("--hybrid", "--fuse"):  # what is the default now
+    for old in ("--hybrid", "--fuse"):  # old options for what is now the default
         search.add_argument(old, action="store_true", dest="hybrid", help=argparse.SUPPRESS)
     search.add_argument("--rerank-exit-layer", metavar="K", type=int, help="deeper exit that ranks the best again")
     search.add_argument("--candidates", metavar="N", type=int, help="how many of them (default: 20)")
@@ -110,7 +110,7 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> No
     parser.add_argument("--model", metavar="CHECKPOINT", help=f"folder or Hub repository (default: {default})")
     parser.add_argument("--exit-layer", metavar="K", type=int, help="exit to embed at (default: the deepest)")
     parser.add_argument("--latency-ms", metavar="MS", type=float, help="choose the exit by its exit profile")
-    parser.add_argument("--memory-mb", metavar="MB", type=float, help="the same by its peak memory")
+    parser.add_argument("--memory-mb", metavar="MB", type=float, help="choose the exit by its peak memory")
 
 
 def run_index(arguments: argparse.Namespace) -> None:
@@ -131,7 +131,7 @@ def run_index(arguments: argparse.Namespace) -> None:
 
 
 def _updated(arguments: argparse.Namespace) -> CodeIndex | None:
-    """The existing index, updated with its own settings; None if there is none, or an option names settings."""
+    """Update an existing index with its own settings; None if there is no index, or if options set other settings."""
     if any(getattr(arguments, name) != default for name, default in _HOW_AN_INDEX_IS_MADE.items()):
         return None
     from modular_star_encoder.search.index import CodeIndex, open_store
@@ -148,7 +148,7 @@ def _updated(arguments: argparse.Namespace) -> CodeIndex | None:
 
 
 def _built(arguments: argparse.Namespace) -> CodeIndex:
-    """The index with the settings of the options."""
+    """Build the index with the settings that the options name."""
     from modular_star_encoder.search.embedder import Embedder
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
@@ -212,7 +212,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 
 def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
-    """The index to search, and the exit to ask: the one named or found, else that of the folder in the cache."""
+    """Return the index and the exit to search; the index is named, found in this folder or above, or in the cache."""
     from modular_star_encoder.search.index import CodeIndex, cached_location, find_index
     from modular_star_encoder.search.local_store import LocalStore
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
@@ -268,7 +268,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 def _found_index(location: str | None) -> CodeIndex:
-    """The index that is named, or that of this folder or of one above it."""
+    """Open the named index, or else the index of this folder or of its nearest parent with one."""
     from modular_star_encoder.search.index import CodeIndex, find_index
 
     location = location or find_index()
@@ -284,7 +284,7 @@ def _has_budget(arguments: argparse.Namespace) -> bool:
 def _exit_by_budget(
     arguments: argparse.Namespace, checkpoint: str, exit_layers: Sequence[int] | None = None
 ) -> int | None:
-    """--exit-layer, or with a budget the best exit that keeps it; `exit_layers` limits the choice."""
+    """Return --exit-layer or, with a budget, the best exit within it; `exit_layers` limits the choice."""
     if not _has_budget(arguments):
         return arguments.exit_layer
     if arguments.exit_layer is not None:

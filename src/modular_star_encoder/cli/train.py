@@ -13,7 +13,7 @@ from modular_star_encoder.cli import add_recipe_options
 
 def add_train_commands(commands: Any) -> None:
     """Add the commands to the subparsers of `mose`; their `--help` ends with every key of their recipe."""
-    run_folder = "folder of the run; a run that is already there continues"
+    run_folder = "folder of the run; an existing run continues"
 
     pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories, as a recipe says")
     add_recipe_options(pretrain, "hub_configs/small/recipe.yaml", "corpus.folder=~/code", run_folder)
@@ -24,7 +24,7 @@ def add_train_commands(commands: Any) -> None:
     finetune.set_defaults(run=run_finetune)
 
     ablate = commands.add_parser("ablate", help="exits trained together against exits trained alone, and other options")
-    folder = "runs and reports; they continue there"
+    folder = "folder of the runs and reports; existing runs continue"
     add_recipe_options(ablate, "hub_configs/small/ablation.yaml", "finetuning.max_steps=500", folder)
     ablate.set_defaults(run=run_ablate)
 
@@ -33,7 +33,7 @@ def add_train_commands(commands: Any) -> None:
 
 
 def _end_help_with_keys(parser: argparse.ArgumentParser) -> None:
-    """Only `--help` of this command imports torch."""
+    """Append the recipe's keys to `--help`; only then is torch imported."""
     plain = parser.format_help
 
     def format_help() -> str:

@@ -28,9 +28,9 @@ class ExitCosts:
     """The exit profile of a checkpoint, or why there is none to show.
 
     Attributes:
-        profile: of these very weights; None if there is none.
-        reason: why there is none, and how to make one; empty if there is.
-        note: that it was measured on another machine; empty if it wasn't.
+        profile: the profile of exactly these weights; None if there is none.
+        reason: why there is no profile, and how to make one; empty if there is one.
+        note: a sentence if the profile was measured on another machine, else empty.
     """
 
     profile: ExitProfile | None
@@ -39,7 +39,7 @@ class ExitCosts:
 
     @classmethod
     def of(cls, checkpoint: str, checksum: str) -> ExitCosts:
-        """The profile beside a checkpoint, if it was measured with the weights of this checksum.
+        """Load the profile in a checkpoint's folder if it was measured with the weights of this checksum.
 
         Args:
             checkpoint: folder or Hub id.
@@ -62,13 +62,13 @@ class ExitCosts:
 
 
 def short_name(checkpoint: str) -> str:
-    """A checkpoint without the folders that lead to it, which are nobody's affair on a page; a Hub id as it is."""
+    """Return the last folder name of a checkpoint's path, so that the page shows no private paths, or its Hub id."""
     folder = os.path.expanduser(checkpoint)
     return Path(folder).name if os.path.isabs(folder) or os.path.isdir(folder) else checkpoint
 
 
 def cost_card(costs: ExitCosts, exit_layer: int) -> str:
-    """HTML of one exit's latency, quality, memory and size, each beside the largest of all exits."""
+    """Return HTML of one exit's latency, quality, memory and size, each relative to the largest of all exits."""
     if costs.profile is None:
         return f'<p class="mose-note">{escape(costs.reason)}</p>'
     profile = costs.profile
@@ -94,7 +94,7 @@ def cost_card(costs: ExitCosts, exit_layer: int) -> str:
 
 
 def circumstances(costs: ExitCosts) -> str:
-    """HTML of a line that says of what and on what the figures were measured; empty without a profile."""
+    """Return HTML of one line that says how and on which machine the profile was measured; empty without a profile."""
     if costs.profile is None:
         return ""
     profile = costs.profile
@@ -110,7 +110,7 @@ def circumstances(costs: ExitCosts) -> str:
 
 
 def _meter(label: str, values: Mapping[int, float | None], exit_layer: int, pattern: str, *, kind: str = "cost") -> str:
-    """A labelled figure and its bar, whose whole length is the largest figure of any exit."""
+    """Return a labelled value and its bar; the full bar is the largest value of any exit."""
     value = values[exit_layer]
     largest = max((abs(one) for one in values.values() if one is not None), default=0.0)
     share = 0.0 if value is None or not largest else min(max(value / largest, 0.0), 1.0)
@@ -126,11 +126,11 @@ _ONE_EXIT = "The index has one exit: “mose index FOLDER --exit-layers all --re
 
 
 class SearchPage:
-    """What the components of the page call; it knows nothing of Gradio.
+    """The functions that the page's components call, independent of Gradio.
 
     Args:
         session: an open index.
-        costs: of its exits.
+        costs: costs of its exits.
         link_to: makes links to files.
     """
 
@@ -161,7 +161,7 @@ class SearchPage:
         return f"<h2>Exit {exit_layer}</h2>{cost_card(self.costs, exit_layer)}"
 
     def footer(self) -> str:
-        """HTML of how the figures came to be."""
+        """Return HTML that says how the costs were measured."""
         one_exit = message_html(_ONE_EXIT) if self.sides == 1 else ""
         return circumstances(self.costs) + one_exit
 
@@ -174,7 +174,7 @@ class SearchPage:
             question: as it was typed.
             languages, path: filters; empty for all.
             rerank_exit_layer: an exit of the checkpoint, or 0 for no re-ranking.
-            positions: of the sliders.
+            positions: positions of the sliders.
         """
         try:
             exits = [self._exit_at(position) for position in positions]
@@ -196,13 +196,13 @@ class SearchPage:
         ]
 
     def moved(self, question: str, *arguments: Any) -> list[str]:
-        """The same after an exit or a filter was changed; before anything was asked, what to do."""
+        """Return what `answer` returns after an exit or a filter changed; without a question, return instructions."""
         if not (question or "").strip():
             return [message_html(_ASK), *[""] * (self.sides - 1)]
         return self.answer(question, *arguments)
 
     def _exit_at(self, position: Any) -> int:
-        """The exit at a position of the slider, whatever a client sends."""
+        """Return the exit at a slider position; invalid positions from a client are accepted."""
         exits = self.session.exit_layers
         return exits[min(max(int(position or 0), 0), len(exits) - 1)]
 
@@ -248,7 +248,7 @@ def build_blocks(page: SearchPage) -> Any:
         gradio.HTML(page.footer())
         inputs = [question, languages, path, rerank, *sliders]
         options = {"inputs": inputs, "outputs": results, "concurrency_id": "search", "concurrency_limit": 1}
-        # The functions of the page are no interface for programs: those have `mose search --json`.
+        # The page's functions are not an API: programs use `mose search --json`.
         options |= {"api_visibility": "private", "show_progress": "minimal"}
         gradio.on([button.click, question.submit], page.answer, **options)
         changes = [languages.change, path.submit, rerank.change, *(slider.change for slider in sliders)]
@@ -284,7 +284,7 @@ def _ticks(exits: Sequence[int]) -> str:
 
 
 def import_gradio() -> Any:
-    """Gradio, told to count and report nothing.
+    """Import Gradio with its analytics switched off.
 
     Raises:
         ImportError: it isn't installed.

@@ -38,7 +38,7 @@ LOOPBACK = "127.0.0.1"
 _LOOPBACK_NAMES = ["127.0.0.1", "localhost"]
 _FONTS = ["system-ui", "sans-serif"]
 _MONOSPACED = ["ui-monospace", "Menlo", "Consolas", "monospace"]
-# Gradio's page runs inline scripts and builds templates with eval; all it is made of must come from its own server.
+# Gradio's page runs inline scripts and builds templates with eval; all its resources must come from its own server.
 _PAGE_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
 _SOURCE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -70,14 +70,14 @@ def serve(
 
     Args:
         index: as `CodeIndex.open` gives it.
-        checkpoint: where its checkpoint is now, if not where it was; if it is another one, the page says so.
+        checkpoint: location of the index's checkpoint, if it was moved; if the checkpoint differs, the page says so.
         host: address to bind; None for GRADIO_SERVER_NAME (a Space sets it), else this machine alone.
         port: None for GRADIO_SERVER_PORT, else the first free one from 7860 on.
-        source: address of the indexed folder in a repository, at a revision; None to show files from here.
+        source: address of the indexed folder in a repository, at a revision; None to show local files.
 
     Raises:
         ImportError: Gradio isn't installed.
-        ValueError: the host isn't this machine, the port is taken or none, or `source` is no address.
+        ValueError: the host isn't this machine, the port is taken or invalid, or `source` is not an address.
     """
     with served(index, checkpoint=checkpoint, host=host, port=port, source=source) as address:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
@@ -137,7 +137,7 @@ def served(
 
 
 def _check_host(host: str) -> None:
-    """Gradio tries a hundred ports before it gives up a host that can't be bound, and knows no IPv6."""
+    """Raise UserError unless the host is an IPv4 address that can be bound; Gradio would first try a hundred ports."""
     with socket.socket(socket.AF_INET) as trial:
         try:
             trial.bind((host, 0))
@@ -148,14 +148,14 @@ def _check_host(host: str) -> None:
 
 
 def _app_options(host: str, links: RepositoryLinks | LocalFiles) -> dict[str, Any]:
-    """What is added to Gradio's application: who may ask, headers, and the pages of files."""
+    """Return what is added to Gradio's application: allowed hosts, headers, and the pages of files."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.routing import Route
 
     middleware = [Middleware(_PolicyMiddleware)]
     if host in _LOOPBACK_NAMES:
-        # A hostile web page may give its own name to 127.0.0.1, and would then read this one.
+        # A hostile web page could resolve its own host name to 127.0.0.1 and read this page (DNS rebinding).
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_NAMES))
     routes = [Route(ROUTE, _source_endpoint(links))] if isinstance(links, LocalFiles) else []
     return {"middleware": middleware, "routes": routes, "openapi_url": None}
@@ -199,10 +199,10 @@ class RepositoryLinks:
     """Links to a repository at a revision.
 
     Args:
-        address: of the indexed folder there, such as `https://github.com/OWNER/NAME/blob/REVISION/src`.
+        address: address of the indexed folder in it, such as `https://github.com/OWNER/NAME/blob/REVISION/src`.
 
     Raises:
-        ValueError: not an address that begins with https:// or http:// and names a host.
+        ValueError: the address does not begin with https:// or http://, or names no host.
     """
 
     def __init__(self, address: str) -> None:
@@ -222,10 +222,10 @@ class RepositoryLinks:
 
 
 class LocalFiles:
-    """The files of an index that are here.
+    """The files of an index on this machine.
 
     Args:
-        index: whose files are shown.
+        index: the index whose files are shown.
     """
 
     def __init__(self, index: CodeIndex) -> None:
@@ -234,7 +234,7 @@ class LocalFiles:
         self._known: set[str] = set()
 
     def __call__(self, path: str, hit: Hit) -> str | None:
-        """The address, on the page's own server, of a hit's lines; None where the file isn't there any more."""
+        """Return the address of a hit's lines on the page's own server; None if the file no longer exists."""
         if self._file(path) is None:
             return None
         query = urlencode({"path": path, "first": hit.line, "last": max(hit.last_line, hit.line)})
@@ -244,12 +244,12 @@ class LocalFiles:
         """A page with a file, its lines from `first` to `last` marked.
 
         Raises:
-            ValueError: no file of the index, one outside its folder, or one too large to show.
+            ValueError: the file is not in the index, is outside its folder, or is too large to show.
         """
         file = self._file(path)
         if file is None or not self._is_indexed(path):
             raise UserError("demo.file.missing", "There is no such file in the index.")
-        # O_NOFOLLOW: what was a file when it was checked may be a link by now.
+        # O_NOFOLLOW: a link may have replaced the file after the check.
         with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
             status = os.fstat(opened.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
@@ -260,7 +260,7 @@ class LocalFiles:
         return _source_page(path, text, first, last)
 
     def _file(self, path: str) -> Path | None:
-        """The file that a path from the folder leads to without passing a link."""
+        """Return the file at a path relative to the folder; None if it is missing or the path passes a link."""
         try:
             file = self._root / path
             resolved = file.resolve(strict=True)

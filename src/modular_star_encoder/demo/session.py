@@ -1,4 +1,4 @@
-"""What the page asks of an index: one question at one exit, timed."""
+"""Timed searches for the page: one question at one exit of an index."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ TOP_K = 5
 CANDIDATES = 50
 LONGEST_QUESTION = 2000
 EXPECTED_ERRORS = (ValueError, OSError, ImportError)
-"""What a user can mend: shown in one sentence, never as a traceback."""
+"""Errors that a user can fix: the page shows one sentence, not a traceback."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer and what it took.
+    """An answer and its time.
 
     Attributes:
         answer: the hits.
-        exit_layer: the exit that was asked.
-        milliseconds: to embed the question and to rank, with nothing remembered of questions before; wall-clock time,
-            on the machine that serves the page.
+        exit_layer: the exit that ranked the hits first.
+        milliseconds: wall-clock time to embed the question and to rank, without cached embeddings, on the machine that
+            serves the page.
     """
 
     answer: Answer
@@ -49,15 +49,15 @@ class SearchSession:
     Attributes:
         index: the index.
         checkpoint: folder or Hub id of its checkpoint.
-        exit_layers: exits that can be asked, ascending.
-        rerank_exit_layers: exits of the checkpoint deeper than the shallowest of the index; none where the checkpoint
+        exit_layers: exits of the index, ascending.
+        rerank_exit_layers: exits of the checkpoint deeper than the index's shallowest exit; empty if the checkpoint
             can't be used.
-        problem: one sentence that says why the checkpoint can't be used, such as that it isn't the one that the index
-            was built with; None if it can.
+        problem: one sentence that says why the checkpoint can't be used, for example because another checkpoint built
+            the index; None if it can be used.
 
     Args:
-        index: as `CodeIndex.open` gives it; its checkpoint is opened here.
-        checkpoint: where that is now, if not where it was.
+        index: an index from `CodeIndex.open`; its checkpoint is opened here.
+        checkpoint: location of the index's checkpoint, if it was moved.
     """
 
     def __init__(self, index: CodeIndex, checkpoint: str | None = None) -> None:
@@ -70,7 +70,7 @@ class SearchSession:
             if checkpoint is not None:
                 self.index = CodeIndex.open(index.store, checkpoint=checkpoint)
             exits = self.index.embedder.config.exit_layers
-            # Loads the layers of the deepest exit, so that no question's time is that of loading.
+            # Load the layers of the deepest exit now, so that no question's time includes loading.
             self.index.search(["warm up"], top_k=1, exit_layer=self.exit_layers[-1])
         except EXPECTED_ERRORS as error:
             self.problem = one_sentence(error)
@@ -89,15 +89,15 @@ class SearchSession:
         """Answer a question at an exit.
 
         Args:
-            question: in prose.
+            question: a question in prose.
             exit_layer: one of `exit_layers`.
-            languages: count only rows in these; all if empty.
-            path: count only files of this pattern; all if blank.
-            rerank_exit_layer: a deeper exit that ranks the best again; passed over where it isn't deeper.
+            languages: search only these languages; all if empty.
+            path: search only files that match this pattern; all if blank.
+            rerank_exit_layer: a deeper exit that ranks the best hits again; ignored if it isn't deeper.
 
         Raises:
-            ValueError: a blank or overlong question, an exit that there isn't, a pattern that is none, or another
-                checkpoint than the index was built with.
+            ValueError: the question is blank or too long, the exit does not exist, the pattern is invalid, or the
+                checkpoint is not the one that built the index.
             OSError, ImportError: as `CodeIndex.search`.
         """
         if not question.strip():
@@ -111,7 +111,7 @@ class SearchSession:
         cascade = None
         if rerank_exit_layer is not None and rerank_exit_layer > exit_layer:
             cascade = Cascade(rerank_exit_layer, CANDIDATES)
-        self.index.embedder.forget()  # else re-ranking would take whoever asks second no time
+        self.index.embedder.forget()  # else a repeated question would re-rank in no time
         start = time.perf_counter()
         (answer,) = self.index.search(
             [question],
@@ -145,9 +145,9 @@ def results_html(session: SearchSession, reply: Reply, other: Reply | None, link
     """The hits of one exit.
 
     Args:
-        session: knows the paths.
-        reply: what to show.
-        other: the reply of the exit on the other side, whose ranks are named; None if there is no other side.
+        session: the session that answered.
+        reply: the reply to show.
+        other: the other side's reply; hits show their rank in it. None if there is no other side.
         link_to: makes links.
     """
     asked = f"exit {reply.exit_layer}"
@@ -182,8 +182,8 @@ def lexer_for(language: str) -> Lexer:
 
 
 def code_html(text: str, language: str) -> str:
-    """Highlighted code, without its surroundings; characters that can't be printed are replaced."""
-    # Lines end only where the files' lines do; the rest of what `splitlines` knows is not printable.
+    """Return highlighted code without an enclosing element; unprintable characters are replaced."""
+    # Split only at line feeds, as files do; the other line ends of `splitlines` are not printable.
     lines = [printable(line)[:_LONGEST_LINE] for line in text.replace("\r\n", "\n").split("\n")]
     return highlight("\n".join(lines), _unstripped(lexer_for(language)), HtmlFormatter(nowrap=True)).rstrip("\n")
 
@@ -215,7 +215,7 @@ def _hit_html(rank: int, hit: Hit, path: str, address: str | None, badge: str) -
 
 
 def _code_block(hit: Hit) -> str:
-    """The first lines, and the others on demand."""
+    """Return HTML with the first lines of a hit; the other lines open on a click."""
     lines = hit.text.rstrip().split("\n")
     first = code_html("\n".join(lines[:FIRST_LINES]), hit.language)
     block = f'<pre class="mose-code">{first}</pre>'
@@ -230,7 +230,7 @@ def _code_block(hit: Hit) -> str:
 
 
 def _badge(rank: int, other_rank: int | None, other: Reply) -> str:
-    """Where the exit on the other side ranked the same hit."""
+    """Return HTML with the rank of the same hit at the other side's exit."""
     if other_rank is None:
         count = len(other.answer.hits)
         return f'<span class="mose-badge mose-new">not among the {count} of exit {other.exit_layer}</span>'

@@ -40,15 +40,15 @@ _Changed = tuple[SourceFile, list[Snippet]]
 
 @dataclass(slots=True)
 class UpdateReport:
-    """What an update did.
+    """Counts of one update of an index.
 
     Attributes:
-        files: source files that were read.
-        embedded_files, embedded_rows: of these, the files that were new or had changed, and their rows.
-        removed_files: files of the index that are gone or can't be read any more.
-        rows: of the index, now.
-        skipped: files left out, by reason.
-        seconds: it took.
+        files: number of source files read.
+        embedded_files, embedded_rows: number of new or changed files, and of their rows.
+        removed_files: number of files removed from the index because they no longer exist or can't be read.
+        rows: number of rows in the index after the update.
+        skipped: reason → number of skipped files.
+        seconds: duration of the update.
     """
 
     files: int = 0
@@ -71,10 +71,10 @@ def update_store(
     """Bring a store up to date with its folder.
 
     Args:
-        store: one that was created with `settings`.
+        store: a store created with `settings`.
         settings: what to read and how to embed it.
-        embedder: of the settings' checkpoint.
-        processes: processes that parse; with 0 or 1 this one does, and a file that crashes a parser ends the update.
+        embedder: the embedder of the settings' checkpoint.
+        processes: processes that parse; with 0 or 1 this process parses, and a parser crash ends the update.
         progress: whether to show a bar with rate and remaining time.
 
     Raises:
@@ -125,7 +125,7 @@ class _Writer:
         self._rows = 0
 
     def changed(self, reader: FileReader, bar: Any) -> Iterator[SourceFile]:
-        """The files of a reader that the store doesn't hold as they are."""
+        """Yield the files of a reader that are new to the store or have changed."""
         for file in reader:
             key = file_id(file.path)
             self._seen.add(key)
@@ -144,7 +144,7 @@ class _Writer:
             self.write()
 
     def write(self) -> None:
-        """Embed and write what was collected, in one transaction."""
+        """Embed and write the collected files in one transaction."""
         if not self._files:
             return
         snippets = [snippet for _, found in self._files for snippet in found]
@@ -182,7 +182,7 @@ class _Writer:
 
 
 def _pieces(files: list[SourceFile]) -> list[_Changed]:
-    """The pieces of each file; those that no question is about are left out, unless the file has no others."""
+    """Return the pieces of each file; boilerplate pieces are left out unless the file has no others."""
     changed = []
     for file in files:
         language = language_of_text(file.language, file.path, file.text)

@@ -1,4 +1,4 @@
-"""Questions and snippets as embeddings of a checkpoint's exits."""
+"""Embed questions and snippets at the exits of a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _Key = tuple[tuple[int, ...], int, str]  # exits, dimension, text
 
 
 class Embedder:
-    """One checkpoint, of which no more layers are loaded than were asked for.
+    """Embeds with one checkpoint; loads only the layers of the deepest requested exit.
 
     Attributes:
-        checkpoint: absolute path of the folder, or the name of a repository or of a model of the package.
+        checkpoint: absolute path of the folder, or the name of a repository or of a packaged model.
         checksum: see `checkpoint_checksum`.
 
     Args:
@@ -72,7 +72,7 @@ class Embedder:
         return load_config(self.checkpoint)
 
     def exits(self, exit_layer: int | None, exit_layers: Sequence[int] | None) -> tuple[int, ...]:
-        """The exits that are named; if none is, 0 where it needs no framework, else the deepest."""
+        """Return the named exits; without any, exit 0 if it needs no framework, else the deepest."""
         if self.has_exit_zero and exit_layers is None and exit_layer in (None, 0):
             # Under the ranking rules exit 0 answers nearly as well as the deepest, at a fraction of its cost.
             return (0,)
@@ -81,7 +81,7 @@ class Embedder:
         return tuple(self.config.resolve_exits(exit_layer, exit_layers))
 
     def prompts(self) -> dict[str, str]:
-        """Of questions and of code, where `{language}` stands for the language."""
+        """Return the prompts of questions and of code; `{language}` is a placeholder."""
         document = CODE_INSTRUCTION + SEP_TOKEN if self._instructions else ""
         return {"query": text_prompt(instructions=self._instructions), "document": document}
 
@@ -89,7 +89,7 @@ class Embedder:
         """`dimension`, or all components for None.
 
         Raises:
-            ValueError: the model wasn't trained to have its embeddings cut there.
+            ValueError: the model wasn't trained with embeddings of this size.
         """
         if dimension is not None and dimension not in self._sizes:
             raise UserError(
@@ -100,11 +100,11 @@ class Embedder:
         return dimension or self._sizes[-1]
 
     def load(self, exit_layer: int) -> Any:
-        """The model with its layers up to an exit at least.
+        """Return the model, loaded at least up to this exit.
 
         Raises:
-            ValueError: an exit that it doesn't have.
-            OSError: weights that can't be read.
+            ValueError: the checkpoint has no such exit.
+            OSError: the weights can't be read.
         """
         from modular_star_encoder.inference.checkpoints import load_checkpoint
 
@@ -124,7 +124,7 @@ class Embedder:
     ) -> dict[int, np.ndarray]:
         """exit_layer → (N, dimension) float32 of length 1.
 
-        Copies of a snippet that was embedded lately are not embedded again: a third of some large projects are copies.
+        Copies of a recently embedded snippet are not embedded again: some large projects are one third copies.
         """
         exits = tuple(exit_layers)
         texts = [code_prompt(one.language, instructions=self._instructions) + one.embedded() for one in snippets]
@@ -142,11 +142,11 @@ class Embedder:
         return {exit_layer: result[:, place] for place, exit_layer in enumerate(exits)}
 
     def forget(self) -> None:
-        """Remember no embedding that was made before."""
+        """Clear the cache of embeddings."""
         self._known.clear()
 
     def prepare(self, exit_layers: Sequence[int]) -> None:
-        """Load what these exits need; UserError or OSError where it can't be read."""
+        """Load what these exits need; UserError or OSError if loading fails."""
         if not (self.has_exit_zero and tuple(exit_layers) == (0,)):
             self.load(max(exit_layers))
         elif self._exit_zero is None:

@@ -35,7 +35,7 @@ from modular_star_encoder.utils.errors import UserError
 
 _SECONDS_FOR_THE_LOCK = 3
 _MOST_PIECES = 10_000
-"""Of one file, where the code at a line is looked for."""
+"""Most pieces of one file that `related` reads to find the code at a line."""
 
 
 class CodeIndex:
@@ -46,7 +46,7 @@ class CodeIndex:
     Attributes:
         store: holds the rows: a `LocalStore`, in a folder or in memory, or a Qdrant collection.
         settings: checkpoint, exits, folder and the other settings of the build.
-        report: counts of the last update in this process.
+        report: result of the last update in this process.
 
     Example:
         >>> index = CodeIndex.build("requests")
@@ -128,7 +128,7 @@ class CodeIndex:
         with _locked(store):
             stored = _kept_settings(store, rebuild)
             if stored is None:
-                embedder.prepare(exits)  # weights that can't be read must not cost an index that can
+                embedder.prepare(exits)  # before `create`, so that unreadable weights do not destroy an existing index
                 store.create(settings.to_dict())
             else:
                 asked, settings = settings, IndexSettings.from_dict(stored, store.location)
@@ -217,16 +217,16 @@ class CodeIndex:
             exit_layer: one of the index's exits; the deepest if None, and with a cascade the shallowest.
             method: `hybrid` ranks by similarity, words and the rules of `search.rules`; `lexical` the same without a
                 model; `vector` by similarity alone.
-            cascade: rank the best of `exit_layer` again by a deeper exit.
-            languages: count only rows in these.
-            path: count only files of this pattern, such as `*.py` or `src/**` (see `glob_expression`).
+            cascade: rank the best hits of `exit_layer` again at a deeper exit.
+            languages: search only rows in these languages.
+            path: search only files that match this pattern, such as `*.py` or `src/**` (see `glob_expression`).
 
         Returns:
             One answer per question.
 
         Raises:
-            ValueError: no question, a blank one, an exit that the index (or for a cascade, the model) doesn't have,
-                another checkpoint than the index was built with, or an index built anew since it was opened.
+            ValueError: there is no question or a blank one, the index (for a cascade, the model) lacks the exit, the
+                checkpoint is not the one that built the index, or the index was rebuilt after it was opened.
         """
         if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
             raise UserError(
@@ -280,11 +280,11 @@ class CodeIndex:
         return self._hits(others[:top_k])
 
     def ranker(self, exit_layer: int | None = None, cascade: Cascade | None = None) -> Ranker:
-        """The ranker behind `search`, with the same arguments, for embedded questions.
+        """Return the ranker that `search` uses for these arguments; it ranks embedded questions.
 
         Raises:
-            ValueError: an exit that the index (or for a cascade, the model) doesn't have, a cascade upwards, or an
-                index built anew since it was opened.
+            ValueError: the index (for a cascade, the model) lacks the exit, the cascade's exit is not deeper, or the
+                index was rebuilt after it was opened.
         """
         self._refuse_another()
         if cascade is not None and exit_layer is None:
@@ -317,7 +317,7 @@ class CodeIndex:
         ]
 
     def _refuse_another(self) -> None:
-        """Refuse an index that another process rebuilt: its embeddings may be of another checkpoint."""
+        """Raise UserError if another process rebuilt the index: another checkpoint may have made its embeddings."""
         stored = self.store.settings()
         if stored is None or IndexSettings.from_dict(stored, self.store.location) != self.settings:
             raise UserError(
@@ -338,13 +338,13 @@ class CodeIndex:
 
 
 def open_store(location: str | os.PathLike[str]) -> VectorStore:
-    """The store of a location: `qdrant:NAME@URL` is a collection of a server, any other a folder.
+    """Open the store at a location: `qdrant:NAME@URL` is a collection on a server, anything else a folder.
 
     The key of a Qdrant server is read from QDRANT_API_KEY.
 
     Raises:
         ImportError: the extra isn't installed.
-        ValueError: not of these forms.
+        ValueError: the location has neither form.
     """
     location = os.fspath(location)
     if location.startswith(QDRANT):
@@ -359,14 +359,14 @@ def open_store(location: str | os.PathLike[str]) -> VectorStore:
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
-    """The index of a folder, or of the nearest one above it that has an index; None where none has."""
+    """Return the index of a folder, or of its nearest parent with an index; None if there is none."""
     start = Path(folder).expanduser().absolute()
     places = (place / INDEX_FOLDER for place in (start, *start.parents))
     return next((str(place) for place in places if place.is_dir()), None)
 
 
 def cached_location(folder: str | os.PathLike[str], *made_with: object) -> str | None:
-    """The place in the user's cache for the index of a folder without one of its own; None where that is read-only."""
+    """Return where the user's cache keeps the index of a folder without its own; None if the cache is read-only."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-star-encoder" / "search"
     key = "\n".join([os.path.realpath(folder), *map(str, made_with)])
     try:
@@ -378,7 +378,7 @@ def cached_location(folder: str | os.PathLike[str], *made_with: object) -> str |
 
 @contextmanager
 def _locked(store: VectorStore) -> Iterator[None]:
-    """One writer at a time, of an index on this machine; the lock goes with the process that holds it."""
+    """Lock a local index for one writer at a time; the lock ends with the process that holds it."""
     folder = getattr(store, "folder", None)
     if folder is None:
         yield
@@ -401,7 +401,7 @@ def _locked(store: VectorStore) -> Iterator[None]:
 
 
 def _kept_settings(store: VectorStore, rebuild: bool) -> dict[str, Any] | None:
-    """The settings of an existing index that is kept; None where a new index is to be created."""
+    """Return the settings of the existing index to update; None if a new index must be created."""
     try:
         stored = store.settings()
     except ForeignDataError:
@@ -418,7 +418,7 @@ def _store(location: Any) -> VectorStore:
 
 
 def _relative_if_inside(folder: str, location: str) -> str:
-    """The path from an index inside `folder` to it, so that both can move together; else the absolute path."""
+    """Return `folder` relative to an index inside it, so that both can move together; else its absolute path."""
     if "://" in location or location.startswith("qdrant:"):
         return folder
     index = os.path.realpath(os.path.expanduser(location))
@@ -426,7 +426,7 @@ def _relative_if_inside(folder: str, location: str) -> str:
 
 
 def _shown_folder(folder: str) -> str:
-    """The path that leads to a folder from here: relative below the working folder, else absolute."""
+    """Return the path to show for a folder: relative if it is below the working folder, else absolute."""
     relative = os.path.relpath(folder)
     if relative == ".":
         return ""

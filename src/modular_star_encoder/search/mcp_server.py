@@ -14,14 +14,14 @@ from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.utils.errors import UserError, naming_extra
 
 MOST_CHARACTERS = 12_000
-"""Of an answer: about 3,000 tokens."""
+"""Longest answer: about 3,000 tokens."""
 MOST_HITS = 20
 MOST_LINES = 400
 _LARGEST_FILE = 2_000_000
 
 
 def build_server(index: CodeIndex) -> Any:
-    """An `MCPServer` with the tools `search`, `related` and `read` over an index, which is updated before each search.
+    """Return an `MCPServer` with the tools `search`, `related` and `read`; `search` updates the index first.
 
     Raises:
         ImportError: the extra `mcp` isn't installed.

@@ -1,4 +1,4 @@
-"""Rows ranked for a question: by one exit, by words, or by the rules over both, and again by a deeper exit."""
+"""Rank rows for a question by one exit, by words, or by the rules over both; then again by a deeper exit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from modular_star_encoder.utils.errors import UserError
 Method = Literal["hybrid", "vector", "lexical"]
 
 _BY_SIMILARITY, _BY_WORDS, _BY_DEFINITION = 100, 400, 50
-"""Candidates of the rules, from each list."""
+"""Number of candidates that the rules take from each list."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cascade:
-    """How a deeper exit ranks the best again.
+    """Settings to rank the best hits again at a deeper exit.
 
     Raises:
         UserError: fewer than two candidates, or a margin that is NaN.
@@ -66,7 +66,7 @@ class Ranker:
             self._extras.append(cascade.exit_layer)
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
-        """Of each question exit_layer → (D,) float32: one pass through the model serves both exits."""
+        """Return, for each question, exit_layer → (D,) float32; one pass through the model serves both exits."""
         exits = sorted({self.exit_layer, self.cascade.exit_layer if self.cascade else self.exit_layer})
         embeddings = self._embedder.questions(questions, exits, self._settings.dimension)
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
@@ -87,7 +87,7 @@ class Ranker:
     def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
         """The best `limit` rows for a question by the rules over similarity and words (`rules.place`).
 
-        A cascade gives the best its deep similarities, on the scale of the shallow ones, and places all again.
+        A cascade replaces the similarities of the best rows by those of the deep exit, rescaled, and ranks all again.
         """
         read = Question.of(question)
         nearest = self._nearest(vectors, _BY_SIMILARITY, where)
@@ -128,7 +128,7 @@ class Ranker:
         return found[:count], found[count:]
 
     def _deep_similarities(self, found: Sequence[Found], vectors: Mapping[int, np.ndarray]) -> np.ndarray:
-        """(N,) cosine similarities at the deep exit, of embeddings from the index or made now."""
+        """Return cosine similarities (N,) at the deep exit; embeddings that the index lacks are computed."""
         if self._deep in self._settings.exit_layers:
             documents = np.stack([one.vectors[self._deep] for one in found])
         else:
@@ -150,7 +150,7 @@ def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> li
 def _candidates(
     store: VectorStore, question: Question, where: Filter, nearest: Sequence[Found], extras: Sequence[int]
 ) -> tuple[list[Found], np.ndarray]:
-    """The rows that may answer a question, and their BM25 scores (0 for those that only similarity found)."""
+    """Return the candidate rows of a question and their BM25 scores (0 for rows found only by similarity)."""
     lexical = store.lexical(question_stems(question.text), _BY_WORDS, where, extras)
     names = [definition_word(name) for name in question.names]
     defining = store.lexical(names, _BY_DEFINITION, where, extras)

@@ -1,4 +1,4 @@
-"""What an index holds, what it was made with, and the protocol of its stores."""
+"""The rows and settings of an index, and the protocol of its stores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modular_star_encoder.utils.errors import UserError
 QDRANT = "qdrant:"
 FORMAT = 2
 DEFAULT_CHECKPOINT = "mose-code"
-"""The model that the package holds."""
+"""The model that is packaged with the code."""
 INDEX_FOLDER = ".mose"
 """Name of the folder that holds the index of a code folder by default; it is hidden, so no index reads it."""
 
@@ -29,8 +29,8 @@ INDEX_FOLDER = ".mose"
 class Row:
     """One row of an index."""
 
-    row_id: str  # a UUID made of its file and its place in it: a file never has two rows of one id
-    file_id: str  # made of the bytes of the path, which need not be text
+    row_id: str  # a UUID from the file and the row's place in it, unique within the file
+    file_id: str  # a hash of the path's bytes, which need not be text
     file_hash: str  # of the file's content
     file_rows: int  # number of rows of its file: fewer in the store means that writing was cut short
     text_hash: str  # of what is embedded
@@ -41,9 +41,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A row that a store found, and its score: cosine similarity, or that of the words (higher is better).
+    """A row that a store found, and its score: cosine similarity or BM25 score (higher is better).
 
-    `exit_layer` is the exit that gave it its place, None where only words did; `reasons` what each ranking rule gave.
+    `exit_layer` is the exit that ranked it, None if only words did; `reasons` is ranking rule → what it added.
     """
 
     row_id: str
@@ -57,7 +57,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which rows count.
+    """Which rows a search considers.
 
     Attributes:
         languages: names of languages; empty for all.
@@ -68,7 +68,7 @@ class Filter:
     path: str | None = None
 
     def fits_file(self, path: str, language: str) -> bool:
-        """Whether the rows of a file count."""
+        """Return whether a search considers the rows of a file."""
         return (not self.languages or language in self.languages) and (
             self.path is None or re.search(self.path, path) is not None
         )
@@ -79,8 +79,8 @@ class StoredFile:
     """What a store holds of one file.
 
     Attributes:
-        file_hash: None unless all its rows are there and of one content.
-        rows: how many there are.
+        file_hash: hash of the content; None if rows are missing or come from different contents.
+        rows: number of stored rows.
     """
 
     file_hash: str | None
@@ -88,7 +88,7 @@ class StoredFile:
 
 
 class ForeignDataError(UserError):
-    """The place of an index holds data of another program, which is never replaced."""
+    """The location holds data of another program, which an index never replaces."""
 
     def __init__(self, message: str) -> None:
         super().__init__("search.index.foreign", message)
@@ -114,14 +114,14 @@ class VectorStore(Protocol):
         """Make an empty index, in place of the one that is there."""
 
     def files(self) -> dict[str, StoredFile]:
-        """What is held of each file, by file_id."""
+        """Return file_id → what the store holds of this file."""
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         """Put `rows` in the place of all rows of their files and of the files `known`.
 
         Args:
-            known: ids of files of which the store may hold rows, those without new rows included. Files of `rows` that
-                aren't named here have none.
+            known: ids of all files, also without new rows, that may have rows in the store. Other files of `rows` are
+                new to the store.
             rows: all rows of each of their files.
         """
 
@@ -141,7 +141,7 @@ class VectorStore(Protocol):
 
 
 def best_first(found: Iterable[Found]) -> list[Found]:
-    """Rows by falling score; those of equal score by path and line, whichever order a store gave."""
+    """Sort rows by falling score; ties are sorted by path and line, independent of the store's order."""
     return sorted(found, key=lambda one: (-one.score, one.snippet.path, one.snippet.first_line))
 
 
@@ -208,7 +208,7 @@ def glob_expression(pattern: str) -> str:
     """The anchored regular expression of a pattern of paths with forward slashes.
 
     `*` and `?` stay within a name, `**` crosses folders, `[abc]`, `[a-z]` and `[!abc]` are one character. A pattern
-    without a slash is about the file's name in any folder; one that ends in a slash is about all below that folder.
+    without a slash matches a file name in any folder; a pattern that ends in a slash matches all files below a folder.
 
     Raises:
         ValueError: a blank pattern, or one with a bracket that isn't closed or a range that ends before it begins.
@@ -228,7 +228,7 @@ def glob_expression(pattern: str) -> str:
 
 
 def _token(pattern: str, place: int) -> tuple[str, int]:
-    """The expression of what stands at `place`, and where the next thing stands."""
+    """Return the expression of the token at `place`, and the place of the next token."""
     if pattern.startswith("**/", place):
         return "(?:.*/)?", place + 3
     if pattern.startswith("**", place):
@@ -262,7 +262,7 @@ def _bracket(pattern: str, place: int) -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class IndexSettings:
-    """What an index was made with.
+    """The settings that an index was built with.
 
     Attributes:
         checkpoint: absolute path of a folder, or a repository's name.
@@ -270,8 +270,8 @@ class IndexSettings:
         exit_layers: exits of which the index has embeddings, ascending.
         dimension: components of an embedding.
         prompts: `query` and `document`, as texts were embedded.
-        folder: what is indexed: an absolute path, or one relative to the index that lies inside it.
-        languages: languages that are read, in our order whatever theirs was.
+        folder: the indexed folder: an absolute path, or relative to the index if the index is inside it.
+        languages: languages that are read, in the order of `SEARCH_LANGUAGES`.
         tests, vendored: whether test code and copies of other projects are read.
         format: of the index.
     """
@@ -298,7 +298,7 @@ class IndexSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], location: str) -> IndexSettings:
-        """What `to_dict` gave.
+        """Restore settings from the result of `to_dict`.
 
         Raises:
             ValueError: an index of another version of this package.
@@ -319,10 +319,10 @@ class IndexSettings:
         return os.path.normpath(os.path.join(os.path.realpath(os.path.expanduser(location)), self.folder))
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
-        """Allow no update with other settings.
+        """Raise an error if an update asks for other settings.
 
         Raises:
-            ValueError: says what the index was made with, and what was asked.
+            ValueError: the settings differ; the message names the index's settings and the requested ones.
         """
         self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
         differences = [
@@ -340,10 +340,10 @@ class IndexSettings:
             )
 
     def refuse_checkpoint(self, checkpoint: str, checksum: str, location: str) -> None:
-        """Allow no other weights than those that made the embeddings.
+        """Raise an error if the weights are not the ones that built the index.
 
         Raises:
-            ValueError: says which checkpoint made the index, and which this is.
+            ValueError: the checksums differ; the message names both checkpoints.
         """
         if checksum != self.checksum:
             raise UserError(
@@ -354,10 +354,10 @@ class IndexSettings:
             )
 
     def check_exit(self, exit_layer: int | None, location: str) -> int:
-        """An exit of which the index has embeddings; the deepest for None.
+        """Return the exit if the index has embeddings of it; for None, the deepest exit of the index.
 
         Raises:
-            ValueError: it has none of that exit.
+            ValueError: the index has no embeddings of this exit.
         """
         if exit_layer is None:
             return self.exit_layers[-1]
