@@ -227,7 +227,7 @@ class EmbeddingCache:
         self._space(space).append(keys, embeddings)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
-        """The embeddings (N, F) of N texts in the cache, read when they are indexed."""
+        """The cached embeddings of N texts as an array (N, F) that reads rows only when they are accessed."""
         found = self._space(space)
         return CachedRows(found.shards, np.array([found.places[_key(text)] for text in texts]).reshape(-1, 2))
 

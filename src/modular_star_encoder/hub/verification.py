@@ -1,4 +1,4 @@
-"""Checks before the upload: files, secrets, the card, and equal embeddings for users without this package."""
+"""Checks before the upload: files, secrets, the card, and that the model embeds the same without this package."""
 
 import json
 import os

@@ -74,7 +74,7 @@ def library_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None
 
 
 def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -> Card:
-    """Load a card; raise UserError with `key` unless the Hub can read it and it has the required metadata."""
+    """Load a card. Raise UserError(`key`) if the Hub can't read it, or if required metadata is missing."""
     try:
         card = kind.load(path)
         missing = [name for name in required if not card.data.to_dict().get(name)]

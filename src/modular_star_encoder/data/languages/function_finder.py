@@ -299,7 +299,7 @@ def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]
 
 
 def _cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
-    """The text from `start` to `end` without the cuts. Of overlapping cuts, the earliest applies, then the widest."""
+    """The text from `start` to `end` without the cuts. Of cuts that overlap, only the one that starts first is made."""
     pieces, at = [], start
     for cut_start, cut_end, replacement in sorted(cuts, key=lambda cut: (cut[0], -cut[1])):
         if at <= cut_start < end:
