@@ -311,7 +311,7 @@ class BatchPlan:
         return self._latest[1]
 
     def negatives(self, step: int) -> list[int] | None:
-        """For each position in batch `step`, the row whose hard negative stands there; None if rows have no negatives."""
+        """For each position in batch `step`, the row whose hard negative is there; None if no row has one."""
         if self._groups.negatives is None:
             return None
         if self._latest_negatives[0] != step:
@@ -353,7 +353,7 @@ class BatchPlan:
         return self._orders[kind][1]
 
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
-        """Return the positions of code → code groups in a batch; a group that the batch already holds is replaced by another."""
+        """Return the positions of code → code groups; a group that the batch already holds is replaced by another."""
         numbers = self._groups.numbers[CODE_TO_CODE]
         meets = np.flatnonzero(np.isin(numbers[places], taken))
         if not len(meets):

@@ -123,7 +123,7 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Make a branch contain exactly the staged files, by one commit whose parent is the revision they were compared with."""
+    """Make a branch contain exactly the staged files, by one commit upon the revision they were compared with."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)
