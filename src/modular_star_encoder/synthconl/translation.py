@@ -260,7 +260,7 @@ class _Session(AbstractContextManager["_Session"]):
 
     def _write(self) -> None:
         own = {**self.counts, "seconds": self.seconds(), "backend": self._backend.describe()}
-        write_json(self._path, [*self._earlier, own])
+        write_json(self._path, [*self._earlier, own], resumable=True)
         self._next_note = self.seconds() + _SECONDS_BETWEEN_NOTES
 
 

@@ -26,14 +26,14 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     raise UserError("files.not_writable", f"{path} can't be written: {reason}.")
 
 
-def write_json(path: str | os.PathLike[str], data: Any) -> None:
+def write_json(path: str | os.PathLike[str], data: Any, *, resumable: bool = False) -> None:
     """Write `data` as indented UTF-8 JSON, atomically."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", resumable=resumable)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str, *, resumable: bool = False) -> None:
     """Write UTF-8 text atomically: no reader sees half a file."""
-    with staged_file(path) as temporary:
+    with staged_file(path, resumable=resumable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
