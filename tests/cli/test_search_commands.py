@@ -140,7 +140,7 @@ def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkp
         ("--exit-layer", "4", "--method", "vector"),
         ("--method", "lexical"),
         ("--exit-layer", "1", "--languages", "go,python", "--path", "s*"),
-        ("--exit-layer", "1", "--rerank-exit-layer", "4", "--candidates", "3"),
+        ("--rerank-exit-layer", "4", "--candidates", "3"),
     )
     for way in ways:
         places = []
@@ -181,6 +181,9 @@ def test_a_folder_without_an_index_is_never_stale_and_its_index_is_kept_in_the_c
     write_code(code, {"stack.py": "def brand_new():\n    return 1\n"})
     assert "brand_new" in run(capsys, *search)[1]
     assert len(list(cache.glob("*/*/*/index.json"))) == 1
+    (manifest,) = cache.glob("*/*/*/index.json")
+    manifest.write_text(manifest.read_text().replace('"checksum": "', '"checksum": "of-an-older-model-'))
+    assert "brand_new" in run(capsys, *search)[1]
     cache.chmod(0o500)
     monkeypatch.setattr("os.access", lambda *_: False)
     assert "brand_new" in run(capsys, *search)[1]

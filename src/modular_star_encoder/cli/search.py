@@ -108,7 +108,9 @@ def add_search_commands(commands: Any) -> None:
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--model", metavar="CHECKPOINT", help=f"folder or Hub repository (default: {default})")
-    parser.add_argument("--exit-layer", metavar="K", type=int, help="exit to embed at (default: the deepest)")
+    parser.add_argument(
+        "--exit-layer", metavar="K", type=int, help="exit to embed at (default: 0 for mose-code, else the deepest)"
+    )
     parser.add_argument("--latency-ms", metavar="MS", type=float, help="choose the exit by its exit profile")
     parser.add_argument("--memory-mb", metavar="MB", type=float, help="choose the exit by its peak memory")
 
@@ -213,6 +215,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     """Return the index and the exit to search; the index is named, found in this folder or above, or in the cache."""
+    from modular_star_encoder.search.embedder import Embedder
     from modular_star_encoder.search.index import CodeIndex, cached_location, find_index
     from modular_star_encoder.search.local_store import LocalStore
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
@@ -228,10 +231,18 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     folder = arguments.folder or "."
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     exit_layer = _exit_by_budget(arguments, checkpoint)
-    location = cached_location(folder, checkpoint, exit_layer, arguments.languages)
-    index = CodeIndex.build(
-        folder, LocalStore(location), checkpoint=checkpoint, exit_layer=exit_layer, languages=arguments.languages
-    )
+    if exit_layer is None and arguments.rerank_exit_layer is not None:
+        exit_layer = Embedder(checkpoint).config.exit_layers[0]
+    options: dict[str, Any] = {"checkpoint": checkpoint, "exit_layer": exit_layer}
+    options["languages"] = arguments.languages
+    store = LocalStore(cached_location(folder, *options.values()))
+    try:
+        index = CodeIndex.build(folder, store, **options)
+    except UserError as error:
+        # Nobody asked for this index, so one that no longer fits, such as after an upgrade, is replaced.
+        if error.key not in ("search.index.other_model", "search.index.format", "search.index.unreadable"):
+            raise
+        index = CodeIndex.build(folder, store, **options, rebuild=True)
     if not index.store.count():
         raise UserError("search.folder.empty", f"{folder!r} holds no source code.")
     return index, exit_layer
@@ -248,15 +259,23 @@ def run_related(arguments: argparse.Namespace) -> None:
     inside = os.path.relpath(os.path.realpath(path), os.path.realpath(index.folder)).replace(os.sep, "/")
     hits = index.related(inside, int(line), top_k=arguments.top_k)
     answer = Answer(arguments.place, hits, method="vector")
-    print(json.dumps(answer.to_dict(), indent=2) if arguments.json else format_answer(answer, lines=arguments.lines))
+    print(
+        json.dumps(answer.to_dict(), indent=2, ensure_ascii=False)
+        if arguments.json
+        else format_answer(answer, lines=arguments.lines)
+    )
 
 
 def run_mcp(arguments: argparse.Namespace) -> None:
     """`mose mcp`."""
-    from modular_star_encoder.search.index import CodeIndex
+    from modular_star_encoder.search.index import CodeIndex, open_store
     from modular_star_encoder.search.mcp_server import build_server
+    from modular_star_encoder.search.vector_store import INDEX_FOLDER
 
-    build_server(CodeIndex.build(arguments.folder, progress=False)).run("stdio")
+    store = open_store(os.path.join(os.path.expanduser(arguments.folder), INDEX_FOLDER))
+    has_index = store.settings() is not None  # which keeps the settings that it was built with
+    index = CodeIndex.open(store) if has_index else CodeIndex.build(arguments.folder, progress=False)
+    build_server(index).run("stdio")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
