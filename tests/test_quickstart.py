@@ -1,6 +1,7 @@
 """The quickstart as a user runs it, on a small folder of repositories."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "quickstart.py"
 
@@ -36,20 +36,7 @@ def repositories(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    stage = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "logging_steps": 2, "save_steps": 2}
-    content = {
-        "vocab_size": 400,
-        "max_query_tokens": 96,
-        "max_document_tokens": 96,
-        "max_functions": 150,
-        "pretraining": {**stage, "max_tokens": 64},
-        "finetuning": stage,
-    }
-    path.write_text(yaml.safe_dump(content))
-    return path
+SMALL = ("max_steps=6", "batch_size=8", "logging_steps=2", "save_steps=2", "eval_fraction=0.2", "learning_rate=1e-3")
 
 
 def command(*arguments):
@@ -60,33 +47,31 @@ def run(*arguments, **options):
     return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, **options)
 
 
-def test_it_goes_the_whole_way_and_says_what_it_did(repositories, recipe, tmp_path):
+def test_it_goes_the_whole_way_and_says_what_it_gained(repositories, tmp_path):
     out = tmp_path / "out"
-    arguments = ("--data", repositories, "--recipe", recipe, "--out", out, "--question", "multiply by a factor")
+    arguments = ("--data", repositories, "--out", out, "--question", "multiply by a factor", *SMALL)
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
     report = json.loads((out / "results.json").read_text())
-    assert report["slice"]["identical"] == {"AutoModel": True, "SentenceTransformer": True}
+    assert report["slice"]["identical"] is True
     rows = [(row["retriever"], row["exit_layer"]) for row in report["retrieval"]["tables"][0]["rows"]]
-    assert rows == [*((name, k) for name in ("model", "model, untrained") for k in (1, 2, 3)), ("BM25", None)]
-    assert not set(report["repositories"]["train"]) & set(report["repositories"]["test"])
-    assert report["functions"]["train"] == 150
-    assert "150 of 1" in result.stdout
-    assert "BM25" in result.stdout
-    assert "skipped 1 files: not UTF-8" in result.stdout
+    assert rows == [*((name, k) for name in ("fine-tuned", "shipped") for k in (0, 1, 2, 4, 6)), ("BM25", None)]
+    assert report["functions"]["test"] > 0
+    assert "exit 0: " in result.stdout
+    assert re.search(r"Exit 6 (beats|does not beat) BM25: [\d.]+ against [\d.]+", result.stdout)
+    assert "skipped 1: not UTF-8" in result.stdout
     (hit, *_) = report["search"][0]["hits"]
     assert f"{hit['path']}:{hit['line']}" in result.stdout
     assert Path(hit["path"]).read_text().splitlines()[hit["line"] - 1].startswith("def compute_")
-    assert f"(exit {hit['exit_layer']})" in result.stdout
     # Once more: everything is there, nothing is trained again.
-    weights = (out / "model" / "model.safetensors").read_bytes()
+    weights = (out / "finetuned" / "model" / "model.safetensors").read_bytes()
     assert run(*arguments).returncode == 0
-    assert (out / "model" / "model.safetensors").read_bytes() == weights
+    assert (out / "finetuned" / "model" / "model.safetensors").read_bytes() == weights
 
 
-def test_ctrl_c_stops_cleanly_and_the_next_run_ends_in_the_same_weights(repositories, recipe, tmp_path):
+def test_ctrl_c_stops_cleanly_and_the_next_run_ends_in_the_same_weights(repositories, tmp_path):
     straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
-    options = ("--data", repositories, "--recipe", recipe, "--question", "multiply")
+    options = ("--data", repositories, "--question", "multiply", *SMALL)
     assert run(*options, "--out", straight).returncode == 0
     process = subprocess.Popen(
         command(*options, "--out", interrupted),
@@ -95,25 +80,24 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_ends_in_the_same_weights(reposito
         # Shells start background jobs with Ctrl-C ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline = time.monotonic() + 120
-    while not list(interrupted.glob("*/checkpoint-2/trainer_state.json")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 240
+    while not list(interrupted.glob("*/*/checkpoint-2/trainer_state.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "start it again to continue" in stderr
     assert "Traceback" not in stderr
-    assert not (interrupted / "model").exists()
+    assert not (interrupted / "finetuned" / "model").exists()
     assert run(*options, "--out", interrupted).returncode == 0
-    for name in ("pretrained", "model"):
-        weights = [(folder / name / "model.safetensors").read_bytes() for folder in (straight, interrupted)]
-        assert weights[0] == weights[1]
+    weights = [(one / "finetuned" / "model" / "model.safetensors").read_bytes() for one in (straight, interrupted)]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--slice-exit-layer", "4"], "exit_layer 4 is not an exit of this model; its exits are 1, 2, 3."),
+        (["--slice-exit-layer", "3"], "exit_layer 3 is not an exit of this model; its exits are 0, 1, 2, 4, 6."),
         (["--data", "{empty}"], "no Python"),
         (["--recipe", "{empty}/missing.yaml"], "missing.yaml"),
     ],
