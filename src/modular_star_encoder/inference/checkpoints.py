@@ -10,13 +10,13 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
@@ -29,7 +29,6 @@ from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHIT
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum, staged_folder
 
-TOKENIZER_FILE = "tokenizer.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 SENTENCE_TRANSFORMER_FILES = (
     "modules.json",
@@ -66,20 +65,19 @@ def load_checkpoint(
         dtype: dtype of the model; by default the dtype of the checkpoint.
 
     Raises:
-        UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, lacks the exit, or its weights do
-            not match its configuration (a missing head would be initialised randomly).
-        OSError: the folder or repository does not exist, or lacks configuration, weights or tokenizer.
+        UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, lacks the exit or a tokenizer, or
+            its weights do not match its configuration (a missing head would be initialised randomly).
+        OSError: the folder or repository does not exist, or lacks configuration or weights.
     """
     config, path = load_config(path), _expanded(path)
     if exit_layer is not None:
         config.check_exit(exit_layer)
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, TOKENIZER_FILE)):
-        raise FileNotFoundError(f"{path} has no tokenizer: {TOKENIZER_FILE} does not exist.")
+    tokenizer = _load_tokenizer(path)
     options = {name: value for name, value in (("exit_layer", exit_layer), ("dtype", dtype)) if value is not None}
     model = _load_whole(AutoModel, path, trust_remote_code=False, **options)
     if not isinstance(model, ModularStarEncoderForRetrieval):
         raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads: fine-tune it first.")
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), _load_tokenizer(path)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
 def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
@@ -94,18 +92,19 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Check that a local path is a checkpoint folder, before it is loaded; a Hub id passes unchecked."""
+    """Raise FileNotFoundError if a local path is not a folder with configuration and weights; accepts any Hub id."""
     folder = Path(_expanded(path))
-    if not folder.exists():
-        if isinstance(path, str) and re.fullmatch(r"(?![.~]+/)[^/]+/[^/]+", path):  # owner/name
-            return
-        raise FileNotFoundError(f"There is no checkpoint folder {path}.")
+    if not folder.exists() and isinstance(path, str) and re.fullmatch(r"(?![.~]+/)[^/]+/[^/]+", path):  # owner/name
+        return
+    fault = ""
     if not folder.is_dir():
-        raise NotADirectoryError(f"{path} is a file; a checkpoint is a folder.")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is not a checkpoint: it has no config.json.")
-    if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        raise FileNotFoundError(f"{path} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists.")
+        fault = f"There is no checkpoint folder {path}."
+    elif not (folder / "config.json").is_file():
+        fault = f"{path} is not a checkpoint: it has no config.json."
+    elif not any((folder / name).is_file() for name in WEIGHT_FILES):
+        fault = f"{path} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists."
+    if fault:
+        raise FileNotFoundError(fault)
 
 
 def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
@@ -126,14 +125,9 @@ def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
     path = _expanded(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
-    with _clear_errors(path):
-        try:
-            return Path(hf_hub_download(path, name))
-        except LocalEntryNotFoundError:
-            if not constants.HF_HUB_OFFLINE:
-                raise
-        except EntryNotFoundError:
-            pass
+    missing = LocalEntryNotFoundError if constants.HF_HUB_OFFLINE else RemoteEntryNotFoundError
+    with _clear_errors(path), suppress(missing):
+        return Path(hf_hub_download(path, name))
     return None
 
 
@@ -156,14 +150,11 @@ def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
 
 
 def _load_tokenizer(path: str) -> Any:
-    with _clear_errors(path):
-        try:
-            return load_tokenizer(path)
-        except OSError:
-            raise
-        except Exception as error:  # damaged file; tokenizers raises no narrower class
-            message = f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
-            raise UserError("checkpoint.tokenizer", message) from error
+    try:
+        return load_tokenizer(path)
+    except Exception as error:  # for a damaged file, tokenizers raises no narrower class
+        message = f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
+        raise UserError("checkpoint.tokenizer", message) from error
 
 
 @contextmanager
@@ -171,18 +162,19 @@ def _clear_errors(path: str) -> Iterator[None]:
     """Turn errors of transformers and the Hub into one sentence."""
     try:
         yield
-    except (SafetensorError, StrictDataclassError) as error:
-        raise UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}") from error
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        message = f"{path} cannot be loaded: the shapes of its weights do not match its configuration."
-        raise UserError("checkpoint.shapes", message) from error
-    except OSError as error:
-        if os.path.isdir(path):
-            raise
-        message = f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}"
-        raise OSError(message) from error
+    except (SafetensorError, StrictDataclassError, RuntimeError, OSError) as error:
+        raise _clear_error(error, path) from error
+
+
+def _clear_error(error: Exception, path: str) -> Exception:
+    """The error to raise instead of this one; errors that are clear, or not about the checkpoint, stay as they are."""
+    if isinstance(error, SafetensorError | StrictDataclassError):
+        return UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}")
+    if isinstance(error, RuntimeError) and "mismatch" in str(error):
+        return UserError("checkpoint.shapes", f"{path} cannot be loaded: its weights do not fit its configuration.")
+    if isinstance(error, OSError) and not os.path.isdir(path):
+        return OSError(f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}")
+    return error
 
 
 def _one_line(error: Exception) -> str:
@@ -261,9 +253,8 @@ def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.
 
 def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
     """Remove all other exits and their projection heads from a model; keep all layers."""
-    for other in set(model.config.exit_layers) - {exit_layer}:
-        if hasattr(model, "projection_heads"):
-            del model.projection_heads[str(other)]
+    for other in set(model.config.exit_layers) - {exit_layer} if hasattr(model, "projection_heads") else ():
+        del model.projection_heads[str(other)]
     model.config.exit_layers = [exit_layer]
 
 
@@ -306,7 +297,7 @@ def write_sentence_transformer_files(
         check_servable(config)
     mode = {"mean": "pooling_mode_mean_tokens", "lasttoken": "pooling_mode_lasttoken"}[pooling or config.pooling]
     modes = {name: name == mode for name in POOLING_MODES}
-    contents: tuple[Any, ...] = (
+    contents = (
         list(modules),
         {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},
         {"prompts": dict(prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"},
@@ -335,6 +326,6 @@ def check_servable(config: ModularStarEncoderConfig) -> None:
     orders = ("project_then_pool", "pool_then_project") if commute else ("project_then_pool",)
     known = {"pooling": ("mean", "lasttoken"), "projection_order": orders, "embedding_normalization": ("l2",)}
     for name, allowed in known.items():
-        if getattr(config, name) not in allowed:
-            message = f"A SentenceTransformer does not support {name}={getattr(config, name)!r}, only"
+        if (value := getattr(config, name)) not in allowed:
+            message = f"A SentenceTransformer does not support {name}={value!r}, only"
             raise UserError("checkpoint.not_servable", f"{message} {' or '.join(map(repr, allowed))}.")

@@ -49,8 +49,8 @@ def encode_exits(
         {exit_layer: embeddings (N, D) float32, L2-normalised}, ascending by exit; D is `config.projection_size`.
 
     Raises:
-        UserError: the model lacks an exit, `texts` is one string, the tokenizer has no padding token, or a text holds
-            lone surrogates.
+        UserError: the model lacks an exit, `texts` is one string, or a text holds lone surrogates.
+        ValueError: the tokenizer has no padding token.
 
     Example:
         >>> embeddings = encode_exits(model, tokenizer, ["def f(): pass"], exit_layers=[4, 9])  # doctest: +SKIP
@@ -96,8 +96,6 @@ def encode_batches(
     """
     if isinstance(texts, str):
         raise UserError("encode.texts.one_string", f"texts must be a list of strings, not the string {texts[:40]!r}.")
-    if tokenizer.pad_token_id is None:
-        raise UserError("encode.tokenizer.no_padding", "The tokenizer has no padding token: set tokenizer.pad_token.")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     if broken := [text for text in unique if not_unicode(text)]:
         message = f"{len(broken)} texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}."

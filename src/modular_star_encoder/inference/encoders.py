@@ -223,10 +223,8 @@ class EndpointEncoder(Encoder):
         body = {"model": self.name, "input": inputs, "encoding_format": "float"}
         answer = client.request("POST", f"{self.base_url}/embeddings", body=body).json()
         try:
-            rows = sorted(answer["data"], key=lambda row: row["index"])
-            if [row["index"] for row in rows] != list(range(len(inputs))):
-                raise ValueError
-            return np.array([row["embedding"] for row in rows], dtype=np.float32).reshape(len(inputs), -1)
+            rows = {row["index"]: row["embedding"] for row in answer["data"]}
+            return np.array([rows[place] for place in range(len(inputs))], dtype=np.float32).reshape(len(inputs), -1)
         except (KeyError, TypeError, ValueError):
             message = f"{self.base_url} did not return one embedding for each of {len(inputs)} texts."
             raise UserError("encoder.endpoint.answer", message) from None

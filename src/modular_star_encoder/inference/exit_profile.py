@@ -92,13 +92,11 @@ class ExitProfile:
 
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
         """Return a copy with the quality of exits ({exit_layer: value}, higher is better) on a benchmark."""
-        if not set(values) & set(self.exits):
-            message = (
-                f"{benchmark} has values for exits {_listed(values)}, but the profile covers {_listed(self.exits)}."
-            )
+        exits, known = dict(self.exits), values.keys() & self.exits.keys()
+        if not known:
+            message = f"{benchmark} has values for exits {_listed(values)}, but the profile covers {_listed(exits)}."
             raise UserError("profile.quality.other_exits", message)
-        exits = dict(self.exits)
-        for k in values.keys() & exits.keys():
+        for k in known:
             exits[k] = dataclasses.replace(exits[k], quality={**exits[k].quality, benchmark: values[k]})
         return dataclasses.replace(self, exits=exits)
 
@@ -131,19 +129,17 @@ class ExitProfile:
         """Read a profile from a file that `save` wrote."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"There is no exit profile {path}: `mose profile` measures one.")
+            raise FileNotFoundError(f"There is no exit profile {path}: measure one with `mose profile`.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("format") != 1:
-                raise ValueError("its format is not 1")
-            exits = {}
+            version, exits = content.pop("format"), {}
             for exit_layer, values in sorted(content.pop("exits").items(), key=lambda item: int(item[0])):
                 measurements = tuple(Measurement(**measured) for measured in values.pop("measurements"))
                 exits[int(exit_layer)] = ProfiledExit(measurements=measurements, **values)
             profile = cls(exits=exits, **content)
             shapes = {one.shapes for one in exits.values()}
-            if len(shapes) != 1 or shapes == {()}:
-                raise ValueError("it has no exits, or their batch shapes differ")
+            if version != 1 or len(shapes) != 1 or shapes == {()}:
+                raise ValueError("its format is not 1, it has no exits, or their batch shapes differ")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError("profile.file.unreadable", f"{path} is not an exit profile: {error}.") from error
         return profile
@@ -163,10 +159,9 @@ class _Budget(NamedTuple):
 
     def nearest(self, exits: Collection[int]) -> str:
         """The best value among these exits, as text."""
-        known = [k for k in exits if k in self.values]
-        if not known:
+        best = min((k for k in exits if k in self.values), key=lambda k: (self.sign * self.values[k], k), default=None)
+        if best is None:
             return f"{self.name} is not known of any exit"
-        best = min(known, key=lambda k: (self.sign * self.values[k], k))
         return f"{self.name} {self.values[best]:.10g}{self.unit} (exit {best})"  # all digits, to reuse as a budget
 
 
@@ -332,9 +327,7 @@ def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
     Warns if the profile was measured on another kind of processor or GPU, or with another number of threads.
     """
     check_checkpoint(checkpoint)
-    file = checkpoint_file(checkpoint, PROFILE_NAME)
-    if file is None:
-        raise FileNotFoundError(f"There is no exit profile of {checkpoint}: measure one with `mose profile`.")
+    file = checkpoint_file(checkpoint, PROFILE_NAME) or Path(checkpoint, PROFILE_NAME)
     profile = ExitProfile.load(file)
     here, decisive = machine_kind(), ["processor", "threads"]
     if profile.device == "cuda":

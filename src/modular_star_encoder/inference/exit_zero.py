@@ -84,8 +84,5 @@ def has_exit_zero(config: dict[str, Any]) -> bool:
 def shipped_checkpoint(name: str) -> str:
     """The folder of a checkpoint that the package contains, such as `mose-code`; returns any other name unchanged."""
     folder = Path(str(files("modular_star_encoder.hub_configs"))) / name
-    return (
-        str(folder)
-        if "/" not in name and not Path(name).exists() and (folder / "model.safetensors").is_file()
-        else name
-    )
+    is_shipped = "/" not in name and not Path(name).exists() and (folder / "model.safetensors").is_file()
+    return str(folder) if is_shipped else name

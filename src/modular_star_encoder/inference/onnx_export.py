@@ -90,10 +90,9 @@ def export_onnx(
     with naming_extra():
         import onnxscript  # noqa: F401 - torch's exporter needs it
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    served = served_exit(model, exit_layer)
     with quiet_libraries(), torch.no_grad():
-        program: Any = torch.onnx.export(
-            served_exit(model, exit_layer), (), kwargs=sample, dynamo=True, verbose=False, **options
-        )
+        program: Any = torch.onnx.export(served, (), kwargs=sample, dynamo=True, verbose=False, **options)
     # The exporter adds to each node the lines of code that it comes from, with local paths: remove them.
     save_graph(ClearMetadataAndDocStringPass()(program.model).model, path)
 
@@ -176,9 +175,7 @@ def check_onnx(
                 values, wanted = values[real], wanted[real]
             difference = float((values - wanted).abs().max() / wanted.abs().max().clamp(min=1))
             if not difference <= tolerance:
-                size = (
-                    f"{difference:.2g} (allowed: {tolerance:g}) at a batch of {real.shape[0]} × {real.shape[1]} tokens"
-                )
+                size = f"{difference:.2g} (allowed: {tolerance:g}), for {real.shape[0]} texts of {real.shape[1]} tokens"
                 raise UserError("onnx.difference", f"{path}: {name} differs from the model by {size}.")
             largest[name] = max(largest[name], difference)
         batches += 1

@@ -51,8 +51,6 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
     Padding tokens cost the same as other tokens unless `config.unpad_inputs`.
     """
     config.check_exit(exit_layer)
-    if length < 1:
-        raise UserError("profile.length", f"A text has at least one token, not {length}.")
     hidden, projection = config.hidden_size, config.projection_size
     keys = config.num_key_value_heads * config.head_dim
     layer = 2 * (2 * hidden * hidden + 2 * hidden * keys + 2 * hidden * config.intermediate_size)
@@ -168,8 +166,8 @@ def profile_to_file(
     check_writable(path)
     older = ExitProfile.load(path) if path.is_file() else None
     if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
-        message = f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost"
-        raise UserError("profile.out.other_exits", f"{message}: measure them too, or write to another file (--out).")
+        message = f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost: measure them too"
+        raise UserError("profile.out.other_exits", f"{message}, or write to another file (--out).")
     profile = profile_checkpoint(checkpoint, plan, **options)
     if older is not None:
         profile = profile.with_quality_of(older)
