@@ -74,10 +74,9 @@ class SharedExits:
         memory_gb: float = 4.0,
         **options: Any,
     ) -> None:
-        self.model, self.options = model, options
-        self._encode = partial(encode_exits, model, tokenizer)
+        self.model, self.limit = model, memory_gb * 1e9
+        self._encode = partial(encode_exits, model, tokenizer, **options)
         self.exit_layers = model.config.resolve_exits(exit_layers=exit_layers)
-        self.limit = memory_gb * 1e9
         self._kept: dict[tuple[bytes, int], np.ndarray] = {}
 
     def encode(self, texts: Sequence[str], exit_layer: int, prompt: str, *, progress: bool = False) -> np.ndarray:
@@ -93,7 +92,7 @@ class SharedExits:
         if sum(array.nbytes for array in self._kept.values()) + size > self.limit:
             deeper = []
         exits = (exit_layer, *deeper)
-        embeddings = self._encode(texts, exit_layers=exits, prompt=prompt, progress=progress, **self.options)
+        embeddings = self._encode(texts, exit_layers=exits, prompt=prompt, progress=progress)
         self._kept |= {(call, other): embeddings[other] for other in deeper}
         return embeddings[exit_layer]
 
@@ -137,8 +136,7 @@ class MtebExitEncoder(AbsEncoder):
         return self.shared.encode(texts, self.exit_layer, prompt, progress=options.get("show_progress_bar", True))
 
     def _prompt(self, task_metadata: Any, subset: str, prompt_type: Any) -> str:
-        name = get_prompt_name(self.prompts, task_metadata, prompt_type)
-        if name is not None:
+        if (name := get_prompt_name(self.prompts, task_metadata, prompt_type)) is not None:
             return self.prompts[name]
         if prompt_type is None:
             return ""
@@ -164,7 +162,7 @@ def run_mteb(
     progress: bool = True,
     **encode_options: Any,
 ) -> dict[int, dict[str, float]]:
-    """Evaluate several exits of a checkpoint on tasks of mteb.
+    """Evaluate several exits of a checkpoint on tasks of mteb; returns {exit_layer: {task: main score from 0 to 1}}.
 
     Existing results of the same weights and data are kept, so an interrupted run continues where it stopped.
 
@@ -178,9 +176,6 @@ def run_mteb(
         memory_gb: see `SharedExits`.
         overwrite: evaluate again even if results exist.
         encode_options: passed to `encode_exits`: max_length, tokens_per_batch.
-
-    Returns:
-        {exit_layer: {task: main score from 0 to 1, the mean over the task's subsets}}.
     """
     chosen = _resolve_tasks(tasks)
     path = os.path.expanduser(os.fspath(checkpoint))

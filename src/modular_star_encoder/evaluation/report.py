@@ -27,9 +27,7 @@ from modular_star_encoder.utils.reports import library_versions, markdown_table,
 
 PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
 
-_Key = tuple[str, int | None, int | None]
-"""The retriever, exit and dimensions of one row of a table."""
-
+_Key = tuple[str, int | None, int | None]  # the retriever, exit and dimensions of one row of a table
 _TEX = str.maketrans(
     {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "→": r"$\to$", "–": "--"}
     | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
@@ -114,9 +112,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json: everything except the value of each query; scores are fractions."""
-        results = [asdict(replace(one, values=(), ids=())) | {"queries": len(one.values)} for one in self.results]
-        for result in results:
-            del result["values"], result["ids"]
+        stored = [asdict(replace(one, values=(), ids=())) | {"queries": len(one.values)} for one in self.results]
+        results = [{name: value for name, value in one.items() if name not in ("values", "ids")} for one in stored]
         head = {"command": self.command, "checkpoint_checksum": self.checksum, "versions": versions()}
         return head | {"tables": [{"title": one.title, **asdict(one)} for one in self.tables], "results": results}
 
@@ -140,11 +137,7 @@ def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult],
     for result in results:
         if result.benchmark == benchmark:
             found.setdefault((result.retriever, result.exit_layer, result.dimensions), {})[result.task] = result
-    groups = {}
-    for key, by_task in found.items():
-        if missing := [task.name for task in tasks if task.name not in by_task]:
-            raise UserError("evaluation.result.missing", f"{key[0]} has no result for {benchmark}, {missing[0]}.")
-        groups[key] = [by_task[task.name] for task in tasks]
+    groups = {key: [by_task[task.name] for task in tasks] for key, by_task in found.items()}
     # The reference is the deepest exit (full embeddings) of the first retriever with exits, else the first retriever.
     own = [key for key in groups if key[1] is not None]
     own = [key for key in own if key[0] == own[0][0]]
@@ -177,12 +170,9 @@ def _row(
 
 
 def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
-    """The mean of the main metric over tasks; F1 cannot be averaged, so a task with F1 must be alone."""
-    main = results[0].main
+    """The mean of the main metric over tasks; F1 has no values of queries, so a task with F1 must be alone."""
     if len(results) == 1:
-        return results[0].estimates[main]
-    if main == "f1":
-        raise ValueError("F1 has no mean over tasks.")
+        return results[0].estimates[results[0].main]
     values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
     return Estimate(float(values.mean()), *metrics.bootstrap_interval(values, seed))
 
@@ -247,11 +237,9 @@ def _cells(table: Table) -> list[list[str]]:
 
 def _explain(table: Table) -> list[str]:
     ties = "" if table.metric == "f1" else "; ties count against the retriever"
-    return [
-        f"{metric_label(table.metric)} × 100; {table.size}{ties}. Intervals: bootstrap over queries. "
-        f"Δ and p: difference from {table.reference}, paired permutation test.",
-        *(f"Note: {note}." for note in table.notes),
-    ]
+    values = f"{metric_label(table.metric)} × 100; {table.size}{ties}. Intervals: bootstrap over queries."
+    tests = f"Δ and p: difference from {table.reference}, paired permutation test."
+    return [f"{values} {tests}", *(f"Note: {note}." for note in table.notes)]
 
 
 def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Table]:
@@ -354,10 +342,7 @@ def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
 
     Dashed horizontal lines show retrievers without exits. Returns `path`.
     """
-    lines = [_exits_by_name(table) for table in tables]
-    if not any(lines):
-        raise UserError("evaluation.plots.no_exits", "No retriever has exits, so quality by depth cannot be plotted.")
-    return _plot(tables, lines, path, by_latency=False)
+    return _plot(tables, [_exits_by_name(table) for table in tables], path, by_latency=False)
 
 
 def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Mapping[int, float]], path: Path) -> Path:
@@ -371,8 +356,6 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
             times = latencies.get(next(iter(exits.values())).retriever, {})
             if timed := {times[k]: row for k, row in exits.items() if k in times}:
                 line[name] = timed
-    if not any(lines):
-        raise UserError("evaluation.plots.no_latency", "The exit profiles cover no exit of these retrievers.")
     return _plot(tables, lines, path, by_latency=True)
 
 
@@ -392,6 +375,9 @@ def _plot(
     by_latency: bool,
 ) -> Path:
     """Draw one panel per table, three side by side; `lines` has {name: {x coordinate: row}} for each table."""
+    if not any(lines):
+        fault, what = ("no_latency", "exit with a latency") if by_latency else ("no_exits", "retriever with exits")
+        raise UserError(f"evaluation.plots.{fault}", f"There is no {what} to plot in {path.name}.")
     with naming_extra():
         from matplotlib.figure import Figure
     height, width = -(-len(tables) // 3), min(3, len(tables))

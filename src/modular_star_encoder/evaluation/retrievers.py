@@ -25,15 +25,10 @@ from modular_star_encoder.inference.encoders import Encoder, Prompted, Text
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file
 
-BLOCK = 1 << 22
-"""Scores per block: 32 MiB in float64."""
-
-HELD = 1 << 25
-"""Most components of documents in memory at once, 256 MiB in float64; with fewer, a block holds all documents."""
-
+BLOCK = 1 << 22  # scores per block: 32 MiB in float64
+HELD = 1 << 25  # most components of documents in memory at once: 256 MiB in float64
 _PAIRS = 4096  # pairs of vectors in memory at once
-_NOTHING = 2.0**-24
-"""Smaller similarities are set to 0, because there float32 is finer than the error of float64 sums."""
+_NOTHING = 2.0**-24  # smaller similarities become 0: there float32 is finer than the error of float64 sums
 
 
 class ExitVariant(NamedTuple):
@@ -87,12 +82,10 @@ class EmbeddingRetriever(Retriever):
     Each text is embedded once; one pass computes all missing exits.
     """
 
-    chunk = 4096
-    """Texts per shard of the cache; an interruption loses at most one shard."""
+    chunk = 4096  # texts per shard of the cache; an interruption loses at most one shard
 
     def __init__(self, encoder: Encoder, cache: EmbeddingCache | None = None) -> None:
-        self.encoder = encoder
-        self.cache = EmbeddingCache() if cache is None else cache
+        self.encoder, self.cache = encoder, EmbeddingCache() if cache is None else cache
         self.name, self.checksum = encoder.name, encoder.checksum
         self.variants = tuple(ExitVariant(k, size) for k in encoder.exit_layers for size in encoder.dimensions)
 
@@ -120,14 +113,6 @@ class EmbeddingRetriever(Retriever):
         return f"{self.checksum}/{'full' if exit_layer is None else f'exit-{exit_layer}'}"
 
 
-class Rows(Protocol):
-    """Embeddings (N, F) float32 in memory or on disk."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray: ...
-
-
 class CosineScores:
     """Cosine similarities, exact and then rounded to float32; the similarity to a vector of zeros is 0.
 
@@ -135,7 +120,9 @@ class CosineScores:
     `dimensions` components and normalised again.
     """
 
-    def __init__(self, queries: Rows, documents: Rows, dimensions: int | None = None) -> None:
+    def __init__(
+        self, queries: np.ndarray | CachedRows, documents: np.ndarray | CachedRows, dimensions: int | None = None
+    ) -> None:
         self.queries, self.documents, self.dimensions = queries, documents, dimensions
         self.shape = (len(queries), len(documents))
 

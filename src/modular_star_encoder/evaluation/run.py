@@ -34,9 +34,7 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, Modula
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 
-PROTOCOL = 1
-"""The version of the protocol; increase it when equal scores would give other results."""
-
+PROTOCOL = 1  # version of the protocol; increase it when equal scores would give other results
 LEXICAL: dict[str, Callable[[], Retriever]] = {"bm25": BM25, "tfidf": TfIdf}
 
 
@@ -73,14 +71,12 @@ def run_benchmarks(
         command: the command line that the report shows.
     """
     folder = None if out is None else Path(out).expanduser()
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise UserError("evaluation.out.not_a_folder", f"{folder} is a file; `out` must be a folder.")
     chosen = choose_benchmarks(benchmarks, data)
     if candidates is not None and not set(chosen) & set(WITH_CANDIDATES):
         message = f"Only {' and '.join(WITH_CANDIDATES)} use lists of candidates."
         raise UserError("evaluation.candidates.not_used", message)
-    options: dict[str, Any] = {"allow_subset": allow_subset, "candidates": candidates}
-    tasks = [task for name in chosen for task in load_benchmark(name, data, **options)]
+    loaded = [load_benchmark(name, data, allow_subset=allow_subset, candidates=candidates) for name in chosen]
+    tasks = [task for of_benchmark in loaded for task in of_benchmark]
     if cache is None and folder is not None:
         cache = folder / "embeddings"
     store = EmbeddingCache(None if cache is None else Path(cache).expanduser())
@@ -127,8 +123,7 @@ def evaluate_exits(
         seed: random seed of batches, intervals and untrained weights.
         encode_options: passed to `encode_exits`: max_length, tokens_per_batch, dtype.
 
-    Returns:
-        A report with one table: MRR, Recall@1, Recall@10 and NDCG@10. `report.quality()` is {exit_layer: MRR}.
+    Returns a report with one table: MRR, Recall@1, Recall@10 and NDCG@10. `report.quality()` is {exit_layer: MRR}.
     """
     task = pairs_task("folder", "all", rows, size=size, seed=seed)
     encoder = ExitEncoder(model, tokenizer, "model", exit_layers=exit_layers, **encode_options)

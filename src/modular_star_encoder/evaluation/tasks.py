@@ -18,9 +18,7 @@ from modular_star_encoder.data.splits import CODE_TO_CODE, TEXT_TO_CODE, PairGro
 from modular_star_encoder.inference.encoders import Text
 from modular_star_encoder.utils.errors import UserError
 
-POOL = 1000
-"""Number of candidates of a query in CodeSearchNet's protocol."""
-
+POOL = 1000  # number of candidates of a query in CodeSearchNet's protocol
 HELD_OUT = {TEXT_TO_CODE: "held-out, text → code", CODE_TO_CODE: "held-out, code → code"}
 
 
@@ -176,17 +174,12 @@ def ranking_task(
         batches: row numbers (B,) of each batch; if None, all documents are candidates of every query.
         options: other fields of `RetrievalTask`.
     """
+    rows = range(len(queries))
+    ids, judgements = list(map(str, rows)) if ids is None else list(ids), judgements or Judgements.one_each(rows)
     pools = [Pool(np.arange(len(queries)), np.arange(len(documents)))]
-    return RetrievalTask(
-        benchmark,
-        name,
-        queries,
-        documents,
-        list(map(str, range(len(queries)))) if ids is None else list(ids),
-        Judgements.one_each(range(len(queries))) if judgements is None else judgements,
-        tuple(pools if batches is None else (Pool(rows, rows) for rows in batches)),
-        **options,
-    )
+    if batches is not None:
+        pools = [Pool(batch, batch) for batch in batches]
+    return RetrievalTask(benchmark, name, queries, documents, ids, judgements, pools, **options)
 
 
 def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarray]:

@@ -44,8 +44,6 @@ MODULES = (
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
 )
-# All are written, because text-embeddings-inference requires the first two (router/src/lib.rs).
-POOLING_MODES = ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_lasttoken")
 
 _TRUNK = re.compile(r"(^|\.)(embed_tokens|layers|norm)\.")
 
@@ -140,12 +138,10 @@ def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
     with _clear_errors(path):
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     # A published model may lack the bias of its vocabulary; this bias is then zero.
-    missing = set(info["missing_keys"]) - {"heads.decoder.bias"}
-    names = {"missing from": missing, "too many in": filter(_TRUNK.search, info["unexpected_keys"])}
-    for problem, found in names.items():
-        if listed := sorted(found):
-            message = f"{len(listed)} tensors are {problem} {path}, such as {listed[0]}"
-            raise UserError("checkpoint.tensors", f"{message}: its configuration does not match its weights.")
+    missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
+    if wrong := missing or sorted(filter(_TRUNK.search, info["unexpected_keys"])):
+        message = f"{len(wrong)} tensors are {'missing from' if missing else 'too many in'} {path}, such as {wrong[0]}"
+        raise UserError("checkpoint.tensors", f"{message}: its configuration does not match its weights.")
     return model
 
 
@@ -184,7 +180,7 @@ def _one_line(error: Exception) -> str:
 def slice_checkpoint(
     checkpoint: str | os.PathLike[str], exit_layer: int, out: str | os.PathLike[str], *, only_exit: bool = False
 ) -> Path:
-    """Write the first `exit_layer` layers of a checkpoint as a stand-alone checkpoint.
+    """Write the first `exit_layer` layers of a checkpoint as a stand-alone checkpoint; returns its folder.
 
     The slice holds the same tensors in the configuration's dtype, so its outputs at its exits are bit for bit equal to
     the outputs of the full model. Its configuration records the depth and the exits of the full model.
@@ -194,9 +190,6 @@ def slice_checkpoint(
         exit_layer: number of layers of the slice; it must be an exit of the checkpoint.
         out: folder to write; it must be empty or not exist. It is written atomically.
         only_exit: keep only the projection head of this exit, as in the published models that were cut.
-
-    Returns:
-        The written folder.
 
     Raises:
         UserError: the checkpoint lacks the exit (the message lists its exits), is damaged, is no ModularStarEncoder, or
@@ -295,8 +288,9 @@ def write_sentence_transformer_files(
     """
     if pooling is None:
         check_servable(config)
-    mode = {"mean": "pooling_mode_mean_tokens", "lasttoken": "pooling_mode_lasttoken"}[pooling or config.pooling]
-    modes = {name: name == mode for name in POOLING_MODES}
+    mode = {"mean": "mean_tokens", "lasttoken": "lasttoken"}[pooling or config.pooling]
+    # All are written, because text-embeddings-inference requires the first two (router/src/lib.rs).
+    modes = {f"pooling_mode_{name}": name == mode for name in ("cls_token", "mean_tokens", "lasttoken")}
     contents = (
         list(modules),
         {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 
-
 PROFILE_NAME = "exit_profile.json"
 
 
@@ -100,15 +99,6 @@ class ExitProfile:
             exits[k] = dataclasses.replace(exits[k], quality={**exits[k].quality, benchmark: values[k]})
         return dataclasses.replace(self, exits=exits)
 
-    def with_quality_of(self, other: ExitProfile) -> ExitProfile:
-        """Return a copy with the quality values of `other` as well, if both profiles describe the same weights."""
-        profile = self
-        for name in other.benchmarks if other.checkpoint == self.checkpoint else ():
-            values = {k: one.quality[name] for k, one in other.exits.items() if name in one.quality}
-            if values.keys() & self.exits.keys():
-                profile = profile.with_quality(name, values)
-        return profile
-
     @property
     def benchmarks(self) -> tuple[str, ...]:
         """The sorted names of the benchmarks with quality values."""
@@ -175,7 +165,7 @@ def select_exit(
     batch_size: int | None = None,
     length: int | None = None,
 ) -> int:
-    """Choose the best exit within all budgets.
+    """Return the best exit within all budgets.
 
     The best exit has the highest quality on `benchmark`; among equals it is the shallowest. If the quality of an exit
     within the budgets is unknown, the deepest exit is chosen.
@@ -187,9 +177,6 @@ def select_exit(
         min_quality: smallest quality on `benchmark`.
         benchmark: name of the benchmark that measures quality; optional if the profile has only one.
         batch_size, length: batch shape to which the budgets apply; by default the first one in the profile.
-
-    Returns:
-        The exit layer.
 
     Raises:
         UserError: no budget is given, the profile lacks the shape or the benchmark, or no exit is within all budgets
@@ -223,11 +210,9 @@ def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[in
     """An error message with the best value for each budget among the exits within the other budgets, or all exits."""
     wanted = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
     possible = f"the best of each alone: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
-    nearest = []
-    for budget in budgets:
-        if within := set(profile.exits).intersection(*(one.exits() for one in budgets if one is not budget)):
-            nearest.append(budget.nearest(within))
-    if nearest:
+    others = [(one, [other.exits() for other in budgets if other is not one]) for one in budgets]
+    allowed = [(one, set(profile.exits).intersection(*exits)) for one, exits in others]
+    if nearest := [one.nearest(within) for one, within in allowed if within]:
         kept = " within the other budgets" if len(budgets) > 1 else ""
         possible = f"the nearest possible{kept}: {', or '.join(nearest)}"
     return f"No exit meets {wanted} for batches of {shape[0]} × {shape[1]} tokens; {possible}."
@@ -268,7 +253,7 @@ def load_at_budget(
     model_kwargs: Mapping[str, Any] | None = None,
     **budget: Any,
 ) -> ModularStarEncoderForRetrieval:
-    """Load the model at the exit that `select_exit` chooses.
+    """Load the model at the exit that `select_exit` chooses, in evaluation mode.
 
     Only the layers up to this exit are loaded, in the profile's dtype; `model.config.num_hidden_layers` is the exit. As
     with `AutoModel`, the model is on the CPU unless `model_kwargs` has a `device_map`.
@@ -279,9 +264,6 @@ def load_at_budget(
             machine measured it.
         model_kwargs: passed to `AutoModel.from_pretrained`.
         budget: `latency_ms`, `memory_mb`, `min_quality` and the other arguments of `select_exit`.
-
-    Returns:
-        The model, in evaluation mode.
 
     Raises:
         FileNotFoundError: the checkpoint has no profile.

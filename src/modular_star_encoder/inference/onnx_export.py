@@ -60,9 +60,7 @@ def export_onnx(
 ) -> None:
     """Write one exit of a model as an ONNX file (`check_onnx` compares it with the model).
 
-    Inputs are `input_ids` and `attention_mask`, int64 (batch_size, sequence_length); outputs `last_hidden_state`
-    (batch_size, sequence_length, D) and `sentence_embedding` (batch_size, D), float32. Weights above 2 GB are
-    written to `{path}_data`.
+    See the module for inputs and outputs. Weights above 2 GB are written to `{path}_data`.
 
     Args:
         model: a model in float32 on the CPU. It is not changed.

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -154,13 +155,10 @@ def profile_to_file(
     out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[ExitProfile, Path]:
-    """Measure a checkpoint and write its profile to `out`, by default `exit_profile.json` in its folder.
+    """Measure a checkpoint, write its profile to `out` (`exit_profile.json` in its folder if None), and return both.
 
     It replaces an older profile, but keeps the quality values of the measured exits if the weights are the same.
     UserError if the older profile has exits that `exit_layers` leaves out, or if a Hub repository comes without `out`.
-
-    Returns:
-        The profile, and the path of the file.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
@@ -169,8 +167,10 @@ def profile_to_file(
         message = f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost: measure them too"
         raise UserError("profile.out.other_exits", f"{message}, or write to another file (--out).")
     profile = profile_checkpoint(checkpoint, plan, **options)
-    if older is not None:
-        profile = profile.with_quality_of(older)
+    if older is not None and older.checkpoint == profile.checkpoint:
+        for name in older.benchmarks:
+            known = {k: one.quality[name] for k, one in older.exits.items() if name in one.quality}
+            profile = profile.with_quality(name, known)
     profile.save(path)
     return profile, path
 
@@ -243,13 +243,10 @@ def _measure_times(
 
 
 class MemoryUse(NamedTuple):
-    """The memory of a process that embeds, in MB (10^6 bytes); None if the operating system does not report it.
+    """The memory of a process that embeds, in MB (10^6 bytes); None if the operating system does not report it."""
 
-    `base` is the memory with all libraries before the model is loaded; `peaks` are the peaks so far after each batch.
-    """
-
-    base: float | None
-    peaks: list[float | None]
+    base: float | None  # with all libraries, before the model is loaded
+    peaks: list[float | None]  # the peak so far, after each batch
 
 
 def _measure_memory(
@@ -282,8 +279,7 @@ def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequenc
     """
     request = json.dumps([checkpoint, exit_layer, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
-    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    process = subprocess.run(command, check=False, **options)  # noqa: S603 - our own module
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
         raise OSError(f"The memory of exit {exit_layer} cannot be measured, its process ended with: {last}")
@@ -292,11 +288,9 @@ def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequenc
 
 def peak_memory_mb() -> float | None:
     """Largest resident memory of this process so far, in MB (10^6 bytes); None if the system does not report it."""
-    try:
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        pass
     if sys.platform == "win32":
         return None
     import resource

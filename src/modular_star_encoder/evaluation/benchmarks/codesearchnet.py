@@ -54,21 +54,14 @@ from modular_star_encoder.utils.files import write_json
 
 LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
 
+# Number of rows of each official test split; of queries and of candidates in CodeXGLUE's filtered version.
 TEST_SIZES = {"go": 14_291, "java": 26_909, "javascript": 6_483, "php": 28_391, "python": 22_176, "ruby": 2_279}
-"""Number of rows of each official test split."""
-
 QUERIES = {"go": 8_122, "java": 10_955, "javascript": 3_291, "php": 14_014, "python": 14_918, "ruby": 1_261}
 CANDIDATES = {"go": 28_120, "java": 40_347, "javascript": 13_981, "php": 52_660, "python": 43_827, "ruby": 4_360}
-"""Number of queries and of candidates in CodeXGLUE's filtered version."""
+MTEB_SIZE = 1000  # number of queries, and of documents, of each language
+ANNOTATIONS, ANNOTATION_ROWS = "annotationStore.csv", 4_006
 
-MTEB_SIZE = 1000
-"""Number of queries, and of documents, of each language."""
-
-ANNOTATIONS = "annotationStore.csv"
-ANNOTATION_ROWS = 4_006
-
-Grades = dict[str, dict[str, list[float]]]
-"""{query: {url of a function: relevance grades of the annotators}}"""
+Grades = dict[str, dict[str, list[float]]]  # {query: {url of a function: relevance grades of the annotators}}
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
@@ -177,8 +170,7 @@ def write_candidates(task: RetrievalTask, folder: Path) -> Path:
 
 
 def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
-    if not path.is_file():
-        raise FileNotFoundError(f"List of candidates not found: {path}.")
+    """Read the pools that `write_candidates` wrote, as row numbers in `urls`."""
     (data,) = check_rows(path, [read_json(path)], {"pools": list})
     places = {url: place for place, url in enumerate(urls)}
     pools = []

@@ -44,9 +44,7 @@ TRANSLATION_LINES = 1_000
 POJ_PROBLEMS, POJ_PROGRAMS_EACH = range(81, 105), 500
 BIGCLONEBENCH_PAIRS = 415_416
 
-PROMPT_NAMES = {"cpp": "c++", "csharp": "c#"}
-"""{Exercism's name of a language: its name in prompts}, if they differ."""
-
+PROMPT_NAMES = {"cpp": "c++", "csharp": "c#"}  # {Exercism's name of a language: its name in prompts}, if they differ
 DESCRIPTION = "text"
 
 _WORD = re.compile(r"[^\W\d]\w*")

@@ -12,9 +12,7 @@ from typing import Any, NoReturn
 from modular_star_encoder.data.sources.dataset_rows import not_unicode
 from modular_star_encoder.utils.errors import UserError
 
-Fields = Mapping[str, type | tuple[type, ...]]
-"""{name of a required field of a row: type or types of its value}."""
-
+Fields = Mapping[str, type | tuple[type, ...]]  # {name of a required field of a row: type or types of its value}
 _NAMES = {str: "a string", list: "a list", int: "a whole number", dict: "an object", float: "a number"}
 
 
@@ -35,8 +33,6 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """Like `find_files`, but raise FileNotFoundError, which names the patterns, if no file matches."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}.")
     if not (found := find_files(folder, patterns)):
         raise FileNotFoundError(f"{folder} holds no benchmark file: expected {' or '.join(patterns)}.")
     return found
