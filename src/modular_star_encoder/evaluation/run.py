@@ -77,8 +77,7 @@ def run_benchmarks(
         raise UserError("evaluation.candidates.not_used", message)
     loaded = [load_benchmark(name, data, allow_subset=allow_subset, candidates=candidates) for name in chosen]
     tasks = [task for of_benchmark in loaded for task in of_benchmark]
-    if cache is None and folder is not None:
-        cache = folder / "embeddings"
+    cache = cache or (None if folder is None else folder / "embeddings")
     store = EmbeddingCache(None if cache is None else Path(cache).expanduser())
     if baselines is None:
         baselines = ["bm25"] if folder is None else []

@@ -306,11 +306,10 @@ def write_sentence_transformer_files(
 
 def is_servable(config: ModularStarEncoderConfig) -> bool:
     """Whether the pooling and normalisation of sentence-transformers give the same embedding as the model."""
-    try:
+    with suppress(UserError):
         check_servable(config)
-    except UserError:
-        return False
-    return True
+        return True
+    return False
 
 
 def check_servable(config: ModularStarEncoderConfig) -> None:

@@ -111,8 +111,8 @@ def profile_checkpoint(
     if (longest := max(plan.lengths)) > (limit := config.max_position_embeddings):
         raise UserError("profile.length", f"The model accepts {limit} tokens at most, not {longest}.")
     times = _measure_times(model, exits, plan, progress)
-    sizes = {k: [(one.numel(), one.element_size()) for one in model.slice(k).parameters()] for k in exits}
-    attention = config._attn_implementation
+    parameters = {k: model.slice(k).num_parameters() for k in exits}
+    attention, bytes_each = config._attn_implementation, model.dtype.itemsize
     del model  # so that it uses no GPU memory while the memory of the exits is measured
     memory = _measure_memory(path, exits, plan, device, dtype, progress)
     profiled = {}
@@ -133,8 +133,7 @@ def profile_checkpoint(
                 runs=len(seconds),
             )
             measurements.append(measurement)
-        parameters, size = sum(count for count, _ in sizes[k]), sum(count * each for count, each in sizes[k])
-        profiled[k] = ProfiledExit(parameters, size / 1e6, tuple(measurements))
+        profiled[k] = ProfiledExit(parameters[k], parameters[k] * bytes_each / 1e6, tuple(measurements))
     return ExitProfile(
         exits=profiled,
         device=device,
