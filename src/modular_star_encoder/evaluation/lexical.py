@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from modular_star_encoder.evaluation.retrievers import BLOCK, Block, ExitVariant, Retriever
+from modular_star_encoder.inference.encoders import Text
 
 if TYPE_CHECKING:
     import torch
     from scipy.sparse import csr_matrix
     from transformers import PreTrainedTokenizerFast
-
-    from modular_star_encoder.inference.encoders import Text
 
 K1, B = 1.2, 0.75
 _LETTER = r"[^\WA-Z\d_]"  # any letter except ASCII capitals, so that words of most other alphabets stay whole

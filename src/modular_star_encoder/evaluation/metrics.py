@@ -83,12 +83,7 @@ def rank_task(
 
 
 def rank_judged(
-    scores: Scores,
-    judgements: Judgements,
-    *,
-    exclude_self: bool = False,
-    progress: bool = False,
-    label: str = "ranking",
+    scores: Scores, judgements: Judgements, *, exclude_self: bool = False, progress: bool = False, label: str = ""
 ) -> Ranking:
     """Rank the judged documents of each query among all documents, in one pass over the scores (Q, D).
 

@@ -121,18 +121,14 @@ class MtebExitEncoder(AbsEncoder):
         self.mteb_model_meta = meta
 
     def encode(
-        self,
-        inputs: Iterable[Mapping[str, Any]],
-        *,
-        task_metadata: Any,
-        hf_split: str,
-        hf_subset: str,
-        prompt_type: Any = None,
-        **options: Any,
+        self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, hf_subset: str, **options: Any
     ) -> np.ndarray:
-        """Embeddings (N, D) float32 of the texts in the batches; ignores mteb's options except `show_progress_bar`."""
+        """Embeddings (N, D) float32 of the texts in the batches.
+
+        Of mteb's other options, `prompt_type` and `show_progress_bar` are used.
+        """
         texts = [text for batch in inputs for text in batch["text"]]
-        prompt = self._prompt(task_metadata, hf_subset, prompt_type)
+        prompt = self._prompt(task_metadata, hf_subset, options.get("prompt_type"))
         return self.shared.encode(texts, self.exit_layer, prompt, progress=options.get("show_progress_bar", True))
 
     def _prompt(self, task_metadata: Any, subset: str, prompt_type: Any) -> str:

@@ -93,14 +93,13 @@ class Report:
         """{exit_layer: mean of the main metric} of the evaluated model, from the first table."""
         return {exit_layer: row.mean.value for exit_layer, row in _own_exits(self.tables[0]).items()}
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write report.md, .csv, .tex and .json, each atomically, and return their paths."""
+    def write(self, folder: Path) -> None:
+        """Write report.md, .csv, .tex and .json, each atomically."""
         folder.mkdir(parents=True, exist_ok=True)
-        texts = {"md": self.to_markdown(), "csv": to_csv(self.results), "tex": to_latex(self.tables)}
-        for ending, text in texts.items():
-            write_text(folder / f"report.{ending}", text)
+        write_text(folder / "report.md", self.to_markdown())
+        write_text(folder / "report.csv", to_csv(self.results))
+        write_text(folder / "report.tex", to_latex(self.tables))
         write_json(folder / "report.json", self.to_dict())
-        return [folder / f"report.{ending}" for ending in (*texts, "json")]
 
     def to_markdown(self) -> str:
         """Markdown text with one table per benchmark; scores are × 100, columns are aligned as plain text."""
@@ -369,10 +368,7 @@ def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
 
 
 def _plot(
-    tables: Sequence[Table],
-    lines: Sequence[Mapping[str, Mapping[int, Row] | Mapping[float, Row]]],
-    path: Path,
-    by_latency: bool,
+    tables: Sequence[Table], lines: Sequence[Mapping[str, Mapping[Any, Row]]], path: Path, by_latency: bool
 ) -> Path:
     """Draw one panel per table, three side by side; `lines` has {name: {x coordinate: row}} for each table."""
     if not any(lines):

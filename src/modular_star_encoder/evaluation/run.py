@@ -88,8 +88,8 @@ def run_benchmarks(
             if isinstance(task, RetrievalTask) and task.benchmark in WITH_CANDIDATES:
                 write_candidates(task, folder / "candidates" / task.benchmark)
     results = evaluate_tasks(tasks, list(retrievers.values()), out=folder, seed=seed, progress=progress)
-    has_checksum = Path(model).expanduser().is_dir() or _own_encoder(retrievers[model]) is not None
-    checksum = checkpoint_checksum(model) if has_checksum else None
+    is_ours = isinstance(getattr(retrievers[model], "encoder", None), ExitEncoder)
+    checksum = checkpoint_checksum(model) if is_ours or Path(model).expanduser().is_dir() else None
     report = make_report(tasks, results, seed=seed, command=_without_paths(command), checksum=checksum)
     if folder is not None:
         report.write(folder)
@@ -179,11 +179,7 @@ def evaluate_task(
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant, seed))
 
     ranking, rows = metrics.rank_task(
-        task,
-        lambda pool: retriever.scores(
-            [task.queries[row] for row in pool.queries], [task.documents[row] for row in pool.documents], variant
-        ),
-        progress=progress,
+        task, lambda pool: retriever.scores(*task.texts_of(pool), variant), progress=progress
     )
     values_of = {metric: metrics.query_values(ranking, metric) for metric in task.metrics}
     main = values_of[task.metrics[0]]
@@ -249,25 +245,18 @@ def open_retriever(
     return LEXICAL[name]()
 
 
-def _own_encoder(retriever: Retriever) -> ExitEncoder | None:
-    """The encoder of a retriever if it is a ModularStarEncoder, else None."""
-    encoder = retriever.encoder if isinstance(retriever, EmbeddingRetriever) else None
-    return encoder if isinstance(encoder, ExitEncoder) else None
-
-
 def _open_all(
-    model: str,
-    baselines: Sequence[str],
-    store: EmbeddingCache,
-    exit_layers: Sequence[int] | None,
-    untrained_seed: int | None,
+    model: str, baselines: Sequence[str], store: EmbeddingCache, exit_layers: Sequence[int] | None, seed: int | None
 ) -> dict[str, Retriever]:
-    """{given name: retriever}; UserError if two retrievers have the same name in tables."""
+    """{given name: retriever}; UserError if two retrievers have the same name in tables.
+
+    If `seed` is not None, it draws the weights of an untrained model, which is one more retriever.
+    """
     retrievers = {model: open_retriever(model, store, exit_layers)}
-    if untrained_seed is not None:
-        if (encoder := _own_encoder(retrievers[model])) is None:
+    if seed is not None:
+        if not isinstance(encoder := getattr(retrievers[model], "encoder", None), ExitEncoder):
             raise UserError("evaluation.untrained.other_model", f"`untrained` needs a ModularStarEncoder, not {model}.")
-        retrievers["untrained"] = EmbeddingRetriever(encoder.untrained(untrained_seed), store)
+        retrievers["untrained"] = EmbeddingRetriever(encoder.untrained(seed), store)
     for name in baselines:
         if name not in retrievers:
             retrievers[name] = open_retriever(name, store)
@@ -298,8 +287,7 @@ def classification_scores(
         model: a classifier with two classes, in evaluation mode.
         batches: mappings with `input_ids`, `attention_mask` and `labels`, as from `ClassificationCollator`.
 
-    Returns:
-        {exit: {metric: a fraction between 0 and 1}}; precision, recall and F1 are 0 where undefined.
+    Returns {exit: {metric: a fraction between 0 and 1}}; precision, recall and F1 are 0 where undefined.
     """
     exits, device = tuple(model.config.exit_layers), next(model.parameters()).device
     decisions, labels = [], []
@@ -307,8 +295,5 @@ def classification_scores(
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         decisions.append(model(**inputs, exit_layers=exits).exit_logits.argmax(dim=-1).cpu().numpy())
         labels.append(batch["labels"].numpy())
-    truth = np.concatenate(labels)
-    return {
-        exit_layer: metrics.binary_scores(found, truth)
-        for exit_layer, found in zip(exits, np.concatenate(decisions, axis=1), strict=True)
-    }
+    found, truth = np.concatenate(decisions, axis=1), np.concatenate(labels)
+    return {k: metrics.binary_scores(of_exit, truth) for k, of_exit in zip(exits, found, strict=True)}

@@ -99,8 +99,11 @@ class RetrievalTask:
 
     def texts(self) -> list[Text]:
         """All texts to embed."""
-        queries = [self.queries[row] for pool in self.pools for row in pool.queries]
-        return queries + [self.documents[row] for pool in self.pools for row in pool.documents]
+        return [text for pool in self.pools for part in self.texts_of(pool) for text in part]
+
+    def texts_of(self, pool: Pool) -> tuple[list[Text], list[Text]]:
+        """The queries and the documents of a pool."""
+        return [self.queries[row] for row in pool.queries], [self.documents[row] for row in pool.documents]
 
     def checksum(self) -> str:
         """A hash of everything that the scores depend on."""

@@ -89,8 +89,6 @@ def load_with_candidates(
         notes: tuple[str, ...] = ("docstrings are in the code",) if leaky else ()
         if candidates is None:
             notes += check_size(paths[0], len(rows), TEST_SIZES[language], "functions", allow_subset=allow_subset)
-        if len(rows) < 2:
-            refuse(paths[0], None, "at least two functions", str(len(rows)))
         task = pairs_task(name, language, rows.values(), ids=list(rows), size=POOL, notes=notes)
         if candidates is not None:
             task = replace(task, pools=_read_candidates(candidates / f"{language}.json", list(rows)))
