@@ -44,16 +44,14 @@ def test_a_table_has_a_row_for_each_exit_and_retriever_and_the_mean_of_its_colum
     toy, pairs = tables
     assert [row.label for row in toy.rows] == ["given, exit 1", "given, exit 2", "given, exit 3", "BM25"]
     for row in toy.rows:
-        figures = {result.task: result.estimates["mrr"].value for result in results if _is(result, row, "toy")}
+        key = ("toy", row.retriever, row.exit_layer)
+        own = [one for one in results if (one.benchmark, one.retriever, one.exit_layer) == key]
+        figures = {one.task: one.estimates["mrr"].value for one in own}
         assert {column: figure.value for column, figure in row.columns.items()} == figures
         assert row.mean.value == pytest.approx(np.mean(list(figures.values())))
         assert row.mean.low < row.mean.value < row.mean.high
     assert (pairs.metric, pairs.size) == ("f1", "15 pairs")
     assert toy.size == "60 queries, 20 to 40 candidates each"
-
-
-def _is(result, row, benchmark):
-    return (result.benchmark, result.retriever, result.exit_layer) == (benchmark, row.retriever, row.exit_layer)
 
 
 def test_differences_are_to_the_deepest_exit(tables):

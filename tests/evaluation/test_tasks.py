@@ -10,19 +10,13 @@ from tests.errors import raises
 PAIRS = [(f"text {i}", f"code {i}", "python") for i in range(12)]
 
 
-def test_batches_are_disjoint_full_and_drop_the_rest():
-    batches = candidate_batches(2500)
-    assert [len(batch) for batch in batches] == [1000, 1000]
-    assert len(set(np.concatenate(batches))) == 2000
-    assert sorted(candidate_batches(30)[0]) == list(range(30))
-
-
-def test_batches_are_codesearchnets_shuffle_and_follow_the_seed():
+def test_batches_are_full_and_those_of_codesearchnets_shuffle_and_follow_the_seed():
     np.random.seed(0)
-    order = np.arange(1500)
+    order = np.arange(2500)
     np.random.shuffle(order)
-    assert np.array_equal(candidate_batches(1500)[0], order[:1000])
-    assert not np.array_equal(candidate_batches(1500, seed=1)[0], order[:1000])
+    assert np.array_equal(candidate_batches(2500), [order[:1000], order[1000:2000]])
+    assert not np.array_equal(candidate_batches(2500, seed=1)[0], order[:1000])
+    assert sorted(candidate_batches(30)[0]) == list(range(30))
 
 
 def test_queries_without_a_relevant_document_are_left_out_and_spare_documents_are_candidates():

@@ -107,10 +107,9 @@ def test_dtype_computes_in_lower_precision_and_still_returns_float32(model, toke
 
 
 def test_progress_is_shown_unless_it_is_switched_off(model, tokenizer, capsys):
-    encode(model, tokenizer, TEXTS)
-    assert capsys.readouterr().err == ""
-    encode_exits(model, tokenizer, TEXTS)
-    assert "encoding" in capsys.readouterr().err
+    for progress in (False, True):
+        encode_exits(model, tokenizer, TEXTS, progress=progress)
+        assert ("encoding" in capsys.readouterr().err) == progress
 
 
 SHORT_AND_LONG = ["x", "def f(a, b):\n    return a + b\n" * 3]

@@ -34,7 +34,7 @@ def identifier_tokens(text: str) -> list[str]:
 
 
 class BM25(Retriever):
-    """BM25 as a `Retriever`; the candidates of a pool determine its document frequencies.
+    """BM25 as a `Retriever`; it counts document frequencies among the candidates of a pool.
 
     Repeated terms of a query count once. The scores of a query without known terms are all 0.
     """
@@ -83,7 +83,7 @@ class BM25Scores:
 
 
 class TfIdf(Retriever):
-    """TF-IDF cosine as a `Retriever`; term frequencies are sublinear, each pool has its own document frequencies."""
+    """TF-IDF cosine as a `Retriever`, with sublinear term frequencies; each pool has its own document frequencies."""
 
     name = "TF-IDF"
 
@@ -141,7 +141,7 @@ def identifier_overlap_accuracy(
     measured_on: Iterable[Mapping[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Accuracy of a baseline on rows of `InContextPairs`: same repository if `identifier_overlap` exceeds a threshold.
+    """Accuracy of a rule for `InContextPairs`: the repository is the same if `identifier_overlap` exceeds a threshold.
 
     Returns `accuracy` on `measured_on`, `fitted_accuracy` on `fitted_on`, and `threshold`, the best one on `fitted_on`.
     """

@@ -68,7 +68,7 @@ def check_scores(scores: np.ndarray) -> None:
 def rank_task(
     task: RetrievalTask, scores: Callable[[Pool], Scores], *, progress: bool = False
 ) -> tuple[Ranking, np.ndarray]:
-    """The ranking of all pools, whose Q queries are numbered in pool order, and the row (Q,) of each in the task.
+    """Rank the documents of each pool; returns one ranking of Q queries in pool order, and their rows (Q,) in the task.
 
     `scores(pool)` returns the scores of the pool's queries and documents.
     """
@@ -131,7 +131,7 @@ def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
 
 
 def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """For each of J ascending `rows` and its threshold, the number (J,) of scores that reach it in this row."""
+    """For each of J ascending row numbers, the number (J,) of scores in this row that reach its threshold."""
     if len(np.unique(rows)) == len(rows):
         chosen = scores if np.array_equal(rows, np.arange(len(scores))) else scores[rows]
         return np.count_nonzero(chosen >= thresholds[:, None], axis=1)
@@ -144,7 +144,7 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """A ranking from the scores (J,) of judged documents; `above` (J,) counts documents with no lower score."""
+    """The ranking by scores (J,) of judged documents; `above` (J,) counts the documents that score at least as high."""
     order = worst_order(scores, judgements.gain, judgements.query)
     query, ordered = judgements.query[order], scores[order]
     first = np.searchsorted(query, query, side="left")
@@ -280,7 +280,7 @@ def _ranks_within(query: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def _places(query: np.ndarray) -> np.ndarray:
-    """Count 1, 2, … (N,) within each run of equal numbers of an ascending array (N,)."""
+    """Number the entries of each run of equal values in an ascending array (N,): 1, 2, …"""
     return np.arange(1, len(query) + 1) - np.searchsorted(query, query, side="left")
 
 
@@ -336,7 +336,7 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamp
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """One value (Q,) per query. Their mean is the mean over the tasks; resampling them gives the interval of this mean.
+    """One value (Q,) per query, with the mean over the tasks as mean; resampling them gives the interval of this mean.
 
     `values` has {query: value} for each task. Tasks may share queries (the same exercise in many pairs of languages): a
     resample then draws a query with all its tasks. A value is the mean plus the query's influence on it, so that tasks
@@ -349,7 +349,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """The part (Q,) that each query adds to the mean difference, averaged over tasks; see `permutation_test`."""
+    """The contribution (Q,) of each query to the mean difference over all tasks; see `permutation_test`."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():

@@ -40,7 +40,7 @@ with naming_extra():
 
 
 class Side(NamedTuple):
-    """What the queries, or the documents, of a task are. If `language` is None, mteb's subset may name the language."""
+    """Whether the queries or the documents of a task are code; if `language` is None, mteb's subset may name one."""
 
     is_code: bool
     language: str | None = None
@@ -60,7 +60,7 @@ TASK_SIDES = {
 
 
 class SharedExits:
-    """Embeds texts at several exits in one pass, although mteb evaluates the exits one by one, the shallowest first.
+    """Embeds texts at several exits in one pass, because mteb evaluates the exits one by one, the shallowest first.
 
     It keeps the embeddings of deeper exits (`exit_layers`) until mteb evaluates them, up to `memory_gb` (10^9 bytes); a
     call that would exceed this limit computes the requested exit only. `options` are passed to `encode_exits`.
@@ -286,7 +286,7 @@ def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTa
         for one in _tasks_named(task) if isinstance(task, str) else [task]:
             chosen.setdefault(one.metadata.name, one)
     if not chosen:
-        raise UserError("mteb.task.missing", "Name at least one task.")
+        raise UserError("mteb.task.missing", "Name at least one task or benchmark of mteb.")
     return list(chosen.values())
 
 

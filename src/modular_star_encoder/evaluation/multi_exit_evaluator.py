@@ -198,7 +198,7 @@ class MultiExitEvaluator(BaseEvaluator):
             file.seek(0)
             columns = list(line) if is_new else next(csv.reader(file), [])
             if set(columns) != set(line):
-                raise UserError("evaluator.csv.other_metrics", f"{path} has other metrics: give another `name`.")
+                raise UserError("evaluator.csv.other_metrics", f"{path} has other columns: give another `name`.")
             writer = csv.DictWriter(file, columns)
             if is_new:
                 writer.writeheader()

@@ -37,7 +37,7 @@ _TEX = str.maketrans(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The mean of a row minus the reference row's, as a fraction, and the p-value of a paired permutation test."""
+    """The mean of a row minus the mean of the reference row, and the p-value of a paired permutation test."""
 
     value: float
     p: float
@@ -169,7 +169,7 @@ def _row(
 
 
 def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
-    """The mean of the main metric over tasks; F1 has no values of queries, so a task with F1 must be alone."""
+    """The mean of the main metric over tasks; a task with F1, which has no value per query, must be the only one."""
     if len(results) == 1:
         return results[0].estimates[results[0].main]
     values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
@@ -298,7 +298,7 @@ def _own_exits(table: Table) -> dict[int, Row]:
 
 
 def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
-    """The table in a file of an older version, which holds the metrics of each exit and of BM25."""
+    """The table in a results file of an older version, which holds the metrics of each exit and of BM25."""
     exits = sorted((int(exit_layer), scores) for exit_layer, scores in content["exits"].items())
     scores_of = [*(("model", *one) for one in exits), *([("BM25", None, content["bm25"])] if "bm25" in content else [])]
     rows = []

@@ -39,7 +39,7 @@ class ExitVariant(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Scores (R, C) float32 of R queries from number `row` on and C documents from number `column` on."""
+    """Scores (R, C) float32 of R queries and C documents; `row` and `column` are the numbers of the first ones."""
 
     row: int
     column: int
@@ -56,7 +56,7 @@ class Scores(Protocol):
         ...
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Scores (P,) float32 of P pairs, given by row numbers (P,) of queries and of documents; equal to `blocks`."""
+        """The same scores (P,) float32 for P pairs, given by row numbers (P,) of queries and of documents."""
         ...
 
 
@@ -77,10 +77,7 @@ class Retriever(Protocol):
 
 
 class EmbeddingRetriever(Retriever):
-    """Ranks documents by the cosine similarity of embeddings. `cache` keeps the embeddings, by default in memory.
-
-    Each text is embedded once; one pass computes all missing exits.
-    """
+    """Ranks documents by the cosine similarity of embeddings, which `cache` keeps, by default in memory."""
 
     chunk = 4096  # texts per shard of the cache; an interruption loses at most one shard
 
@@ -127,7 +124,7 @@ class CosineScores:
         self.shape = (len(queries), len(documents))
 
     def blocks(self) -> Iterator[Block]:
-        """Yield all rows of one range of columns before the next range, so that each document is read once."""
+        """Yield all blocks of one range of columns before the next range, so that each document is read once."""
         height, width = self.shape
         size = self.documents[:1].shape[1]
         columns = width if width * size <= HELD else max(1, HELD // (4 * size))

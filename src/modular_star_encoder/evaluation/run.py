@@ -198,7 +198,7 @@ def evaluate_task(
 def _evaluate_pairs(
     task: PairTask, retriever: Retriever, variant: ExitVariant, seed: int
 ) -> tuple[dict[str, Estimate], list[int], list[str], int, float]:
-    """The fields of a `TaskResult` that follow its names."""
+    """The fields of a `TaskResult` after its names: estimates, outcomes, ids, candidates and threshold."""
     scores = retriever.scores(task.documents, task.documents, variant)
     valid, test = (scores.of_pairs(*pairs.T) for pairs in (task.valid_pairs, task.pairs))
     metrics.check_scores(test)
@@ -267,7 +267,7 @@ def _open_all(
 
 
 def _without_paths(command: str) -> str:
-    """The command, with local paths replaced by the variables MOSE_DATA and HOME."""
+    """The command, with `$MOSE_DATA` and `$HOME` in place of the local paths that these variables hold."""
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
             command = command.replace(place, f"${variable}")
@@ -276,16 +276,13 @@ def _without_paths(command: str) -> str:
 
 @torch.inference_mode()
 def classification_scores(
-    model: ModularStarEncoderForSequenceClassification,
-    batches: Iterable[Mapping[str, torch.Tensor]],
-    *,
-    progress: bool = True,
+    model: ModularStarEncoderForSequenceClassification, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
 ) -> dict[int, dict[str, float]]:
     """Accuracy of each exit, and precision, recall and F1 of class 1 (BigCloneBench's metric since 2021-09-13).
 
     Args:
         model: a classifier with two classes, in evaluation mode.
-        batches: mappings with `input_ids`, `attention_mask` and `labels`, as from `ClassificationCollator`.
+        batches: tensors `input_ids`, `attention_mask` and `labels`, as from `ClassificationCollator`.
 
     Returns {exit: {metric: a fraction between 0 and 1}}; precision, recall and F1 are 0 where undefined.
     """

@@ -75,7 +75,7 @@ class Judgements:
 
 
 class Pool(NamedTuple):
-    """Row numbers in a task of Q queries and of the D documents that are the candidates of each of them."""
+    """Row numbers of Q queries and of D documents in a task; these documents are the candidates of each query."""
 
     queries: np.ndarray
     documents: np.ndarray
@@ -242,7 +242,7 @@ def task_from_mappings(
         message = f"{len(unknown)} relevant documents are not in `corpus`, such as {unknown[0]!r}."
         raise UserError("evaluation.task.unknown_document", message)
     if not answered or len(places) < 2:
-        message = f"Ranking needs a judged query and two documents, but there are {len(answered)} and {len(places)}."
+        message = f"Ranking needs a query with judgements and two documents, not {len(answered)} and {len(places)}."
         raise UserError("evaluation.candidates.too_few", message)
     judged = [sorted(places[document] for document in relevant[name]) for name in answered]
     judgements = Judgements.of([dict.fromkeys(found, 1.0) for found in judged])

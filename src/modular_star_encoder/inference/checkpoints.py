@@ -79,7 +79,7 @@ def load_checkpoint(
 
 
 def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
-    """Load only the configuration of a checkpoint, which tells its exits and whether it uses instruction prompts."""
+    """Load only the configuration of a checkpoint, for example to read its exits or its prompts."""
     check_checkpoint(path)
     path = _expanded(path)
     with _clear_errors(path):
@@ -119,7 +119,7 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """The path of a file in a checkpoint; None if the file is missing, or offline if it is not in the Hub's cache."""
+    """The path of a file in a checkpoint; None if the checkpoint lacks it, or offline if the Hub's cache lacks it."""
     path = _expanded(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
@@ -235,7 +235,7 @@ def write_checkpoint(
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """The model class of this name in this package; the base class for a published one, as it renames tensors."""
+    """Our model class of this name; for a published checkpoint the base class, which renames tensors when it loads."""
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:

@@ -136,7 +136,7 @@ class ExitProfile:
 
 
 class _Budget(NamedTuple):
-    """A limit, and the known values of exits, which must be at most (`sign` 1) or at least (`sign` -1) the limit."""
+    """A limit and the known values of exits; a value is at most (`sign` 1) or at least (`sign` -1) the limit."""
 
     name: str
     limit: float
@@ -207,7 +207,7 @@ def select_exit(
 
 
 def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[int, int]) -> str:
-    """An error message with the best value for each budget among the exits within the other budgets, or all exits."""
+    """A message that names for each budget the best value among the exits within the other budgets, or all exits."""
     wanted = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
     possible = f"the best of each alone: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
     others = [(one, [other.exits() for other in budgets if other is not one]) for one in budgets]

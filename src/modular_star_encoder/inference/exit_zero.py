@@ -14,14 +14,8 @@ from typing import Any
 
 import numpy as np
 
-_NEEDED = {
-    "projection_head": "linear",
-    "projection_order": "pool_then_project",
-    "pooling": "mean",
-    "embedding_normalization": "l2",
-    "exit_norm": "none",
-    "token_weights": True,
-}
+_NEEDED: dict[str, Any] = {"projection_head": "linear", "projection_order": "pool_then_project", "pooling": "mean"}
+_NEEDED |= {"embedding_normalization": "l2", "exit_norm": "none", "token_weights": True}
 _TEXTS_PER_BATCH = 512
 
 

@@ -160,8 +160,9 @@ def check_onnx(
     names the output, the batch and the difference.
     """
     served, session = served_exit(model, exit_layer), open_session(path)
-    largest, batches = dict.fromkeys(OUTPUTS, 0.0), 0
-    for batch in _batches(model.config.vocab_size, min(256, model.config.max_position_embeddings)):
+    largest = dict.fromkeys(OUTPUTS, 0.0)
+    batches = list(_batches(model.config.vocab_size, min(256, model.config.max_position_embeddings)))
+    for batch in batches:
         with torch.inference_mode():
             expected = served(**batch)
         found = session.run(list(OUTPUTS), {name: tensor.numpy() for name, tensor in batch.items()})
@@ -176,8 +177,7 @@ def check_onnx(
                 size = f"{difference:.2g} (allowed: {tolerance:g}), for {real.shape[0]} texts of {real.shape[1]} tokens"
                 raise UserError("onnx.difference", f"{path}: {name} differs from the model by {size}.")
             largest[name] = max(largest[name], difference)
-        batches += 1
-    return OnnxDifferences(**largest, batches=batches)
+    return OnnxDifferences(**largest, batches=len(batches))
 
 
 def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -154,7 +154,7 @@ def profile_to_file(
     out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[ExitProfile, Path]:
-    """Measure a checkpoint, write its profile to `out` (`exit_profile.json` in its folder if None), and return both.
+    """Measure a checkpoint and write the profile to `out`, or to its folder if None; returns the profile and its path.
 
     It replaces an older profile, but keeps the quality values of the measured exits if the weights are the same.
     UserError if the older profile has exits that `exit_layers` leaves out, or if a Hub repository comes without `out`.

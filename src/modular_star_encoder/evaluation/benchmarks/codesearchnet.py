@@ -158,17 +158,15 @@ def strip_docstring(code: str) -> str:
     return "".join(pieces)
 
 
-def write_candidates(task: RetrievalTask, folder: Path) -> Path:
-    """Write the query ids of each pool to `folder/{language}.json`, and return the path."""
+def write_candidates(task: RetrievalTask, folder: Path) -> None:
+    """Write the query ids of each pool to `folder/{language}.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{task.name}.json"
     pools = [[task.query_ids[row] for row in pool.queries] for pool in task.pools]
-    write_json(path, {"benchmark": task.benchmark, "task": task.name, "pools": pools})
-    return path
+    write_json(folder / f"{task.name}.json", {"benchmark": task.benchmark, "task": task.name, "pools": pools})
 
 
 def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
-    """Read the pools that `write_candidates` wrote, as row numbers in `urls`."""
+    """Read the lists that `write_candidates` wrote, as pools of row numbers in `urls`."""
     (data,) = check_rows(path, [read_json(path)], {"pools": list})
     places = {url: place for place, url in enumerate(urls)}
     pools = []
@@ -183,7 +181,7 @@ def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
 
 
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load CodeXGLUE's filtered version, one task per language folder; all code of the language is a candidate."""
+    """Load CodeXGLUE's filtered version, one task per language folder; candidates are all functions of the language."""
     tasks = []
     for language in _languages(folder, ["{0}/test.jsonl*"]):
         test, codebase = (require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))
@@ -205,7 +203,7 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
 
 
 def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load the human judgements, one task per language whose functions exist.
+    """Load the human judgements, one task for each language whose functions are in the folder.
 
     The folder holds `annotationStore.csv` (also under `resources/`) and a folder of JSON lines for each language.
     """
@@ -268,7 +266,7 @@ def _read_code(paths: list[Path]) -> dict[str, str]:
 
 
 def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load MTEB's 1000 × 1000, one task per language whose folders exist."""
+    """Load MTEB's sample of 1000 queries and 1000 documents, one task for each language in the folder."""
     tasks = []
     for language in _languages(folder, _mteb_patterns("{0}", "corpus")):
         documents, document_ids, notes = _read_mteb(folder, language, "corpus", "documents", allow_subset)

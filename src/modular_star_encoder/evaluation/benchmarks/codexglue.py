@@ -177,7 +177,7 @@ def _read_bigclonebench(
 
 
 def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False) -> list[RetrievalTask]:
-    """Load text → code tasks, one per language, or with `from_code` code → code tasks, one per ordered language pair.
+    """Load a text → code task for each language, or with `from_code` a code → code task for each two languages.
 
     Candidates are the exercises that have both texts; tables average over the languages of queries.
     `masked` replaces names in code (see `mask_names`).

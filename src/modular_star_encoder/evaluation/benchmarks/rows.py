@@ -17,7 +17,7 @@ _NAMES = {str: "a string", list: "a list", int: "a whole number", dict: "an obje
 
 
 def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoReturn:
-    """Raise UserError that names the file, the line or row (from 1), the expected and the found content."""
+    """Raise UserError that names the file, the line or row (from 1), and the expected and found content."""
     place = f"{path}, line {line}" if line is not None else f"{path}"
     message = f"{place}: expected {expected}{f', found {found}' if found else ''}."
     raise UserError("benchmark.file.unexpected", message)
@@ -99,7 +99,7 @@ def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
 
 
 def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> list[str]:
-    """For each row of `path`, join the tokens in a field with spaces: the first of `names` that the row has."""
+    """Join the tokens of each row of `path` with spaces; they are in the first field of `names` that the row has."""
     texts = []
     for number, row in enumerate(rows, start=1):
         name = next((name for name in names if name in row), None)
