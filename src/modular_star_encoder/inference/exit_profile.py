@@ -253,7 +253,7 @@ def load_at_budget(
     model_kwargs: Mapping[str, Any] | None = None,
     **budget: Any,
 ) -> ModularStarEncoderForRetrieval:
-    """Load the model at the exit that `select_exit` chooses, in evaluation mode.
+    """Load the model in evaluation mode, at the exit that `select_exit` chooses.
 
     Only the layers up to this exit are loaded, in the profile's dtype; `model.config.num_hidden_layers` is the exit. As
     with `AutoModel`, the model is on the CPU unless `model_kwargs` has a `device_map`.
