@@ -159,18 +159,20 @@ def _clear_errors(path: str) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, StrictDataclassError, RuntimeError, OSError) as error:
-        raise _clear_error(error, path) from error
+        if (clear := _clear_error(error, path)) is None:
+            raise
+        raise clear from error
 
 
-def _clear_error(error: Exception, path: str) -> Exception:
-    """The error to raise instead of this one; errors that are clear, or not about the checkpoint, stay as they are."""
+def _clear_error(error: Exception, path: str) -> Exception | None:
+    """The error to raise instead of this one; None if this one is clear, or not about the checkpoint."""
     if isinstance(error, SafetensorError | StrictDataclassError):
         return UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}")
     if isinstance(error, RuntimeError) and "mismatch" in str(error):
         return UserError("checkpoint.shapes", f"{path} cannot be loaded: its weights do not fit its configuration.")
     if isinstance(error, OSError) and not os.path.isdir(path):
         return OSError(f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}")
-    return error
+    return None
 
 
 def _one_line(error: Exception) -> str:
