@@ -248,8 +248,9 @@ def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.
 
 def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
     """Remove all other exits and their projection heads from a model; keep all layers."""
-    for other in set(model.config.exit_layers) - {exit_layer} if hasattr(model, "projection_heads") else ():
-        del model.projection_heads[str(other)]
+    heads = getattr(model, "projection_heads", {})
+    for other in set(heads) - {str(exit_layer)}:
+        del heads[other]
     model.config.exit_layers = [exit_layer]
 
 

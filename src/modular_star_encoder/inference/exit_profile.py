@@ -105,10 +105,8 @@ class ExitProfile:
         return tuple(sorted({name for profiled in self.exits.values() for name in profiled.quality}))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file; exits are strings, because keys of JSON objects are strings."""
-        content = dataclasses.asdict(self)
-        exits = {str(exit_layer): profiled for exit_layer, profiled in content.pop("exits").items()}
-        return {"format": 1, **content, "exits": exits}
+        """The content of the file."""
+        return {"format": 1, **dataclasses.asdict(self)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile to a file, atomically."""
@@ -126,13 +124,12 @@ class ExitProfile:
             for exit_layer, values in sorted(content.pop("exits").items(), key=lambda item: int(item[0])):
                 measurements = tuple(Measurement(**measured) for measured in values.pop("measurements"))
                 exits[int(exit_layer)] = ProfiledExit(measurements=measurements, **values)
-            profile = cls(exits=exits, **content)
             shapes = {one.shapes for one in exits.values()}
             if version != 1 or len(shapes) != 1 or shapes == {()}:
                 raise ValueError("its format is not 1, it has no exits, or their batch shapes differ")
+            return cls(exits=exits, **content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError("profile.file.unreadable", f"{path} is not an exit profile: {error}.") from error
-        return profile
 
 
 class _Budget(NamedTuple):
@@ -237,8 +234,8 @@ def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[
         how = f"name one of {_listed(known)}" if known else "the profile has none; `mose profile --quality` adds one"
         raise UserError("budget.benchmark.missing", f"min_quality needs a benchmark: {how}.")
     if benchmark is not None and benchmark not in known:
-        available = _listed(known) or "none"
-        raise UserError("budget.benchmark.unknown", f"The profile lacks {benchmark}. Available: {available}.")
+        message = f"The profile lacks {benchmark}. Available: {_listed(known) or 'none'}."
+        raise UserError("budget.benchmark.unknown", message)
     return {k: one.quality[benchmark] for k, one in profile.exits.items() if benchmark and benchmark in one.quality}
 
 
