@@ -75,7 +75,7 @@ class SharedExits:
         **options: Any,
     ) -> None:
         self.model, self.limit = model, memory_gb * 1e9
-        self._encode = partial(encode_exits, model, tokenizer, **options)
+        self._encode: Any = partial(encode_exits, model, tokenizer, **options)
         self.exit_layers = model.config.resolve_exits(exit_layers=exit_layers)
         self._kept: dict[tuple[bytes, int], np.ndarray] = {}
 

@@ -294,7 +294,7 @@ def write_sentence_transformer_files(
     mode = {"mean": "mean_tokens", "lasttoken": "lasttoken"}[pooling or config.pooling]
     # All are written, because text-embeddings-inference requires the first two (router/src/lib.rs).
     modes = {f"pooling_mode_{name}": name == mode for name in ("cls_token", "mean_tokens", "lasttoken")}
-    contents = (
+    contents: tuple[Any, ...] = (
         list(modules),
         {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},
         {"prompts": dict(prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"},

@@ -34,7 +34,7 @@ _DRAWN: dict[str, Any] = {"hub": "code-search-net/code_search_net", "with_candid
 _load_drawn, _load_translation = codesearchnet.load_with_candidates, codexglue.load_translation
 _load_leaky, _load_masked = partial(_load_drawn, leaky=True), partial(_load_translation, masked=True)
 _LEAKY = "CodeSearchNet, 999 distractors, docstrings in Python code"
-_MTEB = {"title": "CodeSearchNet, MTEB's 1000 × 1000", "hub": "mteb/CodeSearchNetRetrieval"}
+_MTEB: dict[str, Any] = {"title": "CodeSearchNet, MTEB's 1000 × 1000", "hub": "mteb/CodeSearchNetRetrieval"}
 _FULL, _HUMAN = "CodeSearchNet, filtered, full pool", "CodeSearchNet, human judgements"
 _MASKED = "Code translation as retrieval, names masked"
 
