@@ -76,8 +76,7 @@ class Table:
     @property
     def title(self) -> str:
         """The heading of the table."""
-        known = BENCHMARKS.get(self.benchmark)
-        return self.benchmark if known is None else known.title
+        return BENCHMARKS[self.benchmark].title if self.benchmark in BENCHMARKS else self.benchmark
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,9 +225,8 @@ def _cells(table: Table) -> list[list[str]]:
     cells = [["", *columns, *mean, "95 % interval", *others, f"Δ {metric_label(table.metric)}", "p"]]
     for row in table.rows:
         means = [percent(row.mean.value)] if mean else []
-        changed = ["", ""]
-        if row.difference is not None:
-            changed = [f"{100 * row.difference.value:+.1f}", f"{row.difference.p:.4f}"]
+        one = row.difference
+        changed = ["", ""] if one is None else [f"{100 * one.value:+.1f}", f"{one.p:.4f}"]
         values = [percent(estimate.value) for estimate in row.columns.values()]
         cells.append([row.label, *values, *means, interval(row.mean), *map(percent, row.others.values()), *changed])
     return cells
