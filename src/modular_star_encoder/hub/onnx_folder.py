@@ -243,9 +243,6 @@ def compare_rankings(
     progress: bool = True,
 ) -> dict[str, list[RankingComparison]]:
     """Rank with one exit of a model and with its ONNX files; returns {name of a file: one comparison per task}."""
-    if len(reference.exit_layers) != 1:
-        message = f"An ONNX file has one exit, so the encoder must have one, not {list(reference.exit_layers)}."
-        raise UserError("hub.onnx.exits", message)
     model = EmbeddingRetriever(reference)
     expected = evaluate_tasks(tasks, [model], seed=seed, progress=progress)
     comparisons = {}
