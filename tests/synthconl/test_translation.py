@@ -163,18 +163,11 @@ def test_a_line_that_was_cut_short_is_asked_again_and_no_other(folders, interrup
     assert_complete(folders[1])
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "values"),
-    [
-        ('{"id": "id', '{"di": "id', ["line 1"]),
-        ('{"id": "id', 'x{"id": "id', ["line 1"]),
-        ('{"id": "id', '{"id": "another', ["another", "rows-00000.parquet"]),
-    ],
-)
-def test_a_changed_journal_is_refused(folders, interrupted, before, after, values):
+@pytest.mark.parametrize("beginning", ['{"di": "id', 'x{"id": "id', '{"id": "another'])
+def test_a_changed_journal_is_refused(folders, interrupted, beginning):
     server, journal = interrupted
-    journal.write_text(journal.read_text().replace(before, after, 1))
-    with raises("synthconl.journal", *values):
+    journal.write_text(journal.read_text().replace('{"id": "id', beginning, 1))
+    with raises("synthconl.journal", "Line 1", journal):
         run(folders, server)
 
 

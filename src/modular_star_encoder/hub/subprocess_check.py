@@ -44,12 +44,10 @@ class ReloadedEmbeddings:
     masked_lm: np.ndarray | None = None  # for a pre-trained model, logits (N, V) of the last token of each text
 
 
-def verify_reload(
-    requests: Sequence[ReloadRequest], *, progress: bool = True, environment: Mapping[str, str] | None = None
-) -> list[ReloadedEmbeddings]:
-    """Embed texts with several checkpoints in one new process, which runs the model code in the checkpoints.
+def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -> list[ReloadedEmbeddings]:
+    """Embed texts with several checkpoints in one new offline process, which runs the model code in the checkpoints.
 
-    `progress` shows a clock. `environment` sets environment variables of the process; if None, it runs offline.
+    `progress` shows a clock. A checkpoint that cannot be loaded is a UserError, `hub.reload.failed`.
     """
     import torch
 
@@ -59,10 +57,10 @@ def verify_reload(
         request_file, result = Path(folder, "requests.json"), Path(folder, "result.npz")
         request_file.write_text(json.dumps(list(map(asdict, requests))), encoding="utf-8")
         # The same number of threads as here, because it affects the last bits of sums.
-        own = {"HF_MODULES_CACHE": str(Path(folder, "modules")), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        own = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(  # noqa: S603 - our own script, arguments passed as a list
             [sys.executable, "-P", __file__, str(request_file), str(result)],
-            env={**os.environ, **own, **({"HF_HUB_OFFLINE": "1"} if environment is None else environment)},
+            env={**os.environ, **own, "HF_MODULES_CACHE": str(Path(folder, "modules"))},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -21,10 +21,9 @@ from modular_star_encoder.synthconl.minhash import (
 )
 from modular_star_encoder.utils.errors import UserError
 
-MAX_ROWS = 1 << 32
 KEPT, EQUAL, NEAR = "kept", "equal to another row", "near another row"
 _KEPT, _EQUAL, _NEAR, _FIRST_SET = range(4)
-_SHIFT, _LOW = np.uint64(32), np.uint64(MAX_ROWS - 1)
+_SHIFT, _LOW = np.uint64(32), np.uint64(2**32 - 1)
 _BANDS_AT_A_TIME = 8  # one cache line of keys
 _PAIRS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 8192, 1 << 23  # of eight bytes each, once hashed
 
@@ -175,9 +174,6 @@ class Column:
         self.digests = np.concatenate([one.digests for one in prints])[rows]
         self.lengths = np.concatenate([one.lengths for one in prints])[rows]
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def texts(self, numbers: np.ndarray) -> list[str]:
         rows = self._rows[numbers]
         parts = np.searchsorted(self._starts, rows, side="right") - 1
@@ -276,11 +272,6 @@ class Search:
     columns: Sequence[Column]
     others: Column
     settings: DuplicateSettings
-
-    def __post_init__(self) -> None:
-        if max(map(len, (*self.columns, self.others))) > MAX_ROWS:
-            message = f"There are more than {MAX_ROWS:,} rows; divide them into several searches."
-            raise UserError("synthconl.near_duplicates.rows", message)
 
     def candidates(self) -> tuple[dict[str, list[np.ndarray]], dict[str, int]]:
         """The pairs of each task "within" and "between", uint64, and counts for the report (see `NearDuplicates`)."""

@@ -118,10 +118,13 @@ def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: st
                 raise UserError("synthconl.shards.column_type", message)
 
 
-def read_texts(shard: Shard, columns: Sequence[str]) -> Iterator[list[list[str | None]]]:
-    """Yield, for some rows at a time, the texts of each column."""
+def read_texts(
+    shard: Shard, columns: Sequence[str], advance: Callable[[int], object]
+) -> Iterator[list[list[str | None]]]:
+    """Yield, for some rows at a time, the texts of each column; then call `advance` with the number of these rows."""
     for batch in _opened(shard.path).iter_batches(_ROWS_AT_A_TIME, columns=list(columns)):
         yield [batch.column(name).to_pylist() for name in columns]
+        advance(len(batch))
 
 
 def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:

@@ -121,14 +121,9 @@ class TranslationSettings:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the translations, up to rounding: no prices and no `run_options` of the back end."""
         run_options = BACKENDS[self.backend].run_options
-        return {
-            "backend": self.backend,
-            "model": self.model,
-            "max_tokens": self.max_tokens,
-            "prompt": self.prompt,
-            "targets": sorted(self.targets),
-            "options": {name: value for name, value in self.options.items() if name not in run_options},
-        }
+        own = {name: getattr(self, name) for name in ("backend", "model", "max_tokens", "prompt")}
+        options = {name: value for name, value in self.options.items() if name not in run_options}
+        return {**own, "targets": sorted(self.targets), "options": options}
 
     def open(self) -> CompletionBackend:
         """See `open_backend`."""
@@ -292,10 +287,7 @@ class _CompletionFile:
 
     def __init__(self, target: Path, ids: Sequence[str]) -> None:
         self._target, self._ids, self._path = target, ids, _journal_path(target)
-        self._answered = _read_journal(self._path)
-        if strangers := self._answered.keys() - set(ids):
-            place = f"{self._path} has an answer to {min(strangers)}, which is not a row of {target.name}"
-            raise UserError("synthconl.journal", f"{place}; name another folder.")
+        self._answered = _read_journal(self._path, set(ids))
         self.missing = set(ids) - self._answered.keys()
         self.journal, self._synced = self._path.open("ab"), time.monotonic()
         self._finish()
@@ -325,8 +317,8 @@ def _journal_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.journal")
 
 
-def _read_journal(path: Path) -> dict[str, Completion]:
-    """The completions of a journal by id; cuts off an incomplete last line."""
+def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
+    """The completions of a journal by id, which must be one of `ids`; cuts off an incomplete last line."""
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
@@ -335,8 +327,11 @@ def _read_journal(path: Path) -> dict[str, Completion]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             completion = Completion(**json.loads(line))
+            known = completion.id in ids
         except (ValueError, TypeError):
-            message = f"{path} is damaged in line {number}; delete that line to request its row again."
-            raise UserError("synthconl.journal", message) from None
+            known = False
+        if not known:
+            message = f"Line {number} of {path} is damaged or answers another row; delete it to request its row again."
+            raise UserError("synthconl.journal", message)
         answered[completion.id] = completion
     return answered
