@@ -182,6 +182,13 @@ class _LocalBackend(CompletionBackend):
         self._name, self._max_tokens, self._batch_size = model, max_tokens, batch_size
         self.in_flight = batch_size * batches_together
 
+    def _room(self, positions: int) -> int:
+        """The longest prompt of a model with so many positions, in tokens."""
+        if positions <= self._max_tokens:
+            message = f"max_tokens {self._max_tokens} must be less than the {positions} positions of {self._name!r}."
+            raise UserError("synthconl.backend.max_tokens", message)
+        return positions - self._max_tokens
+
     @abstractmethod
     def _generate(self, batch: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]: ...
 
@@ -263,14 +270,7 @@ class TransformersBackend(_LocalBackend):
         from transformers import AutoTokenizer
 
         with self._loading():
-            options = {"revision": self._options["revision"], "padding_side": "left"}
-            tokenizer = AutoTokenizer.from_pretrained(self._name, **options)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if tokenizer.pad_token_id is None:
-            message = f"The tokenizer of {self._name!r} has neither a padding nor an end token."
-            raise BackendError("synthconl.backend.tokenizer", message)
-        return tokenizer
+            return AutoTokenizer.from_pretrained(self._name, revision=self._options["revision"])
 
     @cached_property
     def _model(self) -> "PreTrainedModel":
@@ -281,33 +281,29 @@ class TransformersBackend(_LocalBackend):
             options = {name: value for name, value in self._options.items() if value is not None}
             model: Any = AutoModelForCausalLM.from_pretrained(self._name, **options)
         model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        ends = model.generation_config.eos_token_id
+        ends, tokenizer = model.generation_config.eos_token_id, self._tokenizer
         # Replace the model's own settings: their penalties and temperatures are not greedy.
         model.generation_config = GenerationConfig(
             do_sample=False,
             num_beams=1,
             max_new_tokens=self._max_tokens,
-            eos_token_id=self._tokenizer.eos_token_id if ends is None else ends,
-            pad_token_id=self._tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+            pad_token_id=tokenizer.pad_token_id or 0,  # attention leaves padding out, so any token will do
         )
         return model
 
     @cached_property
     def _longest_prompt(self) -> int:  # type: ignore[override]
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-        if positions <= self._max_tokens:
-            message = f"{self._name!r} has {positions} positions: max_tokens must be fewer, not {self._max_tokens}."
-            raise BackendError("synthconl.backend.max_tokens", message)
-        return positions - self._max_tokens
+        return self._room(getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
     def _generate(self, batch: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]:
         import torch
 
         from modular_star_encoder.data.collators import pad_inputs
 
-        ends = self._model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        inputs = pad_inputs([torch.tensor(ids) for _, ids in batch], self._tokenizer.pad_token_id, "left")
+        settings = self._model.generation_config
+        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        inputs = pad_inputs([torch.tensor(ids) for _, ids in batch], settings.pad_token_id, "left")
         width = inputs["input_ids"].shape[1]
         with torch.inference_mode():
             generate: Any = self._model.generate
@@ -345,11 +341,8 @@ class VLLMBackend(_LocalBackend):
         gpu_memory_utilization: float = 0.9,
         engine: Mapping[str, Any] | None = None,
     ) -> None:
-        if max_model_len <= max_tokens:
-            message = f"max_model_len {max_model_len} must be more than max_tokens, which is {max_tokens}."
-            raise UserError("synthconl.backend.max_tokens", message)
         super().__init__(model, max_tokens, batch_size, batches_together=1)
-        self._longest_prompt = max_model_len - max_tokens
+        self._longest_prompt = self._room(max_model_len)
         self._options = {
             "seed": 0,
             "enable_prefix_caching": True,  # every prompt begins with the instruction

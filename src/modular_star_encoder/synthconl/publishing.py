@@ -102,13 +102,13 @@ def size_category(rows: int) -> str:
 
 
 def _card_metadata(card: Mapping[str, Any], rows: int, splits: Iterable[str]) -> DatasetCardData:
-    named = {"license_name": card["license_name"], "license_link": card["license_link"]}
+    names = ("license_name", "license_link") if card["license"] == "other" else ()
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     return DatasetCardData(
         pretty_name=card["name"],
         language=["code", "en"],
         license=card["license"],
-        **({name: value for name, value in named.items() if value} if card["license"] == "other" else {}),
+        **{name: card[name] for name in names if card[name]},
         task_categories=["text-retrieval", "sentence-similarity", "feature-extraction"],
         size_categories=[size_category(rows)],
         language_creators=["found", "machine-generated"],
