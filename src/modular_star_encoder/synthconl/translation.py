@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from string import Formatter
@@ -79,11 +79,8 @@ def check_prompt(prompt: str) -> str:
     except ValueError as error:
         fields = {str(error)}
     if fields != {"source_language", "target_language", "code"}:
-        message = (
-            "The fields of prompt must be {source_language}, {target_language} and {code}; write other braces twice. "
-            f"Found: {', '.join(sorted(fields))}."
-        )
-        raise UserError("synthconl.prompt", message)
+        wanted = "{source_language}, {target_language} and {code}, and other braces twice"
+        raise UserError("synthconl.prompt", f"prompt must have {wanted}. Found: {', '.join(sorted(fields))}.")
     return prompt
 
 
@@ -102,7 +99,7 @@ class TranslationSettings:
     Args:
         backend: `vllm`, `openai` (any endpoint of that protocol) or `transformers`.
         model: name of the model in the back end.
-        max_tokens: largest number of tokens of an answer; longer ones are cut, and then rejected.
+        max_tokens: largest number of tokens of an answer; longer answers are cut and rejected.
         prompt: template with the fields {source_language}, {target_language} and {code}.
         targets: languages to translate to; each row is translated to one other than its own.
         options: further arguments of the back end; see `VLLMBackend`, `OpenAIBackend` and `TransformersBackend`.
@@ -146,9 +143,8 @@ def translate(
 
     Args:
         functions: Folder of row files with the columns `id`, `language1_CSN` and `func1_CSN`.
-        out: Folder, which exists, that gets one file of completions for each file of functions.
-        settings: How to translate. The caller checks that an earlier call had the same settings.
-        seed: Decides the target languages.
+        out: Existing folder; it gets one file of completions for each file of functions.
+        settings, seed: The same as in earlier calls, which the caller checks; the seed decides the target languages.
 
     Returns:
         The report of all calls together: `completions`, `errors`, `prompt_tokens`, `completion_tokens`, `cost`,
@@ -161,12 +157,13 @@ def translate(
     functions, out, backend = Path(functions), Path(out), settings.open()
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
+    session = _Session(out / SESSIONS, backend)
     with (
-        _Session(out / SESSIONS, backend) as session,
         ExitStack() as journals,
         tqdm(desc="Translating", total=count_rows(functions), unit=" functions", disable=not progress) as bar,
         closing(backend.complete(_requests(functions, out, files, journals, settings, seed, bar))) as completions,
     ):
+        journals.callback(session.write)
         for trusted in _trusted(completions, begun):
             for completion in trusted:
                 files.pop(completion.id).add(completion)
@@ -231,17 +228,13 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
         yield doubtful
 
 
-class _Session(AbstractContextManager["_Session"]):
+class _Session:
     """The counts of one call, written to a list of all calls; the counts of a killed call lag by at most 30 seconds."""
 
     def __init__(self, path: Path, backend: CompletionBackend) -> None:
         self._path, self._backend, self._earlier = path, backend, _read_sessions(path)
         self.counts: Counter[str] = Counter()
         self._start, self._next_note = time.monotonic(), 0.0
-
-    def __exit__(self, *_: object) -> None:
-        if self.counts:
-            self._write()
 
     def seconds(self) -> float:
         return time.monotonic() - self._start
@@ -251,12 +244,13 @@ class _Session(AbstractContextManager["_Session"]):
             self.counts[name] += sum(getattr(one, name) for one in completions)
         self.counts["completions"] += len(completions)
         if self.seconds() > self._next_note:
-            self._write()
+            self.write()
 
-    def _write(self) -> None:
-        own = {**self.counts, "seconds": self.seconds(), "backend": self._backend.describe()}
-        write_json(self._path, [*self._earlier, own], resumable=True)
-        self._next_note = self.seconds() + _SECONDS_BETWEEN_NOTES
+    def write(self) -> None:
+        if self.counts:
+            own = {**self.counts, "seconds": self.seconds(), "backend": self._backend.describe()}
+            write_json(self._path, [*self._earlier, own], resumable=True)
+            self._next_note = self.seconds() + _SECONDS_BETWEEN_NOTES
 
 
 def _read_sessions(path: Path) -> list[dict[str, Any]]:
