@@ -169,11 +169,8 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
         `README.md`.
 
     Raises:
-        UserError: `synthconl.build.*`: `out` contains something else, was begun with other settings, or another process
-            works there; no row passes a stage, or all rows are from one repository; or a corpus, a benchmark or a back
-            end can't be used.
+        UserError: `synthconl.build.*`: `out` or the rows of a stage can't be used; or a corpus or benchmark can't.
         BackendError: The back end can't continue. Its earlier answers are kept.
-        ImportError: A required package isn't installed.
     """
     build = Build(recipe, Path(out).absolute(), progress)
     _check_settings(build, _read_log(build.out))
@@ -220,7 +217,6 @@ def functions(build: Build, out: Path) -> None:
         processes=recipe.processes,
         progress=build.progress,
     )
-
     with staged_folder(out) as staging:
         if not write_rows(staging, rows, FUNCTION_SCHEMA):
             message = f"The corpus has no documented function to translate ({_listed(counts)})."
@@ -359,7 +355,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _check_inputs(build: Build) -> None:
-    """Open what the remaining stages need, so that a mistake shows now and not after hours of translation."""
+    """Open what the remaining stages need, so that a mistake is reported now and not after hours of translation."""
     recipe = build.recipe
     minhash_class()
     if not build.is_done("translations"):

@@ -96,23 +96,21 @@ def prepare_job(
     """Prepare a job that copies parquet files without near-duplicate rows to files of the same names.
 
     This checks everything and writes the description of the job, or finds the state of the same earlier job; `run` does
-    the work. `out` also gets `report.json` (the report, and what it was made from) and `dropped.jsonl`, a line for each
+    the work. `out` also gets `report.json` (the report and the description) and `dropped.jsonl`, with a line for each
     dropped row: `id`, `reason`, `cluster` (the smallest id in it), `nearest` (the id of the most similar row, or the
     0-based number of the near text in another set) and `similarity`.
 
     Args:
-        source: A folder of parquet files.
-        out: The folder to write to: one that doesn't exist, is empty, or was begun by the same job.
+        source, out: A folder of parquet files; a folder that doesn't exist, is empty, or was begun by the same job.
         columns: The columns of text to compare; `settings.match` says whether one or all of them must be near.
-        id_column: A column of unique texts or integers; among near-duplicates, the row of smallest id stays. Without
-            this column, the first row stays, in the order of the file names.
-        against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
-            dropped too.
+        id_column: A column of unique texts or integers; of near-duplicates, the row with the smallest id is kept.
+            Without this column, the first row is kept, in the order of the file names.
+        against: See `find_near_duplicates`.
     """
     if isinstance(columns, str) or not columns or len(set(columns)) < len(columns):
         message = f"columns must be a list of one or more names, each once, not {columns!r}."
         raise UserError("synthconl.near_duplicates.columns", message)
-    minhash_class()
+    minhash_class()  # an error now if rensa is missing
     source, out = Path(source).absolute(), Path(out).absolute()
     shards = find_shards(source)
     check_columns(shards, columns, id_column)
@@ -186,8 +184,7 @@ class DuplicateJob:
     def run(self, progress: bool = True) -> DuplicateReport:
         """Run all remaining tasks in this process; no other process may work on the job.
 
-        Rows are read a thousand at a time, and a few hundred bytes of each stay in memory; the texts are copied to the
-        disk until the job is finished.
+        Memory holds a few hundred bytes of each row; a copy of the texts is on the disk until the job is finished.
         """
         if self.finished:
             return self.finish()
@@ -302,8 +299,7 @@ class DuplicateJob:
                 rows = self._dropped_rows(tuple(report.counts))
                 output.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
             content = {**asdict(report), "job": _read_json(self.work / "job.json")}
-            with staged_file(self.out / REPORT, resumable=True) as temporary:
-                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+            write_json(self.out / REPORT, content, resumable=True)
         shutil.rmtree(self.work, ignore_errors=True)
         return DuplicateReport.read(self.out / REPORT)
 

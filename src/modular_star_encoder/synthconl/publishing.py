@@ -128,11 +128,8 @@ def dataset_card(
 ) -> str:
     """The card: YAML metadata and Markdown.
 
-    Args:
-        settings: By stage, the settings that decided its result: `DatasetRecipe.stage_settings()`.
-        reports: By stage, its counts.
-        splits: By split, its number of `rows` and `repositories`.
-        statistics, licenses, versions: Counts of all splits, of rows by licence, and the software that built it.
+    `settings` (see `DatasetRecipe.stage_settings`) and `reports` are by stage, the counts `rows` and `repositories` by
+    split; the other arguments describe all splits together.
     """
     rows = sum(split["rows"] for split in splits.values())
     card, translations = settings["dataset"]["card"], settings["translations"]
@@ -203,12 +200,11 @@ def push_dataset(
 ) -> Upload:
     """Upload a dataset with its card, or report what would be uploaded.
 
-    The access token comes from `hf auth login` or `HF_TOKEN`.
-
     Args:
         folder: The folder that `build_dataset` returned, or its `out`.
         repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
-        upload, private: Whether to upload (otherwise nothing is sent), and whether a new repository is private.
+        upload: Whether to upload, with the token of `hf auth login` or `HF_TOKEN`; if False, nothing is sent.
+        private: Whether a new repository is private.
     """
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
