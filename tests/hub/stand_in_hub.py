@@ -60,24 +60,17 @@ class Refusal(Exception):
         self.status, self.code = status, code
 
 
-class StandInHub:
+class StandInHub(LoopbackServer):
     """Serves while it is used as a context manager."""
 
     def __init__(self) -> None:
+        super().__init__(_Handler, self)
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # what was uploaded by LFS, by SHA-256, whether committed or not
         self.requests: list[tuple[str, str]] = []  # method and path
         self.fault: Fault | None = None  # sees method and path; may give a status, DROP or DROP_REPLY
         self.lock = threading.RLock()
-        self._server = LoopbackServer(_Handler, self)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> "StandInHub":
-        self._server.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.__exit__()
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
 
     def environment(self, home: Any) -> dict[str, str]:
         """The environment of a process that knows no other Hub."""

@@ -48,14 +48,6 @@ def test_the_default_is_25_bands_of_10_and_high_recall_more_bands():
     assert rows[0] < rows[-1]
 
 
-def test_similarity_is_that_of_the_sets_of_strings():
-    rng = random.Random(1)
-    for number in range(60):
-        first = code(rng, rng.randint(1, 30))
-        second = mutated(first, rng.uniform(0.1, 1), rng) if number % 3 else code(rng)
-        assert similarity(first, second) == true_jaccard(first, second)
-
-
 @pytest.mark.parametrize(
     ("first", "second"),
     [
