@@ -190,11 +190,3 @@ def test_nothing_is_sent_if_one_repository_does_not_pass(hub, api, plan, monkeyp
         publish(plan, upload=True, api=api, progress=False, staging=tmp_path / "staged")
     assert hub.requests == []
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_card_whose_metadata_the_hub_refuses_is_not_committed(hub, api, staged, tmp_path):
-    folder = shutil.copytree(staged[0].folder, tmp_path / "tiny")
-    (folder / "README.md").write_text("---\nlicense: [\n---\n")
-    with pytest.raises(ValueError, match="Invalid metadata"):
-        push(replace(staged[0], folder=folder), api, upload=True)
-    assert hub.files("me/tiny") == {}

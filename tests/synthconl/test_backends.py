@@ -225,20 +225,6 @@ def test_what_is_under_way_when_a_request_fails_is_still_received():
     assert len(server.bodies) == 4
 
 
-def test_leaving_early_does_not_wait_for_what_is_under_way():
-    def slowly(prompt):
-        if prompt != "0":
-            time.sleep(3)
-        return echo(prompt)
-
-    with OpenAIServer(slowly) as server:
-        start = time.monotonic()
-        completions = OpenAIBackend("model", 5, base_url=server.base_url, concurrency=4).complete(requests(50))
-        assert next(completions).id == "row 0"
-        completions.close()
-        assert time.monotonic() - start < 2
-
-
 @pytest.mark.parametrize("content", [b"<html>Welcome</html>", {"object": "list"}, {"choices": []}, [1]])
 def test_another_protocol_is_one_sentence(content):
     fault = first_times(9, 200, content)

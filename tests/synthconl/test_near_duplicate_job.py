@@ -220,7 +220,7 @@ def test_ids_may_be_of_any_integer_or_text_type(tmp_path, kinds):
     assert [str(row["id"]) for row in written_order(tmp_path / "out")] == ["2147483645"]
 
 
-def test_folders_that_cannot_be_used_are_reported(source, finished, tmp_path):
+def test_folders_that_cannot_be_used_are_reported(source, rows, finished, tmp_path):
     with raises("synthconl.shards.missing", tmp_path):
         drop(tmp_path, tmp_path / "out")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1, but no more")
@@ -235,14 +235,8 @@ def test_folders_that_cannot_be_used_are_reported(source, finished, tmp_path):
     ):
         with raises("synthconl.near_duplicates.other_job", finished[1], changed):
             drop(source, finished[1], **options)
-
-
-def test_a_job_goes_on_only_with_the_files_it_began_with(rows, tmp_path):
-    source = write_shards(tmp_path / "in", rows)
-    prepare_job(source, tmp_path / "out", columns=["code"])
-    write_shards(tmp_path / "in", list(reversed(rows)))
-    with raises("synthconl.near_duplicates.other_job", "files"):
-        prepare_job(source, tmp_path / "out", columns=["code"])
+    with raises("synthconl.near_duplicates.other_job", finished[1], "files"):
+        drop(write_shards(tmp_path / "in", rows[::-1]), finished[1])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

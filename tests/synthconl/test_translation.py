@@ -192,23 +192,13 @@ def test_prompts_that_are_too_long_do_not_excuse_errors(folders):
         return Completion("", "", reason, error="No such model.")
 
     with OpenAIServer(answer) as server:
-        with raises("synthconl.backend.errors", "No such model"):
+        with raises("synthconl.backend.errors", "status 400, No such model"):
             run(folders, server)
         asked = len(server.bodies)
         server.answer = echo
         run(folders, server)
         assert ROWS < asked + len(server.prompts) < 2 * ROWS
     assert {row["finish_reason"] for row in read_rows(folders[1])} == {"too_long", "stop"}
-
-
-def test_errors_alone_stop_the_run_and_are_asked_again(folders):
-    with OpenAIServer(echo, lambda *_: (400, {"error": {"message": "No model 'model'."}}, {})) as server:
-        with raises("synthconl.backend.errors", "20 requests", "status 400, No model 'model'"):
-            run(folders, server)
-        server.fault = None
-        run(folders, server)
-        assert len(server.prompts) == ROWS
-    assert_complete(folders[1])
 
 
 def test_errors_that_are_all_that_is_left_are_recorded(folders):
