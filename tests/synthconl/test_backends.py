@@ -11,7 +11,6 @@ from itertools import islice
 import pytest
 
 from modular_star_encoder.synthconl.backends import (
-    BackendError,
     Completion,
     CompletionRequest,
     OpenAIBackend,
@@ -116,7 +115,6 @@ def test_requests_are_taken_as_they_are_needed(backend):
 def test_a_folder_without_a_model_is_one_sentence(name, tmp_path):
     with raises("synthconl.backend.model", tmp_path) as error:
         list(open_backend(name, str(tmp_path), 4, {}).complete(requests(1)))
-    assert isinstance(error.value, BackendError)
     assert "\n" not in str(error.value)
 
 
@@ -187,7 +185,6 @@ def test_a_refusal_stops_at_once_and_hides_the_key(monkeypatch, status, message)
     expected = message.replace(KEY, "***").rstrip(".")
     with OpenAIServer(echo, fault) as server, raises("http.status", "'model'", f"status {status}", expected) as error:
         complete(server, api_key_variable="A_KEY")
-    assert isinstance(error.value, BackendError)
     assert KEY[:5] not in str(error.value)
     assert "\n" not in str(error.value)
     assert [sent["authorization"] for sent in headers] == [f"Bearer {KEY}"]

@@ -12,7 +12,7 @@ import pytest
 from modular_star_encoder.data.languages.parsing import syntax_error_share
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
-from modular_star_encoder.synthconl.backends import BackendError, Completion
+from modular_star_encoder.synthconl.backends import Completion
 from modular_star_encoder.synthconl.extraction import REASONS, clean_translation
 from modular_star_encoder.synthconl.row_files import read_rows
 from modular_star_encoder.synthconl.translation import (
@@ -149,7 +149,7 @@ def test_killed_again_and_again_it_pays_at_most_what_was_under_way_again(folders
 def interrupted(folders):
     """A run whose endpoint gave up after 5 answers, and the journal that they are in."""
     with OpenAIServer(echo, lambda number, *_: (401, {}, {}) if number >= 5 else None) as server:
-        with pytest.raises(BackendError):
+        with raises("http.status"):
             run(folders, server)
         server.fault = None
         yield server, folders[1] / "rows-00000.parquet.journal"
@@ -206,7 +206,7 @@ def test_errors_that_are_all_that_is_left_are_recorded(folders):
         return (401, {}, {}) if "function 27" in str(body) else None
 
     with OpenAIServer(failing("function 27"), fault) as server:
-        with pytest.raises(BackendError):
+        with raises("http.status"):
             run(folders, server)
         server.fault = None
         assert run(folders, server)["errors"] == 3

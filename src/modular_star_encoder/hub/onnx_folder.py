@@ -152,8 +152,8 @@ def export_onnx_folder(
 def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int) -> Path:
     """The default output folder for one exit of a checkpoint."""
     folder = Path(checkpoint).expanduser()
-    name = f"{folder.resolve().name if folder.is_dir() else folder.name}-{exit_layer}-onnx"
-    return folder.resolve().with_name(name) if folder.is_dir() else Path(name)
+    folder = folder.resolve() if folder.is_dir() else Path(folder.name)
+    return folder.with_name(f"{folder.name}-{exit_layer}-onnx")
 
 
 def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEncoderConfig) -> dict[str, str]:
@@ -236,7 +236,7 @@ def compare_rankings(
     *,
     progress: bool = True,
 ) -> dict[str, list[RankingComparison]]:
-    """Rank with one exit of a model and with its ONNX files; returns {name of a file: one comparison per task}."""
+    """Rank with the one exit of `reference` and with ONNX files of it; returns {name of a file: comparisons, by task}."""
     model = EmbeddingRetriever(reference)
     expected = evaluate_tasks(tasks, [model], progress=progress)
     comparisons = {}

@@ -169,8 +169,8 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
         `README.md`.
 
     Raises:
-        UserError: `synthconl.build.*`: `out` or the rows of a stage can't be used; or a corpus or benchmark can't.
-        BackendError: The back end can't continue. Its earlier answers are kept.
+        UserError: `out`, a corpus, a benchmark or the rows of a stage can't be used; or the back end can't continue, in
+            which case its earlier answers are kept.
     """
     build = Build(recipe, Path(out).absolute(), progress)
     _check_settings(build, _read_log(build.out))

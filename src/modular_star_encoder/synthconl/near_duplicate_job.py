@@ -360,11 +360,8 @@ def datatrove_steps(job: DuplicateJob, compare_tasks: int = 16) -> list[tuple[st
     Datatrove's own MinHash blocks shingle words and drop rows that share a band without comparing their texts; these
     steps do neither. The machines share a file system.
 
-    Args:
-        compare_tasks: The number of tasks of the comparison; do not change it when a job is continued.
-
-    Returns:
-        For each step, in order: its name, the step, and its number of tasks. Each runs after the one before.
+    Returns, in order, the name of each step, the step, and its number of tasks; each runs after the one before. The
+    comparison has `compare_tasks`; do not change this number when a job is continued.
 
     Example:
         >>> job = prepare_job("rows", "deduplicated", columns=["code"], id_column="id")  # doctest: +SKIP

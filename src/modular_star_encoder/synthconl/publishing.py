@@ -55,7 +55,7 @@ class DatasetStatistics:
     average_description_characters: float
 
     def to_markdown(self) -> str:
-        """The table, one line per language and one for all languages."""
+        """A Markdown table with one line per language and one for all languages."""
         lines = [
             "| language | original samples | average characters | synthetic samples | average characters |",
             "|---|---:|---:|---:|---:|",

@@ -24,7 +24,6 @@ from modular_star_encoder.synthconl.backends import (
     BACKENDS,
     ERROR,
     TOO_LONG,
-    BackendError,
     BackendName,
     Completion,
     CompletionBackend,
@@ -151,8 +150,8 @@ def translate(
         `seconds`, `completions_per_second`, and `backends`, the description of each back end used.
 
     Raises:
-        BackendError: The back end can't continue, or answers only errors. Its earlier answers are kept.
-        UserError: `synthconl.journal`: the answers of an unfinished file are damaged, or belong to other rows.
+        UserError: The back end can't continue, or answers only errors; its earlier answers are kept. Or the answers of
+            an unfinished file are damaged or belong to other rows (`synthconl.journal`).
     """
     functions, out, backend = Path(functions), Path(out), settings.open()
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
@@ -223,7 +222,7 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
             doubtful, answered = [], True
     if len(doubtful) >= MAX_ERRORS_IN_A_ROW or (doubtful and not answered):
         message = f"The model answered none of the last {len(doubtful)} requests: {doubtful[-1].error}"
-        raise BackendError("synthconl.backend.errors", message)
+        raise UserError("synthconl.backend.errors", message)
     if doubtful:
         yield doubtful
 
