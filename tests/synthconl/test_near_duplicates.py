@@ -19,14 +19,7 @@ from modular_star_encoder.synthconl.minhash import (
 )
 from modular_star_encoder.synthconl.near_duplicates import Column, Search, find_near_duplicates
 from tests.errors import raises
-from tests.synthconl.samples import (
-    code,
-    mutated,
-    rows_with_near_duplicates,
-    shingle_set,
-    sliding_windows,
-    true_jaccard,
-)
+from tests.synthconl.samples import code, mutated, rows_with_near_duplicates, shingle_set, sliding_windows, true_jaccard
 
 
 def similarity(first, second):

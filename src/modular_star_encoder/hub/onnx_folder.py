@@ -236,7 +236,7 @@ def compare_rankings(
     *,
     progress: bool = True,
 ) -> dict[str, list[RankingComparison]]:
-    """Rank with the one exit of `reference` and with ONNX files of it; returns {name of a file: comparisons, by task}."""
+    """Rank with the one exit of `reference` and with ONNX files of it; returns {file: one comparison per task}."""
     model = EmbeddingRetriever(reference)
     expected = evaluate_tasks(tasks, [model], progress=progress)
     comparisons = {}
