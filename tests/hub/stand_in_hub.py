@@ -151,10 +151,6 @@ def _revision(repository: Repository, revision: str) -> str:
     return name
 
 
-def _whoami(hub: StandInHub, **_: Any) -> Any:
-    return 200, {"type": "user", "name": "me", "orgs": [], "auth": {"accessToken": {"role": "write"}}}, {}
-
-
 def _create(hub: StandInHub, body: bytes, **_: Any) -> Any:
     asked = json.loads(body)
     name = f"{asked.get('organization') or 'me'}/{asked['name']}"
@@ -166,10 +162,6 @@ def _create(hub: StandInHub, body: bytes, **_: Any) -> Any:
     attributes = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
     hub.repositories[name].commit("main", {".gitattributes": (attributes, False)}, "initial commit")
     return 200, url, {}
-
-
-def _validate_yaml(hub: StandInHub, **_: Any) -> Any:
-    return 200, {"errors": [], "warnings": []}, {}
 
 
 def _info(hub: StandInHub, id: str, repository: Repository, revision: str = "main", **_: Any) -> Any:
@@ -281,10 +273,11 @@ def _object(hub: StandInHub, oid: str, **_: Any) -> Any:
 _ID = r"(?P<id>[\w.-]+/[\w.-]+)"
 _MODEL = rf"/api/models/{_ID}"
 _READ = ("GET", "HEAD")
+_ME = {"type": "user", "name": "me", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
 ROUTES = (
-    (_READ, "/api/whoami-v2", _whoami, True),
+    (_READ, "/api/whoami-v2", lambda hub, **_: (200, _ME, {}), True),
     (("POST",), "/api/repos/create", _create, True),
-    (("POST",), "/api/validate-yaml", _validate_yaml, False),
+    (("POST",), "/api/validate-yaml", lambda hub, **_: (200, {"errors": [], "warnings": []}, {}), False),
     (_READ, _MODEL, _info, False),
     (_READ, rf"{_MODEL}/revision/(?P<revision>.+)", _info, False),
     (_READ, rf"{_MODEL}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", _tree, False),

@@ -28,14 +28,11 @@ from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
 from modular_star_encoder.synthconl.backends import ERROR, TOO_LONG
 from modular_star_encoder.utils.errors import UserError
 
-FUNCTION_COLUMNS = (
+_COLUMNS = (
     *("id", "repository_name", "func_path_in_repository", "func_code_url"),
     *("language1_CSN", "func1_CSN", "func_documentation_string", "license"),
 )
-"""The columns of a function before its translation."""
-
-FUNCTION_SCHEMA = pa.schema([(name, pa.string()) for name in FUNCTION_COLUMNS])
-
+FUNCTION_SCHEMA = pa.schema([(name, pa.string()) for name in _COLUMNS])
 _CODESEARCHNET_COLUMNS = (
     *("repository_name", "func_path_in_repository", "func_code_url", "language"),
     *("whole_func_string", "func_code_string", "func_documentation_string"),
@@ -119,16 +116,9 @@ def _codesearchnet_rows(
 
 
 def _row(function: DocumentedFunction, url: str | None = None) -> Row:
-    return {
-        "id": function_id(function),
-        "repository_name": function.repository,
-        "func_path_in_repository": function.path,
-        "func_code_url": url,
-        "language1_CSN": function.language,
-        "func1_CSN": function.code,
-        "func_documentation_string": function.description,
-        "license": function.license,
-    }
+    place = function_id(function), function.repository, function.path, url
+    values = (*place, function.language, function.code, function.description, function.license)
+    return dict(zip(_COLUMNS, values, strict=True))
 
 
 def _reason(row: Row, max_characters: int, seen: set[bytes]) -> str | None:

@@ -77,12 +77,6 @@ class DuplicateReport:
     def kept(self) -> int:
         return self.counts[KEPT]
 
-    @classmethod
-    def read(cls, path: Path) -> "DuplicateReport":
-        """The report in a JSON file, which may contain more."""
-        written = _read_json(path)
-        return cls(**{name: written[name] for name in cls.__dataclass_fields__})
-
 
 def prepare_job(
     source: str | os.PathLike[str],
@@ -294,14 +288,14 @@ class DuplicateJob:
     def finish(self) -> DuplicateReport:
         """Write `dropped.jsonl` and `report.json`, remove the work folder, and return the report."""
         if not self.finished:
-            report = DuplicateReport.read(self.work / "decided" / "report.json")
+            report = _read_json(self.work / "decided" / "report.json")
             with staged_file(self.out / DROPPED, resumable=True) as temporary, temporary.open("wb") as output:
-                rows = self._dropped_rows(tuple(report.counts))
+                rows = self._dropped_rows(tuple(report["counts"]))
                 output.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-            content = {**asdict(report), "job": _read_json(self.work / "job.json")}
-            write_json(self.out / REPORT, content, resumable=True)
+            write_json(self.out / REPORT, {**report, "job": _read_json(self.work / "job.json")}, resumable=True)
         shutil.rmtree(self.work, ignore_errors=True)
-        return DuplicateReport.read(self.out / REPORT)
+        written = _read_json(self.out / REPORT)
+        return DuplicateReport(**{one.name: written[one.name] for one in fields(DuplicateReport)})
 
     def _dropped_rows(self, reasons: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         """The lines of `dropped.jsonl`, in the order of rows; see `prepare_job`."""

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any
@@ -51,8 +51,7 @@ Code:
 MAX_ERRORS_IN_A_ROW = 20
 SESSIONS = "sessions.json"
 _TOKENS = ("prompt_tokens", "completion_tokens")
-_COLUMNS = ("id", "text", "finish_reason", *_TOKENS, "error")
-SCHEMA = pa.schema([(name, pa.int64() if name in _TOKENS else pa.string()) for name in _COLUMNS])
+SCHEMA = pa.schema([(one.name, pa.int64() if one.name in _TOKENS else pa.string()) for one in fields(Completion)])
 _SECONDS_BETWEEN_NOTES, _SECONDS_BETWEEN_SYNCS = 30.0, 1.0
 
 Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
