@@ -111,7 +111,7 @@ class Manifest:
         if not self.namespace:
             yield "hub.manifest.namespace", "namespace must be your name on the Hub: namespace=NAME."
         if not self.license or (self.license == "other" and not self.license_name):
-            yield "hub.manifest.license", "license must be the Hub's name of one, or `other` with a license_name."
+            yield "hub.manifest.license", "license must be a name that the Hub knows, or `other` with a license_name."
         above: set[str] = set()
         for entry in self.repositories:
             check_repository_id(self.repository(entry))

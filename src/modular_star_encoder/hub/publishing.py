@@ -138,7 +138,7 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
             changes = compare(staged.folder, there)
         deleted = [change.path for change in changes if change.kind == DELETED]
         written = [CommitOperationAdd(one.path, staged.folder / one.path) for one in changes if one.kind != DELETED]
-        edits = [*map(CommitOperationDelete, deleted), *written]
+        edits: list[CommitOperationDelete | CommitOperationAdd] = [*map(CommitOperationDelete, deleted), *written]
         commit = api.create_commit(repository, edits, commit_message="Publish", revision=branch, parent_commit=head)
         left = compare(staged.folder, _remote(api, repository, commit.oid)[1])
     if left:

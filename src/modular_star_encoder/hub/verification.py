@@ -74,7 +74,7 @@ def _faults(folder: Path, extra: Sequence[str]) -> Iterator[tuple[str, str]]:
     token, home = (get_token() or "").encode(), os.path.expanduser("~").rstrip("/").encode()
     for name, path in sorted(paths.items()):
         if path.is_symlink():
-            yield "hub.files.link", f"{folder} contains a link, {name}."
+            yield "hub.files.link", f"{folder} contains a link, {name}; publish the file itself."
         with path.open("rb") as file:
             text = file.read(TEXT_LIMIT)
         if path.suffix in PICKLES or re.match(rb"\x80[\x02-\x05]|PK\x03\x04", text):

@@ -272,7 +272,7 @@ class TransformersBackend(_LocalBackend):
 
         with self._loading():
             options = {name: value for name, value in self._options.items() if value is not None}
-            model = AutoModelForCausalLM.from_pretrained(self._name, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(self._name, **options)
         model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         ends, tokenizer = model.generation_config.eos_token_id, self._tokenizer
         # Replace the model's own settings: their penalties and temperatures are not greedy.

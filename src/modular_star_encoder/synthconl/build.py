@@ -179,7 +179,7 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     try:
         with FileLock(build.out / LOCK, timeout=LOCK_SECONDS):
             log = _read_log(build.out)
-            # Temporary files that a killed process left.
+            # Remove the temporary files of a killed process.
             for path in (*build.out.glob(".*.tmp"), *build.out.glob("translations/.*.tmp")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             for stage in STAGES:
@@ -333,7 +333,7 @@ STAGES: tuple[Stage, ...] = (functions, translations, triplets, near_duplicates,
 
 
 def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every function with the model's answer to it."""
+    """Yield each function with the model's answer."""
     for file in row_files(out / "functions"):
         answers_file = out / "translations" / file.name
         rows, answers = read_file(file), read_file(answers_file)
@@ -355,7 +355,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _check_inputs(build: Build) -> None:
-    """Open what the remaining stages need, so that a mistake is reported now and not after hours of translation."""
+    """Open what the remaining stages need, so that a mistake is reported before hours of translation."""
     recipe = build.recipe
     minhash_class()
     if not build.is_done("translations"):

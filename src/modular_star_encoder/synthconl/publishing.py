@@ -21,16 +21,16 @@ from modular_star_encoder.utils.reports import cell, load_card, render_card
 CARD, STATISTICS = "README.md", "statistics.json"
 
 MEANINGS = {
-    "repository_name": "repository that the function comes from",
-    "func_path_in_repository": "its file in there",
-    "func_documentation_string": "what its author says it does",
-    "func_code_url": "where to read it, if known",
-    "language1_CSN": "its language",
-    "func1_CSN": "the function, as written by people",
-    "language2": "the language that it was translated to",
-    "func2": "the translation, as written by the model",
-    "id": "id of the row, a function of where the function was found and of its code",
-    "license": "licence of the repository or file, if the source says it",
+    "repository_name": "repository of the function",
+    "func_path_in_repository": "path of its file in the repository",
+    "func_documentation_string": "description of the function by its author",
+    "func_code_url": "address of its source, if known",
+    "language1_CSN": "language of the function",
+    "func1_CSN": "code of the function, as written by people",
+    "language2": "language of the translation",
+    "func2": "code of the translation, as written by the model",
+    "id": "id of the row, which depends on the place and the code of the function",
+    "license": "licence of the repository or file, if the source states one",
 }
 """The columns of the dataset."""
 
@@ -73,7 +73,7 @@ class DatasetStatistics:
 
 
 def dataset_statistics(triplets: Iterable[RetrievalExample]) -> DatasetStatistics:
-    """Count the triplets of a stream; memory does not grow with it."""
+    """Count the triplets of a stream, in constant memory."""
     samples, characters = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for triplet in triplets:
         original, synthetic = triplet.snippets
@@ -97,7 +97,7 @@ _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<
 
 
 def size_category(rows: int) -> str:
-    """The Hub's size category for a number of rows."""
+    """The name of a dataset's size on the Hub, such as `1K<n<10K`."""
     return next((name for name, limit in _SIZES if rows < limit), "10M<n<100M")
 
 
@@ -157,7 +157,7 @@ def dataset_card(
 
 
 def _model_rows(translation: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What is known of the model: settings, descriptions of the back ends, tokens."""
+    """Yield (name, value) for the settings of the model, the descriptions of its back ends, and its tokens."""
     yield "model", f"`{translation['model']}`"
     yield "largest answer", f"{translation['max_tokens']} tokens"
     for name, value in translation["options"].items():

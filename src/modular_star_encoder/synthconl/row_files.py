@@ -1,4 +1,4 @@
-"""Rows in parquet files: numbered files written and read one at a time, and any user's files as shards of rows."""
+"""Rows in parquet files: numbered files that the builder writes, and files of users, which are shards of rows."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +73,7 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of one file."""
     return pq.read_table(file, columns=list(columns) if columns else None).to_pylist()
 
 

@@ -1,4 +1,4 @@
-"""The translation stage: prompts, and one answer for every function of a folder, even after interruptions."""
+"""The translation stage: prompts, and one answer to each function of a folder, also after interruptions."""
 
 import hashlib
 import json
@@ -203,9 +203,9 @@ def _requests(
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
-    """Yield completions, errors only after a later request is answered, which shows that the back end still works.
+    """Yield completions. Errors wait until a later request is answered, which shows that the back end still works.
 
-    `answered` says whether the model has answered anything in an earlier call.
+    `answered` says whether an earlier call has received an answer.
     """
     doubtful: list[Completion] = []
     for completion in completions:
@@ -256,7 +256,7 @@ def _read_sessions(path: Path) -> list[dict[str, Any]]:
 
 
 def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
-    """The report: counts are taken from the completions, speed from the log of each run."""
+    """The report: counts of the completions, and the speed according to the sessions."""
     table = pa.concat_tables(pq.read_table(file, columns=["finish_reason", *_TOKENS]) for file in row_files(out))
     tokens = {name: pc.sum(table[name]).as_py() for name in _TOKENS}
     errors = pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py()
@@ -275,7 +275,7 @@ def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
 
 
 class _CompletionFile:
-    """The completions of one file of rows: a journal until every row has one, then the parquet file `target`."""
+    """The completions of one file of rows: a journal until every row has a completion, then a parquet file."""
 
     def __init__(self, target: Path, ids: Sequence[str]) -> None:
         self._target, self._ids, self._path = target, ids, _journal_path(target)
