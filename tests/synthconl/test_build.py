@@ -161,19 +161,6 @@ def test_killed_while_several_processes_extract_it_leaves_none_behind(corpus, fi
     assert published(tmp_path / "out") == published(finished)
 
 
-def test_an_endpoint_that_fails_stops_the_build_and_the_next_one_goes_on(corpus, tmp_path, finished):
-    def no_credit(number, *_):
-        return (402, {"error": {"message": "Out of credit."}}, {}) if number == 9 else None
-
-    with OpenAIServer(translation, no_credit) as server:
-        recipe = small_recipe(corpus, server.base_url)
-        with raises("http.status", "status 402, Out of credit."):
-            build_quietly(recipe, tmp_path / "out")
-        build_quietly(recipe, tmp_path / "out")
-        assert len(server.prompts) == 35
-    assert published(tmp_path / "out") == published(finished)
-
-
 @pytest.mark.parametrize(
     ("changes", "setting"),
     [
