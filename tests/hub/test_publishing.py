@@ -96,10 +96,8 @@ def nth(number, method, words, fault):
 FAULTS = {
     "the batch of large files is refused": (nth(-1, "POST", "lfs/objects/batch", 500), "refuses the upload to me/tiny"),
     "the second large file fails": (nth(1, "PUT", "/lfs/", 403), "refuses the upload to me/tiny: "),
-    "storage stays down": (nth(-1, "PUT", "/lfs/", 500), "refuses the upload to me/tiny: "),
     "the connection breaks in a large file": (nth(-1, "PUT", "/lfs/", DROP), "can't be reached"),
     "the commit fails": (nth(0, "POST", "/commit/", 500), "refuses the upload to me/tiny: "),
-    "the connection breaks before the commit": (nth(0, "POST", "/commit/", DROP), "can't be reached"),
     "the answer to the commit is lost": (nth(0, "POST", "/commit/", DROP_REPLY), "can't be reached"),
     "files cannot be listed": (nth(-1, "GET", "/tree/", DROP), "can't be reached"),
 }

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
-from modular_star_encoder.synthconl import near_duplicate_job, row_files
+from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.minhash import DuplicateSettings
-from modular_star_encoder.synthconl.near_duplicate_job import WORK, DuplicateJob, datatrove_steps, prepare_job
+from modular_star_encoder.synthconl.near_duplicate_job import DuplicateJob, datatrove_steps, prepare_job
 from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 from tests.errors import raises
 from tests.synthconl import samples
@@ -153,25 +153,6 @@ def test_a_finished_job_is_reported_as_it_is(source, finished, monkeypatch):
         monkeypatch.setattr(DuplicateJob, task, None)
     assert drop(source, out) == report
     assert content(out) == before
-
-
-def test_interrupted_by_ctrl_c_it_leaves_nothing_half_written_and_goes_on(source, finished, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    shards, original = iter(range(3)), near_duplicate_job.read_texts
-
-    def interrupted(*arguments):
-        if next(shards, None) is None:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(near_duplicate_job, "read_texts", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        drop(source, out)
-    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
-    assert (out / WORK / "shard-00002").exists()
-    monkeypatch.undo()
-    assert drop(source, out) == finished[0]
-    assert content(out) == content(finished[1])
 
 
 @pytest.mark.slow
