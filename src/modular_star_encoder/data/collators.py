@@ -95,8 +95,6 @@ class PackingCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int | None = None) -> None:
         """`max_tokens`: largest N, to bound the memory of a step; batch size × tokens per row is always enough."""
         check_special_tokens(tokenizer, "cls")
-        if max_tokens is not None and max_tokens < 1:
-            raise UserError("data.packing.max_tokens", f"max_tokens must be at least 1, not {max_tokens}.")
         self._cls: int = tokenizer.cls_token_id
         self._max_tokens = max_tokens
 

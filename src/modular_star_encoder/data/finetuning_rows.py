@@ -65,18 +65,19 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
         snippets = [snippet for text in texts for snippet in text.snippets]
-        negatives = [text.negative or Snippet("", "") for text in texts] if any(text.negative for text in texts) else []
+        present = any(text.negative for text in texts)
+        self._negative_snippets = [text.negative or Snippet("", "") for text in texts] if present else []
         self._text_frame = _frame(tokenizer, text_prompt(instructions=prompts), max_text_tokens, "max_text_tokens")
         self._code_frames = {
             language: _frame(tokenizer, code_prompt(language, instructions=prompts), max_code_tokens, "max_code_tokens")
-            for language in sorted({one.language for one in (*snippets, *negatives)} - {""})
+            for language in sorted({one.language for one in (*snippets, *self._negative_snippets)} - {""})
         }
         self._descriptions, self._codes, self._negatives = (
             encode_content(tokenizer, content, progress=progress and bool(content), description=name)
             for name, content in (
                 ("Descriptions", [text.description for text in texts]),
                 ("Code", [one.code for one in snippets]),
-                ("Hard negatives", [one.code for one in negatives]),
+                ("Hard negatives", [one.code for one in self._negative_snippets]),
             )
         )
         self._first_code = np.cumsum([0, *(len(text.snippets) for text in texts)])
@@ -85,8 +86,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return len(self.texts)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+        index = range(len(self))[index]  # IndexError beyond the last row
         return {"query_ids": self.description(index), "document_ids": self.snippet(index)}
 
     def description(self, row: int) -> torch.Tensor:
@@ -100,10 +100,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
     def negative(self, row: int, renaming: np.random.Generator | None = None) -> torch.Tensor:
         """The hard negative of a row, which must have one; `renaming` as for `snippet`."""
-        negative = self.texts[row].negative
-        if negative is None:
-            raise IndexError(f"row {row} has no hard negative")
-        return self._code(negative, self._negatives[row], renaming)
+        return self._code(self._negative_snippets[row], self._negatives[row], renaming)
 
     def _code(self, snippet: Snippet, content: np.ndarray, renaming: np.random.Generator | None) -> torch.Tensor:
         if renaming is not None:
@@ -133,9 +130,6 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, identifier_rename_prob: float = 0.0
     ) -> None:
         """`identifier_rename_prob`: probability that the frequent words of a snippet are renamed."""
-        if not 0 <= identifier_rename_prob <= 1:
-            message = f"identifier_rename_prob must be from 0 to 1, not {identifier_rename_prob}."
-            raise UserError("data.retrieval.identifier_rename_prob", message)
         self._texts, self._plan, self._identifier_rename_prob = texts, plan, identifier_rename_prob
         self.batch_size = plan.batch_size
         self._length = steps * plan.batch_size
@@ -144,8 +138,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < self._length:
-            raise IndexError(f"row {index} of {self._length}")
+        index = range(self._length)[index]  # IndexError beyond the last row
         step, place = divmod(index, self.batch_size)
         row, kind = self._plan.batch(step)[place]
         names = np.random.default_rng((self._plan.seed, _NAMES, index))

@@ -259,32 +259,27 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
             - `folder: PATH`, with `depth` (levels from PATH down to the repositories);
             - `installed: true`, with `exclude` (names of distributions): the installed Python packages;
             - `archives: PATH`: an archive, or a folder of them, one repository each;
-            - `rows: PATH or Hub id`, with `columns` (ours → the dataset's) and further arguments of `open_rows`;
-            - `the_stack: PATH or Hub id`, with `content_url`, from where contents are fetched with your own access.
+            - `rows: PATH or Hub id`, with `columns` (ours → the dataset's) and the arguments of `row_repositories`;
+            - `the_stack: PATH or Hub id`, with `content_url`, from where contents are fetched with your own access,
+              and the arguments of `the_stack_repositories`.
     """
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
-    if len(named) != 1:
-        message = f"A corpus needs exactly one source of {', '.join(_OPENERS)}; {len(named)} are set."
+    if len(named) != 1 or options.get("installed", True) is not True:
+        message = f"A corpus needs exactly one source of {', '.join(_OPENERS)}, and `installed` is true; not {options}."
         raise UserError("data.corpus.source", message)
-    source, snippets = options.pop(named[0]), options.pop("snippets", "files")
+    kind = named[0]
+    source, snippets = options.pop(kind), options.pop("snippets", "files")
     if snippets not in SNIPPETS:
         message = f"A corpus's snippets must be one of {', '.join(SNIPPETS)}, not {snippets!r}."
         raise UserError("data.corpus.snippets", message)
-    module, opener = _OPENERS[named[0]]
+    module, opener = _OPENERS[kind]
     readers = import_module(f"modular_star_encoder.data.sources.{module}")
     try:
-        if named[0] == "installed" and source is not True:
-            raise TypeError(f"the installed packages are `installed: true`, not {source!r}")
-        places = () if named[0] == "installed" else (source,)
-        if named[0] == "rows":
-            options["columns"] = readers.RowColumns(**options.pop("columns", {}))
-        if named[0] == "the_stack" and "content_url" in options:
-            options["contents"] = readers.ContentSource(url=options.pop("content_url"))
+        places = () if kind == "installed" else (source,)
         files: SourceReader = getattr(readers, opener)(*places, **options, filters=STARCODER2_FILTERS)
     except TypeError as error:
-        message = f"The corpus's settings for {named[0]!r} can't be used: {error}."
-        raise UserError("data.corpus.options", message) from error
+        raise UserError("data.corpus.options", f"The settings of corpus {kind!r} can't be used: {error}.") from error
     files.unicode_names = True
     return FunctionFiles(files) if snippets == "functions" else files
 

@@ -105,9 +105,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < self.length:
-            raise IndexError(f"row {index} of {self.length}")
-        rng = np.random.default_rng((self.seed, index))
+        rng = np.random.default_rng((self.seed, range(self.length)[index]))  # IndexError beyond the last row
         first, second, same = self._sampler.draw(rng)
         ids = np.empty(first.length + second.length + 3, dtype=np.int64)
         middle = 1 + first.length

@@ -52,9 +52,6 @@ def draw_repositories(
     suffice, the smallest of the larger ones are added. At least one repository is left for training. The draw depends
     on the seed and on the names and sizes alone: not on the order of the rows, the Python version or the machine.
     """
-    if min_test < 1 or not 0 < max_repository_share <= 1:
-        message = f"min_test must be from 1, max_repository_share up to 1; not {min_test} and {max_repository_share}."
-        raise UserError("data.split.arguments", message)
     if len(sizes) < 2:
         message = f"A split by repository needs functions of at least two repositories; these are in {len(sizes)}."
         raise UserError("data.split.too_few_repositories", message)
@@ -132,13 +129,11 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
         leaked |= np.isin(negatives, groups[unseen])
     leaked &= ~held_out
     train = np.flatnonzero(~held_out & ~leaked)
-    if not len(train):
-        message = "Every training row shares its content or repository with a held-out row; add data."
-        raise UserError("data.split.nothing_to_train", message)
+    if len(train) < (limit or 1):
+        key = "max_train_samples" if limit else "nothing_to_train"
+        message = f"Only {len(train)} rows share no content and no repository with held-out rows, not {limit or 1};"
+        raise UserError(f"data.split.{key}", f"{message} add data, or lower max_train_samples.")
     if limit is not None:
-        if limit > len(train):
-            message = f"max_train_samples is {limit}; there are {len(train)} rows to train on."
-            raise UserError("data.split.max_train_samples", message)
         train = np.sort(np.random.default_rng(seed).permutation(train)[:limit])
     read = {
         name: {"rows": len(found.texts), "skipped": dict(found.skipped), "examples": found.examples}

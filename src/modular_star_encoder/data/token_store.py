@@ -60,8 +60,6 @@ class TokenCorpus:
         `eval_fraction` of the repositories is held out: at least one, and at least one is left. The draw depends on the
         seed and the names alone.
         """
-        if not 0 < eval_fraction < 1:
-            raise UserError("data.split.eval_fraction", f"eval_fraction must be between 0 and 1, not {eval_fraction}.")
         names = self.repositories
         if len(names) < 2:
             message = f"A split needs texts of at least two repositories; these are in {len(names)}."
@@ -101,6 +99,7 @@ def corpus_of_texts(
 
 _STATE, _NAMES = "state.json", "repositories.jsonl"
 _BOUND, _INDEX = np.dtype("<i8"), np.dtype("<i4")
+_FILES_PER_COMMIT = 4096
 
 
 @dataclass
@@ -169,7 +168,6 @@ def _finished_state(folder: Path) -> _State:
     if state is None or not state.complete:
         message = f"{str(folder)!r} holds no token store, or an unfinished one; call build_token_store with its files."
         raise UserError("data.token_store.missing", message)
-    _check_sizes(folder, state)
     return state
 
 
@@ -178,18 +176,14 @@ def build_token_store(
     tokenizer: PreTrainedTokenizerFast,
     folder: str | os.PathLike[str],
     *,
-    files_per_commit: int = 4096,
     progress: bool = True,
 ) -> TokenStore:
     """Tokenize `files` into a store, or continue a store, however the earlier call was interrupted.
 
     Every file is one row, in the order of `files`. To continue, pass the same files in the same order: files already
     stored are read again and compared, but not tokenized. A finished store is opened without reading `files`. The work
-    is saved every `files_per_commit` files. Only one process may work on a folder at a time.
+    is saved every `_FILES_PER_COMMIT` files. Only one process may work on a folder at a time.
     """
-    if files_per_commit < 1:
-        message = f"files_per_commit must be at least 1, not {files_per_commit}."
-        raise UserError("data.token_store.files_per_commit", message)
     folder, encoder = Path(folder), ContentEncoder(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder) or _begin(folder, encoder)
@@ -207,7 +201,7 @@ def build_token_store(
                 if digest != state.files_digest:
                     message = "The token store was begun with other files; pass the same ones in the same order, or "
                     raise UserError("data.token_store.other_files", f"{message}name another folder than {folder}.")
-                while batch := list(islice(iterator, files_per_commit)):
+                while batch := list(islice(iterator, _FILES_PER_COMMIT)):
                     for start in range(0, len(batch), TEXTS_PER_BATCH):
                         bar.update(writer.append(batch[start : start + TEXTS_PER_BATCH]))
                     writer.commit()
@@ -220,7 +214,6 @@ class _Writer:
     """Appends rows to the files of a store and updates `state`."""
 
     def __init__(self, folder: Path, state: _State, encoder: ContentEncoder) -> None:
-        _check_sizes(folder, state)
         self._folder, self._state, self._encoder = folder, state, encoder
         for name, size in state.sizes().items():
             os.truncate(folder / name, size)
@@ -285,28 +278,25 @@ def _begin(folder: Path, encoder: ContentEncoder) -> _State:
 
 
 def _read_state(folder: Path) -> _State | None:
-    try:
-        return _State(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    """The state of the store in `folder`, None if there is none; UserError if a file is shorter than it says."""
+    if not (folder / _STATE).exists():
         return None
-    except (TypeError, ValueError) as error:
-        raise _damaged(folder / _STATE) from error
-
-
-def _damaged(path: Path) -> UserError:
-    message = f"{str(path)!r} is missing, was cut short or is of another version; remove the folder and build it again."
-    return UserError("data.token_store.damaged", message)
+    fault = _STATE
+    try:
+        state = _State(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        fault = next((name for name, size in state.sizes().items() if sizes.get(name, -1) < size), "")
+    except (TypeError, ValueError):
+        pass
+    if fault:
+        message = f"{fault} of the token store {folder} is missing, cut short or of another version; remove the folder "
+        raise UserError("data.token_store.damaged", f"{message}and build it again.")
+    return state
 
 
 def _write_state(folder: Path, state: _State) -> None:
     with staged_file(folder / _STATE, resumable=True) as temporary:
         temporary.write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-
-
-def _check_sizes(folder: Path, state: _State) -> None:
-    for name, size in state.sizes().items():
-        if not (folder / name).exists() or (folder / name).stat().st_size < size:
-            raise _damaged(folder / name)
 
 
 def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:

@@ -142,8 +142,7 @@ class TokenRows:
         return len(self.bounds) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+        index = range(len(self))[index]  # IndexError beyond the last row
         return self._flat[self.bounds[index] : self.bounds[index + 1]]
 
     def counts(self, vocab_size: int, rows: np.ndarray | None = None) -> np.ndarray:

@@ -141,7 +141,8 @@ class HTTPClient:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _send(self, method: str, url: str, body: Any, retry_if: _Check | None) -> Response:
-        failed: dict[str, Any] = {"reason": f"{url_host(url)} does not answer"}
+        key, fault = "no_answer", f"does not answer after {self._attempts} attempt{'s' * (self._attempts > 1)}"
+        failed: dict[str, Any] = {"reason": "no answer"}
         retry_after = None
         async with self._slots:
             try:
@@ -158,14 +159,11 @@ class HTTPClient:
                             return response
                         failed, retry_after = self._failure(response), _retry_after(response.headers)
                         if 300 <= response.status < 500 and response.status not in _PASSING_STATUSES:
-                            message = f"{url_host(url)} refuses the request: {failed['reason']}."
-                            raise HTTPRequestError("http.status", message, **failed)
+                            key, fault = "status", "refuses the request"
+                            break
             except TimeoutError:
-                message = f"{url_host(url)} took more than {self._total_time:g} seconds ({failed['reason']})."
-                raise HTTPRequestError("http.too_slow", message, **failed) from None
-        attempts = f"{self._attempts} attempt{'s' if self._attempts > 1 else ''}"
-        message = f"{url_host(url)} does not answer after {attempts}: {failed['reason']}."
-        raise HTTPRequestError("http.no_answer", message, **failed)
+                key, fault = "too_slow", f"took more than {self._total_time:g} seconds"
+        raise HTTPRequestError(f"http.{key}", f"{url_host(url)} {fault}: {failed['reason']}.", **failed)
 
     async def _receive(self, method: str, url: str, body: Any) -> Response:
         content = bytearray()
@@ -222,10 +220,10 @@ def url_host(url: str) -> str:
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
     """The token in an environment variable, without white space around it; "" if `variable` is None."""
     token = os.environ.get(variable, "").strip() if variable else ""
-    if variable and required and not token:
-        raise UserError("http.token.missing", f"The environment variable {variable} must hold the endpoint's API key.")
-    if not (token.isascii() and token.isprintable()):
-        raise UserError("http.token.characters", f"The environment variable {variable} holds more than an API key.")
+    fault = "" if token.isascii() and token.isprintable() else "characters"
+    if fault or (variable and required and not token):
+        message = f"The environment variable {variable} must hold the endpoint's API key and nothing else."
+        raise UserError(f"http.token.{fault or 'missing'}", message)
     return token
 
 
@@ -267,14 +265,12 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
 
     try:
         yield
-    except LocalTokenNotFoundError as error:
-        raise OSError("The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN.") from error
-    except Exception as error:
-        if not isinstance(error, (HfHubHTTPError, RuntimeError, *network_errors())):
-            raise
+    except (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError, *network_errors()) as error:
         # The client wraps the error of a single file in a RuntimeError.
         cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
-        if isinstance(cause, HfHubHTTPError) and cause.response.status_code == CONFLICT:
+        if isinstance(cause, LocalTokenNotFoundError):
+            message = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
+        elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == CONFLICT:
             message = f"{repository} was changed by someone else meanwhile; nothing was written. Check it and repeat."
         elif isinstance(cause, network_errors()):
             message = f"The Hub can't be reached ({type(cause).__name__}); the upload can be repeated."

@@ -53,6 +53,7 @@ def test_every_installed_distribution_and_the_standard_library_are_repositories(
 
 def test_excluded_names_may_be_spelled_in_any_way(site_packages):
     assert installed_repositories(exclude=["zeta_TOOLS", STANDARD_LIBRARY]).repositories == ("alpha",)
+    assert installed_repositories(exclude="zeta-tools").repositories == ("alpha", STANDARD_LIBRARY)
 
 
 @pytest.mark.slow
@@ -152,8 +153,9 @@ def test_only_the_chosen_languages_are_read_and_counted(tmp_path):
     reader = folder_repositories(tmp_path, languages=["go"])
     assert names(reader) == [("r", "a.go")]
     assert reader.skipped == {"test code": 1}
-    for wrong, key in ((["cobol"], "language.unknown"), ([], "languages.list"), ("go", "languages.list")):
-        with raises(f"data.{key}", "python, javascript"):
+    assert names(folder_repositories(tmp_path, languages="go")) == [("r", "a.go")]
+    for wrong in (["cobol"], "cobol", []):
+        with raises("data.language.unknown", "python, javascript"):
             folder_repositories(tmp_path, languages=wrong)
 
 
@@ -231,8 +233,7 @@ def test_names_outside_unicode_are_escaped_in_a_corpus_of_a_recipe(tmp_path, sni
 @pytest.mark.parametrize(
     ("settings", "key", "value"),
     [
-        ({"installed": True, "exclude": "numpy"}, "data.installed.exclude", "numpy"),  # a list, not letters
-        ({"installed": False}, "data.corpus.options", "False"),
+        ({"installed": False}, "data.corpus.source", "False"),
         ({"installed": True, "snippets": "classes"}, "data.corpus.snippets", "classes"),
     ],
 )

@@ -5,7 +5,7 @@ import pyarrow.parquet
 import pytest
 
 from modular_star_encoder.data.sources import FileFilters
-from modular_star_encoder.data.sources.dataset_files import THE_STACK_COLUMNS, RowColumns, row_repositories
+from modular_star_encoder.data.sources.dataset_files import RowColumns, row_repositories
 from tests.errors import raises
 
 COLUMNS = RowColumns(repository="repo", path="file", text="code", language="lang", license="terms")
@@ -61,7 +61,7 @@ def test_the_columns_of_the_stack_are_known(tmp_path):
     published = {"repo_name": "a/b", "repo_path": "x.js", "repo_licenses": ["MIT"]}
     published = {f"max_stars_{name}": value for name, value in published.items()}
     published |= {"content": "x = 1", "lang": "JavaScript", "hexsha": "0"}
-    (file,) = row_repositories(write_parquet(tmp_path / "a.parquet", [published]), THE_STACK_COLUMNS)
+    (file,) = row_repositories(write_parquet(tmp_path / "a.parquet", [published]))
     assert (file.repository, file.path, file.language, file.license) == ("a/b", "x.js", "javascript", "MIT")
 
 

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from modular_star_encoder.data.sources import FileFilters
-from modular_star_encoder.data.sources.dataset_files import ContentSource, the_stack_repositories, unpack
+from modular_star_encoder.data.sources.dataset_files import the_stack_repositories, unpack
 from tests.errors import raises
 from tests.utils.http_server import LocalServer
 
@@ -61,8 +61,8 @@ def reader_of(tmp_path, server):
         ]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "ids.parquet", row_group_size=3)
         url = url or f"{server.url}/content/{{blob_id}}?signature=secret"
-        contents = ContentSource(url=url, threads=threads, attempts=attempts, pause=0.001)
-        return the_stack_repositories(tmp_path / "ids.parquet", contents, progress=False, **options)
+        options |= {"threads": threads, "attempts": attempts, "pause": 0.001, "progress": False}
+        return the_stack_repositories(tmp_path / "ids.parquet", url, **options)
 
     return make
 
@@ -162,12 +162,12 @@ def test_contents_may_come_from_a_folder(reader_of, tmp_path):
 
 
 def test_wrong_sources_of_contents_are_refused_in_one_sentence(tmp_path):
-    with raises("data.contents.url"):
-        ContentSource(url="https://example.org/content")
-    with raises("data.contents.url", "nosuch"):
-        ContentSource(url="nosuch://bucket/{blob_id}")
+    file, url = tmp_path / "a.parquet", "https://example.org/{blob_id}"
+    pyarrow.parquet.write_table(pyarrow.table({"repo_name": ["a"]}), file)
+    for wrong in ("https://example.org/content", "nosuch://bucket/{blob_id}"):
+        with raises("data.contents.url"):
+            the_stack_repositories(file, wrong)
     with raises("http.settings"):
-        ContentSource(url="https://example.org/{blob_id}", threads=0)
-    pyarrow.parquet.write_table(pyarrow.table({"repo_name": ["a"]}), tmp_path / "a.parquet")
+        the_stack_repositories(file, url, threads=0)
     with raises("data.source.column", "files"):
-        the_stack_repositories(tmp_path / "a.parquet", ContentSource(url="https://example.org/{blob_id}"))
+        the_stack_repositories(file, url)

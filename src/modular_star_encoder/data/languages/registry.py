@@ -476,14 +476,11 @@ def language_entry(name: str) -> Language:
 
 
 def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = LANGUAGES) -> tuple[str, ...]:
-    """`languages` without repetitions; `default` for None."""
+    """`languages`, a list or one name, without repetitions; `default` for None. An empty list is a UserError."""
     if languages is None:
         return default
-    chosen = () if isinstance(languages, str) else tuple(dict.fromkeys(languages))
-    if not chosen:
-        message = f"languages must be a list of {', '.join(SEARCH_LANGUAGES)}; not {languages!r}."
-        raise UserError("data.languages.list", message)
-    return tuple(language_entry(name).name for name in chosen)
+    chosen = [languages] if isinstance(languages, str) else languages
+    return tuple(language_entry(name).name for name in dict.fromkeys(chosen) or [""])
 
 
 def language_of(path: PurePath) -> str | None:

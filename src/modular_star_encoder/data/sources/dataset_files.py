@@ -7,11 +7,10 @@ of records with `blob_id`, `path`, `language`, `src_encoding`, `length_bytes`, `
 Inria. Source: the dataset cards, and Lozhkov et al., 2024 (arXiv 2402.19173).
 """
 
-import os
 import re
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -26,13 +25,11 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import check_languages, language_named, language_of
 from modular_star_encoder.data.sources import FileFilters, SourceFile, SourceReader, is_closed
-from modular_star_encoder.data.sources.dataset_rows import open_rows
+from modular_star_encoder.data.sources.dataset_rows import Source, open_rows
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_http_settings
 
-SOFTWARE_HERITAGE_S3 = "s3://softwareheritage/content/{blob_id}"
-"""Needs `s3fs`, and credentials where `s3fs` looks for them."""
-
+_SOFTWARE_HERITAGE = "s3://softwareheritage/content/{blob_id}"
 _ROWS_PER_BATCH = 16
 _MANY_PIECES = 10  # a shard is then at most a tenth larger than another
 _BLOB_ID = re.compile(r"[0-9a-f]{40}")
@@ -69,26 +66,22 @@ THE_STACK_COLUMNS = RowColumns(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ContentSource:
+class _Contents:
     """Where and how contents are fetched."""
 
-    url: str  # with `{blob_id}`; http or a protocol of fsspec (s3, file); never shown, as it may hold a signature
-    threads: int = 16  # contents fetched at the same time
-    attempts: int = 4  # over http; a missing or forbidden content is requested once
-    pause: float = 0.5  # seconds before the second attempt; twice as many before each further one
-    timeout: float = 30.0  # seconds without an answer; http only
-    options: dict[str, Any] | None = None  # of fsspec's file system, such as `{"anon": True}` for s3
+    url: str  # with `{blob_id}`; never shown, as it may hold a signature
+    http: Mapping[str, Any]  # options of `HTTPClient`; their `concurrency` is used for every protocol
 
     def __post_init__(self) -> None:
-        check_http_settings(**self._http_settings())
-        if "{blob_id}" not in self.url:
-            raise UserError("data.contents.url", "The URL of contents must hold {blob_id}, like SOFTWARE_HERITAGE_S3.")
+        check_http_settings(**self.http)
+        fault = "" if "{blob_id}" in self.url else f"it lacks {{blob_id}}, as in {_SOFTWARE_HERITAGE}"
         try:
             if not self.is_http:
                 fsspec.get_filesystem_class(self.protocol)
         except (ImportError, ValueError) as error:
-            message = f"Contents cannot be fetched by {self.protocol!r}: {str(error).rstrip('.')}."
-            raise UserError("data.contents.url", message) from error
+            fault = f"{self.protocol!r}: {str(error).rstrip('.')}"
+        if fault:
+            raise UserError("data.contents.url", f"The URL of contents can't be used: {fault}.")
 
     @property
     def protocol(self) -> str:
@@ -100,22 +93,17 @@ class ContentSource:
         """Whether the protocol is http or https; fsspec would need aiohttp for these."""
         return self.protocol in ("http", "https")
 
-    def _http_settings(self) -> dict[str, Any]:
-        numbers = {"concurrency": self.threads, "attempts": self.attempts}
-        return {**numbers, "pause": self.pause, "timeout": self.timeout}
-
     @contextmanager
     def fetcher(self, max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
         """Yield a function that fetches a content in the background; leaving cancels pending fetches."""
         with ExitStack() as stack:
             if self.is_http:
-                client = HTTPClient(max_bytes=max_bytes, follow_redirects=True, **self._http_settings())
-                submit = partial(stack.enter_context(client).submit, "GET")
+                client = stack.enter_context(HTTPClient(max_bytes=max_bytes, follow_redirects=True, **self.http))
+                submit = partial(client.submit, "GET")
             else:
-                executor = ThreadPoolExecutor(self.threads)
+                executor = ThreadPoolExecutor(self.http["concurrency"])
                 stack.callback(executor.shutdown, cancel_futures=True)
-                file_system, _ = fsspec.url_to_fs(self.url, **self.options or {})
-                submit = partial(executor.submit, file_system.cat_file)
+                submit = partial(executor.submit, fsspec.url_to_fs(self.url)[0].cat_file)
             yield lambda blob_id: submit(self.url.replace("{blob_id}", blob_id))
 
 
@@ -214,8 +202,8 @@ def joined_licenses(value: str | Sequence[str] | None) -> str | None:
 
 
 def row_repositories(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    columns: RowColumns,
+    source: Source,
+    columns: RowColumns | Mapping[str, str] = THE_STACK_COLUMNS,
     *,
     languages: Iterable[str] | None = None,
     filters: FileFilters | None = None,
@@ -223,8 +211,9 @@ def row_repositories(
 ) -> RowReader:
     """Return a reader of a data set with one file per row; its units are the rows.
 
-    `source` and `options` are as for `open_rows`; `columns` are the data set's, such as `THE_STACK_COLUMNS`.
+    `columns` are the data set's, by default those of The Stack; `source` and `options` are as for `open_rows`.
     """
+    columns = columns if isinstance(columns, RowColumns) else RowColumns(**columns)
     rows = open_rows(source, columns=[name for name in asdict(columns).values() if name], **options)
     return RowReader(columns, rows, languages, filters)
 
@@ -232,7 +221,7 @@ def row_repositories(
 class TheStackReader(DatasetReader):
     """Reads rows with lists of files, whose contents are fetched ahead; its units are repositories."""
 
-    def __init__(self, contents: ContentSource, progress: bool, *arguments: Any) -> None:
+    def __init__(self, contents: _Contents, progress: bool, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._contents, self._progress = contents, progress
 
@@ -285,16 +274,20 @@ class TheStackReader(DatasetReader):
         with self._contents.fetcher(self._filters.max_bytes + _GZIP_OVERHEAD) as fetch:
             for file, blob_id, encoding in files:
                 waiting.append((file, encoding, fetch(blob_id)))
-                if len(waiting) > _AHEAD_PER_THREAD * self._contents.threads:
+                if len(waiting) > _AHEAD_PER_THREAD * self._contents.http["concurrency"]:
                     yield waiting.popleft()
             while waiting:
                 yield waiting.popleft()
 
 
 def the_stack_repositories(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    contents: ContentSource,
+    source: Source,
+    content_url: str,
     *,
+    threads: int = 16,
+    attempts: int = 4,
+    pause: float = 0.5,
+    timeout: float = 30.0,
     languages: Iterable[str] | None = None,
     filters: FileFilters | None = None,
     progress: bool = True,
@@ -303,8 +296,16 @@ def the_stack_repositories(
     """Return a reader of The Stack v2, repository by repository, in the order of its rows.
 
     Files that cannot be fetched are counted in `skipped` and left out, but if none of the first 200 can be fetched,
-    iterating raises UserError. `source`, such as `"bigcode/the-stack-v2-train-smol-ids"`, and `options` are as for
-    `open_rows`; contents are fetched from `contents`, such as `ContentSource(url=SOFTWARE_HERITAGE_S3)`.
+    iterating raises UserError.
+
+    Args:
+        source, options: as for `open_rows`, such as `"bigcode/the-stack-v2-train-smol-ids"`.
+        content_url: where contents are, such as `s3://softwareheritage/content/{blob_id}`, which needs `s3fs` and
+            credentials where `s3fs` looks for them; http, or a protocol of fsspec.
+        threads: contents fetched at the same time.
+        attempts, pause, timeout: over http; see `HTTPClient`. A missing or forbidden content is requested once.
     """
+    http = {"concurrency": threads, "attempts": attempts, "pause": pause, "timeout": timeout}
+    contents = _Contents(url=content_url, http=http)
     rows = open_rows(source, columns=("repo_name", "files"), **options)
     return TheStackReader(contents, progress, rows, languages, filters)

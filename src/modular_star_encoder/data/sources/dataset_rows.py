@@ -86,10 +86,17 @@ def open_rows(
 
 @dataclass(frozen=True, slots=True)
 class _DatasetRows:
+    name: str
     read: Callable[[], Iterator[tuple[str, Row]]]
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
-        return self.read()
+        place = self.name
+        try:
+            for place, row in self.read():
+                yield place, row
+        except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+            message = f"The data set {self.name} can't be read beyond {place}: {error}"
+            raise UserError("data.source.damaged", message) from error
 
 
 def open_dataset_rows(
@@ -115,9 +122,9 @@ def open_dataset_rows(
     if files and all(file.endswith(_JSON_LINES) for file in files):
         if missing := [file for file in files if not os.path.isfile(file)]:
             raise UserError("data.source.no_files", f"No file {missing[0]}.")
-        return _DatasetRows(partial(_json_lines, files))
+        return _DatasetRows(name, partial(_json_lines, files))
     rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
-    return _DatasetRows(partial(_table_rows, rows.with_format("arrow"), name))
+    return _DatasetRows(name, partial(_table_rows, rows.with_format("arrow"), name))
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
@@ -168,13 +175,10 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
 def _json_lines(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
     for file in files:
         opener = gzip.open if file.endswith(".gz") else open
-        try:
-            with opener(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield f"{file}, line {number}", _json_object(line)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError("data.source.damaged", f"{file} is damaged: {error}.") from error
+        with opener(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file}, line {number}", _json_object(line)
 
 
 def _json_object(line: str) -> Row:
@@ -187,11 +191,7 @@ def _json_object(line: str) -> Row:
 
 def _table_rows(rows: datasets.IterableDataset, name: str) -> Iterator[tuple[str, Row]]:
     number = 0
-    try:
-        for table in rows.iter(batch_size=_ROWS_PER_BATCH):
-            for row in table.to_pylist():
-                number += 1
-                yield f"{name}, row {number}", row
-    except (OSError, pyarrow.ArrowException) as error:
-        message = f"{name} can't be read further after row {number}: {error}"
-        raise UserError("data.source.damaged", message) from error
+    for table in rows.iter(batch_size=_ROWS_PER_BATCH):
+        for row in table.to_pylist():
+            number += 1
+            yield f"{name}, row {number}", row

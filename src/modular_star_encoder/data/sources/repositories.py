@@ -93,7 +93,7 @@ class FileReader(SourceReader):
 
 
 def installed_repositories(
-    exclude: Collection[str] = ("transformers",),
+    exclude: str | Collection[str] = ("transformers",),
     *,
     languages: Iterable[str] | None = ("python",),
     filters: FileFilters | None = None,
@@ -103,10 +103,8 @@ def installed_repositories(
     Every installed distribution is one repository, under its normalised name (PEP 503), and so is the standard
     library (`"python-standard-library"`). This package itself is never included.
     """
-    if isinstance(exclude, str):
-        message = f"exclude must be a list of names of distributions, not {exclude!r}."
-        raise UserError("data.installed.exclude", message)
-    seen = {_normalised_name(name) for name in (*exclude, OWN_DISTRIBUTION)}
+    excluded = [exclude] if isinstance(exclude, str) else exclude
+    seen = {_normalised_name(name) for name in (*excluded, OWN_DISTRIBUTION)}
     chosen, filters = set(check_languages(languages)), filters or FileFilters()
     repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
     with_standard_library = STANDARD_LIBRARY not in seen
@@ -220,13 +218,22 @@ class ArchiveLimits:
     max_members: int = 200_000  # later members are not read
     max_bytes: int = 8_000_000_000  # unpacked; in a zip, only of the members that are read
 
-    def __post_init__(self) -> None:
-        if min(self.max_members, self.max_bytes) < 1:
-            raise UserError("data.archive.limits", f"The limits of archives must be positive, not {self}.")
-
 
 class ArchiveLimitError(Exception):
     """The archive exceeds a limit; the message is the reason that is counted."""
+
+
+class _Budget:
+    """What may still be read of an archive."""
+
+    def __init__(self, left: int, reason: str) -> None:
+        self._left, self._reason = left, reason
+
+    def spend(self, amount: int) -> None:
+        """Subtract `amount`; raise ArchiveLimitError with the budget's reason if it is more than what is left."""
+        self._left -= amount
+        if self._left < 0:
+            raise ArchiveLimitError(self._reason)
 
 
 class Member(NamedTuple):
@@ -244,9 +251,9 @@ def archive_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
     Raises ArchiveLimitError if the archive exceeds a limit, and an error of BROKEN_ARCHIVE if it is damaged.
     """
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
-    for number, member in enumerate(members(location, limits)):
-        if number == limits.max_members:
-            raise ArchiveLimitError(_TOO_MANY)
+    budget = _Budget(limits.max_members, _TOO_MANY)
+    for member in members(location, limits):
+        budget.spend(1)
         yield member
 
 
@@ -254,33 +261,30 @@ def _archive_suffix(path: Path) -> str:
     return next((suffix for suffix in ARCHIVE_SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
-class _ZipBytes(io.FileIO):
-    """A zip file with a limit for one read: zipfile reads the whole directory at once."""
+class _LimitedFile(io.FileIO):
+    """A file with a budget: zipfile reads the whole directory of a zip at once."""
 
-    largest: int | None = None
+    budget: _Budget | None = None
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if self.largest is not None and (size or 0) > self.largest:
-            raise ArchiveLimitError(_TOO_MANY)
+        if self.budget is not None:
+            self.budget.spend(max(size or 0, 0))
         return super().read(size) or b""
 
 
 def _zip_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
-    with _ZipBytes(location) as raw:
-        raw.largest = limits.max_members * _DIRECTORY_BYTES_PER_MEMBER
-        unpacked = 0
+    unpacked = _Budget(limits.max_bytes, _TOO_LARGE)
 
-        def read(info: zipfile.ZipInfo, size: int) -> bytes:
-            nonlocal unpacked
-            with archive.open(info) as file:
-                content = file.read(size)
-            unpacked += len(content)
-            if unpacked > limits.max_bytes:
-                raise ArchiveLimitError(_TOO_LARGE)
-            return content
+    def read(info: zipfile.ZipInfo, size: int) -> bytes:
+        with archive.open(info) as file:
+            content = file.read(size)
+        unpacked.spend(len(content))
+        return content
 
+    with _LimitedFile(location) as raw:
+        raw.budget = _Budget(limits.max_members * _DIRECTORY_BYTES_PER_MEMBER, _TOO_MANY)
         with zipfile.ZipFile(raw) as archive:
-            raw.largest = None
+            raw.budget = None
             for info in archive.infolist():
                 is_file = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
                 kind = "folder" if info.is_dir() else "file" if is_file else "other"
@@ -291,13 +295,11 @@ class _TarBytes:
     """The unpacked bytes of a tar file, up to a limit."""
 
     def __init__(self, file: IO[bytes], limit: int) -> None:
-        self._file, self._left = file, limit
+        self._file, self._budget = file, _Budget(limit, _TOO_LARGE)
 
     def read(self, size: int) -> bytes:
         content = self._file.read(size)
-        self._left -= len(content)
-        if self._left < 0:
-            raise ArchiveLimitError(_TOO_LARGE)
+        self._budget.spend(len(content))
         return content
 
 
@@ -393,17 +395,14 @@ def archive_repositories(
     Symbolic links are not followed.
     """
     root = Path(source).expanduser()
-    if not root.exists():
-        message = f"{os.fspath(source)!r} does not exist; pass an archive or a folder of archives."
-        raise UserError("data.source.missing", message)
     if root.is_dir():
         files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if not path.is_symlink()}
     else:
         files = {root.name: root}
     found = {name: path for name, path in files.items() if _archive_suffix(path) and path.is_file()}
     if not found:
-        message = f"{os.fspath(source)!r} holds no archive with one of the suffixes {', '.join(ARCHIVE_SUFFIXES)}."
-        raise UserError("data.source.no_files", message)
+        message = f"{os.fspath(source)!r} is no archive and no folder that holds one. An archive is a file with one of "
+        raise UserError("data.source.no_files", f"{message}the suffixes {', '.join(ARCHIVE_SUFFIXES)}.")
     short = {name: name[: -len(_archive_suffix(path))] for name, path in found.items()}
     counts = Counter(short.values())
     archives = [(name if counts[short[name]] > 1 else short[name], path) for name, path in found.items()]
