@@ -163,10 +163,9 @@ def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, arg
     """(the ids before a text, the id after it), as the tokenizer's template puts them around prompt + text."""
     ids = tokenizer(prompt)["input_ids"]
     if not ids or ids[-1] != tokenizer.cls_token_id:
-        message = "The tokenizer's template must end with its cls_token; train_tokenizer makes one that does."
-        raise UserError("data.tokenizer.template", message)
+        raise UserError("data.tokenizer.template", "The tokenizer's template must end with its cls_token.")
     if max_tokens <= len(ids):
-        message = f"{argument} must be above {len(ids)}, the length of prompt and special tokens, not {max_tokens}."
+        message = f"{argument} must be above {len(ids)}, the tokens of the prompt; not {max_tokens}."
         raise UserError("data.retrieval.max_tokens", message)
     return ids[:-1], ids[-1]
 

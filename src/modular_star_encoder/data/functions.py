@@ -271,8 +271,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     kind = named[0]
     source, snippets = options.pop(kind), options.pop("snippets", "files")
     if snippets not in SNIPPETS:
-        message = f"A corpus's snippets must be one of {', '.join(SNIPPETS)}, not {snippets!r}."
-        raise UserError("data.corpus.snippets", message)
+        raise UserError("data.corpus.snippets", f"snippets must be one of {', '.join(SNIPPETS)}; not {snippets!r}.")
     module, opener = _OPENERS[kind]
     readers = import_module(f"modular_star_encoder.data.sources.{module}")
     try:

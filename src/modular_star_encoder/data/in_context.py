@@ -39,8 +39,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.collators import IGNORED_LABEL
-from modular_star_encoder.data.token_store import TokenCorpus, corpus_of_texts
-from modular_star_encoder.data.tokenizer import ContentEncoder, check_special_tokens, special_token_ids
+from modular_star_encoder.data.sources import SourceFile
+from modular_star_encoder.data.token_store import TokenCorpus, corpus_of_files
+from modular_star_encoder.data.tokenizer import ContentEncoder, check_special_tokens
 from modular_star_encoder.utils.errors import UserError
 
 MIN_SNIPPET_TOKENS = 16
@@ -78,19 +79,21 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         The tokenizer must have `<sep>`, `<cls>` and `<mask>`, and be the one that made the corpus. `max_tokens`
         includes special tokens.
         """
-        if length < 1 or seed < 0 or not 0 < mlm_probability < 1 or max_tokens < MIN_ROW_TOKENS:
-            message = "length must be at least 1, seed at least 0, mlm_probability between 0 and 1, and max_tokens at "
-            message += f"least {MIN_ROW_TOKENS}; not {length}, {seed}, {mlm_probability} and {max_tokens}."
-            raise UserError("data.in_context.arguments", message)
+        if max_tokens < MIN_ROW_TOKENS:
+            raise UserError("data.in_context.arguments", f"max_tokens must be from {MIN_ROW_TOKENS}, not {max_tokens}.")
         check_special_tokens(tokenizer)
-        corpus = texts if isinstance(texts, TokenCorpus) else corpus_of_texts(texts, tokenizer, progress=progress)
+        if isinstance(texts, TokenCorpus):
+            corpus = texts
+        else:
+            files = [SourceFile(name, "", "", text) for name in sorted(texts) for text in texts[name]]
+            corpus = corpus_of_files(files, tokenizer, progress=progress)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
-            message = "The corpus was made with another tokenizer; pass that one."
-            raise UserError("data.in_context.other_tokenizer", message)
+            raise UserError("data.in_context.other_tokenizer", "Pass the tokenizer with which the corpus was made.")
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)
-        self._ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), special_token_ids(tokenizer))
+        marked = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self._ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), [*tokenizer.all_special_ids, *marked])
         # Do not keep the corpus itself: a worker process that gets this dataset would get the corpus's columns too.
         self._rows, self._row_numbers = corpus.rows, corpus.row_numbers
         self._sampler = PairSampler(corpus, room=max_tokens - 3)
@@ -185,8 +188,8 @@ class PairSampler:
         groups, texts = np.unique(repository[used].astype(np.int64) * languages + language[used], return_counts=True)
         qualified = np.bincount(groups[texts >= 2] % languages, minlength=1).max()
         if qualified < 2:
-            message = "Pairs need at least two repositories, each with two texts of one language and "
-            message += f"{MIN_SNIPPET_TOKENS} tokens or more; {qualified} of {len(np.unique(repository))} qualify."
+            message = f"Pairs need two repositories with two texts of {MIN_SNIPPET_TOKENS} tokens in one language; "
+            message += f"{qualified} of {len(np.unique(repository))} qualify."
             raise UserError("data.in_context.too_few_repositories", message)
         self.dropped_texts = len(numbers) - len(used)
         order = used[np.lexsort((lengths[used], language[used], repository[used]))]

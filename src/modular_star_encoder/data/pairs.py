@@ -4,6 +4,7 @@ Every source of retrieval gives the same rows: triplets (prose, a function, its 
 repositories (prose and a function), and parallel solutions of exercises (code alone).
 """
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,15 +24,10 @@ from modular_star_encoder.data.functions import (
 )
 from modular_star_encoder.data.languages.documentation import reads_as_prose
 from modular_star_encoder.data.languages.registry import LANGUAGES, language_named
-from modular_star_encoder.data.sources.dataset_rows import (
-    BadLine,
-    Row,
-    Source,
-    not_unicode,
-    open_dataset_rows,
-    row_example,
-)
+from modular_star_encoder.data.sources.dataset_rows import BadLine, Row, Source, not_unicode, open_dataset_rows
 from modular_star_encoder.utils.errors import UserError
+
+_EXAMPLE_LENGTH = 200
 
 
 class Snippet(NamedTuple):
@@ -61,7 +57,8 @@ class SourceExamples:
 
     def skip(self, reason: str, place: str, row: Any, strict: bool) -> None:
         """Count something that is left out; with `strict`, raise UserError (`data.row`)."""
-        example = row_example(place, row)
+        shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
+        example = f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
         if strict:
             raise UserError("data.row", f"A row can't be used ({reason}): {example}")
         self.skipped[reason] += 1
@@ -87,7 +84,7 @@ class TripletColumns:
 
     def __post_init__(self) -> None:
         if self.negative_language is not None and self.negative is None:
-            message = f"negative_language is {self.negative_language!r}; name the column of the code, negative, too."
+            message = f"negative_language, {self.negative_language!r}, needs negative, the column of the code."
             raise UserError("data.triplets.negative_language", message)
 
     def names(self) -> list[str]:

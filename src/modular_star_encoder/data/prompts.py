@@ -43,8 +43,7 @@ def code_prompt(language: str | None = None, *, instructions: bool = True) -> st
         return ANY_CODE_INSTRUCTION + SEP_TOKEN
     name = display_name(language)
     if not name or any(token in name for token in SPECIAL_TOKENS):
-        message = f"language must be the name of a programming language, such as 'python', or None; not {language!r}."
-        raise UserError("data.prompt.language", message)
+        raise UserError("data.prompt.language", f"language must be a name such as 'python', or None; not {language!r}.")
     return CODE_INSTRUCTION.format(language=name) + SEP_TOKEN
 
 

@@ -53,8 +53,7 @@ def draw_repositories(
     on the seed and on the names and sizes alone: not on the order of the rows, the Python version or the machine.
     """
     if len(sizes) < 2:
-        message = f"A split by repository needs functions of at least two repositories; these are in {len(sizes)}."
-        raise UserError("data.split.too_few_repositories", message)
+        raise UserError("data.split.too_few_repositories", f"A split needs two repositories, not {len(sizes)}.")
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
     allowed = {name for name in sizes if sizes[name] <= max_repository_share * total}

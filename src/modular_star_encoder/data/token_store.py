@@ -16,7 +16,7 @@ its counts was incomplete when the process ended, and the next process cuts it o
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
@@ -36,7 +36,7 @@ from modular_star_encoder.utils.files import staged_file
 
 @dataclass(frozen=True, eq=False)
 class TokenCorpus:
-    """Texts in memory (`corpus_of_texts`, `corpus_of_files`) or on disk (`TokenStore`), or a part of them (`split`)."""
+    """Texts in memory (`corpus_of_files`) or on disk (`TokenStore`), or a part of them (`split`)."""
 
     rows: TokenRows  # of every text; a part keeps the rows of the whole corpus
     row_numbers: np.ndarray  # int64 (texts,), sorted: the rows that belong to this corpus
@@ -62,8 +62,7 @@ class TokenCorpus:
         """
         names = self.repositories
         if len(names) < 2:
-            message = f"A split needs texts of at least two repositories; these are in {len(names)}."
-            raise UserError("data.split.too_few_repositories", message)
+            raise UserError("data.split.too_few_repositories", f"A split needs two repositories, not {len(names)}.")
         count = min(max(round(eval_fraction * len(names)), 1), len(names) - 1)
         drawn = set(hashed_order(names, seed)[:count])
         is_drawn = np.array([name in drawn for name in self.repository_names])
@@ -87,14 +86,6 @@ def corpus_of_files(
 def _numbered(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
     different, numbers = np.unique(np.array(names, dtype=object), return_inverse=True)
     return tuple(different.tolist()), numbers.astype(np.int32)
-
-
-def corpus_of_texts(
-    texts_by_repository: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerFast, *, progress: bool = True
-) -> TokenCorpus:
-    """Tokenize the texts (files, functions) of each repository, all of one language, into memory."""
-    files = [SourceFile(name, "", "", text) for name, texts in sorted(texts_by_repository.items()) for text in texts]
-    return corpus_of_files(files, tokenizer, progress=progress)
 
 
 _STATE, _NAMES = "state.json", "repositories.jsonl"
@@ -166,8 +157,7 @@ class _MappedRows(TokenRows):
 def _finished_state(folder: Path) -> _State:
     state = _read_state(folder)
     if state is None or not state.complete:
-        message = f"{str(folder)!r} holds no token store, or an unfinished one; call build_token_store with its files."
-        raise UserError("data.token_store.missing", message)
+        raise UserError("data.token_store.missing", f"{folder} holds no finished store; call build_token_store.")
     return state
 
 
@@ -188,8 +178,7 @@ def build_token_store(
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder) or _begin(folder, encoder)
     if state.tokenizer != encoder.checksum:
-        message = f"The token store {str(folder)!r} was made with another tokenizer; name another folder."
-        raise UserError("data.token_store.other_tokenizer", message)
+        raise UserError("data.token_store.other_tokenizer", f"{folder} has another tokenizer; name another folder.")
     if not state.complete:
         with closing(_Writer(folder, state, encoder)) as writer:
             iterator = iter(files)
@@ -268,8 +257,7 @@ def _digest(before: str, file: SourceFile) -> str:
 def _begin(folder: Path, encoder: ContentEncoder) -> _State:
     leftovers = {f".{_STATE}.tmp", f"{_STATE}.new", *_State("", "<u2").sizes()}
     if any(entry.name not in leftovers for entry in folder.iterdir()):
-        message = f"{str(folder)!r} is not empty and holds no token store; name another folder."
-        raise UserError("data.token_store.other_content", message)
+        raise UserError("data.token_store.other_content", f"{folder} has other content; name an empty folder.")
     state = _State(encoder.checksum, encoder.dtype.newbyteorder("<").str)
     for name in state.sizes():
         (folder / name).write_bytes(bytes(_BOUND.itemsize) if name == "bounds.bin" else b"")

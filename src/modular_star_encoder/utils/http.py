@@ -263,24 +263,22 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+    # The Hub's client uses httpx, or httpx2 in newer versions.
+    loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    network_errors: tuple[type[Exception], ...] = tuple(module.TransportError for module in loaded if module)
+    expected = (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError, *network_errors)
     try:
         yield
-    except (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError, *network_errors()) as error:
+    except expected as error:
         # The client wraps the error of a single file in a RuntimeError.
         cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
         if isinstance(cause, LocalTokenNotFoundError):
             message = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
         elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == CONFLICT:
             message = f"{repository} was changed by someone else meanwhile; nothing was written. Check it and repeat."
-        elif isinstance(cause, network_errors()):
+        elif isinstance(cause, network_errors):
             message = f"The Hub can't be reached ({type(cause).__name__}); the upload can be repeated."
         else:
             reason = hide_secrets(str(cause).strip().partition("\n")[0], get_token() or "")
             message = f"The Hub refuses the upload to {repository}: {reason}"
         raise OSError(message) from error
-
-
-def network_errors() -> tuple[type[Exception], ...]:
-    """The Hub client's exceptions for network failures: exceptions of httpx, or of httpx2 in newer versions."""
-    loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
-    return tuple(module.TransportError for module in loaded if module)

@@ -153,7 +153,7 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
             elif (check := _PLAIN.get(expected)) is not None:
                 values[name] = check.validate_python(value)
         if collected := getattr(kind, "OPEN_KEYS", None):
-            open_names = {one.name for one in fields(collected[1])} - {one.name for one in _fields(kind)}
+            open_names = {one.name for one in fields(collected[1])} - {one.name for one in fields(kind)}
             values[collected[0]] = {name: values.pop(name) for name in list(values) if name in open_names}
         return kind(**values)
     except (TypeError, ValueError) as error:
@@ -189,13 +189,9 @@ def rename_old_keys(kind: type, content: Mapping[Any, Any]) -> dict[Any, Any]:
     return renamed
 
 
-def _fields(kind: Any) -> tuple[Field[Any], ...]:
-    return fields(kind)
-
-
-def _keys(kind: type) -> list[Field[Any]]:
+def _keys(kind: Any) -> list[Field[Any]]:
     """The dataclass fields that are keys of a settings class, including the collected keys."""
-    own = [one for one in _fields(kind) if one.init]
+    own = [one for one in fields(kind) if one.init]
     if collected := getattr(kind, "OPEN_KEYS", None):
         names = {one.name for one in own}
         own = [one for one in own if one.name != collected[0]]
@@ -238,7 +234,7 @@ def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
         meanings |= {name: text for name, text in _meanings(collected[1]).items() if name not in meanings}
         hints = get_type_hints(collected[1]) | hints
     for one in _keys(kind):
-        if one not in _fields(kind) and one.name not in meanings and one.name not in defaults:
+        if one not in fields(kind) and one.name not in meanings and one.name not in defaults:
             continue
         inner = next((part for part in (hints[one.name], *get_args(hints[one.name])) if is_dataclass(part)), None)
         if isinstance(inner, type):

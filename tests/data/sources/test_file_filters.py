@@ -11,7 +11,6 @@ from modular_star_encoder.data.sources import (
     is_test,
     is_vendored,
 )
-from tests.errors import raises
 
 CODE = "def run(first, second):\n    return first + second\n"
 
@@ -127,9 +126,3 @@ def test_tests_and_vendored_code_are_kept_on_request():
     assert [FileFilters().reason_by_path(path, "python") for path in paths] == ["test code", "vendored code"]
     everything = FileFilters(tests=True, vendored=True)
     assert [everything.reason_by_path(path, "python") for path in paths] == [None, None]
-
-
-@pytest.mark.parametrize("wrong", [{"max_bytes": 0}, {"max_average_line_length": -1}, {"min_alphabetic_share": 2}])
-def test_bounds_out_of_range_are_refused(wrong):
-    with raises("data.filters", *wrong.values()):
-        FileFilters(**wrong)

@@ -470,8 +470,7 @@ _CPP_LINE = re.compile(
 def language_entry(name: str) -> Language:
     """The entry of a language; UserError (`data.language.unknown`) if `name` is unknown."""
     if name not in _LANGUAGE:
-        message = f"Language {name!r} is unknown. Available: {', '.join(SEARCH_LANGUAGES)}."
-        raise UserError("data.language.unknown", message)
+        raise UserError("data.language.unknown", f"No language {name!r}. Available: {', '.join(SEARCH_LANGUAGES)}.")
     return _LANGUAGE[name]
 
 

@@ -175,12 +175,6 @@ class FileFilters:
     vendored: bool = False  # copies of other projects
     tests: bool = False
 
-    def __post_init__(self) -> None:
-        bounds = (self.max_bytes, self.max_line_length, self.max_average_line_length or 1)
-        if min(bounds) <= 0 or not 0 <= self.min_alphabetic_share <= 1:
-            message = f"The bounds of filters must be positive, and min_alphabetic_share from 0 to 1; not {self}."
-            raise UserError("data.filters", message)
-
     def reason_by_path(self, path: PurePath, language: str) -> str | None:
         """Why the file at `path`, relative to its repository, is left out, or None."""
         if not self.vendored and is_vendored(path, language):

@@ -29,10 +29,10 @@ from modular_star_encoder.data.sources.dataset_rows import Source, open_rows
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_http_settings
 
-_SOFTWARE_HERITAGE = "s3://softwareheritage/content/{blob_id}"
 _ROWS_PER_BATCH = 16
 _MANY_PIECES = 10  # a shard is then at most a tenth larger than another
 _BLOB_ID = re.compile(r"[0-9a-f]{40}")
+_HTTP = ("http", "https")  # for which fsspec would need aiohttp
 _GZIP_MAGIC = b"\x1f\x8b"
 _AHEAD_PER_THREAD = 4
 _GZIP_OVERHEAD = 65_536
@@ -65,46 +65,31 @@ THE_STACK_COLUMNS = RowColumns(
 """`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1); `bigcode/starcoderdata` lacks the last two."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Contents:
-    """Where and how contents are fetched."""
+def _check_contents(url: str, http: Mapping[str, Any]) -> None:
+    check_http_settings(**http)
+    protocol = urlsplit(url).scheme or "file"
+    fault = "" if "{blob_id}" in url else "it must hold {blob_id}"
+    try:
+        if protocol not in _HTTP:
+            fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        fault = f"{protocol!r}: {str(error).rstrip('.')}"
+    if fault:
+        raise UserError("data.contents.url", f"content_url can't be used: {fault}.")
 
-    url: str  # with `{blob_id}`; never shown, as it may hold a signature
-    http: Mapping[str, Any]  # options of `HTTPClient`; their `concurrency` is used for every protocol
 
-    def __post_init__(self) -> None:
-        check_http_settings(**self.http)
-        fault = "" if "{blob_id}" in self.url else f"it lacks {{blob_id}}, as in {_SOFTWARE_HERITAGE}"
-        try:
-            if not self.is_http:
-                fsspec.get_filesystem_class(self.protocol)
-        except (ImportError, ValueError) as error:
-            fault = f"{self.protocol!r}: {str(error).rstrip('.')}"
-        if fault:
-            raise UserError("data.contents.url", f"The URL of contents can't be used: {fault}.")
-
-    @property
-    def protocol(self) -> str:
-        """The URL's protocol; "file" if it has none."""
-        return urlsplit(self.url).scheme or "file"
-
-    @property
-    def is_http(self) -> bool:
-        """Whether the protocol is http or https; fsspec would need aiohttp for these."""
-        return self.protocol in ("http", "https")
-
-    @contextmanager
-    def fetcher(self, max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
-        """Yield a function that fetches a content in the background; leaving cancels pending fetches."""
-        with ExitStack() as stack:
-            if self.is_http:
-                client = stack.enter_context(HTTPClient(max_bytes=max_bytes, follow_redirects=True, **self.http))
-                submit = partial(client.submit, "GET")
-            else:
-                executor = ThreadPoolExecutor(self.http["concurrency"])
-                stack.callback(executor.shutdown, cancel_futures=True)
-                submit = partial(executor.submit, fsspec.url_to_fs(self.url)[0].cat_file)
-            yield lambda blob_id: submit(self.url.replace("{blob_id}", blob_id))
+@contextmanager
+def _fetcher(url: str, http: Mapping[str, Any], max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
+    """Yield a function that fetches a content in the background; leaving cancels pending fetches."""
+    with ExitStack() as stack:
+        if urlsplit(url).scheme in _HTTP:
+            client = stack.enter_context(HTTPClient(max_bytes=max_bytes, follow_redirects=True, **http))
+            submit = partial(client.submit, "GET")
+        else:
+            executor = ThreadPoolExecutor(http["concurrency"])
+            stack.callback(executor.shutdown, cancel_futures=True)
+            submit = partial(executor.submit, fsspec.url_to_fs(url)[0].cat_file)
+        yield lambda blob_id: submit(url.replace("{blob_id}", blob_id))
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
@@ -221,9 +206,10 @@ def row_repositories(
 class TheStackReader(DatasetReader):
     """Reads rows with lists of files, whose contents are fetched ahead; its units are repositories."""
 
-    def __init__(self, contents: _Contents, progress: bool, *arguments: Any) -> None:
+    def __init__(self, content_url: str, http: Mapping[str, Any], progress: bool, *arguments: Any) -> None:
+        """`content_url` is never shown, as it may hold a signature; `http` are options of `HTTPClient`."""
         super().__init__(*arguments)
-        self._contents, self._progress = contents, progress
+        self._content_url, self._http, self._progress = content_url, http, progress
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
         fetched = 0
@@ -245,8 +231,10 @@ class TheStackReader(DatasetReader):
                     yield SourceFile(file.repository, file.path, file.language, text, file.license)
                 # A wrong URL or missing access should show now, not after a week of skipping.
                 if not fetched and skipped[_MISSING] + skipped[_NOT_FETCHED] >= _MAX_FAILURES_AT_FIRST:
-                    message = f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched by "
-                    message += f"{self._contents.protocol} (the last: {last}); check the URL and your access to it."
+                    message = (
+                        f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched (the last: {last});"
+                    )
+                    message += " check content_url and your access to it."
                     raise UserError("data.contents.no_access", message)
 
     def _wanted(self, row: dict[str, Any], skipped: Counter[str]) -> Iterator[tuple[SourceFile, str, str]]:
@@ -271,10 +259,10 @@ class TheStackReader(DatasetReader):
     def _fetched(self, files: Iterable[tuple[SourceFile, str, str]]) -> Iterator[tuple[SourceFile, str, Future[Any]]]:
         """Yield (file, encoding, its content) in order; only a few are fetched ahead."""
         waiting: deque[tuple[SourceFile, str, Future[Any]]] = deque()
-        with self._contents.fetcher(self._filters.max_bytes + _GZIP_OVERHEAD) as fetch:
+        with _fetcher(self._content_url, self._http, self._filters.max_bytes + _GZIP_OVERHEAD) as fetch:
             for file, blob_id, encoding in files:
                 waiting.append((file, encoding, fetch(blob_id)))
-                if len(waiting) > _AHEAD_PER_THREAD * self._contents.http["concurrency"]:
+                if len(waiting) > _AHEAD_PER_THREAD * self._http["concurrency"]:
                     yield waiting.popleft()
             while waiting:
                 yield waiting.popleft()
@@ -306,6 +294,6 @@ def the_stack_repositories(
         attempts, pause, timeout: over http; see `HTTPClient`. A missing or forbidden content is requested once.
     """
     http = {"concurrency": threads, "attempts": attempts, "pause": pause, "timeout": timeout}
-    contents = _Contents(url=content_url, http=http)
+    _check_contents(content_url, http)
     rows = open_rows(source, columns=("repo_name", "files"), **options)
-    return TheStackReader(contents, progress, rows, languages, filters)
+    return TheStackReader(content_url, http, progress, rows, languages, filters)

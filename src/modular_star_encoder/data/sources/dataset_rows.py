@@ -20,7 +20,6 @@ _ROWS_PER_TABLE = 1024
 _ROWS_PER_BATCH = 256
 _PARQUET, _JSON_LINES = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson")
 _SPLITS = ("train", "validation", "test")
-_EXAMPLE_LENGTH = 200
 _NO_ROWS = "dropped.jsonl"  # near-deduplication's report on the rows that it left out of the parquet files next to it
 _HUB_OPTIONS = ("config", "revision", "data_dir")
 _NOT_FOUND = "no such file or dataset of the Hub, or a gated one: accept its terms and log in with `hf auth login`."
@@ -133,12 +132,6 @@ def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise UserError("data.row", f"{place} has no text in column {column!r}.")
         yield row[column]
-
-
-def row_example(place: str, row: Any) -> str:
-    """Show the place and the beginning of `row` (a row, a part of one or a `BadLine`), for messages and reports."""
-    shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
-    return f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
 
 
 def not_unicode(text: str) -> str | None:

@@ -7,7 +7,6 @@ their number and the bytes that an archive unpacks to are limited.
 
 import bz2
 import gzip
-import io
 import lzma
 import os
 import re
@@ -107,7 +106,6 @@ def installed_repositories(
     seen = {_normalised_name(name) for name in (*excluded, OWN_DISTRIBUTION)}
     chosen, filters = set(check_languages(languages)), filters or FileFilters()
     repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
-    with_standard_library = STANDARD_LIBRARY not in seen
     for distribution in metadata.distributions():
         name = _normalised_name(distribution.name or "")
         # The first on sys.path is the one that Python imports; a distribution without a name is a broken install.
@@ -116,7 +114,7 @@ def installed_repositories(
             for file in distribution.files or []:
                 if language_of(file) in chosen:
                     repositories[name].add(file, Path(str(distribution.locate_file(file))), filters)
-    if with_standard_library:
+    if STANDARD_LIBRARY not in seen:
         for path, location in _source_files(Path(sysconfig.get_path("stdlib")), chosen):
             repositories[STANDARD_LIBRARY].add(path, location, filters)
     return FileReader(repositories, filters)
@@ -261,15 +259,19 @@ def _archive_suffix(path: Path) -> str:
     return next((suffix for suffix in ARCHIVE_SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
-class _LimitedFile(io.FileIO):
-    """A file with a budget: zipfile reads the whole directory of a zip at once."""
+class _LimitedFile:
+    """A file whose reader, tarfile or zipfile, must not read more bytes than a budget has left."""
 
-    budget: _Budget | None = None
+    def __init__(self, file: IO[bytes], budget: _Budget | None) -> None:
+        self._file, self.budget = file, budget
 
-    def read(self, size: int | None = -1, /) -> bytes:
+    def read(self, size: int = -1) -> bytes:
         if self.budget is not None:
-            self.budget.spend(max(size or 0, 0))
-        return super().read(size) or b""
+            self.budget.spend(max(size, 0))
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _zip_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
@@ -281,26 +283,15 @@ def _zip_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
         unpacked.spend(len(content))
         return content
 
-    with _LimitedFile(location) as raw:
-        raw.budget = _Budget(limits.max_members * _DIRECTORY_BYTES_PER_MEMBER, _TOO_MANY)
+    with location.open("rb") as file:
+        # zipfile reads the whole directory at once.
+        raw: Any = _LimitedFile(file, _Budget(limits.max_members * _DIRECTORY_BYTES_PER_MEMBER, _TOO_MANY))
         with zipfile.ZipFile(raw) as archive:
             raw.budget = None
             for info in archive.infolist():
                 is_file = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
                 kind = "folder" if info.is_dir() else "file" if is_file else "other"
                 yield Member(info.filename, kind, info.file_size, partial(read, info))
-
-
-class _TarBytes:
-    """The unpacked bytes of a tar file, up to a limit."""
-
-    def __init__(self, file: IO[bytes], limit: int) -> None:
-        self._file, self._budget = file, _Budget(limit, _TOO_LARGE)
-
-    def read(self, size: int) -> bytes:
-        content = self._file.read(size)
-        self._budget.spend(len(content))
-        return content
 
 
 class _TarInfo(tarfile.TarInfo):
@@ -316,16 +307,14 @@ class _TarInfo(tarfile.TarInfo):
 
 def _tar_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
     opener = TAR_OPENERS[_archive_suffix(location)]
-    with (
-        location.open("rb") as raw,
-        opener(raw) as unpacked,
-        tarfile.open(fileobj=_TarBytes(unpacked, limits.max_bytes), mode="r|", tarinfo=_TarInfo) as archive,  # type: ignore[call-overload]
-    ):
-        while (info := archive.next()) is not None:
-            archive.members.clear()  # tarfile would keep every header
-            kind = "file" if info.isreg() and not info.issparse() else "folder" if info.isdir() else "other"
-            file = archive.extractfile(info) if kind == "file" else None
-            yield Member(info.name, kind, info.size, file.read if file else bytes)
+    with location.open("rb") as raw, opener(raw) as unpacked:
+        file: Any = _LimitedFile(unpacked, _Budget(limits.max_bytes, _TOO_LARGE))
+        with tarfile.open(fileobj=file, mode="r|", tarinfo=_TarInfo) as archive:
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # tarfile would keep every header
+                kind = "file" if info.isreg() and not info.issparse() else "folder" if info.isdir() else "other"
+                content = archive.extractfile(info) if kind == "file" else None
+                yield Member(info.name, kind, info.size, content.read if content else bytes)
 
 
 class ArchiveReader(SourceReader):
