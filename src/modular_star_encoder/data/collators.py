@@ -45,8 +45,7 @@ class _Padding:
 class PaddingCollator(_Padding):
     """Pads rows of `InContextPairs` on the tokenizer's side.
 
-    Returns, for B rows of at most T tokens, int64 tensors: `input_ids`, `attention_mask` and `labels` (−100 on padding)
-    of shape (B, T), and `icc_labels` of shape (B,).
+    Returns int64 tensors: `input_ids`, `attention_mask`, `labels` (−100 on padding), (B, T), and `icc_labels`, (B,).
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -74,18 +73,17 @@ class ClassificationCollator(_Padding):
 
 
 class PackingCollator:
-    """Packs rows of `InContextPairs` one after another; replaces `PaddingCollator`.
+    """Packs rows of `InContextPairs` one after another; the losses equal those of the padded batch.
 
-    Returns, for P rows of N tokens in total, the inputs of `ModularStarEncoderForPreTraining` for any attention
-    backend:
+    Returns, for P rows of N tokens in total, inputs of `ModularStarEncoderForPreTraining` for any attention backend:
 
     - `input_ids`, `position_ids` (from 0 in every row) and `labels`, int64 (1, N);
     - `cu_seq_lens_q`, `cu_seq_lens_k`: the same tensor, the rows' bounds, int32 (P + 1,);
     - `max_length_q`, `max_length_k`: the tokens of the longest row, as integers: flash attention wants them on the CPU;
     - `icc_labels`, int64 (P,).
 
-    Every row ends with `<cls>`. Losses equal the losses of the padded batch. The batch cannot be sliced along its first
-    dimension: train without accelerate's `split_batches` and `dispatch_batches`, and on one device per process.
+    The batch cannot be sliced along its first dimension: train without accelerate's `split_batches` and
+    `dispatch_batches`, and on one device per process.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -93,7 +91,6 @@ class PackingCollator:
         self._cls: int = tokenizer.cls_token_id
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Pack the rows."""
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         total, longest = int(bounds[-1]), int(lengths.max())

@@ -21,10 +21,9 @@ _LETTERS = np.array(list(string.ascii_lowercase))
 
 
 def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
-    """Replace each word of `code` that occurs at least three times and has at least three characters.
+    """Replace each word of `code`, reserved or not, that occurs three times or more and has three characters or more.
 
-    The paper says "words": reserved words, and words in comments and strings, are replaced like any other. Every
-    occurrence gets the same name: 3 to 8 random lower-case letters, different from every other word of the result.
+    Every occurrence gets the same name: 3 to 8 random lower-case letters, different from every other word.
     """
     counts = Counter(_WORD.findall(code))
     taken = set(counts)
@@ -43,11 +42,10 @@ _SNIPPETS, _NAMES = 10, 11  # random streams besides the streams of `BatchPlan`
 
 
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
-    """Descriptions and snippets, tokenized once and framed as the encoder reads them.
+    """Descriptions and snippets, tokenized once: `<sep>{instruction}<sep>{text}<cls>`, or `<sep>{text}<cls>`.
 
-    A text becomes `<sep>{instruction}<sep>{text}<cls>`, or `<sep>{text}<cls>` without prompts. Only the text is
-    truncated, never its frame. Special tokens that are written in a text are ordinary characters there. As a data set,
-    row `i` holds `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).
+    Only the text is truncated, never its frame. Special tokens written in a text are ordinary characters. As a data
+    set, row `i` holds `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).
     """
 
     def __init__(
@@ -122,8 +120,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
     """The rows of every batch, one batch after the other, for a sequential sampler (`steps` × batch size rows).
 
     Row `i` depends on the seed of the plan and `i` only. It holds `query_ids` and `document_ids`, int64 (T,): a
-    description and its code, or two snippets, drawn each time. Where every row has a hard negative, there are
-    `negative_ids`, too. `batch_size` counts the pairs of all processes together.
+    description and its code, or two snippets, drawn each time; and `negative_ids` if every row has a hard negative.
     """
 
     def __init__(

@@ -69,8 +69,7 @@ class SourceExamples:
 class TripletColumns:
     """The names of the columns of a dataset of triplets; by default the columns of the published SynthCoNL.
 
-    `negative` is a column of hard negatives, which SynthCoNL does not have; `negative_language` is the column of their
-    languages, by default `language`.
+    `negative` is a column of hard negatives, `negative_language` the column of their languages, by default `language`.
     """
 
     description: str = "func_documentation_string"
@@ -94,10 +93,7 @@ class TripletColumns:
 
 @dataclass
 class TripletReader:
-    """Iterates over the triplets of a dataset, as a stream, in a fixed order, again and again.
-
-    `skipped` counts the rows left out of the last iteration by reason; `examples` has the first such row by reason.
-    """
+    """Iterates over the triplets of a dataset in its order; `skipped` and `examples` are of the last iteration."""
 
     rows: Iterable[tuple[str, Row]]
     columns: TripletColumns
@@ -130,13 +126,9 @@ def open_triplets(
 ) -> TripletReader:
     """Open a dataset of triplets: rows with a description and two snippets.
 
-    Args:
-        source, split, options: See `open_dataset_rows`.
-        columns: The names of its columns.
-        strict: Whether a bad row is an error (`data.row`); otherwise it is skipped and counted. A triplet has a
-            description, two codes that are not blank, two of `LANGUAGES` in any spelling (`C++` is `cpp`), and a text
-            or nothing as repository.
-        fault: Says why a triplet is a bad row for other reasons, or None.
+    A triplet has a description, two codes that are not blank, two of `LANGUAGES` in any spelling (`C++` is `cpp`), and
+    a text or nothing as repository; and `fault` returns None for it. Other rows are skipped and counted, or are an
+    error (`data.row`) with `strict`. For `source`, `split` and `options` see `open_dataset_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
     rows = open_dataset_rows(source, columns.names(), split=split, **options)
@@ -172,18 +164,15 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     Args:
         settings: One or several of these (None means left out)
 
-            - `triplets`: the name of a dataset of the Hub, a file or a folder; or a mapping with `source` and the other
-              arguments of `open_triplets`; with `columns: {negative: NAME}` each row also has a hard negative;
-            - `functions`: the settings of a corpus (see `open_corpus`), whose documented functions are taken;
-            - `parallel`: a file, folder or dataset with one exercise per row, `slug` and `code` (a mapping of languages
-              to solutions); or a mapping with `source`, `name` and `code` (other names of these columns), `strict` and
-              the arguments of `open_dataset_rows`.
+            - `triplets`: a source of `open_dataset_rows`, or a mapping with `source` and the other arguments of
+              `open_triplets`; with `columns: {negative: NAME}` each row also has a hard negative;
+            - `functions`: a folder or settings of a corpus (see `open_corpus`), whose documented functions are read;
+            - `parallel`: a source with one exercise per row, `slug` and `code` (a mapping of languages to solutions);
+              or a mapping with `source`, `name` and `code` (other names of these columns), `strict` and the arguments
+              of `open_dataset_rows`.
 
             A row with empty code, an unknown language, or prose in place of code (see `reads_as_prose`) is skipped and
             counted; with `strict: true` it is an error (`data.row`).
-
-    Returns:
-        The rows by source, in this order.
     """
     settings = _without_none(settings)
     if not settings or not settings.keys() <= _SOURCES.keys():

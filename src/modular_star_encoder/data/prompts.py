@@ -53,12 +53,11 @@ def text_prompt(*, instructions: bool = True) -> str:
 
 
 def sentence_transformer_prompts(*, instructions: bool = True) -> dict[str, str]:
-    """The `prompts` of a SentenceTransformer, by prompt name.
+    """The `prompts` of a SentenceTransformer, by prompt name; all are empty without `instructions`.
 
     `"query"` is for descriptions and `"document"` for code of any language: `encode_query` and `encode_document` use
     these two. `"document_python"`, `"document_c++"` and so on, one for each of `LANGUAGES`, give the published wording,
-    which names the language; use them with `encode(..., prompt_name="document_python")`. Without `instructions` the
-    names are the same and every prompt is empty, so that callers need not know which kind of model they have.
+    which names the language; use them with `encode(..., prompt_name="document_python")`.
     """
     by_language = {f"document_{name}": code_prompt(name, instructions=instructions) for name in LANGUAGES}
     document = code_prompt(instructions=instructions)

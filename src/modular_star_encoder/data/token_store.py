@@ -57,8 +57,7 @@ class TokenCorpus:
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
         """(corpus to train on, held-out corpus): two views that share no repository.
 
-        `eval_fraction` of the repositories is held out: at least one, and at least one is left. The draw depends on the
-        seed and the names alone.
+        `eval_fraction` of the repositories is held out, drawn by seed and names alone; neither part is empty.
         """
         names = self.repositories
         if len(names) < 2:
@@ -118,10 +117,7 @@ class _State:
 
 
 class TokenStore(TokenCorpus):
-    """The corpus that `build_token_store` made, memory-mapped: opening it reads almost nothing.
-
-    A worker process that gets the store opens the files itself.
-    """
+    """The corpus that `build_token_store` made, memory-mapped: opening it reads almost nothing."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Open a finished store."""
@@ -168,11 +164,10 @@ def build_token_store(
     *,
     progress: bool = True,
 ) -> TokenStore:
-    """Tokenize `files` into a store, or continue a store, however the earlier call was interrupted.
+    """Tokenize `files` into a store, one row each, or continue a store, however the earlier call was interrupted.
 
-    Every file is one row, in the order of `files`. To continue, pass the same files in the same order: files already
-    stored are read again and compared, but not tokenized. A finished store is opened without reading `files`. The work
-    is saved every `_FILES_PER_COMMIT` files. Only one process may work on a folder at a time.
+    To continue, pass the same files in the same order: files already stored are compared, but not tokenized again. A
+    finished store is opened without reading `files`. Only one process may work on a folder at a time.
     """
     folder, encoder = Path(folder), ContentEncoder(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)

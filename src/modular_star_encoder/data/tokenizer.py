@@ -72,11 +72,8 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a folder or Hub repository, exactly as its tokenizer.json defines it.
-
-    `AutoTokenizer` uses the class that tokenizer_config.json names. StarCoder2's descendants name GPT-2's class, which
-    replaces the pre-tokenizer and no longer splits numbers into digits.
-    """
+    """Load the tokenizer of a folder or Hub repository, exactly as its tokenizer.json defines it."""
+    # `AutoTokenizer` uses GPT-2's class, which StarCoder2's descendants name; it doesn't split numbers into digits.
     return PreTrainedTokenizerFast.from_pretrained(path)
 
 
@@ -120,7 +117,7 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Each token's letters and digits in lower case, in the order of ids: "parse" for "parse", " Parse" and "_PARSE".
 
-    Tokens without letters or digits (punctuation, parts of characters, special tokens) keep their own, unique form.
+    Tokens without any (punctuation, parts of characters, special tokens) keep their own, unique form.
     """
     spellings = []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
@@ -165,7 +162,6 @@ class ContentEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Copy the tokenizer, which is not changed."""
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -34,9 +34,8 @@ _LONGEST_REASON = 300
 class HTTPRequestError(UserError):
     """A request that failed for good.
 
-    Keys: `http.status` (refused), `http.no_answer` (unreachable or busy in every attempt), `http.too_slow`,
-    `http.too_large`. Attributes from the last response, if any: `status`, `reason` ("status 401, Incorrect API key
-    provided") and `text`, the beginning of its body, without the token.
+    Keys: `http.status` (refused), `http.no_answer`, `http.too_slow`, `http.too_large`. From the last response:
+    `status`, `reason` ("status 401, Incorrect API key provided") and `text`, the beginning of its body without token.
     """
 
     def __init__(self, key: str, message: str, *, status: int | None = None, reason: str = "", text: str = "") -> None:
@@ -70,8 +69,7 @@ class HTTPClient:
     """Sends requests to http and https addresses. Use it as a context manager: leaving cancels pending requests.
 
     Temporary failures (status 408, 409, 425, 429 and 5xx, time-outs, broken connections) are retried after the server's
-    `Retry-After`, or after `pause`, doubled for each further attempt and varied by half, so that concurrent requests
-    don't retry together; at most 60 seconds.
+    `Retry-After`, or after `pause`, doubled for each further attempt and varied by half; at most 60 seconds.
 
     Args:
         token: sent as bearer token; never shown in an error or `repr`.
@@ -266,7 +264,7 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
     # The Hub's client uses httpx, or httpx2 in newer versions.
     loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
     network_errors: tuple[type[Exception], ...] = tuple(module.TransportError for module in loaded if module)
-    expected = (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError, *network_errors)
+    expected: tuple[type[Exception], ...] = (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError, *network_errors)
     try:
         yield
     except expected as error:

@@ -143,6 +143,7 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {content!r}.")
+    made: Any = kind
     values, known = rename_old_keys(kind, content), {one.name: one for one in _keys(kind)}
     check_names([str(name) for name in values], known, where)
     try:
@@ -153,7 +154,7 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
             elif (check := _PLAIN.get(expected)) is not None:
                 values[name] = check.validate_python(value)
         if collected := getattr(kind, "OPEN_KEYS", None):
-            open_names = {one.name for one in fields(collected[1])} - {one.name for one in fields(kind)}
+            open_names = {one.name for one in fields(collected[1])} - {one.name for one in fields(made)}
             values[collected[0]] = {name: values.pop(name) for name in list(values) if name in open_names}
         return kind(**values)
     except (TypeError, ValueError) as error:

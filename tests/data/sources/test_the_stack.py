@@ -61,8 +61,8 @@ def reader_of(tmp_path, server):
         ]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "ids.parquet", row_group_size=3)
         url = url or f"{server.url}/content/{{blob_id}}?signature=secret"
-        options |= {"threads": threads, "attempts": attempts, "pause": 0.001, "progress": False}
-        return the_stack_repositories(tmp_path / "ids.parquet", url, **options)
+        http = {"concurrency": threads, "attempts": attempts, "pause": 0.001}
+        return the_stack_repositories(tmp_path / "ids.parquet", url, http=http, progress=False, **options)
 
     return make
 
@@ -168,6 +168,6 @@ def test_wrong_sources_of_contents_are_refused_in_one_sentence(tmp_path):
         with raises("data.contents.url"):
             the_stack_repositories(file, wrong)
     with raises("http.settings"):
-        the_stack_repositories(file, url, threads=0)
+        the_stack_repositories(file, url, http={"concurrency": 0})
     with raises("data.source.column", "files"):
         the_stack_repositories(file, url)

@@ -119,11 +119,7 @@ def unpack(content: bytes, max_bytes: int) -> bytes:
 
 
 class DatasetReader(SourceReader):
-    """Base class of the readers of data sets; the units are the rows of a data set opened by `open_rows`.
-
-    A data set comes in pieces (row groups, files), of which about one is in memory. If the pieces divide evenly, a
-    shard reads only its own pieces; otherwise it reads all and decodes its share of the rows.
-    """
+    """Base class of the readers of data sets; the units are the rows of a data set opened by `open_rows`."""
 
     def __init__(
         self, rows: datasets.IterableDataset, languages: Iterable[str] | None, filters: FileFilters | None
@@ -134,6 +130,7 @@ class DatasetReader(SourceReader):
         self._filters = filters or FileFilters()
 
     def shard(self, index: int, count: int) -> Self:
+        # A shard reads only its own pieces (row groups, files) if they divide evenly, and otherwise all.
         reader = super().shard(index, count)
         pieces = self._rows.num_shards
         even = pieces % count == 0 or pieces >= _MANY_PIECES * count
@@ -143,8 +140,7 @@ class DatasetReader(SourceReader):
         return reader
 
     def _chosen_rows(self) -> Iterator[dict[str, Any]]:
-        # Whole tables are skipped without decoding them. `iter`, unlike `__iter__`, does not divide the data among
-        # the workers of a DataLoader by itself: `shard` alone decides.
+        # Whole tables are skipped undecoded. `iter`, unlike `__iter__`, does not divide rows among DataLoader workers.
         rows = self._rows.skip(self._start).with_format("arrow")
         next_row = 0
         for table in rows.iter(batch_size=_ROWS_PER_BATCH):
@@ -231,11 +227,8 @@ class TheStackReader(DatasetReader):
                     yield SourceFile(file.repository, file.path, file.language, text, file.license)
                 # A wrong URL or missing access should show now, not after a week of skipping.
                 if not fetched and skipped[_MISSING] + skipped[_NOT_FETCHED] >= _MAX_FAILURES_AT_FIRST:
-                    message = (
-                        f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched (the last: {last});"
-                    )
-                    message += " check content_url and your access to it."
-                    raise UserError("data.contents.no_access", message)
+                    message = f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched ({last}); check "
+                    raise UserError("data.contents.no_access", f"{message}content_url and your access to it.")
 
     def _wanted(self, row: dict[str, Any], skipped: Counter[str]) -> Iterator[tuple[SourceFile, str, str]]:
         """Yield (file without its text, blob, encoding) for each file of a row that is to be fetched."""
@@ -272,10 +265,7 @@ def the_stack_repositories(
     source: Source,
     content_url: str,
     *,
-    threads: int = 16,
-    attempts: int = 4,
-    pause: float = 0.5,
-    timeout: float = 30.0,
+    http: Mapping[str, Any] | None = None,
     languages: Iterable[str] | None = None,
     filters: FileFilters | None = None,
     progress: bool = True,
@@ -288,12 +278,11 @@ def the_stack_repositories(
 
     Args:
         source, options: as for `open_rows`, such as `"bigcode/the-stack-v2-train-smol-ids"`.
-        content_url: where contents are, such as `s3://softwareheritage/content/{blob_id}`, which needs `s3fs` and
-            credentials where `s3fs` looks for them; http, or a protocol of fsspec.
-        threads: contents fetched at the same time.
-        attempts, pause, timeout: over http; see `HTTPClient`. A missing or forbidden content is requested once.
+        content_url: an http address or a URL of fsspec, such as `s3://softwareheritage/content/{blob_id}`, which needs
+            `s3fs` and credentials where `s3fs` looks for them.
+        http: `concurrency`, for every protocol, and over http `attempts`, `pause` and `timeout`; see `HTTPClient`.
     """
-    http = {"concurrency": threads, "attempts": attempts, "pause": pause, "timeout": timeout}
+    http = {"concurrency": 16, "attempts": 4, "pause": 0.5, "timeout": 30.0} | dict(http or {})
     _check_contents(content_url, http)
     rows = open_rows(source, columns=("repo_name", "files"), **options)
     return TheStackReader(content_url, http, progress, rows, languages, filters)

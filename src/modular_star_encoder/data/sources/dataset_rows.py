@@ -103,15 +103,14 @@ def open_dataset_rows(
 ) -> Iterable[tuple[str, Row]]:
     """Open a dataset for reading as a stream, again and again in the same order.
 
+    Yields (place of the row, for messages; row); a `BadLine` replaces a row that is not a JSON object.
+
     Args:
         source: A parquet or JSON Lines file, a list of them, a folder of them, or the name of a dataset of the Hub.
         columns: The columns to read. A row of JSON Lines may lack some columns and have others.
         split: The split to read. In a folder, only files whose names begin with it (`train-00000-of-00004.parquet`);
             all files if no name begins with train, validation or test. Named files are read whole.
         options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
-
-    Returns:
-        Pairs (place of the row, for messages; row). A `BadLine` replaces a row that is not a JSON object.
     """
     name = _shown(source)
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):

@@ -1,8 +1,8 @@
 """Source files of this machine: installed Python distributions, folders of checkouts, zip and tar archives.
 
 Files come in the order of repository and path; in an archive, in the order of its members. Archives are not trusted:
-nothing is written to disk; links, devices and paths that lead outside are counted, never followed; the size of members,
-their number and the bytes that an archive unpacks to are limited.
+nothing is written to disk; links, devices and paths that lead outside are counted, never followed; members are limited
+in size and number, archives in unpacked bytes.
 """
 
 import bz2
@@ -97,10 +97,9 @@ def installed_repositories(
     languages: Iterable[str] | None = ("python",),
     filters: FileFilters | None = None,
 ) -> FileReader:
-    """Return a reader of the code installed in this Python environment, without the distributions to `exclude`.
+    """Return a reader of the code installed in this Python environment, without `exclude` and this package itself.
 
-    Every installed distribution is one repository, under its normalised name (PEP 503), and so is the standard
-    library (`"python-standard-library"`). This package itself is never included.
+    Every distribution is a repository, under its normalised name (PEP 503), and so is `python-standard-library`.
     """
     excluded = [exclude] if isinstance(exclude, str) else exclude
     seen = {_normalised_name(name) for name in (*excluded, OWN_DISTRIBUTION)}
@@ -132,10 +131,9 @@ def folder_repositories(
     """Return a reader of the code under `folder`.
 
     With `depth`, repositories are the folders `depth` levels down, named by their path (`"a/b"` at depth 2; a file
-    directly in `a` belongs to `"a"`, one directly in `folder` to `"."`); at depth 0 the folder is one repository, named
-    after it. The default depth is 1, or 0 for a checkout or a package (it holds one of `CHECKOUT_MARKERS`). Symbolic
-    links are not followed. Hidden folders, virtual environments, `node_modules` and the like are not entered. With
-    `obey_ignore_files`, files that git ignores are left out (`IgnoreFiles`).
+    directly in `a` belongs to `"a"`, one directly in `folder` to `"."`); at depth 0 the folder is the repository. The
+    default depth is 1, or 0 if the folder holds one of `CHECKOUT_MARKERS`. Symbolic links are not followed. Hidden
+    folders, virtual environments and `CLOSED_FOLDERS` are not entered, nor with `obey_ignore_files` what git ignores.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -246,7 +244,7 @@ class Member(NamedTuple):
 def archive_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
     """Yield the members of an archive in their order; each can be read until the next is requested.
 
-    Raises ArchiveLimitError if the archive exceeds a limit, and an error of BROKEN_ARCHIVE if it is damaged.
+    Raises ArchiveLimitError beyond a limit, and an error of BROKEN_ARCHIVE if the archive is damaged.
     """
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
     budget = _Budget(limits.max_members, _TOO_MANY)
@@ -311,7 +309,7 @@ def _tar_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
         file: Any = _LimitedFile(unpacked, _Budget(limits.max_bytes, _TOO_LARGE))
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_TarInfo) as archive:
             while (info := archive.next()) is not None:
-                archive.members.clear()  # tarfile would keep every header
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
                 kind = "file" if info.isreg() and not info.issparse() else "folder" if info.isdir() else "other"
                 content = archive.extractfile(info) if kind == "file" else None
                 yield Member(info.name, kind, info.size, content.read if content else bytes)
@@ -377,11 +375,9 @@ def archive_repositories(
     filters: FileFilters | None = None,
     limits: ArchiveLimits | None = None,
 ) -> ArchiveReader:
-    """Return a reader of one archive, or of every archive under a folder; each is one repository.
+    """Return a reader of one archive, or of every archive under a folder, with one of `ARCHIVE_SUFFIXES`.
 
-    It reads zip files (`.zip`, `.whl`, `.jar`) and tar files (`.tar`, also with `.gz`, `.bz2`, `.xz`, `.tgz` and the
-    like). A repository has the name of its file, without the suffix; in a folder, its path relative to the folder.
-    Symbolic links are not followed.
+    Each archive is a repository, named by its path in the folder, without the suffix. Symbolic links are not followed.
     """
     root = Path(source).expanduser()
     if root.is_dir():
