@@ -8,9 +8,10 @@ import string
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Self
 
 from modular_star_encoder.data.languages.registry import language_entry
@@ -155,6 +156,50 @@ def holds_encoded_data(text: str) -> bool:
         if lengths and (max(lengths) > _MAX_ENCODED_CHARACTERS or sum(lengths) > _MAX_ENCODED_SHARE * len(text)):
             return True
     return False
+
+
+class IgnoreFiles:
+    """Says which paths below a folder git ignores: by `.gitignore`s, `.git/info/exclude` and our own `.moseignore`s.
+
+    Ignore files above the folder apply up to the top of its repository. Ask about a folder before its content: as in
+    git, nothing inside an ignored folder is examined.
+    """
+
+    def __init__(self, root: Path) -> None:
+        above = [root, *root.parents]
+        top = next((place for place, folder in enumerate(above) if (folder / ".git").exists()), 0)
+        self._above = _patterns(above[top], ".git/info/exclude")
+        for folder in reversed(above[1 : top + 1]):
+            self._above += _patterns(folder, *_IGNORE_FILES)
+        self._known: dict[Path, list[tuple[Path, Any]]] = {}
+
+    def ignores(self, path: Path, *, is_folder: bool) -> bool:
+        """Whether a path is ignored; if several patterns match, the last one of the deepest file decides."""
+        folder = path.parent
+        if folder not in self._known:
+            self._known[folder] = [*self._known.get(folder.parent, self._above), *_patterns(folder, *_IGNORE_FILES)]
+        for base, patterns in reversed(self._known[folder]):
+            relative = path.relative_to(base).as_posix() + ("/" if is_folder else "")
+            include = patterns.check_file(relative).include
+            if include is not None:
+                return include
+        return False
+
+
+_IGNORE_FILES = (".gitignore", ".moseignore")
+
+
+def _patterns(folder: Path, *names: str) -> list[tuple[Path, Any]]:
+    """(folder, the patterns of a file) for each of the files in it that can be read."""
+    from pathspec import GitIgnoreSpec
+
+    found = []
+    for path in (folder / name for name in names):
+        with suppress(OSError, ValueError):  # a path that is too long, or an invalid pattern
+            if path.is_file() and not path.is_symlink():
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+                found.append((folder, GitIgnoreSpec.from_lines(lines)))
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,14 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import IO, Any, NamedTuple
 
 from modular_star_encoder.data.languages.registry import check_languages, language_of
-from modular_star_encoder.data.sources import CLOSED_FOLDERS, FileFilters, SourceFile, SourceReader, is_closed
+from modular_star_encoder.data.sources import (
+    CLOSED_FOLDERS,
+    FileFilters,
+    IgnoreFiles,
+    SourceFile,
+    SourceReader,
+    is_closed,
+)
 from modular_star_encoder.utils.errors import UserError
 
 STANDARD_LIBRARY = "python-standard-library"
@@ -164,11 +171,7 @@ def _normalised_name(name: str) -> str:
 
 def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[PurePath, Path]]:
     """Yield (path relative to `root`, location) of every source file; no symbolic link is followed."""
-    ignored = None
-    if obey:
-        from modular_star_encoder.data.sources.ignore_files import IgnoreFiles
-
-        ignored = IgnoreFiles(root)
+    ignored = IgnoreFiles(root) if obey else None
     for parent, folders, files in os.walk(root):
         if "pyvenv.cfg" in files:  # a virtual environment, whatever its name
             folders.clear()
