@@ -4,7 +4,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
 
 from modular_star_encoder.data.collators import RetrievalCollator
 from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts, rename_frequent_words
@@ -152,31 +151,9 @@ def test_a_row_is_a_function_of_seed_and_place_in_any_order_of_access(tokenizer)
     assert any(not torch.equal(reseeded[i]["query_ids"], rows[i]["query_ids"]) for i in range(36))
 
 
-def test_a_renamed_snippet_is_another_one_in_the_next_epoch(tokenizer):
-    dataset = batches(tokenizer, steps=12, identifier_rename_prob=1.0, prompts=False)
-    by_row = {}
-    for i in range(0, 48, 2):
-        query, document = (tuple(dataset[i][side].tolist()) for side in ("query_ids", "document_ids"))
-        by_row.setdefault(query, []).append(document)
-    assert {len(versions) for versions in by_row.values()} == {2}
-    assert all(len(set(versions)) == 2 for versions in by_row.values())
-
-
 def test_there_is_no_row_beyond_the_last_batch(tokenizer):
     with pytest.raises(IndexError):
         batches(tokenizer)[24]
-
-
-def test_processes_share_out_every_batch_half_and_half(tokenizer):
-    """Slices as accelerate gives them to the processes of a run: consecutive batches in turn."""
-    dataset = batches(tokenizer)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=RetrievalCollator(tokenizer))
-    shards = [list(BatchSamplerShard(loader.batch_sampler, num_processes=2, process_index=rank)) for rank in range(2)]
-    assert [len(shard) for shard in shards] == [6, 6]
-    for step in range(6):
-        indices = [index for shard in shards for index in shard[step]]
-        assert sorted(indices) == list(range(4 * step, 4 * step + 4))
-        assert all([index % 2 for index in shard[step]] == [0, 1] for shard in shards)
 
 
 def test_mean_tokens_count_what_the_encoder_reads(tokenizer):

@@ -46,15 +46,8 @@ def test_the_columns_named_become_source_files(tmp_path):
         ("r0", "2.py", "python", "x = 2", None),
     ]
     assert reader.repositories is None
-
-
-def test_without_a_column_of_languages_the_suffix_tells(tmp_path):
-    rows = [row(0, file="a.go", lang="Python"), row(1, file="a.txt")]
-    reader = row_repositories(
-        write_parquet(tmp_path / "a.parquet", rows), RowColumns(repository="repo", path="file", text="code")
-    )
-    assert [(file.language, file.license) for file in reader] == [("go", None)]
-    assert reader.skipped == {"another language": 1}
+    reader = row_repositories(tmp_path / "a.parquet", RowColumns(repository="repo", path="file", text="code"))
+    assert [(file.language, file.license) for file in reader] == [("python", None), ("cpp", None), ("python", None)]
 
 
 def test_the_columns_of_the_stack_are_known(tmp_path):
