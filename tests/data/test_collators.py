@@ -26,10 +26,6 @@ def rows(tokenizer):
     return list(pairs_of_many_lengths(tokenizer))
 
 
-def model_for(tokenizer, **changes):
-    return tiny_model(ModularStarEncoderForPreTraining, vocab_size=len(tokenizer), **(NO_DROPOUT | changes))
-
-
 def test_rows_follow_one_another_within_their_bounds(tokenizer, rows):
     batch = PackingCollator(tokenizer)(rows)
     lengths = [len(row["input_ids"]) for row in rows]
@@ -54,7 +50,7 @@ def test_rows_follow_one_another_within_their_bounds(tokenizer, rows):
 def test_losses_and_gradients_are_those_of_the_padded_batch(tokenizer, rows, backend):
     results = []
     for collator in (PaddingCollator(tokenizer), PackingCollator(tokenizer)):
-        model = model_for(tokenizer).train()
+        model = tiny_model(ModularStarEncoderForPreTraining, vocab_size=len(tokenizer), **NO_DROPOUT).train()
         model.set_attn_implementation(backend)
         output = model(**collator(rows))
         output.loss.backward()

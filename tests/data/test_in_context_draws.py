@@ -163,12 +163,6 @@ def test_pairs_are_found_where_no_two_repositories_have_the_same_lengths():
     assert len({pair.same_repository for pair in pairs}) == 2
 
 
-def test_texts_of_one_length_are_shown_whole():
-    sampler = PairSampler(corpus([50] * 6, [0, 0, 0, 1, 1, 1], [0] * 6), room=120)
-    pairs = [sampler.draw(np.random.default_rng((0, i))) for i in range(50)]
-    assert all(snippet[1:] == (0, 50) for pair in pairs for snippet in pair[:2])
-
-
 def test_a_short_snippet_leaves_its_room_to_the_other():
     """And both have half of it if they can."""
     sampler = PairSampler(corpus([20, 500] * 8, [0] * 8 + [1] * 8, [0] * 16), room=100)

@@ -73,14 +73,13 @@ def parallel_texts(count=12):
     ]
 
 
-def tokenized(tokenizer, rows, max_code_tokens=128, prompts=True):
-    return RetrievalTexts(rows, tokenizer, max_code_tokens=max_code_tokens, prompts=prompts, progress=False)
+def tokenized(tokenizer, rows, **options):
+    return RetrievalTexts(rows, tokenizer, progress=False, **{"max_code_tokens": 128} | options)
 
 
-def batches(tokenizer, steps=6, batch_size=4, seed=0, prompts=True, **options):
+def batches(tokenizer, steps=6, seed=0, **options):
     rows = parallel_texts()
-    texts = tokenized(tokenizer, rows, prompts=prompts)
-    return RetrievalBatches(texts, BatchPlan(PairGroups(rows), batch_size, seed), steps, **options)
+    return RetrievalBatches(tokenized(tokenizer, rows), BatchPlan(PairGroups(rows), 4, seed), steps, **options)
 
 
 def test_batches_alternate_text_to_code_and_code_to_code_with_their_prompts(tokenizer):

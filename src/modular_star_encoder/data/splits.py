@@ -206,7 +206,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """The group to whose code each hard negative is equal, int64 (rows,), -1 if none; None if a row has no negative."""
+    """For each row, the group with the code of its hard negative, int64 (rows,), or -1; None if a row has no negative."""
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None

@@ -64,14 +64,6 @@ def test_each_sub_folder_with_python_is_a_repository_wherever_it_is(tmp_path, pa
     assert names(folder_repositories(tmp_path)) == expected
 
 
-@pytest.mark.parametrize("marker", ["pyproject.toml", ".git/HEAD", "__init__.py"])
-def test_a_checkout_is_one_repository_named_after_its_folder(tmp_path, marker):
-    write(tmp_path, {f"project/{marker}": "x = 1", "project/src/a.py": "1", "project/tools/b.py": "1"})
-    files = names(folder_repositories(tmp_path / "project"))
-    assert {repository for repository, _ in files} == {"project"}
-    assert {"src/a.py", "tools/b.py"} <= {path for _, path in files}
-
-
 def test_hidden_folders_environments_and_links_are_not_entered(tmp_path):
     outside = tmp_path / "outside"
     write(outside, {"secret.py": "1"})
