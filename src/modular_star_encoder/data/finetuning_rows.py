@@ -42,7 +42,7 @@ _SNIPPETS, _NAMES = 10, 11  # random streams besides the streams of `BatchPlan`
 
 
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
-    """Descriptions and snippets, tokenized once: `<sep>{instruction}<sep>{text}<cls>`, or `<sep>{text}<cls>`.
+    """Descriptions and snippets as tokens: `<sep>{instruction}<sep>{text}<cls>`; `<sep>{text}<cls>` without prompts.
 
     Only the text is truncated, never its frame. Special tokens written in a text are ordinary characters. As a data
     set, row `i` holds `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).

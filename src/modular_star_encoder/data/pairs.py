@@ -56,7 +56,7 @@ class SourceExamples:
     examples: dict[str, str] = field(default_factory=dict)  # by reason, the first one: its place and its beginning
 
     def skip(self, reason: str, place: str, row: Any, strict: bool) -> None:
-        """Count something that is left out; with `strict`, raise UserError (`data.row`)."""
+        """Count a row, or a part of one, that is left out; with `strict`, raise UserError (`data.row`)."""
         shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
         example = f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
         if strict:
@@ -93,7 +93,7 @@ class TripletColumns:
 
 @dataclass
 class TripletReader:
-    """Iterates over the triplets of a dataset in its order; `skipped` and `examples` are of the last iteration."""
+    """Iterates over the triplets of a dataset; `skipped` counts what the last iteration left out, by reason."""
 
     rows: Iterable[tuple[str, Row]]
     columns: TripletColumns
@@ -209,7 +209,7 @@ def have_negatives(settings: Mapping[str, Any]) -> bool:
 
 
 def described(functions: Iterable[DocumentedFunction]) -> list[RetrievalExample]:
-    """Documented functions as rows."""
+    """Make a row of each documented function."""
     return [RetrievalExample(one.description, (Snippet(one.language, one.code),), one.repository) for one in functions]
 
 

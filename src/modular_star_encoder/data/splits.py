@@ -126,8 +126,8 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
     train = np.flatnonzero(~held_out & ~leaked)
     if len(train) < (limit or 1):
         key = "max_train_samples" if limit else "nothing_to_train"
-        message = f"Only {len(train)} rows share no content and no repository with held-out rows, not {limit or 1};"
-        raise UserError(f"data.split.{key}", f"{message} add data, or lower max_train_samples.")
+        message = f"Training needs {limit or 1} rows that share no content or repository with held-out rows, and has "
+        raise UserError(f"data.split.{key}", f"{message}{len(train)}; add data, or lower max_train_samples.")
     if limit is not None:
         train = np.sort(np.random.default_rng(seed).permutation(train)[:limit])
     report = {
@@ -206,7 +206,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """For each row, the group with the code of its hard negative, int64 (rows,), or -1; None if a row has no negative."""
+    """The group that has each row's hard negative as code, int64 (rows,), or -1; None if a row has no negative."""
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None
@@ -247,7 +247,7 @@ class PairGroups:
 
     @property
     def largest_batch(self) -> int:
-        """The most pairs that a batch can have, whichever rows are drawn first."""
+        """The largest number of pairs in a batch, whichever rows are drawn first."""
         if len(self.numbers) < 2:
             return min(sum(self.counts.values()), self.most_groups_with_negative)
         # Each half has at most as many pairs as its kind has groups; the second half needs groups that the first lacks.
@@ -258,7 +258,7 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The most groups that a batch can have while there is always a hard negative outside them."""
+        """The largest number of groups in a batch that always leaves a hard negative outside them."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1

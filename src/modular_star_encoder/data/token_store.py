@@ -106,7 +106,7 @@ class _State:
     languages: list[str] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
-        """The smallest size of each file, in bytes."""
+        """The bytes that each file must have at least."""
         return {
             "tokens.bin": self.tokens * np.dtype(self.dtype).itemsize,
             "bounds.bin": (self.files + 1) * _BOUND.itemsize,
@@ -136,7 +136,7 @@ class TokenStore(TokenCorpus):
 
 
 class _MappedRows(TokenRows):
-    """A worker process that gets these rows opens the files; numpy would send it the whole content."""
+    """Rows mapped from the files of a store: pickling sends their folder, where numpy would send all tokens."""
 
     def __init__(self, folder: Path) -> None:
         state = _finished_state(folder)

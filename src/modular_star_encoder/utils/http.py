@@ -32,7 +32,7 @@ _LONGEST_REASON = 300
 
 
 class HTTPRequestError(UserError):
-    """A request that failed for good.
+    """A request failed, and it is not retried any more.
 
     Keys: `http.status` (refused), `http.no_answer`, `http.too_slow`, `http.too_large`. From the last response:
     `status`, `reason` ("status 401, Incorrect API key provided") and `text`, the beginning of its body without token.

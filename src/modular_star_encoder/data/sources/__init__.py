@@ -159,7 +159,7 @@ def holds_encoded_data(text: str) -> bool:
 
 
 class IgnoreFiles:
-    """Says which paths below a folder git ignores: by `.gitignore`s, `.git/info/exclude` and our own `.moseignore`s.
+    """Says which paths below a folder are ignored by `.gitignore`, `.git/info/exclude` and our own `.moseignore`.
 
     Ignore files above the folder apply up to the top of its repository. Ask about a folder before its content: as in
     git, nothing inside an ignored folder is examined.
@@ -190,7 +190,7 @@ _IGNORE_FILES = (".gitignore", ".moseignore")
 
 
 def _patterns(folder: Path, *names: str) -> list[tuple[Path, Any]]:
-    """(folder, the patterns of a file) for each of the files in it that can be read."""
+    """(folder, patterns) for each file of `names` in `folder` that can be read."""
     from pathspec import GitIgnoreSpec
 
     found = []

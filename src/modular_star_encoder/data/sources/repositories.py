@@ -42,7 +42,7 @@ CHECKOUT_MARKERS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "__init__
 
 @dataclass(slots=True)
 class _Repository:
-    """The files of one repository as (path in it, location), and how many were left out by their path."""
+    """The files of one repository, as (path in it, location), and counts of those that their path leaves out."""
 
     files: list[tuple[str, Path]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
