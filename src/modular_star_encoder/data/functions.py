@@ -254,7 +254,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
     if len(named) != 1 or options.get("installed", True) is not True:
-        message = f"A corpus needs exactly one source of {', '.join(_OPENERS)}, and `installed` is true; not {options}."
+        message = f"A corpus needs exactly one of {', '.join(_OPENERS)} (`installed: true`); not {options}."
         raise UserError("data.corpus.source", message)
     kind = named[0]
     source, snippets = options.pop(kind), options.pop("snippets", "files")
@@ -266,7 +266,8 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
         places = () if kind == "installed" else (source,)
         files: SourceReader = getattr(readers, opener)(*places, **options, filters=STARCODER2_FILTERS)
     except TypeError as error:
-        raise UserError("data.corpus.options", f"The settings of corpus {kind!r} can't be used: {error}.") from error
+        fault = str(error).rpartition("() ")[2]  # without the name of our function
+        raise UserError("data.corpus.options", f"The corpus {kind} can't be used: {fault}.") from error
     files.unicode_names = True
     return FunctionFiles(files) if snippets == "functions" else files
 

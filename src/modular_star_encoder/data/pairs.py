@@ -189,7 +189,8 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
         try:
             found[name] = _SOURCES[name](progress, **_without_none(options))
         except TypeError as error:
-            raise UserError("data.source.options", f"data.{name} can't be used: {error}.") from error
+            fault = str(error).rpartition("() ")[2]  # without the name of our function
+            raise UserError("data.source.options", f"data.{name} can't be used: {fault}.") from error
         if not found[name].texts:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
             raise UserError("data.source.empty", f"data.{name} has no row to train on: {reasons or 'it is empty'}.")

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from operator import length_hint
@@ -265,12 +265,10 @@ def _read_state(folder: Path) -> _State | None:
     if not (folder / _STATE).exists():
         return None
     fault = _STATE
-    try:
+    with suppress(TypeError, ValueError):
         state = _State(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
         fault = next((name for name, size in state.sizes().items() if sizes.get(name, -1) < size), "")
-    except (TypeError, ValueError):
-        pass
     if fault:
         message = f"{fault} of the token store {folder} is missing, cut short or of another version; remove the folder "
         raise UserError("data.token_store.damaged", f"{message}and build it again.")

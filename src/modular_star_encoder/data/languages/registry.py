@@ -470,7 +470,7 @@ _CPP_LINE = re.compile(
 def language_entry(name: str) -> Language:
     """The entry of a language; UserError (`data.language.unknown`) if `name` is unknown."""
     if name not in _LANGUAGE:
-        raise UserError("data.language.unknown", f"No language {name!r}. Available: {', '.join(SEARCH_LANGUAGES)}.")
+        raise UserError("data.language.unknown", f"Unknown language {name!r}. Available: {', '.join(_LANGUAGE)}.")
     return _LANGUAGE[name]
 
 
