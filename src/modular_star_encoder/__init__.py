@@ -81,12 +81,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    except ModuleNotFoundError as error:
-        from modular_star_encoder.utils.errors import missing_extra
+    from modular_star_encoder.utils.errors import naming_extra
 
-        raise missing_extra(error) or error from error
+    with naming_extra():
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
