@@ -57,4 +57,4 @@ def stored_rows(location):
 
 def embedded(row):
     """What is embedded of a row, without the prompt."""
-    return Snippet(row["path"], "", row["name"], 1, 1, "", row["text"]).embedded()
+    return Snippet(row["path"], "", row["name"], 1, 1, row["text"]).embedded()

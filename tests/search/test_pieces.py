@@ -58,7 +58,6 @@ def test_a_small_class_is_one_piece_and_knows_its_methods():
 def test_comments_and_decorators_before_a_definition_belong_to_it():
     (piece,) = file_pieces("a.rs", "rust", "/// Adds\n/// numbers.\n#[inline]\nfn add(a: u8) -> u8 { a }\n")
     assert (piece.first_line, piece.line, piece.last_line) == (1, 4, 4)
-    assert piece.description == "/// Adds /// numbers. #[inline]"
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

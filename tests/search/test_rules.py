@@ -7,7 +7,7 @@ from modular_star_encoder.search.rules import Question
 
 
 def piece(path, *defines, text="x"):
-    return Snippet(path, "python", defines[0] if defines else "", 1, 1, "", text, 1, defines)
+    return Snippet(path, "python", defines[0] if defines else "", 1, 1, text, 1, defines)
 
 
 def order(question, snippets, similarities=None, words=None):

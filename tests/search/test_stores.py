@@ -45,7 +45,7 @@ def rows(path, texts, version="1", language="python", seed=0, width=8, missing=0
     generator = np.random.default_rng([seed, len(path)])
     made = []
     for place, text in enumerate(texts):
-        snippet = Snippet(path, language, f"f{place}", place + 1, place + 1, "", text, place + 1, (f"f{place}", "g"))
+        snippet = Snippet(path, language, f"f{place}", place + 1, place + 1, text, place + 1, (f"f{place}", "g"))
         vectors = {k: generator.normal(size=width).astype(np.float32) for k in (1, 4)}
         made.append(
             Row(

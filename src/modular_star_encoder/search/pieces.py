@@ -34,7 +34,6 @@ class Snippet:
     name: str  # dotted name of what it defines, or of the class that it is part of; empty for other lines
     first_line: int  # 1-based; both lines are included
     last_line: int
-    description: str  # the comment before the definition, in one line
     text: str  # the lines
     line: int = 0  # at which the definition itself begins, after comments and decorators
     defines: tuple[str, ...] = ()  # names without what encloses them
@@ -68,8 +67,7 @@ class _Divider:
 
     def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
         """The pieces of the lines from `start` to `end`, which hold these definitions inside `outer`."""
-        at = place = 0
-        at = start
+        at, place = start, 0
         while place < len(definitions):
             one = definitions[place]
             following = place + 1
@@ -114,10 +112,9 @@ class _Divider:
 
     def _snippet(self, first: int, end: int, name: str, line: int) -> Snippet:
         last_parts = (one.name.rpartition(".")[2] for one in self._definitions if first <= one.start < end)
-        comment = " ".join(" ".join(self._lines[first:line]).split())
         text = "\n".join(self._lines[first:end])
         names = tuple(dict.fromkeys(last_parts))
-        return Snippet(self._path, self._language, name, first + 1, end, comment, text, line + 1, names)
+        return Snippet(self._path, self._language, name, first + 1, end, text, line + 1, names)
 
 
 def is_boilerplate(snippet: Snippet) -> bool:
