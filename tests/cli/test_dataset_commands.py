@@ -104,7 +104,6 @@ def test_dedup_drops_what_is_near_a_benchmark(capsys, built, tmp_path):
         (("build", "none.yaml", "--out", "OUT"), "none.yaml"),
         (("stats", "OUT"), "cannot be read"),
         (("push", "OUT", "owner/name"), "no finished dataset"),
-        (("dedup", "RECIPE", "--out", "OUT", "--against", "file"), "SOURCE:COLUMN"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing_behind(capsys, tmp_path, monkeypatch, arguments, sentence):
@@ -117,13 +116,19 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(capsys, tmp_path, monkey
     assert not (tmp_path / "out.parquet").exists()
 
 
-@pytest.mark.parametrize("words", [["--outt", "x"], ["a=b", "-x"]])
-def test_unknown_options_are_wrong_usage(capsys, words):
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("build recipe.yaml --out out --outt x", "--outt x"),
+        ("build recipe.yaml --out out a=b -x", "-x"),
+        ("stats rows.jsonl a=b", "a=b"),
+        ("dedup rows --out out --against file", "SOURCE:COLUMN"),
+    ],
+)
+def test_unknown_options_are_wrong_usage(capsys, words, named):
     with pytest.raises(SystemExit):
-        cli.main(["dataset", "build", "recipe.yaml", "--out", "out", *words])
-    assert "unrecognized arguments" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["dataset", "stats", "rows.jsonl", "a=b"])
+        cli.main(["dataset", *words.split()])
+    assert named in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_one_line_and_a_broken_one_a_traceback(capsys, monkeypatch, tmp_path):

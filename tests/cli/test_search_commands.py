@@ -159,10 +159,17 @@ def test_the_old_option_of_what_is_now_the_default_is_read(shared_index, capsys)
     assert (status, json.loads(out)[0]["method"]) == (0, "hybrid")
 
 
-def test_an_index_and_a_folder_cannot_both_be_searched(capsys):
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("search x --index a --folder b", "not allowed with"),
+        ("related add.go", "'add.go' is not of the form FILE:LINE"),
+    ],
+)
+def test_wrong_usage_is_reported(capsys, words, named):
     with pytest.raises(SystemExit):
-        cli.main(["search", "x", "--index", "a", "--folder", "b"])
-    assert "not allowed with" in capsys.readouterr().err
+        cli.main(words.split())
+    assert named in capsys.readouterr().err
 
 
 def test_a_folder_without_source_code_is_refused(tmp_path, checkpoint, capsys):
@@ -204,5 +211,3 @@ def test_related_code_is_found_from_a_place(indexed, capsys, monkeypatch):
     assert (status, len(hits), any(hit["path"].endswith("add.go") for hit in hits)) == (0, 2, False)
     status, _, err = run(capsys, "related", "add.go:1")
     assert (status, "no code at line 1 of 'src/add.go'" in err) == (2, True)
-    status, _, err = run(capsys, "related", "add.go")
-    assert (status, "FILE:LINE" in err) == (2, True)

@@ -102,7 +102,7 @@ def test_an_update_is_what_building_anew_gives(code, tmp_path, checkpoint):
 
 
 def test_words_find_identifiers_without_a_model(shared_index, monkeypatch):
-    monkeypatch.setattr(Embedder, "load", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(Embedder, "prepare", lambda *_: pytest.fail("the model is loaded"))
     (words,) = shared_index.search(["header of a file, to parse"], method="lexical")
     assert words.hits[0].name == "parseHeader"
     assert {hit.exit_layer for hit in words.hits} == {None}

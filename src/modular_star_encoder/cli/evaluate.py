@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Any
 
-from modular_star_encoder.cli import exit_list, name_list, named_file, number_list
+from modular_star_encoder.cli import exit_list, name_list, number_list, of_form
 
 
 def add_evaluate_commands(commands: Any) -> None:
@@ -46,8 +46,8 @@ def add_evaluate_commands(commands: Any) -> None:
     profile.add_argument(
         "--quality",
         metavar="NAME=FILE",
-        type=named_file,
-        help="measure nothing; add to the profile the quality of each exit from FILE, written by mose evaluate",
+        type=of_form("NAME=FILE", "([^=]+)=(.+)"),
+        help="only add the quality of each exit, as benchmark NAME, from a FILE that mose evaluate wrote",
     )
     profile.set_defaults(run=run_profile)
 

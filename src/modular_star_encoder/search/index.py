@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 
@@ -357,10 +357,26 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
     return next((str(place) for place in places if place.is_dir()), None)
 
 
-def cached_location(folder: str | os.PathLike[str], *made_with: object) -> str | None:
-    """Return where the user's cache keeps the index of a folder without its own; None if the cache is read-only."""
+def cached_index(folder: str, **options: Any) -> CodeIndex:
+    """Update or build the index of a folder in the user's cache, or in memory if the cache is read-only.
+
+    `options` are those of `CodeIndex.build`. An index that no longer fits, such as after an upgrade, is replaced.
+    """
+    store = LocalStore(_cached_location("\n".join(map(str, [os.path.realpath(folder), *options.values()]))))
+    try:
+        index = CodeIndex.build(folder, store, **options)
+    except UserError as error:
+        if error.key not in ("search.index.other_model", "search.index.format", "search.index.unreadable"):
+            raise
+        index = CodeIndex.build(folder, store, **options, rebuild=True)
+    if not index.store.count():
+        raise UserError("search.folder.empty", f"{folder!r} holds no source code.")
+    return index
+
+
+def _cached_location(key: str) -> str | None:
+    """Return the place of an index in the user's cache; None if the cache is read-only."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-star-encoder" / "search"
-    key = "\n".join([os.path.realpath(folder), *map(str, made_with)])
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:
