@@ -58,17 +58,13 @@ def test_the_time_of_a_side_is_not_that_of_what_the_other_left_it(index, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("question", "path", "sentence"),
-    [
-        (" ", "", "Type a question first"),
-        ("x" * (LONGEST_QUESTION + 1), "", "characters at most"),
-        ("add", "[", "without a"),
-    ],
+    ("question", "path", "named"),
+    [(" ", "", "2,000"), ("x" * (LONGEST_QUESTION + 1), "", "2,000"), ("add", "[", "[")],
 )
-def test_what_a_user_can_mend_is_one_sentence(page, question, path, sentence):
+def test_what_a_user_can_mend_is_one_sentence(page, question, path, named):
     left, right = page.answer(question, [], path, 0, 0, 1)
     assert re.fullmatch('<p class="mose-error" role="alert">[^<]*</p>', left)
-    assert sentence in left
+    assert named in left
     assert right == ""
 
 
@@ -116,6 +112,6 @@ def test_an_index_of_one_exit_has_one_side_and_says_how_to_get_more(checkpoint, 
 
 
 def test_the_header_counts_rows_and_shows_no_folders_of_the_machine(page, index):
-    assert f"{index.store.count():,} functions" in page.header()
+    assert f"{index.store.count():,} pieces" in page.header()
     assert "exits 1, 4" in page.header()
     assert "/" not in page.header().replace("</", "")

@@ -65,11 +65,18 @@ class UpdateReport:
 
 
 def update_store(
-    store: VectorStore, settings: IndexSettings, embedder: Embedder, *, processes: int = 2, progress: bool = True
+    folder: str,
+    store: VectorStore,
+    settings: IndexSettings,
+    embedder: Embedder,
+    *,
+    processes: int = 2,
+    progress: bool = True,
 ) -> UpdateReport:
-    """Bring a store up to date with its folder.
+    """Bring a store up to date with a folder of source code.
 
     Args:
+        folder: the folder that `settings` name.
         store: a store created with `settings`.
         settings: settings that say what to read and how to embed it.
         embedder: the embedder of the settings' checkpoint.
@@ -81,7 +88,7 @@ def update_store(
     """
     start = perf_counter()
     reader = folder_repositories(
-        settings.root(store.location),
+        folder,
         languages=settings.languages,
         depth=0,
         filters=FileFilters(tests=settings.tests, vendored=settings.vendored),
@@ -97,8 +104,8 @@ def update_store(
                 writer.add(file, snippets)
                 bar.update()
             bar.set_postfix(rows=writer.report.embedded_rows)
+        writer.remove_vanished()
         writer.write()
-    writer.remove_vanished()
     store.finish()
     report = writer.report
     report.rows, report.skipped, report.seconds = store.count(), reader.skipped, perf_counter() - start

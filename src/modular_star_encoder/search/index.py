@@ -21,6 +21,7 @@ from modular_star_encoder.search.ranking import Cascade, Method, Ranker, by_word
 from modular_star_encoder.search.vector_store import (
     DEFAULT_CHECKPOINT,
     INDEX_FOLDER,
+    MEMORY,
     QDRANT,
     Filter,
     Found,
@@ -131,7 +132,7 @@ class CodeIndex:
                 asked, settings = settings, IndexSettings.from_dict(stored, store.location)
                 settings.refuse_others(asked, store.location)
             index = cls(store, settings, embedder)
-            index.report = update_store(store, settings, embedder, processes=processes, progress=progress)
+            index.report = update_store(index.folder, store, settings, embedder, processes=processes, progress=progress)
         return index
 
     @classmethod
@@ -191,7 +192,9 @@ class CodeIndex:
         """
         with _locked(self.store):
             self._check_unchanged()
-            self.report = update_store(self.store, self.settings, self.embedder, processes=processes, progress=progress)
+            self.report = update_store(
+                self.folder, self.store, self.settings, self.embedder, processes=processes, progress=progress
+            )
         return self.report
 
     def search(
@@ -329,13 +332,13 @@ def _fault(questions: Sequence[str], top_k: int, method: str) -> tuple[str, str]
 
 
 def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
-    """Open the store at a location: `qdrant:NAME@URL` is a collection on a server, any other text a folder.
+    """Open the store at a location: a folder, `memory://`, or `qdrant:NAME@URL` for a collection on a server.
 
     An open store is returned as it is. The key of a Qdrant server is read from QDRANT_API_KEY.
 
     Raises:
         ImportError: the extra is not installed.
-        UserError: the location has neither form.
+        UserError: the location has another form.
     """
     if not isinstance(location, str | os.PathLike):
         return location
@@ -344,10 +347,10 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
         from modular_star_encoder.search.qdrant_store import QdrantStore, connect
 
         return QdrantStore(*connect(location), location)
-    if "://" in location:
+    if "://" in location and location != MEMORY:
         message = f"An index is in a folder of this machine or qdrant:NAME@URL, not {location!r}."
         raise UserError("search.index.location", message)
-    return LocalStore(location)
+    return LocalStore(None if location == MEMORY else location)
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
@@ -362,26 +365,26 @@ def cached_index(folder: str, **options: Any) -> CodeIndex:
 
     `options` are those of `CodeIndex.build`. An index that no longer fits, such as after an upgrade, is replaced.
     """
-    store = LocalStore(_cached_location("\n".join(map(str, [os.path.realpath(folder), *options.values()]))))
+    location = _cached_location("\n".join(map(str, [os.path.realpath(folder), *options.values()])))
     try:
-        index = CodeIndex.build(folder, store, **options)
+        index = CodeIndex.build(folder, location, **options)
     except UserError as error:
         if error.key not in ("search.index.other_model", "search.index.format", "search.index.unreadable"):
             raise
-        index = CodeIndex.build(folder, store, **options, rebuild=True)
-    if not index.store.count():
+        index = CodeIndex.build(folder, location, **options, rebuild=True)
+    if not index.report.rows:
         raise UserError("search.folder.empty", f"{folder!r} holds no source code.")
     return index
 
 
-def _cached_location(key: str) -> str | None:
-    """Return the place of an index in the user's cache; None if the cache is read-only."""
+def _cached_location(key: str) -> str:
+    """Return the location of an index in the user's cache, or in memory if the cache is read-only."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-star-encoder" / "search"
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return None
-    return str(cache / content_hash(key)[:16]) if os.access(cache, os.W_OK) else None
+        return MEMORY
+    return str(cache / content_hash(key)[:16]) if os.access(cache, os.W_OK) else MEMORY
 
 
 @contextmanager

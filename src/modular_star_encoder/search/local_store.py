@@ -26,6 +26,7 @@ import numpy as np
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.search.vector_store import (
     INDEX_FOLDER,
+    MEMORY,
     Filter,
     Found,
     Row,
@@ -59,7 +60,7 @@ class LocalStore:
 
     def __init__(self, location: str | os.PathLike[str] | None = None) -> None:
         self.folder = None if location is None else Path(location).expanduser().absolute()
-        self.location = "memory://" if location is None else os.fspath(location)
+        self.location = MEMORY if location is None else os.fspath(location)
         self._manifest = _NO_INDEX
         self._version: tuple[int, int] | None = None
         self._segments: dict[str, _Segment] = {}

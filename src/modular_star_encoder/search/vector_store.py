@@ -16,7 +16,7 @@ from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 
-QDRANT = "qdrant:"
+QDRANT, MEMORY = "qdrant:", "memory://"
 FORMAT = 3
 DEFAULT_CHECKPOINT = "mose-code"
 """The model that is packaged with the code."""
