@@ -7,8 +7,7 @@ import pytest
 from modular_star_encoder.demo.serving import served
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
 from modular_star_encoder.search.index import CodeIndex
-from tests.demo.conftest import HOSTILE_NAME
-from tests.demo.profiles import profile_of
+from tests.demo.conftest import HOSTILE_NAME, profile_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUESTION = "#question textarea, #question input"

@@ -6,7 +6,7 @@ import pytest
 from modular_star_encoder.demo.page import ExitCosts, circumstances, cost_card, short_name
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
-from tests.demo.profiles import profile_of
+from tests.demo.conftest import profile_of
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from modular_star_encoder.demo.session import LONGEST_QUESTION, TOP_K, SearchSes
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.index import CodeIndex
-from tests.search.samples import build, write_code
+from tests.search.conftest import build, write_code
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

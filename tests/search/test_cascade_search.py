@@ -7,7 +7,7 @@ from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.ranking import Cascade
-from tests.search.samples import build, embedded, stored_rows, write_code
+from tests.search.conftest import build, embedded, stored_rows, write_code
 
 QUESTION = "put an item on top"
 

@@ -7,7 +7,7 @@ from qdrant_client.models import Distance, PointStruct, VectorParams
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.qdrant_store import QdrantStore
 from tests.errors import raises
-from tests.search.samples import build, stored_rows
+from tests.search.conftest import build, stored_rows
 
 ODD_NAMES = [
     b"caf\xe9.py",

@@ -16,7 +16,7 @@ from modular_star_encoder.search.index import CodeIndex, find_index
 from modular_star_encoder.search.qdrant_store import QdrantStore
 from modular_star_encoder.search.ranking import Cascade
 from tests.errors import raises
-from tests.search.samples import FILES, build, embedded, stored_rows, write_code
+from tests.search.conftest import FILES, build, embedded, stored_rows, write_code
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from modular_star_encoder.search import building
 from modular_star_encoder.search.index import CodeIndex
-from tests.search.samples import build, stored_rows
+from tests.search.conftest import build, stored_rows
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@ import pytest
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
 from modular_star_encoder.search.pieces import MOST_LINES, file_pieces, is_boilerplate
 from tests.data.polyglot import NAMES, SOURCES
-from tests.search.samples import FILES
+from tests.search.conftest import FILES
 
 DEFINITIONS = {
     "typescript": ("export const run = (a: number) => { return a }\ninterface Shape { area(): number }\n", "run Shape"),
