@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 import modular_star_encoder.cli.main as cli
-from modular_star_encoder.cli import dataset
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import translation, write_corpus
 
@@ -131,17 +130,3 @@ def test_unknown_options_are_wrong_usage(capsys, words, named):
     with pytest.raises(SystemExit):
         cli.main(["dataset", *words.split()])
     assert named in capsys.readouterr().err
-
-
-def test_a_package_that_is_missing_is_one_line_and_a_broken_one_a_traceback(mose, monkeypatch, tmp_path):
-    def missing(*_):
-        raise ImportError("Near-duplicates need rensa: pip install 'modular-star-encoder[dataset]'.")
-
-    def broken(*_):
-        import modular_star_encoder.no_such_module  # noqa: F401
-
-    monkeypatch.setattr(dataset, "run_dataset_push", missing)
-    assert mose("dataset", "push", tmp_path, "a/b")[0] == 2
-    monkeypatch.setattr(dataset, "run_dataset_push", broken)
-    with pytest.raises(ModuleNotFoundError):
-        cli.main(["dataset", "push", str(tmp_path), "a/b"])

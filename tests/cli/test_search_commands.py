@@ -7,18 +7,9 @@ from pathlib import Path
 import pytest
 
 import modular_star_encoder.cli.main as cli
-from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
 from tests.demo.conftest import profile_of
 from tests.search.conftest import build, write_code
-from tests.tiny import tiny_model, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def other_checkpoint(tmp_path_factory):
-    model = tiny_model()
-    model.get_input_embeddings().weight.data[0] += 1
-    return save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path_factory.mktemp("other") / "model")
 
 
 @pytest.fixture
@@ -87,40 +78,27 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("index", "FOLDER", "--model", "OTHER", "--exit-layers", "1,4"), "was built with another checkpoint"),
-        (("index", "FOLDER", "--model", "SAME", "--exit-layer", "2"), "was built with exit 1, 4, not 2"),
-        (("index", "FOLDER", "--model", "SAME", "--exit-layers", "1,4", "--dimension", "7"), "16 components, not 7"),
-        (("index", "FOLDER/nowhere", "--model", "SAME"), "is not a folder"),
-        (("search", "x", "--index", "INDEX", "--model", "OTHER"), "was built with another checkpoint"),
-        (("search", "x", "--index", "INDEX", "--exit-layer", "2"), "was built at exit 1, 4, not 2"),
-        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "3"), "3"),
-        (("search", "x", "--index", "INDEX", "--exit-layer", "4", "--rerank-exit-layer", "2"), "Choose a deeper exit"),
-        (("search", "x", "--index", "INDEX", "--margin", "0.1"), "need --rerank-exit-layer"),
-        (("search", "x", "--index", "INDEX", "--candidates", "9"), "need --rerank-exit-layer"),
-        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "0"), "its exits are 1, 2, 4"),
-        (
-            ("search", "x", "--index", "INDEX", "--exit-layer", "1", "--rerank-exit-layer", "4", "--margin", "nan"),
-            "nan",
-        ),
-        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "4", "--candidates", "0"), "at least 2, not 0"),
-        (("search", "x", "--folder", "FOLDER", "--margin", "0"), "need --rerank-exit-layer"),
-        (("search", "x", "--folder", "FOLDER/nowhere", "--model", "SAME"), "is not a folder"),
-        (("search", "x", "--folder", "FOLDER", "--model", "SAME", "--exit-layer", "0"), "its exits are 1, 2, 4"),
-        (("search", "x", "--index", "FOLDER"), "holds other things"),
-        (("search", "x", "--index", "FOLDER/src/nowhere"), "There is no index"),
-        (("search", " ", "--index", "INDEX"), "none of them blank"),
-        (("search", "x", "--index", "INDEX", "--languages", "cobol"), "cobol"),
+        ("index FOLDER --model MODEL --exit-layer 2 --out INDEX", "was built with exit 1, 4, not 2"),
+        ("index FOLDER --model MODEL --exit-layers all --latency-ms 9", "Leave out --exit-layer"),
+        ("index FOLDER/nowhere --model MODEL", "is not a folder"),
+        ("search x --index INDEX --exit-layer 1 --memory-mb 9", "Leave out --exit-layer"),
+        ("search x --index INDEX --exit-layer 4 --rerank-exit-layer 2", "Choose a deeper exit"),
+        ("search x --index INDEX --margin 0.1", "need --rerank-exit-layer"),
+        ("search x --index INDEX --candidates 9", "need --rerank-exit-layer"),
+        ("search x --index INDEX --rerank-exit-layer 4 --margin nan", "nan"),
+        ("search x --index INDEX --rerank-exit-layer 4 --candidates 0", "at least 2, not 0"),
+        ("search x --index INDEX --lines -1", "-1"),
+        ("search x --folder FOLDER/nowhere --model MODEL", "is not a folder"),
+        ("search x --folder FOLDER --model MODEL --exit-layer 0", "its exits are 1, 2, 4"),
+        ("search x --index FOLDER", "holds other things"),
+        ("search x --index FOLDER/src/nowhere", "There is no index"),
     ],
 )
-def test_what_an_index_cannot_do_is_refused_in_one_sentence(
-    shared_index, checkpoint, other_checkpoint, mose, arguments, message
-):
-    names = {"SAME": checkpoint, "OTHER": other_checkpoint, "INDEX": shared_index.store.location}
-    names["FOLDER"] = shared_index.folder
-    arguments = [str(names.get(one, one.replace("FOLDER", str(shared_index.folder)))) for one in arguments]
-    if arguments[0] == "index":
-        arguments += ["--out", str(shared_index.store.location)]
-    status, out, err = mose(*arguments)
+def test_what_an_index_cannot_do_is_refused_in_one_sentence(shared_index, checkpoint, mose, arguments, message):
+    names = {"MODEL": checkpoint, "INDEX": shared_index.store.location, "FOLDER": shared_index.folder}
+    for name, value in names.items():
+        arguments = arguments.replace(name, str(value))
+    status, out, err = mose(*arguments.split())
     assert (status, out) == (2, "")
     assert message in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("mose: error: ")

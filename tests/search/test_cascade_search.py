@@ -28,10 +28,7 @@ def code_folder(tmp_path_factory):
 def indexes(code_folder, checkpoint, tmp_path_factory):
     """Two ways to have deep embeddings: from text, and from the index."""
     folder = tmp_path_factory.mktemp("indexes")
-    options = {
-        "text": {"exit_layer": 1},
-        "stored": {"exit_layers": (1, 4)},
-    }
+    options = {"text": {"exit_layer": 1}, "stored": {"exit_layers": (1, 4)}}
     return {name: build(code_folder, folder / name, checkpoint, **chosen) for name, chosen in options.items()}
 
 

@@ -15,9 +15,6 @@ def test_a_hit_shows_place_score_name_exit_and_code():
     ]
     assert len(format_answer(Answer("?", [hit(0.5), hit(0.4)]), lines=0).splitlines()) == 2
     assert format_answer(Answer("?", [])) == "nothing found"
-
-
-def test_a_hit_prints_as_location_score_name_and_exit():
     assert str(hit(0.51249)) == "src/a.py:12  0.512  Stack.push  (exit 9)"
 
 
