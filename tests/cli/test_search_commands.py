@@ -90,13 +90,14 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
         ("search x --index INDEX --lines -1", "-1"),
         ("search x --folder FOLDER/nowhere --model MODEL", "is not a folder"),
         ("search x --folder FOLDER --model MODEL --exit-layer 0", "its exits are 1, 2, 4"),
+        ("search x --folder EMPTY --model MODEL", "holds no source code"),
         ("search x --index FOLDER", "holds other things"),
         ("search x --index FOLDER/src/nowhere", "There is no index"),
     ],
 )
-def test_what_an_index_cannot_do_is_refused_in_one_sentence(shared_index, checkpoint, mose, arguments, message):
-    names = {"MODEL": checkpoint, "INDEX": shared_index.store.location, "FOLDER": shared_index.folder}
-    for name, value in names.items():
+def test_what_an_index_cannot_do_is_one_sentence(shared_index, checkpoint, tmp_path, mose, arguments, message):
+    places = {"MODEL": checkpoint, "INDEX": shared_index.store.location, "FOLDER": shared_index.folder}
+    for name, value in {**places, "EMPTY": tmp_path}.items():
         arguments = arguments.replace(name, str(value))
     status, out, err = mose(*arguments.split())
     assert (status, out) == (2, "")
@@ -142,12 +143,6 @@ def test_wrong_usage_is_reported(capsys, words, named):
     with pytest.raises(SystemExit):
         cli.main(words.split())
     assert named in capsys.readouterr().err
-
-
-def test_a_folder_without_source_code_is_refused(tmp_path, checkpoint, mose):
-    (tmp_path / "notes.txt").touch()
-    status, _, err = mose("search", "x", "--folder", tmp_path, "--model", checkpoint)
-    assert (status, f"{str(tmp_path)!r} holds no source code" in err) == (2, True)
 
 
 def test_a_folder_without_an_index_is_never_stale_and_its_index_is_kept_in_the_cache(

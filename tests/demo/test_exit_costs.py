@@ -22,11 +22,8 @@ def costs_of(folder, **options):
 
 def test_every_figure_is_the_one_of_the_checkpoints_own_profile(copy):
     costs = costs_of(copy)
-    for exit_layer, figures in {
-        1: ("1.2 ms", "101 MB", "1.1 M", "0.111"),
-        4: ("4.9 ms", "104 MB", "4.4 M", "0.444"),
-    }.items():
-        assert re.findall("<b>(.*?)</b>", cost_card(costs, exit_layer)) == list(figures)
+    assert re.findall("<b>(.*?)</b>", cost_card(costs, 1)) == ["1.2 ms", "101 MB", "1.1 M", "0.111"]
+    assert re.findall("<b>(.*?)</b>", cost_card(costs, 4)) == ["4.9 ms", "104 MB", "4.4 M", "0.444"]
     assert "1 × 32 tokens" in circumstances(costs)
     assert "2026-01-02" in circumstances(costs)
 

@@ -64,7 +64,6 @@ def held_rows(location):
     return rows
 
 
-@pytest.mark.slow
 def test_killed_ten_times_at_random_the_next_run_completes_the_index(tmp_path, checkpoint):
     folder, location = tmp_path / "code", tmp_path / "index"
     folder.mkdir()
