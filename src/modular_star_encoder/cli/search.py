@@ -251,7 +251,7 @@ def _exit_by_budget(
     """Return --exit-layer or, with a budget, the best exit within it; `exit_layers` limits the choice."""
     if arguments.latency_ms is None and arguments.memory_mb is None:
         return arguments.exit_layer
-    if arguments.exit_layer is not None or getattr(arguments, "exit_layers", ()):
+    if arguments.exit_layer is not None or getattr(arguments, "exit_layers", None):
         message = "--latency-ms and --memory-mb choose an exit. Leave out --exit-layer and --exit-layers, or these."
         raise UserError("cli.search.budget", message)
     from modular_star_encoder.inference.exit_profile import checkpoint_profile, select_exit

@@ -359,8 +359,8 @@ def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
     """Return the arrays that list each word's rows, from ascending words, a row of each and its count of the word."""
     words, starts = np.unique(key, return_index=True)
     word_starts = np.append(starts, len(key)).astype(np.uint32)
-    postings = {"word_rows": row.astype(np.uint16), "word_counts": count.astype(np.uint8)}
-    return {"words": words, "word_starts": word_starts, **postings}
+    rows, counts = row.astype(np.uint16), count.astype(np.uint8)
+    return {"words": words, "word_starts": word_starts, "word_rows": rows, "word_counts": counts}
 
 
 def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:

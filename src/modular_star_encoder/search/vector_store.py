@@ -272,7 +272,8 @@ class IndexSettings:
         if (found := values.get("format")) != FORMAT:
             message = f"The index {location} has format {found}, not {FORMAT}. Rebuild it (--rebuild)."
             raise UserError("search.index.format", message)
-        return cls(**{name: tuple(one) if isinstance(one, list) else one for name, one in values.items()})
+        options: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
+        return cls(**options)
 
     def root(self, location: str) -> str:
         """Return the absolute path of the indexed folder, for an index at `location`."""
