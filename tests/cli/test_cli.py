@@ -56,8 +56,7 @@ def test_search_prints_json(mose, checkpoint, code):
     assert [answer["question"] for answer in answers] == ["add", "find"]
     keys = ["path", "line", "name", "score", "exit_layer", "last_line", "language", "text", "reasons"]
     assert list(answers[0]["hits"][0]) == keys
-    assert len(answers[0]["hits"]) == 5
-    assert answers[0]["hits"][0]["exit_layer"] == 4
+    assert [hit["exit_layer"] for hit in answers[0]["hits"]] == [4] * 5
 
 
 def test_evaluate_prints_the_table_and_writes_the_same_figures(mose, checkpoint, code, tmp_path):

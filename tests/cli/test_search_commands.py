@@ -79,9 +79,9 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
     ("arguments", "message"),
     [
         ("index FOLDER --model MODEL --exit-layer 2 --out INDEX", "was built with exit 1, 4, not 2"),
-        ("index FOLDER --model MODEL --exit-layers all --latency-ms 9", "Leave out --exit-layer"),
+        ("index FOLDER --model MODEL --exit-layers all --latency-ms 9", "not both"),
         ("index FOLDER/nowhere --model MODEL", "is not a folder"),
-        ("search x --index INDEX --exit-layer 1 --memory-mb 9", "Leave out --exit-layer"),
+        ("search x --index INDEX --exit-layer 1 --memory-mb 9", "not both"),
         ("search x --index INDEX --exit-layer 4 --rerank-exit-layer 2", "Choose a deeper exit"),
         ("search x --index INDEX --margin 0.1", "need --rerank-exit-layer"),
         ("search x --index INDEX --candidates 9", "need --rerank-exit-layer"),

@@ -1,4 +1,4 @@
-"""The command line, and the option types that several commands share; argparse reports values that do not fit."""
+"""The command line, and types of options that several commands share; argparse reports values that do not fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def name_list(text: str) -> list[str]:
 
 
 def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
-    """Return the type of options of a form such as `NAME=FILE`: it returns the groups of the regular expression."""
+    """Return an argparse type for a form such as `NAME=FILE`: it converts a text to the groups of the pattern."""
 
     def groups(text: str) -> tuple[str, ...]:
         if match := re.fullmatch(pattern, text):

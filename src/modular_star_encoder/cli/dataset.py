@@ -53,14 +53,14 @@ def add_dataset_commands(commands: Any) -> None:
 
 
 def run_dataset_build(arguments: argparse.Namespace) -> None:
-    """`mose dataset build`."""
+    """Run `mose dataset build`."""
     from modular_star_encoder.synthconl.build import build_dataset, load_dataset_recipe
 
     print(build_dataset(load_dataset_recipe(arguments.recipe, arguments.overrides), arguments.out))
 
 
 def run_dataset_dedup(arguments: argparse.Namespace) -> None:
-    """`mose dataset dedup`."""
+    """Run `mose dataset dedup`."""
     from modular_star_encoder.data.sources.dataset_rows import open_texts
     from modular_star_encoder.synthconl.minhash import DuplicateSettings
     from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
@@ -78,7 +78,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
 
 
 def run_dataset_stats(arguments: argparse.Namespace) -> None:
-    """`mose dataset stats`."""
+    """Run `mose dataset stats`."""
     from dataclasses import asdict
 
     from modular_star_encoder.data.pairs import open_triplets
@@ -97,7 +97,7 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
 
 
 def run_dataset_push(arguments: argparse.Namespace) -> None:
-    """`mose dataset push`."""
+    """Run `mose dataset push`."""
     from modular_star_encoder.synthconl.publishing import push_dataset
 
     private = not arguments.public

@@ -53,7 +53,7 @@ def add_evaluate_commands(commands: Any) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    """`mose evaluate`."""
+    """Run `mose evaluate`."""
     from modular_star_encoder.evaluation.run import run_benchmarks
     from modular_star_encoder.utils.files import check_writable, write_json
 
@@ -78,7 +78,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def run_profile(arguments: argparse.Namespace) -> None:
-    """`mose profile`."""
+    """Run `mose profile`."""
     from modular_star_encoder.evaluation.report import read_quality
     from modular_star_encoder.inference.exit_profile import ExitProfile
     from modular_star_encoder.inference.profile import ProfilePlan, format_profile, profile_path, profile_to_file

@@ -53,7 +53,7 @@ def _add_folder_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_slice(arguments: argparse.Namespace) -> None:
-    """`mose slice`."""
+    """Run `mose slice`."""
     from modular_star_encoder.inference.checkpoints import slice_checkpoint
 
     slice_checkpoint(arguments.checkpoint, arguments.exit_layer, arguments.out)
@@ -61,7 +61,7 @@ def run_slice(arguments: argparse.Namespace) -> None:
 
 
 def run_card(arguments: argparse.Namespace) -> None:
-    """`mose card`."""
+    """Run `mose card`."""
     from modular_star_encoder.hub.publishing import write_folder_card
 
     text = write_folder_card(_folder_manifest(arguments, arguments.folder), arguments.out)
@@ -69,7 +69,7 @@ def run_card(arguments: argparse.Namespace) -> None:
 
 
 def run_publish(arguments: argparse.Namespace) -> None:
-    """`mose publish`."""
+    """Run `mose publish`."""
     from modular_star_encoder.hub.manifest import load_manifest
     from modular_star_encoder.hub.publishing import publish
 
@@ -86,7 +86,7 @@ def run_publish(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    """`mose export`."""
+    """Run `mose export`."""
     if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
         message = "--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files."
         raise UserError("cli.export.data", message)

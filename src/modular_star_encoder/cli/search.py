@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import VectorStore
 
-_NAMED_NONE = dict.fromkeys(("model", "exit_layer", "latency_ms", "memory_mb", "dimension", "languages"))
-_NAMED_NONE |= {"exit_layers": (), "tests": True, "vendored": False, "rebuild": False}
-"""Defaults of the options of `mose index` that are settings of the index."""
+_DEFAULTS: dict[str, Any] = {"exit_layers": (), "tests": True, "vendored": False, "rebuild": False}
+_DEFAULTS |= dict.fromkeys(("model", "exit_layer", "latency_ms", "memory_mb", "dimension", "languages"))
+"""Defaults of those options of `mose index` that are settings of the index."""
 
 
 def add_search_commands(commands: Any) -> None:
@@ -99,14 +99,14 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> No
 
 
 def run_index(arguments: argparse.Namespace) -> None:
-    """`mose index`."""
+    """Run `mose index`."""
     from modular_star_encoder.search.index import CodeIndex, open_store
     from modular_star_encoder.search.vector_store import INDEX_FOLDER
 
     folder = os.path.expanduser(arguments.folder)
     store = open_store(arguments.out or os.path.join(folder, INDEX_FOLDER))
-    is_plain = all(getattr(arguments, name) == default for name, default in _NAMED_NONE.items())
-    if is_plain and store.settings() is not None:  # without options an index keeps its settings
+    names_settings = any(getattr(arguments, name) != default for name, default in _DEFAULTS.items())
+    if not names_settings and store.settings() is not None:  # an index keeps its settings
         index = CodeIndex.open(store)
         index.settings.refuse_others(replace(index.settings, folder=os.path.realpath(folder)), store.location)
         index.update()
@@ -146,7 +146,7 @@ def _trained_exits(checkpoint: str) -> tuple[int, ...]:
 
 
 def run_search(arguments: argparse.Namespace) -> None:
-    """`mose search`."""
+    """Run `mose search`."""
     from modular_star_encoder.search.hits import format_answer
     from modular_star_encoder.search.ranking import Cascade
 
@@ -204,7 +204,7 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
 
 
 def run_related(arguments: argparse.Namespace) -> None:
-    """`mose related`."""
+    """Run `mose related`."""
     from modular_star_encoder.search.hits import Answer, format_answer
 
     path, line = arguments.place
@@ -218,7 +218,7 @@ def run_related(arguments: argparse.Namespace) -> None:
 
 
 def run_mcp(arguments: argparse.Namespace) -> None:
-    """`mose mcp`."""
+    """Run `mose mcp`."""
     from modular_star_encoder.search.index import CodeIndex, open_store
     from modular_star_encoder.search.mcp_server import build_server
     from modular_star_encoder.search.vector_store import INDEX_FOLDER
@@ -230,7 +230,7 @@ def run_mcp(arguments: argparse.Namespace) -> None:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """`mose demo`."""
+    """Run `mose demo`."""
     from modular_star_encoder.demo.serving import serve
 
     index = _found_index(arguments.index)
@@ -252,7 +252,7 @@ def _exit_by_budget(
     if arguments.latency_ms is None and arguments.memory_mb is None:
         return arguments.exit_layer
     if arguments.exit_layer is not None or getattr(arguments, "exit_layers", None):
-        message = "--latency-ms and --memory-mb choose an exit. Leave out --exit-layer and --exit-layers, or these."
+        message = "Give an exit (--exit-layer, --exit-layers) or a budget (--latency-ms, --memory-mb), not both."
         raise UserError("cli.search.budget", message)
     from modular_star_encoder.inference.exit_profile import checkpoint_profile, select_exit
 
