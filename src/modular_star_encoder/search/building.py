@@ -129,8 +129,7 @@ class _Writer:
             key = file_id(file.path)
             self._seen.add(key)
             self.report.files += 1
-            held = self._held.get(key)
-            if held is not None and held.file_hash == content_hash(file.text):
+            if self._held.get(key) == content_hash(file.text):
                 bar.update()
             else:
                 yield file

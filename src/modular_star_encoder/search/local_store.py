@@ -30,9 +30,8 @@ from modular_star_encoder.search.vector_store import (
     Filter,
     Found,
     Row,
-    StoredFile,
     best_first,
-    stored_files,
+    file_hashes,
 )
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_text
@@ -81,9 +80,9 @@ class LocalStore:
             shutil.rmtree(self.folder / _OLD_INDEX, ignore_errors=True)
         self._write({"settings": dict(settings), "segments": {}})
 
-    def files(self) -> dict[str, StoredFile]:
+    def files(self) -> dict[str, str | None]:
         """See `VectorStore`."""
-        return stored_files(
+        return file_hashes(
             (one["id"], one["hash"], one["expected"])
             for segment in self._alive()
             for one in segment.files

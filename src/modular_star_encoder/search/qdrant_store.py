@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from modular_star_encoder.search.pieces import Snippet
-from modular_star_encoder.search.vector_store import QDRANT, Filter, Found, Row, StoredFile, best_first, stored_files
+from modular_star_encoder.search.vector_store import QDRANT, Filter, Found, Row, best_first, file_hashes
 from modular_star_encoder.utils.errors import UserError, naming_extra
 
 _SETTINGS_KEY = "modular_star_encoder"
@@ -106,10 +106,10 @@ class QdrantStore:
             self._client.create_payload_index(self._name, field, models.PayloadSchemaType.KEYWORD)
 
     @_wrap_errors
-    def files(self) -> dict[str, StoredFile]:
+    def files(self) -> dict[str, str | None]:
         """See `VectorStore`."""
         fields = ["file_id", "file_hash", "file_rows"]
-        return stored_files(tuple(payload[name] for name in fields) for payload in self._payloads(fields))
+        return file_hashes(tuple(payload[name] for name in fields) for payload in self._payloads(fields))
 
     @_wrap_errors
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:

@@ -73,19 +73,6 @@ class Filter:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """What a store holds of one file.
-
-    Attributes:
-        file_hash: hash of the content; None if rows are missing or come from different contents.
-        rows: number of stored rows.
-    """
-
-    file_hash: str | None
-    rows: int
-
-
 class VectorStore(Protocol):
     """Rows of one index. `replace_files` is the only way to change them."""
 
@@ -105,8 +92,8 @@ class VectorStore(Protocol):
             UserError: the place holds data of another program, which is never replaced.
         """
 
-    def files(self) -> dict[str, StoredFile]:
-        """Return file_id → what the store holds of this file."""
+    def files(self) -> dict[str, str | None]:
+        """Return file_id → hash of the file's content; None if rows are missing or come from different contents."""
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         """Replace all rows of some files.
@@ -156,17 +143,14 @@ def row_id(file: str, place: int) -> str:
     return str(UUID(hex=content_hash(f"{file}:{place}")))
 
 
-def stored_files(rows: Iterable[tuple[str, str, int]]) -> dict[str, StoredFile]:
-    """Return file_id → what a store holds of the file, from (file_id, file_hash, file_rows) of all its rows."""
+def file_hashes(rows: Iterable[tuple[str, str, int]]) -> dict[str, str | None]:
+    """Return what `VectorStore.files` returns, from (file_id, file_hash, file_rows) of all rows."""
     held: dict[str, tuple[str | None, int, int]] = {}
     for file, file_hash, expected in rows:
         first_hash, count, first_expected = held.get(file, (file_hash, 0, expected))
         agrees = first_hash == file_hash and first_expected == expected
         held[file] = (first_hash if agrees else None, count + 1, first_expected)
-    return {
-        file: StoredFile(file_hash if count == expected else None, count)
-        for file, (file_hash, count, expected) in held.items()
-    }
+    return {file: found if count == expected else None for file, (found, count, expected) in held.items()}
 
 
 _PUNCTUATION = re.compile(r"[.^$*+?{}\[\]\\|()]")
