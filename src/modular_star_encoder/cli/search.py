@@ -260,7 +260,7 @@ def _exit_by_budget(
     if exit_layers is not None:
         exits = {exit_layer: one for exit_layer, one in profile.exits.items() if exit_layer in exit_layers}
         if not exits:
-            message = f"The exit profile of {checkpoint} has none of the exits {exit_layers} of the index."
+            message = f"The exit profile of {checkpoint} lacks the index's exits {exit_layers}. Run `mose profile`."
             raise UserError("search.profile.exits", message)
         profile = replace(profile, exits=exits)
     return select_exit(profile, latency_ms=arguments.latency_ms, memory_mb=arguments.memory_mb)

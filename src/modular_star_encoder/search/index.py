@@ -373,7 +373,7 @@ def cached_index(folder: str, **options: Any) -> CodeIndex:
             raise
         index = CodeIndex.build(folder, location, **options, rebuild=True)
     if not index.report.rows:
-        raise UserError("search.folder.empty", f"{folder!r} holds no source code.")
+        raise UserError("search.folder.empty", f"{folder!r} holds no source code. Name another folder.")
     return index
 
 
@@ -402,7 +402,7 @@ def _locked(store: VectorStore) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        message = f"Another process writes the index {store.location}. Wait for it."
+        message = f"Another process writes the index {store.location}. Wait until it ends."
         raise UserError("search.index.locked", message) from error
     try:
         yield

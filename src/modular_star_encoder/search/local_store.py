@@ -55,7 +55,7 @@ _values = attrgetter(*(one.name for one in fields(Snippet)))
 
 
 class LocalStore:
-    """See `VectorStore`; if the location is None, the rows are only in the memory of this process."""
+    """A `VectorStore` in a folder, or in the memory of this process if the location is None."""
 
     def __init__(self, location: str | os.PathLike[str] | None = None) -> None:
         self.folder = None if location is None else Path(location).expanduser().absolute()
@@ -68,11 +68,9 @@ class LocalStore:
             raise UserError("search.index.foreign", message)
 
     def settings(self) -> dict[str, Any] | None:
-        """See `VectorStore`."""
         return self._read()["settings"]
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """See `VectorStore`."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.folder.name == INDEX_FOLDER:  # one in another place may be meant to be committed
@@ -81,7 +79,6 @@ class LocalStore:
         self._write({"settings": dict(settings), "segments": {}})
 
     def files(self) -> dict[str, str | None]:
-        """See `VectorStore`."""
         return file_hashes(
             (one["id"], one["hash"], one["expected"])
             for segment in self._alive()
@@ -91,7 +88,6 @@ class LocalStore:
         )
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
-        """See `VectorStore`; writes one new manifest."""
         manifest = self._read()
         segments = {
             name: sorted({*dead, *known} & self._segment(name).ids) for name, dead in manifest["segments"].items()
@@ -125,7 +121,6 @@ class LocalStore:
     def nearest(
         self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
     ) -> list[Found]:
-        """See `VectorStore`; exact up to `APPROXIMATE_ROWS` rows."""
         unit = (vector / (np.linalg.norm(vector) or 1)).astype(np.float32)
         chosen = [(one, np.flatnonzero(one.chosen(where))) for one in self._alive()]
         if sum(len(places) for _, places in chosen) > APPROXIMATE_ROWS:
@@ -134,7 +129,6 @@ class LocalStore:
         return _best(scored, limit, extras)
 
     def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
-        """See `VectorStore`."""
         segments = list(self._alive())
         rows = sum(one.size for one in segments)
         average = sum(one.words for one in segments) / max(rows, 1) or 1.0
@@ -153,7 +147,6 @@ class LocalStore:
         return _best(scored, limit, extras)
 
     def count(self) -> int:
-        """See `VectorStore`."""
         return sum(int(one.alive.sum()) for one in self._alive())
 
     def _alive(self) -> Iterator[_Segment]:
@@ -233,7 +226,7 @@ class LocalStore:
 
 
 class _Segment:
-    """Rows that were written together (N)."""
+    """N rows in one file, whose arrays are mapped into memory."""
 
     def __init__(self, name: str, arrays: Mapping[str, np.ndarray], files: list[dict[str, Any]]) -> None:
         self.name, self.files, self.dead = name, files, frozenset[str]()
@@ -355,7 +348,7 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
 
 
 def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
-    """Return the arrays that list each word's rows, from ascending words, a row of each and its count of the word."""
+    """Return arrays that list the rows of each word, from triples of a word's key (ascending), a row, and a count."""
     words, starts = np.unique(key, return_index=True)
     word_starts = np.append(starts, len(key)).astype(np.uint32)
     rows, counts = row.astype(np.uint16), count.astype(np.uint8)

@@ -42,7 +42,7 @@ def build_server(index: CodeIndex) -> Any:
 
     @server.tool()
     def search(question: str, top_k: int = 5, path: str | None = None) -> str:
-        """Find code by a question in prose or by a symbol's name; path limits it to a pattern such as 'src/**'."""
+        """Find code by a question in prose or by a symbol's name; path limits it to files such as 'src/**'."""
         index.update(progress=False)
         (answer,) = index.search([question], top_k=min(max(top_k, 1), MOST_HITS), path=path)
         return shown(answer.hits)

@@ -59,7 +59,7 @@ def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
 
 
 class _Divider:
-    """Divides one file."""
+    """Divides one file into pieces."""
 
     def __init__(self, path: str, language: str, lines: list[str], definitions: Sequence[Definition]) -> None:
         self._path, self._language, self._lines = path, language, lines
@@ -164,7 +164,7 @@ def stems(text: str) -> list[str]:
 
 
 def parts(text: str) -> set[str]:
-    """Return the stems of the parts of all words of a text, without whole words: {get, http, respons}."""
+    """Return the stems of the parts of all words of a text: for `getHTTPResponse` get, http and respons."""
     return {_stem(part.lower()) for part in _PART.findall(text)}
 
 
@@ -182,7 +182,7 @@ def telling_parts(question: str) -> set[str]:
 
 
 def definition_word(name: str) -> str:
-    """Return the word for BM25 that all pieces have that define `name`."""
+    """Return the word that `snippet_words` adds to the words of pieces that define `name`."""
     return _DEFINES + re.sub(r"\s", "", name.lower().rstrip("!?"))
 
 

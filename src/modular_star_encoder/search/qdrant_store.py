@@ -65,7 +65,7 @@ def _wrap_errors(method: Callable) -> Callable:
 
 
 class QdrantStore:
-    """See `VectorStore`.
+    """A `VectorStore` in a collection of a Qdrant server.
 
     Args:
         client: a `QdrantClient`, for a server or in memory.
@@ -80,7 +80,6 @@ class QdrantStore:
 
     @_wrap_errors
     def settings(self) -> dict[str, Any] | None:
-        """See `VectorStore`."""
         if not self._client.collection_exists(self._name):
             return None
         metadata = self._client.get_collection(self._name).config.metadata or {}
@@ -91,7 +90,6 @@ class QdrantStore:
 
     @_wrap_errors
     def create(self, settings: Mapping[str, Any]) -> None:
-        """See `VectorStore`."""
         models = self._models
         if self.settings() is not None:
             self._client.delete_collection(self._name)
@@ -107,13 +105,11 @@ class QdrantStore:
 
     @_wrap_errors
     def files(self) -> dict[str, str | None]:
-        """See `VectorStore`."""
         fields = ["file_id", "file_hash", "file_rows"]
         return file_hashes(tuple(payload[name] for name in fields) for payload in self._payloads(fields))
 
     @_wrap_errors
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
-        """See `VectorStore`."""
         models = self._models
         for start in range(0, len(rows), _POINTS_PER_REQUEST):
             points = [self._point(row) for row in rows[start : start + _POINTS_PER_REQUEST]]
@@ -131,19 +127,16 @@ class QdrantStore:
     def nearest(
         self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
     ) -> list[Found]:
-        """See `VectorStore`."""
         return self._query(vector.tolist(), f"vector_{exit_layer}", limit, where, extras)
 
     @_wrap_errors
     def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
-        """See `VectorStore`."""
         places = sorted({_word_place(word) for word in words})
         query = self._models.SparseVector(indices=places, values=[1.0] * len(places))
         return self._query(query, "words", limit, where, extras) if places else []
 
     @_wrap_errors
     def count(self) -> int:
-        """See `VectorStore`."""
         return self._client.count(self._name, exact=True).count
 
     def _query(self, query: Any, using: str, limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:

@@ -43,7 +43,7 @@ class Cascade:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """Rows, best first."""
+    """The rows of one question, best first."""
 
     found: list[Found]  # first the candidates that a cascade ranked again, then the others
     margin: float | None  # best similarity at the first exit minus the second best; None if there are not two
@@ -117,7 +117,7 @@ class Ranker:
         return [replace(one, exit_layer=self.exit_layer) for one in found]
 
     def _cascade_for(self, margin: float | None) -> Cascade | None:
-        """Return the cascade if it ranks hits of this margin again, else None."""
+        """Return the cascade if it re-ranks hits with this margin, else None."""
         if self.cascade is None or margin is None:  # None: fewer than two hits
             return None
         return self.cascade if self.cascade.margin is None or margin < self.cascade.margin else None

@@ -26,7 +26,7 @@ INDEX_FOLDER = ".mose"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of an index."""
+    """One row of an index: a piece of a file, its words and its embeddings."""
 
     row_id: str  # a UUID from the file and the row's place in it, unique within the file
     file_id: str  # a hash of the path's bytes, which need not be text
@@ -201,7 +201,9 @@ def _bracket(pattern: str, place: int) -> tuple[str, int]:
     start = place + 1 + negated
     end = pattern.find("]", start + 1)
     if end < 0:
-        raise UserError("search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'.")
+        raise UserError(
+            "search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'. A plain '[' is '[[]'."
+        )
     inside = []
     for part in _RANGE_OR_CHARACTER.findall(pattern[start:end]):
         if part[0] > part[-1]:
