@@ -6,8 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from modular_star_encoder.cli import add_recipe_options
-from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.cli import add_recipe_options, of_form
 
 
 def add_dataset_commands(commands: Any) -> None:
@@ -32,6 +31,7 @@ def add_dataset_commands(commands: Any) -> None:
     dedup.add_argument(
         "--against",
         metavar="SOURCE:COLUMN",
+        type=of_form("SOURCE:COLUMN", "(.+):(.+)"),
         action="append",
         default=[],
         help="drop rows near these texts, such as a benchmark's: parquet, JSON Lines or a dataset of the Hub",
@@ -53,30 +53,24 @@ def add_dataset_commands(commands: Any) -> None:
 
 
 def run_dataset_build(arguments: argparse.Namespace) -> None:
-    """`mose dataset build`."""
+    """Run `mose dataset build`."""
     from modular_star_encoder.synthconl.build import build_dataset, load_dataset_recipe
 
     print(build_dataset(load_dataset_recipe(arguments.recipe, arguments.overrides), arguments.out))
 
 
 def run_dataset_dedup(arguments: argparse.Namespace) -> None:
-    """`mose dataset dedup`."""
+    """Run `mose dataset dedup`."""
     from modular_star_encoder.data.sources.dataset_rows import open_texts
     from modular_star_encoder.synthconl.minhash import DuplicateSettings
     from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
 
-    against = {}
-    for name in arguments.against:
-        source, colon, column = name.rpartition(":")
-        if not colon:
-            raise UserError("cli.dataset.against", f"--against must have the form SOURCE:COLUMN, not {name!r}.")
-        against[name] = open_texts(source, column)
     job = prepare_job(
         arguments.source,
         arguments.out,
         columns=arguments.columns.split(","),
         id_column=arguments.id_column,
-        against=against,
+        against={f"{source}:{column}": open_texts(source, column) for source, column in arguments.against},
         settings=DuplicateSettings(threshold=arguments.threshold, match=arguments.match, recall=arguments.recall),
     )
     for reason, count in job.run().counts.items():
@@ -84,7 +78,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
 
 
 def run_dataset_stats(arguments: argparse.Namespace) -> None:
-    """`mose dataset stats`."""
+    """Run `mose dataset stats`."""
     from dataclasses import asdict
 
     from modular_star_encoder.data.pairs import open_triplets
@@ -103,7 +97,7 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
 
 
 def run_dataset_push(arguments: argparse.Namespace) -> None:
-    """`mose dataset push`."""
+    """Run `mose dataset push`."""
     from modular_star_encoder.synthconl.publishing import push_dataset
 
     private = not arguments.public

@@ -53,7 +53,7 @@ def _add_folder_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_slice(arguments: argparse.Namespace) -> None:
-    """`mose slice`."""
+    """Run `mose slice`."""
     from modular_star_encoder.inference.checkpoints import slice_checkpoint
 
     slice_checkpoint(arguments.checkpoint, arguments.exit_layer, arguments.out)
@@ -61,7 +61,7 @@ def run_slice(arguments: argparse.Namespace) -> None:
 
 
 def run_card(arguments: argparse.Namespace) -> None:
-    """`mose card`."""
+    """Run `mose card`."""
     from modular_star_encoder.hub.publishing import write_folder_card
 
     text = write_folder_card(_folder_manifest(arguments, arguments.folder), arguments.out)
@@ -69,36 +69,27 @@ def run_card(arguments: argparse.Namespace) -> None:
 
 
 def run_publish(arguments: argparse.Namespace) -> None:
-    """`mose publish`."""
+    """Run `mose publish`."""
     from modular_star_encoder.hub.manifest import load_manifest
     from modular_star_encoder.hub.publishing import publish
 
-    if os.path.isdir(arguments.source):
-        if arguments.overrides:
-            raise UserError(
-                "cli.publish.folder",
-                f"{arguments.overrides[0]} changes a manifest, but {arguments.source} is a folder.",
-            )
-        manifest = _folder_manifest(arguments, arguments.source)
-    else:
-        given = [name for name in ("repository", "license", "evaluation") if getattr(arguments, name)]
-        if given:
-            found = "is a manifest, which says it itself" if os.path.exists(arguments.source) else "does not exist"
-            raise UserError(
-                "cli.publish.manifest", f"--{given[0]} goes with a checkpoint folder, but {arguments.source} {found}."
-            )
-        manifest = load_manifest(arguments.source, arguments.overrides)
+    source, overrides = arguments.source, arguments.overrides
+    options = [f"--{name}" for name in ("repository", "license", "evaluation") if getattr(arguments, name)]
+    is_folder = os.path.isdir(source)
+    if misplaced := overrides if is_folder else options:
+        kind = "is a folder" if is_folder else "is a manifest" if os.path.exists(source) else "does not exist"
+        message = f"{source} {kind}, so {misplaced[0]} does not apply: settings are for manifests, options for folders."
+        raise UserError(f"cli.publish.{'folder' if is_folder else 'manifest'}", message)
+    manifest = _folder_manifest(arguments, source) if is_folder else load_manifest(source, overrides)
     publications = publish(manifest, upload=arguments.upload, private=not arguments.public, staging=arguments.out)
     print(*publications, sep="\n\n")
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    """`mose export`."""
+    """Run `mose export`."""
     if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
-        raise UserError(
-            "cli.export.data",
-            "--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files.",
-        )
+        message = "--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files."
+        raise UserError("cli.export.data", message)
     from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
     from modular_star_encoder.evaluation.tasks import RetrievalTask
     from modular_star_encoder.hub.onnx_folder import export_onnx_folder, format_rankings
@@ -107,9 +98,8 @@ def run_export(arguments: argparse.Namespace) -> None:
     for name in choose_benchmarks([arguments.benchmark], arguments.data) if arguments.data else ():
         for task in load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset):
             if not isinstance(task, RetrievalTask):
-                raise UserError(
-                    "cli.export.benchmark", f"{name} has pairs, but an export is measured by rankings. Name another."
-                )
+                message = f"{name} has no rankings, by which an export is measured. Name another benchmark."
+                raise UserError("cli.export.benchmark", message)
             tasks.append(task)
     written = export_onnx_folder(
         arguments.checkpoint, arguments.exit_layer, arguments.out, int8=arguments.int8, tasks=tasks
@@ -123,6 +113,6 @@ def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
     from modular_star_encoder.hub.manifest import folder_manifest
 
     if not arguments.repository:
-        raise UserError("cli.publish.repository", f"--repository OWNER/NAME must say where {folder} goes.")
+        raise UserError("cli.publish.repository", f"{folder} needs a repository on the Hub: --repository OWNER/NAME.")
     options = {"license": arguments.license} if arguments.license else {}
     return folder_manifest(folder, arguments.repository, evaluation=arguments.evaluation, **options)
