@@ -113,13 +113,11 @@ def describe(
     heads = sorted({int(match[1]) for name in shapes if (match := _PROJECTION.match(name))})
     parent_exits, parent_depth = list(config.parent_exit_layers), config.parent_exit_layers[-1]
     depth = max(layers, default=-1) + 1
-    if depth not in parent_exits:
-        raise ValueError(f"The checkpoint has {depth} layers; a published one ends at one of the exits {parent_exits}.")
-    exits = parent_exits[: parent_exits.index(depth) + 1]
-    if len(heads) not in (0, 1, len(exits)):
+    exits = [exit_layer for exit_layer in parent_exits if exit_layer <= depth]
+    if depth not in parent_exits or len(heads) not in (0, 1, len(exits)):
         raise ValueError(
-            f"The checkpoint has {len(heads)} projection heads; a published one of {depth} layers has none, one for "
-            f"its last layer, or one for each of the exits {exits}."
+            f"The checkpoint has {depth} layers and {len(heads)} projection heads. A published one ends at one of the "
+            f"exits {parent_exits} and has no head, one for its last layer, or one for each exit up to it."
         )
     complete = ModularStarEncoderConfig.from_dict(config.to_dict() | {"exit_layer": None})
     complete._attn_implementation = config._attn_implementation

@@ -169,8 +169,8 @@ def test_arguments_reach_the_configuration(write):
         (cut_rows("starEncoder2.embed_tokens.weight"), r"embed_tokens\.weight has shape \[\d+, 32\] instead of"),
         (add("starEncoder2.layers.0.extra"), r"starEncoder2\.layers\.0\.extra is unexpected"),
         (add("starEncoder2.module.norm.bias"), r"norm\.bias .* under two names"),
-        (add("starEncoder2.layers.6.extra"), "has 7 layers"),
-        (add("starEncoder2.module.projection_heads.5.0.bias"), "has 6 projection heads"),
+        (add("starEncoder2.layers.6.extra"), "7 layers"),
+        (add("starEncoder2.module.projection_heads.5.0.bias"), "6 projection heads"),
     ],
 )
 def test_a_gap_in_a_published_file_is_an_error_that_names_it(write, edit, message):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import distributed, nn
 
+from modular_star_encoder.objectives.contrastive_settings import rank_and_count
 from modular_star_encoder.utils.errors import UserError
 
 
@@ -47,10 +48,10 @@ def exit_weights(
 
     Args:
         weighting: `"paper"`: i/depth, where i is the number of layers executed (arXiv 2503.03008, pre-training loss:
-            i/36); `"uniform"`: 1 for every exit; `"linear"`: j/E for the j-th of E exits, whatever their depths; or
-            one non-negative number per exit.
+            i/36), and 1 at exit 0, which the paper does not have; `"uniform"`: 1 for every exit; `"linear"`: j/E for
+            the j-th of E exits, whatever their depths; or one non-negative number per exit.
         exit_layers: the exits, shallowest first.
-        depth: layers of the full model (for a slice: of its parent).
+        depth: layers of the full model (for a slice: of its parent); 0 counts as 1.
         normalize: divide by the sum, so that the total has the size of one loss.
 
     Returns:
@@ -61,7 +62,7 @@ def exit_weights(
             (`exit_weights`).
     """
     if weighting == "paper":
-        weights = torch.tensor([exit_layer / depth for exit_layer in exit_layers])
+        weights = torch.tensor([max(1, exit_layer) / max(1, depth) for exit_layer in exit_layers])
     elif weighting == "uniform":
         weights = torch.ones(len(exit_layers))
     elif weighting == "linear":
@@ -108,12 +109,13 @@ def _share_of_masked_tokens(labels: torch.Tensor) -> torch.Tensor | float:
 
     Averaged over processes, mean losses times this factor are the mean over all masked tokens.
     """
-    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+    processes = rank_and_count()[1]
+    if processes == 1:
         return 1.0
     here = (labels != -100).sum().float()
     everywhere = here.clone()
     distributed.all_reduce(everywhere)
-    return here * distributed.get_world_size() / everywhere.clamp(min=1)
+    return here * processes / everywhere.clamp(min=1)
 
 
 class ClassificationObjective:

@@ -101,8 +101,7 @@ def finetune(
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
     prompts = model.config.instruction_prompts
     train, held_out, groups, tokens = _batches(recipe, data, prompts, tokenizer, state.num_processes)
-    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    estimate = finetuning_preflight(blueprint, recipe, state.num_processes, groups, tokens, trained)
+    estimate = finetuning_preflight(model, recipe, state.num_processes, groups, tokens)
     if state.is_main_process:
         announce(estimate)
     arguments.per_device_eval_batch_size = held_out.batch_size // state.num_processes
@@ -202,7 +201,6 @@ def finetuning_preflight(
     processes: int,
     groups: Mapping[str, int],
     tokens: tuple[float, float],
-    trained_parameters: int | None = None,
 ) -> runs.Preflight:
     """Estimate a run; `groups` is kind of pairs → number of groups, `tokens` the mean tokens of text and of code."""
     text, code = tokens
@@ -218,7 +216,6 @@ def finetuning_preflight(
         processes=processes,
         texts=[kinds[kind] for kind in groups],
         tokens_in_memory=min(settings.mini_batch_tokens or in_batch, in_batch),
-        trained_parameters=trained_parameters,
         passes=1.0 if settings.mini_batch_tokens is None else 4 / 3,
         other_bytes=2 * 4 * embeddings,
         groups={kind: groups.get(kind, 0) for kind in kinds},

@@ -36,7 +36,7 @@ class Preflight:
     """Size of a run, estimated before it starts.
 
     Attributes:
-        parameters, trained_parameters: numbers for the model with its heads; adapters train few parameters.
+        parameters, trained_parameters: numbers for the model with its heads and adapters.
         rows_per_step, steps, processes: numbers for the run; in contrastive training a row is a pair.
         tokens_per_row: mean of all texts of a row together.
         flops_per_row: floating-point operations of training on one row, forward and backward.
@@ -82,7 +82,6 @@ def preflight(
     processes: int,
     texts: Sequence[Sequence[float]],
     tokens_in_memory: int,
-    trained_parameters: int | None = None,
     passes: float = 1.0,
     head_flops: float = 0.0,
     other_bytes: int = 0,
@@ -94,10 +93,9 @@ def preflight(
     et al. (arXiv 2204.02311, appendix B).
 
     Args:
-        model: may be on the meta device.
+        model: with its adapters, if it has some; may be on the meta device.
         texts: for each kind of row, all equally frequent, the mean tokens of its texts.
         tokens_in_memory: tokens on one device whose activations are kept at once.
-        trained_parameters: all of the model if None.
         passes: training passes through the layers per row; 4/3 where gradients are cached.
         head_flops, other_bytes: FLOPs of the heads per row; further bytes kept on each device.
         groups: kind of pairs → number of groups; 0 where the data has none.
@@ -105,7 +103,7 @@ def preflight(
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
-    trained = parameters if trained_parameters is None else trained_parameters
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     attention = 12.0 * config.num_hidden_layers * config.hidden_size
     lengths = [length for row in texts for length in row]
     # What a pre-norm block's backward pass keeps of each token, in numbers of 2 bytes: 16 × H (block input, normalised

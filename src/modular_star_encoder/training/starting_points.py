@@ -18,7 +18,7 @@ from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarE
 from modular_star_encoder.training.recipes import StartingRecipe, hub_config_folder
 from modular_star_encoder.training.runs import ADAPTER, MODEL
 from modular_star_encoder.training.trainer import MultiExitTrainer
-from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.errors import UserError, naming_extra
 from modular_star_encoder.utils.files import staged_folder
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ def starting_source(name: str) -> tuple[str | Path, bool]:
         UserError: nothing of this name can exist (`config.unknown`).
     """
     folder = Path(name).expanduser()
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
+        return name, True
     try:
         folder = hub_config_folder(name)
     except UserError as error:
         if not (folder / "config.json").is_file():
-            if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
-                return name, True
             advice = f"No folder {name} with a config.json either. Pre-train first, or give a Hub id owner/name."
             raise UserError(error.key, f"{error} {advice}") from error
     return folder, has_weights(folder)
@@ -69,10 +69,8 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
     except StrictDataclassError as error:
         raise UserError("training.model.config", f"{recipe.model}: {' '.join(str(error).split())}") from error
     except OSError as error:
-        if isinstance(source, Path):
-            raise
-        message = f"{source} is not a folder with a config.json (pre-train first), and loading it from the Hub failed"
-        raise OSError(f"{message}: {' '.join(str(error).split())}") from error
+        message = f"{recipe.model} has no config.json that can be read; pre-train a folder first"
+        raise OSError(f"{message}. {' '.join(str(error).split())}") from error
     if recipe.exit_layer is not None:
         config = config.cut(recipe.exit_layer)
         config.exit_layers = [recipe.exit_layer]
@@ -151,28 +149,18 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
 
     `settings` are arguments of `peft.LoraConfig`; UserError for unknown ones (`training.lora`).
     """
-    try:
+    with naming_extra():
         from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("lora needs peft: pip install 'modular-star-encoder[peft]'.") from error
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"]
-    defaults = {"modules_to_save": _heads(model), "r": 16, "lora_alpha": 32, "target_modules": linear}
+    # Projection heads are named one by one, because peft takes no `ModuleDict`.
+    heads = [f"projection_heads.{exit_layer}" for exit_layer in getattr(model, "projection_heads", ())]
+    heads += [name for name, _ in model.named_children() if name not in ("model", "projection_heads", "dropout")]
+    defaults = {"modules_to_save": heads, "r": 16, "lora_alpha": 32, "target_modules": linear}
     try:
         config = LoraConfig(**{**defaults, **settings})
     except TypeError as error:
         raise UserError("training.lora", f"lora: {error}.") from error
     return get_peft_model(model, config)
-
-
-def _heads(model: ModularStarEncoderPreTrainedModel) -> list[str]:
-    """Return the names of all heads; projection heads are named one by one, because peft takes no `ModuleDict`."""
-    names = []
-    for name, module in model.named_children():
-        if name == "projection_heads":
-            names += [f"{name}.{exit_layer}" for exit_layer in module]
-        elif module is not model.base_model and any(True for _ in module.parameters()):
-            names.append(name)
-    return names
 
 
 def save_trained(
