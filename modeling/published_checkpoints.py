@@ -106,8 +106,7 @@ def describe(
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], ModularStarEncoderConfig, dict[str, str]]:
     """Return the model class for a published file, its complete configuration, and the renamings to our names.
 
-    Raises:
-        ValueError: the file's depth is not an exit, or its projection heads are neither one nor one per exit.
+    ValueError if the file's depth is not an exit, or its projection heads are neither one nor one per exit.
     """
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     heads = sorted({int(match[1]) for name in shapes if (match := _PROJECTION.match(name))})
@@ -160,10 +159,8 @@ def check_layout(
     config: ModularStarEncoderConfig,
     renamings: Mapping[str, str],
 ) -> None:
-    """Compare the names and shapes in a file with those of the model that it should contain.
-
-    Raises:
-        ValueError: a tensor is missing, unexpected, duplicate, or has another shape; the message names it.
+    """Raise ValueError, which names them, if a file lacks tensors of the model that it should contain, has others, two
+    of one name, or other shapes.
     """
     with torch.device("meta"):
         model = checkpoint_class(config)

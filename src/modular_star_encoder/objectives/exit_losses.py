@@ -55,11 +55,7 @@ def exit_weights(
         normalize: divide by the sum, so that the total has the size of one loss.
 
     Returns:
-        (E,) float32.
-
-    Raises:
-        UserError: an unknown name, or explicit weights that are negative, all zero, or not one per exit
-            (`exit_weights`).
+        (E,) float32; UserError for an unknown name and for numbers that are negative, all zero, or not one per exit.
     """
     if weighting == "paper":
         weights = torch.tensor([max(1, exit_layer) / max(1, depth) for exit_layer in exit_layers])

@@ -137,10 +137,9 @@ def finetune(
 def check_recipe(
     recipe: FinetuningRecipe, out: Path, processes: int, progress: bool
 ) -> tuple[ModularStarEncoderForRetrieval, MultiExitTrainingArguments]:
-    """Run the checks that need neither data nor weights; return the model without weights and the trainer's arguments.
+    """Return the model without weights and the trainer's arguments; UserError if recipe and model do not fit.
 
-    Raises:
-        UserError: the recipe contradicts itself or the model.
+    These are all checks that need neither data nor weights.
     """
     config, _ = starting_config(recipe)
     check_length(config, **recipe.lengths())
@@ -231,23 +230,12 @@ def checkpoint_encoder(checkpoint: Path, lengths: Mapping[str, int]) -> ExitEnco
 def finetune_classifier(
     recipe: ClassificationRecipe, out: str | os.PathLike[str], *, progress: bool = True
 ) -> dict[str, Any]:
-    """Train a classifier of pairs; continue from the files that an earlier call with this recipe left in `out`.
-
-    `out` gets `checkpoints/` and in the end `model/`, a checkpoint with `training_log.json`; with `lora` also
-    `adapter/`. If `out` holds a log, the run is finished and the log is returned.
-
-    Args:
-        recipe: the settings.
-        out: folder of this run.
-        progress: whether to show progress bars.
+    """Train a classifier of pairs; arguments, files in `out`, resumption and errors are those of `finetune`.
 
     Returns:
         The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on validation
         pairs), `scores` (split `valid` or `test` → exit → accuracy, precision, recall and F1), `recipe`, and `pairs`
         (split → number of pairs).
-
-    Raises:
-        UserError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
     """
     out, state, objective = Path(out), runs.processes_of_run(), ClassificationObjective()
     config, _ = starting_config(recipe)
@@ -257,7 +245,7 @@ def finetune_classifier(
     arguments = recipe.arguments(out / runs.CHECKPOINTS, rows, progress=progress, **decided)
     check_objective(objective, arguments, config, config.exit_layers)
     with state.main_process_first():
-        log = runs.open_run(out, recipe, "fine-tuning a classifier", until_trained=())
+        log = runs.open_run(out, recipe, "fine-tuning of a classifier", until_trained=())
         if log is not None:
             return log
     model, tokenizer = starting_model(ModularStarEncoderForSequenceClassification, recipe)

@@ -129,16 +129,21 @@ def processes_of_run() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def check_folder(out: Path, mark: str, kind: str) -> None:
+    """Raise UserError if `out` has files but not `mark`. Hidden files do not matter: a killed run leaves some."""
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
+    if out.is_file() or (names and mark not in names):
+        raise UserError("training.run.not_a_run", f"{out} is not empty and holds no {kind}; name another folder.")
+
+
 def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str]) -> dict[str, Any] | None:
     """Create a run's folder or check that it holds a run with this recipe; return the log if the run is finished.
 
     `recipe.json` in the folder holds the settings. Once a checkpoint exists, all settings except `MAY_CHANGE` must be
-    the same; before that, if other files exist, only those in `until_trained`. `kind` names the run in messages.
-
-    Raises:
-        UserError: the folder holds something else (`training.run.not_a_run`), or a run with other settings
-            (`training.run.other_settings`); the message names them.
+    the same; before that, if other files exist, only those in `until_trained`. Otherwise a UserError names those that
+    differ (`training.run.other_settings`), or says that the folder holds no `kind` (`training.run.not_a_run`).
     """
+    check_folder(out, "recipe.json", kind)
     written, settings = out / "recipe.json", _plain(recipe)
     if written.is_file():
         before: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
@@ -151,9 +156,6 @@ def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: I
         if other := sorted(name for name in names - MAY_CHANGE if before.get(name) != settings.get(name)):
             message = f"{out} holds a run with another {', '.join(other)}; name another folder."
             raise UserError("training.run.other_settings", message)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        message = f"{out} is not empty and holds no run of {kind}; name another folder."
-        raise UserError("training.run.not_a_run", message)
     out.mkdir(parents=True, exist_ok=True)
     write_json(written, settings)
     return json.loads((out / LOG).read_text(encoding="utf-8")) if (out / LOG).is_file() else None

@@ -30,10 +30,8 @@ Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 def starting_source(name: str) -> tuple[str | Path, bool]:
     """Return the location of a recipe's `model` and whether it has weights.
 
-    A name is first looked up among the packaged configurations, then as a folder, then as a Hub id `owner/name`.
-
-    Raises:
-        UserError: nothing of this name can exist (`config.unknown`).
+    A name is first looked up among the packaged configurations, then as a folder, then as a Hub id `owner/name`; if it
+    can be none of these, UserError (`config.unknown`).
     """
     folder = Path(name).expanduser()
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
@@ -54,10 +52,8 @@ def has_weights(folder: Path) -> bool:
 def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, bool]:
     """Return the configuration of a recipe's starting model and whether this model has weights.
 
-    Raises:
-        UserError: settings contradict each other.
-        ValueError: the model does not have the recipe's exit.
-        OSError: neither a folder nor a Hub repository of this name exists.
+    UserError if settings contradict each other, ValueError if the model lacks the recipe's exit, OSError if neither a
+    folder nor a Hub repository of this name exists.
     """
     source, weights = starting_source(recipe.model)
     try:
