@@ -90,15 +90,6 @@ def test_a_slice_with_one_head_equals_its_exit_of_the_full_model(write, depth, c
         cut(**tiny_batch(), exit_layer=1)
 
 
-def test_a_slice_that_kept_the_final_norm_applies_it_only_with_an_option(write):
-    absent = AutoModel.from_pretrained(write("finetuned-3", final_norm="absent"))
-    folder = write("finetuned-3", final_norm="idle")
-    idle, normed = AutoModel.from_pretrained(folder), AutoModel.from_pretrained(folder, exit_norm="all")
-    expected, same, other = (run(model, **tiny_batch()).sentence_embedding for model in (absent, idle, normed))
-    equal(same, expected)
-    assert not torch.allclose(other, expected, atol=1e-2)
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.prompts import CODE_INSTRUCTION, TEXT_INSTRUCTION
@@ -100,67 +99,6 @@ def test_the_auto_classes_run_the_repositorys_own_code_where_our_package_does_no
         # Special tokens in a text count as such.
         assert len(result["ids"]) == 3
         assert result["ids"][2] == result["ids"][0] + 1
-
-
-def test_every_token_sees_the_later_ones(repositories, tmp_path):
-    causal = write_stand_in(tmp_path / "causal", "pretrained", is_causal=True)
-    for folder, changes in ((repositories["pretrained"], True), (causal, False)):
-        batch, model = tokenize(folder), load(folder)
-        before = run(model, batch).last_hidden_state[0, 0]
-        batch["input_ids"][0, -1] = 5
-        assert torch.allclose(before, run(model, batch).last_hidden_state[0, 0], atol=1e-4) != changes
-
-
-@torch.inference_mode()
-def test_only_the_last_layers_states_are_normed(repositories):
-    folder = repositories["finetuned"]
-    model = load(folder)
-    states = run(model, tokenize(folder)).raw_hidden_states
-    norm = model.starEncoder2.norm
-    undone = (states[-1] - norm.bias) / norm.weight
-    torch.testing.assert_close(undone.var(dim=-1, correction=0), torch.ones(undone.shape[:2]), atol=1e-2, rtol=0)
-    for layer in EXITS[:-1]:
-        assert not torch.allclose(norm(states[layer]), states[layer], atol=0.1)
-
-
-@pytest.mark.parametrize("final_norm", ["idle", "absent", "applied"])
-def test_a_cut_repository_embeds_as_the_full_one_does_at_that_exit_unless_it_applies_a_norm(
-    repositories, tmp_path, final_norm
-):
-    full = run(load(repositories["finetuned"]), tokenize(repositories["finetuned"])).projected_pooled_normalized
-    assert isinstance(full, list)
-    torch.testing.assert_close(torch.stack(full).norm(dim=-1), torch.ones(len(EXITS), 3))
-    for expected, exit_layer in zip(full[:-1], EXITS, strict=False):
-        cut = write_stand_in(tmp_path / str(exit_layer), f"finetuned-{exit_layer}", final_norm=final_norm)
-        embeddings = run(load(cut), tokenize(cut)).projected_pooled_normalized
-        assert torch.allclose(embeddings, expected, atol=1e-5) == (final_norm != "applied")
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "present", "absent"),
-    [
-        ("pretrained", {}, "cls.predictions.transform.LayerNorm.weight", "head.predictions.bias"),
-        ("pretrained", {"heads": "head"}, "head.predictions.bias", "cls.predictions.bias"),
-        ("pretrained", {"transform_norm": "layer_norm"}, "transform.layer_norm.bias", "transform.LayerNorm.bias"),
-        ("pretrained", {"vocabulary_bias": "predictions.decoder.bias"}, "cls.predictions.decoder.bias", "ns.bias"),
-        ("pretrained", {"vocabulary_bias": None}, "cls.predictions.decoder.weight", "cls.predictions.bias"),
-        ("pretrained", {"pooler_in_heads": True}, "cls.pooler.dense.weight", "^pooler.dense.weight"),
-        ("pretrained", {"conditional_rows": 4}, "cls.conditional_embeddings.weight", "cls.pooler.dense.weight"),
-        ("finetuned", {}, "starEncoder2.module.projection_heads.4.2.bias", "projection_heads.5.0.bias"),
-        ("finetuned", {"module_prefix": False}, "starEncoder2.projection_heads.0.0.weight", "module"),
-        ("finetuned-3", {"final_norm": "absent"}, "starEncoder2.layers.2.mlp.c_fc.bias", "starEncoder2.norm.weight"),
-        ("finetuned-3", {"cut_head_index": 2}, "projection_heads.2.0.weight", "projection_heads.0.0.weight"),
-    ],
-)
-def test_every_spelling_of_the_tensors_loads_whole_into_the_repositorys_own_code(
-    tmp_path, kind, options, present, absent
-):
-    folder = write_stand_in(tmp_path / "repository", kind, **options)
-    names = "".join(f"^{name}$" for name in load_file(folder / "model.safetensors"))
-    assert f"{present}$" in names
-    assert absent not in names
-    _, report = own_code(folder).from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report
 
 
 def test_the_configuration_has_the_published_keys_and_oddities(repositories, tmp_path):

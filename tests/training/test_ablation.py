@@ -265,13 +265,6 @@ def test_cells_of_other_settings_or_of_another_checkpoint_at_the_same_place_are_
     run(recipe_file, tmp_path / "run", *settings)
 
 
-def test_a_folder_with_other_things_in_it_is_left_alone(recipe_file, tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
-    with raises("training.run.not_a_run", tmp_path):
-        run(recipe_file, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
 def test_our_recipe_trains_a_baseline_for_each_exit_and_tries_options_one_at_a_time():
     recipe = load_recipe(AblationRecipe, hub_config_folder("small") / "ablation.yaml")
     assert isinstance(recipe, AblationRecipe)
