@@ -47,7 +47,7 @@ DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
 
 @as_validated_field
 def size(value: int | None) -> None:
-    """A field that is at least 1, or None."""
+    """Raise ValueError unless the field is at least 1, or None."""
     if value is not None and value < 1:
         raise ValueError(f"Value must be at least 1, got {value}")
 
@@ -194,11 +194,16 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     default_theta = 999999.4420358813
 
     def __post_init__(self, **kwargs: Any) -> None:
+        published_exits = list(kwargs.get("matryoshka_layers") or ())
         for published, ours in PUBLISHED_ALIASES.items():
             if published in kwargs:
                 setattr(self, ours, kwargs.pop(published))
-                if published == "matryoshka_layers":
-                    self._keep_exits_within_depth()
+        # A published slice lists the exits of its parent.
+        if published_exits and self.num_hidden_layers < published_exits[-1]:
+            self.parent_exit_layers, self.parent_num_hidden_layers = published_exits, published_exits[-1]
+            self.exit_layers = [exit for exit in published_exits if exit <= self.num_hidden_layers]
+            if self.exit_norm == "last":
+                self.exit_norm = "none"
         for key in PUBLISHED_WITHOUT_EFFECT:
             kwargs.pop(key, None)
         if self.exit_layers is None:
@@ -215,15 +220,6 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         if self.architectures is None:
             self.architectures = ["ModularStarEncoderModel"]
         super().__post_init__(**kwargs)
-
-    def _keep_exits_within_depth(self) -> None:
-        """Split the exits of a published slice, which lists its parent's: keep its own, and store the parent's."""
-        exits = list(self.exit_layers)
-        if exits and self.num_hidden_layers < exits[-1]:
-            self.parent_exit_layers, self.parent_num_hidden_layers = exits, exits[-1]
-            self.exit_layers = [exit for exit in exits if exit <= self.num_hidden_layers]
-            if self.exit_norm == "last":
-                self.exit_norm = "none"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -284,7 +280,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return exit_layer
 
     def resolve_exits(self, exit_layer: int | None = None, exit_layers: Sequence[int] | None = None) -> tuple[int, ...]:
-        """The requested exits, ascending; without a request the deepest, or all with `output_all_exits`.
+        """Return the requested exits, ascending; if none is requested, the deepest, or all with `output_all_exits`.
 
         Raises:
             ValueError: both arguments are given, the list is empty, or an entry is not an exit of this model.

@@ -159,9 +159,7 @@ def check_layout(
     config: ModularStarEncoderConfig,
     renamings: Mapping[str, str],
 ) -> None:
-    """Raise ValueError, which names them, if a file lacks tensors of the model that it should contain, has others, two
-    of one name, or other shapes.
-    """
+    """Raise ValueError if a published file lacks tensors of the model, or has unexpected, double or misshapen ones."""
     with torch.device("meta"):
         model = checkpoint_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -215,7 +215,7 @@ def test_reports_hold_no_places_of_this_machine(monkeypatch):
     ("override", "key", "value"),
     [
         ("seeds=[1, 1]", "settings.value", "seeds"),
-        ("exit_layers=[3]", "ablation.exit_layers", "exit_layers names 3; the model's exits are 1, 2, 4"),
+        ("exit_layers=[3]", "ablation.exit_layers", "[3]; the model's exits are [1, 2, 4]"),
         ("benchmarks=codesearchnet-999", "settings.value", "'codesearchnet-999'"),
         ("variants={self-distilled: {}}", "settings.value", "'self-distilled'"),
         ("variants={../x: {}}", "settings.value", "'../x'"),

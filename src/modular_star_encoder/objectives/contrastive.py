@@ -92,7 +92,7 @@ class _Scoring:
     teacher: torch.Tensor  # (E, E), row e: weights of the exits' scores in the teacher of exit e; zeros if it has none
 
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """(E,) from embedding size → one value for each exit that is trained at it."""
+        """Return each exit's mean (E,) over its sizes; `found` has, by size, one value for each exit trained at it."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
 

@@ -112,7 +112,7 @@ class ContrastiveSettings:
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Do the checks of `check` for the exits of one step, which may be fewer than `dimensions` names."""
+        """Check teacher, target and sizes for the exits of one step; `dimensions` may name exits of other steps."""
         if self.distillation_weight and isinstance(self.teacher, int):
             _check_exits("teacher", [self.teacher], exit_layers)
         if self.alignment_weight and isinstance(self.alignment_target, int):
@@ -123,7 +123,7 @@ class ContrastiveSettings:
             raise UserError("contrastive.dimensions", message)
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
-        """Raise UserError if a batch, as side → number of rows, does not have the sides and equal rows of `pairs`."""
+        """Raise UserError unless a batch (side → rows) has the sides of `pairs` and equally many rows in a pair."""
         if set(rows) != set(self.sides):
             found, used = (", ".join(sorted(sides)) for sides in (rows, self.sides))
             message = f"The batch has the sides {found}; the objective's pairs use {used}."

@@ -108,8 +108,7 @@ def embed_sides(
         sides: name → inputs, `input_ids` and `attention_mask` (B, T), with padding on either side.
         mini_batch_tokens: rows times columns of a mini-batch; `None` embeds each side at once.
 
-    Raises:
-        UserError: processes have different numbers of texts, or a side can't be cut into mini-batches.
+    UserError if processes have different numbers of texts, or a side can't be cut into mini-batches.
     """
     mini_batches = None if mini_batch_tokens is None else cut_mini_batches(sides, mini_batch_tokens)
     device = next(iter(sides.values()))["input_ids"].device
@@ -118,7 +117,7 @@ def embed_sides(
         outputs = {side: embed(dict(inputs)) for side, inputs in sides.items()}
         return {side: stack for side, (stack, _) in outputs.items()}, next(iter(outputs.values()))[1]
     # FSDP's collectives need as many forward passes in each process.
-    passes = _Passes(model, embed, sides, split_further(mini_batches, count), device)
+    passes = _Passes(model, embed, sides, split_further(mini_batches, count))
     if torch.is_grad_enabled():
         *stacks, logit_scale = _CachedEmbeddings.apply(torch.zeros((), device=device, requires_grad=True), passes)
     else:
@@ -168,14 +167,13 @@ class _Passes:
         embed: Embed,
         sides: Mapping[str, Mapping[str, Any]],
         mini_batches: list[MiniBatch],
-        device: torch.device,
     ) -> None:
         self.model = getattr(model, "_orig_mod", model)
         if getattr(self.model, "static_graph", False):
             message = "mini_batch_tokens does not work with DDP's static_graph; switch static_graph off."
             raise UserError("contrastive.mini_batches.static_graph", message)
-        self.embed, self.sides, self.mini_batches, self.device = embed, sides, mini_batches, device
-        self.autocast = _autocast_as_now(device)
+        self.embed, self.sides, self.mini_batches, self.device = embed, sides, mini_batches, mini_batches[0].rows.device
+        self.autocast = _autocast_as_now(self.device)
         self.random_states: list[list[torch.Tensor]] = []
 
     def first(self) -> tuple[torch.Tensor | None, ...]:

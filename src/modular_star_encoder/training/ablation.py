@@ -139,8 +139,8 @@ class AblationRecipe:
         """Return all cells, seed by seed, for a checkpoint with these exits; UserError if a setting does not fit it."""
         chosen = exit_layers if self.exit_layers is None else self.exit_layers
         if unknown := sorted(set(chosen) - set(exit_layers)):
-            lists = (", ".join(map(str, exits)) for exits in (unknown, exit_layers))
-            raise UserError("ablation.exit_layers", "exit_layers names {}; the model's exits are {}.".format(*lists))
+            message = f"exit_layers names {unknown}; the model's exits are {list(exit_layers)}."
+            raise UserError("ablation.exit_layers", message)
         kinds: dict[str, Mapping[str, Any]] = {SELF_DISTILLED: {}}
         if self.baselines:
             kinds |= {f"exit-{exit_layer}": self._alone(exit_layer) for exit_layer in chosen}
@@ -323,18 +323,19 @@ def compare(scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants
         estimate is `mrr` and `recall@1`, as fractions: `value`, `low` and `high` (95 % interval) of the mean over
         seeds, and `by_seed`.
     """
-    benchmarks = {}
-    for name, of_exits in scores[SELF_DISTILLED, seeds[0]].items():
-
-        def values(model: str, exit_layer: int, name: str = name) -> list[Values]:
-            return [scores[model, seed][name][exit_layer] for seed in seeds]
-
-        own = {e: values(SELF_DISTILLED, e) for e in exits}
-        alone = {e: values(f"exit-{e}", e) for e in exits if (f"exit-{e}", seeds[0]) in scores}
+    benchmarks, models = {}, dict.fromkeys(model for model, _ in scores)
+    for name in scores[SELF_DISTILLED, seeds[0]]:
+        # Model → exit → the values of each seed.
+        by_model = {
+            model: {e: [scores[model, seed][name][e] for seed in seeds] for e in scores[model, seeds[0]][name]}
+            for model in models
+        }
+        own = by_model[SELF_DISTILLED]
+        alone = {e: by_model[f"exit-{e}"][e] for e in exits if f"exit-{e}" in by_model}
         found: dict[str, Any] = {
-            "queries": sum(map(len, of_exits[exits[0]].values())),
+            "queries": sum(map(len, own[exits[0]][0].values())),
             "exits": {str(e): {"self_distilled": _estimates([own[e]])} for e in exits},
-            "variants": {variant: _variant({e: values(variant, e) for e in exits}, own) for variant in variants},
+            "variants": {variant: _variant(by_model[variant], own) for variant in variants},
         }
         for e, other in alone.items():
             found["exits"][str(e)] |= {"alone": _estimates([other]), "difference": _estimates([own[e]], [other])}

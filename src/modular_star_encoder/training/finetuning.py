@@ -93,8 +93,7 @@ def finetune(
     objective, rows, lengths, eval_pairs = recipe.objective, recipe.rows(), recipe.lengths(), recipe.eval_pairs
     blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress)
     with state.main_process_first():
-        log = runs.open_run(out, recipe, "fine-tuning", until_trained=("data", *rows))
-        if log is not None:
+        if log := runs.open_run(out, recipe, "fine-tuning", until_trained=("data", *rows)):
             return log
         data = data or prepare_data(rows, out / "data", progress and state.is_main_process)
     model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
@@ -240,13 +239,12 @@ def finetune_classifier(
     out, state, objective = Path(out), runs.processes_of_run(), ClassificationObjective()
     config, _ = starting_config(recipe)
     check_length(config, max_tokens=recipe.max_tokens)
-    rows, accumulation = recipe.accumulation(state.num_processes)
-    decided = {"gradient_accumulation_steps": accumulation}
-    arguments = recipe.arguments(out / runs.CHECKPOINTS, rows, progress=progress, **decided)
+    rows, steps = recipe.accumulation(state.num_processes)
+    folder = out / runs.CHECKPOINTS
+    arguments = recipe.arguments(folder, rows, progress=progress, gradient_accumulation_steps=steps)
     check_objective(objective, arguments, config, config.exit_layers)
     with state.main_process_first():
-        log = runs.open_run(out, recipe, "fine-tuning of a classifier", until_trained=())
-        if log is not None:
+        if log := runs.open_run(out, recipe, "fine-tuning of a classifier", until_trained=()):
             return log
     model, tokenizer = starting_model(ModularStarEncoderForSequenceClassification, recipe)
     splits = {}
@@ -263,7 +261,7 @@ def finetune_classifier(
         eval_dataset=splits["valid"],
         data_collator=ClassificationCollator(tokenizer),
     )
-    log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
+    log = runs.train_to_the_end(trainer, folder, progress=progress)
     log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict()}
     log["pairs"] = {split: len(pairs) for split, pairs in splits.items()}
     model.config.unpad_inputs = config.unpad_inputs

@@ -70,9 +70,8 @@ def pretrain(
     check_length(config, max_tokens=recipe.max_tokens)
     with torch.device("meta"):
         ModularStarEncoderForPreTraining(config).set_attn_implementation(recipe.attn_implementation)
-    accumulation, rows_per_device = recipe.accumulation(processes), recipe.rows_per_device
-    decided = {"gradient_accumulation_steps": accumulation}
-    arguments = recipe.arguments(out / runs.CHECKPOINTS, rows_per_device, progress=progress, **decided)
+    accumulation = {"gradient_accumulation_steps": recipe.accumulation(processes)}
+    arguments = recipe.arguments(out / runs.CHECKPOINTS, recipe.rows_per_device, progress=progress, **accumulation)
     check_objective(objective, arguments, config, config.exit_layers)
     repositories = open_corpus(recipe.corpus).repositories
     if repositories is not None and len(repositories) < 4:  # some corpora know the number only after reading
@@ -82,8 +81,7 @@ def pretrain(
             f"from one or from two; it has {len(repositories)}: {', '.join(repositories) or 'none'}.",
         )
     with state.main_process_first():
-        log = runs.open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model"))
-        if log is not None:
+        if log := runs.open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model")):
             return log
         own = recipe.tokenizer or (source if weights else None)
         tokenizer = load_tokenizer(own or _train_tokenizer(recipe.corpus, config, out / "tokenizer", progress_here))
@@ -104,7 +102,7 @@ def pretrain(
 
     train, held_out = store.split(recipe.eval_fraction, recipe.seed)
     options: dict[str, Any] = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability}
-    rows, eval_rows = recipe.max_steps * rows_per_device * accumulation * processes, recipe.eval_rows
+    rows, eval_rows = recipe.max_steps * recipe.tokens_per_step // recipe.max_tokens, recipe.eval_rows
     pairs, unseen, fitted = (
         InContextPairs(part, tokenizer, length=length, seed=recipe.seed + number, progress=False, **options)
         for number, (part, length) in enumerate([(train, rows), (held_out, eval_rows), (train, eval_rows)])

@@ -50,13 +50,14 @@ def load_config(name: str) -> ModularStarEncoderConfig:
 
 @settings_class
 class TrainingSettings:
-    """The keys of `MultiExitTrainingArguments`, with our defaults.
+    """Settings of any training: all arguments of `MultiExitTrainingArguments`, with our defaults.
 
     Args:
         max_steps: optimiser steps.
         learning_rate: peak of the schedule.
         seed: seed of everything random, from 0 to 4294967295.
-        logging_steps, eval_steps, save_steps: steps between two log lines, evaluations, checkpoints; below 1 a share.
+        logging_steps, eval_steps, save_steps: steps from one log line, evaluation or checkpoint to the next; a number
+            below 1 is a share of all steps.
         training: all other arguments.
     """
 
@@ -126,11 +127,10 @@ class TrainingSettings:
     def arguments(
         self, folder: Path, rows_per_device: int, *, progress: bool, **decided: Any
     ) -> MultiExitTrainingArguments:
-        """Return training arguments that write checkpoints to `folder`; the recipe must not set arguments in `decided`.
+        """Return training arguments that write checkpoints to `folder`.
 
-        Raises:
-            UserError: the recipe sets an argument that other settings decide (`training.arguments.decided`), or a value
-                that `TrainingArguments` does not take (`training.arguments.value`).
+        UserError if the recipe sets an argument that other settings decide (`training.arguments.decided`), or a value
+        that `TrainingArguments` does not take (`training.arguments.value`).
         """
         decided |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), rows_per_device)
         decided |= {"output_dir": os.fspath(folder), "auto_find_batch_size": False}
