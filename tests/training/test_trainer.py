@@ -23,8 +23,6 @@ from tests.tiny import EXIT_LAYERS, tiny_model
 
 pytestmark = pytest.mark.slow
 
-NO_DROPOUT = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.0)
-
 
 class Rows(Dataset):
     """Indices; the collator makes their texts."""
@@ -76,7 +74,7 @@ def test_rotation_trains_the_deepest_exit_and_each_other_in_its_turn(tmp_path):
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_gradient_norms_per_exit_are_those_of_each_weighted_loss_on_the_trunk(tmp_path, adapters):
-    model = add_adapters(tiny_model(**NO_DROPOUT), {}) if adapters else tiny_model(**NO_DROPOUT)
+    model = add_adapters(with_dropout(0.0), {}) if adapters else with_dropout(0.0)
     settings = {"max_steps": 1, "logging_steps": 1, "learning_rate": 0.0, "log_gradient_norms": True}
     trainer = make_trainer(tmp_path, model, **settings)
     trainer.train()
@@ -125,7 +123,7 @@ def test_accumulated_gradients_are_those_of_the_mean_loss(tmp_path, tokenizer):
     """With pre-training's labels: for batches that have them, `Trainer` would leave the division to the model."""
     settings = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 0.0}
     settings |= {"gradient_accumulation_steps": 4, "max_grad_norm": 1e9}
-    model = tiny_model(ModularStarEncoderForPreTraining, **NO_DROPOUT)
+    model = with_dropout(0.0, ModularStarEncoderForPreTraining)
     trainer = pretraining(model, tmp_path, tokenizer, 8, **settings)
     trainer.train()
     losses = [trainer.compute_loss(model, batch) for batch in trainer.get_train_dataloader()]

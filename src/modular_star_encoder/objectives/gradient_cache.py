@@ -116,12 +116,15 @@ def embed_sides(
     if mini_batches is None:
         outputs = {side: embed(dict(inputs)) for side, inputs in sides.items()}
         return {side: stack for side, (stack, _) in outputs.items()}, next(iter(outputs.values()))[1]
+    model = getattr(model, "_orig_mod", model)
+    if getattr(model, "static_graph", False):
+        message = "mini_batch_tokens does not work with DDP's static_graph; switch static_graph off."
+        raise UserError("contrastive.mini_batches.static_graph", message)
+    # The anchor requires grad so that the outputs do: the parameters are not inputs of the function.
+    anchor = torch.zeros((), device=device, requires_grad=True)
     # FSDP's collectives need as many forward passes in each process.
-    passes = _Passes(model, embed, sides, split_further(mini_batches, count))
-    if torch.is_grad_enabled():
-        *stacks, logit_scale = _CachedEmbeddings.apply(torch.zeros((), device=device, requires_grad=True), passes)
-    else:
-        *stacks, logit_scale = passes.first()
+    mini_batches = split_further(mini_batches, count)
+    *stacks, logit_scale = _CachedEmbeddings.apply(anchor, model, embed, sides, mini_batches)
     return dict(zip(sides, stacks, strict=True)), logit_scale
 
 
@@ -144,68 +147,50 @@ def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, 
 
 
 class _CachedEmbeddings(torch.autograd.Function):
-    """Return the stacks of all sides and the logit scale; the backward pass embeds the mini-batches again."""
+    """Return a stack per side, then the logit scale; the backward pass embeds the mini-batches again, with a graph.
+
+    Each batch has a `ctx` of its own, so several batches may wait for their backward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, passes: "_Passes") -> tuple[torch.Tensor | None, ...]:
-        # `anchor` requires grad so that the outputs do: the parameters are not inputs of this function.
-        ctx.passes = passes
-        return passes.first()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None]:
-        ctx.passes.second(*gradients)
-        return None, None
-
-
-class _Passes:
-    """Both passes of one batch and the state that they share; each batch has its own, so batches may overlap."""
-
-    def __init__(
-        self,
+    def forward(
+        ctx: Any,
+        anchor: torch.Tensor,
         model: nn.Module,
         embed: Embed,
         sides: Mapping[str, Mapping[str, Any]],
         mini_batches: list[MiniBatch],
-    ) -> None:
-        self.model = getattr(model, "_orig_mod", model)
-        if getattr(self.model, "static_graph", False):
-            message = "mini_batch_tokens does not work with DDP's static_graph; switch static_graph off."
-            raise UserError("contrastive.mini_batches.static_graph", message)
-        self.embed, self.sides, self.mini_batches, self.device = embed, sides, mini_batches, mini_batches[0].rows.device
-        self.autocast = _autocast_as_now(self.device)
-        self.random_states: list[list[torch.Tensor]] = []
-
-    def first(self) -> tuple[torch.Tensor | None, ...]:
-        """Embed without a graph; returns a stack per side, then the logit scale."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        ctx.model, ctx.embed, ctx.sides, ctx.mini_batches, ctx.device = model, embed, sides, mini_batches, anchor.device
+        ctx.autocast, ctx.random_states = _autocast_as_now(ctx.device), []
         stacks: dict[str, torch.Tensor] = {}
         logit_scale = None
-        with torch.no_grad():
-            for mini_batch in self.mini_batches:
-                self.random_states.append(_random_states(self.device))
-                side, inputs = mini_batch.side, self.sides[mini_batch.side]
-                part, logit_scale = self.embed(mini_batch.cut(inputs))
-                if side not in stacks:
-                    stacks[side] = part.new_empty(part.shape[0], number_of_texts(inputs), part.shape[2])
-                stacks[side][:, mini_batch.rows] = part
-        return *(stacks[side] for side in self.sides), logit_scale
+        for mini_batch in mini_batches:
+            ctx.random_states.append(_random_states(ctx.device))
+            side, inputs = mini_batch.side, sides[mini_batch.side]
+            part, logit_scale = embed(mini_batch.cut(inputs))
+            if side not in stacks:
+                stacks[side] = part.new_empty(part.shape[0], number_of_texts(inputs), part.shape[2])
+            stacks[side][:, mini_batch.rows] = part
+        return *(stacks[side] for side in sides), logit_scale
 
-    def second(self, *gradients: torch.Tensor | None) -> None:
-        """Embed with a graph, one mini-batch at a time, and propagate its part of the stacks' gradients."""
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, ...]:
         *stack_gradients, scale_gradient = gradients
-        by_side: dict[str, Any] = dict(zip(self.sides, stack_gradients, strict=True))
-        last = len(self.mini_batches) - 1
-        for index, (mini_batch, states) in enumerate(zip(self.mini_batches, self.random_states, strict=True)):
+        by_side: dict[str, Any] = dict(zip(ctx.sides, stack_gradients, strict=True))
+        last = len(ctx.mini_batches) - 1
+        for index, (mini_batch, states) in enumerate(zip(ctx.mini_batches, ctx.random_states, strict=True)):
             # An outer no_sync (gradient accumulation) applies to the last mini-batch too.
-            ddp = self.model if isinstance(self.model, DistributedDataParallel) and index != last else None
+            ddp = ctx.model if isinstance(ctx.model, DistributedDataParallel) and index != last else None
             with nullcontext() if ddp is None else ddp.no_sync():
-                with torch.enable_grad(), _replay(states, self.device), self.autocast():
-                    stack, logit_scale = self.embed(mini_batch.cut(self.sides[mini_batch.side]))
+                with torch.enable_grad(), _replay(states, ctx.device), ctx.autocast():
+                    stack, logit_scale = ctx.embed(mini_batch.cut(ctx.sides[mini_batch.side]))
                 outputs: list[Any] = [stack]
                 their_gradients = [by_side[mini_batch.side][:, mini_batch.rows]]
                 if index == last and scale_gradient is not None:
                     outputs, their_gradients = [stack, logit_scale], [*their_gradients, scale_gradient]
                 torch.autograd.backward(outputs, their_gradients)
+        return (None,) * 5
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:

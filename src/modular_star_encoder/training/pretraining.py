@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.collators import PackingCollator, PaddingCollator
 from modular_star_encoder.data.functions import open_corpus
 from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.data.token_store import TokenStore, build_token_store
+from modular_star_encoder.data.token_store import build_token_store
 from modular_star_encoder.data.tokenizer import check_special_tokens, load_tokenizer, token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.lexical import identifier_overlap_accuracy
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
@@ -87,7 +86,12 @@ def pretrain(
         tokenizer = load_tokenizer(own or _train_tokenizer(recipe.corpus, config, out / "tokenizer", progress_here))
         check_special_tokens(tokenizer)
         collator = (PackingCollator if recipe.packing else PaddingCollator)(tokenizer)
-        store = _token_store(recipe.corpus, tokenizer, out / "tokens", progress_here)
+        reader = open_corpus(recipe.corpus)
+        store = build_token_store(reader, tokenizer, out / "tokens", progress=progress_here)
+        if progress_here:
+            for reason, count in reader.skipped.most_common():
+                print(f"skipped {count} files: {reason}")
+            print(f"{len(store):,} files of {len(store.repositories):,} repositories")
     torch.manual_seed(recipe.seed)
     if weights:
         model = ModularStarEncoderForPreTraining.from_pretrained(source, dtype=torch.float32)
@@ -176,18 +180,6 @@ def _train_tokenizer(corpus: Mapping[str, Any], config: ModularStarEncoderConfig
             tokenizer = train_tokenizer(texts(), config.vocab_size, max_length=longest, progress=progress)
             tokenizer.save_pretrained(staging)
     return folder
-
-
-def _token_store(
-    corpus: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path, progress: bool
-) -> TokenStore:
-    reader = open_corpus(corpus)
-    store = build_token_store(reader, tokenizer, folder, progress=progress)
-    if progress:
-        for reason, count in reader.skipped.most_common():
-            print(f"skipped {count} files: {reason}")
-        print(f"{len(store):,} files of {len(store.repositories):,} repositories")
-    return store
 
 
 def plot_curves(log: Mapping[str, Any], path: Path) -> None:
