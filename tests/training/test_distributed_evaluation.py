@@ -56,5 +56,4 @@ def main(out, rank):
 
 
 if __name__ == "__main__":
-    os.environ["LOCAL_RANK"] = os.environ["RANK"]
     main(Path(sys.argv[1]), os.environ["RANK"])

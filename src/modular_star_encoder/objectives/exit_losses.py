@@ -80,18 +80,12 @@ def exit_weights(
 class InContextObjective:
     """Masked language modelling plus in-context classification at each exit (arXiv 2503.03008, pre-training).
 
-    The model's forward computes the losses, because there DDP and FSDP2 have gathered the parameters. Over several
-    processes the masked-token loss is the mean over the masked tokens of all of them.
+    The model is a `ModularStarEncoderForPreTraining`, possibly wrapped; a batch has `input_ids`, `attention_mask`,
+    `labels` (B, T) and `icc_labels` (B,). The model's forward computes the losses, because there DDP and FSDP2 have
+    gathered the parameters. The masked-token loss is the mean over the masked tokens of all processes.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
-        """Losses of one batch.
-
-        Args:
-            model: a `ModularStarEncoderForPreTraining`, possibly wrapped.
-            batch: `input_ids`, `attention_mask`, `labels` (B, T) and `icc_labels` (B,).
-            exit_layers: the exits to train.
-        """
         output = model(**batch, exit_layers=exit_layers)
         share = _share_of_masked_tokens(batch["labels"])
         metrics = {"mlm_loss": output.mlm_losses * share, "mlm_accuracy": output.mlm_accuracies * share}
@@ -115,16 +109,12 @@ def _share_of_masked_tokens(labels: torch.Tensor) -> torch.Tensor | float:
 
 
 class ClassificationObjective:
-    """Cross-entropy of each exit."""
+    """Cross-entropy of each exit of a `ModularStarEncoderForSequenceClassification`, possibly wrapped.
+
+    A batch has `input_ids`, `attention_mask` (B, T) and `labels` (B,), class indices.
+    """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
-        """Losses of one batch.
-
-        Args:
-            model: a `ModularStarEncoderForSequenceClassification`, possibly wrapped.
-            batch: `input_ids`, `attention_mask` (B, T) and `labels` (B,), class indices.
-            exit_layers: the exits to train.
-        """
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits = model(**inputs, exit_layers=exit_layers).exit_logits.float()
         targets = batch["labels"].expand(len(exit_layers), -1)

@@ -70,12 +70,8 @@ class MultiExitContrastiveLoss(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Return the weighted terms of every exit, such as `clip_exit_4`; their sum is the loss.
 
-        Args:
-            sentence_features: one dict per column, with `input_ids` and `attention_mask` (B, T).
-            labels: not used.
-
-        Raises:
-            UserError: the dataset has one column only, or columns or processes have different numbers of rows.
+        `sentence_features` has `input_ids` and `attention_mask` (B, T) of each column; `labels` are not used. UserError
+        if the dataset has one column only, or columns or processes have different numbers of rows.
         """
         columns = list(sentence_features)
         if len(columns) < 2:

@@ -140,7 +140,7 @@ def check_recipe(
 
     These are all checks that need neither data nor weights.
     """
-    config, _ = starting_config(recipe)
+    config = starting_config(recipe)
     check_length(config, **recipe.lengths())
     with torch.device("meta"):
         model = ModularStarEncoderForRetrieval(config)
@@ -237,7 +237,7 @@ def finetune_classifier(
         (split → number of pairs).
     """
     out, state, objective = Path(out), runs.processes_of_run(), ClassificationObjective()
-    config, _ = starting_config(recipe)
+    config = starting_config(recipe)
     check_length(config, max_tokens=recipe.max_tokens)
     rows, steps = recipe.accumulation(state.num_processes)
     folder = out / runs.CHECKPOINTS

@@ -49,13 +49,13 @@ def has_weights(folder: Path) -> bool:
     return any(folder.glob("model*.safetensors"))
 
 
-def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, bool]:
-    """Return the configuration of a recipe's starting model and whether this model has weights.
+def starting_config(recipe: StartingRecipe) -> ModularStarEncoderConfig:
+    """Return the configuration of a recipe's starting model.
 
     UserError if settings contradict each other, ValueError if the model lacks the recipe's exit, OSError if neither a
     folder nor a Hub repository of this name exists.
     """
-    source, weights = starting_source(recipe.model)
+    source, _ = starting_source(recipe.model)
     try:
         config = ModularStarEncoderConfig.from_pretrained(source, **{**recipe.config, "dtype": torch.float32})
         in_training = copy.deepcopy(config)
@@ -65,12 +65,12 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
     except StrictDataclassError as error:
         raise UserError("training.model.config", f"{recipe.model}: {' '.join(str(error).split())}") from error
     except OSError as error:
-        message = f"{recipe.model} has no config.json that can be read; pre-train a folder first"
+        message = f"No config.json of {recipe.model} was read; pre-train it first, or name a repository of the Hub"
         raise OSError(f"{message}. {' '.join(str(error).split())}") from error
     if recipe.exit_layer is not None:
         config = config.cut(recipe.exit_layer)
         config.exit_layers = [recipe.exit_layer]
-    return config, weights
+    return config
 
 
 def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Model, PreTrainedTokenizerFast]:
@@ -91,7 +91,7 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
         if recipe.exit_layer is not None:
             keep_only_exit(model, recipe.exit_layer)
     else:
-        config, _ = starting_config(recipe)
+        config = starting_config(recipe)
         config.vocab_size = max(len(tokenizer), config.vocab_size)
         model = model_class(config)
     check_vocabulary(len(tokenizer), model.config.vocab_size)
