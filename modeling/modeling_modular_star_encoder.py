@@ -480,15 +480,10 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def slice(self, exit_layer: int) -> "ModularStarEncoderPreTrainedModel":
-        """The first `exit_layer` layers and their exits, as a model of its own that shares these parameters.
+        """Return the first `exit_layer` layers and their exits, as a model of its own that shares these parameters.
 
         Its outputs equal those of this model at the same exits bit for bit. `copy.deepcopy` separates the two.
-
-        Args:
-            exit_layer: an exit of this model.
-
-        Raises:
-            ValueError: the model has no such exit (the message lists those it has), or carries an adapter.
+        ValueError if this model has no such exit (the message lists those it has), or carries an adapter.
         """
         with torch.device("meta"):
             model = type(self)(self.config.cut(exit_layer))

@@ -14,7 +14,7 @@ from modular_star_encoder.utils.settings import Count, Different, Float, NonNega
 
 def _have_own_names(pairs: Any) -> Any:
     if any(len(set(pair)) < len(pair) for pair in pairs) or len({pair[:2] for pair in pairs}) < len(pairs):
-        raise ValueError("must be lists of different names, and no two of them the same anchor and positive")
+        raise ValueError("must have different names in each list, and different anchors or positives in two lists")
     return pairs
 
 
@@ -131,7 +131,7 @@ class ContrastiveSettings:
         for pair in self.pairs:
             numbers = [rows[side] for side in pair]
             if len(set(numbers)) > 1 or not numbers[0]:
-                message = f"{', '.join(pair)} have {', '.join(map(str, numbers))} rows; their numbers must be equal."
+                message = f"{', '.join(pair)} have {numbers} rows; give all equally many, at least 1."
                 raise UserError("contrastive.rows", message)
 
 

@@ -10,7 +10,7 @@ their gradients are accumulated while the loss's `backward` runs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,7 +162,7 @@ class _CachedEmbeddings(torch.autograd.Function):
         mini_batches: list[MiniBatch],
     ) -> tuple[torch.Tensor | None, ...]:
         ctx.model, ctx.embed, ctx.sides, ctx.mini_batches, ctx.device = model, embed, sides, mini_batches, anchor.device
-        ctx.autocast, ctx.random_states = _autocast_as_now(ctx.device), []
+        ctx.autocast, ctx.random_states = _autocast_settings(ctx.device), []
         stacks: dict[str, torch.Tensor] = {}
         logit_scale = None
         for mini_batch in mini_batches:
@@ -183,7 +183,7 @@ class _CachedEmbeddings(torch.autograd.Function):
             # An outer no_sync (gradient accumulation) applies to the last mini-batch too.
             ddp = ctx.model if isinstance(ctx.model, DistributedDataParallel) and index != last else None
             with nullcontext() if ddp is None else ddp.no_sync():
-                with torch.enable_grad(), _replay(states, ctx.device), ctx.autocast():
+                with torch.enable_grad(), _replay(states, ctx.device), _autocast(ctx.autocast):
                     stack, logit_scale = ctx.embed(mini_batch.cut(ctx.sides[mini_batch.side]))
                 outputs: list[Any] = [stack]
                 their_gradients = [by_side[mini_batch.side][:, mini_batch.rows]]
@@ -219,21 +219,18 @@ def _replay(states: list[torch.Tensor], device: torch.device) -> Iterator[None]:
         _set_random_states(before, device)
 
 
-def _autocast_as_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Return a context manager that restores the current autocast settings, with an empty cache of cast weights."""
+def _autocast_settings(device: torch.device) -> list[tuple[str, torch.dtype, bool, bool]]:
+    """Return the current arguments of `torch.autocast` for the CPU and for `device`."""
     cached = torch.is_autocast_cache_enabled()
-    settings = [
-        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cached)
-        for kind in sorted({"cpu", device.type})
-    ]
+    kinds = sorted({"cpu", device.type})
+    return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cached) for kind in kinds]
 
-    @contextmanager
-    def enter() -> Iterator[None]:
-        # The cache may hold weights that were cast without a graph; these would get no gradient.
-        torch.clear_autocast_cache()
-        with ExitStack() as stack:
-            for setting in settings:
-                stack.enter_context(torch.autocast(*setting))
-            yield
 
-    return enter
+@contextmanager
+def _autocast(settings: list[tuple[str, torch.dtype, bool, bool]]) -> Iterator[None]:
+    """Use these settings in the block. The cache may hold weights cast without a graph, so it begins empty."""
+    torch.clear_autocast_cache()
+    with ExitStack() as stack:
+        for setting in settings:
+            stack.enter_context(torch.autocast(*setting))
+        yield

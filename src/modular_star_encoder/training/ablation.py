@@ -276,7 +276,7 @@ def _check_starting_points(models: set[str], path: Path) -> None:
     if other := ", ".join(sorted(name for name in found if known.get(name, found[name]) != found[name])):
         raise UserError(
             "ablation.starting_points",
-            f"The cells in {path.parent} started from other weights of {other}; name another folder.",
+            f"{other} has other weights than when the cells in {path.parent} started from it; name another folder.",
         )
     write_json(path, known | found)
 
@@ -288,7 +288,7 @@ def _run_cell(
     state, path = runs.processes_of_run(), run / SCORES
     by_checksum = {task.checksum(): task for task in tasks}
     with state.main_process_first():
-        runs.open_run(run, cell.recipe, "ablation", until_trained=cell.recipe.to_dict())
+        runs.open_run(run, cell.recipe, "an ablation", until_trained=cell.recipe.to_dict())
         known = read_json(path) if path.is_file() else {}
         missing = [task for checksum, task in by_checksum.items() if checksum not in known]
         if missing and not has_weights(run / runs.MODEL):

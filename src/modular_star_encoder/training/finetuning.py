@@ -244,7 +244,7 @@ def finetune_classifier(
     arguments = recipe.arguments(folder, rows, progress=progress, gradient_accumulation_steps=steps)
     check_objective(objective, arguments, config, config.exit_layers)
     with state.main_process_first():
-        if log := runs.open_run(out, recipe, "fine-tuning of a classifier", until_trained=()):
+        if log := runs.open_run(out, recipe, "fine-tuning a classifier", until_trained=()):
             return log
     model, tokenizer = starting_model(ModularStarEncoderForSequenceClassification, recipe)
     splits = {}

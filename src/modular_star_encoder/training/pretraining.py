@@ -29,7 +29,6 @@ from modular_star_encoder.training.trainer import MultiExitTrainer, check_object
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file, staged_folder
 
-PANELS = (("mlm_loss", "masked-token loss (nats)"), ("icc_accuracy", "in-context classification accuracy"))
 # Enough for the merges of a large vocabulary; more text makes training the tokenizer slower, not better.
 TOKENIZER_CHARACTERS = 100_000_000
 
@@ -76,8 +75,8 @@ def pretrain(
     if repositories is not None and len(repositories) < 4:  # some corpora know the number only after reading
         raise UserError(
             "training.corpus.too_few_repositories",
-            "The corpus must have two repositories to train on and two to hold out, because pairs of snippets come "
-            f"from one or from two; it has {len(repositories)}: {', '.join(repositories) or 'none'}.",
+            f"The corpus has {len(repositories)} repositories ({', '.join(repositories)}). It needs two to train on "
+            "and two to hold out, because a pair of snippets comes from one repository or from two.",
         )
     with state.main_process_first():
         if log := runs.open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model")):
@@ -193,14 +192,16 @@ def plot_curves(log: Mapping[str, Any], path: Path) -> None:
     history, prefix = log["log_history"], "mlm_loss_exit_"
     exits = sorted({int(key.removeprefix(prefix)) for line in history for key in line if key.startswith(prefix)})
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    floors = {"mlm_loss": log["unigram_entropy"], "icc_accuracy": log["identifier_overlap"]["accuracy"]}
-    for axes, (metric, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+    panels = [
+        ("mlm_loss", "masked-token loss (nats)", log["unigram_entropy"]),
+        ("icc_accuracy", "in-context classification accuracy", log["identifier_overlap"]["accuracy"]),
+    ]
+    for axes, (metric, label, baseline) in zip(figure.subplots(1, 2), panels, strict=True):
         for number, exit_layer in enumerate(exits):
-            colour = f"C{number}"
-            axes.plot(*_series(history, f"{metric}_exit_{exit_layer}"), color=colour, linewidth=0.7, alpha=0.5)
-            held_out = _series(history, f"eval_{metric}_exit_{exit_layer}")
-            axes.plot(*held_out, color=colour, marker="o", markersize=3, label=f"exit {exit_layer}")
-        axes.axhline(floors[metric], color="grey", linestyle="--", linewidth=0.8)
+            training, held_out = (_series(history, f"{part}{metric}_exit_{exit_layer}") for part in ("", "eval_"))
+            axes.plot(*training, color=f"C{number}", linewidth=0.7, alpha=0.5)
+            axes.plot(*held_out, color=f"C{number}", marker="o", markersize=3, label=f"exit {exit_layer}")
+        axes.axhline(baseline, color="grey", linestyle="--", linewidth=0.8)
         axes.set(xlabel="step", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)

@@ -141,9 +141,9 @@ def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: I
 
     `recipe.json` in the folder holds the settings. Once a checkpoint exists, all settings except `MAY_CHANGE` must be
     the same; before that, if other files exist, only those in `until_trained`. Otherwise a UserError names those that
-    differ (`training.run.other_settings`), or says that the folder holds no `kind` (`training.run.not_a_run`).
+    differ (`training.run.other_settings`), or says that the folder holds no run of `kind` (`training.run.not_a_run`).
     """
-    check_folder(out, "recipe.json", kind)
+    check_folder(out, "recipe.json", f"run of {kind}")
     written, settings = out / "recipe.json", _plain(recipe)
     if written.is_file():
         before: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))

@@ -102,7 +102,7 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
-        message = f"The tokenizer has {tokens} tokens, more than the model's {vocab_size}."
+        message = f"The tokenizer has {tokens} tokens, the model only {vocab_size}; take the model's own tokenizer."
         raise UserError("training.tokenizer.too_large", message)
 
 
