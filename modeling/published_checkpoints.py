@@ -61,10 +61,7 @@ def read_published_layout(
     The arguments stay unchanged for a checkpoint that is not a published one. The Auto classes do not know the
     published class name and choose the trunk. If the file has projection heads, they get the retrieval model instead; a
     model class called by its own name (without `config`) stays, and the common base class becomes the class that the
-    file fits.
-
-    Raises:
-        ValueError: the file's tensors are not those of a published checkpoint; the message names them.
+    file fits. ValueError if the tensors are not those of a published checkpoint; it names them.
     """
     kwargs = dict(kwargs)
     if path is None:

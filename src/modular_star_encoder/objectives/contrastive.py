@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings, gather_stacks, rank_and_count
 from modular_star_encoder.objectives.exit_losses import ObjectiveOutput
-from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
+from modular_star_encoder.objectives.gradient_cache import embed_sides
 from modular_star_encoder.utils.errors import UserError
 
 # Similarities computed at once, of all exits: 2**20 float32 are 4 MiB, however large the batch.
@@ -286,6 +286,5 @@ class ContrastiveObjective:
                 raise UserError("contrastive.data_parallel", message)
             return output.exit_embeddings, output.logit_scale
 
-        self.settings.check_sides({side: number_of_texts(inputs) for side, inputs in batch.items()})
-        stacks, logit_scale = embed_sides(model, embed, batch, self.settings.mini_batch_tokens)
+        stacks, logit_scale = embed_sides(model, embed, batch, self.settings)
         return losses_from_embeddings(stacks, exit_layers, self.settings, logit_scale)

@@ -87,25 +87,18 @@ class InContextObjective:
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
         output = model(**batch, exit_layers=exit_layers)
-        share = _share_of_masked_tokens(batch["labels"])
+        share: torch.Tensor | float = 1.0
+        processes = rank_and_count()[1]
+        if processes > 1:
+            # Averaged over processes, mean losses times this share are the mean over the masked tokens of all.
+            here = (batch["labels"] != -100).sum().float()
+            everywhere = here.clone()
+            distributed.all_reduce(everywhere)
+            share = here * processes / everywhere.clamp(min=1)
         metrics = {"mlm_loss": output.mlm_losses * share, "mlm_accuracy": output.mlm_accuracies * share}
         metrics |= {"icc_loss": output.icc_losses, "icc_accuracy": output.icc_accuracies}
         losses = metrics["mlm_loss"] + metrics["icc_loss"]
         return ObjectiveOutput(losses, {name: value.detach() for name, value in metrics.items()})
-
-
-def _share_of_masked_tokens(labels: torch.Tensor) -> torch.Tensor | float:
-    """Return this process's number of masked tokens, divided by the mean number over all processes.
-
-    Averaged over processes, mean losses times this factor are the mean over all masked tokens.
-    """
-    processes = rank_and_count()[1]
-    if processes == 1:
-        return 1.0
-    here = (labels != -100).sum().float()
-    everywhere = here.clone()
-    distributed.all_reduce(everywhere)
-    return here * processes / everywhere.clamp(min=1)
 
 
 class ClassificationObjective:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from modular_star_encoder.objectives.contrastive_settings import gather_numbers
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings, gather_numbers
 from modular_star_encoder.utils.errors import UserError
 
 
@@ -97,7 +97,7 @@ Embed = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def embed_sides(
-    model: nn.Module, embed: Embed, sides: Mapping[str, Mapping[str, Any]], mini_batch_tokens: int | None = None
+    model: nn.Module, embed: Embed, sides: Mapping[str, Mapping[str, Any]], settings: ContrastiveSettings
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """Embed every side of a batch at every exit: side → (E, B, D), and the learned logit scale (1,) if there is one.
 
@@ -106,11 +106,14 @@ def embed_sides(
             mini-batch only.
         embed: called with the inputs of one side, or of a mini-batch of it.
         sides: name → inputs, `input_ids` and `attention_mask` (B, T), with padding on either side.
-        mini_batch_tokens: rows times columns of a mini-batch; `None` embeds each side at once.
+        settings: define the sides and the size of mini-batches; without a size, each side is embedded at once.
 
-    UserError if processes have different numbers of texts, or a side can't be cut into mini-batches.
+    UserError if sides do not fit the settings, processes have different numbers of texts, or a side can't be cut into
+    mini-batches.
     """
-    mini_batches = None if mini_batch_tokens is None else cut_mini_batches(sides, mini_batch_tokens)
+    settings.check_sides({side: number_of_texts(inputs) for side, inputs in sides.items()})
+    tokens = settings.mini_batch_tokens
+    mini_batches = None if tokens is None else cut_mini_batches(sides, tokens)
     device = next(iter(sides.values()))["input_ids"].device
     count = _check_processes(sides, len(mini_batches or ()), device)
     if mini_batches is None:

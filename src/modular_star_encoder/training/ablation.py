@@ -195,6 +195,7 @@ def ablate(
     from), `cells/{name}/seed-{seed}/` (each a run of `finetune` with `scores.json`), and in the end `ablation.md`,
     `ablation.json` and, where matplotlib is installed, `ablation.png`. A later call may add seeds, variants and
     benchmarks; new benchmarks train models again that were not kept. With several processes, each calls this function.
+    UserError if the recipe contradicts itself or the model, or `out` holds cells of another recipe or starting point.
 
     Args:
         recipe: the settings.
@@ -205,10 +206,6 @@ def ablate(
 
     Returns:
         The content of `ablation.json`; see `compare`.
-
-    Raises:
-        UserError: the recipe contradicts itself or the model, or `out` holds cells with other settings or
-            another starting checkpoint.
     """
     out, state, base = Path(out), runs.processes_of_run(), recipe.base()
     blueprint, _ = check_recipe(base, out, state.num_processes, progress)

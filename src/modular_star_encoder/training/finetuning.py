@@ -73,6 +73,7 @@ def finetune(
     for `AutoModel` and, where its modules can compute the embeddings, `SentenceTransformer`, with `training_log.json`;
     with `lora` also `adapter/`, and `model/` has the merged weights. If `out` holds a log, the run is finished and the
     log is returned. With several processes (`accelerate launch`, `torchrun`), every process calls this function.
+    UserError if the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
 
     Args:
         recipe: the settings.
@@ -85,9 +86,6 @@ def finetune(
         The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on held-out pairs),
         `retrieval` (benchmark → retriever → estimates on `held_out_tasks`; the retrievers are every exit and BM25),
         `recipe`, `preflight` and `data` (numbers of rows read, skipped and held out).
-
-    Raises:
-        UserError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
     """
     out, state = Path(out), runs.processes_of_run()
     objective, rows, lengths, eval_pairs = recipe.objective, recipe.rows(), recipe.lengths(), recipe.eval_pairs

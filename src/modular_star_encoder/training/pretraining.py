@@ -45,6 +45,7 @@ def pretrain(
     `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and in the end `model/`, a checkpoint
     with `training_log.json` and, where matplotlib is installed, `curves.png`. If `out` holds a log, the run is
     finished and the log is returned. With several processes (`accelerate launch`, `torchrun`), each process calls it.
+    UserError if the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
 
     Args:
         recipe: the settings.
@@ -56,9 +57,6 @@ def pretrain(
         The training log: the keys of `train_to_the_end`, `evaluation` (final metrics), `recipe`, `preflight`,
         `unigram_entropy` (nats per training token), `identifier_overlap` (accuracy of in-context classification
         without a model) and the names of the held-out repositories.
-
-    Raises:
-        UserError: the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
     """
     out, state, objective = Path(out), runs.processes_of_run(), InContextObjective()
     progress_here, processes = progress and state.is_main_process, state.num_processes

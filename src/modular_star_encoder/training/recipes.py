@@ -325,16 +325,12 @@ AnyRecipe = TypeVar("AnyRecipe")
 
 
 def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read a recipe.
+    """Read a recipe; UserError if the file, an override or a setting is wrong (see `load_settings`).
 
     Args:
         kind: `PretrainingRecipe`, `FinetuningRecipe`, `ClassificationRecipe` or `AblationRecipe`.
         path: a YAML file.
         overrides: `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
-
-    Raises:
-        UserError: the file, an override or a setting is wrong; see `load_settings`.
-        OSError: the file exists and cannot be read.
 
     Example:
         >>> path = hub_config_folder("small") / "recipe.yaml"

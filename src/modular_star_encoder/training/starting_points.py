@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,9 +20,6 @@ from modular_star_encoder.training.runs import ADAPTER, MODEL
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from modular_star_encoder.utils.errors import UserError, naming_extra
 from modular_star_encoder.utils.files import staged_folder
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 
@@ -139,10 +136,10 @@ def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, s
     embedding.weight.copy_(vectors)
 
 
-def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> "PeftModel":
+def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> nn.Module:
     """Freeze the trunk and give its linear layers adapters; heads stay trainable and are saved with the adapters.
 
-    `settings` are arguments of `peft.LoraConfig`; UserError for unknown ones (`training.lora`).
+    Return the `PeftModel`. `settings` are arguments of `peft.LoraConfig`; UserError for unknown ones (`training.lora`).
     """
     with naming_extra():
         from peft import LoraConfig, get_peft_model
