@@ -1042,8 +1042,8 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
         else:
             masked = (labels.flatten() != -100).nonzero().squeeze(-1)
             features = [self.heads.token_features(states.flatten(0, 1)[masked], row) for states, row in states_of_rows]
-            losses = self.heads.masked_lm(torch.stack(features), labels.flatten()[masked])
-            found["mlm_losses"], found["mlm_accuracies"] = losses
+            of_exits = self.heads.masked_lm(torch.stack(features), labels.flatten()[masked])
+            found["mlm_losses"], found["mlm_accuracies"] = of_exits
         if icc_labels is not None:
             classes = icc_logits.float().transpose(1, 2)
             targets = icc_labels.expand(len(exits), -1)
