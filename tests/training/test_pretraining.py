@@ -99,7 +99,7 @@ def test_a_recipe_makes_a_checkpoint_that_loads_and_a_log_of_every_exit(recipe_f
         ("milestones=[5] fractions=[half]", "training.schedule", "['half']"),
         ("max_tokens=32", "settings.value", "max_tokens must be greater than or equal to 35, not 32"),
         ("max_steps=0", "settings.value", "max_steps must be greater than 0, not 0"),
-        ("corpus.depth=0", "training.corpus.too_few_repositories", "1 repositories (corpus)"),
+        ("corpus.depth=0", "training.corpus.too_few_repositories", "1 repositories (corpus"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_path, override, key, value):
