@@ -31,7 +31,7 @@ from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
 from modular_star_encoder.data.sources.repositories import archive_repositories
 from modular_star_encoder.data.splits import draw_repositories
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import read_functions
-from modular_star_encoder.evaluation.benchmarks.rows import read_json, read_jsonl
+from modular_star_encoder.evaluation.benchmarks.rows import check_rows, read_json, read_jsonl
 from modular_star_encoder.synthconl.minhash import DuplicateSettings
 from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 from modular_star_encoder.utils.crash_safe import crash_safe_map
@@ -50,7 +50,7 @@ _FETCH_SECONDS = 600
 # No name begins with a dash: a client would read it as an option.
 _PACKAGE = re.compile(r"(?P<name>[@\w][\w./+-]*) (?P<version>\w[\w.+~:-]*) (?P<licence>\S.*)")
 
-MAX_CODE, MAX_DESCRIPTION = 1000, 400  # characters; longer texts are cut
+MAX_CHARACTERS = {"code": 1000, "text": 1000, "description": 400}  # longer texts are cut
 MAX_PACKAGE_ROWS = 7000  # pairs, and as many texts without a pair
 MAX_SAME_DESCRIPTION = 3  # pairs with one description
 NEAR_DUPLICATE = 0.8  # Jaccard similarity of character 5-grams from which two functions are one
@@ -161,58 +161,56 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
     parts = crash_safe_map(_rows, items(), **options)
     for number, of_package in groupby(chain.from_iterable(parts), key=lambda part: part[0]):
         counts, rows = Counter[str](), []
-        label = f"Package {number + 1:,} of {len(packages):,}"
-        for _, its_counts, some in tqdm(of_package, desc=label, unit=" files"):
+        bar: Row = {"desc": f"Package {number + 1:,} of {len(packages):,}", "unit": " files", "leave": False}
+        for _, its_counts, some in tqdm(of_package, **bar):
             counts += its_counts
             rows += [{"package": ":".join(packages[number][:2])} | row for row in some]
         _write_rows(targets[packages[number]], [{"counts": counts}, *rows])
 
 
 def _archives(folder: Path, temporary: Path) -> Path:
-    """A folder of archives that can be read: `folder`, or `temporary` with the data of the Debian packages in it."""
-    debs = sorted(folder.glob("*.deb"))
-    for deb in debs:
-        with deb.open("rb") as file:
-            file.seek(len(b"!<arch>\n"))  # the format: deb(5)
-            while match := re.fullmatch(rb"(.{16}).{32}(\d+) *`\n", file.read(60), re.DOTALL):
-                name, size = match[1].rstrip(b" /"), int(match[2])
-                content = file.read(size + size % 2)[:size]
-                if re.fullmatch(rb"data\.tar(\.(gz|xz|bz2))?", name):
-                    (temporary / name.decode()).write_bytes(content)
-    return temporary if debs else folder
+    """A folder of archives that can be read: `folder`, or `temporary` with the data of the Debian package in it."""
+    for deb in folder.glob("*.deb"):
+        content, folder = deb.read_bytes(), temporary
+        # The last member, after its name, time, owner, group, mode and size; see deb(5).
+        if match := re.search(rb"(data\.tar[.\w]*)[ /]+(?:\d+ +){4}(\d+) +`\n", content):
+            (folder / match[1].decode()).write_bytes(content[match.end() :][: int(match[2])])
+    return folder
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
     """The number of the package, counts and rows of each file: a pair or a text for each function."""
     parts = []
     for number, file in items:
-        counts, rows = Counter[str](), []
-        if isinstance(file, Counter):
-            counts += file
-        else:
-            counts["files"] += 1
-            for one in extract_functions(file, counts, documented_only=False):
-                reason = drop_reason(one) or ("" if reads_as_prose(one.description) else "description reads as code")
-                row: Row = {"language": one.language}
-                if not reason:
-                    rows.append(row | {"name": one.name, "description": one.description, "code": one.code})
-                elif one.code.count("\n") > 1 and "test" not in one.name.lower():
-                    rows.append(row | {"kind": "code", "text": one.code})
-                if reason and one.description:
-                    counts[f"documented functions without a pair: {reason}"] += 1
-        parts.append((number, counts, rows))
+        counts, rows = Counter[str](), list[Row]()
+        for one in extract_functions(file, counts, documented_only=False) if isinstance(file, SourceFile) else ():
+            reason = drop_reason(one) or ("" if reads_as_prose(one.description) else "description reads as code")
+            row: Row = {"language": one.language}
+            if not reason:
+                rows.append(row | {"name": one.name, "description": one.description, "code": one.code})
+            elif one.code.count("\n") > 1 and "test" not in one.name.lower():
+                rows.append(row | {"kind": "code", "text": one.code})
+            counts[f"documented functions without a pair: {reason}"] += bool(reason and one.description)
+        parts.append((number, counts + (file if isinstance(file, Counter) else Counter(files=1)), rows))
     return parts
 
 
-def _write_rows(target: Path, rows: Iterable[Any]) -> str:
-    """Write JSON lines, compressed; return the SHA-256 of the lines, on which the compression has no influence."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _write_rows(target: Path | None, rows: Iterable[Any]) -> str:
+    """Write JSON lines, compressed, if there is a target; return the SHA-256 of the lines, not of the file."""
     digest = hashlib.sha256()
-    with staged_file(target, resumable=True) as temporary, gzip.open(temporary, "wb", compresslevel=6) as output:
+
+    def lines() -> Iterator[bytes]:
         for row in rows:
             line = json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n"
             digest.update(line)
-            output.write(line)
+            yield line
+
+    if target is None:
+        deque(lines(), maxlen=0)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(target, resumable=True) as temporary, gzip.open(temporary, "wb", compresslevel=6) as output:
+            output.writelines(lines())
     return digest.hexdigest()
 
 
@@ -232,13 +230,12 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
         return seen[key]
 
     for path in tqdm(files.values(), desc="Reading rows", unit=" packages"):
-        (_, head), *lines = open_dataset_rows([path], [])
+        head, *lines = (row for _, row in open_dataset_rows([path], []) if isinstance(row, dict))
         counts.update(head["counts"])
         for rows, column in ((pairs, "code"), (texts, "text")):
-            some = [row | {column: row[column][:MAX_CODE]} for _, row in lines if column in row]
+            some = [_cut(row) for row in lines if column in row]
             rows += some[:MAX_PACKAGE_ROWS]
             dropped[f"{column}: its package has more"] += len(some[MAX_PACKAGE_ROWS:])
-    pairs = [row | {"description": _cut(row["description"])} for row in pairs]
     codes, descriptions = Counter[bytes](), Counter[bytes]()
     pairs = keep(pairs, "code: equal to another", lambda row: repetition(codes, row["code"]) == 1)
     few = "code: description of other pairs"
@@ -249,7 +246,7 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
     kept = iter(near.kept.tolist())
     pairs = keep(pairs, "code: near another", lambda _: next(kept))
     sizes = Counter(row["package"] for row in pairs)
-    share = min(1, VALIDATION_PAIRS / 10 / max(1, len(pairs)))
+    share = min(0.2, VALIDATION_PAIRS / max(1, len(pairs))) / 10
     held_out = draw_repositories(sizes, seed=0, min_test=VALIDATION_PAIRS, max_repository_share=share)
     valid = [row for row in pairs if row["package"] in held_out]
     theirs = {_key(row["description"]) for row in valid}
@@ -270,14 +267,13 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
     }
 
 
+def _cut(row: Row) -> Row:
+    return {name: value[: MAX_CHARACTERS.get(name)] for name, value in row.items()}
+
+
 def _key(text: str) -> bytes:
     """Equal for texts of the same letters and digits."""
     return hashlib.blake2b(description_key(text).encode(errors="replace"), digest_size=12).digest()
-
-
-def _cut(description: str) -> str:
-    short = description[:MAX_DESCRIPTION]
-    return description if short == description else short.rpartition(" ")[0] or short
 
 
 class EvaluationTexts:
@@ -302,7 +298,7 @@ class EvaluationTexts:
 
     def _add(self, name: str, kind: str, text: str) -> None:
         self.counts[f"{name} {kind}"] += 1
-        for one in {text, text[:MAX_CODE] if kind == "code" else _cut(text)}:
+        for one in {text, text[: MAX_CHARACTERS[kind]]}:
             if description_key(one):
                 self._equal.setdefault((kind, _key(one)), name)
             grams = _grams(one, kind)
@@ -332,14 +328,14 @@ def _grams(text: str, kind: str) -> set[int]:
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (kind, text) of the rows of a file."""
-    rows = read_json(path) if path.suffix == ".json" else read_jsonl(path, {})
+    rows = check_rows(path, read_json(path), {}) if path.suffix == ".json" else read_jsonl(path, {})
     if {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]
     for row in rows:
-        codes = row.get("code", [])
-        codes = codes.values() if isinstance(codes, dict) else [codes] if isinstance(codes, str) else codes
-        yield from (("code", code) for code in codes)
-        for text in (row[name] for name in ("description", "query") if name in row):
+        code = row.get("code")
+        for one in code.values() if isinstance(code, dict) else code if isinstance(code, list) else [code]:
+            yield from [("code", one)] if isinstance(one, str) else ()
+        for text in (row[name] for name in ("description", "query") if isinstance(row.get(name), str)):
             paragraphs = (part for part in re.split(r"\n\s*\n", text) if len(part.split()) > 4)
             yield from (("description", one) for one in (text, *paragraphs))
 
@@ -360,27 +356,21 @@ def check_corpus(
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
     hits: list[str] = []
     for path in map(Path, files):
-        if drop is not None and Path(drop).resolve() == path.resolve().parent:
-            raise UserError("corpus.drop", f"{drop} is the folder of {path.name}; name another one to write to.")
         counts: Counter[str] = Counter(rows=0, rows_found=0)
         others = _others(path, texts, counts, hits)
-        digest = {"sha256_of_lines_left": _write_rows(Path(drop) / path.name, others)} if drop else {}
-        deque(others, maxlen=0)  # without `drop`, the rows are only looked at
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-            digest["sha256_of_lines"] = hashlib.file_digest(lines, "sha256").hexdigest()
-        report["files"][path.name] = {**counts, **digest}
+        digest = _write_rows(None if drop is None else Path(drop, path.name), others)
+        report["files"][path.name] = {**counts, "sha256_of_other_lines": digest}
     return report, hits
 
 
 def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], hits: list[str]) -> Iterator[Row]:
     """Yield the rows whose texts are in no evaluation set; add the others to `counts` and `hits`."""
     for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
-        kinds: Row = {}
-        if isinstance(row, dict):
-            kinds = {row.get("kind"): row["text"]} if "text" in row else {one: row.get(one) for one in _TOKEN}
-        if not kinds or not kinds.keys() <= _TOKEN.keys() or not all(isinstance(text, str) for text in kinds.values()):
+        row = row if isinstance(row, dict) else {}
+        kinds = [(row.get("kind"), row["text"])] if "text" in row else [(kind, row.get(kind)) for kind in _TOKEN]
+        if not all(kind in _TOKEN and isinstance(text, str) for kind, text in kinds):
             raise UserError("corpus.row", f"{place} must have `code` and `description`, or `kind` and `text`.")
-        found = [f"{kind} {hit}" for kind, text in kinds.items() if (hit := texts.find(kind, text))]
+        found = [f"{kind} {hit}" for kind, text in kinds if (hit := texts.find(kind, text))]
         hits += [f"{place} ({row.get('package')}): {one}" for one in found]
         counts.update(found, rows=1, rows_found=bool(found))
         if not found:
