@@ -168,6 +168,5 @@ def run_corpus_check(arguments: argparse.Namespace) -> None:
     for name, counts in report["files"].items():
         print(f"{name}: {counts['rows_found']:,} of {counts['rows']:,} rows are in an evaluation set")
     if hits and not arguments.drop:
-        raise UserError(
-            "cli.dataset.corpus", f"{len(hits)} texts are in evaluation sets; --drop FOLDER leaves them out."
-        )
+        message = f"{len(hits)} texts are in evaluation sets; --drop FOLDER writes the other rows."
+        raise UserError("cli.dataset.corpus", message)

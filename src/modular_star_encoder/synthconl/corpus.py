@@ -358,7 +358,7 @@ def check_corpus(
     for path in map(Path, files):
         counts: Counter[str] = Counter(rows=0, rows_found=0)
         others = _others(path, texts, counts, hits)
-        digest = _write_rows(None if drop is None else Path(drop, path.name), others)
+        digest = _write_rows(Path(drop, f"{path.name.removesuffix('.gz')}.gz") if drop else None, others)
         report["files"][path.name] = {**counts, "sha256_of_other_lines": digest}
     return report, hits
 
@@ -367,7 +367,9 @@ def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], hits: list
     """Yield the rows whose texts are in no evaluation set; add the others to `counts` and `hits`."""
     for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
         row = row if isinstance(row, dict) else {}
-        kinds = [(row.get("kind"), row["text"])] if "text" in row else [(kind, row.get(kind)) for kind in _TOKEN]
+        kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]
+        if "text" in row:
+            kinds = [(row.get("kind"), row["text"])]
         if not all(kind in _TOKEN and isinstance(text, str) for kind, text in kinds):
             raise UserError("corpus.row", f"{place} must have `code` and `description`, or `kind` and `text`.")
         found = [f"{kind} {hit}" for kind, text in kinds if (hit := texts.find(kind, text))]
