@@ -15,12 +15,12 @@ from tests.errors import raises
 from tests.synthconl.samples import die_before_renaming, ended_by_sigkill, start_process
 
 ROOT = Path(__file__).parent.parent.parent
-LIST = "debian: |\n  go 1:2-1 Expat\n  damaged 1 Expat\nnpm: |\n  @scope/js 1 MIT\n  gone 1 MIT\npypi: |\n  py 1 PSF\n  more 1 MIT\n"
+LIST = "debian: |\n  go 1:2-1 X\n  bad 1 X\nnpm: |\n  @scope/js 1 X\n  gone 1 X\npypi: |\n  py 1 PSF\n  more 1 X\n"
 GO = "package a\n\n// Sum adds all numbers of a list.\nfunc Sum(x int) int {\n\ty := x + 1\n\treturn y\n}\n"
 JS = "/** Joins the words of a sentence. */\nfunction join(words) {\n  const end = 1;\n  return words + end;\n}\n"
-PY = 'def {0}(rows):\n    """Count the rows of a {0} table."""\n    total = len(rows) * {1}\n    return total\n\n\n'
+PY = 'def {0}(rows):\n    """Count the rows of a {0} table."""\n    {0} = len(rows) * {1}\n    return {0}\n\n\n'
 BARE = "def bare_{0}(values):\n    largest = max(values)\n    return [value / largest / {1} for value in values]\n\n\n"
-STEPS = "".join(f"    step_{n} = x[{n}]\n" for n in range(30))
+STEPS = "".join(f"    step_{n} = x[{n}]\n" for n in range(30)) + "    return "
 
 
 def tar_of(name, text, mode):
@@ -31,30 +31,25 @@ def tar_of(name, text, mode):
     return content.getvalue()
 
 
-def deb_of(data):
-    """A Debian package: members with headers of 60 bytes."""
-    members = [("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", data)]
-    parts = [f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(one):<10}`\n".encode() + one for name, one in members]
-    return b"!<arch>\n" + b"".join(part + b"\n" * (len(part) % 2) for part in parts)
-
-
 def write_packages(folder):
     """The packages of `LIST` but `gone`, in `folder / "raw"`; returns the path of the list."""
     (folder / "corpus.yaml").write_text(LIST)
-    deb, damaged, js, _, py, more = (folder / "raw" / one.place for one in read_packages(folder / "corpus.yaml"))
-    for one in (deb, damaged, js, py, more):
+    deb, bad, js, _, py, more = (folder / "raw" / one.place for one in read_packages(folder / "corpus.yaml"))
+    for one in (deb, bad, js, py, more):
         one.mkdir(parents=True)
-    (deb / "go.deb").write_bytes(deb_of(tar_of("./usr/share/a.go", GO, "w:xz")))
-    (damaged / "one.deb").write_bytes(b"!<arch>\ndamaged")
+    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": tar_of("./usr/a.go", GO, "w:xz")}
+    with (deb / "go.deb").open("wb") as file:
+        file.write(b"!<arch>\n")
+        for name, data in members.items():
+            header = f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n"
+            file.write(header.encode() + data + b"\n" * (len(data) % 2))
+    (bad / "one.deb").write_bytes(b"!<arch>\ndamaged")
     (js / "js.tgz").write_bytes(tar_of("package/index.js", JS, "w:gz"))
     for one, words in ((py, ("red", "green")), (more, ("red", "round"))):
         with zipfile.ZipFile(one / "one.whl", "w") as wheel:
             text = "".join(PY.format(word, len(word) * 7) + BARE.format(word, len(word)) for word in words)
-            wheel.writestr(
-                "one/module.py",
-                text + f"def walk(x):\n    '''Take steps of {words[1]}.'''\n{STEPS}    return {words[1]}\n",
-            )
-            wheel.writestr("one/tests/test_module.py", text.replace("rows", "lines"))
+            walk = f"def walk(x):\n    'Take steps of {words[1]}.'\n{STEPS}{words[1]}\n"
+            wheel.writestr("one/module.py", text + walk)
     return folder / "corpus.yaml"
 
 
@@ -74,7 +69,7 @@ def lines_of(path):
 def test_fetch_calls_each_client_once_and_reports_what_is_missing(tmp_path, monkeypatch, capsys):
     (tmp_path / "corpus.yaml").write_text(LIST.replace("pypi", "debian-source"))
     (tmp_path / "bin").mkdir()
-    for name, missing in (("apt-get", "damaged"), ("npm", "gone")):
+    for name, missing in (("apt-get", "bad"), ("npm", "gone")):
         script = f'#!/bin/sh\necho "{name} $*" >>{tmp_path}/log\ncase "$*" in *{missing}*) exit 1;; esac\n: >archive\n'
         (tmp_path / "bin" / name).write_text(script)
         (tmp_path / "bin" / name).chmod(0o755)
@@ -82,7 +77,7 @@ def test_fetch_calls_each_client_once_and_reports_what_is_missing(tmp_path, monk
     fetch = ["dataset", "corpus", "fetch", str(tmp_path / "corpus.yaml"), "--out", str(tmp_path / "raw")]
     assert cli.main(fetch) == 0
     assert (tmp_path / "log").read_text().splitlines() == [
-        *(f"apt-get download --quiet {one}" for one in ("go=1:2-1", "damaged=1")),
+        *(f"apt-get download --quiet {one}" for one in ("go=1:2-1", "bad=1")),
         *(f"npm pack --silent --ignore-scripts {one}" for one in ("@scope/js@1", "gone@1")),
         *(f"apt-get source --download-only --quiet {one}" for one in ("py=1", "more=1")),
     ]
@@ -91,7 +86,7 @@ def test_fetch_calls_each_client_once_and_reports_what_is_missing(tmp_path, monk
     assert "npm ended with status 1: npm gone 1" in capsys.readouterr().err
     (tmp_path / "bin" / "npm").unlink()
     assert cli.main(fetch) == 0
-    assert (tmp_path / "log").read_text().count("\n") == 7  # only `damaged` is asked for again
+    assert (tmp_path / "log").read_text().count("\n") == 7  # only `bad` is asked for again
     assert "npm is not installed: npm gone 1" in capsys.readouterr().err
 
 
@@ -184,10 +179,13 @@ def test_check_names_a_text_and_fails_and_its_counts_hold_no_text(tmp_path, caps
         check_corpus([tmp_path / "pairs.jsonl"], EvaluationTexts(sets))
 
 
-def test_the_shipped_models_corpus_is_listed_with_licences_and_holds_no_evaluation_text():
+def test_the_shipped_models_corpus_is_listed_with_licences_and_holds_no_evaluation_code():
     path = ROOT / "hub_configs" / "mose-code" / "corpus.yaml"
     assert len({one.place for one in read_packages(path)}) == 6631
     assert path.stat().st_size < 700_000
     assert "://" not in path.read_text(encoding="utf-8")
     report = json.loads((ROOT / "benchmarks" / "results" / "mose-code-decontamination.json").read_text())
-    assert {one["rows_found"] for one in report["files"].values()} == {0}
+    # Thirteen descriptions in 714,903 pairs, such as "Rename a file.": the pairs were checked against whole first
+    # paragraphs before training, and benchmarks cut these at the first tag.
+    assert [one["rows_found"] for one in report["files"].values()] == [13, 0, 0]
+    assert not any(key.startswith("code") for one in report["files"].values() for key in one)

@@ -50,7 +50,7 @@ _FETCH_SECONDS = 600
 # No name begins with a dash: a client would read it as an option.
 _PACKAGE = re.compile(r"(?P<name>[@\w][\w./+-]*) (?P<version>\w[\w.+~:-]*) (?P<licence>\S.*)")
 
-MAX_CHARACTERS = {"code": 1000, "text": 1000, "description": 400}  # longer texts are cut
+MAX_CHARACTERS = {"code": 1000, "description": 400}  # longer texts are cut
 MAX_PACKAGE_ROWS = 7000  # pairs, and as many texts without a pair
 MAX_SAME_DESCRIPTION = 3  # pairs with one description
 NEAR_DUPLICATE = 0.8  # Jaccard similarity of character 5-grams from which two functions are one
@@ -76,10 +76,7 @@ class Package(NamedTuple):
 
 
 def read_packages(path: str | os.PathLike[str]) -> list[Package]:
-    """Read a YAML file with, for each registry, lines of a package's name, version and licence, in one text.
-
-    The registries are `debian`, `debian-source` (source packages), `npm` and `pypi`.
-    """
+    """Read a YAML file: under `debian`, `debian-source`, `npm` or `pypi`, a line of name, version, licence each."""
     content = read_mapping(path, example="hub_configs/mose-code/corpus.yaml")
     check_names(list(content), _CLIENTS, str(path))
     packages = []
@@ -120,9 +117,8 @@ def build_corpus(
     """Write `pairs.jsonl.gz`, `pairs_valid.jsonl.gz`, `texts.jsonl.gz` and `stats.json` to `out`; return the last.
 
     A pair has `package`, `language`, `name`, `description` and `code`. A text is a function without a usable
-    description and has `package`, `language`, `kind` ("code") and `text`. Whole packages are held out; none has more
-    than a tenth of the held-out pairs if the others suffice. The rows of each package are also in a file below
-    `out/packages`; a package with such a file is not read again.
+    description: `package`, `language`, `kind` ("code") and `text`. Whole packages are held out for validation. Rows by
+    package are in files below `out/packages`; a package that has such a file is not read again.
 
     Args:
         source: The folder that `fetch_packages` filled; `stats.json` lists the packages that are not there.
@@ -185,32 +181,29 @@ def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int,
         counts, rows = Counter[str](), list[Row]()
         for one in extract_functions(file, counts, documented_only=False) if isinstance(file, SourceFile) else ():
             reason = drop_reason(one) or ("" if reads_as_prose(one.description) else "description reads as code")
+            code, description = one.code[: MAX_CHARACTERS["code"]], one.description[: MAX_CHARACTERS["description"]]
             row: Row = {"language": one.language}
             if not reason:
-                rows.append(row | {"name": one.name, "description": one.description, "code": one.code})
+                rows.append(row | {"name": one.name, "description": description, "code": code})
             elif one.code.count("\n") > 1 and "test" not in one.name.lower():
-                rows.append(row | {"kind": "code", "text": one.code})
+                rows.append(row | {"kind": "code", "text": code})
             counts[f"documented functions without a pair: {reason}"] += bool(reason and one.description)
         parts.append((number, counts + (file if isinstance(file, Counter) else Counter(files=1)), rows))
     return parts
 
 
-def _write_rows(target: Path | None, rows: Iterable[Any]) -> str:
-    """Write JSON lines, compressed, if there is a target; return the SHA-256 of the lines, not of the file."""
+def _line(row: Row) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+
+def _write_rows(target: Path, rows: Iterable[Row]) -> str:
+    """Write JSON lines, compressed; return the SHA-256 of the lines, which does not depend on the compression."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-
-    def lines() -> Iterator[bytes]:
-        for row in rows:
-            line = json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n"
+    with staged_file(target, resumable=True) as temporary, gzip.open(temporary, "wb", compresslevel=6) as output:
+        for line in map(_line, rows):
             digest.update(line)
-            yield line
-
-    if target is None:
-        deque(lines(), maxlen=0)
-    else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with staged_file(target, resumable=True) as temporary, gzip.open(temporary, "wb", compresslevel=6) as output:
-            output.writelines(lines())
+            output.write(line)
     return digest.hexdigest()
 
 
@@ -233,7 +226,7 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
         head, *lines = (row for _, row in open_dataset_rows([path], []) if isinstance(row, dict))
         counts.update(head["counts"])
         for rows, column in ((pairs, "code"), (texts, "text")):
-            some = [_cut(row) for row in lines if column in row]
+            some = [row for row in lines if column in row]
             rows += some[:MAX_PACKAGE_ROWS]
             dropped[f"{column}: its package has more"] += len(some[MAX_PACKAGE_ROWS:])
     codes, descriptions = Counter[bytes](), Counter[bytes]()
@@ -265,10 +258,6 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
         "pairs_by_package": Counter(row["package"] for row in pairs),
         "sha256_of_lines": {name: _write_rows(out / f"{name}.jsonl.gz", rows) for name, rows in parts.items()},
     }
-
-
-def _cut(row: Row) -> Row:
-    return {name: value[: MAX_CHARACTERS.get(name)] for name, value in row.items()}
 
 
 def _key(text: str) -> bytes:
@@ -356,15 +345,18 @@ def check_corpus(
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
     hits: list[str] = []
     for path in map(Path, files):
-        counts: Counter[str] = Counter(rows=0, rows_found=0)
-        others = _others(path, texts, counts, hits)
-        digest = _write_rows(Path(drop, f"{path.name.removesuffix('.gz')}.gz") if drop else None, others)
-        report["files"][path.name] = {**counts, "sha256_of_other_lines": digest}
+        counts, digest = Counter(rows=0, rows_found=0), hashlib.sha256()
+        others = _others(path, texts, counts, digest, hits)
+        if drop is None:
+            deque(others, maxlen=0)
+        else:
+            _write_rows(Path(drop, f"{path.name.removesuffix('.gz')}.gz"), others)
+        report["files"][path.name] = {**counts, "sha256_of_lines": digest.hexdigest()}
     return report, hits
 
 
-def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], hits: list[str]) -> Iterator[Row]:
-    """Yield the rows whose texts are in no evaluation set; add the others to `counts` and `hits`."""
+def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], digest: Any, hits: list[str]) -> Iterator[Row]:
+    """Yield the rows whose texts are in no evaluation set; `counts` and `digest` get all rows, `hits` the others."""
     for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
         row = row if isinstance(row, dict) else {}
         kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]
@@ -375,5 +367,6 @@ def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], hits: list
         found = [f"{kind} {hit}" for kind, text in kinds if (hit := texts.find(kind, text))]
         hits += [f"{place} ({row.get('package')}): {one}" for one in found]
         counts.update(found, rows=1, rows_found=bool(found))
+        digest.update(_line(row))
         if not found:
             yield row
