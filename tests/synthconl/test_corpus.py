@@ -17,6 +17,7 @@ from tests.synthconl.samples import die_before_renaming, ended_by_sigkill, start
 ROOT = Path(__file__).parent.parent.parent
 LIST = "debian: |\n  go 1:2-1 X\n  bad 1 X\nnpm: |\n  @scope/js 1 X\n  gone 1 X\npypi: |\n  py 1 PSF\n  more 1 X\n"
 GO = "package a\n\n// Sum adds all numbers of a list.\nfunc Sum(x int) int {\n\ty := x + 1\n\treturn y\n}\n"
+BARE_GO = "\nfunc bare(x int) int {\n\tz := x * 2\n\treturn z\n}\n"
 JS = "/** Joins the words of a sentence. */\nfunction join(words) {\n  const end = 1;\n  return words + end;\n}\n"
 PY = 'def {0}(rows):\n    """Count the rows of a {0} table."""\n    {0} = len(rows) * {1}\n    return {0}\n\n\n'
 BARE = "def bare_{0}(values):\n    largest = max(values)\n    return [value / largest / {1} for value in values]\n\n\n"
@@ -37,7 +38,11 @@ def write_packages(folder):
     deb, bad, js, _, py, more = (folder / "raw" / one.place for one in read_packages(folder / "corpus.yaml"))
     for one in (deb, bad, js, py, more):
         one.mkdir(parents=True)
-    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": tar_of("./usr/a.go", GO, "w:xz")}
+    members = {
+        "debian-binary": b"2.0\n",
+        "control.tar.xz": b"odd",
+        "data.tar.xz": tar_of("./usr/a.go", GO + BARE_GO, "w:xz"),
+    }
     with (deb / "go.deb").open("wb") as file:
         file.write(b"!<arch>\n")
         for name, data in members.items():
@@ -108,7 +113,12 @@ def test_functions_of_every_archive_become_pairs_or_texts_once(tmp_path):
     assert {row["package"] for row in valid}.isdisjoint(row["package"] for row in train + texts)
     assert {row["text"].split("(")[0] for row in texts} <= {"def bare_red", "def bare_green", "def bare_round"}
     assert (stats["pairs"], stats["pairs_valid"], stats["texts"]) == (len(train), len(valid), len(texts))
-    assert (stats["dropped"]["code: equal to another"], stats["dropped"]["code: near another"]) == (1, 1)
+    dropped = {rule.removeprefix("code: "): count for rule, count in stats["dropped"].items()}
+    assert (dropped["equal to another"], dropped["near another"], dropped["description of a held-out pair"]) == (
+        1,
+        1,
+        0,
+    )
     assert (stats["packages_missing"], stats["extraction"]["packages without an archive"]) == (["npm:gone"], 1)
     with raises("corpus.packages", "0 of 6"):
         build_corpus(read_packages(tmp_path / "corpus.yaml"), tmp_path / "nothing", tmp_path / "out")
@@ -133,7 +143,7 @@ CLEAN = {"package": "npm:a", "code": "let x = 1", "description": "Something else
 def write_sets(folder, row):
     """Evaluation sets of each form, and `pairs.jsonl` of `CLEAN` and `row`; returns the names of the sets."""
     codes = {"go": CODE, "c": "int main(void) { return 42; }"}
-    (folder / "exercises.jsonl").write_text(json.dumps({"code": codes, "description": f"# Title\n\n{PROSE}\n\nMore."}))
+    (folder / "exercises.jsonl").write_text(json.dumps({"code": codes, "description": f"{PROSE}\n\n{CODE}"}))
     (folder / "queries").mkdir()
     (folder / "queries" / "one.json").write_text(json.dumps([{"query": "Where are (the) LOCKS?"}]))
     documentation = "Sorts a list of numbers in place.\n\nArgs: many more words than that"
