@@ -76,7 +76,11 @@ class Package(NamedTuple):
 
 
 def read_packages(path: str | os.PathLike[str]) -> list[Package]:
-    """Read a YAML file: under `debian`, `debian-source`, `npm` or `pypi`, a line of name, version, licence each."""
+    """Read the packages of a YAML file: each line of a registry's text is a name, a version and a licence.
+
+    Raises:
+        UserError: `settings.unknown` for another registry, `corpus.package` for a line that is not a package.
+    """
     content = read_mapping(path, example="hub_configs/mose-code/corpus.yaml")
     check_names(list(content), _CLIENTS, str(path))
     packages = []
@@ -233,10 +237,8 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
     pairs = keep(pairs, "code: equal to another", lambda row: repetition(codes, row["code"]) == 1)
     few = "code: description of other pairs"
     pairs = keep(pairs, few, lambda row: repetition(descriptions, row["description"]) <= MAX_SAME_DESCRIPTION)
-    near = find_near_duplicates(
-        {"code": [row["code"] for row in pairs]}, settings=DuplicateSettings(threshold=NEAR_DUPLICATE)
-    )
-    kept = iter(near.kept.tolist())
+    columns, settings = {"code": [row["code"] for row in pairs]}, DuplicateSettings(threshold=NEAR_DUPLICATE)
+    kept = iter(find_near_duplicates(columns, settings=settings).kept.tolist())
     pairs = keep(pairs, "code: near another", lambda _: next(kept))
     sizes = Counter(row["package"] for row in pairs)
     share = min(0.2, VALIDATION_PAIRS / max(1, len(pairs))) / 10
