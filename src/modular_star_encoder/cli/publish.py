@@ -32,10 +32,16 @@ def add_publish_commands(commands: Any) -> None:
     publish.add_argument("--out", metavar="FOLDER", help="keep what was staged there; it must not exist")
     publish.set_defaults(run=run_publish)
 
-    export = commands.add_parser("export", help="write one exit as an ONNX folder for serving")
+    export = commands.add_parser("export", help="write one exit as an ONNX folder for serving, or exit 0 as a table")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    export.add_argument(
+        "--format",
+        choices=("onnx", "static", "model2vec"),
+        default="onnx",
+        help="static, model2vec: exit 0 for sentence-transformers' StaticEmbedding or model2vec (default: onnx)",
+    )
     export.add_argument("--exit-layer", metavar="K", type=int, help="default: the deepest")
-    export.add_argument("--out", metavar="FOLDER", help="must not exist; default: CHECKPOINT-K-onnx")
+    export.add_argument("--out", metavar="FOLDER", help="must not exist; default: CHECKPOINT-K-FORMAT")
     export.add_argument("--int8", action="store_true", help="also write 8-bit weights, measured on --data")
     export.add_argument("--data", metavar="FOLDER", help="source code, or a benchmark: compare rankings on it")
     export.add_argument("--benchmark", metavar="NAME", default="folder", help="what --data holds (default: folder)")
@@ -94,6 +100,8 @@ def run_publish(arguments: argparse.Namespace) -> None:
 
 def run_export(arguments: argparse.Namespace) -> None:
     """`mose export`."""
+    if arguments.format != "onnx":
+        return run_static_export(arguments)
     if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
         raise UserError(
             "cli.export.data",
@@ -117,6 +125,19 @@ def run_export(arguments: argparse.Namespace) -> None:
     if tasks:
         print(format_rankings(written.rankings), end="\n\n")
     print(written.folder)
+
+
+def run_static_export(arguments: argparse.Namespace) -> None:
+    """`mose export --format static` and `--format model2vec`."""
+    from modular_star_encoder.hub.onnx_folder import default_folder
+    from modular_star_encoder.inference.static_export import export_static
+
+    if arguments.exit_layer or arguments.int8 or arguments.data:
+        message = f"--format {arguments.format} writes exit 0 in float32: remove --exit-layer, --int8 and --data."
+        raise UserError("cli.export.static", message)
+    out = arguments.out or default_folder(arguments.checkpoint, 0, arguments.format)
+    kind: Any = "model2vec" if arguments.format == "model2vec" else "sentence-transformers"
+    print(export_static(arguments.checkpoint, out, format=kind))
 
 
 def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:

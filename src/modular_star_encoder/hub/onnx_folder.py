@@ -150,10 +150,10 @@ def export_onnx_folder(
     return OnnxFolder(out, rankings)
 
 
-def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int) -> Path:
+def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: str = "onnx") -> Path:
     """The default output folder for one exit of a checkpoint."""
     folder = Path(checkpoint).expanduser()
-    name = f"{folder.resolve().name if folder.is_dir() else folder.name}-{exit_layer}-onnx"
+    name = f"{folder.resolve().name if folder.is_dir() else folder.name}-{exit_layer}-{ending}"
     return folder.resolve().with_name(name) if folder.is_dir() else Path(name)
 
 
