@@ -1,7 +1,6 @@
 """How well mose-code ranks: every exit, fused with BM25, queries and documents of different exits, compressed forms.
 
-    MOSE_DATA=~/data python benchmarks/shipped_model.py               # half an hour on two cores
-    MOSE_DATA=~/data python benchmarks/shipped_model.py --rows 100 --name rehearsal
+    MOSE_DATA=~/data python benchmarks/shipped_model.py       # half an hour on two cores; --rows 100 for a rehearsal
 
 CodeSearchNet test, 999 distractors, in every language of `$MOSE_DATA/codesearchnet`. results/{name}_evaluation is the
 report of `mose evaluate`, results/{name}.md has the tables of the model card.
@@ -9,7 +8,6 @@ report of `mose evaluate`, results/{name}.md has the tables of the model card.
 
 import argparse
 import os
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -50,11 +48,10 @@ def main() -> None:
     parser.add_argument("--cache", help="folder that keeps the embeddings, so that an interrupted run continues")
     arguments = parser.parse_args()
     if "MOSE_DATA" not in os.environ:
-        print("skipped: set MOSE_DATA to a folder that holds codesearchnet/ruby_test.jsonl.gz")
-        sys.exit(0)
+        return print("skipped: set MOSE_DATA to a folder that holds codesearchnet/ruby_test.jsonl.gz")
     tasks: list[Any] = load_benchmark("codesearchnet-999", os.environ["MOSE_DATA"], allow_subset=True)
     cut = slice(arguments.rows)
-    tasks = [replace(one, pools=[Pool(rows[cut], rows[cut]) for rows, _ in one.pools]) for one in tasks]
+    tasks = [replace(one, pools=[Pool(*(rows[cut] for rows in pool)) for pool in one.pools]) for one in tasks]
     model, tokenizer = load_checkpoint(CHECKPOINT, device="cpu")
     own = EmbeddingRetriever(ExitEncoder(model, tokenizer, "mose-code"), EmbeddingCache(arguments.cache))
     report = make_report(tasks, evaluate_tasks(tasks, [own, BM25()]), checksum=checkpoint_checksum(CHECKPOINT))
@@ -132,28 +129,22 @@ def milliseconds(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, Any]
 def markdown(figures: Mapping[str, Any], size: str, exits: Sequence[int]) -> str:
     """The tables of the model card."""
 
-    def row(label: str, name: str) -> list[str]:
-        return [label, *("{:.1f} ({:.1f}–{:.1f})".format(*one) for one in figures[name].values())]
-
-    def means(*names: str) -> list[str]:
-        return [f"{figures[name]['mean'][0]:.1f}" for name in names]
-
-    languages = [row(f"exit {k}", f"{k} → {k}") for k in exits] + [row("BM25", "BM25")]
-    languages += [row(f"exit {k} + BM25", f"{k} + BM25") for k in exits]
-    matrix = [[f"queries of exit {k}", *means(*(f"{k} → {j}" for j in exits))] for k in exits]
+    means = {name: f"{one['mean'][0]:.1f}" for name, one in figures.items() if "mean" in one}
+    names = {f"exit {k}": f"{k} → {k}" for k in exits} | {"BM25": "BM25"}
+    names |= {f"exit {k} + BM25": f"{k} + BM25" for k in exits}
+    cells = {name: ["{:.1f} ({:.1f}–{:.1f})".format(*one) for one in figures[name].values()] for name in names.values()}
+    matrix = [[f"queries of exit {k}", *(means[f"{k} → {j}"] for j in exits)] for k in exits]
     forms = [name.removesuffix(", same ten") for name in figures if name.endswith("same ten")]
-    kept = [[one, *means(f"{one}, same ten", f"{one}, share of ten", one)] for one in forms]
+    kept = [[one, means[f"{one}, same ten"], means[f"{one}, share of ten"], means[one]] for one in forms]
     times = [[name, f"{one['value']:.2f}"] for name, one in figures["milliseconds per text"].items()]
     parts = [
-        f"MRR × 100 with its 95 % interval; {size}. BM25 is added as a sum of both scores, each standardised over the\n"
-        "candidates of a query.",
-        markdown_table([["", *figures["BM25"]], *languages]),
+        f"MRR × 100 with its 95 % interval; {size}. “+ BM25”: sum of both scores, standardised over the candidates.",
+        markdown_table([["", *figures["BM25"]], *([label, *cells[name]] for label, name in names.items())]),
         "Every query exit with every document exit, mean MRR × 100:",
         markdown_table([["", *(f"documents of exit {k}" for k in exits)], *matrix]),
-        "Fewer bits, compared with the float32 model: queries with the same ten first documents in any order, and the\n"
-        "mean share of the ten that stays, both in per cent.",
+        "Fewer bits: queries that keep their ten first documents in any order, and the share of ten that is kept, %:",
         markdown_table([["", "same ten", "share of ten", "MRR × 100"], *kept]),
-        "Median milliseconds per text, tokenising included, for functions of 20 to 500 tokens:",
+        "Median milliseconds per text, tokenising included, for the last 64 Go functions of the task:",
         markdown_table([["", "ms"], *times]),
     ]
     return "\n\n".join(part if isinstance(part, str) else "\n".join(part) for part in parts)
