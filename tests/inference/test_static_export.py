@@ -5,8 +5,6 @@ import json
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder import export_static
@@ -34,57 +32,24 @@ SHORT = [
 UNKNOWN, LONG = "größe 🐍 中文", "read the file " * 200
 
 
-def words():
-    """A tokenizer of words and characters that adds no special tokens, and reads their names in a text as text."""
-    tokens = [
-        "<pad>",
-        "<unk>",
-        "<mask>",
-        "<cls>",
-        "<sep>",
-        "<",
-        ">",
-        "read",
-        "file",
-        "##f",
-        "def",
-        "x",
-        "y",
-        "e",
-        "##s",
-    ]
-    vocabulary = {token: place for place, token in enumerate([*tokens, *(f"word{n}" for n in range(285))])}
-    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    names = {f"{name}_token": f"<{name}>" for name in ("pad", "unk", "mask", "cls", "sep")}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True, **names)
+def exit_zero(texts):
+    return encode_exits(*load_checkpoint("mose-code", 0, device="cpu"), texts, progress=False)[0]
 
 
-@pytest.fixture(scope="module", params=["mose-code", "tiny"])
-def checkpoint(request, tmp_path_factory):
-    if request.param == "mose-code":
-        return request.param
-    return str(save_retrieval_checkpoint(tiny_model(**STATIC), words(), tmp_path_factory.mktemp("tiny") / "model"))
-
-
-def exit_zero(checkpoint, texts):
-    return encode_exits(*load_checkpoint(checkpoint, 0, device="cpu"), texts, progress=False)[0]
-
-
-def test_sentence_transformers_embeds_every_text_as_exit_0(checkpoint, tmp_path):
+def test_sentence_transformers_embeds_every_text_as_exit_0(tmp_path):
     texts = [*SHORT, UNKNOWN, LONG]
-    model = SentenceTransformer(str(export_static(checkpoint, tmp_path / "out")), device="cpu")
+    model = SentenceTransformer(str(export_static("mose-code", tmp_path / "out")), device="cpu")
     embeddings = model.encode(texts)
-    np.testing.assert_allclose(embeddings, exit_zero(checkpoint, texts), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(embeddings, exit_zero(texts), rtol=0, atol=1e-6)
     assert not embeddings[1].any()
     assert not list((tmp_path / "out").rglob("*.py"))
 
 
-def test_a_model2vec_folder_embeds_short_texts_of_known_tokens_as_exit_0(checkpoint, tmp_path):
-    folder = export_static(checkpoint, tmp_path / "out", format="model2vec")
+def test_a_model2vec_folder_embeds_short_texts_of_known_tokens_as_exit_0(tmp_path):
+    folder = export_static("mose-code", tmp_path / "out", format="model2vec")
     assert {path.name for path in folder.iterdir()} >= {"config.json", "tokenizer.json", "model.safetensors"}
     known = [SHORT[1], "read file", "def x"]
-    expected = exit_zero(checkpoint, known)
+    expected = exit_zero(known)
     np.testing.assert_allclose(SentenceTransformer(str(folder)).encode(known), expected, rtol=0, atol=1e-6)
     found = pytest.importorskip("model2vec").StaticModel.from_pretrained(folder).encode(known)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
@@ -95,7 +60,7 @@ def test_what_a_table_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
     with raises("static.format", "onnx", "model2vec"):
         export_static("mose-code", out, format="onnx")
     changed = STATIC | {"projection_head": "mlp", "projection_order": "project_then_pool"}
-    mlp = save_retrieval_checkpoint(tiny_model(**changed), words(), tmp_path / "mlp")
+    mlp = save_retrieval_checkpoint(tiny_model(**changed), tiny_tokenizer(), tmp_path / "mlp")
     with raises("static.exit_zero", mlp):
         export_static(mlp, out)
     special = save_retrieval_checkpoint(tiny_model(**STATIC), tiny_tokenizer(), tmp_path / "special")

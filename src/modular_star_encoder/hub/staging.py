@@ -68,10 +68,10 @@ def _stage(
     folder.mkdir(parents=True)
     write_checkpoint(source, folder, entry.exit_layer, only_exit=entry.only_exit, tokenizer=tokenizer)
     if not uncut:  # the weights stay as they are: files may hold fewer bits than the model computes with
-        for path in folder.glob(WEIGHTS):
-            path.unlink()
-        for path in source.glob(WEIGHTS):
-            shutil.copyfile(path, folder / path.name)
+        for weights in folder.glob(WEIGHTS):
+            weights.unlink()
+        for weights in source.glob(WEIGHTS):
+            shutil.copyfile(weights, folder / weights.name)
     config = AutoConfig.from_pretrained(folder)
     if not (folder / "modules.json").is_file():
         published = sentence_transformer_prompts(instructions=config.instruction_prompts) if retrieval else {}
