@@ -18,7 +18,7 @@ def add_publish_commands(commands: Any) -> None:
     cut.set_defaults(run=run_slice)
 
     card = commands.add_parser("card", help="print the model card of a checkpoint: usage and measurements")
-    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder")
+    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder; or a manifest, for its first repository")
     _add_folder_options(card)
     card.add_argument("--out", metavar="FOLDER", help="write README.md and the figure there instead")
     card.set_defaults(run=run_card)
@@ -141,9 +141,11 @@ def run_static_export(arguments: argparse.Namespace) -> None:
 
 
 def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
-    from modular_star_encoder.hub.manifest import folder_manifest
+    from modular_star_encoder.hub.manifest import folder_manifest, load_manifest
 
     if not arguments.repository:
         raise UserError("cli.publish.repository", f"--repository OWNER/NAME must say where {folder} goes.")
+    if os.path.isfile(folder):
+        return load_manifest(folder, [f"namespace={arguments.repository.partition('/')[0]}"])
     options = {"license": arguments.license} if arguments.license else {}
     return folder_manifest(folder, arguments.repository, evaluation=arguments.evaluation, **options)
