@@ -18,7 +18,7 @@ def add_publish_commands(commands: Any) -> None:
     cut.set_defaults(run=run_slice)
 
     card = commands.add_parser("card", help="print the model card of a checkpoint: usage and measurements")
-    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder")
+    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder; or a manifest, for its first repository")
     _add_folder_options(card)
     card.add_argument("--out", metavar="FOLDER", help="write README.md and the figure there instead")
     card.set_defaults(run=run_card)
@@ -32,10 +32,16 @@ def add_publish_commands(commands: Any) -> None:
     publish.add_argument("--out", metavar="FOLDER", help="keep what was staged there; it must not exist")
     publish.set_defaults(run=run_publish)
 
-    export = commands.add_parser("export", help="write one exit as an ONNX folder for serving")
+    export = commands.add_parser("export", help="write one exit as an ONNX folder for serving, or exit 0 as a table")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    export.add_argument(
+        "--format",
+        choices=("onnx", "static", "model2vec"),
+        default="onnx",
+        help="static, model2vec: exit 0 for sentence-transformers' StaticEmbedding or model2vec (default: onnx)",
+    )
     export.add_argument("--exit-layer", metavar="K", type=int, help="default: the deepest")
-    export.add_argument("--out", metavar="FOLDER", help="must not exist; default: CHECKPOINT-K-onnx")
+    export.add_argument("--out", metavar="FOLDER", help="must not exist; default: CHECKPOINT-K-FORMAT")
     export.add_argument("--int8", action="store_true", help="also write 8-bit weights, measured on --data")
     export.add_argument("--data", metavar="FOLDER", help="source code, or a benchmark: compare rankings on it")
     export.add_argument("--benchmark", metavar="NAME", default="folder", help="what --data holds (default: folder)")
@@ -87,6 +93,8 @@ def run_publish(arguments: argparse.Namespace) -> None:
 
 def run_export(arguments: argparse.Namespace) -> None:
     """Run `mose export`."""
+    if arguments.format != "onnx":
+        return run_static_export(arguments)
     if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
         message = "--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files."
         raise UserError("cli.export.data", message)
@@ -109,10 +117,25 @@ def run_export(arguments: argparse.Namespace) -> None:
     print(written.folder)
 
 
+def run_static_export(arguments: argparse.Namespace) -> None:
+    """`mose export --format static` and `--format model2vec`."""
+    from modular_star_encoder.hub.onnx_folder import default_folder
+    from modular_star_encoder.inference.static_export import export_static
+
+    if arguments.exit_layer or arguments.int8 or arguments.data:
+        message = f"--format {arguments.format} writes exit 0 in float32: remove --exit-layer, --int8 and --data."
+        raise UserError("cli.export.static", message)
+    out = arguments.out or default_folder(arguments.checkpoint, 0, arguments.format)
+    kind: Any = "model2vec" if arguments.format == "model2vec" else "sentence-transformers"
+    print(export_static(arguments.checkpoint, out, format=kind))
+
+
 def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
-    from modular_star_encoder.hub.manifest import folder_manifest
+    from modular_star_encoder.hub.manifest import folder_manifest, load_manifest
 
     if not arguments.repository:
         raise UserError("cli.publish.repository", f"{folder} needs a repository on the Hub: --repository OWNER/NAME.")
+    if os.path.isfile(folder):
+        return load_manifest(folder, [f"namespace={arguments.repository.partition('/')[0]}"])
     options = {"license": arguments.license} if arguments.license else {}
     return folder_manifest(folder, arguments.repository, evaluation=arguments.evaluation, **options)

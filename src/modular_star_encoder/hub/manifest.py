@@ -32,6 +32,8 @@ class RepositorySettings:
             parent folder, if it exists.
         recipe: YAML or JSON file of the recipe; by default the recipe in the training log.
         training_data: description of the training data.
+        sections: sections of the card after the exits, as heading: local file with Markdown, or with JSON, which is
+            shown as code.
         files: additional files, as path in the repository: local file, such as
             `onnx/model.onnx: runs/export/model.onnx`.
     """
@@ -49,6 +51,7 @@ class RepositorySettings:
     training_log: str | None = None
     recipe: str | None = None
     training_data: str | None = None
+    sections: Mapping[str, str] = Field(default_factory=dict)
     files: Mapping[str, str] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,7 +59,7 @@ class RepositorySettings:
             raise UserError(*fault)
 
     def _faults(self) -> Iterator[tuple[str, str]]:
-        own = ("checkpoint", "evaluation", "profile", "recipe", "trained_from", "training_log")
+        own = ("checkpoint", "evaluation", "profile", "recipe", "sections", "trained_from", "training_log")
         if self.slice_of and (given := [name for name in own if getattr(self, name)]):
             yield "hub.manifest.slice", f"{self.key} is a slice; remove {', '.join(given)}, which {self.slice_of} sets."
         if self.slice_of is None and self.checkpoint is None:

@@ -149,11 +149,11 @@ def export_onnx_folder(
     return OnnxFolder(out, rankings)
 
 
-def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int) -> Path:
+def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: str = "onnx") -> Path:
     """The default output folder for one exit of a checkpoint."""
     folder = Path(checkpoint).expanduser()
     folder = folder.resolve() if folder.is_dir() else Path(folder.name)
-    return folder.with_name(f"{folder.name}-{exit_layer}-onnx")
+    return folder.with_name(f"{folder.name}-{exit_layer}-{ending}")
 
 
 def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEncoderConfig) -> dict[str, str]:

@@ -35,6 +35,7 @@ from modular_star_encoder.utils.errors import UserError
 
 TRAINING_LOG = "training_log.json"
 TOKENIZER = "tokenizer.json"
+WEIGHTS = "model*.safetensors*"
 HIDDEN = "(a local path)"
 
 
@@ -66,6 +67,11 @@ def _stage(
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     folder.mkdir(parents=True)
     write_checkpoint(source, folder, entry.exit_layer, only_exit=entry.only_exit, tokenizer=tokenizer)
+    if not uncut:  # the weights stay as they are: files may hold fewer bits than the model computes with
+        for weights in folder.glob(WEIGHTS):
+            weights.unlink()
+        for weights in source.glob(WEIGHTS):
+            shutil.copyfile(weights, folder / weights.name)
     config = AutoConfig.from_pretrained(folder)
     if not (folder / "modules.json").is_file():
         published = sentence_transformer_prompts(instructions=config.instruction_prompts) if retrieval else {}
@@ -107,6 +113,7 @@ def _stage(
         parent=parent,
         training_rows=training_rows,
         recipe=recipe,
+        sections=[(heading, _section(Path(file).expanduser())) for heading, file in entry.sections.items()],
     )
 
 
@@ -151,6 +158,12 @@ def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[
     values["repositories held out"] = len(held_out) if held_out else None
     rows = [(name, value) for name, value in values.items() if isinstance(value, int)]
     return rows, yaml.safe_dump(without_paths(recipe), sort_keys=False, allow_unicode=True) if recipe else ""
+
+
+def _section(path: Path) -> str:
+    """The Markdown of a file, or the content of another file as a block of code."""
+    text = path.read_text(encoding="utf-8").rstrip()
+    return text if path.suffix == ".md" else f"```{path.suffix[1:]}\n{text}\n```"
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -202,7 +202,9 @@ def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]
         from onnxruntime.quantization import QuantType, quantize_dynamic
     # The quantiser gives the weights file a name that serving software does not expect.
     with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=Path(target).parent) as folder:
-        options = SETTINGS | {"use_external_data_format": Path(f"{os.fspath(source)}_data").exists()}
+        # Only the two kinds of weights: a transposed copy of a head's weights can't have one scale per output.
+        options = SETTINGS | {"op_types_to_quantize": ["Gather", "MatMul"]}
+        options["use_external_data_format"] = Path(f"{os.fspath(source)}_data").exists()
         draft = Path(folder, "model.onnx")
         with quiet_libraries():
             quantize_dynamic(source, draft, weight_type=QuantType.QInt8, **options)
