@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from modular_star_encoder.cli import add_recipe_options, of_form
+from modular_star_encoder.utils.errors import UserError
 
 
 def add_dataset_commands(commands: Any) -> None:
