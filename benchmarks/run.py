@@ -54,6 +54,7 @@ FULL = (
     Benchmark("contrastive_step", ("--bf16", "--shape", "mini", "--max-tokens", "64", "256")),
     Benchmark("near_duplicates", needs_data=True),
     Benchmark("vector_index"),
+    Benchmark("shipped_model", needs_data=True),
 )
 QUICK = (
     Benchmark("import_time", ("--rounds", "2")),

@@ -195,7 +195,7 @@ def row(number: int, vector: np.ndarray, text: str) -> Row:
     """A row whose first line is its number; ROWS_PER_FILE belong to a file."""
     path = f"folder_{number // 1000}/file_{number // ROWS_PER_FILE}.py"
     key, name = file_id(path), text[4 : text.index("(")]
-    snippet = Snippet(path, "python", name, number, number + LINES - 1, "", text, number, (name,))
+    snippet = Snippet(path, "python", name, number, number + LINES - 1, text, number, (name,))
     words = " ".join(snippet_words(snippet))
     identity = (row_id(key, number % ROWS_PER_FILE), key, key, ROWS_PER_FILE)
     return Row(*identity, content_hash(text), snippet, words, {EXIT_LAYER: vector})

@@ -47,7 +47,7 @@ DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
 
 @as_validated_field
 def size(value: int | None) -> None:
-    """A field that is at least 1, or None."""
+    """Raise ValueError unless the field is at least 1, or None."""
     if value is not None and value < 1:
         raise ValueError(f"Value must be at least 1, got {value}")
 
@@ -194,11 +194,16 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     default_theta = 999999.4420358813
 
     def __post_init__(self, **kwargs: Any) -> None:
+        published_exits = list(kwargs.get("matryoshka_layers") or ())
         for published, ours in PUBLISHED_ALIASES.items():
             if published in kwargs:
                 setattr(self, ours, kwargs.pop(published))
-                if published == "matryoshka_layers":
-                    self._keep_exits_within_depth()
+        # A published slice lists the exits of its parent.
+        if published_exits and self.num_hidden_layers < published_exits[-1]:
+            self.parent_exit_layers, self.parent_num_hidden_layers = published_exits, published_exits[-1]
+            self.exit_layers = [exit for exit in published_exits if exit <= self.num_hidden_layers]
+            if self.exit_norm == "last":
+                self.exit_norm = "none"
         for key in PUBLISHED_WITHOUT_EFFECT:
             kwargs.pop(key, None)
         if self.exit_layers is None:
@@ -215,15 +220,6 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         if self.architectures is None:
             self.architectures = ["ModularStarEncoderModel"]
         super().__post_init__(**kwargs)
-
-    def _keep_exits_within_depth(self) -> None:
-        """Split the exits of a published slice, which lists its parent's: keep its own, and store the parent's."""
-        exits = list(self.exit_layers)
-        if exits and self.num_hidden_layers < exits[-1]:
-            self.parent_exit_layers, self.parent_num_hidden_layers = exits, exits[-1]
-            self.exit_layers = [exit for exit in exits if exit <= self.num_hidden_layers]
-            if self.exit_norm == "last":
-                self.exit_norm = "none"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -243,14 +239,13 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def validate_exits(self) -> None:
-        exits, depth = list(self.exit_layers), self.num_hidden_layers
-        if not exits or exits != sorted(set(exits)) or exits[0] < 0 or exits[-1] != depth:
+        exits, depth, parents = list(self.exit_layers), self.num_hidden_layers, self.parent_exit_layers
+        ascending = exits == sorted(set(exits)) and exits[:1] >= [0] and exits[-1] == depth
+        if not ascending or not set(exits) <= set(parents):
             raise ValueError(
-                f"exit_layers {exits} must be ascending numbers of layers between 0 and num_hidden_layers={depth}, "
-                f"the last of them {depth}."
+                f"exit_layers {exits} must ascend from 0 or more to num_hidden_layers {depth}, and all must be among "
+                f"parent_exit_layers {parents}."
             )
-        if not set(exits) <= set(self.parent_exit_layers):
-            raise ValueError(f"exit_layers {exits} must all be among parent_exit_layers {self.parent_exit_layers}.")
         if self.exit_layer is not None:
             self.check_exit(self.exit_layer)
 
@@ -258,10 +253,11 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         """Read the old name of a pooling; raise ValueError for options that exclude each other."""
         if self.pooling == "cls":  # until version 0.1: the last token is `<cls>`
             self.pooling = "lasttoken"
-        if self.unpad_inputs and self.pooling == "legacy":
-            raise ValueError("unpad_inputs leaves out the padding that legacy pooling may read; use one of the two.")
-        if self.token_weights and self.pooling != "mean":
-            raise ValueError(f"token_weights need pooling 'mean', not {self.pooling!r}.")
+        if (self.unpad_inputs and self.pooling == "legacy") or (self.token_weights and self.pooling != "mean"):
+            raise ValueError(
+                f"pooling {self.pooling!r} does not fit: unpad_inputs leaves out padding, which 'legacy' may read, and "
+                "token_weights need 'mean'."
+            )
 
     def validate_logit_scale(self) -> None:
         (lowest, highest), value = LOGIT_SCALE_BOUNDS, self.logit_scale_init_value
@@ -270,11 +266,10 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     def validate_heads(self) -> None:
         heads = self.num_attention_heads
-        if self.hidden_size % heads or self.head_dim % 2:
-            raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads {heads}.")
-        if heads % self.num_key_value_heads:
+        if self.hidden_size % heads or self.head_dim % 2 or heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {heads} must be a multiple of num_key_value_heads {self.num_key_value_heads}."
+                f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads {heads}, and that a "
+                f"multiple of num_key_value_heads {self.num_key_value_heads}."
             )
 
     def check_exit(self, exit_layer: int) -> int:
@@ -285,18 +280,18 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return exit_layer
 
     def resolve_exits(self, exit_layer: int | None = None, exit_layers: Sequence[int] | None = None) -> tuple[int, ...]:
-        """The requested exits, ascending; without a request the deepest, or all with `output_all_exits`.
+        """Return the requested exits, ascending; if none is requested, the deepest, or all with `output_all_exits`.
 
         Raises:
             ValueError: both arguments are given, the list is empty, or an entry is not an exit of this model.
         """
-        if exit_layer is not None and exit_layers is not None:
-            raise ValueError("Give either exit_layer or exit_layers, not both.")
+        if exit_layers is not None and (exit_layer is not None or len(exit_layers) == 0):
+            raise ValueError(
+                f"Give exit_layer, or exit_layers with at least one exit, not {exit_layer=} and {exit_layers=}."
+            )
         if exit_layers is None:
             default = self.exit_layers if self.output_all_exits else (self.num_hidden_layers,)
             exit_layers = default if exit_layer is None else (exit_layer,)
-        if len(exit_layers) == 0:
-            raise ValueError("exit_layers must name at least one exit.")
         return tuple(self.check_exit(exit_layer) for exit_layer in sorted(set(exit_layers)))
 
     def exit_index(self, exit_layer: int) -> int:
@@ -306,9 +301,9 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     def exit_weight(self, exit_layer: int) -> float:
         """Return the paper's weight of this exit's loss: layers executed divided by the depth of the full model (i/36).
 
-        Exit 0 has weight 0, so its head is not trained; train models with this exit with uniform weights.
+        The paper has no exit 0; with i = 0 its head would not be trained, so it has the weight of exit 1.
         """
-        return self.check_exit(exit_layer) / max(1, self.parent_num_hidden_layers)
+        return max(1, self.check_exit(exit_layer)) / max(1, self.parent_num_hidden_layers)
 
     def has_norm_at(self, exit_layer: int) -> bool:
         """Whether the final norm applies to the states of this exit."""

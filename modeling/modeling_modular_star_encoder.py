@@ -480,15 +480,10 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def slice(self, exit_layer: int) -> "ModularStarEncoderPreTrainedModel":
-        """The first `exit_layer` layers and their exits, as a model of its own that shares these parameters.
+        """Return the first `exit_layer` layers and their exits, as a model of its own that shares these parameters.
 
         Its outputs equal those of this model at the same exits bit for bit. `copy.deepcopy` separates the two.
-
-        Args:
-            exit_layer: an exit of this model.
-
-        Raises:
-            ValueError: the model has no such exit (the message lists those it has), or carries an adapter.
+        ValueError if this model has no such exit (the message lists those it has), or carries an adapter.
         """
         with torch.device("meta"):
             model = type(self)(self.config.cut(exit_layer))
@@ -1041,33 +1036,29 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
             for states, row in states_of_rows
         ]
         icc_logits = torch.stack([self.heads.icc_classifier(features) for features in pooled])
-        loss = logits = mlm_losses = mlm_accuracies = icc_losses = icc_accuracies = None
+        found: dict[str, torch.Tensor] = {}
         if labels is None:
-            logits = self.heads.decoder(self.heads.token_features(outputs.last_hidden_state, rows[-1]))
+            found["logits"] = self.heads.decoder(self.heads.token_features(outputs.last_hidden_state, rows[-1]))
         else:
             masked = (labels.flatten() != -100).nonzero().squeeze(-1)
             features = [self.heads.token_features(states.flatten(0, 1)[masked], row) for states, row in states_of_rows]
-            mlm_losses, mlm_accuracies = self.heads.masked_lm(torch.stack(features), labels.flatten()[masked])
+            of_exits = self.heads.masked_lm(torch.stack(features), labels.flatten()[masked])
+            found["mlm_losses"], found["mlm_accuracies"] = of_exits
         if icc_labels is not None:
             classes = icc_logits.float().transpose(1, 2)
             targets = icc_labels.expand(len(exits), -1)
-            icc_losses = nn.functional.cross_entropy(classes, targets, reduction="none").mean(dim=1)
-            icc_accuracies = (classes.argmax(dim=1) == targets).float().mean(dim=1)
+            found["icc_losses"] = nn.functional.cross_entropy(classes, targets, reduction="none").mean(dim=1)
+            found["icc_accuracies"] = (classes.argmax(dim=1) == targets).float().mean(dim=1)
         if supervised:
-            losses = torch.stack([part for part in (mlm_losses, icc_losses) if part is not None]).sum(dim=0)
+            losses = torch.stack([found[name] for name in ("mlm_losses", "icc_losses") if name in found]).sum(dim=0)
             weights = [self.config.exit_weight(exit_layer) for exit_layer in exits]
-            loss = (losses * torch.tensor(weights, device=losses.device)).sum()
+            found["loss"] = (losses * torch.tensor(weights, device=losses.device)).sum()
         return ModularStarEncoderForPreTrainingOutput(
-            loss=loss,
-            logits=logits,
             icc_logits=icc_logits,
-            mlm_losses=mlm_losses,
-            mlm_accuracies=mlm_accuracies,
-            icc_losses=icc_losses,
-            icc_accuracies=icc_accuracies,
             exit_hidden_states=outputs.exit_hidden_states,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **found,
         )
 
 

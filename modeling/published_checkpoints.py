@@ -61,10 +61,7 @@ def read_published_layout(
     The arguments stay unchanged for a checkpoint that is not a published one. The Auto classes do not know the
     published class name and choose the trunk. If the file has projection heads, they get the retrieval model instead; a
     model class called by its own name (without `config`) stays, and the common base class becomes the class that the
-    file fits.
-
-    Raises:
-        ValueError: the file's tensors are not those of a published checkpoint; the message names them.
+    file fits. ValueError if the tensors are not those of a published checkpoint; it names them.
     """
     kwargs = dict(kwargs)
     if path is None:
@@ -106,20 +103,17 @@ def describe(
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], ModularStarEncoderConfig, dict[str, str]]:
     """Return the model class for a published file, its complete configuration, and the renamings to our names.
 
-    Raises:
-        ValueError: the file's depth is not an exit, or its projection heads are neither one nor one per exit.
+    ValueError if the file's depth is not an exit, or its projection heads are neither one nor one per exit.
     """
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     heads = sorted({int(match[1]) for name in shapes if (match := _PROJECTION.match(name))})
     parent_exits, parent_depth = list(config.parent_exit_layers), config.parent_exit_layers[-1]
     depth = max(layers, default=-1) + 1
-    if depth not in parent_exits:
-        raise ValueError(f"The checkpoint has {depth} layers; a published one ends at one of the exits {parent_exits}.")
-    exits = parent_exits[: parent_exits.index(depth) + 1]
-    if len(heads) not in (0, 1, len(exits)):
+    exits = [exit_layer for exit_layer in parent_exits if exit_layer <= depth]
+    if depth not in parent_exits or len(heads) not in (0, 1, len(exits)):
         raise ValueError(
-            f"The checkpoint has {len(heads)} projection heads; a published one of {depth} layers has none, one for "
-            f"its last layer, or one for each of the exits {exits}."
+            f"The checkpoint has {depth} layers and {len(heads)} projection heads. A published one ends at one of the "
+            f"exits {parent_exits} and has no head, one for its last layer, or one for each exit up to it."
         )
     complete = ModularStarEncoderConfig.from_dict(config.to_dict() | {"exit_layer": None})
     complete._attn_implementation = config._attn_implementation
@@ -162,11 +156,7 @@ def check_layout(
     config: ModularStarEncoderConfig,
     renamings: Mapping[str, str],
 ) -> None:
-    """Compare the names and shapes in a file with those of the model that it should contain.
-
-    Raises:
-        ValueError: a tensor is missing, unexpected, duplicate, or has another shape; the message names it.
-    """
+    """Raise ValueError if a published file lacks tensors of the model, or has unexpected, double or misshapen ones."""
     with torch.device("meta"):
         model = checkpoint_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

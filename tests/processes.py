@@ -18,7 +18,10 @@ def run_processes(*command: object, world: int = 2) -> None:
     """Run `python -m command` in several processes that can form a group."""
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     arguments = [sys.executable, "-m", *map(str, command)]
-    processes = [subprocess.Popen(arguments, env={**environment, "RANK": str(rank)}) for rank in range(world)]
+    processes = [
+        subprocess.Popen(arguments, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
+    ]
     try:
         assert [process.wait(timeout=300) for process in processes] == [0] * world
     finally:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from modular_star_encoder.inference.encode import encode_exits
     from modular_star_encoder.inference.exit_profile import load_at_budget, select_exit
     from modular_star_encoder.inference.onnx_export import export_onnx
+    from modular_star_encoder.inference.static_export import export_static
     from modular_star_encoder.modeling import (
         ModularStarEncoderConfig,
         ModularStarEncoderForPreTraining,
@@ -50,6 +51,7 @@ _MODULE_OF = {
     "MultiExitTrainingArguments": "training.arguments",
     "encode_exits": "inference.encode",
     "export_onnx": "inference.onnx_export",
+    "export_static": "inference.static_export",
     "load_at_budget": "inference.exit_profile",
     "publish": "hub.publishing",
     "select_exit": "inference.exit_profile",
@@ -71,6 +73,7 @@ __all__ = [
     "MultiExitTrainingArguments",
     "encode_exits",
     "export_onnx",
+    "export_static",
     "load_at_budget",
     "publish",
     "select_exit",
@@ -81,12 +84,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    except ModuleNotFoundError as error:
-        from modular_star_encoder.utils.errors import missing_extra
+    from modular_star_encoder.utils.errors import naming_extra
 
-        raise missing_extra(error) or error from error
+    with naming_extra():
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -7,40 +7,25 @@ from pathlib import Path
 import pytest
 
 import modular_star_encoder.cli.main as cli
-from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
-from tests.demo.profiles import profile_of
-from tests.search.samples import build, write_code
-from tests.tiny import tiny_model, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def other_checkpoint(tmp_path_factory):
-    model = tiny_model()
-    model.get_input_embeddings().weight.data[0] += 1
-    return save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path_factory.mktemp("other") / "model")
+from tests.demo.conftest import profile_of
+from tests.search.conftest import build, write_code
 
 
 @pytest.fixture
-def indexed(code, checkpoint, capsys):
+def indexed(code, checkpoint, mose):
     """A folder with its index in `.mose`, of which one file was too large to read."""
     with open(code / "huge.py", "wb") as file:
         file.truncate(100_000_000)
-    status, out, err = run(capsys, "index", code, "--model", checkpoint, "--exit-layers", "1,4")
+    status, out, err = mose("index", code, "--model", checkpoint, "--exit-layers", "1,4")
     assert (status, "5 pieces of 4 files at exit 1, 4; embedded 4 files (5 rows)" in out) == (0, True)
     assert "mose: note: 1 files left out (too large)" in err
     return code
 
 
-def run(capsys, *arguments):
-    status = cli.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_a_second_run_reports_what_changed_as_json(indexed, checkpoint, capsys):
+def test_a_second_run_reports_what_changed_as_json(indexed, checkpoint, mose):
     (indexed / "stack.py").write_text("def peek(items):\n    return items[-1]\n")
-    status, out, _ = run(capsys, "index", indexed, "--model", checkpoint, "--exit-layers", "1,4", "--json")
+    status, out, _ = mose("index", indexed, "--model", checkpoint, "--exit-layers", "1,4", "--json")
     report = json.loads(out)
     assert status == 0
     assert report["index"] == str(indexed / ".mose")
@@ -49,30 +34,30 @@ def test_a_second_run_reports_what_changed_as_json(indexed, checkpoint, capsys):
     assert report["skipped"] == {"too large": 1}
 
 
-def test_an_index_is_brought_up_to_date_without_repeating_how_it_was_made(code, checkpoint, tmp_path, capsys):
+def test_an_index_is_brought_up_to_date_without_repeating_how_it_was_made(code, checkpoint, tmp_path, mose):
     made = ("--model", checkpoint, "--exit-layers", "1,4", "--languages", "python,go")
     for out in ((), ("--out", tmp_path / "index")):
-        assert run(capsys, "index", code, *out, *made)[0] == 0
+        assert mose("index", code, *out, *made)[0] == 0
         write_code(code, {"stack.py": f"OUT_FOLDER = {str(out)!r}\n", "other.js": "function other() {\n}\n"})
-        status, out_text, _ = run(capsys, "index", f"{code}/src/..", *out)
+        status, out_text, _ = mose("index", f"{code}/src/..", *out)
         assert (status, "at exit 1, 4; embedded 1 files (1 rows), removed 0" in out_text) == (0, True)
-    status, _, err = run(capsys, "index", code / "src", "--out", tmp_path / "index")
+    status, _, err = mose("index", code / "src", "--out", tmp_path / "index")
     assert (status, f"the folder {code}, not {code / 'src'}" in err) == (2, True)
-    status, _, err = run(capsys, "index", code, "--model", checkpoint)
+    status, _, err = mose("index", code, "--model", checkpoint)
     assert (status, "was built with exit 1, 4, not 4; languages python, go, not " in err) == (2, True)
-    assert run(capsys, "index", code, *made[:-1], "go,python")[0] == 0
+    assert mose("index", code, *made[:-1], "go,python")[0] == 0
 
 
-def test_the_index_of_the_working_folder_is_asked(indexed, capsys, monkeypatch):
+def test_the_index_of_the_working_folder_is_asked(indexed, mose, monkeypatch):
     monkeypatch.chdir(indexed / "src")
-    status, out, _ = run(capsys, "search", "add two numbers", "--languages", "go", "--exit-layer", "1")
+    status, out, _ = mose("search", "add two numbers", "--languages", "go", "--exit-layer", "1")
     assert status == 0
     assert "add.go:3 " in out.splitlines()[0]
     cascade = ("search", "push", "pop", "--rerank-exit-layer", "4", "--candidates", "3")
-    _, out, err = run(capsys, *cascade)
+    _, out, err = mose(*cascade)
     assert "# push" in out
     assert "exit 4 ranked 2 of 2 questions" in err
-    status, out, _ = run(capsys, *cascade, "--json")
+    status, out, _ = mose(*cascade, "--json")
     answers = json.loads(out)
     assert (status, [answer["question"] for answer in answers]) == (0, ["push", "pop"])
     assert all(answer["reranked"] and answer["method"] == "hybrid" for answer in answers)
@@ -80,59 +65,47 @@ def test_the_index_of_the_working_folder_is_asked(indexed, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("milliseconds", "exit_layer"), [("2", 1), ("100", 4)])
 def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
-    code, checkpoint, tmp_path, capsys, milliseconds, exit_layer
+    code, checkpoint, tmp_path, mose, milliseconds, exit_layer
 ):
     built_with, moved = tmp_path / "model", tmp_path / "moved"
     index = build(code, tmp_path / "index", shutil.copytree(checkpoint, built_with), exit_layers=(1, 4))
     profile_of(index.settings.checksum).save(built_with.rename(moved) / PROFILE_NAME)
     search = ("search", "push", "--index", tmp_path / "index", "--model", moved, "--json")
-    status, out, _ = run(capsys, *search, "--latency-ms", milliseconds)
+    status, out, _ = mose(*search, "--latency-ms", milliseconds)
     assert (status, json.loads(out)[0]["hits"][0]["exit_layer"]) == (0, exit_layer)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("index", "FOLDER", "--model", "OTHER", "--exit-layers", "1,4"), "was built with another checkpoint"),
-        (("index", "FOLDER", "--model", "SAME", "--exit-layer", "2"), "was built with exit 1, 4, not 2"),
-        (("index", "FOLDER", "--model", "SAME", "--exit-layers", "1,4", "--dimension", "7"), "16 components, not 7"),
-        (("index", "FOLDER/nowhere", "--model", "SAME"), "is not a folder"),
-        (("search", "x", "--index", "INDEX", "--model", "OTHER"), "was built with another checkpoint"),
-        (("search", "x", "--index", "INDEX", "--exit-layer", "2"), "was built at exit 1, 4, not 2"),
-        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "3"), "3"),
-        (("search", "x", "--index", "INDEX", "--exit-layer", "4", "--rerank-exit-layer", "2"), "Choose a deeper exit"),
-        (("search", "x", "--index", "INDEX", "--margin", "0.1"), "need --rerank-exit-layer"),
-        (("search", "x", "--index", "INDEX", "--candidates", "9"), "need --rerank-exit-layer"),
-        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "0"), "its exits are 1, 2, 4"),
-        (
-            ("search", "x", "--index", "INDEX", "--exit-layer", "1", "--rerank-exit-layer", "4", "--margin", "nan"),
-            "nan",
-        ),
-        (("search", "x", "--index", "INDEX", "--rerank-exit-layer", "4", "--candidates", "0"), "at least 2, not 0"),
-        (("search", "x", "--folder", "FOLDER", "--margin", "0"), "need --rerank-exit-layer"),
-        (("search", "x", "--folder", "FOLDER/nowhere", "--model", "SAME"), "is not a folder"),
-        (("search", "x", "--folder", "FOLDER", "--model", "SAME", "--exit-layer", "0"), "its exits are 1, 2, 4"),
-        (("search", "x", "--index", "FOLDER"), "holds other things"),
-        (("search", "x", "--index", "FOLDER/src/nowhere"), "There is no index"),
-        (("search", " ", "--index", "INDEX"), "none of them blank"),
-        (("search", "x", "--index", "INDEX", "--languages", "cobol"), "cobol"),
+        ("index FOLDER --model MODEL --exit-layer 2 --out INDEX", "was built with exit 1, 4, not 2"),
+        ("index FOLDER --model MODEL --exit-layers all --latency-ms 9", "not both"),
+        ("index FOLDER/nowhere --model MODEL", "is not a folder"),
+        ("search x --index INDEX --exit-layer 1 --memory-mb 9", "not both"),
+        ("search x --index INDEX --exit-layer 4 --rerank-exit-layer 2", "Choose a deeper exit"),
+        ("search x --index INDEX --margin 0.1", "need --rerank-exit-layer"),
+        ("search x --index INDEX --candidates 9", "need --rerank-exit-layer"),
+        ("search x --index INDEX --rerank-exit-layer 4 --margin nan", "nan"),
+        ("search x --index INDEX --rerank-exit-layer 4 --candidates 0", "at least 2, not 0"),
+        ("search x --index INDEX --lines -1", "-1"),
+        ("search x --folder FOLDER/nowhere --model MODEL", "is not a folder"),
+        ("search x --folder FOLDER --model MODEL --exit-layer 0", "its exits are 1, 2, 4"),
+        ("search x --folder EMPTY --model MODEL", "holds no source code"),
+        ("search x --index FOLDER", "holds other things"),
+        ("search x --index FOLDER/src/nowhere", "There is no index"),
     ],
 )
-def test_what_an_index_cannot_do_is_refused_in_one_sentence(
-    shared_index, checkpoint, other_checkpoint, capsys, arguments, message
-):
-    names = {"SAME": checkpoint, "OTHER": other_checkpoint, "INDEX": shared_index.store.location}
-    names["FOLDER"] = shared_index.folder
-    arguments = [str(names.get(one, one.replace("FOLDER", str(shared_index.folder)))) for one in arguments]
-    if arguments[0] == "index":
-        arguments += ["--out", str(shared_index.store.location)]
-    status, out, err = run(capsys, *arguments)
+def test_what_an_index_cannot_do_is_one_sentence(shared_index, checkpoint, tmp_path, mose, arguments, message):
+    places = {"MODEL": checkpoint, "INDEX": shared_index.store.location, "FOLDER": shared_index.folder}
+    for name, value in {**places, "EMPTY": tmp_path}.items():
+        arguments = arguments.replace(name, str(value))
+    status, out, err = mose(*arguments.split())
     assert (status, out) == (2, "")
     assert message in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("mose: error: ")
 
 
-def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkpoint, shared_index, capsys):
+def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkpoint, shared_index, mose):
     """Words, filters and re-ranking give what an index gives, and the folder stays as it was."""
     before = sorted(code.rglob("*"))
     ways = (
@@ -145,7 +118,7 @@ def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkp
     for way in ways:
         places = []
         for where in (("--folder", code, "--model", checkpoint), ("--index", shared_index.store.location)):
-            status, out, _ = run(capsys, "search", "push an item", "--json", *where, *way)
+            status, out, _ = mose("search", "push an item", "--json", *where, *way)
             assert status == 0
             places.append([(Path(hit["path"]).name, hit["line"]) for hit in json.loads(out)[0]["hits"]])
         assert places[0] == places[1]
@@ -153,56 +126,55 @@ def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkp
     assert sorted(code.rglob("*")) == before
 
 
-def test_the_old_option_of_what_is_now_the_default_is_read(shared_index, capsys):
+def test_the_old_option_of_what_is_now_the_default_is_read(shared_index, mose):
     with pytest.warns(FutureWarning, match="--hybrid"):
-        status, out, _ = run(capsys, "search", "push", "--index", shared_index.store.location, "--fuse", "--json")
+        status, out, _ = mose("search", "push", "--index", shared_index.store.location, "--fuse", "--json")
     assert (status, json.loads(out)[0]["method"]) == (0, "hybrid")
 
 
-def test_an_index_and_a_folder_cannot_both_be_searched(capsys):
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("search x --index a --folder b", "not allowed with"),
+        ("related add.go", "'add.go' is not of the form FILE:LINE"),
+    ],
+)
+def test_wrong_usage_is_reported(capsys, words, named):
     with pytest.raises(SystemExit):
-        cli.main(["search", "x", "--index", "a", "--folder", "b"])
-    assert "not allowed with" in capsys.readouterr().err
-
-
-def test_a_folder_without_source_code_is_refused(tmp_path, checkpoint, capsys):
-    (tmp_path / "notes.txt").touch()
-    status, _, err = run(capsys, "search", "x", "--folder", tmp_path, "--model", checkpoint)
-    assert (status, f"{str(tmp_path)!r} holds no source code" in err) == (2, True)
+        cli.main(words.split())
+    assert named in capsys.readouterr().err
 
 
 def test_a_folder_without_an_index_is_never_stale_and_its_index_is_kept_in_the_cache(
-    code, checkpoint, capsys, monkeypatch, tmp_path
+    code, checkpoint, mose, monkeypatch, tmp_path
 ):
     cache = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     search = ("search", "brand_new", code, "--model", checkpoint, "--top-k", "1")
-    assert "brand_new" not in run(capsys, *search)[1]
+    assert "brand_new" not in mose(*search)[1]
     write_code(code, {"stack.py": "def brand_new():\n    return 1\n"})
-    assert "brand_new" in run(capsys, *search)[1]
+    assert "brand_new" in mose(*search)[1]
     assert len(list(cache.glob("*/*/*/index.json"))) == 1
     (manifest,) = cache.glob("*/*/*/index.json")
     manifest.write_text(manifest.read_text().replace('"checksum": "', '"checksum": "of-an-older-model-'))
-    assert "brand_new" in run(capsys, *search)[1]
+    assert "brand_new" in mose(*search)[1]
     cache.chmod(0o500)
     monkeypatch.setattr("os.access", lambda *_: False)
-    assert "brand_new" in run(capsys, *search)[1]
+    assert "brand_new" in mose(*search)[1]
     cache.chmod(0o700)
 
 
-def test_the_last_argument_may_be_the_folder_and_nothing_else_is_needed(code, capsys, monkeypatch):
-    status, out, _ = run(capsys, "search", "split a header into names", code, "--explain", "--top-k", "1")
+def test_the_last_argument_may_be_the_folder_and_nothing_else_is_needed(code, mose, monkeypatch):
+    status, out, _ = mose("search", "split a header into names", code, "--explain", "--top-k", "1")
     assert (status, "parseHeader.js:2 " in out, "similarity and words" in out) == (0, True, True)
     monkeypatch.chdir(code)
-    assert run(capsys, "search", "split a header into names", "--top-k", "1")[1].startswith("src/parseHeader.js:2 ")
+    assert mose("search", "split a header into names", "--top-k", "1")[1].startswith("src/parseHeader.js:2 ")
 
 
-def test_related_code_is_found_from_a_place(indexed, capsys, monkeypatch):
+def test_related_code_is_found_from_a_place(indexed, mose, monkeypatch):
     monkeypatch.chdir(indexed / "src")
-    status, out, _ = run(capsys, "related", "add.go:4", "--top-k", "2", "--json")
+    status, out, _ = mose("related", "add.go:4", "--top-k", "2", "--json")
     hits = json.loads(out)["hits"]
     assert (status, len(hits), any(hit["path"].endswith("add.go") for hit in hits)) == (0, 2, False)
-    status, _, err = run(capsys, "related", "add.go:1")
+    status, _, err = mose("related", "add.go:1")
     assert (status, "no code at line 1 of 'src/add.go'" in err) == (2, True)
-    status, _, err = run(capsys, "related", "add.go")
-    assert (status, "FILE:LINE" in err) == (2, True)

@@ -3,8 +3,6 @@
 import io
 import tarfile
 
-import pytest
-
 from tests.common import prepare
 from tests.common.structure import DECLINED, findings
 
@@ -31,25 +29,6 @@ def test_only_top_level_test_files_are_extracted_and_nothing_outside_the_folder(
     package = tmp_path / "a" / "suite" / prepare.PACKAGE
     assert {path.name for path in package.glob("*.py")} == {"__init__.py", "test_modeling_common.py"}
     assert [path for path in tmp_path.rglob("*.py") if not path.is_relative_to(package)] == []
-
-
-def test_an_interrupted_fetch_is_repeated_and_a_finished_one_is_not(tmp_path, monkeypatch):
-    def broken(folder, wanted):
-        archive = write_archive(folder / ARCHIVE, *(f"transformers-1/tests/test_{n}.py" for n in range(99)), GOOD)
-        archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
-        return archive
-
-    monkeypatch.setattr(prepare, "download", broken)
-    with pytest.raises(EOFError):
-        prepare.prepare(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-    monkeypatch.setattr(prepare, "download", lambda folder, wanted: write_archive(folder / ARCHIVE, GOOD))
-    folder = prepare.prepare(tmp_path)
-    assert folder == prepare.suite_folder(tmp_path)
-    assert (folder / prepare.PACKAGE / "test_modeling_common.py").is_file()
-    monkeypatch.setattr(prepare, "download", None)
-    assert prepare.prepare(tmp_path) == folder
 
 
 def test_model_files_follow_every_structural_rule_of_transformers_but_the_declined_ones():

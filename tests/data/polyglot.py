@@ -222,11 +222,7 @@ NAMES = {
         "Größe.größe": "Returns the size of ä.",
         **dict.fromkeys(["Größe.Größe", "Größe.E.f", "Größe.E.g", "Größe.I.d", "Größe.R.R"], ""),
     },
-    "go": {
-        "Stack.Push": "Push puts é on top of the stack.",
-        "F": "F is documented by a block.",
-        "g": "",
-    },
+    "go": {"Stack.Push": "Push puts é on top of the stack.", "F": "F is documented by a block.", "g": ""},
     "php": {
         "größe": "Grows the ähre, see Foo.",
         "T.tut": "Statically does é.",

@@ -26,10 +26,6 @@ def rows(tokenizer):
     return list(pairs_of_many_lengths(tokenizer))
 
 
-def model_for(tokenizer, **changes):
-    return tiny_model(ModularStarEncoderForPreTraining, vocab_size=len(tokenizer), **(NO_DROPOUT | changes))
-
-
 def test_rows_follow_one_another_within_their_bounds(tokenizer, rows):
     batch = PackingCollator(tokenizer)(rows)
     lengths = [len(row["input_ids"]) for row in rows]
@@ -54,7 +50,7 @@ def test_rows_follow_one_another_within_their_bounds(tokenizer, rows):
 def test_losses_and_gradients_are_those_of_the_padded_batch(tokenizer, rows, backend):
     results = []
     for collator in (PaddingCollator(tokenizer), PackingCollator(tokenizer)):
-        model = model_for(tokenizer).train()
+        model = tiny_model(ModularStarEncoderForPreTraining, vocab_size=len(tokenizer), **NO_DROPOUT).train()
         model.set_attn_implementation(backend)
         output = model(**collator(rows))
         output.loss.backward()
@@ -67,12 +63,6 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(tokenizer, rows, bac
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
-def test_too_many_tokens_and_unfinished_rows_are_refused(tokenizer, rows):
-    total = sum(len(row["input_ids"]) for row in rows)
-    assert PackingCollator(tokenizer, max_tokens=total)(rows)["input_ids"].shape == (1, total)
-    with raises("data.packing.too_long", total, "max_tokens", total - 1):
-        PackingCollator(tokenizer, max_tokens=total - 1)(rows)
+def test_unfinished_rows_are_refused(tokenizer, rows):
     with raises("data.packing.unfinished"):
         PackingCollator(tokenizer)([rows[0] | {name: rows[0][name][:-1] for name in ("input_ids", "labels")}])
-    with raises("data.packing.max_tokens", 1):
-        PackingCollator(tokenizer, max_tokens=0)

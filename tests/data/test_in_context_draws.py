@@ -9,7 +9,6 @@ from sklearn.linear_model import LogisticRegression
 from modular_star_encoder.data.in_context import InContextPairs, PairSampler
 from modular_star_encoder.data.token_store import TokenCorpus
 from modular_star_encoder.data.tokenizer import ContentEncoder, TokenRows
-from tests.errors import raises
 
 pytestmark = pytest.mark.slow  # thousands of draws
 
@@ -164,22 +163,11 @@ def test_pairs_are_found_where_no_two_repositories_have_the_same_lengths():
     assert len({pair.same_repository for pair in pairs}) == 2
 
 
-def test_texts_of_one_length_are_shown_whole():
-    sampler = PairSampler(corpus([50] * 6, [0, 0, 0, 1, 1, 1], [0] * 6), room=120)
-    pairs = [sampler.draw(np.random.default_rng((0, i))) for i in range(50)]
-    assert all(snippet[1:] == (0, 50) for pair in pairs for snippet in pair[:2])
-
-
 def test_a_short_snippet_leaves_its_room_to_the_other():
     """And both have half of it if they can."""
     sampler = PairSampler(corpus([20, 500] * 8, [0] * 8 + [1] * 8, [0] * 16), room=100)
     pairs = [sampler.draw(np.random.default_rng((0, i))) for i in range(200)]
     assert {(pair.first.length, pair.second.length) for pair in pairs} == {(20, 20), (20, 80), (80, 20), (50, 50)}
-
-
-def test_a_corpus_without_two_comparable_repositories_is_refused():
-    with raises("data.in_context.too_few_repositories", 16, "of 2 qualify"):
-        PairSampler(corpus([40] * 4, [0, 0, 1, 1], [0, 0, 0, 1]), room=64)
 
 
 def test_rows_of_texts_of_630_tokens_have_about_1120_and_one_in_seven_is_full():

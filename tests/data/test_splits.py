@@ -63,9 +63,6 @@ def test_few_or_large_repositories_are_split_too(sizes, options, drawn):
 def test_splits_that_cannot_be_drawn_are_refused():
     with raises("data.split.too_few_repositories", 1):
         draw_repositories({"a": 5}, seed=0)
-    for wrong in ({"min_test": 0}, {"max_repository_share": 0}):
-        with raises("data.split.arguments", 0):
-            draw_repositories({"a": 5, "b": 5}, seed=0, **wrong)
 
 
 def rewrite(path, change):
@@ -314,16 +311,16 @@ def test_one_kind_alone_fills_the_batch_and_sources_mix():
 
 
 @pytest.mark.parametrize(
-    ("texts", "batch_size", "message"),
+    ("texts", "batch_size", "largest"),
     [
-        ([triplet(i) for i in range(10)], 12, "from 2 to 10 pairs, an even number, not 12: there are 10 groups"),
-        ([triplet(i) for i in range(10)], 5, "an even number, not 5"),
-        ([triplet(i, description="Same.") for i in range(10)], 2, "from 2 to 0 pairs"),
-        ([described(i) for i in range(10)], 11, "from 2 to 10 pairs, not 11"),
-        ([described(i) for i in range(10)] + [exercise(i) for i in range(3)], 8, "from 2 to 6 pairs"),
-        ([], 2, "no pairs"),
+        ([triplet(i) for i in range(10)], 12, 10),
+        ([triplet(i) for i in range(10)], 5, 10),  # odd
+        ([triplet(i, description="Same.") for i in range(10)], 2, 0),
+        ([described(i) for i in range(10)], 11, 10),
+        ([described(i) for i in range(10)] + [exercise(i) for i in range(3)], 8, 6),
+        ([], 2, 0),
     ],
 )
-def test_batches_that_cannot_be_filled_are_refused(texts, batch_size, message):
-    with raises("data.batch_size", message):
+def test_batches_that_cannot_be_filled_are_refused(texts, batch_size, largest):
+    with raises("data.batch_size", f"from 2 to {largest} pairs", f"not {batch_size}"):
         plan_of(texts, batch_size, seed=0)

@@ -7,8 +7,7 @@ import pytest
 from modular_star_encoder.demo.serving import served
 from modular_star_encoder.inference.exit_profile import PROFILE_NAME
 from modular_star_encoder.search.index import CodeIndex
-from tests.demo.conftest import HOSTILE_NAME
-from tests.demo.profiles import profile_of
+from tests.demo.conftest import HOSTILE_NAME, profile_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUESTION = "#question textarea, #question input"
@@ -89,7 +88,7 @@ def test_two_exits_answer_the_slider_moves_and_nothing_but_loopback_is_asked(pag
 def test_errors_are_sentences_hostile_code_runs_nothing_and_links_open_the_file(page):
     page.click("#search")
     page.wait_for_selector("#results-1 .mose-error")
-    assert page.inner_text("#results-1").startswith("Type a question first")
+    assert page.inner_text("#results-1").startswith("Type a question")
     pattern = page.locator("input[placeholder^='all, or'], textarea[placeholder^='all, or']")
     pattern.fill("*.nothing")
     page.fill(QUESTION, "anything")

@@ -54,12 +54,7 @@ def test_highlighted_code_is_the_code(session):
     assert '<span class="k">def</span>' in code_html(code, "python")
     assert '<span class="nv">$a</span>' in code_html("return $a;", "php")
     assert code_html("a < b", "no such language") == "a &lt; b"
-
-
-def test_characters_that_reorder_or_hide_code_are_replaced():
-    assert "�" in code_html("if admin:\u202e pass", "python")
-    assert "\u202e" not in code_html("if admin:\u202e pass", "python")
-    assert "\x1b" not in code_html("\x1b[31m", "python")
+    assert code_html("\x1b[31m\u202e", "") == "�[31m�"  # what would reorder or hide code
 
 
 def test_long_functions_are_folded_and_very_long_ones_cut(session):
@@ -95,6 +90,5 @@ def test_places_are_paths_from_the_folder_with_a_link_where_there_is_one(session
     assert "src/a.py:3" in plain
     assert str(session.index.folder) not in plain
     assert "<a " not in plain
-    assert 'href="https://x/src/a.py"' in html_of(
-        session, hit(session, "src/a.py"), link_to=lambda path, hit: f"https://x/{path}"
-    )
+    linked = html_of(session, hit(session, "src/a.py"), link_to=lambda path, hit: f"https://x/{path}")
+    assert 'href="https://x/src/a.py"' in linked

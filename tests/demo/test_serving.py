@@ -75,10 +75,7 @@ def test_a_port_that_is_taken_is_one_sentence(index):
 
 @pytest.mark.parametrize("host", ["::1", "192.0.2.1", "a" * 64])
 def test_a_host_that_is_not_this_machine_is_one_sentence(index, host):
-    with (
-        raises("demo.host"),
-        served(index, host=host),
-    ):
+    with raises("demo.host"), served(index, host=host):
         pass
 
 

@@ -71,3 +71,7 @@ def f1(decisions, labels):
 def cosine(first, second):
     norms = [math.sqrt(math.fsum(x * x for x in vector)) for vector in (first, second)]
     return float32(math.fsum(x * y for x, y in zip(first, second, strict=True)) / (norms[0] * norms[1]))
+
+
+def cosines(queries, documents):
+    return [[cosine(query, document) for document in documents.tolist()] for query in queries.tolist()]

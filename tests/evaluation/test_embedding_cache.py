@@ -73,7 +73,7 @@ def test_wrong_embeddings_are_an_error_and_not_stored(tmp_path, values, fault):
     assert EmbeddingCache(tmp_path).missing("m", TEXTS) == TEXTS
 
 
-def _fill(folder, number):
+def _fill(folder):
     cache = EmbeddingCache(folder)
     for start in range(0, 60, 5):
         texts = [("", f"text {i}") for i in range(start, start + 5)]
@@ -81,13 +81,8 @@ def _fill(folder, number):
 
 
 def test_processes_that_write_the_same_at_once_leave_a_whole_cache(tmp_path):
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_fill, args=(tmp_path, number)) for number in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * 4
+    with multiprocessing.get_context("fork").Pool(4) as workers:
+        workers.map(_fill, [tmp_path] * 4, chunksize=1)
     texts = [("", f"text {i}") for i in range(60)]
     assert EmbeddingCache(tmp_path).rows("m", texts)[:].ravel().tolist() == list(range(60))
     assert not list(tmp_path.rglob("*.tmp"))

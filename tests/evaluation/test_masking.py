@@ -53,21 +53,16 @@ SNIPPETS = {
 
 
 @pytest.mark.parametrize("language", SNIPPETS)
-def test_names_go_and_keywords_stay(language):
+def test_names_go_whatever_they_are_and_keywords_stay(language):
     code, keywords = SNIPPETS[language]
     masked = mask_names(code, language)
     words = re.findall(r"\w+", masked)
     assert not re.search(r"pick|largest|item|limit", masked, re.IGNORECASE)
     assert set(keywords.split()) <= set(words)
     assert "name1" in words
-
-
-@pytest.mark.parametrize("language", SNIPPETS)
-def test_a_name_is_always_replaced_by_the_same_placeholder(language):
-    code, _ = SNIPPETS[language]
     renamed = re.sub(r"\bitems\b", "zebras", code)
     assert renamed != code
-    assert mask_names(renamed, language) == mask_names(code, language)
+    assert mask_names(renamed, language) == masked
 
 
 def test_two_names_that_are_confused_give_other_code():

@@ -4,7 +4,6 @@ import csv
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -20,7 +19,7 @@ from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.errors import raises
 from tests.evaluation.samples import code_rows, reciprocal_ranks
-from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model
+from tests.tiny import EXIT_LAYERS, tiny_model
 
 LANGUAGES = {"file": "python", "socket": "python", "user": "ruby", "header": "sql"}
 ROWS = code_rows(("add", "remove", "find", "print"), LANGUAGES)
@@ -48,11 +47,6 @@ class SpoilLastStep(TrainerCallback):
             for name, parameter in model.named_parameters():
                 if "out_proj.weight" in name:
                     parameter.data.zero_()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model"))
 
 
 @pytest.fixture
@@ -102,12 +96,8 @@ def test_multi_exit_trainer_keeps_the_checkpoint_whose_exits_are_best_on_average
 
 def test_with_several_eval_datasets_the_evaluator_runs_once_beside_their_losses(tmp_path, tokenizer):
     rows, calls = RetrievalTexts(EXAMPLES, tokenizer, prompts=False, progress=False), []
-    run = trainer(
-        tmp_path,
-        tokenizer,
-        eval_dataset={"a": rows, "b": rows},
-        evaluator=lambda *_, **__: calls.append(1) or {"mrr_mean": 0.5},
-    )
+    counted = {"evaluator": lambda *_, **__: calls.append(1) or {"mrr_mean": 0.5}}
+    run = trainer(tmp_path, tokenizer, eval_dataset={"a": rows, "b": rows}, **counted)
     metrics = run.evaluate()
     assert {"eval_a_loss", "eval_b_loss", "eval_mrr_mean"} <= set(metrics)
     assert "eval_mrr_mean" not in run.evaluate(rows, metric_key_prefix="test")
@@ -138,13 +128,11 @@ def test_metrics_are_those_of_encode_at_each_exit_with_the_published_prompts(sen
     found = MultiExitEvaluator.from_pairs(ROWS, candidates=8, seed=1)(sentence_transformer)
     languages = {"python": "python", "ruby": "ruby", "sql": None}  # the published prompts don't know SQL
     codes = [code_prompt(languages[language]) + code for _, code, language in ROWS]
-    for exit_layer in EXIT_LAYERS:
-        queries, documents = (
-            sentence_transformer.encode(texts, prompt="", exit_layer=exit_layer)
-            for texts in ([text_prompt() + row[0] for row in ROWS], codes)
-        )
+    texts = ([text_prompt() + row[0] for row in ROWS], codes)
+    for k in EXIT_LAYERS:
+        queries, documents = (sentence_transformer.encode(part, prompt="", exit_layer=k) for part in texts)
         expected = reciprocal_ranks(queries, documents, size=8, seed=1)
-        assert found[f"mrr_exit_{exit_layer}"] == pytest.approx(expected.mean(), abs=1e-6)
+        assert found[f"mrr_exit_{k}"] == pytest.approx(expected.mean(), abs=1e-6)
 
 
 def test_a_model_alone_scores_as_the_sentence_transformer_around_it(sentence_transformer, tokenizer):
@@ -153,14 +141,6 @@ def test_a_model_alone_scores_as_the_sentence_transformer_around_it(sentence_tra
     alone = MultiExitEvaluator.from_pairs(ROWS, exit_layers=(2,), tokenizer=tokenizer)(network)
     assert wrapped == alone
     assert {name for name in alone if name.startswith("mrr")} == {"mrr_exit_2", "mrr_mean", "mrr_worst"}
-
-
-def test_all_exits_come_from_one_pass(sentence_transformer, monkeypatch):
-    network, passes = sentence_transformer[0].auto_model, []
-    forward = network.forward
-    monkeypatch.setattr(network, "forward", lambda **inputs: passes.append(inputs["exit_layers"]) or forward(**inputs))
-    MultiExitEvaluator.from_pairs(ROWS, tokens_per_batch=10**6)(sentence_transformer)
-    assert passes == [EXIT_LAYERS] * 2  # the queries, and the documents
 
 
 def test_prompts_can_be_given(sentence_transformer):
@@ -202,10 +182,3 @@ def test_the_old_name_of_the_number_of_candidates_is_read():
     with pytest.warns(FutureWarning, match="candidates=8"):
         evaluator = MultiExitEvaluator.from_pairs(ROWS, distractors=7)
     assert {len(pool.documents) for pool in evaluator.task.pools} == {8}
-
-
-def test_evaluation_leaves_the_model_in_training_mode(sentence_transformer):
-    sentence_transformer.train()
-    MultiExitEvaluator.from_pairs(ROWS)(sentence_transformer)
-    assert sentence_transformer[0].auto_model.training
-    assert torch.is_grad_enabled()

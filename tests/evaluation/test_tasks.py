@@ -10,19 +10,13 @@ from tests.errors import raises
 PAIRS = [(f"text {i}", f"code {i}", "python") for i in range(12)]
 
 
-def test_batches_are_disjoint_full_and_drop_the_rest():
-    batches = candidate_batches(2500)
-    assert [len(batch) for batch in batches] == [1000, 1000]
-    assert len(set(np.concatenate(batches))) == 2000
-    assert sorted(candidate_batches(30)[0]) == list(range(30))
-
-
-def test_batches_are_codesearchnets_shuffle_and_follow_the_seed():
+def test_batches_are_full_and_those_of_codesearchnets_shuffle_and_follow_the_seed():
     np.random.seed(0)
-    order = np.arange(1500)
+    order = np.arange(2500)
     np.random.shuffle(order)
-    assert np.array_equal(candidate_batches(1500)[0], order[:1000])
-    assert not np.array_equal(candidate_batches(1500, seed=1)[0], order[:1000])
+    assert np.array_equal(candidate_batches(2500), [order[:1000], order[1000:2000]])
+    assert not np.array_equal(candidate_batches(2500, seed=1)[0], order[:1000])
+    assert sorted(candidate_batches(30)[0]) == list(range(30))
 
 
 def test_queries_without_a_relevant_document_are_left_out_and_spare_documents_are_candidates():
@@ -39,18 +33,18 @@ def test_queries_without_a_relevant_document_are_left_out_and_spare_documents_ar
         (lambda: candidate_batches(0), "evaluation.candidates.too_few", 0),
         (lambda: candidate_batches(5, 1), "evaluation.candidates.too_few", 1),
         (lambda: pairs_task("b", "t", PAIRS[:1], size=None), "evaluation.candidates.too_few", 1),
-        (
-            lambda: task_from_mappings({"q": ""}, {"a": "", "b": ""}, {"q": ["x"]}),
-            "evaluation.task.unknown_document",
-            "'x'",
-        ),
-        (lambda: task_from_mappings({"q": ""}, {"a": "", "b": ""}, {}), "evaluation.candidates.too_few", "0 and 2"),
-        (lambda: task_from_mappings({"q": ""}, {"a": ""}, {"q": ["a"]}), "evaluation.candidates.too_few", "1 and 1"),
+        (lambda: from_ids("ab", {"q": ["x"]}), "evaluation.task.unknown_document", "'x'"),
+        (lambda: from_ids("ab", {}), "evaluation.candidates.too_few", "0 and 2"),
+        (lambda: from_ids("a", {"q": ["a"]}), "evaluation.candidates.too_few", "1 and 1"),
     ],
 )
 def test_too_few_texts_to_rank_are_an_error(build, key, value):
     with raises(key, value):
         build()
+
+
+def from_ids(documents, relevant):
+    return task_from_mappings({"q": ""}, dict.fromkeys(documents, ""), relevant)
 
 
 def triplet(number, description=None):
@@ -85,11 +79,8 @@ def test_rows_that_share_a_text_are_one_query_and_draws_follow_the_seed():
     assert len(drawn[0]) == 4
 
 
-def test_one_pair_is_no_task():
+def test_every_query_of_a_task_is_ranked_and_one_pair_is_no_task(monkeypatch):
     assert held_out_tasks([triplet(0)]) == []
-
-
-def test_every_query_of_a_task_is_ranked(monkeypatch):
     monkeypatch.setattr("modular_star_encoder.evaluation.tasks.POOL", 4)
     for count, queries, pools in ((3, 3, 1), (4, 4, 1), (7, 4, 1), (9, 8, 2)):
         text, _ = held_out_tasks([triplet(i) for i in range(count)])

@@ -1,6 +1,5 @@
 """Checkpoints to publish, with figures such as the measuring commands write."""
 
-import dataclasses
 import json
 
 from modular_star_encoder.hub.manifest import Manifest
@@ -57,9 +56,3 @@ def manifest(repositories, **changes):
 def finetuned_entry(folder, **changes):
     report = str(folder.parent / "report.json")
     return {"name": "tiny", "checkpoint": str(folder), "evaluation": [report], **changes}
-
-
-def with_profile(folder, **changes):
-    """Write the folder's exit profile again, with changes."""
-    profile = ExitProfile.load(folder / "exit_profile.json")
-    dataclasses.replace(profile, **changes).save(folder / "exit_profile.json")

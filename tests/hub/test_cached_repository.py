@@ -11,7 +11,6 @@ from transformers import AutoModel, AutoTokenizer
 from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
 from modular_star_encoder.hub.verification import TEXTS
-from tests.errors import raises
 from tests.tiny import save_tiny_checkpoint
 
 REPOSITORY = "some-org/tiny.star-encoder"
@@ -54,11 +53,3 @@ def test_a_cached_repository_loads_by_its_id_with_identical_embeddings(tmp_path,
         expected = AutoModel.from_pretrained(checkpoint)(**batch).sentence_embedding.numpy()
     assert np.array_equal(reloaded.auto_model, expected)
     assert np.array_equal(reloaded.sentence_transformer, expected)
-
-
-@pytest.mark.slow
-def test_a_cached_repository_without_its_code_is_found_out(tmp_path, cache):
-    snapshot = cache_repository(save_tiny_checkpoint(tmp_path / "checkpoint"), cache)
-    (snapshot / "configuration_modular_star_encoder.py").unlink()
-    with raises("hub.reload.failed", REPOSITORY):
-        verify_reload([ReloadRequest(REPOSITORY, TEXTS)], progress=False)

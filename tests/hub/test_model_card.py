@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -12,7 +13,7 @@ from modular_star_encoder.hub.model_card import check_card, write_card
 from modular_star_encoder.hub.staging import stage_repositories, without_paths
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from tests.errors import raises
-from tests.hub.repositories import finetuned_entry, manifest, with_profile, write_finetuned, write_pretrained
+from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
 from tests.tiny import tiny_model
 
 
@@ -158,6 +159,7 @@ def test_figures_of_other_weights_are_refused(tmp_path):
     with raises("evaluation.report.other_weights", "other"):
         stage_repositories(manifest([finetuned_entry(folder)]), tmp_path / "staged")
     report.write_text(json.dumps(content))
-    with_profile(folder, checkpoint="other")
+    profile = folder / "exit_profile.json"
+    replace(ExitProfile.load(profile), checkpoint="other").save(profile)
     with raises("hub.staging.profile", folder):
         stage_repositories(manifest([finetuned_entry(folder)]), tmp_path / "again")

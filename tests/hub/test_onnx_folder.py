@@ -243,7 +243,7 @@ def test_weights_that_do_not_fit_into_one_file_are_stored_next_to_it(folders, tm
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_wrong_arguments_write_nothing(folders, checkpoint, model, tmp_path, capsys):
+def test_wrong_arguments_write_nothing(checkpoint, tmp_path, capsys):
     for options in (["--int8"], ["--benchmark", "cosqa"]):
         assert cli.main(["export", str(checkpoint), *options]) == 2
         assert "--data" in capsys.readouterr().err
@@ -252,21 +252,15 @@ def test_wrong_arguments_write_nothing(folders, checkpoint, model, tmp_path, cap
     with raises("hub.onnx.int8"):
         export_onnx_folder(checkpoint, out=tmp_path / "out", int8=True)
     assert list(tmp_path.iterdir()) == []
-    with raises("hub.onnx.exits", "[1, 2]"):
-        compare_rankings(ExitEncoder(model, tiny_tokenizer(), "model"), {"float32": folders[2] / ONNX_FILE}, [TASK])
 
 
 @pytest.mark.parametrize(
-    "setting", [{"projection_order": "pool_then_project"}, {"embedding_normalization": "clip"}, {"pooling": "legacy"}]
+    ("name", "value"),
+    [("projection_order", "pool_then_project"), ("embedding_normalization", "clip"), ("pooling", "legacy")],
 )
-def test_an_embedding_that_sentence_transformers_cannot_make_is_refused(setting, tmp_path):
-    ((name, value),) = setting.items()
-    model = tiny_model(**SHAPE, **setting)
-    with raises("checkpoint.not_servable", f"{name}='{value}'"):
-        save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path / "checkpoint")
-    assert list(tmp_path.iterdir()) == []
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+def test_an_embedding_that_sentence_transformers_cannot_make_is_refused(name, value, tmp_path):
+    for part in (tiny_model(**SHAPE, **{name: value}), tiny_tokenizer()):
+        part.save_pretrained(tmp_path / "model")
     with raises("checkpoint.not_servable", f"{name}='{value}'"):
         export_onnx_folder(tmp_path / "model", out=tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

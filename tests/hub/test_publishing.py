@@ -96,10 +96,8 @@ def nth(number, method, words, fault):
 FAULTS = {
     "the batch of large files is refused": (nth(-1, "POST", "lfs/objects/batch", 500), "refuses the upload to me/tiny"),
     "the second large file fails": (nth(1, "PUT", "/lfs/", 403), "refuses the upload to me/tiny: "),
-    "storage stays down": (nth(-1, "PUT", "/lfs/", 500), "refuses the upload to me/tiny: "),
     "the connection breaks in a large file": (nth(-1, "PUT", "/lfs/", DROP), "can't be reached"),
     "the commit fails": (nth(0, "POST", "/commit/", 500), "refuses the upload to me/tiny: "),
-    "the connection breaks before the commit": (nth(0, "POST", "/commit/", DROP), "can't be reached"),
     "the answer to the commit is lost": (nth(0, "POST", "/commit/", DROP_REPLY), "can't be reached"),
     "files cannot be listed": (nth(-1, "GET", "/tree/", DROP), "can't be reached"),
 }
@@ -190,11 +188,3 @@ def test_nothing_is_sent_if_one_repository_does_not_pass(hub, api, plan, monkeyp
         publish(plan, upload=True, api=api, progress=False, staging=tmp_path / "staged")
     assert hub.requests == []
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_card_whose_metadata_the_hub_refuses_is_not_committed(hub, api, staged, tmp_path):
-    folder = shutil.copytree(staged[0].folder, tmp_path / "tiny")
-    (folder / "README.md").write_text("---\nlicense: [\n---\n")
-    with pytest.raises(ValueError, match="Invalid metadata"):
-        push(replace(staged[0], folder=folder), api, upload=True)
-    assert hub.files("me/tiny") == {}

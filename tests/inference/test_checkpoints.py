@@ -31,6 +31,11 @@ def checkpoint(tmp_path_factory):
     return save_tiny_checkpoint(tmp_path_factory.mktemp("full") / "model")
 
 
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
 def load(folder, **options):
     return SentenceTransformer(str(folder), device="cpu", **options)
 
@@ -39,10 +44,8 @@ def load(folder, **options):
 def test_encode_at_an_exit_equals_encode_of_the_slice_bit_for_bit(checkpoint, tmp_path, exit_layer):
     sliced = slice_checkpoint(checkpoint, exit_layer, tmp_path / "slice")
     expected = load(checkpoint).encode(TEXTS, prompt_name="query", exit_layer=exit_layer)
-    assert np.array_equal(load(sliced).encode(TEXTS, prompt_name="query"), expected)
-    assert np.array_equal(
-        load(checkpoint, config_kwargs={"exit_layer": exit_layer}).encode(TEXTS, prompt_name="query"), expected
-    )
+    for model in (load(sliced), load(checkpoint, config_kwargs={"exit_layer": exit_layer})):
+        assert np.array_equal(model.encode(TEXTS, prompt_name="query"), expected)
     assert expected.shape == (3, 16)
     if exit_layer != max(EXIT_LAYERS):
         assert not np.allclose(expected, load(checkpoint).encode(TEXTS, prompt_name="query"), atol=1e-2)
@@ -112,19 +115,6 @@ def test_a_checkpoint_that_is_not_self_contained_is_detected(checkpoint, tmp_pat
         verify_reload([ReloadRequest(str(sliced), TEXTS)])
 
 
-def test_wrong_input_writes_nothing(checkpoint, tmp_path):
-    out = tmp_path / "slice"
-    with pytest.raises(ValueError, match=r"exit_layer 3 is not an exit of this model; its exits are 1, 2, 4\."):
-        slice_checkpoint(checkpoint, 3, out)
-    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
-        slice_checkpoint(tmp_path / "missing", 2, out)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.json").write_text((checkpoint / "config.json").read_text())
-    with pytest.raises(FileNotFoundError, match="has no weights"):
-        slice_checkpoint(tmp_path / "empty", 2, out)
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
-
-
 def change_tensors(folder, drop=(), **added):
     tensors = load_file(folder / "model.safetensors")
     kept = {name: tensor.clone() for name, tensor in tensors.items() if not name.startswith(tuple(drop))}
@@ -148,16 +138,13 @@ HEAD, LAYER = "projection_heads.2.", "model.layers.4.mlp.c_fc.bias"
 DAMAGES = [
     (write("model.safetensors", "not a tensor"), "damaged", ""),
     (lambda folder: change_tensors(folder, drop=[HEAD]), "tensors", f"4 tensors are missing from {{}}, such as {HEAD}"),
-    (
-        lambda folder: change_tensors(folder, **{LAYER: torch.ones(2)}),
-        "tensors",
-        f"1 tensors are too many in {{}}, such as {LAYER}",
-    ),
+    (lambda folder: change_tensors(folder, **{LAYER: torch.ones(2)}), "tensors", f"too many in {{}}, such as {LAYER}"),
     (change(vocab_size=500), "shapes", ""),
     (change(num_hidden_layers=2, exit_layers=[1, 2]), "tensors", "too many in"),
     (change(exit_layers=[2, 1]), "damaged", "ascending"),
     (change(exit_norm="lst"), "damaged", "('last', 'all', 'none'), got lst"),
     (change(model_type="bert"), "other_model", "'bert'"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer", ""),
     (write("tokenizer.json", "{}"), "tokenizer", ""),
     (write("tokenizer_config.json", '{"a": "b'), "tokenizer", ""),
 ]
@@ -178,17 +165,13 @@ def test_exits_above_a_missing_head_are_loaded_without_it(copy):
     assert load_checkpoint(copy, exit_layer=1)[0].config.num_hidden_layers == 1
 
 
-def test_a_model_of_another_class_or_without_a_tokenizer_is_not_sliced(copy, tmp_path):
-    (copy / "tokenizer.json").unlink()
-    with raises("checkpoint.tokenizer", copy):
-        slice_checkpoint(copy, 2, tmp_path / "slice")
+def test_a_model_of_another_class_is_not_sliced(copy, tmp_path):
     change_config(copy, architectures=["TheirModel"])
     with raises("checkpoint.other_class", "TheirModel"):
         slice_checkpoint(copy, 2, tmp_path / "slice")
 
 
-def test_a_slice_of_a_repository_is_a_sentence_transformer_too(checkpoint, tmp_path, monkeypatch):
-    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+def test_a_slice_of_a_repository_is_a_sentence_transformer_too(copy, tmp_path, monkeypatch):
     settings = json.loads((copy / "config_sentence_transformers.json").read_text())
     settings["prompts"] = {"query": "find: "}
     (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
@@ -209,14 +192,7 @@ def test_a_tilde_is_the_home_folder(copy, monkeypatch):
     assert (copy.parent / "slice").is_dir()
 
 
-def test_a_folder_that_is_taken_is_left_alone(checkpoint, tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    with raises("files.folder.not_empty", tmp_path):
-        slice_checkpoint(checkpoint, 2, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
+def test_an_interrupted_folder_does_not_appear(tmp_path):
     def write_half() -> None:
         with staged_folder(tmp_path / "out") as staging:
             (staging / "half").write_text("")
@@ -225,10 +201,6 @@ def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_half()
     assert list(tmp_path.iterdir()) == []
-    with staged_folder(tmp_path / "out") as staging:
-        (staging / "whole").write_text("")
-        assert not (tmp_path / "out").exists()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
 
 
 def test_a_published_checkpoint_is_sliced_into_our_layout(tmp_path):
@@ -241,11 +213,6 @@ def test_a_published_checkpoint_is_sliced_into_our_layout(tmp_path):
         expected = full(**batch, exit_layer=exit_layer).sentence_embedding
         found = AutoModel.from_pretrained(sliced, dtype=torch.float32)(**batch).sentence_embedding
     assert torch.equal(found, expected)
-
-
-@pytest.fixture
-def copy(checkpoint, tmp_path):
-    return shutil.copytree(checkpoint, tmp_path / "copy")
 
 
 def test_a_loaded_checkpoint_embeds_as_the_saved_model_did(checkpoint):
@@ -264,26 +231,14 @@ def test_only_the_layers_up_to_the_exit_are_loaded(copy):
         load_checkpoint(copy, exit_layer=3)
 
 
-def test_a_missing_folder_or_a_file_in_its_place_is_named(copy, tmp_path):
-    for path in (tmp_path / "no", str(tmp_path / "no"), "./no-such-folder", "no-such-folder"):
-        with pytest.raises(FileNotFoundError, match=r"There is no checkpoint folder .*no"):
+def test_a_missing_folder_a_file_in_its_place_and_missing_files_are_named(copy, tmp_path):
+    for path in (tmp_path / "no", str(tmp_path / "no"), "./no-such-folder", "no-such-folder", copy / "config.json"):
+        with pytest.raises(FileNotFoundError, match="There is no checkpoint folder"):
             load_checkpoint(path)
-    with pytest.raises(NotADirectoryError, match="is a file"):
-        load_checkpoint(copy / "config.json")
-
-
-@pytest.mark.parametrize(
-    ("name", "problem"),
-    [
-        ("config.json", "has no config.json"),
-        ("model.safetensors", "no weights"),
-        ("tokenizer.json", "has no tokenizer: tokenizer.json"),
-    ],
-)
-def test_an_incomplete_folder_says_what_is_missing(copy, name, problem):
-    (copy / name).unlink()
-    with pytest.raises(FileNotFoundError, match=problem):
-        load_checkpoint(copy)
+    for name, problem in (("model.safetensors", "has no weights"), ("config.json", "has no config.json")):
+        (copy / name).unlink()
+        with pytest.raises(FileNotFoundError, match=problem):
+            load_checkpoint(copy)
 
 
 def test_a_model_without_projection_heads_is_an_error(tmp_path):
@@ -296,7 +251,5 @@ def test_a_model_without_projection_heads_is_an_error(tmp_path):
 
 def test_a_repository_that_the_hub_does_not_give_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        OSError, match="owner/no-such-model is not a local folder and cannot be downloaded from the Hub"
-    ):
-        load_checkpoint("owner/no-such-model")
+    with pytest.raises(OSError, match="owner/none is not a local folder and cannot be downloaded from the Hub"):
+        load_checkpoint("owner/none")

@@ -57,14 +57,10 @@ def test_a_compiled_model_still_learns(pair):
     compiled.zero_grad()
 
 
-def test_the_model_given_stays_as_it_is_and_shares_its_parameters(pair):
+def test_the_model_given_stays_as_it_is_and_both_share_and_save_the_same_tensors(pair, tmp_path):
     model, compiled = pair
     assert "forward" not in vars(model.model.layers[0].mlp)
     assert compiled.model.layers[0].mlp.c_fc.weight is model.model.layers[0].mlp.c_fc.weight
-
-
-def test_a_compiled_model_saves_the_same_tensors(pair, tmp_path):
-    model, compiled = pair
     compiled.save_pretrained(tmp_path)
     saved, own = load_file(tmp_path / "model.safetensors"), model.state_dict()
     assert saved.keys() == own.keys()

@@ -115,8 +115,9 @@ def test_a_folder_is_opened_as_what_it_is(checkpoint, plain):
     assert isinstance(theirs, SentenceTransformerEncoder)
     assert load_encoder(checkpoint, (1, 2)).exit_layers == (1, 2)
     assert [open_retriever(name).name for name in ("bm25", "tfidf")] == ["BM25", "TF-IDF"]
-    with raises("encoder.no_exits", plain):
-        load_encoder(plain, (1,))
+    for name in (plain, "bm25"):
+        with raises("encoder.no_exits", name):
+            open_retriever(name, exit_layers=(1,))
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
         load_encoder(checkpoint, (3,))
     with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
@@ -155,9 +156,9 @@ def test_texts_go_in_batches_and_embeddings_come_back_in_order(server):
     texts = ["banana", "a", "cc", "dada", "e"]
     assert encode(server, texts, batch_size=2).tolist() == [embedding(text) for text in texts]
     assert [request.body["input"] for request in server.requests] == [["banana", "a"], ["cc", "dada"], ["e"]]
-    assert {(one.path, one.body["model"], one.headers["authorization"]) for one in server.requests} == {
-        ("/v1/embeddings", "large", f"Bearer {KEY}")
-    }
+    for one in server.requests:
+        assert (one.path, one.body["model"]) == ("/v1/embeddings", "large")
+        assert one.headers["authorization"] == f"Bearer {KEY}"
 
 
 def test_empty_texts_and_long_ones_are_made_acceptable(server):
@@ -171,15 +172,12 @@ def test_overloaded_servers_are_retried(server):
     server.replies = [(429, {}, {})] * 3
     with raises("http.no_answer", "after 3 attempts", "status 429"):
         encode(server, ["a"], attempts=3)
-    with raises("http.no_answer", "after 2 attempts"):
-        EndpointEncoder("m", "http://127.0.0.1:9", attempts=2, pause=0).encode([("", "a")], (None,), progress=False)
 
 
 @pytest.mark.parametrize(
     ("answer", "key", "value"),
     [
         ((401, {"error": {"message": f"Incorrect API key: {KEY}."}}, {}), "http.status", "401, Incorrect API key"),
-        ((302, {}, {"Location": "http://127.0.0.1:9/elsewhere"}), "http.status", "302"),
         ((200, b"<html>", {}), "encoder.endpoint.answer", "1 texts"),
         ((200, {"data": []}, {}), "encoder.endpoint.answer", "1 texts"),
         ((200, {"data": [{"index": 1, "embedding": [1]}]}, {}), "encoder.endpoint.answer", "1 texts"),
@@ -195,19 +193,10 @@ def test_refusals_and_wrong_answers_are_not_retried_and_never_show_the_key(serve
     assert len(server.requests) == 1
 
 
-def test_the_key_is_optional_and_sent_without_its_newline(server, monkeypatch):
+def test_the_key_is_optional(server, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     encode(server, ["a"])
     assert "authorization" not in server.requests[0].headers
-    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\n")
-    encode(server, ["a"])
-    assert server.requests[1].headers["authorization"] == f"Bearer {KEY}"
-    for wrong in (f"{KEY}\n{KEY}", f"{KEY}…"):
-        monkeypatch.setenv("OPENAI_API_KEY", wrong)
-        with raises("http.token.characters", "OPENAI_API_KEY") as error:
-            encode(server, ["a"])
-        assert KEY not in str(error.value)
-    assert len(server.requests) == 2
 
 
 def test_an_endpoint_is_a_retriever(server):
@@ -220,8 +209,5 @@ def test_an_endpoint_is_a_retriever(server):
     assert scores == pytest.approx(units @ units.T, abs=1e-6)
     assert retriever.name == "large"
     assert KEY not in repr(vars(retriever.encoder))
-
-
-def test_an_address_must_be_http():
     with raises("http.url", "file:///etc/passwd"):
         open_retriever("openai:large@file:///etc/passwd")

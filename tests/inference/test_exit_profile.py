@@ -36,14 +36,10 @@ def measurement(exit_layer, batch_size, length, memory):
 
 def made_up_profile(quality=None, memory=True):
     """Exits 4, 9 and 18: 20, 45 and 90 ms at the 95th percentile for one text, 400, 900 and 1800 MB."""
-    exits = {
-        exit_layer: ProfiledExit(
-            exit_layer * 1000,
-            exit_layer * 0.004,
-            tuple(measurement(exit_layer, *shape, 100.0 * exit_layer if memory else None) for shape in SHAPES),
-        )
-        for exit_layer in (4, 9, 18)
-    }
+    exits = {}
+    for k in (4, 9, 18):
+        measurements = tuple(measurement(k, *shape, 100.0 * k if memory else None) for shape in SHAPES)
+        exits[k] = ProfiledExit(k * 1000, k * 0.004, measurements)
     machine = {"processor": "made up", "cores": 2, "threads": 2, "memory_gb": 8.0}
     profile = ExitProfile(exits, "cpu", "float32", "sdpa", "0123", 300.0, machine, {"torch": "2.13.0"}, "2026-11-21")
     return profile if quality is None else profile.with_quality("mrr", quality)
@@ -87,16 +83,8 @@ def test_the_best_exit_is_chosen_where_quality_is_known(quality, budget, chosen)
     [
         ({"latency_ms": 19.9}, "too_small", ["latency_ms=19.9", "1 × 128 tokens", "latency_ms 20 ms (exit 4)."]),
         ({"min_quality": 0.9}, "too_small", ["min_quality 0.8 (exit 18)."]),
-        (
-            {"min_quality": 0.7, "latency_ms": 20},
-            "too_small",
-            ["within the other budgets: latency_ms 45 ms (exit 9), or min_quality 0.5 (exit 4)."],
-        ),
-        (
-            {"latency_ms": 1, "memory_mb": 1},
-            "too_small",
-            ["each alone: latency_ms 20 ms (exit 4), memory_mb 400 MB (exit 4)."],
-        ),
+        ({"min_quality": 0.7, "latency_ms": 20}, "too_small", ["ms 45 ms (exit 9), or min_quality 0.5 (exit 4)."]),
+        ({"latency_ms": 1, "memory_mb": 1}, "too_small", ["latency_ms 20 ms (exit 4), memory_mb 400 MB (exit 4)."]),
         ({}, "missing", ["latency_ms, memory_mb or min_quality."]),
         ({"latency_ms": 20, "length": 64}, "shape", ["any number of texts of 64 tokens", "1 × 128, 8 × 128."]),
         ({"min_quality": 0.5, "benchmark": "cosqa"}, "benchmark.unknown", ["cosqa", "mrr."]),
@@ -123,7 +111,6 @@ def test_the_file_holds_the_profile(tmp_path):
     profile = made_up_profile({4: 0.5, 18: 0.8})
     profile.save(tmp_path / "profile.json")
     assert ExitProfile.load(tmp_path / "profile.json") == profile
-    assert list(json.loads((tmp_path / "profile.json").read_text())["exits"]) == ["4", "9", "18"]
 
 
 @pytest.mark.parametrize(
@@ -145,8 +132,6 @@ def test_a_file_that_is_no_profile_is_an_error(tmp_path, damage):
     path.write_text(damage(path.read_text()))
     with raises("profile.file.unreadable", "profile.json"):
         ExitProfile.load(path)
-    with pytest.raises(FileNotFoundError, match="`mose profile` measures one"):
-        ExitProfile.load(tmp_path / "missing.json")
 
 
 def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
@@ -181,13 +166,6 @@ def test_quality_of_other_weights_is_an_error(tmp_path, capsys):
         assert cli.main(command) == status
         assert ExitProfile.load(tmp_path / "profile.json").benchmarks == benchmarks
     assert "4567, not 0123" in capsys.readouterr().err
-
-
-def test_quality_is_carried_over_between_profiles_of_the_same_weights_only():
-    older = made_up_profile({4: 0.5, 18: 0.8})
-    assert made_up_profile().with_quality_of(older) == older
-    other = dataclasses.replace(older, checkpoint="4567")
-    assert made_up_profile().with_quality_of(other) == made_up_profile()
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +222,6 @@ def test_a_budget_too_small_or_a_missing_profile_is_an_error(checkpoint, tmp_pat
     bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=lambda *_: ["exit_profile.json"])
     with pytest.raises(FileNotFoundError, match="There is no exit profile"):
         load_at_budget(bare, latency_ms=20)
-    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
-        load_at_budget("./missing", latency_ms=20)
 
 
 def test_a_repository_of_the_hub_brings_its_profile(checkpoint, tmp_path, monkeypatch):
@@ -255,5 +231,5 @@ def test_a_repository_of_the_hub_brings_its_profile(checkpoint, tmp_path, monkey
     assert checkpoint_profile(REPOSITORY) == ExitProfile.load(checkpoint / "exit_profile.json")
     assert checkpoint_checksum(REPOSITORY) == snapshot.name
     (snapshot / "exit_profile.json").unlink()
-    with pytest.raises(OSError, match=f"no exit profile of {REPOSITORY}"):
+    with pytest.raises(OSError, match=f"no exit profile {REPOSITORY}"):
         checkpoint_profile(REPOSITORY)

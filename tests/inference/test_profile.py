@@ -1,5 +1,6 @@
 """A small checkpoint measured for real, how the measuring goes about it, and the count of operations."""
 
+import dataclasses
 import inspect
 import json
 import platform
@@ -26,7 +27,6 @@ from modular_star_encoder.inference.profile import (
     profile_to_file,
 )
 from modular_star_encoder.training.recipes import load_config
-from tests.errors import raises
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model
 
 PLAN = ProfilePlan(batch_sizes=(2, 1), lengths=(8, 64), rounds=6, memory=False)
@@ -76,11 +76,7 @@ def test_parameters_are_those_of_the_checkpoint_loaded_at_the_exit(checkpoint):
 
 def test_exits_take_turns_in_an_order_that_changes(checkpoint, monkeypatch):
     order, embed = [], profile_exits.embed
-    monkeypatch.setattr(
-        profile_exits,
-        "embed",
-        lambda model, batch, exit_layer: order.append(exit_layer) or embed(model, batch, exit_layer),
-    )
+    monkeypatch.setattr(profile_exits, "embed", lambda *of_exit: order.append(of_exit[-1]) or embed(*of_exit))
     profile = profile_checkpoint(checkpoint, PLAN, device="cpu", progress=False)
     rounds = [tuple(order[start : start + 3]) for start in range(0, len(order), 3)]
     assert len(rounds) == len(profile.shapes) * (PLAN.rounds + profile_exits.WARM_UP_ROUNDS)
@@ -116,10 +112,12 @@ def test_an_interrupted_measurement_leaves_the_old_profile_and_nothing_else(chec
     assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
 
 
-def test_a_new_profile_of_the_same_weights_keeps_the_quality(checkpoint, tmp_path):
+def test_a_new_profile_keeps_the_quality_of_the_same_weights_alone(checkpoint, tmp_path):
     options = {"out": tmp_path / "profile.json", "device": "cpu", "progress": False, "exit_layers": (1,)}
-    profile_to_file(checkpoint, PLAN, **options)[0].with_quality("csn", {1: 0.5}).save(options["out"])
-    assert profile_to_file(checkpoint, PLAN, **options)[0].exits[1].quality == {"csn": 0.5}
+    known = profile_to_file(checkpoint, PLAN, **options)[0].with_quality("csn", {1: 0.5})
+    for older, quality in ((known, {"csn": 0.5}), (dataclasses.replace(known, checkpoint="4567"), {})):
+        older.save(options["out"])
+        assert profile_to_file(checkpoint, PLAN, **options)[0].exits[1].quality == quality
 
 
 def test_a_profile_of_fewer_exits_does_not_replace_a_fuller_one(checkpoint, tmp_path, capsys):
@@ -168,9 +166,7 @@ def test_a_process_that_cannot_measure_memory_is_reported_in_a_sentence(tmp_path
     python.write_text("#!/bin/sh\necho one >&2\necho 'MemoryError: no room' >&2\nexit 1\n")
     python.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(python))
-    with pytest.raises(
-        OSError, match="memory of exit 1 cannot be measured, its process ended with: MemoryError: no room"
-    ):
+    with pytest.raises(OSError, match=r"memory of exit 1 .* ended with: MemoryError: no room"):
         measure_memory("checkpoint", 1, "float32", [(1, 8)], 1)
     python.write_text("#!/bin/sh\nkill -9 $$\n")
     with pytest.raises(OSError, match="ended with: status -9"):
@@ -178,9 +174,8 @@ def test_a_process_that_cannot_measure_memory_is_reported_in_a_sentence(tmp_path
 
 
 def test_peak_memory_is_the_most_that_was_ever_resident():
-    program = (
-        f"from __future__ import annotations\nimport sys\nfrom pathlib import Path\n{inspect.getsource(peak_memory_mb)}"
-    )
+    imports = "import sys\nfrom contextlib import suppress\nfrom pathlib import Path"
+    program = f"{imports}\n{inspect.getsource(peak_memory_mb)}\n"
     program += "before = peak_memory_mb(); block = b'x' * 64_000_000; during = peak_memory_mb(); del block\n"
     program += "print(during - before, peak_memory_mb() - before)"
     output = subprocess.check_output([sys.executable, "-c", program], text=True)
@@ -220,5 +215,3 @@ def test_the_papers_model_costs_about_two_operations_per_parameter():
     assert flops_per_token(config, 36, 2048) > 1.1 * flops_per_token(config, 36, 1)
     with pytest.raises(ValueError, match="its exits are 4, 9, 18, 27, 36"):
         flops_per_token(config, 5, 10)
-    with raises("profile.length", 0):
-        flops_per_token(config, 4, 0)

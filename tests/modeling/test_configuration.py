@@ -2,7 +2,6 @@
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
 
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from tests.tiny import tiny_config, tiny_model
@@ -20,22 +19,22 @@ def test_the_defaults_are_the_papers_model():
     ("changes", "sentence"),
     [
         *(
-            ({"exit_layers": exits}, r"ascending .* between 0 and num_hidden_layers=4, the last of them 4")
+            ({"exit_layers": exits}, "exit_layers .* num_hidden_layers 4")
             for exits in ((-1, 4), (1, 5), (2, 1, 4), (0, 0, 4), (1, 2), ())
         ),
         ({"exit_layer": 3}, "its exits are 1, 2, 4"),
         ({"exit_norm": "some"}, r"'exit_norm'.*\n.*'last', 'all', 'none'"),
         ({"projection_head": "none"}, r"'projection_head'.*\n.*'mlp', 'linear'"),
         ({"pooling": "max"}, r"'pooling'.*\n.*'mean', 'lasttoken'"),
-        ({"token_weights": True, "pooling": "lasttoken"}, "'mean', not 'lasttoken'"),
-        ({"unpad_inputs": True, "pooling": "legacy"}, "unpad_inputs .* legacy"),
+        ({"token_weights": True, "pooling": "lasttoken"}, "'lasttoken' .* token_weights need 'mean'"),
+        ({"unpad_inputs": True, "pooling": "legacy"}, "'legacy' .* unpad_inputs"),
         ({"logit_scale_init_value": 0.5}, "0.5 must be None or from 1 to 100"),
-        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads 3"),
-        ({"num_attention_heads": 5}, "must be an even multiple of num_attention_heads 5"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads 3"),
+        ({"num_attention_heads": 5}, "multiple of num_attention_heads 5"),
         ({"projection_size": 0}, r"'projection_size'.*\n.*at least 1, got 0"),
         ({"vocab_size": -1}, r"'vocab_size'.*\n.*at least 1, got -1"),
         ({"hidden_size": "32"}, "expected int"),
-        ({"parent_exit_layers": (2, 4)}, "among parent_exit_layers"),
+        ({"parent_exit_layers": (2, 4)}, r"among parent_exit_layers \(2, 4\)"),
     ],
 )
 def test_a_contradiction_is_refused_at_construction(changes, sentence):
@@ -56,11 +55,3 @@ def test_published_and_older_keys_are_read_and_not_written():
     assert (config.pooling, config.logit_scale_init_value) == ("lasttoken", 20.0)
     written = config.to_dict()
     assert not {"matryoshka_layers", "conditional_size", "layer_norm_eps", "learned_logit_scale"} & set(written)
-
-
-def test_a_configuration_survives_saving(tmp_path):
-    config = tiny_config(exit_norm="all")
-    config.save_pretrained(tmp_path)
-    again = AutoConfig.from_pretrained(tmp_path)
-    assert type(again) is ModularStarEncoderConfig
-    assert again.to_json_string() == config.to_json_string()

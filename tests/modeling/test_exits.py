@@ -103,7 +103,7 @@ def test_slices_and_cuts_equal_the_full_model_bit_for_bit(tmp_path, model_class,
             equal(run(model, **tiny_batch(), exit_layers=kept).to_tuple(), expected)
             # Rows of the exit embedding and loss weights refer to the parent.
             assert list(model.config.parent_exit_layers) == exits
-            assert model.config.exit_weight(exit_layer) == exit_layer / 4
+            assert model.config.exit_weight(exit_layer) == max(1, exit_layer) / 4
             assert model.config.exit_index(exit_layer) == exits.index(exit_layer)
 
 
@@ -145,8 +145,8 @@ STATES = {"input_ids": None, "inputs_embeds": torch.zeros(3, 12, 32)}
     [
         ({"exit_layers": (1, 3)}, r"exit_layer 3 .* 1, 2, 4\."),
         ({"exit_layer": 0}, r"exit_layer 0 .* 1, 2, 4\."),
-        ({"exit_layer": 1, "exit_layers": (1,)}, "exit_layer or exit_layers"),
-        ({"exit_layers": ()}, "at least one exit"),
+        ({"exit_layer": 1, "exit_layers": (1,)}, r"exit_layer=1 and exit_layers=\(1,\)"),
+        ({"exit_layers": ()}, r"at least one exit, .* exit_layers=\(\)"),
         ({"input_ids": None}, "input_ids and inputs_embeds"),
         (STATES | {"input_ids": torch.ones(3, 12)}, "input_ids and inputs_embeds"),
         ({"start_layer": 2}, "start_layer 2 needs inputs_embeds"),

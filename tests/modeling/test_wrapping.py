@@ -1,18 +1,22 @@
 """Models that other libraries have wrapped, FSDP2 and peft, save as whole checkpoints of ours."""
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.distributed import init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel
 
-from modular_star_encoder.modeling import (
-    ModularStarEncoderForRetrieval,
-)
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from tests.modeling.test_saving import CHECKPOINT_FILES, contents
-from tests.processes import run_processes
+from tests.processes import leave_together, run_processes
 from tests.tiny import EXIT_LAYERS, run, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -30,7 +34,7 @@ def read_config(folder):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_model_sharded_by_fsdp2_saves_a_whole_checkpoint(tmp_path, world_size):
-    run_processes("tests.modeling.sharded_training", tmp_path, world=world_size)
+    run_processes("tests.modeling.test_wrapping", tmp_path, world=world_size)
     checkpoint = tmp_path / "checkpoint"
     assert set(contents(checkpoint)) == CHECKPOINT_FILES
     tiny_model().save_pretrained(tmp_path / "untouched")
@@ -99,3 +103,29 @@ def test_an_adapter_saved_beside_its_base_leaves_the_base_whole(base):
     model.save_pretrained(base)
     assert (base / "model.safetensors").read_bytes() == weights
     assert torch.equal(embed(AutoModel.from_pretrained(base)), embed(model))
+
+
+def main(folder):
+    """One process: shard a model, train a step, save it, and save an unsharded model."""
+    torch.set_num_threads(1)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (world_size,))
+    model = tiny_model().eval()
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(**tiny_batch(), exit_layers=EXIT_LAYERS).exit_embeddings.sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        embeddings = model(**tiny_batch(), exit_layers=EXIT_LAYERS).exit_embeddings
+    # Every process calls; the model decides which one writes.
+    model.save_pretrained(folder / "checkpoint")
+    if rank == 0:
+        save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
+    tiny_model().save_pretrained(folder / f"process-{rank}")
+    leave_together(folder, rank, world_size)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -244,7 +244,7 @@ def test_sides_that_do_not_fit_are_refused():
     with raises("contrastive.sides", "document, negative, query, translation"):  # before anything is embedded
         ContrastiveObjective()(None, every_side(), EXIT_LAYERS)
     sides = pair()
-    with raises("contrastive.rows", "query, document have 4, 3 rows"):
+    with raises("contrastive.rows", "query, document have [4, 3] rows"):
         losses_from_embeddings(sides | {"document": sides["document"][:, :3]}, EXIT_LAYERS)
 
 

@@ -53,10 +53,3 @@ def test_exits_that_are_trained_in_turn_learn_from_the_deepest_alone(name):
             settings.check((4, 9, 36), 64, rotates=True)
     for values in ({name: 36, weight: 1.0}, {name: "deepest", weight: 1.0}, {name: 9}):
         ContrastiveSettings(**values).check((4, 9, 36), 64, rotates=True)
-
-
-def test_exits_without_sizes_of_their_own_have_the_full_one():
-    settings = ContrastiveSettings(dimensions={4: [256, 64]})
-    assert settings.sizes(4, 1024) == (64, 256)
-    assert settings.sizes(9, 1024) == ContrastiveSettings().sizes(4, 1024) == (1024,)
-    assert ContrastiveSettings(dimensions=[64]).sizes(9, 1024) == (64,)

@@ -16,6 +16,7 @@ PAPER = (4, 9, 18, 27, 36)
     [
         ("paper", PAPER, [4 / 36, 0.25, 0.5, 0.75, 1.0]),
         ("paper", PAPER[:2], [4 / 36, 0.25]),  # a slice refers to its parent's depth
+        ("paper", (0, 9), [1 / 36, 0.25]),  # exit 0 counts as one layer, or its head would not be trained
         ("uniform", PAPER, [1.0] * 5),
         ("linear", PAPER, [0.2, 0.4, 0.6, 0.8, 1.0]),
         ([0, 2.5], (1, 2), [0.0, 2.5]),
@@ -23,6 +24,7 @@ PAPER = (4, 9, 18, 27, 36)
 )
 def test_weights_are_named_or_given_and_normalised_ones_keep_their_proportions(weighting, exits, expected):
     assert exit_weights(weighting, exits, 36).tolist() == pytest.approx(expected)
+    assert exit_weights("paper", (0,), 0).tolist() == [1.0]
     normalised = exit_weights(weighting, exits, 36, normalize=True)
     assert normalised.tolist() == pytest.approx([weight / sum(expected) for weight in expected])
 

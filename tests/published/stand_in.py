@@ -107,12 +107,6 @@ def own_code(folder):
     return importlib.import_module(f"{name}.modularStarEncoder").ModularStarEncoder
 
 
-def published_text(tokenizer, text, instruction=None):
-    """A text as the model cards write it, special tokens spelled out: `{sep}[{instruction}{sep}]{text}{cls}`."""
-    sep = tokenizer.sep_token
-    return f"{sep}{instruction}{sep}{text}{tokenizer.cls_token}" if instruction else f"{sep}{text}{tokenizer.cls_token}"
-
-
 def write_tokenizer(folder, max_length):
     """Byte-level BPE that pads on the left with <|endoftext|>, id 0; three tokens are added behind the vocabulary."""
     backend = Tokenizer(models.BPE())

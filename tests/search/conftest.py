@@ -1,7 +1,61 @@
+"""A small code folder, and an index of it."""
+
+from dataclasses import asdict
+
 import pytest
 
-from tests.search.samples import build, write_code
+from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.local_store import LocalStore
+from modular_star_encoder.search.pieces import Snippet
 from tests.tiny import save_tiny_checkpoint
+
+FILES = {
+    "stack.py": '''\
+class Stack:
+    def push(self, item):
+        """Put an item on top."""
+        self.items.append(item)
+
+    def pop(self):
+        return self.items.pop()
+''',
+    "src/parseHeader.js": """// Splits a header into names and values.
+function parseHeader(text) {
+  return text.split(':')
+}
+""",
+    "src/add.go": "package add\n\nfunc Add(a int, b int) int {\n\treturn a + b\n}\n",
+    "settings.py": "".join(f"OPTION_{number} = {number}\n" for number in range(1, 101)),
+}
+
+
+def write_code(folder, files=FILES):
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    return folder
+
+
+def build(folder, location, checkpoint, **options):
+    """In this process and without a bar."""
+    return CodeIndex.build(folder, location, checkpoint=checkpoint, **{"processes": 1, "progress": False, **options})
+
+
+def stored_rows(location):
+    """All rows of an index in a folder as dictionaries."""
+    rows = []
+    for segment in LocalStore(location)._alive():
+        for place in segment.alive.nonzero()[0]:
+            found = segment.found(place, 0.0, segment.exits)
+            vectors = {f"vector_{exit_layer}": one.tolist() for exit_layer, one in found.vectors.items()}
+            file_rows = segment.files[segment["file_of_row"][place]]["expected"]
+            rows.append({"row_id": found.row_id, "file_rows": file_rows, **asdict(found.snippet), **vectors})
+    return rows
+
+
+def embedded(row):
+    """What is embedded of a row, without the prompt."""
+    return Snippet(row["path"], "", row["name"], 1, 1, row["text"]).embedded()
 
 
 @pytest.fixture(scope="session")

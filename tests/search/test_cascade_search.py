@@ -7,7 +7,7 @@ from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.ranking import Cascade
-from tests.search.samples import build, embedded, stored_rows, write_code
+from tests.search.conftest import build, embedded, stored_rows, write_code
 
 QUESTION = "put an item on top"
 
@@ -28,10 +28,7 @@ def code_folder(tmp_path_factory):
 def indexes(code_folder, checkpoint, tmp_path_factory):
     """Two ways to have deep embeddings: from text, and from the index."""
     folder = tmp_path_factory.mktemp("indexes")
-    options = {
-        "text": {"exit_layer": 1},
-        "stored": {"exit_layers": (1, 4)},
-    }
+    options = {"text": {"exit_layer": 1}, "stored": {"exit_layers": (1, 4)}}
     return {name: build(code_folder, folder / name, checkpoint, **chosen) for name, chosen in options.items()}
 
 

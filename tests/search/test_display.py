@@ -15,16 +15,12 @@ def test_a_hit_shows_place_score_name_exit_and_code():
     ]
     assert len(format_answer(Answer("?", [hit(0.5), hit(0.4)]), lines=0).splitlines()) == 2
     assert format_answer(Answer("?", [])) == "nothing found"
-
-
-def test_a_hit_prints_as_location_score_name_and_exit():
     assert str(hit(0.51249)) == "src/a.py:12  0.512  Stack.push  (exit 9)"
 
 
 def test_scores_of_words_are_drawn_as_shares_of_the_best():
-    lines = format_answer(
-        Answer("?", [hit(20.0, "", exit_layer=None), hit(10.0)], method="lexical"), lines=0
-    ).splitlines()
+    answer = Answer("?", [hit(20.0, "", exit_layer=None), hit(10.0)], method="lexical")
+    lines = format_answer(answer, lines=0).splitlines()
     assert lines[0] == "src/a.py:12  ██████████ 20.000  (lines)  (words)"
     assert lines[1] == "src/a.py:12  █████      10.000  Stack.push  (exit 9)"
 

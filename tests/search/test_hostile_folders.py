@@ -7,7 +7,7 @@ from qdrant_client.models import Distance, PointStruct, VectorParams
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.qdrant_store import QdrantStore
 from tests.errors import raises
-from tests.search.samples import build, stored_rows
+from tests.search.conftest import build, stored_rows
 
 ODD_NAMES = [
     b"caf\xe9.py",
@@ -105,8 +105,11 @@ def test_names_in_any_encoding_are_indexed_once_and_found(tmp_path, checkpoint):
     assert "escaped" in {row["name"] for row in stored_rows(tmp_path / "index")}
 
 
-def test_an_empty_folder_is_an_empty_index(tmp_path, checkpoint):
+@pytest.mark.parametrize("blank", [None, "\n \n\t\n" * 50])
+def test_a_folder_without_code_is_an_empty_index(tmp_path, checkpoint, blank):
     (tmp_path / "code").mkdir()
+    if blank:
+        (tmp_path / "code" / "blank.py").write_text(blank)
     index = build(tmp_path / "code", tmp_path / "index", checkpoint)
     assert index.report.rows == 0
     for method in ("vector", "lexical", "hybrid"):
@@ -134,15 +137,6 @@ def test_files_next_to_an_index_do_not_harm_it(tmp_path, code, checkpoint):
     (tmp_path / "index" / "index.json").unlink()
     with raises("search.index.foreign"):
         CodeIndex.open(tmp_path / "index")
-
-
-def test_a_file_of_blank_lines_is_no_row(tmp_path, checkpoint):
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "blank.py").write_text("\n \n\t\n" * 50)
-    index = build(tmp_path / "code", tmp_path / "index", checkpoint)
-    assert index.report.rows == 0
-    (tmp_path / "code" / "a.py").write_text(function("a"))
-    assert index.update(processes=1, progress=False).rows == 1
 
 
 @pytest.mark.parametrize("rebuild", [False, True])

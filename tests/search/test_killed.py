@@ -12,7 +12,7 @@ import pytest
 
 from modular_star_encoder.search import building
 from modular_star_encoder.search.index import CodeIndex
-from tests.search.samples import build, stored_rows
+from tests.search.conftest import build, stored_rows
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,6 @@ def held_rows(location):
     return rows
 
 
-@pytest.mark.slow
 def test_killed_ten_times_at_random_the_next_run_completes_the_index(tmp_path, checkpoint):
     folder, location = tmp_path / "code", tmp_path / "index"
     folder.mkdir()

@@ -8,7 +8,7 @@ from mcp import Client, StdioServerParameters
 
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.mcp_server import MOST_CHARACTERS, build_server
-from tests.search.samples import build, write_code
+from tests.search.conftest import build, write_code
 
 
 def ask(server, *calls):

@@ -3,7 +3,7 @@ import pytest
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
 from modular_star_encoder.search.pieces import MOST_LINES, file_pieces, is_boilerplate
 from tests.data.polyglot import NAMES, SOURCES
-from tests.search.samples import FILES
+from tests.search.conftest import FILES
 
 DEFINITIONS = {
     "typescript": ("export const run = (a: number) => { return a }\ninterface Shape { area(): number }\n", "run Shape"),
@@ -58,7 +58,6 @@ def test_a_small_class_is_one_piece_and_knows_its_methods():
 def test_comments_and_decorators_before_a_definition_belong_to_it():
     (piece,) = file_pieces("a.rs", "rust", "/// Adds\n/// numbers.\n#[inline]\nfn add(a: u8) -> u8 { a }\n")
     assert (piece.first_line, piece.line, piece.last_line) == (1, 4, 4)
-    assert piece.description == "/// Adds /// numbers. #[inline]"
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

@@ -1,4 +1,6 @@
+import fnmatch
 import json
+import re
 from dataclasses import replace
 
 import bm25s
@@ -14,7 +16,6 @@ from modular_star_encoder.search.qdrant_store import QdrantStore, connect
 from modular_star_encoder.search.vector_store import (
     Filter,
     Row,
-    StoredFile,
     content_hash,
     file_id,
     glob_expression,
@@ -43,22 +44,13 @@ def store(request, tmp_path):
 def rows(path, texts, version="1", language="python", seed=0, width=8, missing=0):
     """Rows of a file; with `missing`, only the first ones of those that it says it has."""
     generator = np.random.default_rng([seed, len(path)])
-    made = []
+    made, key, file_rows = [], file_id(path), len(texts) + missing
     for place, text in enumerate(texts):
-        snippet = Snippet(path, language, f"f{place}", place + 1, place + 1, "", text, place + 1, (f"f{place}", "g"))
+        snippet = Snippet(path, language, f"f{place}", place + 1, place + 1, text, place + 1, (f"f{place}", "g"))
         vectors = {k: generator.normal(size=width).astype(np.float32) for k in (1, 4)}
-        made.append(
-            Row(
-                row_id(file_id(path), place),
-                file_id(path),
-                version,
-                len(texts) + missing,
-                content_hash(text),
-                snippet,
-                " ".join(snippet_words(snippet)),
-                {k: vector / np.linalg.norm(vector) for k, vector in vectors.items()},
-            )
-        )
+        vectors = {k: vector / np.linalg.norm(vector) for k, vector in vectors.items()}
+        words, text_hash = " ".join(snippet_words(snippet)), content_hash(text)
+        made.append(Row(row_id(key, place), key, version, file_rows, text_hash, snippet, words, vectors))
     return made
 
 
@@ -66,15 +58,11 @@ def found_texts(found):
     return [one.snippet.text for one in found]
 
 
-def test_settings_come_back(store):
-    assert store.settings() == SETTINGS
-
-
 def test_a_file_is_replaced_whole(store):
     store.replace_files([], rows("a.py", ["one", "two", "three"]) + rows("b.py", ["four"]))
     store.replace_files([file_id("a.py")], rows("a.py", ["five"], "2"))
     assert store.count() == 2
-    assert store.files() == {file_id("a.py"): StoredFile("2", 1), file_id("b.py"): StoredFile("1", 1)}
+    assert store.files() == {file_id("a.py"): "2", file_id("b.py"): "1"}
     store.replace_files([file_id("b.py")], [])
     assert found_texts(store.nearest(np.ones(8, np.float32), 1, 9, Filter())) == ["five"]
 
@@ -83,11 +71,7 @@ def test_a_file_of_which_rows_are_missing_or_of_two_contents_is_known(store):
     store.replace_files([], rows("short.py", ["one"], missing=1) + rows("whole.py", ["two"]))
     mixed = rows("mixed.py", ["three", "four"])
     store.replace_files([], [mixed[0], *rows("mixed.py", ["three", "five"], "2")[1:]])
-    assert {key: one.file_hash for key, one in store.files().items()} == {
-        file_id("short.py"): None,
-        file_id("whole.py"): "1",
-        file_id("mixed.py"): None,
-    }
+    assert store.files() == {file_id("short.py"): None, file_id("whole.py"): "1", file_id("mixed.py"): None}
 
 
 def test_the_nearest_are_those_of_an_exact_search_at_each_exit(store):
@@ -113,13 +97,6 @@ def test_words_are_ranked_by_their_rarity(store):
     assert store.lexical([], 9, Filter()) == []
 
 
-def test_words_of_rows_that_were_just_written_are_found_too(store):
-    store.replace_files([], rows("x.py", ["first"]))
-    store.finish()
-    store.replace_files([], rows("y.py", ["second"]))
-    assert found_texts(store.lexical(["second"], 9, Filter())) == ["second"]
-
-
 @pytest.mark.parametrize(
     ("where", "expected"),
     [
@@ -139,11 +116,11 @@ def test_filters_hold_for_vectors_and_words(store, where, expected):
     assert {text.split()[0] for text in found_texts(store.lexical(["shar"], 9, where))} == expected
 
 
-def test_create_replaces_what_was_there(store):
+def test_settings_come_back_and_create_replaces_what_was_there(store):
+    assert store.settings() == SETTINGS
     store.replace_files([], rows("a.py", ["one"]))
     store.create({**SETTINGS, "dimension": 4})
-    assert store.count() == 0
-    assert store.settings()["dimension"] == 4
+    assert (store.count(), store.settings()["dimension"]) == (0, 4)
 
 
 def test_a_row_comes_back_as_it_was(store):
@@ -221,7 +198,7 @@ def test_a_growing_index_is_merged_into_segments_that_16_bits_number(tmp_path, m
     store.finish()
     sizes = sorted(one.size for one in store._alive())
     assert (sum(sizes), sizes[-1], len(sizes)) == (55, 6, 10)
-    assert store.files()[file_id("long.py")] == StoredFile("1", 15)
+    assert store.files()[file_id("long.py")] == "1"
     everything = {f"shared {number} {place}" for number in range(20) for place in range(2)}
     found = found_texts(store.lexical(["shar"], 99, Filter()))
     assert len(found) == 55
@@ -309,3 +286,48 @@ def test_any_path_has_an_id_and_a_readable_form():
     assert readable_path(odd) == "caf\\xe9.py"
     assert file_id(odd) != file_id("caf\\xe9.py")
     assert json.dumps(readable_path("größe.py"), ensure_ascii=False) == '"größe.py"'
+
+
+PATHS = ["a.py", "src/a.py", "src/deep/b.py", "src/it's (1).go", "src/[x].js", "source/a.py", "src/a.pyi", "src/a+b.c"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.py", {"a.py", "src/a.py", "src/deep/b.py", "source/a.py"}),
+        ("a.py", {"a.py", "src/a.py", "source/a.py"}),
+        ("./a.py", {"a.py"}),
+        ("src/*.py", {"src/a.py"}),
+        ("src/**/*.py", {"src/a.py", "src/deep/b.py"}),
+        ("src/**", set(PATHS) - {"a.py", "source/a.py"}),
+        ("src/deep/", {"src/deep/b.py"}),
+        ("?.py", {"a.py", "src/a.py", "src/deep/b.py", "source/a.py"}),
+        ("[!a].py", {"src/deep/b.py"}),
+        ("[a-c].py", {"a.py", "src/a.py", "src/deep/b.py", "source/a.py"}),
+        ("it's (1).go", {"src/it's (1).go"}),
+        ("[[]x].js", {"src/[x].js"}),
+        ("a+b.c", {"src/a+b.c"}),
+        ("a.p", set()),
+        ("src", set()),
+    ],
+)
+def test_patterns_choose_paths(pattern, expected):
+    assert {path for path in PATHS if re.search(glob_expression(pattern), path)} == expected
+
+
+@pytest.mark.parametrize("inside", ["+--", "a-", "-a", "--/", "a-c-e", "&&a", "!-~", "!--", "~~a", "^a", "\\a", "[a"])
+def test_brackets_mean_what_they_mean_to_the_shell_in_python(inside):
+    names = [f"{chr(code)}.py" for code in range(33, 127) if chr(code) != "/"]
+    pattern = f"[{inside}].py"
+    expected = fnmatch.filter(names, pattern)
+    expression = glob_expression(pattern)
+    assert [name for name in names if re.search(expression, name)] == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "key", "named"),
+    [(" ", "blank", "*.py"), ("src/[ab.py", "bracket", "src/[ab.py"), ("[az-b].py", "range", "z-b")],
+)
+def test_patterns_without_meaning_are_refused(pattern, key, named):
+    with raises(f"search.path.{key}", named):
+        glob_expression(pattern)

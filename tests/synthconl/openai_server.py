@@ -12,26 +12,19 @@ Answer = Callable[[str], Completion]
 Fault = Callable[[int, dict[str, Any], dict[str, str]], tuple[int, Any, dict[str, str]] | None]
 
 
-class OpenAIServer:
+class OpenAIServer(LoopbackServer):
     """Serves while it is used as a context manager.
 
     `fault` sees the number of a request, its body and its headers, and may give another reply.
     """
 
     def __init__(self, answer: Answer, fault: Fault | None = None) -> None:
+        super().__init__(_Handler, self)
         self.answer, self.fault = answer, fault
         self.prompts: list[str] = []  # of the requests that were answered with a completion
         self.bodies: list[dict[str, Any]] = []  # of all requests
         self.lock = threading.Lock()
-        self._server = LoopbackServer(_Handler, self)
-        self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    def __enter__(self) -> "OpenAIServer":
-        self._server.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.__exit__()
+        self.base_url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
 class _Handler(LoopbackHandler):

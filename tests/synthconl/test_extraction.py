@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
-from modular_star_encoder.synthconl.extraction import FUNCTION_COLUMNS, function_rows
+from modular_star_encoder.synthconl.extraction import FUNCTION_SCHEMA, function_rows
 from tests.errors import raises
 
 PYTHON = 'def {0}(value):\n    """Returns the {0} of a value."""\n    result = value.{0}\n    return result\n'
@@ -36,7 +36,7 @@ def rows_of(*corpora, languages=LANGUAGES, max_characters=1000, **options):
 
 def test_documented_functions_of_files_become_rows_once_each(folder):
     rows, counts = rows_of({"folder": str(folder)})
-    assert all(tuple(row) == FUNCTION_COLUMNS for row in rows)
+    assert all(list(row) == FUNCTION_SCHEMA.names for row in rows)
     names = ("repository_name", "func_path_in_repository", "language1_CSN")
     found = [" ".join(row[name] for name in names) for row in rows]
     assert found == ["one a.py python"] * 2 + ["one b.go go", "two a.h cpp", "two a.py python"]

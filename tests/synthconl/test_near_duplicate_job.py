@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
-from modular_star_encoder.synthconl import near_duplicate_job, row_files
+from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.minhash import DuplicateSettings
-from modular_star_encoder.synthconl.near_duplicate_job import WORK, DuplicateJob, datatrove_steps, prepare_job
+from modular_star_encoder.synthconl.near_duplicate_job import DuplicateJob, datatrove_steps, prepare_job
 from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 from tests.errors import raises
 from tests.synthconl import samples
@@ -155,25 +155,6 @@ def test_a_finished_job_is_reported_as_it_is(source, finished, monkeypatch):
     assert content(out) == before
 
 
-def test_interrupted_by_ctrl_c_it_leaves_nothing_half_written_and_goes_on(source, finished, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    shards, original = iter(range(3)), near_duplicate_job.read_texts
-
-    def interrupted(*arguments):
-        if next(shards, None) is None:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(near_duplicate_job, "read_texts", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        drop(source, out)
-    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
-    assert (out / WORK / "shard-00002").exists()
-    monkeypatch.undo()
-    assert drop(source, out) == finished[0]
-    assert content(out) == content(finished[1])
-
-
 @pytest.mark.slow
 def test_killed_at_every_renaming_and_restarted_it_gives_the_same(source, finished, tmp_path):
     arguments, deaths = (samples.drop_and_die, source, tmp_path / "out", AGAINST), 0
@@ -220,7 +201,7 @@ def test_ids_may_be_of_any_integer_or_text_type(tmp_path, kinds):
     assert [str(row["id"]) for row in written_order(tmp_path / "out")] == ["2147483645"]
 
 
-def test_folders_that_cannot_be_used_are_reported(source, finished, tmp_path):
+def test_folders_that_cannot_be_used_are_reported(source, rows, finished, tmp_path):
     with raises("synthconl.shards.missing", tmp_path):
         drop(tmp_path, tmp_path / "out")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1, but no more")
@@ -235,14 +216,8 @@ def test_folders_that_cannot_be_used_are_reported(source, finished, tmp_path):
     ):
         with raises("synthconl.near_duplicates.other_job", finished[1], changed):
             drop(source, finished[1], **options)
-
-
-def test_a_job_goes_on_only_with_the_files_it_began_with(rows, tmp_path):
-    source = write_shards(tmp_path / "in", rows)
-    prepare_job(source, tmp_path / "out", columns=["code"])
-    write_shards(tmp_path / "in", list(reversed(rows)))
-    with raises("synthconl.near_duplicates.other_job", "files"):
-        prepare_job(source, tmp_path / "out", columns=["code"])
+    with raises("synthconl.near_duplicates.other_job", finished[1], "files"):
+        drop(write_shards(tmp_path / "in", rows[::-1]), finished[1])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

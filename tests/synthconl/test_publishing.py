@@ -26,17 +26,20 @@ CARD = {"name": "Mine | ours", "corpus": "Functions of six repositories.", "lice
 FILES = {"README.md", "statistics.json", "data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"}
 
 
-def build(folder):
-    with OpenAIServer(translation) as server:
-        changes = {"card": CARD, "options": {"body": {"seed": 7}, "revision": "a1b2c3"}}
-        build_dataset(small_recipe(folder / "corpus", server.base_url, **changes), folder / "out", progress=False)
+@pytest.fixture(scope="module")
+def arguments():
+    """What the card of `built` is made of."""
+    return {}
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built(tmp_path_factory, arguments):
     folder = tmp_path_factory.mktemp("build")
     write_corpus(folder / "corpus")
-    build(folder)
+    changes = {"card": CARD, "options": {"body": {"seed": 7}, "revision": "a1b2c3"}}
+    with pytest.MonkeyPatch.context() as patch, OpenAIServer(translation) as server:
+        patch.setattr(stages, "dataset_card", lambda **given: arguments.update(given) or dataset_card(**given))
+        build_dataset(small_recipe(folder / "corpus", server.base_url, **changes), folder / "out", progress=False)
     return folder / "out"
 
 
@@ -122,17 +125,6 @@ def test_the_card_says_how_the_dataset_was_made(built):
     assert "\n\n\n" not in card
 
 
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
-    """What a card is made of."""
-    folder, arguments = tmp_path_factory.mktemp("card"), {}
-    write_corpus(folder / "corpus")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "dataset_card", lambda **given: arguments.update(given) or "card")
-        build(folder)
-    return arguments
-
-
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -143,12 +135,12 @@ def arguments(tmp_path_factory):
         ({"targets": ["cpp", "go"]}, "drawn uniformly from Go, C++, without its own: a function"),
     ],
 )
-def test_the_card_says_greedily_and_all_languages_only_where_that_is_so(arguments, changes, sentence):
+def test_the_card_says_greedily_and_all_languages_only_where_that_is_so(built, arguments, changes, sentence):
     settings = {**arguments["settings"], "translations": arguments["settings"]["translations"] | changes}
     assert sentence in dataset_card(**arguments | {"settings": settings})
 
 
-def test_a_card_without_rejected_answers_has_no_empty_table(arguments):
+def test_a_card_without_rejected_answers_has_no_empty_table(built, arguments):
     reports = arguments["reports"]
     without = {**reports, "triplets": reports["triplets"] | {"rejected": {}}}
     rejected, none = dataset_card(**arguments), dataset_card(**arguments | {"reports": without})

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,16 +17,10 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training.finetuning import finetune, finetuning_preflight
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_config, load_recipe
 from tests.errors import raises
-from tests.processes import free_port
+from tests.processes import run_processes
 from tests.published.stand_in import write_stand_in
 from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_config
-from tests.training.retrieval_runs import (
-    finetuning_settings,
-    interrupt,
-    write_checkpoint,
-    write_recipe,
-    write_triplets,
-)
+from tests.training.retrieval_runs import finetuning_settings, interrupt, write_checkpoint, write_recipe, write_triplets
 
 pytestmark = pytest.mark.slow
 
@@ -177,17 +168,7 @@ def test_lora_trains_adapters_and_heads_resumes_and_saves_both_ways(recipe_file,
 def test_two_processes_train_as_one(recipe_file, tmp_path):
     settings = ["max_steps=2", "bf16=false", "config={residual_dropout: 0, attention_dropout: 0, embedding_dropout: 0}"]
     straight, _ = run(recipe_file, tmp_path / "one", *settings)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "modular_star_encoder.cli.main", "finetune", str(recipe_file), *settings]
-    processes = [
-        subprocess.Popen(
-            [*command, "--out", str(tmp_path / "two")],
-            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in ("0", "1")
-    ]
-    assert [process.wait(timeout=180) for process in processes] == [0, 0]
+    run_processes("modular_star_encoder.cli.main", "finetune", recipe_file, *settings, "--out", tmp_path / "two")
     log = json.loads((tmp_path / "two" / "model" / "training_log.json").read_text())
     assert log["preflight"]["processes"] == 2
     losses = [[entry["loss"] for entry in one["log_history"] if "loss" in entry] for one in (straight, log)]
@@ -225,12 +206,10 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
     [
         ("max_code_tokens=512", "training.length.too_long", "max_code_tokens 512"),
         ("batch_size=7", "training.batch_size.multiple", "batch_size 7"),
-        ("max_steps=0", "settings.value", "max_steps must be above 0, not 0"),
-        ("seed=-1", "settings.value", "seed must be from 0 to 4294967295, not -1"),
+        ("seed=-1", "settings.value", "seed must be greater than or equal to 0, not -1"),
         ("lr_scheduler_type=falling", "training.arguments.value", "falling"),
         ("eval_fraction=0.5", "settings.value", "0.2, not 0.5"),
         ("exit_weights=heavy", "exit_weights", "paper, uniform, linear"),
-        ("objective.teechar=3", "settings.unknown", "objective: unknown setting teechar; did you mean teacher?"),
         ("objective={teacher: 3, distillation_weight: 1}", "contrastive.exit", "teacher names exit 3"),
         ("objective.pairs=[[query, document, negative]]", "training.objective.pairs", "objective.pairs"),
         ("config.layers=3", "settings.unknown", "config: unknown setting layers"),
@@ -238,7 +217,6 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("config.pooling=legacy", "training.model.config", "unpad_inputs"),
         ("model=nowhere", "config.unknown", "nowhere with a config.json"),
         ("model=runs/small/model", "config.unknown", "Available: "),
-        ("model=/tmp", "config.unknown", "/tmp with a config.json"),
         ("train_sampling_strategy=random", "training.arguments.decided", "train_sampling_strategy"),
         ("gradient_accumulation_steps=2", "training.arguments.decided", "gradient_accumulation_steps"),
         ("lora.speed=3", "training.lora", "speed"),
@@ -295,8 +273,7 @@ def test_a_run_of_an_older_version_is_continued(recipe_file, tmp_path):
 
 def test_a_model_that_is_not_found_anywhere_is_reported_with_the_hubs_reason(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = r"runs/small is not a folder with a config.json .*, and loading it from the Hub failed: \w+"
-    with pytest.raises(OSError, match=message) as error:
+    with pytest.raises(OSError, match=r"config.json of runs/small .*Hub\. \w+") as error:
         run(recipe_file, tmp_path / "run", "model=runs/small")
     assert isinstance(error.value.__cause__, OSError)
     assert not (tmp_path / "run").exists()
@@ -309,7 +286,7 @@ def test_the_papers_recipe_holds_its_figures_and_ours_learns_a_scale_from_30_wit
     )
     assert (paper.max_steps, paper.batch_size, paper.max_train_samples) == (20_000, 2048, 635_404)
     expected = {"learning_rate": 1e-5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0}
-    assert (expected | {"exit_weights": "paper"}).items() <= paper.training.items()
+    assert (expected | {"exit_weights": "paper"}).items() <= paper.to_dict().items()
     assert (paper.objective.logit_scale, paper.identifier_rename_prob) == (10.0, 0.3)
     assert paper.max_code_tokens == 2048
     changes = {"config": {"logit_scale_init_value": 30.0}, "exit_weights": "uniform"}

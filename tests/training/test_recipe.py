@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training.ablation import AblationRecipe
@@ -20,40 +19,15 @@ from modular_star_encoder.training.recipes import (
 )
 from modular_star_encoder.training.runs import format_log
 from modular_star_encoder.utils.settings import format_reference
-from tests.errors import raises
 
 
-@pytest.fixture(scope="module")
-def quickstart():
-    """The class of the quickstart's recipe, and its file."""
-    script = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "quickstart.py"))
-    return script["QuickstartRecipe"], hub_config_folder("quickstart") / "recipe.yaml"
-
-
-def test_the_quickstart_recipe_and_configuration_fit_each_other(quickstart):
-    recipe, config = load_recipe(*quickstart), load_config("quickstart")
+def test_the_quickstart_recipe_and_configuration_fit_each_other():
+    kind = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "quickstart.py"))["QuickstartRecipe"]
+    recipe, config = load_recipe(kind, hub_config_folder("quickstart") / "recipe.yaml"), load_config("quickstart")
     assert recipe.vocab_size == config.vocab_size
     assert max(recipe.max_document_tokens, recipe.pretraining.max_tokens) <= config.max_position_embeddings
     with torch.device("meta"):
         assert 1e6 < ModularStarEncoderForRetrieval(config).num_parameters() < 4e6
-
-
-@pytest.mark.parametrize(
-    ("change", "key", "value"),
-    [
-        ({"vocabulary_size": 3}, "settings.unknown", "vocabulary_size; did you mean vocab_size?"),
-        ({"finetuning": {"max_step": 3}}, "settings.unknown", "finetuning: unknown setting max_step"),
-        ({"vocab_size": None}, "settings.missing", "vocab_size"),
-    ],
-)
-def test_a_wrong_setting_of_the_quickstart_is_named(quickstart, tmp_path, change, key, value):
-    kind, file = quickstart
-    content = yaml.safe_load(file.read_text()) | change
-    if content["vocab_size"] is None:
-        del content["vocab_size"]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
-    with raises(key, value):
-        load_recipe(kind, tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize("kind", [PretrainingRecipe, FinetuningRecipe, ClassificationRecipe, AblationRecipe])
@@ -88,25 +62,12 @@ def test_bfloat16_is_chosen_by_what_the_processor_says_it_can_do(monkeypatch, fl
     assert bf16_is_faster() is faster
 
 
-def schedule(warmup_steps, milestones, fractions):
-    options = {"warmup_steps": warmup_steps, "milestones": milestones, "fractions": fractions}
-    return MultiExitTrainingArguments("never written", use_cpu=True, **options)
-
-
 def test_the_papers_rate_is_a_fraction_of_the_peak_at_every_boundary():
     milestones, fractions = [120_000, 185_000, 220_000, 230_000, 240_000], [0.36, 0.1, 0.031, 0.01, 0.001]
-    paper = schedule(4_000, milestones, fractions)
+    options = {"warmup_steps": 4_000, "milestones": milestones, "fractions": fractions}
+    paper = MultiExitTrainingArguments("never written", use_cpu=True, **options)
     for milestone, before, after in zip(milestones, [1.0, *fractions], fractions, strict=False):
         assert (paper.rate_fraction(milestone - 1), paper.rate_fraction(milestone)) == (before, after)
     warm_up = [paper.rate_fraction(step) for step in (0, 1, 3_999, 4_000)]
     assert warm_up == pytest.approx([0.0, 1 / 4_000, 3_999 / 4_000, 1.0])
     assert paper.rate_fraction(244_999) == 0.001
-
-
-@pytest.mark.parametrize(
-    ("arguments", "value"),
-    [((0, [5, 5], [0.1, 0.1]), "[5, 5]"), ((6, [5], [0.1]), "warmup_steps 6"), ((0, [5], [-0.1]), "[-0.1]")],
-)
-def test_a_schedule_that_contradicts_itself_is_refused(arguments, value):
-    with raises("training.schedule", value):
-        schedule(*arguments)

@@ -15,27 +15,28 @@ from modular_star_encoder.objectives.contrastive_settings import ContrastiveSett
 from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.sentence_transformer_loss import MultiExitContrastiveLoss
 from tests.errors import raises
-from tests.objectives.contrastive_batches import assert_same_gradients, every_option, every_side
+from tests.objectives.contrastive_batches import (
+    assert_same_gradients,
+    every_option,
+    every_side,
+    gradients,
+    with_dropout,
+)
 from tests.tiny import EXIT_LAYERS, tiny_model, tiny_tokenizer
 
-NO_DROPOUT = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.0)
 PAIRS = (("query", "document", "negative_1"),)
 LINES = [f"add {i} and {i * i % 7}" for i in range(24)], [f"def f{i}(x):\n    return x + {i}" for i in range(24)]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    model = tiny_model(logit_scale_init_value=12.0, **NO_DROPOUT)
+    model = with_dropout(0.0, logit_scale_init_value=12.0)
     return save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path_factory.mktemp("checkpoint") / "model")
 
 
 @pytest.fixture
 def model(checkpoint):
     return SentenceTransformer(str(checkpoint), device="cpu").train()
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model[0].auto_model.named_parameters() if p.grad is not None}
 
 
 def columns():
@@ -50,7 +51,7 @@ def test_it_is_the_objective_of_our_trainer_in_parts_that_add_up(model, tokens):
     output = ContrastiveObjective(every_option(pairs=PAIRS))(model[0].auto_model, sides, EXIT_LAYERS)
     expected_losses = output.losses * exit_weights("linear", EXIT_LAYERS, 4)
     expected_losses.sum().backward()
-    expected = gradients(model)
+    expected = gradients(model[0].auto_model)
     model.zero_grad()
     settings = every_option(pairs=ContrastiveSettings().pairs, **options)
     parts = MultiExitContrastiveLoss(model, settings, weights="linear")(columns())
@@ -61,7 +62,7 @@ def test_it_is_the_objective_of_our_trainer_in_parts_that_add_up(model, tokens):
         torch.testing.assert_close(total, expected_losses[place], rtol=1e-5, atol=1e-6)
     sum(parts.values()).backward()
     assert "logit_scale.log_scale" in expected
-    assert_same_gradients(gradients(model), expected, relative=1e-5)
+    assert_same_gradients(gradients(model[0].auto_model), expected, relative=1e-5)
 
 
 def test_the_model_is_left_as_it_was(model):

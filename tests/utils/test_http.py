@@ -111,16 +111,6 @@ def test_redirects_are_followed_only_on_request():
     assert send(answers, method="GET", follow_redirects=True)[0].json() == {"there": 1}
 
 
-def test_requests_run_concurrently_up_to_a_limit():
-    with (
-        LocalServer(lambda request: (time.sleep(0.03), (200, {}, {}))[1]) as server,
-        HTTPClient(concurrency=3) as client,
-    ):
-        futures = [client.submit("GET", server.url) for _ in range(12)]
-        assert {future.result().status for future in futures} == {200}
-    assert server.most_at_once == 3
-
-
 def test_closing_cancels_what_is_under_way():
     with LocalServer(lambda request: (time.sleep(3), (200, {}, {}))[1]) as server:
         client = HTTPClient()

@@ -1,8 +1,10 @@
-"""The command line, and the option types that several commands share; argparse reports values that do not fit."""
+"""The command line, and types of options that several commands share; argparse reports values that do not fit."""
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Callable
 
 
 def number_list(text: str) -> tuple[int, ...]:
@@ -15,12 +17,7 @@ def number_list(text: str) -> tuple[int, ...]:
 
 def exit_list(text: str) -> tuple[int, ...] | None:
     """`"4,9"` → (4, 9), and `"all"` → None."""
-    if text == "all":
-        return None
-    try:
-        return number_list(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a list of numbers such as 4,9") from None
+    return None if text == "all" else number_list(text)
 
 
 def name_list(text: str) -> list[str]:
@@ -28,12 +25,15 @@ def name_list(text: str) -> list[str]:
     return [name for part in text.split(",") if (name := part.strip())]
 
 
-def named_file(text: str) -> tuple[str, str]:
-    """`"name=file"` → ("name", "file")."""
-    name, _, file = text.partition("=")
-    if not name or not file:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FILE")
-    return name, file
+def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
+    """Return an argparse type for a form such as `NAME=FILE`: it converts a text to the groups of the pattern."""
+
+    def groups(text: str) -> tuple[str, ...]:
+        if match := re.fullmatch(pattern, text):
+            return match.groups()
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form {form}")
+
+    return groups
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:

@@ -1,4 +1,4 @@
-"""The commands of `mose dataset`: build, dedup, stats, push."""
+"""The commands of `mose dataset`: build, dedup, stats, push, and those of a corpus of packages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from modular_star_encoder.cli import add_recipe_options
+from modular_star_encoder.cli import add_recipe_options, of_form
 from modular_star_encoder.utils.errors import UserError
 
 
@@ -32,6 +32,7 @@ def add_dataset_commands(commands: Any) -> None:
     dedup.add_argument(
         "--against",
         metavar="SOURCE:COLUMN",
+        type=of_form("SOURCE:COLUMN", "(.+):(.+)"),
         action="append",
         default=[],
         help="drop rows near these texts, such as a benchmark's: parquet, JSON Lines or a dataset of the Hub",
@@ -51,32 +52,48 @@ def add_dataset_commands(commands: Any) -> None:
     push.add_argument("--public", action="store_true", help="make a new repository public")
     push.set_defaults(run=run_dataset_push)
 
+    corpus = commands.add_parser("corpus", help="descriptions and functions from packages of Debian, npm and PyPI")
+    commands = corpus.add_subparsers(required=True, metavar="COMMAND")
+    fetch = commands.add_parser("fetch", help="download the packages of a corpus, as far as they are not there")
+    fetch.add_argument("corpus", metavar="FILE", help="the packages, such as hub_configs/mose-code/corpus.yaml")
+    fetch.add_argument("--out", metavar="FOLDER", required=True, help="where to write: a folder for each package")
+    fetch.set_defaults(run=run_corpus_fetch)
+
+    pairs = commands.add_parser("build", help="extract functions, drop duplicates and hold out packages")
+    pairs.add_argument("corpus", metavar="FILE", help="the packages, such as hub_configs/mose-code/corpus.yaml")
+    pairs.add_argument("--packages", metavar="FOLDER", required=True, help="where `fetch` wrote the packages")
+    pairs.add_argument("--out", metavar="FOLDER", required=True, help="where to write; an old build is continued")
+    pairs.add_argument("--processes", metavar="N", type=int, default=2, help="processes that extract functions (2)")
+    pairs.set_defaults(run=run_corpus_build)
+
+    check = commands.add_parser("check", help="name the texts that equal or nearly equal a text of an evaluation set")
+    check.add_argument("files", metavar="FILE", nargs="+", help="files of `build`: pairs.jsonl.gz and others")
+    against = "rows of evaluation sets: JSON Lines or JSON files, or folders of them"
+    check.add_argument("--against", metavar="ROWS", nargs="+", required=True, help=against)
+    check.add_argument("--drop", metavar="FOLDER", help="write the other rows to files of the same names in FOLDER")
+    check.add_argument("--json", metavar="FILE", help="also write the counts to FILE")
+    check.set_defaults(run=run_corpus_check)
+
 
 def run_dataset_build(arguments: argparse.Namespace) -> None:
-    """`mose dataset build`."""
+    """Run `mose dataset build`."""
     from modular_star_encoder.synthconl.build import build_dataset, load_dataset_recipe
 
     print(build_dataset(load_dataset_recipe(arguments.recipe, arguments.overrides), arguments.out))
 
 
 def run_dataset_dedup(arguments: argparse.Namespace) -> None:
-    """`mose dataset dedup`."""
+    """Run `mose dataset dedup`."""
     from modular_star_encoder.data.sources.dataset_rows import open_texts
     from modular_star_encoder.synthconl.minhash import DuplicateSettings
     from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
 
-    against = {}
-    for name in arguments.against:
-        source, colon, column = name.rpartition(":")
-        if not colon:
-            raise UserError("cli.dataset.against", f"--against must have the form SOURCE:COLUMN, not {name!r}.")
-        against[name] = open_texts(source, column)
     job = prepare_job(
         arguments.source,
         arguments.out,
         columns=arguments.columns.split(","),
         id_column=arguments.id_column,
-        against=against,
+        against={f"{source}:{column}": open_texts(source, column) for source, column in arguments.against},
         settings=DuplicateSettings(threshold=arguments.threshold, match=arguments.match, recall=arguments.recall),
     )
     for reason, count in job.run().counts.items():
@@ -84,7 +101,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
 
 
 def run_dataset_stats(arguments: argparse.Namespace) -> None:
-    """`mose dataset stats`."""
+    """Run `mose dataset stats`."""
     from dataclasses import asdict
 
     from modular_star_encoder.data.pairs import open_triplets
@@ -103,8 +120,48 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
 
 
 def run_dataset_push(arguments: argparse.Namespace) -> None:
-    """`mose dataset push`."""
+    """Run `mose dataset push`."""
     from modular_star_encoder.synthconl.publishing import push_dataset
 
     private = not arguments.public
     print(push_dataset(arguments.folder, arguments.repository, upload=arguments.upload, private=private))
+
+
+def run_corpus_fetch(arguments: argparse.Namespace) -> None:
+    """`mose dataset corpus fetch`."""
+    from modular_star_encoder.synthconl.corpus import fetch_packages, read_packages
+
+    for outcome, packages in fetch_packages(read_packages(arguments.corpus), arguments.out).items():
+        print(f"{len(packages):>8,}  {outcome}")
+        for package in packages if not outcome.startswith("fetched") else ():
+            print(f"mose: note: {outcome}: {package.registry} {package.name} {package.version}", file=sys.stderr)
+
+
+def run_corpus_build(arguments: argparse.Namespace) -> None:
+    """`mose dataset corpus build`."""
+    from modular_star_encoder.synthconl.corpus import build_corpus, read_packages
+
+    packages = read_packages(arguments.corpus)
+    stats = build_corpus(packages, arguments.packages, arguments.out, arguments.processes)
+    for name in ("packages", "pairs", "pairs_valid", "texts"):
+        print(f"{stats[name]:>12,}  {name}")
+    for rule, count in stats["dropped"].items():
+        print(f"{count:>12,}  dropped: {rule}")
+
+
+def run_corpus_check(arguments: argparse.Namespace) -> None:
+    """`mose dataset corpus check`; status 2 if a text is found and not dropped."""
+    from modular_star_encoder.synthconl.corpus import EvaluationTexts, check_corpus
+    from modular_star_encoder.utils.files import check_writable, write_json
+
+    if arguments.json:
+        check_writable(arguments.json)
+    report, hits = check_corpus(arguments.files, EvaluationTexts(arguments.against), arguments.drop)
+    print("\n".join(hits), end="\n" if hits else "")
+    if arguments.json:
+        write_json(arguments.json, report)
+    for name, counts in report["files"].items():
+        print(f"{name}: {counts['rows_found']:,} of {counts['rows']:,} rows are in an evaluation set")
+    if hits and not arguments.drop:
+        message = f"{len(hits)} texts are in evaluation sets; --drop FOLDER writes the other rows."
+        raise UserError("cli.dataset.corpus", message)

@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Any
 
-from modular_star_encoder.cli import exit_list, name_list, named_file, number_list
+from modular_star_encoder.cli import exit_list, name_list, number_list, of_form
 
 
 def add_evaluate_commands(commands: Any) -> None:
@@ -46,14 +46,14 @@ def add_evaluate_commands(commands: Any) -> None:
     profile.add_argument(
         "--quality",
         metavar="NAME=FILE",
-        type=named_file,
-        help="measure nothing; add to the profile the quality of each exit from FILE, written by mose evaluate",
+        type=of_form("NAME=FILE", "([^=]+)=(.+)"),
+        help="only add the quality of each exit, as benchmark NAME, from a FILE that mose evaluate wrote",
     )
     profile.set_defaults(run=run_profile)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    """`mose evaluate`."""
+    """Run `mose evaluate`."""
     from modular_star_encoder.evaluation.run import run_benchmarks
     from modular_star_encoder.utils.files import check_writable, write_json
 
@@ -78,7 +78,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def run_profile(arguments: argparse.Namespace) -> None:
-    """`mose profile`."""
+    """Run `mose profile`."""
     from modular_star_encoder.evaluation.report import read_quality
     from modular_star_encoder.inference.exit_profile import ExitProfile
     from modular_star_encoder.inference.profile import ProfilePlan, format_profile, profile_path, profile_to_file

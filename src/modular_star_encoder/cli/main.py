@@ -16,14 +16,15 @@ from modular_star_encoder.cli.evaluate import add_evaluate_commands
 from modular_star_encoder.cli.publish import add_publish_commands
 from modular_star_encoder.cli.search import add_search_commands
 from modular_star_encoder.cli.train import add_train_commands
+from modular_star_encoder.utils.errors import missing_extra
 
 EXPECTED_ERRORS = (ValueError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0, 2 after an error that the user can fix, 130 after Ctrl-C.
+    """Run one command and return the exit status: 0, 2 after an error that the user can fix, or 130 after Ctrl-C.
 
-    Results go to stdout; progress and errors, one line each, to stderr. argparse handles wrong usage (status 2).
+    Results go to stdout; progress, and errors as one line each, go to stderr. argparse reports wrong usage (status 2).
     """
     arguments = parse(argv)
     keep_few_compiled_operations()
@@ -34,20 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mose: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has seen enough; without this, Python complains once more when it closes stdout.
+        # The reader (`| head`) has seen enough; without this, Python reports the closed pipe again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ModuleNotFoundError as error:
-        from modular_star_encoder.utils.errors import missing_extra
-
-        extra = missing_extra(error)
-        if extra is None:
-            raise
-        print(f"mose: error: {extra}", file=sys.stderr)
-        return 2
     except (*EXPECTED_ERRORS, ImportError) as error:
-        if isinstance(error, ImportError) and error.name:
+        shown: Exception | None = error
+        if isinstance(error, ImportError) and error.name:  # a module fails to import: a missing extra, or a bug
+            shown = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
+        if shown is None:
             raise
-        print(f"mose: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"mose: error: {' '.join(str(shown).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -55,15 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def keep_few_compiled_operations() -> None:
     """Limit the caches of compiled operations to what one batch needs, unless the environment sets their size.
 
-    oneDNN and PyTorch's binding to it each keep 1,024 operations by default, one per shape of a bfloat16 matrix on a
-    CPU; each batch without padding has a new shape (benchmarks/NOTES.md). Call this before the first such operation.
+    By default oneDNN and PyTorch each cache 1,024 operations on a CPU, one per shape of a bfloat16 matrix, and each
+    batch without padding has a new shape (benchmarks/NOTES.md). Call this before the first such operation.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the arguments; settings (`key=value`) may also follow options, where argparse alone rejects them."""
+    """Return the parsed arguments; settings (`key=value`) may follow options too, which argparse alone rejects."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest:
@@ -74,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """Return the parser of all commands and their options."""
     parser = argparse.ArgumentParser(
         prog="mose", description="Multi-exit code encoders: pre-train, evaluate, slice, search."
     )

@@ -18,7 +18,7 @@ def add_publish_commands(commands: Any) -> None:
     cut.set_defaults(run=run_slice)
 
     card = commands.add_parser("card", help="print the model card of a checkpoint: usage and measurements")
-    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder")
+    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder; or a manifest, for its first repository")
     _add_folder_options(card)
     card.add_argument("--out", metavar="FOLDER", help="write README.md and the figure there instead")
     card.set_defaults(run=run_card)
@@ -32,10 +32,16 @@ def add_publish_commands(commands: Any) -> None:
     publish.add_argument("--out", metavar="FOLDER", help="keep what was staged there; it must not exist")
     publish.set_defaults(run=run_publish)
 
-    export = commands.add_parser("export", help="write one exit as an ONNX folder for serving")
+    export = commands.add_parser("export", help="write one exit as an ONNX folder for serving, or exit 0 as a table")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    export.add_argument(
+        "--format",
+        choices=("onnx", "static", "model2vec"),
+        default="onnx",
+        help="static, model2vec: exit 0 for sentence-transformers' StaticEmbedding or model2vec (default: onnx)",
+    )
     export.add_argument("--exit-layer", metavar="K", type=int, help="default: the deepest")
-    export.add_argument("--out", metavar="FOLDER", help="must not exist; default: CHECKPOINT-K-onnx")
+    export.add_argument("--out", metavar="FOLDER", help="must not exist; default: CHECKPOINT-K-FORMAT")
     export.add_argument("--int8", action="store_true", help="also write 8-bit weights, measured on --data")
     export.add_argument("--data", metavar="FOLDER", help="source code, or a benchmark: compare rankings on it")
     export.add_argument("--benchmark", metavar="NAME", default="folder", help="what --data holds (default: folder)")
@@ -53,7 +59,7 @@ def _add_folder_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_slice(arguments: argparse.Namespace) -> None:
-    """`mose slice`."""
+    """Run `mose slice`."""
     from modular_star_encoder.inference.checkpoints import slice_checkpoint
 
     slice_checkpoint(arguments.checkpoint, arguments.exit_layer, arguments.out)
@@ -61,7 +67,7 @@ def run_slice(arguments: argparse.Namespace) -> None:
 
 
 def run_card(arguments: argparse.Namespace) -> None:
-    """`mose card`."""
+    """Run `mose card`."""
     from modular_star_encoder.hub.publishing import write_folder_card
 
     text = write_folder_card(_folder_manifest(arguments, arguments.folder), arguments.out)
@@ -69,36 +75,29 @@ def run_card(arguments: argparse.Namespace) -> None:
 
 
 def run_publish(arguments: argparse.Namespace) -> None:
-    """`mose publish`."""
+    """Run `mose publish`."""
     from modular_star_encoder.hub.manifest import load_manifest
     from modular_star_encoder.hub.publishing import publish
 
-    if os.path.isdir(arguments.source):
-        if arguments.overrides:
-            raise UserError(
-                "cli.publish.folder",
-                f"{arguments.overrides[0]} changes a manifest, but {arguments.source} is a folder.",
-            )
-        manifest = _folder_manifest(arguments, arguments.source)
-    else:
-        given = [name for name in ("repository", "license", "evaluation") if getattr(arguments, name)]
-        if given:
-            found = "is a manifest, which says it itself" if os.path.exists(arguments.source) else "does not exist"
-            raise UserError(
-                "cli.publish.manifest", f"--{given[0]} goes with a checkpoint folder, but {arguments.source} {found}."
-            )
-        manifest = load_manifest(arguments.source, arguments.overrides)
+    source, overrides = arguments.source, arguments.overrides
+    options = [f"--{name}" for name in ("repository", "license", "evaluation") if getattr(arguments, name)]
+    is_folder = os.path.isdir(source)
+    if misplaced := overrides if is_folder else options:
+        kind = "is a folder" if is_folder else "is a manifest" if os.path.exists(source) else "does not exist"
+        message = f"{source} {kind}, so {misplaced[0]} does not apply: settings are for manifests, options for folders."
+        raise UserError(f"cli.publish.{'folder' if is_folder else 'manifest'}", message)
+    manifest = _folder_manifest(arguments, source) if is_folder else load_manifest(source, overrides)
     publications = publish(manifest, upload=arguments.upload, private=not arguments.public, staging=arguments.out)
     print(*publications, sep="\n\n")
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    """`mose export`."""
+    """Run `mose export`."""
+    if arguments.format != "onnx":
+        return run_static_export(arguments)
     if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
-        raise UserError(
-            "cli.export.data",
-            "--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files.",
-        )
+        message = "--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files."
+        raise UserError("cli.export.data", message)
     from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
     from modular_star_encoder.evaluation.tasks import RetrievalTask
     from modular_star_encoder.hub.onnx_folder import export_onnx_folder, format_rankings
@@ -107,9 +106,8 @@ def run_export(arguments: argparse.Namespace) -> None:
     for name in choose_benchmarks([arguments.benchmark], arguments.data) if arguments.data else ():
         for task in load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset):
             if not isinstance(task, RetrievalTask):
-                raise UserError(
-                    "cli.export.benchmark", f"{name} has pairs, but an export is measured by rankings. Name another."
-                )
+                message = f"{name} has no rankings, by which an export is measured. Name another benchmark."
+                raise UserError("cli.export.benchmark", message)
             tasks.append(task)
     written = export_onnx_folder(
         arguments.checkpoint, arguments.exit_layer, arguments.out, int8=arguments.int8, tasks=tasks
@@ -119,10 +117,25 @@ def run_export(arguments: argparse.Namespace) -> None:
     print(written.folder)
 
 
+def run_static_export(arguments: argparse.Namespace) -> None:
+    """`mose export --format static` and `--format model2vec`."""
+    from modular_star_encoder.hub.onnx_folder import default_folder
+    from modular_star_encoder.inference.static_export import export_static
+
+    if arguments.exit_layer or arguments.int8 or arguments.data:
+        message = f"--format {arguments.format} writes exit 0 in float32: remove --exit-layer, --int8 and --data."
+        raise UserError("cli.export.static", message)
+    out = arguments.out or default_folder(arguments.checkpoint, 0, arguments.format)
+    kind: Any = "model2vec" if arguments.format == "model2vec" else "sentence-transformers"
+    print(export_static(arguments.checkpoint, out, format=kind))
+
+
 def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
-    from modular_star_encoder.hub.manifest import folder_manifest
+    from modular_star_encoder.hub.manifest import folder_manifest, load_manifest
 
     if not arguments.repository:
-        raise UserError("cli.publish.repository", f"--repository OWNER/NAME must say where {folder} goes.")
+        raise UserError("cli.publish.repository", f"{folder} needs a repository on the Hub: --repository OWNER/NAME.")
+    if os.path.isfile(folder):
+        return load_manifest(folder, [f"namespace={arguments.repository.partition('/')[0]}"])
     options = {"license": arguments.license} if arguments.license else {}
     return folder_manifest(folder, arguments.repository, evaluation=arguments.evaluation, **options)

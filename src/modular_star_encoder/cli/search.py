@@ -1,4 +1,4 @@
-"""The commands that search code: `mose index`, `mose search`, `mose demo`."""
+"""The commands that search code: `mose index`, `mose search`, `mose related`, `mose mcp`, `mose demo`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from modular_star_encoder.cli import exit_list, name_list
+from modular_star_encoder.cli import exit_list, name_list, of_form
 from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
     from modular_star_encoder.search.index import CodeIndex
+    from modular_star_encoder.search.vector_store import VectorStore
 
-_HOW_AN_INDEX_IS_MADE = {
-    "model": None,
-    "exit_layer": None,
-    "exit_layers": (),
-    "latency_ms": None,
-    "memory_mb": None,
-    "dimension": None,
-    "languages": None,
-    "tests": True,
-    "vendored": False,
-    "rebuild": False,
-}
-"""Defaults of the options of `mose index` that are settings of the index."""
+_DEFAULTS: dict[str, Any] = {"exit_layers": (), "tests": True, "vendored": False, "rebuild": False}
+_DEFAULTS |= dict.fromkeys(("model", "exit_layer", "latency_ms", "memory_mb", "dimension", "languages"))
+"""Defaults of those options of `mose index` that are settings of the index."""
 
 
 def add_search_commands(commands: Any) -> None:
@@ -48,12 +39,8 @@ def add_search_commands(commands: Any) -> None:
     index.set_defaults(run=run_index)
 
     search = commands.add_parser("search", help="find functions of a code folder by questions in prose")
-    search.add_argument(
-        "questions",
-        metavar="QUESTION",
-        nargs="+",
-        help='for example "parse an HTTP header"; the last may be the folder to search',
-    )
+    question = 'for example "parse an HTTP header"; the last may be the folder to search'
+    search.add_argument("questions", metavar="QUESTION", nargs="+", help=question)
     where = search.add_mutually_exclusive_group()
     where.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
     where.add_argument("--folder", metavar="FOLDER", help="search a folder without an index of its own")
@@ -67,20 +54,20 @@ def add_search_commands(commands: Any) -> None:
         default="hybrid",
         help="hybrid: similarity, words and ranking rules (default); lexical: no model; vector: similarity alone",
     )
-    for old in ("--hybrid", "--fuse"):  # old options for what is now the default
+    for old in ("--hybrid", "--fuse"):  # old names for the method that is now the default
         search.add_argument(old, action="store_true", dest="hybrid", help=argparse.SUPPRESS)
     search.add_argument("--rerank-exit-layer", metavar="K", type=int, help="deeper exit that ranks the best again")
-    search.add_argument("--candidates", metavar="N", type=int, help="how many of them (default: 20)")
-    search.add_argument(
-        "--margin", metavar="X", type=float, help="re-rank only where the best similarity leads by less than X"
-    )
-    search.add_argument("--explain", action="store_true", help="show what each ranking rule gave")
+    search.add_argument("--candidates", metavar="N", type=int, help="number of hits to rank again (default: 20)")
+    margin = "re-rank only if the best similarity exceeds the second by less than X"
+    search.add_argument("--margin", metavar="X", type=float, help=margin)
+    search.add_argument("--explain", action="store_true", help="show what each ranking rule added")
     search.add_argument("--lines", metavar="N", type=int, default=3, help="lines of code to show (default: 3)")
     search.add_argument("--json", action="store_true", help="print JSON")
     search.set_defaults(run=run_search)
 
     related = commands.add_parser("related", help="find code that resembles the code at a line")
-    related.add_argument("place", metavar="FILE:LINE", help="for example src/app.py:120")
+    place = of_form("FILE:LINE", r"(.+):(\d+)")
+    related.add_argument("place", metavar="FILE:LINE", type=place, help="for example src/app.py:120")
     related.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
     related.add_argument("--top-k", metavar="N", type=int, default=5, help="hits (default: 5)")
     related.add_argument("--lines", metavar="N", type=int, default=3, help="lines of code to show (default: 3)")
@@ -94,15 +81,11 @@ def add_search_commands(commands: Any) -> None:
     demo = commands.add_parser("demo", help="search an index on a page in the browser, two exits side by side")
     demo.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
     demo.add_argument("--model", metavar="CHECKPOINT", help="where the index's checkpoint is now, if it was moved")
-    demo.add_argument(
-        "--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, this machine alone)"
-    )
+    host = "127.0.0.1"
+    demo.add_argument("--host", default=host, help="address to serve on (default: 127.0.0.1, this machine alone)")
     demo.add_argument("--port", metavar="N", type=int, help="default: the first free one from 7860 on")
-    demo.add_argument(
-        "--source",
-        metavar="URL",
-        help="the indexed folder in a repository on the web, for links: https://github.com/OWNER/NAME/blob/REVISION/src",
-    )
+    source = "web address of the indexed folder, for links: https://github.com/OWNER/NAME/blob/REVISION/src"
+    demo.add_argument("--source", metavar="URL", help=source)
     demo.set_defaults(run=run_demo)
 
 
@@ -116,8 +99,19 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> No
 
 
 def run_index(arguments: argparse.Namespace) -> None:
-    """`mose index`."""
-    index = _updated(arguments) or _built(arguments)
+    """Run `mose index`."""
+    from modular_star_encoder.search.index import CodeIndex, open_store
+    from modular_star_encoder.search.vector_store import INDEX_FOLDER
+
+    folder = os.path.expanduser(arguments.folder)
+    store = open_store(arguments.out or os.path.join(folder, INDEX_FOLDER))
+    names_settings = any(getattr(arguments, name) != default for name, default in _DEFAULTS.items())
+    if not names_settings and store.settings() is not None:  # an index keeps its settings
+        index = CodeIndex.open(store)
+        index.settings.refuse_others(replace(index.settings, folder=os.path.realpath(folder)), store.location)
+        index.update()
+    else:
+        index = _built(arguments, store)
     report = index.report
     if arguments.json:
         print(json.dumps({"index": index.store.location, **report.to_dict()}, indent=2, ensure_ascii=False))
@@ -132,52 +126,27 @@ def run_index(arguments: argparse.Namespace) -> None:
         print(f"mose: note: {count} files left out ({reason})", file=sys.stderr)
 
 
-def _updated(arguments: argparse.Namespace) -> CodeIndex | None:
-    """Update an existing index with its own settings; None if there is no index, or if options set other settings."""
-    if any(getattr(arguments, name) != default for name, default in _HOW_AN_INDEX_IS_MADE.items()):
-        return None
-    from modular_star_encoder.search.index import CodeIndex, open_store
-    from modular_star_encoder.search.vector_store import INDEX_FOLDER
-
-    folder = os.path.expanduser(arguments.folder)
-    store = open_store(arguments.out or os.path.join(folder, INDEX_FOLDER))
-    if store.settings() is None:
-        return None
-    index = CodeIndex.open(store)
-    index.settings.refuse_others(replace(index.settings, folder=os.path.realpath(folder)), store.location)
-    index.update()
-    return index
-
-
-def _built(arguments: argparse.Namespace) -> CodeIndex:
-    """Build the index with the settings that the options name."""
-    from modular_star_encoder.search.embedder import Embedder
+def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
+    """Build or update the index with the settings that the options name."""
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     if arguments.exit_layers is None:
-        arguments.exit_layers = Embedder(checkpoint).config.exit_layers
-    if arguments.exit_layers and _has_budget(arguments):
-        raise UserError(
-            "cli.search.budget", "--exit-layers names the exits, so --latency-ms and --memory-mb have none to choose."
-        )
-    return CodeIndex.build(
-        arguments.folder,
-        arguments.out,
-        checkpoint=checkpoint,
-        exit_layer=_exit_by_budget(arguments, checkpoint),
-        exit_layers=arguments.exit_layers or None,
-        dimension=arguments.dimension,
-        languages=arguments.languages,
-        tests=arguments.tests,
-        vendored=arguments.vendored,
-        rebuild=arguments.rebuild,
-    )
+        arguments.exit_layers = _trained_exits(checkpoint)
+    options = {name: getattr(arguments, name) for name in ("dimension", "languages", "tests", "vendored", "rebuild")}
+    options |= {"exit_layer": _exit_by_budget(arguments, checkpoint), "exit_layers": arguments.exit_layers or None}
+    return CodeIndex.build(arguments.folder, store, checkpoint=checkpoint, **options)
+
+
+def _trained_exits(checkpoint: str) -> tuple[int, ...]:
+    from modular_star_encoder.inference.checkpoints import load_config
+
+    return load_config(checkpoint).exit_layers
 
 
 def run_search(arguments: argparse.Namespace) -> None:
-    """`mose search`."""
+    """Run `mose search`."""
     from modular_star_encoder.search.hits import format_answer
     from modular_star_encoder.search.ranking import Cascade
 
@@ -215,9 +184,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     """Return the index and the exit to search; the index is named, found in this folder or above, or in the cache."""
-    from modular_star_encoder.search.embedder import Embedder
-    from modular_star_encoder.search.index import CodeIndex, cached_location, find_index
-    from modular_star_encoder.search.local_store import LocalStore
+    from modular_star_encoder.search.index import CodeIndex, cached_index, find_index
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
     *questions, last = arguments.questions
@@ -228,58 +195,42 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
         index = CodeIndex.open(location, checkpoint=arguments.model)
         checkpoint = arguments.model or index.settings.checkpoint
         return index, _exit_by_budget(arguments, checkpoint, index.settings.exit_layers)
-    folder = arguments.folder or "."
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     exit_layer = _exit_by_budget(arguments, checkpoint)
     if exit_layer is None and arguments.rerank_exit_layer is not None:
-        exit_layer = Embedder(checkpoint).config.exit_layers[0]
-    options: dict[str, Any] = {"checkpoint": checkpoint, "exit_layer": exit_layer}
-    options["languages"] = arguments.languages
-    store = LocalStore(cached_location(folder, *options.values()))
-    try:
-        index = CodeIndex.build(folder, store, **options)
-    except UserError as error:
-        # Nobody asked for this index, so one that no longer fits, such as after an upgrade, is replaced.
-        if error.key not in ("search.index.other_model", "search.index.format", "search.index.unreadable"):
-            raise
-        index = CodeIndex.build(folder, store, **options, rebuild=True)
-    if not index.store.count():
-        raise UserError("search.folder.empty", f"{folder!r} holds no source code.")
-    return index, exit_layer
+        exit_layer = _trained_exits(checkpoint)[0]
+    folder, languages = arguments.folder or ".", arguments.languages
+    return cached_index(folder, checkpoint=checkpoint, exit_layer=exit_layer, languages=languages), exit_layer
 
 
 def run_related(arguments: argparse.Namespace) -> None:
-    """`mose related`."""
+    """Run `mose related`."""
     from modular_star_encoder.search.hits import Answer, format_answer
 
-    path, _, line = arguments.place.rpartition(":")
-    if not path or not line.isdigit():
-        raise UserError("cli.related.place", f"A place is FILE:LINE, such as src/app.py:120, not {arguments.place!r}.")
+    path, line = arguments.place
     index = _found_index(arguments.index)
     inside = os.path.relpath(os.path.realpath(path), os.path.realpath(index.folder)).replace(os.sep, "/")
-    hits = index.related(inside, int(line), top_k=arguments.top_k)
-    answer = Answer(arguments.place, hits, method="vector")
-    print(
-        json.dumps(answer.to_dict(), indent=2, ensure_ascii=False)
-        if arguments.json
-        else format_answer(answer, lines=arguments.lines)
-    )
+    answer = Answer(f"{path}:{line}", index.related(inside, int(line), top_k=arguments.top_k), method="vector")
+    if arguments.json:
+        print(json.dumps(answer.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        print(format_answer(answer, lines=arguments.lines))
 
 
 def run_mcp(arguments: argparse.Namespace) -> None:
-    """`mose mcp`."""
+    """Run `mose mcp`."""
     from modular_star_encoder.search.index import CodeIndex, open_store
     from modular_star_encoder.search.mcp_server import build_server
     from modular_star_encoder.search.vector_store import INDEX_FOLDER
 
     store = open_store(os.path.join(os.path.expanduser(arguments.folder), INDEX_FOLDER))
-    has_index = store.settings() is not None  # which keeps the settings that it was built with
-    index = CodeIndex.open(store) if has_index else CodeIndex.build(arguments.folder, progress=False)
+    has_index = store.settings() is not None  # an index keeps its settings
+    index = CodeIndex.open(store) if has_index else CodeIndex.build(arguments.folder, store, progress=False)
     build_server(index).run("stdio")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """`mose demo`."""
+    """Run `mose demo`."""
     from modular_star_encoder.demo.serving import serve
 
     index = _found_index(arguments.index)
@@ -287,38 +238,29 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 def _found_index(location: str | None) -> CodeIndex:
-    """Open the named index, or else the index of this folder or of its nearest parent with one."""
+    """Open the named index, else the index of this folder or of its nearest parent with one."""
     from modular_star_encoder.search.index import CodeIndex, find_index
+    from modular_star_encoder.search.vector_store import INDEX_FOLDER
 
-    location = location or find_index()
-    if location is None:
-        raise UserError("search.index.missing", "There is no index here or above. Make one with `mose index FOLDER`.")
-    return CodeIndex.open(location)
-
-
-def _has_budget(arguments: argparse.Namespace) -> bool:
-    return arguments.latency_ms is not None or arguments.memory_mb is not None
+    return CodeIndex.open(location or find_index() or INDEX_FOLDER)
 
 
 def _exit_by_budget(
     arguments: argparse.Namespace, checkpoint: str, exit_layers: Sequence[int] | None = None
 ) -> int | None:
     """Return --exit-layer or, with a budget, the best exit within it; `exit_layers` limits the choice."""
-    if not _has_budget(arguments):
+    if arguments.latency_ms is None and arguments.memory_mb is None:
         return arguments.exit_layer
-    if arguments.exit_layer is not None:
-        raise UserError(
-            "cli.search.budget", "--exit-layer names an exit, so --latency-ms and --memory-mb have none to choose."
-        )
+    if arguments.exit_layer is not None or getattr(arguments, "exit_layers", None):
+        message = "Give an exit (--exit-layer, --exit-layers) or a budget (--latency-ms, --memory-mb), not both."
+        raise UserError("cli.search.budget", message)
     from modular_star_encoder.inference.exit_profile import checkpoint_profile, select_exit
 
     profile = checkpoint_profile(checkpoint)
     if exit_layers is not None:
         exits = {exit_layer: one for exit_layer, one in profile.exits.items() if exit_layer in exit_layers}
         if not exits:
-            raise UserError(
-                "search.profile.exits",
-                f"The exit profile of {checkpoint} has none of the exits {exit_layers} of the index.",
-            )
+            message = f"The exit profile of {checkpoint} lacks the index's exits {exit_layers}. Run `mose profile`."
+            raise UserError("search.profile.exits", message)
         profile = replace(profile, exits=exits)
     return select_exit(profile, latency_ms=arguments.latency_ms, memory_mb=arguments.memory_mb)

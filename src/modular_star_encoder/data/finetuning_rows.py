@@ -21,10 +21,9 @@ _LETTERS = np.array(list(string.ascii_lowercase))
 
 
 def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
-    """Replace each word of `code` that occurs at least three times and has at least three characters.
+    """Replace each word of `code`, reserved or not, that occurs three times or more and has three characters or more.
 
-    The paper says "words": reserved words, and words in comments and strings, are replaced like any other. Every
-    occurrence gets the same name: 3 to 8 random lower-case letters, different from every other word of the result.
+    Every occurrence gets the same name: 3 to 8 random lower-case letters, different from every other word.
     """
     counts = Counter(_WORD.findall(code))
     taken = set(counts)
@@ -43,11 +42,10 @@ _SNIPPETS, _NAMES = 10, 11  # random streams besides the streams of `BatchPlan`
 
 
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
-    """Descriptions and snippets, tokenized once and framed as the encoder reads them.
+    """Descriptions and snippets as tokens: `<sep>{instruction}<sep>{text}<cls>`; `<sep>{text}<cls>` without prompts.
 
-    A text becomes `<sep>{instruction}<sep>{text}<cls>`, or `<sep>{text}<cls>` without prompts. Only the text is
-    truncated, never its frame. Special tokens that are written in a text are ordinary characters there. As a data set,
-    row `i` holds `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).
+    Only the text is truncated, never its frame. Special tokens written in a text are ordinary characters. As a data
+    set, row `i` holds `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).
     """
 
     def __init__(
@@ -65,18 +63,19 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
         snippets = [snippet for text in texts for snippet in text.snippets]
-        negatives = [text.negative or Snippet("", "") for text in texts] if any(text.negative for text in texts) else []
+        present = any(text.negative for text in texts)
+        self._negative_snippets = [text.negative or Snippet("", "") for text in texts] if present else []
         self._text_frame = _frame(tokenizer, text_prompt(instructions=prompts), max_text_tokens, "max_text_tokens")
         self._code_frames = {
             language: _frame(tokenizer, code_prompt(language, instructions=prompts), max_code_tokens, "max_code_tokens")
-            for language in sorted({one.language for one in (*snippets, *negatives)} - {""})
+            for language in sorted({one.language for one in (*snippets, *self._negative_snippets)} - {""})
         }
         self._descriptions, self._codes, self._negatives = (
             encode_content(tokenizer, content, progress=progress and bool(content), description=name)
             for name, content in (
                 ("Descriptions", [text.description for text in texts]),
                 ("Code", [one.code for one in snippets]),
-                ("Hard negatives", [one.code for one in negatives]),
+                ("Hard negatives", [one.code for one in self._negative_snippets]),
             )
         )
         self._first_code = np.cumsum([0, *(len(text.snippets) for text in texts)])
@@ -85,8 +84,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return len(self.texts)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+        index = range(len(self))[index]  # IndexError beyond the last row
         return {"query_ids": self.description(index), "document_ids": self.snippet(index)}
 
     def description(self, row: int) -> torch.Tensor:
@@ -100,10 +98,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
     def negative(self, row: int, renaming: np.random.Generator | None = None) -> torch.Tensor:
         """The hard negative of a row, which must have one; `renaming` as for `snippet`."""
-        negative = self.texts[row].negative
-        if negative is None:
-            raise IndexError(f"row {row} has no hard negative")
-        return self._code(negative, self._negatives[row], renaming)
+        return self._code(self._negative_snippets[row], self._negatives[row], renaming)
 
     def _code(self, snippet: Snippet, content: np.ndarray, renaming: np.random.Generator | None) -> torch.Tensor:
         if renaming is not None:
@@ -125,17 +120,13 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
     """The rows of every batch, one batch after the other, for a sequential sampler (`steps` × batch size rows).
 
     Row `i` depends on the seed of the plan and `i` only. It holds `query_ids` and `document_ids`, int64 (T,): a
-    description and its code, or two snippets, drawn each time. Where every row has a hard negative, there are
-    `negative_ids`, too. `batch_size` counts the pairs of all processes together.
+    description and its code, or two snippets, drawn each time; and `negative_ids` if every row has a hard negative.
     """
 
     def __init__(
         self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, identifier_rename_prob: float = 0.0
     ) -> None:
         """`identifier_rename_prob`: probability that the frequent words of a snippet are renamed."""
-        if not 0 <= identifier_rename_prob <= 1:
-            message = f"identifier_rename_prob must be from 0 to 1, not {identifier_rename_prob}."
-            raise UserError("data.retrieval.identifier_rename_prob", message)
         self._texts, self._plan, self._identifier_rename_prob = texts, plan, identifier_rename_prob
         self.batch_size = plan.batch_size
         self._length = steps * plan.batch_size
@@ -144,8 +135,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < self._length:
-            raise IndexError(f"row {index} of {self._length}")
+        index = range(self._length)[index]  # IndexError beyond the last row
         step, place = divmod(index, self.batch_size)
         row, kind = self._plan.batch(step)[place]
         names = np.random.default_rng((self._plan.seed, _NAMES, index))
@@ -170,10 +160,9 @@ def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, arg
     """(the ids before a text, the id after it), as the tokenizer's template puts them around prompt + text."""
     ids = tokenizer(prompt)["input_ids"]
     if not ids or ids[-1] != tokenizer.cls_token_id:
-        message = "The tokenizer's template must end with its cls_token; train_tokenizer makes one that does."
-        raise UserError("data.tokenizer.template", message)
+        raise UserError("data.tokenizer.template", "The tokenizer's template must end with its cls_token.")
     if max_tokens <= len(ids):
-        message = f"{argument} must be above {len(ids)}, the length of prompt and special tokens, not {max_tokens}."
+        message = f"{argument} must be above {len(ids)}, the tokens of the prompt; not {max_tokens}."
         raise UserError("data.retrieval.max_tokens", message)
     return ids[:-1], ids[-1]
 

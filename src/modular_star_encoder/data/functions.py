@@ -1,7 +1,7 @@
 """From a corpus to documented functions: (description, code) rows, filtered by CodeSearchNet's rules.
 
-The description is the first paragraph of a function's documentation: its docstring in Python, elsewhere the comment
-before it. The code is the function without its docstring; otherwise even BM25 would find it by the words of the query.
+The description is the first paragraph of a function's docstring in Python, elsewhere of the comment before it. The code
+is the function without its docstring; otherwise even BM25 would find it by the words of the query.
 
 Source of the rules: Husain et al., "CodeSearchNet Challenge", 2019 (arXiv 1909.09436), section 2.
 """
@@ -47,10 +47,7 @@ class DocumentedFunction:
 
 
 def function_id(function: DocumentedFunction) -> str:
-    """Hash repository, path, language, place and source of `function` to 32 hexadecimal digits, alike on all machines.
-
-    A function that moves or changes gets another id. Its name, description and licence do not affect the id.
-    """
+    """The hash of repository, path, language, place and source: 32 hexadecimal digits, the same on all machines."""
     place = f"{function.line}:{'' if function.start_byte is None else function.start_byte}"
     # The length of each part precedes it, so that different lists of parts never make the same text.
     parts = (function.repository, function.path, function.language, place, function.source or function.code)
@@ -89,10 +86,7 @@ def drop_reason(function: DocumentedFunction) -> str | None:
 
 
 def drop_near_identical_descriptions(functions: Iterable[DocumentedFunction]) -> list[DocumentedFunction]:
-    """Return `functions` without those that repeat the description or code of an earlier, kept function.
-
-    In a contrastive batch such rows would be each other's negatives; a benchmark would score a right document as wrong.
-    """
+    """Return `functions` without those that repeat the description or code of an earlier, kept function."""
     seen: set[tuple[str, str]] = set()
     kept = []
     for function in functions:
@@ -106,11 +100,9 @@ def drop_near_identical_descriptions(functions: Iterable[DocumentedFunction]) ->
 def extract_functions(
     file: SourceFile, counts: Counter[str] | None = None, documented_only: bool = True
 ) -> list[DocumentedFunction]:
-    """The documented functions of `file`, in the order of the text, methods and nested functions included.
+    """The functions of `file`, unfiltered, as `find_functions` finds them; C++ functions for a `.h` that holds C++.
 
-    No filter applies, but functions without a body, with only a docstring as body, or with a syntax error are left out.
-    A `.h` file that holds C++ yields C++ functions. `counts` gets the `"files that do not parse"` and the counts of
-    `find_functions`.
+    `counts` gets the `"files that do not parse"` and the counts of `find_functions`.
     """
     language = language_of_text(file.language, file.path, file.text)
     try:
@@ -125,17 +117,16 @@ def extract_functions(
 
 @dataclass(frozen=True, slots=True)
 class FunctionCollection:
-    """The functions that passed every filter, in the order of their files, and how many each filter dropped."""
+    """Functions that pass every filter, and counts: of files, documented functions, functions kept, drops by reason."""
 
     functions: list[DocumentedFunction]
     counts: Counter[str] = field(default_factory=Counter)
 
 
 def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress: bool = True) -> FunctionCollection:
-    """Collect the documented functions of `files` that pass `drop_reason`, in order, each code once, with counts.
+    """Collect the documented functions of `files` that pass `drop_reason`, in order, each code once.
 
-    The result does not depend on `processes`; with 0 or 1 this process does the work. The counts are `"files"`,
-    `"documented functions"`, each reason to drop a function or file, and `"functions kept"`.
+    The result does not depend on `processes`; with 0 or 1, this process does the work.
     """
     counts: Counter[str] = Counter()
     kept: dict[str, DocumentedFunction] = {}
@@ -156,10 +147,7 @@ def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress:
 def filtered_functions(
     files: Iterable[SourceFile], processes: int = 2
 ) -> Iterator[tuple[list[DocumentedFunction], Counter[str]]]:
-    """Yield the documented functions that pass `drop_reason`, and counts, for some files at a time, in order.
-
-    Like `collect_functions`, but for corpora whose functions do not fit into memory; duplicate functions stay.
-    """
+    """Yield what `collect_functions` collects, duplicates included, for some files at a time, to save memory."""
     yield from crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
 
 
@@ -259,32 +247,27 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
             - `folder: PATH`, with `depth` (levels from PATH down to the repositories);
             - `installed: true`, with `exclude` (names of distributions): the installed Python packages;
             - `archives: PATH`: an archive, or a folder of them, one repository each;
-            - `rows: PATH or Hub id`, with `columns` (ours → the dataset's) and further arguments of `open_rows`;
-            - `the_stack: PATH or Hub id`, with `content_url`, from where contents are fetched with your own access.
+            - `rows: PATH or Hub id`, with `columns` (ours → the dataset's) and the arguments of `row_repositories`;
+            - `the_stack: PATH or Hub id`, with `content_url`, from where contents are fetched with your own access,
+              and the arguments of `the_stack_repositories`.
     """
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
-    if len(named) != 1:
-        message = f"A corpus needs exactly one source of {', '.join(_OPENERS)}; {len(named)} are set."
+    if len(named) != 1 or options.get("installed", True) is not True:
+        message = f"A corpus needs exactly one of {', '.join(_OPENERS)} (`installed: true`); not {options}."
         raise UserError("data.corpus.source", message)
-    source, snippets = options.pop(named[0]), options.pop("snippets", "files")
+    kind = named[0]
+    source, snippets = options.pop(kind), options.pop("snippets", "files")
     if snippets not in SNIPPETS:
-        message = f"A corpus's snippets must be one of {', '.join(SNIPPETS)}, not {snippets!r}."
-        raise UserError("data.corpus.snippets", message)
-    module, opener = _OPENERS[named[0]]
+        raise UserError("data.corpus.snippets", f"snippets must be one of {', '.join(SNIPPETS)}; not {snippets!r}.")
+    module, opener = _OPENERS[kind]
     readers = import_module(f"modular_star_encoder.data.sources.{module}")
     try:
-        if named[0] == "installed" and source is not True:
-            raise TypeError(f"the installed packages are `installed: true`, not {source!r}")
-        places = () if named[0] == "installed" else (source,)
-        if named[0] == "rows":
-            options["columns"] = readers.RowColumns(**options.pop("columns", {}))
-        if named[0] == "the_stack" and "content_url" in options:
-            options["contents"] = readers.ContentSource(url=options.pop("content_url"))
+        places = () if kind == "installed" else (source,)
         files: SourceReader = getattr(readers, opener)(*places, **options, filters=STARCODER2_FILTERS)
     except TypeError as error:
-        message = f"The corpus's settings for {named[0]!r} can't be used: {error}."
-        raise UserError("data.corpus.options", message) from error
+        fault = str(error).rpartition("() ")[2]  # without the name of our function
+        raise UserError("data.corpus.options", f"The corpus {kind} can't be used: {fault}.") from error
     files.unicode_names = True
     return FunctionFiles(files) if snippets == "functions" else files
 
@@ -308,18 +291,14 @@ class LeakingDocstringError(ValueError):
 
 
 def documentation_summary(documentation: str) -> str:
-    """Return the query in a documentation string: its first paragraph up to the first `@` tag.
-
-    CodeSearchNet makes one of these two cuts; both keep parameter names, which the code repeats, out of the query.
-    """
+    """The query in a documentation string: its first paragraph up to the first `@` tag, without parameter names."""
     return re.split(r"\n\s*\n|@", documentation.strip(), maxsplit=1)[0].strip()
 
 
 def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
     """Read the function of a published CodeSearchNet row: the Hub's columns, or the fields of the JSON lines.
 
-    Python code loses its docstring, with which BM25 reaches an MRR of 97 %. The line comes from the row's URL (0
-    without one). Raises LeakingDocstringError if Python code does not parse or is only a docstring.
+    Python code loses its docstring, with which BM25 reaches an MRR of 97 %; LeakingDocstringError if it can't.
     """
     texts: dict[str, str] = {}
     for what, names in _CODESEARCHNET_COLUMNS.items():

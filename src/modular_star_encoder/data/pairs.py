@@ -4,6 +4,7 @@ Every source of retrieval gives the same rows: triplets (prose, a function, its 
 repositories (prose and a function), and parallel solutions of exercises (code alone).
 """
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,15 +24,10 @@ from modular_star_encoder.data.functions import (
 )
 from modular_star_encoder.data.languages.documentation import reads_as_prose
 from modular_star_encoder.data.languages.registry import LANGUAGES, language_named
-from modular_star_encoder.data.sources.dataset_rows import (
-    BadLine,
-    Row,
-    Source,
-    not_unicode,
-    open_dataset_rows,
-    row_example,
-)
+from modular_star_encoder.data.sources.dataset_rows import BadLine, Row, Source, not_unicode, open_dataset_rows
 from modular_star_encoder.utils.errors import UserError
+
+_EXAMPLE_LENGTH = 200
 
 
 class Snippet(NamedTuple):
@@ -60,8 +56,9 @@ class SourceExamples:
     examples: dict[str, str] = field(default_factory=dict)  # by reason, the first one: its place and its beginning
 
     def skip(self, reason: str, place: str, row: Any, strict: bool) -> None:
-        """Count something that is left out; with `strict`, raise UserError (`data.row`)."""
-        example = row_example(place, row)
+        """Count a row, or a part of one, that is left out; with `strict`, raise UserError (`data.row`)."""
+        shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
+        example = f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
         if strict:
             raise UserError("data.row", f"A row can't be used ({reason}): {example}")
         self.skipped[reason] += 1
@@ -72,8 +69,7 @@ class SourceExamples:
 class TripletColumns:
     """The names of the columns of a dataset of triplets; by default the columns of the published SynthCoNL.
 
-    `negative` is a column of hard negatives, which SynthCoNL does not have; `negative_language` is the column of their
-    languages, by default `language`.
+    `negative` is a column of hard negatives, `negative_language` the column of their languages, by default `language`.
     """
 
     description: str = "func_documentation_string"
@@ -87,7 +83,7 @@ class TripletColumns:
 
     def __post_init__(self) -> None:
         if self.negative_language is not None and self.negative is None:
-            message = f"negative_language is {self.negative_language!r}; name the column of the code, negative, too."
+            message = f"negative_language, {self.negative_language!r}, needs negative, the column of the code."
             raise UserError("data.triplets.negative_language", message)
 
     def names(self) -> list[str]:
@@ -97,10 +93,7 @@ class TripletColumns:
 
 @dataclass
 class TripletReader:
-    """Iterates over the triplets of a dataset, as a stream, in a fixed order, again and again.
-
-    `skipped` counts the rows left out of the last iteration by reason; `examples` has the first such row by reason.
-    """
+    """Iterates over the triplets of a dataset; `skipped` counts what the last iteration left out, by reason."""
 
     rows: Iterable[tuple[str, Row]]
     columns: TripletColumns
@@ -133,13 +126,9 @@ def open_triplets(
 ) -> TripletReader:
     """Open a dataset of triplets: rows with a description and two snippets.
 
-    Args:
-        source, split, options: See `open_dataset_rows`.
-        columns: The names of its columns.
-        strict: Whether a bad row is an error (`data.row`); otherwise it is skipped and counted. A triplet has a
-            description, two codes that are not blank, two of `LANGUAGES` in any spelling (`C++` is `cpp`), and a text
-            or nothing as repository.
-        fault: Says why a triplet is a bad row for other reasons, or None.
+    A triplet has a description, two codes that are not blank, two of `LANGUAGES` in any spelling (`C++` is `cpp`), and
+    a text or nothing as repository; and `fault` returns None for it. Other rows are skipped and counted, or are an
+    error (`data.row`) with `strict`. For `source`, `split` and `options` see `open_dataset_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
     rows = open_dataset_rows(source, columns.names(), split=split, **options)
@@ -175,39 +164,42 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     Args:
         settings: One or several of these (None means left out)
 
-            - `triplets`: the name of a dataset of the Hub, a file or a folder; or a mapping with `source` and the other
-              arguments of `open_triplets`; with `columns: {negative: NAME}` each row also has a hard negative;
-            - `functions`: the settings of a corpus (see `open_corpus`), whose documented functions are taken;
-            - `parallel`: a file, folder or dataset with one exercise per row, `slug` and `code` (a mapping of languages
-              to solutions); or a mapping with `source`, `name` and `code` (other names of these columns), `strict` and
-              the arguments of `open_dataset_rows`.
+            - `triplets`: a source of `open_dataset_rows`, or a mapping with `source` and the other arguments of
+              `open_triplets`; with `columns: {negative: NAME}` each row also has a hard negative;
+            - `functions`: a folder or settings of a corpus (see `open_corpus`), whose documented functions are read;
+            - `parallel`: a source with one exercise per row, `slug` and `code` (a mapping of languages to solutions);
+              or a mapping with `source`, `name` and `code` (other names of these columns), `strict` and the arguments
+              of `open_dataset_rows`.
 
             A row with empty code, an unknown language, or prose in place of code (see `reads_as_prose`) is skipped and
             counted; with `strict: true` it is an error (`data.row`).
-
-    Returns:
-        The rows by source, in this order.
     """
-    # So that `data.triplets=null` removes a recipe's source.
-    settings = {name: source for name, source in settings.items() if source is not None}
-    unknown = sorted(set(settings) - set(_SOURCES))
-    if unknown or not settings:
-        given = f"not {', '.join(unknown)}" if unknown else "none is set"
-        raise UserError("data.sources", f"data needs one or several of the sources {', '.join(_SOURCES)}; {given}.")
+    settings = _without_none(settings)
+    if not settings or not settings.keys() <= _SOURCES.keys():
+        given = ", ".join(map(str, settings)) or "none"
+        raise UserError("data.sources", f"data needs one or several of the sources {', '.join(_SOURCES)}; not {given}.")
     if have_negatives(settings) and len(settings) > 1:
         others = " and ".join(f"data.{name}" for name in settings if name != "triplets")
         message = f"data.triplets has a column of hard negatives, and {others} has none: use triplets alone."
         raise UserError("data.sources.negatives", message)
     found = {}
     for name in (name for name in _SOURCES if name in settings):
+        default = "folder" if name == "functions" else "source"
+        options = settings[name] if isinstance(settings[name], Mapping) else {default: settings[name]}
         try:
-            found[name] = _SOURCES[name](settings[name], progress)
+            found[name] = _SOURCES[name](progress, **_without_none(options))
         except TypeError as error:
-            raise UserError("data.source.options", f"data.{name} can't be used: {error}.") from error
+            fault = str(error).rpartition("() ")[2]  # without the name of our function
+            raise UserError("data.source.options", f"data.{name} can't be used: {fault}.") from error
         if not found[name].texts:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
             raise UserError("data.source.empty", f"data.{name} has no row to train on: {reasons or 'it is empty'}.")
     return found
+
+
+def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not None: `data.triplets=null` removes a recipe's source."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def have_negatives(settings: Mapping[str, Any]) -> bool:
@@ -218,12 +210,12 @@ def have_negatives(settings: Mapping[str, Any]) -> bool:
 
 
 def described(functions: Iterable[DocumentedFunction]) -> list[RetrievalExample]:
-    """Documented functions as rows."""
+    """Make a row of each documented function."""
     return [RetrievalExample(one.description, (Snippet(one.language, one.code),), one.repository) for one in functions]
 
 
-def _triplets(settings: Any, progress: bool) -> SourceExamples:
-    reader = open_triplets(**_options(settings), fault=_code_fault)
+def _triplets(progress: bool, **options: Any) -> SourceExamples:
+    reader = open_triplets(fault=_code_fault, **options)
     texts = list(tqdm(reader, desc="Reading triplets", unit=" rows", disable=not progress))
     return SourceExamples(texts, reader.skipped, reader.examples)
 
@@ -236,21 +228,18 @@ def _code_fault(row: RetrievalExample) -> str | None:
     return next(filter(None, faults), None)
 
 
-def _functions(settings: Any, progress: bool) -> SourceExamples:
-    if not isinstance(settings, Mapping):
-        message = f"data.functions must be the settings of a corpus such as `folder: PATH`, not {settings!r}."
-        raise UserError("data.functions", message)
+def _functions(progress: bool, **settings: Any) -> SourceExamples:
     reader = open_corpus(settings)
     collection = collect_functions(reader, progress=progress)
     dropped = Counter({reason: count for reason, count in collection.counts.items() if reason.startswith("dropped")})
     return SourceExamples(described(collection.functions), dropped + reader.skipped)
 
 
-def _parallel(settings: Any, progress: bool) -> SourceExamples:
-    options = _options(settings)
-    strict, name, code = options.pop("strict", False), options.pop("name", "slug"), options.pop("code", "code")
+def _parallel(
+    progress: bool, *, source: Source, strict: bool = False, name: str = "slug", code: str = "code", **options: Any
+) -> SourceExamples:
     found = SourceExamples()
-    rows = open_dataset_rows(options.pop("source"), [name, code], **options)
+    rows = open_dataset_rows(source, [name, code], **options)
     for place, row in tqdm(rows, desc="Reading parallel solutions", unit=" rows", disable=not progress):
         slug, solutions = (row.get(name), row.get(code)) if isinstance(row, dict) else (None, None)
         if not isinstance(solutions, Mapping) or not isinstance(slug, str):
@@ -275,18 +264,11 @@ def _parallel(settings: Any, progress: bool) -> SourceExamples:
     return found
 
 
-_SOURCES: dict[str, Callable[[Any, bool], SourceExamples]] = {
+_SOURCES: dict[str, Callable[..., SourceExamples]] = {
     "triplets": _triplets,
     "functions": _functions,
     "parallel": _parallel,
 }
-
-
-def _options(settings: Any) -> dict[str, Any]:
-    options = dict(settings) if isinstance(settings, Mapping) else {"source": settings}
-    if not options.get("source"):
-        raise TypeError("source, the name of a dataset, a file or a folder, is missing")
-    return options
 
 
 def _not_code(code: Any, description: str = "") -> str | None:
@@ -327,64 +309,55 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
             (github.com/microsoft/CodeXGLUE, Clone-detection-BigCloneBench): `data.jsonl` holds functions (`func`,
             `idx`), and `train.txt`, `valid.txt` and `test.txt` two ids and a label per line.
     """
-    for name, source in settings.items():
-        if not isinstance(source, str | os.PathLike) or not os.fspath(source):
-            raise UserError("data.pairs.settings", f"data.{name} must be the name of a file or folder, not {source!r}.")
-    if set(settings) == {"bigclonebench"}:
-        return _bigclonebench(Path(settings["bigclonebench"]).expanduser())
-    if not {"train", "valid"} <= set(settings) <= set(_LABELLED_SPLITS):
+    names = set(settings)
+    nameless = [name for name, path in settings.items() if not (isinstance(path, str | os.PathLike) and path)]
+    fault = f"data.{nameless[0]} must be the name of a file or folder" if nameless else ""
+    if names != {"bigclonebench"} and not {"train", "valid"} <= names <= set(_LABELLED_SPLITS):
         given = ", ".join(map(str, settings))
-        message = f"data must name bigclonebench, a folder, or the files train, valid and test; not {given}."
-        raise UserError("data.pairs.settings", message)
-    return {split: _pairs_of_rows(settings[split]) for split in _LABELLED_SPLITS if split in settings}
+        fault = f"data must name bigclonebench, a folder, or the files train, valid and test; not {given}"
+    if fault:
+        raise UserError("data.pairs.settings", f"{fault}.")
+    if "bigclonebench" not in names:
+        files = {split: settings[split] for split in _LABELLED_SPLITS if split in names}
+        return {split: _labelled_pairs(_rows(file), file) for split, file in files.items()}
+    folder = Path(settings["bigclonebench"]).expanduser()
+    rows = [row for _, row in open_dataset_rows(folder / "data.jsonl", ["func", "idx"]) if isinstance(row, dict)]
+    functions = {str(row.get("idx")): row.get("func") for row in rows}
+    lists = {split: folder / f"{split}.txt" for split in _LABELLED_SPLITS}
+    present = {split: path for split, path in lists.items() if split != "test" or path.is_file()}
+    return {split: _labelled_pairs(_lines(path, functions), path) for split, path in present.items()}
 
 
-def _bigclonebench(folder: Path) -> dict[str, LabelledPairs]:
-    functions: dict[str, str] = {}
-    for where, row in open_dataset_rows(folder / "data.jsonl", ["func", "idx"]):
-        if not isinstance(row, dict) or not _is_code(row.get("func")) or "idx" not in row:
-            raise UserError("data.row", f"{where} must have func, in whole characters, and idx.")
-        functions[str(row["idx"])] = row["func"]
-    places, codes = {name: place for place, name in enumerate(functions)}, list(functions.values())
-    paths = {split: folder / f"{split}.txt" for split in _LABELLED_SPLITS}
-    if not (paths["train"].is_file() and paths["valid"].is_file()):
-        raise UserError("data.source.no_files", f"{folder} must hold train.txt and valid.txt besides data.jsonl.")
-    return {split: _pairs_of_lines(path, codes, places) for split, path in paths.items() if path.is_file()}
+_Pair = tuple[str, Any, Any, Any]  # place in the file; two snippets and the label, unchecked
 
 
-def _pairs_of_lines(path: Path, codes: list[str], places: Mapping[str, int]) -> LabelledPairs:
-    rows = []
+def _rows(source: Source) -> Iterator[_Pair]:
+    for place, row in open_dataset_rows(source, ["first", "second", "label"]):
+        values = row if isinstance(row, dict) else {}
+        yield place, values.get("first"), values.get("second"), values.get("label")
+
+
+def _lines(path: Path, functions: Mapping[str, Any]) -> Iterator[_Pair]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            match line.split():
-                case [first, second, "0" | "1" as label] if first in places and second in places:
-                    rows.append((places[first], places[second], int(label)))
-                case _:
-                    message = f"{path}, line {number}, must have two ids of data.jsonl and a label 0 or 1."
-                    raise UserError("data.row", message)
-    return _pairs(codes, rows, path)
+            parts = line.split()
+            first, second, label = parts if len(parts) == 3 else ("", "", "")
+            yield f"{path}, line {number}", functions.get(first), functions.get(second), {"0": 0, "1": 1}.get(label)
 
 
-def _pairs_of_rows(source: str | os.PathLike[str]) -> LabelledPairs:
+def _labelled_pairs(pairs: Iterable[_Pair], source: Source) -> LabelledPairs:
     places: dict[str, int] = {}
-    rows = []
-    for where, row in open_dataset_rows(source, ["first", "second", "label"]):
-        values = row if isinstance(row, dict) else {}
-        first, second, label = values.get("first"), values.get("second"), values.get("label")
-        if not (_is_code(first) and _is_code(second)) or label not in (0, 1):
-            message = f"{where} must have code as first and second, in whole characters, and a label 0 or 1."
-            raise UserError("data.row", message)
-        a, b = (places.setdefault(str(text), len(places)) for text in (first, second))
-        rows.append((a, b, int(label)))
-    return _pairs(list(places), rows, source)
+    table = []
+    for place, first, second, label in pairs:
+        if label not in (0, 1) or not (_is_code(first) and _is_code(second)):
+            message = f"{place} must have two snippets in whole characters (idx of a func in BigCloneBench) and a label"
+            raise UserError("data.row", f"{message} 0 or 1.")
+        table.append([*(places.setdefault(code, len(places)) for code in (first, second)), int(label)])
+    if not table:
+        raise UserError("data.source.empty", f"{source} holds no pair.")
+    columns = np.array(table, dtype=np.int64)
+    return LabelledPairs(list(places), columns[:, :2], columns[:, 2])
 
 
 def _is_code(text: Any) -> bool:
     return isinstance(text, str) and bool(text.strip()) and not_unicode(text) is None
-
-
-def _pairs(codes: list[str], rows: list[tuple[int, int, int]], source: str | os.PathLike[str]) -> LabelledPairs:
-    if not rows:
-        raise UserError("data.source.empty", f"{source} holds no pair.")
-    table = np.array(rows, dtype=np.int64)
-    return LabelledPairs(codes, table[:, :2], table[:, 2])

@@ -43,8 +43,7 @@ def code_prompt(language: str | None = None, *, instructions: bool = True) -> st
         return ANY_CODE_INSTRUCTION + SEP_TOKEN
     name = display_name(language)
     if not name or any(token in name for token in SPECIAL_TOKENS):
-        message = f"language must be the name of a programming language, such as 'python', or None; not {language!r}."
-        raise UserError("data.prompt.language", message)
+        raise UserError("data.prompt.language", f"language must be a name such as 'python', or None; not {language!r}.")
     return CODE_INSTRUCTION.format(language=name) + SEP_TOKEN
 
 
@@ -54,12 +53,11 @@ def text_prompt(*, instructions: bool = True) -> str:
 
 
 def sentence_transformer_prompts(*, instructions: bool = True) -> dict[str, str]:
-    """The `prompts` of a SentenceTransformer, by prompt name.
+    """The `prompts` of a SentenceTransformer, by prompt name; all are empty without `instructions`.
 
     `"query"` is for descriptions and `"document"` for code of any language: `encode_query` and `encode_document` use
     these two. `"document_python"`, `"document_c++"` and so on, one for each of `LANGUAGES`, give the published wording,
-    which names the language; use them with `encode(..., prompt_name="document_python")`. Without `instructions` the
-    names are the same and every prompt is empty, so that callers need not know which kind of model they have.
+    which names the language; use them with `encode(..., prompt_name="document_python")`.
     """
     by_language = {f"document_{name}": code_prompt(name, instructions=instructions) for name in LANGUAGES}
     document = code_prompt(instructions=instructions)

@@ -1,9 +1,8 @@
 """Splits rows into training and evaluation rows, and chooses the rows of each batch.
 
-Training and evaluation rows share no repository, code or description. In contrastive learning every other row of a
-batch is a negative, so rows with the same meaning must not be in one batch: rows that share a description or a code,
-directly or through other rows, form a *group*, and a batch has at most one row of a group. No hard negative has the
-meaning of another row of the batch, either.
+Training and evaluation rows share no repository, code or description. In contrastive learning the other rows of a batch
+are negatives, so they must differ in meaning: rows that share a description or a code, directly or through other rows,
+form a *group*, and a batch has at most one row of a group. No hard negative has the meaning of a row of the batch.
 """
 
 import hashlib
@@ -47,17 +46,12 @@ def draw_repositories(
 ) -> set[str]:
     """Draw the names of the repositories to hold out from `sizes` (repository → number of functions).
 
-    About a fifth of all functions is held out, or `min_test` if that is less. Only repositories with at most
-    `max_repository_share` of all functions are drawn, so that no single project decides the results; if these do not
-    suffice, the smallest of the larger ones are added. At least one repository is left for training. The draw depends
-    on the seed and on the names and sizes alone: not on the order of the rows, the Python version or the machine.
+    About a fifth of all functions is held out, or `min_test` if that is less. Repositories with more than
+    `max_repository_share` of all functions are drawn last, the smallest first, so that no single project decides the
+    results. At least one repository is left for training. The draw depends on the seed, the names and the sizes alone.
     """
-    if min_test < 1 or not 0 < max_repository_share <= 1:
-        message = f"min_test must be from 1, max_repository_share up to 1; not {min_test} and {max_repository_share}."
-        raise UserError("data.split.arguments", message)
     if len(sizes) < 2:
-        message = f"A split by repository needs functions of at least two repositories; these are in {len(sizes)}."
-        raise UserError("data.split.too_few_repositories", message)
+        raise UserError("data.split.too_few_repositories", f"A split needs two repositories, not {len(sizes)}.")
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
     allowed = {name for name in sizes if sizes[name] <= max_repository_share * total}
@@ -92,11 +86,9 @@ def prepare_retrieval_data(
 ) -> RetrievalData:
     """Read the sources, hold out whole repositories of each, and write the result; or read what an earlier call wrote.
 
-    `folder` gets `train.parquet`, `held_out.parquet` and `report.json`, all at once.
-
     Args:
         settings: The sources; see `read_retrieval_examples`.
-        folder: Where the data is, or will be.
+        folder: Gets `train.parquet`, `held_out.parquet` and `report.json`, all at once.
         eval_fraction: Share of each source's rows to hold out, up to a fifth.
         seed: Decides which repositories are held out, and which rows are drawn.
         max_train_samples: Number of rows to train on, drawn at random; all if None.
@@ -132,21 +124,18 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
         leaked |= np.isin(negatives, groups[unseen])
     leaked &= ~held_out
     train = np.flatnonzero(~held_out & ~leaked)
-    if not len(train):
-        message = "Every training row shares its content or repository with a held-out row; add data."
-        raise UserError("data.split.nothing_to_train", message)
+    if len(train) < (limit or 1):
+        key = "max_train_samples" if limit else "nothing_to_train"
+        message = f"Training needs {limit or 1} rows that share no content or repository with held-out rows, and has "
+        raise UserError(f"data.split.{key}", f"{message}{len(train)}; add data, or lower max_train_samples.")
     if limit is not None:
-        if limit > len(train):
-            message = f"max_train_samples is {limit}; there are {len(train)} rows to train on."
-            raise UserError("data.split.max_train_samples", message)
         train = np.sort(np.random.default_rng(seed).permutation(train)[:limit])
-    read = {
-        name: {"rows": len(found.texts), "skipped": dict(found.skipped), "examples": found.examples}
-        for name, found in sources.items()
-    }
     report = {
         "settings": requested,
-        "sources": read,
+        "sources": {
+            name: {"rows": len(found.texts), "skipped": dict(found.skipped), "examples": found.examples}
+            for name, found in sources.items()
+        },
         "shared_with_held_out": int(leaked.sum()),
         "train": len(train),
         "held_out": len(unseen),
@@ -197,8 +186,7 @@ class Draw(NamedTuple):
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
     """The group of each row, int64 (rows,), numbered from 0: rows that share a description or a code.
 
-    Descriptions are compared by their letters and digits in lower case, code without white space. Groups are connected
-    components: if A shares a code with B and B its description with C, A and C are in one group.
+    If A shares a code with B and B its description with C, all three are one group. See `description_key`, `code_key`.
     """
     parents = list(range(len(texts)))
 
@@ -218,10 +206,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """For each row, the group of the rows whose code is its hard negative, int64 (rows,); -1 if no row has it.
-
-    Returns None if any row has no negative.
-    """
+    """The group that has each row's hard negative as code, int64 (rows,), or -1; None if a row has no negative."""
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None
@@ -241,7 +226,7 @@ class PairGroups:
     """The groups that give each kind of pair, and their rows; kinds without pairs are left out."""
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
-        """Group rows: a description gives text → code pairs, two snippets give code → code pairs."""
+        """A row with a description gives a text → code pair, and one with two snippets a code → code pair."""
         rows: dict[str, dict[int, list[int]]] = {TEXT_TO_CODE: defaultdict(list), CODE_TO_CODE: defaultdict(list)}
         groups = same_content_groups(texts)
         self.of_rows, self.negatives = groups, groups_of_negatives(texts, groups)
@@ -262,7 +247,7 @@ class PairGroups:
 
     @property
     def largest_batch(self) -> int:
-        """The most pairs that a batch can have, whichever rows are drawn first."""
+        """The largest number of pairs in a batch, whichever rows are drawn first."""
         if len(self.numbers) < 2:
             return min(sum(self.counts.values()), self.most_groups_with_negative)
         # Each half has at most as many pairs as its kind has groups; the second half needs groups that the first lacks.
@@ -273,7 +258,7 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The most groups that a batch can have while there is always a hard negative outside them."""
+        """The largest number of groups in a batch that always leaves a hard negative outside them."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1
@@ -283,13 +268,13 @@ class BatchPlan:
     """Chooses the rows of every batch from (seed, step) alone, so that resuming needs no state but the step.
 
     If the data gives both kinds of pairs, even places of a batch are text → code and odd places code → code. Each epoch
-    puts the groups of a kind in a new random order, leaves out the last groups if they fill no batch, and takes another
-    row of each group. A code → code pair whose group is already in the batch with its description, and a hard negative
-    that means the same as a row of the batch, are replaced by random others.
+    puts the groups of a kind in a new random order, leaves out the last ones if they fill no batch, and takes another
+    row of each. A code → code pair of a group that the batch has already, and a hard negative that means the same as a
+    row of the batch, are replaced by random others.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """Check the arguments; `batch_size` counts the pairs of all processes, and is even with both kinds."""
+        """`batch_size` counts the pairs of all processes; with both kinds, it is even."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative

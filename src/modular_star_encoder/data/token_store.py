@@ -16,8 +16,8 @@ its counts was incomplete when the process ended, and the next process cuts it o
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from operator import length_hint
@@ -36,7 +36,7 @@ from modular_star_encoder.utils.files import staged_file
 
 @dataclass(frozen=True, eq=False)
 class TokenCorpus:
-    """Texts in memory (`corpus_of_texts`, `corpus_of_files`) or on disk (`TokenStore`), or a part of them (`split`)."""
+    """Texts in memory (`corpus_of_files`) or on disk (`TokenStore`), or a part of them (`split`)."""
 
     rows: TokenRows  # of every text; a part keeps the rows of the whole corpus
     row_numbers: np.ndarray  # int64 (texts,), sorted: the rows that belong to this corpus
@@ -57,15 +57,11 @@ class TokenCorpus:
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
         """(corpus to train on, held-out corpus): two views that share no repository.
 
-        `eval_fraction` of the repositories is held out: at least one, and at least one is left. The draw depends on the
-        seed and the names alone.
+        `eval_fraction` of the repositories is held out, drawn by seed and names alone; neither part is empty.
         """
-        if not 0 < eval_fraction < 1:
-            raise UserError("data.split.eval_fraction", f"eval_fraction must be between 0 and 1, not {eval_fraction}.")
         names = self.repositories
         if len(names) < 2:
-            message = f"A split needs texts of at least two repositories; these are in {len(names)}."
-            raise UserError("data.split.too_few_repositories", message)
+            raise UserError("data.split.too_few_repositories", f"A split needs two repositories, not {len(names)}.")
         count = min(max(round(eval_fraction * len(names)), 1), len(names) - 1)
         drawn = set(hashed_order(names, seed)[:count])
         is_drawn = np.array([name in drawn for name in self.repository_names])
@@ -91,16 +87,9 @@ def _numbered(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(different.tolist()), numbers.astype(np.int32)
 
 
-def corpus_of_texts(
-    texts_by_repository: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerFast, *, progress: bool = True
-) -> TokenCorpus:
-    """Tokenize the texts (files, functions) of each repository, all of one language, into memory."""
-    files = [SourceFile(name, "", "", text) for name, texts in sorted(texts_by_repository.items()) for text in texts]
-    return corpus_of_files(files, tokenizer, progress=progress)
-
-
 _STATE, _NAMES = "state.json", "repositories.jsonl"
 _BOUND, _INDEX = np.dtype("<i8"), np.dtype("<i4")
+_FILES_PER_COMMIT = 4096
 
 
 @dataclass
@@ -117,7 +106,7 @@ class _State:
     languages: list[str] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
-        """The smallest size of each file, in bytes."""
+        """The bytes that each file must have at least."""
         return {
             "tokens.bin": self.tokens * np.dtype(self.dtype).itemsize,
             "bounds.bin": (self.files + 1) * _BOUND.itemsize,
@@ -128,10 +117,7 @@ class _State:
 
 
 class TokenStore(TokenCorpus):
-    """The corpus that `build_token_store` made, memory-mapped: opening it reads almost nothing.
-
-    A worker process that gets the store opens the files itself.
-    """
+    """The corpus that `build_token_store` made, memory-mapped: opening it reads almost nothing."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Open a finished store."""
@@ -150,7 +136,7 @@ class TokenStore(TokenCorpus):
 
 
 class _MappedRows(TokenRows):
-    """A worker process that gets these rows opens the files; numpy would send it the whole content."""
+    """Rows mapped from the files of a store: pickling sends their folder, where numpy would send all tokens."""
 
     def __init__(self, folder: Path) -> None:
         state = _finished_state(folder)
@@ -167,9 +153,7 @@ class _MappedRows(TokenRows):
 def _finished_state(folder: Path) -> _State:
     state = _read_state(folder)
     if state is None or not state.complete:
-        message = f"{str(folder)!r} holds no token store, or an unfinished one; call build_token_store with its files."
-        raise UserError("data.token_store.missing", message)
-    _check_sizes(folder, state)
+        raise UserError("data.token_store.missing", f"{folder} holds no finished store; call build_token_store.")
     return state
 
 
@@ -178,24 +162,18 @@ def build_token_store(
     tokenizer: PreTrainedTokenizerFast,
     folder: str | os.PathLike[str],
     *,
-    files_per_commit: int = 4096,
     progress: bool = True,
 ) -> TokenStore:
-    """Tokenize `files` into a store, or continue a store, however the earlier call was interrupted.
+    """Tokenize `files` into a store, one row each, or continue a store, however the earlier call was interrupted.
 
-    Every file is one row, in the order of `files`. To continue, pass the same files in the same order: files already
-    stored are read again and compared, but not tokenized. A finished store is opened without reading `files`. The work
-    is saved every `files_per_commit` files. Only one process may work on a folder at a time.
+    To continue, pass the same files in the same order: files already stored are compared, but not tokenized again. A
+    finished store is opened without reading `files`. Only one process may work on a folder at a time.
     """
-    if files_per_commit < 1:
-        message = f"files_per_commit must be at least 1, not {files_per_commit}."
-        raise UserError("data.token_store.files_per_commit", message)
     folder, encoder = Path(folder), ContentEncoder(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder) or _begin(folder, encoder)
     if state.tokenizer != encoder.checksum:
-        message = f"The token store {str(folder)!r} was made with another tokenizer; name another folder."
-        raise UserError("data.token_store.other_tokenizer", message)
+        raise UserError("data.token_store.other_tokenizer", f"{folder} has another tokenizer; name another folder.")
     if not state.complete:
         with closing(_Writer(folder, state, encoder)) as writer:
             iterator = iter(files)
@@ -207,7 +185,7 @@ def build_token_store(
                 if digest != state.files_digest:
                     message = "The token store was begun with other files; pass the same ones in the same order, or "
                     raise UserError("data.token_store.other_files", f"{message}name another folder than {folder}.")
-                while batch := list(islice(iterator, files_per_commit)):
+                while batch := list(islice(iterator, _FILES_PER_COMMIT)):
                     for start in range(0, len(batch), TEXTS_PER_BATCH):
                         bar.update(writer.append(batch[start : start + TEXTS_PER_BATCH]))
                     writer.commit()
@@ -220,7 +198,6 @@ class _Writer:
     """Appends rows to the files of a store and updates `state`."""
 
     def __init__(self, folder: Path, state: _State, encoder: ContentEncoder) -> None:
-        _check_sizes(folder, state)
         self._folder, self._state, self._encoder = folder, state, encoder
         for name, size in state.sizes().items():
             os.truncate(folder / name, size)
@@ -275,8 +252,7 @@ def _digest(before: str, file: SourceFile) -> str:
 def _begin(folder: Path, encoder: ContentEncoder) -> _State:
     leftovers = {f".{_STATE}.tmp", f"{_STATE}.new", *_State("", "<u2").sizes()}
     if any(entry.name not in leftovers for entry in folder.iterdir()):
-        message = f"{str(folder)!r} is not empty and holds no token store; name another folder."
-        raise UserError("data.token_store.other_content", message)
+        raise UserError("data.token_store.other_content", f"{folder} has other content; name an empty folder.")
     state = _State(encoder.checksum, encoder.dtype.newbyteorder("<").str)
     for name in state.sizes():
         (folder / name).write_bytes(bytes(_BOUND.itemsize) if name == "bounds.bin" else b"")
@@ -285,28 +261,23 @@ def _begin(folder: Path, encoder: ContentEncoder) -> _State:
 
 
 def _read_state(folder: Path) -> _State | None:
-    try:
-        return _State(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    """The state of the store in `folder`, None if there is none; UserError if a file is shorter than it says."""
+    if not (folder / _STATE).exists():
         return None
-    except (TypeError, ValueError) as error:
-        raise _damaged(folder / _STATE) from error
-
-
-def _damaged(path: Path) -> UserError:
-    message = f"{str(path)!r} is missing, was cut short or is of another version; remove the folder and build it again."
-    return UserError("data.token_store.damaged", message)
+    fault = _STATE
+    with suppress(TypeError, ValueError):
+        state = _State(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        fault = next((name for name, size in state.sizes().items() if sizes.get(name, -1) < size), "")
+    if fault:
+        message = f"{fault} of the token store {folder} is missing, cut short or of another version; remove the folder "
+        raise UserError("data.token_store.damaged", f"{message}and build it again.")
+    return state
 
 
 def _write_state(folder: Path, state: _State) -> None:
     with staged_file(folder / _STATE, resumable=True) as temporary:
         temporary.write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-
-
-def _check_sizes(folder: Path, state: _State) -> None:
-    for name, size in state.sizes().items():
-        if not (folder / name).exists() or (folder / name).stat().st_size < size:
-            raise _damaged(folder / name)
 
 
 def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:

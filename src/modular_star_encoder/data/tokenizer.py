@@ -72,11 +72,8 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a folder or Hub repository, exactly as its tokenizer.json defines it.
-
-    `AutoTokenizer` uses the class that tokenizer_config.json names. StarCoder2's descendants name GPT-2's class, which
-    replaces the pre-tokenizer and no longer splits numbers into digits.
-    """
+    """Load the tokenizer of a folder or Hub repository, exactly as its tokenizer.json defines it."""
+    # `AutoTokenizer` uses GPT-2's class, which StarCoder2's descendants name; it doesn't split numbers into digits.
     return PreTrainedTokenizerFast.from_pretrained(path)
 
 
@@ -120,7 +117,7 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Each token's letters and digits in lower case, in the order of ids: "parse" for "parse", " Parse" and "_PARSE".
 
-    Tokens without letters or digits (punctuation, parts of characters, special tokens) keep their own, unique form.
+    Tokens without any (punctuation, parts of characters, special tokens) keep their own, unique form.
     """
     spellings = []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
@@ -142,8 +139,7 @@ class TokenRows:
         return len(self.bounds) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+        index = range(len(self))[index]  # IndexError beyond the last row
         return self._flat[self.bounds[index] : self.bounds[index + 1]]
 
     def counts(self, vocab_size: int, rows: np.ndarray | None = None) -> np.ndarray:
@@ -166,7 +162,6 @@ class ContentEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Copy the tokenizer, which is not changed."""
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -200,9 +195,3 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> Non
     names = [f"{role}_token" for role in roles or ("sep", "cls", "mask")]
     if missing := [name for name in names if getattr(tokenizer, f"{name}_id") is None]:
         raise UserError("data.tokenizer.token_missing", f"The tokenizer must define {', '.join(missing)}.")
-
-
-def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The sorted ids of all special tokens, whether they have a role or are only marked as special."""
-    marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(marked.union(tokenizer.all_special_ids))

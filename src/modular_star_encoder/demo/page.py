@@ -1,4 +1,4 @@
-"""The page: a question, two exits side by side, what each costs, and what each finds."""
+"""The page: a question, and two exits side by side, each with its costs and its hits."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from modular_star_encoder.demo.session import (
     EXPECTED_ERRORS,
     LONGEST_QUESTION,
     LinkTo,
-    Reply,
     SearchSession,
     message_html,
     one_sentence,
     results_html,
 )
 from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, checkpoint_profile
+from modular_star_encoder.utils.errors import naming_extra
 
 
 @dataclass(frozen=True, slots=True)
 class ExitCosts:
-    """The exit profile of a checkpoint, or why there is none to show.
+    """The exit profile of a checkpoint, or the reason why there is none.
 
     Attributes:
-        profile: the profile of exactly these weights; None if there is none.
+        profile: the profile of these weights, or None.
         reason: why there is no profile, and how to make one; empty if there is one.
         note: a sentence if the profile was measured on another machine, else empty.
     """
@@ -39,14 +39,9 @@ class ExitCosts:
 
     @classmethod
     def of(cls, checkpoint: str, checksum: str) -> ExitCosts:
-        """Load the profile in a checkpoint's folder if it was measured with the weights of this checksum.
-
-        Args:
-            checkpoint: folder or Hub id.
-            checksum: see `checkpoint_checksum`.
-        """
+        """Load the profile of a checkpoint (folder or Hub id) if it was measured with the weights of this checksum."""
         name = short_name(checkpoint)
-        advice = f"“mose profile {name}” measures what each exit costs, and with --quality adds what it gives."
+        advice = f"“mose profile {name}” measures the cost of each exit, and with --quality adds its quality."
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
@@ -62,7 +57,7 @@ class ExitCosts:
 
 
 def short_name(checkpoint: str) -> str:
-    """Return the last folder name of a checkpoint's path, so that the page shows no private paths, or its Hub id."""
+    """Return a checkpoint's Hub id, or the last name of its path, because the page must show no private folders."""
     folder = os.path.expanduser(checkpoint)
     return Path(folder).name if os.path.isabs(folder) or os.path.isdir(folder) else checkpoint
 
@@ -73,7 +68,7 @@ def cost_card(costs: ExitCosts, exit_layer: int) -> str:
         return f'<p class="mose-note">{escape(costs.reason)}</p>'
     profile = costs.profile
     if exit_layer not in profile.exits:
-        return f'<p class="mose-note">The exit profile knows nothing of exit {exit_layer}.</p>'
+        return f'<p class="mose-note">The exit profile has no measurements of exit {exit_layer}.</p>'
     shape = profile.shapes[0]
 
     def measured(value: Callable[[Measurement], float | None]) -> dict[int, float | None]:
@@ -89,12 +84,12 @@ def cost_card(costs: ExitCosts, exit_layer: int) -> str:
         values = {one: part.quality.get(benchmark) for one, part in profile.exits.items()}
         rows.append(_meter(benchmark, values, exit_layer, "{:.3f}", kind="quality"))
     if not profile.benchmarks:
-        rows.append('<p class="mose-note">Its quality is not measured: “mose profile --quality” adds it.</p>')
+        rows.append('<p class="mose-note">The quality is not measured: “mose profile --quality” adds it.</p>')
     return f'<div class="mose-meters">{"".join(rows)}</div>'
 
 
 def circumstances(costs: ExitCosts) -> str:
-    """Return HTML of one line that says how and on which machine the profile was measured; empty without a profile."""
+    """Return one line of HTML that says how and on which machine the profile was measured; empty without a profile."""
     if costs.profile is None:
         return ""
     profile = costs.profile
@@ -103,14 +98,14 @@ def circumstances(costs: ExitCosts) -> str:
         f"{profile.machine.get('processor', 'unknown processor')}, {profile.machine.get('threads', '?')} thread(s)"
     )
     text = (
-        f"Latency: median time to embed {size} × {length} tokens; memory: the most that a process needs. Exit profile "
+        f"Latency: median time to embed {size} × {length} tokens; memory: peak of a process. Exit profile "
         f"of {profile.date}: {machine}, {profile.device}, {profile.dtype}. {costs.note}"
     )
     return f'<p class="mose-note">{escape(text.strip())}</p>'
 
 
 def _meter(label: str, values: Mapping[int, float | None], exit_layer: int, pattern: str, *, kind: str = "cost") -> str:
-    """Return a labelled value and its bar; the full bar is the largest value of any exit."""
+    """Return HTML of a labelled value and its bar; a full bar is the largest value of any exit."""
     value = values[exit_layer]
     largest = max((abs(one) for one in values.values() if one is not None), default=0.0)
     share = 0.0 if value is None or not largest else min(max(value / largest, 0.0), 1.0)
@@ -121,33 +116,27 @@ def _meter(label: str, values: Mapping[int, float | None], exit_layer: int, patt
     )
 
 
-_ASK = "Ask in plain words what the code should do, and press Enter."
-_ONE_EXIT = "The index has one exit: “mose index FOLDER --exit-layers all --rebuild” makes one to compare exits in."
+_ASK = "Say in plain words what the code should do, and press Enter."
+_ONE_EXIT = "The index has one exit. “mose index FOLDER --exit-layers all --rebuild” adds the others."
 
 
 class SearchPage:
-    """The functions that the page's components call, independent of Gradio.
-
-    Args:
-        session: an open index.
-        costs: costs of its exits.
-        link_to: makes links to files.
-    """
+    """The functions that the page's components call, independent of Gradio."""
 
     def __init__(self, session: SearchSession, costs: ExitCosts, link_to: LinkTo) -> None:
         self.session, self.costs, self.link_to = session, costs, link_to
 
     @property
     def sides(self) -> int:
-        """How many exits are compared: two, or the only one."""
+        """Number of exits that the page shows: two, or one if the index has no others."""
         return min(len(self.session.exit_layers), 2)
 
     def header(self) -> str:
-        """HTML that says what is searched."""
+        """Return HTML that says what is searched."""
         folder = os.path.basename(self.session.index.folder)
         exits = ", ".join(map(str, self.session.exit_layers))
         facts = (
-            f"{self.session.index.store.count():,} functions and windows",
+            f"{self.session.index.store.count():,} pieces of code",
             f"exit{'s' if len(self.session.exit_layers) > 1 else ''} {exits}",
             f"checkpoint {short_name(self.session.checkpoint)}",
         )
@@ -156,7 +145,7 @@ class SearchPage:
         return f'<div class="mose-header">{head}</div>{problem}'
 
     def costs_at(self, position: Any) -> str:
-        """HTML of the costs of the exit at a position of the slider."""
+        """Return HTML with the costs of the exit at a position of the slider."""
         exit_layer = self._exit_at(position)
         return f"<h2>Exit {exit_layer}</h2>{cost_card(self.costs, exit_layer)}"
 
@@ -168,13 +157,9 @@ class SearchPage:
     def answer(
         self, question: str, languages: Sequence[str] | None, path: str, rerank_exit_layer: Any, *positions: Any
     ) -> list[str]:
-        """HTML of the results at the exits of all sliders; an error is one sentence on the first side.
+        """Return HTML of the hits at the exit of each slider position; an error is one sentence on the first side.
 
-        Args:
-            question: as it was typed.
-            languages, path: filters; empty for all.
-            rerank_exit_layer: an exit of the checkpoint, or 0 for no re-ranking.
-            positions: positions of the sliders.
+        `languages` and `path` are filters, empty for all files; `rerank_exit_layer` 0 means no re-ranking.
         """
         try:
             exits = [self._exit_at(position) for position in positions]
@@ -190,13 +175,12 @@ class SearchPage:
             ]
         except EXPECTED_ERRORS as error:
             return [message_html(one_sentence(error), error=True), *[""] * (len(positions) - 1)]
-        others: list[Reply | None] = [*reversed(replies)] if len(replies) > 1 else [None]
-        return [
-            results_html(self.session, reply, other, self.link_to) for reply, other in zip(replies, others, strict=True)
-        ]
+        others = [*reversed(replies)] if len(replies) > 1 else [None]
+        pairs = zip(replies, others, strict=True)
+        return [results_html(self.session, reply, other, self.link_to) for reply, other in pairs]
 
     def moved(self, question: str, *arguments: Any) -> list[str]:
-        """Return what `answer` returns after an exit or a filter changed; without a question, return instructions."""
+        """Return the new answer after an exit or a filter changed; without a question, instructions."""
         if not (question or "").strip():
             return [message_html(_ASK), *[""] * (self.sides - 1)]
         return self.answer(question, *arguments)
@@ -208,37 +192,22 @@ class SearchPage:
 
 
 def build_blocks(page: SearchPage) -> Any:
-    """The `gradio.Blocks` of a page.
-
-    Raises:
-        ImportError: Gradio isn't installed.
-    """
+    """Return the `gradio.Blocks` of a page; ImportError if Gradio is not installed."""
     gradio = import_gradio()
     last = len(page.session.exit_layers) - 1
     with gradio.Blocks(title="mose search", analytics_enabled=False, fill_width=True) as blocks:
         gradio.HTML(page.header())
         with gradio.Row(elem_classes="mose-ask"):
-            question = gradio.Textbox(
-                label="Question",
-                placeholder=_ASK,
-                max_lines=1,
-                max_length=LONGEST_QUESTION,
-                scale=6,
-                elem_id="question",
-            )
+            options = {"label": "Question", "placeholder": _ASK, "max_lines": 1, "max_length": LONGEST_QUESTION}
+            question = gradio.Textbox(scale=6, elem_id="question", **options)
             button = gradio.Button("Search", variant="primary", scale=0, min_width=120, elem_id="search")
         with gradio.Row():
-            languages = gradio.Dropdown(
-                list(page.session.index.settings.languages), multiselect=True, label="Languages (all if none is chosen)"
-            )
+            known = list(page.session.index.settings.languages)
+            languages = gradio.Dropdown(known, multiselect=True, label="Languages (all if none is chosen)")
             path = gradio.Textbox(label="Files", placeholder="all, or a pattern: *.py or src/**", max_lines=1)
             deeper = page.session.rerank_exit_layers
-            rerank = gradio.Dropdown(
-                [("no", 0), *((f"by exit {one}", one) for one in deeper)],
-                value=0,
-                label="Re-rank the best",
-                visible=bool(deeper),
-            )
+            choices = [("no", 0), *((f"by exit {one}", one) for one in deeper)]
+            rerank = gradio.Dropdown(choices, value=0, label="Re-rank the best", visible=bool(deeper))
         sliders, results = [], []
         with gradio.Row(equal_height=False, elem_classes="mose-sides"):
             for side in range(page.sides):
@@ -257,7 +226,7 @@ def build_blocks(page: SearchPage) -> Any:
 
 
 def _side(gradio: Any, page: SearchPage, position: int, side: int) -> tuple[Any, Any]:
-    """One exit: its slider, its costs, its results."""
+    """Add the slider, the costs and the hits of one exit; return the slider and the hits."""
     exits = page.session.exit_layers
     with gradio.Column(min_width=420, elem_classes="mose-side"):
         with gradio.Column(elem_classes="mose-exit", elem_id=f"exit-{side + 1}"):
@@ -270,7 +239,8 @@ def _side(gradio: Any, page: SearchPage, position: int, side: int) -> tuple[Any,
                 interactive=len(exits) > 1,
                 buttons=[],
             )
-            gradio.HTML(_ticks(exits))
+            ticks = "".join(f"<span>{one}</span>" for one in exits)
+            gradio.HTML(f'<div class="mose-ticks" aria-hidden="true">{ticks}</div>')
             costs = gradio.HTML(page.costs_at(position), elem_classes="mose-costs")
         result = gradio.HTML(message_html(_ASK) if side == 0 else "", elem_id=f"results-{side + 1}")
         slider.change(
@@ -279,21 +249,9 @@ def _side(gradio: Any, page: SearchPage, position: int, side: int) -> tuple[Any,
     return slider, result
 
 
-def _ticks(exits: Sequence[int]) -> str:
-    return f'<div class="mose-ticks" aria-hidden="true">{"".join(f"<span>{one}</span>" for one in exits)}</div>'
-
-
 def import_gradio() -> Any:
-    """Import Gradio with its analytics switched off.
-
-    Raises:
-        ImportError: it isn't installed.
-    """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported, too
-    try:
+    """Import Gradio with its analytics switched off; ImportError if it is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio also reads it at import
+    with naming_extra():
         import gradio
-    except ImportError as error:
-        raise ImportError(
-            "The page needs Gradio, which is not installed: pip install 'modular-star-encoder[demo]'"
-        ) from error
     return gradio

@@ -1,7 +1,7 @@
-"""Serve the page, on this machine alone by default, and the files that its hits link to.
+"""Serve the page, by default to this machine alone, and the files that its hits link to.
 
-A browser opens no `file://` link from a page that came over HTTP, so the server of the page shows the files of a local
-index: files that the index holds and that are in its folder, and no others. Nothing comes from another server.
+A browser opens no `file://` link from a page that came over HTTP, so the page's server also shows files: those that the
+index holds and that are inside its folder, and no others. The page loads nothing from other servers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LOOPBACK = "127.0.0.1"
 _LOOPBACK_NAMES = ["127.0.0.1", "localhost"]
 _FONTS = ["system-ui", "sans-serif"]
 _MONOSPACED = ["ui-monospace", "Menlo", "Consolas", "monospace"]
-# Gradio's page runs inline scripts and builds templates with eval; all its resources must come from its own server.
+# Gradio's page needs inline scripts and eval; everything else must come from its own server.
 _PAGE_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
 _SOURCE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -58,28 +58,9 @@ body .code .hll { background: #fff6d6; display: block; }
 """
 
 
-def serve(
-    index: CodeIndex,
-    *,
-    checkpoint: str | None = None,
-    host: str | None = LOOPBACK,
-    port: int | None = None,
-    source: str | None = None,
-) -> None:
-    """Serve the page of an index until Ctrl-C.
-
-    Args:
-        index: as `CodeIndex.open` gives it.
-        checkpoint: location of the index's checkpoint, if it was moved; if the checkpoint differs, the page says so.
-        host: address to bind; None for GRADIO_SERVER_NAME (a Space sets it), else this machine alone.
-        port: None for GRADIO_SERVER_PORT, else the first free one from 7860 on.
-        source: address of the indexed folder in a repository, at a revision; None to show local files.
-
-    Raises:
-        ImportError: Gradio isn't installed.
-        ValueError: the host isn't this machine, the port is taken or invalid, or `source` is not an address.
-    """
-    with served(index, checkpoint=checkpoint, host=host, port=port, source=source) as address:
+def serve(index: CodeIndex, **options: Any) -> None:
+    """Serve the page of an index until Ctrl-C, with the options and errors of `served`."""
+    with served(index, **options) as address:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
 
@@ -93,10 +74,18 @@ def served(
     port: int | None = None,
     source: str | None = None,
 ) -> Iterator[str]:
-    """Serve the page from threads of this process while the block runs; the arguments are those of `serve`.
+    """Serve the page of an index from threads of this process while the block runs; yield the page's address.
 
-    Yields:
-        The page's address.
+    Args:
+        index: an index from `CodeIndex.open`.
+        checkpoint: location of the index's checkpoint, if it was moved; if the checkpoint differs, the page says so.
+        host: address to bind; None for the environment's GRADIO_SERVER_NAME (a Space sets it), else this machine alone.
+        port: None for the environment's GRADIO_SERVER_PORT, else the first free port from 7860 on.
+        source: web address of the indexed folder in a repository, at a revision; None to show local files.
+
+    Raises:
+        ImportError: Gradio is not installed.
+        UserError: the host is not this machine, the port is taken or invalid, or `source` is not an address.
     """
     if port is not None and not 1 <= port <= 65535:
         raise UserError("demo.port", f"A port is a number from 1 to 65535, not {port}.")
@@ -126,10 +115,8 @@ def served(
         )
     except OSError as error:
         blocks.close()
-        taken = f"Port {port}" if port else "Every port that was tried"
-        raise UserError(
-            "demo.port_taken", f"{taken} on {host} is taken or not allowed. Name another with --port."
-        ) from error
+        message = f"Port {port or 'from 7860 on'} on {host} is taken or not allowed. Name another with --port."
+        raise UserError("demo.port_taken", message) from error
     try:
         yield address
     finally:
@@ -137,32 +124,31 @@ def served(
 
 
 def _check_host(host: str) -> None:
-    """Raise UserError unless the host is an IPv4 address that can be bound; Gradio would first try a hundred ports."""
+    """Raise UserError unless the host is an IPv4 address that can be bound; Gradio alone would try a hundred ports."""
     with socket.socket(socket.AF_INET) as trial:
         try:
             trial.bind((host, 0))
         except (OSError, UnicodeError) as error:
-            raise UserError(
-                "demo.host", f"--host must be an IPv4 address or name of this machine, not {host!r}."
-            ) from error
+            message = f"--host must be an IPv4 address or name of this machine, not {host!r}."
+            raise UserError("demo.host", message) from error
 
 
 def _app_options(host: str, links: RepositoryLinks | LocalFiles) -> dict[str, Any]:
-    """Return what is added to Gradio's application: allowed hosts, headers, and the pages of files."""
+    """Return additions to Gradio's application: allowed hosts, headers, and the pages of files."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.routing import Route
 
     middleware = [Middleware(_PolicyMiddleware)]
     if host in _LOOPBACK_NAMES:
-        # A hostile web page could resolve its own host name to 127.0.0.1 and read this page (DNS rebinding).
+        # A hostile web page could make its own host name mean 127.0.0.1 and read this page (DNS rebinding).
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_NAMES))
     routes = [Route(ROUTE, _source_endpoint(links))] if isinstance(links, LocalFiles) else []
     return {"middleware": middleware, "routes": routes, "openapi_url": None}
 
 
 def _source_endpoint(local: LocalFiles) -> Callable[[Request], HTMLResponse]:
-    """The endpoint that shows a file; Starlette runs it in a thread."""
+    """Return the endpoint that shows a file; Starlette runs it in a thread."""
     from starlette.responses import HTMLResponse
 
     def show(request: Request) -> HTMLResponse:
@@ -177,7 +163,7 @@ def _source_endpoint(local: LocalFiles) -> Callable[[Request], HTMLResponse]:
 
 
 class _PolicyMiddleware:
-    """Adds a content security policy to every response; the stream of results passes untouched."""
+    """Adds a content security policy to the headers of every response."""
 
     def __init__(self, app: _Call) -> None:
         self._app = app
@@ -196,37 +182,25 @@ class _PolicyMiddleware:
 
 
 class RepositoryLinks:
-    """Links to a repository at a revision.
-
-    Args:
-        address: address of the indexed folder in it, such as `https://github.com/OWNER/NAME/blob/REVISION/src`.
-
-    Raises:
-        ValueError: the address does not begin with https:// or http://, or names no host.
-    """
+    """Links to files of a repository, from the web address of the indexed folder in it."""
 
     def __init__(self, address: str) -> None:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+            example = "https://github.com/OWNER/NAME/blob/REVISION/src"
             raise UserError(
-                "demo.source",
-                f"{address!r} is not the address of a folder of a repository, such as "
-                "https://github.com/OWNER/NAME/blob/REVISION/src.",
+                "demo.source", f"{address!r} is not the address of a repository's folder, such as {example}."
             )
         self._address = address.rstrip("/")
 
     def __call__(self, path: str, hit: Hit) -> str:
-        """The address of a hit's lines."""
+        """Return the address of a hit's lines."""
         lines = f"L{hit.line}" + (f"-L{hit.last_line}" if hit.last_line > hit.line else "")
         return f"{self._address}/{quote(path)}#{lines}"
 
 
 class LocalFiles:
-    """The files of an index on this machine.
-
-    Args:
-        index: the index whose files are shown.
-    """
+    """The files of an index on this machine: links to them, and pages that show them."""
 
     def __init__(self, index: CodeIndex) -> None:
         self._index = index
@@ -241,10 +215,10 @@ class LocalFiles:
         return f"{ROUTE.removeprefix('/')}?{query}#L-{hit.line}"
 
     def page(self, path: str, first: int = 0, last: int = 0) -> str:
-        """A page with a file, its lines from `first` to `last` marked.
+        """Return an HTML page with a file, whose lines from `first` to `last` are marked.
 
         Raises:
-            ValueError: the file is not in the index, is outside its folder, or is too large to show.
+            UserError: the file is not in the index, is outside its folder, or is too large to show.
         """
         file = self._file(path)
         if file is None or not self._is_indexed(path):
@@ -253,9 +227,8 @@ class LocalFiles:
         with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
             status = os.fstat(opened.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
-                raise UserError(
-                    "demo.file.large", f"The file is larger than {LARGEST_FILE:,} bytes, or not a regular file."
-                )
+                message = f"The file is larger than {LARGEST_FILE:,} bytes, or not a regular file."
+                raise UserError("demo.file.large", message)
             text = opened.read().decode("utf-8", "replace")
         return _source_page(path, text, first, last)
 
@@ -279,10 +252,9 @@ class LocalFiles:
 def _source_page(path: str, text: str, first: int, last: int) -> str:
     lines = [printable(line)[:_LONGEST_LINE] for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     try:
-        lexer = get_lexer_for_filename(path)
+        lexer = get_lexer_for_filename(path, stripnl=False)
     except ClassNotFound:
-        lexer = TextLexer()
-    lexer.stripnl = False
+        lexer = TextLexer(stripnl=False)
     marked = list(range(max(first, 1), min(last, len(lines)) + 1))
     formatter = HtmlFormatter(linenos="inline", linespans="L", hl_lines=marked, cssclass="code", style="friendly")
     title = escape(printable(path))

@@ -1,4 +1,4 @@
-"""Timed searches for the page: one question at one exit of an index."""
+"""Timed searches for the page, one question at one exit, and the HTML of their hits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOP_K = 5
 CANDIDATES = 50
 LONGEST_QUESTION = 2000
 EXPECTED_ERRORS = (ValueError, OSError, ImportError)
-"""Errors that a user can fix: the page shows one sentence, not a traceback."""
+"""Errors that a user can fix: the page shows one sentence instead of a traceback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,8 @@ class Reply:
 
     Attributes:
         answer: the hits.
-        exit_layer: the exit that ranked the hits first.
-        milliseconds: wall-clock time to embed the question and to rank, without cached embeddings, on the machine that
-            serves the page.
+        exit_layer: the exit that was searched, before any re-ranking.
+        milliseconds: wall-clock time to embed the question and to rank, without cached embeddings.
     """
 
     answer: Answer
@@ -52,8 +51,7 @@ class SearchSession:
         exit_layers: exits of the index, ascending.
         rerank_exit_layers: exits of the checkpoint deeper than the index's shallowest exit; empty if the checkpoint
             can't be used.
-        problem: one sentence that says why the checkpoint can't be used, for example because another checkpoint built
-            the index; None if it can be used.
+        problem: one sentence that says why the checkpoint can't be used; None if it can be used.
 
     Args:
         index: an index from `CodeIndex.open`; its checkpoint is opened here.
@@ -93,19 +91,15 @@ class SearchSession:
             exit_layer: one of `exit_layers`.
             languages: search only these languages; all if empty.
             path: search only files that match this pattern; all if blank.
-            rerank_exit_layer: a deeper exit that ranks the best hits again; ignored if it isn't deeper.
+            rerank_exit_layer: a deeper exit that ranks the best hits again; ignored if it is not deeper.
 
         Raises:
-            ValueError: the question is blank or too long, the exit does not exist, the pattern is invalid, or the
-                checkpoint is not the one that built the index.
+            UserError: an argument is invalid, or the checkpoint can't be used.
             OSError, ImportError: as `CodeIndex.search`.
         """
-        if not question.strip():
-            raise UserError("demo.question", "Type a question first: say in a few words what the code should do.")
-        if len(question) > LONGEST_QUESTION:
-            raise UserError(
-                "demo.question", f"A question has {LONGEST_QUESTION:,} characters at most, not {len(question):,}."
-            )
+        if not question.strip() or len(question) > LONGEST_QUESTION:
+            message = f"Type a question of at most {LONGEST_QUESTION:,} characters that says what the code should do."
+            raise UserError("demo.question", message)
         if self.problem:
             raise UserError("demo.checkpoint", self.problem)
         cascade = None
@@ -124,12 +118,12 @@ class SearchSession:
         return Reply(answer, exit_layer, 1000 * (time.perf_counter() - start))
 
     def path_of(self, hit: Hit) -> str:
-        """The path of a hit from the folder that is indexed, with forward slashes."""
+        """Return a hit's path relative to the indexed folder, with forward slashes."""
         return os.path.relpath(hit.path, readable_path(self.index.folder)).replace(os.sep, "/")
 
 
 def one_sentence(error: BaseException) -> str:
-    """The message of an error in one line."""
+    """Return the message of an error in one line, or the error's type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -138,18 +132,11 @@ MOST_LINES = 200
 _LONGEST_LINE = 1000
 
 LinkTo = Callable[[str, Hit], str | None]
-"""From a hit's path and the hit to the address of its file, or None where there is none."""
+"""Takes a hit's path and the hit; returns the web address of its file, or None."""
 
 
 def results_html(session: SearchSession, reply: Reply, other: Reply | None, link_to: LinkTo) -> str:
-    """The hits of one exit.
-
-    Args:
-        session: the session that answered.
-        reply: the reply to show.
-        other: the other side's reply; hits show their rank in it. None if there is no other side.
-        link_to: makes links.
-    """
+    """Return HTML of the hits of a reply; each shows its rank in the `other` side's reply, if there is one."""
     asked = f"exit {reply.exit_layer}"
     if reply.answer.reranked:
         asked += f", re-ranked by exit {max(hit.exit_layer or 0 for hit in reply.answer.hits)}"
@@ -166,38 +153,33 @@ def results_html(session: SearchSession, reply: Reply, other: Reply | None, link
 
 
 def message_html(text: str, *, error: bool = False) -> str:
-    """One sentence."""
+    """Return HTML of one sentence."""
     kind, role = ("mose-error", "alert") if error else ("mose-note", "status")
     return f'<p class="{kind}" role="{role}">{escape(text)}</p>'
 
 
 def lexer_for(language: str) -> Lexer:
-    """The lexer of one of our languages; plain text for any other."""
+    """Return the lexer of a language; plain text if it is unknown."""
     if language == "php":
-        return PhpLexer(startinline=True)
+        return PhpLexer(startinline=True, stripnl=False)
     try:
-        return get_lexer_by_name(language)
+        return get_lexer_by_name(language, stripnl=False)
     except ClassNotFound:
-        return TextLexer()
+        return TextLexer(stripnl=False)
 
 
 def code_html(text: str, language: str) -> str:
     """Return highlighted code without an enclosing element; unprintable characters are replaced."""
-    # Split only at line feeds, as files do; the other line ends of `splitlines` are not printable.
+    # Split only at line feeds, as files do: `splitlines` also splits at characters that are to be replaced.
     lines = [printable(line)[:_LONGEST_LINE] for line in text.replace("\r\n", "\n").split("\n")]
-    return highlight("\n".join(lines), _unstripped(lexer_for(language)), HtmlFormatter(nowrap=True)).rstrip("\n")
+    return highlight("\n".join(lines), lexer_for(language), HtmlFormatter(nowrap=True)).rstrip("\n")
 
 
 def code_styles() -> str:
-    """CSS of the highlighting, for light and dark pages."""
+    """Return the CSS of the highlighting, for light and dark pages."""
     light = HtmlFormatter(style="friendly").get_style_defs(".mose-code")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".dark .mose-code")
     return f"{light}\n{dark}"
-
-
-def _unstripped(lexer: Lexer) -> Lexer:
-    lexer.stripnl = False
-    return lexer
 
 
 def _hit_html(rank: int, hit: Hit, path: str, address: str | None, badge: str) -> str:
@@ -215,7 +197,7 @@ def _hit_html(rank: int, hit: Hit, path: str, address: str | None, badge: str) -
 
 
 def _code_block(hit: Hit) -> str:
-    """Return HTML with the first lines of a hit; the other lines open on a click."""
+    """Return HTML with the first lines of a hit; a click opens the others."""
     lines = hit.text.rstrip().split("\n")
     first = code_html("\n".join(lines[:FIRST_LINES]), hit.language)
     block = f'<pre class="mose-code">{first}</pre>'

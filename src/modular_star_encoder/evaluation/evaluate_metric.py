@@ -32,12 +32,11 @@ class RetrievalMetric(evaluate.Metric):
     """One metric of `evaluate`; the name of its configuration is one of `NAMES`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        if self.config_name not in NAMES:
-            message = f"Unknown metric {self.config_name!r}. Available: {', '.join(NAMES)}."
-            raise UserError("evaluation.metric.unknown", message)
+        if (name := self.config_name) not in NAMES:
+            raise UserError("evaluation.metric.unknown", f"Unknown metric {name!r}. Available: {', '.join(NAMES)}.")
         score, gain = datasets.Value("float32"), datasets.Value("float64")
         kinds = {"predictions": datasets.Sequence(score), "references": datasets.Sequence(gain)}
-        if self.config_name == "f1":
+        if name == "f1":
             kinds = dict.fromkeys(kinds, datasets.Value("int64"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(kinds)

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from modular_star_encoder.evaluation.retrievers import BLOCK, Block, ExitVariant, Retriever
+from modular_star_encoder.inference.encoders import Text
 
 if TYPE_CHECKING:
     import torch
     from scipy.sparse import csr_matrix
     from transformers import PreTrainedTokenizerFast
-
-    from modular_star_encoder.inference.encoders import Text
 
 K1, B = 1.2, 0.75
 _LETTER = r"[^\WA-Z\d_]"  # any letter except ASCII capitals, so that words of most other alphabets stay whole
@@ -35,7 +34,7 @@ def identifier_tokens(text: str) -> list[str]:
 
 
 class BM25(Retriever):
-    """BM25 as a `Retriever`; the candidates of a pool determine its document frequencies.
+    """BM25 as a `Retriever`; it counts document frequencies among the candidates of a pool.
 
     Repeated terms of a query count once. The scores of a query without known terms are all 0.
     """
@@ -84,7 +83,7 @@ class BM25Scores:
 
 
 class TfIdf(Retriever):
-    """TF-IDF cosine as a `Retriever`; term frequencies are sublinear, each pool has its own document frequencies."""
+    """TF-IDF cosine as a `Retriever`, with sublinear term frequencies; each pool has its own document frequencies."""
 
     name = "TF-IDF"
 
@@ -142,7 +141,7 @@ def identifier_overlap_accuracy(
     measured_on: Iterable[Mapping[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Accuracy of a baseline on rows of `InContextPairs`: same repository if `identifier_overlap` exceeds a threshold.
+    """Accuracy of a rule for `InContextPairs`: the repository is the same if `identifier_overlap` exceeds a threshold.
 
     Returns `accuracy` on `measured_on`, `fitted_accuracy` on `fitted_on`, and `threshold`, the best one on `fitted_on`.
     """

@@ -17,8 +17,8 @@ from modular_star_encoder.evaluation.retrievers import Scores
 from modular_star_encoder.evaluation.tasks import Judgements, Pool, RetrievalTask
 from modular_star_encoder.utils.errors import UserError
 
+# The outcomes of a decision about a pair, numbered `2 * decision + label`.
 TRUE_NEGATIVE, FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE = range(4)
-"""The outcomes of a decision about a pair, numbered `2 * decision + label`."""
 
 _SHOWN = 10**8  # with this many scores, which take seconds, a progress bar is shown
 _DRAWS_PER_CHUNK = 1 << 22
@@ -68,7 +68,7 @@ def check_scores(scores: np.ndarray) -> None:
 def rank_task(
     task: RetrievalTask, scores: Callable[[Pool], Scores], *, progress: bool = False
 ) -> tuple[Ranking, np.ndarray]:
-    """The ranking of all pools, whose Q queries are numbered in pool order, and the row (Q,) of each in the task.
+    """Rank the documents of each pool; returns one ranking of Q queries in pool order, and their rows (Q,) in the task.
 
     `scores(pool)` returns the scores of the pool's queries and documents.
     """
@@ -83,12 +83,7 @@ def rank_task(
 
 
 def rank_judged(
-    scores: Scores,
-    judgements: Judgements,
-    *,
-    exclude_self: bool = False,
-    progress: bool = False,
-    label: str = "ranking",
+    scores: Scores, judgements: Judgements, *, exclude_self: bool = False, progress: bool = False, label: str = ""
 ) -> Ranking:
     """Rank the judged documents of each query among all documents, in one pass over the scores (Q, D).
 
@@ -98,8 +93,7 @@ def rank_judged(
     bounds = np.searchsorted(judgements.query, np.arange(scores.shape[0] + 1))
     judged_scores = np.full(len(judgements.query), np.nan, dtype=np.float32)
     above = np.zeros(len(judgements.query), dtype=np.int64)
-    known = False
-    total = scores.shape[0] * scores.shape[1]
+    known, total = False, scores.shape[0] * scores.shape[1]
     quiet = not progress or total < _SHOWN
     with tqdm(total=total, desc=label, unit="score", unit_scale=True, disable=quiet, leave=False) as bar:
         for block in scores.blocks():
@@ -137,7 +131,7 @@ def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
 
 
 def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """For each of J ascending `rows` and its threshold, the number (J,) of scores that reach it in this row."""
+    """For each of J ascending row numbers, the number (J,) of scores in this row that reach its threshold."""
     if len(np.unique(rows)) == len(rows):
         chosen = scores if np.array_equal(rows, np.arange(len(scores))) else scores[rows]
         return np.count_nonzero(chosen >= thresholds[:, None], axis=1)
@@ -150,7 +144,7 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """A ranking from the scores (J,) of judged documents; `above` (J,) counts documents with no lower score."""
+    """The ranking by scores (J,) of judged documents; `above` (J,) counts the documents that score at least as high."""
     order = worst_order(scores, judgements.gain, judgements.query)
     query, ordered = judgements.query[order], scores[order]
     first = np.searchsorted(query, query, side="left")
@@ -168,7 +162,7 @@ def reciprocal_ranks(ranking: Ranking, cutoff: int | None = None) -> np.ndarray:
     relevant = _relevant(ranking)
     first = np.full(ranking.queries, np.inf)
     np.minimum.at(first, relevant.query, relevant.rank)
-    return np.where(first <= (np.inf if cutoff is None else cutoff), 1.0 / first, 0.0)
+    return np.where(first <= (cutoff or np.inf), 1.0 / first, 0.0)
 
 
 def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
@@ -177,14 +171,12 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
     Gain 2^gain − 1, discount log2(rank + 1), as in CodeSearchNet's relevanceeval.py; the ideal ranking is also
     cut at `k`. The value of a query without relevant documents is NaN; means ignore it.
     """
-    limit = np.inf if k is None else k
-    ideal_rank = _ranks_within(ranking.query, -ranking.gain)
 
     def cumulated(rank: np.ndarray) -> np.ndarray:
-        gain = np.where(rank <= limit, (2.0**ranking.gain - 1) / np.log2(rank + 1), 0.0)
+        gain = np.where(rank <= (k or np.inf), (2.0**ranking.gain - 1) / np.log2(rank + 1), 0.0)
         return np.bincount(ranking.query, weights=gain, minlength=ranking.queries)
 
-    ideal = cumulated(ideal_rank)
+    ideal = cumulated(_ranks_within(ranking.query, -ranking.gain))
     return np.divide(cumulated(ranking.rank), ideal, out=np.full(ranking.queries, np.nan), where=ideal > 0)
 
 
@@ -209,9 +201,7 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
     ranking; `ndcg-full@K` keeps their ranks in the whole ranking. Neither cuts the ideal ranking.
     """
     name, at, cut = metric.partition("@")
-    k = int(cut) if cut.isdecimal() else None
-    if k is not None and k < 1:
-        raise UserError("evaluation.metric.k", f"k must be at least 1, not {k}.")
+    k = int(cut) if cut.isdecimal() and int(cut) else None
     if metric == "map@r":
         return average_precisions_at_r(ranking)
     if name == "recall" and k is not None:  # the fraction of relevant documents among the first k
@@ -223,18 +213,17 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
     if name in ("ndcg-judged", "ndcg-full") and k is not None:
         rank = _ranks_within(ranking.query, ranking.rank) if name == "ndcg-judged" else ranking.rank
         return ndcgs(replace(ranking, rank=np.where(ranking.rank <= k, rank, np.inf)))
-    available = "mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r"
+    available = "mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r, with K at least 1"
     raise UserError("evaluation.metric.unknown", f"Unknown metric {metric!r}. Available: {available}.")
 
 
 def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The outcome (N,) int64 of each decision about a pair, from decisions (N,) and labels (N,) of 0 and 1."""
     decisions, labels = np.asarray(decisions), np.asarray(labels)
-    if decisions.shape != labels.shape or decisions.ndim != 1 or not len(labels):
-        shapes = f"{decisions.shape} and {labels.shape}"
-        raise UserError("evaluation.labels.shape", f"Decisions and labels must be lists of equal length, not {shapes}.")
-    if not np.isin(decisions, (0, 1)).all() or not np.isin(labels, (0, 1)).all():
-        raise UserError("evaluation.labels.value", "Decisions and labels must be 0 or 1.")
+    known = np.isin(decisions, (0, 1)).all() and np.isin(labels, (0, 1)).all()
+    if decisions.shape != labels.shape or decisions.ndim != 1 or not len(labels) or not known:
+        message = "Decisions and labels must be two lists of equal length with 0 or 1 for each pair."
+        raise UserError("evaluation.labels.value", message)
     return 2 * decisions.astype(np.int64) + labels.astype(np.int64)
 
 
@@ -262,12 +251,10 @@ def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     """The threshold with the highest F1 if scores at or above it are positive; the highest of equally good thresholds.
 
-    `scores` (N,) are compared as float32; `labels` (N,) are 0 or 1.
+    `scores` (N,) are compared as float32; `labels` (N,) are 0 or 1, and at least one is 1.
     """
     scores, labels = np.asarray(scores, dtype=np.float32), np.asarray(labels)
     check_scores(scores)
-    if not labels.any():
-        raise UserError("evaluation.labels.value", "Choosing a threshold needs at least one positive pair.")
     order = np.argsort(-scores, kind="stable")
     ordered, positive = scores[order], np.cumsum(labels[order])
     last_of_ties = np.append(ordered[1:] != ordered[:-1], True)
@@ -293,7 +280,7 @@ def _ranks_within(query: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def _places(query: np.ndarray) -> np.ndarray:
-    """Count 1, 2, … (N,) within each run of equal numbers of an ascending array (N,)."""
+    """Number the entries of each run of equal values in an ascending array (N,): 1, 2, …"""
     return np.arange(1, len(query) + 1) - np.searchsorted(query, query, side="left")
 
 
@@ -349,7 +336,7 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamp
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """One value (Q,) per query. Their mean is the mean over the tasks; resampling them gives the interval of this mean.
+    """One value (Q,) per query, with the mean over the tasks as mean; resampling them gives the interval of this mean.
 
     `values` has {query: value} for each task. Tasks may share queries (the same exercise in many pairs of languages): a
     resample then draws a query with all its tasks. A value is the mean plus the query's influence on it, so that tasks
@@ -362,7 +349,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """The part (Q,) that each query adds to the mean difference, averaged over tasks; see `permutation_test`."""
+    """The contribution (Q,) of each query to the mean difference over all tasks; see `permutation_test`."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():

@@ -40,7 +40,7 @@ with naming_extra():
 
 
 class Side(NamedTuple):
-    """What the queries, or the documents, of a task are. If `language` is None, mteb's subset may name the language."""
+    """Whether the queries or the documents of a task are code; if `language` is None, mteb's subset may name one."""
 
     is_code: bool
     language: str | None = None
@@ -60,7 +60,7 @@ TASK_SIDES = {
 
 
 class SharedExits:
-    """Embeds texts at several exits in one pass, although mteb evaluates the exits one by one, the shallowest first.
+    """Embeds texts at several exits in one pass, because mteb evaluates the exits one by one, the shallowest first.
 
     It keeps the embeddings of deeper exits (`exit_layers`) until mteb evaluates them, up to `memory_gb` (10^9 bytes); a
     call that would exceed this limit computes the requested exit only. `options` are passed to `encode_exits`.
@@ -74,10 +74,9 @@ class SharedExits:
         memory_gb: float = 4.0,
         **options: Any,
     ) -> None:
-        self.model, self.options = model, options
-        self._encode = partial(encode_exits, model, tokenizer)
+        self.model, self.limit = model, memory_gb * 1e9
+        self._encode: Any = partial(encode_exits, model, tokenizer, **options)
         self.exit_layers = model.config.resolve_exits(exit_layers=exit_layers)
-        self.limit = memory_gb * 1e9
         self._kept: dict[tuple[bytes, int], np.ndarray] = {}
 
     def encode(self, texts: Sequence[str], exit_layer: int, prompt: str, *, progress: bool = False) -> np.ndarray:
@@ -93,7 +92,7 @@ class SharedExits:
         if sum(array.nbytes for array in self._kept.values()) + size > self.limit:
             deeper = []
         exits = (exit_layer, *deeper)
-        embeddings = self._encode(texts, exit_layers=exits, prompt=prompt, progress=progress, **self.options)
+        embeddings = self._encode(texts, exit_layers=exits, prompt=prompt, progress=progress)
         self._kept |= {(call, other): embeddings[other] for other in deeper}
         return embeddings[exit_layer]
 
@@ -122,23 +121,18 @@ class MtebExitEncoder(AbsEncoder):
         self.mteb_model_meta = meta
 
     def encode(
-        self,
-        inputs: Iterable[Mapping[str, Any]],
-        *,
-        task_metadata: Any,
-        hf_split: str,
-        hf_subset: str,
-        prompt_type: Any = None,
-        **options: Any,
+        self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, hf_subset: str, **options: Any
     ) -> np.ndarray:
-        """Embeddings (N, D) float32 of the texts in the batches; ignores mteb's options except `show_progress_bar`."""
+        """Embeddings (N, D) float32 of the texts in the batches.
+
+        Of mteb's other options, `prompt_type` and `show_progress_bar` are used.
+        """
         texts = [text for batch in inputs for text in batch["text"]]
-        prompt = self._prompt(task_metadata, hf_subset, prompt_type)
+        prompt = self._prompt(task_metadata, hf_subset, options.get("prompt_type"))
         return self.shared.encode(texts, self.exit_layer, prompt, progress=options.get("show_progress_bar", True))
 
     def _prompt(self, task_metadata: Any, subset: str, prompt_type: Any) -> str:
-        name = get_prompt_name(self.prompts, task_metadata, prompt_type)
-        if name is not None:
+        if (name := get_prompt_name(self.prompts, task_metadata, prompt_type)) is not None:
             return self.prompts[name]
         if prompt_type is None:
             return ""
@@ -164,7 +158,7 @@ def run_mteb(
     progress: bool = True,
     **encode_options: Any,
 ) -> dict[int, dict[str, float]]:
-    """Evaluate several exits of a checkpoint on tasks of mteb.
+    """Evaluate several exits of a checkpoint on tasks of mteb; returns {exit_layer: {task: main score from 0 to 1}}.
 
     Existing results of the same weights and data are kept, so an interrupted run continues where it stopped.
 
@@ -178,9 +172,6 @@ def run_mteb(
         memory_gb: see `SharedExits`.
         overwrite: evaluate again even if results exist.
         encode_options: passed to `encode_exits`: max_length, tokens_per_batch.
-
-    Returns:
-        {exit_layer: {task: main score from 0 to 1, the mean over the task's subsets}}.
     """
     chosen = _resolve_tasks(tasks)
     path = os.path.expanduser(os.fspath(checkpoint))
@@ -295,7 +286,7 @@ def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTa
         for one in _tasks_named(task) if isinstance(task, str) else [task]:
             chosen.setdefault(one.metadata.name, one)
     if not chosen:
-        raise UserError("mteb.task.missing", "Name at least one task.")
+        raise UserError("mteb.task.missing", "Name at least one task or benchmark of mteb.")
     return list(chosen.values())
 
 

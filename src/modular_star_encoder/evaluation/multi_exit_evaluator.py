@@ -22,8 +22,7 @@ from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 
-_Encode = Callable[[list[str]], dict[int, np.ndarray]]
-"""A function from N texts to {exit_layer: embeddings (N, D)}."""
+_Encode = Callable[[list[str]], dict[int, np.ndarray]]  # from N texts to {exit_layer: embeddings (N, D)}
 
 
 class MultiExitEvaluator(BaseEvaluator):
@@ -96,19 +95,15 @@ class MultiExitEvaluator(BaseEvaluator):
 
         Args:
             rows: at least two rows.
-            candidates: number of documents that a query is ranked against, the relevant one included (1000 in the
-                CodeSearchNet protocol), in random batches; all documents if None.
+            candidates: number of documents that a query is ranked against, at least two, the relevant one included
+                (1000 in the CodeSearchNet protocol), in random batches; all documents if None.
             seed: random seed of the batches.
             distractors: deprecated; `candidates` minus one.
             options: arguments of the class.
-
-        Raises:
-            UserError: there are fewer than two rows, or fewer than two candidates.
         """
         if distractors is not None:
-            message = f"distractors={distractors} is now candidates={distractors + 1}."
-            warnings.warn(message, FutureWarning, stacklevel=2)
             candidates = distractors + 1
+            warnings.warn(f"distractors={distractors} is now candidates={candidates}.", FutureWarning, stacklevel=2)
         return cls(pairs_task("pairs", "all", rows, size=candidates, seed=seed), **options)
 
     @classmethod
@@ -122,12 +117,7 @@ class MultiExitEvaluator(BaseEvaluator):
     ) -> MultiExitEvaluator:
         """Build an evaluator from {id: text}, in the format of sentence-transformers' InformationRetrievalEvaluator.
 
-        Args:
-            queries, corpus, relevant, language: see `evaluation.tasks.task_from_mappings`.
-            options: arguments of the class.
-
-        Raises:
-            UserError: no query has a relevant document, there are fewer than two documents, or an id is unknown.
+        See `evaluation.tasks.task_from_mappings` for the arguments; `options` are arguments of the class.
         """
         return cls(task_from_mappings(queries, corpus, relevant, language), **options)
 
@@ -140,7 +130,7 @@ class MultiExitEvaluator(BaseEvaluator):
         *,
         across_processes: bool = False,
     ) -> dict[str, float]:
-        """Evaluate every exit of a model.
+        """Evaluate every exit of a model; returns {metric: a fraction between 0 and 1}.
 
         Args:
             model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer around one that pools as the model's
@@ -148,9 +138,6 @@ class MultiExitEvaluator(BaseEvaluator):
             output_path: folder of the CSV file; no file is written if None.
             epoch, steps: written into the CSV file.
             across_processes: True if every training process makes this call; the processes then share the texts.
-
-        Returns:
-            {metric: a fraction between 0 and 1}.
 
         Raises:
             UserError: the model is of another kind, lacks an exit, has no tokenizer, or returns NaN.
@@ -211,7 +198,7 @@ class MultiExitEvaluator(BaseEvaluator):
             file.seek(0)
             columns = list(line) if is_new else next(csv.reader(file), [])
             if set(columns) != set(line):
-                raise UserError("evaluator.csv.other_metrics", f"{path} has other metrics: give another `name`.")
+                raise UserError("evaluator.csv.other_metrics", f"{path} has other columns: give another `name`.")
             writer = csv.DictWriter(file, columns)
             if is_new:
                 writer.writeheader()

@@ -27,9 +27,7 @@ from modular_star_encoder.utils.reports import library_versions, markdown_table,
 
 PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
 
-_Key = tuple[str, int | None, int | None]
-"""The retriever, exit and dimensions of one row of a table."""
-
+_Key = tuple[str, int | None, int | None]  # the retriever, exit and dimensions of one row of a table
 _TEX = str.maketrans(
     {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "→": r"$\to$", "–": "--"}
     | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
@@ -39,7 +37,7 @@ _TEX = str.maketrans(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The mean of a row minus the reference row's, as a fraction, and the p-value of a paired permutation test."""
+    """The mean of a row minus the mean of the reference row, and the p-value of a paired permutation test."""
 
     value: float
     p: float
@@ -78,8 +76,7 @@ class Table:
     @property
     def title(self) -> str:
         """The heading of the table."""
-        known = BENCHMARKS.get(self.benchmark)
-        return self.benchmark if known is None else known.title
+        return BENCHMARKS[self.benchmark].title if self.benchmark in BENCHMARKS else self.benchmark
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +92,13 @@ class Report:
         """{exit_layer: mean of the main metric} of the evaluated model, from the first table."""
         return {exit_layer: row.mean.value for exit_layer, row in _own_exits(self.tables[0]).items()}
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write report.md, .csv, .tex and .json, each atomically, and return their paths."""
+    def write(self, folder: Path) -> None:
+        """Write report.md, .csv, .tex and .json, each atomically."""
         folder.mkdir(parents=True, exist_ok=True)
-        texts = {"md": self.to_markdown(), "csv": to_csv(self.results), "tex": to_latex(self.tables)}
-        for ending, text in texts.items():
-            write_text(folder / f"report.{ending}", text)
+        write_text(folder / "report.md", self.to_markdown())
+        write_text(folder / "report.csv", to_csv(self.results))
+        write_text(folder / "report.tex", to_latex(self.tables))
         write_json(folder / "report.json", self.to_dict())
-        return [folder / f"report.{ending}" for ending in (*texts, "json")]
 
     def to_markdown(self) -> str:
         """Markdown text with one table per benchmark; scores are × 100, columns are aligned as plain text."""
@@ -114,9 +110,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json: everything except the value of each query; scores are fractions."""
-        results = [asdict(replace(one, values=(), ids=())) | {"queries": len(one.values)} for one in self.results]
-        for result in results:
-            del result["values"], result["ids"]
+        stored = [asdict(replace(one, values=(), ids=())) | {"queries": len(one.values)} for one in self.results]
+        results = [{name: value for name, value in one.items() if name not in ("values", "ids")} for one in stored]
         head = {"command": self.command, "checkpoint_checksum": self.checksum, "versions": versions()}
         return head | {"tables": [{"title": one.title, **asdict(one)} for one in self.tables], "results": results}
 
@@ -140,11 +135,7 @@ def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult],
     for result in results:
         if result.benchmark == benchmark:
             found.setdefault((result.retriever, result.exit_layer, result.dimensions), {})[result.task] = result
-    groups = {}
-    for key, by_task in found.items():
-        if missing := [task.name for task in tasks if task.name not in by_task]:
-            raise UserError("evaluation.result.missing", f"{key[0]} has no result for {benchmark}, {missing[0]}.")
-        groups[key] = [by_task[task.name] for task in tasks]
+    groups = {key: [by_task[task.name] for task in tasks] for key, by_task in found.items()}
     # The reference is the deepest exit (full embeddings) of the first retriever with exits, else the first retriever.
     own = [key for key in groups if key[1] is not None]
     own = [key for key in own if key[0] == own[0][0]]
@@ -177,12 +168,9 @@ def _row(
 
 
 def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
-    """The mean of the main metric over tasks; F1 cannot be averaged, so a task with F1 must be alone."""
-    main = results[0].main
+    """The mean of the main metric over tasks; a task with F1, which has no value per query, must be the only one."""
     if len(results) == 1:
-        return results[0].estimates[main]
-    if main == "f1":
-        raise ValueError("F1 has no mean over tasks.")
+        return results[0].estimates[results[0].main]
     values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
     return Estimate(float(values.mean()), *metrics.bootstrap_interval(values, seed))
 
@@ -237,9 +225,8 @@ def _cells(table: Table) -> list[list[str]]:
     cells = [["", *columns, *mean, "95 % interval", *others, f"Δ {metric_label(table.metric)}", "p"]]
     for row in table.rows:
         means = [percent(row.mean.value)] if mean else []
-        changed = ["", ""]
-        if row.difference is not None:
-            changed = [f"{100 * row.difference.value:+.1f}", f"{row.difference.p:.4f}"]
+        one = row.difference
+        changed = ["", ""] if one is None else [f"{100 * one.value:+.1f}", f"{one.p:.4f}"]
         values = [percent(estimate.value) for estimate in row.columns.values()]
         cells.append([row.label, *values, *means, interval(row.mean), *map(percent, row.others.values()), *changed])
     return cells
@@ -247,11 +234,9 @@ def _cells(table: Table) -> list[list[str]]:
 
 def _explain(table: Table) -> list[str]:
     ties = "" if table.metric == "f1" else "; ties count against the retriever"
-    return [
-        f"{metric_label(table.metric)} × 100; {table.size}{ties}. Intervals: bootstrap over queries. "
-        f"Δ and p: difference from {table.reference}, paired permutation test.",
-        *(f"Note: {note}." for note in table.notes),
-    ]
+    values = f"{metric_label(table.metric)} × 100; {table.size}{ties}. Intervals: bootstrap over queries."
+    tests = f"Δ and p: difference from {table.reference}, paired permutation test."
+    return [f"{values} {tests}", *(f"Note: {note}." for note in table.notes)]
 
 
 def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Table]:
@@ -311,7 +296,7 @@ def _own_exits(table: Table) -> dict[int, Row]:
 
 
 def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
-    """The table in a file of an older version, which holds the metrics of each exit and of BM25."""
+    """The table in a results file of an older version, which holds the metrics of each exit and of BM25."""
     exits = sorted((int(exit_layer), scores) for exit_layer, scores in content["exits"].items())
     scores_of = [*(("model", *one) for one in exits), *([("BM25", None, content["bm25"])] if "bm25" in content else [])]
     rows = []
@@ -354,10 +339,7 @@ def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
 
     Dashed horizontal lines show retrievers without exits. Returns `path`.
     """
-    lines = [_exits_by_name(table) for table in tables]
-    if not any(lines):
-        raise UserError("evaluation.plots.no_exits", "No retriever has exits, so quality by depth cannot be plotted.")
-    return _plot(tables, lines, path, by_latency=False)
+    return _plot(tables, [_exits_by_name(table) for table in tables], path, by_latency=False)
 
 
 def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Mapping[int, float]], path: Path) -> Path:
@@ -371,8 +353,6 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
             times = latencies.get(next(iter(exits.values())).retriever, {})
             if timed := {times[k]: row for k, row in exits.items() if k in times}:
                 line[name] = timed
-    if not any(lines):
-        raise UserError("evaluation.plots.no_latency", "The exit profiles cover no exit of these retrievers.")
     return _plot(tables, lines, path, by_latency=True)
 
 
@@ -386,12 +366,12 @@ def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
 
 
 def _plot(
-    tables: Sequence[Table],
-    lines: Sequence[Mapping[str, Mapping[int, Row] | Mapping[float, Row]]],
-    path: Path,
-    by_latency: bool,
+    tables: Sequence[Table], lines: Sequence[Mapping[str, Mapping[Any, Row]]], path: Path, by_latency: bool
 ) -> Path:
     """Draw one panel per table, three side by side; `lines` has {name: {x coordinate: row}} for each table."""
+    if not any(lines):
+        fault, what = ("no_latency", "exit with a latency") if by_latency else ("no_exits", "retriever with exits")
+        raise UserError(f"evaluation.plots.{fault}", f"There is no {what} to plot in {path.name}.")
     with naming_extra():
         from matplotlib.figure import Figure
     height, width = -(-len(tables) // 3), min(3, len(tables))

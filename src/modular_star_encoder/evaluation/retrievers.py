@@ -25,15 +25,10 @@ from modular_star_encoder.inference.encoders import Encoder, Prompted, Text
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file
 
-BLOCK = 1 << 22
-"""Scores per block: 32 MiB in float64."""
-
-HELD = 1 << 25
-"""Most components of documents in memory at once, 256 MiB in float64; with fewer, a block holds all documents."""
-
+BLOCK = 1 << 22  # scores per block: 32 MiB in float64
+HELD = 1 << 25  # most components of documents in memory at once: 256 MiB in float64
 _PAIRS = 4096  # pairs of vectors in memory at once
-_NOTHING = 2.0**-24
-"""Smaller similarities are set to 0, because there float32 is finer than the error of float64 sums."""
+_NOTHING = 2.0**-24  # smaller similarities become 0: there float32 is finer than the error of float64 sums
 
 
 class ExitVariant(NamedTuple):
@@ -44,7 +39,7 @@ class ExitVariant(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Scores (R, C) float32 of R queries from number `row` on and C documents from number `column` on."""
+    """Scores (R, C) float32 of R queries and C documents; `row` and `column` are the numbers of the first ones."""
 
     row: int
     column: int
@@ -61,7 +56,7 @@ class Scores(Protocol):
         ...
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Scores (P,) float32 of P pairs, given by row numbers (P,) of queries and of documents; equal to `blocks`."""
+        """The same scores (P,) float32 for P pairs, given by row numbers (P,) of queries and of documents."""
         ...
 
 
@@ -82,17 +77,12 @@ class Retriever(Protocol):
 
 
 class EmbeddingRetriever(Retriever):
-    """Ranks documents by the cosine similarity of embeddings. `cache` keeps the embeddings, by default in memory.
+    """Ranks documents by the cosine similarity of embeddings, which `cache` keeps, by default in memory."""
 
-    Each text is embedded once; one pass computes all missing exits.
-    """
-
-    chunk = 4096
-    """Texts per shard of the cache; an interruption loses at most one shard."""
+    chunk = 4096  # texts per shard of the cache; an interruption loses at most one shard
 
     def __init__(self, encoder: Encoder, cache: EmbeddingCache | None = None) -> None:
-        self.encoder = encoder
-        self.cache = EmbeddingCache() if cache is None else cache
+        self.encoder, self.cache = encoder, EmbeddingCache() if cache is None else cache
         self.name, self.checksum = encoder.name, encoder.checksum
         self.variants = tuple(ExitVariant(k, size) for k in encoder.exit_layers for size in encoder.dimensions)
 
@@ -120,14 +110,6 @@ class EmbeddingRetriever(Retriever):
         return f"{self.checksum}/{'full' if exit_layer is None else f'exit-{exit_layer}'}"
 
 
-class Rows(Protocol):
-    """Embeddings (N, F) float32 in memory or on disk."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray: ...
-
-
 class CosineScores:
     """Cosine similarities, exact and then rounded to float32; the similarity to a vector of zeros is 0.
 
@@ -135,12 +117,14 @@ class CosineScores:
     `dimensions` components and normalised again.
     """
 
-    def __init__(self, queries: Rows, documents: Rows, dimensions: int | None = None) -> None:
+    def __init__(
+        self, queries: np.ndarray | CachedRows, documents: np.ndarray | CachedRows, dimensions: int | None = None
+    ) -> None:
         self.queries, self.documents, self.dimensions = queries, documents, dimensions
         self.shape = (len(queries), len(documents))
 
     def blocks(self) -> Iterator[Block]:
-        """Yield all rows of one range of columns before the next range, so that each document is read once."""
+        """Yield all blocks of one range of columns before the next range, so that each document is read once."""
         height, width = self.shape
         size = self.documents[:1].shape[1]
         columns = width if width * size <= HELD else max(1, HELD // (4 * size))

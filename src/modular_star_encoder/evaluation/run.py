@@ -34,9 +34,7 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, Modula
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 
-PROTOCOL = 1
-"""The version of the protocol; increase it when equal scores would give other results."""
-
+PROTOCOL = 1  # version of the protocol; increase it when equal scores would give other results
 LEXICAL: dict[str, Callable[[], Retriever]] = {"bm25": BM25, "tfidf": TfIdf}
 
 
@@ -73,16 +71,13 @@ def run_benchmarks(
         command: the command line that the report shows.
     """
     folder = None if out is None else Path(out).expanduser()
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise UserError("evaluation.out.not_a_folder", f"{folder} is a file; `out` must be a folder.")
     chosen = choose_benchmarks(benchmarks, data)
     if candidates is not None and not set(chosen) & set(WITH_CANDIDATES):
         message = f"Only {' and '.join(WITH_CANDIDATES)} use lists of candidates."
         raise UserError("evaluation.candidates.not_used", message)
-    options: dict[str, Any] = {"allow_subset": allow_subset, "candidates": candidates}
-    tasks = [task for name in chosen for task in load_benchmark(name, data, **options)]
-    if cache is None and folder is not None:
-        cache = folder / "embeddings"
+    loaded = [load_benchmark(name, data, allow_subset=allow_subset, candidates=candidates) for name in chosen]
+    tasks = [task for of_benchmark in loaded for task in of_benchmark]
+    cache = cache or (None if folder is None else folder / "embeddings")
     store = EmbeddingCache(None if cache is None else Path(cache).expanduser())
     if baselines is None:
         baselines = ["bm25"] if folder is None else []
@@ -93,8 +88,8 @@ def run_benchmarks(
             if isinstance(task, RetrievalTask) and task.benchmark in WITH_CANDIDATES:
                 write_candidates(task, folder / "candidates" / task.benchmark)
     results = evaluate_tasks(tasks, list(retrievers.values()), out=folder, seed=seed, progress=progress)
-    has_checksum = Path(model).expanduser().is_dir() or _own_encoder(retrievers[model]) is not None
-    checksum = checkpoint_checksum(model) if has_checksum else None
+    is_ours = isinstance(getattr(retrievers[model], "encoder", None), ExitEncoder)
+    checksum = checkpoint_checksum(model) if is_ours or Path(model).expanduser().is_dir() else None
     report = make_report(tasks, results, seed=seed, command=_without_paths(command), checksum=checksum)
     if folder is not None:
         report.write(folder)
@@ -127,8 +122,7 @@ def evaluate_exits(
         seed: random seed of batches, intervals and untrained weights.
         encode_options: passed to `encode_exits`: max_length, tokens_per_batch, dtype.
 
-    Returns:
-        A report with one table: MRR, Recall@1, Recall@10 and NDCG@10. `report.quality()` is {exit_layer: MRR}.
+    Returns a report with one table: MRR, Recall@1, Recall@10 and NDCG@10. `report.quality()` is {exit_layer: MRR}.
     """
     task = pairs_task("folder", "all", rows, size=size, seed=seed)
     encoder = ExitEncoder(model, tokenizer, "model", exit_layers=exit_layers, **encode_options)
@@ -185,11 +179,7 @@ def evaluate_task(
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant, seed))
 
     ranking, rows = metrics.rank_task(
-        task,
-        lambda pool: retriever.scores(
-            [task.queries[row] for row in pool.queries], [task.documents[row] for row in pool.documents], variant
-        ),
-        progress=progress,
+        task, lambda pool: retriever.scores(*task.texts_of(pool), variant), progress=progress
     )
     values_of = {metric: metrics.query_values(ranking, metric) for metric in task.metrics}
     main = values_of[task.metrics[0]]
@@ -208,7 +198,7 @@ def evaluate_task(
 def _evaluate_pairs(
     task: PairTask, retriever: Retriever, variant: ExitVariant, seed: int
 ) -> tuple[dict[str, Estimate], list[int], list[str], int, float]:
-    """The fields of a `TaskResult` that follow its names."""
+    """The fields of a `TaskResult` after its names: estimates, outcomes, ids, candidates and threshold."""
     scores = retriever.scores(task.documents, task.documents, variant)
     valid, test = (scores.of_pairs(*pairs.T) for pairs in (task.valid_pairs, task.pairs))
     metrics.check_scores(test)
@@ -255,25 +245,18 @@ def open_retriever(
     return LEXICAL[name]()
 
 
-def _own_encoder(retriever: Retriever) -> ExitEncoder | None:
-    """The encoder of a retriever if it is a ModularStarEncoder, else None."""
-    encoder = retriever.encoder if isinstance(retriever, EmbeddingRetriever) else None
-    return encoder if isinstance(encoder, ExitEncoder) else None
-
-
 def _open_all(
-    model: str,
-    baselines: Sequence[str],
-    store: EmbeddingCache,
-    exit_layers: Sequence[int] | None,
-    untrained_seed: int | None,
+    model: str, baselines: Sequence[str], store: EmbeddingCache, exit_layers: Sequence[int] | None, seed: int | None
 ) -> dict[str, Retriever]:
-    """{given name: retriever}; UserError if two retrievers have the same name in tables."""
+    """{given name: retriever}; UserError if two retrievers have the same name in tables.
+
+    If `seed` is not None, it draws the weights of an untrained model, which is one more retriever.
+    """
     retrievers = {model: open_retriever(model, store, exit_layers)}
-    if untrained_seed is not None:
-        if (encoder := _own_encoder(retrievers[model])) is None:
+    if seed is not None:
+        if not isinstance(encoder := getattr(retrievers[model], "encoder", None), ExitEncoder):
             raise UserError("evaluation.untrained.other_model", f"`untrained` needs a ModularStarEncoder, not {model}.")
-        retrievers["untrained"] = EmbeddingRetriever(encoder.untrained(untrained_seed), store)
+        retrievers["untrained"] = EmbeddingRetriever(encoder.untrained(seed), store)
     for name in baselines:
         if name not in retrievers:
             retrievers[name] = open_retriever(name, store)
@@ -284,7 +267,7 @@ def _open_all(
 
 
 def _without_paths(command: str) -> str:
-    """The command, with local paths replaced by the variables MOSE_DATA and HOME."""
+    """The command, with `$MOSE_DATA` and `$HOME` in place of the local paths that these variables hold."""
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
             command = command.replace(place, f"${variable}")
@@ -293,19 +276,15 @@ def _without_paths(command: str) -> str:
 
 @torch.inference_mode()
 def classification_scores(
-    model: ModularStarEncoderForSequenceClassification,
-    batches: Iterable[Mapping[str, torch.Tensor]],
-    *,
-    progress: bool = True,
+    model: ModularStarEncoderForSequenceClassification, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
 ) -> dict[int, dict[str, float]]:
     """Accuracy of each exit, and precision, recall and F1 of class 1 (BigCloneBench's metric since 2021-09-13).
 
     Args:
         model: a classifier with two classes, in evaluation mode.
-        batches: mappings with `input_ids`, `attention_mask` and `labels`, as from `ClassificationCollator`.
+        batches: tensors `input_ids`, `attention_mask` and `labels`, as from `ClassificationCollator`.
 
-    Returns:
-        {exit: {metric: a fraction between 0 and 1}}; precision, recall and F1 are 0 where undefined.
+    Returns {exit: {metric: a fraction between 0 and 1}}; precision, recall and F1 are 0 where undefined.
     """
     exits, device = tuple(model.config.exit_layers), next(model.parameters()).device
     decisions, labels = [], []
@@ -313,8 +292,5 @@ def classification_scores(
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         decisions.append(model(**inputs, exit_layers=exits).exit_logits.argmax(dim=-1).cpu().numpy())
         labels.append(batch["labels"].numpy())
-    truth = np.concatenate(labels)
-    return {
-        exit_layer: metrics.binary_scores(found, truth)
-        for exit_layer, found in zip(exits, np.concatenate(decisions, axis=1), strict=True)
-    }
+    found, truth = np.concatenate(decisions, axis=1), np.concatenate(labels)
+    return {k: metrics.binary_scores(of_exit, truth) for k, of_exit in zip(exits, found, strict=True)}

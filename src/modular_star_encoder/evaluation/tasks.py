@@ -18,9 +18,7 @@ from modular_star_encoder.data.splits import CODE_TO_CODE, TEXT_TO_CODE, PairGro
 from modular_star_encoder.inference.encoders import Text
 from modular_star_encoder.utils.errors import UserError
 
-POOL = 1000
-"""Number of candidates of a query in CodeSearchNet's protocol."""
-
+POOL = 1000  # number of candidates of a query in CodeSearchNet's protocol
 HELD_OUT = {TEXT_TO_CODE: "held-out, text → code", CODE_TO_CODE: "held-out, code → code"}
 
 
@@ -77,7 +75,7 @@ class Judgements:
 
 
 class Pool(NamedTuple):
-    """Row numbers in a task of Q queries and of the D documents that are the candidates of each of them."""
+    """Row numbers of Q queries and of D documents in a task; these documents are the candidates of each query."""
 
     queries: np.ndarray
     documents: np.ndarray
@@ -101,8 +99,11 @@ class RetrievalTask:
 
     def texts(self) -> list[Text]:
         """All texts to embed."""
-        queries = [self.queries[row] for pool in self.pools for row in pool.queries]
-        return queries + [self.documents[row] for pool in self.pools for row in pool.documents]
+        return [text for pool in self.pools for part in self.texts_of(pool) for text in part]
+
+    def texts_of(self, pool: Pool) -> tuple[list[Text], list[Text]]:
+        """The queries and the documents of a pool."""
+        return [self.queries[row] for row in pool.queries], [self.documents[row] for row in pool.documents]
 
     def checksum(self) -> str:
         """A hash of everything that the scores depend on."""
@@ -176,17 +177,12 @@ def ranking_task(
         batches: row numbers (B,) of each batch; if None, all documents are candidates of every query.
         options: other fields of `RetrievalTask`.
     """
+    rows = range(len(queries))
+    ids, judgements = list(map(str, rows)) if ids is None else list(ids), judgements or Judgements.one_each(rows)
     pools = [Pool(np.arange(len(queries)), np.arange(len(documents)))]
-    return RetrievalTask(
-        benchmark,
-        name,
-        queries,
-        documents,
-        list(map(str, range(len(queries)))) if ids is None else list(ids),
-        Judgements.one_each(range(len(queries))) if judgements is None else judgements,
-        tuple(pools if batches is None else (Pool(rows, rows) for rows in batches)),
-        **options,
-    )
+    if batches is not None:
+        pools = [Pool(batch, batch) for batch in batches]
+    return RetrievalTask(benchmark, name, queries, documents, ids, judgements, pools, **options)
 
 
 def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarray]:
@@ -246,7 +242,7 @@ def task_from_mappings(
         message = f"{len(unknown)} relevant documents are not in `corpus`, such as {unknown[0]!r}."
         raise UserError("evaluation.task.unknown_document", message)
     if not answered or len(places) < 2:
-        message = f"Ranking needs a judged query and two documents, but there are {len(answered)} and {len(places)}."
+        message = f"Ranking needs a query with judgements and two documents, not {len(answered)} and {len(places)}."
         raise UserError("evaluation.candidates.too_few", message)
     judged = [sorted(places[document] for document in relevant[name]) for name in answered]
     judgements = Judgements.of([dict.fromkeys(found, 1.0) for found in judged])

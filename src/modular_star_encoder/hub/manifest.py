@@ -1,7 +1,7 @@
 """Manifests are YAML files, as in hub_configs, that list the repositories to publish and their sources."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from pydantic import Field
@@ -32,6 +32,8 @@ class RepositorySettings:
             parent folder, if it exists.
         recipe: YAML or JSON file of the recipe; by default the recipe in the training log.
         training_data: description of the training data.
+        sections: sections of the card after the exits, as heading: local file with Markdown, or with JSON, which is
+            shown as code.
         files: additional files, as path in the repository: local file, such as
             `onnx/model.onnx: runs/export/model.onnx`.
     """
@@ -49,22 +51,25 @@ class RepositorySettings:
     training_log: str | None = None
     recipe: str | None = None
     training_data: str | None = None
+    sections: Mapping[str, str] = Field(default_factory=dict)
     files: Mapping[str, str] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        own = ("checkpoint", "evaluation", "profile", "recipe", "trained_from", "training_log")
+        if fault := next(self._faults(), None):
+            raise UserError(*fault)
+
+    def _faults(self) -> Iterator[tuple[str, str]]:
+        own = ("checkpoint", "evaluation", "profile", "recipe", "sections", "trained_from", "training_log")
         if self.slice_of and (given := [name for name in own if getattr(self, name)]):
-            message = f"{self.key} is a slice of {self.slice_of}, which sets {', '.join(given)}; remove these keys."
-            raise UserError("hub.manifest.slice", message)
+            yield "hub.manifest.slice", f"{self.key} is a slice; remove {', '.join(given)}, which {self.slice_of} sets."
         if self.slice_of is None and self.checkpoint is None:
-            raise UserError("hub.manifest.checkpoint", f"{self.key} needs either checkpoint or slice_of.")
+            yield "hub.manifest.checkpoint", f"{self.key} needs either checkpoint or slice_of."
         if (self.slice_of is None) != (self.exit_layer is None):
-            raise UserError("hub.manifest.exit_layer", f"{self.key} needs both slice_of and exit_layer, or neither.")
+            yield "hub.manifest.exit_layer", f"{self.key} needs both slice_of and exit_layer, or neither."
         for path in self.files:
             parts = PurePosixPath(path).parts
             if not parts or parts[0] == "/" or ".." in parts or "\\" in path:
-                message = f"files of {self.key}: {path!r} must be a path inside the repository."
-                raise UserError("hub.manifest.files", message)
+                yield "hub.manifest.files", f"files of {self.key}: {path!r} must be a path inside the repository."
 
     @property
     def key(self) -> str:
@@ -102,19 +107,21 @@ class Manifest:
     limits: str | None = None
 
     def __post_init__(self) -> None:
+        if fault := next(self._faults(), None):
+            raise UserError(*fault)
+
+    def _faults(self) -> Iterator[tuple[str, str]]:
         if not self.namespace:
-            raise UserError("hub.manifest.namespace", "namespace must be your name on the Hub: namespace=NAME.")
+            yield "hub.manifest.namespace", "namespace must be your name on the Hub: namespace=NAME."
         if not self.license or (self.license == "other" and not self.license_name):
-            message = "license must be a licence name on the Hub, such as apache-2.0, or `other` with license_name."
-            raise UserError("hub.manifest.license", message)
+            yield "hub.manifest.license", "license must be a name that the Hub knows, or `other` with a license_name."
         above: set[str] = set()
         for entry in self.repositories:
             check_repository_id(self.repository(entry))
             if entry.key in above:
-                raise UserError("hub.manifest.twice", f"{entry.key} is listed twice in repositories.")
+                yield "hub.manifest.twice", f"{entry.key} is listed twice in repositories."
             if entry.parent is not None and entry.parent not in above:
-                message = f"{entry.key} comes from {entry.parent}, which must be listed above it."
-                raise UserError("hub.manifest.parent", message)
+                yield "hub.manifest.parent", f"{entry.key} comes from {entry.parent}, which must be listed above it."
             above.add(entry.key)
 
     def repository(self, entry: RepositorySettings) -> str:

@@ -70,6 +70,7 @@ class StagedRepository:
     slices: Sequence[tuple[int, str, str]] = ()
     training_rows: Sequence[tuple[str, Any]] = ()
     recipe: str = ""  # training recipe as YAML
+    sections: Sequence[tuple[str, str]] = ()  # (heading, Markdown) of each additional section
 
     def link(self, revision: str | None = None) -> str:
         """A Markdown link to the branch of the repository, or to a revision."""

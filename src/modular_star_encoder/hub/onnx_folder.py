@@ -11,7 +11,6 @@ optimum's ONNX package needs transformers below 4.58 (optimum-onnx 0.1.0), which
 tokenizer class of transformers 5. The folder therefore declares another model type and tokenizer class.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -50,7 +49,7 @@ from modular_star_encoder.inference.onnx_export import (
 )
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_folder, write_json
+from modular_star_encoder.utils.files import folder_checksum, staged_folder, write_json
 from modular_star_encoder.utils.reports import library_versions, machine_kind, markdown_table, metric_label, percent
 
 EXPORT_REPORT = "onnx/export.json"
@@ -63,7 +62,7 @@ _STARCODER2 = (
 
 TOP = 10
 TIE = 1e-5
-"""Similarities that differ by less are ties, because rounding of the embeddings may change their order."""
+"""Scores that differ by less are ties, because rounding of the embeddings may change their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class RankingComparison:
     queries: int
     candidates: int
     same_top_10: int  # number of queries whose first ten documents are the same, in the same order
-    ties_in_top_10: int  # number of queries whose first ten differ only in the order of ties; see `TopTen`
+    ties_in_top_10: int  # number of queries whose first ten differ only in the order of ties
     shared_top_10: float  # mean fraction of documents that both have among their first ten, in any order
     metric: str  # the task's main metric, such as `mrr`
     model: float  # value of the metric for the model, from 0 to 1
@@ -150,11 +149,11 @@ def export_onnx_folder(
     return OnnxFolder(out, rankings)
 
 
-def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int) -> Path:
+def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: str = "onnx") -> Path:
     """The default output folder for one exit of a checkpoint."""
     folder = Path(checkpoint).expanduser()
-    name = f"{folder.resolve().name if folder.is_dir() else folder.name}-{exit_layer}-onnx"
-    return folder.resolve().with_name(name) if folder.is_dir() else Path(name)
+    folder = folder.resolve() if folder.is_dir() else Path(folder.name)
+    return folder.with_name(f"{folder.name}-{exit_layer}-{ending}")
 
 
 def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEncoderConfig) -> dict[str, str]:
@@ -202,12 +201,8 @@ class OnnxEncoder:
     def __init__(self, path: str | os.PathLike[str], reference: ExitEncoder, name: str) -> None:
         self.name, self.exit_layers = name, reference.exit_layers
         self._session, self._reference = open_session(path), reference
-        digest = hashlib.sha256(reference.checksum.encode())
-        for file in (Path(path), Path(f"{os.fspath(path)}_data")):
-            if file.is_file():
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-        self.checksum = digest.hexdigest()
+        path = Path(path)
+        self.checksum = f"{reference.checksum}-{folder_checksum(path.parent, (path.name, f'{path.name}_data'))}"
 
     def prompt(self, text: Text) -> str:
         """See `Encoder`."""
@@ -239,26 +234,21 @@ def compare_rankings(
     files: Mapping[str, str | os.PathLike[str]],
     tasks: Sequence[RetrievalTask],
     *,
-    seed: int = 0,
     progress: bool = True,
 ) -> dict[str, list[RankingComparison]]:
-    """Rank with one exit of a model and with its ONNX files; returns {name of a file: one comparison per task}."""
-    if len(reference.exit_layers) != 1:
-        message = f"An ONNX file has one exit, so the encoder must have one, not {list(reference.exit_layers)}."
-        raise UserError("hub.onnx.exits", message)
+    """Rank with the one exit of `reference` and with ONNX files of it; returns {file: one comparison per task}."""
     model = EmbeddingRetriever(reference)
-    expected = evaluate_tasks(tasks, [model], seed=seed, progress=progress)
+    expected = evaluate_tasks(tasks, [model], progress=progress)
     comparisons = {}
     for name, path in files.items():
         file = EmbeddingRetriever(OnnxEncoder(path, reference, name))
-        found = evaluate_tasks(tasks, [file], seed=seed, progress=progress)
-        results = zip(tasks, expected, found, strict=True)
-        comparisons[name] = [_comparison(task, (model, file), pair, seed) for task, *pair in results]
+        results = zip(tasks, expected, evaluate_tasks(tasks, [file], progress=progress), strict=True)
+        comparisons[name] = [_comparison(task, (model, file), pair) for task, *pair in results]
     return comparisons
 
 
 def _comparison(
-    task: RetrievalTask, retrievers: tuple[Retriever, Retriever], results: Sequence[TaskResult], seed: int
+    task: RetrievalTask, retrievers: tuple[Retriever, Retriever], results: Sequence[TaskResult]
 ) -> RankingComparison:
     parts = []
     for pool in task.pools:
@@ -270,43 +260,34 @@ def _comparison(
                 message = f"{task.name} of {task.benchmark} has too many documents to compare: {len(documents):,}."
                 raise UserError("hub.onnx.documents", message)
             parts.append(compare_tops(expected.scores, found.scores))
-    tops = TopTen(*map(np.concatenate, zip(*parts, strict=True)))
+    same, tied, shared = map(np.concatenate, zip(*parts, strict=True))
     model, file = results
     changes = np.array(file.values) - np.array(model.values)
     return RankingComparison(
         benchmark=task.benchmark,
         task=task.name,
-        queries=len(tops.same),
+        queries=len(same),
         candidates=model.candidates,
-        same_top_10=int(tops.same.sum()),
-        ties_in_top_10=int((tops.tied & ~tops.same).sum()),
-        shared_top_10=float(tops.shared.mean()),
+        same_top_10=int(same.sum()),
+        ties_in_top_10=int((tied & ~same).sum()),
+        shared_top_10=float(shared.mean()),
         metric=model.main,
         model=model.estimates[model.main].value,
         file=file.estimates[file.main].value,
-        difference=Estimate(float(changes.mean()), *bootstrap_interval(changes, seed)),
+        difference=Estimate(float(changes.mean()), *bootstrap_interval(changes, seed=0)),
     )
 
 
-class TopTen(NamedTuple):
-    """A comparison of the ten best columns of each row in two score matrices (Q, N)."""
+def compare_tops(expected: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compare the ten best columns of each row in two score matrices (Q, N); of equal scores, the first is better.
 
-    same: np.ndarray  # (Q,) bool, the same columns in the same order; columns with equal scores are ascending
-    # (Q,) bool, the same columns except for ties: at each rank, both matrices' columns have scores in the first matrix
-    # that differ by less than `TIE`
-    tied: np.ndarray
-    shared: np.ndarray  # (Q,) fraction of the ten columns that both matrices have, in any order
-
-
-def compare_tops(expected: np.ndarray, found: np.ndarray) -> TopTen:
-    """Compare the ten best columns of each row in two score matrices (Q, N)."""
+    Returns three arrays (Q,): whether both have the same columns in the same order; whether the columns of each rank
+    differ by less than `TIE` in their `expected` scores; the fraction of columns that both have, in any order.
+    """
     first, second = (np.argsort(-scores, axis=1, kind="stable")[:, :TOP] for scores in (expected, found))
     in_order, as_found = (np.take_along_axis(expected, order, axis=1) for order in (first, second))
-    return TopTen(
-        same=(first == second).all(axis=1),
-        tied=(np.abs(in_order - as_found) < TIE).all(axis=1),
-        shared=(first[:, :, None] == second[:, None, :]).any(axis=2).mean(axis=1),
-    )
+    shared = (first[:, :, None] == second[:, None, :]).any(axis=2).mean(axis=1)
+    return (first == second).all(axis=1), (np.abs(in_order - as_found) < TIE).all(axis=1), shared
 
 
 def format_rankings(rankings: Mapping[str, Sequence[RankingComparison]]) -> str:

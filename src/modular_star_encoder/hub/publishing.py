@@ -63,10 +63,10 @@ def publish(
     """Stage and verify all repositories of a manifest, then upload them or report the changes.
 
     Staging writes each repository to a folder: checkpoint, SentenceTransformer files, exit profile, figure and card.
-    Verification looks for secrets, pickles and unexpected files. It also computes embeddings in a process that has only
-    the code in the repository, and compares them with embeddings of the source. Nothing is uploaded unless all
-    repositories pass. Each changed repository gets one commit, parents first. After a failure, each repository has its
-    old or its new revision, and the next call uploads the rest.
+    Verification looks for secrets, pickles and unexpected files, and compares embeddings that a process with only the
+    repository's code computes with embeddings of the source. Nothing is uploaded unless all repositories pass. Each
+    changed repository gets one commit, parents first. After a failure, each repository has its old or its new revision,
+    and the next call uploads the rest.
 
     Args:
         manifest: the repositories; see `load_manifest` (a YAML file) and `folder_manifest` (one checkpoint folder).
@@ -81,8 +81,7 @@ def publish(
         The changes of each repository, in the order of the manifest; `str(…)` is the text that `mose publish` prints.
 
     Raises:
-        UserError: a checkpoint can't be staged (`hub.staging.*`) or fails the verification (`hub.files.*`,
-            `hub.card.*`, `hub.tokenizer`, `hub.reload.*`); nothing was sent.
+        UserError: a checkpoint can't be staged or fails the verification; nothing was sent.
         OSError: the Hub rejects the request or can't be reached.
 
     Example:
@@ -137,15 +136,10 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
                 api.create_branch(repository, branch=branch, revision=first, exist_ok=True)
             head, there = _remote(api, repository, branch)
             changes = compare(staged.folder, there)
-        operations = [
-            CommitOperationDelete(change.path)
-            if change.kind == DELETED
-            else CommitOperationAdd(change.path, staged.folder / change.path)
-            for change in changes
-        ]
-        commit = api.create_commit(
-            repository, operations, commit_message="Publish", revision=branch, parent_commit=head
-        )
+        deleted = [change.path for change in changes if change.kind == DELETED]
+        written = [CommitOperationAdd(one.path, staged.folder / one.path) for one in changes if one.kind != DELETED]
+        edits: list[CommitOperationDelete | CommitOperationAdd] = [*map(CommitOperationDelete, deleted), *written]
+        commit = api.create_commit(repository, edits, commit_message="Publish", revision=branch, parent_commit=head)
         left = compare(staged.folder, _remote(api, repository, commit.oid)[1])
     if left:
         raise OSError(f"{repository} differs from the uploaded files in {left[0].path}: upload again.")

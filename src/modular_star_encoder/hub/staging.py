@@ -35,6 +35,7 @@ from modular_star_encoder.utils.errors import UserError
 
 TRAINING_LOG = "training_log.json"
 TOKENIZER = "tokenizer.json"
+WEIGHTS = "model*.safetensors*"
 HIDDEN = "(a local path)"
 
 
@@ -66,6 +67,11 @@ def _stage(
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     folder.mkdir(parents=True)
     write_checkpoint(source, folder, entry.exit_layer, only_exit=entry.only_exit, tokenizer=tokenizer)
+    if not uncut:  # the weights stay as they are: files may hold fewer bits than the model computes with
+        for weights in folder.glob(WEIGHTS):
+            weights.unlink()
+        for weights in source.glob(WEIGHTS):
+            shutil.copyfile(weights, folder / weights.name)
     config = AutoConfig.from_pretrained(folder)
     if not (folder / "modules.json").is_file():
         published = sentence_transformer_prompts(instructions=config.instruction_prompts) if retrieval else {}
@@ -93,7 +99,7 @@ def _stage(
             raise UserError("hub.staging.files", message)
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(Path(file).expanduser(), folder / path)
-    log, recipe = ({}, None) if uncut else _read_training(entry, source)
+    training_rows, recipe = ([], "") if uncut else _read_training(entry, source)
     return StagedRepository(
         settings=entry,
         repository=manifest.repository(entry),
@@ -105,8 +111,9 @@ def _stage(
         measurements=measured,
         figure=figure,
         parent=parent,
-        training_rows=_training_rows(log),
-        recipe=yaml.safe_dump(without_paths(recipe), sort_keys=False, allow_unicode=True) if recipe else "",
+        training_rows=training_rows,
+        recipe=recipe,
+        sections=[(heading, _section(Path(file).expanduser())) for heading, file in entry.sections.items()],
     )
 
 
@@ -140,12 +147,23 @@ def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, i
     return Measurements(parameters, profile, tables).cut(parameters)
 
 
-def _read_training(entry: RepositorySettings, source: Path) -> tuple[dict[str, Any], Any]:
-    """The training log, empty if missing, and the recipe, None if missing."""
+def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[str, Any]], str]:
+    """Rows of a table on the training, from its log, and the recipe as YAML; both are empty if missing."""
     paths = [source / TRAINING_LOG, source.parent / TRAINING_LOG]
     paths = [Path(entry.training_log).expanduser()] if entry.training_log else [one for one in paths if one.is_file()]
     log = _read_settings(paths[0]) if paths else {}
-    return log, _read_settings(Path(entry.recipe).expanduser()) if entry.recipe else log.get("recipe")
+    recipe = _read_settings(Path(entry.recipe).expanduser()) if entry.recipe else log.get("recipe")
+    data, held_out = log.get("data") or {}, log.get("held_out_repositories")
+    values = {"steps": log.get("steps"), "rows to train on": data.get("train"), "rows held out": data.get("held_out")}
+    values["repositories held out"] = len(held_out) if held_out else None
+    rows = [(name, value) for name, value in values.items() if isinstance(value, int)]
+    return rows, yaml.safe_dump(without_paths(recipe), sort_keys=False, allow_unicode=True) if recipe else ""
+
+
+def _section(path: Path) -> str:
+    """The Markdown of a file, or the content of another file as a block of code."""
+    text = path.read_text(encoding="utf-8").rstrip()
+    return text if path.suffix == ".md" else f"```{path.suffix[1:]}\n{text}\n```"
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -158,13 +176,6 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError("hub.staging.settings", f"{path} must hold a mapping of settings, not: {content}.")
     return content
-
-
-def _training_rows(log: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    data, held_out = log.get("data") or {}, log.get("held_out_repositories")
-    values = {"steps": log.get("steps"), "rows to train on": data.get("train"), "rows held out": data.get("held_out")}
-    values["repositories held out"] = len(held_out) if held_out else None
-    return [(name, value) for name, value in values.items() if isinstance(value, int)]
 
 
 def without_paths(settings: Any) -> Any:

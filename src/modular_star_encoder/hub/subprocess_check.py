@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.abc import MetaPathFinder
@@ -43,12 +44,10 @@ class ReloadedEmbeddings:
     masked_lm: np.ndarray | None = None  # for a pre-trained model, logits (N, V) of the last token of each text
 
 
-def verify_reload(
-    requests: Sequence[ReloadRequest], *, progress: bool = True, environment: Mapping[str, str] | None = None
-) -> list[ReloadedEmbeddings]:
-    """Embed texts with several checkpoints in one new process, which runs the model code in the checkpoints.
+def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -> list[ReloadedEmbeddings]:
+    """Embed texts with several checkpoints in one new offline process, which runs the model code in the checkpoints.
 
-    `progress` shows a clock. `environment` sets environment variables of the process; if None, it runs offline.
+    `progress` shows a clock. A checkpoint that cannot be loaded is a UserError, `hub.reload.failed`.
     """
     import torch
 
@@ -58,10 +57,10 @@ def verify_reload(
         request_file, result = Path(folder, "requests.json"), Path(folder, "result.npz")
         request_file.write_text(json.dumps(list(map(asdict, requests))), encoding="utf-8")
         # The same number of threads as here, because it affects the last bits of sums.
-        own = {"HF_MODULES_CACHE": str(Path(folder, "modules")), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        own = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(  # noqa: S603 - our own script, arguments passed as a list
             [sys.executable, "-P", __file__, str(request_file), str(result)],
-            env={**os.environ, **own, **({"HF_HUB_OFFLINE": "1"} if environment is None else environment)},
+            env={**os.environ, **own, "HF_MODULES_CACHE": str(Path(folder, "modules"))},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -69,8 +68,8 @@ def verify_reload(
         )
         errors = wait_with_clock(process, "loading in a clean process", progress=progress)
         if process.returncode:
+            failed = requests[int((re.findall(r"^request (\d+)$", errors, re.MULTILINE) or ["0"])[-1])]
             tail = " ".join(" ".join(errors.strip().splitlines()[-5:]).split())
-            failed = requests[int((re.findall(r"request (\d+): ", tail) or ["0"])[-1])]
             message = f"{failed.checkpoint} can't be loaded without this package: {tail}"
             raise UserError("hub.reload.failed", message)
         with np.load(result, allow_pickle=False) as arrays:
@@ -93,13 +92,11 @@ def wait_with_clock(process: "subprocess.Popen[str]", description: str, *, progr
     with process, tqdm(desc=description, bar_format=clock, disable=not progress, leave=False) as bar:
         try:
             while True:
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     return process.communicate(timeout=0.5)[1]
-                except subprocess.TimeoutExpired:
-                    bar.update()
-        except BaseException:
+                bar.update()
+        finally:
             process.kill()
-            raise
 
 
 class Blocker(MetaPathFinder):
@@ -114,10 +111,8 @@ def main(request_file: str, result_file: str) -> None:
     sys.meta_path.insert(0, Blocker())
     arrays: dict[str, np.ndarray] = {}
     for number, request in enumerate(json.loads(Path(request_file).read_text(encoding="utf-8"))):
-        try:
-            arrays |= {f"{number}/{name}": array for name, array in embed(**request).items()}
-        except Exception as error:
-            raise RuntimeError(f"request {number}: {type(error).__name__}: {error}") from error
+        print(f"request {number}", file=sys.stderr)  # `verify_reload` reads it if this request fails
+        arrays |= {f"{number}/{name}": array for name, array in embed(**request).items()}
     np.savez(result_file, **arrays)  # type: ignore[arg-type]
 
 
@@ -136,8 +131,6 @@ def embed(
     options: dict[str, Any] = {"trust_remote_code": True, "revision": revision}
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
     model = AutoModel.from_pretrained(checkpoint, **options).eval()
-    if not type(model).__module__.startswith("transformers_modules."):
-        raise RuntimeError(f"{type(model)} does not come from the checkpoint's own code")
     # SentenceTransformer cuts texts to the same length.
     cut = {"truncation": True, "max_length": model.config.max_position_embeddings}
     batch = tokenizer([prompt + text for text in texts], padding=True, return_tensors="pt", **cut)

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,41 +58,40 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
     """Check that a folder has the required and the `extra` files of a repository, and no other or unsafe files."""
+    if fault := next(_faults(folder, extra), None):
+        raise UserError(*fault)
+
+
+def _faults(folder: Path, extra: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the key and the sentence of each error in the files of a folder."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
     weights = {name for name in paths if WEIGHTS.fullmatch(name)} or {"model.safetensors"}
     expected = {*REQUIRED, *extra, *weights} | ({INDEX} if len(weights) > 1 else set())
     if missing := sorted(expected - set(paths)):
-        raise UserError("hub.files.missing", f"{folder} lacks {', '.join(missing)}.")
-    if surplus := sorted(set(paths) - expected - set(OPTIONAL)):
-        message = f"{folder} contains {', '.join(surplus)}; list additional files under `files` in the manifest."
-        raise UserError("hub.files.unexpected", message)
+        yield "hub.files.missing", f"{folder} lacks {', '.join(missing)}."
+    if surplus := ", ".join(sorted(set(paths) - expected - set(OPTIONAL))):
+        yield "hub.files.unexpected", f"{folder} contains {surplus}; list further files under `files` in the manifest."
+    token, home = (get_token() or "").encode(), os.path.expanduser("~").rstrip("/").encode()
     for name, path in sorted(paths.items()):
         if path.is_symlink():
-            raise UserError("hub.files.link", f"{folder} contains a link, {name}.")
-        _check_content(name, path)
-
-
-def _check_content(name: str, path: Path) -> None:
-    with path.open("rb") as file:
-        text = file.read(TEXT_LIMIT)
-    if path.suffix in PICKLES or re.match(rb"\x80[\x02-\x05]|PK\x03\x04", text):
-        raise UserError("hub.files.pickle", f"{path} may be a pickle; publish weights as safetensors only.")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as tensors:
-                text = json.dumps(tensors.metadata() or {}).encode()
-        except SafetensorError as error:
-            raise UserError("hub.files.safetensors", f"{path} is not a safetensors file: {error}.") from error
-    token = get_token()
-    places = [match.start() for pattern in SECRETS if (match := pattern.search(text))]
-    places += [text.index(token.encode())] if token and token.encode() in text else []
-    if places:
-        line = text[: places[0]].count(b"\n") + 1
-        raise UserError("hub.files.secret", f"{name} in {path.parent} may contain a secret in line {line}.")
-    home = os.path.expanduser("~").rstrip("/").encode()
-    if len(home) > 1 and home + b"/" in text:
-        message = f"{name} in {path.parent} contains a local path, inside {home.decode()}."
-        raise UserError("hub.files.local_path", message)
+            yield "hub.files.link", f"{folder} contains a link, {name}; publish the file itself."
+        with path.open("rb") as file:
+            text = file.read(TEXT_LIMIT)
+        if path.suffix in PICKLES or re.match(rb"\x80[\x02-\x05]|PK\x03\x04", text):
+            yield "hub.files.pickle", f"{path} may be a pickle; publish weights as safetensors only."
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt") as tensors:
+                    text = json.dumps(tensors.metadata() or {}).encode()
+            except SafetensorError as error:
+                yield "hub.files.safetensors", f"{path} is not a safetensors file: {error}."
+        places = [match.start() for pattern in SECRETS if (match := pattern.search(text))]
+        places += [text.index(token)] if token and token in text else []
+        if places:
+            line = text[: places[0]].count(b"\n") + 1
+            yield "hub.files.secret", f"{name} in {folder} may contain a secret in line {line}."
+        if len(home) > 1 and home + b"/" in text:
+            yield "hub.files.local_path", f"{name} in {folder} contains a local path, inside {home.decode()}."
 
 
 def _check_tokenizer(folder: Path) -> None:

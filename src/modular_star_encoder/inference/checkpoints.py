@@ -10,13 +10,13 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
@@ -29,7 +29,6 @@ from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHIT
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum, staged_folder
 
-TOKENIZER_FILE = "tokenizer.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 SENTENCE_TRANSFORMER_FILES = (
     "modules.json",
@@ -45,8 +44,6 @@ MODULES = (
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
 )
-# All are written, because text-embeddings-inference requires the first two (router/src/lib.rs).
-POOLING_MODES = ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_lasttoken")
 
 _TRUNK = re.compile(r"(^|\.)(embed_tokens|layers|norm)\.")
 
@@ -66,24 +63,23 @@ def load_checkpoint(
         dtype: dtype of the model; by default the dtype of the checkpoint.
 
     Raises:
-        UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, lacks the exit, or its weights do
-            not match its configuration (a missing head would be initialised randomly).
-        OSError: the folder or repository does not exist, or lacks configuration, weights or tokenizer.
+        UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, lacks the exit or a tokenizer, or
+            its weights do not match its configuration (a missing head would be initialised randomly).
+        OSError: the folder or repository does not exist, or lacks configuration or weights.
     """
     config, path = load_config(path), _expanded(path)
     if exit_layer is not None:
         config.check_exit(exit_layer)
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, TOKENIZER_FILE)):
-        raise FileNotFoundError(f"{path} has no tokenizer: {TOKENIZER_FILE} does not exist.")
+    tokenizer = _load_tokenizer(path)
     options = {name: value for name, value in (("exit_layer", exit_layer), ("dtype", dtype)) if value is not None}
     model = _load_whole(AutoModel, path, trust_remote_code=False, **options)
     if not isinstance(model, ModularStarEncoderForRetrieval):
         raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads: fine-tune it first.")
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), _load_tokenizer(path)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
 def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
-    """Load only the configuration of a checkpoint, which tells its exits and whether it uses instruction prompts."""
+    """Load only the configuration of a checkpoint, for example to read its exits or its prompts."""
     check_checkpoint(path)
     path = _expanded(path)
     with _clear_errors(path):
@@ -94,18 +90,19 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Check that a local path is a checkpoint folder, before it is loaded; a Hub id passes unchecked."""
+    """Raise FileNotFoundError if a local path is not a folder with configuration and weights; accepts any Hub id."""
     folder = Path(_expanded(path))
-    if not folder.exists():
-        if isinstance(path, str) and re.fullmatch(r"(?![.~]+/)[^/]+/[^/]+", path):  # owner/name
-            return
-        raise FileNotFoundError(f"There is no checkpoint folder {path}.")
+    if not folder.exists() and isinstance(path, str) and re.fullmatch(r"(?![.~]+/)[^/]+/[^/]+", path):  # owner/name
+        return
+    fault = ""
     if not folder.is_dir():
-        raise NotADirectoryError(f"{path} is a file; a checkpoint is a folder.")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is not a checkpoint: it has no config.json.")
-    if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        raise FileNotFoundError(f"{path} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists.")
+        fault = f"There is no checkpoint folder {path}."
+    elif not (folder / "config.json").is_file():
+        fault = f"{path} is not a checkpoint: it has no config.json."
+    elif not any((folder / name).is_file() for name in WEIGHT_FILES):
+        fault = f"{path} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists."
+    if fault:
+        raise FileNotFoundError(fault)
 
 
 def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
@@ -122,18 +119,13 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """The path of a file in a checkpoint; None if the file is missing, or offline if it is not in the Hub's cache."""
+    """The path of a file in a checkpoint; None if the checkpoint lacks it, or offline if the Hub's cache lacks it."""
     path = _expanded(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
-    with _clear_errors(path):
-        try:
-            return Path(hf_hub_download(path, name))
-        except LocalEntryNotFoundError:
-            if not constants.HF_HUB_OFFLINE:
-                raise
-        except EntryNotFoundError:
-            pass
+    missing = LocalEntryNotFoundError if constants.HF_HUB_OFFLINE else RemoteEntryNotFoundError
+    with _clear_errors(path), suppress(missing):
+        return Path(hf_hub_download(path, name))
     return None
 
 
@@ -146,24 +138,19 @@ def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
     with _clear_errors(path):
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     # A published model may lack the bias of its vocabulary; this bias is then zero.
-    missing = set(info["missing_keys"]) - {"heads.decoder.bias"}
-    names = {"missing from": missing, "too many in": filter(_TRUNK.search, info["unexpected_keys"])}
-    for problem, found in names.items():
-        if listed := sorted(found):
-            message = f"{len(listed)} tensors are {problem} {path}, such as {listed[0]}"
-            raise UserError("checkpoint.tensors", f"{message}: its configuration does not match its weights.")
+    missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
+    if wrong := missing or sorted(filter(_TRUNK.search, info["unexpected_keys"])):
+        message = f"{len(wrong)} tensors are {'missing from' if missing else 'too many in'} {path}, such as {wrong[0]}"
+        raise UserError("checkpoint.tensors", f"{message}: its configuration does not match its weights.")
     return model
 
 
 def _load_tokenizer(path: str) -> Any:
-    with _clear_errors(path):
-        try:
-            return load_tokenizer(path)
-        except OSError:
-            raise
-        except Exception as error:  # damaged file; tokenizers raises no narrower class
-            message = f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
-            raise UserError("checkpoint.tokenizer", message) from error
+    try:
+        return load_tokenizer(path)
+    except Exception as error:  # for a damaged file, tokenizers raises no narrower class
+        message = f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
+        raise UserError("checkpoint.tokenizer", message) from error
 
 
 @contextmanager
@@ -171,18 +158,21 @@ def _clear_errors(path: str) -> Iterator[None]:
     """Turn errors of transformers and the Hub into one sentence."""
     try:
         yield
-    except (SafetensorError, StrictDataclassError) as error:
-        raise UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}") from error
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
+    except (SafetensorError, StrictDataclassError, RuntimeError, OSError) as error:
+        if (clear := _clear_error(error, path)) is None:
             raise
-        message = f"{path} cannot be loaded: the shapes of its weights do not match its configuration."
-        raise UserError("checkpoint.shapes", message) from error
-    except OSError as error:
-        if os.path.isdir(path):
-            raise
-        message = f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}"
-        raise OSError(message) from error
+        raise clear from error
+
+
+def _clear_error(error: Exception, path: str) -> Exception | None:
+    """The error to raise instead of this one; None if this one is clear, or not about the checkpoint."""
+    if isinstance(error, SafetensorError | StrictDataclassError):
+        return UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}")
+    if isinstance(error, RuntimeError) and "mismatch" in str(error):
+        return UserError("checkpoint.shapes", f"{path} cannot be loaded: its weights do not fit its configuration.")
+    if isinstance(error, OSError) and not os.path.isdir(path):
+        return OSError(f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}")
+    return None
 
 
 def _one_line(error: Exception) -> str:
@@ -192,7 +182,7 @@ def _one_line(error: Exception) -> str:
 def slice_checkpoint(
     checkpoint: str | os.PathLike[str], exit_layer: int, out: str | os.PathLike[str], *, only_exit: bool = False
 ) -> Path:
-    """Write the first `exit_layer` layers of a checkpoint as a stand-alone checkpoint.
+    """Write the first `exit_layer` layers of a checkpoint as a stand-alone checkpoint; returns its folder.
 
     The slice holds the same tensors in the configuration's dtype, so its outputs at its exits are bit for bit equal to
     the outputs of the full model. Its configuration records the depth and the exits of the full model.
@@ -202,9 +192,6 @@ def slice_checkpoint(
         exit_layer: number of layers of the slice; it must be an exit of the checkpoint.
         out: folder to write; it must be empty or not exist. It is written atomically.
         only_exit: keep only the projection head of this exit, as in the published models that were cut.
-
-    Returns:
-        The written folder.
 
     Raises:
         UserError: the checkpoint lacks the exit (the message lists its exits), is damaged, is no ModularStarEncoder, or
@@ -250,7 +237,7 @@ def write_checkpoint(
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """The model class of this name in this package; the base class for a published one, as it renames tensors."""
+    """Our model class of this name; for a published checkpoint the base class, which renames tensors when it loads."""
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
@@ -261,9 +248,9 @@ def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.
 
 def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
     """Remove all other exits and their projection heads from a model; keep all layers."""
-    for other in set(model.config.exit_layers) - {exit_layer}:
-        if hasattr(model, "projection_heads"):
-            del model.projection_heads[str(other)]
+    heads = getattr(model, "projection_heads", {})
+    for other in set(heads) - {str(exit_layer)}:
+        del heads[other]
     model.config.exit_layers = [exit_layer]
 
 
@@ -304,8 +291,9 @@ def write_sentence_transformer_files(
     """
     if pooling is None:
         check_servable(config)
-    mode = {"mean": "pooling_mode_mean_tokens", "lasttoken": "pooling_mode_lasttoken"}[pooling or config.pooling]
-    modes = {name: name == mode for name in POOLING_MODES}
+    mode = {"mean": "mean_tokens", "lasttoken": "lasttoken"}[pooling or config.pooling]
+    # All are written, because text-embeddings-inference requires the first two (router/src/lib.rs).
+    modes = {f"pooling_mode_{name}": name == mode for name in ("cls_token", "mean_tokens", "lasttoken")}
     contents: tuple[Any, ...] = (
         list(modules),
         {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},
@@ -321,11 +309,10 @@ def write_sentence_transformer_files(
 
 def is_servable(config: ModularStarEncoderConfig) -> bool:
     """Whether the pooling and normalisation of sentence-transformers give the same embedding as the model."""
-    try:
+    with suppress(UserError):
         check_servable(config)
-    except UserError:
-        return False
-    return True
+        return True
+    return False
 
 
 def check_servable(config: ModularStarEncoderConfig) -> None:
@@ -335,6 +322,6 @@ def check_servable(config: ModularStarEncoderConfig) -> None:
     orders = ("project_then_pool", "pool_then_project") if commute else ("project_then_pool",)
     known = {"pooling": ("mean", "lasttoken"), "projection_order": orders, "embedding_normalization": ("l2",)}
     for name, allowed in known.items():
-        if getattr(config, name) not in allowed:
-            message = f"A SentenceTransformer does not support {name}={getattr(config, name)!r}, only"
+        if (value := getattr(config, name)) not in allowed:
+            message = f"A SentenceTransformer does not support {name}={value!r}, only"
             raise UserError("checkpoint.not_servable", f"{message} {' or '.join(map(repr, allowed))}.")

@@ -49,17 +49,16 @@ def encode_exits(
         {exit_layer: embeddings (N, D) float32, L2-normalised}, ascending by exit; D is `config.projection_size`.
 
     Raises:
-        UserError: the model lacks an exit, `texts` is one string, the tokenizer has no padding token, or a text holds
-            lone surrogates.
+        UserError: the model lacks an exit, `texts` is one string, or a text holds lone surrogates.
+        ValueError: the tokenizer has no padding token.
 
     Example:
         >>> embeddings = encode_exits(model, tokenizer, ["def f(): pass"], exit_layers=[4, 9])  # doctest: +SKIP
         >>> embeddings[4].shape  # doctest: +SKIP
         (1, 1024)
     """
-    config = model.config
+    config, device = model.config, next(model.parameters()).device
     exits = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
-    device = next(model.parameters()).device
 
     def encode_batch(batch: Mapping[str, torch.Tensor]) -> np.ndarray:
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
@@ -87,17 +86,11 @@ def encode_batches(
 ) -> np.ndarray | None:
     """Tokenize, sort and pad N texts like `encode_exits`, and embed them with a given function at E exits.
 
-    Args:
-        encode_batch: maps `input_ids` and `attention_mask`, int64 (B, T), to embeddings (E, B, D) float32.
-        max_length, prompt, tokens_per_batch: see `encode_exits`.
-
-    Returns:
-        Embeddings (E, N, D) float32 in the order of `texts`; None if there are no texts.
+    `encode_batch` maps `input_ids` and `attention_mask`, int64 (B, T), to embeddings (E, B, D) float32. Returns the
+    embeddings (E, N, D) float32 in the order of `texts`; None if there are no texts.
     """
     if isinstance(texts, str):
         raise UserError("encode.texts.one_string", f"texts must be a list of strings, not the string {texts[:40]!r}.")
-    if tokenizer.pad_token_id is None:
-        raise UserError("encode.tokenizer.no_padding", "The tokenizer has no padding token: set tokenizer.pad_token.")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     if broken := [text for text in unique if not_unicode(text)]:
         message = f"{len(broken)} texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}."
@@ -128,13 +121,10 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) 
 def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
     """Yield the row numbers of each batch, longest rows first, so that a batch too large for memory fails early."""
     rows: list[int] = []
-    longest = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if rows and longest * (len(rows) + 1) > tokens_per_batch:
+        if rows and lengths[rows[0]] * (len(rows) + 1) > tokens_per_batch:
             yield rows
             rows = []
-        if not rows:
-            longest = lengths[row]
         rows.append(row)
     if rows:
         yield rows
@@ -218,7 +208,7 @@ def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[
 def _in_chunks(
     plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor], chunk: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The forward function of an MLP: `compiled` in inference mode without autocast, else `plain`."""
+    """The forward function of an MLP: it calls `compiled` in inference mode without autocast, else `plain`."""
 
     def forward(states: torch.Tensor) -> torch.Tensor:
         flat = states.flatten(0, -2)

@@ -25,8 +25,7 @@ from modular_star_encoder.utils.http import HTTPClient, check_url, token_from_en
 OPENAI_URL = "https://api.openai.com/v1"
 ENDPOINT_PREFIX = "openai:"
 
-Prompted = tuple[str, str]
-"""(prompt, text that follows it)."""
+Prompted = tuple[str, str]  # (prompt, text that follows it)
 
 _NONE = np.empty((0, 1), dtype=np.float32)
 
@@ -109,8 +108,7 @@ class ExitEncoder(Encoder):
     ) -> None:
         config = model.config
         self.model, self.tokenizer, self.name, self._options = model, tokenizer, name, encode_options
-        exits = config.exit_layers if exit_layers is None else exit_layers
-        self.exit_layers: tuple[int | None, ...] = config.resolve_exits(exit_layers=exits)
+        self.exit_layers: tuple[int | None, ...] = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
         nested = sorted({*(getattr(config, "nested_dimensions", None) or ()), config.projection_size}, reverse=True)
         self.dimensions: tuple[int | None, ...] = tuple(nested) if len(nested) > 1 else (None,)
         settings = {name: str(value) for name, value in encode_options.items() if name != "tokens_per_batch"}
@@ -223,10 +221,8 @@ class EndpointEncoder(Encoder):
         body = {"model": self.name, "input": inputs, "encoding_format": "float"}
         answer = client.request("POST", f"{self.base_url}/embeddings", body=body).json()
         try:
-            rows = sorted(answer["data"], key=lambda row: row["index"])
-            if [row["index"] for row in rows] != list(range(len(inputs))):
-                raise ValueError
-            return np.array([row["embedding"] for row in rows], dtype=np.float32).reshape(len(inputs), -1)
+            rows = {row["index"]: row["embedding"] for row in answer["data"]}
+            return np.array([rows[place] for place in range(len(inputs))], dtype=np.float32).reshape(len(inputs), -1)
         except (KeyError, TypeError, ValueError):
             message = f"{self.base_url} did not return one embedding for each of {len(inputs)} texts."
             raise UserError("encoder.endpoint.answer", message) from None

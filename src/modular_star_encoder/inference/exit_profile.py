@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 
-
 PROFILE_NAME = "exit_profile.json"
 
 
@@ -92,24 +91,13 @@ class ExitProfile:
 
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
         """Return a copy with the quality of exits ({exit_layer: value}, higher is better) on a benchmark."""
-        if not set(values) & set(self.exits):
-            message = (
-                f"{benchmark} has values for exits {_listed(values)}, but the profile covers {_listed(self.exits)}."
-            )
+        exits, known = dict(self.exits), values.keys() & self.exits.keys()
+        if not known:
+            message = f"{benchmark} has values for exits {_listed(values)}, but the profile covers {_listed(exits)}."
             raise UserError("profile.quality.other_exits", message)
-        exits = dict(self.exits)
-        for k in values.keys() & exits.keys():
+        for k in known:
             exits[k] = dataclasses.replace(exits[k], quality={**exits[k].quality, benchmark: values[k]})
         return dataclasses.replace(self, exits=exits)
-
-    def with_quality_of(self, other: ExitProfile) -> ExitProfile:
-        """Return a copy with the quality values of `other` as well, if both profiles describe the same weights."""
-        profile = self
-        for name in other.benchmarks if other.checkpoint == self.checkpoint else ():
-            values = {k: one.quality[name] for k, one in other.exits.items() if name in one.quality}
-            if values.keys() & self.exits.keys():
-                profile = profile.with_quality(name, values)
-        return profile
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
@@ -117,10 +105,8 @@ class ExitProfile:
         return tuple(sorted({name for profiled in self.exits.values() for name in profiled.quality}))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file; exits are strings, because keys of JSON objects are strings."""
-        content = dataclasses.asdict(self)
-        exits = {str(exit_layer): profiled for exit_layer, profiled in content.pop("exits").items()}
-        return {"format": 1, **content, "exits": exits}
+        """The content of the file."""
+        return {"format": 1, **dataclasses.asdict(self)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile to a file, atomically."""
@@ -131,26 +117,23 @@ class ExitProfile:
         """Read a profile from a file that `save` wrote."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"There is no exit profile {path}: `mose profile` measures one.")
+            raise FileNotFoundError(f"There is no exit profile {path}: measure one with `mose profile`.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("format") != 1:
-                raise ValueError("its format is not 1")
-            exits = {}
+            version, exits = content.pop("format"), {}
             for exit_layer, values in sorted(content.pop("exits").items(), key=lambda item: int(item[0])):
                 measurements = tuple(Measurement(**measured) for measured in values.pop("measurements"))
                 exits[int(exit_layer)] = ProfiledExit(measurements=measurements, **values)
-            profile = cls(exits=exits, **content)
             shapes = {one.shapes for one in exits.values()}
-            if len(shapes) != 1 or shapes == {()}:
-                raise ValueError("it has no exits, or their batch shapes differ")
+            if version != 1 or len(shapes) != 1 or shapes == {()}:
+                raise ValueError("its format is not 1, it has no exits, or their batch shapes differ")
+            return cls(exits=exits, **content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError("profile.file.unreadable", f"{path} is not an exit profile: {error}.") from error
-        return profile
 
 
 class _Budget(NamedTuple):
-    """A limit, and the known values of exits, which must be at most (`sign` 1) or at least (`sign` -1) the limit."""
+    """A limit and the known values of exits; a value is at most (`sign` 1) or at least (`sign` -1) the limit."""
 
     name: str
     limit: float
@@ -163,10 +146,9 @@ class _Budget(NamedTuple):
 
     def nearest(self, exits: Collection[int]) -> str:
         """The best value among these exits, as text."""
-        known = [k for k in exits if k in self.values]
-        if not known:
+        best = min((k for k in exits if k in self.values), key=lambda k: (self.sign * self.values[k], k), default=None)
+        if best is None:
             return f"{self.name} is not known of any exit"
-        best = min(known, key=lambda k: (self.sign * self.values[k], k))
         return f"{self.name} {self.values[best]:.10g}{self.unit} (exit {best})"  # all digits, to reuse as a budget
 
 
@@ -180,7 +162,7 @@ def select_exit(
     batch_size: int | None = None,
     length: int | None = None,
 ) -> int:
-    """Choose the best exit within all budgets.
+    """Return the best exit within all budgets.
 
     The best exit has the highest quality on `benchmark`; among equals it is the shallowest. If the quality of an exit
     within the budgets is unknown, the deepest exit is chosen.
@@ -192,9 +174,6 @@ def select_exit(
         min_quality: smallest quality on `benchmark`.
         benchmark: name of the benchmark that measures quality; optional if the profile has only one.
         batch_size, length: batch shape to which the budgets apply; by default the first one in the profile.
-
-    Returns:
-        The exit layer.
 
     Raises:
         UserError: no budget is given, the profile lacks the shape or the benchmark, or no exit is within all budgets
@@ -225,14 +204,12 @@ def select_exit(
 
 
 def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[int, int]) -> str:
-    """An error message with the best value for each budget among the exits within the other budgets, or all exits."""
+    """A message that names for each budget the best value among the exits within the other budgets, or all exits."""
     wanted = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
     possible = f"the best of each alone: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
-    nearest = []
-    for budget in budgets:
-        if within := set(profile.exits).intersection(*(one.exits() for one in budgets if one is not budget)):
-            nearest.append(budget.nearest(within))
-    if nearest:
+    others = [(one, [other.exits() for other in budgets if other is not one]) for one in budgets]
+    allowed = [(one, set(profile.exits).intersection(*exits)) for one, exits in others]
+    if nearest := [one.nearest(within) for one, within in allowed if within]:
         kept = " within the other budgets" if len(budgets) > 1 else ""
         possible = f"the nearest possible{kept}: {', or '.join(nearest)}"
     return f"No exit meets {wanted} for batches of {shape[0]} × {shape[1]} tokens; {possible}."
@@ -257,8 +234,8 @@ def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[
         how = f"name one of {_listed(known)}" if known else "the profile has none; `mose profile --quality` adds one"
         raise UserError("budget.benchmark.missing", f"min_quality needs a benchmark: {how}.")
     if benchmark is not None and benchmark not in known:
-        available = _listed(known) or "none"
-        raise UserError("budget.benchmark.unknown", f"The profile lacks {benchmark}. Available: {available}.")
+        message = f"The profile lacks {benchmark}. Available: {_listed(known) or 'none'}."
+        raise UserError("budget.benchmark.unknown", message)
     return {k: one.quality[benchmark] for k, one in profile.exits.items() if benchmark and benchmark in one.quality}
 
 
@@ -273,7 +250,7 @@ def load_at_budget(
     model_kwargs: Mapping[str, Any] | None = None,
     **budget: Any,
 ) -> ModularStarEncoderForRetrieval:
-    """Load the model at the exit that `select_exit` chooses.
+    """Load the model in evaluation mode, at the exit that `select_exit` chooses.
 
     Only the layers up to this exit are loaded, in the profile's dtype; `model.config.num_hidden_layers` is the exit. As
     with `AutoModel`, the model is on the CPU unless `model_kwargs` has a `device_map`.
@@ -284,9 +261,6 @@ def load_at_budget(
             machine measured it.
         model_kwargs: passed to `AutoModel.from_pretrained`.
         budget: `latency_ms`, `memory_mb`, `min_quality` and the other arguments of `select_exit`.
-
-    Returns:
-        The model, in evaluation mode.
 
     Raises:
         FileNotFoundError: the checkpoint has no profile.
@@ -332,9 +306,7 @@ def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
     Warns if the profile was measured on another kind of processor or GPU, or with another number of threads.
     """
     check_checkpoint(checkpoint)
-    file = checkpoint_file(checkpoint, PROFILE_NAME)
-    if file is None:
-        raise FileNotFoundError(f"There is no exit profile of {checkpoint}: measure one with `mose profile`.")
+    file = checkpoint_file(checkpoint, PROFILE_NAME) or Path(checkpoint, PROFILE_NAME)
     profile = ExitProfile.load(file)
     here, decisive = machine_kind(), ["processor", "threads"]
     if profile.device == "cuda":

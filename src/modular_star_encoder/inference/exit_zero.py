@@ -14,19 +14,15 @@ from typing import Any
 
 import numpy as np
 
-_NEEDED = {
-    "projection_head": "linear",
-    "projection_order": "pool_then_project",
-    "pooling": "mean",
-    "embedding_normalization": "l2",
-    "exit_norm": "none",
-    "token_weights": True,
-}
+_NEEDED: dict[str, Any] = {"projection_head": "linear", "projection_order": "pool_then_project", "pooling": "mean"}
+_NEEDED |= {"embedding_normalization": "l2", "exit_norm": "none", "token_weights": True}
 _TEXTS_PER_BATCH = 512
 
 
 class ExitZero:
     """Embeds texts at exit 0 of a checkpoint in a folder.
+
+    `table` (V, D) float32 holds the projected embedding of each token times the weight of the token.
 
     Example:
         >>> ExitZero("hub_configs/mose-code").encode(["parse a header"]).shape
@@ -49,20 +45,22 @@ class ExitZero:
             head = "projection_heads.0.dense."
             table = read("model.embed_tokens.weight") @ read(f"{head}weight").T + read(f"{head}bias")
             self._weights = np.maximum(read("model.token_weights.weight")[:, 0], 0)
-        self._table = table * self._weights[:, None]
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(read_config(folder)["max_position_embeddings"])
+        self.table = table * self._weights[:, None]
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        self.tokenizer.encode_special_tokens = settings.get("split_special_tokens", False)
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(read_config(folder)["max_position_embeddings"])
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings (N, D) float32 of length 1; zeros for a text without tokens."""
-        embeddings = np.zeros((len(texts), self._table.shape[1]), dtype=np.float32)
+        embeddings = np.zeros((len(texts), self.table.shape[1]), dtype=np.float32)
         for start in range(0, len(texts), _TEXTS_PER_BATCH):
-            batch = self._tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_PER_BATCH]))
+            batch = self.tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_PER_BATCH]))
             for place, encoding in enumerate(batch, start):
                 if encoding.ids:
                     total = self._weights[encoding.ids].sum() or 1.0
-                    embeddings[place] = self._table[encoding.ids].sum(axis=0) / total
+                    embeddings[place] = self.table[encoding.ids].sum(axis=0) / total
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
         return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
 
@@ -84,8 +82,5 @@ def has_exit_zero(config: dict[str, Any]) -> bool:
 def shipped_checkpoint(name: str) -> str:
     """The folder of a checkpoint that the package contains, such as `mose-code`; returns any other name unchanged."""
     folder = Path(str(files("modular_star_encoder.hub_configs"))) / name
-    return (
-        str(folder)
-        if "/" not in name and not Path(name).exists() and (folder / "model.safetensors").is_file()
-        else name
-    )
+    is_shipped = "/" not in name and not Path(name).exists() and (folder / "model.safetensors").is_file()
+    return str(folder) if is_shipped else name

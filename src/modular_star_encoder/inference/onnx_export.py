@@ -60,9 +60,7 @@ def export_onnx(
 ) -> None:
     """Write one exit of a model as an ONNX file (`check_onnx` compares it with the model).
 
-    Inputs are `input_ids` and `attention_mask`, int64 (batch_size, sequence_length); outputs `last_hidden_state`
-    (batch_size, sequence_length, D) and `sentence_embedding` (batch_size, D), float32. Weights above 2 GB are
-    written to `{path}_data`.
+    See the module for inputs and outputs. Weights above 2 GB are written to `{path}_data`.
 
     Args:
         model: a model in float32 on the CPU. It is not changed.
@@ -90,10 +88,9 @@ def export_onnx(
     with naming_extra():
         import onnxscript  # noqa: F401 - torch's exporter needs it
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    served = served_exit(model, exit_layer)
     with quiet_libraries(), torch.no_grad():
-        program: Any = torch.onnx.export(
-            served_exit(model, exit_layer), (), kwargs=sample, dynamo=True, verbose=False, **options
-        )
+        program: Any = torch.onnx.export(served, (), kwargs=sample, dynamo=True, verbose=False, **options)
     # The exporter adds to each node the lines of code that it comes from, with local paths: remove them.
     save_graph(ClearMetadataAndDocStringPass()(program.model).model, path)
 
@@ -163,8 +160,9 @@ def check_onnx(
     names the output, the batch and the difference.
     """
     served, session = served_exit(model, exit_layer), open_session(path)
-    largest, batches = dict.fromkeys(OUTPUTS, 0.0), 0
-    for batch in _batches(model.config.vocab_size, min(256, model.config.max_position_embeddings)):
+    largest = dict.fromkeys(OUTPUTS, 0.0)
+    batches = list(_batches(model.config.vocab_size, min(256, model.config.max_position_embeddings)))
+    for batch in batches:
         with torch.inference_mode():
             expected = served(**batch)
         found = session.run(list(OUTPUTS), {name: tensor.numpy() for name, tensor in batch.items()})
@@ -176,13 +174,10 @@ def check_onnx(
                 values, wanted = values[real], wanted[real]
             difference = float((values - wanted).abs().max() / wanted.abs().max().clamp(min=1))
             if not difference <= tolerance:
-                size = (
-                    f"{difference:.2g} (allowed: {tolerance:g}) at a batch of {real.shape[0]} × {real.shape[1]} tokens"
-                )
+                size = f"{difference:.2g} (allowed: {tolerance:g}), for {real.shape[0]} texts of {real.shape[1]} tokens"
                 raise UserError("onnx.difference", f"{path}: {name} differs from the model by {size}.")
             largest[name] = max(largest[name], difference)
-        batches += 1
-    return OnnxDifferences(**largest, batches=batches)
+    return OnnxDifferences(**largest, batches=len(batches))
 
 
 def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -207,7 +202,9 @@ def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]
         from onnxruntime.quantization import QuantType, quantize_dynamic
     # The quantiser gives the weights file a name that serving software does not expect.
     with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=Path(target).parent) as folder:
-        options = SETTINGS | {"use_external_data_format": Path(f"{os.fspath(source)}_data").exists()}
+        # Only the two kinds of weights: a transposed copy of a head's weights can't have one scale per output.
+        options = SETTINGS | {"op_types_to_quantize": ["Gather", "MatMul"]}
+        options["use_external_data_format"] = Path(f"{os.fspath(source)}_data").exists()
         draft = Path(folder, "model.onnx")
         with quiet_libraries():
             quantize_dynamic(source, draft, weight_type=QuantType.QInt8, **options)

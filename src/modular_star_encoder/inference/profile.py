@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,8 +52,6 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
     Padding tokens cost the same as other tokens unless `config.unpad_inputs`.
     """
     config.check_exit(exit_layer)
-    if length < 1:
-        raise UserError("profile.length", f"A text has at least one token, not {length}.")
     hidden, projection = config.hidden_size, config.projection_size
     keys = config.num_key_value_heads * config.head_dim
     layer = 2 * (2 * hidden * hidden + 2 * hidden * keys + 2 * hidden * config.intermediate_size)
@@ -112,8 +111,8 @@ def profile_checkpoint(
     if (longest := max(plan.lengths)) > (limit := config.max_position_embeddings):
         raise UserError("profile.length", f"The model accepts {limit} tokens at most, not {longest}.")
     times = _measure_times(model, exits, plan, progress)
-    sizes = {k: [(one.numel(), one.element_size()) for one in model.slice(k).parameters()] for k in exits}
-    attention = config._attn_implementation
+    parameters = {k: model.slice(k).num_parameters() for k in exits}
+    attention, bytes_each = config._attn_implementation, model.dtype.itemsize
     del model  # so that it uses no GPU memory while the memory of the exits is measured
     memory = _measure_memory(path, exits, plan, device, dtype, progress)
     profiled = {}
@@ -134,8 +133,7 @@ def profile_checkpoint(
                 runs=len(seconds),
             )
             measurements.append(measurement)
-        parameters, size = sum(count for count, _ in sizes[k]), sum(count * each for count, each in sizes[k])
-        profiled[k] = ProfiledExit(parameters, size / 1e6, tuple(measurements))
+        profiled[k] = ProfiledExit(parameters[k], parameters[k] * bytes_each / 1e6, tuple(measurements))
     return ExitProfile(
         exits=profiled,
         device=device,
@@ -156,23 +154,22 @@ def profile_to_file(
     out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[ExitProfile, Path]:
-    """Measure a checkpoint and write its profile to `out`, by default `exit_profile.json` in its folder.
+    """Measure a checkpoint and write the profile to `out`, or to its folder if None; returns the profile and its path.
 
     It replaces an older profile, but keeps the quality values of the measured exits if the weights are the same.
     UserError if the older profile has exits that `exit_layers` leaves out, or if a Hub repository comes without `out`.
-
-    Returns:
-        The profile, and the path of the file.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
     older = ExitProfile.load(path) if path.is_file() else None
     if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
-        message = f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost"
-        raise UserError("profile.out.other_exits", f"{message}: measure them too, or write to another file (--out).")
+        message = f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost: measure them too"
+        raise UserError("profile.out.other_exits", f"{message}, or write to another file (--out).")
     profile = profile_checkpoint(checkpoint, plan, **options)
-    if older is not None:
-        profile = profile.with_quality_of(older)
+    if older is not None and older.checkpoint == profile.checkpoint:
+        for name in older.benchmarks:
+            known = {k: one.quality[name] for k, one in older.exits.items() if name in one.quality}
+            profile = profile.with_quality(name, known)
     profile.save(path)
     return profile, path
 
@@ -245,13 +242,10 @@ def _measure_times(
 
 
 class MemoryUse(NamedTuple):
-    """The memory of a process that embeds, in MB (10^6 bytes); None if the operating system does not report it.
+    """The memory of a process that embeds, in MB (10^6 bytes); None if the operating system does not report it."""
 
-    `base` is the memory with all libraries before the model is loaded; `peaks` are the peaks so far after each batch.
-    """
-
-    base: float | None
-    peaks: list[float | None]
+    base: float | None  # with all libraries, before the model is loaded
+    peaks: list[float | None]  # the peak so far, after each batch
 
 
 def _measure_memory(
@@ -284,8 +278,7 @@ def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequenc
     """
     request = json.dumps([checkpoint, exit_layer, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
-    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    process = subprocess.run(command, check=False, **options)  # noqa: S603 - our own module
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
         raise OSError(f"The memory of exit {exit_layer} cannot be measured, its process ended with: {last}")
@@ -294,11 +287,9 @@ def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequenc
 
 def peak_memory_mb() -> float | None:
     """Largest resident memory of this process so far, in MB (10^6 bytes); None if the system does not report it."""
-    try:
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        pass
     if sys.platform == "win32":
         return None
     import resource

@@ -1,1 +1,0 @@
-"""From the outputs of the exits to one loss for each exit."""

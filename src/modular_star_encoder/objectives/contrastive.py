@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings, gather_stacks, rank_and_count
 from modular_star_encoder.objectives.exit_losses import ObjectiveOutput
-from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
+from modular_star_encoder.objectives.gradient_cache import embed_sides
 from modular_star_encoder.utils.errors import UserError
 
 # Similarities computed at once, of all exits: 2**20 float32 are 4 MiB, however large the batch.
@@ -92,7 +92,7 @@ class _Scoring:
     teacher: torch.Tensor  # (E, E), row e: weights of the exits' scores in the teacher of exit e; zeros if it has none
 
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """(E,) from embedding size → one value for each exit that is trained at it."""
+        """Return each exit's mean (E,) over its sizes; `found` has, by size, one value for each exit trained at it."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
 
@@ -286,6 +286,5 @@ class ContrastiveObjective:
                 raise UserError("contrastive.data_parallel", message)
             return output.exit_embeddings, output.logit_scale
 
-        self.settings.check_sides({side: number_of_texts(inputs) for side, inputs in batch.items()})
-        stacks, logit_scale = embed_sides(model, embed, batch, self.settings.mini_batch_tokens)
+        stacks, logit_scale = embed_sides(model, embed, batch, self.settings)
         return losses_from_embeddings(stacks, exit_layers, self.settings, logit_scale)

@@ -14,7 +14,7 @@ from modular_star_encoder.utils.settings import Count, Different, Float, NonNega
 
 def _have_own_names(pairs: Any) -> Any:
     if any(len(set(pair)) < len(pair) for pair in pairs) or len({pair[:2] for pair in pairs}) < len(pairs):
-        raise ValueError("must be lists of different names, and no two of them the same anchor and positive")
+        raise ValueError("must have different names in each list, and different anchors or positives in two lists")
     return pairs
 
 
@@ -112,7 +112,7 @@ class ContrastiveSettings:
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Do the checks of `check` for the exits of one step, which may be fewer than `dimensions` names."""
+        """Check teacher, target and sizes for the exits of one step; `dimensions` may name exits of other steps."""
         if self.distillation_weight and isinstance(self.teacher, int):
             _check_exits("teacher", [self.teacher], exit_layers)
         if self.alignment_weight and isinstance(self.alignment_target, int):
@@ -123,7 +123,7 @@ class ContrastiveSettings:
             raise UserError("contrastive.dimensions", message)
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
-        """Raise UserError if a batch, as side → number of rows, does not have the sides and equal rows of `pairs`."""
+        """Raise UserError unless a batch (side → rows) has the sides of `pairs` and equally many rows in a pair."""
         if set(rows) != set(self.sides):
             found, used = (", ".join(sorted(sides)) for sides in (rows, self.sides))
             message = f"The batch has the sides {found}; the objective's pairs use {used}."
@@ -131,7 +131,7 @@ class ContrastiveSettings:
         for pair in self.pairs:
             numbers = [rows[side] for side in pair]
             if len(set(numbers)) > 1 or not numbers[0]:
-                message = f"{', '.join(pair)} have {', '.join(map(str, numbers))} rows; their numbers must be equal."
+                message = f"{', '.join(pair)} have {numbers} rows; give all equally many, at least 1."
                 raise UserError("contrastive.rows", message)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import distributed, nn
 
+from modular_star_encoder.objectives.contrastive_settings import rank_and_count
 from modular_star_encoder.utils.errors import UserError
 
 
@@ -47,21 +48,17 @@ def exit_weights(
 
     Args:
         weighting: `"paper"`: i/depth, where i is the number of layers executed (arXiv 2503.03008, pre-training loss:
-            i/36); `"uniform"`: 1 for every exit; `"linear"`: j/E for the j-th of E exits, whatever their depths; or
-            one non-negative number per exit.
+            i/36), and 1 at exit 0, which the paper does not have; `"uniform"`: 1 for every exit; `"linear"`: j/E for
+            the j-th of E exits, whatever their depths; or one non-negative number per exit.
         exit_layers: the exits, shallowest first.
-        depth: layers of the full model (for a slice: of its parent).
+        depth: layers of the full model (for a slice: of its parent); 0 counts as 1.
         normalize: divide by the sum, so that the total has the size of one loss.
 
     Returns:
-        (E,) float32.
-
-    Raises:
-        UserError: an unknown name, or explicit weights that are negative, all zero, or not one per exit
-            (`exit_weights`).
+        (E,) float32; UserError for an unknown name and for numbers that are negative, all zero, or not one per exit.
     """
     if weighting == "paper":
-        weights = torch.tensor([exit_layer / depth for exit_layer in exit_layers])
+        weights = torch.tensor([max(1, exit_layer) / max(1, depth) for exit_layer in exit_layers])
     elif weighting == "uniform":
         weights = torch.ones(len(exit_layers))
     elif weighting == "linear":
@@ -83,50 +80,34 @@ def exit_weights(
 class InContextObjective:
     """Masked language modelling plus in-context classification at each exit (arXiv 2503.03008, pre-training).
 
-    The model's forward computes the losses, because there DDP and FSDP2 have gathered the parameters. Over several
-    processes the masked-token loss is the mean over the masked tokens of all of them.
+    The model is a `ModularStarEncoderForPreTraining`, possibly wrapped; a batch has `input_ids`, `attention_mask`,
+    `labels` (B, T) and `icc_labels` (B,). The model's forward computes the losses, because there DDP and FSDP2 have
+    gathered the parameters. The masked-token loss is the mean over the masked tokens of all processes.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
-        """Losses of one batch.
-
-        Args:
-            model: a `ModularStarEncoderForPreTraining`, possibly wrapped.
-            batch: `input_ids`, `attention_mask`, `labels` (B, T) and `icc_labels` (B,).
-            exit_layers: the exits to train.
-        """
         output = model(**batch, exit_layers=exit_layers)
-        share = _share_of_masked_tokens(batch["labels"])
+        share: torch.Tensor | float = 1.0
+        processes = rank_and_count()[1]
+        if processes > 1:
+            # Averaged over processes, mean losses times this share are the mean over the masked tokens of all.
+            here = (batch["labels"] != -100).sum().float()
+            everywhere = here.clone()
+            distributed.all_reduce(everywhere)
+            share = here * processes / everywhere.clamp(min=1)
         metrics = {"mlm_loss": output.mlm_losses * share, "mlm_accuracy": output.mlm_accuracies * share}
         metrics |= {"icc_loss": output.icc_losses, "icc_accuracy": output.icc_accuracies}
         losses = metrics["mlm_loss"] + metrics["icc_loss"]
         return ObjectiveOutput(losses, {name: value.detach() for name, value in metrics.items()})
 
 
-def _share_of_masked_tokens(labels: torch.Tensor) -> torch.Tensor | float:
-    """Return this process's number of masked tokens, divided by the mean number over all processes.
-
-    Averaged over processes, mean losses times this factor are the mean over all masked tokens.
-    """
-    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return 1.0
-    here = (labels != -100).sum().float()
-    everywhere = here.clone()
-    distributed.all_reduce(everywhere)
-    return here * distributed.get_world_size() / everywhere.clamp(min=1)
-
-
 class ClassificationObjective:
-    """Cross-entropy of each exit."""
+    """Cross-entropy of each exit of a `ModularStarEncoderForSequenceClassification`, possibly wrapped.
+
+    A batch has `input_ids`, `attention_mask` (B, T) and `labels` (B,), class indices.
+    """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
-        """Losses of one batch.
-
-        Args:
-            model: a `ModularStarEncoderForSequenceClassification`, possibly wrapped.
-            batch: `input_ids`, `attention_mask` (B, T) and `labels` (B,), class indices.
-            exit_layers: the exits to train.
-        """
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits = model(**inputs, exit_layers=exit_layers).exit_logits.float()
         targets = batch["labels"].expand(len(exit_layers), -1)

@@ -10,7 +10,7 @@ their gradients are accumulated while the loss's `backward` runs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from modular_star_encoder.objectives.contrastive_settings import gather_numbers
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings, gather_numbers
 from modular_star_encoder.utils.errors import UserError
 
 
@@ -97,7 +97,7 @@ Embed = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def embed_sides(
-    model: nn.Module, embed: Embed, sides: Mapping[str, Mapping[str, Any]], mini_batch_tokens: int | None = None
+    model: nn.Module, embed: Embed, sides: Mapping[str, Mapping[str, Any]], settings: ContrastiveSettings
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """Embed every side of a batch at every exit: side → (E, B, D), and the learned logit scale (1,) if there is one.
 
@@ -106,23 +106,28 @@ def embed_sides(
             mini-batch only.
         embed: called with the inputs of one side, or of a mini-batch of it.
         sides: name → inputs, `input_ids` and `attention_mask` (B, T), with padding on either side.
-        mini_batch_tokens: rows times columns of a mini-batch; `None` embeds each side at once.
+        settings: define the sides and the size of mini-batches; without a size, each side is embedded at once.
 
-    Raises:
-        UserError: processes have different numbers of texts, or a side can't be cut into mini-batches.
+    UserError if sides do not fit the settings, processes have different numbers of texts, or a side can't be cut into
+    mini-batches.
     """
-    mini_batches = None if mini_batch_tokens is None else cut_mini_batches(sides, mini_batch_tokens)
+    settings.check_sides({side: number_of_texts(inputs) for side, inputs in sides.items()})
+    tokens = settings.mini_batch_tokens
+    mini_batches = None if tokens is None else cut_mini_batches(sides, tokens)
     device = next(iter(sides.values()))["input_ids"].device
     count = _check_processes(sides, len(mini_batches or ()), device)
     if mini_batches is None:
         outputs = {side: embed(dict(inputs)) for side, inputs in sides.items()}
         return {side: stack for side, (stack, _) in outputs.items()}, next(iter(outputs.values()))[1]
+    model = getattr(model, "_orig_mod", model)
+    if getattr(model, "static_graph", False):
+        message = "mini_batch_tokens does not work with DDP's static_graph; switch static_graph off."
+        raise UserError("contrastive.mini_batches.static_graph", message)
+    # The anchor requires grad so that the outputs do: the parameters are not inputs of the function.
+    anchor = torch.zeros((), device=device, requires_grad=True)
     # FSDP's collectives need as many forward passes in each process.
-    passes = _Passes(model, embed, sides, split_further(mini_batches, count), device)
-    if torch.is_grad_enabled():
-        *stacks, logit_scale = _CachedEmbeddings.apply(torch.zeros((), device=device, requires_grad=True), passes)
-    else:
-        *stacks, logit_scale = passes.first()
+    mini_batches = split_further(mini_batches, count)
+    *stacks, logit_scale = _CachedEmbeddings.apply(anchor, model, embed, sides, mini_batches)
     return dict(zip(sides, stacks, strict=True)), logit_scale
 
 
@@ -145,69 +150,50 @@ def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, 
 
 
 class _CachedEmbeddings(torch.autograd.Function):
-    """Return the stacks of all sides and the logit scale; the backward pass embeds the mini-batches again."""
+    """Return a stack per side, then the logit scale; the backward pass embeds the mini-batches again, with a graph.
+
+    Each batch has a `ctx` of its own, so several batches may wait for their backward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, passes: "_Passes") -> tuple[torch.Tensor | None, ...]:
-        # `anchor` requires grad so that the outputs do: the parameters are not inputs of this function.
-        ctx.passes = passes
-        return passes.first()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None]:
-        ctx.passes.second(*gradients)
-        return None, None
-
-
-class _Passes:
-    """Both passes of one batch and the state that they share; each batch has its own, so batches may overlap."""
-
-    def __init__(
-        self,
+    def forward(
+        ctx: Any,
+        anchor: torch.Tensor,
         model: nn.Module,
         embed: Embed,
         sides: Mapping[str, Mapping[str, Any]],
         mini_batches: list[MiniBatch],
-        device: torch.device,
-    ) -> None:
-        self.model = getattr(model, "_orig_mod", model)
-        if getattr(self.model, "static_graph", False):
-            message = "mini_batch_tokens does not work with DDP's static_graph; switch static_graph off."
-            raise UserError("contrastive.mini_batches.static_graph", message)
-        self.embed, self.sides, self.mini_batches, self.device = embed, sides, mini_batches, device
-        self.autocast = _autocast_as_now(device)
-        self.random_states: list[list[torch.Tensor]] = []
-
-    def first(self) -> tuple[torch.Tensor | None, ...]:
-        """Embed without a graph; returns a stack per side, then the logit scale."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        ctx.model, ctx.embed, ctx.sides, ctx.mini_batches, ctx.device = model, embed, sides, mini_batches, anchor.device
+        ctx.autocast, ctx.random_states = _autocast_settings(ctx.device), []
         stacks: dict[str, torch.Tensor] = {}
         logit_scale = None
-        with torch.no_grad():
-            for mini_batch in self.mini_batches:
-                self.random_states.append(_random_states(self.device))
-                side, inputs = mini_batch.side, self.sides[mini_batch.side]
-                part, logit_scale = self.embed(mini_batch.cut(inputs))
-                if side not in stacks:
-                    stacks[side] = part.new_empty(part.shape[0], number_of_texts(inputs), part.shape[2])
-                stacks[side][:, mini_batch.rows] = part
-        return *(stacks[side] for side in self.sides), logit_scale
+        for mini_batch in mini_batches:
+            ctx.random_states.append(_random_states(ctx.device))
+            side, inputs = mini_batch.side, sides[mini_batch.side]
+            part, logit_scale = embed(mini_batch.cut(inputs))
+            if side not in stacks:
+                stacks[side] = part.new_empty(part.shape[0], number_of_texts(inputs), part.shape[2])
+            stacks[side][:, mini_batch.rows] = part
+        return *(stacks[side] for side in sides), logit_scale
 
-    def second(self, *gradients: torch.Tensor | None) -> None:
-        """Embed with a graph, one mini-batch at a time, and propagate its part of the stacks' gradients."""
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, ...]:
         *stack_gradients, scale_gradient = gradients
-        by_side: dict[str, Any] = dict(zip(self.sides, stack_gradients, strict=True))
-        last = len(self.mini_batches) - 1
-        for index, (mini_batch, states) in enumerate(zip(self.mini_batches, self.random_states, strict=True)):
+        by_side: dict[str, Any] = dict(zip(ctx.sides, stack_gradients, strict=True))
+        last = len(ctx.mini_batches) - 1
+        for index, (mini_batch, states) in enumerate(zip(ctx.mini_batches, ctx.random_states, strict=True)):
             # An outer no_sync (gradient accumulation) applies to the last mini-batch too.
-            ddp = self.model if isinstance(self.model, DistributedDataParallel) and index != last else None
+            ddp = ctx.model if isinstance(ctx.model, DistributedDataParallel) and index != last else None
             with nullcontext() if ddp is None else ddp.no_sync():
-                with torch.enable_grad(), _replay(states, self.device), self.autocast():
-                    stack, logit_scale = self.embed(mini_batch.cut(self.sides[mini_batch.side]))
+                with torch.enable_grad(), _replay(states, ctx.device), _autocast(ctx.autocast):
+                    stack, logit_scale = ctx.embed(mini_batch.cut(ctx.sides[mini_batch.side]))
                 outputs: list[Any] = [stack]
                 their_gradients = [by_side[mini_batch.side][:, mini_batch.rows]]
                 if index == last and scale_gradient is not None:
                     outputs, their_gradients = [stack, logit_scale], [*their_gradients, scale_gradient]
                 torch.autograd.backward(outputs, their_gradients)
+        return (None,) * 5
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:
@@ -236,21 +222,18 @@ def _replay(states: list[torch.Tensor], device: torch.device) -> Iterator[None]:
         _set_random_states(before, device)
 
 
-def _autocast_as_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Return a context manager that restores the current autocast settings, with an empty cache of cast weights."""
+def _autocast_settings(device: torch.device) -> list[tuple[str, torch.dtype, bool, bool]]:
+    """Return the current arguments of `torch.autocast` for the CPU and for `device`."""
     cached = torch.is_autocast_cache_enabled()
-    settings = [
-        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cached)
-        for kind in sorted({"cpu", device.type})
-    ]
+    kinds = sorted({"cpu", device.type})
+    return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cached) for kind in kinds]
 
-    @contextmanager
-    def enter() -> Iterator[None]:
-        # The cache may hold weights that were cast without a graph; these would get no gradient.
-        torch.clear_autocast_cache()
-        with ExitStack() as stack:
-            for setting in settings:
-                stack.enter_context(torch.autocast(*setting))
-            yield
 
-    return enter
+@contextmanager
+def _autocast(settings: list[tuple[str, torch.dtype, bool, bool]]) -> Iterator[None]:
+    """Use these settings in the block. The cache may hold weights cast without a graph, so it begins empty."""
+    torch.clear_autocast_cache()
+    with ExitStack() as stack:
+        for setting in settings:
+            stack.enter_context(torch.autocast(*setting))
+        yield

@@ -1,6 +1,6 @@
-"""Divide files into pieces and update a store: embed changed files, remove deleted ones.
+"""Update an index: divide changed files into pieces, embed and write them, and remove deleted files.
 
-Files are written in batches, one transaction each. An interrupted run leaves whole files, and the next one continues.
+Files are written in batches, one transaction each. An interrupted update leaves whole files; the next one continues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from modular_star_encoder.search.pieces import Snippet, file_pieces, is_boilerpl
 from modular_star_encoder.search.vector_store import (
     IndexSettings,
     Row,
-    StoredFile,
     VectorStore,
     content_hash,
     file_id,
@@ -45,7 +44,7 @@ class UpdateReport:
     Attributes:
         files: number of source files read.
         embedded_files, embedded_rows: number of new or changed files, and of their rows.
-        removed_files: number of files removed from the index because they no longer exist or can't be read.
+        removed_files: number of files removed from the index, because they are deleted or can't be read.
         rows: number of rows in the index after the update.
         skipped: reason → number of skipped files.
         seconds: duration of the update.
@@ -60,52 +59,53 @@ class UpdateReport:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the counts as JSON values."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}  # asdict breaks counters
         return {**values, "skipped": dict(self.skipped)}
 
 
 def update_store(
-    store: VectorStore, settings: IndexSettings, embedder: Embedder, *, processes: int = 2, progress: bool = True
+    folder: str,
+    store: VectorStore,
+    settings: IndexSettings,
+    embedder: Embedder,
+    *,
+    processes: int = 2,
+    progress: bool = True,
 ) -> UpdateReport:
-    """Bring a store up to date with its folder.
+    """Bring a store up to date with a folder of source code.
 
     Args:
+        folder: the folder that `settings` name.
         store: a store created with `settings`.
-        settings: what to read and how to embed it.
+        settings: settings that say what to read and how to embed it.
         embedder: the embedder of the settings' checkpoint.
         processes: processes that parse; with 0 or 1 this process parses, and a parser crash ends the update.
-        progress: whether to show a bar with rate and remaining time.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: the folder doesn't exist.
+        UserError: the folder does not exist.
     """
     start = perf_counter()
-    filters = FileFilters(tests=settings.tests, vendored=settings.vendored)
     reader = folder_repositories(
-        settings.root(store.location),
+        folder,
         languages=settings.languages,
         depth=0,
-        filters=filters,
+        filters=FileFilters(tests=settings.tests, vendored=settings.vendored),
         may_be_empty=True,
         obey_ignore_files=True,
     )
-    writer = _Writer(store, settings, embedder, store.files())
+    writer = _Writer(store, settings, embedder)
     with tqdm(total=length_hint(reader), desc="indexing", unit="file", disable=not progress, leave=False) as bar:
-        chunks = crash_safe_map(
-            _pieces,
-            writer.changed(reader, bar),
-            processes=processes,
-            chunk_size=_FILES_PER_CHUNK,
-            crashed=_blocks,
-        )
+        changed = writer.changed(reader, bar)
+        chunks = crash_safe_map(_pieces, changed, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_blocks)
         for chunk in chunks:
             for file, snippets in chunk:
                 writer.add(file, snippets)
                 bar.update()
             bar.set_postfix(rows=writer.report.embedded_rows)
+        writer.remove_vanished()
         writer.write()
-    writer.remove_vanished()
     store.finish()
     report = writer.report
     report.rows, report.skipped, report.seconds = store.count(), reader.skipped, perf_counter() - start
@@ -115,11 +115,10 @@ def update_store(
 class _Writer:
     """Collects the rows of changed files and writes them, whole files at a time."""
 
-    def __init__(
-        self, store: VectorStore, settings: IndexSettings, embedder: Embedder, held: dict[str, StoredFile]
-    ) -> None:
+    def __init__(self, store: VectorStore, settings: IndexSettings, embedder: Embedder) -> None:
         self.report = UpdateReport()
-        self._store, self._settings, self._embedder, self._held = store, settings, embedder, held
+        self._store, self._settings, self._embedder = store, settings, embedder
+        self._held = store.files()
         self._seen: set[str] = set()
         self._files: list[_Changed] = []
         self._rows = 0
@@ -130,14 +129,13 @@ class _Writer:
             key = file_id(file.path)
             self._seen.add(key)
             self.report.files += 1
-            held = self._held.get(key)
-            if held is not None and held.file_hash == content_hash(file.text):
+            if self._held.get(key) == content_hash(file.text):
                 bar.update()
             else:
                 yield file
 
     def add(self, file: SourceFile, snippets: list[Snippet]) -> None:
-        """Take the snippets of one file."""
+        """Collect the pieces of one file, and write if there are enough rows for a batch."""
         self._files.append((file, snippets))
         self._rows += len(snippets)
         if self._rows >= _ROWS_PER_BATCH:
@@ -174,7 +172,7 @@ class _Writer:
         self._files, self._rows = [], 0
 
     def remove_vanished(self) -> None:
-        """Remove the files that the reader, read to its end, did not yield."""
+        """Remove the files that the reader did not yield; call it after the last file."""
         gone = sorted(self._held.keys() - self._seen)
         for start in range(0, len(gone), _FILES_PER_REMOVAL):
             self._store.replace_files(gone[start : start + _FILES_PER_REMOVAL], [])
@@ -192,5 +190,5 @@ def _pieces(files: list[SourceFile]) -> list[_Changed]:
 
 
 def _blocks(file: SourceFile) -> list[_Changed]:
-    """The pieces of a file that crashes a parser: blocks of lines."""
+    """Return blocks of lines as the pieces of a file that crashes a parser."""
     return [(file, file_pieces(readable_path(file.path), "", file.text))]

@@ -31,13 +31,14 @@ class Embedder:
     Attributes:
         checkpoint: absolute path of the folder, or the name of a repository or of a packaged model.
         checksum: see `checkpoint_checksum`.
+        has_exit_zero: whether numpy can compute exit 0; no framework is then imported before a deeper exit is used.
 
     Args:
         checkpoint: a folder, or a repository of the Hub.
-        device: where the model goes; a GPU if there is one and None is given.
+        device: where the model goes; None for a GPU if there is one.
 
     Raises:
-        ValueError, OSError: there is no such checkpoint, or it isn't one of ours.
+        ValueError, OSError: there is no such checkpoint, or it is not a ModularStarEncoder for retrieval.
     """
 
     def __init__(self, checkpoint: str | os.PathLike[str], device: str | None = None) -> None:
@@ -46,18 +47,15 @@ class Embedder:
         self._folder = shipped_checkpoint(self.checkpoint)
         facts = read_config(self._folder)
         self.has_exit_zero = has_exit_zero(facts)
-        """Whether exit 0 needs no framework; then nothing of one is imported before a deeper exit is asked."""
         if self.has_exit_zero:
             self.checksum = folder_checksum(self._folder)
-            self._instructions, sizes = facts["instruction_prompts"], facts.get("nested_dimensions") or ()
-            self._sizes = sorted({*sizes, facts["projection_size"]})
         else:
             from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 
-            config = self.config
+            facts = self.config.to_dict()
             self.checksum = checkpoint_checksum(self.checkpoint)
-            self._instructions, sizes = config.instruction_prompts, getattr(config, "nested_dimensions", None) or ()
-            self._sizes = sorted({*sizes, config.projection_size})
+        self._instructions = facts["instruction_prompts"]
+        self._sizes = sorted({*(facts.get("nested_dimensions") or ()), facts["projection_size"]})
         self._device = device
         self._model: Any = None
         self._tokenizer: Any = None
@@ -72,49 +70,33 @@ class Embedder:
         return load_config(self.checkpoint)
 
     def exits(self, exit_layer: int | None, exit_layers: Sequence[int] | None) -> tuple[int, ...]:
-        """Return the named exits; without any, exit 0 if it needs no framework, else the deepest."""
+        """Return the named exits; if none is named, exit 0 if numpy can compute it, else the deepest exit."""
         if self.has_exit_zero and exit_layers is None and exit_layer in (None, 0):
-            # Under the ranking rules exit 0 answers nearly as well as the deepest, at a fraction of its cost.
+            # With the ranking rules, exit 0 finds nearly as much as the deepest exit, at a fraction of its cost.
             return (0,)
         if exit_layer is None and exit_layers is None:
-            exit_layer = self.config.num_hidden_layers  # also where a forward pass gives all exits unless told
+            exit_layer = self.config.num_hidden_layers  # also if a forward pass returns all exits by default
         return tuple(self.config.resolve_exits(exit_layer, exit_layers))
 
     def prompts(self) -> dict[str, str]:
-        """Return the prompts of questions and of code; `{language}` is a placeholder."""
+        """Return the prompts of questions (`query`) and of code (`document`, with a placeholder `{language}`)."""
         document = CODE_INSTRUCTION + SEP_TOKEN if self._instructions else ""
         return {"query": text_prompt(instructions=self._instructions), "document": document}
 
     def check_dimension(self, dimension: int | None) -> int:
-        """`dimension`, or all components for None.
+        """Return `dimension`, or the number of all components for None.
 
         Raises:
-            ValueError: the model wasn't trained with embeddings of this size.
+            UserError: the model was not trained with embeddings of this size.
         """
         if dimension is not None and dimension not in self._sizes:
-            raise UserError(
-                "search.dimension",
-                f"{self.checkpoint} has embeddings of {' or '.join(map(str, self._sizes))} components, "
-                f"not {dimension}.",
-            )
+            sizes = " or ".join(map(str, self._sizes))
+            message = f"{self.checkpoint} has embeddings of {sizes} components, not {dimension}."
+            raise UserError("search.dimension", message)
         return dimension or self._sizes[-1]
 
-    def load(self, exit_layer: int) -> Any:
-        """Return the model, loaded at least up to this exit.
-
-        Raises:
-            ValueError: the checkpoint has no such exit.
-            OSError: the weights can't be read.
-        """
-        from modular_star_encoder.inference.checkpoints import load_checkpoint
-
-        _hide_loading_bars()
-        if self._model is None or self._model.config.num_hidden_layers < exit_layer:
-            self._model, self._tokenizer = load_checkpoint(self.checkpoint, exit_layer, self._device)
-        return self._model
-
     def questions(self, texts: Sequence[str], exit_layers: Sequence[int], dimension: int) -> dict[int, np.ndarray]:
-        """exit_layer → (Q, dimension) float32 of length 1, from one pass."""
+        """Embed questions in one pass: exit_layer → (Q, dimension) float32 of length 1."""
         prompt = text_prompt(instructions=self._instructions)
         embeddings = self._encode([prompt + text for text in texts], exit_layers)
         return {exit_layer: cut(values, dimension) for exit_layer, values in embeddings.items()}
@@ -122,9 +104,9 @@ class Embedder:
     def snippets(
         self, snippets: Sequence[Snippet], exit_layers: Sequence[int], dimension: int
     ) -> dict[int, np.ndarray]:
-        """exit_layer → (N, dimension) float32 of length 1.
+        """Embed pieces of code: exit_layer → (N, dimension) float32 of length 1.
 
-        Copies of a recently embedded snippet are not embedded again: some large projects are one third copies.
+        A copy of a recently embedded piece is not embedded again: one third of some large projects are copies.
         """
         exits = tuple(exit_layers)
         texts = [code_prompt(one.language, instructions=self._instructions) + one.embedded() for one in snippets]
@@ -146,11 +128,19 @@ class Embedder:
         self._known.clear()
 
     def prepare(self, exit_layers: Sequence[int]) -> None:
-        """Load what these exits need; UserError or OSError if loading fails."""
-        if not (self.has_exit_zero and tuple(exit_layers) == (0,)):
-            self.load(max(exit_layers))
-        elif self._exit_zero is None:
-            self._exit_zero = ExitZero(self._folder)
+        """Load the table of exit 0, or the layers up to the deepest of these exits.
+
+        Raises:
+            UserError: the checkpoint has no such exit.
+            OSError: the weights can't be read.
+        """
+        if self.has_exit_zero and tuple(exit_layers) == (0,):
+            self._exit_zero = self._exit_zero or ExitZero(self._folder)
+        elif self._model is None or self._model.config.num_hidden_layers < max(exit_layers):
+            from modular_star_encoder.inference.checkpoints import load_checkpoint
+
+            _hide_loading_bars()
+            self._model, self._tokenizer = load_checkpoint(self.checkpoint, max(exit_layers), self._device)
 
     def _encode(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
         self.prepare(exit_layers)
@@ -162,7 +152,7 @@ class Embedder:
 
 
 def _hide_loading_bars() -> None:
-    """Hide the bar of transformers, which would break ours; downloads keep theirs."""
+    """Hide the progress bars of transformers, which would overwrite ours; bars of downloads stay."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
@@ -173,6 +163,6 @@ def _hide_loading_bars() -> None:
 
 
 def cut(embeddings: np.ndarray, dimension: int) -> np.ndarray:
-    """The first components of embeddings (N, D), scaled to length 1; a zero vector stays one."""
+    """Return the first components of embeddings (N, D), scaled to length 1; zero vectors stay zero."""
     values = embeddings[:, :dimension]
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.finfo(np.float32).tiny)

@@ -9,16 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A function, or a window of lines, that answers a question.
+    """A piece of code that answers a question: a function, a class or other lines.
 
     Attributes:
         path: path of the file, relative if it is below the working folder, else absolute.
-        line: 1-based line at which the hit begins.
-        name: name of the function; empty for a window.
-        score: cosine similarity in a vector search; else the score of the ranking rules, as a share of the best score
-            by similarity and words.
+        line: 1-based line at which the definition begins.
+        name: name of the function or class; empty for other lines.
+        score: cosine similarity in a vector search, else the sum of the ranking rules, where 1 is the best score by
+            similarity and words.
         exit_layer: the exit that ranked it; None if only words did.
-        last_line: its last line; 0 if not known.
+        last_line: its last line; 0 if unknown.
         language: lower-case name of the programming language.
         text: the code, from the definition on.
         reasons: ranking rule → what it added to the score or subtracted from it.
@@ -35,8 +35,12 @@ class Hit:
     reasons: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return f"{self.path}:{self.line}  {self.summary()}"
+
+    def summary(self) -> str:
+        """Return score, name, and what ranked the hit: `0.512  Stack.push  (exit 9)`."""
         ranked_by = "words" if self.exit_layer is None else f"exit {self.exit_layer}"
-        return f"{self.path}:{self.line}  {self.score:.3f}  {self.name or '(lines)'}  ({ranked_by})"
+        return f"{self.score:.3f}  {self.name or '(lines)'}  ({ranked_by})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +50,9 @@ class Answer:
     Attributes:
         question: the question's text.
         hits: best first.
-        margin: how far the best similarity of the first exit leads the second; None where there are no two.
-        reranked: whether a deep exit ranked the hits.
-        method: how they were found: `vector`, `lexical` or `hybrid`.
+        margin: the best similarity at the first exit minus the second best; None if there are not two.
+        reranked: whether a deeper exit ranked the best hits again.
+        method: how the hits were found: `vector`, `lexical` or `hybrid`.
     """
 
     question: str
@@ -58,7 +62,7 @@ class Answer:
     method: str = "hybrid"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the answer as JSON values."""
         return asdict(self)
 
 
@@ -68,14 +72,14 @@ _INDENT = "    "
 
 
 def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: bool = False) -> str:
-    """A line for each hit (place, score, name), and the first lines of its code.
+    """Return a line for each hit (place, score, name), followed by the first lines of its code.
 
-    Bars show similarities on a scale from 0 to 1, and lexical and hybrid scores as shares of the best score.
+    A full bar is a similarity of 1 in a vector search, else the score of the best hit.
 
     Args:
-        answer: what to show.
+        answer: the answer to show.
         lines: number of code lines to show for each hit.
-        width: longer lines of code are cut.
+        width: largest width of a line of code; longer lines are cut.
         explain: also show what each ranking rule added.
     """
     whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0)
@@ -88,27 +92,23 @@ def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: 
 
 
 def score_bar(share: float, width: int = BAR_WIDTH) -> str:
-    """A bar of `width` characters for a share; below 0 it is empty, above 1 full."""
+    """Return a bar of `width` characters for a share; it is empty below 0 and full above 1."""
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)
     whole, rest = divmod(eighths, 8)
     return ("█" * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)
 
 
 def printable(text: str) -> str:
-    """Replace unprintable characters, because untrusted code and file names could control a terminal."""
+    """Replace unprintable characters, with which untrusted code or file names could control a terminal."""
     return "".join(character if character.isprintable() else "�" for character in text.replace("\t", _INDENT))
 
 
 def _headline(hit: Hit, whole: float) -> str:
     bar = score_bar(hit.score / whole if whole else 0.0)
-    return printable(f"{hit.path}:{hit.line}  {bar} {hit.score:.3f}  {hit.name or '(lines)'}  ({_ranked_by(hit)})")
-
-
-def _ranked_by(hit: Hit) -> str:
-    return "words" if hit.exit_layer is None else f"exit {hit.exit_layer}"
+    return printable(f"{hit.path}:{hit.line}  {bar} {hit.summary()}")
 
 
 def _code_lines(hit: Hit, count: int, width: int) -> list[str]:
-    """The first lines that aren't blank."""
+    """Return the first `count` lines of code that aren't blank."""
     chosen = [line for line in hit.text.splitlines() if line.strip()][:count]
     return [printable(line)[:width].rstrip() for line in chosen]

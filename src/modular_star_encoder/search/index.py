@@ -21,9 +21,9 @@ from modular_star_encoder.search.ranking import Cascade, Method, Ranker, by_word
 from modular_star_encoder.search.vector_store import (
     DEFAULT_CHECKPOINT,
     INDEX_FOLDER,
+    MEMORY,
     QDRANT,
     Filter,
-    ForeignDataError,
     Found,
     IndexSettings,
     VectorStore,
@@ -84,13 +84,13 @@ class CodeIndex:
         An interrupted call leaves an index of whole files, and the next call continues.
 
         Args:
-            folder: a folder of source code. Links are not followed; `data.sources.repositories.folder_repositories`
-                describes which files are read.
+            folder: a folder of source code; `data.sources.repositories.folder_repositories` describes which files are
+                read. Links are not followed.
             location: a folder for the index or a URI (see `open_store`), or a store; `.mose` in `folder` if None.
             checkpoint: folder or Hub repository.
             exit_layer: the exit to embed at; if no exit is named, 0 where the checkpoint has it, else the deepest.
             exit_layers: several exits, from one pass over the code; `search` chooses one of them.
-            dimension: components to keep, where the model was trained for it; all if None.
+            dimension: number of components to keep, if the model was trained for it; all if None.
             languages: languages to read; all of `SEARCH_LANGUAGES` if None.
             tests, vendored: also read test code, and copies of other projects.
             rebuild: replace an existing index; data of other programs is never replaced.
@@ -102,16 +102,14 @@ class CodeIndex:
             The index, whose `report` counts what was embedded.
 
         Raises:
-            UserError: `folder` is not a folder, or the index was built with another checkpoint, exit, dimension,
-                folder or other setting; the message says which.
+            UserError: `folder` is not a folder, or the index was built with other settings (the message names them).
             OSError: the checkpoint does not exist, or the index cannot be written.
             ImportError: the store's extra is not installed.
         """
-        if not os.path.isdir(os.path.expanduser(folder)):
-            raise UserError(
-                "search.folder.missing", f"{os.fspath(folder)!r} is not a folder. Name a folder with source code."
-            )
-        store = _store(os.path.join(os.path.expanduser(folder), INDEX_FOLDER) if location is None else location)
+        folder = os.path.expanduser(folder)
+        if not os.path.isdir(folder):
+            raise UserError("search.folder.missing", f"{folder!r} is not a folder. Name a folder with source code.")
+        store = open_store(os.path.join(folder, INDEX_FOLDER) if location is None else location)
         embedder = Embedder(checkpoint, device)
         exits = embedder.exits(exit_layer, exit_layers)
         settings = IndexSettings(
@@ -120,21 +118,21 @@ class CodeIndex:
             exit_layers=exits,
             dimension=embedder.check_dimension(dimension),
             prompts=embedder.prompts(),
-            folder=_relative_if_inside(os.path.realpath(os.path.expanduser(folder)), store.location),
+            folder=_relative_if_inside(os.path.realpath(folder), store.location),
             languages=check_languages(languages, SEARCH_LANGUAGES),
             tests=tests,
             vendored=vendored,
         )
         with _locked(store):
-            stored = _kept_settings(store, rebuild)
+            stored = None if rebuild else store.settings()
             if stored is None:
-                embedder.prepare(exits)  # before `create`, so that unreadable weights do not destroy an existing index
+                embedder.prepare(exits)  # before `create`, so unreadable weights destroy no index
                 store.create(settings.to_dict())
             else:
                 asked, settings = settings, IndexSettings.from_dict(stored, store.location)
                 settings.refuse_others(asked, store.location)
             index = cls(store, settings, embedder)
-            index.report = update_store(store, settings, embedder, processes=processes, progress=progress)
+            index.report = update_store(index.folder, store, settings, embedder, processes=processes, progress=progress)
         return index
 
     @classmethod
@@ -149,20 +147,19 @@ class CodeIndex:
 
         Args:
             location: as for `build`.
-            checkpoint: the checkpoint of the index, if it was moved.
+            checkpoint: where the checkpoint of the index is now, if it was moved.
             device: where the model goes.
 
         Raises:
             UserError: there is no index, or another checkpoint built it.
-            OSError: the checkpoint isn't there.
-            ImportError: the store's extra isn't installed.
+            OSError: the checkpoint does not exist.
+            ImportError: the store's extra is not installed.
         """
-        store = _store(location)
+        store = open_store(location)
         stored = store.settings()
         if stored is None:
-            raise UserError(
-                "search.index.missing", f"There is no index in {store.location}. Make one with `mose index FOLDER`."
-            )
+            message = f"There is no index in {store.location}. Make one with `mose index FOLDER`."
+            raise UserError("search.index.missing", message)
         index = cls(store, IndexSettings.from_dict(stored, store.location))
         index._device = device
         if checkpoint is not None:
@@ -176,11 +173,11 @@ class CodeIndex:
 
     @property
     def embedder(self) -> Embedder:
-        """The checkpoint, which is opened at the first use.
+        """The embedder of the index's checkpoint; made at the first use.
 
         Raises:
-            UserError: its weights are not those that built the index.
-            OSError: it does not exist.
+            UserError: the weights are not those that built the index.
+            OSError: the checkpoint does not exist.
         """
         if self._embedder is None:
             self._embedder = self._checked(self.settings.checkpoint)
@@ -194,8 +191,10 @@ class CodeIndex:
             OSError: as `build`.
         """
         with _locked(self.store):
-            self._refuse_another()
-            self.report = update_store(self.store, self.settings, self.embedder, processes=processes, progress=progress)
+            self._check_unchanged()
+            self.report = update_store(
+                self.folder, self.store, self.settings, self.embedder, processes=processes, progress=progress
+            )
         return self.report
 
     def search(
@@ -212,9 +211,9 @@ class CodeIndex:
         """Find the code that answers questions in prose, or that resembles other code.
 
         Args:
-            questions: one or more.
-            top_k: hits of each.
-            exit_layer: one of the index's exits; the deepest if None, and with a cascade the shallowest.
+            questions: one or more questions.
+            top_k: number of hits for each question.
+            exit_layer: one of the index's exits; if None, the deepest, but with a cascade the shallowest.
             method: `hybrid` ranks by similarity, words and the rules of `search.rules`; `lexical` the same without a
                 model; `vector` by similarity alone.
             cascade: rank the best hits of `exit_layer` again at a deeper exit.
@@ -225,26 +224,16 @@ class CodeIndex:
             One answer per question.
 
         Raises:
-            ValueError: there is no question or a blank one, the index (for a cascade, the model) lacks the exit, the
-                checkpoint is not the one that built the index, or the index was rebuilt after it was opened.
+            UserError: an argument is invalid, the index (for a cascade, the model) lacks the exit, another checkpoint
+                built the index, or the index was rebuilt after it was opened.
         """
-        if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
-            raise UserError(
-                "search.questions", "questions must be a list of at least one question, none of them blank."
-            )
-        if top_k < 1:
-            raise UserError("search.top_k", f"top_k must be at least 1, not {top_k}.")
-        if method not in get_args(Method):
-            raise UserError("search.method", f"method must be hybrid, vector or lexical, not {method!r}.")
-        where = Filter(
-            () if languages is None else check_languages(languages), None if path is None else glob_expression(path)
-        )
+        if fault := _fault(questions, top_k, method):
+            raise UserError(*fault)
+        where = Filter(check_languages(languages, ()), None if path is None else glob_expression(path))
         if method == "lexical":
-            self._refuse_another()
-            return [
-                Answer(question, self._hits(by_words(self.store, question, top_k, where)), method=method)
-                for question in questions
-            ]
+            self._check_unchanged()
+            found = [by_words(self.store, question, top_k, where) for question in questions]
+            return [Answer(one, self._hits(rows), method=method) for one, rows in zip(questions, found, strict=True)]
         ranker = self.ranker(exit_layer, cascade)
         answers = []
         for question, vectors in zip(questions, ranker.embed(questions), strict=True):
@@ -259,15 +248,15 @@ class CodeIndex:
         """Find the code that resembles the code at a line.
 
         Args:
-            path: of a file of the index, from the folder that is indexed, with forward slashes.
-            line: 1-based.
-            top_k: hits, without the code itself.
+            path: path of an indexed file, relative to the indexed folder, with forward slashes.
+            line: 1-based line number.
+            top_k: number of hits; the code at the line itself is left out.
             exit_layer: one of the index's exits; the deepest if None.
 
         Raises:
-            UserError: the index has no code at that line (`search.related.missing`), or no such exit.
+            UserError: the index has no code at that line, or no such exit.
         """
-        self._refuse_another()
+        self._check_unchanged()
         exit_layer = self.settings.check_exit(exit_layer, self.store.location)
         zeros = np.zeros(self.settings.dimension, dtype=np.float32)
         pattern = f"^{re.escape(readable_path(path))}$"
@@ -280,23 +269,21 @@ class CodeIndex:
         return self._hits(others[:top_k])
 
     def ranker(self, exit_layer: int | None = None, cascade: Cascade | None = None) -> Ranker:
-        """Return the ranker that `search` uses for these arguments; it ranks embedded questions.
+        """Return the ranker that `search` uses for these arguments.
 
         Raises:
-            ValueError: the index (for a cascade, the model) lacks the exit, the cascade's exit is not deeper, or the
+            UserError: the index (for a cascade, the model) lacks the exit, the cascade's exit is not deeper, or the
                 index was rebuilt after it was opened.
         """
-        self._refuse_another()
+        self._check_unchanged()
         if cascade is not None and exit_layer is None:
             exit_layer = self.settings.exit_layers[0]
         exit_layer = self.settings.check_exit(exit_layer, self.store.location)
         if cascade is not None:
             self.embedder.config.check_exit(cascade.exit_layer)
             if cascade.exit_layer <= exit_layer:
-                raise UserError(
-                    "search.cascade.exit_layer",
-                    f"Exit {cascade.exit_layer} cannot re-rank exit {exit_layer}. Choose a deeper exit.",
-                )
+                message = f"Exit {cascade.exit_layer} cannot re-rank exit {exit_layer}. Choose a deeper exit."
+                raise UserError("search.cascade.exit_layer", message)
         return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
 
     def _hits(self, found: Sequence[Found]) -> list[Hit]:
@@ -316,46 +303,54 @@ class CodeIndex:
             for one in found
         ]
 
-    def _refuse_another(self) -> None:
-        """Raise UserError if another process rebuilt the index: another checkpoint may have made its embeddings."""
+    def _check_unchanged(self) -> None:
+        """Raise UserError if another process rebuilt the index, perhaps with embeddings of another checkpoint."""
         stored = self.store.settings()
         if stored is None or IndexSettings.from_dict(stored, self.store.location) != self.settings:
-            raise UserError(
-                "search.index.rebuilt",
-                f"The index {self.store.location} was rebuilt since it was opened. Open it again.",
-            )
+            message = f"The index {self.store.location} was rebuilt since it was opened. Open it again."
+            raise UserError("search.index.rebuilt", message)
 
     def _checked(self, checkpoint: str | os.PathLike[str]) -> Embedder:
+        """Return the embedder of a checkpoint; UserError if the index was built with other weights or prompts."""
         embedder = Embedder(checkpoint, self._device)
         self.settings.refuse_checkpoint(embedder.checkpoint, embedder.checksum, self.store.location)
         if dict(self.settings.prompts) != embedder.prompts():
-            raise UserError(
-                "search.index.prompts",
-                f"The index {self.store.location} was built with other prompts than this version uses. Rebuild it "
-                "(--rebuild).",
-            )
+            message = f"The index {self.store.location} was built with older prompts. Rebuild it (--rebuild)."
+            raise UserError("search.index.prompts", message)
         return embedder
 
 
-def open_store(location: str | os.PathLike[str]) -> VectorStore:
-    """Open the store at a location: `qdrant:NAME@URL` is a collection on a server, anything else a folder.
+def _fault(questions: Sequence[str], top_k: int, method: str) -> tuple[str, str] | None:
+    """Return the key and the sentence of an error in the arguments of a search, or None."""
+    if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
+        return "search.questions", "questions must be a list of at least one question, none of them blank."
+    if top_k < 1:
+        return "search.top_k", f"top_k must be at least 1, not {top_k}."
+    if method not in get_args(Method):
+        return "search.method", f"method must be hybrid, vector or lexical, not {method!r}."
+    return None
 
-    The key of a Qdrant server is read from QDRANT_API_KEY.
+
+def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
+    """Open the store at a location: a folder, `memory://`, or `qdrant:NAME@URL` for a collection on a server.
+
+    An open store is returned as it is. The key of a Qdrant server is read from QDRANT_API_KEY.
 
     Raises:
-        ImportError: the extra isn't installed.
-        ValueError: the location has neither form.
+        ImportError: the extra is not installed.
+        UserError: the location has another form.
     """
+    if not isinstance(location, str | os.PathLike):
+        return location
     location = os.fspath(location)
     if location.startswith(QDRANT):
         from modular_star_encoder.search.qdrant_store import QdrantStore, connect
 
         return QdrantStore(*connect(location), location)
-    if "://" in location:
-        raise UserError(
-            "search.index.location", f"An index is in a folder of this machine or qdrant:NAME@URL, not {location!r}."
-        )
-    return LocalStore(location)
+    if "://" in location and location != MEMORY:
+        message = f"An index is in a folder of this machine or qdrant:NAME@URL, not {location!r}."
+        raise UserError("search.index.location", message)
+    return LocalStore(None if location == MEMORY else location)
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
@@ -365,15 +360,31 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
     return next((str(place) for place in places if place.is_dir()), None)
 
 
-def cached_location(folder: str | os.PathLike[str], *made_with: object) -> str | None:
-    """Return where the user's cache keeps the index of a folder without its own; None if the cache is read-only."""
+def cached_index(folder: str, **options: Any) -> CodeIndex:
+    """Update or build the index of a folder in the user's cache, or in memory if the cache is read-only.
+
+    `options` are those of `CodeIndex.build`. An index that no longer fits, such as after an upgrade, is replaced.
+    """
+    location = _cached_location("\n".join(map(str, [os.path.realpath(folder), *options.values()])))
+    try:
+        index = CodeIndex.build(folder, location, **options)
+    except UserError as error:
+        if error.key not in ("search.index.other_model", "search.index.format", "search.index.unreadable"):
+            raise
+        index = CodeIndex.build(folder, location, **options, rebuild=True)
+    if not index.report.rows:
+        raise UserError("search.folder.empty", f"{folder!r} holds no source code. Name another folder.")
+    return index
+
+
+def _cached_location(key: str) -> str:
+    """Return the location of an index in the user's cache, or in memory if the cache is read-only."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-star-encoder" / "search"
-    key = "\n".join([os.path.realpath(folder), *map(str, made_with)])
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return None
-    return str(cache / content_hash(key)[:16]) if os.access(cache, os.W_OK) else None
+        return MEMORY
+    return str(cache / content_hash(key)[:16]) if os.access(cache, os.W_OK) else MEMORY
 
 
 @contextmanager
@@ -391,30 +402,12 @@ def _locked(store: VectorStore) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise UserError(
-            "search.index.locked", f"Another process writes the index {store.location}. Wait for it."
-        ) from error
+        message = f"Another process writes the index {store.location}. Wait until it ends."
+        raise UserError("search.index.locked", message) from error
     try:
         yield
     finally:
         lock.release()
-
-
-def _kept_settings(store: VectorStore, rebuild: bool) -> dict[str, Any] | None:
-    """Return the settings of the existing index to update; None if a new index must be created."""
-    try:
-        stored = store.settings()
-    except ForeignDataError:
-        raise
-    except ValueError:  # a damaged index can be rebuilt
-        if not rebuild:
-            raise
-        return None
-    return None if rebuild else stored
-
-
-def _store(location: Any) -> VectorStore:
-    return open_store(location) if isinstance(location, str | os.PathLike) else location
 
 
 def _relative_if_inside(folder: str, location: str) -> str:
@@ -426,7 +419,7 @@ def _relative_if_inside(folder: str, location: str) -> str:
 
 
 def _shown_folder(folder: str) -> str:
-    """Return the path to show for a folder: relative if it is below the working folder, else absolute."""
+    """Return a folder's path to show: relative if it is below the working folder, else absolute."""
     relative = os.path.relpath(folder)
     if relative == ".":
         return ""

@@ -1,7 +1,7 @@
 """Rows in a folder: segments, each written once, and a manifest that lists them and is replaced atomically.
 
-Every change is one new manifest, so that a process killed at any moment leaves the index as it was before. A segment is
-one safetensors file, mapped into memory: a search opens no more of it than it reads, and imports no database.
+Every change writes one new manifest, so a process killed at any moment leaves the previous index. A segment is one
+safetensors file that is mapped into memory: a search reads only the parts it needs, and imports no database.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from hashlib import blake2b
@@ -25,26 +26,27 @@ import numpy as np
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.search.vector_store import (
     INDEX_FOLDER,
+    MEMORY,
     Filter,
     Found,
     Row,
-    StoredFile,
     best_first,
-    stored_files,
+    file_hashes,
 )
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_text
 
 MANIFEST = "index.json"
 APPROXIMATE_ROWS = 100_000
-"""More rows are searched by the signs of their vectors first, and exactly among the best of these."""
+"""If a search considers more rows, the signs of their vectors choose the rows that are compared exactly."""
 _BEST_BY_SIGNS = 4000
 MOST_ROWS = 65_536
-"""Rows of a segment: 16 bits number them, and merging needs memory for no more."""
+"""Most rows of a segment: 16 bits number them, and merging needs memory for no more."""
 LARGE_SEGMENT = 50_000
-"""Rows from which a segment is no longer merged with others, unless a third of it is gone."""
-_SMALL_SEGMENTS = 256  # so many are merged while an index grows
+"""A segment of so many rows is no longer merged with others, unless a third of it is deleted."""
+_SMALL_SEGMENTS = 256  # an update merges smaller segments when there are so many
 _K1, _B = 1.2, 0.75
+_NO_INDEX: dict[str, Any] = {"settings": None, "segments": {}}
 _OLD_INDEX = "snippets.lance"  # of earlier versions
 _OWN_FILES = {".gitignore", ".lock", "margins.json", _OLD_INDEX}
 
@@ -53,27 +55,22 @@ _values = attrgetter(*(one.name for one in fields(Snippet)))
 
 
 class LocalStore:
-    """See `VectorStore`; a location of None keeps the rows in this process alone."""
+    """A `VectorStore` in a folder, or in the memory of this process if the location is None."""
 
     def __init__(self, location: str | os.PathLike[str] | None = None) -> None:
         self.folder = None if location is None else Path(location).expanduser().absolute()
-        self.location = "memory://" if location is None else os.fspath(location)
-        self._manifest: dict[str, Any] | None = None
+        self.location = MEMORY if location is None else os.fspath(location)
+        self._manifest = _NO_INDEX
         self._version: tuple[int, int] | None = None
         self._segments: dict[str, _Segment] = {}
         if self.folder is not None and (self.folder.is_file() or self._strange_files()):
-            raise UserError(
-                "search.index.foreign",
-                f"{location} is not an index: it is a file, or a folder that holds other things.",
-            )
+            message = f"{location} is not an index but a file, or a folder that holds other things. Name another place."
+            raise UserError("search.index.foreign", message)
 
     def settings(self) -> dict[str, Any] | None:
-        """See `VectorStore`."""
-        manifest = self._read()
-        return None if manifest is None else manifest["settings"]
+        return self._read()["settings"]
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """See `VectorStore`."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.folder.name == INDEX_FOLDER:  # one in another place may be meant to be committed
@@ -81,9 +78,8 @@ class LocalStore:
             shutil.rmtree(self.folder / _OLD_INDEX, ignore_errors=True)
         self._write({"settings": dict(settings), "segments": {}})
 
-    def files(self) -> dict[str, StoredFile]:
-        """See `VectorStore`."""
-        return stored_files(
+    def files(self) -> dict[str, str | None]:
+        return file_hashes(
             (one["id"], one["hash"], one["expected"])
             for segment in self._alive()
             for one in segment.files
@@ -92,8 +88,7 @@ class LocalStore:
         )
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
-        """See `VectorStore`; one new manifest."""
-        manifest = self._existing()
+        manifest = self._read()
         segments = {
             name: sorted({*dead, *known} & self._segment(name).ids) for name, dead in manifest["segments"].items()
         }
@@ -106,7 +101,7 @@ class LocalStore:
 
     def finish(self) -> None:
         """Merge small segments and segments of which a third is deleted; remove files that no manifest names."""
-        manifest = self._existing()
+        manifest = self._read()
         segments = dict(manifest["segments"])
         groups: list[list[_Segment]] = [[]]
         for one in self._alive():
@@ -126,17 +121,14 @@ class LocalStore:
     def nearest(
         self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
     ) -> list[Found]:
-        """See `VectorStore`; exact up to `APPROXIMATE_ROWS` rows."""
         unit = (vector / (np.linalg.norm(vector) or 1)).astype(np.float32)
         chosen = [(one, np.flatnonzero(one.chosen(where))) for one in self._alive()]
         if sum(len(places) for _, places in chosen) > APPROXIMATE_ROWS:
             chosen = _best_by_signs(chosen, unit, exit_layer)
-        return _best(
-            [(one, places, one.similarities(unit, exit_layer, places)) for one, places in chosen], limit, extras
-        )
+        scored = [(one, places, one.similarities(unit, exit_layer, places)) for one, places in chosen]
+        return _best(scored, limit, extras)
 
     def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
-        """See `VectorStore`."""
         segments = list(self._alive())
         rows = sum(one.size for one in segments)
         average = sum(one.words for one in segments) / max(rows, 1) or 1.0
@@ -155,48 +147,35 @@ class LocalStore:
         return _best(scored, limit, extras)
 
     def count(self) -> int:
-        """See `VectorStore`."""
         return sum(int(one.alive.sum()) for one in self._alive())
-
-    def _existing(self) -> dict[str, Any]:
-        manifest = self._read()
-        if manifest is None:
-            raise UserError(
-                "search.index.missing", f"There is no index in {self.location}. Make one with `mose index FOLDER`."
-            )
-        return manifest
 
     def _alive(self) -> Iterator[_Segment]:
         """Yield the segments, with their deleted files marked."""
         try:
-            segments = [(self._segment(name), dead) for name, dead in self._existing()["segments"].items()]
+            segments = [(self._segment(name), dead) for name, dead in self._read()["segments"].items()]
         except FileNotFoundError:  # merged by another process since the manifest was read
             self._version = None
-            segments = [(self._segment(name), dead) for name, dead in self._existing()["segments"].items()]
+            segments = [(self._segment(name), dead) for name, dead in self._read()["segments"].items()]
         for segment, dead in segments:
             segment.mark(dead)
             yield segment
 
-    def _read(self) -> dict[str, Any] | None:
-        """Read the current manifest again, because another process may have replaced it."""
+    def _read(self) -> dict[str, Any]:
+        """Return the manifest, read again if another process has replaced it; one without rows if there is no index."""
         if self.folder is None:
             return self._manifest
         path = self.folder / MANIFEST
-        try:
-            status = path.stat()
-        except OSError:
+        if not path.exists():
             if (self.folder / _OLD_INDEX).exists():
-                raise UserError(
-                    "search.index.format", f"The index {self.location} is of an older version. Rebuild it (--rebuild)."
-                ) from None
-            return None
-        if self._version != (status.st_mtime_ns, status.st_ino):
-            try:
+                message = f"The index {self.location} is of an older version. Rebuild it (--rebuild)."
+                raise UserError("search.index.format", message)
+            return _NO_INDEX
+        with self._damage_reported():
+            status = path.stat()
+            if self._version != (status.st_mtime_ns, status.st_ino):
                 manifest = json.loads(path.read_text(encoding="utf-8"))
                 self._manifest = {"settings": dict(manifest["settings"]), "segments": dict(manifest["segments"])}
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise self._unreadable(error) from error
-            self._version = (status.st_mtime_ns, status.st_ino)
+                self._version = (status.st_mtime_ns, status.st_ino)
         return self._manifest
 
     def _write(self, manifest: dict[str, Any]) -> None:
@@ -224,31 +203,30 @@ class LocalStore:
         return name
 
     def _segment(self, name: str) -> _Segment:
-        if name not in self._segments:
-            if self.folder is None:
-                raise KeyError(name)
-            try:
+        if name not in self._segments and self.folder is not None:
+            with self._damage_reported():
                 self._segments[name] = _Segment(name, *_mapped(self.folder / f"{name}.safetensors"))
-            except FileNotFoundError:
-                raise
-            except (OSError, ValueError, KeyError) as error:
-                raise self._unreadable(error) from error
         return self._segments[name]
 
-    def _unreadable(self, error: Exception) -> UserError:
-        return UserError(
-            "search.index.unreadable",
-            f"The index {self.location} can't be read ({error}): if it is damaged, rebuild it (--rebuild).",
-        )
+    @contextmanager
+    def _damage_reported(self) -> Iterator[None]:
+        """Turn errors of a damaged file into a UserError; FileNotFoundError stays."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            message = f"The index {self.location} can't be read ({error}): if it is damaged, rebuild it (--rebuild)."
+            raise UserError("search.index.unreadable", message) from error
 
     def _strange_files(self) -> bool:
-        """Return whether the folder holds foreign files and no index; files that an index writes are not foreign."""
+        """Return whether the folder has no index but files that an index does not write."""
         names = set(os.listdir(self.folder)) if self.folder is not None and self.folder.is_dir() else set()
         return MANIFEST not in names and not all(name in _OWN_FILES or name.startswith("rows-") for name in names)
 
 
 class _Segment:
-    """Rows that were written together (N)."""
+    """N rows in one file, whose arrays are mapped into memory."""
 
     def __init__(self, name: str, arrays: Mapping[str, np.ndarray], files: list[dict[str, Any]]) -> None:
         self.name, self.files, self.dead = name, files, frozenset[str]()
@@ -256,17 +234,12 @@ class _Segment:
         self.ids = {one["id"] for one in files}
         self._arrays = arrays
         self.alive = np.ones(self.size, dtype=bool)
-        if not len(arrays["file_of_row"]) == len(arrays["row_starts"]) - 1 == self.size:
-            raise ValueError("a segment is cut short")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
     def mark(self, dead: Sequence[str]) -> None:
-        """Note the files that other segments have replaced."""
+        """Note the files whose rows are deleted, or replaced in another segment."""
         if self.dead != frozenset(dead):
             self.dead = frozenset(dead)
             self.alive = self._of_files([one["id"] not in self.dead for one in self.files])
@@ -281,7 +254,7 @@ class _Segment:
         return np.array(values, dtype=bool)[self["file_of_row"]]
 
     def similarities(self, unit: np.ndarray, exit_layer: int, places: np.ndarray) -> np.ndarray:
-        """(P,) cosine similarities of some rows."""
+        """Return the cosine similarities (P,) of the rows at `places` (P,)."""
         vectors, scales = self[f"vectors_{exit_layer}"], self[f"scales_{exit_layer}"]
         return (vectors[places].astype(np.float32) @ unit) * scales[places]
 
@@ -295,7 +268,7 @@ class _Segment:
         return self["word_rows"][first:last], self["word_counts"][first:last]
 
     def found(self, place: int, score: float, extras: Sequence[int]) -> Found:
-        """A row as it was written, with its score."""
+        """Return the row at a place as it was written, with its score and its vectors at the exits `extras`."""
         first, last = self["row_starts"][place : place + 2]
         row_id, text_hash, *values = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
         values[-1] = tuple(values[-1])  # `defines`
@@ -306,20 +279,20 @@ class _Segment:
 
     @cached_property
     def words(self) -> int:
-        """Words of all its rows."""
+        """Number of words of all rows."""
         return int(self["lengths"].sum(dtype=np.int64))
 
     @cached_property
     def exits(self) -> list[int]:
         """The exits of its vectors."""
-        return [int(name.removeprefix("vectors_")) for name in self if name.startswith("vectors_")]
+        return [int(name.removeprefix("vectors_")) for name in self._arrays if name.startswith("vectors_")]
 
 
 _Places = list[tuple[_Segment, np.ndarray]]
 
 
 def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Places:
-    """Of the chosen rows those whose signs differ from the question's in the fewest components."""
+    """Return the chosen rows whose signs differ from those of the question in the fewest components."""
     signs = _signs(unit[None])
     distances = [
         np.bitwise_count(one[f"signs_{exit_layer}"] ^ signs).sum(axis=0, dtype=np.uint16)[places]
@@ -331,26 +304,26 @@ def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Place
 
 
 def _signs(vectors: np.ndarray) -> np.ndarray:
-    """(D / 64, N) uint64: which components of vectors (N, D) are positive, 64 in a number."""
+    """Return a bit per component of vectors (N, D), set if it is positive, as (D / 64, N) uint64."""
     packed = np.packbits(vectors > 0, axis=1)
     packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))
     return np.ascontiguousarray(packed.view(np.uint64).T)
 
 
 def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int, extras: Sequence[int]) -> list[Found]:
-    """The best of some rows of each segment."""
+    """Return the `limit` best rows, best first, from (segment, places, scores)."""
     found = []
     for segment, places, scores in scored:
         best = np.argpartition(-scores, limit)[:limit] if limit < len(scores) else range(len(scores))
         found += [(float(scores[one]), segment, int(places[one])) for one in best]
     found.sort(key=lambda one: -one[0])
-    # Rows that tie with the last one are read too, so that path and line order them, not their segment.
+    # Rows with the score of the last one are read too, so that path and line, not their segment, order them.
     last = found[min(limit, len(found)) - 1][0] if found else 0.0
     return best_first(segment.found(place, score, extras) for score, segment, place in found if score >= last)[:limit]
 
 
 def _arrays_of(rows: Sequence[Row]) -> _Arrays:
-    """The arrays of a segment."""
+    """Return the arrays of a segment of these rows."""
     arrays: _Arrays = {}
     for exit_layer in rows[0].vectors:
         vectors = np.stack([row.vectors[exit_layer] for row in rows]).astype(np.float32)
@@ -375,12 +348,11 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
 
 
 def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
-    """The rows of each word, from words that ascend."""
+    """Return arrays that list the rows of each word, from triples of a word's key (ascending), a row, and a count."""
     words, starts = np.unique(key, return_index=True)
     word_starts = np.append(starts, len(key)).astype(np.uint32)
-    arrays: _Arrays = {"words": words, "word_starts": word_starts}
-    arrays |= {"word_rows": row.astype(np.uint16), "word_counts": count.astype(np.uint8)}
-    return arrays
+    rows, counts = row.astype(np.uint16), count.astype(np.uint8)
+    return {"words": words, "word_starts": word_starts, "word_rows": rows, "word_counts": counts}
 
 
 def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -392,7 +364,7 @@ def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
         known = files.setdefault(row.file_id, one)
         known["rows"] += 1
         if known["hash"] != row.file_hash:
-            known["expected"] = -1  # of two contents: not whole
+            known["expected"] = -1  # rows of two contents: the file is incomplete
     return list(files.values())
 
 
@@ -433,30 +405,20 @@ def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]
 
 
 def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
-    """The arrays of a safetensors file, mapped into memory, and its files.
+    """Return the arrays of a safetensors file, mapped into memory, and the files of its rows.
 
     Raises:
-        OSError, ValueError, KeyError: it isn't there, or damaged.
+        OSError, ValueError, KeyError: the segment is missing or damaged.
     """
     content = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     start = 8 + int(content[:8].view("<u8")[0])
     header = json.loads(content[8:start].tobytes()) if start <= len(content) else {}
     files = json.loads(header.pop("__metadata__")["files"])
-    kinds = {
-        "U8": np.uint8,
-        "I8": np.int8,
-        "U16": np.uint16,
-        "U32": np.uint32,
-        "I64": np.int64,
-        "U64": np.uint64,
-        "F32": np.float32,
-    }
     arrays = {}
     for name, one in header.items():
         first, last = one["data_offsets"]
-        if start + last > len(content):
-            raise ValueError("a segment is cut short")
-        arrays[name] = content[start + first : start + last].view(kinds[one["dtype"]]).reshape(one["shape"])
+        kind = f"{one['dtype'][0].lower()}{int(one['dtype'][1:]) // 8}"  # F32 is numpy's f4
+        arrays[name] = content[start + first : start + last].view(kind).reshape(one["shape"])
     return arrays, files
 
 

@@ -1,6 +1,6 @@
-"""The tools of `mose mcp`: an index for agents, over the Model Context Protocol on stdin and stdout.
+"""The tools of `mose mcp`: agents search an index over the Model Context Protocol.
 
-Answers are text with paths relative to the indexed folder, cut at `MOST_CHARACTERS`; files outside it are never read.
+Answers are text of at most `MOST_CHARACTERS`, with paths relative to the indexed folder; no other files are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def build_server(index: CodeIndex) -> Any:
     """Return an `MCPServer` with the tools `search`, `related` and `read`; `search` updates the index first.
 
     Raises:
-        ImportError: the extra `mcp` isn't installed.
+        ImportError: the extra `mcp` is not installed.
     """
     with naming_extra():
         from mcp.server import MCPServer
@@ -42,7 +42,7 @@ def build_server(index: CodeIndex) -> Any:
 
     @server.tool()
     def search(question: str, top_k: int = 5, path: str | None = None) -> str:
-        """Find code by a question in prose or by a symbol's name; path limits it to a pattern such as 'src/**'."""
+        """Find code by a question in prose or by a symbol's name; path limits it to files such as 'src/**'."""
         index.update(progress=False)
         (answer,) = index.search([question], top_k=min(max(top_k, 1), MOST_HITS), path=path)
         return shown(answer.hits)

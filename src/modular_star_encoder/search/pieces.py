@@ -1,4 +1,4 @@
-"""Divide files into pieces (functions, classes, other lines), the rows of an index, and find their words for BM25."""
+"""Divide files into pieces (functions, classes, other lines), which become rows of an index, and find their words."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ _LICENCE = re.compile(r"copyright|licen[sc]e|SPDX", re.IGNORECASE)
 class Snippet:
     """A piece of a file: what an index holds, compares and shows."""
 
-    path: str  # of the file from the folder that was read, with forward slashes
-    language: str  # lower-case name; empty for a file of no language that is known
-    name: str  # dotted name of what it defines, or of the class that it is part of; empty for other lines
+    path: str  # path of the file relative to the indexed folder, with forward slashes
+    language: str  # lower-case name; empty if the language is unknown
+    name: str  # dotted name of what it defines, or of the class around it; empty for other lines
     first_line: int  # 1-based; both lines are included
     last_line: int
-    description: str  # the comment before the definition, in one line
     text: str  # the lines
-    line: int = 0  # at which the definition itself begins, after comments and decorators
-    defines: tuple[str, ...] = ()  # names without what encloses them
+    line: int = 0  # where the definition itself begins, after comments and decorators
+    defines: tuple[str, ...] = ()  # names that it defines, such as `push` for `Stack.push`
 
     def embedded(self) -> str:
         """Return the text to embed: the last two parts of the path and the name, then the code."""
@@ -46,10 +45,10 @@ class Snippet:
 
 
 def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
-    """Return the pieces of a file in order; they cover every line that holds more than punctuation.
+    """Return the pieces of a file in order; they cover all lines, except blocks with hardly any letters.
 
-    A class of at most `SMALL_CLASS` lines is one piece, a longer one is divided into its members and what is between
-    them. A file that can't be parsed, or whose language is unknown, is divided into blocks of lines.
+    A class of at most `SMALL_CLASS` lines is one piece; a longer class is divided into its members and other lines. A
+    file that can't be parsed, or whose language is unknown, is divided into blocks of lines.
     """
     lines = _LINE_END.split(text)
     try:
@@ -60,23 +59,22 @@ def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
 
 
 class _Divider:
-    """Divides one file."""
+    """Divides one file into pieces."""
 
     def __init__(self, path: str, language: str, lines: list[str], definitions: Sequence[Definition]) -> None:
         self._path, self._language, self._lines = path, language, lines
         self._definitions = [one for one in definitions if one.kind != "extension"]
 
     def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
-        """The pieces of the lines from `start` to `end`, which hold these definitions inside `outer`."""
-        at = place = 0
-        at = start
+        """Yield the pieces of the lines from `start` to `end`, which hold these definitions; `outer` encloses them."""
+        at, place = start, 0
         while place < len(definitions):
             one = definitions[place]
             following = place + 1
             while following < len(definitions) and definitions[following].start < one.end:
                 following += 1
             inner, place = definitions[place + 1 : following], following
-            if one.start < at:  # begins on a line of the one before
+            if one.start < at:  # it begins on the last line of the definition before
                 continue
             first = self._with_comments(one.start, at)
             yield from self._block(at, first, outer)
@@ -114,10 +112,9 @@ class _Divider:
 
     def _snippet(self, first: int, end: int, name: str, line: int) -> Snippet:
         last_parts = (one.name.rpartition(".")[2] for one in self._definitions if first <= one.start < end)
-        comment = " ".join(" ".join(self._lines[first:line]).split())
         text = "\n".join(self._lines[first:end])
         names = tuple(dict.fromkeys(last_parts))
-        return Snippet(self._path, self._language, name, first + 1, end, comment, text, line + 1, names)
+        return Snippet(self._path, self._language, name, first + 1, end, text, line + 1, names)
 
 
 def is_boilerplate(snippet: Snippet) -> bool:
@@ -142,14 +139,14 @@ _DEFINES = "defines:"
 
 @lru_cache(maxsize=200_000)
 def _stems(word: str) -> tuple[str, ...]:
-    """Stems of a word's parts, and of the whole if it has several."""
+    """Return the stems of a word's parts, and of the whole word if it has several parts."""
     parts = [part.lower() for part in _PART.findall(word)]
     whole = [word.lower().strip("_$")] if len(parts) > 1 else []
     return tuple(_stem(part) for part in [*parts, *whole])
 
 
 def _stem(word: str) -> str:
-    """The word without the endings of English plurals and verbs: `parsing`, `parses` and `parsed` are `pars`."""
+    """Return a word without the endings of English plurals and verbs: `pars` for `parsing`, `parses` and `parsed`."""
     for ending in ("ing", "ies", "ed", "es", "s"):
         if len(word) > _SHORTEST_STEM + 1 and word.endswith(ending) and len(word) - len(ending) >= _SHORTEST_STEM:
             word = word[: -len(ending)] + ("y" if ending == "ies" else "")
@@ -162,12 +159,12 @@ def _stem(word: str) -> str:
 
 
 def stems(text: str) -> list[str]:
-    """The stems of the words of a text: `getHTTPResponse` is get, http, respons and gethttprespons."""
+    """Return the stems of all words of a text: for `getHTTPResponse` get, http, respons and gethttprespons."""
     return [stem for word in _WORD.findall(text) for stem in _stems(word)]
 
 
 def parts(text: str) -> set[str]:
-    """The stems of the parts of the words of a text."""
+    """Return the stems of the parts of all words of a text: for `getHTTPResponse` get, http and respons."""
     return {_stem(part.lower()) for part in _PART.findall(text)}
 
 
@@ -179,13 +176,13 @@ def question_stems(question: str) -> list[str]:
 
 
 def telling_parts(question: str) -> set[str]:
-    """Stems of the parts of a question's words that may name a file."""
+    """Return the stems of the parts of a question's words that may name a file: no stop words, at least 3 letters."""
     words = " ".join(word for word in _WORD.findall(question) if not _STOP_WORD.fullmatch(word))
     return {_stem(part.lower()) for part in _PART.findall(words) if len(part) > 2}
 
 
 def definition_word(name: str) -> str:
-    """Return the word that marks a piece that defines `name`."""
+    """Return the word that `snippet_words` adds to the words of pieces that define `name`."""
     return _DEFINES + re.sub(r"\s", "", name.lower().rstrip("!?"))
 
 

@@ -1,4 +1,4 @@
-"""Rank rows for a question by one exit, by words, or by the rules over both; then again by a deeper exit."""
+"""Rank rows for a question by similarity at one exit, by words, or by the rules over both; re-rank at a deeper exit."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from modular_star_encoder.utils.errors import UserError
 Method = Literal["hybrid", "vector", "lexical"]
 
 _BY_SIMILARITY, _BY_WORDS, _BY_DEFINITION = 100, 400, 50
-"""Number of candidates that the rules take from each list."""
+"""Number of candidates that the rules take by similarity, by words, and by the names that they define."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cascade:
-    """Settings to rank the best hits again at a deeper exit.
+    """Settings to rank the best hits again at a deeper exit; UserError for one candidate or a margin of NaN.
 
-    Raises:
-        UserError: fewer than two candidates, or a margin that is NaN.
+    Attributes:
+        exit_layer: the deeper exit.
+        candidates: number of the best hits that are ranked again.
+        margin: re-rank only if the best similarity at the first exit exceeds the second by less; None for always.
     """
 
     exit_layer: int
-    candidates: int = 20  # how many of the best are ranked again
-    margin: float | None = None  # only where the shallow exit's best similarity leads the second by less; None: always
+    candidates: int = 20
+    margin: float | None = None
 
     def __post_init__(self) -> None:
         if self.candidates < 2:
@@ -41,15 +43,15 @@ class Cascade:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """Rows, best first."""
+    """The rows of one question, best first."""
 
-    found: list[Found]  # behind a cascade's candidates come those that it didn't rank again
-    margin: float | None  # how far the best similarity of the first exit leads the second; None where there are no two
-    reranked: bool = False  # whether the deep exit ran
+    found: list[Found]  # first the candidates that a cascade ranked again, then the others
+    margin: float | None  # best similarity at the first exit minus the second best; None if there are not two
+    reranked: bool = False  # whether a cascade ranked the best again
 
 
 class Ranker:
-    """Ranks the rows of an index by its embeddings at one exit and, with a cascade, again at a deeper one."""
+    """Ranks the rows of an index by their embeddings at one exit, and with a cascade again at a deeper exit."""
 
     def __init__(
         self,
@@ -61,33 +63,32 @@ class Ranker:
     ) -> None:
         self.exit_layer, self.cascade = exit_layer, cascade
         self._store, self._settings, self._embedder = store, settings, embedder
-        self._extras = [exit_layer]
-        if cascade is not None and cascade.exit_layer in settings.exit_layers:
-            self._extras.append(cascade.exit_layer)
+        deeper = {cascade.exit_layer} & {*settings.exit_layers} if cascade is not None else ()
+        self._extras = [exit_layer, *deeper]
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
-        """Return, for each question, exit_layer → (D,) float32; one pass through the model serves both exits."""
+        """Return exit_layer → (D,) float32 for each question, from one pass for both exits."""
         exits = sorted({self.exit_layer, self.cascade.exit_layer if self.cascade else self.exit_layer})
         embeddings = self._embedder.questions(questions, exits, self._settings.dimension)
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
 
     def by_similarity(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """The best `limit` rows for an embedded question by similarity alone."""
+        """Return the best `limit` rows for an embedded question by similarity alone."""
         count = max(limit, self.cascade.candidates if self.cascade else 2)
         found = self._nearest(vectors, count, where)
         margin = _lead(found)
-        if not self._goes_deeper(margin) or len(found) < 2:
+        if (cascade := self._cascade_for(margin)) is None:
             return Ranked(found[:limit], margin)
-        best, rest = self._split(found)
-        scores = self._deep_similarities(best, vectors)
+        best, rest = found[: cascade.candidates], found[cascade.candidates :]
+        scores = self._similarities(best, vectors, cascade.exit_layer)
         order = np.argsort(-scores, kind="stable")
-        again = [replace(best[one], score=float(scores[one]), exit_layer=self._deep) for one in order]
+        again = [replace(best[one], score=float(scores[one]), exit_layer=cascade.exit_layer) for one in order]
         return Ranked([*again, *rest][:limit], margin, reranked=True)
 
     def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """The best `limit` rows for a question by the rules over similarity and words (`rules.place`).
+        """Return the best `limit` rows for a question by the rules over similarity and words (`rules.place`).
 
-        A cascade replaces the similarities of the best rows by those of the deep exit, rescaled, and ranks all again.
+        A cascade replaces the similarities of the best rows by rescaled ones of the deeper exit, and ranks all again.
         """
         read = Question.of(question)
         nearest = self._nearest(vectors, _BY_SIMILARITY, where)
@@ -96,49 +97,43 @@ class Ranker:
         snippets = [one.snippet for one in candidates]
         placed = place(read, snippets, similarities, words)
         margin, exits = _lead(nearest), [self.exit_layer] * len(candidates)
-        reranked = self._goes_deeper(margin) and len(candidates) > 1
-        if reranked and self.cascade is not None:
-            best = [one.candidate for one in placed[: self.cascade.candidates]]
-            deep = self._deep_similarities([candidates[one] for one in best], vectors)
+        cascade = self._cascade_for(margin)
+        if cascade is not None:
+            best = [one.candidate for one in placed[: cascade.candidates]]
+            deep = self._similarities([candidates[one] for one in best], vectors, cascade.exit_layer)
             shallow = similarities[best]
             similarities[best] = (deep - deep.mean()) / (deep.std() + 1e-9) * shallow.std() + shallow.mean()
             for one in best:
-                exits[one] = self.cascade.exit_layer
+                exits[one] = cascade.exit_layer
             placed = place(read, snippets, similarities, words)
         found = [
             replace(candidates[one.candidate], score=one.score, exit_layer=exits[one.candidate], reasons=one.reasons)
             for one in placed[:limit]
         ]
-        return Ranked(found, margin, reranked)
+        return Ranked(found, margin, reranked=cascade is not None)
 
     def _nearest(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> list[Found]:
         found = self._store.nearest(vectors[self.exit_layer], self.exit_layer, limit, where, self._extras)
         return [replace(one, exit_layer=self.exit_layer) for one in found]
 
-    def _goes_deeper(self, margin: float | None) -> bool:
-        wanted = None if self.cascade is None else self.cascade.margin
-        return self.cascade is not None and (wanted is None or margin is None or margin < wanted)
+    def _cascade_for(self, margin: float | None) -> Cascade | None:
+        """Return the cascade if it re-ranks hits with this margin, else None."""
+        if self.cascade is None or margin is None:  # None: fewer than two hits
+            return None
+        return self.cascade if self.cascade.margin is None or margin < self.cascade.margin else None
 
-    @property
-    def _deep(self) -> int:
-        return self.exit_layer if self.cascade is None else self.cascade.exit_layer
-
-    def _split(self, found: list[Found]) -> tuple[list[Found], list[Found]]:
-        count = 0 if self.cascade is None else self.cascade.candidates
-        return found[:count], found[count:]
-
-    def _deep_similarities(self, found: Sequence[Found], vectors: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Return cosine similarities (N,) at the deep exit; embeddings that the index lacks are computed."""
-        if self._deep in self._settings.exit_layers:
-            documents = np.stack([one.vectors[self._deep] for one in found])
+    def _similarities(self, found: Sequence[Found], vectors: Mapping[int, np.ndarray], exit_layer: int) -> np.ndarray:
+        """Return cosine similarities (N,) at an exit; embeddings that the index lacks are computed."""
+        if exit_layer in self._settings.exit_layers:
+            documents = np.stack([one.vectors[exit_layer] for one in found])
         else:
             snippets = [one.snippet for one in found]
-            documents = self._embedder.snippets(snippets, [self._deep], self._settings.dimension)[self._deep]
-        return documents @ vectors[self._deep]
+            documents = self._embedder.snippets(snippets, [exit_layer], self._settings.dimension)[exit_layer]
+        return documents @ vectors[exit_layer]
 
 
 def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> list[Found]:
-    """The best `limit` rows by the rules over words alone, without a model."""
+    """Return the best `limit` rows for a question by the rules over words alone, without a model."""
     read = Question.of(question)
     candidates, words = _candidates(store, read, where, [], ())
     return [
@@ -150,7 +145,7 @@ def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> li
 def _candidates(
     store: VectorStore, question: Question, where: Filter, nearest: Sequence[Found], extras: Sequence[int]
 ) -> tuple[list[Found], np.ndarray]:
-    """Return the candidate rows of a question and their BM25 scores (0 for rows found only by similarity)."""
+    """Return the candidate rows of a question, and their BM25 scores (N,): 0 for rows that words did not find."""
     lexical = store.lexical(question_stems(question.text), _BY_WORDS, where, extras)
     names = [definition_word(name) for name in question.names]
     defining = store.lexical(names, _BY_DEFINITION, where, extras)

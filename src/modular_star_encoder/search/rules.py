@@ -1,8 +1,8 @@
 """The ranking rules: rank a question's candidates by similarity, words, definitions, paths and files.
 
 Each rule is one function of the question and its candidates; benchmarks/README.md measures the effect of each.
-All languages and repositories share the same weights. The rules reimplement semble's (MinishLab, 2026), except that
-standardised scores are fused, not ranks, because ranks discard how far candidates are apart.
+All languages and repositories share the same weights. The rules reimplement those of semble (MinishLab, 2026), but fuse
+standardised scores instead of ranks, because ranks do not say how far candidates are apart.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _INITIAL_FILE = re.compile(r"(^|/)(__init__\.py|package-info\.java)$")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question and what the rules extract from it."""
+    """A question, and the names in it."""
 
     text: str
-    is_symbol: bool  # one name alone, such as `Router::Match` or `parse_header`
-    names: Mapping[str, float]  # lower-case name to find the definition of → its weight
+    is_symbol: bool  # whether it is a name alone, such as `Router::Match` or `parse_header`
+    names: Mapping[str, float]  # lower-case name whose definition is wanted → its weight
 
     @classmethod
     def of(cls, text: str) -> Question:
-        """Read a question."""
+        """Return the question with the names that its text contains."""
         plain = text.strip()
         if _SYMBOL.fullmatch(plain) and _SIGN_OF_SYMBOL.search(plain):
             return cls(text, True, {_SEPARATOR.split(plain)[-1].lower().rstrip("!?"): 1.0})
@@ -64,7 +64,7 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return scores (N,) of at least 0: the weighted sum of both standardised scores; `words` if no similarities."""
+    """Return scores (N,) of at least 0: the weighted sum of both, standardised; `words` alone without similarities."""
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)
@@ -76,7 +76,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, snippets: Sequence[Snippet]) -> np.ndarray:
-    """Return what to add (N,) to pieces that define a name in the question; more if the file also has that name."""
+    """Return gains (N,) for pieces that define a name in the question; larger if their file also has that name."""
     gains = np.zeros(len(snippets))
     for place, snippet in enumerate(snippets):
         defined = {name.lower().rstrip("!?") for name in snippet.defines}
@@ -88,7 +88,7 @@ def definitions(question: Question, snippets: Sequence[Snippet]) -> np.ndarray:
 
 
 def _file_name(path: str) -> str:
-    """`Formatter` for `src/Formatter.cs` and for ``src/Formatter`1.cs``."""
+    """Return `Formatter` for `src/Formatter.cs` and for ``src/Formatter`1.cs``."""
     return re.split(r"[^\w-]", PurePosixPath(path).name)[0]
 
 
@@ -97,7 +97,7 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Mapping[str, Sequence[int]], count: int) -> np.ndarray:
-    """Return what to add (N,): the share of question words in the piece's file name; words in its folder count half."""
+    """Return gains (N,): the share of the question's words in a piece's file name; words in its folder count half."""
     gains = np.zeros(count)
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
@@ -118,7 +118,7 @@ def _met(word: str, others: set[str]) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, files: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """Gains (N,) for the best piece of each file: the sum of the file's best scores over the largest sum."""
+    """Return gains (N,) for the best piece of each file: the sum of the file's best scores over the largest sum."""
     gains = np.zeros(len(scores))
     sums = {path: np.sort(scores[places])[-PIECES_OF_A_FILE:].sum() for path, places in files.items()}
     most = max(sums.values(), default=0.0) or 1.0
@@ -142,7 +142,7 @@ def priors(question: Question, files: Mapping[str, Sequence[int]], count: int) -
 
 
 def diversity(scores: np.ndarray, snippets: Sequence[Snippet]) -> np.ndarray:
-    """Factors (N,): each further piece of a file counts less than the one before."""
+    """Return factors (N,) that lower each further piece of a file more than the one before."""
     factors, seen = np.ones(len(scores)), Counter[str]()
     for place in np.argsort(-scores, kind="stable"):
         path = snippets[place].path
@@ -153,7 +153,7 @@ def diversity(scores: np.ndarray, snippets: Sequence[Snippet]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A ranked candidate: its index, its score, and what each rule added or subtracted, as shares of the best score."""
+    """A ranked candidate: its number, its score, and what each rule added to the score or subtracted from it."""
 
     candidate: int
     score: float
@@ -166,7 +166,7 @@ def place(
     """Return the candidates of a question, best first.
 
     Args:
-        question: what was asked.
+        question: the question.
         snippets: the candidates (N).
         similarities: (N,) cosine similarities to the question; None to rank without a model.
         words: (N,) BM25 scores; 0 for a piece without a word of the question.
@@ -184,10 +184,10 @@ def place(
     total = np.sum(list(reasons.values()), axis=0)
     reasons["good file"] = good_files(scores, total, files)
     total = total + reasons["good file"]
-    for name, factors in (("kind of file", priors(question, files, len(snippets))), ("diversity", None)):
-        factors = diversity(total, snippets) if factors is None else factors
-        reasons[name] = total * (factors - 1)
-        total = total * factors
+    factors = priors(question, files, len(snippets))
+    reasons["kind of file"], total = total * (factors - 1), total * factors
+    factors = diversity(total, snippets)
+    reasons["diversity"], total = total * (factors - 1), total * factors
     return [
         Placed(int(one), float(total[one]), {name: float(gains[one]) for name, gains in reasons.items() if gains[one]})
         for one in np.argsort(-total, kind="stable")

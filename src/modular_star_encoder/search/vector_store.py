@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import wraps
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -17,8 +16,8 @@ from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 
-QDRANT = "qdrant:"
-FORMAT = 2
+QDRANT, MEMORY = "qdrant:", "memory://"
+FORMAT = 3
 DEFAULT_CHECKPOINT = "mose-code"
 """The model that is packaged with the code."""
 INDEX_FOLDER = ".mose"
@@ -27,7 +26,7 @@ INDEX_FOLDER = ".mose"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of an index."""
+    """One row of an index: a piece of a file, its words and its embeddings."""
 
     row_id: str  # a UUID from the file and the row's place in it, unique within the file
     file_id: str  # a hash of the path's bytes, which need not be text
@@ -74,67 +73,46 @@ class Filter:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """What a store holds of one file.
-
-    Attributes:
-        file_hash: hash of the content; None if rows are missing or come from different contents.
-        rows: number of stored rows.
-    """
-
-    file_hash: str | None
-    rows: int
-
-
-class ForeignDataError(UserError):
-    """The location holds data of another program, which an index never replaces."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("search.index.foreign", message)
-
-    def __reduce__(self) -> Any:
-        return type(self), (str(self),)
-
-
 class VectorStore(Protocol):
     """Rows of one index. `replace_files` is the only way to change them."""
 
     location: str
 
     def settings(self) -> dict[str, Any] | None:
-        """What `create` was given, or None where there is no index yet.
+        """Return what `create` was given; None if there is no index yet.
 
         Raises:
-            ForeignDataError: the place holds data of another program.
-            ValueError: there is an index that can't be read.
+            UserError: the index can't be read, or the place holds data of another program.
         """
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """Make an empty index, in place of the one that is there."""
+        """Make an empty index, also in place of an index that can't be read.
 
-    def files(self) -> dict[str, StoredFile]:
-        """Return file_id → what the store holds of this file."""
+        Raises:
+            UserError: the place holds data of another program, which is never replaced.
+        """
+
+    def files(self) -> dict[str, str | None]:
+        """Return file_id → hash of the file's content; None if rows are missing or come from different contents."""
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
-        """Put `rows` in the place of all rows of their files and of the files `known`.
+        """Replace all rows of some files.
 
         Args:
-            known: ids of all files, also without new rows, that may have rows in the store. Other files of `rows` are
-                new to the store.
-            rows: all rows of each of their files.
+            known: ids of the files that may have rows in the store; without new rows they are removed.
+            rows: all rows of each of their files; files that are not in `known` are new to the store.
         """
 
     def finish(self) -> None:
-        """Bring indexes up to date, and give back the space of replaced rows."""
+        """Optimise what was written, and free the space of replaced rows."""
 
     def nearest(
         self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
     ) -> list[Found]:
-        """Rows of the highest cosine similarity at an exit, best first; with their vectors at the exits `extras`."""
+        """Return the `limit` rows nearest by cosine similarity, best first, with their vectors at exits `extras`."""
 
     def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
-        """Rows of the highest BM25 score above 0, best first; with their vectors at the exits `extras`."""
+        """Return the `limit` rows of the highest BM25 score above 0, best first, with their vectors at `extras`."""
 
     def count(self) -> int:
         """Number of rows."""
@@ -145,59 +123,34 @@ def best_first(found: Iterable[Found]) -> list[Found]:
     return sorted(found, key=lambda one: (-one.score, one.snippet.path, one.snippet.first_line))
 
 
-def wrap_store_errors(sentence: Callable[[str, Exception], str | None]) -> Callable[[Callable], Callable]:
-    """A decorator for a store's methods: errors of the library behind it become an `OSError` of one sentence.
-
-    Args:
-        sentence: of the store's location and an error; None leaves the error as it is.
-    """
-
-    def decorate(method: Callable) -> Callable:
-        @wraps(method)
-        def wrapped(self: Any, *arguments: Any, **options: Any) -> Any:
-            try:
-                return method(self, *arguments, **options)
-            except Exception as error:
-                if (words := sentence(self.location, error)) is None:
-                    raise
-                raise OSError(words) from error
-
-        return wrapped
-
-    return decorate
-
-
 def file_id(path: str) -> str:
-    """32 hexadecimal digits for a path, of whatever bytes."""
+    """Return 32 hexadecimal digits for a path, whose bytes need not be UTF-8."""
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
 
 
 def content_hash(text: str) -> str:
-    """32 hexadecimal digits for a text."""
+    """Return 32 hexadecimal digits for a text."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def readable_path(path: str) -> str:
-    """A path as text that any program can hold: bytes that aren't UTF-8 become `\\x..`."""
+    """Return a path as Unicode text; bytes that aren't UTF-8 become `\\x..`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def row_id(file: str, place: int) -> str:
-    """The id of a file's row at a place; a UUID, since Qdrant takes no other names."""
-    return str(UUID(hex=hashlib.sha256(f"{file}:{place}".encode()).hexdigest()[:32]))
+    """Return the id of the row at a place in a file: a UUID, because Qdrant accepts no other names."""
+    return str(UUID(hex=content_hash(f"{file}:{place}")))
 
 
-def stored_files(rows: Iterable[tuple[str, str, int]]) -> dict[str, StoredFile]:
-    """From (file_id, file_hash, file_rows) of all rows."""
+def file_hashes(rows: Iterable[tuple[str, str, int]]) -> dict[str, str | None]:
+    """Return what `VectorStore.files` returns, from (file_id, file_hash, file_rows) of all rows."""
     held: dict[str, tuple[str | None, int, int]] = {}
     for file, file_hash, expected in rows:
         first_hash, count, first_expected = held.get(file, (file_hash, 0, expected))
         agrees = first_hash == file_hash and first_expected == expected
         held[file] = (first_hash if agrees else None, count + 1, first_expected)
-    return {
-        file: StoredFile(file_hash if count == expected else None, count)
-        for file, (file_hash, count, expected) in held.items()
-    }
+    return {file: found if count == expected else None for file, (found, count, expected) in held.items()}
 
 
 _PUNCTUATION = re.compile(r"[.^$*+?{}\[\]\\|()]")
@@ -205,16 +158,16 @@ _RANGE_OR_CHARACTER = re.compile(".-.|.", re.DOTALL)
 
 
 def glob_expression(pattern: str) -> str:
-    """The anchored regular expression of a pattern of paths with forward slashes.
+    """Return the anchored regular expression for a path pattern with forward slashes.
 
-    `*` and `?` stay within a name, `**` crosses folders, `[abc]`, `[a-z]` and `[!abc]` are one character. A pattern
-    without a slash matches a file name in any folder; a pattern that ends in a slash matches all files below a folder.
+    `*` and `?` match within a name, `**` across folders; `[abc]`, `[a-z]` and `[!abc]` match one character. A pattern
+    without a slash matches file names in any folder; a pattern that ends in a slash matches all files below a folder.
 
     Raises:
-        ValueError: a blank pattern, or one with a bracket that isn't closed or a range that ends before it begins.
+        UserError: the pattern is blank, a bracket isn't closed, or a range ends before it begins.
     """
     if not pattern.strip():
-        raise UserError("search.path.blank", "A path pattern must not be blank. Write one such as '*.py' or 'src/**'.")
+        raise UserError("search.path.blank", "A path pattern must not be blank. Examples: '*.py', 'src/**'.")
     if "/" not in pattern:
         pattern = f"**/{pattern}"
     pattern = pattern.removeprefix("./").removeprefix("/")
@@ -228,7 +181,7 @@ def glob_expression(pattern: str) -> str:
 
 
 def _token(pattern: str, place: int) -> tuple[str, int]:
-    """Return the expression of the token at `place`, and the place of the next token."""
+    """Return the expression for the token at `place`, and the place of the next token."""
     if pattern.startswith("**/", place):
         return "(?:.*/)?", place + 3
     if pattern.startswith("**", place):
@@ -248,13 +201,13 @@ def _bracket(pattern: str, place: int) -> tuple[str, int]:
     start = place + 1 + negated
     end = pattern.find("]", start + 1)
     if end < 0:
-        raise UserError("search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'.")
+        raise UserError(
+            "search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'. A plain '[' is '[[]'."
+        )
     inside = []
     for part in _RANGE_OR_CHARACTER.findall(pattern[start:end]):
         if part[0] > part[-1]:
-            raise UserError(
-                "search.path.range", f"The path pattern {pattern!r} has a range, {part}, that ends before it begins."
-            )
+            raise UserError("search.path.range", f"In the path pattern {pattern!r}, {part} ends before it begins.")
         # `&&`, `--` and `~~` are set operations in Rust's expressions.
         inside.append("-".join(re.sub(r"[\\\[\]^&~-]", r"\\\g<0>", one) for one in part[::2]))
     return f"[{'^/' if negated else ''}{''.join(inside)}]", end + 1
@@ -292,38 +245,30 @@ class IndexSettings:
         object.__setattr__(self, "languages", languages)  # frozen
 
     def to_dict(self) -> dict[str, Any]:
-        """For a store."""
-        values = asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        """Return the settings as JSON values, for a store."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], location: str) -> IndexSettings:
         """Restore settings from the result of `to_dict`.
 
         Raises:
-            ValueError: an index of another version of this package.
+            UserError: another version of this package made the index at `location`.
         """
-        if values.get("format") != FORMAT:
-            raise UserError(
-                "search.index.format",
-                f"The index {location} has format {values.get('format')}, but this version reads {FORMAT}. Rebuild it "
-                "(--rebuild).",
-            )
-        options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if (found := values.get("format")) != FORMAT:
+            message = f"The index {location} has format {found}, not {FORMAT}. Rebuild it (--rebuild)."
+            raise UserError("search.index.format", message)
+        options: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
         return cls(**options)
 
     def root(self, location: str) -> str:
-        """The absolute path of the folder, for an index at `location`."""
+        """Return the absolute path of the indexed folder, for an index at `location`."""
         if os.path.isabs(self.folder):
             return self.folder
         return os.path.normpath(os.path.join(os.path.realpath(os.path.expanduser(location)), self.folder))
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
-        """Raise an error if an update asks for other settings.
-
-        Raises:
-            ValueError: the settings differ; the message names the index's settings and the requested ones.
-        """
+        """Raise UserError if an update asks for other settings; the message names both."""
         self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
         differences = [
             f"{label} {_shown(getattr(self, name))}, not {_shown(getattr(asked, name))}"
@@ -333,40 +278,26 @@ class IndexSettings:
         if self.root(location) != asked.root(location):
             differences.insert(0, f"the folder {self.root(location)}, not {asked.root(location)}")
         if differences:
-            raise UserError(
-                "search.index.other_settings",
-                f"The index {location} was built with {'; '.join(differences)}. Name another index, or rebuild this "
-                "one (--rebuild).",
-            )
+            message = f"The index {location} was built with {'; '.join(differences)}."
+            raise UserError("search.index.other_settings", f"{message} Name another, or rebuild it (--rebuild).")
 
     def refuse_checkpoint(self, checkpoint: str, checksum: str, location: str) -> None:
-        """Raise an error if the weights are not the ones that built the index.
-
-        Raises:
-            ValueError: the checksums differ; the message names both checkpoints.
-        """
+        """Raise UserError if the weights are not those that built the index; the message names both checkpoints."""
         if checksum != self.checksum:
             raise UserError(
                 "search.index.other_model",
                 f"The index {location} was built with another checkpoint: {self.checkpoint} (checksum "
-                f"{self.checksum}), not {checkpoint} ({checksum}). Use that checkpoint, or rebuild the index "
-                "(--rebuild).",
+                f"{self.checksum}), not {checkpoint} ({checksum}). Use that one, or rebuild the index (--rebuild).",
             )
 
     def check_exit(self, exit_layer: int | None, location: str) -> int:
-        """Return the exit if the index has embeddings of it; for None, the deepest exit of the index.
-
-        Raises:
-            ValueError: the index has no embeddings of this exit.
-        """
+        """Return the exit, or the deepest of the index for None; UserError if the index has no embeddings of it."""
         if exit_layer is None:
             return self.exit_layers[-1]
         if exit_layer not in self.exit_layers:
-            raise UserError(
-                "search.index.exit_layer",
-                f"The index {location} was built at exit {_shown(self.exit_layers)}, not {exit_layer}. Choose one of "
-                "its exits, or build an index at that exit.",
-            )
+            exits = _shown(self.exit_layers)
+            message = f"The index {location} was built at exit {exits}, not {exit_layer}. Choose an exit of the index."
+            raise UserError("search.index.exit_layer", message)
         return exit_layer
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from modular_star_encoder.synthconl.row_files import batches
 from modular_star_encoder.utils.errors import UserError, naming_extra
@@ -26,9 +26,6 @@ from modular_star_encoder.utils.http import (
     token_from_environment,
     url_host,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ERROR, TOO_LONG = "error", "too_long"
 
@@ -53,10 +50,6 @@ class Completion:
     error: str = ""  # why the request failed; empty otherwise
 
 
-class BackendError(UserError):
-    """A back end that can't continue: a wrong key, an unknown model, an endpoint that is down."""
-
-
 class CompletionBackend(Protocol):
     """A language model, wherever it runs. Decoding is greedy."""
 
@@ -66,8 +59,8 @@ class CompletionBackend(Protocol):
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
         """Yield one completion for each request, in any order, as soon as it arrives.
 
-        At most `in_flight` requests are taken from the iterable before their completions are yielded. A BackendError
-        means that no further request can be answered; all earlier answers have been yielded.
+        At most `in_flight` requests are taken from the iterable before their completions are yielded. A UserError, such
+        as for a wrong key or an endpoint that is down, means that no further request can be answered.
         """
         ...
 
@@ -121,7 +114,7 @@ class OpenAIBackend(CompletionBackend):
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
         """See `CompletionBackend`; when one request fails for good, pending ones are awaited and yielded."""
-        failure: BackendError | None = None
+        failure: UserError | None = None
         asked: dict[Future[Response], CompletionRequest] = {}
         remaining = iter(requests)
         with self._open_client() as client:
@@ -134,7 +127,7 @@ class OpenAIBackend(CompletionBackend):
                 for future in wait(asked, return_when=FIRST_COMPLETED).done:
                     try:
                         yield self._completion(asked.pop(future), future)
-                    except BackendError as error:
+                    except UserError as error:
                         failure = failure or error
         if failure:
             raise failure
@@ -151,7 +144,7 @@ class OpenAIBackend(CompletionBackend):
             if error.status in (400, 413, 422):  # the fault may be this prompt's
                 too_long = re.search(r"context[ _](?:length|size|window)", error.text, re.IGNORECASE)
                 return Completion(request.id, "", TOO_LONG if too_long else ERROR, error=error.reason)
-            raise BackendError(error.key, f"Model {self._model!r}: {error}") from error
+            raise UserError(error.key, f"Model {self._model!r}: {error}") from error
         try:
             choice = content["choices"][0]
             message, usage = choice["message"], content.get("usage") or {}
@@ -161,7 +154,7 @@ class OpenAIBackend(CompletionBackend):
             self._served.add(str(content.get("model") or self._model))
         except (TypeError, LookupError, AttributeError, ValueError):
             message = f"{url_host(self._url)} does not answer in OpenAI's chat protocol; check base_url."
-            raise BackendError("synthconl.backend.protocol", message) from None
+            raise UserError("synthconl.backend.protocol", message) from None
         return Completion(request.id, str(text), str(reason), asked, written)
 
 
@@ -171,7 +164,7 @@ def _is_an_error(response: Response) -> bool:  # with status 200, as some gatewa
 
 
 class _LocalBackend(CompletionBackend):
-    """Tokenizes prompts, and sorts the requests of `batches_together` batches by length into batches."""
+    """A model in this process: tokenizes prompts, and sorts the requests of `batches_together` batches by length."""
 
     _tokenizer: Any
     _longest_prompt: int
@@ -181,6 +174,13 @@ class _LocalBackend(CompletionBackend):
             raise UserError("synthconl.backend.batch_size", f"batch_size must be at least 1, not {batch_size}.")
         self._name, self._max_tokens, self._batch_size = model, max_tokens, batch_size
         self.in_flight = batch_size * batches_together
+
+    def _room(self, positions: int) -> int:
+        """The longest prompt of a model with so many positions, in tokens."""
+        if positions <= self._max_tokens:
+            message = f"max_tokens {self._max_tokens} must be less than the {positions} positions of {self._name!r}."
+            raise UserError("synthconl.backend.max_tokens", message)
+        return positions - self._max_tokens
 
     @abstractmethod
     def _generate(self, batch: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]: ...
@@ -216,7 +216,7 @@ class _LocalBackend(CompletionBackend):
         except (OSError, ValueError, TypeError) as error:
             first_line = str(error).strip().partition("\n")[0].rstrip(".")
             message = f"The model {self._name!r} can't be loaded: {first_line}."
-            raise BackendError("synthconl.backend.model", message) from error
+            raise UserError("synthconl.backend.model", message) from error
 
 
 class TransformersBackend(_LocalBackend):
@@ -259,21 +259,14 @@ class TransformersBackend(_LocalBackend):
         }
 
     @cached_property
-    def _tokenizer(self) -> "PreTrainedTokenizerBase":
+    def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
         with self._loading():
-            options = {"revision": self._options["revision"], "padding_side": "left"}
-            tokenizer = AutoTokenizer.from_pretrained(self._name, **options)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if tokenizer.pad_token_id is None:
-            message = f"The tokenizer of {self._name!r} has neither a padding nor an end token."
-            raise BackendError("synthconl.backend.tokenizer", message)
-        return tokenizer
+            return AutoTokenizer.from_pretrained(self._name, revision=self._options["revision"])
 
     @cached_property
-    def _model(self) -> "PreTrainedModel":
+    def _model(self) -> Any:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -281,37 +274,32 @@ class TransformersBackend(_LocalBackend):
             options = {name: value for name, value in self._options.items() if value is not None}
             model: Any = AutoModelForCausalLM.from_pretrained(self._name, **options)
         model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        ends = model.generation_config.eos_token_id
+        ends, tokenizer = model.generation_config.eos_token_id, self._tokenizer
         # Replace the model's own settings: their penalties and temperatures are not greedy.
         model.generation_config = GenerationConfig(
             do_sample=False,
             num_beams=1,
             max_new_tokens=self._max_tokens,
-            eos_token_id=self._tokenizer.eos_token_id if ends is None else ends,
-            pad_token_id=self._tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+            pad_token_id=tokenizer.pad_token_id or 0,  # attention leaves padding out, so any token will do
         )
         return model
 
     @cached_property
     def _longest_prompt(self) -> int:  # type: ignore[override]
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-        if positions <= self._max_tokens:
-            message = f"{self._name!r} has {positions} positions: max_tokens must be fewer, not {self._max_tokens}."
-            raise BackendError("synthconl.backend.max_tokens", message)
-        return positions - self._max_tokens
+        return self._room(getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
     def _generate(self, batch: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]:
         import torch
 
         from modular_star_encoder.data.collators import pad_inputs
 
-        ends = self._model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        inputs = pad_inputs([torch.tensor(ids) for _, ids in batch], self._tokenizer.pad_token_id, "left")
+        settings = self._model.generation_config
+        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        inputs = pad_inputs([torch.tensor(ids) for _, ids in batch], settings.pad_token_id, "left")
         width = inputs["input_ids"].shape[1]
         with torch.inference_mode():
-            generate: Any = self._model.generate
-            written = generate(**{name: rows.to(self._model.device) for name, rows in inputs.items()})
+            written = self._model.generate(**{name: rows.to(self._model.device) for name, rows in inputs.items()})
         for (request, ids), row in zip(batch, written[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in ends), None)
             text = str(self._tokenizer.decode(row[:end], skip_special_tokens=True))
@@ -345,11 +333,8 @@ class VLLMBackend(_LocalBackend):
         gpu_memory_utilization: float = 0.9,
         engine: Mapping[str, Any] | None = None,
     ) -> None:
-        if max_model_len <= max_tokens:
-            message = f"max_model_len {max_model_len} must be more than max_tokens, which is {max_tokens}."
-            raise UserError("synthconl.backend.max_tokens", message)
         super().__init__(model, max_tokens, batch_size, batches_together=1)
-        self._longest_prompt = max_model_len - max_tokens
+        self._longest_prompt = self._room(max_model_len)
         self._options = {
             "seed": 0,
             "enable_prefix_caching": True,  # every prompt begins with the instruction

@@ -169,11 +169,8 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
         `README.md`.
 
     Raises:
-        UserError: `synthconl.build.*`: `out` contains something else, was begun with other settings, or another process
-            works there; no row passes a stage, or all rows are from one repository; or a corpus, a benchmark or a back
-            end can't be used.
-        BackendError: The back end can't continue. Its earlier answers are kept.
-        ImportError: A required package isn't installed.
+        UserError: `out`, a corpus, a benchmark or the rows of a stage can't be used; or the back end can't continue, in
+            which case its earlier answers are kept.
     """
     build = Build(recipe, Path(out).absolute(), progress)
     _check_settings(build, _read_log(build.out))
@@ -182,7 +179,7 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     try:
         with FileLock(build.out / LOCK, timeout=LOCK_SECONDS):
             log = _read_log(build.out)
-            # Temporary files that a killed process left.
+            # Remove the temporary files of a killed process.
             for path in (*build.out.glob(".*.tmp"), *build.out.glob("translations/.*.tmp")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             for stage in STAGES:
@@ -220,7 +217,6 @@ def functions(build: Build, out: Path) -> None:
         processes=recipe.processes,
         progress=build.progress,
     )
-
     with staged_folder(out) as staging:
         if not write_rows(staging, rows, FUNCTION_SCHEMA):
             message = f"The corpus has no documented function to translate ({_listed(counts)})."
@@ -337,7 +333,7 @@ STAGES: tuple[Stage, ...] = (functions, translations, triplets, near_duplicates,
 
 
 def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every function with the model's answer to it."""
+    """Yield each function with the model's answer."""
     for file in row_files(out / "functions"):
         answers_file = out / "translations" / file.name
         rows, answers = read_file(file), read_file(answers_file)
@@ -359,7 +355,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _check_inputs(build: Build) -> None:
-    """Open what the remaining stages need, so that a mistake shows now and not after hours of translation."""
+    """Open what the remaining stages need, so that a mistake is reported before hours of translation."""
     recipe = build.recipe
     minhash_class()
     if not build.is_done("translations"):

@@ -28,14 +28,11 @@ from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
 from modular_star_encoder.synthconl.backends import ERROR, TOO_LONG
 from modular_star_encoder.utils.errors import UserError
 
-FUNCTION_COLUMNS = (
+_COLUMNS = (
     *("id", "repository_name", "func_path_in_repository", "func_code_url"),
     *("language1_CSN", "func1_CSN", "func_documentation_string", "license"),
 )
-"""The columns of a function before its translation."""
-
-FUNCTION_SCHEMA = pa.schema([(name, pa.string()) for name in FUNCTION_COLUMNS])
-
+FUNCTION_SCHEMA = pa.schema([(name, pa.string()) for name in _COLUMNS])
 _CODESEARCHNET_COLUMNS = (
     *("repository_name", "func_path_in_repository", "func_code_url", "language"),
     *("whole_func_string", "func_code_string", "func_documentation_string"),
@@ -47,15 +44,13 @@ Row = dict[str, str | None]
 def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceReader | Iterable[tuple[str, Any]]:
     """Open one corpus: a reader of files, or the rows of CodeSearchNet.
 
-    `corpus` has settings of `open_corpus`; or `codesearchnet`, a source of `open_dataset_rows` with CodeSearchNet's
-    columns, and its further arguments.
+    `corpus` has settings of `open_corpus`, or the setting `codesearchnet` and further arguments of `open_dataset_rows`.
     """
     if "codesearchnet" in corpus:
         options = dict(corpus)
         return open_dataset_rows(options.pop("codesearchnet"), _CODESEARCHNET_COLUMNS, **options)
-    # Headers of C++ are read as C.
-    read = [*languages, "c"] if "cpp" in languages else languages
-    return open_corpus({"languages": list(dict.fromkeys(read)), **corpus})
+    read = {*languages, "c"} if "cpp" in languages else languages  # headers of C++ are read as C
+    return open_corpus({"languages": sorted(read), **corpus})
 
 
 def function_rows(
@@ -67,15 +62,11 @@ def function_rows(
     processes: int = 2,
     progress: bool = True,
 ) -> Iterator[Row]:
-    """Yield the documented functions of some corpora, with the columns of `FUNCTION_SCHEMA`.
+    """Yield the documented functions of some corpora (see `open_source`), with the columns of `FUNCTION_SCHEMA`.
 
-    If functions differ only in white space, the first is kept. A digest of each function stays in memory.
-
-    Args:
-        corpora: See `open_source`. CodeSearchNet's rows have passed its filters, and no others are applied.
-        languages, max_characters: Functions in other languages and longer functions are dropped.
-        counts: Receives the numbers of rows or files read, functions kept, and drops by reason.
-        processes, progress: Number of worker processes, and whether to show a progress bar.
+    Functions in other languages and longer functions are dropped. If functions differ only in white space, the first is
+    kept. `counts` receives the numbers of rows or files read, functions kept, and dropped functions by reason. Memory
+    holds a digest of each function.
     """
     seen: set[bytes] = set()
     for corpus in corpora:
@@ -125,16 +116,9 @@ def _codesearchnet_rows(
 
 
 def _row(function: DocumentedFunction, url: str | None = None) -> Row:
-    return {
-        "id": function_id(function),
-        "repository_name": function.repository,
-        "func_path_in_repository": function.path,
-        "func_code_url": url,
-        "language1_CSN": function.language,
-        "func1_CSN": function.code,
-        "func_documentation_string": function.description,
-        "license": function.license,
-    }
+    place = function_id(function), function.repository, function.path, url
+    values = (*place, function.language, function.code, function.description, function.license)
+    return dict(zip(_COLUMNS, values, strict=True))
 
 
 def _reason(row: Row, max_characters: int, seen: set[bytes]) -> str | None:
@@ -213,20 +197,14 @@ def clean_translation(
     target_language: str,
     max_error_share: float = MAX_SYNTAX_ERROR_SHARE,
 ) -> Translation:
-    """Take the code out of an answer and accept or reject it.
+    """Take the code out of an answer (see `Completion`) and accept or reject it as a translation of `source`.
 
     The code is the answer's code block, or the longest in the target language if there are several; without a block, it
     is the answer without the sentences before and after the code. Reasoning (`<think>…</think>`) is removed first. The
-    code is accepted if it contains a function and parses as the target language, or parses nearly so and not better as
-    the source language. Grammars are tolerant: of 200 real functions of one language, up to 72 % parse as another with
-    few errors (JavaScript as C++); this rule accepts up to 23 % as another (Java as C++), and all as their own
-    language.
-
-    Args:
-        text, finish_reason: The answer, and why it ended; see `Completion`.
-        source, source_language: The function to translate.
-        target_language: The language to translate to.
-        max_error_share: Largest share of a translation that may fail to parse; 1 skips the check.
+    code is accepted if it contains a function and parses as the target language, or if at most `max_error_share` of it
+    fails to parse and it does not parse as the source language; 1 skips these checks. Grammars are tolerant: of 200
+    functions of one language, up to 72 % parse as another with few errors (JavaScript as C++). This rule accepts up to
+    23 % as another (Java as C++), and all as their own language.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)

@@ -47,7 +47,7 @@ class Banding:
 
 
 @cache
-def optimal_banding(threshold: float, miss_weight: float = 0.5, permutations: int = PERMUTATIONS) -> Banding:
+def optimal_banding(threshold: float, miss_weight: float = 0.5) -> Banding:
     """The banding with the smallest error at `threshold`, over texts of all similarities from 0 to 1.
 
     The error is the share of pairs below the threshold that are compared, weighted 1 − `miss_weight`, plus the share of
@@ -61,29 +61,26 @@ def optimal_banding(threshold: float, miss_weight: float = 0.5, permutations: in
         in_vain = np.where(similarity < threshold, compared, 0)
         return float(miss_weight * missed.sum() + (1 - miss_weight) * in_vain.sum())
 
-    every = (
-        Banding(bands, rows) for rows in range(1, permutations + 1) for bands in range(1, permutations // rows + 1)
-    )
-    return min(every, key=error)
+    sizes = ((bands, rows) for rows in range(1, PERMUTATIONS + 1) for bands in range(1, PERMUTATIONS // rows + 1))
+    return min((Banding(*one) for one in sizes), key=error)
 
 
 @settings_class
 class DuplicateSettings:
     """Settings that define near-duplicates.
 
-    Attributes:
-        threshold: Smallest Jaccard similarity of the sets of shingles at which two texts are near-duplicates.
+    Args:
+        threshold: smallest Jaccard similarity of the sets of shingles at which two texts are near-duplicates.
         recall: `"default"` is the banding with the smallest error, 25 bands of 10 at a threshold of 0.7: it compares
-            94 % of the pairs of similarity 0.8 and half of those at the threshold. `"high"` gives misses nineteen times
-            the weight, 36 bands of 7: it compares 95 % at the threshold, and several times as many pairs below it.
-        match: With several columns, `"either"` makes two rows near-duplicates if one column is near, `"both"` if all
-            are.
-        bucket_limit: A row is compared with this many rows that share a band with it, the smallest ids first, so that
+            94 % of the pairs of similarity 0.8 and half of the pairs at the threshold. `"high"` gives misses nineteen
+            times the weight, 36 bands of 7: it compares 95 % at the threshold, and many more pairs below it.
+        match: with several columns, `"either"` makes rows near-duplicates if one column is near, `"both"` if all are.
+        bucket_limit: a row is compared with this many rows that share a band with it, the smallest ids first, so that
             the work is linear in the number of rows: at worst bands × `bucket_limit` pairs of eight bytes for each row.
             Ordinary corpora have less than one pair for each row.
-        giant_cluster: A cluster with more different rows is not reduced to one row. Similarity is not transitive:
-            chains of near-duplicates join unlike rows, and boilerplate can chain a whole corpus. In such a cluster,
-            rows are kept in the order of their ids unless they are near a row kept before.
+        giant_cluster: a cluster with more different rows keeps more than one row. Similarity is not transitive: chains
+            of near-duplicates join unlike rows, and boilerplate can chain a whole corpus. In such a cluster, a row is
+            kept unless it is near a kept row of smaller id.
     """
 
     threshold: Annotated[Float, Constraint(gt=0, le=1)] = 0.7

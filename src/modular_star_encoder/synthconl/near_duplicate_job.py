@@ -77,12 +77,6 @@ class DuplicateReport:
     def kept(self) -> int:
         return self.counts[KEPT]
 
-    @classmethod
-    def read(cls, path: Path) -> "DuplicateReport":
-        """The report in a JSON file, which may contain more."""
-        written = _read_json(path)
-        return cls(**{name: written[name] for name in cls.__dataclass_fields__})
-
 
 def prepare_job(
     source: str | os.PathLike[str],
@@ -96,28 +90,23 @@ def prepare_job(
     """Prepare a job that copies parquet files without near-duplicate rows to files of the same names.
 
     This checks everything and writes the description of the job, or finds the state of the same earlier job; `run` does
-    the work. `out` also gets `report.json` (the report, and what it was made from) and `dropped.jsonl`, a line for each
+    the work. `out` also gets `report.json` (the report and the description) and `dropped.jsonl`, with a line for each
     dropped row: `id`, `reason`, `cluster` (the smallest id in it), `nearest` (the id of the most similar row, or the
     0-based number of the near text in another set) and `similarity`.
 
     Args:
-        source: A folder of parquet files.
-        out: The folder to write to: one that doesn't exist, is empty, or was begun by the same job.
+        source, out: A folder of parquet files; a folder that doesn't exist, is empty, or was begun by the same job.
         columns: The columns of text to compare; `settings.match` says whether one or all of them must be near.
-        id_column: A column of unique texts or integers; among near-duplicates, the row of smallest id stays. Without
-            this column, the first row stays, in the order of the file names.
-        against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
-            dropped too.
+        id_column: A column of unique texts or integers; of near-duplicates, the row with the smallest id is kept.
+            Without this column, the first row is kept, in the order of the file names.
+        against: See `find_near_duplicates`.
     """
     if isinstance(columns, str) or not columns or len(set(columns)) < len(columns):
         message = f"columns must be a list of one or more names, each once, not {columns!r}."
         raise UserError("synthconl.near_duplicates.columns", message)
-    minhash_class()
+    minhash_class()  # an error now if rensa is missing
     source, out = Path(source).absolute(), Path(out).absolute()
     shards = find_shards(source)
-    if out == source or out in source.parents or source in out.parents:
-        message = f"{out} is inside the folder to read, or contains it; name another folder to write to."
-        raise UserError("synthconl.near_duplicates.out", message)
     check_columns(shards, columns, id_column)
     other_sets = {name: [text or "" for text in texts] for name, texts in (against or {}).items()}
     sizes = {name: len(texts) for name, texts in other_sets.items()}
@@ -130,16 +119,18 @@ def prepare_job(
         "settings": {one.name: getattr(job.settings, one.name) for one in fields(DuplicateSettings)},
         "versions": {"rensa": version("rensa")},
     }
-    if job.finished or job.work.exists():
+    begun = job.finished or job.work.exists()
+    used = out.is_file() or (out.is_dir() and any(one.name != f".{WORK}.tmp" for one in out.iterdir()))
+    if (used and not begun) or out == source or out in source.parents or source in out.parents:
+        message = f"{out} must be a folder that is empty or does not exist, neither in {source} nor around it."
+        raise UserError("synthconl.near_duplicates.out", message)
+    if begun:
         before = _read_json(out / REPORT).get("job", {}) if job.finished else _read_json(job.work / "job.json")
         if before != description:
             changed = ", ".join(name for name in description if before.get(name) != description[name])
             message = f"{out} was begun with other {changed}; name another folder, or remove it and start again."
             raise UserError("synthconl.near_duplicates.other_job", message)
         return job
-    if out.exists() and (not out.is_dir() or any(entry.name != f".{WORK}.tmp" for entry in out.iterdir())):
-        message = f"{out} contains something else; name a folder that does not exist yet, or an empty one."
-        raise UserError("synthconl.near_duplicates.out", message)
     order = id_order(shards, id_column)
     with staged_folder(job.work, resumable=True) as folder:
         write_json(folder / "job.json", description)
@@ -151,11 +142,8 @@ def prepare_job(
 
 
 def _digest(texts: list[str]) -> str:
-    digest = blake2b(digest_size=16)
-    for text in texts:
-        content = text.encode("utf-8", "surrogatepass")
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
+    contents = [text.encode("utf-8", "surrogatepass") for text in texts]
+    return blake2b(b"".join(len(one).to_bytes(8, "little") + one for one in contents), digest_size=16).hexdigest()
 
 
 def _read_json(path: Path) -> Any:
@@ -190,8 +178,7 @@ class DuplicateJob:
     def run(self, progress: bool = True) -> DuplicateReport:
         """Run all remaining tasks in this process; no other process may work on the job.
 
-        Rows are read a thousand at a time, and a few hundred bytes of each stay in memory; the texts are copied to the
-        disk until the job is finished.
+        Memory holds a few hundred bytes of each row; a copy of the texts is on the disk until the job is finished.
         """
         if self.finished:
             return self.finish()
@@ -221,14 +208,9 @@ class DuplicateJob:
         if self.finished or target.exists():
             advance(self.shards[shard].rows)
             return
-
-        def counted() -> Iterator[list[list[str | None]]]:
-            for batch in read_texts(self.shards[shard], self.columns):
-                yield batch
-                advance(len(batch[0]))
-
         with staged_folder(target, resumable=True) as folder:
-            store_fingerprints(folder, counted(), len(self.columns), self.settings.banding)
+            texts = read_texts(self.shards[shard], self.columns, advance)
+            store_fingerprints(folder, texts, len(self.columns), self.settings.banding)
 
     def propose(self) -> None:
         """Find the distinct rows and the candidate pairs."""
@@ -306,15 +288,14 @@ class DuplicateJob:
     def finish(self) -> DuplicateReport:
         """Write `dropped.jsonl` and `report.json`, remove the work folder, and return the report."""
         if not self.finished:
-            report = DuplicateReport.read(self.work / "decided" / "report.json")
+            report = _read_json(self.work / "decided" / "report.json")
             with staged_file(self.out / DROPPED, resumable=True) as temporary, temporary.open("wb") as output:
-                rows = self._dropped_rows(tuple(report.counts))
+                rows = self._dropped_rows(tuple(report["counts"]))
                 output.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-            content = {**asdict(report), "job": _read_json(self.work / "job.json")}
-            with staged_file(self.out / REPORT, resumable=True) as temporary:
-                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+            write_json(self.out / REPORT, {**report, "job": _read_json(self.work / "job.json")}, resumable=True)
         shutil.rmtree(self.work, ignore_errors=True)
-        return DuplicateReport.read(self.out / REPORT)
+        written = _read_json(self.out / REPORT)
+        return DuplicateReport(**{one.name: written[one.name] for one in fields(DuplicateReport)})
 
     def _dropped_rows(self, reasons: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         """The lines of `dropped.jsonl`, in the order of rows; see `prepare_job`."""
@@ -359,32 +340,22 @@ class DuplicateJob:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class DatatroveStep:
-    """One kind of task of a job, as a step of a datatrove pipeline: it takes no documents and yields none."""
-
-    job: DuplicateJob
-    task: str
-    compare_tasks: int
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        counts = {"fingerprint": len(self.job.shards), "write": len(self.job.shards), "compare": self.compare_tasks}
-        parts = [self.compare_tasks] if self.task in ("compare", "decide") else []
-        for number in range(rank, counts.get(self.task, 1), world_size):
-            getattr(self.job, self.task)(*([number] if self.task in counts else []), *parts)
+def _datatrove_step(job: DuplicateJob, task: str, compare_tasks: int, _: Any, rank: int, world_size: int) -> None:
+    """Run one process's share of the tasks of one kind."""
+    counts = {"fingerprint": len(job.shards), "write": len(job.shards), "compare": compare_tasks}
+    parts = [compare_tasks] if task in ("compare", "decide") else []
+    for number in range(rank, counts.get(task, 1), world_size):
+        getattr(job, task)(*([number] if task in counts else []), *parts)
 
 
-def datatrove_steps(job: DuplicateJob, compare_tasks: int = 16) -> list[tuple[str, DatatroveStep, int]]:
+def datatrove_steps(job: DuplicateJob, compare_tasks: int = 16) -> list[tuple[str, Callable[..., None], int]]:
     """The tasks of a job for datatrove's executors (local, Slurm, Ray), for more rows than one machine can process.
 
-    Datatrove's own MinHash blocks are not used: they shingle words and take every shared band for a duplicate without
-    comparing the texts. The machines share a file system.
+    Datatrove's own MinHash blocks shingle words and drop rows that share a band without comparing their texts; these
+    steps do neither. The machines share a file system.
 
-    Args:
-        compare_tasks: The number of tasks of the comparison; do not change it when a job is continued.
-
-    Returns:
-        For each step, in order: its name, the step, and its number of tasks. Each runs after the one before.
+    Returns, in order, the name of each step, the step, and its number of tasks; each runs after the one before. The
+    comparison has `compare_tasks`; do not change this number when a job is continued.
 
     Example:
         >>> job = prepare_job("rows", "deduplicated", columns=["code"], id_column="id")  # doctest: +SKIP
@@ -396,4 +367,4 @@ def datatrove_steps(job: DuplicateJob, compare_tasks: int = 16) -> list[tuple[st
     """
     shards = min(len(job.shards), _MAX_TASKS)
     tasks = {"fingerprint": shards, "propose": 1, "compare": compare_tasks, "decide": 1, "write": shards, "finish": 1}
-    return [(name, DatatroveStep(job, name, compare_tasks), count) for name, count in tasks.items()]
+    return [(name, partial(_datatrove_step, job, name, compare_tasks), count) for name, count in tasks.items()]

@@ -21,10 +21,9 @@ from modular_star_encoder.synthconl.minhash import (
 )
 from modular_star_encoder.utils.errors import UserError
 
-MAX_ROWS = 1 << 32
 KEPT, EQUAL, NEAR = "kept", "equal to another row", "near another row"
 _KEPT, _EQUAL, _NEAR, _FIRST_SET = range(4)
-_SHIFT, _LOW = np.uint64(32), np.uint64(MAX_ROWS - 1)
+_SHIFT, _LOW = np.uint64(32), np.uint64(2**32 - 1)
 _BANDS_AT_A_TIME = 8  # one cache line of keys
 _PAIRS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 8192, 1 << 23  # of eight bytes each, once hashed
 
@@ -67,25 +66,25 @@ def find_near_duplicates(
     against: Mapping[str, Iterable[str | None]] | None = None,
     settings: DuplicateSettings | None = None,
 ) -> NearDuplicates:
-    """Find the near-duplicates among rows of one or several texts each.
+    """Find the near-duplicates among rows with a text in each of `columns`; None and blank texts resemble nothing.
 
     Which rows are kept depends on their texts and ids alone, not on their order.
 
     Args:
-        columns: The texts of each column, all of the same length; None and blank texts resemble nothing.
-        ids: The ids of the rows, by default their positions; among near-duplicates, the smallest id stays.
-        against: Texts of other sets by the name of the set: rows with a text near one of them, in any of `columns`, are
-            dropped too. Whole texts are compared: a long text that contains a short one is not near it.
+        columns, ids: Both have one entry per row. Of near-duplicates, the row with the smallest id is kept; the ids
+            are by default the positions of the rows.
+        against: Texts of other sets, by the name of the set. Rows with a text near one of them are dropped, whatever
+            the column. Whole texts are compared: a long text that contains a short one is not near it.
     """
     settings = settings or DuplicateSettings()
-    lengths = {len(one) for one in (*columns.values(), *([] if ids is None else [ids]))}
+    ids = range(max(map(len, columns.values()), default=0)) if ids is None else ids
+    lengths = {len(one) for one in (*columns.values(), ids)}
     if not columns or len(lengths) > 1:
         message = f"columns must be one or more, all and ids of the same length, not of lengths {sorted(lengths)}."
         raise UserError("synthconl.near_duplicates.columns", message)
-    (count,) = lengths
-    if ids is not None and len(set(ids)) < count:
+    if len(set(ids)) < len(ids):
         raise UserError("synthconl.near_duplicates.ids", "ids must be different for all rows.")
-    order = np.array(range(count) if ids is None else sorted(range(count), key=ids.__getitem__), np.int64)
+    order = np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)
     texts = [[text or "" for text in column] for column in columns.values()]
     prints = [fingerprint(column, settings.banding) for column in texts]
     rows = distinct_rows(np.stack([one.digests for one in prints], axis=1), order)
@@ -98,8 +97,7 @@ def find_near_duplicates(
     )
     tasks, counts = search.candidates()
     within, between = (
-        NearPairs.merged([search.compare(kind, *task) for task in enumerate(tasks[kind])])
-        for kind in ("within", "between")
+        NearPairs.merged([search.compare(kind, *task) for task in enumerate(found)]) for kind, found in tasks.items()
     )
     return decide(rows, within, between, {name: len(one) for name, one in other_sets.items()}, settings, **counts)
 
@@ -115,9 +113,7 @@ class DistinctRows:
 def distinct_rows(digests: np.ndarray, order: np.ndarray) -> DistinctRows:
     """Find equal rows. Rows that are blank in every column are all distinct: nothing shows that they are the same.
 
-    Args:
-        digests: uint64 (n, columns, 2): `Fingerprints.digests` of each column.
-        order: int64 (n,): the rows, by ascending id.
+    `digests`, uint64 (n, columns, 2), has `Fingerprints.digests` of each column; `order`, int64 (n,), the rows by id.
     """
     count = len(order)
     by_id = digests.reshape(count, 2 * digests.shape[1])[order]
@@ -161,10 +157,7 @@ def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 class Column:
-    """The m distinct rows of one column, whose texts and fingerprints are in one part or several, such as files.
-
-    `rows` are the distinct rows, numbered through all parts: int64 (m,).
-    """
+    """The distinct `rows`, int64 (m,), of a column. Texts and fingerprints are in one part or several, as in files."""
 
     def __init__(
         self, texts: Sequence[list[str] | StoredColumn], prints: Sequence[Fingerprints], rows: np.ndarray
@@ -174,9 +167,6 @@ class Column:
         self._starts = np.cumsum([0, *(len(one.digests) for one in prints)])
         self.digests = np.concatenate([one.digests for one in prints])[rows]
         self.lengths = np.concatenate([one.lengths for one in prints])[rows]
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def texts(self, numbers: np.ndarray) -> list[str]:
         rows = self._rows[numbers]
@@ -196,45 +186,31 @@ class Column:
                 yield np.ascontiguousarray(block[:, band])
 
 
-def _pairs_within(column: Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Return pairs of rows that share a key: each row with the first `limit` rows of its bucket.
+def _candidates(column: Column, others: Column, limit: int) -> tuple[np.ndarray, int, int]:
+    """Return pairs (row, other row) that share a key: each row with the first `limit` other rows of its bucket.
 
-    Also return the size of the largest bucket, and the most rows in one band that are beyond the limit of their bucket.
+    Of one column with itself, the pairs are (earlier row, row). Also return the size of the largest bucket, and the
+    most rows in one band whose bucket has more other rows than the limit.
     """
-    rows = column.not_blank()
+    rows, other_rows, within = column.not_blank(), others.not_blank(), column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
+    other_bands = None if within else others.bands()
     for keys in column.bands():
-        order = np.argsort(keys[rows], kind="stable")
-        in_order = keys[rows[order]]
-        starts = np.arange(len(order))
-        starts[1:][in_order[1:] == in_order[:-1]] = 0
-        starts = np.maximum.accumulate(starts)  # where the bucket of each row begins
-        place = np.arange(len(order)) - starts
-        most = int(place.max(initial=0))
+        other_keys = keys if other_bands is None else next(other_bands)
+        in_order = other_rows[np.argsort(other_keys[other_rows], kind="stable")]
+        rows = in_order if within else rows
+        first = np.searchsorted(other_keys[in_order], keys[rows])  # where the bucket of each row begins
+        end = np.arange(len(rows)) if within else np.searchsorted(other_keys[in_order], keys[rows], "right")
+        counts = end - first
         found = [pairs]
-        for leader in range(min(limit, most)):
-            later = np.flatnonzero(place > leader)
-            found.append(_joined(rows[order[starts[later] + leader]], rows[order[later]]))
+        for leader in range(min(limit, int(counts.max(initial=0)))):
+            paired = np.flatnonzero(counts > leader)
+            ends = rows[paired], in_order[first[paired] + leader]
+            found.append(_joined(*(reversed(ends) if within else ends)))
         pairs = np.unique(np.concatenate(found))
-        largest = max(largest, most + 1 if len(rows) else 0)
-        most_over = max(most_over, int(np.count_nonzero(place > limit)))
+        largest = max(largest, int(counts.max(initial=-1)) + 1)
+        most_over = max(most_over, int(np.count_nonzero(counts > limit)))
     return pairs, largest, most_over
-
-
-def _pairs_between(column: Column, others: Column, limit: int) -> np.ndarray:
-    """Return pairs (row, text of another set) that share a key: each row with the first `limit` texts of its bucket."""
-    rows, other_rows = column.not_blank(), others.not_blank()
-    pairs = np.empty(0, np.uint64)
-    for keys, other_keys in zip(column.bands(), others.bands(), strict=True):
-        order = np.argsort(other_keys[other_rows], kind="stable")
-        in_order = other_keys[other_rows[order]]
-        start, stop = (np.searchsorted(in_order, keys[rows], side) for side in ("left", "right"))
-        found = [pairs]
-        for leader in range(min(limit, int((stop - start).max(initial=0)))):
-            within = np.flatnonzero(start + leader < stop)
-            found.append(_joined(rows[within], other_rows[order[start[within] + leader]]))
-        pairs = np.unique(np.concatenate(found))
-    return pairs
 
 
 def _similarities(pairs: np.ndarray, first: Column, second: Column) -> np.ndarray:
@@ -269,27 +245,21 @@ def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
 class Search:
     """A search among the rows of some columns ("within") and against texts of other sets ("between").
 
-    A task is a list of pairs that may be near in one column, or, for "within" with `settings.match` "both", in all
-    columns.
+    A task is a list of pairs that may be near in one column; with `settings.match` "both", rows have one task in all.
     """
 
     columns: Sequence[Column]
     others: Column
     settings: DuplicateSettings
 
-    def __post_init__(self) -> None:
-        if max(map(len, (*self.columns, self.others))) > MAX_ROWS:
-            message = f"There are more than {MAX_ROWS:,} rows; divide them into several searches."
-            raise UserError("synthconl.near_duplicates.rows", message)
-
     def candidates(self) -> tuple[dict[str, list[np.ndarray]], dict[str, int]]:
         """The pairs of each task "within" and "between", uint64, and counts for the report (see `NearDuplicates`)."""
         limit = self.settings.bucket_limit
-        found = [_pairs_within(one, limit) for one in self.columns]
+        found = [_candidates(one, one, limit) for one in self.columns]
         within = [pairs for pairs, _, _ in found]
         if self.settings.match == "both":
             within = [np.unique(np.concatenate(within))]
-        between = [_pairs_between(one, self.others, limit) for one in self.columns]
+        between = [_candidates(one, self.others, limit)[0] for one in self.columns]
         return {"within": within, "between": between}, {
             "compared": sum(map(len, within)),
             "largest_bucket": max(largest for _, largest, _ in found),
@@ -324,8 +294,7 @@ def decide(
        only rows equal or near to a kept one; rows are taken in the order of their ids.
 
     Args:
-        rows, near: The distinct rows, and pairs of them.
-        near_others: Pairs (distinct row, text of another set); texts are numbered through all sets.
+        near, near_others: Pairs of distinct rows; pairs (distinct row, text), the texts numbered through all sets.
         other_sets: The number of texts of each other set, in order.
         counts: Counts of the search, passed on to the result.
     """

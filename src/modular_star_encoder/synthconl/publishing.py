@@ -21,16 +21,16 @@ from modular_star_encoder.utils.reports import cell, load_card, render_card
 CARD, STATISTICS = "README.md", "statistics.json"
 
 MEANINGS = {
-    "repository_name": "repository that the function comes from",
-    "func_path_in_repository": "its file in there",
-    "func_documentation_string": "what its author says it does",
-    "func_code_url": "where to read it, if known",
-    "language1_CSN": "its language",
-    "func1_CSN": "the function, as written by people",
-    "language2": "the language that it was translated to",
-    "func2": "the translation, as written by the model",
-    "id": "id of the row, a function of where the function was found and of its code",
-    "license": "licence of the repository or file, if the source says it",
+    "repository_name": "repository of the function",
+    "func_path_in_repository": "path of its file in the repository",
+    "func_documentation_string": "description of the function by its author",
+    "func_code_url": "address of its source, if known",
+    "language1_CSN": "language of the function",
+    "func1_CSN": "code of the function, as written by people",
+    "language2": "language of the translation",
+    "func2": "code of the translation, as written by the model",
+    "id": "id of the row, which depends on the place and the code of the function",
+    "license": "licence of the repository or file, if the source states one",
 }
 """The columns of the dataset."""
 
@@ -55,7 +55,7 @@ class DatasetStatistics:
     average_description_characters: float
 
     def to_markdown(self) -> str:
-        """The table, one line per language and one for all languages."""
+        """A Markdown table with one line per language and one for all languages."""
         lines = [
             "| language | original samples | average characters | synthetic samples | average characters |",
             "|---|---:|---:|---:|---:|",
@@ -73,7 +73,7 @@ class DatasetStatistics:
 
 
 def dataset_statistics(triplets: Iterable[RetrievalExample]) -> DatasetStatistics:
-    """Count the triplets of a stream; memory does not grow with it."""
+    """Count the triplets of a stream, in constant memory."""
     samples, characters = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for triplet in triplets:
         original, synthetic = triplet.snippets
@@ -97,18 +97,18 @@ _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<
 
 
 def size_category(rows: int) -> str:
-    """The Hub's size category for a number of rows."""
+    """The name of a dataset's size on the Hub, such as `1K<n<10K`."""
     return next((name for name, limit in _SIZES if rows < limit), "10M<n<100M")
 
 
 def _card_metadata(card: Mapping[str, Any], rows: int, splits: Iterable[str]) -> DatasetCardData:
-    named = {"license_name": card["license_name"], "license_link": card["license_link"]}
+    names = ("license_name", "license_link") if card["license"] == "other" else ()
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     return DatasetCardData(
         pretty_name=card["name"],
         language=["code", "en"],
         license=card["license"],
-        **({name: value for name, value in named.items() if value} if card["license"] == "other" else {}),
+        **{name: card[name] for name in names if card[name]},
         task_categories=["text-retrieval", "sentence-similarity", "feature-extraction"],
         size_categories=[size_category(rows)],
         language_creators=["found", "machine-generated"],
@@ -128,11 +128,8 @@ def dataset_card(
 ) -> str:
     """The card: YAML metadata and Markdown.
 
-    Args:
-        settings: By stage, the settings that decided its result: `DatasetRecipe.stage_settings()`.
-        reports: By stage, its counts.
-        splits: By split, its number of `rows` and `repositories`.
-        statistics, licenses, versions: Counts of all splits, of rows by licence, and the software that built it.
+    `settings` (see `DatasetRecipe.stage_settings`) and `reports` are by stage, the counts `rows` and `repositories` by
+    split; the other arguments describe all splits together.
     """
     rows = sum(split["rows"] for split in splits.values())
     card, translations = settings["dataset"]["card"], settings["translations"]
@@ -160,7 +157,7 @@ def dataset_card(
 
 
 def _model_rows(translation: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What is known of the model: settings, descriptions of the back ends, tokens."""
+    """Yield (name, value) for the settings of the model, the descriptions of its back ends, and its tokens."""
     yield "model", f"`{translation['model']}`"
     yield "largest answer", f"{translation['max_tokens']} tokens"
     for name, value in translation["options"].items():
@@ -203,12 +200,11 @@ def push_dataset(
 ) -> Upload:
     """Upload a dataset with its card, or report what would be uploaded.
 
-    The access token comes from `hf auth login` or `HF_TOKEN`.
-
     Args:
         folder: The folder that `build_dataset` returned, or its `out`.
         repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
-        upload, private: Whether to upload (otherwise nothing is sent), and whether a new repository is private.
+        upload: Whether to upload, with the token of `hf auth login` or `HF_TOKEN`; if False, nothing is sent.
+        private: Whether a new repository is private.
     """
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")

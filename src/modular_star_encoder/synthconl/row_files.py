@@ -1,4 +1,4 @@
-"""Rows in parquet files: numbered files written and read one at a time, and any user's files as shards of rows."""
+"""Rows in parquet files: numbered files that the builder writes, and files of users, which are shards of rows."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +73,7 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of one file."""
     return pq.read_table(file, columns=list(columns) if columns else None).to_pylist()
 
 
@@ -118,10 +119,13 @@ def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: st
                 raise UserError("synthconl.shards.column_type", message)
 
 
-def read_texts(shard: Shard, columns: Sequence[str]) -> Iterator[list[list[str | None]]]:
-    """Yield, for some rows at a time, the texts of each column."""
+def read_texts(
+    shard: Shard, columns: Sequence[str], advance: Callable[[int], object]
+) -> Iterator[list[list[str | None]]]:
+    """Yield, for some rows at a time, the texts of each column; then call `advance` with the number of these rows."""
     for batch in _opened(shard.path).iter_batches(_ROWS_AT_A_TIME, columns=list(columns)):
         yield [batch.column(name).to_pylist() for name in columns]
+        advance(len(batch))
 
 
 def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:

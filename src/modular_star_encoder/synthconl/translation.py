@@ -1,4 +1,4 @@
-"""The translation stage: prompts, and one answer for every function of a folder, even after interruptions."""
+"""The translation stage: prompts, and one answer to each function of a folder, also after interruptions."""
 
 import hashlib
 import json
@@ -6,8 +6,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import asdict, replace
+from contextlib import ExitStack, closing
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any
@@ -24,7 +24,6 @@ from modular_star_encoder.synthconl.backends import (
     BACKENDS,
     ERROR,
     TOO_LONG,
-    BackendError,
     BackendName,
     Completion,
     CompletionBackend,
@@ -52,8 +51,7 @@ Code:
 MAX_ERRORS_IN_A_ROW = 20
 SESSIONS = "sessions.json"
 _TOKENS = ("prompt_tokens", "completion_tokens")
-_COLUMNS = ("id", "text", "finish_reason", *_TOKENS, "error")
-SCHEMA = pa.schema([(name, pa.int64() if name in _TOKENS else pa.string()) for name in _COLUMNS])
+SCHEMA = pa.schema([(one.name, pa.int64() if one.name in _TOKENS else pa.string()) for one in fields(Completion)])
 _SECONDS_BETWEEN_NOTES, _SECONDS_BETWEEN_SYNCS = 30.0, 1.0
 
 Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
@@ -79,11 +77,8 @@ def check_prompt(prompt: str) -> str:
     except ValueError as error:
         fields = {str(error)}
     if fields != {"source_language", "target_language", "code"}:
-        message = (
-            "The fields of prompt must be {source_language}, {target_language} and {code}; write other braces twice. "
-            f"Found: {', '.join(sorted(fields))}."
-        )
-        raise UserError("synthconl.prompt", message)
+        wanted = "{source_language}, {target_language} and {code}, and other braces twice"
+        raise UserError("synthconl.prompt", f"prompt must have {wanted}. Found: {', '.join(sorted(fields))}.")
     return prompt
 
 
@@ -102,7 +97,7 @@ class TranslationSettings:
     Args:
         backend: `vllm`, `openai` (any endpoint of that protocol) or `transformers`.
         model: name of the model in the back end.
-        max_tokens: largest number of tokens of an answer; longer ones are cut, and then rejected.
+        max_tokens: largest number of tokens of an answer; longer answers are cut and rejected.
         prompt: template with the fields {source_language}, {target_language} and {code}.
         targets: languages to translate to; each row is translated to one other than its own.
         options: further arguments of the back end; see `VLLMBackend`, `OpenAIBackend` and `TransformersBackend`.
@@ -121,14 +116,9 @@ class TranslationSettings:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the translations, up to rounding: no prices and no `run_options` of the back end."""
         run_options = BACKENDS[self.backend].run_options
-        return {
-            "backend": self.backend,
-            "model": self.model,
-            "max_tokens": self.max_tokens,
-            "prompt": self.prompt,
-            "targets": sorted(self.targets),
-            "options": {name: value for name, value in self.options.items() if name not in run_options},
-        }
+        own = {name: getattr(self, name) for name in ("backend", "model", "max_tokens", "prompt")}
+        options = {name: value for name, value in self.options.items() if name not in run_options}
+        return {**own, "targets": sorted(self.targets), "options": options}
 
     def open(self) -> CompletionBackend:
         """See `open_backend`."""
@@ -151,27 +141,27 @@ def translate(
 
     Args:
         functions: Folder of row files with the columns `id`, `language1_CSN` and `func1_CSN`.
-        out: Folder, which exists, that gets one file of completions for each file of functions.
-        settings: How to translate. The caller checks that an earlier call had the same settings.
-        seed: Decides the target languages.
+        out: Existing folder; it gets one file of completions for each file of functions.
+        settings, seed: The same as in earlier calls, which the caller checks; the seed decides the target languages.
 
     Returns:
         The report of all calls together: `completions`, `errors`, `prompt_tokens`, `completion_tokens`, `cost`,
         `seconds`, `completions_per_second`, and `backends`, the description of each back end used.
 
     Raises:
-        BackendError: The back end can't continue, or answers only errors. Its earlier answers are kept.
-        UserError: `synthconl.journal`: the answers of an unfinished file are damaged, or belong to other rows.
+        UserError: The back end can't continue, or answers only errors; its earlier answers are kept. Or the answers of
+            an unfinished file are damaged or belong to other rows (`synthconl.journal`).
     """
     functions, out, backend = Path(functions), Path(out), settings.open()
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
+    session = _Session(out / SESSIONS, backend)
     with (
-        _Session(out / SESSIONS, backend) as session,
         ExitStack() as journals,
         tqdm(desc="Translating", total=count_rows(functions), unit=" functions", disable=not progress) as bar,
         closing(backend.complete(_requests(functions, out, files, journals, settings, seed, bar))) as completions,
     ):
+        journals.callback(session.write)
         for trusted in _trusted(completions, begun):
             for completion in trusted:
                 files.pop(completion.id).add(completion)
@@ -213,9 +203,9 @@ def _requests(
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
-    """Yield completions, errors only after a later request is answered, which shows that the back end still works.
+    """Yield completions. Errors wait until a later request is answered, which shows that the back end still works.
 
-    `answered` says whether the model has answered anything in an earlier call.
+    `answered` says whether an earlier call has received an answer.
     """
     doubtful: list[Completion] = []
     for completion in completions:
@@ -231,22 +221,18 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
             doubtful, answered = [], True
     if len(doubtful) >= MAX_ERRORS_IN_A_ROW or (doubtful and not answered):
         message = f"The model answered none of the last {len(doubtful)} requests: {doubtful[-1].error}"
-        raise BackendError("synthconl.backend.errors", message)
+        raise UserError("synthconl.backend.errors", message)
     if doubtful:
         yield doubtful
 
 
-class _Session(AbstractContextManager["_Session"]):
+class _Session:
     """The counts of one call, written to a list of all calls; the counts of a killed call lag by at most 30 seconds."""
 
     def __init__(self, path: Path, backend: CompletionBackend) -> None:
         self._path, self._backend, self._earlier = path, backend, _read_sessions(path)
         self.counts: Counter[str] = Counter()
         self._start, self._next_note = time.monotonic(), 0.0
-
-    def __exit__(self, *_: object) -> None:
-        if self.counts:
-            self._write()
 
     def seconds(self) -> float:
         return time.monotonic() - self._start
@@ -256,12 +242,13 @@ class _Session(AbstractContextManager["_Session"]):
             self.counts[name] += sum(getattr(one, name) for one in completions)
         self.counts["completions"] += len(completions)
         if self.seconds() > self._next_note:
-            self._write()
+            self.write()
 
-    def _write(self) -> None:
-        own = {**self.counts, "seconds": self.seconds(), "backend": self._backend.describe()}
-        write_json(self._path, [*self._earlier, own], resumable=True)
-        self._next_note = self.seconds() + _SECONDS_BETWEEN_NOTES
+    def write(self) -> None:
+        if self.counts:
+            own = {**self.counts, "seconds": self.seconds(), "backend": self._backend.describe()}
+            write_json(self._path, [*self._earlier, own], resumable=True)
+            self._next_note = self.seconds() + _SECONDS_BETWEEN_NOTES
 
 
 def _read_sessions(path: Path) -> list[dict[str, Any]]:
@@ -269,7 +256,7 @@ def _read_sessions(path: Path) -> list[dict[str, Any]]:
 
 
 def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
-    """The report: counts are taken from the completions, speed from the log of each run."""
+    """The report: counts of the completions, and the speed according to the sessions."""
     table = pa.concat_tables(pq.read_table(file, columns=["finish_reason", *_TOKENS]) for file in row_files(out))
     tokens = {name: pc.sum(table[name]).as_py() for name in _TOKENS}
     errors = pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py()
@@ -288,14 +275,11 @@ def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
 
 
 class _CompletionFile:
-    """The completions of one file of rows: a journal until every row has one, then the parquet file `target`."""
+    """The completions of one file of rows: a journal until every row has a completion, then a parquet file."""
 
     def __init__(self, target: Path, ids: Sequence[str]) -> None:
         self._target, self._ids, self._path = target, ids, _journal_path(target)
-        self._answered = _read_journal(self._path)
-        if strangers := self._answered.keys() - set(ids):
-            place = f"{self._path} has an answer to {min(strangers)}, which is not a row of {target.name}"
-            raise UserError("synthconl.journal", f"{place}; name another folder.")
+        self._answered = _read_journal(self._path, set(ids))
         self.missing = set(ids) - self._answered.keys()
         self.journal, self._synced = self._path.open("ab"), time.monotonic()
         self._finish()
@@ -325,8 +309,8 @@ def _journal_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.journal")
 
 
-def _read_journal(path: Path) -> dict[str, Completion]:
-    """The completions of a journal by id; cuts off an incomplete last line."""
+def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
+    """The completions of a journal by id, which must be one of `ids`; cuts off an incomplete last line."""
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
@@ -335,8 +319,11 @@ def _read_journal(path: Path) -> dict[str, Completion]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             completion = Completion(**json.loads(line))
+            known = completion.id in ids
         except (ValueError, TypeError):
-            message = f"{path} is damaged in line {number}; delete that line to request its row again."
-            raise UserError("synthconl.journal", message) from None
+            known = False
+        if not known:
+            message = f"Line {number} of {path} is damaged or answers another row; delete it to request its row again."
+            raise UserError("synthconl.journal", message)
         answered[completion.id] = completion
     return answered

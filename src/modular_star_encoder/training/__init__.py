@@ -1,1 +1,0 @@
-"""Training: the `Trainer` subclass, recipes, and what belongs to them."""

@@ -33,9 +33,9 @@ from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import RetrievalTask, held_out_tasks
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
+from modular_star_encoder.training import runs
 from modular_star_encoder.training.finetuning import check_recipe, checkpoint_encoder, finetune, prepare_data
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe
-from modular_star_encoder.training.runs import ADAPTER, CHECKPOINTS, LOG, MODEL, open_run, processes_of_run
 from modular_star_encoder.training.starting_points import has_weights, starting_source
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file, write_json, write_text
@@ -139,8 +139,8 @@ class AblationRecipe:
         """Return all cells, seed by seed, for a checkpoint with these exits; UserError if a setting does not fit it."""
         chosen = exit_layers if self.exit_layers is None else self.exit_layers
         if unknown := sorted(set(chosen) - set(exit_layers)):
-            lists = (", ".join(map(str, exits)) for exits in (unknown, exit_layers))
-            raise UserError("ablation.exit_layers", "exit_layers names {}; the model's exits are {}.".format(*lists))
+            message = f"exit_layers names {unknown}; the model's exits are {list(exit_layers)}."
+            raise UserError("ablation.exit_layers", message)
         kinds: dict[str, Mapping[str, Any]] = {SELF_DISTILLED: {}}
         if self.baselines:
             kinds |= {f"exit-{exit_layer}": self._alone(exit_layer) for exit_layer in chosen}
@@ -173,13 +173,11 @@ class AblationRecipe:
 
 def recipe_reference(command: str) -> str:
     """Return the type, default and meaning of every recipe key of `pretrain`, `finetune` or `ablate`, one per line."""
-    tasks = {"retrieval": FinetuningRecipe, "classification": ClassificationRecipe}
-    kinds: dict[str, dict[str, type]] = {
-        "pretrain": {"settings": PretrainingRecipe},
-        "finetune": {f"settings with task: {task}": kind for task, kind in tasks.items()},
-        "ablate": {"settings": AblationRecipe},
-    }
-    parts = [f"{title}:\n{format_reference(kind)}\n" for title, kind in kinds[command].items()]
+    kinds: dict[str, type] = {"settings": PretrainingRecipe if command == "pretrain" else AblationRecipe}
+    if command == "finetune":
+        tasks = {"retrieval": FinetuningRecipe, "classification": ClassificationRecipe}
+        kinds = {f"settings with task: {task}": kind for task, kind in tasks.items()}
+    parts = [f"{title}:\n{format_reference(kind)}\n" for title, kind in kinds.items()]
     return "\n".join([*parts, "Every other argument of transformers.TrainingArguments is a setting, too.\n"])
 
 
@@ -197,6 +195,7 @@ def ablate(
     from), `cells/{name}/seed-{seed}/` (each a run of `finetune` with `scores.json`), and in the end `ablation.md`,
     `ablation.json` and, where matplotlib is installed, `ablation.png`. A later call may add seeds, variants and
     benchmarks; new benchmarks train models again that were not kept. With several processes, each calls this function.
+    UserError if the recipe contradicts itself or the model, or `out` holds cells of another recipe or starting point.
 
     Args:
         recipe: the settings.
@@ -207,12 +206,8 @@ def ablate(
 
     Returns:
         The content of `ablation.json`; see `compare`.
-
-    Raises:
-        UserError: the recipe contradicts itself or the model, or `out` holds cells with other settings or
-            another starting checkpoint.
     """
-    out, state, base = Path(out), processes_of_run(), recipe.base()
+    out, state, base = Path(out), runs.processes_of_run(), recipe.base()
     blueprint, _ = check_recipe(base, out, state.num_processes, progress)
     exits = tuple(blueprint.config.exit_layers)
     cells = recipe.cells(exits)
@@ -223,10 +218,7 @@ def ablate(
             raise UserError(error.key, f"{cell.name}: {error}") from error
     benchmarks = _benchmarks(recipe)
     with state.main_process_first():
-        # A killed ablation leaves hidden files.
-        visible = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
-        if out.is_file() or (visible and "data" not in visible):
-            raise UserError("training.run.not_a_run", f"{out} is not empty and holds no ablation; name another folder.")
+        runs.check_folder(out, "data", "ablation")
         data = prepare_data(base.rows(), out / "data", progress and state.is_main_process)
         if state.is_main_process:
             _check_starting_points({cell.recipe.model for cell in cells}, out / STARTS)
@@ -237,14 +229,17 @@ def ablate(
             announce(f"cell {number} of {len(cells)}: {cell.name}, seed {cell.recipe.seed}")
         found = _run_cell(cell, data, tasks, out / cell.folder, progress)
         if state.is_main_process:
-            _clean(out / cell.folder, recipe.keep_models)
+            shutil.rmtree(out / cell.folder / runs.CHECKPOINTS, ignore_errors=True)
+            for folder in () if recipe.keep_models else (runs.MODEL, runs.ADAPTER):
+                for file in out.glob(f"{cell.folder}/{folder}/*.safetensors"):
+                    file.unlink()
         scores[cell.name, cell.recipe.seed] = found
     if not state.is_main_process:
         return {}
     bm25: dict[str, list[float]] = {}
     for result in evaluate_tasks(tasks, [BM25()], progress=progress):
         bm25.setdefault(result.benchmark, []).append(result.estimates["mrr"].value)
-    logs = {cell.folder.partition("/")[2]: read_json(out / cell.folder / LOG) for cell in cells}
+    logs = {cell.folder.partition("/")[2]: read_json(out / cell.folder / runs.LOG) for cell in cells}
     results = {
         "command": _without_places(command),
         "recipe": _without_places(recipe.to_dict()),
@@ -278,7 +273,7 @@ def _check_starting_points(models: set[str], path: Path) -> None:
     if other := ", ".join(sorted(name for name in found if known.get(name, found[name]) != found[name])):
         raise UserError(
             "ablation.starting_points",
-            f"The cells in {path.parent} started from other weights of {other}; name another folder.",
+            f"{other} has other weights than when the cells in {path.parent} started from it; name another folder.",
         )
     write_json(path, known | found)
 
@@ -287,20 +282,20 @@ def _run_cell(
     cell: AblationCell, data: RetrievalData, tasks: Sequence[RetrievalTask], run: Path, progress: bool
 ) -> dict[str, dict[int, Values]]:
     """Train and evaluate a cell unless its scores exist; return benchmark → exit → reciprocal ranks."""
-    state, path = processes_of_run(), run / SCORES
+    state, path = runs.processes_of_run(), run / SCORES
     by_checksum = {task.checksum(): task for task in tasks}
     with state.main_process_first():
-        open_run(run, cell.recipe, "an ablation", until_trained=cell.recipe.to_dict())
+        runs.open_run(run, cell.recipe, "an ablation", until_trained=cell.recipe.to_dict())
         known = read_json(path) if path.is_file() else {}
         missing = [task for checksum, task in by_checksum.items() if checksum not in known]
-        if missing and not has_weights(run / MODEL):
+        if missing and not has_weights(run / runs.MODEL):
             # An earlier call removed the weights, and new tasks need them: train the model again.
-            shutil.rmtree(run / MODEL, ignore_errors=True)
+            shutil.rmtree(run / runs.MODEL, ignore_errors=True)
     if missing:
         finetune(cell.recipe, run, data=data, progress=progress, announce=lambda _: None)
         if state.is_main_process:
             checksums = {(task.benchmark, task.name): checksum for checksum, task in by_checksum.items()}
-            encoder = checkpoint_encoder(run / MODEL, cell.recipe.lengths())
+            encoder = checkpoint_encoder(run / runs.MODEL, cell.recipe.lengths())
             results = evaluate_tasks(missing, [EmbeddingRetriever(encoder)], progress=progress)
             # Embeddings that can be cut have one result per size; the full size comes last and replaces the others.
             for result in sorted(results, key=lambda result: result.dimensions or 0):
@@ -316,15 +311,6 @@ def _run_cell(
     return found
 
 
-def _clean(run: Path, keep_model: bool) -> None:
-    """Remove the checkpoints of an evaluated cell and, unless `keep_model`, its weights."""
-    shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
-    if not keep_model:
-        for folder in (MODEL, ADAPTER):
-            for file in run.glob(f"{folder}/*.safetensors"):
-                file.unlink()
-
-
 def compare(scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants: Sequence[str]) -> dict[str, Any]:
     """Compare self-distilled exits with exits trained alone, and variants with the self-distilled model.
 
@@ -334,18 +320,19 @@ def compare(scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants
         estimate is `mrr` and `recall@1`, as fractions: `value`, `low` and `high` (95 % interval) of the mean over
         seeds, and `by_seed`.
     """
-    benchmarks = {}
-    for name, of_exits in scores[SELF_DISTILLED, seeds[0]].items():
-
-        def values(model: str, exit_layer: int, name: str = name) -> list[Values]:
-            return [scores[model, seed][name][exit_layer] for seed in seeds]
-
-        own = {e: values(SELF_DISTILLED, e) for e in exits}
-        alone = {e: values(f"exit-{e}", e) for e in exits if (f"exit-{e}", seeds[0]) in scores}
+    benchmarks, models = {}, dict.fromkeys(model for model, _ in scores)
+    for name in scores[SELF_DISTILLED, seeds[0]]:
+        # Model → exit → the values of each seed.
+        by_model = {
+            model: {e: [scores[model, seed][name][e] for seed in seeds] for e in scores[model, seeds[0]][name]}
+            for model in models
+        }
+        own = by_model[SELF_DISTILLED]
+        alone = {e: by_model[f"exit-{e}"][e] for e in exits if f"exit-{e}" in by_model}
         found: dict[str, Any] = {
-            "queries": sum(map(len, of_exits[exits[0]].values())),
+            "queries": sum(map(len, own[exits[0]][0].values())),
             "exits": {str(e): {"self_distilled": _estimates([own[e]])} for e in exits},
-            "variants": {variant: _variant({e: values(variant, e) for e in exits}, own) for variant in variants},
+            "variants": {variant: _variant(by_model[variant], own) for variant in variants},
         }
         for e, other in alone.items():
             found["exits"][str(e)] |= {"alone": _estimates([other]), "difference": _estimates([own[e]], [other])}

@@ -54,8 +54,8 @@ class MultiExitTrainingArguments(TrainingArguments):
         if not fits or steps != sorted(set(steps)) or (steps and steps[0] < self.warmup_steps):
             raise UserError(
                 "training.schedule",
-                f"milestones {self.milestones!r} and fractions {self.fractions!r} must be lists of steps, ascending "
-                f"from warmup_steps {self.warmup_steps} on, and of as many numbers from 0.",
+                f"milestones {self.milestones!r} must be ascending steps from warmup_steps {self.warmup_steps} on, and "
+                f"fractions {self.fractions!r} must have a number of at least 0 for each.",
             )
         super().__post_init__()
 

@@ -73,6 +73,7 @@ def finetune(
     for `AutoModel` and, where its modules can compute the embeddings, `SentenceTransformer`, with `training_log.json`;
     with `lora` also `adapter/`, and `model/` has the merged weights. If `out` holds a log, the run is finished and the
     log is returned. With several processes (`accelerate launch`, `torchrun`), every process calls this function.
+    UserError if the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
 
     Args:
         recipe: the settings.
@@ -85,24 +86,19 @@ def finetune(
         The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on held-out pairs),
         `retrieval` (benchmark → retriever → estimates on `held_out_tasks`; the retrievers are every exit and BM25),
         `recipe`, `preflight` and `data` (numbers of rows read, skipped and held out).
-
-    Raises:
-        UserError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
     """
     out, state = Path(out), runs.processes_of_run()
     objective, rows, lengths, eval_pairs = recipe.objective, recipe.rows(), recipe.lengths(), recipe.eval_pairs
     blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress)
     with state.main_process_first():
-        log = runs.open_run(out, recipe, "fine-tuning", until_trained=("data", *rows))
-        if log is not None:
+        if log := runs.open_run(out, recipe, "fine-tuning", until_trained=("data", *rows)):
             return log
         data = data or prepare_data(rows, out / "data", progress and state.is_main_process)
     model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
     prompts = model.config.instruction_prompts
     train, held_out, groups, tokens = _batches(recipe, data, prompts, tokenizer, state.num_processes)
-    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    estimate = finetuning_preflight(blueprint, recipe, state.num_processes, groups, tokens, trained)
+    estimate = finetuning_preflight(model, recipe, state.num_processes, groups, tokens)
     if state.is_main_process:
         announce(estimate)
     arguments.per_device_eval_batch_size = held_out.batch_size // state.num_processes
@@ -138,12 +134,11 @@ def finetune(
 def check_recipe(
     recipe: FinetuningRecipe, out: Path, processes: int, progress: bool
 ) -> tuple[ModularStarEncoderForRetrieval, MultiExitTrainingArguments]:
-    """Run the checks that need neither data nor weights; return the model without weights and the trainer's arguments.
+    """Return the model without weights and the trainer's arguments; UserError if recipe and model do not fit.
 
-    Raises:
-        UserError: the recipe contradicts itself or the model.
+    These are all checks that need neither data nor weights.
     """
-    config, _ = starting_config(recipe)
+    config = starting_config(recipe)
     check_length(config, **recipe.lengths())
     with torch.device("meta"):
         model = ModularStarEncoderForRetrieval(config)
@@ -202,7 +197,6 @@ def finetuning_preflight(
     processes: int,
     groups: Mapping[str, int],
     tokens: tuple[float, float],
-    trained_parameters: int | None = None,
 ) -> runs.Preflight:
     """Estimate a run; `groups` is kind of pairs → number of groups, `tokens` the mean tokens of text and of code."""
     text, code = tokens
@@ -218,7 +212,6 @@ def finetuning_preflight(
         processes=processes,
         texts=[kinds[kind] for kind in groups],
         tokens_in_memory=min(settings.mini_batch_tokens or in_batch, in_batch),
-        trained_parameters=trained_parameters,
         passes=1.0 if settings.mini_batch_tokens is None else 4 / 3,
         other_bytes=2 * 4 * embeddings,
         groups={kind: groups.get(kind, 0) for kind in kinds},
@@ -234,34 +227,22 @@ def checkpoint_encoder(checkpoint: Path, lengths: Mapping[str, int]) -> ExitEnco
 def finetune_classifier(
     recipe: ClassificationRecipe, out: str | os.PathLike[str], *, progress: bool = True
 ) -> dict[str, Any]:
-    """Train a classifier of pairs; continue from the files that an earlier call with this recipe left in `out`.
-
-    `out` gets `checkpoints/` and in the end `model/`, a checkpoint with `training_log.json`; with `lora` also
-    `adapter/`. If `out` holds a log, the run is finished and the log is returned.
-
-    Args:
-        recipe: the settings.
-        out: folder of this run.
-        progress: whether to show progress bars.
+    """Train a classifier of pairs; arguments, files in `out`, resumption and errors are those of `finetune`.
 
     Returns:
         The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on validation
         pairs), `scores` (split `valid` or `test` → exit → accuracy, precision, recall and F1), `recipe`, and `pairs`
         (split → number of pairs).
-
-    Raises:
-        UserError: the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
     """
     out, state, objective = Path(out), runs.processes_of_run(), ClassificationObjective()
-    config, _ = starting_config(recipe)
+    config = starting_config(recipe)
     check_length(config, max_tokens=recipe.max_tokens)
-    rows, accumulation = recipe.accumulation(state.num_processes)
-    decided = {"gradient_accumulation_steps": accumulation}
-    arguments = recipe.arguments(out / runs.CHECKPOINTS, rows, progress=progress, **decided)
+    rows, steps = recipe.accumulation(state.num_processes)
+    folder = out / runs.CHECKPOINTS
+    arguments = recipe.arguments(folder, rows, progress=progress, gradient_accumulation_steps=steps)
     check_objective(objective, arguments, config, config.exit_layers)
     with state.main_process_first():
-        log = runs.open_run(out, recipe, "fine-tuning a classifier", until_trained=())
-        if log is not None:
+        if log := runs.open_run(out, recipe, "fine-tuning a classifier", until_trained=()):
             return log
     model, tokenizer = starting_model(ModularStarEncoderForSequenceClassification, recipe)
     splits = {}
@@ -278,7 +259,7 @@ def finetune_classifier(
         eval_dataset=splits["valid"],
         data_collator=ClassificationCollator(tokenizer),
     )
-    log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
+    log = runs.train_to_the_end(trainer, folder, progress=progress)
     log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict()}
     log["pairs"] = {split: len(pairs) for split, pairs in splits.items()}
     model.config.unpad_inputs = config.unpad_inputs

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.collators import PackingCollator, PaddingCollator
 from modular_star_encoder.data.functions import open_corpus
 from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.data.token_store import TokenStore, build_token_store
+from modular_star_encoder.data.token_store import build_token_store
 from modular_star_encoder.data.tokenizer import check_special_tokens, load_tokenizer, token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.lexical import identifier_overlap_accuracy
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
@@ -30,7 +29,6 @@ from modular_star_encoder.training.trainer import MultiExitTrainer, check_object
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file, staged_folder
 
-PANELS = (("mlm_loss", "masked-token loss (nats)"), ("icc_accuracy", "in-context classification accuracy"))
 # Enough for the merges of a large vocabulary; more text makes training the tokenizer slower, not better.
 TOKENIZER_CHARACTERS = 100_000_000
 
@@ -47,6 +45,7 @@ def pretrain(
     `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and in the end `model/`, a checkpoint
     with `training_log.json` and, where matplotlib is installed, `curves.png`. If `out` holds a log, the run is
     finished and the log is returned. With several processes (`accelerate launch`, `torchrun`), each process calls it.
+    UserError if the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
 
     Args:
         recipe: the settings.
@@ -58,9 +57,6 @@ def pretrain(
         The training log: the keys of `train_to_the_end`, `evaluation` (final metrics), `recipe`, `preflight`,
         `unigram_entropy` (nats per training token), `identifier_overlap` (accuracy of in-context classification
         without a model) and the names of the held-out repositories.
-
-    Raises:
-        UserError: the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
     """
     out, state, objective = Path(out), runs.processes_of_run(), InContextObjective()
     progress_here, processes = progress and state.is_main_process, state.num_processes
@@ -70,26 +66,29 @@ def pretrain(
     check_length(config, max_tokens=recipe.max_tokens)
     with torch.device("meta"):
         ModularStarEncoderForPreTraining(config).set_attn_implementation(recipe.attn_implementation)
-    accumulation, rows_per_device = recipe.accumulation(processes), recipe.rows_per_device
-    decided = {"gradient_accumulation_steps": accumulation}
-    arguments = recipe.arguments(out / runs.CHECKPOINTS, rows_per_device, progress=progress, **decided)
+    accumulation = {"gradient_accumulation_steps": recipe.accumulation(processes)}
+    arguments = recipe.arguments(out / runs.CHECKPOINTS, recipe.rows_per_device, progress=progress, **accumulation)
     check_objective(objective, arguments, config, config.exit_layers)
     repositories = open_corpus(recipe.corpus).repositories
     if repositories is not None and len(repositories) < 4:  # some corpora know the number only after reading
         raise UserError(
             "training.corpus.too_few_repositories",
-            "The corpus must have two repositories to train on and two to hold out, because pairs of snippets come "
-            f"from one or from two; it has {len(repositories)}: {', '.join(repositories) or 'none'}.",
+            f"The corpus has {len(repositories)} repositories ({', '.join(repositories)}). It needs two to train on "
+            "and two to hold out, because a pair of snippets comes from one repository or from two.",
         )
     with state.main_process_first():
-        log = runs.open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model"))
-        if log is not None:
+        if log := runs.open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model")):
             return log
         own = recipe.tokenizer or (source if weights else None)
         tokenizer = load_tokenizer(own or _train_tokenizer(recipe.corpus, config, out / "tokenizer", progress_here))
         check_special_tokens(tokenizer)
         collator = (PackingCollator if recipe.packing else PaddingCollator)(tokenizer)
-        store = _token_store(recipe.corpus, tokenizer, out / "tokens", progress_here)
+        reader = open_corpus(recipe.corpus)
+        store = build_token_store(reader, tokenizer, out / "tokens", progress=progress_here)
+        if progress_here:
+            for reason, count in reader.skipped.most_common():
+                print(f"skipped {count} files: {reason}")
+            print(f"{len(store):,} files of {len(store.repositories):,} repositories")
     torch.manual_seed(recipe.seed)
     if weights:
         model = ModularStarEncoderForPreTraining.from_pretrained(source, dtype=torch.float32)
@@ -104,7 +103,7 @@ def pretrain(
 
     train, held_out = store.split(recipe.eval_fraction, recipe.seed)
     options: dict[str, Any] = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability}
-    rows, eval_rows = recipe.max_steps * rows_per_device * accumulation * processes, recipe.eval_rows
+    rows, eval_rows = recipe.max_steps * recipe.tokens_per_step // recipe.max_tokens, recipe.eval_rows
     pairs, unseen, fitted = (
         InContextPairs(part, tokenizer, length=length, seed=recipe.seed + number, progress=False, **options)
         for number, (part, length) in enumerate([(train, rows), (held_out, eval_rows), (train, eval_rows)])
@@ -180,18 +179,6 @@ def _train_tokenizer(corpus: Mapping[str, Any], config: ModularStarEncoderConfig
     return folder
 
 
-def _token_store(
-    corpus: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path, progress: bool
-) -> TokenStore:
-    reader = open_corpus(corpus)
-    store = build_token_store(reader, tokenizer, folder, progress=progress)
-    if progress:
-        for reason, count in reader.skipped.most_common():
-            print(f"skipped {count} files: {reason}")
-        print(f"{len(store):,} files of {len(store.repositories):,} repositories")
-    return store
-
-
 def plot_curves(log: Mapping[str, Any], path: Path) -> None:
     """Draw masked-token loss and in-context accuracy of every exit over the steps, from the log of `pretrain`.
 
@@ -203,14 +190,16 @@ def plot_curves(log: Mapping[str, Any], path: Path) -> None:
     history, prefix = log["log_history"], "mlm_loss_exit_"
     exits = sorted({int(key.removeprefix(prefix)) for line in history for key in line if key.startswith(prefix)})
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    floors = {"mlm_loss": log["unigram_entropy"], "icc_accuracy": log["identifier_overlap"]["accuracy"]}
-    for axes, (metric, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+    panels = [
+        ("mlm_loss", "masked-token loss (nats)", log["unigram_entropy"]),
+        ("icc_accuracy", "in-context classification accuracy", log["identifier_overlap"]["accuracy"]),
+    ]
+    for axes, (metric, label, baseline) in zip(figure.subplots(1, 2), panels, strict=True):
         for number, exit_layer in enumerate(exits):
-            colour = f"C{number}"
-            axes.plot(*_series(history, f"{metric}_exit_{exit_layer}"), color=colour, linewidth=0.7, alpha=0.5)
-            held_out = _series(history, f"eval_{metric}_exit_{exit_layer}")
-            axes.plot(*held_out, color=colour, marker="o", markersize=3, label=f"exit {exit_layer}")
-        axes.axhline(floors[metric], color="grey", linestyle="--", linewidth=0.8)
+            training, held_out = (_series(history, f"{part}{metric}_exit_{exit_layer}") for part in ("", "eval_"))
+            axes.plot(*training, color=f"C{number}", linewidth=0.7, alpha=0.5)
+            axes.plot(*held_out, color=f"C{number}", marker="o", markersize=3, label=f"exit {exit_layer}")
+        axes.axhline(baseline, color="grey", linestyle="--", linewidth=0.8)
         axes.set(xlabel="step", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)

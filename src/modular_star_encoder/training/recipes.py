@@ -24,7 +24,9 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import (
     Count,
     Int,
+    Positive,
     Probability,
+    Seed,
     Share,
     Switch,
     check_names,
@@ -48,12 +50,15 @@ def load_config(name: str) -> ModularStarEncoderConfig:
 
 @settings_class
 class TrainingSettings:
-    """The keys of `MultiExitTrainingArguments`, with our defaults.
+    """Settings of any training: all arguments of `MultiExitTrainingArguments`, with our defaults.
 
     Args:
         max_steps: optimiser steps.
         learning_rate: peak of the schedule.
         seed: seed of everything random, from 0 to 4294967295.
+        logging_steps, eval_steps, save_steps: steps from one log line, evaluation or checkpoint to the next; a number
+            below 1 is a share of all steps.
+        training: all other arguments.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
@@ -64,12 +69,8 @@ class TrainingSettings:
         "adam_epsilon": 1e-6,
         "weight_decay": 0.1,
         "max_grad_norm": 1.0,
-        "logging_steps": 50,
-        "eval_steps": 500,
-        "save_steps": 500,
         "save_total_limit": 2,
         "dataloader_num_workers": 0,
-        "seed": 0,
         "exit_weights": "paper",
         "normalize_exit_weights": False,
         "rotate_shallow_exits": False,
@@ -77,7 +78,6 @@ class TrainingSettings:
         "milestones": (),
         "fractions": (),
     }
-    REQUIRED: ClassVar[tuple[str, ...]] = ("max_steps", "learning_rate")
     OPEN_KEYS: ClassVar[tuple[str, type]] = ("training", MultiExitTrainingArguments)
     OLD_KEYS: ClassVar[Mapping[str, str]] = {
         "steps": "max_steps",
@@ -90,6 +90,12 @@ class TrainingSettings:
         "mask_probability": "mlm_probability",
     }
 
+    max_steps: Count
+    learning_rate: Positive
+    seed: Seed = 0
+    logging_steps: Positive = 50
+    eval_steps: Positive = 500
+    save_steps: Positive = 500
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -111,23 +117,7 @@ class TrainingSettings:
         return upgraded
 
     def __post_init__(self) -> None:
-        given = {**self.DEFAULTS, **self.training}
-        object.__setattr__(self, "training", given)
-        if missing := [name for name in self.REQUIRED if name not in given]:
-            raise UserError("settings.missing", f"{', '.join(missing)} must be given.")
-        for name in (*self.REQUIRED, "logging_steps", "eval_steps", "save_steps"):
-            if not given[name] > 0:
-                raise UserError("settings.value", f"{name} must be above 0, not {given[name]}.")
-        if not 0 <= self.seed < 2**32:  # the range of numpy's seeds
-            raise UserError("settings.value", f"seed must be from 0 to {2**32 - 1}, not {self.seed}.")
-
-    @property
-    def seed(self) -> int:
-        return self.training["seed"]
-
-    @property
-    def max_steps(self) -> int:
-        return self.training["max_steps"]
+        object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values, in one mapping as in the YAML file."""
@@ -137,15 +127,16 @@ class TrainingSettings:
     def arguments(
         self, folder: Path, rows_per_device: int, *, progress: bool, **decided: Any
     ) -> MultiExitTrainingArguments:
-        """Return training arguments that write checkpoints to `folder`; the recipe must not set arguments in `decided`.
+        """Return training arguments that write checkpoints to `folder`.
 
-        Raises:
-            UserError: the recipe sets an argument that other settings decide (`training.arguments.decided`), or a value
-                that `TrainingArguments` does not take (`training.arguments.value`).
+        UserError if the recipe sets an argument that other settings decide (`training.arguments.decided`), or a value
+        that `TrainingArguments` does not take (`training.arguments.value`).
         """
         decided |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), rows_per_device)
         decided |= {"output_dir": os.fspath(folder), "auto_find_batch_size": False}
-        if twice := sorted(set(self.training) & set(decided)):
+        given = {one.name: getattr(self, one.name) for one in fields(TrainingSettings)}
+        given |= given.pop("training")
+        if twice := sorted(set(given) & set(decided)):
             message = f"Leave out {', '.join(twice)}: other settings of the recipe decide it."
             raise UserError("training.arguments.decided", message)
         defaults: dict[str, Any] = {
@@ -156,11 +147,9 @@ class TrainingSettings:
             "report_to": "none",
         }
         try:
-            return MultiExitTrainingArguments(**(defaults | decided | dict(self.training)))
-        except UserError:
-            raise
+            return MultiExitTrainingArguments(**(defaults | decided | given))
         except (TypeError, ValueError) as error:
-            raise UserError("training.arguments.value", f"{error}") from error
+            raise UserError(getattr(error, "key", "training.arguments.value"), f"{error}") from error
 
 
 @settings_class
@@ -336,16 +325,12 @@ AnyRecipe = TypeVar("AnyRecipe")
 
 
 def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read a recipe.
+    """Read a recipe; UserError if the file, an override or a setting is wrong (see `load_settings`).
 
     Args:
         kind: `PretrainingRecipe`, `FinetuningRecipe`, `ClassificationRecipe` or `AblationRecipe`.
         path: a YAML file.
         overrides: `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
-
-    Raises:
-        UserError: the file, an override or a setting is wrong; see `load_settings`.
-        OSError: the file exists and cannot be read.
 
     Example:
         >>> path = hub_config_folder("small") / "recipe.yaml"

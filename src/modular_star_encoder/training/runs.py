@@ -36,7 +36,7 @@ class Preflight:
     """Size of a run, estimated before it starts.
 
     Attributes:
-        parameters, trained_parameters: numbers for the model with its heads; adapters train few parameters.
+        parameters, trained_parameters: numbers for the model with its heads and adapters.
         rows_per_step, steps, processes: numbers for the run; in contrastive training a row is a pair.
         tokens_per_row: mean of all texts of a row together.
         flops_per_row: floating-point operations of training on one row, forward and backward.
@@ -82,7 +82,6 @@ def preflight(
     processes: int,
     texts: Sequence[Sequence[float]],
     tokens_in_memory: int,
-    trained_parameters: int | None = None,
     passes: float = 1.0,
     head_flops: float = 0.0,
     other_bytes: int = 0,
@@ -94,10 +93,9 @@ def preflight(
     et al. (arXiv 2204.02311, appendix B).
 
     Args:
-        model: may be on the meta device.
+        model: with its adapters, if it has some; may be on the meta device.
         texts: for each kind of row, all equally frequent, the mean tokens of its texts.
         tokens_in_memory: tokens on one device whose activations are kept at once.
-        trained_parameters: all of the model if None.
         passes: training passes through the layers per row; 4/3 where gradients are cached.
         head_flops, other_bytes: FLOPs of the heads per row; further bytes kept on each device.
         groups: kind of pairs → number of groups; 0 where the data has none.
@@ -105,7 +103,7 @@ def preflight(
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
-    trained = parameters if trained_parameters is None else trained_parameters
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     attention = 12.0 * config.num_hidden_layers * config.hidden_size
     lengths = [length for row in texts for length in row]
     # What a pre-norm block's backward pass keeps of each token, in numbers of 2 bytes: 16 × H (block input, normalised
@@ -131,16 +129,21 @@ def processes_of_run() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def check_folder(out: Path, mark: str, kind: str) -> None:
+    """Raise UserError if `out` has files but not `mark`. Hidden files do not matter: a killed run leaves some."""
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
+    if out.is_file() or (names and mark not in names):
+        raise UserError("training.run.not_a_run", f"{out} is not empty and holds no {kind}; name another folder.")
+
+
 def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str]) -> dict[str, Any] | None:
     """Create a run's folder or check that it holds a run with this recipe; return the log if the run is finished.
 
     `recipe.json` in the folder holds the settings. Once a checkpoint exists, all settings except `MAY_CHANGE` must be
-    the same; before that, if other files exist, only those in `until_trained`. `kind` names the run in messages.
-
-    Raises:
-        UserError: the folder holds something else (`training.run.not_a_run`), or a run with other settings
-            (`training.run.other_settings`); the message names them.
+    the same; before that, if other files exist, only those in `until_trained`. Otherwise a UserError names those that
+    differ (`training.run.other_settings`), or says that the folder holds no run of `kind` (`training.run.not_a_run`).
     """
+    check_folder(out, "recipe.json", f"run of {kind}")
     written, settings = out / "recipe.json", _plain(recipe)
     if written.is_file():
         before: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
@@ -153,9 +156,6 @@ def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: I
         if other := sorted(name for name in names - MAY_CHANGE if before.get(name) != settings.get(name)):
             message = f"{out} holds a run with another {', '.join(other)}; name another folder."
             raise UserError("training.run.other_settings", message)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        message = f"{out} is not empty and holds no run of {kind}; name another folder."
-        raise UserError("training.run.not_a_run", message)
     out.mkdir(parents=True, exist_ok=True)
     write_json(written, settings)
     return json.loads((out / LOG).read_text(encoding="utf-8")) if (out / LOG).is_file() else None

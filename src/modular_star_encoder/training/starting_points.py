@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,11 +18,8 @@ from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarE
 from modular_star_encoder.training.recipes import StartingRecipe, hub_config_folder
 from modular_star_encoder.training.runs import ADAPTER, MODEL
 from modular_star_encoder.training.trainer import MultiExitTrainer
-from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.errors import UserError, naming_extra
 from modular_star_encoder.utils.files import staged_folder
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 
@@ -30,18 +27,16 @@ Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 def starting_source(name: str) -> tuple[str | Path, bool]:
     """Return the location of a recipe's `model` and whether it has weights.
 
-    A name is first looked up among the packaged configurations, then as a folder, then as a Hub id `owner/name`.
-
-    Raises:
-        UserError: nothing of this name can exist (`config.unknown`).
+    A name is first looked up among the packaged configurations, then as a folder, then as a Hub id `owner/name`; if it
+    can be none of these, UserError (`config.unknown`).
     """
     folder = Path(name).expanduser()
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
+        return name, True
     try:
         folder = hub_config_folder(name)
     except UserError as error:
         if not (folder / "config.json").is_file():
-            if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
-                return name, True
             advice = f"No folder {name} with a config.json either. Pre-train first, or give a Hub id owner/name."
             raise UserError(error.key, f"{error} {advice}") from error
     return folder, has_weights(folder)
@@ -51,15 +46,13 @@ def has_weights(folder: Path) -> bool:
     return any(folder.glob("model*.safetensors"))
 
 
-def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, bool]:
-    """Return the configuration of a recipe's starting model and whether this model has weights.
+def starting_config(recipe: StartingRecipe) -> ModularStarEncoderConfig:
+    """Return the configuration of a recipe's starting model.
 
-    Raises:
-        UserError: settings contradict each other.
-        ValueError: the model does not have the recipe's exit.
-        OSError: neither a folder nor a Hub repository of this name exists.
+    UserError if settings contradict each other, ValueError if the model lacks the recipe's exit, OSError if neither a
+    folder nor a Hub repository of this name exists.
     """
-    source, weights = starting_source(recipe.model)
+    source, _ = starting_source(recipe.model)
     try:
         config = ModularStarEncoderConfig.from_pretrained(source, **{**recipe.config, "dtype": torch.float32})
         in_training = copy.deepcopy(config)
@@ -69,14 +62,12 @@ def starting_config(recipe: StartingRecipe) -> tuple[ModularStarEncoderConfig, b
     except StrictDataclassError as error:
         raise UserError("training.model.config", f"{recipe.model}: {' '.join(str(error).split())}") from error
     except OSError as error:
-        if isinstance(source, Path):
-            raise
-        message = f"{source} is not a folder with a config.json (pre-train first), and loading it from the Hub failed"
-        raise OSError(f"{message}: {' '.join(str(error).split())}") from error
+        message = f"No config.json of {recipe.model} was read; pre-train it first, or name a repository of the Hub"
+        raise OSError(f"{message}. {' '.join(str(error).split())}") from error
     if recipe.exit_layer is not None:
         config = config.cut(recipe.exit_layer)
         config.exit_layers = [recipe.exit_layer]
-    return config, weights
+    return config
 
 
 def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Model, PreTrainedTokenizerFast]:
@@ -97,7 +88,7 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
         if recipe.exit_layer is not None:
             keep_only_exit(model, recipe.exit_layer)
     else:
-        config, _ = starting_config(recipe)
+        config = starting_config(recipe)
         config.vocab_size = max(len(tokenizer), config.vocab_size)
         model = model_class(config)
     check_vocabulary(len(tokenizer), model.config.vocab_size)
@@ -108,7 +99,7 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
-        message = f"The tokenizer has {tokens} tokens, more than the model's {vocab_size}."
+        message = f"The tokenizer has {tokens} tokens, the model only {vocab_size}; take the model's own tokenizer."
         raise UserError("training.tokenizer.too_large", message)
 
 
@@ -116,8 +107,8 @@ def check_vocabulary(tokens: int, vocab_size: int) -> None:
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
     """Set the vocabulary projection's bias to the tokens' log frequencies, add-one smoothed.
 
-    Otherwise the first hundreds of steps learn these biases. In a small model, fine-tuning after pre-training
-    without this start was much slower than from random weights; with it, it was about as fast.
+    Otherwise the first hundreds of steps learn these biases, and fine-tuning a small model afterwards is slower than
+    from random weights.
     """
     counts = token_counts.to(decoder.bias) + 1
     decoder.bias.copy_((counts / counts.sum()).log())
@@ -127,13 +118,12 @@ def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
 def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, seed: int) -> None:
     """Draw token vectors so that tokens with the same spelling (`token_spellings`) start out similar.
 
-    A byte-level tokenizer has several tokens for one word ("parse", " parse", "Parse", " PARSE"); a description uses
-    one and the code another, and nothing but training says that they belong together. After one hundred steps of
-    fine-tuning the quickstart's model, retrieval reached an MRR of 0.36 from this start and 0.33 with a standard
-    deviation of 0.1; independent vectors reached 0.23 with 0.1 and 0.21 with the configuration's 0.018.
-
     Each vector is drawn from N(0, 0.3²); any two tokens with one spelling correlate by 0.8, others by 0. The vector of
     the padding token is left as it is.
+
+    A byte-level tokenizer has several tokens for one word ("parse", " parse", "Parse", " PARSE"), and a description may
+    use one and the code another. After 100 steps of fine-tuning the quickstart's model, retrieval has an MRR of 0.36
+    from this start, of 0.33 with a standard deviation of 0.1, and of 0.23 from independent vectors.
     """
     generator = torch.Generator().manual_seed(seed)
     groups = {spelling: group for group, spelling in enumerate(dict.fromkeys(spellings))}
@@ -146,33 +136,23 @@ def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, s
     embedding.weight.copy_(vectors)
 
 
-def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> "PeftModel":
+def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> nn.Module:
     """Freeze the trunk and give its linear layers adapters; heads stay trainable and are saved with the adapters.
 
-    `settings` are arguments of `peft.LoraConfig`; UserError for unknown ones (`training.lora`).
+    Return the `PeftModel`. `settings` are arguments of `peft.LoraConfig`; UserError for unknown ones (`training.lora`).
     """
-    try:
+    with naming_extra():
         from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("lora needs peft: pip install 'modular-star-encoder[peft]'.") from error
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"]
-    defaults = {"modules_to_save": _heads(model), "r": 16, "lora_alpha": 32, "target_modules": linear}
+    # Projection heads are named one by one, because peft takes no `ModuleDict`.
+    heads = [f"projection_heads.{exit_layer}" for exit_layer in getattr(model, "projection_heads", ())]
+    heads += [name for name, _ in model.named_children() if name not in ("model", "projection_heads", "dropout")]
+    defaults = {"modules_to_save": heads, "r": 16, "lora_alpha": 32, "target_modules": linear}
     try:
         config = LoraConfig(**{**defaults, **settings})
     except TypeError as error:
         raise UserError("training.lora", f"lora: {error}.") from error
     return get_peft_model(model, config)
-
-
-def _heads(model: ModularStarEncoderPreTrainedModel) -> list[str]:
-    """Return the names of all heads; projection heads are named one by one, because peft takes no `ModuleDict`."""
-    names = []
-    for name, module in model.named_children():
-        if name == "projection_heads":
-            names += [f"{name}.{exit_layer}" for exit_layer in module]
-        elif module is not model.base_model and any(True for _ in module.parameters()):
-            names.append(name)
-    return names
 
 
 def save_trained(

@@ -76,6 +76,7 @@ class MultiExitTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args.remove_unused_columns = False
+        self._folder = str(args.output_dir)
         self.evaluator = evaluator
         if evaluator is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # `Trainer` would not evaluate without one
@@ -112,10 +113,9 @@ class MultiExitTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Return the schedule of `args.milestones` if set, else the one of `args.lr_scheduler_type`."""
-        own = self.args if isinstance(self.args, MultiExitTrainingArguments) else None
-        chosen = optimizer or self.optimizer
-        if own is not None and own.milestones and chosen is not None and self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(chosen, own.rate_fraction)
+        args, chosen = self.args, optimizer or self.optimizer
+        if isinstance(args, MultiExitTrainingArguments) and args.milestones and chosen and self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(chosen, args.rate_fraction)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -127,11 +127,7 @@ class MultiExitTrainer(Trainer):
         """Save as `Trainer` does, but without the pickled settings, so that the folder can be published as it is."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            Path(output_dir or self._output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    @property
-    def _output_dir(self) -> str:
-        return self.args.output_dir or "trainer_output"
+            Path(output_dir or self._folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _exits_of_this_step(self, model: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
         shallow = self.exit_layers[:-1]
@@ -145,7 +141,7 @@ class MultiExitTrainer(Trainer):
         step, rank = self.state.global_step + 1, self.args.process_index
         leaves = dict(_leaves(batch))
         tensors = {name: value for name, value in leaves.items() if isinstance(value, torch.Tensor)}
-        path = Path(self._output_dir, f"non_finite_loss_step_{step}_rank_{rank}.safetensors").absolute()
+        path = Path(self._folder, f"non_finite_loss_step_{step}_rank_{rank}.safetensors").absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(path) as staging:
             save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, staging)
@@ -210,7 +206,7 @@ class MultiExitTrainer(Trainer):
         # Run the evaluator only with the trainer's own eval_dataset; with several, only with the first.
         first = f"_{next(iter(self.eval_dataset))}" if isinstance(self.eval_dataset, dict) else ""
         if self.evaluator is not None and metric_key_prefix == f"eval{first}":
-            folder = os.path.join(self._output_dir, "eval") if self.is_world_process_zero() else None
+            folder = os.path.join(self._folder, "eval") if self.is_world_process_zero() else None
             model, step = self.accelerator.unwrap_model(self.model), self.state.global_step
             found = self.evaluator(model, folder, self.state.epoch or 0, step, across_processes=True)
             # All processes take the first one's metrics, so that they choose the same best checkpoint.
@@ -229,11 +225,7 @@ class MultiExitTrainer(Trainer):
 def check_objective(
     objective: Objective, args: TrainingArguments, config: Any, exit_layers: tuple[int, ...]
 ) -> torch.Tensor:
-    """Check that objective, arguments and configuration fit each other; return the weights (E,) of the exits' losses.
-
-    Raises:
-        UserError: they do not fit; see `MultiExitTrainer`.
-    """
+    """Return the weights (E,) of the exits' losses; UserError if objective, arguments and configuration do not fit."""
     if hasattr(objective, "check"):
         objective.check(exit_layers, config.projection_size, rotates=_option(args, "rotate_shallow_exits"))
     if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):

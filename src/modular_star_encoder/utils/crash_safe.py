@@ -27,8 +27,7 @@ def crash_safe_map(
     """Yield the results of `function` for one chunk of `items` after another, in order.
 
     When a process dies, the chunk that may have killed it is halved until a single item is left, and the result of that
-    item is `crashed(item)`. Only the calling process handles Ctrl-C. Items are read when they are needed. With 0 or 1
-    processes, this process does the work, without protection.
+    item is `crashed(item)`. With 0 or 1 processes, this process does the work, without protection.
     """
     iterator = iter(items)
     chunks = iter(lambda: list(islice(iterator, chunk_size)), [])

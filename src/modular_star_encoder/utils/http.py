@@ -32,11 +32,10 @@ _LONGEST_REASON = 300
 
 
 class HTTPRequestError(UserError):
-    """A request that failed for good.
+    """A request failed, and it is not retried any more.
 
-    Keys: `http.status` (refused), `http.no_answer` (unreachable or busy in every attempt), `http.too_slow`,
-    `http.too_large`. Attributes from the last response, if any: `status`, `reason` ("status 401, Incorrect API key
-    provided") and `text`, the beginning of its body, without the token.
+    Keys: `http.status` (refused), `http.no_answer`, `http.too_slow`, `http.too_large`. From the last response:
+    `status`, `reason` ("status 401, Incorrect API key provided") and `text`, the beginning of its body without token.
     """
 
     def __init__(self, key: str, message: str, *, status: int | None = None, reason: str = "", text: str = "") -> None:
@@ -70,8 +69,7 @@ class HTTPClient:
     """Sends requests to http and https addresses. Use it as a context manager: leaving cancels pending requests.
 
     Temporary failures (status 408, 409, 425, 429 and 5xx, time-outs, broken connections) are retried after the server's
-    `Retry-After`, or after `pause`, doubled for each further attempt and varied by half, so that concurrent requests
-    don't retry together; at most 60 seconds.
+    `Retry-After`, or after `pause`, doubled for each further attempt and varied by half; at most 60 seconds.
 
     Args:
         token: sent as bearer token; never shown in an error or `repr`.
@@ -141,7 +139,8 @@ class HTTPClient:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _send(self, method: str, url: str, body: Any, retry_if: _Check | None) -> Response:
-        failed: dict[str, Any] = {"reason": f"{url_host(url)} does not answer"}
+        key, fault = "no_answer", f"does not answer after {self._attempts} attempt{'s' * (self._attempts > 1)}"
+        failed: dict[str, Any] = {"reason": "no answer"}
         retry_after = None
         async with self._slots:
             try:
@@ -158,14 +157,11 @@ class HTTPClient:
                             return response
                         failed, retry_after = self._failure(response), _retry_after(response.headers)
                         if 300 <= response.status < 500 and response.status not in _PASSING_STATUSES:
-                            message = f"{url_host(url)} refuses the request: {failed['reason']}."
-                            raise HTTPRequestError("http.status", message, **failed)
+                            key, fault = "status", "refuses the request"
+                            break
             except TimeoutError:
-                message = f"{url_host(url)} took more than {self._total_time:g} seconds ({failed['reason']})."
-                raise HTTPRequestError("http.too_slow", message, **failed) from None
-        attempts = f"{self._attempts} attempt{'s' if self._attempts > 1 else ''}"
-        message = f"{url_host(url)} does not answer after {attempts}: {failed['reason']}."
-        raise HTTPRequestError("http.no_answer", message, **failed)
+                key, fault = "too_slow", f"took more than {self._total_time:g} seconds"
+        raise HTTPRequestError(f"http.{key}", f"{url_host(url)} {fault}: {failed['reason']}.", **failed)
 
     async def _receive(self, method: str, url: str, body: Any) -> Response:
         content = bytearray()
@@ -222,10 +218,10 @@ def url_host(url: str) -> str:
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
     """The token in an environment variable, without white space around it; "" if `variable` is None."""
     token = os.environ.get(variable, "").strip() if variable else ""
-    if variable and required and not token:
-        raise UserError("http.token.missing", f"The environment variable {variable} must hold the endpoint's API key.")
-    if not (token.isascii() and token.isprintable()):
-        raise UserError("http.token.characters", f"The environment variable {variable} holds more than an API key.")
+    fault = "" if token.isascii() and token.isprintable() else "characters"
+    if fault or (variable and required and not token):
+        message = f"The environment variable {variable} must hold the endpoint's API key and nothing else."
+        raise UserError(f"http.token.{fault or 'missing'}", message)
     return token
 
 
@@ -265,26 +261,22 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+    # The Hub's client uses httpx, or httpx2 in newer versions.
+    loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    network_errors: tuple[type[Exception], ...] = tuple(module.TransportError for module in loaded if module)
+    expected: tuple[type[Exception], ...] = (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError, *network_errors)
     try:
         yield
-    except LocalTokenNotFoundError as error:
-        raise OSError("The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN.") from error
-    except Exception as error:
-        if not isinstance(error, (HfHubHTTPError, RuntimeError, *network_errors())):
-            raise
+    except expected as error:
         # The client wraps the error of a single file in a RuntimeError.
         cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
-        if isinstance(cause, HfHubHTTPError) and cause.response.status_code == CONFLICT:
+        if isinstance(cause, LocalTokenNotFoundError):
+            message = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
+        elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == CONFLICT:
             message = f"{repository} was changed by someone else meanwhile; nothing was written. Check it and repeat."
-        elif isinstance(cause, network_errors()):
+        elif isinstance(cause, network_errors):
             message = f"The Hub can't be reached ({type(cause).__name__}); the upload can be repeated."
         else:
             reason = hide_secrets(str(cause).strip().partition("\n")[0], get_token() or "")
             message = f"The Hub refuses the upload to {repository}: {reason}"
         raise OSError(message) from error
-
-
-def network_errors() -> tuple[type[Exception], ...]:
-    """The Hub client's exceptions for network failures: exceptions of httpx, or of httpx2 in newer versions."""
-    loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
-    return tuple(module.TransportError for module in loaded if module)

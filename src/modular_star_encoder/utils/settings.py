@@ -85,7 +85,7 @@ def settings_class(kind: type[Settings]) -> type[Settings]:
         try:
             check(self, *positional, **values)
         except ValidationError as error:
-            raise _user_error(error, kind.__name__) from error
+            raise UserError(*_fault(error, kind.__name__)) from error
 
     made.__init__ = __init__
     return made
@@ -105,13 +105,13 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = (), *,
     """The content of a recipe with its overrides, unchecked; arguments and errors as for `load_settings`."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        fault = "" if isinstance(content, dict) else "must be a mapping of settings."
     except FileNotFoundError:
-        hint = f" Available: {example} and others." if example else ""
-        raise UserError("settings.file", f"Recipe {path} not found.{hint}") from None
+        fault = "not found." + (f" Available: {example} and others." if example else "")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("settings.file", f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError("settings.file", f"{path} must be a mapping of settings.")
+        fault = f"is not a YAML file: {' '.join(str(error).split())}"
+    if fault:
+        raise UserError("settings.file", f"Recipe {path} {fault}")
     for override in overrides:
         key, equals, text = override.partition("=")
         try:
@@ -124,14 +124,15 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = (), *,
 
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Set `a.b.c` in nested mappings, adding missing mappings."""
-    *parents, last = key.split(".")
-    if not all(parents) or not last:
-        raise UserError("settings.override", f"{where} must have the form key=value with YAML, such as seed=1.")
-    for parent in parents:
+    *parents, last = names = key.split(".")
+    fault = "" if all(names) else "must have the form key=value with YAML, such as seed=1"
+    for parent in parents if not fault else ():
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
-            message = f"{where}: {parent} is not a mapping of settings, so {key} cannot be set."
-            raise UserError("settings.override", message)
+            fault = f"cannot set {key}, because {parent} is not a mapping of settings"
+            break
+    if fault:
+        raise UserError("settings.override", f"{where} {fault}.")
     content[last] = value
 
 
@@ -142,6 +143,7 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {content!r}.")
+    made: Any = kind
     values, known = rename_old_keys(kind, content), {one.name: one for one in _keys(kind)}
     check_names([str(name) for name in values], known, where)
     try:
@@ -150,22 +152,21 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
             if isinstance(expected, type) and is_dataclass(expected) and isinstance(value, Mapping):
                 values[name] = build_settings(expected, value, name)
             elif (check := _PLAIN.get(expected)) is not None:
-                try:
-                    values[name] = check.validate_python(value)
-                except ValidationError as error:
-                    raise ValueError(f"{name} {_sentence(error.errors()[0])}") from None
+                values[name] = check.validate_python(value)
         if collected := getattr(kind, "OPEN_KEYS", None):
-            open_names = {one.name for one in fields(collected[1])} - {one.name for one in _fields(kind)}
+            open_names = {one.name for one in fields(collected[1])} - {one.name for one in fields(made)}
             values[collected[0]] = {name: values.pop(name) for name in list(values) if name in open_names}
         return kind(**values)
-    except UserError as error:
-        if isinstance(error.__cause__, ValidationError):
-            raise _user_error(error.__cause__, where) from error
-        raise UserError(error.key, f"{where}: {error}") from error
-    except TypeError as error:
-        raise UserError("settings.missing", f"{where} is incomplete: {error}.") from error
-    except ValueError as error:
-        raise UserError("settings.value", f"{where}: {error}") from error
+    except (TypeError, ValueError) as error:
+        key, sentence = getattr(error, "key", "settings.value"), f"{where}: {error}"
+        if isinstance(error.__cause__, ValidationError):  # from `kind`, which knows no `where`
+            key, sentence = _fault(error.__cause__, where)
+        elif isinstance(error, ValidationError):  # from `_PLAIN`
+            sentence = f"{where}: {name} {_sentence(error.errors()[0])}"
+        elif isinstance(error, TypeError):
+            key, sentence = "settings.missing", f"{where} is incomplete: {error}."
+        # A caller must not take a fault of `_PLAIN` for one of its own `kind`.
+        raise UserError(key, sentence) from (None if isinstance(error, ValidationError) else error)
 
 
 def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], where: str) -> None:
@@ -189,13 +190,9 @@ def rename_old_keys(kind: type, content: Mapping[Any, Any]) -> dict[Any, Any]:
     return renamed
 
 
-def _fields(kind: Any) -> tuple[Field[Any], ...]:
-    return fields(kind)
-
-
-def _keys(kind: type) -> list[Field[Any]]:
+def _keys(kind: Any) -> list[Field[Any]]:
     """The dataclass fields that are keys of a settings class, including the collected keys."""
-    own = [one for one in _fields(kind) if one.init]
+    own = [one for one in fields(kind) if one.init]
     if collected := getattr(kind, "OPEN_KEYS", None):
         names = {one.name for one in own}
         own = [one for one in own if one.name != collected[0]]
@@ -203,21 +200,21 @@ def _keys(kind: type) -> list[Field[Any]]:
     return own
 
 
-def _user_error(error: ValidationError, where: str) -> UserError:
-    """The first fault of a validation as one sentence with the place, the rule and the value."""
+def _fault(error: ValidationError, where: str) -> tuple[str, str]:
+    """The first fault of a validation: its key, and one sentence with the place, the rule and the value."""
     faults = error.errors()
     fault = next((one for one in faults if one["type"] == "unexpected_keyword_argument"), faults[0])
     parts = [part for part in map(str, fault["loc"]) if not re.search(r"[\[(]|^(int|tuple|dict|literal)$", part)]
     place = ".".join(parts)
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
-        return UserError(cause.key, f"{where}: {f'{place}: ' if place else ''}{cause}")
+        return cause.key, f"{where}: {f'{place}: ' if place else ''}{cause}"
     if fault["type"] == "unexpected_keyword_argument":
         parent, _, name = place.rpartition(".")
-        return UserError("settings.unknown", f"{where}: unknown setting {name}{f' of {parent}' if parent else ''}.")
+        return "settings.unknown", f"{where}: unknown setting {name}{f' of {parent}' if parent else ''}."
     if fault["type"].startswith("missing"):
-        return UserError("settings.missing", f"{where} is incomplete: {place} is missing.")
-    return UserError("settings.value", f"{where}: {place} {_sentence(fault)}".replace(":  ", ": "))
+        return "settings.missing", f"{where} is incomplete: {place} is missing."
+    return "settings.value", f"{where}: {place} {_sentence(fault)}".replace(":  ", ": ")
 
 
 def _sentence(fault: Any) -> str:
@@ -238,7 +235,7 @@ def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
         meanings |= {name: text for name, text in _meanings(collected[1]).items() if name not in meanings}
         hints = get_type_hints(collected[1]) | hints
     for one in _keys(kind):
-        if one not in _fields(kind) and one.name not in meanings and one.name not in defaults:
+        if one not in fields(kind) and one.name not in meanings and one.name not in defaults:
             continue
         inner = next((part for part in (hints[one.name], *get_args(hints[one.name])) if is_dataclass(part)), None)
         if isinstance(inner, type):

@@ -49,6 +49,17 @@ def test_the_description_is_the_first_paragraph_without_markup(language, comment
     assert comment_description(comments, language) == description
 
 
+CODE = ["def size(self):\n    return self.count", "def size\n  count\nend", "size => size.length;", "x + y"]
+CODE += ["func Size(s []int) int {\n\treturn len(s)\n}", "int size(void);", "@property\ndef size(self):\n    return 1"]
+PROSE = ["Returns the number of elements in this list.", "Calls `size()` until there is nothing left."]
+PROSE += ["Returns the size of the list.\n\n@param {Array} list the list\n@returns {number} its size"]
+PROSE += ["First it reads the file.\n\nThen it closes the file (if it is open) and continues."]
+
+
+def test_prose_is_recognised_and_code_is_not_taken_for_it():
+    assert [text for text in CODE + PROSE if reads_as_prose(text)] == PROSE
+
+
 @pytest.mark.parametrize("notice", ["Copyright 2020 Me", "Licensed under the MIT", "SPDX-License-Identifier: MIT"])
 def test_a_licence_describes_no_function(notice):
     assert comment_description([f"/* Adds x.\n * {notice} */"], "c") == ""
@@ -86,33 +97,3 @@ def test_the_description_of_a_docstring_ends_at_a_blank_line_or_a_field(docstrin
 )
 def test_a_docstring_is_a_plain_string_of_any_spelling(literal, value):
     assert docstring_of(literal) == value
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "def size(self):\n    return self.count",
-        "def size\n  count\nend",
-        "func Size(s []int) int {\n\treturn len(s)\n}",
-        "int size() {\n    return count;\n}",
-        "int size(void);",
-        "size => size.length;",
-        "@property\ndef size(self):\n    return 1",
-        "x + y",
-    ],
-)
-def test_code_is_not_taken_for_prose(code):
-    assert not reads_as_prose(code)
-
-
-@pytest.mark.parametrize(
-    "prose",
-    [
-        "Returns the number of elements in this list.",
-        "Calls `size()` until there is nothing left.",
-        "Returns the size of the list.\n\n@param {Array} list the list\n@returns {number} its size",
-        "First it reads the file.\n\nThen it closes the file (if it is open) and continues.",
-    ],
-)
-def test_a_description_is_recognised(prose):
-    assert reads_as_prose(prose)

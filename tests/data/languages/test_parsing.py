@@ -56,12 +56,10 @@ SNIPPETS = [
     ("python", "    def f(self):\n        return 1\n"),
     ("python", "    @property\n    def f(self):\n        return '''\na'''\n"),
     ("java", "@Override\npublic int f() { return 1; }"),
-    ("java", "Stack(int x) { super(x); }"),
     ("java", "default int f() { return 1; }"),
     ("java", "import java.util.List;\n\npublic class A { int f() { return 1; } }"),
     ("go", "func (s *Stack) Push(x int) { s.items = append(s.items, x) }"),
     ("go", "package main\n\nfunc main() { f() }"),
-    ("php", "function f($x) { return $x; }"),
     ("php", "<?php\nfunction f($x) { return $x; }"),
     ("php", "public static function f(): int { return 1; }"),
     ("php", "private function f() { ?><b><?php return 1; }"),
@@ -70,9 +68,7 @@ SNIPPETS = [
     ("javascript", "get size() { return 1; }"),
     ("javascript", "push: function (x) { return x; }"),
     ("javascript", "static #f = (x) => x"),
-    ("javascript", "const f = (x) => x;"),
     ("javascript", "export default async function f() {}"),
-    ("c", "static int *f(void) { return 0; }"),
     ("c", "int WINAPI f(int argc UNUSED) { return 0; }"),
     ("cpp", "int f() const override { return 1; }"),
     ("cpp", "template <class T> T A<T>::f() { return T(); }"),
@@ -97,13 +93,6 @@ def test_every_function_that_is_found_stands_alone(language):
 @pytest.mark.parametrize(("language", "code"), [row for row in SNIPPETS if row[1].endswith(("}", "end"))])
 def test_a_function_cut_short_is_not_valid(language, code):
     assert syntax_error_share(code.removesuffix("end").rstrip("}\n "), language) > 0.01
-
-
-@pytest.mark.parametrize("language", SOURCES)
-def test_a_broken_line_counts_by_its_share(language):
-    good = find_functions(SOURCES[language], language)[0].code
-    assert 0 < syntax_error_share(good + "\n) = ( ]", language) < 1
-    assert syntax_error_share(") = ( ] }{", language) > 0.3
 
 
 @pytest.mark.parametrize("language", SOURCES)

@@ -9,19 +9,9 @@ IGNORES = {
     "src/.gitignore": "!important.gen.py\nlocal.py\n/deep/*\n!/deep/kept.py\n",
     ".git/info/exclude": "excluded.py\n",
 }
-FILES = [
-    *("top.py", "a.gen.py", "keep.gen.py", "build/a.py", "src/build/b.py", "src/top.py", "src/important.gen.py"),
-    *(
-        "src/local.py",
-        "local.py",
-        "src/deep/a.py",
-        "src/deep/kept.py",
-        "src/deep/er/b.py",
-        "logs/a/b/x.py",
-        "logs/x.py",
-    ),
-    *("excluded.py", "src/excluded.py", "#odd.py", "space d.py", "plain.py", "src/plain.py", "build.py"),
-]
+FILES = ["top.py", "a.gen.py", "keep.gen.py", "build.py", "build/a.py", "src/build/b.py", "src/top.py", "local.py"]
+FILES += ["src/important.gen.py", "src/local.py", "src/deep/a.py", "src/deep/kept.py", "src/deep/er/b.py"]
+FILES += ["logs/a/b/x.py", "logs/x.py", "excluded.py", "src/excluded.py", "#odd.py", "space d.py", "src/plain.py"]
 
 
 @pytest.fixture

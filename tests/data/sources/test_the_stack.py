@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from modular_star_encoder.data.sources import FileFilters
-from modular_star_encoder.data.sources.dataset_files import ContentSource, the_stack_repositories, unpack
+from modular_star_encoder.data.sources.dataset_files import the_stack_repositories, unpack
 from tests.errors import raises
 from tests.utils.http_server import LocalServer
 
@@ -18,18 +18,9 @@ def blob(number):
 
 def record(number, **changes):
     """A file as The Stack v2 lists it."""
-    values = {
-        "blob_id": blob(number),
-        "path": f"/src/{number}.py",
-        "language": "Python",
-        "length_bytes": 20,
-        "detected_licenses": ["MIT"],
-        "license_type": "permissive",
-        "src_encoding": "UTF-8",
-        "is_vendor": False,
-        "is_generated": False,
-    }
-    return {**values, **changes}
+    values = {"blob_id": blob(number), "path": f"/src/{number}.py", "language": "Python", "length_bytes": 20}
+    values |= {"detected_licenses": ["MIT"], "license_type": "permissive", "src_encoding": "UTF-8"}
+    return {**values, "is_vendor": False, "is_generated": False, **changes}
 
 
 @pytest.fixture
@@ -61,8 +52,8 @@ def reader_of(tmp_path, server):
         ]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "ids.parquet", row_group_size=3)
         url = url or f"{server.url}/content/{{blob_id}}?signature=secret"
-        contents = ContentSource(url=url, threads=threads, attempts=attempts, pause=0.001)
-        return the_stack_repositories(tmp_path / "ids.parquet", contents, progress=False, **options)
+        http = {"concurrency": threads, "attempts": attempts, "pause": 0.001}
+        return the_stack_repositories(tmp_path / "ids.parquet", url, http=http, progress=False, **options)
 
     return make
 
@@ -101,14 +92,8 @@ def test_files_that_the_row_rules_out_are_not_fetched(reader_of, server):
     files = [record(number, **change) for number, change in enumerate(changes, 1)]
     reader = reader_of(files, [], filters=FileFilters(generated=False))
     assert texts(reader) == ["x = 1"]
-    assert reader.skipped == {
-        "another language": 1,
-        "vendored code": 1,
-        "generated code": 1,
-        "too large": 1,
-        "test code": 1,
-        "no valid blob_id": 2,
-    }
+    once = ("another language", "vendored code", "generated code", "too large", "test code")
+    assert reader.skipped == dict.fromkeys(once, 1) | {"no valid blob_id": 2}
     assert list(server.requested) == [blob(1)]
 
 
@@ -162,12 +147,12 @@ def test_contents_may_come_from_a_folder(reader_of, tmp_path):
 
 
 def test_wrong_sources_of_contents_are_refused_in_one_sentence(tmp_path):
-    with raises("data.contents.url"):
-        ContentSource(url="https://example.org/content")
-    with raises("data.contents.url", "nosuch"):
-        ContentSource(url="nosuch://bucket/{blob_id}")
+    file, url = tmp_path / "a.parquet", "https://example.org/{blob_id}"
+    pyarrow.parquet.write_table(pyarrow.table({"repo_name": ["a"]}), file)
+    for wrong in ("https://example.org/content", "nosuch://bucket/{blob_id}"):
+        with raises("data.contents.url"):
+            the_stack_repositories(file, wrong)
     with raises("http.settings"):
-        ContentSource(url="https://example.org/{blob_id}", threads=0)
-    pyarrow.parquet.write_table(pyarrow.table({"repo_name": ["a"]}), tmp_path / "a.parquet")
+        the_stack_repositories(file, url, http={"concurrency": 0})
     with raises("data.source.column", "files"):
-        the_stack_repositories(tmp_path / "a.parquet", ContentSource(url="https://example.org/{blob_id}"))
+        the_stack_repositories(file, url)

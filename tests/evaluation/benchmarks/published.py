@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 
 import pyarrow as pa
@@ -90,8 +91,7 @@ def codesearchnet_human(folder):
     csv.writer(text, lineterminator="\n").writerows([("Language", "Query", "GitHubUrl", "Relevance", "Notes"), *rows])
     write_lines(folder / "resources" / "annotationStore.csv", text.getvalue().splitlines())
     write_rows(folder / "go" / "final" / "jsonl" / "test" / "go_test_0.jsonl.gz", original_rows("go")[:3])
-    undocumented = [{"url": urls[3], "function": "func Write() {}"}]
-    write_rows(folder / "go" / "undocumented.jsonl", undocumented)
+    write_rows(folder / "go" / "undocumented.jsonl", [{"url": urls[3], "function": "func Write() {}"}])
 
 
 def translation(folder):
@@ -102,27 +102,24 @@ def translation(folder):
 
 
 def poj104(folder):
-    places = [(label, number) for label in (81, 95, 104) for number in range(3)]
-    codes = [f"int main() {{ return {label}; }} // é{number}" for label, number in places]
-    rows = [
-        {"label": str(label), "index": str(40_000 + 3 * label + number), "code": code}
-        for (label, number), code in zip(places, codes, strict=True)
-    ]
+    rows = []
+    for label, number in itertools.product((81, 95, 104), range(3)):
+        code = f"int main() {{ return {label}; }} // é{number}"
+        rows.append({"label": str(label), "index": str(40_000 + 3 * label + number), "code": code})
     write_rows(folder / "test.jsonl", rows)
 
 
 def poj104_programs(folder):
-    for label in (81, 104):
-        for number in range(2):
-            path = folder / "ProgramData" / str(label) / f"{number}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(f"int main() {{ return {label}; }} // é".encode("latin-1"))
+    for label in ("81", "104"):
+        (folder / "ProgramData" / label).mkdir(parents=True)
+        for name in ("0.txt", "1.txt"):
+            code = f"int main() {{ return {label}; }} // é"
+            (folder / "ProgramData" / label / name).write_text(code, encoding="latin-1")
 
 
 def bigclonebench(folder):
-    write_rows(
-        folder / "data.jsonl", [{"func": f"void {name}() {{}}", "idx": str(7 * i)} for i, name in enumerate(NAMES)]
-    )
+    functions = [{"func": f"void {name}() {{}}", "idx": str(7 * i)} for i, name in enumerate(NAMES)]
+    write_rows(folder / "data.jsonl", functions)
     write_lines(folder / "valid.txt", ["0\t7\t1", "0\t14\t0"])
     write_lines(folder / "test.txt", ["7\t14\t0", "14\t21\t0", "21\t0\t1", "7\t14\t1"])
 
@@ -159,12 +156,9 @@ def exercism(folder):
 
 
 def code_folder(folder):
-    (folder / "files.py").parent.mkdir(parents=True, exist_ok=True)
-    body = "\n\n\n".join(
-        f'def {n}_file(path):\n    """{n.title()} the file at a path."""\n    handle = {n}(path)\n    return handle'
-        for n in NAMES
-    )
-    (folder / "files.py").write_text(body + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    code = 'def {0}_file(path):\n    """{1} the file at a path."""\n    handle = {0}(path)\n    return handle\n\n\n'
+    (folder / "files.py").write_text("".join(code.format(name, name.title()) for name in NAMES))
 
 
 WRITERS = {

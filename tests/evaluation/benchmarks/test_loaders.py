@@ -192,10 +192,13 @@ def test_all_means_the_benchmarks_whose_folders_exist(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert choose_benchmarks(["all"], f"~/{tmp_path.name}") == chosen
     assert [len(load_benchmark(name, tmp_path, allow_subset=True)) for name in chosen] == [3, 3, 3, 6, 6]
-    with raises("benchmark.all.none", tmp_path, "folders advtest"):
-        choose_benchmarks(["all"], tmp_path / "exercism")
+    for data in (tmp_path / "exercism", "hub"):
+        with raises("benchmark.all.none", data, "folders advtest"):
+            choose_benchmarks(["all"], data)
     with raises("benchmark.unknown", "'humaneval'", "Available: codesearchnet-999"):
         choose_benchmarks(["humaneval"], tmp_path)
+    with raises("benchmark.missing", "Available: codesearchnet-999"):
+        choose_benchmarks([], tmp_path)
 
 
 def test_a_benchmark_on_the_hub_is_fetched_by_its_name(tmp_path, monkeypatch):

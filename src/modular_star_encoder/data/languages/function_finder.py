@@ -40,8 +40,7 @@ def find_functions(
     Functions without a body, and Python functions whose body is only a docstring, are left out. PHP needs its `<?php`.
     `counts` counts files and functions with a syntax error, and functions nested too deeply.
 
-    Raises:
-        UnparsableSourceError: If `text` can't be parsed, or holds a syntax error and no function without one.
+    UnparsableSourceError if `text` can't be parsed, or holds a syntax error and no function without one.
     """
     grammar, source = load_grammar(language), SourceText(text)
     tree = parse(source.bytes, grammar)
@@ -70,11 +69,7 @@ _KINDS = ("function", "scope", "type", "extension")
 
 
 def outline(text: str, language: str) -> list[Definition]:
-    """List what `text` defines, in whole lines, outer before inner, even if there are syntax errors.
-
-    Raises:
-        UnparsableSourceError: If `text` can't be parsed.
-    """
+    """List what `text` defines, in whole lines, outer before inner, even if there are syntax errors."""
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
     for _, captures in QueryCursor(grammar.query).matches(parse(source.bytes, grammar).root_node):

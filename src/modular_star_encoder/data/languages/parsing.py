@@ -109,14 +109,11 @@ def parse(source: bytes, grammar: Grammar) -> Tree:
 def parse_once(source: bytes, grammar: Grammar) -> Tree:
     """The syntax tree of UTF-8 `source`; invalid code becomes ERROR nodes. Nodes have no `text`: slice `source`.
 
-    Raises:
-        UnparsableSourceError: If `source` holds null bytes or a line longer than `MAX_LINE_BYTES`, or takes longer
-            than `MAX_PARSE_SECONDS`: recovering from errors is quadratic, and worse in some grammars.
+    UnparsableSourceError if `source` holds null bytes or a line longer than `MAX_LINE_BYTES`, or takes longer than
+    `MAX_PARSE_SECONDS`: recovering from errors is quadratic, and worse in some grammars.
     """
-    if b"\0" in source:
-        raise UnparsableSourceError("The text holds null bytes.")
-    if len(source) > MAX_LINE_BYTES and max(map(len, source.split(b"\n"))) > MAX_LINE_BYTES:
-        raise UnparsableSourceError(f"A line is longer than {MAX_LINE_BYTES:,} bytes.")
+    if b"\0" in source or max(map(len, source.split(b"\n"))) > MAX_LINE_BYTES:
+        raise UnparsableSourceError(f"The text holds null bytes, or a line longer than {MAX_LINE_BYTES:,} bytes.")
     deadline = time.thread_time() + MAX_PARSE_SECONDS
 
     def read(offset: int, _: Point) -> memoryview:

@@ -470,20 +470,16 @@ _CPP_LINE = re.compile(
 def language_entry(name: str) -> Language:
     """The entry of a language; UserError (`data.language.unknown`) if `name` is unknown."""
     if name not in _LANGUAGE:
-        message = f"Language {name!r} is unknown. Available: {', '.join(SEARCH_LANGUAGES)}."
-        raise UserError("data.language.unknown", message)
+        raise UserError("data.language.unknown", f"Unknown language {name!r}. Available: {', '.join(_LANGUAGE)}.")
     return _LANGUAGE[name]
 
 
 def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = LANGUAGES) -> tuple[str, ...]:
-    """`languages` without repetitions; `default` for None."""
+    """`languages`, a list or one name, without repetitions; `default` for None. An empty list is a UserError."""
     if languages is None:
         return default
-    chosen = () if isinstance(languages, str) else tuple(dict.fromkeys(languages))
-    if not chosen:
-        message = f"languages must be a list of {', '.join(SEARCH_LANGUAGES)}; not {languages!r}."
-        raise UserError("data.languages.list", message)
-    return tuple(language_entry(name).name for name in chosen)
+    chosen = [languages] if isinstance(languages, str) else languages
+    return tuple(language_entry(name).name for name in dict.fromkeys(chosen) or [""])
 
 
 def language_of(path: PurePath) -> str | None:

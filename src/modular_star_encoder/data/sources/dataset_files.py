@@ -7,11 +7,10 @@ of records with `blob_id`, `path`, `language`, `src_encoding`, `length_bytes`, `
 Inria. Source: the dataset cards, and Lozhkov et al., 2024 (arXiv 2402.19173).
 """
 
-import os
 import re
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -26,16 +25,14 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import check_languages, language_named, language_of
 from modular_star_encoder.data.sources import FileFilters, SourceFile, SourceReader, is_closed
-from modular_star_encoder.data.sources.dataset_rows import open_rows
+from modular_star_encoder.data.sources.dataset_rows import Source, open_rows
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_http_settings
-
-SOFTWARE_HERITAGE_S3 = "s3://softwareheritage/content/{blob_id}"
-"""Needs `s3fs`, and credentials where `s3fs` looks for them."""
 
 _ROWS_PER_BATCH = 16
 _MANY_PIECES = 10  # a shard is then at most a tenth larger than another
 _BLOB_ID = re.compile(r"[0-9a-f]{40}")
+_HTTP = ("http", "https")  # for which fsspec would need aiohttp
 _GZIP_MAGIC = b"\x1f\x8b"
 _AHEAD_PER_THREAD = 4
 _GZIP_OVERHEAD = 65_536
@@ -68,55 +65,31 @@ THE_STACK_COLUMNS = RowColumns(
 """`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1); `bigcode/starcoderdata` lacks the last two."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContentSource:
-    """Where and how contents are fetched."""
+def _check_contents(url: str, http: Mapping[str, Any]) -> None:
+    check_http_settings(**http)
+    protocol = urlsplit(url).scheme or "file"
+    fault = "" if "{blob_id}" in url else "it must hold {blob_id}"
+    try:
+        if protocol not in _HTTP:
+            fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        fault = f"{protocol!r}: {str(error).rstrip('.')}"
+    if fault:
+        raise UserError("data.contents.url", f"content_url can't be used: {fault}.")
 
-    url: str  # with `{blob_id}`; http or a protocol of fsspec (s3, file); never shown, as it may hold a signature
-    threads: int = 16  # contents fetched at the same time
-    attempts: int = 4  # over http; a missing or forbidden content is requested once
-    pause: float = 0.5  # seconds before the second attempt; twice as many before each further one
-    timeout: float = 30.0  # seconds without an answer; http only
-    options: dict[str, Any] | None = None  # of fsspec's file system, such as `{"anon": True}` for s3
 
-    def __post_init__(self) -> None:
-        check_http_settings(**self._http_settings())
-        if "{blob_id}" not in self.url:
-            raise UserError("data.contents.url", "The URL of contents must hold {blob_id}, like SOFTWARE_HERITAGE_S3.")
-        try:
-            if not self.is_http:
-                fsspec.get_filesystem_class(self.protocol)
-        except (ImportError, ValueError) as error:
-            message = f"Contents cannot be fetched by {self.protocol!r}: {str(error).rstrip('.')}."
-            raise UserError("data.contents.url", message) from error
-
-    @property
-    def protocol(self) -> str:
-        """The URL's protocol; "file" if it has none."""
-        return urlsplit(self.url).scheme or "file"
-
-    @property
-    def is_http(self) -> bool:
-        """Whether the protocol is http or https; fsspec would need aiohttp for these."""
-        return self.protocol in ("http", "https")
-
-    def _http_settings(self) -> dict[str, Any]:
-        numbers = {"concurrency": self.threads, "attempts": self.attempts}
-        return {**numbers, "pause": self.pause, "timeout": self.timeout}
-
-    @contextmanager
-    def fetcher(self, max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
-        """Yield a function that fetches a content in the background; leaving cancels pending fetches."""
-        with ExitStack() as stack:
-            if self.is_http:
-                client = HTTPClient(max_bytes=max_bytes, follow_redirects=True, **self._http_settings())
-                submit = partial(stack.enter_context(client).submit, "GET")
-            else:
-                executor = ThreadPoolExecutor(self.threads)
-                stack.callback(executor.shutdown, cancel_futures=True)
-                file_system, _ = fsspec.url_to_fs(self.url, **self.options or {})
-                submit = partial(executor.submit, file_system.cat_file)
-            yield lambda blob_id: submit(self.url.replace("{blob_id}", blob_id))
+@contextmanager
+def _fetcher(url: str, http: Mapping[str, Any], max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
+    """Yield a function that fetches a content in the background; leaving cancels pending fetches."""
+    with ExitStack() as stack:
+        if urlsplit(url).scheme in _HTTP:
+            client = stack.enter_context(HTTPClient(max_bytes=max_bytes, follow_redirects=True, **http))
+            submit = partial(client.submit, "GET")
+        else:
+            executor = ThreadPoolExecutor(http["concurrency"])
+            stack.callback(executor.shutdown, cancel_futures=True)
+            submit = partial(executor.submit, fsspec.url_to_fs(url)[0].cat_file)
+        yield lambda blob_id: submit(url.replace("{blob_id}", blob_id))
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
@@ -146,11 +119,7 @@ def unpack(content: bytes, max_bytes: int) -> bytes:
 
 
 class DatasetReader(SourceReader):
-    """Base class of the readers of data sets; the units are the rows of a data set opened by `open_rows`.
-
-    A data set comes in pieces (row groups, files), of which about one is in memory. If the pieces divide evenly, a
-    shard reads only its own pieces; otherwise it reads all and decodes its share of the rows.
-    """
+    """Base class of the readers of data sets; the units are the rows of a data set opened by `open_rows`."""
 
     def __init__(
         self, rows: datasets.IterableDataset, languages: Iterable[str] | None, filters: FileFilters | None
@@ -161,6 +130,7 @@ class DatasetReader(SourceReader):
         self._filters = filters or FileFilters()
 
     def shard(self, index: int, count: int) -> Self:
+        # A shard reads only its own pieces (row groups, files) if they divide evenly, and otherwise all.
         reader = super().shard(index, count)
         pieces = self._rows.num_shards
         even = pieces % count == 0 or pieces >= _MANY_PIECES * count
@@ -170,8 +140,7 @@ class DatasetReader(SourceReader):
         return reader
 
     def _chosen_rows(self) -> Iterator[dict[str, Any]]:
-        # Whole tables are skipped without decoding them. `iter`, unlike `__iter__`, does not divide the data among
-        # the workers of a DataLoader by itself: `shard` alone decides.
+        # Whole tables are skipped undecoded. `iter`, unlike `__iter__`, does not divide rows among DataLoader workers.
         rows = self._rows.skip(self._start).with_format("arrow")
         next_row = 0
         for table in rows.iter(batch_size=_ROWS_PER_BATCH):
@@ -214,8 +183,8 @@ def joined_licenses(value: str | Sequence[str] | None) -> str | None:
 
 
 def row_repositories(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    columns: RowColumns,
+    source: Source,
+    columns: RowColumns | Mapping[str, str] = THE_STACK_COLUMNS,
     *,
     languages: Iterable[str] | None = None,
     filters: FileFilters | None = None,
@@ -223,8 +192,9 @@ def row_repositories(
 ) -> RowReader:
     """Return a reader of a data set with one file per row; its units are the rows.
 
-    `source` and `options` are as for `open_rows`; `columns` are the data set's, such as `THE_STACK_COLUMNS`.
+    `columns` are the data set's, by default those of The Stack; `source` and `options` are as for `open_rows`.
     """
+    columns = columns if isinstance(columns, RowColumns) else RowColumns(**columns)
     rows = open_rows(source, columns=[name for name in asdict(columns).values() if name], **options)
     return RowReader(columns, rows, languages, filters)
 
@@ -232,9 +202,10 @@ def row_repositories(
 class TheStackReader(DatasetReader):
     """Reads rows with lists of files, whose contents are fetched ahead; its units are repositories."""
 
-    def __init__(self, contents: ContentSource, progress: bool, *arguments: Any) -> None:
+    def __init__(self, content_url: str, http: Mapping[str, Any], progress: bool, *arguments: Any) -> None:
+        """`content_url` is never shown, as it may hold a signature; `http` are options of `HTTPClient`."""
         super().__init__(*arguments)
-        self._contents, self._progress = contents, progress
+        self._content_url, self._http, self._progress = content_url, http, progress
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
         fetched = 0
@@ -256,9 +227,8 @@ class TheStackReader(DatasetReader):
                     yield SourceFile(file.repository, file.path, file.language, text, file.license)
                 # A wrong URL or missing access should show now, not after a week of skipping.
                 if not fetched and skipped[_MISSING] + skipped[_NOT_FETCHED] >= _MAX_FAILURES_AT_FIRST:
-                    message = f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched by "
-                    message += f"{self._contents.protocol} (the last: {last}); check the URL and your access to it."
-                    raise UserError("data.contents.no_access", message)
+                    message = f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched ({last}); check "
+                    raise UserError("data.contents.no_access", f"{message}content_url and your access to it.")
 
     def _wanted(self, row: dict[str, Any], skipped: Counter[str]) -> Iterator[tuple[SourceFile, str, str]]:
         """Yield (file without its text, blob, encoding) for each file of a row that is to be fetched."""
@@ -282,19 +252,20 @@ class TheStackReader(DatasetReader):
     def _fetched(self, files: Iterable[tuple[SourceFile, str, str]]) -> Iterator[tuple[SourceFile, str, Future[Any]]]:
         """Yield (file, encoding, its content) in order; only a few are fetched ahead."""
         waiting: deque[tuple[SourceFile, str, Future[Any]]] = deque()
-        with self._contents.fetcher(self._filters.max_bytes + _GZIP_OVERHEAD) as fetch:
+        with _fetcher(self._content_url, self._http, self._filters.max_bytes + _GZIP_OVERHEAD) as fetch:
             for file, blob_id, encoding in files:
                 waiting.append((file, encoding, fetch(blob_id)))
-                if len(waiting) > _AHEAD_PER_THREAD * self._contents.threads:
+                if len(waiting) > _AHEAD_PER_THREAD * self._http["concurrency"]:
                     yield waiting.popleft()
             while waiting:
                 yield waiting.popleft()
 
 
 def the_stack_repositories(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    contents: ContentSource,
+    source: Source,
+    content_url: str,
     *,
+    http: Mapping[str, Any] | None = None,
     languages: Iterable[str] | None = None,
     filters: FileFilters | None = None,
     progress: bool = True,
@@ -303,8 +274,15 @@ def the_stack_repositories(
     """Return a reader of The Stack v2, repository by repository, in the order of its rows.
 
     Files that cannot be fetched are counted in `skipped` and left out, but if none of the first 200 can be fetched,
-    iterating raises UserError. `source`, such as `"bigcode/the-stack-v2-train-smol-ids"`, and `options` are as for
-    `open_rows`; contents are fetched from `contents`, such as `ContentSource(url=SOFTWARE_HERITAGE_S3)`.
+    iterating raises UserError.
+
+    Args:
+        source, options: as for `open_rows`, such as `"bigcode/the-stack-v2-train-smol-ids"`.
+        content_url: an http address or a URL of fsspec, such as `s3://softwareheritage/content/{blob_id}`, which needs
+            `s3fs` and credentials where `s3fs` looks for them.
+        http: `concurrency`, for every protocol, and over http `attempts`, `pause` and `timeout`; see `HTTPClient`.
     """
+    http = {"concurrency": 16, "attempts": 4, "pause": 0.5, "timeout": 30.0} | dict(http or {})
+    _check_contents(content_url, http)
     rows = open_rows(source, columns=("repo_name", "files"), **options)
-    return TheStackReader(contents, progress, rows, languages, filters)
+    return TheStackReader(content_url, http, progress, rows, languages, filters)

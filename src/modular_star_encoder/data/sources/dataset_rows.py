@@ -20,7 +20,6 @@ _ROWS_PER_TABLE = 1024
 _ROWS_PER_BATCH = 256
 _PARQUET, _JSON_LINES = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson")
 _SPLITS = ("train", "validation", "test")
-_EXAMPLE_LENGTH = 200
 _NO_ROWS = "dropped.jsonl"  # near-deduplication's report on the rows that it left out of the parquet files next to it
 _HUB_OPTIONS = ("config", "revision", "data_dir")
 _NOT_FOUND = "no such file or dataset of the Hub, or a gated one: accept its terms and log in with `hf auth login`."
@@ -86,10 +85,17 @@ def open_rows(
 
 @dataclass(frozen=True, slots=True)
 class _DatasetRows:
+    name: str
     read: Callable[[], Iterator[tuple[str, Row]]]
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
-        return self.read()
+        place = self.name
+        try:
+            for place, row in self.read():
+                yield place, row
+        except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+            message = f"The data set {self.name} can't be read beyond {place}: {error}"
+            raise UserError("data.source.damaged", message) from error
 
 
 def open_dataset_rows(
@@ -97,15 +103,14 @@ def open_dataset_rows(
 ) -> Iterable[tuple[str, Row]]:
     """Open a dataset for reading as a stream, again and again in the same order.
 
+    Yields (place of the row, for messages; row); a `BadLine` replaces a row that is not a JSON object.
+
     Args:
         source: A parquet or JSON Lines file, a list of them, a folder of them, or the name of a dataset of the Hub.
         columns: The columns to read. A row of JSON Lines may lack some columns and have others.
         split: The split to read. In a folder, only files whose names begin with it (`train-00000-of-00004.parquet`);
             all files if no name begins with train, validation or test. Named files are read whole.
         options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
-
-    Returns:
-        Pairs (place of the row, for messages; row). A `BadLine` replaces a row that is not a JSON object.
     """
     name = _shown(source)
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
@@ -115,9 +120,9 @@ def open_dataset_rows(
     if files and all(file.endswith(_JSON_LINES) for file in files):
         if missing := [file for file in files if not os.path.isfile(file)]:
             raise UserError("data.source.no_files", f"No file {missing[0]}.")
-        return _DatasetRows(partial(_json_lines, files))
+        return _DatasetRows(name, partial(_json_lines, files))
     rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
-    return _DatasetRows(partial(_table_rows, rows.with_format("arrow"), name))
+    return _DatasetRows(name, partial(_table_rows, rows.with_format("arrow"), name))
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
@@ -126,12 +131,6 @@ def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise UserError("data.row", f"{place} has no text in column {column!r}.")
         yield row[column]
-
-
-def row_example(place: str, row: Any) -> str:
-    """Show the place and the beginning of `row` (a row, a part of one or a `BadLine`), for messages and reports."""
-    shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
-    return f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
 
 
 def not_unicode(text: str) -> str | None:
@@ -168,13 +167,10 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
 def _json_lines(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
     for file in files:
         opener = gzip.open if file.endswith(".gz") else open
-        try:
-            with opener(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield f"{file}, line {number}", _json_object(line)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError("data.source.damaged", f"{file} is damaged: {error}.") from error
+        with opener(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file}, line {number}", _json_object(line)
 
 
 def _json_object(line: str) -> Row:
@@ -187,11 +183,7 @@ def _json_object(line: str) -> Row:
 
 def _table_rows(rows: datasets.IterableDataset, name: str) -> Iterator[tuple[str, Row]]:
     number = 0
-    try:
-        for table in rows.iter(batch_size=_ROWS_PER_BATCH):
-            for row in table.to_pylist():
-                number += 1
-                yield f"{name}, row {number}", row
-    except (OSError, pyarrow.ArrowException) as error:
-        message = f"{name} can't be read further after row {number}: {error}"
-        raise UserError("data.source.damaged", message) from error
+    for table in rows.iter(batch_size=_ROWS_PER_BATCH):
+        for row in table.to_pylist():
+            number += 1
+            yield f"{name}, row {number}", row

@@ -1,13 +1,12 @@
 """Source files of this machine: installed Python distributions, folders of checkouts, zip and tar archives.
 
 Files come in the order of repository and path; in an archive, in the order of its members. Archives are not trusted:
-nothing is written to disk; links, devices and paths that lead outside are counted, never followed; the size of members,
-their number and the bytes that an archive unpacks to are limited.
+nothing is written to disk; links, devices and paths that lead outside are counted, never followed; members are limited
+in size and number, archives in unpacked bytes.
 """
 
 import bz2
 import gzip
-import io
 import lzma
 import os
 import re
@@ -26,7 +25,14 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import IO, Any, NamedTuple
 
 from modular_star_encoder.data.languages.registry import check_languages, language_of
-from modular_star_encoder.data.sources import CLOSED_FOLDERS, FileFilters, SourceFile, SourceReader, is_closed
+from modular_star_encoder.data.sources import (
+    CLOSED_FOLDERS,
+    FileFilters,
+    IgnoreFiles,
+    SourceFile,
+    SourceReader,
+    is_closed,
+)
 from modular_star_encoder.utils.errors import UserError
 
 STANDARD_LIBRARY = "python-standard-library"
@@ -36,7 +42,7 @@ CHECKOUT_MARKERS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "__init__
 
 @dataclass(slots=True)
 class _Repository:
-    """The files of one repository as (path in it, location), and how many were left out by their path."""
+    """The files of one repository, as (path in it, location), and counts of those that their path leaves out."""
 
     files: list[tuple[str, Path]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -93,23 +99,19 @@ class FileReader(SourceReader):
 
 
 def installed_repositories(
-    exclude: Collection[str] = ("transformers",),
+    exclude: str | Collection[str] = ("transformers",),
     *,
     languages: Iterable[str] | None = ("python",),
     filters: FileFilters | None = None,
 ) -> FileReader:
-    """Return a reader of the code installed in this Python environment, without the distributions to `exclude`.
+    """Return a reader of the code installed in this Python environment, without `exclude` and this package itself.
 
-    Every installed distribution is one repository, under its normalised name (PEP 503), and so is the standard
-    library (`"python-standard-library"`). This package itself is never included.
+    Every distribution is a repository, under its normalised name (PEP 503), and so is `python-standard-library`.
     """
-    if isinstance(exclude, str):
-        message = f"exclude must be a list of names of distributions, not {exclude!r}."
-        raise UserError("data.installed.exclude", message)
-    seen = {_normalised_name(name) for name in (*exclude, OWN_DISTRIBUTION)}
+    excluded = [exclude] if isinstance(exclude, str) else exclude
+    seen = {_normalised_name(name) for name in (*excluded, OWN_DISTRIBUTION)}
     chosen, filters = set(check_languages(languages)), filters or FileFilters()
     repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
-    with_standard_library = STANDARD_LIBRARY not in seen
     for distribution in metadata.distributions():
         name = _normalised_name(distribution.name or "")
         # The first on sys.path is the one that Python imports; a distribution without a name is a broken install.
@@ -118,7 +120,7 @@ def installed_repositories(
             for file in distribution.files or []:
                 if language_of(file) in chosen:
                     repositories[name].add(file, Path(str(distribution.locate_file(file))), filters)
-    if with_standard_library:
+    if STANDARD_LIBRARY not in seen:
         for path, location in _source_files(Path(sysconfig.get_path("stdlib")), chosen):
             repositories[STANDARD_LIBRARY].add(path, location, filters)
     return FileReader(repositories, filters)
@@ -136,10 +138,9 @@ def folder_repositories(
     """Return a reader of the code under `folder`.
 
     With `depth`, repositories are the folders `depth` levels down, named by their path (`"a/b"` at depth 2; a file
-    directly in `a` belongs to `"a"`, one directly in `folder` to `"."`); at depth 0 the folder is one repository, named
-    after it. The default depth is 1, or 0 for a checkout or a package (it holds one of `CHECKOUT_MARKERS`). Symbolic
-    links are not followed. Hidden folders, virtual environments, `node_modules` and the like are not entered. With
-    `obey_ignore_files`, files that git ignores are left out (`IgnoreFiles`).
+    directly in `a` belongs to `"a"`, one directly in `folder` to `"."`); at depth 0 the folder is the repository. The
+    default depth is 1, or 0 if the folder holds one of `CHECKOUT_MARKERS`. Symbolic links are not followed. Hidden
+    folders, virtual environments and `CLOSED_FOLDERS` are not entered, nor with `obey_ignore_files` what git ignores.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -170,11 +171,7 @@ def _normalised_name(name: str) -> str:
 
 def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[PurePath, Path]]:
     """Yield (path relative to `root`, location) of every source file; no symbolic link is followed."""
-    ignored = None
-    if obey:
-        from modular_star_encoder.data.sources.ignore_files import IgnoreFiles
-
-        ignored = IgnoreFiles(root)
+    ignored = IgnoreFiles(root) if obey else None
     for parent, folders, files in os.walk(root):
         if "pyvenv.cfg" in files:  # a virtual environment, whatever its name
             folders.clear()
@@ -220,13 +217,22 @@ class ArchiveLimits:
     max_members: int = 200_000  # later members are not read
     max_bytes: int = 8_000_000_000  # unpacked; in a zip, only of the members that are read
 
-    def __post_init__(self) -> None:
-        if min(self.max_members, self.max_bytes) < 1:
-            raise UserError("data.archive.limits", f"The limits of archives must be positive, not {self}.")
-
 
 class ArchiveLimitError(Exception):
     """The archive exceeds a limit; the message is the reason that is counted."""
+
+
+class _Budget:
+    """What may still be read of an archive."""
+
+    def __init__(self, left: int, reason: str) -> None:
+        self._left, self._reason = left, reason
+
+    def spend(self, amount: int) -> None:
+        """Subtract `amount`; raise ArchiveLimitError with the budget's reason if it is more than what is left."""
+        self._left -= amount
+        if self._left < 0:
+            raise ArchiveLimitError(self._reason)
 
 
 class Member(NamedTuple):
@@ -241,12 +247,12 @@ class Member(NamedTuple):
 def archive_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
     """Yield the members of an archive in their order; each can be read until the next is requested.
 
-    Raises ArchiveLimitError if the archive exceeds a limit, and an error of BROKEN_ARCHIVE if it is damaged.
+    Raises ArchiveLimitError beyond a limit, and an error of BROKEN_ARCHIVE if the archive is damaged.
     """
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
-    for number, member in enumerate(members(location, limits)):
-        if number == limits.max_members:
-            raise ArchiveLimitError(_TOO_MANY)
+    budget = _Budget(limits.max_members, _TOO_MANY)
+    for member in members(location, limits):
+        budget.spend(1)
         yield member
 
 
@@ -254,51 +260,39 @@ def _archive_suffix(path: Path) -> str:
     return next((suffix for suffix in ARCHIVE_SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
-class _ZipBytes(io.FileIO):
-    """A zip file with a limit for one read: zipfile reads the whole directory at once."""
+class _LimitedFile:
+    """A file whose reader, tarfile or zipfile, must not read more bytes than a budget has left."""
 
-    largest: int | None = None
+    def __init__(self, file: IO[bytes], budget: _Budget | None) -> None:
+        self._file, self.budget = file, budget
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        if self.largest is not None and (size or 0) > self.largest:
-            raise ArchiveLimitError(_TOO_MANY)
-        return super().read(size) or b""
+    def read(self, size: int = -1) -> bytes:
+        if self.budget is not None:
+            self.budget.spend(max(size, 0))
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _zip_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
-    with _ZipBytes(location) as raw:
-        raw.largest = limits.max_members * _DIRECTORY_BYTES_PER_MEMBER
-        unpacked = 0
+    unpacked = _Budget(limits.max_bytes, _TOO_LARGE)
 
-        def read(info: zipfile.ZipInfo, size: int) -> bytes:
-            nonlocal unpacked
-            with archive.open(info) as file:
-                content = file.read(size)
-            unpacked += len(content)
-            if unpacked > limits.max_bytes:
-                raise ArchiveLimitError(_TOO_LARGE)
-            return content
+    def read(info: zipfile.ZipInfo, size: int) -> bytes:
+        with archive.open(info) as file:
+            content = file.read(size)
+        unpacked.spend(len(content))
+        return content
 
+    with location.open("rb") as file:
+        # zipfile reads the whole directory at once.
+        raw: Any = _LimitedFile(file, _Budget(limits.max_members * _DIRECTORY_BYTES_PER_MEMBER, _TOO_MANY))
         with zipfile.ZipFile(raw) as archive:
-            raw.largest = None
+            raw.budget = None
             for info in archive.infolist():
                 is_file = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
                 kind = "folder" if info.is_dir() else "file" if is_file else "other"
                 yield Member(info.filename, kind, info.file_size, partial(read, info))
-
-
-class _TarBytes:
-    """The unpacked bytes of a tar file, up to a limit."""
-
-    def __init__(self, file: IO[bytes], limit: int) -> None:
-        self._file, self._left = file, limit
-
-    def read(self, size: int) -> bytes:
-        content = self._file.read(size)
-        self._left -= len(content)
-        if self._left < 0:
-            raise ArchiveLimitError(_TOO_LARGE)
-        return content
 
 
 class _TarInfo(tarfile.TarInfo):
@@ -314,16 +308,14 @@ class _TarInfo(tarfile.TarInfo):
 
 def _tar_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
     opener = TAR_OPENERS[_archive_suffix(location)]
-    with (
-        location.open("rb") as raw,
-        opener(raw) as unpacked,
-        tarfile.open(fileobj=_TarBytes(unpacked, limits.max_bytes), mode="r|", tarinfo=_TarInfo) as archive,  # type: ignore[call-overload]
-    ):
-        while (info := archive.next()) is not None:
-            archive.members.clear()  # tarfile would keep every header
-            kind = "file" if info.isreg() and not info.issparse() else "folder" if info.isdir() else "other"
-            file = archive.extractfile(info) if kind == "file" else None
-            yield Member(info.name, kind, info.size, file.read if file else bytes)
+    with location.open("rb") as raw, opener(raw) as unpacked:
+        file: Any = _LimitedFile(unpacked, _Budget(limits.max_bytes, _TOO_LARGE))
+        with tarfile.open(fileobj=file, mode="r|", tarinfo=_TarInfo) as archive:
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
+                kind = "file" if info.isreg() and not info.issparse() else "folder" if info.isdir() else "other"
+                content = archive.extractfile(info) if kind == "file" else None
+                yield Member(info.name, kind, info.size, content.read if content else bytes)
 
 
 class ArchiveReader(SourceReader):
@@ -386,24 +378,19 @@ def archive_repositories(
     filters: FileFilters | None = None,
     limits: ArchiveLimits | None = None,
 ) -> ArchiveReader:
-    """Return a reader of one archive, or of every archive under a folder; each is one repository.
+    """Return a reader of one archive, or of every archive under a folder, with one of `ARCHIVE_SUFFIXES`.
 
-    It reads zip files (`.zip`, `.whl`, `.jar`) and tar files (`.tar`, also with `.gz`, `.bz2`, `.xz`, `.tgz` and the
-    like). A repository has the name of its file, without the suffix; in a folder, its path relative to the folder.
-    Symbolic links are not followed.
+    Each archive is a repository, named by its path in the folder, without the suffix. Symbolic links are not followed.
     """
     root = Path(source).expanduser()
-    if not root.exists():
-        message = f"{os.fspath(source)!r} does not exist; pass an archive or a folder of archives."
-        raise UserError("data.source.missing", message)
     if root.is_dir():
         files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if not path.is_symlink()}
     else:
         files = {root.name: root}
     found = {name: path for name, path in files.items() if _archive_suffix(path) and path.is_file()}
     if not found:
-        message = f"{os.fspath(source)!r} holds no archive with one of the suffixes {', '.join(ARCHIVE_SUFFIXES)}."
-        raise UserError("data.source.no_files", message)
+        message = f"{os.fspath(source)!r} is no archive and no folder that holds one. An archive is a file with one of "
+        raise UserError("data.source.no_files", f"{message}the suffixes {', '.join(ARCHIVE_SUFFIXES)}.")
     short = {name: name[: -len(_archive_suffix(path))] for name, path in found.items()}
     counts = Counter(short.values())
     archives = [(name if counts[short[name]] > 1 else short[name], path) for name, path in found.items()]

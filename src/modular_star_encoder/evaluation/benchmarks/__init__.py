@@ -10,21 +10,7 @@ from typing import Any
 
 import huggingface_hub
 
-from modular_star_encoder.evaluation.benchmarks.codesearchnet import (
-    load_code_folder,
-    load_full_pool,
-    load_human,
-    load_mteb,
-    load_with_candidates,
-)
-from modular_star_encoder.evaluation.benchmarks.codexglue import (
-    load_advtest,
-    load_bigclonebench,
-    load_cosqa,
-    load_exercism,
-    load_poj104,
-    load_translation,
-)
+from modular_star_encoder.evaluation.benchmarks import codesearchnet, codexglue
 from modular_star_encoder.evaluation.tasks import Task
 from modular_star_encoder.utils.errors import UserError
 
@@ -45,35 +31,35 @@ class Benchmark:
 
 
 _DRAWN: dict[str, Any] = {"hub": "code-search-net/code_search_net", "with_candidates": True}
-_load_leaky = partial(load_with_candidates, leaky=True)
+_load_drawn, _load_translation = codesearchnet.load_with_candidates, codexglue.load_translation
+_load_leaky, _load_masked = partial(_load_drawn, leaky=True), partial(_load_translation, masked=True)
 _LEAKY = "CodeSearchNet, 999 distractors, docstrings in Python code"
-_MTEB = "CodeSearchNet, MTEB's 1000 × 1000"
+_MTEB: dict[str, Any] = {"title": "CodeSearchNet, MTEB's 1000 × 1000", "hub": "mteb/CodeSearchNetRetrieval"}
+_FULL, _HUMAN = "CodeSearchNet, filtered, full pool", "CodeSearchNet, human judgements"
 _MASKED = "Code translation as retrieval, names masked"
 
+
+def _exercism(query: str, masked: bool) -> Benchmark:
+    name, title = f"exercism-{query}", f"Exercism, {query} → code"
+    load = partial(codexglue.load_exercism, from_code=query == "code", masked=masked)
+    own = (f"{name}-masked", f"{title}, names masked") if masked else (name, title)
+    return Benchmark(*own, "exercism", load, sized=False)
+
+
 _BENCHMARKS = [
-    Benchmark("codesearchnet-999", "CodeSearchNet, 999 distractors", "codesearchnet", load_with_candidates, **_DRAWN),
+    Benchmark("codesearchnet-999", "CodeSearchNet, 999 distractors", "codesearchnet", _load_drawn, **_DRAWN),
     Benchmark("codesearchnet-999-leaky", _LEAKY, "codesearchnet", _load_leaky, **_DRAWN, in_all=False),
-    Benchmark("codesearchnet-mteb", _MTEB, "codesearchnet-mteb", load_mteb, hub="mteb/CodeSearchNetRetrieval"),
-    Benchmark("codesearchnet-full", "CodeSearchNet, filtered, full pool", "codesearchnet-full", load_full_pool),
-    Benchmark("codesearchnet-human", "CodeSearchNet, human judgements", "codesearchnet-human", load_human),
-    Benchmark("translation", "Code translation as retrieval", "code-to-code-trans", load_translation),
-    Benchmark("translation-masked", _MASKED, "code-to-code-trans", partial(load_translation, masked=True)),
-    Benchmark("poj104", "POJ-104", "poj104", load_poj104),
-    Benchmark("bigclonebench", "BigCloneBench", "bigclonebench", load_bigclonebench),
-    Benchmark("advtest", "AdvTest", "advtest", load_advtest),
-    Benchmark("cosqa", "CoSQA", "cosqa", load_cosqa),
-    *(
-        Benchmark(
-            f"exercism-{query}{'-masked' if masked else ''}",
-            f"Exercism, {query} → code{', names masked' if masked else ''}",
-            "exercism",
-            partial(load_exercism, from_code=query == "code", masked=masked),
-            sized=False,
-        )
-        for query in ("text", "code")
-        for masked in (False, True)
-    ),
-    Benchmark("folder", "Functions of a folder", "", load_code_folder, sized=False, in_all=False),
+    Benchmark("codesearchnet-mteb", folder="codesearchnet-mteb", load=codesearchnet.load_mteb, **_MTEB),
+    Benchmark("codesearchnet-full", _FULL, "codesearchnet-full", codesearchnet.load_full_pool),
+    Benchmark("codesearchnet-human", _HUMAN, "codesearchnet-human", codesearchnet.load_human),
+    Benchmark("translation", "Code translation as retrieval", "code-to-code-trans", _load_translation),
+    Benchmark("translation-masked", _MASKED, "code-to-code-trans", _load_masked),
+    Benchmark("poj104", "POJ-104", "poj104", codexglue.load_poj104),
+    Benchmark("bigclonebench", "BigCloneBench", "bigclonebench", codexglue.load_bigclonebench),
+    Benchmark("advtest", "AdvTest", "advtest", codexglue.load_advtest),
+    Benchmark("cosqa", "CoSQA", "cosqa", codexglue.load_cosqa),
+    *(_exercism(query, masked) for query in ("text", "code") for masked in (False, True)),
+    Benchmark("folder", "Functions of a folder", "", codesearchnet.load_code_folder, sized=False, in_all=False),
 ]
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _BENCHMARKS}
@@ -84,20 +70,18 @@ WITH_CANDIDATES = tuple(name for name, benchmark in BENCHMARKS.items() if benchm
 
 def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     """The names of benchmarks without repetitions; replaces `all` by all benchmarks whose folders are in `data`."""
-    available = ", ".join([*BENCHMARKS, ALL])
-    if not names:
-        raise UserError("benchmark.missing", f"Name a benchmark: {available}.")
-    if unknown := [name for name in names if name not in (*BENCHMARKS, ALL)]:
-        raise UserError("benchmark.unknown", f"Unknown benchmark {unknown[0]!r}. Available: {available}.")
+    unknown = [name for name in names if name not in (*BENCHMARKS, ALL)]
+    if unknown or not names:
+        fault, what = ("unknown", f"Unknown benchmark {unknown[0]!r}") if names else ("missing", "Name a benchmark")
+        raise UserError(f"benchmark.{fault}", f"{what}. Available: {', '.join([*BENCHMARKS, ALL])}.")
     if ALL not in names:
         return list(dict.fromkeys(names))
-    if _is_on_hub(data):
-        raise UserError("benchmark.all.on_hub", f"`{ALL}` needs a folder; on the Hub, name each benchmark.")
     possible = [one for one in _BENCHMARKS if one.in_all]
-    found = [one.name for one in possible if (Path(data).expanduser() / one.folder).is_dir()]
+    found = [one.name for one in possible if not _is_on_hub(data) and Path(data, one.folder).expanduser().is_dir()]
     if not found:
         folders = ", ".join(sorted({one.folder for one in possible}))
-        raise UserError("benchmark.all.none", f"{data} holds no benchmark: expected one of the folders {folders}.")
+        message = f"`{ALL}` needs a local folder that holds one of the folders {folders}, not {data}."
+        raise UserError("benchmark.all.none", message)
     return list(dict.fromkeys(one for name in names for one in (found if name == ALL else [name])))
 
 

@@ -54,21 +54,14 @@ from modular_star_encoder.utils.files import write_json
 
 LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
 
+# Number of rows of each official test split; of queries and of candidates in CodeXGLUE's filtered version.
 TEST_SIZES = {"go": 14_291, "java": 26_909, "javascript": 6_483, "php": 28_391, "python": 22_176, "ruby": 2_279}
-"""Number of rows of each official test split."""
-
 QUERIES = {"go": 8_122, "java": 10_955, "javascript": 3_291, "php": 14_014, "python": 14_918, "ruby": 1_261}
 CANDIDATES = {"go": 28_120, "java": 40_347, "javascript": 13_981, "php": 52_660, "python": 43_827, "ruby": 4_360}
-"""Number of queries and of candidates in CodeXGLUE's filtered version."""
+MTEB_SIZE = 1000  # number of queries, and of documents, of each language
+ANNOTATIONS, ANNOTATION_ROWS = "annotationStore.csv", 4_006
 
-MTEB_SIZE = 1000
-"""Number of queries, and of documents, of each language."""
-
-ANNOTATIONS = "annotationStore.csv"
-ANNOTATION_ROWS = 4_006
-
-Grades = dict[str, dict[str, list[float]]]
-"""{query: {url of a function: relevance grades of the annotators}}"""
+Grades = dict[str, dict[str, list[float]]]  # {query: {url of a function: relevance grades of the annotators}}
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
@@ -96,8 +89,6 @@ def load_with_candidates(
         notes: tuple[str, ...] = ("docstrings are in the code",) if leaky else ()
         if candidates is None:
             notes += check_size(paths[0], len(rows), TEST_SIZES[language], "functions", allow_subset=allow_subset)
-        if len(rows) < 2:
-            refuse(paths[0], None, "at least two functions", str(len(rows)))
         task = pairs_task(name, language, rows.values(), ids=list(rows), size=POOL, notes=notes)
         if candidates is not None:
             task = replace(task, pools=_read_candidates(candidates / f"{language}.json", list(rows)))
@@ -167,18 +158,15 @@ def strip_docstring(code: str) -> str:
     return "".join(pieces)
 
 
-def write_candidates(task: RetrievalTask, folder: Path) -> Path:
-    """Write the query ids of each pool to `folder/{language}.json`, and return the path."""
+def write_candidates(task: RetrievalTask, folder: Path) -> None:
+    """Write the query ids of each pool to `folder/{language}.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{task.name}.json"
     pools = [[task.query_ids[row] for row in pool.queries] for pool in task.pools]
-    write_json(path, {"benchmark": task.benchmark, "task": task.name, "pools": pools})
-    return path
+    write_json(folder / f"{task.name}.json", {"benchmark": task.benchmark, "task": task.name, "pools": pools})
 
 
 def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
-    if not path.is_file():
-        raise FileNotFoundError(f"List of candidates not found: {path}.")
+    """Read the lists that `write_candidates` wrote, as pools of row numbers in `urls`."""
     (data,) = check_rows(path, [read_json(path)], {"pools": list})
     places = {url: place for place, url in enumerate(urls)}
     pools = []
@@ -193,7 +181,7 @@ def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
 
 
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load CodeXGLUE's filtered version, one task per language folder; all code of the language is a candidate."""
+    """Load CodeXGLUE's filtered version, one task per language folder; candidates are all functions of the language."""
     tasks = []
     for language in _languages(folder, ["{0}/test.jsonl*"]):
         test, codebase = (require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))
@@ -215,7 +203,7 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
 
 
 def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load the human judgements, one task per language whose functions exist.
+    """Load the human judgements, one task for each language whose functions are in the folder.
 
     The folder holds `annotationStore.csv` (also under `resources/`) and a folder of JSON lines for each language.
     """
@@ -278,7 +266,7 @@ def _read_code(paths: list[Path]) -> dict[str, str]:
 
 
 def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load MTEB's 1000 × 1000, one task per language whose folders exist."""
+    """Load MTEB's sample of 1000 queries and 1000 documents, one task for each language in the folder."""
     tasks = []
     for language in _languages(folder, _mteb_patterns("{0}", "corpus")):
         documents, document_ids, notes = _read_mteb(folder, language, "corpus", "documents", allow_subset)

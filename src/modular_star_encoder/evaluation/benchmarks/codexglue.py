@@ -44,9 +44,7 @@ TRANSLATION_LINES = 1_000
 POJ_PROBLEMS, POJ_PROGRAMS_EACH = range(81, 105), 500
 BIGCLONEBENCH_PAIRS = 415_416
 
-PROMPT_NAMES = {"cpp": "c++", "csharp": "c#"}
-"""{Exercism's name of a language: its name in prompts}, if they differ."""
-
+PROMPT_NAMES = {"cpp": "c++", "csharp": "c#"}  # {Exercism's name of a language: its name in prompts}, if they differ
 DESCRIPTION = "text"
 
 _WORD = re.compile(r"[^\W\d]\w*")
@@ -179,7 +177,7 @@ def _read_bigclonebench(
 
 
 def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False) -> list[RetrievalTask]:
-    """Load text → code tasks, one per language, or with `from_code` code → code tasks, one per ordered language pair.
+    """Load a text → code task for each language, or with `from_code` a code → code task for each two languages.
 
     Candidates are the exercises that have both texts; tables average over the languages of queries.
     `masked` replaces names in code (see `mask_names`).

@@ -12,14 +12,12 @@ from typing import Any, NoReturn
 from modular_star_encoder.data.sources.dataset_rows import not_unicode
 from modular_star_encoder.utils.errors import UserError
 
-Fields = Mapping[str, type | tuple[type, ...]]
-"""{name of a required field of a row: type or types of its value}."""
-
+Fields = Mapping[str, type | tuple[type, ...]]  # {name of a required field of a row: type or types of its value}
 _NAMES = {str: "a string", list: "a list", int: "a whole number", dict: "an object", float: "a number"}
 
 
 def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoReturn:
-    """Raise UserError that names the file, the line or row (from 1), the expected and the found content."""
+    """Raise UserError that names the file, the line or row (from 1), and the expected and found content."""
     place = f"{path}, line {line}" if line is not None else f"{path}"
     message = f"{place}: expected {expected}{f', found {found}' if found else ''}."
     raise UserError("benchmark.file.unexpected", message)
@@ -35,8 +33,6 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """Like `find_files`, but raise FileNotFoundError, which names the patterns, if no file matches."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}.")
     if not (found := find_files(folder, patterns)):
         raise FileNotFoundError(f"{folder} holds no benchmark file: expected {' or '.join(patterns)}.")
     return found
@@ -103,7 +99,7 @@ def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
 
 
 def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> list[str]:
-    """For each row of `path`, join the tokens in a field with spaces: the first of `names` that the row has."""
+    """Join the tokens of each row of `path` with spaces; they are in the first field of `names` that the row has."""
     texts = []
     for number, row in enumerate(rows, start=1):
         name = next((name for name in names if name in row), None)

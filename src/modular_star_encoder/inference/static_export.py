@@ -1,0 +1,104 @@
+"""Write exit 0 of a checkpoint as a static model, which stock sentence-transformers or model2vec runs.
+
+Both libraries embed a text as the mean of one vector per token. Exit 0 is a mean with a weight per token, and the sum
+of the weights changes only its length. The mean of the vectors times their weights, normalised, is therefore exit 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.numpy import save
+
+from modular_star_encoder.inference.checkpoints import checkpoint_file, load_config, slice_checkpoint
+from modular_star_encoder.inference.exit_zero import ExitZero, has_exit_zero
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import staged_folder, write_json
+
+# Format → the name of the table in model.safetensors.
+TENSORS = {"sentence-transformers": "embedding.weight", "model2vec": "embeddings"}
+# Module paths that all versions of sentence-transformers with `StaticEmbedding` accept; model2vec writes them too.
+_MODULES = (
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.StaticEmbedding"},
+    {"idx": 1, "name": "1", "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"},
+)
+
+
+def export_static(
+    checkpoint: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    format: Literal["sentence-transformers", "model2vec"] = "sentence-transformers",
+) -> Path:
+    """Write exit 0 of a checkpoint as a table of one vector per token, which needs no `trust_remote_code`.
+
+    The embeddings (N, D) float32 of the written model equal exit 0 of `encode_exits` to 1e-6, and an empty text gives
+    zeros. model2vec differs in two points: it uses all tokens of a text longer than `max_position_embeddings`, and it
+    leaves out unknown tokens.
+
+    Args:
+        checkpoint: a folder or Hub repository with exit 0, or `mose-code`, which comes with this package.
+        folder: folder to write; it must be empty or not exist. It is written atomically.
+        format: `sentence-transformers`, for `SentenceTransformer(folder)`; or `model2vec`, for
+            `StaticModel.from_pretrained(folder)`, which `SentenceTransformer` can load too.
+
+    Returns:
+        The written folder: tokenizer.json, modules.json, and model.safetensors with V × D numbers in float32.
+
+    Raises:
+        UserError: the format is unknown, exit 0 is not a weighted mean of token vectors, or the tokenizer adds special
+            tokens, which static models leave out; see `slice_checkpoint` for others. Nothing is written.
+
+    Example:
+        >>> folder = export_static("mose-code", "runs/mose-code-static")  # doctest: +SKIP
+        >>> SentenceTransformer(str(folder)).encode(["parse a header"]).shape  # doctest: +SKIP
+        (1, 384)
+    """
+    if format not in TENSORS:
+        raise UserError("static.format", f"format must be {' or '.join(TENSORS)}, not {format!r}.")
+    config = load_config(checkpoint)
+    if 0 in config.exit_layers and not has_exit_zero(config.to_dict()):
+        message = (
+            f"Exit 0 of {checkpoint} is not a weighted mean of token vectors. It needs a linear head after pooling."
+        )
+        raise UserError("static.exit_zero", message)
+    with tempfile.TemporaryDirectory() as scratch:
+        exit_zero = ExitZero(slice_checkpoint(checkpoint, 0, Path(scratch, "slice")))
+    tokenizer, folder = exit_zero.tokenizer, Path(folder).expanduser()
+    if added := tokenizer.num_special_tokens_to_add(False):
+        message = f"The tokenizer of {checkpoint} adds {added} special tokens to a text, which static models leave out."
+        raise UserError("static.special_tokens", message)
+    with staged_folder(folder) as staging:
+        (staging / "model.safetensors").write_bytes(save({TENSORS[format]: exit_zero.table}))
+        write_json(staging / "modules.json", _MODULES)
+        (staging / "1_Normalize").mkdir()
+        write_json(staging / "1_Normalize" / "config.json", {})
+        prompts: dict[str, str] = {}
+        if (file := checkpoint_file(checkpoint, "config_sentence_transformers.json")) is not None:
+            prompts = json.loads(file.read_text(encoding="utf-8")).get("prompts") or {}
+        settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+        write_json(staging / "config_sentence_transformers.json", settings)
+        if format == "model2vec":
+            tokenizer.no_truncation()
+            # With a maximum length, model2vec also cuts the characters of a text, which may lose tokens before it.
+            own: dict[str, Any] = {"model_type": "model2vec", "architectures": ["StaticModel"], "normalize": True}
+            own |= {"hidden_dim": config.projection_size, "max_length": None, "embedding_dtype": "float32"}
+            write_json(staging / "config.json", own)
+        write_json(staging / "tokenizer.json", _tokenizer_state(tokenizer))
+    return folder
+
+
+def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """The content of tokenizer.json; the name of a special token in a text stays text, if it is so in the checkpoint.
+
+    Both libraries look for all added tokens in a text, so those that the vocabulary also has are removed.
+    """
+    state = json.loads(tokenizer.to_str())
+    if tokenizer.encode_special_tokens:
+        vocabulary = state["model"]["vocab"]
+        state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] not in vocabulary]
+    return state

@@ -1,0 +1,374 @@
+"""A corpus of description–code pairs from packages of Debian, npm and PyPI, such as the one that trains mose-code.
+
+    fetch_packages   packages by name and version → archives, through the registries' own clients
+    build_corpus     archives → functions, one file of rows for each package → pairs, held-out pairs and other texts
+    check_corpus     the texts that equal, or nearly equal, a text of an evaluation set
+
+Fetching and extraction continue after any interruption. The corpus depends on the packages alone.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import subprocess
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from tqdm.auto import tqdm
+
+from modular_star_encoder.data.functions import description_key, drop_reason, extract_functions
+from modular_star_encoder.data.languages.documentation import reads_as_prose
+from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
+from modular_star_encoder.data.sources import STARCODER2_FILTERS, SourceFile
+from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
+from modular_star_encoder.data.sources.repositories import archive_repositories
+from modular_star_encoder.data.splits import draw_repositories
+from modular_star_encoder.evaluation.benchmarks.codesearchnet import read_functions
+from modular_star_encoder.evaluation.benchmarks.rows import check_rows, read_json, read_jsonl
+from modular_star_encoder.synthconl.minhash import DuplicateSettings
+from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
+from modular_star_encoder.utils.crash_safe import crash_safe_map
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import staged_file, staged_folder, write_json
+from modular_star_encoder.utils.settings import check_names, read_mapping
+
+# Each client writes to the folder in which it runs. `debian-source` needs a deb-src line among apt's sources.
+_CLIENTS = {
+    "debian": "apt-get download --quiet {name}={version}",
+    "debian-source": "apt-get source --download-only --quiet {name}={version}",
+    "npm": "npm pack --silent --ignore-scripts {name}@{version}",
+    "pypi": "pip download --quiet --no-deps --only-binary=:all: {name}=={version}",
+}
+_FETCH_SECONDS = 600
+# No name begins with a dash: a client would read it as an option.
+_PACKAGE = re.compile(r"(?P<name>[@\w][\w./+-]*) (?P<version>\w[\w.+~:-]*) (?P<licence>\S.*)")
+
+MAX_CHARACTERS = {"code": 1000, "description": 400}  # longer texts are cut
+MAX_PACKAGE_ROWS = 7000  # pairs, and as many texts without a pair
+MAX_SAME_DESCRIPTION = 3  # pairs with one description
+NEAR_DUPLICATE = 0.8  # Jaccard similarity of character 5-grams from which two functions are one
+VALIDATION_PAIRS = 8800  # or a fifth of all if that is less
+NEAR_EVALUATION = 0.7  # Jaccard similarity of token 5-grams from which a text is near one of an evaluation set
+_TOKEN = {"code": re.compile(r"\w+|[^\w\s]"), "description": re.compile(r"\w+")}
+
+Row = dict[str, Any]
+
+
+class Package(NamedTuple):
+    """A package of a registry, at one version, with the licence that it states."""
+
+    registry: str
+    name: str
+    version: str
+    licence: str
+
+    @property
+    def place(self) -> str:
+        """Relative path of its folder of archives, and of its file of rows."""
+        return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
+
+
+def read_packages(path: str | os.PathLike[str]) -> list[Package]:
+    """Read the packages of a YAML file: each line of a registry's text is a name, a version and a licence.
+
+    Raises:
+        UserError: `settings.unknown` for another registry, `corpus.package` for a line that is not a package.
+    """
+    content = read_mapping(path, example="hub_configs/mose-code/corpus.yaml")
+    check_names(list(content), _CLIENTS, str(path))
+    packages = []
+    for registry, line in ((registry, line) for registry, lines in content.items() for line in str(lines).splitlines()):
+        if not (match := _PACKAGE.fullmatch(line)):
+            message = f"{path}: {registry}: {line!r} must be the name, version and licence of a package."
+            raise UserError("corpus.package", message)
+        packages.append(Package(registry, **match.groupdict()))
+    return packages
+
+
+def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> dict[str, list[Package]]:
+    """Download each package to a folder of its own in `out`, unless it is there; return the packages by outcome.
+
+    Outcomes are "fetched", "fetched before", and the reasons why packages are missing.
+    """
+    outcomes: defaultdict[str, list[Package]] = defaultdict(list)
+    options: Row = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": _FETCH_SECONDS, "check": True}
+    for package in tqdm(packages, desc="Fetching", unit=" packages"):
+        target, outcome = Path(out) / package.place, "fetched before"
+        command = [word.format(**package._asdict()) for word in _CLIENTS[package.registry].split()]
+        try:
+            if not target.is_dir():
+                with staged_folder(target, resumable=True) as folder:
+                    subprocess.run(command, cwd=folder, **options)  # noqa: S603  `_PACKAGE` has checked the names
+                outcome = "fetched"
+        except FileNotFoundError:
+            outcome = f"{command[0]} is not installed"
+        except subprocess.SubprocessError as error:
+            outcome = f"{command[0]} ended with status {getattr(error, 'returncode', 'timeout')}"
+        outcomes[outcome].append(package)
+    return dict(outcomes)
+
+
+def build_corpus(
+    packages: Sequence[Package], source: str | os.PathLike[str], out: str | os.PathLike[str], processes: int = 2
+) -> Row:
+    """Write `pairs.jsonl.gz`, `pairs_valid.jsonl.gz`, `texts.jsonl.gz` and `stats.json` to `out`; return the last.
+
+    A pair has `package`, `language`, `name`, `description` and `code`. A text is a function without a usable
+    description: `package`, `language`, `kind` ("code") and `text`. Whole packages are held out for validation. Rows by
+    package are in files below `out/packages`; a package that has such a file is not read again.
+
+    Args:
+        source: The folder that `fetch_packages` filled; `stats.json` lists the packages that are not there.
+        processes: With 0 or 1, a file that crashes the parser ends the build.
+    """
+    source, out = Path(source), Path(out)
+    files = {one: out / "packages" / f"{one.place}.jsonl.gz" for one in packages if (source / one.place).is_dir()}
+    if len(files) < 2:
+        message = f"{source} holds {len(files)} of {len(packages)} packages; fetch at least two to hold one out."
+        raise UserError("corpus.packages", message)
+    _extract({one: file for one, file in files.items() if not file.exists()}, source, processes)
+    missing = [":".join(one[:2]) for one in packages if one not in files]
+    stats = {"packages": len(files), "packages_missing": missing} | _assemble(files, out)
+    write_json(out / "stats.json", stats)
+    return stats
+
+
+def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> None:
+    """Write the rows of each package to its file, in order, after a line of counts."""
+    packages = list(targets)
+
+    def items() -> Iterator[tuple[int, SourceFile | Counter[str]]]:
+        for number, package in enumerate(packages):
+            with TemporaryDirectory() as temporary:
+                try:
+                    folder = _archives(source / package.place, Path(temporary))
+                    reader = archive_repositories(folder, languages=SEARCH_LANGUAGES, filters=STARCODER2_FILTERS)
+                except UserError:
+                    yield number, Counter({"packages without an archive": 1})
+                    continue
+                yield from ((number, file) for file in reader)
+                yield number, Counter({f"files left out: {reason}": n for reason, n in reader.skipped.items()})
+
+    crash = Counter({"files that crash the parser": 1})
+    options: Row = {"processes": processes, "chunk_size": 16, "crashed": lambda item: [(item[0], crash, [])]}
+    parts = crash_safe_map(_rows, items(), **options)
+    for number, of_package in groupby(chain.from_iterable(parts), key=lambda part: part[0]):
+        counts, rows = Counter[str](), []
+        bar: Row = {"desc": f"Package {number + 1:,} of {len(packages):,}", "unit": " files", "leave": False}
+        for _, its_counts, some in tqdm(of_package, **bar):
+            counts += its_counts
+            rows += [{"package": ":".join(packages[number][:2])} | row for row in some]
+        _write_rows(targets[packages[number]], [{"counts": counts}, *rows])
+
+
+def _archives(folder: Path, temporary: Path) -> Path:
+    """A folder of archives that can be read: `folder`, or `temporary` with the data of the Debian package in it."""
+    for deb in folder.glob("*.deb"):
+        content, folder = deb.read_bytes(), temporary
+        # The last member, after its name, time, owner, group, mode and size; see deb(5).
+        if match := re.search(rb"(data\.tar[.\w]*)[ /]+(?:\d+ +){4}(\d+) +`\n", content):
+            (folder / match[1].decode()).write_bytes(content[match.end() :][: int(match[2])])
+    return folder
+
+
+def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
+    """The number of the package, counts and rows of each file: a pair or a text for each function."""
+    parts = []
+    for number, file in items:
+        counts, rows = Counter[str](), list[Row]()
+        for one in extract_functions(file, counts, documented_only=False) if isinstance(file, SourceFile) else ():
+            reason = drop_reason(one) or ("" if reads_as_prose(one.description) else "description reads as code")
+            code, description = one.code[: MAX_CHARACTERS["code"]], one.description[: MAX_CHARACTERS["description"]]
+            row: Row = {"language": one.language}
+            if not reason:
+                rows.append(row | {"name": one.name, "description": description, "code": code})
+            elif one.code.count("\n") > 1 and "test" not in one.name.lower():
+                rows.append(row | {"kind": "code", "text": code})
+            counts[f"documented functions without a pair: {reason}"] += bool(reason and one.description)
+        parts.append((number, counts + (file if isinstance(file, Counter) else Counter(files=1)), rows))
+    return parts
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+
+def _write_rows(target: Path, rows: Iterable[Row]) -> str:
+    """Write JSON lines, compressed; return the SHA-256 of the lines, which does not depend on the compression."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with staged_file(target, resumable=True) as temporary, gzip.open(temporary, "wb", compresslevel=6) as output:
+        for line in map(_line, rows):
+            digest.update(line)
+            output.write(line)
+    return digest.hexdigest()
+
+
+def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
+    """Write the corpus, return its statistics; of equal or near rows, the one of the earliest package stays."""
+    counts, dropped, licences = Counter[str](), Counter[str](), {":".join(one[:2]): one.licence for one in files}
+    pairs: list[Row] = []
+    texts: list[Row] = []
+
+    def keep(rows: list[Row], rule: str, keeps: Callable[[Row], bool]) -> list[Row]:
+        kept = [row for row in rows if keeps(row)]
+        dropped[rule] += len(rows) - len(kept)
+        return kept
+
+    def repetition(seen: Counter[bytes], text: str) -> int:
+        seen[key := _key(text)] += 1
+        return seen[key]
+
+    for path in tqdm(files.values(), desc="Reading rows", unit=" packages"):
+        head, *lines = (row for _, row in open_dataset_rows([path], []) if isinstance(row, dict))
+        counts.update(head["counts"])
+        for rows, column in ((pairs, "code"), (texts, "text")):
+            some = [row for row in lines if column in row]
+            rows += some[:MAX_PACKAGE_ROWS]
+            dropped[f"{column}: its package has more"] += len(some[MAX_PACKAGE_ROWS:])
+    codes, descriptions = Counter[bytes](), Counter[bytes]()
+    pairs = keep(pairs, "code: equal to another", lambda row: repetition(codes, row["code"]) == 1)
+    few = "code: description of other pairs"
+    pairs = keep(pairs, few, lambda row: repetition(descriptions, row["description"]) <= MAX_SAME_DESCRIPTION)
+    columns, settings = {"code": [row["code"] for row in pairs]}, DuplicateSettings(threshold=NEAR_DUPLICATE)
+    kept = iter(find_near_duplicates(columns, settings=settings).kept.tolist())
+    pairs = keep(pairs, "code: near another", lambda _: next(kept))
+    sizes = Counter(row["package"] for row in pairs)
+    share = min(0.2, VALIDATION_PAIRS / max(1, len(pairs))) / 10
+    held_out = draw_repositories(sizes, seed=0, min_test=VALIDATION_PAIRS, max_repository_share=share)
+    valid = [row for row in pairs if row["package"] in held_out]
+    theirs = {_key(row["description"]) for row in valid}
+    train = [row for row in pairs if row["package"] not in held_out]
+    train = keep(train, "code: description of a held-out pair", lambda row: _key(row["description"]) not in theirs)
+    texts = keep(texts, "text: of a held-out package", lambda row: row["package"] not in held_out)
+    texts = keep(texts, "text: equal to another", lambda row: repetition(codes, row["text"]) == 1)
+    parts = {"pairs": train, "pairs_valid": valid, "texts": texts}
+    return {
+        **{name: len(rows) for name, rows in parts.items()},
+        "packages_held_out": sorted(held_out),
+        "extraction": counts,
+        "dropped": dropped,
+        **{f"{name}_by_language": Counter(row["language"] for row in rows) for name, rows in parts.items()},
+        "pairs_by_licence": Counter(licences[row["package"]] for row in pairs),
+        "pairs_by_package": Counter(row["package"] for row in pairs),
+        "sha256_of_lines": {name: _write_rows(out / f"{name}.jsonl.gz", rows) for name, rows in parts.items()},
+    }
+
+
+def _key(text: str) -> bytes:
+    """Equal for texts of the same letters and digits."""
+    return hashlib.blake2b(description_key(text).encode(errors="replace"), digest_size=12).digest()
+
+
+class EvaluationTexts:
+    """The codes and descriptions of evaluation sets; a long one also as the corpus cuts it.
+
+    A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of them, and has its name.
+    Rows of CodeSearchNet give the code and query of the benchmark. Of other rows, `code` (a text, a list, or texts by
+    language), `description` and `query` are read, and the paragraphs of the last two.
+    """
+
+    def __init__(self, sources: Iterable[str | os.PathLike[str]]) -> None:
+        self.counts: Counter[str] = Counter()  # texts, by "set kind"
+        self._equal: dict[tuple[str, bytes], str] = {}  # (kind, key) → set
+        self._grams: dict[str, dict[int, list[int]]] = {kind: defaultdict(list) for kind in _TOKEN}  # → numbers
+        self._texts: list[tuple[str, int]] = []  # by number: set, 5-grams
+        for source in map(Path, sources):
+            for path in sorted(source.rglob("*.json*")) if source.is_dir() else [source]:
+                for kind, text in dict.fromkeys(_evaluation_texts(path)):
+                    self._add(source.name.partition(".")[0], kind, text)
+        if not self._texts:
+            raise UserError("corpus.against", "The evaluation sets hold no code, description or query.")
+
+    def _add(self, name: str, kind: str, text: str) -> None:
+        self.counts[f"{name} {kind}"] += 1
+        for one in {text, text[: MAX_CHARACTERS[kind]]}:
+            if description_key(one):
+                self._equal.setdefault((kind, _key(one)), name)
+            grams = _grams(one, kind)
+            for gram in grams:
+                self._grams[kind][gram].append(len(self._texts))
+            self._texts.append((name, len(grams)))
+
+    def find(self, kind: str, text: str) -> str | None:
+        """`"equal SET"` or `"near SET"` for a text of a set ("code" or "description"), or None."""
+        if name := self._equal.get((kind, _key(text))):
+            return f"equal {name}"
+        index, grams = self._grams[kind], _grams(text, kind)
+        known = index.keys() & grams
+        if len(known) < NEAR_EVALUATION * len(grams):
+            return None
+        common = Counter(chain.from_iterable(index[gram] for gram in known))
+        near = {n: count / (len(grams) + self._texts[n][1] - count) for n, count in sorted(common.items())}
+        best = max(near, key=near.__getitem__, default=0)
+        return f"near {self._texts[best][0]}" if near.get(best, 0) >= NEAR_EVALUATION else None
+
+
+def _grams(text: str, kind: str) -> set[int]:
+    """The hashes of the 5-grams of lower-case tokens."""
+    tokens = _TOKEN[kind].findall(text.lower())
+    return set(map(hash, zip(*(tokens[start:] for start in range(5)), strict=False)))
+
+
+def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (kind, text) of the rows of a file."""
+    rows = check_rows(path, read_json(path), {}) if path.suffix == ".json" else read_jsonl(path, {})
+    if {"func_documentation_string", "docstring"} & rows[0].keys():
+        rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]
+    for row in rows:
+        code = row.get("code")
+        for one in code.values() if isinstance(code, dict) else code if isinstance(code, list) else [code]:
+            yield from [("code", one)] if isinstance(one, str) else ()
+        for text in (row[name] for name in ("description", "query") if isinstance(row.get(name), str)):
+            paragraphs = (part for part in re.split(r"\n\s*\n", text) if len(part.split()) > 4)
+            yield from (("description", one) for one in (text, *paragraphs))
+
+
+def check_corpus(
+    files: Iterable[str | os.PathLike[str]], texts: EvaluationTexts, drop: str | os.PathLike[str] | None = None
+) -> tuple[Row, list[str]]:
+    """Find the texts of a corpus that equal a text of `texts` in letters and digits, or are near one.
+
+    Args:
+        files: Files that `build_corpus` wrote.
+        drop: A folder; files of the same names are written to it, without the rows that are found.
+
+    Returns:
+        Counts by file and set, for a model's card; and a line for each text that is found: where it is, and the set.
+    """
+    rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
+    report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
+    hits: list[str] = []
+    for path in map(Path, files):
+        counts, digest = Counter(rows=0, rows_found=0), hashlib.sha256()
+        others = _others(path, texts, counts, digest, hits)
+        if drop is None:
+            deque(others, maxlen=0)
+        else:
+            _write_rows(Path(drop, f"{path.name.removesuffix('.gz')}.gz"), others)
+        report["files"][path.name] = {**counts, "sha256_of_lines": digest.hexdigest()}
+    return report, hits
+
+
+def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], digest: Any, hits: list[str]) -> Iterator[Row]:
+    """Yield the rows whose texts are in no evaluation set; `counts` and `digest` get all rows, `hits` the others."""
+    for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
+        row = row if isinstance(row, dict) else {}
+        kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]
+        if "text" in row:
+            kinds = [(row.get("kind"), row["text"])]
+        if not all(kind in _TOKEN and isinstance(text, str) for kind, text in kinds):
+            raise UserError("corpus.row", f"{place} must have `code` and `description`, or `kind` and `text`.")
+        found = [f"{kind} {hit}" for kind, text in kinds if (hit := texts.find(kind, text))]
+        hits += [f"{place} ({row.get('package')}): {one}" for one in found]
+        counts.update(found, rows=1, rows_found=bool(found))
+        digest.update(_line(row))
+        if not found:
+            yield row
