@@ -10,7 +10,7 @@ from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.exit_zero import ExitZero, has_exit_zero, read_config
 
 MODEL = str(files("modular_star_encoder.hub_configs") / "mose-code")
-TEXTS = ["parse an HTTP header", "def f(x):\n    return x + 1\n" * 200, "", "größe 🐍"]
+TEXTS = ["parse an HTTP header", "def f(x):\n    return x + 1\n" * 200, "", "größe 🐍", "a <mask> <pad>"]
 
 
 def test_numpy_embeds_what_the_model_embeds_at_exit_0():
