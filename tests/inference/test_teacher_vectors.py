@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.inference import teacher_vectors
-from modular_star_encoder.inference.encoders import load_encoder
 from modular_star_encoder.inference.teacher_vectors import TeacherTargets, TeacherVectors, compute_teacher_vectors
 from tests.errors import raises
-from tests.tiny import save_tiny_checkpoint
 
 TEXTS = [f"read file {number} of the table" for number in range(10)]
 
@@ -107,10 +105,3 @@ def test_targets_are_centred_by_kind_and_an_unpaired_text_by_the_nearer_mean(tmp
         assert raw.of(text) == pytest.approx(found.vector(text), abs=1e-3)
         distances = {one: np.linalg.norm(found.vector(text) - mean) for one, mean in means.items()}
         assert (targets.of(text) == targets.of(text, min(distances, key=distances.get))).all()
-
-
-def test_a_checkpoint_teaches_by_its_deepest_exit(tmp_path):
-    teacher = load_encoder(str(save_tiny_checkpoint(tmp_path / "teacher")))
-    found = compute(teacher, TEXTS, tmp_path / "cache", max_characters=200)
-    expected = teacher.encode([("", TEXTS[3])], [4], progress=False)[4][0]
-    assert found.vector(TEXTS[3]) == pytest.approx(expected, abs=1e-3)

@@ -9,11 +9,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, TrainerState
 
+from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet, open_triplets
+from modular_star_encoder.data.splits import BatchPlan, PairGroups
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.averaging import AveragedWeights
+from modular_star_encoder.training.distilling import TaughtBatches
 from modular_star_encoder.training.finetuning import finetune
-from modular_star_encoder.training.growing import grow, start_from_teacher, token_texts
+from modular_star_encoder.training.growing import grow, start_from_teacher
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_recipe
 from tests.errors import raises
 from tests.tiny import save_tiny_checkpoint, tiny_batch, tiny_config, tiny_model
@@ -63,13 +67,6 @@ def test_a_model_narrower_than_its_teacher_starts_with_the_principal_components(
     assert error > 1
 
 
-def test_token_texts_are_words_without_spaces_in_the_order_of_ids(tokenizer):
-    texts = token_texts(tokenizer)
-    assert len(texts) == len(tokenizer)
-    spaced = next(token for token in tokenizer.get_vocab() if token.startswith("Ġ") and len(token) > 2)
-    assert texts[tokenizer.get_vocab()[spaced]] == spaced[1:]
-
-
 def test_every_exit_of_a_grown_model_embeds_like_exit_0_and_its_layers_learn(tokenizer):
     model, _, _ = started(tokenizer, 16)
     nn.init.normal_(model.projection_heads["0"].dense.bias)
@@ -94,18 +91,12 @@ def test_models_that_cannot_start_or_grow_are_refused(tokenizer):
 
 
 def test_averaged_weights_follow_their_formula_and_continue_from_a_checkpoint(tmp_path):
-    model, average = nn.Linear(1, 1, bias=False), AveragedWeights(0.5)
-    state, expected = TrainerState(), 1.0
-
+    model, average, state, expected = nn.Linear(1, 1, bias=False), AveragedWeights(0.5), TrainerState(), 0.0
     arguments = MultiExitTrainingArguments(str(tmp_path), use_cpu=True)
-
-    def set_weight(value):
-        nn.init.constant_(model.weight, value)
-
-    set_weight(1.0)
+    nn.init.zeros_(model.weight)
     average.on_train_begin(arguments, state, None, model=model)
     for step in range(1, 9):
-        set_weight(float(step))
+        nn.init.constant_(model.weight, step)
         state.global_step = step
         average.on_step_end(arguments, state, None, model=model)
         decay = min(0.5, (1 + step) / (10 + step))
@@ -119,6 +110,25 @@ def test_averaged_weights_follow_their_formula_and_continue_from_a_checkpoint(tm
     assert model.weight.item() == pytest.approx(expected, rel=1e-6)
     with raises("training.ema_decay", 1.5):
         MultiExitTrainingArguments("runs", ema_decay=1.5)
+
+
+def test_each_text_of_a_batch_has_its_own_vector_and_every_second_row_an_unpaired_text(tokenizer):
+    snippets = [tuple(Snippet("python", f"def f{row}_{number}(): pass") for number in range(2)) for row in range(8)]
+    examples = [RetrievalExample(f"text {row}", own, negative=snippets[row - 1][1]) for row, own in enumerate(snippets)]
+    batches = RetrievalBatches(RetrievalTexts(examples, tokenizer), BatchPlan(PairGroups(examples), 4, 0), steps=2)
+    unpaired = RetrievalTexts([RetrievalExample(f"alone {row}", ()) for row in range(5)], tokenizer)
+
+    class Targets:
+        def of(self, text, kind=None):
+            return np.array([*map(ord, f"{kind}: {text}".ljust(50))], np.float32)
+
+    taught = TaughtBatches(batches, Targets(), unpaired)
+    for index, row in enumerate(map(taught.__getitem__, range(8))):
+        assert ("text_ids" in row) is (index % 2 == 0)
+        for side in {name.split("_")[0] for name in row}:
+            kind, _, text = "".join(map(chr, row[f"{side}_teacher"].int())).strip().partition(": ")
+            assert text in tokenizer.decode(row[f"{side}_ids"])
+            assert kind == {"alone": "None", "text ": "query"}.get(text[:5], "document")
 
 
 @pytest.mark.slow
@@ -171,20 +181,21 @@ def test_a_teacher_of_another_size_and_grown_adapters_are_refused(tmp_path):
     file = write_recipe(tmp_path / "recipe.yaml", settings)
     with raises("training.lora", "grow_to"):
         load_recipe(FinetuningRecipe, file, ["lora={}", "grow_to=[0, 1]"])
-    with raises("settings.unknown", "taecher"):
-        load_recipe(FinetuningRecipe, file, ["distillation.taecher=x"])
-    recipe = load_recipe(FinetuningRecipe, file, [f"tokenizer={teacher}", "config.projection_size=8"])
     tiny_config(projection_size=8).save_pretrained(tmp_path / "narrow")
     recipe = load_recipe(FinetuningRecipe, file, [f"tokenizer={teacher}", f"model={tmp_path / 'narrow'}"])
     with raises("distillation.size", "16", "8"):
         finetune(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
 
 
-def test_the_two_recipes_of_mose_code_fit_each_other():
-    first, second = (
-        load_recipe(FinetuningRecipe, hub_config_folder("mose-code") / f"{n}.yaml") for n in ("exit-0", "recipe")
-    )
+def test_the_two_recipes_of_mose_code_fit_each_other_and_read_pairs_with_one_snippet(tmp_path):
+    folder = hub_config_folder("mose-code")
+    first, second = (load_recipe(FinetuningRecipe, folder / f"{name}.yaml") for name in ("exit-0", "recipe"))
     assert (first.exit_layer, second.exit_layer, second.grow_to) == (0, None, (0, 1, 2, 4, 6))
     assert first.distillation.teacher == second.distillation.teacher == "BAAI/bge-small-en-v1.5"
     assert (first.distillation.start_from_teacher, second.distillation.start_from_teacher) == (True, False)
     assert first.data == second.data
+    (tmp_path / "pairs.jsonl").write_text(
+        '{"description": "add", "code": "a + b", "language": "go", "package": "sums"}'
+    )
+    source = {**first.data["triplets"], "source": str(tmp_path / "pairs.jsonl")}
+    assert list(open_triplets(**source)) == [RetrievalExample("add", (Snippet("go", "a + b"),), "sums")]
