@@ -1,5 +1,7 @@
 """A teacher's vectors: each text computed once, whatever kills the job, and never mixed with other settings."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,8 @@ def test_each_text_is_computed_once_and_its_vector_is_the_teachers_at_unit_lengt
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     assert np.abs(np.array([found.vector(text) for text in TEXTS]) - expected).max() < 1e-3
     assert all(isinstance(chunk, np.memmap) and chunk["vector"].dtype == np.float16 for chunk in found._chunks)
+    assert (pickle.loads(pickle.dumps(found)).vector(TEXTS[7]) == found.vector(TEXTS[7])).all()
+    assert len(pickle.dumps(found)) < 1000
     with pytest.raises(KeyError, match="never seen"):
         found.vector("never seen")
 

@@ -34,17 +34,19 @@ class TeacherVectors:
             except (ValueError, EOFError):
                 path.unlink()
         hashes = np.concatenate([np.empty(0, np.uint64), *(chunk["hash"] for chunk in self._chunks)])
-        self._order = np.argsort(hashes, kind="stable")
-        self._hashes = hashes[self._order]
+        order = np.argsort(hashes, kind="stable")
+        # The last entry stands for all hashes above the largest: they have no row.
+        self._hashes, self._places = np.append(hashes[order], np.uint64(2**64 - 1)), np.append(order, -1)
         self._starts = np.cumsum([0, *map(len, self._chunks)])
+
+    def __reduce__(self) -> tuple[type["TeacherVectors"], tuple[Path]]:
+        return type(self), (self.folder,)  # a copy for another process maps the files again
 
     def places(self, texts: Iterable[str]) -> np.ndarray:
         """The row of each text, int64 (N,), counted over all chunks; -1 for a text without a vector."""
         hashes = text_hashes(text[: self._cut] for text in texts)
-        if not len(self._hashes):
-            return np.full(len(hashes), -1)
-        found = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)
-        return np.where(self._hashes[found] == hashes, self._order[found], -1)
+        found = np.searchsorted(self._hashes, hashes)
+        return np.where(self._hashes[found] == hashes, self._places[found], -1)
 
     def rows(self, places: np.ndarray) -> np.ndarray:
         """The vectors of these rows, float32 (N, D), of length 1 up to the rounding of float16."""
@@ -85,10 +87,8 @@ def compute_teacher_vectors(
     settings are never mixed in. One process at a time may compute the same texts.
 
     Args:
-        teacher: any encoder of `load_encoder`.
-        texts: texts without prompts; each is cut at `max_characters`, and by the teacher at its own length.
+        texts: texts without `prompt`; each is cut at `max_characters`, and by the teacher at its own length.
         cache: a folder; by default `modular-star-encoder/teacher-vectors` in `XDG_CACHE_HOME` or `~/.cache`.
-        prompt: prefix of every text.
 
     Raises UserError if a vector is not finite (`teacher.not_finite`).
 
