@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from modular_star_encoder.objectives.contrastive import ContrastiveObjective
     from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+    from modular_star_encoder.objectives.distillation import DistillationObjective, DistillationSettings
     from modular_star_encoder.objectives.sentence_transformer_loss import MultiExitContrastiveLoss
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.training.arguments import MultiExitTrainingArguments
@@ -40,6 +41,8 @@ _MODULE_OF = {
     "CodeIndex": "search.index",
     "ContrastiveObjective": "objectives.contrastive",
     "ContrastiveSettings": "objectives.contrastive_settings",
+    "DistillationObjective": "objectives.distillation",
+    "DistillationSettings": "objectives.distillation",
     "ModularStarEncoderConfig": "modeling",
     "ModularStarEncoderForPreTraining": "modeling",
     "ModularStarEncoderForRetrieval": "modeling",
@@ -62,6 +65,8 @@ __all__ = [
     "CodeIndex",
     "ContrastiveObjective",
     "ContrastiveSettings",
+    "DistillationObjective",
+    "DistillationSettings",
     "ModularStarEncoderConfig",
     "ModularStarEncoderForPreTraining",
     "ModularStarEncoderForRetrieval",

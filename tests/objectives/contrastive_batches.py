@@ -4,7 +4,7 @@ import torch
 
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
-from tests.tiny import VOCAB_SIZE, tiny_model
+from tests.tiny import PROJECTION_SIZE, VOCAB_SIZE, tiny_model
 
 EVERY_OPTION = {
     "pairs": (("query", "document", "negative"), ("document", "translation")),
@@ -48,6 +48,16 @@ def every_side():
 def pair_batch():
     sides = every_side()
     return {"query": sides["query"], "document": sides["document"]}
+
+
+def taught_batch():
+    """Six pairs and six texts without a counterpart, with random vectors of a teacher, of any length."""
+    sides = pair_batch() | {"text": texts((5, 3, 9, 2, 4, 6), seed=7)}
+    generator = torch.Generator().manual_seed(3)
+    return {
+        side: own | {"teacher": torch.randn(6, PROJECTION_SIZE, generator=generator).half()}
+        for side, own in sides.items()
+    }
 
 
 def with_dropout(rate, model_class=ModularStarEncoderForRetrieval, **changes):

@@ -21,6 +21,7 @@ from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.objectives.distillation import DistillationObjective, DistillationSettings
 from modular_star_encoder.objectives.exit_losses import InContextObjective
 from modular_star_encoder.objectives.sentence_transformer_loss import MultiExitContrastiveLoss
 from tests.objectives.contrastive_batches import (
@@ -30,6 +31,7 @@ from tests.objectives.contrastive_batches import (
     every_side,
     gradients,
     pair_batch,
+    taught_batch,
     with_dropout,
 )
 from tests.processes import leave_together, run_processes
@@ -48,6 +50,15 @@ def new_model(dtype="float32"):
 
 def weighted_loss(model, batch, settings):
     return (ContrastiveObjective(settings)(model, batch, EXIT_LAYERS).losses * WEIGHTS).sum()
+
+
+def distilled(wrap=lambda model: model, share=slice(None)):
+    """A model with the gradients of its share of six pairs and texts with a teacher's vectors."""
+    model, settings = new_model(), DistillationSettings(relational_weight=0.5)
+    wrapped = wrap(model)
+    own = rows(taught_batch(), share.start, share.stop)
+    (DistillationObjective(settings)(wrapped, own, EXIT_LAYERS).losses * WEIGHTS).sum().backward()
+    return model
 
 
 def pretraining_backward(wrap=lambda model: model, share=slice(None)):
@@ -141,6 +152,11 @@ def test_two_processes_give_the_gradients_of_one_through_the_loss_for_sentence_t
     assert_same_gradients(load_file(folder / "sentence_transformer.safetensors"), gradients(model), relative=5e-6)
 
 
+def test_two_processes_give_the_gradients_of_one_in_distillation(folder):
+    found = load_file(folder / "distillation.safetensors")
+    assert_same_gradients(found, gradients(distilled()), relative=5e-6)
+
+
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_two_processes_give_the_gradients_of_one_in_pretraining(folder, wrapper):
     model = pretraining_backward()
@@ -171,6 +187,7 @@ def main(folder):
             model = new_model(dtype)
             run(model, wrap(model), batch, every_option(mini_batch_tokens=tokens))
             save(model, f"{name}-{dtype}")
+    save(distilled(DistributedDataParallel, slice(rank * ROWS // world, (rank + 1) * ROWS // world)), "distillation")
     save(sentence_transformer(batch, folder / "checkpoint"), "sentence_transformer")
     for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", sharded)):
         share = slice(rank * 4 // world, (rank + 1) * 4 // world)

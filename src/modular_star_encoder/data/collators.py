@@ -57,12 +57,19 @@ class RetrievalCollator(_Padding):
     """Pads rows of `RetrievalTexts` and `RetrievalBatches` on the tokenizer's side.
 
     Returns `{"query": {...}, "document": {...}}`, each with `input_ids` and `attention_mask`, int64 of shape (B, T); T
-    is the length of the longest query or document. With hard negatives, `negative` is a third entry.
+    is the length of the longest query or document. With hard negatives, `negative` is a third entry. Rows that also
+    hold `text_ids`, an unpaired text, give the entry `text`, with as many texts as such rows. Where rows hold
+    `{side}_teacher`, float32 (D,), the entry of the side has `teacher`, (B, D).
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, dict[str, torch.Tensor]]:
-        sides = [side for side in ("query", "document", "negative") if f"{side}_ids" in rows[0]]
-        return {side: self._inputs(rows, f"{side}_ids") for side in sides}
+        batch = {}
+        for side in ("query", "document", "negative", "text"):
+            if own := [row for row in rows if f"{side}_ids" in row]:
+                batch[side] = self._inputs(own, f"{side}_ids")
+                if f"{side}_teacher" in own[0]:
+                    batch[side]["teacher"] = torch.stack([row[f"{side}_teacher"] for row in own])
+        return batch
 
 
 class ClassificationCollator(_Padding):

@@ -96,6 +96,23 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         content = self._codes[int(self._first_code[row]) + number]
         return self._code(self.texts[row].snippets[number], content, renaming)
 
+    def tokens(self, row: int, number: int | None, renaming: np.random.Generator | None = None) -> torch.Tensor:
+        """The ids of the description (None), the hard negative (-1) or another snippet of a row, int64 (T,)."""
+        if number is None:
+            return self.description(row)
+        return self.negative(row, renaming) if number < 0 else self.snippet(row, number, renaming)
+
+    def text(self, row: int, number: int | None) -> str:
+        """The text whose ids are `tokens(row, number)`, without prompt and not cut."""
+        example = self.texts[row]
+        if number is None:
+            return example.description
+        return example.negative.code if number < 0 and example.negative else example.snippets[number].code
+
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """How often each token occurs in the descriptions and snippets, int64 (vocab_size,); frames do not count."""
+        return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
+
     def negative(self, row: int, renaming: np.random.Generator | None = None) -> torch.Tensor:
         """The hard negative of a row, which must have one; `renaming` as for `snippet`."""
         return self._code(self._negative_snippets[row], self._negatives[row], renaming)
@@ -127,8 +144,8 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, identifier_rename_prob: float = 0.0
     ) -> None:
         """`identifier_rename_prob`: probability that the frequent words of a snippet are renamed."""
-        self._texts, self._plan, self._identifier_rename_prob = texts, plan, identifier_rename_prob
-        self.batch_size = plan.batch_size
+        self.rows, self._plan, self._identifier_rename_prob = texts, plan, identifier_rename_prob
+        self.batch_size, self.seed = plan.batch_size, plan.seed
         self._length = steps * plan.batch_size
 
     def __len__(self) -> int:
@@ -136,20 +153,29 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         index = range(self._length)[index]  # IndexError beyond the last row
+        names = np.random.default_rng((self._plan.seed, _NAMES, index))
+        found = {}
+        for side, (row, number) in self._places(index).items():
+            renaming = None if number is None else self._renaming(names)
+            found[f"{side}_ids"] = self.rows.tokens(row, number, renaming)
+        return found
+
+    def texts(self, index: int) -> dict[str, tuple[str, bool]]:
+        """The texts of row `index` before any renaming: side → (text, whether it is code)."""
+        places = self._places(index).items()
+        return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
+
+    def _places(self, index: int) -> dict[str, tuple[int, int | None]]:
+        """Side → (row, number of its snippet, None for its description, -1 for its hard negative)."""
         step, place = divmod(index, self.batch_size)
         row, kind = self._plan.batch(step)[place]
-        names = np.random.default_rng((self._plan.seed, _NAMES, index))
-        if kind == TEXT_TO_CODE:
-            query, document = self._texts.description(row), self._texts.snippet(row, 0, self._renaming(names))
-        else:
+        places: dict[str, tuple[int, int | None]] = {"query": (row, None), "document": (row, 0)}
+        if kind != TEXT_TO_CODE:
             drawing = np.random.default_rng((self._plan.seed, _SNIPPETS, index))
-            numbers = drawing.choice(len(self._texts.texts[row].snippets), size=2, replace=False)
-            query, document = (self._texts.snippet(row, int(number), self._renaming(names)) for number in numbers)
-        found = {"query_ids": query, "document_ids": document}
+            first, second = drawing.choice(len(self.rows.texts[row].snippets), size=2, replace=False).tolist()
+            places = {"query": (row, first), "document": (row, second)}
         negatives = self._plan.negatives(step)
-        if negatives is not None:
-            found["negative_ids"] = self._texts.negative(negatives[place], self._renaming(names))
-        return found
+        return places if negatives is None else places | {"negative": (negatives[place], -1)}
 
     def _renaming(self, generator: np.random.Generator) -> np.random.Generator | None:
         """The generator if the snippet is renamed, otherwise None."""

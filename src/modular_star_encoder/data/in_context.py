@@ -40,7 +40,7 @@ from transformers import PreTrainedTokenizerFast
 from modular_star_encoder.data.collators import IGNORED_LABEL
 from modular_star_encoder.data.sources import SourceFile
 from modular_star_encoder.data.token_store import TokenCorpus, corpus_of_files
-from modular_star_encoder.data.tokenizer import ContentEncoder, check_special_tokens
+from modular_star_encoder.data.tokenizer import ContentEncoder, check_special_tokens, special_token_ids
 from modular_star_encoder.utils.errors import UserError
 
 MIN_SNIPPET_TOKENS = 16
@@ -86,8 +86,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)
-        marked = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
-        self._ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), [*tokenizer.all_special_ids, *marked])
+        self._ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), special_token_ids(tokenizer))
         # Do not keep the corpus itself: a worker process that gets this dataset would get the corpus's columns too.
         self._rows, self._row_numbers = corpus.rows, corpus.row_numbers
         self._sampler = PairSampler(corpus, room=max_tokens - 3)

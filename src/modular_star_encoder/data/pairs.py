@@ -70,12 +70,13 @@ class TripletColumns:
     """The names of the columns of a dataset of triplets; by default the columns of the published SynthCoNL.
 
     `negative` is a column of hard negatives, `negative_language` the column of their languages, by default `language`.
+    Without `other_code` (None), rows are pairs of a description and one snippet.
     """
 
     description: str = "func_documentation_string"
     code: str = "func1_CSN"
     language: str = "language1_CSN"
-    other_code: str = "func2"
+    other_code: str | None = "func2"
     other_language: str = "language2"
     repository: str = "repository_name"
     negative: str | None = None
@@ -88,7 +89,8 @@ class TripletColumns:
 
     def names(self) -> list[str]:
         """The columns to read."""
-        return [name for name in asdict(self).values() if name is not None]
+        unused = "other_language" if self.other_code is None else None
+        return [name for field, name in asdict(self).items() if name is not None and field != unused]
 
 
 @dataclass
@@ -142,7 +144,10 @@ def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExampl
     for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):
         if not isinstance(row[name], str) or not row[name].strip():
             return f"empty {name}"
-    sides = [(columns.code, columns.language), (columns.other_code, columns.other_language)]
+    sides = [(columns.code, columns.language)]
+    if columns.other_code:
+        sides.append((columns.other_code, columns.other_language))
+    own = len(sides)
     if columns.negative:
         sides.append((columns.negative, columns.negative_language or columns.language))
     snippets = []
@@ -154,8 +159,8 @@ def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExampl
     repository = row[columns.repository] or ""
     if not isinstance(repository, str):
         return f"{columns.repository} is not a text"
-    own, negative = tuple(snippets[:2]), next(iter(snippets[2:]), None)
-    return not_unicode(repository) or RetrievalExample(row[columns.description], own, repository, negative)
+    texts, negative = tuple(snippets[:own]), next(iter(snippets[own:]), None)
+    return not_unicode(repository) or RetrievalExample(row[columns.description], texts, repository, negative)
 
 
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:

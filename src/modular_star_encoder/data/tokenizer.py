@@ -195,3 +195,9 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> Non
     names = [f"{role}_token" for role in roles or ("sep", "cls", "mask")]
     if missing := [name for name in names if getattr(tokenizer, f"{name}_id") is None]:
         raise UserError("data.tokenizer.token_missing", f"The tokenizer must define {', '.join(missing)}.")
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids of all special tokens, sorted: those with a role and those only marked as special."""
+    marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(marked.union(tokenizer.all_special_ids))

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings, gather_stacks, rank_and_count
 from modular_star_encoder.objectives.exit_losses import ObjectiveOutput
-from modular_star_encoder.objectives.gradient_cache import embed_sides
+from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
 from modular_star_encoder.utils.errors import UserError
 
 # Similarities computed at once, of all exits: 2**20 float32 are 4 MiB, however large the batch.
@@ -279,6 +279,15 @@ class ContrastiveObjective:
             UserError: sides, rows, exits or processes do not fit together.
         """
 
+        self.settings.check_sides({side: number_of_texts(inputs) for side, inputs in batch.items()})
+        stacks, logit_scale = self.embed(model, batch, exit_layers)
+        return losses_from_embeddings(stacks, exit_layers, self.settings, logit_scale)
+
+    def embed(
+        self, model: nn.Module, sides: Mapping[str, Mapping[str, Any]], exit_layers: tuple[int, ...]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Return side → embeddings (E, B, D) with gradient, and the learned logit scale (1,) if there is one."""
+
         def embed(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
             output = model(**inputs, exit_layers=exit_layers)
             if len(output.exit_embeddings) != len(exit_layers):
@@ -286,5 +295,4 @@ class ContrastiveObjective:
                 raise UserError("contrastive.data_parallel", message)
             return output.exit_embeddings, output.logit_scale
 
-        stacks, logit_scale = embed_sides(model, embed, batch, self.settings)
-        return losses_from_embeddings(stacks, exit_layers, self.settings, logit_scale)
+        return embed_sides(model, embed, sides, self.settings)

@@ -106,12 +106,11 @@ def embed_sides(
             mini-batch only.
         embed: called with the inputs of one side, or of a mini-batch of it.
         sides: name → inputs, `input_ids` and `attention_mask` (B, T), with padding on either side.
-        settings: define the sides and the size of mini-batches; without a size, each side is embedded at once.
+        settings: define the size of mini-batches; without a size, each side is embedded at once.
 
-    UserError if sides do not fit the settings, processes have different numbers of texts, or a side can't be cut into
+    UserError if processes have different numbers of texts, or a side can't be cut into
     mini-batches.
     """
-    settings.check_sides({side: number_of_texts(inputs) for side, inputs in sides.items()})
     tokens = settings.mini_batch_tokens
     mini_batches = None if tokens is None else cut_mini_batches(sides, tokens)
     device = next(iter(sides.values()))["input_ids"].device

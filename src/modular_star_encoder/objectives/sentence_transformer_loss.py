@@ -13,7 +13,7 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.contrastive import losses_from_embeddings
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.objectives.exit_losses import exit_weights
-from modular_star_encoder.objectives.gradient_cache import embed_sides
+from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
 from modular_star_encoder.utils.errors import UserError
 
 
@@ -79,6 +79,7 @@ class MultiExitContrastiveLoss(nn.Module):
         names = ("query", "document", *(f"negative_{number}" for number in range(1, len(columns) - 1)))
         settings = replace(self.settings, pairs=(names,))
         sides = dict(zip(names, columns, strict=True))
+        settings.check_sides({side: number_of_texts(inputs) for side, inputs in sides.items()})
         stacks, logit_scale = embed_sides(self.model, self._embed, sides, settings)
         terms = losses_from_embeddings(stacks, self.exit_layers, settings, logit_scale).terms
         return {

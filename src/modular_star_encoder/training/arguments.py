@@ -20,6 +20,8 @@ class MultiExitTrainingArguments(TrainingArguments):
             number per exit; see `exit_weights` of `modular_star_encoder.objectives.exit_losses`.
         normalize_exit_weights: divide the weights by their sum.
         rotate_shallow_exits: train the deepest exit and one other per step, in turn, instead of all.
+        ema_decay: decay of an exponential moving average of the weights, which the saved model has in place of the last
+            step's weights; 0 for none. Not under FSDP.
         log_gradient_norms: add `gradient_norm_exit_{layer}` to every log line: the norm of the trunk's gradient from
             this exit's weighted loss. A logged step runs one more backward pass per exit. Not under FSDP.
         milestones: steps at which the learning rate falls to the next of `fractions`, in place of `lr_scheduler_type`;
@@ -39,6 +41,7 @@ class MultiExitTrainingArguments(TrainingArguments):
     exit_weights: str | list[float] = field(default="paper", metadata={"help": "weights of the exits' losses"})
     normalize_exit_weights: bool = field(default=False, metadata={"help": "divide exit_weights by their sum"})
     rotate_shallow_exits: bool = field(default=False, metadata={"help": "train one shallow exit per step, in turn"})
+    ema_decay: float = field(default=0.0, metadata={"help": "decay of the average of the weights"})
     log_gradient_norms: bool = field(default=False, metadata={"help": "log each exit's gradient norm on the trunk"})
     milestones: list[int] = field(default_factory=list, metadata={"help": "steps at which the rate falls"})
     fractions: list[float] = field(default_factory=list, metadata={"help": "fractions of the peak rate"})
@@ -57,6 +60,9 @@ class MultiExitTrainingArguments(TrainingArguments):
                 f"milestones {self.milestones!r} must be ascending steps from warmup_steps {self.warmup_steps} on, and "
                 f"fractions {self.fractions!r} must have a number of at least 0 for each.",
             )
+        if not 0 <= self.ema_decay < 1 or (self.ema_decay and self.fsdp):
+            message = f"ema_decay must be from 0 to below 1, and 0 with fsdp; not {self.ema_decay}."
+            raise UserError("training.ema_decay", message)
         super().__post_init__()
 
     def rate_fraction(self, step: int) -> float:

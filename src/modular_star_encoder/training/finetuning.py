@@ -31,9 +31,12 @@ from modular_star_encoder.inference.checkpoints import is_servable, load_checkpo
 from modular_star_encoder.inference.encoders import ExitEncoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.objectives.distillation import DistillationObjective
 from modular_star_encoder.objectives.exit_losses import ClassificationObjective
 from modular_star_encoder.training import runs
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
+from modular_star_encoder.training.distilling import TaughtBatches, teach
+from modular_star_encoder.training.growing import grow, grown_config
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe, check_length
 from modular_star_encoder.training.starting_points import add_adapters, save_trained, starting_config, starting_model
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
@@ -85,33 +88,39 @@ def finetune(
     Returns:
         The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on held-out pairs),
         `retrieval` (benchmark → retriever → estimates on `held_out_tasks`; the retrievers are every exit and BM25),
-        `recipe`, `preflight` and `data` (numbers of rows read, skipped and held out).
+        `recipe`, `preflight` and `data` (numbers of rows read, skipped and held out). If distillation centres by
+        kind, also `teacher_means`: kind (`query`, `document`) → the mean vector that was subtracted.
     """
     out, state = Path(out), runs.processes_of_run()
-    objective, rows, lengths, eval_pairs = recipe.objective, recipe.rows(), recipe.lengths(), recipe.eval_pairs
+    rows, lengths, eval_pairs = recipe.rows(), recipe.lengths(), recipe.eval_pairs
     blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress)
     with state.main_process_first():
         if log := runs.open_run(out, recipe, "fine-tuning", until_trained=("data", *rows)):
             return log
         data = data or prepare_data(rows, out / "data", progress and state.is_main_process)
     model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
+    if recipe.grow_to is not None:
+        model = grow(model, recipe.grow_to)
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
     prompts = model.config.instruction_prompts
     train, held_out, groups, tokens = _batches(recipe, data, prompts, tokenizer, state.num_processes)
     estimate = finetuning_preflight(model, recipe, state.num_processes, groups, tokens)
     if state.is_main_process:
         announce(estimate)
+    with state.main_process_first():
+        shown = progress and state.is_main_process
+        rows_to_learn, rows_to_check, means = _with_teacher(recipe, model, tokenizer, train, held_out, shown)
     arguments.per_device_eval_batch_size = held_out.batch_size // state.num_processes
     trainer = MultiExitTrainer(
         adapted,
         arguments,
-        ContrastiveObjective(objective),
-        train_dataset=train,
-        eval_dataset=held_out,
+        _objective(recipe),
+        train_dataset=rows_to_learn,
+        eval_dataset=rows_to_check,
         data_collator=RetrievalCollator(tokenizer),
     )
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
-    log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "preflight": asdict(estimate)}
+    log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "preflight": asdict(estimate)} | means
     model.config.unpad_inputs = blueprint.config.unpad_inputs
     save_trained(trainer, tokenizer, out, recipe)
     if state.is_main_process:
@@ -139,6 +148,7 @@ def check_recipe(
     These are all checks that need neither data nor weights.
     """
     config = starting_config(recipe)
+    config = config if recipe.grow_to is None else grown_config(config, recipe.grow_to)
     check_length(config, **recipe.lengths())
     with torch.device("meta"):
         model = ModularStarEncoderForRetrieval(config)
@@ -147,13 +157,19 @@ def check_recipe(
     planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
     rows = recipe.pairs_per_device(processes)
     arguments = recipe.arguments(out / runs.CHECKPOINTS, rows, progress=progress, **planned)
-    check_objective(ContrastiveObjective(recipe.objective), arguments, config, config.exit_layers)
+    check_objective(_objective(recipe), arguments, config, config.exit_layers)
     if not is_servable(config):
         logger.warning_once(
             "SentenceTransformer's modules cannot compute this model's embeddings (pooling, projection_order or "
             "embedding_normalization): it is saved for AutoModel alone."
         )
     return model, arguments
+
+
+def _objective(recipe: FinetuningRecipe) -> ContrastiveObjective:
+    if recipe.distillation is None:
+        return ContrastiveObjective(recipe.objective)
+    return DistillationObjective(recipe.distillation, recipe.objective)
 
 
 def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool) -> RetrievalData:
@@ -189,6 +205,21 @@ def _batches(
     batches = RetrievalBatches(train, plan, steps, identifier_rename_prob=recipe.identifier_rename_prob)
     eval_batches = RetrievalBatches(held_out, eval_plan, max(1, eval_pairs // size))
     return batches, eval_batches, groups.counts, train.mean_tokens()
+
+
+def _with_teacher(
+    recipe: FinetuningRecipe,
+    model: ModularStarEncoderForRetrieval,
+    tokenizer: PreTrainedTokenizerFast,
+    train: RetrievalBatches,
+    held_out: RetrievalBatches,
+    progress: bool,
+) -> tuple[RetrievalBatches | TaughtBatches, RetrievalBatches | TaughtBatches, dict[str, Any]]:
+    """Return the batches with the teacher's vectors, and entries of the log; see `teach`."""
+    if recipe.distillation is None:
+        return train, held_out, {}
+    limit = max(recipe.lengths().values())
+    return teach(recipe.distillation, model, tokenizer, train, held_out, max_tokens=limit, progress=progress)
 
 
 def finetuning_preflight(

@@ -20,6 +20,7 @@ from modular_star_encoder.data.pairs import have_negatives
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster
+from modular_star_encoder.training.distilling import TeacherSettings
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import (
     Count,
@@ -74,6 +75,7 @@ class TrainingSettings:
         "exit_weights": "paper",
         "normalize_exit_weights": False,
         "rotate_shallow_exits": False,
+        "ema_decay": 0.0,
         "log_gradient_norms": False,
         "milestones": (),
         "fractions": (),
@@ -239,6 +241,8 @@ class FinetuningRecipe(StartingRecipe):
         max_text_tokens, max_code_tokens: longest description and code, prompt and special tokens included.
         identifier_rename_prob: share of the code snippets whose frequent words become random strings.
         objective: settings of the loss; see `ContrastiveSettings`. The data decides its `pairs`.
+        distillation: a teacher whose vectors every exit learns, and what it teaches; see `TeacherSettings`.
+        grow_to: exits, from 0 on, of a model that grows from a `model` of exit 0 alone; see `grow` of `growing.py`.
         eval_fraction: share of each source's rows, at most a fifth, kept for evaluation, by whole repositories.
         eval_pairs: held-out pairs of one evaluation.
     """
@@ -253,6 +257,8 @@ class FinetuningRecipe(StartingRecipe):
     max_code_tokens: Count = 512
     identifier_rename_prob: Probability = 0.3
     objective: ContrastiveSettings = field(default_factory=ContrastiveSettings)
+    distillation: TeacherSettings | None = None
+    grow_to: tuple[Int, ...] | None = None
     eval_fraction: Annotated[Share, Constraint(le=0.2)] = 0.05
     eval_pairs: Count = 1000
 
@@ -263,6 +269,9 @@ class FinetuningRecipe(StartingRecipe):
         if self.objective.pairs not in (default, pairs):
             message = "Leave out objective.pairs: the data decides whether there are negatives."
             raise UserError("training.objective.pairs", message)
+        if self.lora is not None and (self.grow_to or (self.distillation and self.distillation.start_from_teacher)):
+            message = "lora trains adapters of given weights; leave out grow_to and distillation.start_from_teacher."
+            raise UserError("training.lora", message)
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
 
     def rows(self) -> dict[str, Any]:

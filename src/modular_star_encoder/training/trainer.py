@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from modular_star_encoder.objectives.exit_losses import Objective, exit_weights
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
+from modular_star_encoder.training.averaging import AveragedWeights
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file, write_json
 
@@ -92,6 +93,9 @@ class MultiExitTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         # Losses are means over the batch already: Trainer must divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
+        self._average = AveragedWeights(decay) if (decay := _option(args, "ema_decay")) else None
+        if self._average is not None:
+            self.add_callback(self._average)
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -128,6 +132,12 @@ class MultiExitTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             Path(output_dir or self._folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save what a checkpoint needs to continue: random states and, with `ema_decay`, the averaged weights."""
+        super()._save_rng_state(output_dir)
+        if self._average is not None and self.args.should_save:
+            self._average.save(output_dir)
 
     def _exits_of_this_step(self, model: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
         shallow = self.exit_layers[:-1]

@@ -1,0 +1,148 @@
+"""Distillation: every exit learns the vectors of an external teacher, and ranks as the teacher does."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective, losses_from_embeddings
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.objectives.exit_losses import ObjectiveOutput
+from modular_star_encoder.objectives.gradient_cache import number_of_texts
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.settings import NonNegative, Positive, settings_class
+
+
+@settings_class
+class DistillationSettings:
+    """Weights of the terms of `DistillationObjective`.
+
+    Args:
+        cosine_weight: weight of 1 - cosine(embedding, teacher's vector), the mean over all texts.
+        relational_weight: weight of the Kullback-Leibler divergence from the teacher's distribution over the candidates
+            of a batch to each exit's distribution, the mean of both directions (query → document and back).
+        relational_temperature: divides the logits of this term, which are similarities times the logit scale; the
+            divergence is multiplied by its square.
+        contrastive_weight: weight of the contrastive loss; with 0, pairs are compared for `relational_weight` only.
+
+    Raises:
+        UserError: a value is of another type or out of range (`settings.value`).
+
+    Example:
+        >>> DistillationSettings(cosine_weight=2).contrastive_weight
+        1.0
+    """
+
+    cosine_weight: NonNegative = 1.0
+    relational_weight: NonNegative = 0.0
+    relational_temperature: Positive = 1.0
+    contrastive_weight: NonNegative = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.cosine_weight + self.relational_weight + self.contrastive_weight:
+            message = "cosine_weight, relational_weight and contrastive_weight are all 0; set at least one above 0."
+            raise UserError("settings.value", message)
+
+
+class DistillationObjective(ContrastiveObjective):
+    """Teach every exit the vectors of an external teacher; an objective of `MultiExitTrainer`.
+
+    The loss of an exit is the weighted sum of three terms: the distance to the teacher's vector of each text (LEAF,
+    arXiv 2509.12539), the divergence from the teacher's similarities within the batch, and the contrastive loss. If
+    `contrastive` has a `false_negative_margin` or `false_negative_factor`, the teacher decides which negatives are
+    masked, as the guide of GISTEmbed (arXiv 2402.16829); a margin of 0 masks what it scores above the true pair.
+
+    All exits share the teacher's space. Queries embedded at any exit may therefore be searched against documents
+    embedded at any other exit, or by the teacher itself (with centred vectors, after the same centring).
+
+    Texts without a counterpart are sides that no pair names; they have the first term only. Several processes and
+    gradient caching (`mini_batch_tokens`) work as in `ContrastiveObjective`.
+
+    Args:
+        settings: the weights of the terms.
+        contrastive: pairs, logit scale, mini-batches and masking. By default a logit scale of 20 and a margin of 0. Its
+            own terms between exits, `distillation_weight` and `alignment_weight`, must be 0.
+
+    Raises:
+        UserError: `contrastive` has a term between exits (`distillation.contrastive`).
+
+    Example:
+        >>> from modular_star_encoder import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+        >>> config = ModularStarEncoderConfig(
+        ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, exit_layers=[0, 2], num_attention_heads=4,
+        ...     num_key_value_heads=2, intermediate_size=64, projection_size=16,
+        ... )
+        >>> model = ModularStarEncoderForRetrieval(config)
+        >>> side = {"input_ids": torch.ones(4, 6, dtype=torch.long), "attention_mask": torch.ones(4, 6)}
+        >>> side["teacher"] = torch.randn(4, 16)
+        >>> batch = {"query": side, "document": side, "text": side}
+        >>> DistillationObjective()(model, batch, exit_layers=(0, 2)).losses.shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self, settings: DistillationSettings | None = None, contrastive: ContrastiveSettings | None = None
+    ) -> None:
+        super().__init__(contrastive or ContrastiveSettings(logit_scale=20.0, false_negative_margin=0.0))
+        self.distillation = settings or DistillationSettings()
+        if self.settings.distillation_weight or self.settings.alignment_weight:
+            message = "With an external teacher, leave out distillation_weight and alignment_weight of the objective:"
+            raise UserError("distillation.contrastive", f"{message} set relational_weight and cosine_weight instead.")
+        relational = self.distillation.relational_weight, self.distillation.relational_temperature
+        self._guided = replace(
+            self.settings, teacher="deepest", distillation_weight=relational[0], distillation_temperature=relational[1]
+        )
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
+        """Losses of one batch.
+
+        Args:
+            model: a `ModularStarEncoderForRetrieval`, possibly wrapped.
+            batch: the sides that the pairs name, which the last two terms need, and any others, such as `text`. Each
+                has `input_ids` and `attention_mask` (B, T), and `teacher` (B, D), the teacher's vectors, of any length
+                and floating dtype. Sides may have different B, except those of a pair.
+            exit_layers: the exits to train.
+
+        Returns:
+            `losses` (E,), float32 with gradient; the terms `cosine`, `clip` and, if it is on, `relational`, times their
+            weights; the metrics `cosine_loss`, `relational_loss`, `masked_by_teacher` (share of negatives) and those
+            of `losses_from_embeddings`.
+
+        Raises:
+            UserError: sides, rows, exits, processes or the teacher's vectors do not fit together.
+        """
+        weights, sides = self.distillation, self.settings.sides
+        inputs = {side: {name: x for name, x in own.items() if name != "teacher"} for side, own in batch.items()}
+        compares = bool(weights.contrastive_weight or weights.relational_weight)
+        if compares:
+            self.settings.check_sides({side: number_of_texts(inputs[side]) for side in sides if side in inputs})
+        stacks, logit_scale = self.embed(model, inputs, exit_layers)
+        targets = {side: _unit(side, own.get("teacher"), stacks[side]) for side, own in batch.items()}
+        wanted = torch.cat(list(targets.values()))
+        found = torch.cat(list(stacks.values()), dim=1).to(wanted.dtype)
+        cosine = (1 - nn.functional.cosine_similarity(found, wanted[None], dim=-1)).mean(dim=1)
+        terms, metrics = {"cosine": weights.cosine_weight * cosine}, {"cosine_loss": cosine.detach()}
+        if compares:
+            # The teacher takes the place of the deepest exit, which guides the others, and gets no gradient.
+            joint = {side: torch.cat([stacks[side].to(wanted.dtype), targets[side][None]]) for side in sides}
+            guided = (*exit_layers, exit_layers[-1] + 1)
+            of_pairs = losses_from_embeddings(joint, guided, self._guided, logit_scale)
+            terms["clip"] = weights.contrastive_weight * of_pairs.terms["clip"][:-1]
+            if weights.relational_weight:
+                terms["relational"] = of_pairs.terms["distillation"][:-1]
+            names = {"distillation_loss": "relational_loss", "masked_negatives": "masked_by_teacher"}
+            for name, values in of_pairs.metrics.items():
+                metrics[names.get(name, name)] = values[:-1] if values.dim() else values
+        return ObjectiveOutput(torch.stack(list(terms.values())).sum(dim=0), metrics, terms)
+
+
+def _unit(side: str, vectors: torch.Tensor | None, stack: torch.Tensor) -> torch.Tensor:
+    """The teacher's vectors (B, D) of a side with stack (E, B, D), in float32 or wider, of length 1."""
+    if vectors is None or vectors.shape != stack.shape[1:]:
+        found = "none" if vectors is None else f"vectors of shape {tuple(vectors.shape)}"
+        message = (
+            f"Side {side!r} has {found} as teacher; it needs one vector per text, of shape {tuple(stack.shape[1:])}."
+        )
+        raise UserError("distillation.teacher", message)
+    return nn.functional.normalize(vectors.to(torch.promote_types(stack.dtype, torch.float32)), dim=-1)

@@ -1,0 +1,118 @@
+"""The start of a small model: exit 0 from a teacher's vectors of single tokens, and layers that grow from exit 0."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from modular_star_encoder.data.tokenizer import special_token_ids
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+from modular_star_encoder.utils.errors import UserError
+
+
+def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text of each token alone, by id; without the spaces around it and WordPiece's `##`."""
+    texts = (str(tokenizer.decode([index])).strip() for index in range(len(tokenizer)))
+    return [text.removeprefix("##") if len(text) > 2 else text for text in texts]
+
+
+@torch.no_grad()
+def start_from_teacher(
+    model: ModularStarEncoderForRetrieval,
+    tokenizer: PreTrainedTokenizerFast,
+    vectors: np.ndarray,
+    token_counts: np.ndarray,
+    *,
+    a: float = 1e-3,
+) -> None:
+    """Set the token table, the token weights and the head of exit 0, so that exit 0 embeds like the teacher.
+
+    The table holds the teacher's vector of each token minus the mean of these vectors, and the head is the identity.
+    If the model is narrower than the teacher, the table holds their principal components, and the head leads back.
+    Weights are a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for Sentence Embeddings" (Arora et al.,
+    2017). Special tokens get zeros and weight 0, so that they change no mean.
+
+    Args:
+        model: has an exit 0, a linear projection head, token weights, and the teacher's D as `projection_size`.
+        tokenizer: the model's tokenizer, of V tokens.
+        vectors: (V, D), the teacher's vectors of `token_texts`.
+        token_counts: (V,), how often each token occurs in the training texts.
+        a: a frequency; tokens of this frequency get half the weight of rare ones.
+
+    Raises:
+        UserError: the model does not fit (`training.start_from_teacher`).
+    """
+    config, size = model.config, vectors.shape[1]
+    needed = {"projection_head": "linear", "token_weights": True, "projection_size": size}
+    wrong = [f"{name}={wanted!r}" for name, wanted in needed.items() if getattr(config, name) != wanted]
+    if wrong or 0 not in config.exit_layers:
+        message = f"start_from_teacher needs a model with {', '.join(wrong) or 'an exit 0'}; set it in config."
+        raise UserError("training.start_from_teacher", message)
+    table = torch.from_numpy(vectors).float()
+    special = special_token_ids(tokenizer)
+    real = torch.ones(len(table), dtype=torch.bool)
+    real[special] = False
+    table = (table - table[real].mean(dim=0)) * real[:, None]
+    width = min(config.hidden_size, size)
+    basis = torch.eye(size)
+    if width < size:
+        basis = torch.linalg.svd(table, full_matrices=False).Vh[:width].T
+    counts = torch.from_numpy(token_counts).double()
+    weights = (a / (a + counts / counts.sum().clamp(min=1))).float() * real
+    head = model.projection_heads["0"].dense
+    for parameter in (model.model.embed_tokens.weight, model.model.token_weights.weight, head.weight, head.bias):
+        parameter.zero_()
+    model.model.embed_tokens.weight[: len(table), :width] = table @ basis
+    model.model.token_weights.weight[: len(table), 0] = weights
+    head.weight[:, :width] = basis
+
+
+def grown_config(config: ModularStarEncoderConfig, exit_layers: Sequence[int]) -> ModularStarEncoderConfig:
+    """The configuration of a model of exit 0 alone with layers up to the last of `exit_layers`.
+
+    Raises:
+        UserError: the model or the exits do not fit (`training.grow_to`).
+    """
+    exits, found = list(exit_layers), (list(config.exit_layers), config.exit_norm, config.projection_head)
+    if found != ([0], "none", "linear") or exits != sorted({0, *exits}) or len(exits) < 2:
+        message = f"grow_to {exits} must be ascending exits from 0 on, and the model must have exit 0 alone, exit_norm"
+        raise UserError("training.grow_to", f"{message} 'none' and projection_head 'linear'; it has {found}.")
+    changes = {
+        "num_hidden_layers": exits[-1],
+        "parent_num_hidden_layers": exits[-1],
+        "exit_layers": exits,
+        "parent_exit_layers": exits,
+        "exit_embedding_rows": len(exits),
+    }
+    return type(config).from_dict({**config.to_dict(), **changes})
+
+
+@torch.no_grad()
+def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> ModularStarEncoderForRetrieval:
+    """A model of exit 0 with new layers, which starts at the quality of exit 0 at every exit.
+
+    The output projections of the new layers are zero, so that they write nothing at first, and all heads equal the head
+    of exit 0. The token table is scaled to a standard deviation of 1: otherwise the first steps of the layers drown it.
+
+    Args:
+        model: exit 0 alone, without exit norm.
+        exit_layers: the exits, from 0 to the number of layers.
+
+    Raises:
+        UserError: the model or the exits do not fit (`training.grow_to`).
+    """
+    grown = type(model)(grown_config(model.config, exit_layers))
+    grown.load_state_dict(model.state_dict(), strict=False)
+    for layer in grown.model.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.c_proj):
+            for parameter in projection.parameters():
+                parameter.zero_()
+    table, head = grown.model.embed_tokens.weight, grown.projection_heads["0"].dense
+    scale = 1 / table[table.any(dim=1)].std()
+    table.mul_(scale)
+    head.bias.mul_(scale)  # embeddings are normalised: scaling states and bias alike changes nothing
+    for other in grown.projection_heads.values():
+        other.dense.load_state_dict(head.state_dict())
+    grown.set_attn_implementation(model.config._attn_implementation)
+    return grown

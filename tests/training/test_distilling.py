@@ -1,0 +1,186 @@
+"""A small model from a teacher: its first weights, layers that grow from exit 0, averaged weights, whole recipes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainerState
+
+from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet, open_triplets
+from modular_star_encoder.data.splits import BatchPlan, PairGroups
+from modular_star_encoder.inference.checkpoints import load_checkpoint
+from modular_star_encoder.training.arguments import MultiExitTrainingArguments
+from modular_star_encoder.training.averaging import AveragedWeights
+from modular_star_encoder.training.distilling import TaughtBatches
+from modular_star_encoder.training.finetuning import finetune
+from modular_star_encoder.training.growing import grow, start_from_teacher
+from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_recipe
+from tests.errors import raises
+from tests.tiny import save_tiny_checkpoint, tiny_batch, tiny_config, tiny_model
+from tests.training.retrieval_runs import finetuning_settings, write_recipe, write_triplets
+from tests.training.test_finetuning import straight_and_interrupted
+
+STUDENT = {
+    "exit_layers": (0, 1, 2),
+    "num_hidden_layers": 2,
+    "token_weights": True,
+    "projection_head": "linear",
+    "projection_order": "pool_then_project",
+    "exit_norm": "none",
+    "instruction_prompts": False,
+    **dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.0),
+}
+EXIT_0 = STUDENT | {"exit_layers": (0,), "num_hidden_layers": 0}
+
+
+def started(tokenizer, size):
+    """A model of exit 0 after `start_from_teacher`, the teacher's centred vectors, and the weights of the tokens."""
+    vectors = np.random.default_rng(0).normal(1, 1, (len(tokenizer), size)).astype(np.float32)
+    counts = np.arange(len(tokenizer))
+    model = tiny_model(**EXIT_0, projection_size=size).eval()
+    start_from_teacher(model, tokenizer, vectors, counts)
+    centred = vectors - vectors[4:].mean(axis=0)  # the first four are special
+    return model, centred, 1e-3 / (1e-3 + counts / counts.sum())
+
+
+def test_exit_0_starts_as_the_weighted_mean_of_the_teachers_token_vectors_and_special_tokens_change_nothing(tokenizer):
+    model, vectors, weights = started(tokenizer, 16)
+    ids = [2, 7, 150, 299, 7, 3]
+    real = ids[1:-1]
+    expected = (weights[real, None] * vectors[real]).sum(axis=0)
+    found = model(torch.tensor([ids])).sentence_embedding[0].detach().numpy()
+    assert found == pytest.approx(expected / np.linalg.norm(expected), abs=1e-6)
+    assert model.model.token_weights.weight[:, 0].tolist() == pytest.approx([0, 0, 0, 0, *weights[4:]], rel=1e-5)
+
+
+def test_a_model_narrower_than_its_teacher_starts_with_the_principal_components(tokenizer):
+    model, vectors, _ = started(tokenizer, 48)
+    vectors[:4] = 0
+    table, head = model.model.embed_tokens.weight.detach(), model.projection_heads["0"].dense.weight.detach()
+    left_out = np.linalg.svd(vectors, compute_uv=False)[model.config.hidden_size :]
+    error = np.linalg.norm((table @ head.T).numpy() - vectors)
+    assert error == pytest.approx(np.sqrt((left_out**2).sum()), rel=1e-4)
+    assert error > 1
+
+
+def test_every_exit_of_a_grown_model_embeds_like_exit_0_and_its_layers_learn(tokenizer):
+    model, _, _ = started(tokenizer, 16)
+    nn.init.normal_(model.projection_heads["0"].dense.bias)
+    grown = grow(model, (0, 1, 3)).eval()
+    assert (grown.config.num_hidden_layers, tuple(grown.config.exit_layers)) == (3, (0, 1, 3))
+    batch = tiny_batch()
+    embeddings = grown(**batch, exit_layers=(0, 1, 3)).exit_embeddings
+    before = model(**batch).sentence_embedding
+    assert (embeddings - before).abs().max() < 1e-6
+    (embeddings[2] @ torch.ones(16)).sum().backward()
+    assert all(layer.mlp.c_proj.weight.grad.any() for layer in grown.model.layers)
+    assert grown.model.embed_tokens.weight[4:].std().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_models_that_cannot_start_or_grow_are_refused(tokenizer):
+    counts = np.ones(len(tokenizer))
+    with raises("training.start_from_teacher", "projection_size=20"):
+        start_from_teacher(tiny_model(**EXIT_0), tokenizer, np.ones((len(tokenizer), 20)), counts)
+    for changes, exits in ((EXIT_0, (1, 2)), (STUDENT, (0, 3)), (EXIT_0 | {"exit_norm": "all"}, (0, 2))):
+        with raises("training.grow_to", list(exits)):
+            grow(tiny_model(**changes), exits)
+
+
+def test_averaged_weights_follow_their_formula_and_continue_from_a_checkpoint(tmp_path):
+    model, average, state, expected = nn.Linear(1, 1, bias=False), AveragedWeights(0.5), TrainerState(), 0.0
+    arguments = MultiExitTrainingArguments(str(tmp_path), use_cpu=True)
+    nn.init.zeros_(model.weight)
+    average.on_train_begin(arguments, state, None, model=model)
+    for step in range(1, 9):
+        nn.init.constant_(model.weight, step)
+        state.global_step = step
+        average.on_step_end(arguments, state, None, model=model)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        if step == 3:
+            (tmp_path / "checkpoint-3").mkdir()
+            average.save(str(tmp_path / "checkpoint-3"))
+            average = AveragedWeights(0.5)
+            average.on_train_begin(arguments, state, None, model=model)
+    average.on_train_end(arguments, state, None, model=model)
+    assert model.weight.item() == pytest.approx(expected, rel=1e-6)
+    with raises("training.ema_decay", 1.5):
+        MultiExitTrainingArguments("runs", ema_decay=1.5)
+
+
+def test_each_text_of_a_batch_has_its_own_vector_and_every_second_row_an_unpaired_text(tokenizer):
+    snippets = [tuple(Snippet("python", f"def f{row}_{number}(): pass") for number in range(2)) for row in range(8)]
+    examples = [RetrievalExample(f"text {row}", own, negative=snippets[row - 1][1]) for row, own in enumerate(snippets)]
+    batches = RetrievalBatches(RetrievalTexts(examples, tokenizer), BatchPlan(PairGroups(examples), 4, 0), steps=2)
+    unpaired = RetrievalTexts([RetrievalExample(f"alone {row}", ()) for row in range(5)], tokenizer)
+
+    class Targets:
+        def of(self, text, kind=None):
+            return np.array([*map(ord, f"{kind}: {text}".ljust(50))], np.float32)
+
+    taught = TaughtBatches(batches, Targets(), unpaired)
+    for index, row in enumerate(map(taught.__getitem__, range(8))):
+        assert ("text_ids" in row) is (index % 2 == 0)
+        for side in {name.split("_")[0] for name in row}:
+            kind, _, text = "".join(map(chr, row[f"{side}_teacher"].int())).strip().partition(": ")
+            assert text in tokenizer.decode(row[f"{side}_ids"])
+            assert kind == {"alone": "None", "text ": "query"}.get(text[:5], "document")
+
+
+@pytest.mark.slow
+def test_exit_0_is_taught_then_grows_and_both_runs_survive_an_interruption_bit_for_bit(tmp_path, monkeypatch):
+    teacher = save_tiny_checkpoint(tmp_path / "teacher")
+    tiny_config(**STUDENT).save_pretrained(tmp_path / "student")
+    (tmp_path / "texts.jsonl").write_text('{"text": "a text of its own"}\n{"text": "and another"}')
+    distillation = {"teacher": str(teacher), "relational_weight": 0.5, "texts": str(tmp_path / "texts.jsonl")}
+    distillation |= {"start_from_teacher": True, "cache": str(tmp_path / "cache")}
+    settings = finetuning_settings(tmp_path / "student", write_triplets(tmp_path)) | {"tokenizer": str(teacher)}
+    settings |= {"exit_layer": 0, "exit_weights": "uniform", "ema_decay": 0.9, "distillation": distillation}
+    settings["objective"] = {"logit_scale": 20, "false_negative_margin": 0.0}
+    first = write_recipe(tmp_path / "first.yaml", settings)
+    straight_and_interrupted(first, tmp_path / "first", monkeypatch)
+    run = tmp_path / "first" / "straight"
+    log = json.loads((run / "model" / "training_log.json").read_text())
+    assert {kind: len(mean) for kind, mean in log["teacher_means"].items()} == {"query": 16, "document": 16}
+    assert {"cosine_loss_exit_0", "relational_loss_exit_0", "masked_by_teacher"} <= set(log["log_history"][0])
+    averaged, last = (load_file(run / name / "model.safetensors") for name in ("model", "checkpoints/checkpoint-6"))
+    assert not torch.equal(last["model.embed_tokens.weight"], averaged["model.embed_tokens.weight"])
+
+    settings |= {"model": str(run / "model"), "grow_to": [0, 1, 2], "exit_layer": None}
+    distillation["start_from_teacher"] = False
+    second = write_recipe(tmp_path / "second.yaml", settings)
+    straight_and_interrupted(second, tmp_path / "second", monkeypatch, "objective.mini_batch_tokens=200")
+    model, _ = load_checkpoint(tmp_path / "second" / "straight" / "model")
+    assert model.model.layers[0].mlp.c_proj.weight.any()
+    log = json.loads((tmp_path / "second" / "straight" / "model" / "training_log.json").read_text())
+    exits = [log["log_history"][0][f"cosine_loss_exit_{exit_layer}"] for exit_layer in (0, 1, 2)]
+    assert exits == pytest.approx([exits[0]] * 3, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_teacher_of_another_size_and_grown_adapters_are_refused(tmp_path):
+    teacher = save_tiny_checkpoint(tmp_path / "teacher")
+    settings = finetuning_settings(teacher, write_triplets(tmp_path))
+    settings["distillation"] = {"teacher": str(teacher), "cache": str(tmp_path / "cache")}
+    file = write_recipe(tmp_path / "recipe.yaml", settings)
+    with raises("training.lora", "grow_to"):
+        load_recipe(FinetuningRecipe, file, ["lora={}", "grow_to=[0, 1]"])
+    tiny_config(projection_size=8).save_pretrained(tmp_path / "narrow")
+    recipe = load_recipe(FinetuningRecipe, file, [f"tokenizer={teacher}", f"model={tmp_path / 'narrow'}"])
+    with raises("distillation.size", "16", "8"):
+        finetune(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
+
+
+def test_the_two_recipes_of_mose_code_fit_each_other_and_read_pairs_with_one_snippet(tmp_path):
+    folder = hub_config_folder("mose-code")
+    first, second = (load_recipe(FinetuningRecipe, folder / f"{name}.yaml") for name in ("exit-0", "recipe"))
+    assert (first.exit_layer, second.exit_layer, second.grow_to) == (0, None, (0, 1, 2, 4, 6))
+    assert (first.data, first.distillation.teacher) == (second.data, second.distillation.teacher)
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"description": "add", "code": "a + b", "language": "go", "package": "sums"}')
+    pairs = list(open_triplets(**{**first.data["triplets"], "source": str(file)}))
+    assert pairs == [RetrievalExample("add", (Snippet("go", "a + b"),), "sums")]
