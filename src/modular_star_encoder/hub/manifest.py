@@ -61,7 +61,7 @@ class RepositorySettings:
     def _faults(self) -> Iterator[tuple[str, str]]:
         own = ("checkpoint", "evaluation", "profile", "recipe", "sections", "trained_from", "training_log")
         if self.slice_of and (given := [name for name in own if getattr(self, name)]):
-            yield "hub.manifest.slice", f"{self.key} is cut from {self.slice_of}; set {', '.join(given)} only there."
+            yield "hub.manifest.slice", f"{self.key} is a slice; remove {', '.join(given)}, which {self.slice_of} sets."
         if self.slice_of is None and self.checkpoint is None:
             yield "hub.manifest.checkpoint", f"{self.key} needs either `checkpoint` or `slice_of`."
         if (self.slice_of is None) != (self.exit_layer is None):

@@ -40,7 +40,7 @@ class Measurements:
     tables: Sequence[Table]  # one per benchmark, with rows of these exits and of retrievers without exits
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """Return the measurements of a slice with the exits in `parameters`, where it embeds as the uncut model does."""
+        """Return the measurements of a slice with the exits in `parameters`, where it embeds like the uncut model."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}
