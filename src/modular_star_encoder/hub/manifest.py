@@ -21,7 +21,7 @@ class RepositorySettings:
         name: name of the repository, without its namespace.
         checkpoint: folder to publish unchanged; use either this or `slice_of`.
         slice_of, exit_layer: key of an earlier entry whose model is cut, and the exit after which it is cut.
-        only_exit: keep only the head of this exit in a slice, as in the published models that were cut.
+        only_exit: in a slice, keep only the projection head of its last exit, as in the published slices.
         branch: branch of the repository.
         trained_from: key of an earlier entry, with whose model the training of this model started.
         tokenizer: folder of the tokenizer; by default the folder of the checkpoint.

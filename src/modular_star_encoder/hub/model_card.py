@@ -119,7 +119,7 @@ def check_card(path: Path) -> None:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Plot quality by latency, or by depth if no latency is known; return the file name, or None if nothing to plot."""
+    """Plot quality by latency, or by depth if no latency is known; return the file name, None if there is no plot."""
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None
     if measurements.profile is None:

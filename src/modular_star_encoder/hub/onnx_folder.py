@@ -236,7 +236,7 @@ def compare_rankings(
     *,
     progress: bool = True,
 ) -> dict[str, list[RankingComparison]]:
-    """Rank with the one exit of `reference` and with its ONNX files; return {name of the file: comparison per task}."""
+    """Rank with `reference`, an encoder of one exit, and with its ONNX files; return {file: comparison per task}."""
     model = EmbeddingRetriever(reference)
     expected = evaluate_tasks(tasks, [model], progress=progress)
     comparisons = {}

@@ -122,7 +122,7 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Make a branch on the Hub equal the staged files by one commit, which fails if the branch changes meanwhile."""
+    """Make a branch on the Hub equal to the staged files by one commit; it fails if the branch changes meanwhile."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)

@@ -128,7 +128,7 @@ def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularSta
     if not Path(tokenizer or source, TOKENIZER).expanduser().is_file():
         fault = f"{tokenizer or source} has no {TOKENIZER}; set `tokenizer` to a folder that has one."
     elif model_class is ModularStarEncoderPreTrainedModel:
-        fault = f"{source} has other tensor names (as published); convert it: `mose slice` at its last exit."
+        fault = f"{source} is in the layout of the published models; convert it with `mose slice` at its deepest exit."
     elif not issubclass(model_class, (ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval)):
         fault = f"{source} is a {architecture}; only pre-trained and retrieval models can be published."
     else:
@@ -148,7 +148,7 @@ def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, i
 
 
 def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[str, Any]], str]:
-    """Return (name, value) rows about the training, from its log, and the recipe as YAML; unknown, both are empty."""
+    """Return (name, value) rows about the training, from its log, and the recipe as YAML; both are empty if unknown."""
     paths = [source / TRAINING_LOG, source.parent / TRAINING_LOG]
     paths = [Path(entry.training_log).expanduser()] if entry.training_log else [one for one in paths if one.is_file()]
     log = _read_settings(paths[0]) if paths else {}
@@ -189,7 +189,7 @@ def without_paths(settings: Any) -> Any:
 
 
 def _weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the weights file, as the Hub shows it; of several files, the SHA-256 of all their sums."""
+    """Return the SHA-256 of the weights file, as the Hub shows it; of several files, the SHA-256 of their SHA-256s."""
     digests = []
     for path in sorted(folder.glob("model*.safetensors")):
         with path.open("rb") as file:

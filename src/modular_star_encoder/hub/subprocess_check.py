@@ -85,7 +85,7 @@ def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -
 
 
 def wait_with_clock(process: "subprocess.Popen[str]", description: str, *, progress: bool = True) -> str:
-    """Wait for a process while showing a clock, and return the process's stderr; an interruption kills it."""
+    """Wait for a process while showing a clock, and return its stderr; an interruption kills the process."""
     from tqdm.auto import tqdm
 
     clock = "{desc} {elapsed}"
@@ -100,7 +100,7 @@ def wait_with_clock(process: "subprocess.Popen[str]", description: str, *, progr
 
 
 class Blocker(MetaPathFinder):
-    """An import hook with which this package can't be imported, even if it is installed."""
+    """An import hook that lets imports of this package fail, even if it is installed."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname.partition(".")[0] == PACKAGE:

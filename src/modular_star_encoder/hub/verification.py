@@ -44,7 +44,7 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "float16": 2**
 
 
 def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
-    """Check staged repositories; return {key: largest difference of the repository's and the source's embeddings}."""
+    """Check staged repositories; return {key: largest difference between its and the source's embeddings}."""
     for one in staged:
         check_files(one.folder, tuple(one.settings.files))
         check_card(one.folder / CARD)
@@ -104,7 +104,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
-    """Return the largest difference of `found` from the source's embeddings; UserError if it exceeds `TOLERANCE`."""
+    """Return the largest difference between `found` and the source's embeddings; UserError if above `TOLERANCE`."""
     own, masked_lm, dtype = _source_embeddings(staged)
     deepest = staged.config.exit_layers[-1]
     pairs = {f"exit {k}": (own[k], found.exits[k]) for k in own}
@@ -124,7 +124,7 @@ def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
 
 @torch.inference_mode()
 def _source_embeddings(staged: StagedRepository) -> tuple[dict[int, np.ndarray], np.ndarray | None, str]:
-    """Return the source model's {exit: embeddings (N, D)}, `ReloadedEmbeddings.masked_lm` or None, and its dtype."""
+    """Return the source's {exit: embeddings (N, D)}, logits (N, V) if it is pre-trained (else None), and dtype."""
     model_class = ModularStarEncoderForRetrieval if staged.retrieval else ModularStarEncoderForPreTraining
     model = model_class.from_pretrained(staged.source).eval()
     tokenizer = load_tokenizer(staged.folder)

@@ -312,7 +312,7 @@ class VLLMBackend(_LocalBackend):
 
     Args:
         model, max_tokens: See `open_backend`.
-        batch_size: Number of prompts given to the engine at once; few are slow, and a kill loses all their answers.
+        batch_size: Number of prompts given to the engine at once; few are slow, and a kill loses the answers to all.
         max_model_len: Largest number of tokens of a prompt together with its answer.
         revision, dtype, tensor_parallel_size, gpu_memory_utilization: See `vllm.LLM`.
         engine: Further arguments of `vllm.LLM`, such as `quantization`.

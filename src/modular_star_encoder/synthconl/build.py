@@ -54,7 +54,7 @@ class CardSettings:
 
     Args:
         name: title of the card.
-        corpus: the source of the functions, in a sentence.
+        corpus: a sentence that says where the functions come from.
         license: the dataset's licence, as the Hub spells it.
         license_name, license_link: name and address of a licence that the Hub does not know (`license: other`).
         tags: further tags.
@@ -284,7 +284,7 @@ def near_duplicates(build: Build, out: Path) -> None:
 
 
 def split(build: Build, out: Path) -> None:
-    """Draw at random which repositories are the validation split, and write their names."""
+    """Draw the repositories of the validation split at random, and write their names."""
     recipe = build.recipe
     sizes = Counter(row["repository_name"] for row in read_rows(build.out / "near_duplicates", ["repository_name"]))
     share = recipe.max_repository_share
@@ -338,13 +338,13 @@ def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         answers_file = out / "translations" / file.name
         rows, answers = read_file(file), read_file(answers_file)
         if [row["id"] for row in rows] != [answer["id"] for answer in answers]:
-            message = f"The answers in {answers_file} answer other rows than {file}; remove {answers_file.parent}."
+            message = f"{answers_file} has answers to other rows than {file}; remove {answers_file.parent}."
             raise UserError("synthconl.build.other_answers", message)
         yield from zip(rows, answers, strict=True)
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """Return the sort key of a count: files come first, then functions, dropped (most frequent first) and kept ones."""
+    """Return the sort key of a count: files first, then functions, dropped functions (most first), kept functions."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number

@@ -71,7 +71,7 @@ class Package(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Relative path of the package's folder of archives and, with an ending, of its file of rows."""
+        """Relative path of the package's folder of archives, and with the ending .jsonl.gz of its file of rows."""
         return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
 
 
@@ -118,11 +118,11 @@ def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> 
 def build_corpus(
     packages: Sequence[Package], source: str | os.PathLike[str], out: str | os.PathLike[str], processes: int = 2
 ) -> Row:
-    """Extract a corpus to `out`: `pairs.jsonl.gz`, `pairs_valid.jsonl.gz`, `texts.jsonl.gz`, `stats.json` (returned).
+    """Extract the corpus of `packages` to `out`, and return its statistics, which are also written to `stats.json`.
 
-    A pair has `package`, `language`, `name`, `description` and `code`. A text is a function without a usable
-    description: `package`, `language`, `kind` ("code") and `text`. Whole packages are held out for validation. Each
-    package's rows are also in a file below `out/packages`; if it exists, the package is not read again.
+    Pairs (`pairs.jsonl.gz`) have `package`, `language`, `name`, `description` and `code`. Whole packages are held out
+    for validation (`pairs_valid.jsonl.gz`). Texts (`texts.jsonl.gz`), functions without a usable description, have
+    `package`, `language`, `kind` ("code") and `text`. A package with a file below `out/packages` is not read again.
 
     Args:
         source: The folder that `fetch_packages` filled; `stats.json` lists the packages that are not there.
@@ -169,7 +169,7 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
 
 def _archives(folder: Path, temporary: Path) -> Path:
-    """Return a folder of readable archives: `folder`, or if that has a Debian package, `temporary` with its content."""
+    """Return `folder`, or if it holds a Debian package, `temporary`, to which the package's data archive is copied."""
     for deb in folder.glob("*.deb"):
         content, folder = deb.read_bytes(), temporary
         # The last member, after its name, time, owner, group, mode and size; see deb(5).
@@ -272,7 +272,7 @@ class EvaluationTexts:
 
     A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of such files. From rows of
     CodeSearchNet, the benchmark's code and query are read; from other rows `code` (a text, a list, or texts by
-    language), `description` and `query`, also paragraph by paragraph. The name of a set is the name of its file.
+    language), `description` and `query`, also paragraph by paragraph. A set is named by its file or folder.
     """
 
     def __init__(self, sources: Iterable[str | os.PathLike[str]]) -> None:
@@ -298,7 +298,7 @@ class EvaluationTexts:
             self._texts.append((name, len(grams)))
 
     def find(self, kind: str, text: str) -> str | None:
-        """Return `"equal SET"` or `"near SET"` for a text (`kind`: "code" or "description") in a set, or None."""
+        """Return `"equal SET"` or `"near SET"` if this code or description (`kind`) is in a set or near it, or None."""
         if name := self._equal.get((kind, _key(text))):
             return f"equal {name}"
         index, grams = self._grams[kind], _grams(text, kind)
@@ -358,7 +358,7 @@ def check_corpus(
 
 
 def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], digest: Any, hits: list[str]) -> Iterator[Row]:
-    """Yield the rows with no text near `texts`; all rows go into `counts` and `digest`, the others into `hits`."""
+    """Yield the rows without a hit in `texts`; `counts` and `digest` take in all rows, `hits` a line for each hit."""
     for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
         row = row if isinstance(row, dict) else {}
         kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]

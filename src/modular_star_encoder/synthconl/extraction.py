@@ -64,9 +64,9 @@ def function_rows(
 ) -> Iterator[Row]:
     """Yield the documented functions of corpora (see `open_source`) as rows with the columns of `FUNCTION_SCHEMA`.
 
-    Functions in other languages and longer functions are dropped. If functions differ only in white space, the first is
-    kept. `counts` receives the numbers of rows or files read, functions kept, and dropped functions by reason. A digest
-    of each function is kept in memory.
+    Functions in other languages than `languages`, or of more than `max_characters`, are dropped; of functions that only
+    differ in white space, the first is kept. `counts` receives the numbers of rows or files read, functions kept, and
+    dropped functions by reason. A digest of each function is kept in memory.
     """
     seen: set[bytes] = set()
     for corpus in corpora:

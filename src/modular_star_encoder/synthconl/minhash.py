@@ -48,7 +48,7 @@ class Banding:
 
 @cache
 def optimal_banding(threshold: float, miss_weight: float = 0.5) -> Banding:
-    """Return the banding with the smallest error at `threshold`, if pairs have all similarities from 0 to 1 equally.
+    """Return the banding with the smallest error at `threshold`, for pairs with similarities spread evenly from 0 to 1.
 
     The error is the share of pairs below the threshold that are compared, times 1 − `miss_weight`, plus the share of
     pairs above it that are missed, times `miss_weight`, as in datasketch's `MinHashLSH` ("LSH Ensemble", VLDB 2016).
@@ -168,7 +168,7 @@ class Fingerprints:
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> Fingerprints:
-    """Return the fingerprints of `texts`, of which None is a blank text."""
+    """Return the fingerprints of `texts`; None is treated as a blank text."""
     empty = np.empty((0, 2), np.uint64), np.empty(0, np.int64), np.empty((0, banding.bands), np.uint64)
     parts = [empty, *(_fingerprint(batch, banding) for batch in _batches(texts))]
     return Fingerprints(*map(np.concatenate, zip(*parts, strict=True)))

@@ -156,7 +156,7 @@ def _read_json(path: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class DuplicateJob:
-    """A job of `prepare_job`: `run` does all of its tasks in order, the methods of the same names one task each."""
+    """A job from `prepare_job`; `run` does all its tasks in order, and each other method, such as `propose`, one."""
 
     out: Path
     shards: tuple[Shard, ...]
@@ -203,7 +203,7 @@ class DuplicateJob:
         return self.finish()
 
     def fingerprint(self, shard: int, advance: Callable[[int], object] = lambda rows: None) -> None:
-        """Store the texts and fingerprints of shard `shard`; `advance` gets the number of rows after each batch."""
+        """Store the texts and fingerprints of shard `shard`; `advance` is called with each number of rows read."""
         target = self.work / f"shard-{shard:05d}"
         if self.finished or target.exists():
             advance(self.shards[shard].rows)
@@ -213,7 +213,7 @@ class DuplicateJob:
             store_fingerprints(folder, texts, len(self.columns), self.settings.banding)
 
     def propose(self) -> None:
-        """Find the distinct rows of all fingerprinted shards, and the pairs of rows to compare."""
+        """Find the distinct rows of all fingerprinted shards, and propose pairs of them to compare."""
         target = self.work / "proposed"
         if self.finished or target.exists():
             return
@@ -230,7 +230,7 @@ class DuplicateJob:
             write_json(folder / "counts.json", counts)
 
     def compare(self, part: int, parts: int) -> None:
-        """Compute the similarity of the pairs in part `part` of `parts` equal parts, and store the near pairs."""
+        """Compute the similarities in part `part` of `parts` of the proposed pairs, and store the near pairs."""
         target = self._compared(part, parts)
         if self.finished or target.exists():
             return
@@ -248,7 +248,7 @@ class DuplicateJob:
             np.savez(output, **arrays)  # type: ignore[arg-type]
 
     def decide(self, parts: int) -> None:
-        """Decide which rows are kept, after all `parts` parts of the pairs were compared."""
+        """Decide which rows are kept, after all `parts` parts of the proposed pairs were compared."""
         target = self.work / "decided"
         if self.finished or target.exists():
             return
@@ -341,7 +341,7 @@ class DuplicateJob:
 
 
 def _datatrove_step(job: DuplicateJob, task: str, compare_tasks: int, _: Any, rank: int, world_size: int) -> None:
-    """Run process `rank`'s share of the job's tasks that are named `task`."""
+    """Run the method `task` of a job for every shard or part that falls to process `rank` of `world_size`."""
     counts = {"fingerprint": len(job.shards), "write": len(job.shards), "compare": compare_tasks}
     parts = [compare_tasks] if task in ("compare", "decide") else []
     for number in range(rank, counts.get(task, 1), world_size):

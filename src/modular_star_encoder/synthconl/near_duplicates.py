@@ -104,14 +104,14 @@ def find_near_duplicates(
 
 @dataclass(frozen=True, slots=True)
 class DistinctRows:
-    """The m different rows that n rows contain, some of them several times."""
+    """The m distinct rows among n rows, of which some may be equal."""
 
     rows: np.ndarray  # int64 (m,): the row of smallest id among equal rows
     numbers: np.ndarray  # int64 (n,): for each row, the number of the distinct row that it equals
 
 
 def distinct_rows(digests: np.ndarray, order: np.ndarray) -> DistinctRows:
-    """Find the distinct rows among n rows; rows that are blank in every column are never equal to each other.
+    """Find the distinct rows by digests of their texts; rows that are blank in every column are never equal.
 
     `digests`, uint64 (n, columns, 2), has `Fingerprints.digests` of each column; `order`, int64 (n,), lists rows by id.
     """
@@ -157,7 +157,7 @@ def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 class Column:
-    """Texts and fingerprints of a column's distinct `rows`, int64 (m,); all rows are given in one or more parts."""
+    """The distinct `rows`, int64 (m,), of one column; `texts` and `prints` list texts and fingerprints by file."""
 
     def __init__(
         self, texts: Sequence[list[str] | StoredColumn], prints: Sequence[Fingerprints], rows: np.ndarray
@@ -187,7 +187,7 @@ class Column:
 
 
 def _candidates(column: Column, others: Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Return pairs (row, other row) of one bucket (rows of equal band key): each row with its first `limit` others.
+    """Return pairs (row, other row) with an equal band key (one bucket): each row with the first `limit` others.
 
     If `others` is `column`, the pairs are (earlier row, row). Also return the size of the largest bucket, and how many
     rows of a band, at most, have more than `limit` others in their bucket.
@@ -243,9 +243,9 @@ def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Searches for near pairs among the rows of `columns` ("within") and of rows with texts of other sets ("between").
+    """Searches for near pairs among rows ("within") and between rows and texts of other sets ("between").
 
-    A task is the list of pairs to compare in one column; if `settings.match` is "both", one task has all columns.
+    A task is the list of pairs to compare in one column; if `match` is "both", "within" has one for all.
     """
 
     columns: Sequence[Column]
@@ -364,7 +364,7 @@ def decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return each node's partner of highest value (of several the smallest; −1 if there is none) and this value."""
+    """Return for each node its partner with the highest value (if equal, the smallest; −1 if none) and this value."""
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

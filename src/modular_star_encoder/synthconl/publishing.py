@@ -201,7 +201,7 @@ def push_dataset(
     """Upload a dataset with its card, or report what would be uploaded.
 
     Args:
-        folder: The folder that `build_dataset` returned, or the one that it got as `out`.
+        folder: The folder that `build_dataset` returned, or its argument `out`.
         repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
         upload: Whether to upload, with the token of `hf auth login` or `HF_TOKEN`; if False, nothing is sent.
         private: Whether a new repository is private.
@@ -209,7 +209,7 @@ def push_dataset(
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
     if not any(root.glob("data/*.parquet")) or not (root / CARD).is_file() or not (root / STATISTICS).is_file():
-        message = f"{folder} holds no finished dataset; finish it with `mose dataset build`."
+        message = f"{folder} holds no finished dataset; build one with `mose dataset build`."
         raise UserError("synthconl.push.no_dataset", message)
     required = ("license", "task_categories", "configs", "size_categories")
     load_card(DatasetCard, root / CARD, required, "synthconl.push.card")

@@ -42,7 +42,7 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> 
 
 
 def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:
-    """Write rows as `rows-00000.parquet`, … of `ROWS_PER_FILE` rows to an empty folder; return the number of rows."""
+    """Write rows to `rows-00000.parquet`, … in an empty folder, `ROWS_PER_FILE` to each; return the number of rows."""
     total = 0
     for number, batch in enumerate(batches(rows, ROWS_PER_FILE)):
         table = pa.Table.from_pylist(batch, schema)

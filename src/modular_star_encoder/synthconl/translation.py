@@ -1,4 +1,4 @@
-"""Translate functions with a language model: write prompts, and collect one answer for each, also if interrupted."""
+"""Translate functions with a language model: write prompts, and collect one answer to each, also if interrupted."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ def target_language(row_id: str, source_language: str, *, seed: int, targets: Se
 
 
 def check_prompt(prompt: str) -> str:
-    """Return `prompt` if it is a template with the fields that `PROMPT` has; raise UserError if not."""
+    """Return `prompt` if it is a template with exactly the fields of `PROMPT`; raise UserError if not."""
     try:
         fields = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
     except ValueError as error:
@@ -184,7 +184,7 @@ def _requests(
     seed: int,
     bar: tqdm,
 ) -> Iterator[CompletionRequest]:
-    """Yield a request for each row that has no completion yet, and add its id to `files`."""
+    """Yield a request for each row without a completion, after noting in `files` which file waits for it."""
     for path in row_files(functions):
         if (target := out / path.name).is_file():
             _journal_path(target).unlink(missing_ok=True)  # left by a kill
@@ -227,7 +227,7 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
 
 
 class _Session:
-    """Counts of one call of `translate`, which are added to the file of all calls' counts every 30 seconds."""
+    """Counts of one call of `translate`; about every 30 seconds, they are saved together with earlier calls' counts."""
 
     def __init__(self, path: Path, backend: CompletionBackend) -> None:
         self._path, self._backend, self._earlier = path, backend, _read_sessions(path)
@@ -310,7 +310,7 @@ def _journal_path(target: Path) -> Path:
 
 
 def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
-    """Return {id: completion} of a journal, whose ids must be in `ids`; its last line is cut off if incomplete."""
+    """Return {id: completion} of a journal, whose ids must be in `ids`; an incomplete last line is cut off the file."""
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
