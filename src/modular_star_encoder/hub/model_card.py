@@ -33,7 +33,7 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """Numbers of parameters, costs and scores of the exits that a repository has."""
+    """Parameter counts, costs and scores of the exits in one repository."""
 
     parameters: Mapping[int, int]  # {exit_layer: number of parameters of the model up to this exit}
     profile: ExitProfile | None  # costs of these exits; None if not measured

@@ -112,7 +112,7 @@ def export_onnx_folder(
         int8: also write a file with 8-bit weights; needs `tasks`.
     """
     if int8 and not tasks:
-        raise UserError("hub.onnx.int8", "int8=True needs `tasks`, which measure the loss of quality.")
+        raise UserError("hub.onnx.int8", "`int8` needs `tasks`, on which the loss of quality is measured.")
     model, tokenizer = load_checkpoint(checkpoint, exit_layer, device="cpu", dtype=torch.float32)
     exit_layer = model.config.num_hidden_layers
     check_servable(model.config)

@@ -36,7 +36,7 @@ class ReloadRequest:
 
 @dataclass(frozen=True)
 class ReloadedEmbeddings:
-    """Embeddings (N, D), float32, of a request's texts, from both classes with which users load a checkpoint."""
+    """Embeddings (N, D), float32, of a request's texts by `AutoModel` and by `SentenceTransformer`."""
 
     auto_model: np.ndarray  # at the deepest exit
     sentence_transformer: np.ndarray  # at the deepest exit
@@ -100,7 +100,7 @@ def wait_with_clock(process: "subprocess.Popen[str]", description: str, *, progr
 
 
 class Blocker(MetaPathFinder):
-    """An import hook that lets imports of this package fail, even if it is installed."""
+    """An import hook that makes imports of this package fail, even if it is installed."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname.partition(".")[0] == PACKAGE:

@@ -71,7 +71,7 @@ class Package(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Relative path of the package's folder of archives, and with the ending .jsonl.gz of its file of rows."""
+        """Relative path of the package's folder of archives; with the ending `.jsonl.gz`, of its file of rows."""
         return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
 
 

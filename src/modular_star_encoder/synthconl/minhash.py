@@ -67,7 +67,7 @@ def optimal_banding(threshold: float, miss_weight: float = 0.5) -> Banding:
 
 @settings_class
 class DuplicateSettings:
-    """Settings that define near-duplicates.
+    """Settings that define which rows are near-duplicates.
 
     Args:
         threshold: smallest Jaccard similarity of the sets of shingles at which two texts are near-duplicates.

@@ -248,7 +248,7 @@ class DuplicateJob:
             np.savez(output, **arrays)  # type: ignore[arg-type]
 
     def decide(self, parts: int) -> None:
-        """Decide which rows are kept, after all `parts` parts of the proposed pairs were compared."""
+        """Decide which rows are kept, once the proposed pairs are compared in all their `parts` parts."""
         target = self.work / "decided"
         if self.finished or target.exists():
             return

@@ -148,7 +148,7 @@ class NearPairs:
 
 
 def pair_ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split pairs, each packed into a uint64, into the numbers of their first and of their second rows, int64."""
+    """Unpack pairs of row numbers from uint64 into two int64 arrays: their first rows, and their second rows."""
     return (pairs >> _SHIFT).astype(np.int64), (pairs & _LOW).astype(np.int64)
 
 
@@ -157,7 +157,7 @@ def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 class Column:
-    """The distinct `rows`, int64 (m,), of one column; `texts` and `prints` list texts and fingerprints by file."""
+    """One column's texts and fingerprints in the distinct `rows`, int64 (m,), from one or more lists or files."""
 
     def __init__(
         self, texts: Sequence[list[str] | StoredColumn], prints: Sequence[Fingerprints], rows: np.ndarray
@@ -175,7 +175,7 @@ class Column:
         return [self._texts[part][place] for part, place in zip(parts.tolist(), places.tolist(), strict=True)]
 
     def not_blank(self) -> np.ndarray:
-        """Return the numbers of the distinct rows that have a text here."""
+        """Return the numbers of the distinct rows whose text in this column is not blank."""
         return np.flatnonzero(self.digests.any(axis=1))
 
     def bands(self) -> Iterator[np.ndarray]:
@@ -267,7 +267,7 @@ class Search:
         }
 
     def compare(self, kind: str, task: int, pairs: np.ndarray) -> NearPairs:
-        """Return the `pairs` (of task number `task`, "within" or "between") whose similarity reaches the threshold."""
+        """Return the `pairs` that reach the threshold in the column of `task`; `kind` is "within" or "between"."""
         every = kind == "within" and self.settings.match == "both"
         smallest = np.ones(len(pairs))
         for column in self.columns if every else self.columns[task : task + 1]:

@@ -115,7 +115,7 @@ def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: st
             kind = schema.field(name).type
             if not _is_text(kind) and (name in columns or not pa.types.is_integer(kind)):
                 wanted = "text" if name in columns else "text or integers"
-                message = f"Column {name!r} of {shard.name} contains {kind}; it must be {wanted}."
+                message = f"Column {name!r} of {shard.name} contains {kind}; it must contain {wanted}."
                 raise UserError("synthconl.shards.column_type", message)
 
 
@@ -141,7 +141,7 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
 
 
 def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
-    """Return the numbers of all shards' rows by ascending id; if `id_column` is None, in the order of the files."""
+    """Return all row numbers, counted through the shards, by ascending id; if `id_column` is None, in file order."""
     if id_column is None:
         return np.arange(sum(one.rows for one in shards))
     ids = read_ids(shards, id_column)
@@ -155,7 +155,7 @@ def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
 
 
 def write_kept(shard: Shard, target: Path, kept: np.ndarray, advance: Callable[[int], object]) -> None:
-    """Write the rows of a shard for which `kept`, bool (rows,), is true to `target`, with all columns."""
+    """Write to `target` the rows of a shard for which `kept`, bool (rows,), is true, with all columns."""
     file = _opened(shard.path)
 
     def tables() -> Iterator[pa.Table]:
