@@ -245,7 +245,7 @@ def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
 class Search:
     """Searches for near pairs among rows ("within") and between rows and texts of other sets ("between").
 
-    A task is the list of pairs to compare in one column; if `match` is "both", "within" has one for all.
+    A task is the list of pairs to compare in one column; "within", all columns are one task if `match` is "both".
     """
 
     columns: Sequence[Column]
@@ -267,7 +267,7 @@ class Search:
         }
 
     def compare(self, kind: str, task: int, pairs: np.ndarray) -> NearPairs:
-        """Return the `pairs` that reach the threshold in the column of `task`; `kind` is "within" or "between"."""
+        """Return the `pairs` of a task that reach the threshold; `kind` is "within" or "between", `task` its number."""
         every = kind == "within" and self.settings.match == "both"
         smallest = np.ones(len(pairs))
         for column in self.columns if every else self.columns[task : task + 1]:

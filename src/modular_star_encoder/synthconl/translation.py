@@ -114,7 +114,7 @@ class TranslationSettings:
     completion_price: NonNegative = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide the translations: all but prices and the back end's `run_options`."""
+        """Return what decides translations up to rounding: all settings but prices and the back end's `run_options`."""
         run_options = BACKENDS[self.backend].run_options
         own = {name: getattr(self, name) for name in ("backend", "model", "max_tokens", "prompt")}
         options = {name: value for name, value in self.options.items() if name not in run_options}
