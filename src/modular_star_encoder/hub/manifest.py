@@ -20,11 +20,11 @@ class RepositorySettings:
     Args:
         name: name of the repository, without its namespace.
         checkpoint: folder to publish unchanged; use either this or `slice_of`.
-        slice_of, exit_layer: key of an entry above from which to cut a slice, and the last layer of this slice.
-        only_exit: keep only the head of this exit in a slice, as in the published models that were cut.
+        slice_of, exit_layer: key of an earlier entry whose model is cut, and the exit after which it is cut.
+        only_exit: in a slice, keep only the projection head of its last exit, as in the published slices.
         branch: branch of the repository.
-        trained_from: key of the entry above from which the training of this model started.
-        tokenizer: folder of the tokenizer; by default the checkpoint.
+        trained_from: key of an earlier entry, with whose model the training of this model started.
+        tokenizer: folder of the tokenizer; by default the folder of the checkpoint.
         evaluation: results of `mose evaluate` (report.json, or --json) or of the quickstart (results.json); a slice
             uses the results of its parent for its exits.
         profile: file from `mose profile`; by default `exit_profile.json` in the checkpoint's folder, if it exists.
@@ -32,9 +32,9 @@ class RepositorySettings:
             parent folder, if it exists.
         recipe: YAML or JSON file of the recipe; by default the recipe in the training log.
         training_data: description of the training data.
-        sections: sections of the card after the exits, as heading: local file with Markdown, or with JSON, which is
-            shown as code.
-        files: additional files, as path in the repository: local file, such as
+        sections: further sections of the card, as `heading: local file`; a file without the ending .md is shown as
+            code.
+        files: further files of the repository, as `path in the repository: local file`, such as
             `onnx/model.onnx: runs/export/model.onnx`.
     """
 
@@ -63,13 +63,13 @@ class RepositorySettings:
         if self.slice_of and (given := [name for name in own if getattr(self, name)]):
             yield "hub.manifest.slice", f"{self.key} is a slice; remove {', '.join(given)}, which {self.slice_of} sets."
         if self.slice_of is None and self.checkpoint is None:
-            yield "hub.manifest.checkpoint", f"{self.key} needs either checkpoint or slice_of."
+            yield "hub.manifest.checkpoint", f"{self.key} needs either `checkpoint` or `slice_of`."
         if (self.slice_of is None) != (self.exit_layer is None):
-            yield "hub.manifest.exit_layer", f"{self.key} needs both slice_of and exit_layer, or neither."
+            yield "hub.manifest.exit_layer", f"{self.key} needs both `slice_of` and `exit_layer`, or neither."
         for path in self.files:
             parts = PurePosixPath(path).parts
             if not parts or parts[0] == "/" or ".." in parts or "\\" in path:
-                yield "hub.manifest.files", f"files of {self.key}: {path!r} must be a path inside the repository."
+                yield "hub.manifest.files", f"`files` of {self.key}: {path!r} must be a path inside the repository."
 
     @property
     def key(self) -> str:
@@ -78,7 +78,7 @@ class RepositorySettings:
 
     @property
     def parent(self) -> str | None:
-        """The key of the entry that this one is cut from or trained from."""
+        """The key of the entry that this one is cut from or trained from; None if there is none."""
         return self.slice_of or self.trained_from
 
 
@@ -87,7 +87,7 @@ class Manifest:
     """The repositories to publish, and metadata that their cards share.
 
     Args:
-        namespace: user or organisation on the Hub that owns the repositories.
+        namespace: user or organisation on the Hub to which the repositories belong.
         title: title of the cards.
         license: licence of the weights, by its name on the Hub; `other` also needs `license_name` and `license_link`.
         repositories: repositories in the order of publication, parents first.
@@ -112,20 +112,20 @@ class Manifest:
 
     def _faults(self) -> Iterator[tuple[str, str]]:
         if not self.namespace:
-            yield "hub.manifest.namespace", "namespace must be your name on the Hub: namespace=NAME."
+            yield "hub.manifest.namespace", "Set `namespace` to your name on the Hub: namespace=NAME."
         if not self.license or (self.license == "other" and not self.license_name):
-            yield "hub.manifest.license", "license must be a name that the Hub knows, or `other` with a license_name."
+            yield "hub.manifest.license", "`license` must be a name that the Hub knows, or `other` with `license_name`."
         above: set[str] = set()
         for entry in self.repositories:
             check_repository_id(self.repository(entry))
             if entry.key in above:
-                yield "hub.manifest.twice", f"{entry.key} is listed twice in repositories."
+                yield "hub.manifest.twice", f"{entry.key} is listed twice in `repositories`."
             if entry.parent is not None and entry.parent not in above:
                 yield "hub.manifest.parent", f"{entry.key} comes from {entry.parent}, which must be listed above it."
             above.add(entry.key)
 
     def repository(self, entry: RepositorySettings) -> str:
-        """The Hub id of the repository of an entry."""
+        """Return the Hub id of an entry's repository, "namespace/name"."""
         return f"{self.namespace}/{entry.name}"
 
 

@@ -1,4 +1,4 @@
-"""Write the card of a published model: metadata for the Hub, and the measurements."""
+"""Write the card of a model to publish: metadata for the Hub, and a table and a figure of measurements."""
 
 import json
 import re
@@ -33,14 +33,14 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """The parameters, costs and scores of the exits of one repository."""
+    """Parameter counts, costs and scores of the exits in one repository."""
 
     parameters: Mapping[int, int]  # {exit_layer: number of parameters of the model up to this exit}
     profile: ExitProfile | None  # costs of these exits; None if not measured
     tables: Sequence[Table]  # one per benchmark, with rows of these exits and of retrievers without exits
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """The measurements of a slice with these exits; at each exit, its embeddings equal those of its parent."""
+        """Return the measurements of a slice with the exits in `parameters`, where it embeds like the uncut model."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}
@@ -54,7 +54,7 @@ class Measurements:
 
 @dataclass(frozen=True, slots=True)
 class StagedRepository:
-    """One complete repository in a folder, and the content of its card."""
+    """A folder with all files of one repository, ready to upload, and the content of the repository's card."""
 
     settings: RepositorySettings  # entry in the manifest
     repository: str  # id on the Hub
@@ -73,7 +73,7 @@ class StagedRepository:
     sections: Sequence[tuple[str, str]] = ()  # (heading, Markdown) of each additional section
 
     def link(self, revision: str | None = None) -> str:
-        """A Markdown link to the branch of the repository, or to a revision."""
+        """Return a Markdown link to the repository's branch, or to `revision` if it is given."""
         branch = self.settings.branch
         name = self.repository if branch == MAIN else f"{self.repository}, branch {branch}"
         place = revision or (None if branch == MAIN else branch)
@@ -110,16 +110,16 @@ def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: st
 
 
 def check_card(path: Path) -> None:
-    """Raise UserError if the Hub's client cannot read the metadata of a card, or if an image in it is missing."""
+    """Raise UserError if a card's metadata can't be read by huggingface_hub, or if the card shows a missing image."""
     required = ("license", "library_name", "pipeline_tag", "tags")
     card = load_card(ModelCard, path, required, "hub.card.metadata")
     for figure in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):
         if not (path.parent / figure).is_file():
-            raise UserError("hub.card.figure", f"{path} shows {figure}, which does not exist.")
+            raise UserError("hub.card.figure", f"{path} shows the image {figure}, which does not exist.")
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Plot quality by latency, or by depth if no latency is known; returns the file name, or None without a plot."""
+    """Plot quality by latency, or by depth if no latency is known; return the file name, None if there is no plot."""
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None
     if measurements.profile is None:
@@ -130,7 +130,7 @@ def draw(measurements: Measurements, folder: Path) -> str | None:
 
 
 def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table in a card, with one column per exit and per retriever without exits."""
+    """Return header and rows of a card's table of measurements: a column per exit and per retriever without exits."""
     exits = list(measurements.parameters)
     others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
     retrievers = list(dict.fromkeys(row.retriever for row in others))
@@ -166,7 +166,7 @@ _quoted = partial(json.dumps, ensure_ascii=False)  # a text as a Python literal
 
 
 def _metadata(staged: StagedRepository, manifest: Manifest) -> ModelCardData:
-    """The metadata of a card; without a base model if the parent is a branch of the same repository."""
+    """Return the metadata of a card; a parent in another branch of the same repository is not named as base model."""
     base = staged.parent.repository if staged.parent else None
     return ModelCardData(
         model_name=staged.repository.partition("/")[2],
@@ -184,7 +184,7 @@ def _metadata(staged: StagedRepository, manifest: Manifest) -> ModelCardData:
 
 
 def _eval_results(measurements: Measurements) -> Iterator[EvalResult]:
-    """Yield the main metric × 100 of each benchmark and exit, for the `model-index` of the card."""
+    """Yield each benchmark's main metric × 100 at each exit, for the metadata `model-index` of the card."""
     tasks = {"f1": ("text-classification", "Clone detection")}
     for table in measurements.tables:
         kind, name = tasks.get(table.metric, ("text-retrieval", "Code retrieval"))

@@ -67,7 +67,7 @@ TIE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class RankingComparison:
-    """The rankings of an ONNX file and of its model on one task, compared."""
+    """How far the rankings of an ONNX file and of the model it was exported from agree on one task."""
 
     benchmark: str
     task: str
@@ -83,7 +83,7 @@ class RankingComparison:
 
 
 class OnnxFolder(NamedTuple):
-    """The written folder, and {ONNX file ("float32" or "int8"): comparisons of its rankings, one per task}."""
+    """The written folder, and {"float32" or "int8": comparisons of this ONNX file's rankings, one per task}."""
 
     folder: Path
     rankings: dict[str, list[RankingComparison]]
@@ -112,7 +112,7 @@ def export_onnx_folder(
         int8: also write a file with 8-bit weights; needs `tasks`.
     """
     if int8 and not tasks:
-        raise UserError("hub.onnx.int8", "8-bit weights lose quality: give retrieval data to measure the loss.")
+        raise UserError("hub.onnx.int8", "`int8` needs `tasks`, on which the loss of quality is measured.")
     model, tokenizer = load_checkpoint(checkpoint, exit_layer, device="cpu", dtype=torch.float32)
     exit_layer = model.config.num_hidden_layers
     check_servable(model.config)
@@ -150,14 +150,14 @@ def export_onnx_folder(
 
 
 def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: str = "onnx") -> Path:
-    """The default output folder for one exit of a checkpoint."""
+    """Return the default output folder for one exit: `{name}-{exit_layer}-{ending}`, next to the checkpoint."""
     folder = Path(checkpoint).expanduser()
     folder = folder.resolve() if folder.is_dir() else Path(folder.name)
     return folder.with_name(f"{folder.name}-{exit_layer}-{ending}")
 
 
 def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEncoderConfig) -> dict[str, str]:
-    """The prompts that a checkpoint's SentenceTransformer files contain, or else the published prompts."""
+    """Return the prompts in a checkpoint's SentenceTransformer files; if it has none, the published prompts."""
     file = checkpoint_file(checkpoint, "config_sentence_transformers.json")
     prompts = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("prompts")
     return prompts or sentence_transformer_prompts(instructions=config.instruction_prompts)
@@ -166,7 +166,7 @@ def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEn
 def _write_serving_files(
     folder: Path, config: ModularStarEncoderConfig, tokenizer: PreTrainedTokenizerBase, prompts: dict[str, str]
 ) -> None:
-    """Write all files except `onnx/`: configuration, tokenizer, and the modules of a SentenceTransformer."""
+    """Write all files outside of `onnx/`: configuration, tokenizer, and the modules of a SentenceTransformer."""
     # Versions 4 and 5 of transformers can read this configuration. No model is built from it: text-embeddings-inference
     # needs its sizes and padding token (backends/ort/src/lib.rs), and optimum needs a model type that it supports.
     rope = dict(config.rope_parameters)
@@ -194,7 +194,7 @@ def _write_serving_files(
 
 
 class OnnxEncoder:
-    """Encodes texts with an ONNX file; `reference`, the encoder of its model, gives prompts, tokenizer and batches."""
+    """Encodes texts with an ONNX file; prompts and tokenizer come from `reference`, the original model's encoder."""
 
     dimensions: tuple[int | None, ...] = (None,)
 
@@ -236,7 +236,7 @@ def compare_rankings(
     *,
     progress: bool = True,
 ) -> dict[str, list[RankingComparison]]:
-    """Rank with the one exit of `reference` and with ONNX files of it; returns {file: one comparison per task}."""
+    """Rank with `reference`, an encoder of one exit, and with its ONNX files; return {file: comparison per task}."""
     model = EmbeddingRetriever(reference)
     expected = evaluate_tasks(tasks, [model], progress=progress)
     comparisons = {}
@@ -279,7 +279,7 @@ def _comparison(
 
 
 def compare_tops(expected: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compare the ten best columns of each row in two score matrices (Q, N); of equal scores, the first is better.
+    """Compare the ten best columns of each row in two score matrices (Q, N); of equal scores, the first is the best.
 
     Returns three arrays (Q,): whether both have the same columns in the same order; whether the columns of each rank
     differ by less than `TIE` in their `expected` scores; the fraction of columns that both have, in any order.
@@ -291,7 +291,7 @@ def compare_tops(expected: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, n
 
 
 def format_rankings(rankings: Mapping[str, Sequence[RankingComparison]]) -> str:
-    """A Markdown table with one row per file and task, which compares the file with its model; scores are × 100."""
+    """Return a Markdown table that compares each ONNX file with its model, a row per task; scores are × 100."""
     header = ("", "task", "same top 10", "shared top 10", "metric", "model", "file", "difference")
     rows = [
         (

@@ -1,4 +1,4 @@
-"""Publish staged repositories on the Hub: report the changes, or upload them in one commit per repository."""
+"""Publish repositories on the Hub: report what would change, or upload it in one commit per repository."""
 
 import hashlib
 import os
@@ -33,7 +33,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """The changes in one repository."""
+    """What was, or would be, changed in one repository on the Hub."""
 
     repository: str
     branch: str
@@ -42,7 +42,7 @@ class Publication:
     uploaded: bool = False  # whether the changes were uploaded
 
     def __str__(self) -> str:
-        """Text with one line per changed file, and a line with the revision or "a dry run"."""
+        """List the changed files, one per line, then the new revision or "a dry run"."""
         name = self.repository if self.branch == MAIN else f"{self.repository}, branch {self.branch}"
         lines = [f"{change.size:>14,}  {change.kind} {change.path}" for change in self.changes]
         if not self.changes:
@@ -63,8 +63,8 @@ def publish(
     """Stage and verify all repositories of a manifest, then upload them or report the changes.
 
     Staging writes each repository to a folder: checkpoint, SentenceTransformer files, exit profile, figure and card.
-    Verification looks for secrets, pickles and unexpected files, and compares embeddings that a process with only the
-    repository's code computes with embeddings of the source. Nothing is uploaded unless all repositories pass. Each
+    Verification looks for secrets, pickles and unexpected files, and compares the source's embeddings with embeddings
+    that a process computes with the repository's code alone. Nothing is uploaded unless all repositories pass. Each
     changed repository gets one commit, parents first. After a failure, each repository has its old or its new revision,
     and the next call uploads the rest.
 
@@ -122,7 +122,7 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Make a branch contain exactly the staged files, by one commit upon the revision they were compared with."""
+    """Make a branch on the Hub equal to the staged files by one commit; it fails if the branch changes meanwhile."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)
@@ -142,12 +142,12 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
         commit = api.create_commit(repository, edits, commit_message="Publish", revision=branch, parent_commit=head)
         left = compare(staged.folder, _remote(api, repository, commit.oid)[1])
     if left:
-        raise OSError(f"{repository} differs from the uploaded files in {left[0].path}: upload again.")
+        raise OSError(f"{repository} differs from the uploaded files in {left[0].path}; upload again.")
     return Publication(repository, branch, changes, commit.oid, uploaded=True)
 
 
 def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
-    """The changes, sorted by path, that turn the files on the Hub (`there`) into the files of a folder."""
+    """Return the changes that turn the files on the Hub (`there`) into the files of a folder, sorted by path."""
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     changes = [Change(DELETED, path, there[path].size) for path in set(there) - set(here) - set(KEPT)]
     for path, file in here.items():
@@ -160,7 +160,7 @@ def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
 
 
 def _same(file: Path, there: RepoFile) -> bool:
-    """Whether two files are equal by the Hub's checksums: SHA-256 for large files, git's SHA-1 for others."""
+    """Whether a local file equals one on the Hub, by the Hub's checksums: SHA-256 if it is large, else git's SHA-1."""
     with file.open("rb") as content:
         if there.lfs is not None:
             return hashlib.file_digest(content, "sha256").hexdigest() == there.lfs.sha256
@@ -169,7 +169,7 @@ def _same(file: Path, there: RepoFile) -> bool:
 
 
 def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dict[str, RepoFile]]:
-    """The latest commit of a branch and {path: file}; (None, {}) if the branch does not exist."""
+    """Return the latest commit of a branch on the Hub and {path: file}; (None, {}) if the branch does not exist."""
     try:
         head = api.model_info(repository, revision=revision).sha
         tree = api.list_repo_tree(repository, revision=head, recursive=True)

@@ -40,7 +40,7 @@ HIDDEN = "(a local path)"
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write each repository of a manifest, in order, to `folder/KEY`, where KEY has -- in place of slashes."""
+    """Write the files of each repository in a manifest to `folder/KEY`; in KEY, the entry's key, / becomes --."""
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None
@@ -80,7 +80,7 @@ def _stage(
         write_sentence_transformer_files(folder, config, published, **own)
     prompts = _read_settings(folder / "config_sentence_transformers.json").get("prompts") or {}
     if retrieval and not {"query", "document_python"} <= set(prompts):
-        message = f"{source} needs the prompts query and document_python for the examples in its card."
+        message = f"{source} needs the prompts `query` and `document_python`, for examples in the card."
         raise UserError("hub.staging.prompts", message)
     with torch.device("meta"):  # to count parameters without memory for weights
         parameters = {k: model_class(config.cut(k)).num_parameters() for k in config.exit_layers}
@@ -118,7 +118,7 @@ def _stage(
 
 
 def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularStarEncoderPreTrainedModel]:
-    """The model class of a checkpoint; UserError if the checkpoint cannot be published."""
+    """Return the model class of a checkpoint; raise UserError if the checkpoint can't be published."""
     if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
         message = f"{source} holds an adapter: publish the merged model, which `mose finetune` also writes."
         raise UserError("hub.staging.checkpoint", message)
@@ -128,7 +128,7 @@ def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularSta
     if not Path(tokenizer or source, TOKENIZER).expanduser().is_file():
         fault = f"{tokenizer or source} has no {TOKENIZER}; set `tokenizer` to a folder that has one."
     elif model_class is ModularStarEncoderPreTrainedModel:
-        fault = f"{source} is in another layout; convert it with `mose slice` at its deepest exit."
+        fault = f"{source} is in the layout of the published models; convert it with `mose slice` at its deepest exit."
     elif not issubclass(model_class, (ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval)):
         fault = f"{source} is a {architecture}; only pre-trained and retrieval models can be published."
     else:
@@ -141,14 +141,14 @@ def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, i
     path = Path(entry.profile).expanduser() if entry.profile else source / PROFILE_NAME
     profile = ExitProfile.load(path) if entry.profile or path.is_file() else None
     if profile is not None and profile.checkpoint != checksum:
-        message = f"{path} was measured with other weights than {source}: run `mose profile` again."
+        message = f"{path} was measured with other weights than {source}; run `mose profile` again."
         raise UserError("hub.staging.profile", message)
     tables = [table for file in entry.evaluation for table in read_tables(Path(file).expanduser(), checksum)]
     return Measurements(parameters, profile, tables).cut(parameters)
 
 
 def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[str, Any]], str]:
-    """Rows of a table on the training, from its log, and the recipe as YAML; both are empty if missing."""
+    """Return (name, value) rows about the training, from its log, and the recipe as YAML; both are empty if unknown."""
     paths = [source / TRAINING_LOG, source.parent / TRAINING_LOG]
     paths = [Path(entry.training_log).expanduser()] if entry.training_log else [one for one in paths if one.is_file()]
     log = _read_settings(paths[0]) if paths else {}
@@ -161,13 +161,12 @@ def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[
 
 
 def _section(path: Path) -> str:
-    """The Markdown of a file, or the content of another file as a block of code."""
+    """Return the text of a Markdown file as it is, the text of another file as a block of code."""
     text = path.read_text(encoding="utf-8").rstrip()
     return text if path.suffix == ".md" else f"```{path.suffix[1:]}\n{text}\n```"
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file that holds a mapping; UserError if it does not."""
     try:
         data = path.read_bytes()
         content = json.loads(data) if path.suffix == ".json" else yaml.safe_load(data)
@@ -179,7 +178,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def without_paths(settings: Any) -> Any:
-    """Settings with local paths replaced by `HIDDEN`; keeps names of models and datasets."""
+    """Return settings in which local paths are replaced by `HIDDEN`; names of models and datasets stay."""
     if isinstance(settings, dict):
         return {name: without_paths(value) for name, value in settings.items()}
     if isinstance(settings, list | tuple):
@@ -190,7 +189,7 @@ def without_paths(settings: Any) -> Any:
 
 
 def _weights_sha256(folder: Path) -> str:
-    """The SHA-256 of the weights file, as the Hub shows it, or of the list of checksums if there are several files."""
+    """Return the SHA-256 of the weights file, as the Hub shows it; of several files, the SHA-256 of their SHA-256s."""
     digests = []
     for path in sorted(folder.glob("model*.safetensors")):
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Load checkpoints like a user without this package: in a new process that can't import it.
+"""Load checkpoints as users without this package do: in a new process that can't import it.
 
 `verify_reload` starts the process, which runs this file as a script: subprocess_check.py REQUESTS.json RESULT.npz.
 Therefore, this file does not import this package at its top.
@@ -25,7 +25,7 @@ PACKAGE = "modular_star_encoder"
 
 @dataclass(frozen=True, slots=True)
 class ReloadRequest:
-    """A checkpoint, and the texts to embed with it."""
+    """A checkpoint, and the texts to embed with it in a new process."""
 
     checkpoint: str  # folder of a retrieval or pre-trained checkpoint, or the id of a repository in the local Hub cache
     texts: Sequence[str]  # texts to embed, as one padded batch
@@ -36,7 +36,7 @@ class ReloadRequest:
 
 @dataclass(frozen=True)
 class ReloadedEmbeddings:
-    """Embeddings (N, D) float32 of the same texts, for both ways in which users load a checkpoint."""
+    """Embeddings (N, D), float32, of a request's texts by `AutoModel` and by `SentenceTransformer`."""
 
     auto_model: np.ndarray  # at the deepest exit
     sentence_transformer: np.ndarray  # at the deepest exit
@@ -45,9 +45,9 @@ class ReloadedEmbeddings:
 
 
 def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -> list[ReloadedEmbeddings]:
-    """Embed texts with several checkpoints in one new offline process, which runs the model code in the checkpoints.
+    """Embed texts in a new offline process that loads each checkpoint with the model code in its folder.
 
-    `progress` shows a clock. A checkpoint that cannot be loaded is a UserError, `hub.reload.failed`.
+    `progress` shows a clock. A checkpoint that can't be loaded raises the UserError `hub.reload.failed`.
     """
     import torch
 
@@ -85,7 +85,7 @@ def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -
 
 
 def wait_with_clock(process: "subprocess.Popen[str]", description: str, *, progress: bool = True) -> str:
-    """Wait for a process, show a clock, and return its stderr; an interruption kills the process."""
+    """Wait for a process while showing a clock, and return its stderr; an interruption kills the process."""
     from tqdm.auto import tqdm
 
     clock = "{desc} {elapsed}"
@@ -100,7 +100,7 @@ def wait_with_clock(process: "subprocess.Popen[str]", description: str, *, progr
 
 
 class Blocker(MetaPathFinder):
-    """An import hook that makes this package unimportable, even if it is installed."""
+    """An import hook that makes imports of this package fail, even if it is installed."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname.partition(".")[0] == PACKAGE:
@@ -119,7 +119,7 @@ def main(request_file: str, result_file: str) -> None:
 def embed(
     checkpoint: str, texts: list[str], prompt: str, exit_layers: list[int], revision: str | None
 ) -> dict[str, np.ndarray]:
-    """Embed texts with `AutoModel` and with `SentenceTransformer`, both with remote code.
+    """Embed texts with `AutoModel` and with `SentenceTransformer`, which both run the checkpoint's own code.
 
     For a pre-trained model, which returns no embeddings, `auto_model` is the normalised mean of the hidden states of
     the tokens, as in `SentenceTransformer`, and `masked_lm` holds the logits of the last token.

@@ -1,4 +1,4 @@
-"""Checks before the upload: files, secrets, the card, and that the model embeds the same without this package."""
+"""Check repositories before the upload: files, secrets, card, and equal embeddings without this package."""
 
 import json
 import os
@@ -44,7 +44,7 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "float16": 2**
 
 
 def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
-    """Check staged repositories; returns {key: largest difference between embeddings of repository and source}."""
+    """Check staged repositories; return {key: largest difference between embeddings of repository and source}."""
     for one in staged:
         check_files(one.folder, tuple(one.settings.files))
         check_card(one.folder / CARD)
@@ -57,18 +57,17 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
-    """Check that a folder has the required and the `extra` files of a repository, and no other or unsafe files."""
+    """Raise UserError unless a folder has a repository's required and `extra` files, and no other or unsafe files."""
     if fault := next(_faults(folder, extra), None):
         raise UserError(*fault)
 
 
 def _faults(folder: Path, extra: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the key and the sentence of each error in the files of a folder."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
     weights = {name for name in paths if WEIGHTS.fullmatch(name)} or {"model.safetensors"}
     expected = {*REQUIRED, *extra, *weights} | ({INDEX} if len(weights) > 1 else set())
     if missing := sorted(expected - set(paths)):
-        yield "hub.files.missing", f"{folder} lacks {', '.join(missing)}."
+        yield "hub.files.missing", f"{folder} lacks the required {', '.join(missing)}."
     if surplus := ", ".join(sorted(set(paths) - expected - set(OPTIONAL))):
         yield "hub.files.unexpected", f"{folder} contains {surplus}; list further files under `files` in the manifest."
     token, home = (get_token() or "").encode(), os.path.expanduser("~").rstrip("/").encode()
@@ -105,7 +104,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
-    """The largest difference from the embeddings of the source; UserError if it exceeds `TOLERANCE`."""
+    """Return the largest difference between `found` and the source's embeddings; UserError if above `TOLERANCE`."""
     own, masked_lm, dtype = _source_embeddings(staged)
     deepest = staged.config.exit_layers[-1]
     pairs = {f"exit {k}": (own[k], found.exits[k]) for k in own}
@@ -125,7 +124,7 @@ def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
 
 @torch.inference_mode()
 def _source_embeddings(staged: StagedRepository) -> tuple[dict[int, np.ndarray], np.ndarray | None, str]:
-    """{exit: embeddings (N, D)} of the source, logits (N, V) as in `ReloadedEmbeddings` or None, and the dtype."""
+    """Return the source's {exit: embeddings (N, D)}, logits (N, V) if it is pre-trained (else None), and dtype."""
     model_class = ModularStarEncoderForRetrieval if staged.retrieval else ModularStarEncoderForPreTraining
     model = model_class.from_pretrained(staged.source).eval()
     tokenizer = load_tokenizer(staged.folder)

@@ -32,7 +32,7 @@ ERROR, TOO_LONG = "error", "too_long"
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """One prompt."""
+    """A prompt to complete, and the id by which its completion is recognised."""
 
     id: str  # of its row
     prompt: str  # the user's message, without a chat template
@@ -51,7 +51,7 @@ class Completion:
 
 
 class CompletionBackend(Protocol):
-    """A language model, wherever it runs. Decoding is greedy."""
+    """A language model that completes prompts greedily, in this process or on a server."""
 
     in_flight: int  # the largest number of pending requests; a kill of the process loses at most these
     run_options: ClassVar[frozenset[str]]  # options that do not change the answers, up to rounding
@@ -65,23 +65,23 @@ class CompletionBackend(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Names and versions of the software and the model, for the dataset's card; complete after an answer."""
+        """Return names and versions of software and model for a dataset's card; call it after the first completion."""
         ...
 
 
 class OpenAIBackend(CompletionBackend):
-    """An endpoint of OpenAI's chat protocol: vLLM, SGLang, llama.cpp, Ollama, hosted services.
+    """Let a server with OpenAI's chat protocol complete prompts: vLLM, SGLang, llama.cpp, Ollama or a hosted service.
 
     A request that temporarily fails is sent again (see `HTTPClient`); a failure that every further request would repeat
     stops the run. Source of the protocol: OpenAI's API reference, `POST /chat/completions`.
 
     Args:
-        model, max_tokens, revision: See `open_backend`; the revision is for the dataset's card alone.
+        model, max_tokens, revision: See `open_backend`; `revision` is only shown in the dataset's card.
         base_url: Address of the API, such as `http://127.0.0.1:8000/v1`.
         api_key_variable: Environment variable with the API key; None for an endpoint that needs none.
         concurrency, attempts, pause, timeout: See `HTTPClient`.
-        body: Further fields of a request's body (`{"repetition_penalty": 1.0}`), or other values for its fields; a
-            field that is None is not sent.
+        body: Fields that are added to the body of every request or replaced in it, such as
+            `{"repetition_penalty": 1.0}`; a field with the value None is not sent.
     """
 
     run_options = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
@@ -101,7 +101,7 @@ class OpenAIBackend(CompletionBackend):
         body: Mapping[str, Any] | None = None,
     ) -> None:
         if fixed := sorted({"messages", "model", "n", "stream"} & set(body or {})):
-            raise UserError("synthconl.backend.body", f"The body of a request can't set {', '.join(fixed)}.")
+            raise UserError("synthconl.backend.body", f"`body` must not set {', '.join(fixed)}; remove it.")
         http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
         check_http_settings(**http)
         self._url = check_url(base_url) + "/chat/completions"
@@ -113,7 +113,7 @@ class OpenAIBackend(CompletionBackend):
         self._served: set[str] = set()
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
-        """See `CompletionBackend`; when one request fails for good, pending ones are awaited and yielded."""
+        """See `CompletionBackend`; before an error is raised, the completions of all pending requests are yielded."""
         failure: UserError | None = None
         asked: dict[Future[Response], CompletionRequest] = {}
         remaining = iter(requests)
@@ -133,7 +133,7 @@ class OpenAIBackend(CompletionBackend):
             raise failure
 
     def describe(self) -> dict[str, Any]:
-        """See `CompletionBackend`; `served` has the names of the models in the endpoint's answers."""
+        """See `CompletionBackend`; `served` lists the model names that the server has put into its answers."""
         served = sorted(self._served)
         return {"backend": "openai", "model": self._model, "revision": self._revision, "served": served}
 
@@ -153,7 +153,7 @@ class OpenAIBackend(CompletionBackend):
             asked, written = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
             self._served.add(str(content.get("model") or self._model))
         except (TypeError, LookupError, AttributeError, ValueError):
-            message = f"{url_host(self._url)} does not answer in OpenAI's chat protocol; check base_url."
+            message = f"{url_host(self._url)} does not answer in OpenAI's chat protocol; check `base_url`."
             raise UserError("synthconl.backend.protocol", message) from None
         return Completion(request.id, str(text), str(reason), asked, written)
 
@@ -164,21 +164,21 @@ def _is_an_error(response: Response) -> bool:  # with status 200, as some gatewa
 
 
 class _LocalBackend(CompletionBackend):
-    """A model in this process: tokenizes prompts, and sorts the requests of `batches_together` batches by length."""
+    """A model in this process; it sorts prompts by length, as many at a time as fill `batches_together` batches."""
 
     _tokenizer: Any
     _longest_prompt: int
 
     def __init__(self, model: str, max_tokens: int, batch_size: int, batches_together: int) -> None:
         if batch_size < 1:
-            raise UserError("synthconl.backend.batch_size", f"batch_size must be at least 1, not {batch_size}.")
+            raise UserError("synthconl.backend.batch_size", f"`batch_size` must be at least 1, not {batch_size}.")
         self._name, self._max_tokens, self._batch_size = model, max_tokens, batch_size
         self.in_flight = batch_size * batches_together
 
     def _room(self, positions: int) -> int:
-        """The longest prompt of a model with so many positions, in tokens."""
+        """Return how many tokens a prompt may have if `positions` tokens must hold the prompt and its answer."""
         if positions <= self._max_tokens:
-            message = f"max_tokens {self._max_tokens} must be less than the {positions} positions of {self._name!r}."
+            message = f"max_tokens={self._max_tokens} must be below {positions}, the context length of {self._name!r}."
             raise UserError("synthconl.backend.max_tokens", message)
         return positions - self._max_tokens
 
@@ -194,7 +194,7 @@ class _LocalBackend(CompletionBackend):
                 if len(ids) <= self._longest_prompt:
                     rows.append((request, ids))
                 else:
-                    message = f"The prompt has {len(ids)} tokens; {self._longest_prompt} fit."
+                    message = f"The prompt has {len(ids)} tokens; at most {self._longest_prompt} fit."
                     yield Completion(request.id, "", TOO_LONG, prompt_tokens=len(ids), error=message)
             # The longest come first: a batch that does not fit into memory fails at once.
             rows.sort(key=lambda row: len(row[1]), reverse=True)
@@ -220,14 +220,14 @@ class _LocalBackend(CompletionBackend):
 
 
 class TransformersBackend(_LocalBackend):
-    """transformers' own generation, in this process: slow, but runs everywhere.
+    """Complete prompts with transformers in this process: slow, but it runs everywhere.
 
-    Prompts of similar length, among 16 batches, make a batch, padded on the left.
+    The prompts of 16 batches at a time are sorted by length; batches are padded on the left.
 
     Args:
         model, max_tokens, revision: See `open_backend`.
         dtype, attn_implementation: See `AutoModelForCausalLM.from_pretrained`.
-        device: Where to run; a GPU if there is one.
+        device: Device to run on; by default a GPU if there is one, else the CPU.
     """
 
     run_options = frozenset({"batch_size", "device"})
@@ -308,12 +308,12 @@ class TransformersBackend(_LocalBackend):
 
 
 class VLLMBackend(_LocalBackend):
-    """vLLM in this process: the engine schedules batches of prompts itself.
+    """Complete prompts with vLLM in this process; the engine schedules its batches itself.
 
     Args:
         model, max_tokens: See `open_backend`.
-        batch_size: Number of prompts handed over at once: small batches are slow, and a kill loses one batch.
-        max_model_len: Longest prompt and answer together, in tokens.
+        batch_size: Number of prompts given to the engine at once; few are slow, and a kill loses the answers to all.
+        max_model_len: Largest number of tokens of a prompt together with its answer.
         revision, dtype, tensor_parallel_size, gpu_memory_utilization: See `vllm.LLM`.
         engine: Further arguments of `vllm.LLM`, such as `quantization`.
     """
@@ -384,12 +384,12 @@ BACKENDS: Mapping[BackendName, type[VLLMBackend | OpenAIBackend | TransformersBa
 
 
 def open_backend(name: BackendName, model: str, max_tokens: int, options: Mapping[str, Any]) -> CompletionBackend:
-    """Return a back end; this loads no model and sends no request.
+    """Return the back end of this name for a model; it loads or requests nothing before the first prompt.
 
     Args:
-        model: Name at the endpoint; for other back ends, folder or Hub id, at the branch, tag or commit `revision`.
+        model: The server's name of the model (back end "openai"), or a folder or Hub id (see the option `revision`).
         max_tokens: Largest number of tokens of an answer.
-        options: Further arguments of the back end's class.
+        options: Further arguments of the back end's class, such as `OpenAIBackend`.
     """
     try:
         signature(BACKENDS[name]).bind(model, max_tokens, **options)

@@ -1,6 +1,6 @@
-"""The recipe of a dataset, and its build: stage by stage, continuing where an earlier call was interrupted.
+"""Build a dataset from a recipe, stage by stage, continuing where an earlier call was interrupted.
 
-Each stage writes a folder of its name, which has a `report.json` once the stage is finished.
+Each stage writes a folder with the name of the stage, which has a `report.json` once the stage is finished.
 """
 
 import json
@@ -50,11 +50,11 @@ LOCK_SECONDS = 5.0
 
 @settings_class
 class CardSettings:
-    """What the user adds to the dataset's card.
+    """Texts and metadata that a recipe adds to the dataset's card (README.md).
 
     Args:
         name: title of the card.
-        corpus: the source of the functions, in a sentence.
+        corpus: a sentence that says where the functions come from.
         license: the dataset's licence, as the Hub spells it.
         license_name, license_link: name and address of a licence that the Hub does not know (`license: other`).
         tags: further tags.
@@ -73,7 +73,7 @@ class NearDuplicateSettings(DuplicateSettings):
     """See `DuplicateSettings`.
 
     Args:
-        columns: the compared columns.
+        columns: columns of code to compare.
     """
 
     columns: Annotated[Sequence[Literal["func1_CSN", "func2"]], Constraint(min_length=1)] = ("func1_CSN", "func2")
@@ -81,7 +81,7 @@ class NearDuplicateSettings(DuplicateSettings):
 
 def _check_benchmark(options: Mapping[str, Any]) -> Mapping[str, Any]:
     if not {"source", "column"} <= set(options):
-        raise UserError("synthconl.recipe.against", f"A benchmark must have a source and a column, not {options}.")
+        raise UserError("synthconl.recipe.against", f"A benchmark needs `source` and `column`, not {options}.")
     return options
 
 
@@ -95,22 +95,22 @@ Benchmarks = Mapping[str, Annotated[Mapping[str, Any], AfterValidator(_check_ben
 
 @settings_class
 class DatasetRecipe:
-    """How a dataset is built.
+    """Settings that say how `build_dataset` builds a dataset.
 
     Args:
-        corpus: a source of files and its options, or a list of them; see `extraction.open_source`.
+        corpus: a source of functions with its options, or a list of such sources; see `extraction.open_source`.
         translation: see `TranslationSettings`.
-        languages: languages of the functions.
-        max_characters: longest function, in characters; longer ones are not translated.
-        max_syntax_error_share: largest share of a translation that may not parse; 1 accepts any syntax.
+        languages: languages whose functions are extracted.
+        max_characters: largest number of characters of a function; longer functions are left out.
+        max_syntax_error_share: largest share of a translation that may fail to parse; 1 accepts any syntax.
         near_duplicates: see `NearDuplicateSettings`.
-        against: benchmarks that no row may be near: by name, a `source`, a `column` of it, and further arguments of
-            `open_dataset_rows`.
-        validation_rows: smallest number of rows of the validation split, or a fifth of all if that is less; whole
-            repositories are held out.
-        max_repository_share: largest share of all rows that a held-out repository has, if the others suffice.
+        against: benchmarks whose near-duplicates are dropped, as name: {`source`, `column`}; further keys are arguments
+            of `open_dataset_rows`.
+        validation_rows: the validation split has at least this many rows, or a fifth of all rows if that is less; it
+            consists of whole repositories.
+        max_repository_share: repositories with a larger share of all rows are held out only if the others are too few.
         card: see `CardSettings`.
-        processes: processes that extract functions.
+        processes: number of processes that extract functions.
         seed: seed of all random draws.
     """
 
@@ -132,7 +132,7 @@ class DatasetRecipe:
             target_language("", language, seed=0, targets=self.translation.targets)
 
     def stage_settings(self) -> dict[str, dict[str, Any]]:
-        """By stage, in order, the settings that decide its result, as plain values."""
+        """Return {stage: the settings that decide its result, as JSON values}, in the order of the stages."""
 
         def own(*names: str) -> dict[str, Any]:
             return {name: getattr(self, name) for name in names}
@@ -149,7 +149,7 @@ class DatasetRecipe:
 
 
 def load_dataset_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> DatasetRecipe:
-    """Read a recipe; arguments and errors are as for `load_settings`."""
+    """Read a recipe from a YAML file; see `load_settings` for arguments and errors."""
     return load_settings(DatasetRecipe, path, overrides, example=EXAMPLE)
 
 
@@ -186,7 +186,7 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
                 if not build.is_done(stage.__name__):
                     _run(build, stage, log)
     except Timeout:
-        raise UserError("synthconl.build.running", f"Another process works in {build.out}.") from None
+        raise UserError("synthconl.build.running", f"Another process builds in {build.out}; wait for it.") from None
     return build.out / STAGES[-1].__name__
 
 
@@ -199,7 +199,7 @@ class Build:
     progress: bool = True
 
     def report(self, stage: str) -> dict[str, Any]:
-        """The report of a finished stage."""
+        """Return the content of a finished stage's `report.json`."""
         return json.loads((self.out / stage / REPORT).read_text(encoding="utf-8"))
 
     def is_done(self, stage: str) -> bool:
@@ -207,7 +207,7 @@ class Build:
 
 
 def functions(build: Build, out: Path) -> None:
-    """Extract the documented functions of the corpora."""
+    """Extract the documented functions of the recipe's corpora to `out`."""
     recipe, counts = build.recipe, Counter[str]()
     rows = function_rows(
         recipe.corpus,
@@ -223,13 +223,13 @@ def functions(build: Build, out: Path) -> None:
             raise UserError("synthconl.build.empty", message)
         repositories = {row["repository_name"] for row in read_rows(staging, ["repository_name"])}
         if len(repositories) < 2:  # checked before the translation is paid for
-            message = f"All functions are in repository {repositories.pop()!r}; the validation split needs another one."
+            message = f"All functions are in repository {repositories.pop()!r}; the validation split needs another."
             raise UserError("synthconl.build.one_repository", message)
         write_json(staging / REPORT, {"counts": dict(sorted(counts.items(), key=_place))})
 
 
 def translations(build: Build, out: Path) -> None:
-    """Request every function's translation from the model."""
+    """Ask the model to translate every extracted function, and write its answers to `out`."""
     out.mkdir(exist_ok=True)
     settings, seed = build.recipe.translation, build.recipe.seed
     report = translate(build.out / "functions", out, settings, seed=seed, progress=build.progress)
@@ -237,7 +237,7 @@ def translations(build: Build, out: Path) -> None:
 
 
 def triplets(build: Build, out: Path) -> None:
-    """Clean the answers, and join the accepted ones with their functions."""
+    """Take the code out of the model's answers, and write each accepted translation together with its function."""
     rejected, pairs = Counter[str](), defaultdict[str, Counter[str]](Counter)
     examples: dict[str, str] = {}
     recipe = build.recipe
@@ -276,7 +276,7 @@ def triplets(build: Build, out: Path) -> None:
 
 
 def near_duplicates(build: Build, out: Path) -> None:
-    """Drop near-duplicates; this stage continues by itself where it stopped."""
+    """Write the triplets without near-duplicates; an interrupted call is continued."""
     settings = build.recipe.near_duplicates
     against = {name: open_texts(**one) for name, one in build.recipe.against.items()}
     options: Any = {"columns": settings.columns, "id_column": "id", "against": against, "settings": settings}
@@ -284,7 +284,7 @@ def near_duplicates(build: Build, out: Path) -> None:
 
 
 def split(build: Build, out: Path) -> None:
-    """Draw the repositories of the validation split."""
+    """Draw the repositories of the validation split at random, and write their names."""
     recipe = build.recipe
     sizes = Counter(row["repository_name"] for row in read_rows(build.out / "near_duplicates", ["repository_name"]))
     share = recipe.max_repository_share
@@ -296,7 +296,7 @@ def split(build: Build, out: Path) -> None:
 
 
 def dataset(build: Build, out: Path) -> None:
-    """Write the splits, their statistics and the card."""
+    """Write the finished dataset: its splits, statistics and card."""
     report = build.report("split")
     held_out, licenses = set(report["validation"]), Counter[str]()
 
@@ -333,18 +333,18 @@ STAGES: tuple[Stage, ...] = (functions, translations, triplets, near_duplicates,
 
 
 def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield each function with the model's answer."""
+    """Yield each extracted function with the model's answer, both as rows."""
     for file in row_files(out / "functions"):
         answers_file = out / "translations" / file.name
         rows, answers = read_file(file), read_file(answers_file)
         if [row["id"] for row in rows] != [answer["id"] for answer in answers]:
-            message = f"The answers in {answers_file} do not belong to {file}; remove {answers_file.parent}."
+            message = f"{answers_file} has answers to other rows than {file}; remove {answers_file.parent}."
             raise UserError("synthconl.build.other_answers", message)
         yield from zip(rows, answers, strict=True)
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """The order of the extraction's counts: files, functions, dropped functions by frequency, kept functions."""
+    """Return the sort key of a count: files first, then functions, dropped functions (most first), kept functions."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number
@@ -379,7 +379,7 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
 
 
 def _settings_up_to(recipe: DatasetRecipe, stage: str) -> dict[str, Any]:
-    """The settings that decide the result of a stage: its own settings and the settings of earlier stages."""
+    """Return the settings that decide the result of a stage, which include the settings of all earlier stages."""
     settings = recipe.stage_settings()
     names = list(settings)
     return {name: settings[name] for name in names[: names.index(stage) + 1]}
@@ -391,18 +391,17 @@ def _read_log(out: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     ours = (LOCK, f".{LOG}.")
     if out.exists() and (not out.is_dir() or not all(entry.name.startswith(ours) for entry in out.iterdir())):
-        message = f"{out} contains something else; name a folder that does not exist yet, or an empty one."
+        message = f"{out} contains files that no dataset build wrote; choose an empty or a new folder."
         raise UserError("synthconl.build.out", message)
     return {}
 
 
 def _check_settings(build: Build, log: dict[str, Any]) -> None:
-    """Check that existing stages were made with the same settings."""
     for name in (stage.__name__ for stage in STAGES if stage.__name__ in log):
         other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
         if other and (build.out / name).exists():
-            made = f"{build.out / name} was made with another {', '.join(other)}"
-            message = f"{made}; name another folder, or remove that one and the folders of later stages."
+            made = f"{build.out / name} was made with other values of {', '.join(other)}"
+            message = f"{made}; choose another folder, or remove this one and the folders of later stages."
             raise UserError("synthconl.build.other_settings", message)
 
 

@@ -71,12 +71,12 @@ class Package(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Relative path of its folder of archives, and of its file of rows."""
+        """Relative path of the package's folder of archives; with the ending `.jsonl.gz`, of its file of rows."""
         return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
 
 
 def read_packages(path: str | os.PathLike[str]) -> list[Package]:
-    """Read the packages of a YAML file: each line of a registry's text is a name, a version and a licence.
+    """Read the packages of a YAML file, {registry: text}; each line of a text is a name, a version and a licence.
 
     Raises:
         UserError: `settings.unknown` for another registry, `corpus.package` for a line that is not a package.
@@ -86,14 +86,14 @@ def read_packages(path: str | os.PathLike[str]) -> list[Package]:
     packages = []
     for registry, line in ((registry, line) for registry, lines in content.items() for line in str(lines).splitlines()):
         if not (match := _PACKAGE.fullmatch(line)):
-            message = f"{path}: {registry}: {line!r} must be the name, version and licence of a package."
+            message = f"{path}: {registry}: {line!r} must be a package's name, version and licence."
             raise UserError("corpus.package", message)
         packages.append(Package(registry, **match.groupdict()))
     return packages
 
 
 def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> dict[str, list[Package]]:
-    """Download each package to a folder of its own in `out`, unless it is there; return the packages by outcome.
+    """Download each package that is not yet in `out` to a folder of its own there; return {outcome: packages}.
 
     Outcomes are "fetched", "fetched before", and the reasons why packages are missing.
     """
@@ -118,20 +118,20 @@ def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> 
 def build_corpus(
     packages: Sequence[Package], source: str | os.PathLike[str], out: str | os.PathLike[str], processes: int = 2
 ) -> Row:
-    """Write `pairs.jsonl.gz`, `pairs_valid.jsonl.gz`, `texts.jsonl.gz` and `stats.json` to `out`; return the last.
+    """Extract the corpus of `packages` to `out`, and return its statistics, which are also written to `stats.json`.
 
-    A pair has `package`, `language`, `name`, `description` and `code`. A text is a function without a usable
-    description: `package`, `language`, `kind` ("code") and `text`. Whole packages are held out for validation. Rows by
-    package are in files below `out/packages`; a package that has such a file is not read again.
+    Pairs (`pairs.jsonl.gz`) have `package`, `language`, `name`, `description` and `code`. Whole packages are held out
+    for validation (`pairs_valid.jsonl.gz`). Texts (`texts.jsonl.gz`), functions without a usable description, have
+    `package`, `language`, `kind` ("code") and `text`. A package with a file below `out/packages` is not read again.
 
     Args:
         source: The folder that `fetch_packages` filled; `stats.json` lists the packages that are not there.
-        processes: With 0 or 1, a file that crashes the parser ends the build.
+        processes: Number of parsing processes; with 0 or 1, a file that crashes the parser ends the build.
     """
     source, out = Path(source), Path(out)
     files = {one: out / "packages" / f"{one.place}.jsonl.gz" for one in packages if (source / one.place).is_dir()}
     if len(files) < 2:
-        message = f"{source} holds {len(files)} of {len(packages)} packages; fetch at least two to hold one out."
+        message = f"{source} holds {len(files)} of {len(packages)} packages; fetch at least two: one is held out."
         raise UserError("corpus.packages", message)
     _extract({one: file for one, file in files.items() if not file.exists()}, source, processes)
     missing = [":".join(one[:2]) for one in packages if one not in files]
@@ -141,7 +141,7 @@ def build_corpus(
 
 
 def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> None:
-    """Write the rows of each package to its file, in order, after a line of counts."""
+    """Write the file of each package in `targets`: a line of counts, then a line for each pair or text."""
     packages = list(targets)
 
     def items() -> Iterator[tuple[int, SourceFile | Counter[str]]]:
@@ -169,7 +169,7 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
 
 def _archives(folder: Path, temporary: Path) -> Path:
-    """A folder of archives that can be read: `folder`, or `temporary` with the data of the Debian package in it."""
+    """Return `folder`, or if it holds a Debian package, `temporary`, to which the package's data archive is copied."""
     for deb in folder.glob("*.deb"):
         content, folder = deb.read_bytes(), temporary
         # The last member, after its name, time, owner, group, mode and size; see deb(5).
@@ -179,7 +179,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """The number of the package, counts and rows of each file: a pair or a text for each function."""
+    """Return (package number, counts, rows) of each file; a row is the pair or the text of one function."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()
@@ -201,7 +201,7 @@ def _line(row: Row) -> bytes:
 
 
 def _write_rows(target: Path, rows: Iterable[Row]) -> str:
-    """Write JSON lines, compressed; return the SHA-256 of the lines, which does not depend on the compression."""
+    """Write rows as gzipped JSON lines; return the SHA-256 of the lines before compression."""
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with staged_file(target, resumable=True) as temporary, gzip.open(temporary, "wb", compresslevel=6) as output:
@@ -212,7 +212,7 @@ def _write_rows(target: Path, rows: Iterable[Row]) -> str:
 
 
 def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
-    """Write the corpus, return its statistics; of equal or near rows, the one of the earliest package stays."""
+    """Write the corpus from the packages' files, return its statistics; of equal or near rows, the first is kept."""
     counts, dropped, licences = Counter[str](), Counter[str](), {":".join(one[:2]): one.licence for one in files}
     pairs: list[Row] = []
     texts: list[Row] = []
@@ -263,16 +263,16 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
 
 
 def _key(text: str) -> bytes:
-    """Equal for texts of the same letters and digits."""
+    """Return a hash that is equal for texts with the same letters and digits."""
     return hashlib.blake2b(description_key(text).encode(errors="replace"), digest_size=12).digest()
 
 
 class EvaluationTexts:
-    """The codes and descriptions of evaluation sets; a long one also as the corpus cuts it.
+    """An index of code and descriptions in evaluation sets; a long text is also indexed as it is cut in the corpus.
 
-    A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of them, and has its name.
-    Rows of CodeSearchNet give the code and query of the benchmark. Of other rows, `code` (a text, a list, or texts by
-    language), `description` and `query` are read, and the paragraphs of the last two.
+    A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of such files. From rows of
+    CodeSearchNet, the benchmark's code and query are read; from other rows `code` (a text, a list, or texts by
+    language), `description` and `query`, also paragraph by paragraph. A set is named by its file or folder.
     """
 
     def __init__(self, sources: Iterable[str | os.PathLike[str]]) -> None:
@@ -298,7 +298,7 @@ class EvaluationTexts:
             self._texts.append((name, len(grams)))
 
     def find(self, kind: str, text: str) -> str | None:
-        """`"equal SET"` or `"near SET"` for a text of a set ("code" or "description"), or None."""
+        """Return `"equal SET"` or `"near SET"` if this code or description (`kind`) is in a set or near it, or None."""
         if name := self._equal.get((kind, _key(text))):
             return f"equal {name}"
         index, grams = self._grams[kind], _grams(text, kind)
@@ -312,13 +312,13 @@ class EvaluationTexts:
 
 
 def _grams(text: str, kind: str) -> set[int]:
-    """The hashes of the 5-grams of lower-case tokens."""
+    """Return the hashes of all 5-grams of the text's lower-case tokens."""
     tokens = _TOKEN[kind].findall(text.lower())
     return set(map(hash, zip(*(tokens[start:] for start in range(5)), strict=False)))
 
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) of the rows of a file."""
+    """Yield (kind, text) for each code, description, query and paragraph in a file."""
     rows = check_rows(path, read_json(path), {}) if path.suffix == ".json" else read_jsonl(path, {})
     if {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]
@@ -334,14 +334,14 @@ def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
 def check_corpus(
     files: Iterable[str | os.PathLike[str]], texts: EvaluationTexts, drop: str | os.PathLike[str] | None = None
 ) -> tuple[Row, list[str]]:
-    """Find the texts of a corpus that equal a text of `texts` in letters and digits, or are near one.
+    """Find the texts of a corpus that have the same letters and digits as an evaluation text, or are near one.
 
     Args:
         files: Files that `build_corpus` wrote.
-        drop: A folder; files of the same names are written to it, without the rows that are found.
+        drop: Folder for copies of the files without the rows that are found; None writes no copies.
 
     Returns:
-        Counts by file and set, for a model's card; and a line for each text that is found: where it is, and the set.
+        Counts by file and set, for a model's card; and for each text that is found, a line with its place and the set.
     """
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
@@ -358,7 +358,7 @@ def check_corpus(
 
 
 def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], digest: Any, hits: list[str]) -> Iterator[Row]:
-    """Yield the rows whose texts are in no evaluation set; `counts` and `digest` get all rows, `hits` the others."""
+    """Yield the rows without a hit in `texts`; `counts` and `digest` take in all rows, `hits` a line for each hit."""
     for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
         row = row if isinstance(row, dict) else {}
         kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]

@@ -1,4 +1,4 @@
-"""The content of the dataset: documented functions from source files, and the code in a model's answers."""
+"""Extract a dataset's content: documented functions from source files, and code from a model's answers."""
 
 import re
 from collections import Counter
@@ -42,7 +42,7 @@ Row = dict[str, str | None]
 
 
 def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceReader | Iterable[tuple[str, Any]]:
-    """Open one corpus: a reader of files, or the rows of CodeSearchNet.
+    """Open one corpus: return a reader of source files or, for CodeSearchNet, its rows as (place, row).
 
     `corpus` has settings of `open_corpus`, or the setting `codesearchnet` and further arguments of `open_dataset_rows`.
     """
@@ -62,11 +62,11 @@ def function_rows(
     processes: int = 2,
     progress: bool = True,
 ) -> Iterator[Row]:
-    """Yield the documented functions of some corpora (see `open_source`), with the columns of `FUNCTION_SCHEMA`.
+    """Yield the documented functions of corpora (see `open_source`) as rows with the columns of `FUNCTION_SCHEMA`.
 
-    Functions in other languages and longer functions are dropped. If functions differ only in white space, the first is
-    kept. `counts` receives the numbers of rows or files read, functions kept, and dropped functions by reason. Memory
-    holds a digest of each function.
+    Functions in other languages than `languages`, or of more than `max_characters`, are dropped; of functions that only
+    differ in white space, the first is kept. `counts` receives the numbers of rows or files read, functions kept, and
+    dropped functions by reason. A digest of each function is kept in memory.
     """
     seen: set[bytes] = set()
     for corpus in corpora:
@@ -122,7 +122,7 @@ def _row(function: DocumentedFunction, url: str | None = None) -> Row:
 
 
 def _reason(row: Row, max_characters: int, seen: set[bytes]) -> str | None:
-    """Why a row is dropped; None if it is kept."""
+    """Return why a row is dropped, or None if it is kept; the code of kept rows is added to `seen`."""
     code, description = row["func1_CSN"] or "", row["func_documentation_string"] or ""
     if not code.strip() or not description.strip():
         return "without code or description"
@@ -182,7 +182,7 @@ _PHP_TAGS = re.compile(r"\A\s*<\?php\b[ \t]*\n?|\n?\?>\s*\Z")
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """A translated function, or why there is none."""
+    """The code of a translated function, or the reason why it was rejected."""
 
     code: str  # the function; empty if it is rejected
     rejected: str = ""  # one of `REASONS`; empty if it is accepted
@@ -229,7 +229,7 @@ def clean_translation(
 
 
 def _fault(code: str, source: str, target: str, max_error_share: float) -> str:
-    """Why the syntax of code is rejected; "" if it is accepted."""
+    """Return why code is rejected as code of the language `target`; "" if it is accepted."""
     if max_error_share >= 1:
         return ""
     share = syntax_error_share(code, target)

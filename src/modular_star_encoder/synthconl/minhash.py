@@ -33,13 +33,13 @@ _FILES = ("text", "bounds", "digests", "keys")
 
 @dataclass(frozen=True, slots=True)
 class Banding:
-    """How a MinHash signature is grouped: `bands` groups of `rows` values. Texts with an equal band are compared."""
+    """Groups a MinHash signature into `bands` bands of `rows` values; texts with an equal band are compared."""
 
     bands: int
     rows: int
 
     def candidate_probability(self, jaccard: float | np.ndarray) -> float | np.ndarray:
-        """The probability that texts of this Jaccard similarity are compared: 1 − (1 − jaccard^rows)^bands.
+        """Return the probability that texts of this Jaccard similarity are compared: 1 − (1 − jaccard^rows)^bands.
 
         Source: Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", section 3.4.2.
         """
@@ -48,10 +48,10 @@ class Banding:
 
 @cache
 def optimal_banding(threshold: float, miss_weight: float = 0.5) -> Banding:
-    """The banding with the smallest error at `threshold`, over texts of all similarities from 0 to 1.
+    """Return the banding with the smallest error at `threshold`, for pairs with similarities spread evenly from 0 to 1.
 
-    The error is the share of pairs below the threshold that are compared, weighted 1 − `miss_weight`, plus the share of
-    missed pairs above it, weighted `miss_weight`: the rule in datasketch's `MinHashLSH` ("LSH Ensemble", VLDB 2016).
+    The error is the share of pairs below the threshold that are compared, times 1 − `miss_weight`, plus the share of
+    pairs above it that are missed, times `miss_weight`, as in datasketch's `MinHashLSH` ("LSH Ensemble", VLDB 2016).
     """
     similarity = (np.arange(1000) + 0.5) / 1000
 
@@ -67,20 +67,20 @@ def optimal_banding(threshold: float, miss_weight: float = 0.5) -> Banding:
 
 @settings_class
 class DuplicateSettings:
-    """Settings that define near-duplicates.
+    """Settings that define which rows are near-duplicates.
 
     Args:
         threshold: smallest Jaccard similarity of the sets of shingles at which two texts are near-duplicates.
         recall: `"default"` is the banding with the smallest error, 25 bands of 10 at a threshold of 0.7: it compares
-            94 % of the pairs of similarity 0.8 and half of the pairs at the threshold. `"high"` gives misses nineteen
-            times the weight, 36 bands of 7: it compares 95 % at the threshold, and many more pairs below it.
-        match: with several columns, `"either"` makes rows near-duplicates if one column is near, `"both"` if all are.
-        bucket_limit: a row is compared with this many rows that share a band with it, the smallest ids first, so that
+            94 % of the pairs of similarity 0.8 and half of the pairs at the threshold. `"high"` weighs a miss nineteen
+            times as much (36 bands of 7): it compares 95 % at the threshold, and many more pairs below it.
+        match: rows with several columns are near-duplicates if one column is near (`"either"`), or all are (`"both"`).
+        bucket_limit: a row is compared with at most this many rows that share a band with it, smallest ids first. So
             the work is linear in the number of rows: at worst bands × `bucket_limit` pairs of eight bytes for each row.
             Ordinary corpora have less than one pair for each row.
-        giant_cluster: a cluster with more different rows keeps more than one row. Similarity is not transitive: chains
-            of near-duplicates join unlike rows, and boilerplate can chain a whole corpus. In such a cluster, a row is
-            kept unless it is near a kept row of smaller id.
+        giant_cluster: a cluster of at most this many different rows keeps one row. Similarity is not transitive: chains
+            of near-duplicates join unlike rows, and boilerplate can chain a whole corpus. In a larger cluster, a row
+            is kept unless it is near a kept row of smaller id.
     """
 
     threshold: Annotated[Float, Constraint(gt=0, le=1)] = 0.7
@@ -91,7 +91,7 @@ class DuplicateSettings:
 
     @property
     def banding(self) -> Banding:
-        """The banding for `threshold` and `recall`."""
+        """The banding that `threshold` and `recall` ask for."""
         return optimal_banding(self.threshold, _MISS_WEIGHTS[self.recall])
 
 
@@ -101,8 +101,8 @@ def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     A shingle is `SHINGLE_CHARACTERS` code points; a shorter text is one shingle, a blank text has none.
 
     Returns:
-        The hashes, uint64 (shingles,), and bounds, int64 (texts + 1,): text i has those from `bounds[i]` to
-        `bounds[i + 1]`.
+        `hashes`, uint64 (shingles,), and `bounds`, int64 (texts + 1,): the hashes of text i are
+        `hashes[bounds[i]:bounds[i + 1]]`.
     """
     size = SHINGLE_CHARACTERS
     padded = [text.ljust(size, _FILLER) if text.strip() else "" for text in texts]
@@ -127,7 +127,7 @@ def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shingle_sets(texts: Iterable[str]) -> list[np.ndarray]:
-    """The hashes of each text's shingles without repetition, ascending: uint64 (distinct shingles,)."""
+    """Return for each text the hashes of its distinct shingles, ascending, uint64 (distinct shingles,)."""
     sets = []
     for batch in _batches(texts):
         hashes, bounds = hash_shingles(batch)
@@ -138,13 +138,13 @@ def shingle_sets(texts: Iterable[str]) -> list[np.ndarray]:
 
 
 def jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """Jaccard similarity of two results of `shingle_sets`; 0 if one of them is empty."""
+    """Return the Jaccard similarity of two sets from `shingle_sets`; 0 if one of them is empty."""
     common = len(np.intersect1d(first, second, assume_unique=True))
     return common / max(len(first) + len(second) - common, 1)
 
 
 def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
-    """Batches bounded by their number of texts and, except for a single longer text, of characters."""
+    """Yield batches with limited numbers of texts and characters; a text beyond the limit is a batch of its own."""
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -160,7 +160,7 @@ def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
-    """The fingerprints of n texts, in order."""
+    """The MinHash fingerprints of n texts, in the order of the texts."""
 
     digests: np.ndarray  # uint64 (n, 2): equal for equal texts, and zero for blank ones
     lengths: np.ndarray  # int64 (n,): characters; an upper bound where the text is stored as UTF-8
@@ -168,7 +168,7 @@ class Fingerprints:
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> Fingerprints:
-    """Fingerprint `texts`; None counts as blank."""
+    """Return the fingerprints of `texts`; None is treated as a blank text."""
     empty = np.empty((0, 2), np.uint64), np.empty(0, np.int64), np.empty((0, banding.bands), np.uint64)
     parts = [empty, *(_fingerprint(batch, banding) for batch in _batches(texts))]
     return Fingerprints(*map(np.concatenate, zip(*parts, strict=True)))
@@ -191,7 +191,7 @@ def _fingerprint(batch: list[str], banding: Banding) -> tuple[np.ndarray, np.nda
 
 
 def minhash_class() -> Any:
-    """rensa's `RMinHash`, or an ImportError that names the extra."""
+    """Return rensa's class `RMinHash`; if rensa is missing, an ImportError names the extra to install."""
     with naming_extra():
         from rensa import RMinHash
     return RMinHash
@@ -225,7 +225,7 @@ def store_fingerprints(
 
 
 class StoredColumn:
-    """One column of a folder that `store_fingerprints` wrote, memory-mapped: its texts by row, and their `prints`."""
+    """One memory-mapped column that `store_fingerprints` wrote: `self[row]` is a text, `prints` the fingerprints."""
 
     def __init__(self, folder: Path, column: int, banding: Banding) -> None:
         def mapped(name: str, dtype: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Near-deduplication of parquet files as tasks that any process can do or repeat at any time.
+"""Drop near-duplicate rows of parquet files by tasks that any process can run, or run again, at any time.
 
 The tasks, in order; tasks of one kind may run at the same time, also on several machines that share a file system:
 
@@ -61,7 +61,7 @@ _LARGEST_CLUSTERS, _TEXTS_AT_A_TIME, _LINES_AT_A_TIME, _PAIRS_PER_PART, _MAX_TAS
 
 @dataclass(frozen=True, slots=True)
 class DuplicateReport:
-    """Counts of a finished job."""
+    """The numbers of rows, clusters and compared pairs of a finished job."""
 
     rows: int
     counts: dict[str, int]  # the kept rows, and the dropped rows by reason
@@ -89,20 +89,20 @@ def prepare_job(
 ) -> "DuplicateJob":
     """Prepare a job that copies parquet files without near-duplicate rows to files of the same names.
 
-    This checks everything and writes the description of the job, or finds the state of the same earlier job; `run` does
-    the work. `out` also gets `report.json` (the report and the description) and `dropped.jsonl`, with a line for each
+    This checks the input and writes the description of the job, or finds the same job, begun earlier; `run` does the
+    work. `out` also gets `report.json` (the report and the description) and `dropped.jsonl`, with a line for each
     dropped row: `id`, `reason`, `cluster` (the smallest id in it), `nearest` (the id of the most similar row, or the
     0-based number of the near text in another set) and `similarity`.
 
     Args:
-        source, out: A folder of parquet files; a folder that doesn't exist, is empty, or was begun by the same job.
+        source, out: The folder of parquet files; the folder to write, which is new, empty, or begun by the same job.
         columns: The columns of text to compare; `settings.match` says whether one or all of them must be near.
         id_column: A column of unique texts or integers; of near-duplicates, the row with the smallest id is kept.
             Without this column, the first row is kept, in the order of the file names.
         against: See `find_near_duplicates`.
     """
     if isinstance(columns, str) or not columns or len(set(columns)) < len(columns):
-        message = f"columns must be a list of one or more names, each once, not {columns!r}."
+        message = f"`columns` must be a list of one or more different names, not {columns!r}."
         raise UserError("synthconl.near_duplicates.columns", message)
     minhash_class()  # an error now if rensa is missing
     source, out = Path(source).absolute(), Path(out).absolute()
@@ -122,13 +122,13 @@ def prepare_job(
     begun = job.finished or job.work.exists()
     used = out.is_file() or (out.is_dir() and any(one.name != f".{WORK}.tmp" for one in out.iterdir()))
     if (used and not begun) or out == source or out in source.parents or source in out.parents:
-        message = f"{out} must be a folder that is empty or does not exist, neither in {source} nor around it."
+        message = f"{out}, the folder to write, must be empty or not exist, and neither be in {source} nor contain it."
         raise UserError("synthconl.near_duplicates.out", message)
     if begun:
         before = _read_json(out / REPORT).get("job", {}) if job.finished else _read_json(job.work / "job.json")
         if before != description:
             changed = ", ".join(name for name in description if before.get(name) != description[name])
-            message = f"{out} was begun with other {changed}; name another folder, or remove it and start again."
+            message = f"{out} was begun with other {changed}; name another folder, or remove this one and start again."
             raise UserError("synthconl.near_duplicates.other_job", message)
         return job
     order = id_order(shards, id_column)
@@ -156,7 +156,7 @@ def _read_json(path: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class DuplicateJob:
-    """A job that `prepare_job` made; the module describes its tasks."""
+    """A job from `prepare_job`; `run` does all its tasks in order, and each other method, such as `propose`, one."""
 
     out: Path
     shards: tuple[Shard, ...]
@@ -167,18 +167,18 @@ class DuplicateJob:
 
     @property
     def work(self) -> Path:
-        """The folder of intermediate results."""
+        """The folder in `out` for intermediate results."""
         return self.out / WORK
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether all tasks of the job are done."""
         return (self.out / REPORT).exists()
 
     def run(self, progress: bool = True) -> DuplicateReport:
         """Run all remaining tasks in this process; no other process may work on the job.
 
-        Memory holds a few hundred bytes of each row; a copy of the texts is on the disk until the job is finished.
+        This takes a few hundred bytes of memory for each row, and disk space for a copy of the texts until the end.
         """
         if self.finished:
             return self.finish()
@@ -203,7 +203,7 @@ class DuplicateJob:
         return self.finish()
 
     def fingerprint(self, shard: int, advance: Callable[[int], object] = lambda rows: None) -> None:
-        """Store the texts of a shard and their fingerprints; `advance` is called with the number of rows done."""
+        """Store the texts and fingerprints of shard `shard`; `advance` is called with each number of rows read."""
         target = self.work / f"shard-{shard:05d}"
         if self.finished or target.exists():
             advance(self.shards[shard].rows)
@@ -213,7 +213,7 @@ class DuplicateJob:
             store_fingerprints(folder, texts, len(self.columns), self.settings.banding)
 
     def propose(self) -> None:
-        """Find the distinct rows and the candidate pairs."""
+        """Find the distinct rows of all fingerprinted shards, and propose pairs of them to compare."""
         target = self.work / "proposed"
         if self.finished or target.exists():
             return
@@ -230,7 +230,7 @@ class DuplicateJob:
             write_json(folder / "counts.json", counts)
 
     def compare(self, part: int, parts: int) -> None:
-        """Compare a part of the candidate pairs."""
+        """Compute the similarities in part `part` of `parts` of the proposed pairs, and store the near pairs."""
         target = self._compared(part, parts)
         if self.finished or target.exists():
             return
@@ -248,7 +248,7 @@ class DuplicateJob:
             np.savez(output, **arrays)  # type: ignore[arg-type]
 
     def decide(self, parts: int) -> None:
-        """Decide which rows are kept, from all `parts` of the comparison."""
+        """Decide which rows are kept, once the proposed pairs are compared in all their `parts` parts."""
         target = self.work / "decided"
         if self.finished or target.exists():
             return
@@ -276,7 +276,7 @@ class DuplicateJob:
             write_json(folder / "report.json", asdict(report))
 
     def write(self, shard: int, advance: Callable[[int], object] = lambda rows: None) -> None:
-        """Write the rows of a shard that are kept, under its name."""
+        """Write the kept rows of shard `shard` to a file of the same name in `out`."""
         target = self.out / self.shards[shard].name
         if self.finished or target.exists():
             advance(self.shards[shard].rows)
@@ -298,7 +298,7 @@ class DuplicateJob:
         return DuplicateReport(**{one.name: written[one.name] for one in fields(DuplicateReport)})
 
     def _dropped_rows(self, reasons: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-        """The lines of `dropped.jsonl`, in the order of rows; see `prepare_job`."""
+        """Yield the lines of `dropped.jsonl` in the order of the rows; see `prepare_job`."""
         ids = read_ids(self.shards, self.id_column)
         near_a_row = np.isin(np.array(reasons), (EQUAL, NEAR))
         dropped = np.flatnonzero(~self._decided("kept"))
@@ -341,7 +341,7 @@ class DuplicateJob:
 
 
 def _datatrove_step(job: DuplicateJob, task: str, compare_tasks: int, _: Any, rank: int, world_size: int) -> None:
-    """Run one process's share of the tasks of one kind."""
+    """Run the method `task` of a job for every shard or part that falls to process `rank` of `world_size`."""
     counts = {"fingerprint": len(job.shards), "write": len(job.shards), "compare": compare_tasks}
     parts = [compare_tasks] if task in ("compare", "decide") else []
     for number in range(rank, counts.get(task, 1), world_size):
@@ -349,13 +349,13 @@ def _datatrove_step(job: DuplicateJob, task: str, compare_tasks: int, _: Any, ra
 
 
 def datatrove_steps(job: DuplicateJob, compare_tasks: int = 16) -> list[tuple[str, Callable[..., None], int]]:
-    """The tasks of a job for datatrove's executors (local, Slurm, Ray), for more rows than one machine can process.
+    """Return a job's tasks for datatrove's executors (local, Slurm, Ray), which can process more rows than one machine.
 
     Datatrove's own MinHash blocks shingle words and drop rows that share a band without comparing their texts; these
     steps do neither. The machines share a file system.
 
-    Returns, in order, the name of each step, the step, and its number of tasks; each runs after the one before. The
-    comparison has `compare_tasks`; do not change this number when a job is continued.
+    The result lists (name, step, number of tasks); each step must run after the step before it. The comparison is
+    split into `compare_tasks` tasks; do not change this number when a job is continued.
 
     Example:
         >>> job = prepare_job("rows", "deduplicated", columns=["code"], id_column="id")  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Near-duplicates of texts: MinHash bands propose pairs, the true Jaccard similarity of their shingles decides.
+"""Find near-duplicate texts: MinHash bands propose pairs, and the true Jaccard similarity of their shingles decides.
 
 A pair is a uint64: the number of the first row in the upper 32 bits, the number of the second in the lower. Rows are
 the distinct rows, numbered in the order of their ids, so that no result depends on the order of the input.
@@ -49,12 +49,12 @@ class NearDuplicates:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of rows of each of `reasons`."""
+        """{reason: number of rows}, for each of `reasons`."""
         return dict(zip(self.reasons, np.bincount(self.reason, minlength=len(self.reasons)).tolist(), strict=True))
 
     @property
     def cluster_sizes(self) -> np.ndarray:
-        """The number of rows of each cluster of at least two, largest first."""
+        """The sizes of all clusters with two or more rows, largest first."""
         sizes = np.unique(self.clusters, return_counts=True)[1]
         return np.sort(sizes[sizes > 1])[::-1]
 
@@ -66,24 +66,24 @@ def find_near_duplicates(
     against: Mapping[str, Iterable[str | None]] | None = None,
     settings: DuplicateSettings | None = None,
 ) -> NearDuplicates:
-    """Find the near-duplicates among rows with a text in each of `columns`; None and blank texts resemble nothing.
+    """Find the near-duplicates among rows with a text in each of `columns`; None and blank texts are near no text.
 
     Which rows are kept depends on their texts and ids alone, not on their order.
 
     Args:
         columns, ids: Both have one entry per row. Of near-duplicates, the row with the smallest id is kept; the ids
             are by default the positions of the rows.
-        against: Texts of other sets, by the name of the set. Rows with a text near one of them are dropped, whatever
-            the column. Whole texts are compared: a long text that contains a short one is not near it.
+        against: Texts of other sets, by the name of the set. A row that is near one of these texts in any column is
+            dropped. Whole texts are compared: a long text that contains a short one is not near it.
     """
     settings = settings or DuplicateSettings()
     ids = range(max(map(len, columns.values()), default=0)) if ids is None else ids
     lengths = {len(one) for one in (*columns.values(), ids)}
     if not columns or len(lengths) > 1:
-        message = f"columns must be one or more, all and ids of the same length, not of lengths {sorted(lengths)}."
+        message = f"`columns` must not be empty; all columns and `ids` must have one length, not {sorted(lengths)}."
         raise UserError("synthconl.near_duplicates.columns", message)
     if len(set(ids)) < len(ids):
-        raise UserError("synthconl.near_duplicates.ids", "ids must be different for all rows.")
+        raise UserError("synthconl.near_duplicates.ids", "`ids` must differ for all rows.")
     order = np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)
     texts = [[text or "" for text in column] for column in columns.values()]
     prints = [fingerprint(column, settings.banding) for column in texts]
@@ -104,16 +104,16 @@ def find_near_duplicates(
 
 @dataclass(frozen=True, slots=True)
 class DistinctRows:
-    """The m distinct rows among n rows."""
+    """The m distinct rows among n rows, of which some may be equal."""
 
     rows: np.ndarray  # int64 (m,): the row of smallest id among equal rows
     numbers: np.ndarray  # int64 (n,): for each row, the number of the distinct row that it equals
 
 
 def distinct_rows(digests: np.ndarray, order: np.ndarray) -> DistinctRows:
-    """Find equal rows. Rows that are blank in every column are all distinct: nothing shows that they are the same.
+    """Find the distinct rows by digests of their texts; rows that are blank in every column are never equal.
 
-    `digests`, uint64 (n, columns, 2), has `Fingerprints.digests` of each column; `order`, int64 (n,), the rows by id.
+    `digests`, uint64 (n, columns, 2), has `Fingerprints.digests` of each column; `order`, int64 (n,), lists rows by id.
     """
     count = len(order)
     by_id = digests.reshape(count, 2 * digests.shape[1])[order]
@@ -132,14 +132,14 @@ def distinct_rows(digests: np.ndarray, order: np.ndarray) -> DistinctRows:
 
 @dataclass(frozen=True, slots=True)
 class NearPairs:
-    """Compared pairs that are similar enough to be near-duplicates."""
+    """Pairs of rows whose similarity reaches the threshold of near-duplicates, and their similarities."""
 
     pairs: np.ndarray  # uint64 (pairs,), ascending
     similarities: np.ndarray  # float64 (pairs,): true Jaccard similarities
 
     @classmethod
     def merged(cls, parts: list["NearPairs"]) -> "NearPairs":
-        """All pairs of `parts`, each once, with the largest of its similarities."""
+        """Return the pairs of all `parts` without repetition; a repeated pair gets its largest similarity."""
         pairs = np.concatenate([part.pairs for part in parts])
         values = np.concatenate([part.similarities for part in parts])
         sorting = np.lexsort((-values, pairs))
@@ -148,7 +148,7 @@ class NearPairs:
 
 
 def pair_ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The two numbers of each pair, int64."""
+    """Unpack pairs of row numbers from uint64 into two int64 arrays: their first rows, and their second rows."""
     return (pairs >> _SHIFT).astype(np.int64), (pairs & _LOW).astype(np.int64)
 
 
@@ -157,7 +157,7 @@ def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 class Column:
-    """The distinct `rows`, int64 (m,), of a column. Texts and fingerprints are in one part or several, as in files."""
+    """One column's texts and fingerprints in the distinct `rows`, int64 (m,), from one or more lists or files."""
 
     def __init__(
         self, texts: Sequence[list[str] | StoredColumn], prints: Sequence[Fingerprints], rows: np.ndarray
@@ -175,11 +175,11 @@ class Column:
         return [self._texts[part][place] for part, place in zip(parts.tolist(), places.tolist(), strict=True)]
 
     def not_blank(self) -> np.ndarray:
-        """The numbers of the distinct rows with text."""
+        """Return the numbers of the distinct rows whose text in this column is not blank."""
         return np.flatnonzero(self.digests.any(axis=1))
 
     def bands(self) -> Iterator[np.ndarray]:
-        """Yield the keys of one band after the other, uint64 (m,), reading a few bands of mapped files at a time."""
+        """Yield for each band the keys of the m distinct rows, uint64 (m,); files are read a few bands at a time."""
         for start in range(0, self._keys[0].shape[1], _BANDS_AT_A_TIME):
             block = np.concatenate([part[:, start : start + _BANDS_AT_A_TIME] for part in self._keys])[self._rows]
             for band in range(block.shape[1]):
@@ -187,10 +187,10 @@ class Column:
 
 
 def _candidates(column: Column, others: Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Return pairs (row, other row) that share a key: each row with the first `limit` other rows of its bucket.
+    """Return pairs (row, other row) with an equal band key (one bucket): each row with the first `limit` others.
 
-    Of one column with itself, the pairs are (earlier row, row). Also return the size of the largest bucket, and the
-    most rows in one band whose bucket has more other rows than the limit.
+    If `others` is `column`, the pairs are (earlier row, row). Also return the size of the largest bucket, and how many
+    rows of a band, at most, have more than `limit` others in their bucket.
     """
     rows, other_rows, within = column.not_blank(), others.not_blank(), column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -214,7 +214,7 @@ def _candidates(column: Column, others: Column, limit: int) -> tuple[np.ndarray,
 
 
 def _similarities(pairs: np.ndarray, first: Column, second: Column) -> np.ndarray:
-    """True Jaccard similarities, float64 (pairs,), of texts of two columns; 1 for equal texts, blank ones included."""
+    """Return the true Jaccard similarity of each pair's texts, float64 (pairs,); 1 for equal texts, even blank ones."""
     left, right = pair_ends(pairs)
     result = (first.digests[left] == second.digests[right]).all(axis=1).astype(np.float64)
     unequal = np.flatnonzero(result == 0)
@@ -243,9 +243,9 @@ def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A search among the rows of some columns ("within") and against texts of other sets ("between").
+    """Searches for near pairs among rows ("within") and between rows and texts of other sets ("between").
 
-    A task is a list of pairs that may be near in one column; with `settings.match` "both", rows have one task in all.
+    A task is the list of pairs to compare in one column; "within", all columns are one task if `match` is "both".
     """
 
     columns: Sequence[Column]
@@ -253,7 +253,7 @@ class Search:
     settings: DuplicateSettings
 
     def candidates(self) -> tuple[dict[str, list[np.ndarray]], dict[str, int]]:
-        """The pairs of each task "within" and "between", uint64, and counts for the report (see `NearDuplicates`)."""
+        """Return {"within" or "between": each task's pairs to compare, uint64}, and counts of `NearDuplicates`."""
         limit = self.settings.bucket_limit
         found = [_candidates(one, one, limit) for one in self.columns]
         within = [pairs for pairs, _, _ in found]
@@ -267,7 +267,7 @@ class Search:
         }
 
     def compare(self, kind: str, task: int, pairs: np.ndarray) -> NearPairs:
-        """The `pairs` of a task that are similar enough to be near-duplicates."""
+        """Return the `pairs` of a task that reach the threshold; `kind` is "within" or "between", `task` its number."""
         every = kind == "within" and self.settings.match == "both"
         smallest = np.ones(len(pairs))
         for column in self.columns if every else self.columns[task : task + 1]:
@@ -286,7 +286,7 @@ def decide(
     settings: DuplicateSettings,
     **counts: int,
 ) -> NearDuplicates:
-    """Decide which rows are kept.
+    """Decide which rows are kept, given the near pairs of distinct rows.
 
     1. Rows near a text of another set are dropped. They belong to no cluster.
     2. Clusters are the connected components of the remaining rows, over near pairs and equality.
@@ -294,7 +294,7 @@ def decide(
        only rows equal or near to a kept one; rows are taken in the order of their ids.
 
     Args:
-        near, near_others: Pairs of distinct rows; pairs (distinct row, text), the texts numbered through all sets.
+        near, near_others: Pairs of distinct rows; pairs (distinct row, text), with texts numbered through all sets.
         other_sets: The number of texts of each other set, in order.
         counts: Counts of the search, passed on to the result.
     """
@@ -364,7 +364,7 @@ def decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `count` nodes, the partner of highest value (the smallest of several, −1 for none) and the value."""
+    """Return for each node its partner with the highest value (if equal, the smallest; −1 if none) and this value."""
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

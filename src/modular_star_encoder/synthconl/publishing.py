@@ -1,4 +1,4 @@
-"""Statistics, card and upload of a built dataset."""
+"""Count the rows of a built dataset, describe it in a card, and upload it."""
 
 import json
 import os
@@ -39,7 +39,7 @@ DATASET_SCHEMA = pa.schema([(name, pa.string()) for name in MEANINGS])
 
 @dataclass(frozen=True, slots=True)
 class CodeCounts:
-    """Number and length of the code samples in one language."""
+    """The number and the average length of the code samples in one language."""
 
     samples: int
     average_characters: float
@@ -47,7 +47,7 @@ class CodeCounts:
 
 @dataclass(frozen=True, slots=True)
 class DatasetStatistics:
-    """Counts of a dataset."""
+    """Numbers and average lengths of a dataset's original functions, translations and descriptions."""
 
     rows: int
     original: dict[str, CodeCounts]  # by language, the functions as people wrote them
@@ -55,7 +55,7 @@ class DatasetStatistics:
     average_description_characters: float
 
     def to_markdown(self) -> str:
-        """A Markdown table with one line per language and one for all languages."""
+        """Return a Markdown table with one line per language and one for all languages."""
         lines = [
             "| language | original samples | average characters | synthetic samples | average characters |",
             "|---|---:|---:|---:|---:|",
@@ -73,7 +73,7 @@ class DatasetStatistics:
 
 
 def dataset_statistics(triplets: Iterable[RetrievalExample]) -> DatasetStatistics:
-    """Count the triplets of a stream, in constant memory."""
+    """Count triplets, and the code samples and characters in each language, in constant memory."""
     samples, characters = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for triplet in triplets:
         original, synthetic = triplet.snippets
@@ -97,7 +97,7 @@ _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<
 
 
 def size_category(rows: int) -> str:
-    """The name of a dataset's size on the Hub, such as `1K<n<10K`."""
+    """Return the Hub's name for the size of a dataset of `rows` rows, such as `1K<n<10K`."""
     return next((name for name, limit in _SIZES if rows < limit), "10M<n<100M")
 
 
@@ -126,10 +126,10 @@ def dataset_card(
     licenses: Mapping[str, int],
     versions: Mapping[str, str],
 ) -> str:
-    """The card: YAML metadata and Markdown.
+    """Return the text of a dataset's card: YAML metadata and Markdown.
 
-    `settings` (see `DatasetRecipe.stage_settings`) and `reports` are by stage, the counts `rows` and `repositories` by
-    split; the other arguments describe all splits together.
+    `settings` (see `DatasetRecipe.stage_settings`) and `reports` are by stage. `splits` has the numbers of `rows` and
+    `repositories` of each split. The other arguments describe all splits together.
     """
     rows = sum(split["rows"] for split in splits.values())
     card, translations = settings["dataset"]["card"], settings["translations"]
@@ -157,7 +157,7 @@ def dataset_card(
 
 
 def _model_rows(translation: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) for the settings of the model, the descriptions of its back ends, and its tokens."""
+    """Yield (name, value) of the model for a table in the card: its settings, back ends and numbers of tokens."""
     yield "model", f"`{translation['model']}`"
     yield "largest answer", f"{translation['max_tokens']} tokens"
     for name, value in translation["options"].items():
@@ -181,14 +181,14 @@ def _pair_rows(languages: Sequence[str], pairs: Mapping[str, Mapping[str, int]])
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """The files that were, or would be, uploaded."""
+    """The files of a dataset that were uploaded, or would be by `push_dataset(upload=True)`."""
 
     repository: str  # id of the dataset repository
     files: tuple[tuple[str, int], ...]  # (path in the repository, bytes) of every file
     url: str = ""  # the address of the uploaded dataset; empty if nothing was uploaded
 
     def __str__(self) -> str:
-        """A line for each file, and one for the total."""
+        """List each file with its size, the total, and whether the files were uploaded."""
         lines = [f"{size:>14,}  {name}" for name, size in self.files]
         total = f"{sum(size for _, size in self.files):>14,}  bytes in {len(self.files)} files"
         end = f"uploaded to {self.url}" if self.url else f"nothing was uploaded to {self.repository}: a dry run"
@@ -201,7 +201,7 @@ def push_dataset(
     """Upload a dataset with its card, or report what would be uploaded.
 
     Args:
-        folder: The folder that `build_dataset` returned, or its `out`.
+        folder: The folder that `build_dataset` returned, or its argument `out`.
         repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
         upload: Whether to upload, with the token of `hf auth login` or `HF_TOKEN`; if False, nothing is sent.
         private: Whether a new repository is private.
@@ -209,7 +209,7 @@ def push_dataset(
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
     if not any(root.glob("data/*.parquet")) or not (root / CARD).is_file() or not (root / STATISTICS).is_file():
-        message = f"{folder} has no finished dataset; `mose dataset build` makes one."
+        message = f"{folder} holds no finished dataset; build one with `mose dataset build`."
         raise UserError("synthconl.push.no_dataset", message)
     required = ("license", "task_categories", "configs", "size_categories")
     load_card(DatasetCard, root / CARD, required, "synthconl.push.card")

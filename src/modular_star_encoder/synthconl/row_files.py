@@ -1,4 +1,4 @@
-"""Rows in parquet files: numbered files that the builder writes, and files of users, which are shards of rows."""
+"""Read and write rows in parquet files: numbered files of a dataset's build, and users' files, called shards."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> 
 
 
 def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:
-    """Write rows as `rows-00000.parquet`, … of `ROWS_PER_FILE` rows into an empty folder; return their number."""
+    """Write rows to `rows-00000.parquet`, … in an empty folder, `ROWS_PER_FILE` to each; return the number of rows."""
     total = 0
     for number, batch in enumerate(batches(rows, ROWS_PER_FILE)):
         table = pa.Table.from_pylist(batch, schema)
@@ -51,7 +51,7 @@ def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schem
 
 
 def write_split(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """Write rows as `{name}-00000-of-00002.parquet`, …, as datasets on the Hub are named."""
+    """Write the rows of split `name` as `{name}-00000-of-00002.parquet`, …, names by which the Hub finds a split."""
     tables = (pa.Table.from_pylist(batch, schema) for batch in batches(rows, ROWS_PER_FILE))
     written: list[Path] = []
     for some in batches(tables, ROWS_PER_PUBLISHED_FILE // ROWS_PER_FILE):
@@ -62,23 +62,23 @@ def write_split(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], sche
 
 
 def row_files(folder: Path) -> list[Path]:
-    """The files that `write_rows` wrote, in order."""
+    """Return the files that `write_rows` wrote to a folder, in order."""
     return sorted(folder.glob("rows-*.parquet"))
 
 
 def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all files of a folder, in order."""
+    """Yield the rows that `write_rows` wrote to a folder, in order."""
     for file in row_files(folder):
         yield from read_file(file, columns)
 
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of one file."""
+    """Return the rows of a parquet file, with all columns if `columns` is None."""
     return pq.read_table(file, columns=list(columns) if columns else None).to_pylist()
 
 
 def count_rows(folder: Path) -> int:
-    """The number of rows of all files of a folder, from their headers."""
+    """Return the number of rows that `write_rows` wrote to a folder, from the metadata of the files."""
     return sum(pq.read_metadata(file).num_rows for file in row_files(folder))
 
 
@@ -91,13 +91,13 @@ class Shard:
     rows: int
 
     def identity(self) -> dict[str, object]:
-        """Values that change when the file is replaced."""
+        """Return properties of the file by which a later call notices that it was replaced."""
         status = self.path.stat()
         return {"name": self.name, "rows": self.rows, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
 def find_shards(folder: Path) -> tuple[Shard, ...]:
-    """The parquet files of a folder, in the order of their names."""
+    """Return the parquet files in a folder and its subfolders, in the order of their names."""
     paths = sorted(folder.rglob("*.parquet"))
     if not paths:
         raise UserError("synthconl.shards.missing", f"{folder} contains no parquet file.")
@@ -105,7 +105,7 @@ def find_shards(folder: Path) -> tuple[Shard, ...]:
 
 
 def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: str | None) -> None:
-    """Check that all files have the columns of text, and ids of text or integers."""
+    """Raise UserError unless all files have `columns`, with texts, and `id_column`, with texts or integers."""
     for shard in shards:
         schema = _opened(shard.path).schema_arrow
         for name in (*columns, *([] if id_column is None else [id_column])):
@@ -115,7 +115,7 @@ def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: st
             kind = schema.field(name).type
             if not _is_text(kind) and (name in columns or not pa.types.is_integer(kind)):
                 wanted = "text" if name in columns else "text or integers"
-                message = f"Column {name!r} of {shard.name} contains {kind}; it must be {wanted}."
+                message = f"Column {name!r} of {shard.name} contains {kind}; it must contain {wanted}."
                 raise UserError("synthconl.shards.column_type", message)
 
 
@@ -129,7 +129,7 @@ def read_texts(
 
 
 def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
-    """The ids of all rows; without a column of ids, "name of the file:row of the file"."""
+    """Return the ids of all rows; if `id_column` is None, a row's id is "FILE:NUMBER", where rows count from 0."""
     if id_column is None:
         parts = [pa.array([f"{one.name}:{row}" for row in range(one.rows)], pa.large_string()) for one in shards]
         return pa.chunked_array(parts, pa.large_string())
@@ -141,7 +141,7 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
 
 
 def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
-    """The rows of all shards by ascending id; without a column of ids, their order in the files."""
+    """Return all row numbers, counted through the shards, by ascending id; if `id_column` is None, in file order."""
     if id_column is None:
         return np.arange(sum(one.rows for one in shards))
     ids = read_ids(shards, id_column)
@@ -149,13 +149,13 @@ def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
     in_order = ids.take(order)
     repeated = in_order.slice(1).filter(pc.equal(in_order.slice(1), in_order.slice(0, max(len(ids) - 1, 0))))
     if ids.null_count or len(repeated):
-        fault = f"{ids.null_count} are missing" if ids.null_count else f"{repeated[0]} repeats"
+        fault = f"missing: {ids.null_count}" if ids.null_count else f"repeated: {repeated[0]}"
         raise UserError("synthconl.shards.ids", f"Column {id_column!r} must have a different id in each row; {fault}.")
     return order.to_numpy().astype(np.int64)
 
 
 def write_kept(shard: Shard, target: Path, kept: np.ndarray, advance: Callable[[int], object]) -> None:
-    """Write the rows where `kept`, bool (rows,), is true, with all their columns and the schema of the shard."""
+    """Write to `target` the rows of a shard for which `kept`, bool (rows,), is true, with all columns."""
     file = _opened(shard.path)
 
     def tables() -> Iterator[pa.Table]:

@@ -1,4 +1,4 @@
-"""The translation stage: prompts, and one answer to each function of a folder, also after interruptions."""
+"""Translate functions with a language model: write prompts, and collect one answer to each, also if interrupted."""
 
 import hashlib
 import json
@@ -58,50 +58,50 @@ Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
 
 
 def target_language(row_id: str, source_language: str, *, seed: int, targets: Sequence[str] = LANGUAGES) -> str:
-    """Draw the language to translate a row to, uniformly among the `targets` other than its own.
+    """Draw the language to translate a row to: one of `targets` except `source_language`, all with equal probability.
 
     The draw depends on the seed and the row's id alone: neither the order nor the number of the rows matters.
     """
     others = sorted(set(targets) - {source_language})
     if not others:
-        message = f"targets must have a language other than {source_language}, not only {', '.join(targets)}."
+        message = f"`targets` must have a language other than {source_language}, not only {', '.join(targets)}."
         raise UserError("synthconl.targets", message)
     digest = hashlib.sha256(f"{seed}:{row_id}".encode()).digest()
     return others[int.from_bytes(digest[:8]) % len(others)]
 
 
 def check_prompt(prompt: str) -> str:
-    """Check a template of prompts and return it."""
+    """Return `prompt` if it is a template with exactly the fields of `PROMPT`; raise UserError if not."""
     try:
         fields = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
     except ValueError as error:
         fields = {str(error)}
     if fields != {"source_language", "target_language", "code"}:
-        wanted = "{source_language}, {target_language} and {code}, and other braces twice"
-        raise UserError("synthconl.prompt", f"prompt must have {wanted}. Found: {', '.join(sorted(fields))}.")
+        wanted = "the fields {source_language}, {target_language} and {code}; write other braces twice"
+        raise UserError("synthconl.prompt", f"`prompt` must have {wanted}. Found: {', '.join(sorted(fields))}.")
     return prompt
 
 
 def translation_request(
     row_id: str, code: str, source_language: str, target: str, prompt: str = PROMPT
 ) -> CompletionRequest:
-    """The request to translate the code of one row; `prompt` is a template that `check_prompt` accepts."""
+    """Return the request to translate one row's code to `target`; `prompt` is a template as in `check_prompt`."""
     names = {"source_language": LANGUAGE_NAMES[source_language], "target_language": LANGUAGE_NAMES[target]}
     return CompletionRequest(row_id, prompt.format(**names, code=code))
 
 
 @settings_class
 class TranslationSettings:
-    """How functions are translated.
+    """Settings that say which model translates functions, and how.
 
     Args:
         backend: `vllm`, `openai` (any endpoint of that protocol) or `transformers`.
-        model: name of the model in the back end.
+        model: name of the model at the server, or its folder or Hub id.
         max_tokens: largest number of tokens of an answer; longer answers are cut and rejected.
         prompt: template with the fields {source_language}, {target_language} and {code}.
         targets: languages to translate to; each row is translated to one other than its own.
         options: further arguments of the back end; see `VLLMBackend`, `OpenAIBackend` and `TransformersBackend`.
-        prompt_price, completion_price: price of a million tokens, for the report.
+        prompt_price, completion_price: price of a million tokens of prompts or answers, for the report.
     """
 
     backend: BackendName
@@ -114,7 +114,7 @@ class TranslationSettings:
     completion_price: NonNegative = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the translations, up to rounding: no prices and no `run_options` of the back end."""
+        """Return what decides translations up to rounding: all settings but prices and the back end's `run_options`."""
         run_options = BACKENDS[self.backend].run_options
         own = {name: getattr(self, name) for name in ("backend", "model", "max_tokens", "prompt")}
         options = {name: value for name, value in self.options.items() if name not in run_options}
@@ -125,7 +125,7 @@ class TranslationSettings:
         return open_backend(self.backend, self.model, self.max_tokens, self.options)
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """The price of these tokens."""
+        """Return the price of this many tokens."""
         return (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
 
 
@@ -149,8 +149,8 @@ def translate(
         `seconds`, `completions_per_second`, and `backends`, the description of each back end used.
 
     Raises:
-        UserError: The back end can't continue, or answers only errors; its earlier answers are kept. Or the answers of
-            an unfinished file are damaged or belong to other rows (`synthconl.journal`).
+        UserError: The back end can't continue, or answers only errors; its earlier answers are kept. Or answers that an
+            earlier call left are damaged or belong to other rows (`synthconl.journal`).
     """
     functions, out, backend = Path(functions), Path(out), settings.open()
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
@@ -184,7 +184,7 @@ def _requests(
     seed: int,
     bar: tqdm,
 ) -> Iterator[CompletionRequest]:
-    """Yield the requests of all rows without a completion, and add these rows to `files`."""
+    """Yield a request for each row without a completion, after noting in `files` which file waits for it."""
     for path in row_files(functions):
         if (target := out / path.name).is_file():
             _journal_path(target).unlink(missing_ok=True)  # left by a kill
@@ -203,7 +203,7 @@ def _requests(
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
-    """Yield completions. Errors wait until a later request is answered, which shows that the back end still works.
+    """Yield completions in lists; errors are held back until an answer shows that the back end still works.
 
     `answered` says whether an earlier call has received an answer.
     """
@@ -227,7 +227,7 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
 
 
 class _Session:
-    """The counts of one call, written to a list of all calls; the counts of a killed call lag by at most 30 seconds."""
+    """Counts of one call of `translate`; about every 30 seconds, they are saved together with earlier calls' counts."""
 
     def __init__(self, path: Path, backend: CompletionBackend) -> None:
         self._path, self._backend, self._earlier = path, backend, _read_sessions(path)
@@ -256,7 +256,7 @@ def _read_sessions(path: Path) -> list[dict[str, Any]]:
 
 
 def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
-    """The report: counts of the completions, and the speed according to the sessions."""
+    """Return the report of `translate`: counts of all completions in `out`, and the speed of all calls."""
     table = pa.concat_tables(pq.read_table(file, columns=["finish_reason", *_TOKENS]) for file in row_files(out))
     tokens = {name: pc.sum(table[name]).as_py() for name in _TOKENS}
     errors = pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py()
@@ -275,7 +275,7 @@ def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
 
 
 class _CompletionFile:
-    """The completions of one file of rows: a journal until every row has a completion, then a parquet file."""
+    """Collects the completions of one file of rows: in a journal until every row has one, then in a parquet file."""
 
     def __init__(self, target: Path, ids: Sequence[str]) -> None:
         self._target, self._ids, self._path = target, ids, _journal_path(target)
@@ -285,7 +285,7 @@ class _CompletionFile:
         self._finish()
 
     def add(self, completion: Completion) -> None:
-        """Write a completion to the operating system at once, and to the disk at least once a second."""
+        """Append a completion to the journal: the operating system gets it at once, the disk within about a second."""
         # Question marks replace lone surrogates, which JSON can escape and parquet can't hold.
         texts = {name: getattr(completion, name) for name in ("text", "finish_reason", "error")}
         texts = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
@@ -310,7 +310,7 @@ def _journal_path(target: Path) -> Path:
 
 
 def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
-    """The completions of a journal by id, which must be one of `ids`; cuts off an incomplete last line."""
+    """Return {id: completion} of a journal, whose ids must be in `ids`; an incomplete last line is cut off the file."""
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
@@ -323,7 +323,7 @@ def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
         except (ValueError, TypeError):
             known = False
         if not known:
-            message = f"Line {number} of {path} is damaged or answers another row; delete it to request its row again."
+            message = f"Line {number} of {path} is damaged or of another row; delete the line to repeat the request."
             raise UserError("synthconl.journal", message)
         answered[completion.id] = completion
     return answered
