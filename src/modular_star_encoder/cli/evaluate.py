@@ -1,4 +1,4 @@
-"""The commands that measure exits: `mose evaluate` their retrieval quality, `mose profile` their cost."""
+"""The commands that measure exits: `mose evaluate` measures retrieval quality, `mose profile` measures cost."""
 
 from __future__ import annotations
 
@@ -53,7 +53,6 @@ def add_evaluate_commands(commands: Any) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    """Run `mose evaluate`."""
     from modular_star_encoder.evaluation.run import run_benchmarks
     from modular_star_encoder.utils.files import check_writable, write_json
 
@@ -78,7 +77,6 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def run_profile(arguments: argparse.Namespace) -> None:
-    """Run `mose profile`."""
     from modular_star_encoder.evaluation.report import read_quality
     from modular_star_encoder.inference.exit_profile import ExitProfile
     from modular_star_encoder.inference.profile import ProfilePlan, format_profile, profile_path, profile_to_file

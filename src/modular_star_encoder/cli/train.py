@@ -45,7 +45,6 @@ def _end_help_with_keys(parser: argparse.ArgumentParser) -> None:
 
 
 def run_pretrain(arguments: argparse.Namespace) -> None:
-    """Run `mose pretrain`."""
     from modular_star_encoder.training.pretraining import pretrain
     from modular_star_encoder.training.recipes import PretrainingRecipe, load_recipe
 
@@ -54,7 +53,6 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
 
 
 def run_finetune(arguments: argparse.Namespace) -> None:
-    """Run `mose finetune`."""
     from modular_star_encoder.training.finetuning import load_finetuning
 
     file, overrides, out = arguments.recipe, arguments.overrides, arguments.out
@@ -64,7 +62,6 @@ def run_finetune(arguments: argparse.Namespace) -> None:
 
 
 def run_ablate(arguments: argparse.Namespace) -> None:
-    """Run `mose ablate`."""
     from modular_star_encoder.training.ablation import AblationRecipe, ablate
     from modular_star_encoder.training.recipes import load_recipe
 
