@@ -102,7 +102,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     for name in choose_benchmarks([arguments.benchmark], arguments.data) if arguments.data else ():
         for task in load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset):
             if not isinstance(task, RetrievalTask):
-                message = f"{name} ranks nothing, and rankings measure an export. Name a retrieval benchmark."
+                message = f"{name} is no retrieval benchmark, and only rankings measure an export. Name another."
                 raise UserError("cli.export.benchmark", message)
             tasks.append(task)
     written = export_onnx_folder(

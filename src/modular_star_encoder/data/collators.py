@@ -15,7 +15,7 @@ Row = Mapping[str, torch.Tensor]
 
 
 def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tensor:
-    """Pad rows, each (tokens,), with `value` on `side` (left or right) to int64 (rows, tokens of the longest row)."""
+    """Pad one-dimensional rows with `value` on `side` (left or right): return int64 (rows, length of the longest)."""
     length = max(len(row) for row in rows)
     padded = torch.full((len(rows), length), value, dtype=torch.int64)
     for target, row in zip(padded, rows, strict=True):
@@ -94,7 +94,7 @@ class PackingCollator:
         total, longest = int(bounds[-1]), int(lengths.max())
         input_ids = torch.cat([row["input_ids"] for row in rows])
         if (input_ids[bounds[1:] - 1] != self._cls).any():
-            raise UserError("data.packing.unfinished", "Every row to pack must end with <cls>, as in InContextPairs.")
+            raise UserError("data.packing.unfinished", "A row to pack must end with <cls>; rows of InContextPairs do.")
         marks = bounds.to(torch.int32)
         return {
             "input_ids": input_ids[None],

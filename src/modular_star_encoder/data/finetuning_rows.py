@@ -92,7 +92,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(self._descriptions[row], self._text_frame, self._limits[0])
 
     def snippet(self, row: int, number: int = 0, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the token ids of a row's snippet, int64 (T,); `renaming` makes frequent words random letters."""
+        """Return the token ids of a row's snippet `number`, int64 (T,); `renaming` draws names for frequent words."""
         content = self._codes[int(self._first_code[row]) + number]
         return self._code(self.texts[row].snippets[number], content, renaming)
 
@@ -106,7 +106,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean number of tokens of a description and of a snippet, with the longest prompt and truncated."""
+        """Return the mean tokens of a description and of a snippet, with the longest prompt and after truncation."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -157,7 +157,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> tuple[list[int], int]:
-    """Return (token ids before a text, token id after it): prompt and template; check that `max_tokens` leaves room."""
+    """Return (token ids before a text, token id after it), given its prompt; UserError if `max_tokens` is too small."""
     ids = tokenizer(prompt)["input_ids"]
     if not ids or ids[-1] != tokenizer.cls_token_id:
         raise UserError("data.tokenizer.template", "The tokenizer must end every text with its cls_token.")

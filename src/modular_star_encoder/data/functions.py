@@ -86,7 +86,7 @@ def drop_reason(function: DocumentedFunction) -> str | None:
 
 
 def drop_near_identical_descriptions(functions: Iterable[DocumentedFunction]) -> list[DocumentedFunction]:
-    """Drop functions whose description or code (see `description_key`, `code_key`) an earlier, kept function has."""
+    """Drop functions that repeat the description or code of an earlier, kept one (`description_key`, `code_key`)."""
     seen: set[tuple[str, str]] = set()
     kept = []
     for function in functions:
@@ -254,7 +254,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
     if len(named) != 1 or options.get("installed", True) is not True:
-        message = f"`corpus` must name exactly one of {', '.join(_OPENERS)} (as `installed: true`); not {options}."
+        message = f"`corpus` must have exactly one source, {', '.join(_OPENERS)} (`installed: true`); not {options}."
         raise UserError("data.corpus.source", message)
     kind = named[0]
     source, snippets = options.pop(kind), options.pop("snippets", "files")

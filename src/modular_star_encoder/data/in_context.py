@@ -84,7 +84,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             files = [SourceFile(name, "", "", text) for name in sorted(texts) for text in texts[name]]
             corpus = corpus_of_files(files, tokenizer, progress=progress)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
-            raise UserError("data.in_context.other_tokenizer", "Pass the tokenizer that tokenized this corpus.")
+            raise UserError("data.in_context.other_tokenizer", "Another tokenizer made the corpus: pass that one.")
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)
@@ -174,7 +174,7 @@ class PairSampler:
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:
-        """Sort the texts by repository, language and length; the two snippets of a pair have at most `room` tokens."""
+        """Sort the texts by repository, language and length; the snippets of a pair fit in `room` tokens together."""
         self.room = room
         numbers = corpus.row_numbers
         lengths = corpus.rows.bounds[numbers + 1] - corpus.rows.bounds[numbers]
@@ -185,7 +185,7 @@ class PairSampler:
         qualified = np.bincount(groups[texts >= 2] % languages, minlength=1).max()
         if qualified < 2:
             message = f"Two repositories must have two texts of {MIN_SNIPPET_TOKENS} tokens or more in one language; "
-            message += f"{qualified} of {len(np.unique(repository))} repositories do: add code to the corpus."
+            message += f"{qualified} of {len(np.unique(repository))} qualify: add code to the corpus."
             raise UserError("data.in_context.too_few_repositories", message)
         self.dropped_texts = len(numbers) - len(used)
         order = used[np.lexsort((lengths[used], language[used], repository[used]))]
@@ -221,7 +221,7 @@ class PairSampler:
             if repositories is not None:
                 break
         else:
-            raise RuntimeError("Hardly any two repositories share a language; remove rare languages from it.")
+            raise RuntimeError("Hardly any repositories share a language; leave out rare languages.")
         first, partner = self._draw_texts(rng, repositories[0], cell)
         first_alternative, stranger = self._draw_texts(rng, repositories[1], cell)
         longest_first = int(min(self._lengths[first], self._lengths[first_alternative]))

@@ -180,7 +180,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
         raise UserError("data.sources", f"`data` must name one or several of {', '.join(_SOURCES)}; not {given}.")
     if have_negatives(settings) and len(settings) > 1:
         others = " and ".join(f"data.{name}" for name in settings if name != "triplets")
-        message = f"data.triplets has hard negatives, but {others} has none: use only one, or no columns.negative."
+        message = f"Only data.triplets has hard negatives, not {others}: use it alone, or remove columns.negative."
         raise UserError("data.sources.negatives", message)
     found = {}
     for name in (name for name in _SOURCES if name in settings):
@@ -193,7 +193,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
             raise UserError("data.source.options", f"The options of data.{name} do not fit: {fault}.") from error
         if not found[name].texts:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
-            raise UserError("data.source.empty", f"data.{name} has no usable row, but {reasons or 'is empty'}.")
+            raise UserError("data.source.empty", f"data.{name} has no usable row (skipped: {reasons or 'nothing'}).")
     return found
 
 

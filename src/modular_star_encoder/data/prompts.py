@@ -33,9 +33,9 @@ LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))
 
 
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
-    """Return the prefix of a code snippet, `"{instruction}<sep>"`; `"cpp"` is written `"c++"`, None is any language.
+    """Return the prompt before a code snippet, `"{instruction}<sep>"`; `"cpp"` is written `"c++"`; None: any language.
 
-    The prefix is empty without `instructions`, for models fine-tuned without them (`config.instruction_prompts`).
+    The prompt is empty without `instructions`, for models fine-tuned without them (`config.instruction_prompts`).
     """
     if not instructions:
         return ""
@@ -48,7 +48,7 @@ def code_prompt(language: str | None = None, *, instructions: bool = True) -> st
 
 
 def text_prompt(*, instructions: bool = True) -> str:
-    """Return the prefix of a natural-language query, `"{instruction}<sep>"`; empty without `instructions`."""
+    """Return the prompt before a natural-language query, `"{instruction}<sep>"`; empty without `instructions`."""
     return TEXT_INSTRUCTION + SEP_TOKEN if instructions else ""
 
 

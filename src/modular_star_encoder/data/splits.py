@@ -128,8 +128,8 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
     train = np.flatnonzero(~held_out & ~leaked)
     if len(train) < (limit or 1):
         key = "max_train_samples" if limit else "nothing_to_train"
-        message = f"Training needs {limit or 1} rows that share no content or repository with held-out rows; only "
-        raise UserError(f"data.split.{key}", f"{message}{len(train)} do: add data or lower max_train_samples.")
+        message = f"Training needs {limit or 1} rows that share no content or repository with held-out rows; there are "
+        raise UserError(f"data.split.{key}", f"{message}{len(train)}: add data or lower max_train_samples.")
     if limit is not None:
         train = np.sort(np.random.default_rng(seed).permutation(train)[:limit])
     report = {
@@ -179,7 +179,7 @@ def _rows(path: Path) -> list[RetrievalExample]:
 
 
 class Draw(NamedTuple):
-    """A pair in a batch: the row of the data that gives it, and its kind (text → code or code → code)."""
+    """A pair in a batch: the row of the data that it is made from, and its kind (text → code or code → code)."""
 
     row: int
     kind: str
@@ -208,7 +208,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return the group with each row's hard negative as code, or -1: int64 (rows,); None if a row has no negative."""
+    """Return int64 (rows,): the group that has a row's hard negative as code, or -1; None if a row has no negative."""
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None
@@ -225,7 +225,7 @@ def _digest(key: str) -> bytes:
 
 
 class PairGroups:
-    """For each kind of pair (text → code, code → code) that the rows give: the groups that give one, and their rows."""
+    """The groups of rows that give each kind of pair (text → code, code → code); kinds without pairs are left out."""
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
         """Rows with a description give text → code pairs, and rows with two or more snippets give code → code pairs."""
@@ -260,7 +260,7 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The largest number of groups in a batch for which a hard negative of another group is sure to exist."""
+        """The largest number of groups in a batch such that at least one hard negative surely lies outside them."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1
@@ -298,7 +298,7 @@ class BatchPlan:
         return self._latest[1]
 
     def negatives(self, step: int) -> list[int] | None:
-        """Return the rows whose hard negatives are in batch `step`, in order; None if some row of the data has none."""
+        """Return, in order, the rows whose hard negatives are in batch `step`; None if a row of the data has none."""
         if self._groups.negatives is None:
             return None
         if self._latest_negatives[0] != step:
@@ -340,7 +340,7 @@ class BatchPlan:
         return self._orders[kind][1]
 
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
-        """Replace the code → code groups that are already in the batch (`taken`) by others; return all the indices."""
+        """Replace code → code groups that the batch already has (`taken`) by others; return all groups' indices."""
         numbers = self._groups.numbers[CODE_TO_CODE]
         meets = np.flatnonzero(np.isin(numbers[places], taken))
         if not len(meets):

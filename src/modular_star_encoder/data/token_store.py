@@ -98,7 +98,7 @@ _FILES_PER_COMMIT = 4096
 
 @dataclass
 class _State:
-    """The content of `state.json`; it counts entries of the arrays, and bytes in `name_bytes`."""
+    """The content of `state.json`: how many files, tokens and bytes of names are stored, and by which tokenizer."""
 
     tokenizer: str
     dtype: str
@@ -110,7 +110,7 @@ class _State:
     languages: list[str] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
-        """Return by file name how many bytes the file must have at least."""
+        """Return the smallest valid size of each file in bytes, by file name."""
         return {
             "tokens.bin": self.tokens * np.dtype(self.dtype).itemsize,
             "bounds.bin": (self.files + 1) * _BOUND.itemsize,

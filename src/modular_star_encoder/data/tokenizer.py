@@ -78,7 +78,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that frames texts as `prompts.py` does and spells `<sep>`, `<cls>` and `<mask>` like it.
+    """Return a tokenizer that frames texts as `prompts.py` does, with its spellings of `<sep>`, `<cls>` and `<mask>`.
 
     The published tokenizer has no template, because its users write the special tokens into their texts; its spellings
     may differ. Every token keeps its id. A tokenizer with our template and spellings is returned unchanged.

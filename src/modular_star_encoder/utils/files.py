@@ -66,7 +66,7 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
     """
     target = Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError("files.folder.not_empty", f"{target} already exists with content; name a new or empty folder.")
+        raise UserError("files.folder.not_empty", f"{target} already exists; name a folder that is new or empty.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with staged_file(target, resumable=resumable) as temporary:
         temporary.mkdir()

@@ -128,7 +128,7 @@ class HTTPClient:
         return self.submit(method, url, body=body, retry_if=retry_if).result()
 
     def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
-        """Send a request in the background; the future gives a response (status below 300) or an HTTPRequestError.
+        """Send a request in the background and return a future: a response (status below 300) or HTTPRequestError.
 
         `url` may hold a secret: errors name the host only. `body` is sent as JSON. `retry_if` says whether to retry a
         response that reports a failure with a success status, as some gateways send.

@@ -1,4 +1,4 @@
-"""Turns YAML files (recipes, manifests) and `KEY=VALUE` words into checked dataclasses, and prints their keys.
+"""Turns YAML files (recipes, manifests) and `KEY=VALUE` words into checked dataclasses, and describes their keys.
 
 A settings class is a frozen dataclass; if it is made by `settings_class`, its types and constraints check the values.
 It may define `OLD_KEYS` (old name → name), which are read with a FutureWarning, and `OPEN_KEYS` (field, dataclass): a
@@ -94,7 +94,7 @@ def settings_class(kind: type[Settings]) -> type[Settings]:
 def load_settings(
     kind: type[Settings], path: str | os.PathLike[str], overrides: Sequence[str] = (), *, example: str = ""
 ) -> Settings:
-    """Read a settings class from a YAML file; if `path` does not exist, the error names the recipe `example`.
+    """Read a YAML file into a settings class; if `path` does not exist, the error names `example`, an existing recipe.
 
     `overrides` are `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
     """
@@ -201,7 +201,7 @@ def _keys(kind: Any) -> list[Field[Any]]:
 
 
 def _fault(error: ValidationError, where: str) -> tuple[str, str]:
-    """Return UserError's key and sentence (with place, rule and value) for the first fault of a validation."""
+    """Return the key and sentence (place, rule and value) of a UserError for the first fault of a validation."""
     faults = error.errors()
     fault = next((one for one in faults if one["type"] == "unexpected_keyword_argument"), faults[0])
     parts = [part for part in map(str, fault["loc"]) if not re.search(r"[\[(]|^(int|tuple|dict|literal)$", part)]
@@ -257,7 +257,7 @@ def format_reference(kind: type) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    """Write a type as `int | None` for `Optional[int]`, `tuple[int, ...]`, or a class name without its module."""
+    """Write a type for readers: `int | None` for `Optional[int]`, `tuple[int, ...]`, class names without modules."""
     if hint is type(None):
         return "None"
     if get_origin(hint) is Annotated:
@@ -272,7 +272,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """Return for each key the first sentence under `Args:` in the docstrings of a class and its bases."""
+    """Return key → first sentence of its description under `Args:` in the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for base in kind.__mro__:
         if not is_dataclass(base) or base.__module__.startswith("transformers."):
