@@ -99,7 +99,7 @@ _MODEL_TYPE = "ModularStarEncoder"
 
 
 class _RegisteredWhenUsed(dict):
-    """The configurations registered with `AutoConfig`; at first use it imports ours, which registers all classes."""
+    """Configurations registered with `AutoConfig`; imports our configuration, and so registers all classes, on use."""
 
     def __getitem__(self, key: str) -> Any:
         if key == _MODEL_TYPE:

@@ -11,7 +11,7 @@ from modular_star_encoder.cli import exit_list, name_list, number_list, of_form
 
 
 def add_evaluate_commands(commands: Any) -> None:
-    """Add the commands to the subparsers of `mose`."""
+    """Add `mose evaluate` and `mose profile` to the subparsers of `mose`."""
     evaluate = commands.add_parser("evaluate", help="measure every exit on benchmarks, or on a folder of code")
     evaluate.add_argument("checkpoint", metavar="MODEL", help="folder or Hub repository")
     evaluate.add_argument(

@@ -10,7 +10,7 @@ from modular_star_encoder.utils.errors import UserError
 
 
 def add_publish_commands(commands: Any) -> None:
-    """Add the commands to the subparsers of `mose`."""
+    """Add `mose slice`, `mose card`, `mose publish` and `mose export` to the subparsers of `mose`."""
     cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
     cut.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
     cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
@@ -102,7 +102,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     for name in choose_benchmarks([arguments.benchmark], arguments.data) if arguments.data else ():
         for task in load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset):
             if not isinstance(task, RetrievalTask):
-                message = f"{name} is no retrieval benchmark, and only rankings measure an export. Name another."
+                message = f"{name} is no retrieval benchmark, but exports are measured by rankings. Name another."
                 raise UserError("cli.export.benchmark", message)
             tasks.append(task)
     written = export_onnx_folder(

@@ -12,7 +12,7 @@ from modular_star_encoder.cli import add_recipe_options
 
 
 def add_train_commands(commands: Any) -> None:
-    """Add the commands to the subparsers of `mose`; their `--help` ends with every key of their recipe."""
+    """Add the training commands to the subparsers of `mose`; their `--help` ends with all keys of their recipe."""
     run_folder = "folder of the run; an existing run continues"
 
     pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories, as a recipe says")

@@ -1,4 +1,4 @@
-"""Collators: they pad rows of tokens to a batch, or pack the rows one after another without padding."""
+"""Collators that pad rows of tokens to a batch, or pack the rows one after another without padding."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

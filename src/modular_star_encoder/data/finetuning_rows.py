@@ -97,7 +97,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._code(self.texts[row].snippets[number], content, renaming)
 
     def negative(self, row: int, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the token ids of the row's hard negative, int64 (T,); it must have one. `renaming`: see `snippet`."""
+        """Return the token ids of a row's hard negative, int64 (T,); it must have one. `renaming`: see `snippet`."""
         return self._code(self._negative_snippets[row], self._negatives[row], renaming)
 
     def _code(self, snippet: Snippet, content: np.ndarray, renaming: np.random.Generator | None) -> torch.Tensor:
@@ -106,7 +106,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean tokens of a description and of a snippet, with the longest prompt and after truncation."""
+        """Return the mean numbers of tokens of a description and a snippet, with the longest prompt and truncated."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):

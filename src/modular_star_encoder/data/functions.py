@@ -291,7 +291,7 @@ class LeakingDocstringError(ValueError):
 
 
 def documentation_summary(documentation: str) -> str:
-    """Return a documentation string's first paragraph, up to the first `@` tag: it is CodeSearchNet's query."""
+    """Return a documentation string's first paragraph, up to the first `@` tag, as CodeSearchNet's query."""
     return re.split(r"\n\s*\n|@", documentation.strip(), maxsplit=1)[0].strip()
 
 

@@ -350,8 +350,8 @@ def _labelled_pairs(pairs: Iterable[_Pair], source: Source) -> LabelledPairs:
     table = []
     for place, first, second, label in pairs:
         if label not in (0, 1) or not (_is_code(first) and _is_code(second)):
-            message = f"{place} must have two snippets of valid Unicode (BigCloneBench: two ids of data.jsonl) and a "
-            raise UserError("data.row", f"{message}label 0 or 1.")
+            message = f"{place} must have two snippets of valid Unicode text (in BigCloneBench, ids of data.jsonl)."
+            raise UserError("data.row", f"{message} The label must be 0 or 1.")
         table.append([*(places.setdefault(code, len(places)) for code in (first, second)), int(label)])
     if not table:
         raise UserError("data.source.empty", f"{source} holds no pair of snippets.")

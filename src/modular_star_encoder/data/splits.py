@@ -128,8 +128,8 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
     train = np.flatnonzero(~held_out & ~leaked)
     if len(train) < (limit or 1):
         key = "max_train_samples" if limit else "nothing_to_train"
-        message = f"Training needs {limit or 1} rows that share no content or repository with held-out rows; there are "
-        raise UserError(f"data.split.{key}", f"{message}{len(train)}: add data or lower max_train_samples.")
+        message = f"Training needs {limit or 1} rows that share no content or repository with held-out rows."
+        raise UserError(f"data.split.{key}", f"{message} There are {len(train)}: add data or lower max_train_samples.")
     if limit is not None:
         train = np.sort(np.random.default_rng(seed).permutation(train)[:limit])
     report = {
@@ -244,7 +244,7 @@ class PairGroups:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of groups by kind of pair."""
+        """The number of groups that give each kind of pair, by kind."""
         return {kind: len(numbers) for kind, numbers in self.numbers.items()}
 
     @property
@@ -284,8 +284,8 @@ class BatchPlan:
             listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in groups.counts.items())
             even = ", an even number" if len(self._kinds) > 1 else ""
             negatives = f"; the hard negatives are in {outside + 1} groups" if outside < batch_size else ""
-            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: the data has "
-            message += f"{listed or 'no pairs'}, and a batch takes one pair of a group{negatives}."
+            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}."
+            message += f" The data has {listed or 'no pairs'}, and a batch takes one pair of a group{negatives}."
             raise UserError("data.batch_size", message)
         self._latest: tuple[int, list[Draw]] = (-1, [])
         self._latest_negatives: tuple[int, list[int]] = (-1, [])

@@ -124,7 +124,7 @@ class TokenStore(TokenCorpus):
     """A corpus that `build_token_store` wrote; its files are memory-mapped, so opening it reads almost nothing."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open a finished store."""
+        """Open the finished token store in `folder`."""
         folder = Path(folder)
         state = _finished_state(folder)
         names = (folder / _NAMES).read_bytes()[: state.name_bytes].splitlines()
@@ -189,8 +189,8 @@ def build_token_store(
                     digest = _digest(digest, file)
                     bar.update()
                 if digest != state.files_digest:
-                    message = "The token store was begun with other files; pass the same ones in the same order, or "
-                    raise UserError("data.token_store.other_files", f"{message}name another folder than {folder}.")
+                    message = "The token store was begun with other files. Pass the same files in the same order."
+                    raise UserError("data.token_store.other_files", f"{message} Or name another folder than {folder}.")
                 while batch := list(islice(iterator, _FILES_PER_COMMIT)):
                     for start in range(0, len(batch), TEXTS_PER_BATCH):
                         bar.update(writer.append(batch[start : start + TEXTS_PER_BATCH]))
@@ -276,8 +276,8 @@ def _read_state(folder: Path) -> _State | None:
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
         fault = next((name for name, size in state.sizes().items() if sizes.get(name, -1) < size), "")
     if fault:
-        message = f"{fault} of the token store {folder} is missing, cut short or of another version; remove the folder "
-        raise UserError("data.token_store.damaged", f"{message}and build the store again.")
+        message = f"{fault} of the token store {folder} is missing, cut short or of another version."
+        raise UserError("data.token_store.damaged", f"{message} Remove the folder and build the store again.")
     return state
 
 

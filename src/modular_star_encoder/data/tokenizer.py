@@ -42,8 +42,8 @@ def train_tokenizer(
     includes them. A small corpus may fill fewer entries: size the model by `len(tokenizer)`.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
-        message = f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes, special tokens) and max_length at least 4,"
-        raise UserError("data.tokenizer.sizes", f"{message} not {vocab_size} and {max_length}.")
+        message = f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes, special tokens) and max_length at least 4."
+        raise UserError("data.tokenizer.sizes", f"{message} Given: {vocab_size} and {max_length}.")
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])

@@ -199,8 +199,8 @@ class HTTPClient:
 def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeout: float) -> None:
     """Raise UserError if these settings do not suit an `HTTPClient`."""
     if concurrency < 1 or attempts < 1 or pause < 0 or timeout <= 0:
-        message = "concurrency and attempts must be at least 1, pause at least 0 and timeout above 0; not "
-        raise UserError("http.settings", f"{message}{concurrency}, {attempts}, {pause} and {timeout}.")
+        message = "concurrency and attempts must be at least 1, pause at least 0 and timeout above 0."
+        raise UserError("http.settings", f"{message} Given: {concurrency}, {attempts}, {pause} and {timeout}.")
 
 
 def check_url(url: str) -> str:
