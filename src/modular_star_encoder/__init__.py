@@ -99,7 +99,7 @@ _MODEL_TYPE = "ModularStarEncoder"
 
 
 class _RegisteredWhenUsed(dict):
-    """Configurations registered with `AutoConfig`; imports our configuration, and so registers all classes, on use."""
+    """The configurations registered with `AutoConfig`; looking ours up imports it, which registers all our classes."""
 
     def __getitem__(self, key: str) -> Any:
         if key == _MODEL_TYPE:

@@ -106,7 +106,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean numbers of tokens of a description and a snippet, with the longest prompt and truncated."""
+        """Return the mean tokens per description and per snippet, each with the longest prompt and cut to its limit."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):

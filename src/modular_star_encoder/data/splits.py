@@ -225,7 +225,7 @@ def _digest(key: str) -> bytes:
 
 
 class PairGroups:
-    """The groups of rows that give each kind of pair (text → code, code → code); kinds without pairs are left out."""
+    """Groups of rows that share texts, by the kind of pair that they give (text → code, code → code), if any."""
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
         """Rows with a description give text → code pairs, and rows with two or more snippets give code → code pairs."""
@@ -249,7 +249,7 @@ class PairGroups:
 
     @property
     def largest_batch(self) -> int:
-        """The largest batch size, in pairs, that every batch can reach, whichever rows are drawn first."""
+        """The largest batch size, in pairs, for which every batch can be filled, whichever rows are drawn first."""
         if len(self.numbers) < 2:
             return min(sum(self.counts.values()), self.most_groups_with_negative)
         # Each half has at most as many pairs as its kind has groups; the second half needs groups that the first lacks.
