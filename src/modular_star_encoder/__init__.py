@@ -104,7 +104,7 @@ _MODEL_TYPE = "ModularStarEncoder"
 
 
 class _RegisteredWhenUsed(dict):
-    """Configurations registered with `AutoConfig`; ours is imported, and so registers all classes, at first use."""
+    """The configurations registered with `AutoConfig`; looking ours up imports it, which registers all our classes."""
 
     def __getitem__(self, key: str) -> Any:
         if key == _MODEL_TYPE:
@@ -125,7 +125,7 @@ class _RegisteredWhenUsed(dict):
 
 
 class _RegisterWithAutoConfig(MetaPathFinder, Loader):
-    """Add our model type to `AutoConfig` right after transformers defines it, without importing a model."""
+    """Adds our model type to `AutoConfig` right after transformers defines it, without importing a model."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _AUTO_CONFIG:

@@ -1,4 +1,4 @@
-"""The command line, and types of options that several commands share; argparse reports values that do not fit."""
+"""The command line, and argparse types for options of several commands; argparse reports values that do not fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def number_list(text: str) -> tuple[int, ...]:
-    """`"4,9"` → (4, 9)."""
+    """Parse integers with commas: `"4,9"` → (4, 9)."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -16,12 +16,12 @@ def number_list(text: str) -> tuple[int, ...]:
 
 
 def exit_list(text: str) -> tuple[int, ...] | None:
-    """`"4,9"` → (4, 9), and `"all"` → None."""
+    """Parse a list of exits: `"4,9"` → (4, 9), and `"all"` → None."""
     return None if text == "all" else number_list(text)
 
 
 def name_list(text: str) -> list[str]:
-    """`"bm25,tfidf"` → ["bm25", "tfidf"]."""
+    """Parse names with commas: `"bm25,tfidf"` → ["bm25", "tfidf"]."""
     return [name for part in text.split(",") if (name := part.strip())]
 
 

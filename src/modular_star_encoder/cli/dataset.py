@@ -76,14 +76,12 @@ def add_dataset_commands(commands: Any) -> None:
 
 
 def run_dataset_build(arguments: argparse.Namespace) -> None:
-    """Run `mose dataset build`."""
     from modular_star_encoder.synthconl.build import build_dataset, load_dataset_recipe
 
     print(build_dataset(load_dataset_recipe(arguments.recipe, arguments.overrides), arguments.out))
 
 
 def run_dataset_dedup(arguments: argparse.Namespace) -> None:
-    """Run `mose dataset dedup`."""
     from modular_star_encoder.data.sources.dataset_rows import open_texts
     from modular_star_encoder.synthconl.minhash import DuplicateSettings
     from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
@@ -101,7 +99,6 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
 
 
 def run_dataset_stats(arguments: argparse.Namespace) -> None:
-    """Run `mose dataset stats`."""
     from dataclasses import asdict
 
     from modular_star_encoder.data.pairs import open_triplets
@@ -120,7 +117,6 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
 
 
 def run_dataset_push(arguments: argparse.Namespace) -> None:
-    """Run `mose dataset push`."""
     from modular_star_encoder.synthconl.publishing import push_dataset
 
     private = not arguments.public
@@ -128,7 +124,6 @@ def run_dataset_push(arguments: argparse.Namespace) -> None:
 
 
 def run_corpus_fetch(arguments: argparse.Namespace) -> None:
-    """`mose dataset corpus fetch`."""
     from modular_star_encoder.synthconl.corpus import fetch_packages, read_packages
 
     for outcome, packages in fetch_packages(read_packages(arguments.corpus), arguments.out).items():
@@ -138,7 +133,6 @@ def run_corpus_fetch(arguments: argparse.Namespace) -> None:
 
 
 def run_corpus_build(arguments: argparse.Namespace) -> None:
-    """`mose dataset corpus build`."""
     from modular_star_encoder.synthconl.corpus import build_corpus, read_packages
 
     packages = read_packages(arguments.corpus)
@@ -150,7 +144,7 @@ def run_corpus_build(arguments: argparse.Namespace) -> None:
 
 
 def run_corpus_check(arguments: argparse.Namespace) -> None:
-    """`mose dataset corpus check`; status 2 if a text is found and not dropped."""
+    """Run `mose dataset corpus check`; raise UserError (exit status 2) if texts are found and not dropped."""
     from modular_star_encoder.synthconl.corpus import EvaluationTexts, check_corpus
     from modular_star_encoder.utils.files import check_writable, write_json
 

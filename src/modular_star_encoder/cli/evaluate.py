@@ -1,4 +1,4 @@
-"""The commands that measure exits: `mose evaluate` their retrieval quality, `mose profile` their cost."""
+"""The commands that measure exits: `mose evaluate` measures retrieval quality, `mose profile` measures cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modular_star_encoder.cli import exit_list, name_list, number_list, of_form
 
 
 def add_evaluate_commands(commands: Any) -> None:
-    """Add the commands to the subparsers of `mose`."""
+    """Add `mose evaluate` and `mose profile` to the subparsers of `mose`."""
     evaluate = commands.add_parser("evaluate", help="measure every exit on benchmarks, or on a folder of code")
     evaluate.add_argument("checkpoint", metavar="MODEL", help="folder or Hub repository")
     evaluate.add_argument(
@@ -53,7 +53,6 @@ def add_evaluate_commands(commands: Any) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    """Run `mose evaluate`."""
     from modular_star_encoder.evaluation.run import run_benchmarks
     from modular_star_encoder.utils.files import check_writable, write_json
 
@@ -78,7 +77,6 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def run_profile(arguments: argparse.Namespace) -> None:
-    """Run `mose profile`."""
     from modular_star_encoder.evaluation.report import read_quality
     from modular_star_encoder.inference.exit_profile import ExitProfile
     from modular_star_encoder.inference.profile import ProfilePlan, format_profile, profile_path, profile_to_file

@@ -59,7 +59,7 @@ def keep_few_compiled_operations() -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed arguments; settings (`key=value`) may follow options too, which argparse alone rejects."""
+    """Parse a command line; settings (`key=value`) may also follow options, which argparse alone would reject."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest:

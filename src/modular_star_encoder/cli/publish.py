@@ -10,7 +10,7 @@ from modular_star_encoder.utils.errors import UserError
 
 
 def add_publish_commands(commands: Any) -> None:
-    """Add the commands to the subparsers of `mose`."""
+    """Add `mose slice`, `mose card`, `mose publish` and `mose export` to the subparsers of `mose`."""
     cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
     cut.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
     cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
@@ -50,7 +50,7 @@ def add_publish_commands(commands: Any) -> None:
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that replace a manifest for one checkpoint folder."""
+    """Add the options that a checkpoint's folder needs in place of a manifest."""
     parser.add_argument("--repository", metavar="OWNER/NAME", help="of a folder: its repository on the Hub")
     parser.add_argument("--license", metavar="NAME", help="of a folder: the Hub's name of the licence (apache-2.0)")
     parser.add_argument(
@@ -59,7 +59,6 @@ def _add_folder_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_slice(arguments: argparse.Namespace) -> None:
-    """Run `mose slice`."""
     from modular_star_encoder.inference.checkpoints import slice_checkpoint
 
     slice_checkpoint(arguments.checkpoint, arguments.exit_layer, arguments.out)
@@ -67,7 +66,6 @@ def run_slice(arguments: argparse.Namespace) -> None:
 
 
 def run_card(arguments: argparse.Namespace) -> None:
-    """Run `mose card`."""
     from modular_star_encoder.hub.publishing import write_folder_card
 
     text = write_folder_card(_folder_manifest(arguments, arguments.folder), arguments.out)
@@ -75,7 +73,6 @@ def run_card(arguments: argparse.Namespace) -> None:
 
 
 def run_publish(arguments: argparse.Namespace) -> None:
-    """Run `mose publish`."""
     from modular_star_encoder.hub.manifest import load_manifest
     from modular_star_encoder.hub.publishing import publish
 
@@ -92,7 +89,6 @@ def run_publish(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    """Run `mose export`."""
     if arguments.format != "onnx":
         return run_static_export(arguments)
     if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
@@ -106,7 +102,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     for name in choose_benchmarks([arguments.benchmark], arguments.data) if arguments.data else ():
         for task in load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset):
             if not isinstance(task, RetrievalTask):
-                message = f"{name} has no rankings, by which an export is measured. Name another benchmark."
+                message = f"{name} is no retrieval benchmark, but exports are measured by rankings. Name another."
                 raise UserError("cli.export.benchmark", message)
             tasks.append(task)
     written = export_onnx_folder(
@@ -118,7 +114,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_static_export(arguments: argparse.Namespace) -> None:
-    """`mose export --format static` and `--format model2vec`."""
+    """Run `mose export` with `--format static` or `--format model2vec`."""
     from modular_star_encoder.hub.onnx_folder import default_folder
     from modular_star_encoder.inference.static_export import export_static
 
@@ -134,7 +130,7 @@ def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
     from modular_star_encoder.hub.manifest import folder_manifest, load_manifest
 
     if not arguments.repository:
-        raise UserError("cli.publish.repository", f"{folder} needs a repository on the Hub: --repository OWNER/NAME.")
+        raise UserError("cli.publish.repository", f"Name the Hub repository for {folder}: --repository OWNER/NAME.")
     if os.path.isfile(folder):
         return load_manifest(folder, [f"namespace={arguments.repository.partition('/')[0]}"])
     options = {"license": arguments.license} if arguments.license else {}

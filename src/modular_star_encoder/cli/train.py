@@ -12,7 +12,7 @@ from modular_star_encoder.cli import add_recipe_options
 
 
 def add_train_commands(commands: Any) -> None:
-    """Add the commands to the subparsers of `mose`; their `--help` ends with every key of their recipe."""
+    """Add the training commands to the subparsers of `mose`; their `--help` ends with all keys of their recipe."""
     run_folder = "folder of the run; an existing run continues"
 
     pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories, as a recipe says")
@@ -45,7 +45,6 @@ def _end_help_with_keys(parser: argparse.ArgumentParser) -> None:
 
 
 def run_pretrain(arguments: argparse.Namespace) -> None:
-    """Run `mose pretrain`."""
     from modular_star_encoder.training.pretraining import pretrain
     from modular_star_encoder.training.recipes import PretrainingRecipe, load_recipe
 
@@ -54,7 +53,6 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
 
 
 def run_finetune(arguments: argparse.Namespace) -> None:
-    """Run `mose finetune`."""
     from modular_star_encoder.training.finetuning import load_finetuning
 
     file, overrides, out = arguments.recipe, arguments.overrides, arguments.out
@@ -64,7 +62,6 @@ def run_finetune(arguments: argparse.Namespace) -> None:
 
 
 def run_ablate(arguments: argparse.Namespace) -> None:
-    """Run `mose ablate`."""
     from modular_star_encoder.training.ablation import AblationRecipe, ablate
     from modular_star_encoder.training.recipes import load_recipe
 

@@ -1,1 +1,1 @@
-"""From source code to rows to batches; only the modules that make tensors import torch."""
+"""Turns source code into rows, and rows into batches; only the modules that make tensors import torch."""

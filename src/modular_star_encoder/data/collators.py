@@ -1,4 +1,4 @@
-"""Rows of tokens → batches: padded for pre-training, retrieval and clone detection, or packed one after another."""
+"""Collators that pad rows of tokens to a batch, or pack the rows one after another without padding."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ Row = Mapping[str, torch.Tensor]
 
 
 def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tensor:
-    """Pad rows, each (tokens,), with `value` on `side`: int64 (rows, tokens of the longest row)."""
+    """Pad one-dimensional rows with `value` on `side` (left or right): return int64 (rows, length of the longest)."""
     length = max(len(row) for row in rows)
     padded = torch.full((len(rows), length), value, dtype=torch.int64)
     for target, row in zip(padded, rows, strict=True):
@@ -25,14 +25,12 @@ def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tenso
 
 
 def pad_inputs(rows: Sequence[torch.Tensor], pad_token_id: int, side: str) -> dict[str, torch.Tensor]:
-    """Pad rows to `input_ids` and `attention_mask`, both int64 of shape (rows, length)."""
+    """Pad rows of token ids: return `input_ids` and `attention_mask`, both int64 (rows, tokens of the longest row)."""
     mask = pad_rows([torch.ones_like(row) for row in rows], 0, side)
     return {"input_ids": pad_rows(rows, pad_token_id, side), "attention_mask": mask}
 
 
 class _Padding:
-    """Pads on the tokenizer's side."""
-
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         check_special_tokens(tokenizer, "pad")
         self._pad_token_id: int = tokenizer.pad_token_id
@@ -43,9 +41,9 @@ class _Padding:
 
 
 class PaddingCollator(_Padding):
-    """Pads rows of `InContextPairs` on the tokenizer's side.
+    """Pads rows of `InContextPairs` to a batch, on the tokenizer's `padding_side`.
 
-    Returns int64 tensors: `input_ids`, `attention_mask`, `labels` (−100 on padding), (B, T), and `icc_labels`, (B,).
+    Returns int64 tensors: `input_ids`, `attention_mask` and `labels` (−100 on padding), (B, T), and `icc_labels`, (B,).
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -54,7 +52,7 @@ class PaddingCollator(_Padding):
 
 
 class RetrievalCollator(_Padding):
-    """Pads rows of `RetrievalTexts` and `RetrievalBatches` on the tokenizer's side.
+    """Pads rows of `RetrievalTexts` or `RetrievalBatches` to a batch, on the tokenizer's `padding_side`.
 
     Returns `{"query": {...}, "document": {...}}`, each with `input_ids` and `attention_mask`, int64 of shape (B, T); T
     is the length of the longest query or document. With hard negatives, `negative` is a third entry. Rows that also
@@ -73,14 +71,14 @@ class RetrievalCollator(_Padding):
 
 
 class ClassificationCollator(_Padding):
-    """Pads rows of `ClassificationRows`: `input_ids` and `attention_mask`, int64 (B, T), and `labels`, int64 (B,)."""
+    """Pads `ClassificationRows`: returns `input_ids` and `attention_mask`, int64 (B, T), and `labels`, int64 (B,)."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         return self._inputs(rows) | {"labels": torch.stack([row["labels"] for row in rows])}
 
 
 class PackingCollator:
-    """Packs rows of `InContextPairs` one after another; the losses equal those of the padded batch.
+    """Packs rows of `InContextPairs` one after another, without padding; the losses are the same as with padding.
 
     Returns, for P rows of N tokens in total, inputs of `ModularStarEncoderForPreTraining` for any attention backend:
 
@@ -103,7 +101,7 @@ class PackingCollator:
         total, longest = int(bounds[-1]), int(lengths.max())
         input_ids = torch.cat([row["input_ids"] for row in rows])
         if (input_ids[bounds[1:] - 1] != self._cls).any():
-            raise UserError("data.packing.unfinished", "Every row must end with <cls>, as rows of InContextPairs do.")
+            raise UserError("data.packing.unfinished", "A row to pack must end with <cls>; rows of InContextPairs do.")
         marks = bounds.to(torch.int32)
         return {
             "input_ids": input_ids[None],

@@ -1,4 +1,4 @@
-"""Rows of fine-tuning as tokens: a query and its code, each framed by its prompt; two snippets and a label."""
+"""Turns fine-tuning rows into tokens: a query and its code, each with its prompt, or two snippets with a label."""
 
 import re
 import string
@@ -21,9 +21,9 @@ _LETTERS = np.array(list(string.ascii_lowercase))
 
 
 def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
-    """Replace each word of `code`, reserved or not, that occurs three times or more and has three characters or more.
+    """Replace every word in `code`, reserved or not, that has at least 3 characters and occurs at least 3 times.
 
-    Every occurrence gets the same name: 3 to 8 random lower-case letters, different from every other word.
+    All occurrences of a word get the same new name: 3 to 8 random lower-case letters, different from every other word.
     """
     counts = Counter(_WORD.findall(code))
     taken = set(counts)
@@ -42,10 +42,10 @@ _SNIPPETS, _NAMES = 10, 11  # random streams besides the streams of `BatchPlan`
 
 
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
-    """Descriptions and snippets as tokens: `<sep>{instruction}<sep>{text}<cls>`; `<sep>{text}<cls>` without prompts.
+    """Tokenizes descriptions and snippets as `<sep>{instruction}<sep>{text}<cls>`; without prompts `<sep>{text}<cls>`.
 
-    Only the text is truncated, never its frame. Special tokens written in a text are ordinary characters. As a data
-    set, row `i` holds `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).
+    Only the text is truncated, never the tokens around it. Special tokens written in a text are ordinary characters. As
+    a dataset, row `i` holds `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         prompts: bool = True,
         progress: bool = True,
     ) -> None:
-        """Tokenize the texts; the template must end with `<cls>`. Limits include prompts and special tokens."""
+        """Tokenize `texts`. The tokenizer must end them with `<cls>`; both limits include prompt and special tokens."""
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
@@ -88,11 +88,11 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return {"query_ids": self.description(index), "document_ids": self.snippet(index)}
 
     def description(self, row: int) -> torch.Tensor:
-        """The description of a row, int64 (T,)."""
+        """Return the token ids of a row's description, with its prompt, int64 (T,)."""
         return _framed(self._descriptions[row], self._text_frame, self._limits[0])
 
     def snippet(self, row: int, number: int = 0, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """A snippet of a row, int64 (T,); with `renaming`, its frequent words are replaced by random strings."""
+        """Return the token ids of a row's snippet `number`, int64 (T,); `renaming` draws names for frequent words."""
         content = self._codes[int(self._first_code[row]) + number]
         return self._code(self.texts[row].snippets[number], content, renaming)
 
@@ -114,7 +114,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def negative(self, row: int, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """The hard negative of a row, which must have one; `renaming` as for `snippet`."""
+        """Return the token ids of a row's hard negative, int64 (T,); it must have one. `renaming`: see `snippet`."""
         return self._code(self._negative_snippets[row], self._negatives[row], renaming)
 
     def _code(self, snippet: Snippet, content: np.ndarray, renaming: np.random.Generator | None) -> torch.Tensor:
@@ -123,7 +123,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Mean tokens of a description and of a snippet, framed (all by the longest prompt) and truncated."""
+        """Return the mean tokens per description and per snippet, each with the longest prompt and cut to its limit."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -134,16 +134,16 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
 
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
-    """The rows of every batch, one batch after the other, for a sequential sampler (`steps` × batch size rows).
+    """A dataset of the rows of all batches, one batch after another, for a sequential sampler (`steps` × batch size).
 
-    Row `i` depends on the seed of the plan and `i` only. It holds `query_ids` and `document_ids`, int64 (T,): a
-    description and its code, or two snippets, drawn each time; and `negative_ids` if every row has a hard negative.
+    Row `i` depends only on `i` and the plan's seed. It holds `query_ids` and `document_ids`, int64 (T,): a description
+    and its code, or two random snippets of one row; and `negative_ids` if every row of `texts` has a hard negative.
     """
 
     def __init__(
         self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, identifier_rename_prob: float = 0.0
     ) -> None:
-        """`identifier_rename_prob`: probability that the frequent words of a snippet are renamed."""
+        """`identifier_rename_prob`: probability that `rename_frequent_words` is applied to a snippet."""
         self.rows, self._plan, self._identifier_rename_prob = texts, plan, identifier_rename_prob
         self.batch_size, self.seed = plan.batch_size, plan.seed
         self._length = steps * plan.batch_size
@@ -178,17 +178,17 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return places if negatives is None else places | {"negative": (negatives[place], -1)}
 
     def _renaming(self, generator: np.random.Generator) -> np.random.Generator | None:
-        """The generator if the snippet is renamed, otherwise None."""
+        """Decide at random whether to rename a snippet's identifiers: return the generator if so, else None."""
         return generator if generator.random() < self._identifier_rename_prob else None
 
 
 def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> tuple[list[int], int]:
-    """(the ids before a text, the id after it), as the tokenizer's template puts them around prompt + text."""
+    """Return (token ids before a text, token id after it), given its prompt; UserError if `max_tokens` is too small."""
     ids = tokenizer(prompt)["input_ids"]
     if not ids or ids[-1] != tokenizer.cls_token_id:
-        raise UserError("data.tokenizer.template", "The tokenizer's template must end with its cls_token.")
+        raise UserError("data.tokenizer.template", "The tokenizer must end every text with its cls_token.")
     if max_tokens <= len(ids):
-        message = f"{argument} must be above {len(ids)}, the tokens of the prompt; not {max_tokens}."
+        message = f"{argument} must be above {len(ids)}, the number of prompt and special tokens; not {max_tokens}."
         raise UserError("data.retrieval.max_tokens", message)
     return ids[:-1], ids[-1]
 
@@ -200,10 +200,10 @@ def _framed(content: np.ndarray, frame: tuple[list[int], int], max_tokens: int) 
 
 
 class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of clone detection, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, version 2).
+    """Tokenizes pairs for clone detection, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, v2).
 
-    Row `i` holds `input_ids`, int64 (T,), T ≤ `max_tokens`, and `labels`, an int64 scalar. Where both snippets do not
-    fit, each gets half of the room, plus what the other leaves.
+    Row `i` holds `input_ids`, int64 (T,), T ≤ `max_tokens`, and `labels`, an int64 scalar. If the two snippets do not
+    fit together, each gets half of the room, plus what the other does not need.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""From a corpus to documented functions: (description, code) rows, filtered by CodeSearchNet's rules.
+"""Extracts documented functions from a corpus: (description, code) rows, filtered by CodeSearchNet's rules.
 
-The description is the first paragraph of a function's docstring in Python, elsewhere of the comment before it. The code
-is the function without its docstring; otherwise even BM25 would find it by the words of the query.
+The description is the first paragraph of a function's docstring in Python, and of the comment before it in other
+languages. The code has no docstring; otherwise even BM25 would find it by the words of the query.
 
 Source of the rules: Husain et al., "CodeSearchNet Challenge", 2019 (arXiv 1909.09436), section 2.
 """
@@ -47,7 +47,7 @@ class DocumentedFunction:
 
 
 def function_id(function: DocumentedFunction) -> str:
-    """The hash of repository, path, language, place and source: 32 hexadecimal digits, the same on all machines."""
+    """Hash a function's repository, path, language, place and source to 32 hexadecimal digits, the same everywhere."""
     place = f"{function.line}:{'' if function.start_byte is None else function.start_byte}"
     # The length of each part precedes it, so that different lists of parts never make the same text.
     parts = (function.repository, function.path, function.language, place, function.source or function.code)
@@ -57,17 +57,17 @@ def function_id(function: DocumentedFunction) -> str:
 
 
 def code_key(code: str) -> str:
-    """Return `code` with each run of white space as one space: equal for functions that differ only in layout."""
+    """Replace each run of white space in `code` by one space: codes that differ only in layout become equal."""
     return " ".join(code.split())
 
 
 def description_key(description: str) -> str:
-    """The lower-cased letters and digits of `description`: equal for near-identical descriptions."""
+    """Return the letters and digits of `description` in lower case: nearly identical descriptions become equal."""
     return "".join(filter(str.isalnum, description.lower()))
 
 
 def drop_reason(function: DocumentedFunction) -> str | None:
-    """Return the first rule that drops `function`, or None."""
+    """Return the reason why CodeSearchNet's rules drop `function`, or None if they keep it."""
     if not 3 <= sum(any(map(str.isalnum, word)) for word in function.description.split()) <= 256:
         return "description not of 3 to 256 words"
     letters = [character for character in function.description if character.isalpha()]
@@ -86,7 +86,7 @@ def drop_reason(function: DocumentedFunction) -> str | None:
 
 
 def drop_near_identical_descriptions(functions: Iterable[DocumentedFunction]) -> list[DocumentedFunction]:
-    """Return `functions` without those that repeat the description or code of an earlier, kept function."""
+    """Drop functions that repeat the description or code of an earlier, kept one (`description_key`, `code_key`)."""
     seen: set[tuple[str, str]] = set()
     kept = []
     for function in functions:
@@ -100,9 +100,9 @@ def drop_near_identical_descriptions(functions: Iterable[DocumentedFunction]) ->
 def extract_functions(
     file: SourceFile, counts: Counter[str] | None = None, documented_only: bool = True
 ) -> list[DocumentedFunction]:
-    """The functions of `file`, unfiltered, as `find_functions` finds them; C++ functions for a `.h` that holds C++.
+    """Return all functions that `find_functions` finds in `file`; a `.h` file that holds C++ is parsed as C++.
 
-    `counts` gets the `"files that do not parse"` and the counts of `find_functions`.
+    Adds the number of `"files that do not parse"` and the counts of `find_functions` to `counts`.
     """
     language = language_of_text(file.language, file.path, file.text)
     try:
@@ -117,16 +117,16 @@ def extract_functions(
 
 @dataclass(frozen=True, slots=True)
 class FunctionCollection:
-    """Functions that pass every filter, and counts: of files, documented functions, functions kept, drops by reason."""
+    """Functions that pass every filter, and counts: of files, documented functions, kept and dropped functions."""
 
     functions: list[DocumentedFunction]
     counts: Counter[str] = field(default_factory=Counter)
 
 
 def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress: bool = True) -> FunctionCollection:
-    """Collect the documented functions of `files` that pass `drop_reason`, in order, each code once.
+    """Collect the documented functions of `files` for which `drop_reason` is None, in order, each code only once.
 
-    The result does not depend on `processes`; with 0 or 1, this process does the work.
+    The result does not depend on `processes`; with 0 or 1, no other process is started.
     """
     counts: Counter[str] = Counter()
     kept: dict[str, DocumentedFunction] = {}
@@ -147,7 +147,7 @@ def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress:
 def filtered_functions(
     files: Iterable[SourceFile], processes: int = 2
 ) -> Iterator[tuple[list[DocumentedFunction], Counter[str]]]:
-    """Yield what `collect_functions` collects, duplicates included, for some files at a time, to save memory."""
+    """Yield (functions, counts) for a few files at a time, filtered as in `collect_functions` but with duplicates."""
     yield from crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
 
 
@@ -178,9 +178,9 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 class FunctionFiles(SourceReader):
-    """Yields every function of a reader's files, documented or not, as a file whose path ends in `#L{line}`.
+    """Reads every function in another reader's files, documented or not, as a file whose path ends in `#L{line}`.
 
-    A nested function is part of the function around it. Units are the same as the reader's.
+    A nested function stays in the function around it. `skip` and `shard` count the other reader's units.
     """
 
     def __init__(self, files: SourceReader) -> None:
@@ -238,7 +238,7 @@ _OPENERS = {
 
 
 def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
-    """Open a recipe's `corpus` as a reader with StarCoder2's filters.
+    """Return a reader for the source code that a recipe's `corpus` names; it applies StarCoder2's filters.
 
     Args:
         settings: exactly one source, its options, and optionally `languages`, a list, and `snippets`: `files` (whole,
@@ -247,19 +247,19 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
             - `folder: PATH`, with `depth` (levels from PATH down to the repositories);
             - `installed: true`, with `exclude` (names of distributions): the installed Python packages;
             - `archives: PATH`: an archive, or a folder of them, one repository each;
-            - `rows: PATH or Hub id`, with `columns` (ours → the dataset's) and the arguments of `row_repositories`;
+            - `rows: PATH or Hub id`, with `columns` (our name → the dataset's) and the arguments of `row_repositories`;
             - `the_stack: PATH or Hub id`, with `content_url`, from where contents are fetched with your own access,
               and the arguments of `the_stack_repositories`.
     """
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
     if len(named) != 1 or options.get("installed", True) is not True:
-        message = f"A corpus needs exactly one of {', '.join(_OPENERS)} (`installed: true`); not {options}."
+        message = f"`corpus` must have exactly one source, {', '.join(_OPENERS)} (`installed: true`); not {options}."
         raise UserError("data.corpus.source", message)
     kind = named[0]
     source, snippets = options.pop(kind), options.pop("snippets", "files")
     if snippets not in SNIPPETS:
-        raise UserError("data.corpus.snippets", f"snippets must be one of {', '.join(SNIPPETS)}; not {snippets!r}.")
+        raise UserError("data.corpus.snippets", f"`snippets` must be one of {', '.join(SNIPPETS)}; not {snippets!r}.")
     module, opener = _OPENERS[kind]
     readers = import_module(f"modular_star_encoder.data.sources.{module}")
     try:
@@ -267,7 +267,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
         files: SourceReader = getattr(readers, opener)(*places, **options, filters=STARCODER2_FILTERS)
     except TypeError as error:
         fault = str(error).rpartition("() ")[2]  # without the name of our function
-        raise UserError("data.corpus.options", f"The corpus {kind} can't be used: {fault}.") from error
+        raise UserError("data.corpus.options", f"The options of corpus.{kind} do not fit: {fault}.") from error
     files.unicode_names = True
     return FunctionFiles(files) if snippets == "functions" else files
 
@@ -291,14 +291,15 @@ class LeakingDocstringError(ValueError):
 
 
 def documentation_summary(documentation: str) -> str:
-    """The query in a documentation string: its first paragraph up to the first `@` tag, without parameter names."""
+    """Return a documentation string's first paragraph, up to the first `@` tag, as CodeSearchNet's query."""
     return re.split(r"\n\s*\n|@", documentation.strip(), maxsplit=1)[0].strip()
 
 
 def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
-    """Read the function of a published CodeSearchNet row: the Hub's columns, or the fields of the JSON lines.
+    """Read the function in a published CodeSearchNet row, with the column names of the Hub or of the JSON Lines files.
 
-    Python code loses its docstring, with which BM25 reaches an MRR of 97 %; LeakingDocstringError if it can't.
+    The docstring is removed from Python code, since BM25 reaches an MRR of 97 % with it; if that is impossible,
+    LeakingDocstringError is raised.
     """
     texts: dict[str, str] = {}
     for what, names in _CODESEARCHNET_COLUMNS.items():
@@ -323,11 +324,11 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
 
 
 def _without_docstring(code: str) -> str:
-    """Python `code` without its docstring; it may be indented like a method."""
+    """Return Python `code`, which may be indented like a method, without its docstring."""
     try:
         found = find_functions(textwrap.dedent(code), "python")
     except UnparsableSourceError:
         found = []
     if found and found[0].line == 1 + code[: len(code) - len(code.lstrip())].count("\n"):
         return found[0].code
-    raise LeakingDocstringError("The code of this Python row does not parse, or is only a docstring.")
+    raise LeakingDocstringError("This row's Python code does not parse, or is only a docstring.")

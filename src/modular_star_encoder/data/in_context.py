@@ -1,4 +1,4 @@
-"""Rows of in-context pre-training: two snippets with some masked tokens, and whether they share a repository.
+"""Draws rows for in-context pre-training: two snippets, partly masked, and whether they are from one repository.
 
 Source: the MoSE paper (arXiv 2503.03008): label 1 means "same repository"; 15 % of the tokens are masked, 80/10/10, as
 in BERT.
@@ -50,7 +50,7 @@ _MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1
 
 
 class InContextPairs(Dataset[dict[str, torch.Tensor]]):
-    """Endless pairs of snippets, drawn as described above, as a map-style dataset of a chosen length.
+    """A map-style dataset of `length` pairs of snippets, drawn at random as this module's docstring describes.
 
     Row `i` depends on `seed` and `i` only, so that any worker, process or resumed run makes the same row. It holds
 
@@ -72,9 +72,11 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         seed: int,
         progress: bool = True,
     ) -> None:
-        """Take a corpus that `tokenizer` made, or texts of one language by repository; `max_tokens` limits a row."""
+        """`texts`: a corpus that `tokenizer` has tokenized, or repository → texts, all of one language."""
         if max_tokens < MIN_ROW_TOKENS:
-            raise UserError("data.in_context.arguments", f"max_tokens must be from {MIN_ROW_TOKENS}, not {max_tokens}.")
+            raise UserError(
+                "data.in_context.arguments", f"max_tokens must be at least {MIN_ROW_TOKENS}, not {max_tokens}."
+            )
         check_special_tokens(tokenizer)
         if isinstance(texts, TokenCorpus):
             corpus = texts
@@ -82,7 +84,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             files = [SourceFile(name, "", "", text) for name in sorted(texts) for text in texts[name]]
             corpus = corpus_of_files(files, tokenizer, progress=progress)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
-            raise UserError("data.in_context.other_tokenizer", "Pass the tokenizer with which the corpus was made.")
+            raise UserError("data.in_context.other_tokenizer", "Another tokenizer made the corpus: pass that one.")
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)
@@ -94,7 +96,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         self.dropped_texts = self._sampler.dropped_texts
 
     def token_counts(self) -> torch.Tensor:
-        """How often each token occurs in the corpus, int64 (vocabulary size,)."""
+        """Count how often each token occurs in the corpus: int64 (vocabulary size,)."""
         return torch.from_numpy(self._rows.counts(self._vocab_size, self._row_numbers))
 
     def __len__(self) -> int:
@@ -112,7 +114,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": torch.from_numpy(ids), "labels": labels, "icc_label": torch.tensor(int(same))}
 
     def _mask_some(self, rng: np.random.Generator, ids: np.ndarray, middle: int) -> np.ndarray:
-        """Mask `ids` in place, never at the special tokens (first, `middle`, last), and return the labels."""
+        """Mask some of `ids` in place, never the special tokens (first, `middle`, last), and return the labels."""
         drawn = rng.random(len(ids), dtype=np.float32)
         drawn[[0, middle, -1]] = 1
         chosen = np.flatnonzero(drawn < self.mlm_probability)
@@ -135,7 +137,7 @@ _MAX_CELLS = 10_000
 
 
 class Window(NamedTuple):
-    """A window: tokens `start` to `start + length` of row `row`."""
+    """A part of a text: tokens `start` to `start + length` of row `row`."""
 
     row: int
     start: int
@@ -164,14 +166,14 @@ class _Proposals(NamedTuple):  # the repositories of one language, those with th
 
 
 class PairSampler:
-    """Draws pairs as described above, in a tenth of a millisecond each, with 20 bytes of memory per text.
+    """Draws pairs of snippets as this module's docstring describes, in 0.1 ms each, with 20 bytes of memory per text.
 
     It uses texts of at least 16 tokens, in repositories with two such texts and languages that two repositories share.
-    `repositories` are indices of `corpus.repository_names`.
+    `repositories` holds indices of `corpus.repository_names`.
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:
-        """Sort the texts by repository, language and length; both snippets together fill at most `room` tokens."""
+        """Sort the texts by repository, language and length; the snippets of a pair fit in `room` tokens together."""
         self.room = room
         numbers = corpus.row_numbers
         lengths = corpus.rows.bounds[numbers + 1] - corpus.rows.bounds[numbers]
@@ -181,8 +183,8 @@ class PairSampler:
         groups, texts = np.unique(repository[used].astype(np.int64) * languages + language[used], return_counts=True)
         qualified = np.bincount(groups[texts >= 2] % languages, minlength=1).max()
         if qualified < 2:
-            message = f"Pairs need two repositories with two texts of {MIN_SNIPPET_TOKENS} tokens in one language; "
-            message += f"{qualified} of {len(np.unique(repository))} qualify."
+            message = f"Two repositories must have two texts of {MIN_SNIPPET_TOKENS} tokens or more in one language."
+            message += f" Only {qualified} of {len(np.unique(repository))} qualify: add code to the corpus."
             raise UserError("data.in_context.too_few_repositories", message)
         self.dropped_texts = len(numbers) - len(used)
         order = used[np.lexsort((lengths[used], language[used], repository[used]))]
@@ -218,7 +220,7 @@ class PairSampler:
             if repositories is not None:
                 break
         else:
-            raise RuntimeError("Hardly any two repositories share a language; leave out the rare languages.")
+            raise RuntimeError("Hardly any repositories share a language; leave out rare languages.")
         first, partner = self._draw_texts(rng, repositories[0], cell)
         first_alternative, stranger = self._draw_texts(rng, repositories[1], cell)
         longest_first = int(min(self._lengths[first], self._lengths[first_alternative]))
@@ -241,7 +243,7 @@ class PairSampler:
         return int(self._group_language[group]), min(int(self._lengths[text]), self.room)
 
     def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
-        """Draw A and B, or return None if a limited number of proposals does not find two."""
+        """Draw two repositories with texts in the languages and lengths of `cell`; None if too many draws fail."""
         # The side with the fewer repositories proposes, the other is looked up.
         if cell.first_language == cell.second_language:
             proposing = cell.first_language
@@ -273,7 +275,7 @@ class PairSampler:
         return None
 
     def _count(self, language: int, length: int) -> int:
-        """How many repositories have a text of this language with this number of tokens or more."""
+        """Count the repositories that have a text in `language` with at least `length` tokens."""
         return int(np.searchsorted(self._proposals[language].negative_longest, -length, side="right"))
 
     def _group(self, repository: int, language: int) -> int | None:
@@ -290,7 +292,7 @@ class PairSampler:
                 return texts
 
     def _candidates(self, repository: int, language: int, length: int) -> tuple[int, int]:
-        """Return the range (start, end) of the texts from which one is drawn."""
+        """Return (start, end), the range of a repository's texts in `language` that are about `length` tokens long."""
         group = self._group(repository, language)
         assert group is not None, "a repository is drawn only if it has texts of the language"
         start, end = self._group_bounds[group : group + 2].tolist()
@@ -315,7 +317,7 @@ def _weighted(rng: np.random.Generator, cumulative: np.ndarray) -> int:
 
 
 def _usable(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the places of the texts in use; dropping a repository may leave a language with only one repository."""
+    """Return the indices of the texts that `PairSampler` uses; repeat its rules until they drop no further text."""
     places = np.flatnonzero(lengths >= MIN_SNIPPET_TOKENS)
     languages = int(language.max(initial=0)) + 1
     while True:

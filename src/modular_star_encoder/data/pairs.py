@@ -1,7 +1,7 @@
-"""The pairs of fine-tuning: one meaning in prose and code (retrieval), or two snippets and a label (clone detection).
+"""Reads pairs for fine-tuning: one meaning in prose and code (retrieval), or two labelled snippets (clone detection).
 
-Every source of retrieval gives the same rows: triplets (prose, a function, its translation), documented functions of
-repositories (prose and a function), and parallel solutions of exercises (code alone).
+Every source for retrieval gives the same kind of rows: triplets (prose, a function, its translation), documented
+functions of repositories (prose and a function), and parallel solutions of exercises (code alone).
 """
 
 import json
@@ -39,7 +39,7 @@ class Snippet(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RetrievalExample:
-    """One meaning in several texts: a row of fine-tuning for retrieval."""
+    """A row for fine-tuning a model for retrieval: texts (prose, code) with the same meaning."""
 
     description: str  # the meaning in prose; empty if there is none
     snippets: tuple[Snippet, ...]  # the meaning in code, at least once; the description belongs to the first
@@ -56,7 +56,7 @@ class SourceExamples:
     examples: dict[str, str] = field(default_factory=dict)  # by reason, the first one: its place and its beginning
 
     def skip(self, reason: str, place: str, row: Any, strict: bool) -> None:
-        """Count a row, or a part of one, that is left out; with `strict`, raise UserError (`data.row`)."""
+        """Count a row, or a part of a row, as left out for `reason`; with `strict`, raise UserError (`data.row`)."""
         shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
         example = f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
         if strict:
@@ -67,10 +67,10 @@ class SourceExamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TripletColumns:
-    """The names of the columns of a dataset of triplets; by default the columns of the published SynthCoNL.
+    """Names the columns of a dataset of triplets; the defaults fit the published SynthCoNL dataset.
 
-    `negative` is a column of hard negatives, `negative_language` the column of their languages, by default `language`.
-    Without `other_code` (None), rows are pairs of a description and one snippet.
+    `negative` is the column of hard negatives, `negative_language` the column of their languages (default: `language`).
+    If `other_code` is None, each row is a pair of a description and one snippet.
     """
 
     description: str = "func_documentation_string"
@@ -84,18 +84,18 @@ class TripletColumns:
 
     def __post_init__(self) -> None:
         if self.negative_language is not None and self.negative is None:
-            message = f"negative_language, {self.negative_language!r}, needs negative, the column of the code."
+            message = f"negative_language={self.negative_language!r} needs `negative`, the column of hard negatives."
             raise UserError("data.triplets.negative_language", message)
 
     def names(self) -> list[str]:
-        """The columns to read."""
+        """Return the names of the columns to read."""
         unused = "other_language" if self.other_code is None else None
         return [name for field, name in asdict(self).items() if name is not None and field != unused]
 
 
 @dataclass
 class TripletReader:
-    """Iterates over the triplets of a dataset; `skipped` counts what the last iteration left out, by reason."""
+    """Iterates over the triplets of a dataset; `skipped` counts, by reason, what the last iteration left out."""
 
     rows: Iterable[tuple[str, Row]]
     columns: TripletColumns
@@ -126,11 +126,11 @@ def open_triplets(
     fault: Callable[[RetrievalExample], str | None] = lambda _: None,
     **options: Any,
 ) -> TripletReader:
-    """Open a dataset of triplets: rows with a description and two snippets.
+    """Return a reader of a dataset whose rows are triplets: a description and two snippets.
 
-    A triplet has a description, two codes that are not blank, two of `LANGUAGES` in any spelling (`C++` is `cpp`), and
-    a text or nothing as repository; and `fault` returns None for it. Other rows are skipped and counted, or are an
-    error (`data.row`) with `strict`. For `source`, `split` and `options` see `open_dataset_rows`.
+    A row is a triplet if its description and codes are not blank, its languages are in `LANGUAGES` in any spelling
+    (`C++` is `cpp`), its repository is a text or missing, and `fault` returns None. Other rows are skipped and counted;
+    with `strict` they raise UserError (`data.row`). For `source`, `split` and `options` see `open_dataset_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
     rows = open_dataset_rows(source, columns.names(), split=split, **options)
@@ -138,7 +138,7 @@ def open_triplets(
 
 
 def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExample | str:
-    """The triplet of a row, or why it is not one."""
+    """Return the triplet in `row`, or the reason why `row` must be skipped."""
     if missing := [name for name in columns.names() if name not in row]:
         return f"no column {missing[0]}"
     for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):
@@ -164,7 +164,7 @@ def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExampl
 
 
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:
-    """Read every source in a recipe's `data`.
+    """Read the retrieval rows of every source in a recipe's `data`; return them by the source's name.
 
     Args:
         settings: One or several of these (None means left out)
@@ -182,10 +182,10 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     settings = _without_none(settings)
     if not settings or not settings.keys() <= _SOURCES.keys():
         given = ", ".join(map(str, settings)) or "none"
-        raise UserError("data.sources", f"data needs one or several of the sources {', '.join(_SOURCES)}; not {given}.")
+        raise UserError("data.sources", f"`data` must name one or several of {', '.join(_SOURCES)}; not {given}.")
     if have_negatives(settings) and len(settings) > 1:
         others = " and ".join(f"data.{name}" for name in settings if name != "triplets")
-        message = f"data.triplets has a column of hard negatives, and {others} has none: use triplets alone."
+        message = f"Only data.triplets has hard negatives, not {others}: use it alone, or remove columns.negative."
         raise UserError("data.sources.negatives", message)
     found = {}
     for name in (name for name in _SOURCES if name in settings):
@@ -195,27 +195,27 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
             found[name] = _SOURCES[name](progress, **_without_none(options))
         except TypeError as error:
             fault = str(error).rpartition("() ")[2]  # without the name of our function
-            raise UserError("data.source.options", f"data.{name} can't be used: {fault}.") from error
+            raise UserError("data.source.options", f"The options of data.{name} do not fit: {fault}.") from error
         if not found[name].texts:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
-            raise UserError("data.source.empty", f"data.{name} has no row to train on: {reasons or 'it is empty'}.")
+            raise UserError("data.source.empty", f"data.{name} has no usable row (skipped: {reasons or 'nothing'}).")
     return found
 
 
 def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not None: `data.triplets=null` removes a recipe's source."""
+    """Leave out settings that are None, so that `data.triplets=null` removes a recipe's source."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def have_negatives(settings: Mapping[str, Any]) -> bool:
-    """Whether the rows of these sources (see `read_retrieval_examples`) each have a hard negative."""
+    """Return whether `settings`, a recipe's `data` (see `read_retrieval_examples`), name a column of hard negatives."""
     triplets = settings.get("triplets")
     columns = triplets.get("columns") if isinstance(triplets, Mapping) else None
     return isinstance(columns, Mapping) and columns.get("negative") is not None
 
 
 def described(functions: Iterable[DocumentedFunction]) -> list[RetrievalExample]:
-    """Make a row of each documented function."""
+    """Make a retrieval row of each documented function, with one snippet."""
     return [RetrievalExample(one.description, (Snippet(one.language, one.code),), one.repository) for one in functions]
 
 
@@ -277,7 +277,7 @@ _SOURCES: dict[str, Callable[..., SourceExamples]] = {
 
 
 def _not_code(code: Any, description: str = "") -> str | None:
-    """Why a text is not code; None if it is."""
+    """Return why `code` can't be used as a snippet, or None if it can."""
     if not isinstance(code, str) or not code.strip():
         return "empty code"
     if description and description_key(code) == description_key(description):
@@ -290,23 +290,23 @@ _LABELLED_SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True, slots=True)
 class LabelledPairs:
-    """Pairs of snippets of one split for clone detection, labelled by whether both do the same."""
+    """The pairs of snippets in one split for clone detection; a label says whether both snippets do the same."""
 
     codes: list[str]  # the snippets, each once
-    pairs: np.ndarray  # int64 (pairs, 2), places in `codes`
+    pairs: np.ndarray  # int64 (pairs, 2), indices of `codes`
     labels: np.ndarray  # int64 (pairs,), 1 where both do the same, otherwise 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def sample(self, count: int, seed: int) -> "LabelledPairs":
-        """At most `count` of the pairs, drawn at random, in their order."""
+        """Return at most `count` of the pairs, drawn at random but in their original order."""
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
         return LabelledPairs(self.codes, self.pairs[chosen], self.labels[chosen])
 
 
 def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]:
-    """The pairs of the splits in a recipe's `data`: `train`, `valid` and, if there is one, `test`.
+    """Read the labelled pairs in a recipe's `data`; return them by split: `train`, `valid` and, if given, `test`.
 
     Args:
         settings: `train`, `valid` and optionally `test`, each a JSON Lines or parquet file with the columns `first`,
@@ -316,10 +316,10 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
     """
     names = set(settings)
     nameless = [name for name, path in settings.items() if not (isinstance(path, str | os.PathLike) and path)]
-    fault = f"data.{nameless[0]} must be the name of a file or folder" if nameless else ""
+    fault = f"data.{nameless[0]} must be the path of a file or folder" if nameless else ""
     if names != {"bigclonebench"} and not {"train", "valid"} <= names <= set(_LABELLED_SPLITS):
         given = ", ".join(map(str, settings))
-        fault = f"data must name bigclonebench, a folder, or the files train, valid and test; not {given}"
+        fault = f"`data` must have bigclonebench=FOLDER, or the files train, valid and (optional) test; not {given}"
     if fault:
         raise UserError("data.pairs.settings", f"{fault}.")
     if "bigclonebench" not in names:
@@ -355,11 +355,11 @@ def _labelled_pairs(pairs: Iterable[_Pair], source: Source) -> LabelledPairs:
     table = []
     for place, first, second, label in pairs:
         if label not in (0, 1) or not (_is_code(first) and _is_code(second)):
-            message = f"{place} must have two snippets in whole characters (idx of a func in BigCloneBench) and a label"
-            raise UserError("data.row", f"{message} 0 or 1.")
+            message = f"{place} must have two snippets of valid Unicode text (in BigCloneBench, ids of data.jsonl)."
+            raise UserError("data.row", f"{message} The label must be 0 or 1.")
         table.append([*(places.setdefault(code, len(places)) for code in (first, second)), int(label)])
     if not table:
-        raise UserError("data.source.empty", f"{source} holds no pair.")
+        raise UserError("data.source.empty", f"{source} holds no pair of snippets.")
     columns = np.array(table, dtype=np.int64)
     return LabelledPairs(list(places), columns[:, :2], columns[:, 2])
 

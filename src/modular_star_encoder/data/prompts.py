@@ -1,4 +1,4 @@
-"""The published prompts, the special tokens and the templates that frame a text.
+"""Defines the published prompts, and the special tokens and templates that the encoder expects around a text.
 
 A text enters the encoder as `<sep>{instruction}<sep>{text}<cls>`. The tokenizer's template adds the outer `<sep>` and
 the `<cls>`; a prompt is a prefix of the text and carries the instruction and the inner `<sep>`. Training, evaluation,
@@ -25,7 +25,7 @@ PAIR_TEMPLATE = f"{SEP_TOKEN} $A {SEP_TOKEN} $B {CLS_TOKEN}"
 
 CODE_INSTRUCTION = "Represent this {language} code snippet for retrieval:"
 ANY_CODE_INSTRUCTION = "Represent this code snippet for retrieval:"
-"""Ours, for code whose language is unknown: the published instruction always names the language."""
+"""Our own, for code whose language is unknown: the published instruction always names the language."""
 TEXT_INSTRUCTION = "Represent this code description for retrieving supporting snippets of code:"
 
 LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))
@@ -33,9 +33,9 @@ LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))
 
 
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
-    """The prefix of a code snippet, `"{instruction}<sep>"`; `"cpp"` becomes `"c++"`, and None is an unknown language.
+    """Return the prompt before a code snippet, `"{instruction}<sep>"`; `"cpp"` is written `"c++"`; None: any language.
 
-    Without `instructions`, as for models fine-tuned without them (`config.instruction_prompts`), it is empty.
+    The prompt is empty without `instructions`, for models fine-tuned without them (`config.instruction_prompts`).
     """
     if not instructions:
         return ""
@@ -48,12 +48,12 @@ def code_prompt(language: str | None = None, *, instructions: bool = True) -> st
 
 
 def text_prompt(*, instructions: bool = True) -> str:
-    """The prefix of a natural-language query, `"{instruction}<sep>"`; empty without `instructions`."""
+    """Return the prompt before a natural-language query, `"{instruction}<sep>"`; empty without `instructions`."""
     return TEXT_INSTRUCTION + SEP_TOKEN if instructions else ""
 
 
 def sentence_transformer_prompts(*, instructions: bool = True) -> dict[str, str]:
-    """The `prompts` of a SentenceTransformer, by prompt name; all are empty without `instructions`.
+    """Return the `prompts` for a SentenceTransformer, by prompt name; all are empty without `instructions`.
 
     `"query"` is for descriptions and `"document"` for code of any language: `encode_query` and `encode_document` use
     these two. `"document_python"`, `"document_c++"` and so on, one for each of `LANGUAGES`, give the published wording,

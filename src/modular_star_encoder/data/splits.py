@@ -34,9 +34,9 @@ _REPLACEMENTS, _NEGATIVES = 2, 3
 
 
 def hashed_order(names: Iterable[str], seed: int) -> list[str]:
-    """The names in a random order that depends on the seed and the names alone.
+    """Return the names in a random order that depends only on the seed and the names.
 
-    It sorts by a hash instead of shuffling: stable everywhere, and a new repository does not reorder the others.
+    Names are sorted by a hash: the order is the same everywhere, and a new name does not reorder the others.
     """
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
@@ -44,14 +44,16 @@ def hashed_order(names: Iterable[str], seed: int) -> list[str]:
 def draw_repositories(
     sizes: Mapping[str, int], *, seed: int, min_test: int = 2000, max_repository_share: float = 0.05
 ) -> set[str]:
-    """Draw the names of the repositories to hold out from `sizes` (repository → number of functions).
+    """Draw the repositories to hold out, and return their names; `sizes` is repository → number of functions.
 
     About a fifth of all functions is held out, or `min_test` if that is less. Repositories with more than
     `max_repository_share` of all functions are drawn last, the smallest first, so that no single project decides the
     results. At least one repository is left for training. The draw depends on the seed, the names and the sizes alone.
     """
     if len(sizes) < 2:
-        raise UserError("data.split.too_few_repositories", f"A split needs two repositories, not {len(sizes)}.")
+        raise UserError(
+            "data.split.too_few_repositories", f"Holding out repositories needs at least two, not {len(sizes)}."
+        )
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
     allowed = {name for name in sizes if sizes[name] <= max_repository_share * total}
@@ -68,7 +70,7 @@ def draw_repositories(
 
 @dataclass(frozen=True, slots=True)
 class RetrievalData:
-    """Fine-tuning rows for retrieval, in the order of the sources."""
+    """Rows to fine-tune a model for retrieval, and held-out rows, both in the order of the sources."""
 
     train: list[RetrievalExample]
     held_out: list[RetrievalExample]  # none of their repositories, descriptions or codes is in `train`
@@ -84,11 +86,11 @@ def prepare_retrieval_data(
     max_train_samples: int | None = None,
     progress: bool = True,
 ) -> RetrievalData:
-    """Read the sources, hold out whole repositories of each, and write the result; or read what an earlier call wrote.
+    """Read the sources, hold out whole repositories and write both parts to `folder`; if it has them, only read them.
 
     Args:
         settings: The sources; see `read_retrieval_examples`.
-        folder: Gets `train.parquet`, `held_out.parquet` and `report.json`, all at once.
+        folder: Where `train.parquet`, `held_out.parquet` and `report.json` are written, all at once.
         eval_fraction: Share of each source's rows to hold out, up to a fifth.
         seed: Decides which repositories are held out, and which rows are drawn.
         max_train_samples: Number of rows to train on, drawn at random; all if None.
@@ -107,7 +109,7 @@ def prepare_retrieval_data(
     stored = {_EARLIER_NAMES.get(name, name): value for name, value in report["settings"].items()}
     if stored != requested:
         other = ", ".join(name for name in requested if stored.get(name) != requested[name])
-        raise UserError("data.split.other_settings", f"{folder} holds data of another {other}; name another folder.")
+        raise UserError("data.split.other_settings", f"{folder} was made with another {other}; name another folder.")
     return RetrievalData(_rows(folder / "train.parquet"), _rows(folder / "held_out.parquet"), report)
 
 
@@ -126,8 +128,8 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
     train = np.flatnonzero(~held_out & ~leaked)
     if len(train) < (limit or 1):
         key = "max_train_samples" if limit else "nothing_to_train"
-        message = f"Training needs {limit or 1} rows that share no content or repository with held-out rows, and has "
-        raise UserError(f"data.split.{key}", f"{message}{len(train)}; add data, or lower max_train_samples.")
+        message = f"Training needs {limit or 1} rows that share no content or repository with held-out rows."
+        raise UserError(f"data.split.{key}", f"{message} There are {len(train)}: add data or lower max_train_samples.")
     if limit is not None:
         train = np.sort(np.random.default_rng(seed).permutation(train)[:limit])
     report = {
@@ -145,7 +147,7 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
 
 
 def _held_out(texts: Sequence[RetrievalExample], fraction: float, seed: int) -> np.ndarray:
-    """Return which rows of a source are held out, bool (rows,); a row without repository is its own repository."""
+    """Return which rows of a source are held out, bool (rows,); a row without a repository is drawn by itself."""
     names = [text.repository or f"row {row}" for row, text in enumerate(texts)]
     drawn = draw_repositories(Counter(names), seed=seed, min_test=max(1, round(fraction * len(texts))))
     return np.array([name in drawn for name in names])
@@ -177,14 +179,14 @@ def _rows(path: Path) -> list[RetrievalExample]:
 
 
 class Draw(NamedTuple):
-    """One place of a batch: a row of the data and the kind of pair that it gives."""
+    """A pair in a batch: the row of the data that it is made from, and its kind (text → code or code → code)."""
 
     row: int
     kind: str
 
 
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
-    """The group of each row, int64 (rows,), numbered from 0: rows that share a description or a code.
+    """Group rows that share a description or a code: return the group of each row, int64 (rows,), numbered from 0.
 
     If A shares a code with B and B its description with C, all three are one group. See `description_key`, `code_key`.
     """
@@ -206,7 +208,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """The group that has each row's hard negative as code, int64 (rows,), or -1; None if a row has no negative."""
+    """Return int64 (rows,): the group that has a row's hard negative as code, or -1; None if a row has no negative."""
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None
@@ -223,10 +225,10 @@ def _digest(key: str) -> bytes:
 
 
 class PairGroups:
-    """The groups that give each kind of pair, and their rows; kinds without pairs are left out."""
+    """Groups of rows that share texts, by the kind of pair that they give (text → code, code → code), if any."""
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
-        """A row with a description gives a text → code pair, and one with two snippets a code → code pair."""
+        """Rows with a description give text → code pairs, and rows with two or more snippets give code → code pairs."""
         rows: dict[str, dict[int, list[int]]] = {TEXT_TO_CODE: defaultdict(list), CODE_TO_CODE: defaultdict(list)}
         groups = same_content_groups(texts)
         self.of_rows, self.negatives = groups, groups_of_negatives(texts, groups)
@@ -242,12 +244,12 @@ class PairGroups:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Kind → number of groups."""
+        """The number of groups that give each kind of pair, by kind."""
         return {kind: len(numbers) for kind, numbers in self.numbers.items()}
 
     @property
     def largest_batch(self) -> int:
-        """The largest number of pairs in a batch, whichever rows are drawn first."""
+        """The largest batch size, in pairs, for which every batch can be filled, whichever rows are drawn first."""
         if len(self.numbers) < 2:
             return min(sum(self.counts.values()), self.most_groups_with_negative)
         # Each half has at most as many pairs as its kind has groups; the second half needs groups that the first lacks.
@@ -258,14 +260,14 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The largest number of groups in a batch that always leaves a hard negative outside them."""
+        """The largest number of groups in a batch such that at least one hard negative surely lies outside them."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1
 
 
 class BatchPlan:
-    """Chooses the rows of every batch from (seed, step) alone, so that resuming needs no state but the step.
+    """Chooses the rows of each batch from the seed and the step's number alone, so that resuming needs only the step.
 
     If the data gives both kinds of pairs, even places of a batch are text → code and odd places code → code. Each epoch
     puts the groups of a kind in a new random order, leaves out the last ones if they fill no batch, and takes another
@@ -274,29 +276,29 @@ class BatchPlan:
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """`batch_size` counts the pairs of all processes; with both kinds, it is even."""
+        """`batch_size`: pairs of a step over all processes; even if the data has text → code and code → code pairs."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
         if batch_size > largest or batch_size < 2 or batch_size % len(self._kinds):
             listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in groups.counts.items())
             even = ", an even number" if len(self._kinds) > 1 else ""
-            negatives = f", and hard negatives of {outside + 1} of them" if outside < batch_size else ""
-            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: there are "
-            message += f"{listed or 'no pairs'} without common texts{negatives}."
+            negatives = f"; the hard negatives are in {outside + 1} groups" if outside < batch_size else ""
+            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}."
+            message += f" The data has {listed or 'no pairs'}, and a batch takes one pair of a group{negatives}."
             raise UserError("data.batch_size", message)
         self._latest: tuple[int, list[Draw]] = (-1, [])
         self._latest_negatives: tuple[int, list[int]] = (-1, [])
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
     def batch(self, step: int) -> list[Draw]:
-        """The rows of batch number `step`, counted from 0, in order."""
+        """Return the rows of batch number `step`, counted from 0, in order, each with its kind of pair."""
         if self._latest[0] != step:
             self._latest = step, self._make_batch(step)
         return self._latest[1]
 
     def negatives(self, step: int) -> list[int] | None:
-        """For each position in batch `step`, the row whose hard negative is there; None if no row has one."""
+        """Return, in order, the rows whose hard negatives are in batch `step`; None if a row of the data has none."""
         if self._groups.negatives is None:
             return None
         if self._latest_negatives[0] != step:
@@ -331,14 +333,14 @@ class BatchPlan:
         return [draw for together in zip(*draws, strict=True) for draw in together]
 
     def _order(self, kind: str, epoch: int) -> np.ndarray:
-        """The places of the groups of `kind`, in the order of `epoch`."""
+        """Return the indices of the groups of `kind`, in the random order of `epoch`."""
         if self._orders.get(kind, (-1,))[0] != epoch:
             generator = np.random.default_rng((self.seed, self._kinds.index(kind), epoch))
             self._orders[kind] = epoch, generator.permutation(self._groups.counts[kind])
         return self._orders[kind][1]
 
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
-        """Return the positions of code → code groups; a group that the batch already holds is replaced by another."""
+        """Replace code → code groups that the batch already has (`taken`) by others; return all groups' indices."""
         numbers = self._groups.numbers[CODE_TO_CODE]
         meets = np.flatnonzero(np.isin(numbers[places], taken))
         if not len(meets):

@@ -1,4 +1,4 @@
-"""A tokenized corpus on disk, for corpora larger than memory: written once, restartable, read memory-mapped.
+"""Stores tokenized corpora larger than memory on disk: a build can be resumed, and the result is memory-mapped.
 
 A store is a folder of flat little-endian arrays, without a header, and two text files:
 
@@ -36,7 +36,7 @@ from modular_star_encoder.utils.files import staged_file
 
 @dataclass(frozen=True, eq=False)
 class TokenCorpus:
-    """Texts in memory (`corpus_of_files`) or on disk (`TokenStore`), or a part of them (`split`)."""
+    """Tokenized texts in memory (`corpus_of_files`) or on disk (`TokenStore`), or a part of such texts (`split`)."""
 
     rows: TokenRows  # of every text; a part keeps the rows of the whole corpus
     row_numbers: np.ndarray  # int64 (texts,), sorted: the rows that belong to this corpus
@@ -55,13 +55,17 @@ class TokenCorpus:
         return tuple(self.repository_names[i] for i in np.unique(self.repository_of[self.row_numbers]))
 
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
-        """(corpus to train on, held-out corpus): two views that share no repository.
+        """Return (corpus to train on, held-out corpus): two views of this corpus that share no repository.
 
-        `eval_fraction` of the repositories is held out, drawn by seed and names alone; neither part is empty.
+        `eval_fraction` is the share of the repositories to hold out; only `seed` and names decide which ones. Neither
+        corpus is empty.
         """
         names = self.repositories
         if len(names) < 2:
-            raise UserError("data.split.too_few_repositories", f"A split needs two repositories, not {len(names)}.")
+            raise UserError(
+                "data.split.too_few_repositories",
+                f"A split into two corpora needs at least two repositories, not {len(names)}.",
+            )
         count = min(max(round(eval_fraction * len(names)), 1), len(names) - 1)
         drawn = set(hashed_order(names, seed)[:count])
         is_drawn = np.array([name in drawn for name in self.repository_names])
@@ -94,7 +98,7 @@ _FILES_PER_COMMIT = 4096
 
 @dataclass
 class _State:
-    """The content of `state.json`; sizes count entries, except `name_bytes`."""
+    """The content of `state.json`: how many files, tokens and bytes of names are stored, and by which tokenizer."""
 
     tokenizer: str
     dtype: str
@@ -106,7 +110,7 @@ class _State:
     languages: list[str] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
-        """The bytes that each file must have at least."""
+        """Return the smallest valid size of each file in bytes, by file name."""
         return {
             "tokens.bin": self.tokens * np.dtype(self.dtype).itemsize,
             "bounds.bin": (self.files + 1) * _BOUND.itemsize,
@@ -117,10 +121,10 @@ class _State:
 
 
 class TokenStore(TokenCorpus):
-    """The corpus that `build_token_store` made, memory-mapped: opening it reads almost nothing."""
+    """A corpus that `build_token_store` wrote; its files are memory-mapped, so opening it reads almost nothing."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open a finished store."""
+        """Open the finished token store in `folder`."""
         folder = Path(folder)
         state = _finished_state(folder)
         names = (folder / _NAMES).read_bytes()[: state.name_bytes].splitlines()
@@ -136,7 +140,7 @@ class TokenStore(TokenCorpus):
 
 
 class _MappedRows(TokenRows):
-    """Rows mapped from the files of a store: pickling sends their folder, where numpy would send all tokens."""
+    """Memory-mapped rows of a store: pickling writes the folder's path, where numpy would write all tokens."""
 
     def __init__(self, folder: Path) -> None:
         state = _finished_state(folder)
@@ -153,7 +157,7 @@ class _MappedRows(TokenRows):
 def _finished_state(folder: Path) -> _State:
     state = _read_state(folder)
     if state is None or not state.complete:
-        raise UserError("data.token_store.missing", f"{folder} holds no finished store; call build_token_store.")
+        raise UserError("data.token_store.missing", f"{folder} is no finished token store; call build_token_store.")
     return state
 
 
@@ -164,7 +168,7 @@ def build_token_store(
     *,
     progress: bool = True,
 ) -> TokenStore:
-    """Tokenize `files` into a store, one row each, or continue a store, however the earlier call was interrupted.
+    """Tokenize `files`, one row each, into a store in `folder`, or continue a store that an earlier call began.
 
     To continue, pass the same files in the same order: files already stored are compared, but not tokenized again. A
     finished store is opened without reading `files`. Only one process may work on a folder at a time.
@@ -173,7 +177,9 @@ def build_token_store(
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder) or _begin(folder, encoder)
     if state.tokenizer != encoder.checksum:
-        raise UserError("data.token_store.other_tokenizer", f"{folder} has another tokenizer; name another folder.")
+        raise UserError(
+            "data.token_store.other_tokenizer", f"{folder} was made with another tokenizer; name another folder."
+        )
     if not state.complete:
         with closing(_Writer(folder, state, encoder)) as writer:
             iterator = iter(files)
@@ -183,8 +189,8 @@ def build_token_store(
                     digest = _digest(digest, file)
                     bar.update()
                 if digest != state.files_digest:
-                    message = "The token store was begun with other files; pass the same ones in the same order, or "
-                    raise UserError("data.token_store.other_files", f"{message}name another folder than {folder}.")
+                    message = "The token store was begun with other files. Pass the same files in the same order."
+                    raise UserError("data.token_store.other_files", f"{message} Or name another folder than {folder}.")
                 while batch := list(islice(iterator, _FILES_PER_COMMIT)):
                     for start in range(0, len(batch), TEXTS_PER_BATCH):
                         bar.update(writer.append(batch[start : start + TEXTS_PER_BATCH]))
@@ -207,7 +213,7 @@ class _Writer:
         self._outputs = {name: (folder / name).open("ab") for name in state.sizes()}
 
     def append(self, files: list[SourceFile]) -> int:
-        """Append a row for each of a few files; return their number."""
+        """Tokenize `files` and append a row for each; return the number of files."""
         state = self._state
         rows = self._encoder([file.text for file in files])
         bounds = state.tokens + np.cumsum([len(row) for row in rows])
@@ -232,7 +238,7 @@ class _Writer:
         return len(files)
 
     def commit(self) -> None:
-        """Flush the appended rows to the disk, and only then count them."""
+        """Flush the appended rows to the disk, and only then count them in `state.json`."""
         for output in self._outputs.values():
             output.flush()
             os.fsync(output.fileno())
@@ -244,7 +250,7 @@ class _Writer:
 
 
 def _digest(before: str, file: SourceFile) -> str:
-    """Return the digest of a sequence of files that ends with `file`, given the digest of the files before it."""
+    """Return the digest of all files up to `file`; `before` is the digest of the files that precede it."""
     content = json.dumps([before, file.repository, file.path, file.language, file.text])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
@@ -252,7 +258,7 @@ def _digest(before: str, file: SourceFile) -> str:
 def _begin(folder: Path, encoder: ContentEncoder) -> _State:
     leftovers = {f".{_STATE}.tmp", f"{_STATE}.new", *_State("", "<u2").sizes()}
     if any(entry.name not in leftovers for entry in folder.iterdir()):
-        raise UserError("data.token_store.other_content", f"{folder} has other content; name an empty folder.")
+        raise UserError("data.token_store.other_content", f"{folder} has files of another kind; name an empty folder.")
     state = _State(encoder.checksum, encoder.dtype.newbyteorder("<").str)
     for name in state.sizes():
         (folder / name).write_bytes(bytes(_BOUND.itemsize) if name == "bounds.bin" else b"")
@@ -261,7 +267,7 @@ def _begin(folder: Path, encoder: ContentEncoder) -> _State:
 
 
 def _read_state(folder: Path) -> _State | None:
-    """The state of the store in `folder`, None if there is none; UserError if a file is shorter than it says."""
+    """Return the state of the store in `folder`, or None without a store; UserError if a file is cut short."""
     if not (folder / _STATE).exists():
         return None
     fault = _STATE
@@ -270,8 +276,8 @@ def _read_state(folder: Path) -> _State | None:
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
         fault = next((name for name, size in state.sizes().items() if sizes.get(name, -1) < size), "")
     if fault:
-        message = f"{fault} of the token store {folder} is missing, cut short or of another version; remove the folder "
-        raise UserError("data.token_store.damaged", f"{message}and build it again.")
+        message = f"{fault} of the token store {folder} is missing, cut short or of another version."
+        raise UserError("data.token_store.damaged", f"{message} Remove the folder and build the store again.")
     return state
 
 

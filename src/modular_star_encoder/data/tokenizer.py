@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer with StarCoder2's pre-tokenizer, our special tokens and the template of prompts.py.
+"""Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the special tokens of prompts.py.
 
 A special token written in a text is read as that token, which lets a prompt bring its inner `<sep>`. *Content* that
 holds the characters `<sep>` must not become that token: `encode_content` encodes it as ordinary characters.
@@ -35,15 +35,15 @@ _TOKENS_PER_COUNT = 2**22
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, max_length: int = 2048, progress: bool = True
 ) -> PreTrainedTokenizerFast:
-    """Train a tokenizer on `texts`.
+    """Train a byte-level BPE tokenizer on `texts`.
 
     One text is encoded as `<sep> text <cls>`, a pair as `<sep> a <sep> b <cls>`; truncation to `max_length` keeps these
     tokens. Padding is on the left. `<pad>`, `<sep>`, `<cls>` and `<mask>` have the ids 0, 1, 2 and 3; `vocab_size`
     includes them. A small corpus may fill fewer entries: size the model by `len(tokenizer)`.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
-        message = f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes, special tokens), and max_length at least 4;"
-        raise UserError("data.tokenizer.sizes", f"{message} not {vocab_size} and {max_length}.")
+        message = f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes, special tokens) and max_length at least 4."
+        raise UserError("data.tokenizer.sizes", f"{message} Given: {vocab_size} and {max_length}.")
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
@@ -78,10 +78,10 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return the tokenizer with the template of `prompts.py` and its spelling of `<sep>`, `<cls>` and `<mask>`.
+    """Return a tokenizer that frames texts as `prompts.py` does, with its spellings of `<sep>`, `<cls>` and `<mask>`.
 
-    The published tokenizer has no template, because its users write the special tokens into their texts, and may spell
-    them differently. Every token keeps its id. A tokenizer that already has both is returned unchanged.
+    The published tokenizer has no template, because its users write the special tokens into their texts; its spellings
+    may differ. Every token keeps its id. A tokenizer with our template and spellings is returned unchanged.
     """
     check_special_tokens(tokenizer, "sep", "cls")
     ours = {"sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
@@ -97,7 +97,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     known = [entry["content"] for entry in state["added_tokens"]]
     taken = [name for old, name in spellings.items() if old != name and (known.count(name) > 1 or name in vocabulary)]
     if taken:
-        raise UserError("data.tokenizer.spelling", f"The tokenizer has another token that is spelled {taken[0]}.")
+        raise UserError("data.tokenizer.spelling", f"The tokenizer has another token {taken[0]}: rename that one.")
     state["model"]["vocab"] = {spellings.get(token, token): index for token, index in vocabulary.items()}
     backend = Tokenizer.from_str(json.dumps(state))
     backend.post_processor = _template(backend)
@@ -115,9 +115,9 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Each token's letters and digits in lower case, in the order of ids: "parse" for "parse", " Parse" and "_PARSE".
+    """Return each token's letters and digits in lower case, by id: "parse" for "parse", " Parse" and "_PARSE".
 
-    Tokens without any (punctuation, parts of characters, special tokens) keep their own, unique form.
+    Tokens without letters and digits (punctuation, parts of characters) and special tokens get a unique text instead.
     """
     spellings = []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
@@ -127,7 +127,7 @@ def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 class TokenRows:
-    """Rows of token ids in one flat array: 20 million tokens take 40 MB (vocabularies up to 65,536).
+    """Holds rows of token ids in one flat array: 20 million tokens of a vocabulary up to 65,536 take 40 MB.
 
     Row `i` is a view of the flat array, from `bounds[i]` to `bounds[i + 1]`; `bounds` is int64 (rows + 1,).
     """
@@ -155,7 +155,7 @@ class TokenRows:
 
 
 class ContentEncoder:
-    """Encodes texts as ordinary characters: no template, no truncation, and no special tokens, even if written there.
+    """Encodes texts as ordinary characters: no template, no truncation, and no special tokens, even if a text has one.
 
     `dtype` is uint16 for vocabularies up to 65,536, otherwise uint32. `checksum` covers everything that decides the
     ids; the template, padding, truncation, saving and loading do not change it.
@@ -172,7 +172,7 @@ class ContentEncoder:
         self.checksum = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, `dtype` (tokens,)."""
+        """Return the token ids of each text, an array of `dtype` with shape (tokens,)."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
@@ -180,7 +180,7 @@ class ContentEncoder:
 def encode_content(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, progress: bool = True, description: str = "Tokenizing"
 ) -> TokenRows:
-    """Encode texts, one row each, into one flat array, as `ContentEncoder` does."""
+    """Encode texts with `ContentEncoder` and return them as rows of one flat array."""
     encoder = ContentEncoder(tokenizer)
     parts: list[np.ndarray] = []
     starts = range(0, len(texts), TEXTS_PER_BATCH)
@@ -191,7 +191,7 @@ def encode_content(
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> None:
-    """Check that a tokenizer has the special tokens with these roles; by default `sep`, `cls` and `mask`."""
+    """Raise UserError if a tokenizer lacks a special token for one of `roles`; by default `sep`, `cls` and `mask`."""
     names = [f"{role}_token" for role in roles or ("sep", "cls", "mask")]
     if missing := [name for name in names if getattr(tokenizer, f"{name}_id") is None]:
         raise UserError("data.tokenizer.token_missing", f"The tokenizer must define {', '.join(missing)}.")

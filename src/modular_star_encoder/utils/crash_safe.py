@@ -24,7 +24,7 @@ def crash_safe_map(
     chunk_size: int,
     crashed: Callable[[Item], Result],
 ) -> Iterator[Result]:
-    """Yield the results of `function` for one chunk of `items` after another, in order.
+    """Call `function` on chunks of `chunk_size` items in several processes, and yield the results in order.
 
     When a process dies, the chunk that may have killed it is halved until a single item is left, and the result of that
     item is `crashed(item)`. With 0 or 1 processes, this process does the work, without protection.

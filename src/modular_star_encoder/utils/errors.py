@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Bad input, in one sentence that says what was given, what is allowed and what to do.
+    """Raised for bad input, with one sentence that says what was given, what is allowed and what to do.
 
     The command line prints the sentence and exits with status 2; any other exception is a bug and shows its traceback.
     `key` is the dotted name of the fault, such as `config.exit_layers.order`. Programs and tests can rely on it: it
@@ -38,7 +38,7 @@ _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in 
 
 
 def missing_extra(error: ModuleNotFoundError) -> ImportError | None:
-    """An error that names the extra to install, or None if no extra has the missing module."""
+    """Return an error that names the extra to install, or None if the missing module comes with no extra."""
     module = (error.name or "").partition(".")[0]
     extra = _EXTRA_OF.get(module)
     if extra is None:
@@ -48,7 +48,7 @@ def missing_extra(error: ModuleNotFoundError) -> ImportError | None:
 
 @contextmanager
 def naming_extra() -> Iterator[None]:
-    """Wrap imports of optional packages: if one is missing, the error names the extra to install."""
+    """Wrap imports of optional packages in a `with` block: if one is missing, the error names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:

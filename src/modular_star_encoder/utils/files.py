@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all."""
+"""Writes files and folders so that they appear complete or not at all."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from modular_star_encoder.utils.errors import UserError
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Check that a result file can be written, before the work that produces the result."""
+    """Raise UserError if a result file can't be written; call it before the work that produces the result."""
     path = Path(path).absolute()
     if path.is_dir():
         reason = "it is a folder; name a file"
@@ -60,7 +60,7 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
 
 @contextmanager
 def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder; it becomes `target`, which is empty or doesn't exist, if no error occurs.
+    """Yield a temporary folder that becomes `target` if no error occurs; `target` must be empty or not exist.
 
     Missing parents are created. For `resumable` see `staged_file`.
     """

@@ -1,4 +1,4 @@
-"""The HTTP client: time-outs, limits, retries with growing pauses, one sentence for each failure, no secrets.
+"""An HTTP client with time-outs, limits and retries; each failure becomes one sentence without secrets.
 
 Requests run on an event loop in a thread of the client, so that they can be concurrent and cancelled, whether or not
 the caller has an event loop. `wrap_hub_errors` turns errors of the Hub's own client into one sentence.
@@ -32,10 +32,10 @@ _LONGEST_REASON = 300
 
 
 class HTTPRequestError(UserError):
-    """A request failed, and it is not retried any more.
+    """Raised when a request failed and is not retried any more.
 
     Keys: `http.status` (refused), `http.no_answer`, `http.too_slow`, `http.too_large`. From the last response:
-    `status`, `reason` ("status 401, Incorrect API key provided") and `text`, the beginning of its body without token.
+    `status`, `reason` ("status 401, Incorrect API key provided") and `text`, the start of its body without the token.
     """
 
     def __init__(self, key: str, message: str, *, status: int | None = None, reason: str = "", text: str = "") -> None:
@@ -55,7 +55,7 @@ class Response:
     content: bytes
 
     def json(self) -> Any:
-        """The body's JSON value; None if the body is not JSON."""
+        """Return the body's JSON value, or None if the body is not JSON."""
         try:
             return json.loads(self.content)
         except ValueError:
@@ -66,10 +66,10 @@ _Check = Callable[[Response], bool]
 
 
 class HTTPClient:
-    """Sends requests to http and https addresses. Use it as a context manager: leaving cancels pending requests.
+    """Sends requests to http and https addresses. Use it as a context manager; its end cancels pending requests.
 
     Temporary failures (status 408, 409, 425, 429 and 5xx, time-outs, broken connections) are retried after the server's
-    `Retry-After`, or after `pause`, doubled for each further attempt and varied by half; at most 60 seconds.
+    `Retry-After`, or after `pause`, doubled for each further attempt and randomly varied by half; at most 60 seconds.
 
     Args:
         token: sent as bearer token; never shown in an error or `repr`.
@@ -128,7 +128,7 @@ class HTTPClient:
         return self.submit(method, url, body=body, retry_if=retry_if).result()
 
     def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
-        """Send a request in the background; the future gives a response with a status below 300 or HTTPRequestError.
+        """Send a request in the background and return a future: a response (status below 300) or HTTPRequestError.
 
         `url` may hold a secret: errors name the host only. `body` is sent as JSON. `retry_if` says whether to retry a
         response that reports a failure with a success status, as some gateways send.
@@ -169,12 +169,12 @@ class HTTPClient:
             async for part in stream.aiter_bytes():
                 content += part
                 if len(content) > self._max_bytes:
-                    message = f"{url_host(url)} sends more than {self._max_bytes:,} bytes."
+                    message = f"{url_host(url)} sends more than the limit of {self._max_bytes:,} bytes."
                     raise HTTPRequestError("http.too_large", message, status=stream.status_code)
             return Response(stream.status_code, dict(stream.headers), bytes(content))
 
     def _failure(self, response: Response) -> dict[str, Any]:
-        """The attributes of the HTTPRequestError for `response`."""
+        """Return the attributes (`reason`, `status`, `text`) of an HTTPRequestError for `response`."""
         text = hide_secrets(response.content.decode(errors="replace"), self._token)
         content = response.json()
         error = content.get("error", content) if isinstance(content, dict) else None
@@ -197,26 +197,26 @@ class HTTPClient:
 
 
 def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeout: float) -> None:
-    """Check the numbers of an `HTTPClient` before one is opened."""
+    """Raise UserError if these settings do not suit an `HTTPClient`."""
     if concurrency < 1 or attempts < 1 or pause < 0 or timeout <= 0:
-        message = "concurrency and attempts must be at least 1, pause at least 0 and timeout above 0; not "
-        raise UserError("http.settings", f"{message}{concurrency}, {attempts}, {pause} and {timeout}.")
+        message = "concurrency and attempts must be at least 1, pause at least 0 and timeout above 0."
+        raise UserError("http.settings", f"{message} Given: {concurrency}, {attempts}, {pause} and {timeout}.")
 
 
 def check_url(url: str) -> str:
-    """Check `url` and return it without slashes at its end."""
+    """Raise UserError unless `url` is an http or https address; return it without slashes at its end."""
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-        raise UserError("http.url", f"{url!r} is not an address such as https://api.openai.com/v1.")
+        raise UserError("http.url", f"{url!r} is not an http(s) address, such as https://api.openai.com/v1.")
     return url.rstrip("/")
 
 
 def url_host(url: str) -> str:
-    """The host of an address, with its port, without user and password."""
+    """Return the host and port of an address, without user and password."""
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
-    """The token in an environment variable, without white space around it; "" if `variable` is None."""
+    """Return the token in the environment variable `variable`, without white space around it; "" without a variable."""
     token = os.environ.get(variable, "").strip() if variable else ""
     fault = "" if token.isascii() and token.isprintable() else "characters"
     if fault or (variable and required and not token):
@@ -226,13 +226,13 @@ def token_from_environment(variable: str | None, *, required: bool = True) -> st
 
 
 def hide_secrets(text: str, token: str = "") -> str:
-    """`text` with `***` for the token and for words that look like an OpenAI API key."""
+    """Replace the token, and words that look like an OpenAI API key, by `***` in `text`."""
     text = text.replace(token, "***") if token else text
     return " ".join("***" if "sk-" in word else word for word in text.split(" ")) if "sk-" in text else text
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that the server asks to wait, which it writes as a number or as a date."""
+    """Return the seconds to wait according to the header `Retry-After` (a number or a date), or None without it."""
     value = headers.get("retry-after", "")
     for seconds in (float, lambda date: parsedate_to_datetime(date).timestamp() - time.time()):
         with contextlib.suppress(ValueError, TypeError):
@@ -252,12 +252,12 @@ def check_repository_id(repository: str) -> None:
         validate_repo_id(repository)
         if "/" in repository:
             return
-    raise UserError("hub.repository_id", f"{repository!r} is not the id of a repository, such as owner/name.")
+    raise UserError("hub.repository_id", f"{repository!r} is not the id of a Hub repository, such as owner/name.")
 
 
 @contextlib.contextmanager
 def wrap_hub_errors(repository: str) -> Iterator[None]:
-    """Raise errors of the Hub and of the network as OSError with one sentence, without the access token."""
+    """Turn errors of the Hub and of the network into an OSError with one sentence, without the access token."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -273,9 +273,9 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
         if isinstance(cause, LocalTokenNotFoundError):
             message = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
         elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == CONFLICT:
-            message = f"{repository} was changed by someone else meanwhile; nothing was written. Check it and repeat."
+            message = f"{repository} was changed by someone else; nothing was uploaded. Look at the change and repeat."
         elif isinstance(cause, network_errors):
-            message = f"The Hub can't be reached ({type(cause).__name__}); the upload can be repeated."
+            message = f"The Hub can't be reached ({type(cause).__name__}); repeat the upload later."
         else:
             reason = hide_secrets(str(cause).strip().partition("\n")[0], get_token() or "")
             message = f"The Hub refuses the upload to {repository}: {reason}"

@@ -18,17 +18,17 @@ PACKAGES = ("torch", "transformers", "modular-star-encoder")
 
 
 def percent(value: float) -> str:
-    """A fraction × 100, with one digit after the point."""
+    """Format a fraction × 100 with one digit after the point, without a percent sign."""
     return f"{100 * value:.1f}"
 
 
 def metric_label(name: str) -> str:
-    """The name of a metric in tables: `mrr` → MRR, `recall@10` → R@10."""
+    """Return the name of a metric for tables: `mrr` → MRR, `recall@10` → R@10."""
     return name if name in ("precision", "recall") else name.replace("recall@", "R@").upper()
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, aligned for reading as plain text; the first row is its header."""
+    """Format `rows` as lines of a Markdown table, aligned for reading as plain text; the first row is the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -39,7 +39,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def machine_kind(device: str = "cpu") -> dict[str, Any]:
-    """Processor model, cores, torch's threads, memory in GB (10^9 bytes, or None); for `"cuda"` also the GPU."""
+    """Return processor model, cores, torch's threads, memory in GB (10^9 bytes, or None); for `"cuda"` also the GPU."""
     import torch
 
     kind: dict[str, Any] = {"processor": processor_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -54,7 +54,7 @@ def machine_kind(device: str = "cpu") -> dict[str, Any]:
 
 
 def processor_model() -> str:
-    """The processor's model according to Linux; on other systems, according to Python."""
+    """Return the processor's model according to Linux; on other systems, according to Python."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -63,7 +63,7 @@ def processor_model() -> str:
 
 
 def library_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
-    """Versions of Python and of installed packages; None for one that isn't installed."""
+    """Return the versions of Python and of `packages`, by name; None for a package that isn't installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -74,7 +74,7 @@ def library_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None
 
 
 def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -> Card:
-    """Load a card. Raise UserError(`key`) if the Hub can't read it, or if required metadata is missing."""
+    """Load a model or dataset card; raise UserError(`key`) if it can't be read or lacks required metadata."""
     try:
         card = kind.load(path)
         missing = [name for name in required if not card.data.to_dict().get(name)]
@@ -87,7 +87,7 @@ def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -
 
 
 def render_card(template: str, **values: Any) -> str:
-    """A card, YAML metadata and Markdown, from a template of model_cards; a missing variable is an error."""
+    """Render a card (YAML metadata and Markdown) from a template in model_cards; a missing variable is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     templates = PackageLoader("modular_star_encoder.model_cards", "")
@@ -99,7 +99,7 @@ def render_card(template: str, **values: Any) -> str:
 
 
 def cell(value: Any) -> str:
-    """The text of a value in a Markdown table's cell."""
+    """Format a value for a cell of a Markdown table."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return " ".join(str(value).split()).replace("|", "\\|")

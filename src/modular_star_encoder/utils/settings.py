@@ -1,4 +1,4 @@
-"""Recipes and manifests: YAML files and `KEY=VALUE` words become checked dataclasses, and a reference of their keys.
+"""Turns YAML files (recipes, manifests) and `KEY=VALUE` words into checked dataclasses, and describes their keys.
 
 A settings class is a frozen dataclass; if it is made by `settings_class`, its types and constraints check the values.
 It may define `OLD_KEYS` (old name → name), which are read with a FutureWarning, and `OPEN_KEYS` (field, dataclass): a
@@ -27,7 +27,7 @@ Settings = TypeVar("Settings")
 
 
 def _number(value: Any) -> Any:
-    """YAML reads `1e5`, which has no point, as a string, and pydantic takes true and false for numbers."""
+    """Convert `1e5`, which YAML reads as a string, to a number; reject true and false, which pydantic would accept."""
     try:
         if not isinstance(value, bool):
             return float(value) if isinstance(value, str) else value
@@ -66,7 +66,7 @@ _PLAIN: dict[Any, TypeAdapter[Any]] = {
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings_class(kind: type[Settings]) -> type[Settings]:
-    """A class decorator: a frozen dataclass with keyword arguments, which are converted and checked by their types.
+    """Class decorator: make a frozen dataclass whose keyword arguments are converted and checked by their types.
 
     A wrong argument raises a UserError of one sentence (`settings.value`, `settings.missing`, `settings.unknown`).
 
@@ -94,7 +94,7 @@ def settings_class(kind: type[Settings]) -> type[Settings]:
 def load_settings(
     kind: type[Settings], path: str | os.PathLike[str], overrides: Sequence[str] = (), *, example: str = ""
 ) -> Settings:
-    """An instance of a settings class from a YAML file; if `path` does not exist, the error names the recipe `example`.
+    """Read a YAML file into a settings class; if `path` does not exist, the error names `example`, an existing recipe.
 
     `overrides` are `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
     """
@@ -102,7 +102,7 @@ def load_settings(
 
 
 def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, example: str = "") -> dict[str, Any]:
-    """The content of a recipe with its overrides, unchecked; arguments and errors as for `load_settings`."""
+    """Read a recipe and apply its overrides, without checking keys; arguments and errors as for `load_settings`."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         fault = "" if isinstance(content, dict) else "must be a mapping of settings."
@@ -123,9 +123,9 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = (), *,
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set `a.b.c` in nested mappings, adding missing mappings."""
+    """Set a dotted key such as `a.b.c` in nested mappings, and add mappings that are missing."""
     *parents, last = names = key.split(".")
-    fault = "" if all(names) else "must have the form key=value with YAML, such as seed=1"
+    fault = "" if all(names) else "must have the form key=value with a YAML value, such as seed=1"
     for parent in parents if not fault else ():
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
@@ -137,9 +137,9 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
 
 
 def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
-    """An instance of a settings class from a mapping; old keys are renamed with a FutureWarning.
+    """Make an instance of a settings class from a mapping; old keys are renamed, with a FutureWarning.
 
-    A wrong key or value is a UserError that begins with `where`; an error with a key of its own keeps it.
+    A wrong name or value raises a UserError that begins with `where`; it keeps the key of the UserError that caused it.
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {content!r}.")
@@ -191,7 +191,7 @@ def rename_old_keys(kind: type, content: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _keys(kind: Any) -> list[Field[Any]]:
-    """The dataclass fields that are keys of a settings class, including the collected keys."""
+    """Return the dataclass fields that are keys of a settings class, including the fields of its `OPEN_KEYS`."""
     own = [one for one in fields(kind) if one.init]
     if collected := getattr(kind, "OPEN_KEYS", None):
         names = {one.name for one in own}
@@ -201,7 +201,7 @@ def _keys(kind: Any) -> list[Field[Any]]:
 
 
 def _fault(error: ValidationError, where: str) -> tuple[str, str]:
-    """The first fault of a validation: its key, and one sentence with the place, the rule and the value."""
+    """Return the key and sentence (place, rule and value) of a UserError for the first fault of a validation."""
     faults = error.errors()
     fault = next((one for one in faults if one["type"] == "unexpected_keyword_argument"), faults[0])
     parts = [part for part in map(str, fault["loc"]) if not re.search(r"[\[(]|^(int|tuple|dict|literal)$", part)]
@@ -223,7 +223,7 @@ def _sentence(fault: Any) -> str:
 
 
 def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(key, its type, default and meaning) of a settings class; keys of nested settings follow a dot.
+    """Yield (key, text with its type, default and meaning) of a settings class; nested keys are dotted.
 
     For the dataclass in `OPEN_KEYS`, only keys with a description or with a default in `kind.DEFAULTS` are listed.
     """
@@ -250,14 +250,14 @@ def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def format_reference(kind: type) -> str:
-    """The reference of a settings class as aligned lines of text."""
+    """Return the keys of a settings class, with type, default and meaning, as aligned lines of text."""
     keys = list(_reference(kind))
     width = max(len(name) for name, _ in keys)
     return "\n".join(f"  {name:{width}}  {text}" for name, text in keys)
 
 
 def _type_name(hint: Any) -> str:
-    """`int | None` for `Optional[int]`, `tuple[int, ...]`, and the names of classes without their modules."""
+    """Write a type for readers: `int | None` for `Optional[int]`, `tuple[int, ...]`, class names without modules."""
     if hint is type(None):
         return "None"
     if get_origin(hint) is Annotated:
@@ -272,7 +272,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """Key → the first sentence of its description under `Args:` in the docstrings of a class and its bases."""
+    """Return key → first sentence of its description under `Args:` in the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for base in kind.__mro__:
         if not is_dataclass(base) or base.__module__.startswith("transformers."):
