@@ -96,7 +96,7 @@ def test_a_budget_that_no_exit_keeps_is_an_error_that_names_the_nearest_exits(bu
 
 
 def test_budgets_on_what_is_not_known_are_an_error():
-    with raises("budget.too_small", "memory_mb is not known of any exit"):
+    with raises("budget.too_small", "memory_mb is unknown for these exits"):
         select_exit(made_up_profile(memory=False), memory_mb=1000)
     with raises("budget.benchmark.missing"):
         select_exit(made_up_profile(), min_quality=0.5)
