@@ -39,7 +39,7 @@ class ExitCosts:
 
     @classmethod
     def of(cls, checkpoint: str, checksum: str) -> ExitCosts:
-        """Load the exit profile of a checkpoint (folder or Hub id), unless it is of weights with another checksum."""
+        """Load the exit profile of a checkpoint (folder or Hub id), unless other weights were measured."""
         name = short_name(checkpoint)
         advice = f"“mose profile {name}” measures the cost of each exit, and with --quality its quality."
         try:
@@ -157,7 +157,7 @@ class SearchPage:
     def answer(
         self, question: str, languages: Sequence[str] | None, path: str, rerank_exit_layer: Any, *positions: Any
     ) -> list[str]:
-        """Search at the exit of each slider position; return the HTML of each side, for an error only of the first.
+        """Search at the exit of each slider position; return HTML for each, or for an error one sentence on the first.
 
         `languages` and `path` select files, all if empty; `rerank_exit_layer` 0 means no re-ranking.
         """

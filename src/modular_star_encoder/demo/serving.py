@@ -192,7 +192,7 @@ class RepositoryLinks:
         self._address = address.rstrip("/")
 
     def __call__(self, path: str, hit: Hit) -> str:
-        """Return the web address of a hit's lines in its file; `path` is relative to the folder."""
+        """Return the web address of a hit's lines in its file; `path` is relative to the indexed folder."""
         lines = f"L{hit.line}" + (f"-L{hit.last_line}" if hit.last_line > hit.line else "")
         return f"{self._address}/{quote(path)}#{lines}"
 

@@ -197,7 +197,7 @@ def _hit_html(rank: int, hit: Hit, path: str, address: str | None, badge: str) -
 
 
 def _code_block(hit: Hit) -> str:
-    """Return HTML with the first lines of a hit; a click shows up to 200."""
+    """Return HTML with the first lines of a hit; a click opens up to 200 lines."""
     lines = hit.text.rstrip().split("\n")
     first = code_html("\n".join(lines[:FIRST_LINES]), hit.language)
     block = f'<pre class="mose-code">{first}</pre>'

@@ -29,7 +29,7 @@ Returns:
 
 
 class RetrievalMetric(evaluate.Metric):
-    """A metric for `evaluate`, which one of `NAMES` selects: `RetrievalMetric("ndcg")`."""
+    """A metric for Hugging Face's `evaluate`, chosen by a name in `NAMES`: `RetrievalMetric("ndcg")`."""
 
     def _info(self) -> evaluate.MetricInfo:
         if (name := self.config_name) not in NAMES:

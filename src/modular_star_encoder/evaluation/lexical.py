@@ -83,7 +83,7 @@ class BM25Scores:
 
 
 class TfIdf(Retriever):
-    """Ranks documents by the cosine of TF-IDF vectors, with sublinear term frequencies and frequencies of each pool."""
+    """Ranks documents by the cosine of TF-IDF vectors, with sublinear term and per-pool document frequencies."""
 
     name = "TF-IDF"
 
@@ -131,7 +131,7 @@ def _row_blocks(shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) 
 
 
 def identifier_overlap(first: str, second: str) -> float:
-    """Return the Jaccard similarity (0 to 1) of the identifiers in two texts: ASCII words from 3 characters on."""
+    """Return the Jaccard similarity (0 to 1) of the identifiers in two texts: ASCII words of 3 or more characters."""
     a, b = (set(_IDENTIFIER.findall(text)) for text in (first, second))
     return len(a & b) / len(a | b) if a | b else 0.0
 

@@ -26,7 +26,7 @@ _DRAWS_PER_CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The ranks of the documents that are judged for Q queries, in J judgements (of one query and one document)."""
+    """For each of J relevance judgements: its query (one of Q), the gain of its document, and the document's rank."""
 
     queries: int  # number of queries, Q
     query: np.ndarray  # (J,) int64, ascending: number of the query of each judgement
@@ -181,10 +181,10 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
 
 
 def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
-    """Return MAP@R of each query, (Q,) in [0, 1], where R is its number of relevant documents (Musgrave et al. 2020).
+    """Return the average precision of each query at its number R of relevant documents, (Q,) in [0, 1].
 
     A relevant document adds (its place among the relevant documents) / (its rank), or 0 if its rank is above R. The
-    sum is divided by R, not by the number of documents found, as in CodeXGLUE's evaluator for POJ-104.
+    sum is divided by R (Musgrave et al. 2020), as in CodeXGLUE's evaluator for POJ-104.
     """
     relevant = _relevant(ranking)
     order = np.lexsort((relevant.rank, relevant.query))

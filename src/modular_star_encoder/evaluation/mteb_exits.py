@@ -280,7 +280,7 @@ def load_exit_encoder(
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
-    """Return task objects without repetitions; the name of a benchmark stands for all its tasks, in order."""
+    """Return the task objects that names of tasks and benchmarks stand for, without repetitions, in order."""
     chosen: dict[str, AbsTask] = {}
     for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
         for one in _tasks_named(task) if isinstance(task, str) else [task]:

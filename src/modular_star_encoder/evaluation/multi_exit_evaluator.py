@@ -115,7 +115,7 @@ class MultiExitEvaluator(BaseEvaluator):
         language: str | None = None,
         **options: Any,
     ) -> MultiExitEvaluator:
-        """Build an evaluator from {id: text}, in the format of InformationRetrievalEvaluator in sentence-transformers.
+        """Build an evaluator from {id: text} of queries and documents, as for InformationRetrievalEvaluator.
 
         See `evaluation.tasks.task_from_mappings` for the arguments; `options` are arguments of the class.
         """

@@ -81,7 +81,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The results of an evaluation: as one table per benchmark, and for each task."""
+    """The results of an evaluation: a table for each benchmark, and the values of each task."""
 
     tables: Sequence[Table]  # one per benchmark
     results: Sequence[TaskResult]  # one per retriever, exit and task, with the value of each query
@@ -289,7 +289,7 @@ def _read_table(stored: Mapping[str, Any], name: str) -> Table:
 
 
 def _own_exits(table: Table) -> dict[int, Row]:
-    """Return {exit_layer: row} of the reference row's retriever, the evaluated model, with embeddings of full size."""
+    """Return {exit_layer: row with full embeddings} of the evaluated model, the retriever of the reference row."""
     own = next(row.retriever for row in table.rows if row.difference is None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
     return {row.exit_layer: row for row in rows if row.retriever == own and row.exit_layer is not None}

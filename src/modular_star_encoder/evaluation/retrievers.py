@@ -39,7 +39,7 @@ class ExitVariant(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Scores (R, C) float32 of R queries, the first of which has number `row`, and C documents from `column` on."""
+    """Scores (R, C) float32 of the R queries from number `row` on and the C documents from number `column` on."""
 
     row: int
     column: int
@@ -124,7 +124,7 @@ class CosineScores:
         self.shape = (len(queries), len(documents))
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the blocks of some documents with all queries, then of the next ones: each document is read once."""
+        """Yield all blocks of the first documents, then of the next ones, so that each document is read once."""
         height, width = self.shape
         size = self.documents[:1].shape[1]
         columns = width if width * size <= HELD else max(1, HELD // (4 * size))
@@ -232,7 +232,7 @@ class EmbeddingCache:
 
 @dataclass(slots=True)
 class _Space:
-    """The shards of embeddings of one space, and where each text is: {hash of the text: (shard, row)}."""
+    """The shards with the embeddings of one model and exit, and the place of each: {hash of a text: (shard, row)}."""
 
     shards: list[np.ndarray] = field(default_factory=list)
     places: dict[bytes, tuple[int, int]] = field(default_factory=dict)

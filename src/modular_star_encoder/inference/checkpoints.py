@@ -1,4 +1,4 @@
-"""Load a checkpoint (all of it, its layers up to an exit, or its configuration), hash it, or cut it at an exit.
+"""Load a checkpoint, its layers up to an exit or its configuration; cut it at an exit; compute its checksum.
 
 A checkpoint is a local folder or a repository on the Hub. Errors of transformers and the Hub become one sentence each.
 """
@@ -236,7 +236,7 @@ def write_checkpoint(
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """Return this package's model class `name`; the base class for published checkpoints, whose tensors it renames."""
+    """Return our model class `name`; for a published checkpoint the base class, which renames tensors on loading."""
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
@@ -277,7 +277,7 @@ def write_sentence_transformer_files(
     dimension: int | None = None,
     pooling: str | None = None,
 ) -> None:
-    """Write the files into a checkpoint's folder that SentenceTransformer reads: `modules.json`, settings, prompts.
+    """Write to a checkpoint's folder what SentenceTransformer reads: `modules.json`, the prompts and other settings.
 
     The `last_hidden_state` of a retrieval model holds the projected tokens of an exit, which the standard modules
     pool and normalise. `SentenceTransformer.encode(..., exit_layer=k)` chooses the exit.

@@ -1,4 +1,4 @@
-"""Embed texts at several exits in one pass of the model, and compile a model for faster CPUs."""
+"""Embed texts at several exits in one pass of the model, and compile a model to run faster on CPUs."""
 
 from __future__ import annotations
 

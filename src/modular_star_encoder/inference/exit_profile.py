@@ -1,4 +1,4 @@
-"""An exit profile holds the cost and quality of each exit of a checkpoint; `select_exit` finds the best within limits.
+"""An exit profile holds the cost and quality of each exit of a checkpoint; `select_exit` chooses one of the exits.
 
 `profile.profile_checkpoint` measures a profile, which the checkpoint stores as `exit_profile.json`. Times are in
 milliseconds; 1 MB is 10^6 bytes.
@@ -226,7 +226,7 @@ def _shape(profile: ExitProfile, batch_size: int | None, length: int | None) -> 
 
 
 def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[int, float]:
-    """Return the known {exit_layer: quality} on `benchmark`; if None, on the profile's benchmark if it has just one."""
+    """Return the known {exit_layer: quality} on a benchmark; if it is None, on the only benchmark of the profile."""
     known = profile.benchmarks
     if benchmark is None and len(known) == 1:
         benchmark = known[0]

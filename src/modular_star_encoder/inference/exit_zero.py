@@ -30,7 +30,7 @@ class ExitZero:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Read the checkpoint; raise ValueError or OSError if that fails, or if exit 0 needs more than a table."""
+        """Read the checkpoint; raise ValueError or OSError if that fails, or if its exit 0 needs torch."""
         from safetensors import safe_open
         from tokenizers import Tokenizer
 

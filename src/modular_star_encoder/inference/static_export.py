@@ -91,7 +91,7 @@ def export_static(
 
 
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """Return the content of tokenizer.json, such that a special token's name in a text stays text, if it does now.
+    """Return the content of tokenizer.json; with `encode_special_tokens`, names of special tokens stay plain text.
 
     Both libraries search a text for all added tokens, so added tokens that are also in the vocabulary are removed.
     """

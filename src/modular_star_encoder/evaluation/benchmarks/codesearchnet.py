@@ -166,7 +166,7 @@ def write_candidates(task: RetrievalTask, folder: Path) -> None:
 
 
 def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
-    """Read a file that `write_candidates` wrote; return its pools as row numbers in `urls`."""
+    """Read the lists of candidates in a file of `write_candidates`, as pools of row numbers in `urls`."""
     (data,) = check_rows(path, [read_json(path)], {"pools": list})
     places = {url: place for place, url in enumerate(urls)}
     pools = []
@@ -236,7 +236,7 @@ def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 
 
 def _read_grades(path: Path) -> tuple[dict[str, Grades], int]:
-    """Read the annotations: {language: grades}, with languages and queries in lower case, and their number."""
+    """Read {language: grades}, with languages and queries in lower case, and the number of annotations in a file."""
     grades: dict[str, Grades] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     reader = csv.DictReader(line + "\n" for _, line in read_lines(path))
     columns = ("Language", "Query", "GitHubUrl", "Relevance")

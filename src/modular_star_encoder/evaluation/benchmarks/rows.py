@@ -17,7 +17,7 @@ _NAMES = {str: "a string", list: "a list", int: "a whole number", dict: "an obje
 
 
 def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoReturn:
-    """Raise UserError: in this file and line (or row, from 1), `expected` should be, but `found` is."""
+    """Raise UserError, which says what was expected and found in this file and line (or row, from 1)."""
     place = f"{path}, line {line}" if line is not None else f"{path}"
     message = f"{place}: expected {expected}{f', found {found}' if found else ''}."
     raise UserError("benchmark.file.unexpected", message)
@@ -78,7 +78,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_rows(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
-    """Check that `rows` is a list of objects with `fields`, and return it; errors name the row number as line."""
+    """Check that `rows` is a list of objects with `fields`, and return it; errors say in which row it is not."""
     if not isinstance(rows, list) or not rows:
         refuse(path, 1, f"a list of objects with {_listed(fields)}", "an empty list" if rows == [] else _kind(rows))
     return [_checked(path, number, row, fields) for number, row in enumerate(rows, start=1)]
