@@ -85,8 +85,8 @@ def test_the_best_exit_is_chosen_where_quality_is_known(quality, budget, chosen)
         ({"min_quality": 0.9}, "too_small", ["min_quality 0.8 (exit 18)."]),
         ({"min_quality": 0.7, "latency_ms": 20}, "too_small", ["ms 45 ms (exit 9), or min_quality 0.5 (exit 4)."]),
         ({"latency_ms": 1, "memory_mb": 1}, "too_small", ["latency_ms 20 ms (exit 4), memory_mb 400 MB (exit 4)."]),
-        ({}, "missing", ["latency_ms, memory_mb or min_quality."]),
-        ({"latency_ms": 20, "length": 64}, "shape", ["any number of texts of 64 tokens", "1 × 128, 8 × 128."]),
+        ({}, "missing", ["`latency_ms`, `memory_mb` and `min_quality`."]),
+        ({"latency_ms": 20, "length": 64}, "shape", ["any number of texts of 64 tokens", "1 × 128, 8 × 128 tokens."]),
         ({"min_quality": 0.5, "benchmark": "cosqa"}, "benchmark.unknown", ["cosqa", "mrr."]),
     ],
 )
@@ -96,7 +96,7 @@ def test_a_budget_that_no_exit_keeps_is_an_error_that_names_the_nearest_exits(bu
 
 
 def test_budgets_on_what_is_not_known_are_an_error():
-    with raises("budget.too_small", "memory_mb is not known of any exit"):
+    with raises("budget.too_small", "memory_mb is unknown for these exits"):
         select_exit(made_up_profile(memory=False), memory_mb=1000)
     with raises("budget.benchmark.missing"):
         select_exit(made_up_profile(), min_quality=0.5)

@@ -146,7 +146,7 @@ def test_the_profile_is_stored_with_the_checkpoint_by_default(tmp_path):
         (["owner/name"], "owner/name"),
         (["CHECKPOINT", "--dtype", "int8"], "must be one of float32, bfloat16, float16"),
         (["CHECKPOINT", "--device", "tpu"], "'tpu'"),
-        (["CHECKPOINT", "--lengths", "129"], "128 tokens at most, not 129"),
+        (["CHECKPOINT", "--lengths", "129"], "at most 128 tokens, not 129"),
         (["CHECKPOINT", "--batch-sizes", "0"], "must be positive"),
         (["CHECKPOINT", "--exit-layers", "3"], "its exits are 1, 2, 4"),
         (["CHECKPOINT", "--out", "no-such-folder/profile.json"], "no-such-folder"),

@@ -1,4 +1,4 @@
-"""The page: a question, and two exits side by side, each with its costs and its hits."""
+"""The demo page: a field for a question, and the costs and search results of two exits side by side."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from modular_star_encoder.utils.errors import naming_extra
 
 @dataclass(frozen=True, slots=True)
 class ExitCosts:
-    """The exit profile of a checkpoint, or the reason why there is none.
+    """The exit profile of a checkpoint, or the reason why it can't be shown.
 
     Attributes:
-        profile: the profile of these weights, or None.
-        reason: why there is no profile, and how to make one; empty if there is one.
-        note: a sentence if the profile was measured on another machine, else empty.
+        profile: the profile, if it was measured with these weights; else None.
+        reason: a sentence that says why `profile` is None and how to measure one, else empty.
+        note: a warning if the profile was measured on another machine, else empty.
     """
 
     profile: ExitProfile | None
@@ -39,9 +39,9 @@ class ExitCosts:
 
     @classmethod
     def of(cls, checkpoint: str, checksum: str) -> ExitCosts:
-        """Load the profile of a checkpoint (folder or Hub id) if it was measured with the weights of this checksum."""
+        """Load the exit profile of a checkpoint (folder or Hub id), unless other weights were measured."""
         name = short_name(checkpoint)
-        advice = f"“mose profile {name}” measures the cost of each exit, and with --quality adds its quality."
+        advice = f"“mose profile {name}” measures the cost of each exit, and with --quality its quality."
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
@@ -51,19 +51,19 @@ class ExitCosts:
         except (ValueError, OSError):
             return cls(None, f"The exit profile of {name} can't be read: {advice}")
         if profile.checkpoint != checksum:
-            return cls(None, f"The exit profile of {name} is of other weights: {advice}")
+            return cls(None, f"The exit profile of {name} was measured with other weights: {advice}")
         moved = any("another machine" in str(one.message) for one in caught)
         return cls(profile, note="Measured on another machine: its times may not hold here." if moved else "")
 
 
 def short_name(checkpoint: str) -> str:
-    """Return a checkpoint's Hub id, or the last name of its path, because the page must show no private folders."""
+    """Return a checkpoint's Hub id, or only the last part of its path, because the page may be public."""
     folder = os.path.expanduser(checkpoint)
     return Path(folder).name if os.path.isabs(folder) or os.path.isdir(folder) else checkpoint
 
 
 def cost_card(costs: ExitCosts, exit_layer: int) -> str:
-    """Return HTML of one exit's latency, quality, memory and size, each relative to the largest of all exits."""
+    """Return HTML with the latency, memory, size and quality of one exit, as bars relative to the largest value."""
     if costs.profile is None:
         return f'<p class="mose-note">{escape(costs.reason)}</p>'
     profile = costs.profile
@@ -84,12 +84,12 @@ def cost_card(costs: ExitCosts, exit_layer: int) -> str:
         values = {one: part.quality.get(benchmark) for one, part in profile.exits.items()}
         rows.append(_meter(benchmark, values, exit_layer, "{:.3f}", kind="quality"))
     if not profile.benchmarks:
-        rows.append('<p class="mose-note">The quality is not measured: “mose profile --quality” adds it.</p>')
+        rows.append('<p class="mose-note">The quality was not measured: “mose profile --quality” adds it.</p>')
     return f'<div class="mose-meters">{"".join(rows)}</div>'
 
 
 def circumstances(costs: ExitCosts) -> str:
-    """Return one line of HTML that says how and on which machine the profile was measured; empty without a profile."""
+    """Return a line of HTML that says how and on which machine the costs were measured; empty without a profile."""
     if costs.profile is None:
         return ""
     profile = costs.profile
@@ -105,7 +105,7 @@ def circumstances(costs: ExitCosts) -> str:
 
 
 def _meter(label: str, values: Mapping[int, float | None], exit_layer: int, pattern: str, *, kind: str = "cost") -> str:
-    """Return HTML of a labelled value and its bar; a full bar is the largest value of any exit."""
+    """Return HTML with a label, the value of `exit_layer`, and a bar that is full at the largest of the `values`."""
     value = values[exit_layer]
     largest = max((abs(one) for one in values.values() if one is not None), default=0.0)
     share = 0.0 if value is None or not largest else min(max(value / largest, 0.0), 1.0)
@@ -121,18 +121,18 @@ _ONE_EXIT = "The index has one exit. “mose index FOLDER --exit-layers all --re
 
 
 class SearchPage:
-    """The functions that the page's components call, independent of Gradio."""
+    """The functions that the components of the demo page call; they return HTML and do not need Gradio."""
 
     def __init__(self, session: SearchSession, costs: ExitCosts, link_to: LinkTo) -> None:
         self.session, self.costs, self.link_to = session, costs, link_to
 
     @property
     def sides(self) -> int:
-        """Number of exits that the page shows: two, or one if the index has no others."""
+        """Return how many exits the page shows side by side: two, or one if the index has only one."""
         return min(len(self.session.exit_layers), 2)
 
     def header(self) -> str:
-        """Return HTML that says what is searched."""
+        """Return HTML with the searched folder, its number of snippets, the exits and the checkpoint."""
         folder = os.path.basename(self.session.index.folder)
         exits = ", ".join(map(str, self.session.exit_layers))
         facts = (
@@ -145,21 +145,21 @@ class SearchPage:
         return f'<div class="mose-header">{head}</div>{problem}'
 
     def costs_at(self, position: Any) -> str:
-        """Return HTML with the costs of the exit at a position of the slider."""
+        """Return HTML with the costs of the exit at a slider position (0 for the shallowest exit of the index)."""
         exit_layer = self._exit_at(position)
         return f"<h2>Exit {exit_layer}</h2>{cost_card(self.costs, exit_layer)}"
 
     def footer(self) -> str:
-        """Return HTML that says how the costs were measured."""
+        """Return HTML that says how the costs were measured, and how to add exits to an index with only one."""
         one_exit = message_html(_ONE_EXIT) if self.sides == 1 else ""
         return circumstances(self.costs) + one_exit
 
     def answer(
         self, question: str, languages: Sequence[str] | None, path: str, rerank_exit_layer: Any, *positions: Any
     ) -> list[str]:
-        """Return HTML of the hits at the exit of each slider position; an error is one sentence on the first side.
+        """Search at the exit of each slider position; return HTML for each, or for an error one sentence on the first.
 
-        `languages` and `path` are filters, empty for all files; `rerank_exit_layer` 0 means no re-ranking.
+        `languages` and `path` select files, all if empty; `rerank_exit_layer` 0 means no re-ranking.
         """
         try:
             exits = [self._exit_at(position) for position in positions]
@@ -180,19 +180,19 @@ class SearchPage:
         return [results_html(self.session, reply, other, self.link_to) for reply, other in pairs]
 
     def moved(self, question: str, *arguments: Any) -> list[str]:
-        """Return the new answer after an exit or a filter changed; without a question, instructions."""
+        """Return what `answer` returns, or instructions if there is no question yet; called when a control changes."""
         if not (question or "").strip():
             return [message_html(_ASK), *[""] * (self.sides - 1)]
         return self.answer(question, *arguments)
 
     def _exit_at(self, position: Any) -> int:
-        """Return the exit at a slider position; invalid positions from a client are accepted."""
+        """Return the exit at a slider position, or at the nearest valid position."""
         exits = self.session.exit_layers
         return exits[min(max(int(position or 0), 0), len(exits) - 1)]
 
 
 def build_blocks(page: SearchPage) -> Any:
-    """Return the `gradio.Blocks` of a page; ImportError if Gradio is not installed."""
+    """Lay out a page as `gradio.Blocks`; raise ImportError if Gradio is not installed."""
     gradio = import_gradio()
     last = len(page.session.exit_layers) - 1
     with gradio.Blocks(title="mose search", analytics_enabled=False, fill_width=True) as blocks:
@@ -226,7 +226,7 @@ def build_blocks(page: SearchPage) -> Any:
 
 
 def _side(gradio: Any, page: SearchPage, position: int, side: int) -> tuple[Any, Any]:
-    """Add the slider, the costs and the hits of one exit; return the slider and the hits."""
+    """Add a column with slider, costs and hits of one exit to the page; return the slider and the hits."""
     exits = page.session.exit_layers
     with gradio.Column(min_width=420, elem_classes="mose-side"):
         with gradio.Column(elem_classes="mose-exit", elem_id=f"exit-{side + 1}"):
@@ -250,7 +250,7 @@ def _side(gradio: Any, page: SearchPage, position: int, side: int) -> tuple[Any,
 
 
 def import_gradio() -> Any:
-    """Import Gradio with its analytics switched off; ImportError if it is not installed."""
+    """Import Gradio with its analytics switched off; raise ImportError if it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio also reads it at import
     with naming_extra():
         import gradio

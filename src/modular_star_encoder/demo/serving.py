@@ -1,7 +1,7 @@
-"""Serve the page, by default to this machine alone, and the files that its hits link to.
+"""Serve the demo page, by default to this machine alone, and the source files that its search results link to.
 
-A browser opens no `file://` link from a page that came over HTTP, so the page's server also shows files: those that the
-index holds and that are inside its folder, and no others. The page loads nothing from other servers.
+A browser opens no `file://` link from a page that came over HTTP, so the server of the page also shows source files,
+but only files of the index inside the indexed folder. The page loads nothing from other servers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ body .code .hll { background: #fff6d6; display: block; }
 
 
 def serve(index: CodeIndex, **options: Any) -> None:
-    """Serve the page of an index until Ctrl-C, with the options and errors of `served`."""
+    """Serve the demo page of an index until Ctrl-C; `options` and errors are those of `served`."""
     with served(index, **options) as address:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
@@ -74,21 +74,22 @@ def served(
     port: int | None = None,
     source: str | None = None,
 ) -> Iterator[str]:
-    """Serve the page of an index from threads of this process while the block runs; yield the page's address.
+    """Serve the demo page of an index in the background while a `with` block runs; yield the page's address.
 
     Args:
         index: an index from `CodeIndex.open`.
-        checkpoint: location of the index's checkpoint, if it was moved; if the checkpoint differs, the page says so.
-        host: address to bind; None for the environment's GRADIO_SERVER_NAME (a Space sets it), else this machine alone.
-        port: None for the environment's GRADIO_SERVER_PORT, else the first free port from 7860 on.
-        source: web address of the indexed folder in a repository, at a revision; None to show local files.
+        checkpoint: folder or Hub id of the index's checkpoint, if it was moved; the page says if it is another one.
+        host: address to listen at; if None, GRADIO_SERVER_NAME of the environment (a Space sets it), else this machine.
+        port: if None, GRADIO_SERVER_PORT of the environment, else the first free port from 7860 on.
+        source: web address of the indexed folder at a revision of a repository; hits then link there. If None, hits
+            link to the files on this machine.
 
     Raises:
         ImportError: Gradio is not installed.
-        UserError: the host is not this machine, the port is taken or invalid, or `source` is not an address.
+        UserError: the host is not this machine, the port is taken or invalid, or `source` is no web address.
     """
     if port is not None and not 1 <= port <= 65535:
-        raise UserError("demo.port", f"A port is a number from 1 to 65535, not {port}.")
+        raise UserError("demo.port", f"port={port} must be a number from 1 to 65535.")
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
     _check_host(host)
     links = RepositoryLinks(source) if source else LocalFiles(index)
@@ -115,7 +116,7 @@ def served(
         )
     except OSError as error:
         blocks.close()
-        message = f"Port {port or 'from 7860 on'} on {host} is taken or not allowed. Name another with --port."
+        message = f"Port {port or 'from 7860 on'} on {host} is taken or not allowed: choose another with --port."
         raise UserError("demo.port_taken", message) from error
     try:
         yield address
@@ -124,17 +125,17 @@ def served(
 
 
 def _check_host(host: str) -> None:
-    """Raise UserError unless the host is an IPv4 address that can be bound; Gradio alone would try a hundred ports."""
+    """Raise UserError unless this machine can listen at `host`; Gradio itself would first try a hundred ports."""
     with socket.socket(socket.AF_INET) as trial:
         try:
             trial.bind((host, 0))
         except (OSError, UnicodeError) as error:
-            message = f"--host must be an IPv4 address or name of this machine, not {host!r}."
+            message = f"--host must be an IPv4 address or a name of this machine, not {host!r}."
             raise UserError("demo.host", message) from error
 
 
 def _app_options(host: str, links: RepositoryLinks | LocalFiles) -> dict[str, Any]:
-    """Return additions to Gradio's application: allowed hosts, headers, and the pages of files."""
+    """Return options for Gradio's web application: allowed host names, security headers, pages of source files."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.routing import Route
@@ -148,7 +149,6 @@ def _app_options(host: str, links: RepositoryLinks | LocalFiles) -> dict[str, An
 
 
 def _source_endpoint(local: LocalFiles) -> Callable[[Request], HTMLResponse]:
-    """Return the endpoint that shows a file; Starlette runs it in a thread."""
     from starlette.responses import HTMLResponse
 
     def show(request: Request) -> HTMLResponse:
@@ -163,7 +163,7 @@ def _source_endpoint(local: LocalFiles) -> Callable[[Request], HTMLResponse]:
 
 
 class _PolicyMiddleware:
-    """Adds a content security policy to the headers of every response."""
+    """Adds a content security policy to the headers of every web response."""
 
     def __init__(self, app: _Call) -> None:
         self._app = app
@@ -182,25 +182,23 @@ class _PolicyMiddleware:
 
 
 class RepositoryLinks:
-    """Links to files of a repository, from the web address of the indexed folder in it."""
+    """Links search results to a repository, given the web address of the indexed folder at one of its revisions."""
 
     def __init__(self, address: str) -> None:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
             example = "https://github.com/OWNER/NAME/blob/REVISION/src"
-            raise UserError(
-                "demo.source", f"{address!r} is not the address of a repository's folder, such as {example}."
-            )
+            raise UserError("demo.source", f"{address!r} is not the web address of a folder, such as {example}.")
         self._address = address.rstrip("/")
 
     def __call__(self, path: str, hit: Hit) -> str:
-        """Return the address of a hit's lines."""
+        """Return the web address of a hit's lines in its file; `path` is relative to the indexed folder."""
         lines = f"L{hit.line}" + (f"-L{hit.last_line}" if hit.last_line > hit.line else "")
         return f"{self._address}/{quote(path)}#{lines}"
 
 
 class LocalFiles:
-    """The files of an index on this machine: links to them, and pages that show them."""
+    """Links search results to the indexed files on this machine, and renders these files as HTML pages."""
 
     def __init__(self, index: CodeIndex) -> None:
         self._index = index
@@ -208,14 +206,14 @@ class LocalFiles:
         self._known: set[str] = set()
 
     def __call__(self, path: str, hit: Hit) -> str | None:
-        """Return the address of a hit's lines on the page's own server; None if the file no longer exists."""
+        """Return the address of a hit's lines on this server; None if the file no longer exists."""
         if self._file(path) is None:
             return None
         query = urlencode({"path": path, "first": hit.line, "last": max(hit.last_line, hit.line)})
         return f"{ROUTE.removeprefix('/')}?{query}#L-{hit.line}"
 
     def page(self, path: str, first: int = 0, last: int = 0) -> str:
-        """Return an HTML page with a file, whose lines from `first` to `last` are marked.
+        """Return an HTML page that shows a file of the index, with the lines from `first` to `last` marked.
 
         Raises:
             UserError: the file is not in the index, is outside its folder, or is too large to show.
@@ -227,13 +225,13 @@ class LocalFiles:
         with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
             status = os.fstat(opened.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
-                message = f"The file is larger than {LARGEST_FILE:,} bytes, or not a regular file."
+                message = f"The file cannot be shown: it has more than {LARGEST_FILE:,} bytes or is not a regular file."
                 raise UserError("demo.file.large", message)
             text = opened.read().decode("utf-8", "replace")
         return _source_page(path, text, first, last)
 
     def _file(self, path: str) -> Path | None:
-        """Return the file at a path relative to the folder; None if it is missing or the path passes a link."""
+        """Return the file at a path in the indexed folder; None if it is missing or reached by a symbolic link."""
         try:
             file = self._root / path
             resolved = file.resolve(strict=True)

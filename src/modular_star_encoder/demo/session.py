@@ -1,4 +1,4 @@
-"""Timed searches for the page, one question at one exit, and the HTML of their hits."""
+"""Search an index for the demo page, with the time that it takes, and format the hits as HTML."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ EXPECTED_ERRORS = (ValueError, OSError, ImportError)
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer and its time.
+    """The answer to a question at one exit, and the time that it took.
 
     Attributes:
         answer: the hits.
         exit_layer: the exit that was searched, before any re-ranking.
-        milliseconds: wall-clock time to embed the question and to rank, without cached embeddings.
+        milliseconds: wall-clock time to embed the question and to rank; no cached embeddings are used.
     """
 
     answer: Answer
@@ -43,11 +43,11 @@ class Reply:
 
 
 class SearchSession:
-    """An open index, its exits, and the exits of its checkpoint that can re-rank.
+    """Answers questions from an open index, and lists the exits that can search it and re-rank the hits.
 
     Attributes:
-        index: the index.
-        checkpoint: folder or Hub id of its checkpoint.
+        index: the index to search.
+        checkpoint: folder or Hub id of the index's checkpoint.
         exit_layers: exits of the index, ascending.
         rerank_exit_layers: exits of the checkpoint deeper than the index's shallowest exit; empty if the checkpoint
             can't be used.
@@ -55,7 +55,7 @@ class SearchSession:
 
     Args:
         index: an index from `CodeIndex.open`; its checkpoint is opened here.
-        checkpoint: location of the index's checkpoint, if it was moved.
+        checkpoint: folder or Hub id of the index's checkpoint, if it was moved.
     """
 
     def __init__(self, index: CodeIndex, checkpoint: str | None = None) -> None:
@@ -84,10 +84,10 @@ class SearchSession:
         path: str = "",
         rerank_exit_layer: int | None = None,
     ) -> Reply:
-        """Answer a question at an exit.
+        """Search the index for a question at one exit.
 
         Args:
-            question: a question in prose.
+            question: a question in prose, at most 2000 characters.
             exit_layer: one of `exit_layers`.
             languages: search only these languages; all if empty.
             path: search only files that match this pattern; all if blank.
@@ -95,10 +95,10 @@ class SearchSession:
 
         Raises:
             UserError: an argument is invalid, or the checkpoint can't be used.
-            OSError, ImportError: as `CodeIndex.search`.
+            OSError, ImportError: as in `CodeIndex.search`.
         """
         if not question.strip() or len(question) > LONGEST_QUESTION:
-            message = f"Type a question of at most {LONGEST_QUESTION:,} characters that says what the code should do."
+            message = f"Type what the code should do, in at most {LONGEST_QUESTION:,} characters."
             raise UserError("demo.question", message)
         if self.problem:
             raise UserError("demo.checkpoint", self.problem)
@@ -123,7 +123,7 @@ class SearchSession:
 
 
 def one_sentence(error: BaseException) -> str:
-    """Return the message of an error in one line, or the error's type if it has no message."""
+    """Return the message of an error as one line, or the name of its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -136,13 +136,13 @@ LinkTo = Callable[[str, Hit], str | None]
 
 
 def results_html(session: SearchSession, reply: Reply, other: Reply | None, link_to: LinkTo) -> str:
-    """Return HTML of the hits of a reply; each shows its rank in the `other` side's reply, if there is one."""
+    """Return HTML with the hits of a reply; if there is an `other` reply, each hit also shows its rank in that one."""
     asked = f"exit {reply.exit_layer}"
     if reply.answer.reranked:
         asked += f", re-ranked by exit {max(hit.exit_layer or 0 for hit in reply.answer.hits)}"
     head = f'<p class="mose-asked"><b>{asked}</b> · this question took {reply.milliseconds:,.0f} ms</p>'
     if not reply.answer.hits:
-        return head + message_html("Nothing was found: allow more languages, or a wider path pattern.")
+        return head + message_html("Nothing was found: allow more languages or more files.")
     ranks = {} if other is None else {_place(hit): rank for rank, hit in enumerate(other.answer.hits, 1)}
     hits = []
     for rank, hit in enumerate(reply.answer.hits, 1):
@@ -153,13 +153,13 @@ def results_html(session: SearchSession, reply: Reply, other: Reply | None, link
 
 
 def message_html(text: str, *, error: bool = False) -> str:
-    """Return HTML of one sentence."""
+    """Return HTML of a note, or of an error, which screen readers announce."""
     kind, role = ("mose-error", "alert") if error else ("mose-note", "status")
     return f'<p class="{kind}" role="{role}">{escape(text)}</p>'
 
 
 def lexer_for(language: str) -> Lexer:
-    """Return the lexer of a language; plain text if it is unknown."""
+    """Return the Pygments lexer of a language; the lexer of plain text if Pygments does not know it."""
     if language == "php":
         return PhpLexer(startinline=True, stripnl=False)
     try:
@@ -169,14 +169,14 @@ def lexer_for(language: str) -> Lexer:
 
 
 def code_html(text: str, language: str) -> str:
-    """Return highlighted code without an enclosing element; unprintable characters are replaced."""
+    """Return HTML of highlighted code, without a `<pre>` around it; unprintable characters are replaced."""
     # Split only at line feeds, as files do: `splitlines` also splits at characters that are to be replaced.
     lines = [printable(line)[:_LONGEST_LINE] for line in text.replace("\r\n", "\n").split("\n")]
     return highlight("\n".join(lines), lexer_for(language), HtmlFormatter(nowrap=True)).rstrip("\n")
 
 
 def code_styles() -> str:
-    """Return the CSS of the highlighting, for light and dark pages."""
+    """Return the CSS that colours highlighted code, for light and dark pages."""
     light = HtmlFormatter(style="friendly").get_style_defs(".mose-code")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".dark .mose-code")
     return f"{light}\n{dark}"
@@ -197,7 +197,7 @@ def _hit_html(rank: int, hit: Hit, path: str, address: str | None, badge: str) -
 
 
 def _code_block(hit: Hit) -> str:
-    """Return HTML with the first lines of a hit; a click opens the others."""
+    """Return HTML with the first lines of a hit; a click opens up to 200 lines."""
     lines = hit.text.rstrip().split("\n")
     first = code_html("\n".join(lines[:FIRST_LINES]), hit.language)
     block = f'<pre class="mose-code">{first}</pre>'
@@ -212,7 +212,7 @@ def _code_block(hit: Hit) -> str:
 
 
 def _badge(rank: int, other_rank: int | None, other: Reply) -> str:
-    """Return HTML with the rank of the same hit at the other side's exit."""
+    """Return HTML with the rank of the same hit in the other reply, or a note that it is missing there."""
     if other_rank is None:
         count = len(other.answer.hits)
         return f'<span class="mose-badge mose-new">not among the {count} of exit {other.exit_layer}</span>'

@@ -1,4 +1,4 @@
-"""Ranking metrics and F1 for Hugging Face's `evaluate`, computed by the same code as in `mose evaluate`.
+"""Compute ranking metrics and F1 as metrics of Hugging Face's `evaluate`, by the same code as `mose evaluate`.
 
 ndcg = evaluate.load(evaluate_metric.__file__, "ndcg")  # needs no network; or RetrievalMetric("ndcg")
 ndcg.compute(predictions=[[0.9, 0.3, 0.5]], references=[[1, 0, 0]], k=10)  # {"ndcg@10": 1.0}
@@ -17,7 +17,7 @@ from modular_star_encoder.utils.errors import UserError
 
 NAMES = ("mrr", "recall", "ndcg", "map_at_r", "f1")
 
-_DESCRIPTION = "Retrieval metrics that resolve ties against the retriever, and F1 of the positive class."
+_DESCRIPTION = "Retrieval metrics that rank the less relevant of two equal scores first, and F1 of the positive class."
 _INPUTS = """
 Args:
     predictions: one list per query with the scores of its candidates, float32; for f1 one decision, 0 or 1, per pair.
@@ -29,7 +29,7 @@ Returns:
 
 
 class RetrievalMetric(evaluate.Metric):
-    """One metric of `evaluate`; the name of its configuration is one of `NAMES`."""
+    """A metric for Hugging Face's `evaluate`, chosen by a name in `NAMES`: `RetrievalMetric("ndcg")`."""
 
     def _info(self) -> evaluate.MetricInfo:
         if (name := self.config_name) not in NAMES:

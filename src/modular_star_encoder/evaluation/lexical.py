@@ -1,4 +1,4 @@
-"""Lexical baselines over the parts of identifiers: BM25 (Robertson & Zaragoza 2009, as in Lucene) and TF-IDF.
+"""Rank documents by words alone, with BM25 (Robertson & Zaragoza 2009, as in Lucene) and TF-IDF, as baselines.
 
 The tokeniser splits both `parseHTTPHeader` and `parse_http_header` into "parse http header", so that code and prose
 share words. This matters more than the parameters of BM25: whole words lose 17 points of MRR on 1,005 rows of
@@ -34,9 +34,9 @@ def identifier_tokens(text: str) -> list[str]:
 
 
 class BM25(Retriever):
-    """BM25 as a `Retriever`; it counts document frequencies among the candidates of a pool.
+    """Ranks documents by BM25; document frequencies are counted among the candidates of each pool.
 
-    Repeated terms of a query count once. The scores of a query without known terms are all 0.
+    Repeated words in a query do not add to its scores. The scores of a query without words of the documents are all 0.
     """
 
     name = "BM25"
@@ -45,13 +45,13 @@ class BM25(Retriever):
         self.checksum = f"bm25-{K1}-{B}-lucene-{version('bm25s')}"
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> BM25Scores:
-        """BM25 scores (Q, D) of texts, which each call tokenises and indexes."""
+        """Index the documents, and return the BM25 scores (Q, D) of all queries and documents."""
         tokens = ([identifier_tokens(text.text) for text in texts] for texts in (queries, documents))
         return BM25Scores(*tokens)
 
 
 class BM25Scores:
-    """BM25 scores (Q, D) float32 of Q tokenised queries and D tokenised documents, which share one index."""
+    """BM25 scores (Q, D) float32 of Q tokenised queries and D tokenised documents."""
 
     def __init__(self, queries: list[list[str]], documents: list[list[str]]) -> None:
         import bm25s
@@ -67,7 +67,7 @@ class BM25Scores:
         return _row_blocks(self.shape, lambda start, end: np.stack([self._row(row) for row in range(start, end)]))
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """See `Scores`; scores each query once, however many pairs it has."""
+        """See `Scores`; all pairs of a query are scored together."""
         scores = np.empty(len(queries), dtype=np.float32)
         order = np.argsort(queries, kind="stable")
         for pairs in np.split(order, np.flatnonzero(np.diff(queries[order])) + 1):
@@ -83,7 +83,7 @@ class BM25Scores:
 
 
 class TfIdf(Retriever):
-    """TF-IDF cosine as a `Retriever`, with sublinear term frequencies; each pool has its own document frequencies."""
+    """Ranks documents by the cosine of TF-IDF vectors, with sublinear term and per-pool document frequencies."""
 
     name = "TF-IDF"
 
@@ -91,7 +91,7 @@ class TfIdf(Retriever):
         self.checksum = f"tfidf-sublinear-{version('scikit-learn')}"
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> SparseScores:
-        """Cosine similarities (Q, D) of TF-IDF vectors, whose weights are fitted on `documents`."""
+        """Return the cosine similarities (Q, D) of TF-IDF vectors, with document frequencies of `documents`."""
         from scipy.sparse import csr_matrix
         from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -104,7 +104,7 @@ class TfIdf(Retriever):
 
 
 class SparseScores:
-    """Dot products (Q, D) of sparse unit vectors (Q, V) and (D, V), always added in the order of the terms."""
+    """Dot products (Q, D) of sparse unit vectors (Q, V) and (D, V), always summed in the order of the V terms."""
 
     def __init__(self, queries: csr_matrix, documents: csr_matrix) -> None:
         self.shape = (queries.shape[0], documents.shape[0])
@@ -124,14 +124,14 @@ class SparseScores:
 
 
 def _row_blocks(shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> Iterator[Block]:
-    """Yield blocks of whole rows; `rows(start, end)` computes the scores of rows `start` to `end` - 1."""
+    """Yield blocks of whole rows; `rows(start, end)` returns the scores of the rows from `start` to `end` - 1."""
     step = max(1, BLOCK // max(1, shape[1]))
     for start in range(0, shape[0], step):
         yield Block(start, 0, rows(start, min(start + step, shape[0])).astype(np.float32, copy=False))
 
 
 def identifier_overlap(first: str, second: str) -> float:
-    """Jaccard similarity (0 to 1) of the identifiers in two texts: ASCII words of three characters or more."""
+    """Return the Jaccard similarity (0 to 1) of the identifiers in two texts: ASCII words of 3 or more characters."""
     a, b = (set(_IDENTIFIER.findall(text)) for text in (first, second))
     return len(a & b) / len(a | b) if a | b else 0.0
 
@@ -141,9 +141,9 @@ def identifier_overlap_accuracy(
     measured_on: Iterable[Mapping[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Accuracy of a rule for `InContextPairs`: the repository is the same if `identifier_overlap` exceeds a threshold.
+    """Return how often a threshold on `identifier_overlap` tells if `InContextPairs` come from the same repository.
 
-    Returns `accuracy` on `measured_on`, `fitted_accuracy` on `fitted_on`, and `threshold`, the best one on `fitted_on`.
+    Returns the best `threshold` on `fitted_on`, its `fitted_accuracy` there, and its `accuracy` on `measured_on`.
     """
     overlaps, labels = _overlaps(fitted_on, tokenizer)
     unseen, unseen_labels = _overlaps(measured_on, tokenizer)
@@ -156,7 +156,7 @@ def identifier_overlap_accuracy(
 def _overlaps(
     rows: Iterable[Mapping[str, torch.Tensor]], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each row, `identifier_overlap` of its two texts without masks, and whether they share a repository."""
+    """Return the `identifier_overlap` of the two texts of each row, and whether they come from one repository."""
     overlaps, labels = [], []
     for row in rows:
         ids = row["labels"].where(row["labels"] != -100, row["input_ids"])

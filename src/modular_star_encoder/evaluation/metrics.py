@@ -1,8 +1,8 @@
-"""Ranks from scores, metrics of rankings and of decisions about pairs, confidence intervals, significance tests.
+"""Rank documents by scores, compute metrics of rankings and of decisions, their intervals, and significance tests.
 
-Scores are compared as float32, and ties are resolved against the retriever: among equal scores, the less relevant
-document comes first. A retriever that gives every document the same score therefore gets the worst value. Metrics use
-ranks or outcomes, never blocks of scores, so that no value depends on the block size.
+Scores are compared as float32. Among documents with equal scores, the less relevant one comes first, so a retriever
+that gives every document the same score gets the worst value. Metrics are computed from ranks or outcomes, never from
+blocks of scores, so that no value depends on the block size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DRAWS_PER_CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The ranks of the judged documents of Q queries; J is the number of judgements."""
+    """For each of J relevance judgements: its query (one of Q), the gain of its document, and the document's rank."""
 
     queries: int  # number of queries, Q
     query: np.ndarray  # (J,) int64, ascending: number of the query of each judgement
@@ -35,23 +35,23 @@ class Ranking:
 
 
 def worst_order(scores: np.ndarray, gains: np.ndarray, query: np.ndarray | None = None) -> np.ndarray:
-    """Indices (N,) that sort documents by descending score, and by ascending gain among equal scores.
+    """Return indices (N,) that sort documents by descending score, and documents with equal scores by ascending gain.
 
-    With `query` (N,), the numbers of the queries, each query is sorted on its own.
+    If `query` (N,) gives the number of each document's query, the documents of each query are sorted on their own.
     """
     return np.lexsort((gains, -scores) if query is None else (gains, -scores, query))
 
 
 def rank_scores(scores: Sequence[np.ndarray], gains: Sequence[np.ndarray]) -> Ranking:
-    """Rank the candidates of each query by scores (C,), compared as float32; gains (C,) are 0 if irrelevant."""
+    """Rank the C candidates of each query by float32 scores (C,); the gain of an irrelevant candidate is 0."""
     rows, row_gains = ([np.asarray(row, dtype=kind) for row in part] for part, kind in ((scores, "f4"), (gains, "f8")))
     shapes, gain_shapes = ([row.shape for row in part] for part in (rows, row_gains))
     if not rows or shapes != gain_shapes or any(len(shape) != 1 for shape in shapes):
-        message = f"Each query needs as many gains as scores; their shapes are {gain_shapes} and {shapes}."
+        message = f"Each query needs as many gains as scores, but their shapes are {gain_shapes} and {shapes}."
         raise UserError("evaluation.scores.shape", message)
     gain, query = np.concatenate(row_gains), np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     if not np.all(gain >= 0):
-        raise UserError("evaluation.scores.gain", f"A gain is below 0 or NaN: {gain[~(gain >= 0)][0]}.")
+        raise UserError("evaluation.scores.gain", f"Gains must be 0 or more, not {gain[~(gain >= 0)][0]}.")
     flat = np.concatenate(rows)
     check_scores(flat)
     rank = np.empty(len(flat))
@@ -62,15 +62,15 @@ def rank_scores(scores: Sequence[np.ndarray], gains: Sequence[np.ndarray]) -> Ra
 def check_scores(scores: np.ndarray) -> None:
     """Raise UserError if a score is NaN."""
     if missing := int(np.count_nonzero(np.isnan(scores))):
-        raise UserError("evaluation.scores.nan", f"{missing} scores are NaN. Check whether training diverged.")
+        raise UserError("evaluation.scores.nan", f"{missing} scores are NaN: check whether training diverged.")
 
 
 def rank_task(
     task: RetrievalTask, scores: Callable[[Pool], Scores], *, progress: bool = False
 ) -> tuple[Ranking, np.ndarray]:
-    """Rank the documents of each pool; returns one ranking of Q queries in pool order, and their rows (Q,) in the task.
+    """Rank the documents of each pool of a task, by `scores(pool)` of its queries and documents.
 
-    `scores(pool)` returns the scores of the pool's queries and documents.
+    Returns one ranking of all Q queries, pool after pool, and their row numbers (Q,) in the task.
     """
     rankings, start = [], 0
     for pool in task.pools:
@@ -87,8 +87,8 @@ def rank_judged(
 ) -> Ranking:
     """Rank the judged documents of each query among all documents, in one pass over the scores (Q, D).
 
-    The rank of a document is the number of unjudged documents with the same or a higher score, plus its place among the
-    judged ones. `exclude_self` ignores column i in row i. Memory: one block, and a few numbers per judgement.
+    The rank of a document is the number of unjudged documents with at least its score, plus its place among the judged
+    documents. With `exclude_self`, document i is no candidate for query i. Only one block of scores is in memory.
     """
     bounds = np.searchsorted(judgements.query, np.arange(scores.shape[0] + 1))
     judged_scores = np.full(len(judgements.query), np.nan, dtype=np.float32)
@@ -116,7 +116,7 @@ def rank_judged(
 
 
 def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
-    """The judgements between queries and documents of one pool, with their row numbers in the pool."""
+    """Return the judgements about queries and documents of one pool, with row numbers in the pool."""
     if not len(judgements.query):
         return judgements
     places = []  # for queries and documents: the row in the pool of each judgement, -1 outside the pool
@@ -131,7 +131,7 @@ def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
 
 
 def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """For each of J ascending row numbers, the number (J,) of scores in this row that reach its threshold."""
+    """Count (J,) how many scores in row `rows[j]` are at least `thresholds[j]`; `rows` (J,) ascends."""
     if len(np.unique(rows)) == len(rows):
         chosen = scores if np.array_equal(rows, np.arange(len(scores))) else scores[rows]
         return np.count_nonzero(chosen >= thresholds[:, None], axis=1)
@@ -144,7 +144,7 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """The ranking by scores (J,) of judged documents; `above` (J,) counts the documents that score at least as high."""
+    """Rank judged documents by scores (J,); `above` (J,) counts all documents with at least the same score."""
     order = worst_order(scores, judgements.gain, judgements.query)
     query, ordered = judgements.query[order], scores[order]
     first = np.searchsorted(query, query, side="left")
@@ -158,7 +158,7 @@ def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np
 
 
 def reciprocal_ranks(ranking: Ranking, cutoff: int | None = None) -> np.ndarray:
-    """1 / rank of the first relevant document, (Q,) in [0, 1]; 0 for a query where this rank is above `cutoff`."""
+    """Return 1 / rank of the first relevant document of each query, (Q,) in [0, 1]; 0 if the rank is above `cutoff`."""
     relevant = _relevant(ranking)
     first = np.full(ranking.queries, np.inf)
     np.minimum.at(first, relevant.query, relevant.rank)
@@ -166,10 +166,10 @@ def reciprocal_ranks(ranking: Ranking, cutoff: int | None = None) -> np.ndarray:
 
 
 def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
-    """Normalised discounted cumulative gain of the first `k` documents, (Q,) in [0, 1] (Järvelin & Kekäläinen 2002).
+    """Return the NDCG of each query's first `k` documents, (Q,) in [0, 1] (Järvelin & Kekäläinen 2002).
 
-    Gain 2^gain − 1, discount log2(rank + 1), as in CodeSearchNet's relevanceeval.py; the ideal ranking is also
-    cut at `k`. The value of a query without relevant documents is NaN; means ignore it.
+    A document adds (2^gain − 1) / log2(rank + 1), as in CodeSearchNet's relevanceeval.py; the ideal ranking is also
+    cut at `k`. The value of a query without relevant documents is NaN, and means leave it out.
     """
 
     def cumulated(rank: np.ndarray) -> np.ndarray:
@@ -181,10 +181,10 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
 
 
 def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
-    """Average precision at R, (Q,) in [0, 1], where a query has R relevant documents (Musgrave et al. 2020).
+    """Return the average precision of each query at its number R of relevant documents, (Q,) in [0, 1].
 
-    A relevant document contributes (its place among the relevant ones) / (its rank), or 0 if its rank is above R. The
-    sum is divided by R and not by the number of documents found, as in CodeXGLUE's evaluator for POJ-104.
+    A relevant document adds (its place among the relevant documents) / (its rank), or 0 if its rank is above R. The
+    sum is divided by R (Musgrave et al. 2020), as in CodeXGLUE's evaluator for POJ-104.
     """
     relevant = _relevant(ranking)
     order = np.lexsort((relevant.rank, relevant.query))
@@ -195,10 +195,10 @@ def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
 
 
 def query_values(ranking: Ranking, metric: str) -> np.ndarray:
-    """The values (Q,) of a metric by name: mrr, mrr@K, recall@K, ndcg, ndcg@K, ndcg-judged@K, ndcg-full@K, map@r.
+    """Return the values (Q,) of a metric: mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r, ndcg-judged@K or ndcg-full@K.
 
-    Both last NDCGs are CodeSearchNet's: `ndcg-judged@K` ranks only annotated documents among the first K of the whole
-    ranking; `ndcg-full@K` keeps their ranks in the whole ranking. Neither cuts the ideal ranking.
+    The last two are CodeSearchNet's, of the annotated documents among the first K: `ndcg-judged@K` ranks only these,
+    `ndcg-full@K` keeps their ranks among all documents. Neither cuts the ideal ranking.
     """
     name, at, cut = metric.partition("@")
     k = int(cut) if cut.isdecimal() and int(cut) else None
@@ -218,17 +218,17 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
 
 
 def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The outcome (N,) int64 of each decision about a pair, from decisions (N,) and labels (N,) of 0 and 1."""
+    """Compare N decisions with N labels: (N,) int64, each TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE, …"""
     decisions, labels = np.asarray(decisions), np.asarray(labels)
     known = np.isin(decisions, (0, 1)).all() and np.isin(labels, (0, 1)).all()
     if decisions.shape != labels.shape or decisions.ndim != 1 or not len(labels) or not known:
-        message = "Decisions and labels must be two lists of equal length with 0 or 1 for each pair."
+        message = "Decisions and labels must be two lists of the same length, with 0 or 1 for each pair."
         raise UserError("evaluation.labels.value", message)
     return 2 * decisions.astype(np.int64) + labels.astype(np.int64)
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """F1 (...) of the positive class from counts (..., 4) of outcomes; 0 if no label and no decision is positive."""
+    """Return F1 (...) of the positive class from counts (..., 4) of outcomes; 0 if labels and decisions are all 0."""
     counts = np.asarray(counts, dtype=np.float64)
     twice = 2 * counts[..., TRUE_POSITIVE]
     total = twice + counts[..., FALSE_POSITIVE] + counts[..., FALSE_NEGATIVE]
@@ -236,7 +236,7 @@ def f1(counts: np.ndarray) -> np.ndarray:
 
 
 def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, and precision, recall and F1 of class 1, of decisions and labels (N,) of 0 and 1; 0 if undefined."""
+    """Return accuracy, and precision, recall and F1 of class 1 (0 where undefined), for N decisions of 0 or 1."""
     counts = np.bincount(outcomes(decisions, labels), minlength=4)
     correct = counts[TRUE_POSITIVE]
     found, positive = counts[FALSE_POSITIVE] + correct, counts[FALSE_NEGATIVE] + correct
@@ -249,7 +249,7 @@ def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The threshold with the highest F1 if scores at or above it are positive; the highest of equally good thresholds.
+    """Return the threshold with the highest F1 if scores from it on are positive; if several are best, the highest.
 
     `scores` (N,) are compared as float32; `labels` (N,) are 0 or 1, and at least one is 1.
     """
@@ -272,7 +272,7 @@ def _relevant(ranking: Ranking) -> Ranking:
 
 
 def _ranks_within(query: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """The rank (N,) of each key within its query, 1 for the smallest."""
+    """Return the rank (N,) of each key among the keys of its query, 1 for the smallest."""
     order = np.lexsort((keys, query))
     ranks = np.empty(len(order))
     ranks[order] = _places(query[order])
@@ -285,7 +285,7 @@ def _places(query: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 1000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of values (Q,) (Efron 1979); equal seeds give equal intervals."""
+    """Return the 95 % percentile bootstrap interval (Efron 1979) of the mean of values (Q,)."""
     generator = np.random.default_rng(seed)
     shapes = _chunks(resamples, len(values))
     means = [values[generator.integers(len(values), size=shape)].mean(axis=1) for shape in shapes]
@@ -293,7 +293,7 @@ def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 1000) -> 
 
 
 def bootstrap_f1_interval(outcomes: np.ndarray, seed: int, resamples: int = 1000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of F1 over pairs, from their outcomes (N,) (see `metrics.outcomes`).
+    """Return the 95 % percentile bootstrap interval of F1, given the outcomes (N,) of `metrics.outcomes`.
 
     Drawing pairs with replacement is the same as drawing their four counts from a multinomial distribution.
     """
@@ -303,10 +303,10 @@ def bootstrap_f1_interval(outcomes: np.ndarray, seed: int, resamples: int = 1000
 
 
 def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Two-sided p-value of a paired permutation test: is the mean of the differences (Q,) 0?
+    """Return the two-sided p-value of a paired permutation test that the mean of differences (Q,) is 0.
 
-    If two retrievers are exchangeable, both signs of a difference are equally likely. The observed signs count as one
-    of the resamples, so the p-value is never 0 (Phipson & Smyth 2010).
+    If two retrievers are exchangeable, both signs of a difference are equally likely. The observed signs are one of
+    the resamples, so the p-value is never 0 (Phipson & Smyth 2010).
     """
     moved = differences[differences != 0]
     if not len(moved):
@@ -321,10 +321,10 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
 
 
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Two-sided p-value of a paired permutation test: do outcomes (N,) of the same pairs differ in F1?
+    """Return the two-sided p-value of a paired permutation test that two outcomes (N,) of the same pairs have equal F1.
 
-    Swapping the retrievers moves a pair from entry (i, j) of the 4 × 4 table of outcomes to entry (j, i). A resample is
-    therefore one binomial draw per entry.
+    The test swaps the retrievers at random pairs, which moves a pair from entry (i, j) of the 4 × 4 table of outcomes
+    to entry (j, i). A resample is therefore one binomial draw per entry.
     """
     table = np.zeros((4, 4), dtype=np.int64)
     np.add.at(table, (first, second), 1)
@@ -336,11 +336,11 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamp
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """One value (Q,) per query, with the mean over the tasks as mean; resampling them gives the interval of this mean.
+    """Return one value (Q,) per query whose mean is the mean over tasks, so that `bootstrap_interval` can resample it.
 
     `values` has {query: value} for each task. Tasks may share queries (the same exercise in many pairs of languages): a
-    resample then draws a query with all its tasks. A value is the mean plus the query's influence on it, so that tasks
-    of different sizes have the same weight.
+    resample then draws a query with all its tasks. A value is the mean plus the influence of the query on the mean, so
+    that small and large tasks have the same weight.
     """
     means = [float(np.mean(list(task.values()))) for task in values]
     distances = [{query: one - mean for query, one in task.items()} for task, mean in zip(values, means, strict=True)]
@@ -349,7 +349,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """The contribution (Q,) of each query to the mean difference over all tasks; see `permutation_test`."""
+    """Return how much (Q,) each query adds to the mean difference over all tasks, for `permutation_test`."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():
@@ -358,7 +358,7 @@ def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def _chunks(resamples: int, size: int) -> Iterator[tuple[int, int]]:
-    """Split `resamples` rows of `size` draws into chunks that fit into memory; yields their shapes (rows, size)."""
+    """Split `resamples` rows of `size` draws into chunks that fit into memory; yield the shape (rows, size) of each."""
     rows = max(1, _DRAWS_PER_CHUNK // size)
     for start in range(0, resamples, rows):
         yield min(rows, resamples - start), size

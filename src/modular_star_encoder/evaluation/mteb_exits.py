@@ -1,8 +1,8 @@
-"""Evaluate exits as models of mteb (extra `mteb`) on CoIR, MTEB(Code) or any other of its tasks.
+"""Evaluate the exits of a checkpoint with mteb (extra `mteb`) on CoIR, MTEB(Code) or any other of its tasks.
 
-mteb computes the scores by its own protocol, which breaks ties in arbitrary order. Each exit is a model with the name
-`{owner}/{model}-exit-{k}`, so that the result files of two exits never collide. The revision is the Hub's commit, or a
-checksum of the weights, so that a checkpoint gets new results after further training.
+mteb computes the scores by its own protocol, with equal scores in arbitrary order. Each exit is a model with the name
+`{owner}/{model}-exit-{k}`, so that each exit has its own result files. The revision is the Hub's commit, or a checksum
+of the weights, so that a checkpoint gets new results after further training.
 
 mteb downloads its datasets unless they are in the local cache; your own tasks (`local_task`) need no network.
 """
@@ -40,7 +40,7 @@ with naming_extra():
 
 
 class Side(NamedTuple):
-    """Whether the queries or the documents of a task are code; if `language` is None, mteb's subset may name one."""
+    """What the queries or the documents of a task are: prose, or code (if `language` is None, mteb may name it)."""
 
     is_code: bool
     language: str | None = None
@@ -60,10 +60,10 @@ TASK_SIDES = {
 
 
 class SharedExits:
-    """Embeds texts at several exits in one pass, because mteb evaluates the exits one by one, the shallowest first.
+    """Embeds texts for all exits in one pass, although mteb asks for one exit after the other, the shallowest first.
 
-    It keeps the embeddings of deeper exits (`exit_layers`) until mteb evaluates them, up to `memory_gb` (10^9 bytes); a
-    call that would exceed this limit computes the requested exit only. `options` are passed to `encode_exits`.
+    The embeddings of deeper exits (of `exit_layers`) are kept in up to `memory_gb` (10^9 bytes) until mteb asks for
+    them; without space for them, only the requested exit is computed. `options` are passed to `encode_exits`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class SharedExits:
         self._kept: dict[tuple[bytes, int], np.ndarray] = {}
 
     def encode(self, texts: Sequence[str], exit_layer: int, prompt: str, *, progress: bool = False) -> np.ndarray:
-        """Embeddings (N, D) float32 of `texts` at one exit."""
+        """Return the embeddings (N, D) float32 of N texts at one exit, each after `prompt`."""
         digest = hashlib.sha256(prompt.encode())
         for text in texts:
             digest.update(b"\0" + text.encode(errors="surrogatepass"))
@@ -97,19 +97,19 @@ class SharedExits:
         return embeddings[exit_layer]
 
     def expect(self, exit_layers: Sequence[int]) -> None:
-        """Drop all kept embeddings, and set the exits that mteb evaluates next."""
+        """Forget all kept embeddings, and prepare for mteb to ask for these exits next."""
         self._kept.clear()
         self.exit_layers = tuple(exit_layers)
 
 
 class MtebExitEncoder(AbsEncoder):
-    """One exit of a model as an encoder of mteb.
+    """Embeds texts at one exit of a model, in the interface that mteb expects.
 
-    It uses the published prompts for prose or code according to `TASK_SIDES`, because the queries of a code-to-text
-    task are code. Symmetric tasks get no prompt.
+    `TASK_SIDES` says which queries and documents are code and which are prose; they get the published prompts for it.
+    Symmetric tasks get no prompt.
 
-    `shared` embeds at this exit, among others. `prompts` ({mteb's key: prefix}) replaces prompts. Its keys are, the
-    most specific first, `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`; or with `document`.
+    `shared` embeds at this exit, among others. `prompts` replaces prompts by others: {key of mteb: prefix}. The keys
+    are, most specific first, `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`, or with `document`.
     """
 
     mteb_model_meta: ModelMeta
@@ -123,9 +123,9 @@ class MtebExitEncoder(AbsEncoder):
     def encode(
         self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, hf_subset: str, **options: Any
     ) -> np.ndarray:
-        """Embeddings (N, D) float32 of the texts in the batches.
+        """Return the embeddings (N, D) float32 of the N texts in batches of mteb.
 
-        Of mteb's other options, `prompt_type` and `show_progress_bar` are used.
+        Of the other options of mteb, `prompt_type` and `show_progress_bar` are used.
         """
         texts = [text for batch in inputs for text in batch["text"]]
         prompt = self._prompt(task_metadata, hf_subset, options.get("prompt_type"))
@@ -158,7 +158,7 @@ def run_mteb(
     progress: bool = True,
     **encode_options: Any,
 ) -> dict[int, dict[str, float]]:
-    """Evaluate several exits of a checkpoint on tasks of mteb; returns {exit_layer: {task: main score from 0 to 1}}.
+    """Evaluate exits of a checkpoint on tasks of mteb; return {exit_layer: {task: main score from 0 to 1}}.
 
     Existing results of the same weights and data are kept, so an interrupted run continues where it stopped.
 
@@ -169,7 +169,7 @@ def run_mteb(
         out: folder for mteb's result files: `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`.
         model_name: `owner/model` in the results; by default the Hub id, or `local/{folder}`.
         prompts: see `MtebExitEncoder`.
-        memory_gb: see `SharedExits`.
+        memory_gb: memory for embeddings that mteb needs later, see `SharedExits`.
         overwrite: evaluate again even if results exist.
         encode_options: passed to `encode_exits`: max_length, tokens_per_batch.
     """
@@ -193,7 +193,7 @@ def run_mteb(
 def _run_task(
     task: AbsTask, encoders: Sequence[MtebExitEncoder], cache: mteb.ResultCache, overwrite: bool, progress: bool
 ) -> Iterator[tuple[int, float]]:
-    """Yield (exit, main score) for one exit after the other; stores the results in the cache."""
+    """Evaluate one exit after the other on a task: store the results in the cache, and yield (exit, main score)."""
     was_loaded, due = task.data_loaded, []
     for encoder in encoders:
         known = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
@@ -218,7 +218,7 @@ def exit_model_metas(
     model_name: str | None = None,
     revision: str | None = None,
 ) -> list[ModelMeta]:
-    """The `ModelMeta` of each exit, which lets mteb load the exit; this function loads no weights.
+    """Return the `ModelMeta` of each exit, by which mteb can load the exit later; no weights are loaded here.
 
     See `run_mteb` for the arguments. If `revision` is None, it is `checkpoint_checksum(checkpoint)`.
     """
@@ -226,7 +226,7 @@ def exit_model_metas(
     is_local = os.path.isdir(path)
     name = model_name or (f"local/{Path(path).resolve().name}" if is_local else path)
     if "/" not in name:
-        raise UserError("mteb.model_name", f"model_name {name!r} must have the form owner/model.")
+        raise UserError("mteb.model_name", f"model_name={name!r} must have the form owner/model.")
     shared = {
         "revision": revision or checkpoint_checksum(path),
         "n_embedding_parameters": config.vocab_size * config.hidden_size,
@@ -253,7 +253,7 @@ def register_exits(
 ) -> list[str]:
     """Register the exits of a checkpoint in mteb for this process, so that `mteb.get_model(name)` finds them.
 
-    Returns their names. See `exit_model_metas` for the arguments and errors.
+    Returns the names of the exits in mteb. See `exit_model_metas` for the arguments and errors.
     """
     metas = {str(meta.name): meta for meta in exit_model_metas(checkpoint, exit_layers, model_name)}
     MODEL_REGISTRY.update(metas)
@@ -271,7 +271,7 @@ def load_exit_encoder(
     prompts: Mapping[str, str] | None = None,
     **encode_options: Any,
 ) -> MtebExitEncoder:
-    """Load one exit as an encoder; mteb calls this with the name and the revision of the exit's `ModelMeta`."""
+    """Load one exit of a checkpoint; mteb calls this with the name and revision of the exit's `ModelMeta`."""
     model, tokenizer = load_checkpoint(checkpoint, exit_layer, device, dtype)
     shared = SharedExits(model, tokenizer, (exit_layer,), **encode_options)
     name = model_name.removesuffix(f"-exit-{exit_layer}")
@@ -280,13 +280,13 @@ def load_exit_encoder(
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
-    """Task objects without repetitions; a benchmark's name stands for all its tasks, in their order."""
+    """Return the task objects that names of tasks and benchmarks stand for, without repetitions, in order."""
     chosen: dict[str, AbsTask] = {}
     for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
         for one in _tasks_named(task) if isinstance(task, str) else [task]:
             chosen.setdefault(one.metadata.name, one)
     if not chosen:
-        raise UserError("mteb.task.missing", "Name at least one task or benchmark of mteb.")
+        raise UserError("mteb.task.missing", "Name at least one task or benchmark of mteb in `tasks`.")
     return list(chosen.values())
 
 
@@ -301,9 +301,9 @@ def _tasks_named(name: str) -> Sequence[AbsTask]:
 
 
 def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTask:
-    """A retrieval task of mteb on your own (description, code, language) rows: descriptions are queries for code.
+    """Return a task for mteb, to retrieve code by descriptions, from your own (description, code, language) rows.
 
-    Among rows with the same description or the same code, only the first is kept; the others would be false negatives.
+    Of rows with the same description or code, only the first is kept, because the others would be wrong negatives.
     `name` is the name of the task and of its result files.
     """
     code_of: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Measure the retrieval quality of every exit during training, as a metric that selects the best checkpoint."""
+"""Measure the retrieval quality of every exit during training, to select the best checkpoint by it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _Encode = Callable[[list[str]], dict[int, np.ndarray]]  # from N texts to {exit_
 
 
 class MultiExitEvaluator(BaseEvaluator):
-    """Evaluate text → code retrieval at every exit: MRR, NDCG@10, Recall@k, and their mean and minimum over the exits.
+    """Evaluates text → code retrieval at every exit: MRR, NDCG@10, Recall@k, and their mean and minimum over the exits.
 
-    Pass it as `MultiExitTrainer(evaluator=…)` or `SentenceTransformerTrainer(evaluator=…)`. One pass over the texts
-    computes all exits, and ties are resolved against the model.
+    Pass an evaluator as `MultiExitTrainer(evaluator=…)` or `SentenceTransformerTrainer(evaluator=…)`. One pass over the
+    texts computes all exits; of documents with equal scores, the relevant one is ranked last.
 
     The metrics are `mrr_exit_4`, `mrr_mean`, `mrr_worst`, `ndcg_at_10_exit_4`, …; trainers add the prefix `eval_`.
     `TrainingArguments(metric_for_best_model="eval_mrr_mean", load_best_model_at_end=True)` keeps the checkpoint whose
     mean over the exits is best; `eval_mrr_worst` keeps the checkpoint whose weakest exit is best.
 
-    With several processes, `MultiExitTrainer` lets each process encode its share of the texts, and every process scores
-    all texts. If FSDP splits the parameters, every process encodes all texts. `SentenceTransformerTrainer` evaluates in
-    the first process only, from version 6.2 on.
+    With several processes, each process of `MultiExitTrainer` encodes its share of the texts (all texts if FSDP splits
+    the parameters), then every process ranks all documents. `SentenceTransformerTrainer` evaluates in the first process
+    only, from version 6.2 on.
 
     Args:
         task: queries, documents and relevance; see `from_pairs` and `from_mappings`.
@@ -98,7 +98,7 @@ class MultiExitEvaluator(BaseEvaluator):
             candidates: number of documents that a query is ranked against, at least two, the relevant one included
                 (1000 in the CodeSearchNet protocol), in random batches; all documents if None.
             seed: random seed of the batches.
-            distractors: deprecated; `candidates` minus one.
+            distractors: deprecated: pass `candidates=distractors + 1`.
             options: arguments of the class.
         """
         if distractors is not None:
@@ -115,7 +115,7 @@ class MultiExitEvaluator(BaseEvaluator):
         language: str | None = None,
         **options: Any,
     ) -> MultiExitEvaluator:
-        """Build an evaluator from {id: text}, in the format of sentence-transformers' InformationRetrievalEvaluator.
+        """Build an evaluator from {id: text} of queries and documents, as for InformationRetrievalEvaluator.
 
         See `evaluation.tasks.task_from_mappings` for the arguments; `options` are arguments of the class.
         """
@@ -130,11 +130,11 @@ class MultiExitEvaluator(BaseEvaluator):
         *,
         across_processes: bool = False,
     ) -> dict[str, float]:
-        """Evaluate every exit of a model; returns {metric: a fraction between 0 and 1}.
+        """Evaluate every exit of a model; return {metric: a fraction between 0 and 1}.
 
         Args:
-            model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer around one that pools as the model's
-                configuration says and may normalise. The call runs it in evaluation mode and then restores its mode.
+            model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer of one, whose Pooling must be the one in
+                the model's configuration. It runs in evaluation mode, then its mode is restored.
             output_path: folder of the CSV file; no file is written if None.
             epoch, steps: written into the CSV file.
             across_processes: True if every training process makes this call; the processes then share the texts.
@@ -163,11 +163,11 @@ class MultiExitEvaluator(BaseEvaluator):
         return metrics
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The settings of the evaluator, for the model card."""
+        """Return the settings of the evaluator that a model card shows."""
         return {"exit_layers": self.exit_layers, "candidates": len(self.task.pools[0].documents)}
 
     def _score(self, queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
-        """{metric: its mean over the queries}, from embeddings (Q, D) of queries and (N, D) of documents."""
+        """Return {metric: mean over the queries}, from embeddings of queries (Q, D) and of documents (N, D)."""
         ranking, _ = rank_task(self.task, lambda pool: CosineScores(queries[pool.queries], documents[pool.documents]))
         metrics = ("mrr", "ndcg@10", *(f"recall@{k}" for k in self.recall_at))
         return {metric.replace("@", "_at_"): float(np.mean(query_values(ranking, metric))) for metric in metrics}
@@ -175,12 +175,12 @@ class MultiExitEvaluator(BaseEvaluator):
     def _encoding(
         self, model: SentenceTransformer | ModularStarEncoderForRetrieval
     ) -> tuple[ModularStarEncoderForRetrieval, _Encode, Mapping[str, str]]:
-        """The network in the model, a function that encodes texts with it, and the prompts."""
+        """Return the retrieval model inside `model`, a function that encodes texts with it, and the prompts."""
         if isinstance(model, SentenceTransformer):
             network, tokenizer, max_length = _network(model), model.tokenizer, self.max_length or model.max_seq_length
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
         elif self.tokenizer is None:
-            raise UserError("evaluator.tokenizer.missing", "Give MultiExitEvaluator a tokenizer for this model.")
+            raise UserError("evaluator.tokenizer.missing", "This model needs MultiExitEvaluator(…, tokenizer=…).")
         else:
             network, tokenizer, max_length = model, self.tokenizer, self.max_length
             prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
@@ -198,7 +198,7 @@ class MultiExitEvaluator(BaseEvaluator):
             file.seek(0)
             columns = list(line) if is_new else next(csv.reader(file), [])
             if set(columns) != set(line):
-                raise UserError("evaluator.csv.other_metrics", f"{path} has other columns: give another `name`.")
+                raise UserError("evaluator.csv.other_metrics", f"{path} has other columns: pass another `name`.")
             writer = csv.DictWriter(file, columns)
             if is_new:
                 writer.writeheader()
@@ -206,7 +206,7 @@ class MultiExitEvaluator(BaseEvaluator):
 
 
 def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
-    """The network of a SentenceTransformer; UserError if its other modules change the embedding of the network."""
+    """Return the retrieval model in a SentenceTransformer; raise UserError if other modules change its embeddings."""
     network: Any = getattr(model[0], "auto_model", None)  # its class differs if AutoModel ran remote code
     names = [type(module).__name__ for module in model]
     pools_alike = (
@@ -217,13 +217,13 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
         and model[1].include_prompt
     )
     if not pools_alike:
-        needed = "a ModularStarEncoderForRetrieval with Transformer, Pooling (as configured), optionally Normalize"
+        needed = "a ModularStarEncoderForRetrieval, with its own pooling as Pooling, then at most Normalize"
         raise UserError("evaluator.model.other", f"The evaluator needs {needed}; this model has {', '.join(names)}.")
     return network
 
 
 def _encode_share(network: nn.Module, encode: _Encode, texts: list[str]) -> dict[int, np.ndarray]:
-    """Embeddings of all texts; each training process encodes a share of them."""
+    """Embed a share of the texts in each training process; return {exit_layer: embeddings} of all texts."""
     world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
     if world == 1:
         return encode(texts)

@@ -1,6 +1,6 @@
-"""Write task results as tables (one per benchmark) in Markdown, CSV, LaTeX and JSON, and as plots (extra `plots`).
+"""Write the results of an evaluation as tables in Markdown, CSV, LaTeX and JSON, and as plots (extra `plots`).
 
-`read_tables` reads `report.json`, and the files that older versions wrote.
+There is one table per benchmark. `read_tables` reads `report.json`, and the files that older versions wrote.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TEX = str.maketrans(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The mean of a row minus the mean of the reference row, and the p-value of a paired permutation test."""
+    """The mean of a row minus the mean of the reference row, and its p-value in a paired permutation test."""
 
     value: float
     p: float
@@ -45,7 +45,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The scores of one retriever at one exit and embedding size, on one benchmark."""
+    """One row of a table: the scores of a retriever at one exit and embedding size on a benchmark."""
 
     retriever: str
     exit_layer: int | None
@@ -57,14 +57,14 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The name of the row in tables, such as "model, exit 4, 256 dimensions"."""
+        """Return the name of the row in tables, such as "model, exit 4, 256 dimensions"."""
         exit_layer = "" if self.exit_layer is None else f", exit {self.exit_layer}"
         return f"{self.retriever}{exit_layer}{'' if self.dimensions is None else f', {self.dimensions} dimensions'}"
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The rows of all retrievers on one benchmark."""
+    """The scores of all retrievers on one benchmark."""
 
     benchmark: str
     metric: str  # the main metric
@@ -75,13 +75,13 @@ class Table:
 
     @property
     def title(self) -> str:
-        """The heading of the table."""
+        """Return the heading of the table, which names the benchmark."""
         return BENCHMARKS[self.benchmark].title if self.benchmark in BENCHMARKS else self.benchmark
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The results of an evaluation, as tables and by task."""
+    """The results of an evaluation: a table for each benchmark, and the values of each task."""
 
     tables: Sequence[Table]  # one per benchmark
     results: Sequence[TaskResult]  # one per retriever, exit and task, with the value of each query
@@ -89,11 +89,11 @@ class Report:
     checksum: str | None = None  # checksum of the evaluated checkpoint (see `checkpoint_checksum`)
 
     def quality(self) -> dict[int, float]:
-        """{exit_layer: mean of the main metric} of the evaluated model, from the first table."""
+        """Return {exit_layer: mean of the main metric} of the evaluated model on the first benchmark."""
         return {exit_layer: row.mean.value for exit_layer, row in _own_exits(self.tables[0]).items()}
 
     def write(self, folder: Path) -> None:
-        """Write report.md, .csv, .tex and .json, each atomically."""
+        """Write report.md, report.csv, report.tex and report.json to a folder, each atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "report.md", self.to_markdown())
         write_text(folder / "report.csv", to_csv(self.results))
@@ -101,7 +101,7 @@ class Report:
         write_json(folder / "report.json", self.to_dict())
 
     def to_markdown(self) -> str:
-        """Markdown text with one table per benchmark; scores are × 100, columns are aligned as plain text."""
+        """Return the tables as Markdown whose columns are aligned in plain text too; scores are × 100."""
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
         parts = ["# Evaluation", *([f"    {self.command}"] if self.command else []), installed]
         for table in self.tables:
@@ -109,7 +109,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of report.json: everything except the value of each query; scores are fractions."""
+        """Return the content of report.json: everything but the values of single queries; scores are fractions."""
         stored = [asdict(replace(one, values=(), ids=())) | {"queries": len(one.values)} for one in self.results]
         results = [{name: value for name, value in one.items() if name not in ("values", "ids")} for one in stored]
         head = {"command": self.command, "checkpoint_checksum": self.checksum, "versions": versions()}
@@ -117,14 +117,14 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that affect scores."""
+    """Return {name: version} of Python and of the installed packages that affect scores."""
     return {name: version for name, version in library_versions(PACKAGES).items() if version is not None}
 
 
 def make_report(
     tasks: Sequence[Task], results: Sequence[TaskResult], seed: int = 0, command: str = "", checksum: str | None = None
 ) -> Report:
-    """A report on the results of all retrievers, with one table per benchmark, in the order of `tasks`."""
+    """Make a report from the results of all retrievers, with one table per benchmark, in the order of `tasks`."""
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
     tables = [_table(name, [task for task in tasks if task.benchmark == name], results, seed) for name in benchmarks]
     return Report(tables, results, command, checksum)
@@ -168,7 +168,7 @@ def _row(
 
 
 def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
-    """The mean of the main metric over tasks; a task with F1, which has no value per query, must be the only one."""
+    """Return the mean of the main metric over tasks; for F1, which has no values of queries, there must be one task."""
     if len(results) == 1:
         return results[0].estimates[results[0].main]
     values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
@@ -176,7 +176,7 @@ def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
 
 
 def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], seed: int) -> Difference:
-    """The mean of `results` minus the mean of `reference`; both hold the same tasks and queries."""
+    """Return the mean of `results` minus the mean of `reference`, which have the same tasks and queries."""
     pairs = list(zip(results, reference, strict=True))
     value = float(np.mean([a.estimates[a.main].value - b.estimates[b.main].value for a, b in pairs]))
     if results[0].main == "f1":
@@ -187,7 +187,7 @@ def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], 
 
 
 def to_latex(tables: Sequence[Table]) -> str:
-    """LaTeX code with one `table` per benchmark; needs the package booktabs."""
+    """Return LaTeX code with one `table` per benchmark; it needs the LaTeX package booktabs."""
     parts = []
     for table in tables:
         caption = " ".join([f"{table.title}.", *_explain(table)])
@@ -200,7 +200,7 @@ def to_latex(tables: Sequence[Table]) -> str:
 
 
 def to_csv(results: Sequence[TaskResult]) -> str:
-    """CSV text with one line per result and metric; scores are fractions."""
+    """Return CSV with one line per result and metric; scores are fractions."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     names = ["benchmark", "task", "retriever", "exit_layer", "dimensions", "metric", "value", "low", "high"]
@@ -214,12 +214,12 @@ def to_csv(results: Sequence[TaskResult]) -> str:
 
 
 def interval(estimate: Estimate) -> str:
-    """The bounds of the 95 % interval × 100, as text."""
+    """Return the bounds of an estimate's 95 % interval, × 100, as text."""
     return f"{percent(estimate.low)}–{percent(estimate.high)}"
 
 
 def _cells(table: Table) -> list[list[str]]:
-    """The header and the rows of a table, as text."""
+    """Return the cells of a table as text, the header first."""
     columns, others = list(table.rows[0].columns), map(metric_label, table.rows[0].others)
     mean = ["mean"] if len(columns) > 1 else []
     cells = [["", *columns, *mean, "95 % interval", *others, f"Δ {metric_label(table.metric)}", "p"]]
@@ -240,11 +240,11 @@ def _explain(table: Table) -> list[str]:
 
 
 def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Table]:
-    """Read the tables of a results file; keep the rows of the evaluated model and of retrievers without exits.
+    """Read the tables in a results file; only the evaluated model and retrievers without exits are kept.
 
     Args:
         path: report.json, or a file that `mose evaluate --json` or the quickstart wrote, in this or an older version.
-        checkpoint: checksum of the weights that must have been evaluated; a file without a checksum passes.
+        checkpoint: checksum that the evaluated weights must have, unless the file has none; empty for any weights.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -257,21 +257,21 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
         message = f"{path} is not a results file of `mose evaluate`: {error!r}."
         raise UserError("evaluation.report.unreadable", message) from error
     if measured and checkpoint and measured != checkpoint:
-        message = f"{path} holds results of other weights ({measured}, not {checkpoint}): evaluate again."
+        message = f"{path} holds results of other weights (checksum {measured}, not {checkpoint}): evaluate again."
         raise UserError("evaluation.report.other_weights", message)
     return tables
 
 
 def read_quality(path: str | os.PathLike[str], metric: str = "mrr", checkpoint: str = "") -> dict[int, float]:
-    """Read {exit_layer: quality} of the evaluated model from the first table of a results file, for an exit profile.
+    """Read the quality of each exit, {exit_layer: mean of `metric`}, from the first table of a results file.
 
-    `metric` is a metric in the file. The other arguments and the errors are the same as in `read_tables`.
+    An exit profile can store it. See `read_tables` for the other arguments and the errors.
     """
     table = read_tables(path, checkpoint)[0]
     own, is_main = _own_exits(table), metric == table.metric
     values = {k: row.mean.value if is_main else row.others.get(metric, math.nan) for k, row in own.items()}
     if not values or not all(map(math.isfinite, values.values())):
-        raise UserError("evaluation.report.no_metric", f"{path} lacks {metric} for one exit or more.")
+        raise UserError("evaluation.report.no_metric", f"{path} lacks the metric {metric} at one or more exits.")
     return values
 
 
@@ -289,14 +289,14 @@ def _read_table(stored: Mapping[str, Any], name: str) -> Table:
 
 
 def _own_exits(table: Table) -> dict[int, Row]:
-    """{exit_layer: row} of the evaluated model (the retriever of the reference row), with the full embeddings."""
+    """Return {exit_layer: row with full embeddings} of the evaluated model, the retriever of the reference row."""
     own = next(row.retriever for row in table.rows if row.difference is None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
     return {row.exit_layer: row for row in rows if row.retriever == own and row.exit_layer is not None}
 
 
 def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
-    """The table in a results file of an older version, which holds the metrics of each exit and of BM25."""
+    """Return the table in a results file of an older version, with the metrics of each exit and of BM25."""
     exits = sorted((int(exit_layer), scores) for exit_layer, scores in content["exits"].items())
     scores_of = [*(("model", *one) for one in exits), *([("BM25", None, content["bm25"])] if "bm25" in content else [])]
     rows = []
@@ -310,9 +310,9 @@ def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
 
 
 def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:
-    """Write quality_by_depth.png if a retriever has exits, and quality_by_latency.png if exit profiles exist.
+    """Plot quality_by_depth.png if a retriever has exits, and quality_by_latency.png if it has an exit profile too.
 
-    Plots of an earlier run are removed first. `profiles` is {retriever: file of its exit profile, if it exists}.
+    Plots of an earlier run are removed first. `profiles` is {retriever: path of its exit profile, which may be absent}.
     """
     by_depth, by_latency = folder / "quality_by_depth.png", folder / "quality_by_latency.png"
     for path in (by_depth, by_latency):
@@ -330,12 +330,12 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
 
 
 def median_latencies(profile: ExitProfile) -> dict[int, float]:
-    """{exit_layer: median milliseconds} of an exit profile, at its first batch shape."""
+    """Return {exit_layer: median milliseconds} from an exit profile, for its first batch shape."""
     return {k: profile.measurement(k, profile.shapes[0]).latency_ms_p50 for k in profile.exits}
 
 
 def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
-    """Plot the main metric of each exit, with intervals, against its depth (the paper's Figure 4), a panel per table.
+    """Plot the main metric of each exit, with intervals, by its depth (the paper's Figure 4), one panel per table.
 
     Dashed horizontal lines show retrievers without exits. Returns `path`.
     """
@@ -343,9 +343,9 @@ def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
 
 
 def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Mapping[int, float]], path: Path) -> Path:
-    """Plot the main metric of each exit against its latency, one panel per table; returns `path`.
+    """Plot the main metric of each exit by its latency, one panel per table; return `path`.
 
-    `latencies` is {retriever: {exit_layer: milliseconds}}, measured on one machine (see `median_latencies`).
+    `latencies` is {retriever: {exit_layer: milliseconds}}, all measured on one machine (see `median_latencies`).
     """
     lines: list[dict[str, dict[float, Row]]] = [{} for _ in tables]
     for line, table in zip(lines, tables, strict=True):
@@ -357,7 +357,7 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
 
 
 def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
-    """{retriever and embedding size: {exit_layer: row}}, exits ascending."""
+    """Return {retriever, with embedding size if it has several: {exit_layer: row}}, exits ascending."""
     found: dict[str, dict[int, Row]] = {}
     for row in sorted(table.rows, key=lambda row: row.exit_layer or 0):
         if row.exit_layer is not None:
@@ -368,10 +368,10 @@ def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
 def _plot(
     tables: Sequence[Table], lines: Sequence[Mapping[str, Mapping[Any, Row]]], path: Path, by_latency: bool
 ) -> Path:
-    """Draw one panel per table, three side by side; `lines` has {name: {x coordinate: row}} for each table."""
+    """Draw a panel for each table, three side by side; `lines` has {name: {x coordinate: row}} for each table."""
     if not any(lines):
         fault, what = ("no_latency", "exit with a latency") if by_latency else ("no_exits", "retriever with exits")
-        raise UserError(f"evaluation.plots.{fault}", f"There is no {what} to plot in {path.name}.")
+        raise UserError(f"evaluation.plots.{fault}", f"Nothing to plot in {path.name}: there is no {what}.")
     with naming_extra():
         from matplotlib.figure import Figure
     height, width = -(-len(tables) // 3), min(3, len(tables))

@@ -1,7 +1,7 @@
-"""Retrievers, which score documents for queries; cosine similarities in blocks; a cache of embeddings.
+"""Score documents for queries: the interface, cosine similarities in blocks, and a cache of embeddings.
 
-A retriever may have several *variants* that come from one pass over the texts: the exits of a model, and at each exit
-the sizes to which its embeddings can be truncated. `run.evaluate_tasks` requests the variants without a stored result.
+A retriever may have several *variants* that one pass over the texts computes: the exits of a model, and at each exit
+the sizes to which its embeddings can be truncated. `run.evaluate_tasks` asks for the variants without a stored result.
 
 The cosine similarity of two unit vectors is the float64 sum of their products, added pairwise in the order of the
 components and rounded to float32. A matrix product adds them in another order, so its rounding error differs. A block
@@ -32,14 +32,14 @@ _NOTHING = 2.0**-24  # smaller similarities become 0: there float32 is finer tha
 
 
 class ExitVariant(NamedTuple):
-    """An exit, None if the retriever has no exits, and the size of truncated embeddings, None if it has one size."""
+    """An exit (None if the retriever has none) and the size of truncated embeddings (None if they have one size)."""
 
     exit_layer: int | None = None
     dimensions: int | None = None
 
 
 class Block(NamedTuple):
-    """Scores (R, C) float32 of R queries and C documents; `row` and `column` are the numbers of the first ones."""
+    """Scores (R, C) float32 of the R queries from number `row` on and the C documents from number `column` on."""
 
     row: int
     column: int
@@ -52,11 +52,11 @@ class Scores(Protocol):
     shape: tuple[int, int]
 
     def blocks(self) -> Iterator[Block]:
-        """Yield blocks that together hold each score once, in any order."""
+        """Yield blocks, in any order, that together hold the score of each query and document once."""
         ...
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """The same scores (P,) float32 for P pairs, given by row numbers (P,) of queries and of documents."""
+        """Return the scores (P,) float32 of P pairs, given by row numbers (P,) of queries and of documents."""
         ...
 
 
@@ -68,16 +68,16 @@ class Retriever(Protocol):
     variants: tuple[ExitVariant, ...] = (ExitVariant(),)  # the available variants
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Prepare all texts at once, for example embed them; does nothing by default."""
+        """Prepare all texts for `scores` at once, for example embed them; by default do nothing."""
         return None
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> Scores:
-        """Scores (Q, D) of texts that `prepare` has seen."""
+        """Return the scores (Q, D) of queries and documents, all of which `prepare` has seen."""
         ...
 
 
 class EmbeddingRetriever(Retriever):
-    """Ranks documents by the cosine similarity of embeddings, which `cache` keeps, by default in memory."""
+    """Ranks documents by the cosine similarity of embeddings, which are kept in `cache`, by default in memory."""
 
     chunk = 4096  # texts per shard of the cache; an interruption loses at most one shard
 
@@ -87,7 +87,7 @@ class EmbeddingRetriever(Retriever):
         self.variants = tuple(ExitVariant(k, size) for k in encoder.exit_layers for size in encoder.dimensions)
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Embed the texts that are missing in the cache, longest first."""
+        """Embed all texts that are not in the cache yet, longest first, and add them to it."""
         prompted = dict.fromkeys((self.encoder.prompt(text), text.text) for text in dict.fromkeys(texts))
         exits = dict.fromkeys(variant.exit_layer for variant in variants)
         absent = {k: missing for k in exits if (missing := self.cache.missing(self._space(k), prompted))}
@@ -101,7 +101,7 @@ class EmbeddingRetriever(Retriever):
                 self.cache.add(self._space(exit_layer), chunk, embeddings[exit_layer])
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> CosineScores:
-        """Cosine similarities of texts that `prepare` has seen."""
+        """Return the cosine similarities of queries and documents, all of which `prepare` has seen."""
         space, prompt = self._space(variant.exit_layer), self.encoder.prompt
         asked, answers = ([(prompt(one), one.text) for one in texts] for texts in (queries, documents))
         return CosineScores(self.cache.rows(space, asked), self.cache.rows(space, answers), variant.dimensions)
@@ -111,7 +111,7 @@ class EmbeddingRetriever(Retriever):
 
 
 class CosineScores:
-    """Cosine similarities, exact and then rounded to float32; the similarity to a vector of zeros is 0.
+    """Cosine similarities (Q, D), computed in float64 and rounded to float32; for a vector of zeros they are 0.
 
     Embeddings (Q, F) and (D, F) are read in slices and may be larger than memory. They are truncated to the first
     `dimensions` components and normalised again.
@@ -124,7 +124,7 @@ class CosineScores:
         self.shape = (len(queries), len(documents))
 
     def blocks(self) -> Iterator[Block]:
-        """Yield all blocks of one range of columns before the next range, so that each document is read once."""
+        """Yield all blocks of the first documents, then of the next ones, so that each document is read once."""
         height, width = self.shape
         size = self.documents[:1].shape[1]
         columns = width if width * size <= HELD else max(1, HELD // (4 * size))
@@ -152,7 +152,7 @@ class CosineScores:
 
 
 def similarities(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Similarities (Q, D) float32 of unit vectors, bit for bit equal to `CosineScores.of_pairs`."""
+    """Return the cosine similarities (Q, D) float32 of unit vectors, bit for bit as `CosineScores.of_pairs`."""
     products = queries @ documents.T
     # Twice the largest error of a sum of F products of unit vectors, added in any order (Higham 2002, section 3.1).
     error = queries.shape[1] * 2.0**-52
@@ -174,11 +174,11 @@ def _rounded(similarities: np.ndarray) -> np.ndarray:
 
 
 class EmbeddingCache:
-    """A cache of embeddings by model, exit, prompt and text, so that benchmarks with the same texts embed them once.
+    """Stores embeddings by model, exit, prompt and text, so that benchmarks with the same texts embed them once.
 
-    A *space* (model and exit) is a folder of shards: `NAME.npy` with embeddings and `NAME.keys.npy` with the hashes of
-    their texts. Shards never change, and their keys are written last, atomically: readers see complete shards only, and
-    several processes may write. Embeddings are memory-mapped; without a folder they are kept in memory.
+    A *space* (one model and exit) is a folder of shards: `NAME.npy` has embeddings, `NAME.keys.npy` the hashes of their
+    texts. Shards never change, and their keys are written last, atomically, so several processes may write while others
+    read. Embeddings are memory-mapped from the folder; without a folder they are kept in memory.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
@@ -186,7 +186,7 @@ class EmbeddingCache:
         self._spaces: dict[str, _Space] = {}
 
     def missing(self, space: str, texts: Iterable[Prompted]) -> list[Prompted]:
-        """The texts whose embeddings are missing in `space`, in the given order."""
+        """Return the texts without an embedding in `space`, in the given order."""
         places = self._space(space).places
         return [text for text in texts if _key(text) not in places]
 
@@ -199,7 +199,7 @@ class EmbeddingCache:
             message = f"{len(texts)} texts need embeddings of shape ({len(texts)}, {size}), not {embeddings.shape}."
             raise UserError("evaluation.embeddings.shape", message)
         if not np.isfinite(embeddings).all():
-            raise UserError("evaluation.embeddings.not_finite", "An embedding is NaN or infinite. Check the model.")
+            raise UserError("evaluation.embeddings.not_finite", "An embedding is NaN or infinite: check the model.")
         keys = [_key(text) for text in texts]
         if self.folder is not None:
             joined = b"".join(keys)
@@ -211,7 +211,7 @@ class EmbeddingCache:
         self._space(space).append(keys, embeddings)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
-        """The cached embeddings of N texts as an array (N, F) that reads rows only when they are accessed."""
+        """Return the cached embeddings of N texts as an array (N, F) that reads rows only when they are used."""
         found = self._space(space)
         return CachedRows(found.shards, np.array([found.places[_key(text)] for text in texts]).reshape(-1, 2))
 
@@ -223,7 +223,7 @@ class EmbeddingCache:
                     keys = np.load(path, allow_pickle=False)
                     shard = np.load(path.with_name(path.name.replace(".keys.", ".")), "r", allow_pickle=False)
                     if keys.dtype != np.uint8 or keys.shape != (len(shard), 32) or shard.dtype != np.float32:
-                        raise ValueError("keys and embeddings do not match")
+                        raise ValueError("its keys do not match its embeddings")
                 except (ValueError, OSError, EOFError) as error:
                     raise UserError("evaluation.cache.damaged", f"{path} is damaged ({error}): remove it.") from None
                 space.append([row.tobytes() for row in keys], shard)
@@ -232,7 +232,7 @@ class EmbeddingCache:
 
 @dataclass(slots=True)
 class _Space:
-    """The shards of one folder, and {key of a text: (shard, row)}."""
+    """The shards with the embeddings of one model and exit, and the place of each: {hash of a text: (shard, row)}."""
 
     shards: list[np.ndarray] = field(default_factory=list)
     places: dict[bytes, tuple[int, int]] = field(default_factory=dict)
@@ -245,7 +245,7 @@ class _Space:
 
 @dataclass(frozen=True, slots=True)
 class CachedRows:
-    """Embeddings (N, F) float32 in several shards; `places` (N, 2) holds the shard and row of each."""
+    """Embeddings (N, F) float32 in several shards; `places` (N, 2) has the shard and row of each embedding."""
 
     shards: Sequence[np.ndarray]
     places: np.ndarray

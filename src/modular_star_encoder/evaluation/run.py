@@ -1,8 +1,8 @@
-"""Run evaluations: names of benchmarks and retrievers → task results → a report.
+"""Evaluate retrievers on benchmarks, both given by names, and report the results.
 
-`mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks` and `evaluate_exits`. With a folder `out`, each
-result is stored under a hash of everything it depends on (the task's texts and protocol, the retriever's weights). A
-repeated run computes only the missing results, and overwrites none.
+`mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks` and `evaluate_exits`. In a folder `out`, each
+result is stored under a hash of everything that it depends on (texts and protocol of the task, weights of the
+retriever). A repeated run computes only the missing results, and overwrites none.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ def run_benchmarks(
     command: str = "",
     progress: bool = True,
 ) -> Report:
-    """Evaluate a model and baselines on benchmarks; returns a report with one table per benchmark.
+    """Evaluate a model and baselines on benchmarks; return a report with one table per benchmark.
 
     Args:
-        model: see `open_retriever`; the tables compare all rows with its deepest exit.
+        model: name for `open_retriever`; in the tables, all rows are compared with its deepest exit.
         benchmarks: names in `evaluation.benchmarks.BENCHMARKS`, or "all".
         data: folder of the benchmarks (see `load_benchmark`).
         out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`), embeddings and lists of
             candidates; nothing is written if None.
-        baselines: other retrievers, see `open_retriever`; if None, BM25 if `out` is None too, else no baseline.
+        baselines: names of other retrievers for `open_retriever`; if None, BM25 if `out` is None too, else none.
         untrained: also evaluate the model with random weights.
-        allow_subset: accept partial files, and add a note below the tables.
+        allow_subset: accept files with fewer rows than published, and say so below the tables.
         candidates: folder with the lists of candidates from an earlier run (CodeSearchNet with 999 distractors).
         cache: folder for embeddings, which several runs may share; `out/embeddings` if None.
         seed: random seed of intervals, permutations and untrained weights; the protocol fixes the seed of candidates.
@@ -73,7 +73,7 @@ def run_benchmarks(
     folder = None if out is None else Path(out).expanduser()
     chosen = choose_benchmarks(benchmarks, data)
     if candidates is not None and not set(chosen) & set(WITH_CANDIDATES):
-        message = f"Only {' and '.join(WITH_CANDIDATES)} use lists of candidates."
+        message = f"`candidates` needs a benchmark that draws candidates: {' or '.join(WITH_CANDIDATES)}."
         raise UserError("evaluation.candidates.not_used", message)
     loaded = [load_benchmark(name, data, allow_subset=allow_subset, candidates=candidates) for name in chosen]
     tasks = [task for of_benchmark in loaded for task in of_benchmark]
@@ -97,7 +97,7 @@ def run_benchmarks(
         try:
             plot_report(report.tables, profiles, folder)
         except (ImportError, ValueError) as error:  # the reports are already written, so a missing plot is only a note
-            print(f"mose: note: a plot is missing. {error}", file=sys.stderr)
+            print(f"mose: note: a plot is missing: {error}", file=sys.stderr)
     return report
 
 
@@ -113,11 +113,11 @@ def evaluate_exits(
     progress: bool = True,
     **encode_options: Any,
 ) -> Report:
-    """Evaluate text → code retrieval among `size` candidates, at each exit of a loaded model and with BM25.
+    """Evaluate text → code retrieval among `size` candidates, at each exit of a loaded model and by BM25.
 
     Args:
         rows: (description, code, language). With several languages, candidates in other languages are easy to reject.
-        untrained: also evaluate the architecture with random weights (doubles time and memory).
+        untrained: also evaluate the same architecture with random weights, which doubles time and memory.
         size: number of candidates of each query, in the batches of `tasks.candidate_batches`.
         seed: random seed of batches, intervals and untrained weights.
         encode_options: passed to `encode_exits`: max_length, tokens_per_batch, dtype.
@@ -140,9 +140,9 @@ def evaluate_tasks(
     seed: int = 0,
     progress: bool = True,
 ) -> list[TaskResult]:
-    """Evaluate all variants of the retrievers on all tasks; returns results in order of retriever, task and variant.
+    """Evaluate all variants of all retrievers on all tasks; return results by retriever, then task, then variant.
 
-    Each retriever embeds all texts in one pass. Results are read from and stored in `out/cells/`; nothing is stored if
+    Each retriever embeds all texts in one pass. Results in `out/cells/` are reused, and new ones stored there, unless
     `out` is None. `seed` is the random seed of the bootstrap.
     """
     checksums, results = [task.checksum() for task in tasks], []
@@ -173,7 +173,7 @@ def evaluate_tasks(
 def evaluate_task(
     task: Task, retriever: Retriever, variant: ExitVariant, *, seed: int = 0, progress: bool = True
 ) -> TaskResult:
-    """Evaluate one variant of a retriever on one task; `retriever.prepare` must have seen the task's texts."""
+    """Evaluate one variant of a retriever on one task, whose texts `retriever.prepare` must have seen."""
     names = (task.benchmark, task.name, retriever.name, *variant)
     if isinstance(task, PairTask):
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant, seed))
@@ -185,7 +185,7 @@ def evaluate_task(
     main = values_of[task.metrics[0]]
     kept = np.flatnonzero(~np.isnan(main))
     if not len(kept):
-        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no document is relevant.")
+        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no relevant documents.")
     estimates = {}
     for metric, values in values_of.items():
         known = values[~np.isnan(values)]
@@ -198,7 +198,7 @@ def evaluate_task(
 def _evaluate_pairs(
     task: PairTask, retriever: Retriever, variant: ExitVariant, seed: int
 ) -> tuple[dict[str, Estimate], list[int], list[str], int, float]:
-    """The fields of a `TaskResult` after its names: estimates, outcomes, ids, candidates and threshold."""
+    """Return the last fields of a `TaskResult`: estimates, outcomes, ids, candidates and threshold."""
     scores = retriever.scores(task.documents, task.documents, variant)
     valid, test = (scores.of_pairs(*pairs.T) for pairs in (task.valid_pairs, task.pairs))
     metrics.check_scores(test)
@@ -213,7 +213,7 @@ def _evaluate_pairs(
 
 
 def read_result(path: Path) -> TaskResult:
-    """Read a stored result, also from older versions, which wrote `system` and `figures`."""
+    """Read a stored result; older versions wrote `system` for `retriever` and `figures` for `estimates`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         names = {"system": "retriever", "figures": "estimates"}
@@ -234,23 +234,23 @@ def _path(out: str | Path | None, task: str, retriever: Retriever, variant: Exit
 def open_retriever(
     name: str, cache: EmbeddingCache | None = None, exit_layers: Sequence[int] | None = None
 ) -> Retriever:
-    """Open the retriever `bm25` or `tfidf`, or a model whose name `load_encoder` accepts.
+    """Open the retriever named `bm25` or `tfidf`, or else the model that `load_encoder` loads by this name.
 
     `exit_layers` selects exits of a ModularStarEncoder, all if None. See `load_encoder` for the errors.
     """
     if name not in LEXICAL:
         return EmbeddingRetriever(load_encoder(name, exit_layers), cache)
     if exit_layers:
-        raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: remove exit_layers.")
+        raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: omit `exit_layers`.")
     return LEXICAL[name]()
 
 
 def _open_all(
     model: str, baselines: Sequence[str], store: EmbeddingCache, exit_layers: Sequence[int] | None, seed: int | None
 ) -> dict[str, Retriever]:
-    """{given name: retriever}; UserError if two retrievers have the same name in tables.
+    """Open the retrievers: {given name: retriever}; raise UserError if two have the same name in tables.
 
-    If `seed` is not None, it draws the weights of an untrained model, which is one more retriever.
+    If `seed` is not None, the untrained model is one more retriever, and `seed` draws its weights.
     """
     retrievers = {model: open_retriever(model, store, exit_layers)}
     if seed is not None:
@@ -267,7 +267,7 @@ def _open_all(
 
 
 def _without_paths(command: str) -> str:
-    """The command, with `$MOSE_DATA` and `$HOME` in place of the local paths that these variables hold."""
+    """Return the command with the values of MOSE_DATA and HOME, which are local paths, replaced by the names."""
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
             command = command.replace(place, f"${variable}")
@@ -278,11 +278,11 @@ def _without_paths(command: str) -> str:
 def classification_scores(
     model: ModularStarEncoderForSequenceClassification, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
 ) -> dict[int, dict[str, float]]:
-    """Accuracy of each exit, and precision, recall and F1 of class 1 (BigCloneBench's metric since 2021-09-13).
+    """Return accuracy, and precision, recall and F1 of class 1 (as in BigCloneBench since 2021-09-13), at each exit.
 
     Args:
         model: a classifier with two classes, in evaluation mode.
-        batches: tensors `input_ids`, `attention_mask` and `labels`, as from `ClassificationCollator`.
+        batches: tensors `input_ids`, `attention_mask` and `labels`, such as `ClassificationCollator` returns.
 
     Returns {exit: {metric: a fraction between 0 and 1}}; precision, recall and F1 are 0 where undefined.
     """

@@ -1,6 +1,6 @@
-"""Tasks (rank documents for queries, or classify pairs) and their results.
+"""Define tasks to rank documents for queries or to classify pairs of texts, and the results of a task.
 
-A task holds texts and relevance judgements; it does not depend on a model. Benchmarks make tasks; `run` evaluates them.
+A task holds texts and relevance judgements, and does not depend on a model. `run` evaluates it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HELD_OUT = {TEXT_TO_CODE: "held-out, text → code", CODE_TO_CODE: "held-out, co
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over queries, or F1 over pairs, as a fraction, with the bounds of its 95 % bootstrap interval."""
+    """A mean over queries or an F1 over pairs, with its 95 % bootstrap interval; all are fractions."""
 
     value: float
     low: float
@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """The scores of one retriever, at one exit and embedding size, on one task."""
+    """The scores of one retriever on one task, at one exit and embedding size."""
 
     benchmark: str
     task: str
@@ -48,7 +48,7 @@ class TaskResult:
 
     @property
     def main(self) -> str:
-        """The name of the main metric."""
+        """Return the name of the main metric."""
         return next(iter(self.estimates))
 
 
@@ -62,20 +62,20 @@ class Judgements:
 
     @classmethod
     def one_each(cls, documents: Sequence[int] | range) -> Judgements:
-        """Judgements where the only relevant document of query i is `documents[i]`."""
+        """Make judgements by which `documents[i]` is the only relevant document of query i."""
         count = len(documents)
         return cls(np.arange(count), np.asarray(documents, dtype=np.int64), np.ones(count))
 
     @classmethod
     def of(cls, gains: Sequence[Mapping[int, float]]) -> Judgements:
-        """Judgements from one mapping {document: gain} per query."""
+        """Make judgements from one mapping {document: gain} for each query."""
         query = np.repeat(np.arange(len(gains)), [len(judged) for judged in gains])
         document = np.array([document for judged in gains for document in judged], dtype=np.int64)
         return cls(query, document, np.array([gain for judged in gains for gain in judged.values()], dtype=np.float64))
 
 
 class Pool(NamedTuple):
-    """Row numbers of Q queries and of D documents in a task; these documents are the candidates of each query."""
+    """Q queries and the D documents that are the candidates of each of them, as row numbers in a task."""
 
     queries: np.ndarray
     documents: np.ndarray
@@ -83,7 +83,7 @@ class Pool(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RetrievalTask:
-    """A task to rank documents for queries."""
+    """A task to rank documents for queries, with texts and judgements."""
 
     benchmark: str  # name of the benchmark; its tasks share a table
     name: str  # unique within the benchmark, such as "ruby" or "java → python"
@@ -98,15 +98,15 @@ class RetrievalTask:
     notes: tuple[str, ...] = ()  # caveats, shown under the table
 
     def texts(self) -> list[Text]:
-        """All texts to embed."""
+        """Return all texts that a retriever must embed."""
         return [text for pool in self.pools for part in self.texts_of(pool) for text in part]
 
     def texts_of(self, pool: Pool) -> tuple[list[Text], list[Text]]:
-        """The queries and the documents of a pool."""
+        """Return the texts of the queries and of the documents in a pool."""
         return [self.queries[row] for row in pool.queries], [self.documents[row] for row in pool.documents]
 
     def checksum(self) -> str:
-        """A hash of everything that the scores depend on."""
+        """Return a hash of everything in the task that scores depend on."""
         pools = [array for pool in self.pools for array in pool]
         arrays = [self.judgements.query, self.judgements.document, self.judgements.gain, *pools]
         header = {"metrics": self.metrics, "exclude_self": self.exclude_self, "ids": list(self.query_ids)}
@@ -115,7 +115,7 @@ class RetrievalTask:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairTask:
-    """A task to classify pairs of texts as matching or not, by a threshold on their similarity."""
+    """A task to classify pairs of texts as matching or not, by a threshold on the similarity of a pair."""
 
     benchmark: str
     name: str
@@ -128,11 +128,11 @@ class PairTask:
     notes: tuple[str, ...] = ()
 
     def texts(self) -> list[Text]:
-        """All texts to embed."""
+        """Return all texts that a retriever must embed."""
         return list(self.documents)
 
     def checksum(self) -> str:
-        """A hash of everything that the scores depend on."""
+        """Return a hash of everything in the task that scores depend on."""
         arrays = [self.valid_pairs, self.valid_labels, self.pairs, self.labels]
         return _checksum({"metrics": "f1"}, self.documents, arrays=arrays)
 
@@ -169,12 +169,12 @@ def ranking_task(
     batches: Iterable[np.ndarray] | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task; the candidates of a query are all documents, or the documents of its batch.
+    """Build a task to rank documents for queries; the candidates of a query are all documents or those of its batch.
 
     Args:
         ids: ids of the queries; their row numbers if None.
         judgements: if None, document i is the only relevant document of query i.
-        batches: row numbers (B,) of each batch; if None, all documents are candidates of every query.
+        batches: row numbers (B,) of each batch, whose documents are candidates of its queries; if None, there is one.
         options: other fields of `RetrievalTask`.
     """
     rows = range(len(queries))
@@ -186,13 +186,13 @@ def ranking_task(
 
 
 def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarray]:
-    """Shuffle `n` rows, cut them into batches of `size`, and return the row numbers of each complete batch.
+    """Shuffle `n` row numbers, and return them in batches of `size`; an incomplete batch at the end is left out.
 
     If there are fewer than `size` rows, one batch holds them all. CodeSearchNet and CodeBERT shuffle with the same
     `np.random.seed(seed)`, so equal rows give the same batches.
     """
     if n < 2 or size < 2:
-        message = f"Ranking needs at least 2 pairs in batches of at least 2, not {n} pairs in batches of {size}."
+        message = f"A ranking needs 2 or more pairs in batches of 2 or more, not {n} pairs in batches of {size}."
         raise UserError("evaluation.candidates.too_few", message)
     order = np.random.RandomState(seed).permutation(n)
     return [order[start : start + size] for start in range(0, max(n - size, 0) + 1, size)]
@@ -207,7 +207,7 @@ def pairs_task(
     seed: int = 0,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task whose queries are descriptions; the relevant document of each is its code.
+    """Build a task whose queries are descriptions, and whose documents are the code that they describe.
 
     Args:
         rows: (description, code, language), such as `RetrievalRow`s.
@@ -228,7 +228,7 @@ def task_from_mappings(
     language: str | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task from {id: text}; leaves out queries without a relevant document. All documents are candidates.
+    """Build a task from {id: text}, without the queries that have no relevant document; all documents are candidates.
 
     Args:
         queries, corpus: {id: text}.
@@ -239,10 +239,10 @@ def task_from_mappings(
     places = {name: place for place, name in enumerate(corpus)}
     answered = [name for name in queries if relevant.get(name)]
     if unknown := sorted({document for name in answered for document in relevant[name]} - set(places)):
-        message = f"{len(unknown)} relevant documents are not in `corpus`, such as {unknown[0]!r}."
+        message = f"`relevant` names {len(unknown)} documents that are not in `corpus`, such as {unknown[0]!r}."
         raise UserError("evaluation.task.unknown_document", message)
     if not answered or len(places) < 2:
-        message = f"Ranking needs a query with judgements and two documents, not {len(answered)} and {len(places)}."
+        message = f"Give a query with a relevant document and 2 documents, not {len(answered)} and {len(places)}."
         raise UserError("evaluation.candidates.too_few", message)
     judged = [sorted(places[document] for document in relevant[name]) for name in answered]
     judgements = Judgements.of([dict.fromkeys(found, 1.0) for found in judged])
@@ -251,11 +251,11 @@ def task_from_mappings(
 
 
 def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed: int = 0) -> list[RetrievalTask]:
-    """Build one task for text → code pairs and one for code → code pairs; leaves out a task with fewer than two pairs.
+    """Build one task of text → code pairs and one of code → code pairs; a task needs two pairs, else it is left out.
 
     Args:
         texts: the held-out rows.
-        limit: largest number of queries of a task, drawn at random; above 1000, they form complete batches of 1000.
+        limit: largest number of queries of a task, drawn at random; more than 1000 form complete batches of 1000.
         seed: random seed of the draw.
     """
     tasks: list[RetrievalTask] = []

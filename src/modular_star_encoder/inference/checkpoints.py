@@ -1,6 +1,6 @@
-"""Load checkpoints (all layers, up to an exit, or only the configuration), compute checksums, and write slices.
+"""Load a checkpoint, its layers up to an exit or its configuration; cut it at an exit; compute its checksum.
 
-A checkpoint is a local folder or a repository on the Hub. Errors of transformers and the Hub become one sentence.
+A checkpoint is a local folder or a repository on the Hub. Errors of transformers and the Hub become one sentence each.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def load_checkpoint(
 
     Raises:
         UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, lacks the exit or a tokenizer, or
-            its weights do not match its configuration (a missing head would be initialised randomly).
+            its weights do not fit its configuration (transformers would initialise a missing head at random).
         OSError: the folder or repository does not exist, or lacks configuration or weights.
     """
     config, path = load_config(path), _expanded(path)
@@ -79,7 +79,7 @@ def load_checkpoint(
 
 
 def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
-    """Load only the configuration of a checkpoint, for example to read its exits or its prompts."""
+    """Load the configuration of a checkpoint without its weights, for example to read the exits or the prompts."""
     check_checkpoint(path)
     path = _expanded(path)
     with _clear_errors(path):
@@ -90,7 +90,7 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError if a local path is not a folder with configuration and weights; accepts any Hub id."""
+    """Raise FileNotFoundError if `path` is neither a folder with config.json and weights nor shaped like a Hub id."""
     folder = Path(_expanded(path))
     if not folder.exists() and isinstance(path, str) and re.fullmatch(r"(?![.~]+/)[^/]+/[^/]+", path):  # owner/name
         return
@@ -108,8 +108,8 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
 def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
     """Return a checksum that identifies the weights of a checkpoint.
 
-    For a folder: the first 16 hexadecimal digits of a SHA-256 of configuration, tokenizer and weights, which takes
-    about a second per GB. For a Hub repository: the hash of the commit that is loaded.
+    For a folder, these are the first 16 hexadecimal digits of the SHA-256 of configuration, tokenizer and weights,
+    which takes about a second per GB; for a Hub repository, the hash of the commit that would be loaded.
     """
     folder = Path(_expanded(checkpoint))
     if not folder.is_dir():
@@ -119,7 +119,7 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """The path of a file in a checkpoint; None if the checkpoint lacks it, or offline if the Hub's cache lacks it."""
+    """Return the path of a checkpoint's file; None if it does not exist, or if it is not cached and we are offline."""
     path = _expanded(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
@@ -134,14 +134,14 @@ def _expanded(path: str | os.PathLike[str]) -> str:
 
 
 def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
-    """Load a model; UserError if its file lacks tensors, or holds layers or embeddings that the model does not have."""
+    """Load a model; raise UserError if the file lacks tensors of the model, or has layers that the model lacks."""
     with _clear_errors(path):
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     # A published model may lack the bias of its vocabulary; this bias is then zero.
     missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
     if wrong := missing or sorted(filter(_TRUNK.search, info["unexpected_keys"])):
-        message = f"{len(wrong)} tensors are {'missing from' if missing else 'too many in'} {path}, such as {wrong[0]}"
-        raise UserError("checkpoint.tensors", f"{message}: its configuration does not match its weights.")
+        message = f"{len(wrong)} tensors are {'missing from' if missing else 'left over in'} {path}, such as {wrong[0]}"
+        raise UserError("checkpoint.tensors", f"{message}: its weights do not fit its configuration.")
     return model
 
 
@@ -155,7 +155,6 @@ def _load_tokenizer(path: str) -> Any:
 
 @contextmanager
 def _clear_errors(path: str) -> Iterator[None]:
-    """Turn errors of transformers and the Hub into one sentence."""
     try:
         yield
     except (SafetensorError, StrictDataclassError, RuntimeError, OSError) as error:
@@ -165,7 +164,7 @@ def _clear_errors(path: str) -> Iterator[None]:
 
 
 def _clear_error(error: Exception, path: str) -> Exception | None:
-    """The error to raise instead of this one; None if this one is clear, or not about the checkpoint."""
+    """Return an error of one sentence to raise instead; None if `error` is clear already, or not about `path`."""
     if isinstance(error, SafetensorError | StrictDataclassError):
         return UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}")
     if isinstance(error, RuntimeError) and "mismatch" in str(error):
@@ -182,20 +181,20 @@ def _one_line(error: Exception) -> str:
 def slice_checkpoint(
     checkpoint: str | os.PathLike[str], exit_layer: int, out: str | os.PathLike[str], *, only_exit: bool = False
 ) -> Path:
-    """Write the first `exit_layer` layers of a checkpoint as a stand-alone checkpoint; returns its folder.
+    """Write the first `exit_layer` layers of a checkpoint as a checkpoint of its own, and return its folder.
 
-    The slice holds the same tensors in the configuration's dtype, so its outputs at its exits are bit for bit equal to
-    the outputs of the full model. Its configuration records the depth and the exits of the full model.
+    The new checkpoint holds the same tensors in the configuration's dtype, so at its exits it gives bit for bit the
+    outputs of the full model. Its configuration also says how many layers and which exits the full model has.
 
     Args:
         checkpoint: a folder or Hub id.
-        exit_layer: number of layers of the slice; it must be an exit of the checkpoint.
+        exit_layer: an exit of the checkpoint, which is the number of layers to keep.
         out: folder to write; it must be empty or not exist. It is written atomically.
-        only_exit: keep only the projection head of this exit, as in the published models that were cut.
+        only_exit: leave out the projection heads of the shallower exits, as in the published models that were cut.
 
     Raises:
-        UserError: the checkpoint lacks the exit (the message lists its exits), is damaged, is no ModularStarEncoder, or
-            `out` is not empty. Nothing is written.
+        UserError: the checkpoint lacks the exit (the message lists its exits), is damaged, is not a ModularStarEncoder,
+            or `out` is not empty. Nothing is written.
         OSError: the folder lacks configuration or weights, or the Hub repository does not exist. Nothing is written.
 
     Example:
@@ -217,9 +216,9 @@ def write_checkpoint(
     only_exit: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write a copy of a checkpoint, complete or cut at `exit_layer`, with this package's model code.
+    """Copy a checkpoint to `out` with this package's model code: all layers, or the first `exit_layer`.
 
-    The tokenizer comes from the folder `tokenizer`, or from the checkpoint if None. See `slice_checkpoint`.
+    `tokenizer` is the folder of the tokenizer, the checkpoint if None. See `slice_checkpoint` for the others.
     """
     config, path = load_config(checkpoint), _expanded(checkpoint)
     if exit_layer is not None:
@@ -237,17 +236,17 @@ def write_checkpoint(
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """Our model class of this name; for a published checkpoint the base class, which renames tensors when it loads."""
+    """Return our model class `name`; for a published checkpoint the base class, which renames tensors on loading."""
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
-        message = f"{checkpoint} holds a {name}, which this package does not define: load it and save model.slice(…)."
+        message = f"{checkpoint} is a {name}, a class outside this package: load it and save model.slice(…)."
         raise UserError("checkpoint.other_class", message)
     return getattr(modeling, name)
 
 
 def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
-    """Remove all other exits and their projection heads from a model; keep all layers."""
+    """Remove all exits but `exit_layer` from a model, with their projection heads; all layers stay."""
     heads = getattr(model, "projection_heads", {})
     for other in set(heads) - {str(exit_layer)}:
         del heads[other]
@@ -257,9 +256,9 @@ def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer
 def save_retrieval_checkpoint(
     model: ModularStarEncoderForRetrieval, tokenizer: PreTrainedTokenizerBase, out: str | os.PathLike[str]
 ) -> Path:
-    """Write model, code and tokenizer, and the prompts and modules of a SentenceTransformer.
+    """Write a model with its code and tokenizer to `out`, in a form that SentenceTransformer loads too.
 
-    The folder `out` must be empty or not exist. It is written atomically.
+    The folder `out` must be empty or not exist. It is written atomically, and returned.
     """
     with staged_folder(out) as staging:
         model.save_pretrained(staging)
@@ -278,16 +277,16 @@ def write_sentence_transformer_files(
     dimension: int | None = None,
     pooling: str | None = None,
 ) -> None:
-    """Write `modules.json` and the modules' settings into a checkpoint's folder.
+    """Write to a checkpoint's folder what SentenceTransformer reads: `modules.json`, the prompts and other settings.
 
-    The `last_hidden_state` of a retrieval model holds the projected tokens of the exit, which standard modules pool and
-    normalise. `encode(..., exit_layer=k)` passes the exit to the model.
+    The `last_hidden_state` of a retrieval model holds the projected tokens of an exit, which the standard modules
+    pool and normalise. `SentenceTransformer.encode(..., exit_layer=k)` chooses the exit.
 
     Args:
         prompts: {name: prefix}, for `SentenceTransformer.encode(prompt_name=…)`.
-        modules: content of `modules.json`.
+        modules: the modules to list in `modules.json`.
         dimension: size of the embeddings; `config.projection_size` if None.
-        pooling: `"mean"` or `"lasttoken"`, for a model without embeddings; `config.pooling` if None.
+        pooling: `"mean"` or `"lasttoken"`, for a model that returns only tokens; `config.pooling` if None.
     """
     if pooling is None:
         check_servable(config)
@@ -308,7 +307,7 @@ def write_sentence_transformer_files(
 
 
 def is_servable(config: ModularStarEncoderConfig) -> bool:
-    """Whether the pooling and normalisation of sentence-transformers give the same embedding as the model."""
+    """Return whether a SentenceTransformer, which pools and normalises itself, gives the model's own embeddings."""
     with suppress(UserError):
         check_servable(config)
         return True
@@ -316,12 +315,12 @@ def is_servable(config: ModularStarEncoderConfig) -> bool:
 
 
 def check_servable(config: ModularStarEncoderConfig) -> None:
-    """Raise UserError if the pooling and normalisation of sentence-transformers change the embedding."""
+    """Raise UserError if a SentenceTransformer, which pools and normalises itself, would change the embeddings."""
     # Mean pooling and a linear head commute, so their order does not matter.
     commute = config.projection_head == "linear" and config.pooling == "mean"
     orders = ("project_then_pool", "pool_then_project") if commute else ("project_then_pool",)
     known = {"pooling": ("mean", "lasttoken"), "projection_order": orders, "embedding_normalization": ("l2",)}
     for name, allowed in known.items():
         if (value := getattr(config, name)) not in allowed:
-            message = f"A SentenceTransformer does not support {name}={value!r}, only"
+            message = f"A SentenceTransformer cannot compute {name}={value!r}, only"
             raise UserError("checkpoint.not_servable", f"{message} {' or '.join(map(repr, allowed))}.")

@@ -1,4 +1,4 @@
-"""Embed texts at every exit in one pass, and compile a model for CPUs."""
+"""Embed texts at several exits in one pass of the model, and compile a model to run faster on CPUs."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def encode_exits(
     progress: bool = True,
     dtype: torch.dtype | None = None,
 ) -> dict[int, np.ndarray]:
-    """Embed N texts at several exits in one pass; the layers up to the deepest exit are computed once.
+    """Embed N texts at several exits in one pass, which runs each layer up to the deepest exit once.
 
     Texts are sorted by length and batched; on a CPU padding tokens are skipped. The result is in the order of `texts`.
     Equal texts are encoded once, so their embeddings are bit for bit equal.
 
     Args:
-        model: a `ModularStarEncoderForRetrieval`, on any device. It runs in evaluation mode; its mode is restored.
+        model: a `ModularStarEncoderForRetrieval`, on any device. It runs in evaluation mode, then its mode is restored.
         tokenizer: the model's tokenizer.
         texts: N texts, without prompts.
         exit_layers: exits of the model; all if None.
-        prompt: prefix of every text, see `data.prompts`.
-        max_length: longer texts are cut to this number of tokens, special ones included; the model's
-            `max_position_embeddings` if None.
+        prompt: put before every text, see `data.prompts`.
+        max_length: longer texts are cut to this number of tokens, special tokens included; if None, to the
+            `max_position_embeddings` of the model.
         tokens_per_batch: largest number of tokens in a batch, padding included; a longer text is a batch of its own.
         progress: show progress bars.
         dtype: compute under autocast in this dtype; if None, in the dtype of the model.
@@ -84,16 +84,16 @@ def encode_batches(
     tokens_per_batch: int = 8192,
     progress: bool = True,
 ) -> np.ndarray | None:
-    """Tokenize, sort and pad N texts like `encode_exits`, and embed them with a given function at E exits.
+    """Tokenize, sort and pad N texts like `encode_exits`, and embed each batch at E exits with `encode_batch`.
 
-    `encode_batch` maps `input_ids` and `attention_mask`, int64 (B, T), to embeddings (E, B, D) float32. Returns the
-    embeddings (E, N, D) float32 in the order of `texts`; None if there are no texts.
+    `encode_batch` maps {`input_ids`, `attention_mask`: int64 (B, T)} to embeddings (E, B, D) float32. Returns the
+    embeddings (E, N, D) float32 in the order of `texts`, or None if there are no texts.
     """
     if isinstance(texts, str):
         raise UserError("encode.texts.one_string", f"texts must be a list of strings, not the string {texts[:40]!r}.")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     if broken := [text for text in unique if not_unicode(text)]:
-        message = f"{len(broken)} texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}."
+        message = f"{len(broken)} of the texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}."
         raise UserError("encode.texts.not_unicode", message)
     token_ids = tokenize(tokenizer, [prompt + text for text in unique], max_length, progress)
     embeddings: np.ndarray | None = None
@@ -108,7 +108,7 @@ def encode_batches(
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) -> list[list[int]]:
-    """The token ids of each text, special tokens included, cut to `max_length`."""
+    """Return the token ids of each text, special tokens included, at most `max_length`."""
     token_ids: list[list[int]] = []
     chunk = 1024  # large enough for the tokenizer's threads, small enough to update the progress bar often
     starts = range(0, len(texts), chunk)
@@ -119,7 +119,7 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) 
 
 
 def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Yield the row numbers of each batch, longest rows first, so that a batch too large for memory fails early."""
+    """Yield the indices of the texts of each batch, longest first, so that too large a batch fails at once."""
     rows: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if rows and lengths[rows[0]] * (len(rows) + 1) > tokens_per_batch:
@@ -132,7 +132,7 @@ def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[i
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation and inference mode, then restore the mode of the model."""
+    """Run a `with` block with the model in evaluation mode and torch in inference mode; restore both afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -144,7 +144,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
-    """Like `evaluating`; on a CPU, also skip the computation of padding tokens if the pooling allows it."""
+    """Like `evaluating`, but on a CPU the model also skips padding tokens, unless its pooling is "legacy"."""
     config = model.config
     as_configured = config.unpad_inputs
     if next(model.parameters()).device.type == "cpu" and config.pooling != "legacy":
@@ -159,12 +159,12 @@ def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
 def compile_for_inference(
     model: ModularStarEncoderForRetrieval, *, tokens_per_chunk: int = 1024, progress: bool = True
 ) -> ModularStarEncoderForRetrieval:
-    """Return a copy of the model with compiled MLPs, which shares its parameters; `model` is not changed.
+    """Return a copy of the model whose MLPs are compiled; it shares the parameters of `model`, which is not changed.
 
-    It is faster on CPUs with AVX512-BF16 or AMX, in bfloat16. Compiled code runs in `torch.inference_mode()` without
-    autocast, as in `encode_exits` and `SentenceTransformer.encode`; otherwise the plain layers run. Compiled MLPs hold
-    packed copies of the weights, so memory for weights about doubles, and later changes of the parameters have no
-    effect. Compiling takes a second or more per layer, and may need a C++ compiler.
+    The copy is faster in bfloat16 on CPUs with AVX512-BF16 or AMX. Its compiled code runs in `torch.inference_mode()`
+    without autocast, as in `encode_exits` and `SentenceTransformer.encode`; elsewhere the plain MLPs run. Compiled MLPs
+    hold their own copies of the weights: they about double the memory for weights, and do not see later changes of the
+    parameters. Compiling takes a second or more per layer, and may need a C++ compiler.
 
     Args:
         model: a model on a CPU.
@@ -175,9 +175,9 @@ def compile_for_inference(
         >>> embeddings = encode_exits(compile_for_inference(model), tokenizer, texts)  # doctest: +SKIP
     """
     if model.device.type != "cpu":
-        raise UserError("compile.device", f"compile_for_inference needs a model on the CPU, not on {model.device}.")
+        raise UserError("compile.device", f"The model to compile is on {model.device}: move it to the CPU.")
     if tokens_per_chunk < 2:
-        raise UserError("compile.tokens_per_chunk", f"tokens_per_chunk must be at least 2, not {tokens_per_chunk}.")
+        raise UserError("compile.tokens_per_chunk", f"tokens_per_chunk={tokens_per_chunk}, but it must be at least 2.")
     compiled = model.slice(model.config.num_hidden_layers).eval()
     for layer in tqdm(compiled.model.layers, desc="compiling", unit="layer", disable=not progress, leave=False):
         # Setting an attribute of the instance keeps the names of the parameters, and therefore the saved files.
@@ -186,7 +186,7 @@ def compile_for_inference(
 
 
 def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Compile one MLP with frozen weights, for any number of tokens from two on."""
+    """Return an MLP compiled for any number of tokens from two on; it keeps the present weights."""
     import torch._dynamo.config
     import torch._inductor.config
     from torch._dynamo.exc import BackendCompilerFailed
@@ -208,7 +208,7 @@ def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[
 def _in_chunks(
     plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor], chunk: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The forward function of an MLP: it calls `compiled` in inference mode without autocast, else `plain`."""
+    """Return a function that runs `compiled` on chunks of tokens in inference mode without autocast, else `plain`."""
 
     def forward(states: torch.Tensor) -> torch.Tensor:
         flat = states.flatten(0, -2)

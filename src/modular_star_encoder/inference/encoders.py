@@ -1,4 +1,4 @@
-"""Encoders with one interface: a ModularStarEncoder, any SentenceTransformer, an OpenAI-compatible endpoint."""
+"""One interface to embed texts: by a ModularStarEncoder, a SentenceTransformer or an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ class Encoder(Protocol):
     dimensions: tuple[int | None, ...] = (None,)  # sizes of its truncated embeddings; (None,) if it has one size
 
     def prompt(self, text: Text) -> str:
-        """The prompt of the text, a prefix; empty by default."""
+        """Return the prompt to put before a text; empty by default."""
         return ""
 
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
-        """{exit_layer: embeddings (N, F) float32} of N prompted texts, computed in one pass."""
+        """Embed N (prompt, text) pairs at several exits in one pass: {exit_layer: embeddings (N, F) float32}."""
         ...
 
 
 def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder:
-    """Load an encoder by the name of its model.
+    """Load the encoder for a folder, a Hub repository or the model of an endpoint.
 
     Args:
         name: folder or Hub repository of a ModularStarEncoder or of any model that sentence-transformers can load;
             or `openai:MODEL` or `openai:MODEL@URL` (API key in OPENAI_API_KEY).
-        exit_layers: exits of a ModularStarEncoder; all if None. Only the layers up to the deepest one are loaded.
+        exit_layers: exits of a ModularStarEncoder; all if None. Layers above the deepest one are not loaded.
     """
     folder, is_endpoint = Path(name).expanduser(), name.startswith(ENDPOINT_PREFIX)
     source, label = (str(folder), "/".join(folder.resolve().parts[-2:])) if folder.is_dir() else (name, name)
@@ -73,7 +73,7 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
             own, tokenizer = load_checkpoint(name, max(exit_layers) if exit_layers else None)
             return ExitEncoder(own, tokenizer, label, exit_layers=exit_layers)
     if exit_layers:
-        raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: remove exit_layers.")
+        raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: omit `exit_layers`.")
     if is_endpoint:
         model, _, url = name.removeprefix(ENDPOINT_PREFIX).partition("@")
         return EndpointEncoder(model, url or OPENAI_URL)
@@ -91,7 +91,7 @@ def _is_ours(source: str) -> bool:
 
 
 class ExitEncoder(Encoder):
-    """A `ModularStarEncoderForRetrieval`; one pass computes the embeddings of all exits.
+    """Embeds texts with a `ModularStarEncoderForRetrieval`, at all exits in one pass.
 
     Its `dimensions` are the configuration's `nested_dimensions`, if any. `encode_options` are passed to `encode_exits`:
     max_length, tokens_per_batch, dtype.
@@ -115,7 +115,7 @@ class ExitEncoder(Encoder):
         self.checksum = weights_checksum(model, tokenizer, config.to_json_string(), settings)
 
     def untrained(self, seed: int = 0) -> ExitEncoder:
-        """The same architecture with random weights, a lower bound that only benefits from words that texts share."""
+        """Return the same architecture with random weights, a baseline that only benefits from shared words."""
         parameter = next(self.model.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -124,7 +124,7 @@ class ExitEncoder(Encoder):
         return ExitEncoder(model, self.tokenizer, f"{self.name}, untrained", exit_layers=exits, **self._options)
 
     def prompt(self, text: Text) -> str:
-        """The published prompt of the text; with instructions, if the model was fine-tuned with them."""
+        """Return the published prompt for a text: with instructions if the model was fine-tuned with them."""
         instructions = self.model.config.instruction_prompts
         if text.language is None:
             return text_prompt(instructions=instructions)
@@ -141,7 +141,7 @@ class ExitEncoder(Encoder):
 
 
 class SentenceTransformerEncoder(Encoder):
-    """A SentenceTransformer, or any encoder of transformers, which sentence-transformers extends by mean pooling."""
+    """Embeds texts with a SentenceTransformer, or with a model of transformers, which then gets mean pooling."""
 
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.name = model, name
@@ -149,7 +149,7 @@ class SentenceTransformerEncoder(Encoder):
         self.checksum = weights_checksum(model, model.tokenizer, json.dumps(model.prompts), settings)
 
     def prompt(self, text: Text) -> str:
-        """The model's prompt `query` for prose or `document` for code; empty if the model has no such prompt."""
+        """Return the model's prompt named "query" for prose or "document" for code; empty if it has no such prompt."""
         return self.model.prompts.get("query" if text.language is None else "document") or ""
 
     def encode(
@@ -164,7 +164,7 @@ class SentenceTransformerEncoder(Encoder):
 
 
 def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settings: Mapping[str, Any]) -> str:
-    """A hash of everything that affects embeddings, except the device, which only affects rounding."""
+    """Return a hash of everything that affects embeddings; the device is left out, as it only affects rounding."""
     digest = hashlib.blake2b(json.dumps([config, settings], sort_keys=True, default=str).encode(), digest_size=20)
     digest.update(_tokenizer_state(tokenizer).encode(errors="surrogatepass"))
     for name, tensor in sorted(model.state_dict().items()):
@@ -174,7 +174,7 @@ def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settin
 
 
 def _tokenizer_state(tokenizer: Any) -> str:
-    """The tokenizer as text, without truncation and padding, because each call of the tokenizer changes these."""
+    """Return the tokenizer as JSON without truncation and padding, which each call of a tokenizer changes."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return json.dumps(tokenizer.get_vocab(), sort_keys=True)
     copy = Tokenizer.from_str(backend.to_str())
@@ -184,14 +184,14 @@ def _tokenizer_state(tokenizer: Any) -> str:
 
 
 class EndpointEncoder(Encoder):
-    """A model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
+    """Embeds texts with a model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
 
     The API key is read from `OPENAI_API_KEY` for each call of `encode`, and is never stored, shown or logged.
 
     Args:
         model: name of the model at the endpoint.
         base_url: URL of the endpoint, without `/embeddings`.
-        batch_size: texts per request.
+        batch_size: number of texts in a request.
         max_characters: longer texts are cut, because endpoints reject texts that are too long for their model.
         client_options: passed to `HTTPClient`: attempts, pause, timeout.
     """
@@ -224,5 +224,5 @@ class EndpointEncoder(Encoder):
             rows = {row["index"]: row["embedding"] for row in answer["data"]}
             return np.array([rows[place] for place in range(len(inputs))], dtype=np.float32).reshape(len(inputs), -1)
         except (KeyError, TypeError, ValueError):
-            message = f"{self.base_url} did not return one embedding for each of {len(inputs)} texts."
+            message = f"{self.base_url} was sent {len(inputs)} texts, but did not return one embedding for each."
             raise UserError("encoder.endpoint.answer", message) from None

@@ -1,4 +1,4 @@
-"""The exit profile holds the cost and quality of each exit of a checkpoint; `select_exit` chooses an exit by a budget.
+"""An exit profile holds the cost and quality of each exit of a checkpoint; `select_exit` chooses one of the exits.
 
 `profile.profile_checkpoint` measures a profile, which the checkpoint stores as `exit_profile.json`. Times are in
 milliseconds; 1 MB is 10^6 bytes.
@@ -33,10 +33,10 @@ PROFILE_NAME = "exit_profile.json"
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The cost of one exit at one batch shape.
+    """The time and memory to embed a batch at one exit, for one batch shape (batch_size, length).
 
-    Peak memory on a CPU is the largest resident memory of a process that loads the checkpoint at this exit and embeds
-    such batches, interpreter and libraries included; on a GPU it is the most memory that torch allocated.
+    Peak memory on a CPU is the largest resident memory of a process that loads the layers up to this exit and embeds
+    such batches, Python and its libraries included; on a GPU it is the most memory that torch allocated.
     """
 
     batch_size: int  # number of texts in a batch
@@ -61,13 +61,13 @@ class ProfiledExit:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """The batch shape (batch_size, length) of each measurement."""
+        """Return the batch shape (batch_size, length) of each measurement."""
         return tuple((one.batch_size, one.length) for one in self.measurements)
 
 
 @dataclass(frozen=True, slots=True)
 class ExitProfile:
-    """The measured exits of a checkpoint, ascending, and the conditions of the measurement."""
+    """The cost and quality of the exits of a checkpoint, ascending, and on which machine they were measured."""
 
     exits: Mapping[int, ProfiledExit]  # {exit_layer: its cost and quality}
     device: str  # "cpu" or "cuda"
@@ -81,19 +81,19 @@ class ExitProfile:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """The batch shapes (batch_size, length), in the order of the measurements."""
+        """Return the measured batch shapes (batch_size, length), which are the same for each exit."""
         return next(iter(self.exits.values())).shapes
 
     def measurement(self, exit_layer: int, shape: tuple[int, int]) -> Measurement:
-        """The measurement of one exit at one batch shape; the profile must contain both."""
+        """Return the measurement of one exit at one batch shape; the profile must contain both."""
         measured = self.exits[exit_layer]
         return measured.measurements[measured.shapes.index(shape)]
 
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
-        """Return a copy with the quality of exits ({exit_layer: value}, higher is better) on a benchmark."""
+        """Return a copy with the quality of exits on a benchmark added: {exit_layer: value}, higher is better."""
         exits, known = dict(self.exits), values.keys() & self.exits.keys()
         if not known:
-            message = f"{benchmark} has values for exits {_listed(values)}, but the profile covers {_listed(exits)}."
+            message = f"{benchmark} has values for exits {_listed(values)}, but the profile has exits {_listed(exits)}."
             raise UserError("profile.quality.other_exits", message)
         for k in known:
             exits[k] = dataclasses.replace(exits[k], quality={**exits[k].quality, benchmark: values[k]})
@@ -101,15 +101,15 @@ class ExitProfile:
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
-        """The sorted names of the benchmarks with quality values."""
+        """Return the sorted names of the benchmarks for which the profile holds the quality of an exit."""
         return tuple(sorted({name for profiled in self.exits.values() for name in profiled.quality}))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file."""
+        """Return the profile as the JSON object that `save` writes."""
         return {"format": 1, **dataclasses.asdict(self)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile to a file, atomically."""
+        """Write the profile to a JSON file, atomically."""
         write_json(path, self.to_dict())
 
     @classmethod
@@ -126,14 +126,14 @@ class ExitProfile:
                 exits[int(exit_layer)] = ProfiledExit(measurements=measurements, **values)
             shapes = {one.shapes for one in exits.values()}
             if version != 1 or len(shapes) != 1 or shapes == {()}:
-                raise ValueError("its format is not 1, it has no exits, or their batch shapes differ")
+                raise ValueError("`format` is not 1, or there are no exits, or their batch shapes differ")
             return cls(exits=exits, **content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError("profile.file.unreadable", f"{path} is not an exit profile: {error}.") from error
 
 
 class _Budget(NamedTuple):
-    """A limit and the known values of exits; a value is at most (`sign` 1) or at least (`sign` -1) the limit."""
+    """A limit on the values of exits: values may be up to the limit if `sign` is 1, from the limit on if it is -1."""
 
     name: str
     limit: float
@@ -145,10 +145,10 @@ class _Budget(NamedTuple):
         return {k for k, value in self.values.items() if self.sign * value <= self.sign * self.limit}
 
     def nearest(self, exits: Collection[int]) -> str:
-        """The best value among these exits, as text."""
+        """Return a text with the best value among these exits."""
         best = min((k for k in exits if k in self.values), key=lambda k: (self.sign * self.values[k], k), default=None)
         if best is None:
-            return f"{self.name} is not known of any exit"
+            return f"{self.name} is unknown for these exits"
         return f"{self.name} {self.values[best]:.10g}{self.unit} (exit {best})"  # all digits, to reuse as a budget
 
 
@@ -162,21 +162,21 @@ def select_exit(
     batch_size: int | None = None,
     length: int | None = None,
 ) -> int:
-    """Return the best exit within all budgets.
+    """Return the best exit among the exits that keep to all given limits.
 
-    The best exit has the highest quality on `benchmark`; among equals it is the shallowest. If the quality of an exit
-    within the budgets is unknown, the deepest exit is chosen.
+    The best exit has the highest quality on `benchmark`; of exits with equal quality, it is the shallowest. If the
+    quality of one of these exits is unknown, the deepest of them is returned.
 
     Args:
         profile: cost and quality of each exit.
-        latency_ms: largest 95th percentile of the time of a batch, in milliseconds.
-        memory_mb: largest peak memory, in MB (10^6 bytes).
-        min_quality: smallest quality on `benchmark`.
-        benchmark: name of the benchmark that measures quality; optional if the profile has only one.
-        batch_size, length: batch shape to which the budgets apply; by default the first one in the profile.
+        latency_ms: limit on the time to embed a batch (95th percentile), in milliseconds.
+        memory_mb: limit on the peak memory, in MB (10^6 bytes).
+        min_quality: the exit must reach this quality on `benchmark`.
+        benchmark: name of the benchmark whose quality values are compared; optional if the profile has only one.
+        batch_size, length: batch shape whose time and memory are limited; by default the first one in the profile.
 
     Raises:
-        UserError: no budget is given, the profile lacks the shape or the benchmark, or no exit is within all budgets
+        UserError: no limit is given, the profile lacks the batch shape or the benchmark, or no exit keeps to all limits
             (the message names the nearest exits).
 
     Example:
@@ -197,44 +197,44 @@ def select_exit(
     if min_quality is not None:
         budgets.append(_Budget("min_quality", min_quality, "", -1, quality))
     if not budgets:
-        raise UserError("budget.missing", "Give at least one budget: latency_ms, memory_mb or min_quality.")
+        raise UserError("budget.missing", "Give at least one of `latency_ms`, `memory_mb` and `min_quality`.")
     if not (exits := set(profile.exits).intersection(*(budget.exits() for budget in budgets))):
         raise UserError("budget.too_small", _none_fits(profile, budgets, shape))
     return max(exits, key=lambda k: (quality[k], -k)) if exits <= set(quality) else max(exits)
 
 
 def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[int, int]) -> str:
-    """A message that names for each budget the best value among the exits within the other budgets, or all exits."""
+    """Return the message for budgets that no exit meets: each budget's best value, if possible within the others."""
     wanted = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
-    possible = f"the best of each alone: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
+    possible = f"the best values, each on its own: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
     others = [(one, [other.exits() for other in budgets if other is not one]) for one in budgets]
     allowed = [(one, set(profile.exits).intersection(*exits)) for one, exits in others]
     if nearest := [one.nearest(within) for one, within in allowed if within]:
-        kept = " within the other budgets" if len(budgets) > 1 else ""
-        possible = f"the nearest possible{kept}: {', or '.join(nearest)}"
+        kept = " if the other limits stay" if len(budgets) > 1 else ""
+        possible = f"the nearest values{kept}: {', or '.join(nearest)}"
     return f"No exit meets {wanted} for batches of {shape[0]} × {shape[1]} tokens; {possible}."
 
 
 def _shape(profile: ExitProfile, batch_size: int | None, length: int | None) -> tuple[int, int]:
-    """The first batch shape in the profile with this batch size and length; None matches any."""
+    """Return the first batch shape in the profile with this batch size and length; None matches any."""
     for shape in profile.shapes:
         if batch_size in (None, shape[0]) and length in (None, shape[1]):
             return shape
     measured = ", ".join(f"{size} × {tokens}" for size, tokens in profile.shapes)
     wanted = f"{batch_size or 'any number of'} texts of {length or 'any number of'} tokens"
-    raise UserError("budget.shape", f"The profile has no batch of {wanted}. Available: {measured}.")
+    raise UserError("budget.shape", f"No batches of {wanted} were measured, only of {measured} tokens.")
 
 
 def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[int, float]:
-    """{exit_layer: quality} on `benchmark`, or on the only benchmark if None; exits of unknown quality are left out."""
+    """Return the known {exit_layer: quality} on a benchmark; if it is None, on the only benchmark of the profile."""
     known = profile.benchmarks
     if benchmark is None and len(known) == 1:
         benchmark = known[0]
     if benchmark is None and needed:
-        how = f"name one of {_listed(known)}" if known else "the profile has none; `mose profile --quality` adds one"
-        raise UserError("budget.benchmark.missing", f"min_quality needs a benchmark: {how}.")
+        how = f"name one of {_listed(known)}" if known else "the profile has none, `mose profile --quality` adds one"
+        raise UserError("budget.benchmark.missing", f"`min_quality` needs a `benchmark`: {how}.")
     if benchmark is not None and benchmark not in known:
-        message = f"The profile lacks {benchmark}. Available: {_listed(known) or 'none'}."
+        message = f"The profile lacks the benchmark {benchmark}. It has: {_listed(known) or 'none'}."
         raise UserError("budget.benchmark.unknown", message)
     return {k: one.quality[benchmark] for k, one in profile.exits.items() if benchmark and benchmark in one.quality}
 
@@ -250,21 +250,21 @@ def load_at_budget(
     model_kwargs: Mapping[str, Any] | None = None,
     **budget: Any,
 ) -> ModularStarEncoderForRetrieval:
-    """Load the model in evaluation mode, at the exit that `select_exit` chooses.
+    """Load a retrieval model in evaluation mode, up to the best exit within limits on time, memory or quality.
 
-    Only the layers up to this exit are loaded, in the profile's dtype; `model.config.num_hidden_layers` is the exit. As
-    with `AutoModel`, the model is on the CPU unless `model_kwargs` has a `device_map`.
+    `select_exit` chooses the exit, which is then `model.config.num_hidden_layers`. The weights are loaded in the
+    profile's dtype, on the CPU unless `model_kwargs` has a `device_map`, as with `AutoModel`.
 
     Args:
         checkpoint: folder or Hub id.
-        profile: cost of each exit; by default the checkpoint's `exit_profile.json`, with a warning if another kind of
-            machine measured it.
+        profile: cost and quality of each exit; by default the checkpoint's `exit_profile.json`, with a
+            warning if it was measured on another kind of machine.
         model_kwargs: passed to `AutoModel.from_pretrained`.
-        budget: `latency_ms`, `memory_mb`, `min_quality` and the other arguments of `select_exit`.
+        budget: arguments of `select_exit`: `latency_ms`, `memory_mb`, `min_quality`, …
 
     Raises:
         FileNotFoundError: the checkpoint has no profile.
-        UserError: no exit is within the budget; the message names the nearest exits.
+        UserError: no exit keeps to all limits; the message names the nearest exits.
 
     Example:
         >>> model = load_at_budget("runs/model", latency_ms=20)  # doctest: +SKIP
@@ -285,9 +285,9 @@ def load_sentence_transformer_at_budget(
     device: str | None = None,
     **budget: Any,
 ) -> SentenceTransformer:
-    """Load a SentenceTransformer at the exit that `select_exit` chooses.
+    """Load a SentenceTransformer up to the best exit within limits on time, memory or quality.
 
-    See `load_at_budget` for arguments and errors. If `device` is None, it is the profile's device, or else the CPU.
+    See `load_at_budget` for arguments and errors. `device` defaults to the profile's device; without a GPU, to the CPU.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -301,7 +301,7 @@ def load_sentence_transformer_at_budget(
 
 
 def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
-    """Load the profile of a checkpoint, local or on the Hub; FileNotFoundError if the checkpoint has none.
+    """Load the exit profile of a checkpoint, a folder or Hub id; raise FileNotFoundError if it has none.
 
     Warns if the profile was measured on another kind of processor or GPU, or with another number of threads.
     """
@@ -312,7 +312,7 @@ def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
     if profile.device == "cuda":
         here, decisive = machine_kind("cuda") if torch.cuda.is_available() else {}, ["gpu"]
     kinds = [(name, profile.machine.get(name), here.get(name)) for name in decisive]
-    if other := [f"{name} {then!r}, here {now!r}" for name, then, now in kinds if then != now]:
+    if other := [f"{name} {then!r}, but here {now!r}" for name, then, now in kinds if then != now]:
         message = f"{file} was measured on another machine ({'; '.join(other)}): its times may be wrong here."
         warnings.warn(message, stacklevel=3)
     return profile

@@ -1,7 +1,7 @@
-"""Compute exit 0 with numpy, without a deep learning framework, from one table of token embeddings.
+"""Embed texts at exit 0, the weighted mean of token embeddings, with numpy instead of torch.
 
-Exit 0 of `ModularStarEncoderForRetrieval` runs no layer. If its head is linear, projecting the weighted mean of the
-tokens equals averaging the projected tokens, so the token embeddings and the head merge into one table (V, D).
+Exit 0 of `ModularStarEncoderForRetrieval` runs no layer. If its projection head is linear, the order of projection
+and mean does not matter, so the token embeddings can be projected beforehand, into one table (V, D).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _TEXTS_PER_BATCH = 512
 
 
 class ExitZero:
-    """Embeds texts at exit 0 of a checkpoint in a folder.
+    """Embeds texts at exit 0 of the checkpoint in a folder.
 
-    `table` (V, D) float32 holds the projected embedding of each token times the weight of the token.
+    `table` (V, D) float32 holds for each token of the vocabulary its projected embedding times its weight.
 
     Example:
         >>> ExitZero("hub_configs/mose-code").encode(["parse a header"]).shape
@@ -30,13 +30,13 @@ class ExitZero:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Read the checkpoint; ValueError or OSError if it is unreadable, or if numpy cannot compute its exit 0."""
+        """Read the checkpoint; raise ValueError or OSError if that fails, or if its exit 0 needs torch."""
         from safetensors import safe_open
         from tokenizers import Tokenizer
 
         folder = Path(folder)
         if not has_exit_zero(read_config(folder)):
-            raise ValueError(f"{folder} has no exit 0 that numpy can run.")
+            raise ValueError(f"{folder} has no exit 0, or one that needs torch.")
         with safe_open(folder / "model.safetensors", "np") as tensors:
 
             def read(name: str) -> np.ndarray:
@@ -53,7 +53,7 @@ class ExitZero:
         self.tokenizer.enable_truncation(read_config(folder)["max_position_embeddings"])
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings (N, D) float32 of length 1; zeros for a text without tokens."""
+        """Return the embeddings (N, D) float32 of N texts, of length 1; zeros for a text without tokens."""
         embeddings = np.zeros((len(texts), self.table.shape[1]), dtype=np.float32)
         for start in range(0, len(texts), _TEXTS_PER_BATCH):
             batch = self.tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_PER_BATCH]))
@@ -66,7 +66,7 @@ class ExitZero:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The configuration of a checkpoint folder, without checks; empty if it is missing or unreadable."""
+    """Return the content of a checkpoint's config.json, unchecked; {} if the file is missing or unreadable."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -75,12 +75,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def has_exit_zero(config: dict[str, Any]) -> bool:
-    """Whether `ExitZero` can compute exit 0 of a checkpoint with this configuration."""
+    """Return whether `ExitZero` can embed with a checkpoint that has this configuration."""
     return 0 in config.get("exit_layers", ()) and all(config.get(key) == value for key, value in _NEEDED.items())
 
 
 def shipped_checkpoint(name: str) -> str:
-    """The folder of a checkpoint that the package contains, such as `mose-code`; returns any other name unchanged."""
+    """Return the folder of the checkpoint `name` if this package contains it (`mose-code`), else `name` itself."""
     folder = Path(str(files("modular_star_encoder.hub_configs"))) / name
     is_shipped = "/" not in name and not Path(name).exists() and (folder / "model.safetensors").is_file()
     return str(folder) if is_shipped else name

@@ -1,8 +1,8 @@
-"""Export one exit of a retrieval model as an ONNX file with dynamic batch size and length (extra `onnx`).
+"""Export one exit of a retrieval model as an ONNX file for any batch size and length (extra `onnx`).
 
-Inputs: `input_ids` and `attention_mask`, int64 (batch_size, sequence_length), padded on either side. Outputs, float32:
-`last_hidden_state` (batch_size, sequence_length, D), the projected tokens, which sentence-transformers pools; and
-`sentence_embedding` (batch_size, D), pooled and normalised, which text-embeddings-inference uses directly.
+Inputs: `input_ids` and `attention_mask`, int64 (batch_size, sequence_length), padded left or right. Outputs, float32:
+`last_hidden_state` (batch_size, sequence_length, D) holds the projected tokens, which sentence-transformers pools;
+`sentence_embedding` (batch_size, D) is pooled and normalised, as text-embeddings-inference expects.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LARGEST_FILE = 2**31 - 2**27
 
 
 class _ServedExit(torch.nn.Module):
-    """The module that is exported: the deepest exit of a model, with the outputs `OUTPUTS`."""
+    """The module that `export_onnx` exports: it computes the `OUTPUTS` at the deepest exit of a model."""
 
     def __init__(self, model: ModularStarEncoderForRetrieval) -> None:
         super().__init__()
@@ -58,9 +58,9 @@ class _ServedExit(torch.nn.Module):
 def export_onnx(
     model: ModularStarEncoderForRetrieval, path: str | os.PathLike[str], exit_layer: int | None = None
 ) -> None:
-    """Write one exit of a model as an ONNX file (`check_onnx` compares it with the model).
+    """Write a model up to one exit as an ONNX file; `check_onnx` then compares the file with the model.
 
-    See the module for inputs and outputs. Weights above 2 GB are written to `{path}_data`.
+    The top of this module describes the inputs and outputs. Weights above 2 GB go to a second file, `{path}_data`.
 
     Args:
         model: a model in float32 on the CPU. It is not changed.
@@ -78,7 +78,7 @@ def export_onnx(
         True
     """
     if (model.dtype, model.device.type) != (torch.float32, "cpu"):
-        message = f"ONNX export needs float32 weights on the CPU, not {model.dtype} on {model.device}"
+        message = f"ONNX export needs weights in float32 on the CPU, not in {model.dtype} on {model.device}"
         raise UserError("onnx.dtype", f"{message}: load the model with dtype=torch.float32.")
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
     sample = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
@@ -96,7 +96,7 @@ def export_onnx(
 
 
 def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = None) -> torch.nn.Module:
-    """The module that `export_onnx` exports, in evaluation mode; it shares the model's weights."""
+    """Return the module that `export_onnx` exports, in evaluation mode; it shares the weights of `model`."""
     cut = model.slice(model.config.num_hidden_layers if exit_layer is None else exit_layer)
     # Skipping padding needs the lengths as Python numbers, which an exported graph does not have.
     cut.config.unpad_inputs = False
@@ -105,7 +105,7 @@ def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = 
 
 
 def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
-    """Write a graph; weights too large for one file go to `{path}_data`, the name that serving software expects."""
+    """Write an ONNX graph; weights too large for one file go to `{path}_data`, the name that servers expect."""
     import onnx_ir
 
     tensors = [value.const_value for value in graph.graph.initializers.values()]
@@ -127,7 +127,7 @@ def open_session(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence log messages and warnings of exporter and quantiser, which concern other models (torchvision, …)."""
+    """Hide warnings of torch's exporter and ONNX's quantiser, which are about other models (torchvision, …)."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -140,7 +140,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class OnnxDifferences:
-    """The largest absolute differences between the outputs of an ONNX file and of its model."""
+    """The largest absolute differences between the outputs of an ONNX file and of the model in it."""
 
     last_hidden_state: float  # without padding; divided by the largest absolute value in the batch if above 1
     sentence_embedding: float  # between embeddings of length 1
@@ -154,10 +154,10 @@ def check_onnx(
     *,
     tolerance: float = TOLERANCE,
 ) -> OnnxDifferences:
-    """Compare an ONNX file with the exit that it holds, for one or several texts, short or long, with either padding.
+    """Compare the outputs of an ONNX file and of its model, for batches with one or more texts and either padding.
 
-    See `export_onnx` for the arguments. UserError if an output is NaN or differs by more than `tolerance`; the message
-    names the output, the batch and the difference.
+    See `export_onnx` for the arguments. Raises UserError if an output is NaN or differs by more than `tolerance`; the
+    message names the output, the batch and the difference.
     """
     served, session = served_exit(model, exit_layer), open_session(path)
     largest = dict.fromkeys(OUTPUTS, 0.0)
@@ -181,7 +181,7 @@ def check_onnx(
 
 
 def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches of random tokens: one or several texts, equal or different lengths, left or right padding."""
+    """Yield batches of random tokens: one or more texts, of equal or different lengths, padded left or right."""
     generator = torch.Generator().manual_seed(0)
     for lengths in ((1,), (longest,), (1, 1), (7, 7, 7, 7, 7), (longest, 1, longest // 2)):
         width = max(lengths)
@@ -193,9 +193,9 @@ def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]
 
 
 def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Write `source` to `target` with int8 weights in the linear layers and the token embedding.
+    """Copy an ONNX file to `target` with the weights of linear layers and token embeddings rounded to int8.
 
-    `hub.onnx_folder.compare_rankings` measures how much quality this loses.
+    `hub.onnx_folder.compare_rankings` measures the loss of quality.
     """
     with naming_extra():
         import onnx_ir

@@ -1,8 +1,8 @@
 """Measure the exit profile of a checkpoint on this machine: latency, memory, size and FLOPs of every exit.
 
 Latency is timed on batches of random tokens without padding, after a warm-up. The exits alternate in random order, so
-that other load affects all of them. Memory is measured on a CPU in a separate process per exit, which runs this module
-as a script; on a GPU each exit is loaded alone.
+that other programs slow all of them alike. On a CPU, memory is measured in a separate process per exit, which runs this
+module as a script; on a GPU, each exit is loaded on its own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Shape = tuple[int, int]
 
 
 def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: int) -> float:
-    """Floating-point operations per token to embed a text of `length` tokens at one exit.
+    """Return the floating-point operations per token to embed a text of `length` tokens at one exit.
 
     Only matrix products are counted; a multiplication and its addition are two operations, as in Kaplan et al. (2020,
     arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`. H is the hidden size, K the key size (key-value
@@ -64,7 +64,7 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
 
 @dataclass(frozen=True, slots=True)
 class ProfilePlan:
-    """What to measure: every combination of `batch_sizes` and `lengths`."""
+    """What `profile_checkpoint` measures: every combination of `batch_sizes` and `lengths`."""
 
     batch_sizes: tuple[int, ...] = (1, 8)  # numbers of texts in a batch
     lengths: tuple[int, ...] = (128, 512)  # numbers of tokens of each text
@@ -75,11 +75,11 @@ class ProfilePlan:
     def __post_init__(self) -> None:
         numbers = (*self.batch_sizes, *self.lengths, self.rounds, self.seconds_per_shape)
         if not self.batch_sizes or not self.lengths or min(numbers) <= 0:
-            raise UserError("profile.plan", f"All numbers in a plan must be positive, not {numbers}.")
+            raise UserError("profile.plan", f"All numbers in a `ProfilePlan` must be positive, not {numbers}.")
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """All batch shapes (batch_size, length), the smallest first."""
+        """Return all batch shapes (batch_size, length), those with the fewest tokens first."""
         shapes = {(size, length) for size in self.batch_sizes for length in self.lengths}
         return tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape)))
 
@@ -93,23 +93,23 @@ def profile_checkpoint(
     dtype: str | None = None,
     progress: bool = True,
 ) -> ExitProfile:
-    """Measure the exits of a retrieval checkpoint.
+    """Measure the time and memory to embed at each exit of a retrieval checkpoint.
 
-    If None, `device` is a GPU if there is one, else the CPU; `plan` is `ProfilePlan()`; `exit_layers` and `dtype` come
-    from the checkpoint.
+    By default `plan` is `ProfilePlan()`, `device` is a GPU or else the CPU, and `exit_layers` and `dtype` are the
+    checkpoint's.
     """
     plan = plan or ProfilePlan()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError("profile.device", f"device {device!r} is not available: use cpu or cuda.")
+        raise UserError("profile.device", f"device={device!r} is not available: use 'cpu', or 'cuda' with a GPU.")
     if dtype not in (None, *DTYPES):
-        raise UserError("profile.dtype", f"dtype {dtype!r} must be one of {', '.join(DTYPES)}.")
+        raise UserError("profile.dtype", f"dtype={dtype!r}, but it must be one of {', '.join(DTYPES)}.")
     path = os.path.expanduser(os.fspath(checkpoint))
     model, _ = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     exits = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
     if (longest := max(plan.lengths)) > (limit := config.max_position_embeddings):
-        raise UserError("profile.length", f"The model accepts {limit} tokens at most, not {longest}.")
+        raise UserError("profile.length", f"The model accepts texts of at most {limit} tokens, not {longest}.")
     times = _measure_times(model, exits, plan, progress)
     parameters = {k: model.slice(k).num_parameters() for k in exits}
     attention, bytes_each = config._attn_implementation, model.dtype.itemsize
@@ -154,10 +154,10 @@ def profile_to_file(
     out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[ExitProfile, Path]:
-    """Measure a checkpoint and write the profile to `out`, or to its folder if None; returns the profile and its path.
+    """Measure a checkpoint, write the profile to `out` (by default in its folder), and return profile and path.
 
-    It replaces an older profile, but keeps the quality values of the measured exits if the weights are the same.
-    UserError if the older profile has exits that `exit_layers` leaves out, or if a Hub repository comes without `out`.
+    If an older profile of the same weights is there, the new one keeps its quality values. Raises UserError if the
+    older profile has exits that `exit_layers` leaves out, or if `checkpoint` is a Hub repository and `out` is None.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
@@ -175,25 +175,25 @@ def profile_to_file(
 
 
 def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
-    """The path of a checkpoint's profile: `out`, or `exit_profile.json` in its folder if None."""
+    """Return the path for a checkpoint's profile: `out`, or if None `exit_profile.json` in the checkpoint's folder."""
     if out is not None:
         return Path(out).expanduser()
     check_checkpoint(checkpoint)
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
-        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder: give the profile's path (--out).")
+        raise UserError("profile.out.missing", f"{checkpoint} is no local folder: name the file to write (--out).")
     return folder / PROFILE_NAME
 
 
 def random_batch(model: ModularStarEncoderForRetrieval, batch_size: int, length: int) -> dict[str, torch.Tensor]:
-    """Random token ids, equal in every call, and an attention mask without padding, both int64 (B, T)."""
+    """Return random token ids, equal in every call, and an attention mask of ones: both int64 (B, T)."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=generator).to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def embed(model: ModularStarEncoderForRetrieval, batch: dict[str, torch.Tensor], exit_layer: int) -> float:
-    """Embed a batch at one exit, and return the seconds until the device has finished."""
+    """Embed a batch at one exit, and return how many seconds the device needed."""
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda device: None
     wait(model.device)
     start = time.perf_counter()
@@ -204,7 +204,7 @@ def embed(model: ModularStarEncoderForRetrieval, batch: dict[str, torch.Tensor],
 
 
 def format_profile(profile: ExitProfile) -> str:
-    """Markdown text with one table per batch shape, and a line with device, dtype, machine and date."""
+    """Return a profile as Markdown: one table per batch shape, and a line with device, dtype, machine and date."""
     blocks = []
     for shape in profile.shapes:
         rows = [["exit", "parameters", "MFLOP/token", "p50 ms", "p95 ms", "texts/s", "peak MB", *profile.benchmarks]]
@@ -222,7 +222,7 @@ def format_profile(profile: ExitProfile) -> str:
 def _measure_times(
     model: ModularStarEncoderForRetrieval, exits: Sequence[int], plan: ProfilePlan, progress: bool
 ) -> dict[tuple[int, Shape], list[float]]:
-    """{(exit, batch shape): seconds of each timing}, without warm-up."""
+    """Return {(exit, batch shape): seconds of each timing}; warm-up rounds are left out."""
     random = np.random.default_rng(0)
     times: dict[tuple[int, Shape], list[float]] = {(k, shape): [] for k in exits for shape in plan.shapes}
     total = len(plan.shapes) * (WARM_UP_ROUNDS + plan.rounds)
@@ -242,7 +242,7 @@ def _measure_times(
 
 
 class MemoryUse(NamedTuple):
-    """The memory of a process that embeds, in MB (10^6 bytes); None if the operating system does not report it."""
+    """The resident memory of a process that embeds batches, in MB (10^6 bytes); None where the system hides it."""
 
     base: float | None  # with all libraries, before the model is loaded
     peaks: list[float | None]  # the peak so far, after each batch
@@ -251,7 +251,6 @@ class MemoryUse(NamedTuple):
 def _measure_memory(
     checkpoint: str, exits: Sequence[int], plan: ProfilePlan, device: str, dtype: str, progress: bool
 ) -> dict[int, MemoryUse]:
-    """{exit: its memory}, with one peak per batch shape."""
     if not plan.memory:
         return dict.fromkeys(exits, MemoryUse(None, [None] * len(plan.shapes)))
     use = {}
@@ -272,21 +271,21 @@ def _measure_memory(
 
 
 def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape], threads: int) -> MemoryUse:
-    """Peak resident memory of a new process that loads an exit on the CPU and embeds one batch per shape.
+    """Return the memory of a new process that loads one exit on the CPU and embeds one batch per shape.
 
-    `shapes` must ascend by tokens, because each peak is the largest so far. All peaks include the loading of the model.
+    `shapes` must ascend by tokens, because each peak is the largest value so far, the loading of the model included.
     """
     request = json.dumps([checkpoint, exit_layer, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
-        raise OSError(f"The memory of exit {exit_layer} cannot be measured, its process ended with: {last}")
+        raise OSError(f"The memory of exit {exit_layer} is unknown: the process that measures it ended with: {last}")
     return MemoryUse(*json.loads(process.stdout.splitlines()[-1]))
 
 
 def peak_memory_mb() -> float | None:
-    """Largest resident memory of this process so far, in MB (10^6 bytes); None if the system does not report it."""
+    """Return the largest resident memory of this process so far, in MB (10^6 bytes); None if it is unknown."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:"))

@@ -1,7 +1,7 @@
-"""Write exit 0 of a checkpoint as a static model, which stock sentence-transformers or model2vec runs.
+"""Write exit 0 of a checkpoint as a static model, which sentence-transformers or model2vec runs as it is.
 
-Both libraries embed a text as the mean of one vector per token. Exit 0 is a mean with a weight per token, and the sum
-of the weights changes only its length. The mean of the vectors times their weights, normalised, is therefore exit 0.
+Both libraries embed a text as the mean of one vector per token. Exit 0 is a weighted mean of such vectors, whose
+length is then made 1. It therefore equals the normalised plain mean of the vectors times their weights.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def export_static(
         The written folder: tokenizer.json, modules.json, and model.safetensors with V × D numbers in float32.
 
     Raises:
-        UserError: the format is unknown, exit 0 is not a weighted mean of token vectors, or the tokenizer adds special
-            tokens, which static models leave out; see `slice_checkpoint` for others. Nothing is written.
+        UserError: the format is unknown, exit 0 is not a weighted mean of token vectors, the tokenizer adds special
+            tokens, which static models leave out, or as in `slice_checkpoint`. Nothing is written.
 
     Example:
         >>> folder = export_static("mose-code", "runs/mose-code-static")  # doctest: +SKIP
@@ -59,18 +59,16 @@ def export_static(
         (1, 384)
     """
     if format not in TENSORS:
-        raise UserError("static.format", f"format must be {' or '.join(TENSORS)}, not {format!r}.")
+        raise UserError("static.format", f"`format` must be {' or '.join(TENSORS)}, not {format!r}.")
     config = load_config(checkpoint)
     if 0 in config.exit_layers and not has_exit_zero(config.to_dict()):
-        message = (
-            f"Exit 0 of {checkpoint} is not a weighted mean of token vectors. It needs a linear head after pooling."
-        )
+        message = f"Exit 0 of {checkpoint} is not a weighted mean of token vectors: use a linear head after pooling."
         raise UserError("static.exit_zero", message)
     with tempfile.TemporaryDirectory() as scratch:
         exit_zero = ExitZero(slice_checkpoint(checkpoint, 0, Path(scratch, "slice")))
     tokenizer, folder = exit_zero.tokenizer, Path(folder).expanduser()
     if added := tokenizer.num_special_tokens_to_add(False):
-        message = f"The tokenizer of {checkpoint} adds {added} special tokens to a text, which static models leave out."
+        message = f"The tokenizer of {checkpoint} adds {added} special tokens to each text; a static model cannot."
         raise UserError("static.special_tokens", message)
     with staged_folder(folder) as staging:
         (staging / "model.safetensors").write_bytes(save({TENSORS[format]: exit_zero.table}))
@@ -93,9 +91,9 @@ def export_static(
 
 
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """The content of tokenizer.json; the name of a special token in a text stays text, if it is so in the checkpoint.
+    """Return the content of tokenizer.json; with `encode_special_tokens`, names of special tokens stay plain text.
 
-    Both libraries look for all added tokens in a text, so those that the vocabulary also has are removed.
+    Both libraries search a text for all added tokens, so added tokens that are also in the vocabulary are removed.
     """
     state = json.loads(tokenizer.to_str())
     if tokenizer.encode_special_tokens:

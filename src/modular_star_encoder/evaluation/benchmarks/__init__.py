@@ -1,4 +1,4 @@
-"""The list of benchmarks, and how to load each. To add one, write its `load` function and list it here."""
+"""Find and load the benchmarks. To add one, write its `load` function and add it to the list here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Where the files of a benchmark are, and how to read them."""
+    """The name and title of a benchmark, the folder of its files, and the function that loads them."""
 
     name: str  # name on the command line
     title: str  # the heading of its table
@@ -69,7 +69,7 @@ WITH_CANDIDATES = tuple(name for name, benchmark in BENCHMARKS.items() if benchm
 
 
 def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
-    """The names of benchmarks without repetitions; replaces `all` by all benchmarks whose folders are in `data`."""
+    """Return benchmark names without repetitions; "all" stands for all benchmarks whose folders are in `data`."""
     unknown = [name for name in names if name not in (*BENCHMARKS, ALL)]
     if unknown or not names:
         fault, what = ("unknown", f"Unknown benchmark {unknown[0]!r}") if names else ("missing", "Name a benchmark")
@@ -80,7 +80,7 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     found = [one.name for one in possible if not _is_on_hub(data) and Path(data, one.folder).expanduser().is_dir()]
     if not found:
         folders = ", ".join(sorted({one.folder for one in possible}))
-        message = f"`{ALL}` needs a local folder that holds one of the folders {folders}, not {data}."
+        message = f"`{ALL}` needs a local folder with one or more of the folders {folders}; {data} has none."
         raise UserError("benchmark.all.none", message)
     return list(dict.fromkeys(one for name in names for one in (found if name == ALL else [name])))
 
@@ -88,19 +88,19 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
 def load_benchmark(
     name: str, data: str | Path, *, allow_subset: bool = False, candidates: str | Path | None = None
 ) -> list[Task]:
-    """Load the tasks of a benchmark.
+    """Load the tasks of the benchmark `name`.
 
     Args:
-        data: the folder of the benchmark, or its parent folder; `hub` for the repository of its authors on the Hub; or
-            `hub:OWNER/NAME` for another repository with the same files.
-        allow_subset: accept partial files, and add a note to the tasks.
+        data: the folder of the benchmark, or the folder in which that lies; or "hub" to download it from its authors'
+            Hub repository, or "hub:OWNER/NAME" from another repository with the same files.
+        allow_subset: accept files with fewer rows than published, and say so in the notes of the tasks.
         candidates: folder with the lists of candidates from an earlier run, for benchmarks with random candidates.
     """
     benchmark = BENCHMARKS[name]
     if _is_on_hub(data):
         repository = str(data).removeprefix("hub").removeprefix(":") or benchmark.hub
         if not repository:
-            raise UserError("benchmark.not_on_hub", f"{name} is not on the Hub: give a folder or hub:OWNER/NAME.")
+            raise UserError("benchmark.not_on_hub", f"{name} is not on the Hub: give a folder, or hub:OWNER/NAME.")
         ignored = ["*train*", "*validation*"]
         folder = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))
     else:

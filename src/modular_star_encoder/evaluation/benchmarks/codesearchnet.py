@@ -1,6 +1,6 @@
-"""CodeSearchNet (Husain et al. 2019) in four protocols, and its first protocol on the functions of a folder.
+"""Load CodeSearchNet (Husain et al. 2019) for four protocols, or the functions of a folder for the first of them.
 
-The files may come from its authors, the Hub, CodeXGLUE or MTEB. It has two known flaws. First, Python's `code` holds
+Files of the authors, the Hub, CodeXGLUE and MTEB are read. The data has two known flaws. First, Python's `code` holds
 the docstring that is the query: BM25 reaches 97 MRR with the docstring, and 57 to 59 without it. Published values for
 Python often include it; this module strips docstrings unless `leaky`. Second, documentation is not a search query:
 developers write it next to the code, and it shares words with the code.
@@ -65,7 +65,7 @@ Grades = dict[str, dict[str, list[float]]]  # {query: {url of a function: releva
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
-    """The languages whose files are in `folder`, at least one; `{0}` in a pattern stands for the language."""
+    """Return the languages with files in `folder`, at least one; `{0}` in a pattern stands for the language."""
     files = {language: [pattern.format(language) for pattern in patterns] for language in languages}
     require_files(folder, [pattern for of_language in files.values() for pattern in of_language])
     return [language for language, of_language in files.items() if find_files(folder, of_language)]
@@ -74,12 +74,12 @@ def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] =
 def load_with_candidates(
     folder: Path, *, leaky: bool = False, candidates: Path | None = None, allow_subset: bool = False
 ) -> list[RetrievalTask]:
-    """Load one task per language whose test file exists; each query has 1000 random candidates.
+    """Load one task per language with a test file in the folder; each query has 1000 random candidates.
 
     Args:
-        folder: holds `{language}_test.jsonl.gz`, or a folder per language from the Hub or from the authors' archives.
+        folder: contains `{language}_test.jsonl.gz`, or a folder per language from the Hub or the authors' archives.
         leaky: load only Python, with the docstrings in the code, to compare with published values.
-        candidates: folder with the lists that `write_candidates` wrote; leaves out rows that are not in the lists.
+        candidates: folder that `write_candidates` wrote: reuse its candidates, and leave out rows without any.
         allow_subset: accept files with fewer rows than the official split.
     """
     name, tasks = "codesearchnet-999-leaky" if leaky else "codesearchnet-999", []
@@ -97,7 +97,7 @@ def load_with_candidates(
 
 
 def language_patterns(split: str, language: str) -> tuple[str, ...]:
-    """Patterns for the files of a split: plain JSON lines, Parquet from the Hub, the authors' unpacked archive."""
+    """Return file patterns of a split: JSON lines, Parquet as on the Hub, or the authors' unpacked archive."""
     return (
         f"{language}_{split}.jsonl.gz",
         f"{language}_{split}.jsonl",
@@ -108,9 +108,9 @@ def language_patterns(split: str, language: str) -> tuple[str, ...]:
 
 
 def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> dict[str, RetrievalRow]:
-    """Read {url: documented function} from the files of one language, in order.
+    """Read the documented functions of one language: {url: function}, in the order of the files.
 
-    `leaky` keeps the docstring in Python code, as in most published evaluations.
+    `leaky` leaves the docstring in Python code, as most published evaluations do.
     """
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
@@ -123,7 +123,7 @@ def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> 
             if row["language"] != language:
                 refuse(path, number, f"a row of {language}", row["language"])
             if not code.strip() or not documentation.strip():
-                refuse(path, number, "code and documentation", "an empty one")
+                refuse(path, number, "code and documentation", "an empty field")
             if url in functions:
                 refuse(path, number, "a url that no earlier row has", url)
             if language == "python" and not leaky:
@@ -133,12 +133,12 @@ def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> 
 
 
 def query_of(documentation: str) -> str:
-    """The query for a function: the summary of its documentation, or all of it if it begins with a tag."""
+    """Return the query for a function: the summary of its documentation, or all of it if there is no summary."""
     return documentation_summary(documentation) or documentation.strip()
 
 
 def strip_docstring(code: str) -> str:
-    """Remove the docstring of a Python function; if the code does not parse, remove a string that starts its body."""
+    """Remove the docstring from the code of a Python function, even from code that does not parse."""
     try:
         found = find_functions(textwrap.dedent(code).strip("\n"), "python")
     except UnparsableSourceError:
@@ -159,29 +159,29 @@ def strip_docstring(code: str) -> str:
 
 
 def write_candidates(task: RetrievalTask, folder: Path) -> None:
-    """Write the query ids of each pool to `folder/{language}.json`."""
+    """Write which queries share their candidates (one list of ids per pool) to `folder/{language}.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     pools = [[task.query_ids[row] for row in pool.queries] for pool in task.pools]
     write_json(folder / f"{task.name}.json", {"benchmark": task.benchmark, "task": task.name, "pools": pools})
 
 
 def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
-    """Read the lists that `write_candidates` wrote, as pools of row numbers in `urls`."""
+    """Read the lists of candidates in a file of `write_candidates`, as pools of row numbers in `urls`."""
     (data,) = check_rows(path, [read_json(path)], {"pools": list})
     places = {url: place for place, url in enumerate(urls)}
     pools = []
     for number, pool in enumerate(data["pools"], start=1):
         if not isinstance(pool, list) or len(pool) < 2 or len(set(pool)) < len(pool):
-            refuse(path, None, f"at least two different urls in pool {number}")
+            refuse(path, None, f"two or more urls, all different, in pool {number}")
         if missing := [url for url in pool if url not in places]:
-            refuse(path, None, f"urls of functions that the data holds in pool {number}", missing[0])
+            refuse(path, None, f"only urls of loaded functions in pool {number}", missing[0])
         rows = np.array([places[url] for url in pool])
         pools.append(Pool(rows, rows))
     return tuple(pools) or refuse(path, None, "at least one pool")
 
 
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load CodeXGLUE's filtered version, one task per language folder; candidates are all functions of the language."""
+    """Load CodeXGLUE's filtered version: one task per language, whose candidates are all functions of the language."""
     tasks = []
     for language in _languages(folder, ["{0}/test.jsonl*"]):
         test, codebase = (require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))
@@ -193,7 +193,7 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
         places = check_unique(codebase, [row["url"] for row in candidates], "url")
         for number, url in enumerate(urls, start=1):
             if url not in places:
-                refuse(test, number, f"a url that {codebase.name} holds", url)
+                refuse(test, number, f"a url that is in {codebase.name}", url)
         texts = [Text(text) for text in joined_tokens(test, queries, "docstring_tokens")]
         codes = [Text(text, language) for text in joined_tokens(codebase, candidates, "code_tokens")]
         judgements = Judgements.one_each([places[url] for url in urls])
@@ -203,9 +203,9 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
 
 
 def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load the human judgements, one task for each language whose functions are in the folder.
+    """Load the queries with human judgements: one task for each language whose functions are in the folder.
 
-    The folder holds `annotationStore.csv` (also under `resources/`) and a folder of JSON lines for each language.
+    The folder holds `annotationStore.csv` (or has it in `resources/`), and for each language a folder of JSON lines.
     """
     (annotations, *_) = require_files(folder, (ANNOTATIONS, f"resources/{ANNOTATIONS}"))
     grades, count = _read_grades(annotations)
@@ -214,7 +214,7 @@ def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
     tasks = []
     for language in _languages(folder, ["{0}/**/*.jsonl*"]):
         if language not in grades:
-            refuse(annotations, None, f"annotations of {language}")
+            refuse(annotations, None, f"annotations of {language} code")
         functions = _read_code(sorted(folder.glob(f"{language}/**/*.jsonl*")))
         places = {url: place for place, url in enumerate(functions)}
         annotated = {url for judged in grades[language].values() for url in judged}
@@ -236,7 +236,7 @@ def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 
 
 def _read_grades(path: Path) -> tuple[dict[str, Grades], int]:
-    """Read {language: grades}, with languages and queries in lower case, and the number of annotations."""
+    """Read {language: grades}, with languages and queries in lower case, and the number of annotations in a file."""
     grades: dict[str, Grades] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     reader = csv.DictReader(line + "\n" for _, line in read_lines(path))
     columns = ("Language", "Query", "GitHubUrl", "Relevance")
@@ -253,7 +253,7 @@ def _read_grades(path: Path) -> tuple[dict[str, Grades], int]:
 
 
 def _read_code(paths: list[Path]) -> dict[str, str]:
-    """Read {url: code}; if a url occurs twice, its first code."""
+    """Read the functions of JSON lines files: {url: code}; of rows with the same url, the first is kept."""
     functions: dict[str, str] = {}
     for path in paths:
         for number, row in enumerate(read_jsonl(path, {}), start=1):
@@ -266,7 +266,7 @@ def _read_code(paths: list[Path]) -> dict[str, str]:
 
 
 def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load MTEB's sample of 1000 queries and 1000 documents, one task for each language in the folder."""
+    """Load MTEB's samples of 1000 queries and 1000 documents: one task for each language in the folder."""
     tasks = []
     for language in _languages(folder, _mteb_patterns("{0}", "corpus")):
         documents, document_ids, notes = _read_mteb(folder, language, "corpus", "documents", allow_subset)
@@ -277,11 +277,11 @@ def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask
         for number, row in enumerate((row for path in paths for row in read_table(path, fields)), start=1):
             query, document = row["query-id"], row["corpus-id"]
             if query not in query_ids or document not in document_ids:
-                refuse(paths[0], number, "ids of a query and a document", f"{query} and {document}")
+                refuse(paths[0], number, "ids of known texts", f"{query} and {document}")
             gains[query_ids[query]][document_ids[document]] = float(row["score"])
         for query, place in query_ids.items():
             if not any(gain > 0 for gain in gains[place].values()):
-                refuse(paths[0], None, f"a relevant document for query {query}")
+                refuse(paths[0], None, f"a relevant document for the query {query}")
         asked, codes = [Text(text) for text in queries], [Text(text, language) for text in documents]
         options: dict[str, Any] = {"metrics": ("ndcg@10", "mrr", "recall@1", "recall@10"), "notes": notes + more_notes}
         ids, judgements = list(query_ids), Judgements.of(gains)
@@ -296,7 +296,7 @@ def _mteb_patterns(language: str, part: str) -> tuple[str, ...]:
 def _read_mteb(
     folder: Path, language: str, part: str, what: str, allow_subset: bool
 ) -> tuple[list[str], dict[str, int], tuple[str, ...]]:
-    """Read the texts, {id: index of its text}, and notes on the size."""
+    """Read queries or documents: return the texts, {id: index of its text}, and a note if some are missing."""
     paths = require_files(folder, _mteb_patterns(language, part))
     rows = [row for path in paths for row in read_table(path, {"text": str})]
     ids = [row.get("_id", row.get("id")) for row in rows]
@@ -308,10 +308,10 @@ def _read_mteb(
 
 
 def load_code_folder(folder: Path) -> list[RetrievalTask]:
-    """Build one task from the documented functions in a folder of source code, with 1000 random candidates."""
+    """Build a task from the documented functions in a folder of source code; queries have 1000 random candidates."""
     functions = collect_functions(folder_repositories(folder)).functions
     if len(functions) < 2:
-        message = f"{folder} holds {len(functions)} documented functions that pass the filters; at least 2 are needed."
+        message = f"{folder} holds {len(functions)} documented functions that pass the filters, but a task needs 2."
         raise UserError("benchmark.folder.too_few", message)
     rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
     notes = (f"only {len(rows)} documented functions, so fewer than 999 distractors",) if len(rows) < POOL else ()

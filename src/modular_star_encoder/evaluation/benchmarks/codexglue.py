@@ -57,7 +57,7 @@ _OWN_OBJECT = ("this", "self")  # PHP's lexer does not distinguish $this from ot
 
 
 def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load the only task, documentation → code, from the `test.jsonl` that the authors' preprocess.py writes."""
+    """Load AdvTest, one task from documentation to code, from the `test.jsonl` of the authors' preprocess.py."""
     (path, *_) = require_files(folder, ("test.jsonl", "test.jsonl.gz"))
     rows = read_jsonl(path, {"idx": (int, str), "url": str, "docstring_tokens": list})
     ids = check_unique(path, [row["idx"] for row in rows], "idx")
@@ -69,25 +69,25 @@ def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalT
 
 
 def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load the only task, web queries → code."""
+    """Load CoSQA: one task whose queries are web queries and whose documents are Python functions."""
     base, test = (require_files(folder, [name])[0] for name in ("code_idx_map.txt", "cosqa-retrieval-test-500.json"))
     codes = read_json(base)
     if not isinstance(codes, dict) or not codes or not all(isinstance(number, int) for number in codes.values()):
-        refuse(base, 1, "an object from code to whole numbers")
+        refuse(base, 1, "a JSON object {code: whole number}")
     places = check_unique(base, list(codes.values()), "index")
     rows = check_rows(test, read_json(test), {"idx": str, "doc": str, "retrieval_idx": int})
     notes = check_size(base, len(codes), COSQA_CODES, "codes", allow_subset=allow_subset)
     notes += check_size(test, len(rows), COSQA_QUERIES, "queries", allow_subset=allow_subset)
     for number, row in enumerate(rows, start=1):
         if row["retrieval_idx"] not in places:
-            refuse(test, number, f"a retrieval_idx that {base.name} holds", str(row["retrieval_idx"]))
+            refuse(test, number, f"a retrieval_idx that is in {base.name}", str(row["retrieval_idx"]))
     queries, documents = [Text(row["doc"]) for row in rows], [Text(code, "python") for code in codes]
     judgements = Judgements.one_each([places[row["retrieval_idx"]] for row in rows])
     return [ranking_task("cosqa", "test", queries, documents, [row["idx"] for row in rows], judgements, notes=notes)]
 
 
 def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load the tasks Java → C# and C# → Java; `masked` replaces names (see `mask_names`)."""
+    """Load the tasks to find the C# version of a Java method and vice versa; `masked` applies `mask_names`."""
     (first, *_), (second, *_) = (require_files(folder, [f"test.java-cs.txt.{ending}"]) for ending in ("java", "cs"))
     texts = {"java": _read_translation(first, "java", masked), "c#": _read_translation(second, "c#", masked)}
     size = len(texts["java"])
@@ -111,7 +111,7 @@ def _read_translation(path: Path, language: str, masked: bool) -> list[Text]:
 
 
 def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load the only task: a program → the other programs that solve the same problem."""
+    """Load POJ-104: one task to find the other programs that solve the same problem as a given program."""
     (path, *_) = require_files(folder, ("test.jsonl", f"ProgramData/{POJ_PROBLEMS[0]}/*.txt"))
     if path.name == "test.jsonl":
         rows = read_jsonl(path, {"label": str, "index": str, "code": str})
@@ -132,7 +132,7 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
     expected_size = len(POJ_PROBLEMS) * POJ_PROGRAMS_EACH
     notes = check_size(path, len(labels), expected_size, "programs", allow_subset=allow_subset)
     if len(set(sizes.values())) > 1 or min(sizes.values()) < 2 or len(sizes) < 2:
-        refuse(path, None, "as many programs, two or more, of each of several problems", f"{sizes}")
+        refuse(path, None, "the same number of programs, at least two, for each of two or more labels", f"{sizes}")
     # Every other text with the same label is relevant.
     _, numbers = np.unique(labels, return_inverse=True)
     members = [np.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
@@ -145,7 +145,7 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
 
 
 def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[PairTask]:
-    """Load the only task: classify pairs of functions as clones."""
+    """Load BigCloneBench: one task to decide which pairs of Java functions are clones."""
     functions, valid, test = (require_files(folder, [name])[0] for name in ("data.jsonl", "valid.txt", "test.txt"))
     rows = read_jsonl(functions, {"func": str, "idx": (str, int)})
     places = check_unique(functions, [str(row["idx"]) for row in rows], "idx")
@@ -159,7 +159,7 @@ def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[Pair
 def _read_bigclonebench(
     path: Path, places: dict[str, int], allow_subset: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Pairs (P, 2), labels (P,) and notes; the last label of a repeated pair applies, as in the authors' code."""
+    """Read pairs (P, 2), labels (P,) and notes; a repeated pair has its last label, as in the authors' code."""
     labels: dict[tuple[int, int], int] = {}
     number = 0
     for number, line in read_lines(path):
@@ -167,20 +167,20 @@ def _read_bigclonebench(
         if len(parts) != 3 or parts[2] not in ("0", "1"):
             refuse(path, number, "two ids and a label 0 or 1", repr(line[:40]))
         if missing := [name for name in parts[:2] if name not in places]:
-            refuse(path, number, "ids of functions in data.jsonl", missing[0])
+            refuse(path, number, "ids that are in data.jsonl", missing[0])
         labels[places[parts[0]], places[parts[1]]] = int(parts[2])
     notes = check_size(path, number, BIGCLONEBENCH_PAIRS, "pairs", allow_subset=allow_subset)
     values = np.array(list(labels.values()))
     if len(np.unique(values)) != 2:
-        refuse(path, None, "pairs of both labels")
+        refuse(path, None, "pairs with label 0 and pairs with label 1")
     return np.array(list(labels)), values, notes
 
 
 def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False) -> list[RetrievalTask]:
-    """Load a text → code task for each language, or with `from_code` a code → code task for each two languages.
+    """Load Exercism: for each language, a task to find solutions by the description of the exercise.
 
-    Candidates are the exercises that have both texts; tables average over the languages of queries.
-    `masked` replaces names in code (see `mask_names`).
+    With `from_code`, each task is to find solutions in one language by the solution in another. Candidates are the
+    solutions of all exercises that have both texts. `masked` replaces the names in code (see `mask_names`).
     """
     (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
     exercises = _read_exercism(path, masked)
@@ -196,11 +196,11 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
             queries, documents = ([exercises[slug][side] for slug in shared] for side in (source, target))
             name = f"{source} → {target}"
             tasks.append(ranking_task(benchmark, name, queries, documents, shared, column=f"→ {target}"))
-    return tasks or refuse(path, None, "two exercises that are solved in the same languages")
+    return tasks or refuse(path, None, "two or more exercises with the same languages")
 
 
 def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
-    """Read {slug: {language or `DESCRIPTION`: text}}; `masked` replaces the names in code."""
+    """Read {slug of an exercise: {language or `DESCRIPTION`: text}}; `masked` replaces the names in code."""
     rows = read_jsonl(path, {"slug": str, "description": str, "code": dict})
     check_unique(path, [row["slug"] for row in rows], "slug")
     exercises: dict[str, dict[str, Text]] = {}
@@ -219,7 +219,7 @@ def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
 def mask_names(code: str, language: str) -> str:
     """Replace the identifiers in code by `name1`, `name2`, … in the order of their first appearance.
 
-    `language` is any name that Pygments knows, such as "python", "c++", "c#".
+    A program without telling names remains. `language` is a name that Pygments knows, such as "python", "c++", "c#".
     """
     names: dict[str, str] = {}
 
@@ -245,4 +245,4 @@ def _lexer(language: str) -> Lexer:
     try:
         return get_lexer_by_name(language, stripnl=False, ensurenl=False, **options)
     except ValueError:
-        raise UserError("benchmark.masking.language", f"Pygments has no lexer for {language!r}.") from None
+        raise UserError("benchmark.masking.language", f"Pygments, which masks names, lacks {language!r}.") from None

@@ -1,4 +1,4 @@
-"""Read the files of benchmarks; errors name the file, the line and the expected content."""
+"""Read and check the files of benchmarks; errors name the file, the line, and what was expected there."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NAMES = {str: "a string", list: "a list", int: "a whole number", dict: "an obje
 
 
 def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoReturn:
-    """Raise UserError that names the file, the line or row (from 1), and the expected and found content."""
+    """Raise UserError, which says what was expected and found in this file and line (or row, from 1)."""
     place = f"{path}, line {line}" if line is not None else f"{path}"
     message = f"{place}: expected {expected}{f', found {found}' if found else ''}."
     raise UserError("benchmark.file.unexpected", message)
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files that match the first pattern with a match, sorted by name; an empty list if no pattern matches."""
+    """Return the files that match the first pattern for which there are any, sorted by name; [] if there are none."""
     for pattern in patterns:
         if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return found
@@ -32,14 +32,14 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Like `find_files`, but raise FileNotFoundError, which names the patterns, if no file matches."""
+    """Like `find_files`, but raise FileNotFoundError if no file matches; the message names the patterns."""
     if not (found := find_files(folder, patterns)):
-        raise FileNotFoundError(f"{folder} holds no benchmark file: expected {' or '.join(patterns)}.")
+        raise FileNotFoundError(f"{folder} lacks the files of the benchmark: expected {' or '.join(patterns)}.")
     return found
 
 
 def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line without its end) of a text file, plain or compressed with gzip."""
+    """Yield (line number from 1, line without line break) of a text file, plain or compressed with gzip."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -48,13 +48,13 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
     except UnicodeDecodeError:
         refuse(path, number, f"text in {encoding}")
     except (EOFError, zlib.error):
-        refuse(path, number + 1, "more lines", "the end of a file that was cut off")
+        refuse(path, number + 1, "more lines", "the end of a truncated file")
     except gzip.BadGzipFile:
         refuse(path, number + 1, "a gzip file")
 
 
 def read_jsonl(path: Path, fields: Fields) -> list[dict[str, Any]]:
-    """Read a file with one JSON object per line, and check that each has `fields`."""
+    """Read a file with one JSON object per line, and check that each object has `fields` of the given types."""
     rows, expected = [], f"a JSON object with {_listed(fields)}"
     for number, line in read_lines(path):
         try:
@@ -78,14 +78,14 @@ def read_json(path: Path) -> Any:
 
 
 def check_rows(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
-    """Return `rows` after checking that it is a list of objects with `fields`; errors give the row number as line."""
+    """Check that `rows` is a list of objects with `fields`, and return it; errors say in which row it is not."""
     if not isinstance(rows, list) or not rows:
         refuse(path, 1, f"a list of objects with {_listed(fields)}", "an empty list" if rows == [] else _kind(rows))
     return [_checked(path, number, row, fields) for number, row in enumerate(rows, start=1)]
 
 
 def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
-    """Read the rows of a Parquet file, or of JSON lines if the suffix is not `.parquet`."""
+    """Read the rows of a Parquet file, or of a file with JSON lines if the suffix is not `.parquet`."""
     if path.suffix != ".parquet":
         return read_jsonl(path, fields)
     import pyarrow
@@ -99,7 +99,7 @@ def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
 
 
 def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> list[str]:
-    """Join the tokens of each row of `path` with spaces; they are in the first field of `names` that the row has."""
+    """Join the tokens of each row with spaces; the tokens are in the first of the fields `names` that the row has."""
     texts = []
     for number, row in enumerate(rows, start=1):
         name = next((name for name in names if name in row), None)
@@ -113,17 +113,17 @@ def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> li
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Check the size of a file; returns no note if it is complete, and one note if it is an allowed subset."""
+    """Raise UserError if a file has the wrong number of `what`; return a note if it has fewer and may be a subset."""
     if found == expected:
         return ()
     if found > expected or not allow_subset:
-        hint = "; set allow_subset to evaluate on a part" if found < expected else ""
+        hint = "; allow_subset would accept fewer" if found < expected else ""
         refuse(path, None, f"{expected:,} {what}", f"{found:,}{hint}")
     return (f"{path.name}: {found:,} of {expected:,} {what}",)
 
 
 def check_unique(path: Path, values: Sequence[Any], what: str) -> dict[Any, int]:
-    """{value: its index in `values`}; UserError if a value occurs twice."""
+    """Return {value: its index in `values`}; raise UserError if a value occurs twice."""
     places: dict[Any, int] = {}
     for number, value in enumerate(values):
         if value in places:
@@ -133,9 +133,9 @@ def check_unique(path: Path, values: Sequence[Any], what: str) -> dict[Any, int]
 
 
 def _check_unicode(path: Path, line: int | None, text: str, value: Any) -> None:
-    """Raise UserError for a lone surrogate, which a JSON escape can hold but no tokenizer accepts."""
+    """Raise UserError if JSON escapes hold half of a surrogate pair, which no tokenizer accepts."""
     if "\\ud" in text.lower() and (found := not_unicode(json.dumps(value, ensure_ascii=False))):
-        refuse(path, line, "whole characters", found)
+        refuse(path, line, "valid Unicode text", found)
 
 
 def _checked(path: Path, number: int, row: Any, fields: Fields) -> dict[str, Any]:
