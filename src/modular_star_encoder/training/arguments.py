@@ -13,7 +13,7 @@ from modular_star_encoder.utils.settings import Int, NonNegative
 
 @dataclass
 class MultiExitTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, and how the exits of a ModularStarEncoder are trained.
+    """`transformers.TrainingArguments` plus arguments that say how the exits of a ModularStarEncoder are trained.
 
     Args:
         exit_weights: weights of the exits' losses: `"paper"` (i/depth), `"uniform"`, `"linear"`, or a list of one
@@ -54,13 +54,13 @@ class MultiExitTrainingArguments(TrainingArguments):
         if not fits or steps != sorted(set(steps)) or (steps and steps[0] < self.warmup_steps):
             raise UserError(
                 "training.schedule",
-                f"milestones {self.milestones!r} must be ascending steps from warmup_steps {self.warmup_steps} on, and "
-                f"fractions {self.fractions!r} must have a number of at least 0 for each.",
+                f"milestones={self.milestones!r} must be ascending steps, from warmup_steps={self.warmup_steps} on, "
+                f"and fractions={self.fractions!r} must have one number of at least 0 for each milestone.",
             )
         super().__post_init__()
 
     def rate_fraction(self, step: int) -> float:
-        """Return the fraction of the peak rate at an optimiser step, counted from 0; needs `milestones`.
+        """Return the learning rate at an optimiser step (counted from 0) as a fraction of its peak; needs `milestones`.
 
         Linear warm-up, s / `warmup_steps` at step s, then a constant rate that falls in steps. The paper (arXiv
         2503.03008, pre-training) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and 0.001 at steps 120k,
