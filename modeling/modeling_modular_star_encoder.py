@@ -117,12 +117,12 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
 
     @property
     def prediction_logits(self) -> torch.Tensor | None:
-        """`logits`, by their name in the published model."""
+        """Another name of `logits`, from the published model."""
         return self.logits
 
     @property
     def seq_relationship_logits(self) -> torch.Tensor:
-        """`icc_logits` of the deepest exit, (B, 2), by their name in the published model."""
+        """Another name of the deepest exit's `icc_logits`, (B, 2), from the published model."""
         return self.icc_logits[-1]
 
 
@@ -151,18 +151,18 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
     @property
     def projected_pooled_normalized(self) -> list[torch.Tensor] | torch.Tensor:
-        """The embeddings, by the published models' name: a list of (B, D), one per exit; for one exit, its tensor."""
+        """The embeddings under the published models' name: a list of (B, D), one per exit; for one exit, its tensor."""
         return list(self.exit_embeddings) if len(self.exit_embeddings) > 1 else self.exit_embeddings[0]
 
     @property
     def raw_hidden_states(self) -> tuple[torch.Tensor, ...] | None:
-        """`hidden_states`, by their name in the published models."""
+        """Another name of `hidden_states`, from the published models."""
         return self.hidden_states
 
 
 @dataclass
 class ModularStarEncoderForSequenceClassificationOutput(ModelOutput):
-    """Output of sequence classification.
+    """Output of the sequence classifier.
 
     Args:
         loss: scalar, the i/36-weighted sum over the requested exits; `None` without `labels`.
@@ -286,7 +286,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ModularStarEncoderRotaryEmbedding":
-        """Move with the model, but keep frequencies float32 in `model.to(torch.bfloat16)`: angles need precision."""
+        """Convert as any module does, but keep frequencies float32 in `model.to(torch.bfloat16)`, for exact angles."""
         exact = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
         super()._apply(fn, recurse)
         for name, before in exact.items():
@@ -683,7 +683,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
-            raise ValueError(f"start_layer={start_layer} needs inputs_embeds and only deeper exits, not {exits}.")
+            raise ValueError(f"start_layer={start_layer} needs inputs_embeds, and deeper exits alone; exits: {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         mask = restore = position_embeddings = None
@@ -778,7 +778,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
     def _attention_mask(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
     ) -> Any:
-        """Return the attention backend's mask, which hides padding and separates packed texts (positions restart)."""
+        """Return the backend's attention mask; it hides padding and separates packed texts (positions restart)."""
         apart = None
         if attention_mask is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids)
@@ -977,7 +977,7 @@ class ModularStarEncoderPreTrainingHeads(nn.Module):
 
 
 class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
-    """Masked language modelling and in-context classification at every exit (arXiv 2503.03008, pre-training).
+    """Model for masked tokens and in-context classification at every exit (arXiv 2503.03008, pre-training).
 
     Example:
         >>> config = ModularStarEncoderConfig(

@@ -89,7 +89,7 @@ def read_published_layout(
 def _published_config(
     path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
 ) -> ModularStarEncoderConfig | None:
-    """Return a published configuration, with the fields that it takes out of `kwargs`; None if it is not published."""
+    """Return the configuration at `path`, with fields popped from `kwargs`; None if it is not a published one."""
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None

@@ -250,7 +250,7 @@ def test_old_names_of_settings_are_read_with_a_warning(recipe_file, tmp_path):
     with pytest.warns(FutureWarning) as warnings:
         recipe = load_recipe(FinetuningRecipe, recipe_file, old)
     told = " ".join(str(warning.message) for warning in warnings)
-    assert all(name in told for name in ("max_steps", "max_train_samples", "lr_scheduler_type", "bf16 from trainer"))
+    assert all(name in told for name in ("max_steps", "max_train_samples", "lr_scheduler_type", "bf16 from `trainer`"))
     assert (recipe.max_steps, recipe.max_train_samples, recipe.eval_fraction) == (3, 9, 0.1)
     assert recipe.training["lr_scheduler_type"] == "constant_with_warmup"
     assert recipe.training["bf16"] is False

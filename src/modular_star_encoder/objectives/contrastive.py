@@ -98,7 +98,7 @@ class _Scoring:
 
 
 def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.Tensor, scale: Any) -> _Scoring:
-    """Prepare what scoring the pairs of a step needs; `stack` (E, B, D) determines embedding size, dtype and device."""
+    """Collect the constants for scoring a step; `stack` (E, B, D) determines embedding size, dtype and device."""
     sizes = [settings.sizes(exit_layer, stack.shape[-1]) for exit_layer in exits]
     every_size = sorted(set().union(*sizes))
     places = {size: [e for e, of_exit in enumerate(sizes) if size in of_exit] for size in every_size}
@@ -140,8 +140,8 @@ def _pair_sums(
 
 
 def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> dict[str, torch.Tensor]:
-    """Return each exit's loss in one direction, summed over the rows (E, B, D). Of the columns (E, C, D), which are
-    the candidates, the positive of row b has the index rank × B + b.
+    """Return each exit's loss in one direction, summed over the rows (E, B, D). The candidates are the columns
+    (E, C, D); the positive of row b is column rank × B + b.
 
     Scores are computed chunk by chunk and once more in the backward pass, so that memory grows linearly with the
     batch, not quadratically.
@@ -207,7 +207,7 @@ def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], 
 
 
 def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring) -> torch.Tensor:
-    """Return each exit's KL divergence (E,) from its teacher over the candidates, summed over rows, × temperature²."""
+    """Return each exit's KL divergence (E,) from its teacher's distribution, summed over rows, × temperature²."""
     temperature = scoring.settings.distillation_temperature
     # The distillation term must not train the scale.
     scale = scoring.logit_scale.detach() / temperature
@@ -254,7 +254,7 @@ class ContrastiveObjective:
 
     @property
     def caches_gradients(self) -> bool:
-        """Whether the loss's backward pass fills the parameters' gradients itself, because no graph leads to them."""
+        """Whether the loss's backward pass fills the parameters' gradients itself, with no autograd graph to them."""
         return self.settings.mini_batch_tokens is not None
 
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:

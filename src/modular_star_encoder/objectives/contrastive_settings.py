@@ -25,7 +25,7 @@ Sizes = Annotated[tuple[Count, ...], Constraint(min_length=1), Different]
 
 @settings_class
 class ContrastiveSettings:
-    """Settings of `ContrastiveObjective`: by default the paper's objective, without the additions from `dimensions` on.
+    """Settings of `ContrastiveObjective`. The defaults are the paper's; `dimensions` and those below extend its loss.
 
     Args:
         pairs: sets of pairs, each of them the names of sides of a batch: anchor, positive, and any number of hard
@@ -88,7 +88,7 @@ class ContrastiveSettings:
 
     @property
     def leaves_out_false_negatives(self) -> bool:
-        """Whether negatives that are probably false are masked."""
+        """Whether negatives that look like positives are masked."""
         return self.false_negative_margin is not None or self.false_negative_factor is not None
 
     def sizes(self, exit_layer: int, embedding_size: int) -> tuple[int, ...]:
@@ -108,11 +108,11 @@ class ContrastiveSettings:
         chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
         for name, weight in chosen.items() if rotates and len(exit_layers) > 1 else ():
             if weight and getattr(self, name) not in ("deepest", exit_layers[-1]):
-                message = f"{name}={getattr(self, name)!r} does not work with `rotate_shallow_exits`; use deepest."
+                message = f"{name}={getattr(self, name)!r} does not work with rotate_shallow_exits; set it to deepest."
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Raise UserError if teacher, alignment target or sizes do not fit the exits of one step."""
+        """Raise UserError if teacher exit, alignment target or embedding sizes do not fit the exits of one step."""
         if self.distillation_weight and isinstance(self.teacher, int):
             _check_exits("teacher", [self.teacher], exit_layers)
         if self.alignment_weight and isinstance(self.alignment_target, int):
@@ -123,7 +123,7 @@ class ContrastiveSettings:
             raise UserError("contrastive.dimensions", message)
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
-        """Raise UserError unless `rows` (side → number) has the sides of `pairs`, equally many within each pair."""
+        """Raise UserError unless `rows` (side → count) has the sides of `pairs`, and equal counts within each pair."""
         if set(rows) != set(self.sides):
             found, used = (", ".join(sorted(sides)) for sides in (rows, self.sides))
             message = f"The batch has the sides {found}, but the objective's `pairs` use {used}."

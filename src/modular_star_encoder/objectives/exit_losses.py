@@ -102,7 +102,7 @@ class InContextObjective:
 
 
 class ClassificationObjective:
-    """Cross-entropy of each exit of a `ModularStarEncoderForSequenceClassification`, possibly wrapped.
+    """Objective: cross-entropy of each exit of a (wrapped) `ModularStarEncoderForSequenceClassification`.
 
     A batch has `input_ids`, `attention_mask` (B, T) and `labels` (B,), class indices.
     """

@@ -137,7 +137,7 @@ def number_of_texts(inputs: Mapping[str, Any]) -> int:
 
 
 def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, device: torch.device) -> int:
-    """Raise UserError if processes have unequal numbers of texts; return the most `mini_batches` of any process."""
+    """Raise UserError if processes have unequal numbers of texts; return the largest `mini_batches` of any."""
     texts = [number_of_texts(inputs) for inputs in sides.values()]
     everyones = gather_numbers([*texts, mini_batches], device)
     if any(others[:-1] != texts for others in everyones):

@@ -123,15 +123,15 @@ class AblationRecipe:
         if not self.held_out and not self.benchmarks:
             raise UserError("ablation.benchmarks", "Nothing would be measured: set held_out=true or `benchmarks`.")
         if self.benchmarks and self.benchmark_data is None:
-            raise UserError("ablation.benchmark_data", "Set `benchmark_data`: the folder with the benchmarks.")
+            raise UserError("ablation.benchmark_data", "`benchmarks` needs `benchmark_data`, the folder of its files.")
         for changes in self.variants.values():
             parts = {key: key.partition(".")[0] for key in changes}
             if fixed := [key for key, part in parts.items() if FinetuningRecipe.OLD_KEYS.get(part, part) in _FIXED]:
-                message = f"`variants` must not change {', '.join(sorted(fixed))}: all models share its value."
+                message = f"`variants` must not change {', '.join(sorted(fixed))}: all models have the same."
                 raise UserError("ablation.variants", message)
 
     def base(self) -> FinetuningRecipe:
-        """Return the recipe of the self-distilled model, with the seed that splits the data."""
+        """Return the recipe of the self-distilled model; its seed decides which rows are held out."""
         return self._recipe({}, "finetuning")
 
     def cells(self, exit_layers: Sequence[int]) -> list[AblationCell]:
@@ -260,7 +260,7 @@ def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
     for name in choose_benchmarks(recipe.benchmarks, folder) if recipe.benchmarks else ():
         for task in load_benchmark(name, folder, allow_subset=recipe.allow_subset):
             if not isinstance(task, RetrievalTask) or task.metrics[0] != "mrr":
-                raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; name another benchmark.")
+                raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; remove it from `benchmarks`.")
             found.append(task)
     return found
 

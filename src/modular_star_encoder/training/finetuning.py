@@ -183,7 +183,7 @@ def _batches(
     most = min(batch_size, held_out_groups.largest_batch)
     size = most // (2 * processes) * 2 * processes
     if not size:
-        message = f"One batch has at most {most} of the held-out rows, too few for {processes} processes."
+        message = f"A batch of held-out pairs has at most {most}, but {processes} processes need two each."
         raise UserError("training.held_out.too_few", f"{message} Raise `eval_fraction`, or add data.")
     plan, eval_plan = BatchPlan(groups, batch_size, seed), BatchPlan(held_out_groups, size, seed + 1)
     batches = RetrievalBatches(train, plan, steps, identifier_rename_prob=recipe.identifier_rename_prob)

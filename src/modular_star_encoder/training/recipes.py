@@ -197,7 +197,7 @@ class PretrainingRecipe(TrainingRecipe):
     eval_rows: Count = 512
 
     def accumulation(self, processes: int) -> int:
-        """Return how many batches each of `processes` devices accumulates gradients of in one step."""
+        """Return the number of batches of `rows_per_device` in one step on each of `processes` devices."""
         batch = {"rows_per_device": self.rows_per_device, "max_tokens": self.max_tokens, "processes": processes}
         return _quotient("tokens_per_step", self.tokens_per_step, batch)
 
@@ -274,7 +274,7 @@ class FinetuningRecipe(StartingRecipe):
         return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
 
     def pairs_per_device(self, processes: int) -> int:
-        """Return the pairs of one step on each of `processes` devices: an even number, half of them text → code."""
+        """Return the number of pairs of a step on each of `processes` devices, which is even: half are text → code."""
         return 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
 
 
@@ -298,7 +298,7 @@ class ClassificationRecipe(StartingRecipe):
     max_eval_samples: Count | None = None
 
     def accumulation(self, processes: int) -> tuple[int, int]:
-        """Return, for each of `processes` devices, pairs in memory at once and batches to accumulate gradients of."""
+        """Return the pairs in memory at once on each of `processes` devices, and the batches of this size in a step."""
         rows = self.pairs_per_device or max(1, self.batch_size // processes)
         return rows, _quotient("batch_size", self.batch_size, {"pairs_per_device": rows, "processes": processes})
 

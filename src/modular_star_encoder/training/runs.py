@@ -201,7 +201,7 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the newest checkpoint folder that has `trainer_state.json`, which `Trainer` writes last, or None."""
+    """Return the newest complete checkpoint folder (with `trainer_state.json`, which `Trainer` writes last) or None."""
     found = []
     for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
         with contextlib.suppress(ValueError, KeyError):

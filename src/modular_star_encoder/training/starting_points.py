@@ -37,7 +37,7 @@ def starting_source(name: str) -> tuple[str | Path, bool]:
         folder = hub_config_folder(name)
     except UserError as error:
         if not (folder / "config.json").is_file():
-            advice = f"No folder {name} exists with a config.json either. Pre-train first, or give a Hub id owner/name."
+            advice = f"No folder {name} with a config.json exists. Pre-train first, or give a Hub id owner/name."
             raise UserError(error.key, f"{error} {advice}") from error
     return folder, has_weights(folder)
 

@@ -96,7 +96,7 @@ class MultiExitTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the weighted sum of the exits' losses; with `return_outputs` also the metrics, each (E,)."""
+        """Return the weighted sum of the exits' losses; with `return_outputs` also the metrics, each of shape (E,)."""
         exits, weights = self._exits_of_this_step(model)
         output = self.objective(model, dict(inputs), exits)
         for name, values in output.metrics.items():
@@ -120,7 +120,7 @@ class MultiExitTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Leave out biases, norms and a learned logit scale: CLIP decays no gains (arXiv 2103.00020, section 2.5)."""
+        """Return the parameters with weight decay: no biases, norms, logit scale (arXiv 2103.00020, section 2.5)."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -173,7 +173,7 @@ class MultiExitTrainer(Trainer):
             self._gathered.setdefault(key, []).append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does, and add each exit's mean metrics since the last training log."""
+        """Log as `Trainer` does, and add the means of each exit's metrics since the last training log."""
         if "loss" in logs:
             logs.update(self._drain_metrics())
             if logs.get("masked_negatives", 0) > MOST_MASKED_NEGATIVES:
