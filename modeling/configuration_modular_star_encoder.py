@@ -255,8 +255,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             self.pooling = "lasttoken"
         if (self.unpad_inputs and self.pooling == "legacy") or (self.token_weights and self.pooling != "mean"):
             raise ValueError(
-                f"pooling={self.pooling!r} does not fit: 'legacy' may read padding, which unpad_inputs leaves out, and "
-                "token_weights need 'mean'."
+                f"pooling={self.pooling!r} must not be 'legacy' (it may read padding) with unpad_inputs=True, and must "
+                "be 'mean' with token_weights=True."
             )
 
     def validate_logit_scale(self) -> None:

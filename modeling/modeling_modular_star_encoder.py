@@ -683,7 +683,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
-            raise ValueError(f"start_layer={start_layer} needs inputs_embeds, and deeper exits alone; exits: {exits}.")
+            raise ValueError(f"start_layer={start_layer} needs inputs_embeds, and deeper exits only; got {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         mask = restore = position_embeddings = None
@@ -778,7 +778,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
     def _attention_mask(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
     ) -> Any:
-        """Return the backend's attention mask; it hides padding and separates packed texts (positions restart)."""
+        """Return the backend's mask; it hides padding and separates packed texts, where positions restart from 0."""
         apart = None
         if attention_mask is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids)

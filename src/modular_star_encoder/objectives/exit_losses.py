@@ -20,7 +20,7 @@ class ObjectiveOutput:
 
     Args:
         losses: (E,) float32 with gradient, one loss per exit, shallowest first.
-        metrics: name → (E,), or () for what belongs to no exit; detached, averaged over batches for the logs.
+        metrics: name → (E,), or () for a metric of no single exit; detached, averaged over batches for the logs.
         terms: name → (E,) with gradient, which add up to the losses; empty where the loss has no parts.
     """
 

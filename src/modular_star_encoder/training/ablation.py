@@ -342,7 +342,7 @@ def compare(scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants
 
 
 def _variant(own: Mapping[int, list[Values]], reference: Mapping[int, list[Values]]) -> dict[str, Any]:
-    """Return a variant's scores per exit, their differences from the reference model's, the mean difference, a verdict.
+    """Return a variant's scores per exit, their differences from the reference's, the mean difference and a verdict.
 
     A variant is `recommended` if it raises the mean MRR over exits (the interval of the difference is above 0) and
     lowers no exit (no interval of an exit's difference is below 0).

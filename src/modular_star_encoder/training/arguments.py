@@ -19,7 +19,7 @@ class MultiExitTrainingArguments(TrainingArguments):
         exit_weights: weights of the exits' losses: `"paper"` (i/depth), `"uniform"`, `"linear"`, or a list of one
             number per exit; see `exit_weights` of `modular_star_encoder.objectives.exit_losses`.
         normalize_exit_weights: divide the weights by their sum.
-        rotate_shallow_exits: train the deepest exit and one other per step, in turn, instead of all.
+        rotate_shallow_exits: train the deepest exit and, in turn, one of the others in each step, instead of all.
         log_gradient_norms: add `gradient_norm_exit_{layer}` to every log line: the norm of the trunk's gradient from
             this exit's weighted loss. A logged step runs one more backward pass per exit. Not under FSDP.
         milestones: steps at which the learning rate falls to the next of `fractions`, in place of `lr_scheduler_type`;

@@ -177,7 +177,7 @@ class PretrainingRecipe(TrainingRecipe):
         rows_per_device: rows in memory at once on each device.
         max_tokens: longest row, special tokens included.
         mlm_probability: share of the text tokens to predict.
-        tokenizer: folder or Hub id; by default one of the model's vocabulary size is trained on the corpus.
+        tokenizer: folder or Hub id; by default a new one with the model's vocabulary size, trained on the corpus.
         start_from_corpus: initialise token vectors by spelling and decoder biases by frequency, for small models.
         packing: compute the rows of a batch as one flat row, without padding.
         eval_fraction: share of the repositories kept for evaluation.
@@ -274,7 +274,7 @@ class FinetuningRecipe(StartingRecipe):
         return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
 
     def pairs_per_device(self, processes: int) -> int:
-        """Return the number of pairs of a step on each of `processes` devices, which is even: half are text → code."""
+        """Return the number of pairs per step on each of `processes` devices, an even number for two kinds of pairs."""
         return 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
 
 

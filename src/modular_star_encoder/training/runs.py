@@ -36,7 +36,7 @@ class Preflight:
     """Size of a run, estimated before it starts.
 
     Attributes:
-        parameters, trained_parameters: numbers for the model with its heads and adapters.
+        parameters, trained_parameters: numbers of parameters of the model with its heads and adapters.
         rows_per_step, steps, processes: numbers for the run; in contrastive training a row is a pair.
         tokens_per_row: mean of all texts of a row together.
         flops_per_row: floating-point operations of training on one row, forward and backward.
@@ -94,7 +94,7 @@ def preflight(
 
     Args:
         model: with its adapters, if it has some; may be on the meta device.
-        texts: for each kind of row, all equally frequent, the mean tokens of its texts.
+        texts: for each kind of row (all equally frequent), the mean tokens of each text of a row.
         tokens_in_memory: tokens on one device whose activations are kept at once.
         passes: training passes through the layers per row; 4/3 where gradients are cached.
         head_flops, other_bytes: FLOPs of the heads per row; further bytes kept on each device.
