@@ -947,7 +947,7 @@ def _chunks(vocab_size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Ten
 
 
 class ModularStarEncoderPreTrainingHeads(nn.Module):
-    """Heads for masked tokens and in-context classification, shared by all exits; both also take the exit's vector."""
+    """Heads for masked language modelling and in-context classification at all exits; both take the exit's vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -977,7 +977,7 @@ class ModularStarEncoderPreTrainingHeads(nn.Module):
 
 
 class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
-    """Model for masked tokens and in-context classification at every exit (arXiv 2503.03008, pre-training).
+    """Model for masked language modelling and in-context classification at every exit (arXiv 2503.03008, pre-training).
 
     Example:
         >>> config = ModularStarEncoderConfig(
@@ -1149,7 +1149,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
     def _token_scales(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Return the factor n · w / Σ w (B, T, 1) of each of a text's n real tokens; `None` without token weights w.
+        """Return the factor n · w / Σ w of a text's n real tokens, (B, T, 1) float32; `None` without token weights w.
 
         The plain mean of the scaled tokens is the weighted mean. Padding, and a text whose weights sum to 0, get 0.
         """

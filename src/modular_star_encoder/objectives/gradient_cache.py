@@ -195,7 +195,7 @@ class _CachedEmbeddings(torch.autograd.Function):
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:
-    """Return the states of the random generators that dropout on `device` draws from."""
+    """Return states of the generators that dropout on `device` draws from (MPS has one, which takes no device)."""
     if device.type == "cpu":
         return [torch.get_rng_state()]
     place = () if device.type == "mps" else (device,)

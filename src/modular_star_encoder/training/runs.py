@@ -210,7 +210,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def format_log(logs: dict[str, float]) -> str:
-    """Format one log entry: `{"loss": 1.2, "clip_loss_exit_4": 1.3}` → `loss 1.200 · clip_loss 4: 1.300`."""
+    """Format one log entry: `{"clip_loss_exit_4": 1.3, "clip_loss_exit_9": 1}` → `clip_loss 4: 1.300, 9: 1.000`."""
     single, per_exit = [], defaultdict(list)
     for name, value in logs.items():
         if match := re.fullmatch(r"(.+)_exit_(\d+)", name):
