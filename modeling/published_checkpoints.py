@@ -59,9 +59,9 @@ def read_published_layout(
     """Return the model class to load, and `kwargs` with a complete `config` and our tensor names in `key_mapping`.
 
     The arguments stay unchanged for a checkpoint that is not a published one. The Auto classes do not know the
-    published class name and choose the trunk. If the file has projection heads, this function chooses the retrieval model; a
-    model class called by its own name (without `config`) stays, and the common base class becomes the class that the
-    file fits. ValueError if tensors do not match a published checkpoint; the message names them.
+    published class name and choose the trunk. If the file has projection heads, this function replaces the trunk by
+    the retrieval model. A model class called by its own name (without `config`) stays; the common base class becomes
+    the class that fits the file. ValueError if tensors do not match a published checkpoint; the message names them.
     """
     kwargs = dict(kwargs)
     if path is None:

@@ -112,7 +112,7 @@ class ContrastiveSettings:
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Raise UserError if teacher, target or sizes do not fit one step's exits; `dimensions` may name other exits."""
+        """Raise UserError if teacher, target or sizes do not fit one step's exits; `dimensions` may name others."""
         if self.distillation_weight and isinstance(self.teacher, int):
             _check_exits("teacher", [self.teacher], exit_layers)
         if self.alignment_weight and isinstance(self.alignment_target, int):
