@@ -127,7 +127,7 @@ class AblationRecipe:
         for changes in self.variants.values():
             parts = {key: key.partition(".")[0] for key in changes}
             if fixed := [key for key, part in parts.items() if FinetuningRecipe.OLD_KEYS.get(part, part) in _FIXED]:
-                message = f"`variants` must not change {', '.join(sorted(fixed))}: all models have the same."
+                message = f"`variants` must not change {', '.join(sorted(fixed))}: all models have the same values."
                 raise UserError("ablation.variants", message)
 
     def base(self) -> FinetuningRecipe:
@@ -155,7 +155,7 @@ class AblationRecipe:
         return asdict(self) | {"finetuning": self.base().to_dict()}
 
     def _alone(self, exit_layer: int) -> dict[str, Any]:
-        """Return the settings that differ from the base recipe in the baseline that trains `exit_layer` alone."""
+        """Return the settings in which the baseline trained at `exit_layer` alone differs from the base recipe."""
         objective = self.base().objective
         changes = {"exit_layer": exit_layer, "exit_weights": "uniform", "rotate_shallow_exits": False}
         changes |= {"objective.distillation_weight": 0.0, "objective.alignment_weight": 0.0}
