@@ -16,8 +16,8 @@ from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.averaging import AveragedWeights
 from modular_star_encoder.training.distilling import TaughtBatches
-from modular_star_encoder.training.finetuning import finetune
-from modular_star_encoder.training.growing import grow, start_from_teacher
+from modular_star_encoder.training.finetuning import distil
+from modular_star_encoder.training.growing import grow, grow_checkpoint, start_from_teacher
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_recipe
 from tests.errors import raises
 from tests.tiny import save_tiny_checkpoint, tiny_batch, tiny_config, tiny_model
@@ -86,7 +86,7 @@ def test_models_that_cannot_start_or_grow_are_refused(tokenizer):
     with raises("training.start_from_teacher", "projection_size=20"):
         start_from_teacher(tiny_model(**EXIT_0), tokenizer, np.ones((len(tokenizer), 20)), counts)
     for changes, exits in ((EXIT_0, (1, 2)), (STUDENT, (0, 3)), (EXIT_0 | {"exit_norm": "all"}, (0, 2))):
-        with raises("training.grow_to", list(exits)):
+        with raises("training.grow", list(exits)):
             grow(tiny_model(**changes), exits)
 
 
@@ -150,7 +150,8 @@ def test_exit_0_is_taught_then_grows_and_both_runs_survive_an_interruption_bit_f
     averaged, last = (load_file(run / name / "model.safetensors") for name in ("model", "checkpoints/checkpoint-6"))
     assert not torch.equal(last["model.embed_tokens.weight"], averaged["model.embed_tokens.weight"])
 
-    settings |= {"model": str(run / "model"), "grow_to": [0, 1, 2], "exit_layer": None}
+    grown = grow_checkpoint(run / "model", (0, 1, 2), tmp_path / "grown")
+    settings |= {"model": str(grown), "exit_layer": None}
     distillation["start_from_teacher"] = False
     second = write_recipe(tmp_path / "second.yaml", settings)
     straight_and_interrupted(second, tmp_path / "second", monkeypatch, "objective.mini_batch_tokens=200")
@@ -162,23 +163,23 @@ def test_exit_0_is_taught_then_grows_and_both_runs_survive_an_interruption_bit_f
 
 
 @pytest.mark.slow
-def test_a_teacher_of_another_size_and_grown_adapters_are_refused(tmp_path):
+def test_a_teacher_of_another_size_and_adapters_of_a_new_table_are_refused(tmp_path):
     teacher = save_tiny_checkpoint(tmp_path / "teacher")
     settings = finetuning_settings(teacher, write_triplets(tmp_path))
     settings["distillation"] = {"teacher": str(teacher), "cache": str(tmp_path / "cache")}
     file = write_recipe(tmp_path / "recipe.yaml", settings)
-    with raises("training.lora", "grow_to"):
-        load_recipe(FinetuningRecipe, file, ["lora={}", "grow_to=[0, 1]"])
+    with raises("training.lora", "start_from_teacher"):
+        load_recipe(FinetuningRecipe, file, ["lora={}", "distillation.start_from_teacher=true"])
     tiny_config(projection_size=8).save_pretrained(tmp_path / "narrow")
     recipe = load_recipe(FinetuningRecipe, file, [f"tokenizer={teacher}", f"model={tmp_path / 'narrow'}"])
     with raises("distillation.size", "16", "8"):
-        finetune(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
+        distil(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
 
 
 def test_the_two_recipes_of_mose_code_fit_each_other_and_read_pairs_with_one_snippet(tmp_path):
     folder = hub_config_folder("mose-code")
     first, second = (load_recipe(FinetuningRecipe, folder / f"{name}.yaml") for name in ("exit-0", "recipe"))
-    assert (first.exit_layer, second.exit_layer, second.grow_to) == (0, None, (0, 1, 2, 4, 6))
+    assert (first.exit_layer, second.exit_layer) == (0, None)
     assert (first.data, first.distillation.teacher) == (second.data, second.distillation.teacher)
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"description": "add", "code": "a + b", "language": "go", "package": "sums"}')

@@ -1,4 +1,4 @@
-"""The commands that write and publish checkpoints: `mose slice`, `mose card`, `mose publish`, `mose export`."""
+"""The commands that write and publish checkpoints: `mose slice`, `grow`, `card`, `publish` and `export`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from modular_star_encoder.utils.errors import UserError
 
 
 def add_publish_commands(commands: Any) -> None:
-    """Add `mose slice`, `mose card`, `mose publish` and `mose export` to the subparsers of `mose`."""
+    """Add `mose slice`, `mose grow`, `mose card`, `mose publish` and `mose export` to the subparsers of `mose`."""
     cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
     cut.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
     cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
     cut.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
     cut.set_defaults(run=run_slice)
+
+    grow = commands.add_parser("grow", help="write a checkpoint of exit 0 with new layers, which change no output yet")
+    grow.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository with exit 0 alone")
+    grow.add_argument("--exit-layers", metavar="K", type=int, nargs="+", required=True, help="such as 0 1 2 4 6")
+    grow.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
+    grow.set_defaults(run=run_grow)
 
     card = commands.add_parser("card", help="print the model card of a checkpoint: usage and measurements")
     card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder; or a manifest, for its first repository")
@@ -63,6 +69,12 @@ def run_slice(arguments: argparse.Namespace) -> None:
 
     slice_checkpoint(arguments.checkpoint, arguments.exit_layer, arguments.out)
     print(arguments.out)
+
+
+def run_grow(arguments: argparse.Namespace) -> None:
+    from modular_star_encoder.training.growing import grow_checkpoint
+
+    print(grow_checkpoint(arguments.checkpoint, arguments.exit_layers, arguments.out))
 
 
 def run_card(arguments: argparse.Namespace) -> None:

@@ -82,9 +82,9 @@ def teach(
     tokenizer: PreTrainedTokenizerFast,
     train: RetrievalBatches,
     held_out: RetrievalBatches,
+    progress: bool = True,
     *,
     max_tokens: int,
-    progress: bool = True,
 ) -> tuple[TaughtBatches, TaughtBatches, dict[str, Any]]:
     """Compute the teacher's vectors of all texts; with `start_from_teacher`, also set the model's first weights.
 

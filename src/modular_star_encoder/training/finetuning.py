@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from modular_star_encoder.objectives.exit_losses import ClassificationObjective
 from modular_star_encoder.training import runs
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.distilling import TaughtBatches, teach
-from modular_star_encoder.training.growing import grow, grown_config
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe, check_length
 from modular_star_encoder.training.starting_points import add_adapters, save_trained, starting_config, starting_model
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
@@ -44,6 +44,9 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import build_settings, read_mapping
 
 logger = logging.get_logger(__name__)
+
+# (model, tokenizer, training batches, evaluation batches, whether to show progress) → both batches, entries of the log
+Teaching = Callable[..., tuple[TaughtBatches, TaughtBatches, dict[str, Any]]]
 
 
 def load_finetuning(
@@ -56,7 +59,8 @@ def load_finetuning(
     content = read_mapping(path, overrides, example=FinetuningRecipe.EXAMPLE)
     task = content.get("task", "retrieval")
     if task == "retrieval":
-        return build_settings(FinetuningRecipe, content, str(path)), finetune
+        recipe = build_settings(FinetuningRecipe, content, str(path))
+        return recipe, finetune if recipe.distillation is None else distil
     if task == "classification":
         return build_settings(ClassificationRecipe, content, str(path)), finetune_classifier
     raise UserError("training.task", f"`task` must be retrieval or classification, not {task!r}.")
@@ -69,6 +73,8 @@ def finetune(
     data: RetrievalData | None = None,
     progress: bool = True,
     announce: Callable[[runs.Preflight], None] = print,
+    objective: ContrastiveObjective | None = None,
+    prepare_batches: Teaching | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a model for retrieval; continue from the files that an earlier call with this recipe left in `out`.
 
@@ -84,43 +90,43 @@ def finetune(
         data: prepared rows; they replace the recipe's `data`.
         progress: whether to show progress bars.
         announce: called with the estimated size of the run before anything is trained.
+        objective: the loss; by default the contrastive loss with the recipe's `objective`.
+        prepare_batches: replaces the training and evaluation batches and returns entries for the log; see `distil`.
 
     Returns:
         The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on held-out pairs),
         `retrieval` (benchmark → retriever → estimates on `held_out_tasks`; the retrievers are every exit and BM25),
-        `recipe`, `preflight` and `data` (numbers of rows read, skipped and held out). If distillation centres by
-        kind, also `teacher_means`: kind (`query`, `document`) → the mean vector that was subtracted.
+        `recipe`, `preflight` and `data` (numbers of rows read, skipped and held out).
     """
     out, state = Path(out), runs.processes_of_run()
-    rows, lengths, eval_pairs = recipe.rows(), recipe.lengths(), recipe.eval_pairs
-    blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress)
+    settings, rows, lengths, eval_pairs = recipe.objective, recipe.rows(), recipe.lengths(), recipe.eval_pairs
+    blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress, objective)
     with state.main_process_first():
         if log := runs.open_run(out, recipe, "fine-tuning", until_trained=("data", *rows)):
             return log
         data = data or prepare_data(rows, out / "data", progress and state.is_main_process)
     model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
-    if recipe.grow_to is not None:
-        model = grow(model, recipe.grow_to)
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
     prompts = model.config.instruction_prompts
     train, held_out, groups, tokens = _batches(recipe, data, prompts, tokenizer, state.num_processes)
     estimate = finetuning_preflight(model, recipe, state.num_processes, groups, tokens)
     if state.is_main_process:
         announce(estimate)
-    with state.main_process_first():
-        shown = progress and state.is_main_process
-        rows_to_learn, rows_to_check, means = _with_teacher(recipe, model, tokenizer, train, held_out, shown)
     arguments.per_device_eval_batch_size = held_out.batch_size // state.num_processes
+    batches: tuple[Any, Any, dict[str, Any]] = (train, held_out, {})
+    if prepare_batches is not None:
+        with state.main_process_first():
+            batches = prepare_batches(model, tokenizer, train, held_out, progress and state.is_main_process)
     trainer = MultiExitTrainer(
         adapted,
         arguments,
-        _objective(recipe),
-        train_dataset=rows_to_learn,
-        eval_dataset=rows_to_check,
+        objective or ContrastiveObjective(settings),
+        train_dataset=batches[0],
+        eval_dataset=batches[1],
         data_collator=RetrievalCollator(tokenizer),
     )
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
-    log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "preflight": asdict(estimate)} | means
+    log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "preflight": asdict(estimate)} | batches[2]
     model.config.unpad_inputs = blueprint.config.unpad_inputs
     save_trained(trainer, tokenizer, out, recipe)
     if state.is_main_process:
@@ -140,15 +146,36 @@ def finetune(
     return log
 
 
+def distil(recipe: FinetuningRecipe, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """Fine-tune a model while every exit also learns the vectors of the teacher that `recipe.distillation` names.
+
+    Takes the arguments of `finetune`, writes the same files and returns the same log. If vectors are centred by kind,
+    the log also has `teacher_means`: kind (`query`, `document`) → the mean vector that was subtracted.
+
+    Raises:
+        UserError: the recipe has no `distillation` (`training.distillation.missing`), or as `finetune`.
+    """
+    settings, limit = recipe.distillation, max(recipe.lengths().values())
+    if settings is None:
+        raise UserError("training.distillation.missing", "The recipe needs `distillation` with a `teacher`.")
+    teaching = partial(teach, settings, max_tokens=limit)
+    return finetune(
+        recipe, out, objective=DistillationObjective(settings, recipe.objective), prepare_batches=teaching, **options
+    )
+
+
 def check_recipe(
-    recipe: FinetuningRecipe, out: Path, processes: int, progress: bool
+    recipe: FinetuningRecipe,
+    out: Path,
+    processes: int,
+    progress: bool,
+    objective: ContrastiveObjective | None = None,
 ) -> tuple[ModularStarEncoderForRetrieval, MultiExitTrainingArguments]:
     """Return the model without weights and the trainer's arguments; UserError if recipe and model do not fit together.
 
     These are all checks that need neither data nor weights.
     """
     config = starting_config(recipe)
-    config = config if recipe.grow_to is None else grown_config(config, recipe.grow_to)
     check_length(config, **recipe.lengths())
     with torch.device("meta"):
         model = ModularStarEncoderForRetrieval(config)
@@ -157,19 +184,13 @@ def check_recipe(
     planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
     rows = recipe.pairs_per_device(processes)
     arguments = recipe.arguments(out / runs.CHECKPOINTS, rows, progress=progress, **planned)
-    check_objective(_objective(recipe), arguments, config, config.exit_layers)
+    check_objective(objective or ContrastiveObjective(recipe.objective), arguments, config, config.exit_layers)
     if not is_servable(config):
         logger.warning_once(
             "SentenceTransformer's modules cannot compute this model's embeddings (pooling, projection_order or "
             "embedding_normalization): it is saved for AutoModel alone."
         )
     return model, arguments
-
-
-def _objective(recipe: FinetuningRecipe) -> ContrastiveObjective:
-    if recipe.distillation is None:
-        return ContrastiveObjective(recipe.objective)
-    return DistillationObjective(recipe.distillation, recipe.objective)
 
 
 def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool) -> RetrievalData:
@@ -205,21 +226,6 @@ def _batches(
     batches = RetrievalBatches(train, plan, steps, identifier_rename_prob=recipe.identifier_rename_prob)
     eval_batches = RetrievalBatches(held_out, eval_plan, max(1, eval_pairs // size))
     return batches, eval_batches, groups.counts, train.mean_tokens()
-
-
-def _with_teacher(
-    recipe: FinetuningRecipe,
-    model: ModularStarEncoderForRetrieval,
-    tokenizer: PreTrainedTokenizerFast,
-    train: RetrievalBatches,
-    held_out: RetrievalBatches,
-    progress: bool,
-) -> tuple[RetrievalBatches | TaughtBatches, RetrievalBatches | TaughtBatches, dict[str, Any]]:
-    """Return the batches with the teacher's vectors, and entries of the log; see `teach`."""
-    if recipe.distillation is None:
-        return train, held_out, {}
-    limit = max(recipe.lengths().values())
-    return teach(recipe.distillation, model, tokenizer, train, held_out, max_tokens=limit, progress=progress)
 
 
 def finetuning_preflight(

@@ -1,12 +1,15 @@
 """The start of a small model: exit 0 from a teacher's vectors of single tokens, and layers that grow from exit 0."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.tokenizer import special_token_ids
+from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 
@@ -72,12 +75,12 @@ def grown_config(config: ModularStarEncoderConfig, exit_layers: Sequence[int]) -
     """The configuration of a model of exit 0 alone with layers up to the last of `exit_layers`.
 
     Raises:
-        UserError: the model or the exits do not fit (`training.grow_to`).
+        UserError: the model or the exits do not fit (`training.grow`).
     """
     exits, found = list(exit_layers), (list(config.exit_layers), config.exit_norm, config.projection_head)
     if found != ([0], "none", "linear") or exits != sorted({0, *exits}) or len(exits) < 2:
-        message = f"grow_to {exits} must be ascending exits from 0 on, and the model must have exit 0 alone, exit_norm"
-        raise UserError("training.grow_to", f"{message} 'none' and projection_head 'linear'; it has {found}.")
+        message = f"The exits {exits} must ascend from 0, and the model must have exit 0 alone, exit_norm"
+        raise UserError("training.grow", f"{message} 'none' and projection_head 'linear'; it has {found}.")
     changes = {
         "num_hidden_layers": exits[-1],
         "parent_num_hidden_layers": exits[-1],
@@ -100,7 +103,7 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
         exit_layers: the exits, from 0 to the number of layers.
 
     Raises:
-        UserError: the model or the exits do not fit (`training.grow_to`).
+        UserError: the model or the exits do not fit (`training.grow`).
     """
     grown = type(model)(grown_config(model.config, exit_layers))
     grown.load_state_dict(model.state_dict(), strict=False)
@@ -116,3 +119,18 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
         other.dense.load_state_dict(head.state_dict())
     grown.set_attn_implementation(model.config._attn_implementation)
     return grown
+
+
+def grow_checkpoint(
+    checkpoint: str | os.PathLike[str], exit_layers: Sequence[int], out: str | os.PathLike[str], *, seed: int = 0
+) -> Path:
+    """Write a grown checkpoint (see `grow`) of a checkpoint of exit 0 to the folder `out`, and return the folder.
+
+    `out` must be empty or not exist; it is written atomically. `seed` draws the weights of the new layers.
+
+    Raises:
+        UserError: the model or the exits do not fit (`training.grow`), or `out` is not empty.
+    """
+    model, tokenizer = load_checkpoint(checkpoint)
+    torch.manual_seed(seed)
+    return save_retrieval_checkpoint(grow(model, exit_layers), tokenizer, out)

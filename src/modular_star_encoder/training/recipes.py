@@ -242,7 +242,6 @@ class FinetuningRecipe(StartingRecipe):
         identifier_rename_prob: share of the code snippets whose frequent words become random strings.
         objective: settings of the loss; see `ContrastiveSettings`. The data decides its `pairs`.
         distillation: a teacher whose vectors every exit learns, and what it teaches; see `TeacherSettings`.
-        grow_to: exits, from 0 on, of a model that grows from a `model` of exit 0 alone; see `grow` of `growing.py`.
         eval_fraction: share of each source's rows, at most a fifth, kept for evaluation, by whole repositories.
         eval_pairs: held-out pairs of one evaluation.
     """
@@ -258,7 +257,6 @@ class FinetuningRecipe(StartingRecipe):
     identifier_rename_prob: Probability = 0.3
     objective: ContrastiveSettings = field(default_factory=ContrastiveSettings)
     distillation: TeacherSettings | None = None
-    grow_to: tuple[Int, ...] | None = None
     eval_fraction: Annotated[Share, Constraint(le=0.2)] = 0.05
     eval_pairs: Count = 1000
 
@@ -269,8 +267,8 @@ class FinetuningRecipe(StartingRecipe):
         if self.objective.pairs not in (default, pairs):
             message = "Leave out `objective.pairs`: the data decides whether there are negatives."
             raise UserError("training.objective.pairs", message)
-        if self.lora is not None and (self.grow_to or (self.distillation and self.distillation.start_from_teacher)):
-            message = "lora trains adapters of given weights; leave out grow_to and distillation.start_from_teacher."
+        if self.lora is not None and self.distillation and self.distillation.start_from_teacher:
+            message = "`lora` trains adapters of given weights; leave out `distillation.start_from_teacher`."
             raise UserError("training.lora", message)
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
 
