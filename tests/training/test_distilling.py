@@ -16,7 +16,7 @@ from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.averaging import AveragedWeights
 from modular_star_encoder.training.distilling import TaughtBatches
-from modular_star_encoder.training.finetuning import distil
+from modular_star_encoder.training.finetuning import distil, finetune
 from modular_star_encoder.training.growing import grow, grow_checkpoint, start_from_teacher
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_recipe
 from tests.errors import raises
@@ -174,6 +174,8 @@ def test_a_teacher_of_another_size_and_adapters_of_a_new_table_are_refused(tmp_p
     recipe = load_recipe(FinetuningRecipe, file, [f"tokenizer={teacher}", f"model={tmp_path / 'narrow'}"])
     with raises("distillation.size", "16", "8"):
         distil(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
+    with raises("training.distillation.alone"):
+        finetune(recipe, tmp_path / "run", progress=False)
 
 
 def test_the_two_recipes_of_mose_code_fit_each_other_and_read_pairs_with_one_snippet(tmp_path):

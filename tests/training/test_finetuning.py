@@ -14,7 +14,7 @@ from transformers import AutoModel
 from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training.finetuning import finetune, finetuning_preflight
+from modular_star_encoder.training.finetuning import finetune, finetuning_preflight, load_finetuning
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_config, load_recipe
 from tests.errors import raises
 from tests.processes import run_processes
@@ -38,8 +38,8 @@ def recipe_file(tmp_path_factory, checkpoint):
 
 def run(recipe_file, out, *overrides):
     estimates = []
-    recipe = load_recipe(FinetuningRecipe, recipe_file, overrides)
-    return finetune(recipe, out, progress=False, announce=estimates.append), estimates[0]
+    recipe, function = load_finetuning(recipe_file, overrides)
+    return function(recipe, out, progress=False, announce=estimates.append), estimates[0]
 
 
 def embed(model):

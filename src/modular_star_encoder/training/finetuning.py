@@ -99,6 +99,8 @@ def finetune(
         `recipe`, `preflight` and `data` (numbers of rows read, skipped and held out).
     """
     out, state = Path(out), runs.processes_of_run()
+    if recipe.distillation is not None and prepare_batches is None:
+        raise UserError("training.distillation.alone", "This recipe names a teacher: run it with `distil`.")
     settings, rows, lengths, eval_pairs = recipe.objective, recipe.rows(), recipe.lengths(), recipe.eval_pairs
     blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress, objective)
     with state.main_process_first():
