@@ -68,7 +68,7 @@ def check_scores(scores: np.ndarray) -> None:
 def rank_task(
     task: RetrievalTask, scores: Callable[[Pool], Scores], *, progress: bool = False
 ) -> tuple[Ranking, np.ndarray]:
-    """Rank the documents of each pool of a task, by `scores(pool)` of its queries and documents.
+    """Rank the documents for the queries in each pool of a task, by the scores that `scores(pool)` returns.
 
     Returns one ranking of all Q queries, pool after pool, and their row numbers (Q,) in the task.
     """
@@ -116,7 +116,7 @@ def rank_judged(
 
 
 def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
-    """Return the judgements about queries and documents of one pool, with row numbers in the pool."""
+    """Return the judgements within one pool, whose queries and documents are numbered by their place in the pool."""
     if not len(judgements.query):
         return judgements
     places = []  # for queries and documents: the row in the pool of each judgement, -1 outside the pool
@@ -249,7 +249,7 @@ def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the threshold with the highest F1 if scores from it on are positive; if several are best, the highest.
+    """Return the threshold at which the decisions `scores >= threshold` have the highest F1; of several, the highest.
 
     `scores` (N,) are compared as float32; `labels` (N,) are 0 or 1, and at least one is 1.
     """
@@ -321,7 +321,7 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
 
 
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Return the two-sided p-value of a paired permutation test that two outcomes (N,) of the same pairs have equal F1.
+    """Return the two-sided p-value of a paired permutation test that two retrievers' outcomes (N,) have equal F1.
 
     The test swaps the retrievers at random pairs, which moves a pair from entry (i, j) of the 4 × 4 table of outcomes
     to entry (j, i). A resample is therefore one binomial draw per entry.
@@ -336,7 +336,7 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamp
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one value (Q,) per query whose mean is the mean over tasks, so that `bootstrap_interval` can resample it.
+    """Return one value per query (Q,), such that the mean of all is the mean over tasks; for `bootstrap_interval`.
 
     `values` has {query: value} for each task. Tasks may share queries (the same exercise in many pairs of languages): a
     resample then draws a query with all its tasks. A value is the mean plus the influence of the query on the mean, so
@@ -349,7 +349,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return how much (Q,) each query adds to the mean difference over all tasks, for `permutation_test`."""
+    """Return the amount (Q,) that each query adds to the mean difference over all tasks, for `permutation_test`."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():

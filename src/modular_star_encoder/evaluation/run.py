@@ -185,7 +185,7 @@ def evaluate_task(
     main = values_of[task.metrics[0]]
     kept = np.flatnonzero(~np.isnan(main))
     if not len(kept):
-        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no relevant documents.")
+        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name} has no relevant documents.")
     estimates = {}
     for metric, values in values_of.items():
         known = values[~np.isnan(values)]
@@ -198,7 +198,7 @@ def evaluate_task(
 def _evaluate_pairs(
     task: PairTask, retriever: Retriever, variant: ExitVariant, seed: int
 ) -> tuple[dict[str, Estimate], list[int], list[str], int, float]:
-    """Return the last fields of a `TaskResult`: estimates, outcomes, ids, candidates and threshold."""
+    """Classify the pairs of a task; return the fields of its `TaskResult` from `estimates` to `threshold`."""
     scores = retriever.scores(task.documents, task.documents, variant)
     valid, test = (scores.of_pairs(*pairs.T) for pairs in (task.valid_pairs, task.pairs))
     metrics.check_scores(test)
@@ -262,7 +262,7 @@ def _open_all(
             retrievers[name] = open_retriever(name, store)
     names = [retriever.name for retriever in retrievers.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError("evaluation.retriever.same_name", f"Two retrievers are named {repeated[0]!r}: rename a folder.")
+        raise UserError("evaluation.retriever.same_name", f"Two models are named {repeated[0]!r}: rename a folder.")
     return retrievers
 
 

@@ -100,7 +100,7 @@ def load_benchmark(
     if _is_on_hub(data):
         repository = str(data).removeprefix("hub").removeprefix(":") or benchmark.hub
         if not repository:
-            raise UserError("benchmark.not_on_hub", f"{name} is not on the Hub: give a folder, or hub:OWNER/NAME.")
+            raise UserError("benchmark.not_on_hub", f"{name} has no Hub repository: give a folder or hub:OWNER/NAME.")
         ignored = ["*train*", "*validation*"]
         folder = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))
     else:
