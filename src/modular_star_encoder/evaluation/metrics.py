@@ -228,7 +228,7 @@ def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """Return F1 (...) of the positive class from counts (..., 4) of outcomes; 0 if labels and decisions are all 0."""
+    """Return the F1 (...) of class 1 from counts (..., 4) of the four outcomes; 0 if labels and decisions are all 0."""
     counts = np.asarray(counts, dtype=np.float64)
     twice = 2 * counts[..., TRUE_POSITIVE]
     total = twice + counts[..., FALSE_POSITIVE] + counts[..., FALSE_NEGATIVE]

@@ -168,7 +168,7 @@ def _row(
 
 
 def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
-    """Return the mean of the main metric over tasks; for F1, which has no value per query, there must be one task."""
+    """Return the mean of the main metric over tasks; only one task is allowed for F1, which has no value per query."""
     if len(results) == 1:
         return results[0].estimates[results[0].main]
     values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
@@ -322,7 +322,7 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
     found = {name: ExitProfile.load(path) for name, path in profiles.items() if path.is_file()}
     parts = ("processor", "threads", "gpu")
     if len({(one.device, one.shapes[0], *map(one.machine.get, parts)) for one in found.values()}) > 1:
-        message = "differ in machine, device, threads or batches: measure all in one way with `mose profile`."
+        message = "must have the same machine, device, threads and batches: repeat `mose profile`."
         raise UserError("evaluation.plots.other_machines", f"The exit profiles of {' and '.join(found)} {message}")
     if found:
         plot_quality_by_latency(tables, {name: median_latencies(one) for name, one in found.items()}, by_latency)

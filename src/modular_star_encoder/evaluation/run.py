@@ -267,7 +267,7 @@ def _open_all(
 
 
 def _without_paths(command: str) -> str:
-    """Return the command with the values of MOSE_DATA and HOME, which are local paths, replaced by the names."""
+    """Return the command with local paths, the values of MOSE_DATA and HOME, replaced by $MOSE_DATA and $HOME."""
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
             command = command.replace(place, f"${variable}")

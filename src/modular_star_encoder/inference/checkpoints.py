@@ -134,14 +134,14 @@ def _expanded(path: str | os.PathLike[str]) -> str:
 
 
 def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
-    """Load a model; raise UserError if tensors of the model are missing from its file, or layers are left over."""
+    """Load a model; raise UserError if its file lacks tensors of the model, or holds layers that the model lacks."""
     with _clear_errors(path):
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     # A published model may lack the bias of its vocabulary; this bias is then zero.
     missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
     if wrong := missing or sorted(filter(_TRUNK.search, info["unexpected_keys"])):
-        message = f"{len(wrong)} tensors are {'missing from' if missing else 'left over in'} {path}, such as {wrong[0]}"
-        raise UserError("checkpoint.tensors", f"{message}: its weights do not fit its configuration.")
+        message = f"{len(wrong)} tensors are {'missing from' if missing else 'unused in'} {path}, such as {wrong[0]}."
+        raise UserError("checkpoint.tensors", f"{message} Its weights do not fit its configuration.")
     return model
 
 
@@ -164,7 +164,7 @@ def _clear_errors(path: str) -> Iterator[None]:
 
 
 def _clear_error(error: Exception, path: str) -> Exception | None:
-    """Return an error of one sentence to raise instead of `error`; None if `error` is clear or not about `path`."""
+    """Return an error of one sentence to raise instead of `error`, or None to keep `error`."""
     if isinstance(error, SafetensorError | StrictDataclassError):
         return UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}")
     if isinstance(error, RuntimeError) and "mismatch" in str(error):
@@ -236,7 +236,7 @@ def write_checkpoint(
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """Return this package's model class `name`; for the class of published checkpoints, the one that loads them."""
+    """Return the class that loads models of the architecture `name`; raise UserError if this package has none."""
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
@@ -322,5 +322,5 @@ def check_servable(config: ModularStarEncoderConfig) -> None:
     known = {"pooling": ("mean", "lasttoken"), "projection_order": orders, "embedding_normalization": ("l2",)}
     for name, allowed in known.items():
         if (value := getattr(config, name)) not in allowed:
-            message = f"A SentenceTransformer cannot compute {name}={value!r}, only"
-            raise UserError("checkpoint.not_servable", f"{message} {' or '.join(map(repr, allowed))}.")
+            message = f"A SentenceTransformer does not support {name}={value!r}."
+            raise UserError("checkpoint.not_servable", f"{message} Use {' or '.join(map(repr, allowed))}.")

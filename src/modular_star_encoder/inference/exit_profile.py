@@ -126,7 +126,7 @@ class ExitProfile:
                 exits[int(exit_layer)] = ProfiledExit(measurements=measurements, **values)
             shapes = {one.shapes for one in exits.values()}
             if version != 1 or len(shapes) != 1 or shapes == {()}:
-                raise ValueError("`format` is not 1, or there are no exits, or their batch shapes differ")
+                raise ValueError("it needs `format` 1, at least one exit, and the same batch shapes for all exits")
             return cls(exits=exits, **content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError("profile.file.unreadable", f"{path} is not an exit profile: {error}.") from error

@@ -78,8 +78,8 @@ def export_onnx(
         True
     """
     if (model.dtype, model.device.type) != (torch.float32, "cpu"):
-        message = f"ONNX export needs weights in float32 on the CPU, not in {model.dtype} on {model.device}"
-        raise UserError("onnx.dtype", f"{message}: load the model with dtype=torch.float32.")
+        message = f"ONNX export needs weights in float32 on the CPU, not in {model.dtype} on {model.device}."
+        raise UserError("onnx.dtype", f"{message} Load the model with dtype=torch.float32.")
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
     sample = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
     longest = model.config.max_position_embeddings

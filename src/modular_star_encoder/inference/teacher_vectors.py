@@ -43,7 +43,7 @@ class TeacherVectors:
         return type(self), (self.folder,)  # a copy for another process maps the files again
 
     def places(self, texts: Iterable[str]) -> np.ndarray:
-        """Return the row number of each text's vector in the store, int64 (N,); -1 for a text without a vector."""
+        """Return the row number of each text's stored vector, int64 (N,); -1 for a text without a vector."""
         hashes = text_hashes(text[: self._cut] for text in texts)
         found = np.searchsorted(self._hashes, hashes)
         return np.where(self._hashes[found] == hashes, self._places[found], -1)
@@ -61,7 +61,7 @@ class TeacherVectors:
         return self.rows(places)[0]
 
     def mean(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the mean vector of the different texts, float32 (D,), also stored as `mean-{hash of texts}.npy`."""
+        """Return the mean vector of `texts` without repetitions, float32 (D,); `mean-{hash of texts}.npy` keeps it."""
         hashes, places = np.unique(text_hashes(text[: self._cut] for text in texts)), np.unique(self.places(texts))
         path = self.folder / f"mean-{hashlib.sha256(hashes.tobytes()).hexdigest()[:16]}.npy"
         if not path.is_file():
@@ -129,7 +129,7 @@ class TeacherTargets:
         self._vectors, self.means = vectors, means or {}
 
     def of(self, text: str, kind: str | None = None) -> np.ndarray:
-        """Return the vector of a text, float32 (D,), of length 1, centred by its `kind`'s mean, or by the nearest."""
+        """Return a text's vector (D,) float32, of length 1, centred by the mean of `kind`, or by the nearer if None."""
         vector = self._vectors[kind or "document"].vector(text)
         nearest = kind or min(self.means, key=lambda one: float(np.linalg.norm(vector - self.means[one])), default="")
         return _unit(vector - self.means.get(nearest, 0))

@@ -87,8 +87,8 @@ class DistillationObjective(ContrastiveObjective):
         super().__init__(contrastive or ContrastiveSettings(logit_scale=20.0, false_negative_margin=0.0))
         self.distillation = settings or DistillationSettings()
         if self.settings.distillation_weight or self.settings.alignment_weight:
-            message = "With an external teacher, the objective's distillation_weight and alignment_weight must be 0:"
-            raise UserError("distillation.contrastive", f"{message} set relational_weight and cosine_weight instead.")
+            message = "With an external teacher, the objective's distillation_weight and alignment_weight must be 0."
+            raise UserError("distillation.contrastive", f"{message} Set relational_weight and cosine_weight instead.")
         relational = self.distillation.relational_weight, self.distillation.relational_temperature
         self._guided = replace(
             self.settings, teacher="deepest", distillation_weight=relational[0], distillation_temperature=relational[1]

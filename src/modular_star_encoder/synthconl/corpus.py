@@ -169,7 +169,7 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
 
 def _archives(folder: Path, temporary: Path) -> Path:
-    """Return the folder with archives: `folder`, or `temporary` with the data archive copied from a Debian package."""
+    """Return `folder`; if it has a Debian package, copy the package's data archive to `temporary` and return that."""
     for deb in folder.glob("*.deb"):
         content, folder = deb.read_bytes(), temporary
         # The last member, after its name, time, owner, group, mode and size; see deb(5).
@@ -212,7 +212,7 @@ def _write_rows(target: Path, rows: Iterable[Row]) -> str:
 
 
 def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
-    """Join the packages' files to a corpus without equal or nearly equal rows; write it, and return its statistics."""
+    """Join the packages' files into a corpus without equal or nearly equal rows; write it, and return its statistics."""
     counts, dropped, licences = Counter[str](), Counter[str](), {":".join(one[:2]): one.licence for one in files}
     pairs: list[Row] = []
     texts: list[Row] = []
@@ -268,7 +268,7 @@ def _key(text: str) -> bytes:
 
 
 class EvaluationTexts:
-    """An index of the code and descriptions in evaluation sets; texts are indexed whole and as the corpus cuts them.
+    """Finds texts that equal, or nearly equal, code or descriptions of evaluation sets, whole or cut as in the corpus.
 
     A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of such files. From rows of
     CodeSearchNet, the benchmark's code and query are read; from other rows `code` (a text, a list, or texts by
@@ -298,7 +298,7 @@ class EvaluationTexts:
             self._texts.append((name, len(grams)))
 
     def find(self, kind: str, text: str) -> str | None:
-        """Return `"equal SET"` or `"near SET"` if an evaluation set has such a text of this `kind`, or None."""
+        """Return `"equal SET"` or `"near SET"` if the evaluation set SET has such a text of this `kind`."""
         if name := self._equal.get((kind, _key(text))):
             return f"equal {name}"
         index, grams = self._grams[kind], _grams(text, kind)

@@ -25,7 +25,7 @@ _UNPAIRED = 12  # random stream besides the streams of `RetrievalBatches`
 
 @settings_class
 class TeacherSettings(DistillationSettings):
-    """A recipe's teacher, and the weights of the losses. The recipe's `objective` has the contrastive loss's settings.
+    """A recipe's settings to learn from a teacher. The settings of the contrastive loss are in its `objective`.
 
     Args:
         teacher: the model to learn from; any name that `load_encoder` takes, such as a folder, a Hub id or an endpoint.
@@ -99,8 +99,8 @@ def teach(
     exit_layer = teacher.exit_layers[-1]
     size = teacher.encode([("", "size")], [exit_layer], progress=False)[exit_layer].shape[-1]
     if size != model.config.projection_size:
-        message = f"The vectors of {settings.teacher} have size {size}; set the model's projection_size to {size}, not"
-        raise UserError("distillation.size", f"{message} {model.config.projection_size}.")
+        message = f"The vectors of {settings.teacher} have size {size}, so the model needs projection_size={size}."
+        raise UserError("distillation.size", f"{message} It has {model.config.projection_size}.")
     options: dict[str, Any] = {"max_characters": settings.max_characters, "progress": progress}
     unpaired = list(open_texts(settings.texts, "text")) if settings.texts else []
     learned, others = (_texts_by_kind(batches.rows.texts) for batches in (train, held_out))

@@ -76,8 +76,8 @@ def grown_config(config: ModularStarEncoderConfig, exit_layers: Sequence[int]) -
     """
     exits, found = list(exit_layers), (list(config.exit_layers), config.exit_norm, config.projection_head)
     if found != ([0], "none", "linear") or exits != sorted({0, *exits}) or len(exits) < 2:
-        message = f"grow_to={exits} must be ascending exits from 0 on, and the model must have exit_layers=[0],"
-        raise UserError("training.grow_to", f"{message} exit_norm='none' and projection_head='linear', not {found}.")
+        message = f"The model must have exit_layers=[0], exit_norm='none' and projection_head='linear'; it has {found}."
+        raise UserError("training.grow_to", f"{message} grow_to={exits} must be 0 and other exits, ascending.")
     changes = {
         "num_hidden_layers": exits[-1],
         "parent_num_hidden_layers": exits[-1],

@@ -74,7 +74,7 @@ def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] =
 def load_with_candidates(
     folder: Path, *, leaky: bool = False, candidates: Path | None = None, allow_subset: bool = False
 ) -> list[RetrievalTask]:
-    """Load one task per language with a test file in the folder; each query has 1000 random candidates.
+    """Load a CodeSearchNet task for each language with a test file; each query has 1000 random candidates.
 
     Args:
         folder: contains `{language}_test.jsonl.gz`, or a folder per language from the Hub or the authors' archives.
@@ -159,14 +159,14 @@ def strip_docstring(code: str) -> str:
 
 
 def write_candidates(task: RetrievalTask, folder: Path) -> None:
-    """Write the pools of a task, each a list of ids of queries with the same candidates, to `{task name}.json`."""
+    """Write the pools of a task, each as the ids of queries that share their candidates, to `{task name}.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     pools = [[task.query_ids[row] for row in pool.queries] for pool in task.pools]
     write_json(folder / f"{task.name}.json", {"benchmark": task.benchmark, "task": task.name, "pools": pools})
 
 
 def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
-    """Read the pools in a file that `write_candidates` wrote; ids become row numbers in `urls`."""
+    """Read the pools of candidates in a file that `write_candidates` wrote, as row numbers in `urls`."""
     (data,) = check_rows(path, [read_json(path)], {"pools": list})
     places = {url: place for place, url in enumerate(urls)}
     pools = []
@@ -181,7 +181,7 @@ def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
 
 
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load CodeXGLUE's filtered CodeSearchNet: one task per language, with all its functions as candidates."""
+    """Load CodeXGLUE's filtered CodeSearchNet: one task per language; candidates are all functions of the language."""
     tasks = []
     for language in _languages(folder, ["{0}/test.jsonl*"]):
         test, codebase = (require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))

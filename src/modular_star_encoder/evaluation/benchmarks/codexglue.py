@@ -57,7 +57,7 @@ _OWN_OBJECT = ("this", "self")  # PHP's lexer does not distinguish $this from ot
 
 
 def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load AdvTest, one task from documentation to code, from the `test.jsonl` of the authors' preprocess.py."""
+    """Load AdvTest, one task to find code by its documentation, from `test.jsonl` by the authors' preprocess.py."""
     (path, *_) = require_files(folder, ("test.jsonl", "test.jsonl.gz"))
     rows = read_jsonl(path, {"idx": (int, str), "url": str, "docstring_tokens": list})
     ids = check_unique(path, [row["idx"] for row in rows], "idx")
@@ -87,7 +87,7 @@ def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 
 
 def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load the tasks to find the C# version of a Java method and vice versa; `masked` applies `mask_names`."""
+    """Load two tasks: find the C# version of a Java method, and vice versa; `masked` replaces the names in code."""
     (first, *_), (second, *_) = (require_files(folder, [f"test.java-cs.txt.{ending}"]) for ending in ("java", "cs"))
     texts = {"java": _read_translation(first, "java", masked), "c#": _read_translation(second, "c#", masked)}
     size = len(texts["java"])
