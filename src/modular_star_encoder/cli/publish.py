@@ -29,7 +29,7 @@ def add_publish_commands(commands: Any) -> None:
     _add_folder_options(publish)
     publish.add_argument("--upload", action="store_true", help="upload, one commit for each repository that differs")
     publish.add_argument("--public", action="store_true", help="make new repositories public")
-    publish.add_argument("--out", metavar="FOLDER", help="keep what was staged there; it must not exist")
+    publish.add_argument("--out", metavar="FOLDER", help="keep the prepared folders there; it must not exist")
     publish.set_defaults(run=run_publish)
 
     export = commands.add_parser("export", help="write one exit as an ONNX folder for serving, or exit 0 as a table")

@@ -109,7 +109,7 @@ class MtebExitEncoder(AbsEncoder):
     Symmetric tasks get no prompt.
 
     `shared` embeds at this exit, among others. `prompts` replaces prompts by others: {key of mteb: prefix}. The keys
-    are, most specific first, `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`, or with `document`.
+    are, most specific first, `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`; or `document`.
     """
 
     mteb_model_meta: ModelMeta

@@ -185,7 +185,7 @@ def evaluate_task(
     main = values_of[task.metrics[0]]
     kept = np.flatnonzero(~np.isnan(main))
     if not len(kept):
-        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name} has no relevant documents.")
+        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no documents are relevant.")
     estimates = {}
     for metric, values in values_of.items():
         known = values[~np.isnan(values)]

@@ -169,7 +169,7 @@ def ranking_task(
     batches: Iterable[np.ndarray] | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task to rank documents for queries; its candidates for a query are all documents, or a batch.
+    """Build a task to rank all documents for each query, or only the documents in the batch of the query.
 
     Args:
         ids: ids of the queries; their row numbers if None.

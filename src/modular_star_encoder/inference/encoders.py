@@ -115,7 +115,7 @@ class ExitEncoder(Encoder):
         self.checksum = weights_checksum(model, tokenizer, config.to_json_string(), settings)
 
     def untrained(self, seed: int = 0) -> ExitEncoder:
-        """Return an encoder of the same architecture with random weights, a baseline that only sees shared words."""
+        """Return an encoder with the same architecture and random weights, a baseline that only matches equal words."""
         parameter = next(self.model.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -242,7 +242,7 @@ def _measure_times(
 
 
 class MemoryUse(NamedTuple):
-    """The resident memory of a process that embeds batches, in MB (10^6 bytes); None where the system hides it."""
+    """The resident memory of a process that embeds batches, in MB (10^6 bytes); None if unknown."""
 
     base: float | None  # with all libraries, before the model is loaded
     peaks: list[float | None]  # the peak so far, after each batch

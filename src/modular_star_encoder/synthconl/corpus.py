@@ -212,7 +212,7 @@ def _write_rows(target: Path, rows: Iterable[Row]) -> str:
 
 
 def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
-    """Join the packages' files into a corpus without equal or nearly equal rows; write it, and return its statistics."""
+    """Join the packages' files into a corpus without equal or nearly equal rows, write it and return its statistics."""
     counts, dropped, licences = Counter[str](), Counter[str](), {":".join(one[:2]): one.licence for one in files}
     pairs: list[Row] = []
     texts: list[Row] = []

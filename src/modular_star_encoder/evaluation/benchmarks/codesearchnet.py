@@ -236,7 +236,7 @@ def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 
 
 def _read_grades(path: Path) -> tuple[dict[str, Grades], int]:
-    """Read human judgements: {language: grades}, in lower case but for urls, and the number of judgements."""
+    """Read and count human judgements; return ({language: grades}, count), with languages and queries in lower case."""
     grades: dict[str, Grades] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     reader = csv.DictReader(line + "\n" for _, line in read_lines(path))
     columns = ("Language", "Query", "GitHubUrl", "Relevance")

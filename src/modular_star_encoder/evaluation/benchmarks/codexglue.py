@@ -57,7 +57,7 @@ _OWN_OBJECT = ("this", "self")  # PHP's lexer does not distinguish $this from ot
 
 
 def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load AdvTest, one task to find code by its documentation, from `test.jsonl` by the authors' preprocess.py."""
+    """Load AdvTest, one task to find code by its documentation; `test.jsonl` is made by the authors' preprocess.py."""
     (path, *_) = require_files(folder, ("test.jsonl", "test.jsonl.gz"))
     rows = read_jsonl(path, {"idx": (int, str), "url": str, "docstring_tokens": list})
     ids = check_unique(path, [row["idx"] for row in rows], "idx")

@@ -113,7 +113,7 @@ def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> li
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Raise UserError if a file lacks the expected number of `what`; return a note if it is an allowed subset."""
+    """Check the number of `what` in a file; return a note if an allowed subset has fewer, else raise UserError."""
     if found == expected:
         return ()
     if found > expected or not allow_subset:
