@@ -1,4 +1,4 @@
-"""Rank documents by scores, compute metrics of rankings and of decisions, their intervals, and significance tests.
+"""Rank documents by scores; compute metrics of rankings and decisions, their intervals and significance tests.
 
 Scores are compared as float32. Among documents with equal scores, the less relevant one comes first, so a retriever
 that gives every document the same score gets the worst value. Metrics are computed from ranks or outcomes, never from
@@ -144,7 +144,7 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """Rank judged documents by scores (J,); `above` (J,) counts all documents with at least the same score."""
+    """Rank the judged documents by scores (J,); `above` (J,) counts the documents with at least the same score."""
     order = worst_order(scores, judgements.gain, judgements.query)
     query, ordered = judgements.query[order], scores[order]
     first = np.searchsorted(query, query, side="left")
@@ -218,7 +218,7 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
 
 
 def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compare N decisions with N labels: (N,) int64, each TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE, …"""
+    """Compare N decisions with N labels; return (N,) int64, each TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE, …"""
     decisions, labels = np.asarray(decisions), np.asarray(labels)
     known = np.isin(decisions, (0, 1)).all() and np.isin(labels, (0, 1)).all()
     if decisions.shape != labels.shape or decisions.ndim != 1 or not len(labels) or not known:
@@ -293,7 +293,7 @@ def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 1000) -> 
 
 
 def bootstrap_f1_interval(outcomes: np.ndarray, seed: int, resamples: int = 1000) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of F1, given the outcomes (N,) of `metrics.outcomes`.
+    """Return the 95 % percentile bootstrap interval of F1 for the outcomes (N,) of `metrics.outcomes`.
 
     Drawing pairs with replacement is the same as drawing their four counts from a multinomial distribution.
     """

@@ -180,7 +180,7 @@ class MultiExitEvaluator(BaseEvaluator):
             network, tokenizer, max_length = _network(model), model.tokenizer, self.max_length or model.max_seq_length
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
         elif self.tokenizer is None:
-            raise UserError("evaluator.tokenizer.missing", "Pass `tokenizer` to the evaluator of this model.")
+            raise UserError("evaluator.tokenizer.missing", "MultiExitEvaluator needs `tokenizer` for this model.")
         else:
             network, tokenizer, max_length = model, self.tokenizer, self.max_length
             prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)

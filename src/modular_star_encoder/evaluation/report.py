@@ -356,7 +356,7 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
 
 
 def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
-    """Return {name: {exit_layer: row}}, exits ascending; a name is a retriever and, if given, its embedding size."""
+    """Return {retriever (with embedding size, if truncated): {exit_layer: row}}, with the exits ascending."""
     found: dict[str, dict[int, Row]] = {}
     for row in sorted(table.rows, key=lambda row: row.exit_layer or 0):
         if row.exit_layer is not None:

@@ -223,7 +223,7 @@ class EmbeddingCache:
                     keys = np.load(path, allow_pickle=False)
                     shard = np.load(path.with_name(path.name.replace(".keys.", ".")), "r", allow_pickle=False)
                     if keys.dtype != np.uint8 or keys.shape != (len(shard), 32) or shard.dtype != np.float32:
-                        raise ValueError("its keys do not match its embeddings")
+                        raise ValueError("the keys do not match the embeddings")
                 except (ValueError, OSError, EOFError) as error:
                     raise UserError("evaluation.cache.damaged", f"{path} is damaged ({error}): remove it.") from None
                 space.append([row.tobytes() for row in keys], shard)

@@ -129,7 +129,7 @@ class TeacherTargets:
         self._vectors, self.means = vectors, means or {}
 
     def of(self, text: str, kind: str | None = None) -> np.ndarray:
-        """Return a text's vector (D,) float32, of length 1, centred by the mean of `kind`, or by the nearer if None."""
+        """Return a text's vector (D,) float32, of length 1, centred by the mean of `kind` (None: the nearer mean)."""
         vector = self._vectors[kind or "document"].vector(text)
         nearest = kind or min(self.means, key=lambda one: float(np.linalg.norm(vector - self.means[one])), default="")
         return _unit(vector - self.means.get(nearest, 0))

@@ -169,7 +169,7 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
 
 def _archives(folder: Path, temporary: Path) -> Path:
-    """Return `folder`; if it has a Debian package, copy the package's data archive to `temporary` and return that."""
+    """Return `folder`, or if it has a Debian package, `temporary` with a copy of the package's data archive."""
     for deb in folder.glob("*.deb"):
         content, folder = deb.read_bytes(), temporary
         # The last member, after its name, time, owner, group, mode and size; see deb(5).
@@ -298,7 +298,7 @@ class EvaluationTexts:
             self._texts.append((name, len(grams)))
 
     def find(self, kind: str, text: str) -> str | None:
-        """Return `"equal SET"` or `"near SET"` if the evaluation set SET has such a text of this `kind`."""
+        """Return `"equal SET"` or `"near SET"` if evaluation set SET has an equal or near text of `kind`."""
         if name := self._equal.get((kind, _key(text))):
             return f"equal {name}"
         index, grams = self._grams[kind], _grams(text, kind)
@@ -318,7 +318,7 @@ def _grams(text: str, kind: str) -> set[int]:
 
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for each code, description and query in a file, and for each paragraph of the latter two."""
+    """Yield (kind, text) for each code, description and query in a file; prose is also yielded by paragraph."""
     rows = check_rows(path, read_json(path), {}) if path.suffix == ".json" else read_jsonl(path, {})
     if {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]

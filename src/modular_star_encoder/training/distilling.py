@@ -25,7 +25,7 @@ _UNPAIRED = 12  # random stream besides the streams of `RetrievalBatches`
 
 @settings_class
 class TeacherSettings(DistillationSettings):
-    """A recipe's settings to learn from a teacher. The settings of the contrastive loss are in its `objective`.
+    """Settings of a recipe to learn from a teacher. The recipe's `objective` has the settings of the contrastive loss.
 
     Args:
         teacher: the model to learn from; any name that `load_encoder` takes, such as a folder, a Hub id or an endpoint.
