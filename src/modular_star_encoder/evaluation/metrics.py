@@ -116,7 +116,7 @@ def rank_judged(
 
 
 def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
-    """Return the judgements within one pool, whose queries and documents are numbered by their place in the pool."""
+    """Return the judgements within one pool, with queries and documents numbered by their place in the pool."""
     if not len(judgements.query):
         return judgements
     places = []  # for queries and documents: the row in the pool of each judgement, -1 outside the pool
@@ -181,7 +181,7 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
 
 
 def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
-    """Return the average precision of each query at its number R of relevant documents, (Q,) in [0, 1].
+    """Return the average precision (Q,) in [0, 1] of each query's first R documents, if R documents are relevant.
 
     A relevant document adds (its place among the relevant documents) / (its rank), or 0 if its rank is above R. The
     sum is divided by R (Musgrave et al. 2020), as in CodeXGLUE's evaluator for POJ-104.

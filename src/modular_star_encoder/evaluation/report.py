@@ -322,8 +322,8 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
     found = {name: ExitProfile.load(path) for name, path in profiles.items() if path.is_file()}
     parts = ("processor", "threads", "gpu")
     if len({(one.device, one.shapes[0], *map(one.machine.get, parts)) for one in found.values()}) > 1:
-        message = "must have the same machine, device, threads and batches: repeat `mose profile`."
-        raise UserError("evaluation.plots.other_machines", f"The exit profiles of {' and '.join(found)} {message}")
+        message = "Repeat `mose profile` with one machine, device, number of threads and set of batches."
+        raise UserError("evaluation.plots.other_machines", f"Exit profiles of {' and '.join(found)} differ. {message}")
     if found:
         plot_quality_by_latency(tables, {name: median_latencies(one) for name, one in found.items()}, by_latency)
 

@@ -186,12 +186,12 @@ class EmbeddingCache:
         self._spaces: dict[str, _Space] = {}
 
     def missing(self, space: str, texts: Iterable[Prompted]) -> list[Prompted]:
-        """Return the texts without an embedding in `space`, in the given order."""
+        """Return the texts without an embedding in `space` (one model and exit), in the given order."""
         places = self._space(space).places
         return [text for text in texts if _key(text) not in places]
 
     def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray) -> None:
-        """Store the embeddings (N, F) float32 of N texts in `space`."""
+        """Store the embeddings (N, F) float32 of N texts in `space` (one model and exit)."""
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
         shards = self._space(space).shards
         size = shards[0].shape[1] if shards else embeddings.shape[-1]

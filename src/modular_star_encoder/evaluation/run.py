@@ -73,7 +73,7 @@ def run_benchmarks(
     folder = None if out is None else Path(out).expanduser()
     chosen = choose_benchmarks(benchmarks, data)
     if candidates is not None and not set(chosen) & set(WITH_CANDIDATES):
-        message = f"`candidates` needs a benchmark that draws candidates: {' or '.join(WITH_CANDIDATES)}."
+        message = f"`candidates` is only for benchmarks with random candidates: {' or '.join(WITH_CANDIDATES)}."
         raise UserError("evaluation.candidates.not_used", message)
     loaded = [load_benchmark(name, data, allow_subset=allow_subset, candidates=candidates) for name in chosen]
     tasks = [task for of_benchmark in loaded for task in of_benchmark]

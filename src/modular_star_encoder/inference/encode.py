@@ -208,7 +208,7 @@ def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[
 def _in_chunks(
     plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor], chunk: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that runs `compiled` chunk by chunk in inference mode without autocast, else `plain`."""
+    """Return a function that runs `compiled` on chunks; outside inference mode and under autocast, it runs `plain`."""
 
     def forward(states: torch.Tensor) -> torch.Tensor:
         flat = states.flatten(0, -2)

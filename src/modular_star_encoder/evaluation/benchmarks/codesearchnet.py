@@ -97,7 +97,7 @@ def load_with_candidates(
 
 
 def language_patterns(split: str, language: str) -> tuple[str, ...]:
-    """Return file patterns of a split: JSON lines, Parquet as on the Hub, or the authors' unpacked archive."""
+    """Return patterns for the files of a split: JSON lines, the Hub's Parquet, or the authors' unpacked archive."""
     return (
         f"{language}_{split}.jsonl.gz",
         f"{language}_{split}.jsonl",
