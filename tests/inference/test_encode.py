@@ -83,7 +83,7 @@ def test_the_requested_exits_are_given_in_ascending_order_and_no_texts_give_empt
 def test_texts_and_exits_that_cannot_be_encoded_are_an_error(model, tokenizer):
     with raises("encode.texts.one_string", "return x"):
         encode(model, tokenizer, "return x")
-    with raises("encode.texts.not_unicode", "1 texts", r"'a\ud800b'"):
+    with raises("encode.texts.not_unicode", "1 of the texts", r"'a\ud800b'"):
         encode(model, tokenizer, ["whole \U0001f600", "a\ud800b"])
     with pytest.raises(ValueError, match="exit_layer 3 is not an exit of this model; its exits are 1, 2, 4"):
         encode(model, tokenizer, TEXTS, exit_layers=[3])

@@ -1,4 +1,4 @@
-"""The commands of `mose dataset`: build, dedup, stats, push, and those of a corpus of packages."""
+"""The commands of `mose dataset`: build, dedup, stats, push and corpus."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def add_dataset_commands(commands: Any) -> None:
     dedup.add_argument("source", metavar="SOURCE", help="a folder of parquet files")
     dedup.add_argument("--out", metavar="FOLDER", required=True, help="where to write; an old run is continued")
     dedup.add_argument("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare, with commas")
-    dedup.add_argument("--match", choices=("either", "both"), default="either", help="columns that must be near")
-    dedup.add_argument("--id-column", metavar="NAME", help="column of ids; the smallest of a cluster stays")
+    dedup.add_argument("--match", choices=("either", "both"), default="either", help="near in one column, or both")
+    dedup.add_argument("--id-column", metavar="NAME", help="column of ids; the smallest id of a cluster stays")
     dedup.add_argument("--threshold", metavar="JACCARD", type=float, default=0.7, help="smallest similarity (0.7)")
     dedup.add_argument("--recall", choices=("default", "high"), default="default", help="how many pairs are compared")
     dedup.add_argument(
@@ -52,9 +52,9 @@ def add_dataset_commands(commands: Any) -> None:
     push.add_argument("--public", action="store_true", help="make a new repository public")
     push.set_defaults(run=run_dataset_push)
 
-    corpus = commands.add_parser("corpus", help="descriptions and functions from packages of Debian, npm and PyPI")
+    corpus = commands.add_parser("corpus", help="build a corpus of functions from packages of Debian, npm and PyPI")
     commands = corpus.add_subparsers(required=True, metavar="COMMAND")
-    fetch = commands.add_parser("fetch", help="download the packages of a corpus, as far as they are not there")
+    fetch = commands.add_parser("fetch", help="download the packages of a corpus that FOLDER lacks")
     fetch.add_argument("corpus", metavar="FILE", help="the packages, such as hub_configs/mose-code/corpus.yaml")
     fetch.add_argument("--out", metavar="FOLDER", required=True, help="where to write: a folder for each package")
     fetch.set_defaults(run=run_corpus_fetch)
@@ -144,7 +144,7 @@ def run_corpus_build(arguments: argparse.Namespace) -> None:
 
 
 def run_corpus_check(arguments: argparse.Namespace) -> None:
-    """Run `mose dataset corpus check`; raise UserError (exit status 2) if texts are found and not dropped."""
+    """Print the texts of a corpus that are in evaluation sets; raise UserError if there are any and no --drop."""
     from modular_star_encoder.synthconl.corpus import EvaluationTexts, check_corpus
     from modular_star_encoder.utils.files import check_writable, write_json
 
@@ -157,5 +157,5 @@ def run_corpus_check(arguments: argparse.Namespace) -> None:
     for name, counts in report["files"].items():
         print(f"{name}: {counts['rows_found']:,} of {counts['rows']:,} rows are in an evaluation set")
     if hits and not arguments.drop:
-        message = f"{len(hits)} texts are in evaluation sets; --drop FOLDER writes the other rows."
+        message = f"{len(hits)} texts are in evaluation sets: write the other rows with --drop FOLDER."
         raise UserError("cli.dataset.corpus", message)

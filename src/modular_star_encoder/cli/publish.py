@@ -35,7 +35,7 @@ def add_publish_commands(commands: Any) -> None:
     _add_folder_options(publish)
     publish.add_argument("--upload", action="store_true", help="upload, one commit for each repository that differs")
     publish.add_argument("--public", action="store_true", help="make new repositories public")
-    publish.add_argument("--out", metavar="FOLDER", help="keep what was staged there; it must not exist")
+    publish.add_argument("--out", metavar="FOLDER", help="keep the prepared folders there; it must not exist")
     publish.set_defaults(run=run_publish)
 
     export = commands.add_parser("export", help="write one exit as an ONNX folder for serving, or exit 0 as a table")
@@ -56,7 +56,7 @@ def add_publish_commands(commands: Any) -> None:
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that a checkpoint's folder needs in place of a manifest."""
+    """Add the options with which a folder is published without a manifest."""
     parser.add_argument("--repository", metavar="OWNER/NAME", help="of a folder: its repository on the Hub")
     parser.add_argument("--license", metavar="NAME", help="of a folder: the Hub's name of the licence (apache-2.0)")
     parser.add_argument(
@@ -93,7 +93,7 @@ def run_publish(arguments: argparse.Namespace) -> None:
     is_folder = os.path.isdir(source)
     if misplaced := overrides if is_folder else options:
         kind = "is a folder" if is_folder else "is a manifest" if os.path.exists(source) else "does not exist"
-        message = f"{source} {kind}, so {misplaced[0]} does not apply: settings are for manifests, options for folders."
+        message = f"{source} {kind}, so leave out {misplaced[0]}: KEY=VALUE is for manifests, --options for folders."
         raise UserError(f"cli.publish.{'folder' if is_folder else 'manifest'}", message)
     manifest = _folder_manifest(arguments, source) if is_folder else load_manifest(source, overrides)
     publications = publish(manifest, upload=arguments.upload, private=not arguments.public, staging=arguments.out)
@@ -104,7 +104,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     if arguments.format != "onnx":
         return run_static_export(arguments)
     if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
-        message = "--int8, --benchmark and --allow-subset need --data: source code, or a benchmark's files."
+        message = "--int8, --benchmark and --allow-subset need --data FOLDER, with source code or a benchmark's files."
         raise UserError("cli.export.data", message)
     from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
     from modular_star_encoder.evaluation.tasks import RetrievalTask
@@ -114,7 +114,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     for name in choose_benchmarks([arguments.benchmark], arguments.data) if arguments.data else ():
         for task in load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset):
             if not isinstance(task, RetrievalTask):
-                message = f"{name} is no retrieval benchmark, but exports are measured by rankings. Name another."
+                message = f"--benchmark {name} ranks no documents, so exports cannot be compared: name another one."
                 raise UserError("cli.export.benchmark", message)
             tasks.append(task)
     written = export_onnx_folder(
@@ -126,7 +126,6 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_static_export(arguments: argparse.Namespace) -> None:
-    """Run `mose export` with `--format static` or `--format model2vec`."""
     from modular_star_encoder.hub.onnx_folder import default_folder
     from modular_star_encoder.inference.static_export import export_static
 

@@ -21,7 +21,7 @@ _LETTERS = np.array(list(string.ascii_lowercase))
 
 
 def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
-    """Replace every word in `code`, reserved or not, that has at least 3 characters and occurs at least 3 times.
+    """Replace every word in `code`, keywords included, that has at least 3 characters and occurs at least 3 times.
 
     All occurrences of a word get the same new name: 3 to 8 random lower-case letters, different from every other word.
     """
@@ -58,7 +58,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         prompts: bool = True,
         progress: bool = True,
     ) -> None:
-        """Tokenize `texts`. The tokenizer must end them with `<cls>`; both limits include prompt and special tokens."""
+        """Tokenize `texts`. The tokenizer must end each with `<cls>`; both limits include prompt and special tokens."""
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
@@ -92,29 +92,29 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(self._descriptions[row], self._text_frame, self._limits[0])
 
     def snippet(self, row: int, number: int = 0, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the token ids of a row's snippet `number`, int64 (T,); `renaming` draws names for frequent words."""
+        """Return token ids of a row's snippet `number`, int64 (T,); `renaming` draws new names for frequent words."""
         content = self._codes[int(self._first_code[row]) + number]
         return self._code(self.texts[row].snippets[number], content, renaming)
 
     def tokens(self, row: int, number: int | None, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """The ids of the description (None), the hard negative (-1) or another snippet of a row, int64 (T,)."""
+        """Return token ids of a row's snippet `number`, description (None) or hard negative (-1), int64 (T,)."""
         if number is None:
             return self.description(row)
         return self.negative(row, renaming) if number < 0 else self.snippet(row, number, renaming)
 
     def text(self, row: int, number: int | None) -> str:
-        """The text whose ids are `tokens(row, number)`, without prompt and not cut."""
+        """Return the uncut text, without its prompt, whose token ids `tokens(row, number)` returns."""
         example = self.texts[row]
         if number is None:
             return example.description
         return example.negative.code if number < 0 and example.negative else example.snippets[number].code
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """How often each token occurs in the descriptions and snippets, int64 (vocab_size,); frames do not count."""
+        """Return how often each token occurs in the descriptions and snippets, without prompts, int64 (vocab_size,)."""
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def negative(self, row: int, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the token ids of a row's hard negative, int64 (T,); it must have one. `renaming`: see `snippet`."""
+        """Return the token ids of a row's hard negative, which must exist, int64 (T,); `renaming` as in `snippet`."""
         return self._code(self._negative_snippets[row], self._negatives[row], renaming)
 
     def _code(self, snippet: Snippet, content: np.ndarray, renaming: np.random.Generator | None) -> torch.Tensor:
@@ -123,7 +123,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean tokens per description and per snippet, each with the longest prompt and cut to its limit."""
+        """Return the mean token count of descriptions and of snippets, with the longest prompt, cut to the limits."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -134,7 +134,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
 
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
-    """A dataset of the rows of all batches, one batch after another, for a sequential sampler (`steps` × batch size).
+    """A dataset of `steps` × batch size rows, one planned batch after another, to be read by a sequential sampler.
 
     Row `i` depends only on `i` and the plan's seed. It holds `query_ids` and `document_ids`, int64 (T,): a description
     and its code, or two random snippets of one row; and `negative_ids` if every row of `texts` has a hard negative.
@@ -161,12 +161,12 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return found
 
     def texts(self, index: int) -> dict[str, tuple[str, bool]]:
-        """The texts of row `index` before any renaming: side → (text, whether it is code)."""
+        """Return the texts of row `index` before any renaming: {side: (text, whether it is code)}."""
         places = self._places(index).items()
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
     def _places(self, index: int) -> dict[str, tuple[int, int | None]]:
-        """Side → (row, number of its snippet, None for its description, -1 for its hard negative)."""
+        """Return {side: (row, number)}, the arguments of `RetrievalTexts.tokens` for row `index`."""
         step, place = divmod(index, self.batch_size)
         row, kind = self._plan.batch(step)[place]
         places: dict[str, tuple[int, int | None]] = {"query": (row, None), "document": (row, 0)}
@@ -183,7 +183,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> tuple[list[int], int]:
-    """Return (token ids before a text, token id after it), given its prompt; UserError if `max_tokens` is too small."""
+    """Return the token ids before a text with this prompt, and the id after it; check that `max_tokens` is enough."""
     ids = tokenizer(prompt)["input_ids"]
     if not ids or ids[-1] != tokenizer.cls_token_id:
         raise UserError("data.tokenizer.template", "The tokenizer must end every text with its cls_token.")

@@ -34,7 +34,7 @@ def identifier_tokens(text: str) -> list[str]:
 
 
 class BM25(Retriever):
-    """Ranks documents by BM25; document frequencies are counted among the candidates of each pool.
+    """Ranks documents by BM25; document frequencies are counted among the candidates of a query.
 
     Repeated words in a query do not add to its scores. The scores of a query without words of the documents are all 0.
     """
@@ -83,7 +83,7 @@ class BM25Scores:
 
 
 class TfIdf(Retriever):
-    """Ranks documents by the cosine of TF-IDF vectors, with sublinear term and per-pool document frequencies."""
+    """Ranks documents by the cosine of TF-IDF vectors (sublinear TF; IDF among the candidates of a query)."""
 
     name = "TF-IDF"
 
@@ -104,7 +104,7 @@ class TfIdf(Retriever):
 
 
 class SparseScores:
-    """Dot products (Q, D) of sparse unit vectors (Q, V) and (D, V), always summed in the order of the V terms."""
+    """Dot products (Q, D) of sparse unit vectors (Q, V) and (D, V), with the V terms summed in a fixed order."""
 
     def __init__(self, queries: csr_matrix, documents: csr_matrix) -> None:
         self.shape = (queries.shape[0], documents.shape[0])
@@ -141,7 +141,7 @@ def identifier_overlap_accuracy(
     measured_on: Iterable[Mapping[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Return how often a threshold on `identifier_overlap` tells if `InContextPairs` come from the same repository.
+    """Return how accurately `identifier_overlap` alone tells which `InContextPairs` come from one repository.
 
     Returns the best `threshold` on `fitted_on`, its `fitted_accuracy` there, and its `accuracy` on `measured_on`.
     """

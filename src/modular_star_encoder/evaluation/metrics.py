@@ -1,4 +1,4 @@
-"""Rank documents by scores, compute metrics of rankings and of decisions, their intervals, and significance tests.
+"""Rank documents by scores; compute metrics of rankings and decisions, their intervals and significance tests.
 
 Scores are compared as float32. Among documents with equal scores, the less relevant one comes first, so a retriever
 that gives every document the same score gets the worst value. Metrics are computed from ranks or outcomes, never from
@@ -68,7 +68,7 @@ def check_scores(scores: np.ndarray) -> None:
 def rank_task(
     task: RetrievalTask, scores: Callable[[Pool], Scores], *, progress: bool = False
 ) -> tuple[Ranking, np.ndarray]:
-    """Rank the documents of each pool of a task, by `scores(pool)` of its queries and documents.
+    """Rank the documents for the queries in each pool of a task, by the scores that `scores(pool)` returns.
 
     Returns one ranking of all Q queries, pool after pool, and their row numbers (Q,) in the task.
     """
@@ -116,7 +116,7 @@ def rank_judged(
 
 
 def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
-    """Return the judgements about queries and documents of one pool, with row numbers in the pool."""
+    """Return the judgements within one pool, with queries and documents numbered by their place in the pool."""
     if not len(judgements.query):
         return judgements
     places = []  # for queries and documents: the row in the pool of each judgement, -1 outside the pool
@@ -144,7 +144,7 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """Rank judged documents by scores (J,); `above` (J,) counts all documents with at least the same score."""
+    """Rank the judged documents by scores (J,); `above` (J,) counts the documents with at least the same score."""
     order = worst_order(scores, judgements.gain, judgements.query)
     query, ordered = judgements.query[order], scores[order]
     first = np.searchsorted(query, query, side="left")
@@ -181,7 +181,7 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
 
 
 def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
-    """Return the average precision of each query at its number R of relevant documents, (Q,) in [0, 1].
+    """Return the average precision (Q,) in [0, 1] of each query's first R documents, if R documents are relevant.
 
     A relevant document adds (its place among the relevant documents) / (its rank), or 0 if its rank is above R. The
     sum is divided by R (Musgrave et al. 2020), as in CodeXGLUE's evaluator for POJ-104.
@@ -218,7 +218,7 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
 
 
 def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compare N decisions with N labels: (N,) int64, each TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE, …"""
+    """Compare N decisions with N labels; return (N,) int64, each TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE, …"""
     decisions, labels = np.asarray(decisions), np.asarray(labels)
     known = np.isin(decisions, (0, 1)).all() and np.isin(labels, (0, 1)).all()
     if decisions.shape != labels.shape or decisions.ndim != 1 or not len(labels) or not known:
@@ -228,7 +228,7 @@ def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """Return F1 (...) of the positive class from counts (..., 4) of outcomes; 0 if labels and decisions are all 0."""
+    """Return the F1 (...) of class 1 from counts (..., 4) of the four outcomes; 0 if labels and decisions are all 0."""
     counts = np.asarray(counts, dtype=np.float64)
     twice = 2 * counts[..., TRUE_POSITIVE]
     total = twice + counts[..., FALSE_POSITIVE] + counts[..., FALSE_NEGATIVE]
@@ -249,7 +249,7 @@ def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the threshold with the highest F1 if scores from it on are positive; if several are best, the highest.
+    """Return the threshold at which the decisions `scores >= threshold` have the highest F1; of several, the highest.
 
     `scores` (N,) are compared as float32; `labels` (N,) are 0 or 1, and at least one is 1.
     """
@@ -293,7 +293,7 @@ def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 1000) -> 
 
 
 def bootstrap_f1_interval(outcomes: np.ndarray, seed: int, resamples: int = 1000) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of F1, given the outcomes (N,) of `metrics.outcomes`.
+    """Return the 95 % percentile bootstrap interval of F1 for the outcomes (N,) of `metrics.outcomes`.
 
     Drawing pairs with replacement is the same as drawing their four counts from a multinomial distribution.
     """
@@ -321,7 +321,7 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
 
 
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Return the two-sided p-value of a paired permutation test that two outcomes (N,) of the same pairs have equal F1.
+    """Return the two-sided p-value of a paired permutation test that two retrievers' outcomes (N,) have equal F1.
 
     The test swaps the retrievers at random pairs, which moves a pair from entry (i, j) of the 4 × 4 table of outcomes
     to entry (j, i). A resample is therefore one binomial draw per entry.
@@ -336,7 +336,7 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamp
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one value (Q,) per query whose mean is the mean over tasks, so that `bootstrap_interval` can resample it.
+    """Return one value per query (Q,), such that the mean of all is the mean over tasks; for `bootstrap_interval`.
 
     `values` has {query: value} for each task. Tasks may share queries (the same exercise in many pairs of languages): a
     resample then draws a query with all its tasks. A value is the mean plus the influence of the query on the mean, so
@@ -349,7 +349,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return how much (Q,) each query adds to the mean difference over all tasks, for `permutation_test`."""
+    """Return the amount (Q,) that each query adds to the mean difference over all tasks, for `permutation_test`."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():

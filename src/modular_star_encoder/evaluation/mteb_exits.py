@@ -1,4 +1,4 @@
-"""Evaluate the exits of a checkpoint with mteb (extra `mteb`) on CoIR, MTEB(Code) or any other of its tasks.
+"""Evaluate the exits of a checkpoint with mteb (extra `mteb`), on CoIR, MTEB(Code) or other tasks of mteb.
 
 mteb computes the scores by its own protocol, with equal scores in arbitrary order. Each exit is a model with the name
 `{owner}/{model}-exit-{k}`, so that each exit has its own result files. The revision is the Hub's commit, or a checksum
@@ -40,7 +40,7 @@ with naming_extra():
 
 
 class Side(NamedTuple):
-    """What the queries or the documents of a task are: prose, or code (if `language` is None, mteb may name it)."""
+    """Whether the queries or the documents of a task are prose or code; `language` is None if only mteb knows it."""
 
     is_code: bool
     language: str | None = None
@@ -105,11 +105,11 @@ class SharedExits:
 class MtebExitEncoder(AbsEncoder):
     """Embeds texts at one exit of a model, in the interface that mteb expects.
 
-    `TASK_SIDES` says which queries and documents are code and which are prose; they get the published prompts for it.
+    `TASK_SIDES` says which queries and documents are code and which are prose; each kind gets its published prompt.
     Symmetric tasks get no prompt.
 
     `shared` embeds at this exit, among others. `prompts` replaces prompts by others: {key of mteb: prefix}. The keys
-    are, most specific first, `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`, or with `document`.
+    are, most specific first, `{task}-query`, `{task}`, `{task type}-query`, `{task type}`, `query`; or `document`.
     """
 
     mteb_model_meta: ModelMeta
@@ -123,7 +123,7 @@ class MtebExitEncoder(AbsEncoder):
     def encode(
         self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, hf_subset: str, **options: Any
     ) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of the N texts in batches of mteb.
+        """Return the embeddings (N, D) float32 of N texts, which mteb passes in batches.
 
         Of the other options of mteb, `prompt_type` and `show_progress_bar` are used.
         """
@@ -280,7 +280,7 @@ def load_exit_encoder(
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
-    """Return the task objects that names of tasks and benchmarks stand for, without repetitions, in order."""
+    """Return the tasks, which may be given by names of tasks or benchmarks, in order and without repetitions."""
     chosen: dict[str, AbsTask] = {}
     for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
         for one in _tasks_named(task) if isinstance(task, str) else [task]:
@@ -301,7 +301,7 @@ def _tasks_named(name: str) -> Sequence[AbsTask]:
 
 
 def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTask:
-    """Return a task for mteb, to retrieve code by descriptions, from your own (description, code, language) rows.
+    """Make an mteb task of text → code retrieval from your own (description, code, language) rows.
 
     Of rows with the same description or code, only the first is kept, because the others would be wrong negatives.
     `name` is the name of the task and of its result files.

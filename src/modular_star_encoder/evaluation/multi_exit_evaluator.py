@@ -1,4 +1,4 @@
-"""Measure the retrieval quality of every exit during training, to select the best checkpoint by it."""
+"""Measure the retrieval quality of every exit during training, for example to keep the best checkpoint."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class MultiExitEvaluator(BaseEvaluator):
             network, tokenizer, max_length = _network(model), model.tokenizer, self.max_length or model.max_seq_length
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
         elif self.tokenizer is None:
-            raise UserError("evaluator.tokenizer.missing", "This model needs MultiExitEvaluator(…, tokenizer=…).")
+            raise UserError("evaluator.tokenizer.missing", "MultiExitEvaluator needs `tokenizer` for this model.")
         else:
             network, tokenizer, max_length = model, self.tokenizer, self.max_length
             prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
@@ -190,7 +190,6 @@ class MultiExitEvaluator(BaseEvaluator):
         return network, encode, prompts if self.prompts is None else self.prompts
 
     def _write_line(self, folder: Path, line: dict[str, float]) -> None:
-        """Append one line to the CSV file, after a header if the file is new."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"Multi-Exit_evaluation{'_' + self.name if self.name else ''}_results.csv"
         is_new = not path.exists()
@@ -198,7 +197,7 @@ class MultiExitEvaluator(BaseEvaluator):
             file.seek(0)
             columns = list(line) if is_new else next(csv.reader(file), [])
             if set(columns) != set(line):
-                raise UserError("evaluator.csv.other_metrics", f"{path} has other columns: pass another `name`.")
+                raise UserError("evaluator.csv.other_metrics", f"{path} has other metrics: pass another `name`.")
             writer = csv.DictWriter(file, columns)
             if is_new:
                 writer.writeheader()
@@ -217,7 +216,7 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
         and model[1].include_prompt
     )
     if not pools_alike:
-        needed = "a ModularStarEncoderForRetrieval, with its own pooling as Pooling, then at most Normalize"
+        needed = "a ModularStarEncoderForRetrieval, a Pooling as in its configuration, and at most a Normalize"
         raise UserError("evaluator.model.other", f"The evaluator needs {needed}; this model has {', '.join(names)}.")
     return network
 

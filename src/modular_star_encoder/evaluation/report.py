@@ -168,7 +168,7 @@ def _row(
 
 
 def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
-    """Return the mean of the main metric over tasks; for F1, which has no values of queries, there must be one task."""
+    """Return the mean of the main metric over tasks; only one task is allowed for F1, which has no value per query."""
     if len(results) == 1:
         return results[0].estimates[results[0].main]
     values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
@@ -219,7 +219,6 @@ def interval(estimate: Estimate) -> str:
 
 
 def _cells(table: Table) -> list[list[str]]:
-    """Return the cells of a table as text, the header first."""
     columns, others = list(table.rows[0].columns), map(metric_label, table.rows[0].others)
     mean = ["mean"] if len(columns) > 1 else []
     cells = [["", *columns, *mean, "95 % interval", *others, f"Δ {metric_label(table.metric)}", "p"]]
@@ -240,7 +239,7 @@ def _explain(table: Table) -> list[str]:
 
 
 def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Table]:
-    """Read the tables in a results file; only the evaluated model and retrievers without exits are kept.
+    """Read the tables in a results file, but only the rows of the evaluated model and of retrievers without exits.
 
     Args:
         path: report.json, or a file that `mose evaluate --json` or the quickstart wrote, in this or an older version.
@@ -289,7 +288,7 @@ def _read_table(stored: Mapping[str, Any], name: str) -> Table:
 
 
 def _own_exits(table: Table) -> dict[int, Row]:
-    """Return {exit_layer: row with full embeddings} of the evaluated model, the retriever of the reference row."""
+    """Return {exit_layer: row} of the evaluated model, with its largest embeddings."""
     own = next(row.retriever for row in table.rows if row.difference is None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
     return {row.exit_layer: row for row in rows if row.retriever == own and row.exit_layer is not None}
@@ -323,8 +322,8 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
     found = {name: ExitProfile.load(path) for name, path in profiles.items() if path.is_file()}
     parts = ("processor", "threads", "gpu")
     if len({(one.device, one.shapes[0], *map(one.machine.get, parts)) for one in found.values()}) > 1:
-        message = "differ in machine, device, threads or batches: measure them alike with `mose profile`."
-        raise UserError("evaluation.plots.other_machines", f"The exit profiles of {' and '.join(found)} {message}")
+        message = "Repeat `mose profile` with one machine, device, number of threads and set of batches."
+        raise UserError("evaluation.plots.other_machines", f"Exit profiles of {' and '.join(found)} differ. {message}")
     if found:
         plot_quality_by_latency(tables, {name: median_latencies(one) for name, one in found.items()}, by_latency)
 
@@ -357,7 +356,7 @@ def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Map
 
 
 def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
-    """Return {retriever, with embedding size if it has several: {exit_layer: row}}, exits ascending."""
+    """Return {retriever (with embedding size, if truncated): {exit_layer: row}}, with the exits ascending."""
     found: dict[str, dict[int, Row]] = {}
     for row in sorted(table.rows, key=lambda row: row.exit_layer or 0):
         if row.exit_layer is not None:

@@ -32,14 +32,14 @@ _NOTHING = 2.0**-24  # smaller similarities become 0: there float32 is finer tha
 
 
 class ExitVariant(NamedTuple):
-    """An exit (None if the retriever has none) and the size of truncated embeddings (None if they have one size)."""
+    """An exit of a retriever (None if it has no exits) and an embedding size (None if embeddings are not truncated)."""
 
     exit_layer: int | None = None
     dimensions: int | None = None
 
 
 class Block(NamedTuple):
-    """Scores (R, C) float32 of the R queries from number `row` on and the C documents from number `column` on."""
+    """Scores (R, C) float32 of R queries and C documents, the first of which have the numbers `row` and `column`."""
 
     row: int
     column: int
@@ -52,7 +52,7 @@ class Scores(Protocol):
     shape: tuple[int, int]
 
     def blocks(self) -> Iterator[Block]:
-        """Yield blocks, in any order, that together hold the score of each query and document once."""
+        """Yield blocks, in any order, that together hold the score of each pair (query, document) once."""
         ...
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -124,7 +124,7 @@ class CosineScores:
         self.shape = (len(queries), len(documents))
 
     def blocks(self) -> Iterator[Block]:
-        """Yield all blocks of the first documents, then of the next ones, so that each document is read once."""
+        """Yield blocks with all queries for the first documents, then for the next, to read each document only once."""
         height, width = self.shape
         size = self.documents[:1].shape[1]
         columns = width if width * size <= HELD else max(1, HELD // (4 * size))
@@ -186,12 +186,12 @@ class EmbeddingCache:
         self._spaces: dict[str, _Space] = {}
 
     def missing(self, space: str, texts: Iterable[Prompted]) -> list[Prompted]:
-        """Return the texts without an embedding in `space`, in the given order."""
+        """Return the texts without an embedding in `space` (one model and exit), in the given order."""
         places = self._space(space).places
         return [text for text in texts if _key(text) not in places]
 
     def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray) -> None:
-        """Store the embeddings (N, F) float32 of N texts in `space`."""
+        """Store the embeddings (N, F) float32 of N texts in `space` (one model and exit)."""
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
         shards = self._space(space).shards
         size = shards[0].shape[1] if shards else embeddings.shape[-1]
@@ -223,7 +223,7 @@ class EmbeddingCache:
                     keys = np.load(path, allow_pickle=False)
                     shard = np.load(path.with_name(path.name.replace(".keys.", ".")), "r", allow_pickle=False)
                     if keys.dtype != np.uint8 or keys.shape != (len(shard), 32) or shard.dtype != np.float32:
-                        raise ValueError("its keys do not match its embeddings")
+                        raise ValueError("the keys do not match the embeddings")
                 except (ValueError, OSError, EOFError) as error:
                     raise UserError("evaluation.cache.damaged", f"{path} is damaged ({error}): remove it.") from None
                 space.append([row.tobytes() for row in keys], shard)
@@ -232,7 +232,7 @@ class EmbeddingCache:
 
 @dataclass(slots=True)
 class _Space:
-    """The shards with the embeddings of one model and exit, and the place of each: {hash of a text: (shard, row)}."""
+    """The shards with the embeddings of one model and exit; `places` is {hash of a text: (number of a shard, row)}."""
 
     shards: list[np.ndarray] = field(default_factory=list)
     places: dict[bytes, tuple[int, int]] = field(default_factory=dict)

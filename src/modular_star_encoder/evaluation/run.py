@@ -73,7 +73,7 @@ def run_benchmarks(
     folder = None if out is None else Path(out).expanduser()
     chosen = choose_benchmarks(benchmarks, data)
     if candidates is not None and not set(chosen) & set(WITH_CANDIDATES):
-        message = f"`candidates` needs a benchmark that draws candidates: {' or '.join(WITH_CANDIDATES)}."
+        message = f"`candidates` is only for benchmarks with random candidates: {' or '.join(WITH_CANDIDATES)}."
         raise UserError("evaluation.candidates.not_used", message)
     loaded = [load_benchmark(name, data, allow_subset=allow_subset, candidates=candidates) for name in chosen]
     tasks = [task for of_benchmark in loaded for task in of_benchmark]
@@ -185,7 +185,7 @@ def evaluate_task(
     main = values_of[task.metrics[0]]
     kept = np.flatnonzero(~np.isnan(main))
     if not len(kept):
-        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no relevant documents.")
+        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no documents are relevant.")
     estimates = {}
     for metric, values in values_of.items():
         known = values[~np.isnan(values)]
@@ -198,7 +198,7 @@ def evaluate_task(
 def _evaluate_pairs(
     task: PairTask, retriever: Retriever, variant: ExitVariant, seed: int
 ) -> tuple[dict[str, Estimate], list[int], list[str], int, float]:
-    """Return the last fields of a `TaskResult`: estimates, outcomes, ids, candidates and threshold."""
+    """Classify the pairs of a task; return the fields of its `TaskResult` from `estimates` to `threshold`."""
     scores = retriever.scores(task.documents, task.documents, variant)
     valid, test = (scores.of_pairs(*pairs.T) for pairs in (task.valid_pairs, task.pairs))
     metrics.check_scores(test)
@@ -262,12 +262,12 @@ def _open_all(
             retrievers[name] = open_retriever(name, store)
     names = [retriever.name for retriever in retrievers.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError("evaluation.retriever.same_name", f"Two retrievers are named {repeated[0]!r}: rename a folder.")
+        raise UserError("evaluation.retriever.same_name", f"Two models are named {repeated[0]!r}: rename a folder.")
     return retrievers
 
 
 def _without_paths(command: str) -> str:
-    """Return the command with the values of MOSE_DATA and HOME, which are local paths, replaced by the names."""
+    """Return the command with local paths, the values of MOSE_DATA and HOME, replaced by $MOSE_DATA and $HOME."""
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
             command = command.replace(place, f"${variable}")

@@ -75,7 +75,7 @@ class Judgements:
 
 
 class Pool(NamedTuple):
-    """Q queries and the D documents that are the candidates of each of them, as row numbers in a task."""
+    """Q queries that share the same D candidate documents; both are given as row numbers in a task."""
 
     queries: np.ndarray
     documents: np.ndarray
@@ -169,7 +169,7 @@ def ranking_task(
     batches: Iterable[np.ndarray] | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task to rank documents for queries; the candidates of a query are all documents or those of its batch.
+    """Build a task to rank all documents for each query, or only the documents in the batch of the query.
 
     Args:
         ids: ids of the queries; their row numbers if None.
@@ -228,10 +228,10 @@ def task_from_mappings(
     language: str | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task from {id: text}, without the queries that have no relevant document; all documents are candidates.
+    """Build a task from queries and documents, {id: text}; queries without a relevant document are left out.
 
     Args:
-        queries, corpus: {id: text}.
+        queries, corpus: {id: text}; all documents are candidates of each query.
         relevant: {id of a query: ids of its relevant documents}.
         language: programming language of all documents; None if unknown, or if the documents are prose.
         options: other fields of `RetrievalTask`.
@@ -242,7 +242,7 @@ def task_from_mappings(
         message = f"`relevant` names {len(unknown)} documents that are not in `corpus`, such as {unknown[0]!r}."
         raise UserError("evaluation.task.unknown_document", message)
     if not answered or len(places) < 2:
-        message = f"Give a query with a relevant document and 2 documents, not {len(answered)} and {len(places)}."
+        message = f"Give 1 query with a relevant document, and 2 documents, not {len(answered)} and {len(places)}."
         raise UserError("evaluation.candidates.too_few", message)
     judged = [sorted(places[document] for document in relevant[name]) for name in answered]
     judgements = Judgements.of([dict.fromkeys(found, 1.0) for found in judged])
@@ -251,7 +251,7 @@ def task_from_mappings(
 
 
 def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed: int = 0) -> list[RetrievalTask]:
-    """Build one task of text → code pairs and one of code → code pairs; a task needs two pairs, else it is left out.
+    """Build one task of text → code pairs and one of code → code pairs; a task of fewer than two pairs is left out.
 
     Args:
         texts: the held-out rows.

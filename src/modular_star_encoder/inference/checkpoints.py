@@ -1,4 +1,4 @@
-"""Load a checkpoint, its layers up to an exit or its configuration; cut it at an exit; compute its checksum.
+"""Load a checkpoint or only its configuration, cut a checkpoint at an exit, and compute its checksum.
 
 A checkpoint is a local folder or a repository on the Hub. Errors of transformers and the Hub become one sentence each.
 """
@@ -90,7 +90,7 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError if `path` is neither a folder with config.json and weights nor shaped like a Hub id."""
+    """Raise FileNotFoundError unless `path` is a folder with config.json and weights, or has the form owner/name."""
     folder = Path(_expanded(path))
     if not folder.exists() and isinstance(path, str) and re.fullmatch(r"(?![.~]+/)[^/]+/[^/]+", path):  # owner/name
         return
@@ -119,7 +119,7 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """Return the path of a checkpoint's file; None if it does not exist, or if it is not cached and we are offline."""
+    """Return the path of a file in a checkpoint; None if it does not exist, or if it is not cached while offline."""
     path = _expanded(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
@@ -134,14 +134,14 @@ def _expanded(path: str | os.PathLike[str]) -> str:
 
 
 def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
-    """Load a model; raise UserError if the file lacks tensors of the model, or has layers that the model lacks."""
+    """Load a model; raise UserError if its file lacks tensors of the model, or holds layers that the model lacks."""
     with _clear_errors(path):
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     # A published model may lack the bias of its vocabulary; this bias is then zero.
     missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
     if wrong := missing or sorted(filter(_TRUNK.search, info["unexpected_keys"])):
-        message = f"{len(wrong)} tensors are {'missing from' if missing else 'left over in'} {path}, such as {wrong[0]}"
-        raise UserError("checkpoint.tensors", f"{message}: its weights do not fit its configuration.")
+        message = f"{len(wrong)} tensors are {'missing from' if missing else 'unused in'} {path}, such as {wrong[0]}."
+        raise UserError("checkpoint.tensors", f"{message} Its weights do not fit its configuration.")
     return model
 
 
@@ -164,7 +164,7 @@ def _clear_errors(path: str) -> Iterator[None]:
 
 
 def _clear_error(error: Exception, path: str) -> Exception | None:
-    """Return an error of one sentence to raise instead; None if `error` is clear already, or not about `path`."""
+    """Return an error of one sentence to raise instead of `error`, or None to keep `error`."""
     if isinstance(error, SafetensorError | StrictDataclassError):
         return UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}")
     if isinstance(error, RuntimeError) and "mismatch" in str(error):
@@ -216,7 +216,7 @@ def write_checkpoint(
     only_exit: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Copy a checkpoint to `out` with this package's model code: all layers, or the first `exit_layer`.
+    """Copy a checkpoint, or only its first `exit_layer` layers, to `out`, and add this package's model code.
 
     `tokenizer` is the folder of the tokenizer, the checkpoint if None. See `slice_checkpoint` for the others.
     """
@@ -236,11 +236,11 @@ def write_checkpoint(
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """Return our model class `name`; for a published checkpoint the base class, which renames tensors on loading."""
+    """Return the class that loads models of the architecture `name`; raise UserError if this package has none."""
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
-        message = f"{checkpoint} is a {name}, a class outside this package: load it and save model.slice(…)."
+        message = f"{checkpoint} is a {name}, a class outside this package: load it, then save `model.slice(k)`."
         raise UserError("checkpoint.other_class", message)
     return getattr(modeling, name)
 
@@ -307,7 +307,7 @@ def write_sentence_transformer_files(
 
 
 def is_servable(config: ModularStarEncoderConfig) -> bool:
-    """Return whether a SentenceTransformer, which pools and normalises itself, gives the model's own embeddings."""
+    """Return whether the pooling and normalisation of SentenceTransformer give the model's own embeddings."""
     with suppress(UserError):
         check_servable(config)
         return True
@@ -315,12 +315,12 @@ def is_servable(config: ModularStarEncoderConfig) -> bool:
 
 
 def check_servable(config: ModularStarEncoderConfig) -> None:
-    """Raise UserError if a SentenceTransformer, which pools and normalises itself, would change the embeddings."""
+    """Raise UserError if the pooling and normalisation of SentenceTransformer would change the embeddings."""
     # Mean pooling and a linear head commute, so their order does not matter.
     commute = config.projection_head == "linear" and config.pooling == "mean"
     orders = ("project_then_pool", "pool_then_project") if commute else ("project_then_pool",)
     known = {"pooling": ("mean", "lasttoken"), "projection_order": orders, "embedding_normalization": ("l2",)}
     for name, allowed in known.items():
         if (value := getattr(config, name)) not in allowed:
-            message = f"A SentenceTransformer cannot compute {name}={value!r}, only"
-            raise UserError("checkpoint.not_servable", f"{message} {' or '.join(map(repr, allowed))}.")
+            message = f"A SentenceTransformer does not support {name}={value!r}."
+            raise UserError("checkpoint.not_servable", f"{message} Use {' or '.join(map(repr, allowed))}.")

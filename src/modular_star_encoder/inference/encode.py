@@ -186,7 +186,7 @@ def compile_for_inference(
 
 
 def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return an MLP compiled for any number of tokens from two on; it keeps the present weights."""
+    """Compile an MLP for two or more tokens; later changes of its weights do not reach the compiled function."""
     import torch._dynamo.config
     import torch._inductor.config
     from torch._dynamo.exc import BackendCompilerFailed
@@ -208,7 +208,7 @@ def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[
 def _in_chunks(
     plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor], chunk: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that runs `compiled` on chunks of tokens in inference mode without autocast, else `plain`."""
+    """Return a function that runs `compiled` on chunks; outside inference mode and under autocast, it runs `plain`."""
 
     def forward(states: torch.Tensor) -> torch.Tensor:
         flat = states.flatten(0, -2)

@@ -115,7 +115,7 @@ class ExitEncoder(Encoder):
         self.checksum = weights_checksum(model, tokenizer, config.to_json_string(), settings)
 
     def untrained(self, seed: int = 0) -> ExitEncoder:
-        """Return the same architecture with random weights, a baseline that only benefits from shared words."""
+        """Return an encoder with the same architecture and random weights, a baseline that only matches equal words."""
         parameter = next(self.model.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -141,7 +141,7 @@ class ExitEncoder(Encoder):
 
 
 class SentenceTransformerEncoder(Encoder):
-    """Embeds texts with a SentenceTransformer, or with a model of transformers, which then gets mean pooling."""
+    """Embeds texts with a SentenceTransformer, or with a plain model of transformers and mean pooling."""
 
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.name = model, name
@@ -174,7 +174,7 @@ def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settin
 
 
 def _tokenizer_state(tokenizer: Any) -> str:
-    """Return the tokenizer as JSON without truncation and padding, which each call of a tokenizer changes."""
+    """Return the tokenizer as JSON, without its truncation and padding settings, which every call may change."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return json.dumps(tokenizer.get_vocab(), sort_keys=True)
     copy = Tokenizer.from_str(backend.to_str())

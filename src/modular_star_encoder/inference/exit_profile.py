@@ -67,7 +67,7 @@ class ProfiledExit:
 
 @dataclass(frozen=True, slots=True)
 class ExitProfile:
-    """The cost and quality of the exits of a checkpoint, ascending, and on which machine they were measured."""
+    """The cost and quality of each exit of a checkpoint, the shallowest first, and the machine that measured them."""
 
     exits: Mapping[int, ProfiledExit]  # {exit_layer: its cost and quality}
     device: str  # "cpu" or "cuda"
@@ -90,7 +90,7 @@ class ExitProfile:
         return measured.measurements[measured.shapes.index(shape)]
 
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
-        """Return a copy with the quality of exits on a benchmark added: {exit_layer: value}, higher is better."""
+        """Return a copy of the profile to which `values`, the quality of its exits on a benchmark, are added."""
         exits, known = dict(self.exits), values.keys() & self.exits.keys()
         if not known:
             message = f"{benchmark} has values for exits {_listed(values)}, but the profile has exits {_listed(exits)}."
@@ -126,14 +126,14 @@ class ExitProfile:
                 exits[int(exit_layer)] = ProfiledExit(measurements=measurements, **values)
             shapes = {one.shapes for one in exits.values()}
             if version != 1 or len(shapes) != 1 or shapes == {()}:
-                raise ValueError("`format` is not 1, or there are no exits, or their batch shapes differ")
+                raise ValueError("it needs `format` 1, at least one exit, and the same batch shapes for all exits")
             return cls(exits=exits, **content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError("profile.file.unreadable", f"{path} is not an exit profile: {error}.") from error
 
 
 class _Budget(NamedTuple):
-    """A limit on the values of exits: values may be up to the limit if `sign` is 1, from the limit on if it is -1."""
+    """A limit on one number of each exit: an upper limit if `sign` is 1, a lower limit if `sign` is -1."""
 
     name: str
     limit: float
@@ -145,7 +145,7 @@ class _Budget(NamedTuple):
         return {k for k, value in self.values.items() if self.sign * value <= self.sign * self.limit}
 
     def nearest(self, exits: Collection[int]) -> str:
-        """Return a text with the best value among these exits."""
+        """Return the best value among these exits as text for a message, such as "latency_ms 12 ms (exit 4)"."""
         best = min((k for k in exits if k in self.values), key=lambda k: (self.sign * self.values[k], k), default=None)
         if best is None:
             return f"{self.name} is unknown for these exits"
@@ -162,7 +162,7 @@ def select_exit(
     batch_size: int | None = None,
     length: int | None = None,
 ) -> int:
-    """Return the best exit among the exits that keep to all given limits.
+    """Return the best of the exits that stay within all given limits.
 
     The best exit has the highest quality on `benchmark`; of exits with equal quality, it is the shallowest. If the
     quality of one of these exits is unknown, the deepest of them is returned.
@@ -204,7 +204,7 @@ def select_exit(
 
 
 def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[int, int]) -> str:
-    """Return the message for budgets that no exit meets: each budget's best value, if possible within the others."""
+    """Return the message for limits that no exit meets; it names the nearest possible value for each limit."""
     wanted = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
     possible = f"the best values, each on its own: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
     others = [(one, [other.exits() for other in budgets if other is not one]) for one in budgets]
@@ -226,7 +226,7 @@ def _shape(profile: ExitProfile, batch_size: int | None, length: int | None) -> 
 
 
 def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[int, float]:
-    """Return the known {exit_layer: quality} on a benchmark; if it is None, on the only benchmark of the profile."""
+    """Return the known {exit_layer: quality} on a benchmark (None: the only one in the profile)."""
     known = profile.benchmarks
     if benchmark is None and len(known) == 1:
         benchmark = known[0]

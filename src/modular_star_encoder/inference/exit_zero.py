@@ -20,7 +20,7 @@ _TEXTS_PER_BATCH = 512
 
 
 class ExitZero:
-    """Embeds texts at exit 0 of the checkpoint in a folder.
+    """Embeds texts at exit 0 of a checkpoint in a local folder.
 
     `table` (V, D) float32 holds for each token of the vocabulary its projected embedding times its weight.
 
@@ -30,13 +30,13 @@ class ExitZero:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Read the checkpoint; raise ValueError or OSError if that fails, or if its exit 0 needs torch."""
+        """Read the checkpoint; raise ValueError or OSError if files are missing or damaged, or exit 0 needs torch."""
         from safetensors import safe_open
         from tokenizers import Tokenizer
 
         folder = Path(folder)
         if not has_exit_zero(read_config(folder)):
-            raise ValueError(f"{folder} has no exit 0, or one that needs torch.")
+            raise ValueError(f"{folder} has no exit 0, or its exit 0 needs torch.")
         with safe_open(folder / "model.safetensors", "np") as tensors:
 
             def read(name: str) -> np.ndarray:
@@ -66,7 +66,7 @@ class ExitZero:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's config.json, unchecked; {} if the file is missing or unreadable."""
+    """Return the content of a checkpoint's config.json without checks; {} if the file is missing or unreadable."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -75,7 +75,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def has_exit_zero(config: dict[str, Any]) -> bool:
-    """Return whether `ExitZero` can embed with a checkpoint that has this configuration."""
+    """Return whether `ExitZero` supports a checkpoint with this configuration."""
     return 0 in config.get("exit_layers", ()) and all(config.get(key) == value for key, value in _NEEDED.items())
 
 

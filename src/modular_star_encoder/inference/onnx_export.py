@@ -58,7 +58,7 @@ class _ServedExit(torch.nn.Module):
 def export_onnx(
     model: ModularStarEncoderForRetrieval, path: str | os.PathLike[str], exit_layer: int | None = None
 ) -> None:
-    """Write a model up to one exit as an ONNX file; `check_onnx` then compares the file with the model.
+    """Write a model up to one exit as an ONNX file, which `check_onnx` can then compare with the model.
 
     The top of this module describes the inputs and outputs. Weights above 2 GB go to a second file, `{path}_data`.
 
@@ -78,8 +78,8 @@ def export_onnx(
         True
     """
     if (model.dtype, model.device.type) != (torch.float32, "cpu"):
-        message = f"ONNX export needs weights in float32 on the CPU, not in {model.dtype} on {model.device}"
-        raise UserError("onnx.dtype", f"{message}: load the model with dtype=torch.float32.")
+        message = f"ONNX export needs weights in float32 on the CPU, not in {model.dtype} on {model.device}."
+        raise UserError("onnx.dtype", f"{message} Load the model with dtype=torch.float32.")
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
     sample = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
     longest = model.config.max_position_embeddings
@@ -127,7 +127,7 @@ def open_session(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide warnings of torch's exporter and ONNX's quantiser, which are about other models (torchvision, …)."""
+    """Hide, in a `with` block, the warnings of torch's exporter and ONNX's quantiser about other models."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -140,7 +140,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class OnnxDifferences:
-    """The largest absolute differences between the outputs of an ONNX file and of the model in it."""
+    """The largest absolute differences between the outputs of a model and of its ONNX file."""
 
     last_hidden_state: float  # without padding; divided by the largest absolute value in the batch if above 1
     sentence_embedding: float  # between embeddings of length 1
@@ -154,7 +154,7 @@ def check_onnx(
     *,
     tolerance: float = TOLERANCE,
 ) -> OnnxDifferences:
-    """Compare the outputs of an ONNX file and of its model, for batches with one or more texts and either padding.
+    """Compare the outputs of a model and of its ONNX file, for batches of one or more texts, padded left or right.
 
     See `export_onnx` for the arguments. Raises UserError if an output is NaN or differs by more than `tolerance`; the
     message names the output, the batch and the difference.
@@ -175,7 +175,7 @@ def check_onnx(
             difference = float((values - wanted).abs().max() / wanted.abs().max().clamp(min=1))
             if not difference <= tolerance:
                 size = f"{difference:.2g} (allowed: {tolerance:g}), for {real.shape[0]} texts of {real.shape[1]} tokens"
-                raise UserError("onnx.difference", f"{path}: {name} differs from the model by {size}.")
+                raise UserError("onnx.difference", f"{path}: the output {name} differs from the model's by {size}.")
             largest[name] = max(largest[name], difference)
     return OnnxDifferences(**largest, batches=len(batches))
 

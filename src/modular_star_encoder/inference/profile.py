@@ -93,7 +93,7 @@ def profile_checkpoint(
     dtype: str | None = None,
     progress: bool = True,
 ) -> ExitProfile:
-    """Measure the time and memory to embed at each exit of a retrieval checkpoint.
+    """Measure the time and memory that each exit of a retrieval checkpoint needs to embed texts.
 
     By default `plan` is `ProfilePlan()`, `device` is a GPU or else the CPU, and `exit_layers` and `dtype` are the
     checkpoint's.
@@ -163,8 +163,8 @@ def profile_to_file(
     check_writable(path)
     older = ExitProfile.load(path) if path.is_file() else None
     if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
-        message = f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost: measure them too"
-        raise UserError("profile.out.other_exits", f"{message}, or write to another file (--out).")
+        message = f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost."
+        raise UserError("profile.out.other_exits", f"{message} Measure them too, or write to another file (--out).")
     profile = profile_checkpoint(checkpoint, plan, **options)
     if older is not None and older.checkpoint == profile.checkpoint:
         for name in older.benchmarks:
@@ -242,7 +242,7 @@ def _measure_times(
 
 
 class MemoryUse(NamedTuple):
-    """The resident memory of a process that embeds batches, in MB (10^6 bytes); None where the system hides it."""
+    """The resident memory of a process that embeds batches, in MB (10^6 bytes); None if unknown."""
 
     base: float | None  # with all libraries, before the model is loaded
     peaks: list[float | None]  # the peak so far, after each batch

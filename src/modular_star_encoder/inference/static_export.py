@@ -1,7 +1,7 @@
-"""Write exit 0 of a checkpoint as a static model, which sentence-transformers or model2vec runs as it is.
+"""Write exit 0 of a checkpoint as a static model, which sentence-transformers or model2vec can load.
 
-Both libraries embed a text as the mean of one vector per token. Exit 0 is a weighted mean of such vectors, whose
-length is then made 1. It therefore equals the normalised plain mean of the vectors times their weights.
+Both libraries embed a text as the mean of one vector per token. Exit 0 is a weighted mean of such vectors, which
+is then scaled to length 1. Exit 0 therefore equals the plain mean of weighted vectors, scaled to length 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def export_static(
     *,
     format: Literal["sentence-transformers", "model2vec"] = "sentence-transformers",
 ) -> Path:
-    """Write exit 0 of a checkpoint as a table of one vector per token, which needs no `trust_remote_code`.
+    """Write exit 0 of a checkpoint as a table of one vector per token, which loads without `trust_remote_code`.
 
     The embeddings (N, D) float32 of the written model equal exit 0 of `encode_exits` to 1e-6, and an empty text gives
     zeros. model2vec differs in two points: it uses all tokens of a text longer than `max_position_embeddings`, and it
@@ -62,13 +62,13 @@ def export_static(
         raise UserError("static.format", f"`format` must be {' or '.join(TENSORS)}, not {format!r}.")
     config = load_config(checkpoint)
     if 0 in config.exit_layers and not has_exit_zero(config.to_dict()):
-        message = f"Exit 0 of {checkpoint} is not a weighted mean of token vectors: use a linear head after pooling."
+        message = f"Exit 0 of {checkpoint} must be a weighted mean of token vectors, with a linear head after pooling."
         raise UserError("static.exit_zero", message)
     with tempfile.TemporaryDirectory() as scratch:
         exit_zero = ExitZero(slice_checkpoint(checkpoint, 0, Path(scratch, "slice")))
     tokenizer, folder = exit_zero.tokenizer, Path(folder).expanduser()
     if added := tokenizer.num_special_tokens_to_add(False):
-        message = f"The tokenizer of {checkpoint} adds {added} special tokens to each text; a static model cannot."
+        message = f"The tokenizer of {checkpoint} must add no special tokens to a text, but adds {added}."
         raise UserError("static.special_tokens", message)
     with staged_folder(folder) as staging:
         (staging / "model.safetensors").write_bytes(save({TENSORS[format]: exit_zero.table}))
@@ -91,7 +91,7 @@ def export_static(
 
 
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """Return the content of tokenizer.json; with `encode_special_tokens`, names of special tokens stay plain text.
+    """Return the content of tokenizer.json, which treats special tokens written in a text as the tokenizer does.
 
     Both libraries search a text for all added tokens, so added tokens that are also in the vocabulary are removed.
     """

@@ -16,15 +16,15 @@ from modular_star_encoder.utils.settings import NonNegative, Positive, settings_
 
 @settings_class
 class DistillationSettings:
-    """Weights of the terms of `DistillationObjective`.
+    """The weights of the three losses in `DistillationObjective`: cosine, relational and contrastive.
 
     Args:
         cosine_weight: weight of 1 - cosine(embedding, teacher's vector), the mean over all texts.
         relational_weight: weight of the Kullback-Leibler divergence from the teacher's distribution over the candidates
             of a batch to each exit's distribution, the mean of both directions (query → document and back).
-        relational_temperature: divides the logits of this term, which are similarities times the logit scale; the
-            divergence is multiplied by its square.
-        contrastive_weight: weight of the contrastive loss; with 0, pairs are compared for `relational_weight` only.
+        relational_temperature: divides the logits (similarities times the logit scale) of the relational loss, which is
+            then multiplied by the square of this temperature.
+        contrastive_weight: weight of the contrastive loss; if `relational_weight` is 0 too, pairs are not compared.
 
     Raises:
         UserError: a value is of another type or out of range (`settings.value`).
@@ -46,17 +46,17 @@ class DistillationSettings:
 
 
 class DistillationObjective(ContrastiveObjective):
-    """Teach every exit the vectors of an external teacher; an objective of `MultiExitTrainer`.
+    """An objective for `MultiExitTrainer` that teaches every exit the vectors of an external teacher.
 
     The loss of an exit is the weighted sum of three terms: the distance to the teacher's vector of each text (LEAF,
     arXiv 2509.12539), the divergence from the teacher's similarities within the batch, and the contrastive loss. If
     `contrastive` has a `false_negative_margin` or `false_negative_factor`, the teacher decides which negatives are
-    masked, as the guide of GISTEmbed (arXiv 2402.16829); a margin of 0 masks what it scores above the true pair.
+    masked (as in GISTEmbed, arXiv 2402.16829); a margin of 0 masks the negatives that it scores above the true pair.
 
     All exits share the teacher's space. Queries embedded at any exit may therefore be searched against documents
     embedded at any other exit, or by the teacher itself (with centred vectors, after the same centring).
 
-    Texts without a counterpart are sides that no pair names; they have the first term only. Several processes and
+    Unpaired texts form sides that no pair names; only the first term applies to them. Several processes and
     gradient caching (`mini_batch_tokens`) work as in `ContrastiveObjective`.
 
     Args:
@@ -87,15 +87,15 @@ class DistillationObjective(ContrastiveObjective):
         super().__init__(contrastive or ContrastiveSettings(logit_scale=20.0, false_negative_margin=0.0))
         self.distillation = settings or DistillationSettings()
         if self.settings.distillation_weight or self.settings.alignment_weight:
-            message = "With an external teacher, leave out distillation_weight and alignment_weight of the objective:"
-            raise UserError("distillation.contrastive", f"{message} set relational_weight and cosine_weight instead.")
+            message = "With an external teacher, the objective's distillation_weight and alignment_weight must be 0."
+            raise UserError("distillation.contrastive", f"{message} Set relational_weight and cosine_weight instead.")
         relational = self.distillation.relational_weight, self.distillation.relational_temperature
         self._guided = replace(
             self.settings, teacher="deepest", distillation_weight=relational[0], distillation_temperature=relational[1]
         )
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
-        """Losses of one batch.
+        """Return the losses of one batch at each exit.
 
         Args:
             model: a `ModularStarEncoderForRetrieval`, possibly wrapped.
@@ -138,11 +138,11 @@ class DistillationObjective(ContrastiveObjective):
 
 
 def _unit(side: str, vectors: torch.Tensor | None, stack: torch.Tensor) -> torch.Tensor:
-    """The teacher's vectors (B, D) of a side with stack (E, B, D), in float32 or wider, of length 1."""
+    """Return one side's teacher vectors (B, D), scaled to length 1; the student's embeddings are `stack` (E, B, D)."""
     if vectors is None or vectors.shape != stack.shape[1:]:
-        found = "none" if vectors is None else f"vectors of shape {tuple(vectors.shape)}"
+        found = "no `teacher`" if vectors is None else f"`teacher` of shape {tuple(vectors.shape)}"
         message = (
-            f"Side {side!r} has {found} as teacher; it needs one vector per text, of shape {tuple(stack.shape[1:])}."
+            f"Side {side!r} has {found}; it needs one teacher's vector per text, of shape {tuple(stack.shape[1:])}."
         )
         raise UserError("distillation.teacher", message)
     return nn.functional.normalize(vectors.to(torch.promote_types(stack.dtype, torch.float32)), dim=-1)

@@ -1,10 +1,10 @@
-"""A corpus of description–code pairs from packages of Debian, npm and PyPI, such as the one that trains mose-code.
+"""Build a corpus of description–code pairs from packages of Debian, npm and PyPI, as for training mose-code.
 
     fetch_packages   packages by name and version → archives, through the registries' own clients
     build_corpus     archives → functions, one file of rows for each package → pairs, held-out pairs and other texts
-    check_corpus     the texts that equal, or nearly equal, a text of an evaluation set
+    check_corpus     the corpus → its texts that equal, or nearly equal, a text of an evaluation set
 
-Fetching and extraction continue after any interruption. The corpus depends on the packages alone.
+Fetching and extraction continue after any interruption. Equal packages give an equal corpus.
 """
 
 import gzip
@@ -62,7 +62,7 @@ Row = dict[str, Any]
 
 
 class Package(NamedTuple):
-    """A package of a registry, at one version, with the licence that it states."""
+    """One version of a package in a registry, with its licence."""
 
     registry: str
     name: str
@@ -71,12 +71,12 @@ class Package(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Relative path of the package's folder of archives; with the ending `.jsonl.gz`, of its file of rows."""
+        """Return the relative path for the package: a folder of archives, or with `.jsonl.gz` added, a file of rows."""
         return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
 
 
 def read_packages(path: str | os.PathLike[str]) -> list[Package]:
-    """Read the packages of a YAML file, {registry: text}; each line of a text is a name, a version and a licence.
+    """Read packages from a YAML file, {registry: lines}; each line holds the name, version and licence of a package.
 
     Raises:
         UserError: `settings.unknown` for another registry, `corpus.package` for a line that is not a package.
@@ -86,14 +86,14 @@ def read_packages(path: str | os.PathLike[str]) -> list[Package]:
     packages = []
     for registry, line in ((registry, line) for registry, lines in content.items() for line in str(lines).splitlines()):
         if not (match := _PACKAGE.fullmatch(line)):
-            message = f"{path}: {registry}: {line!r} must be a package's name, version and licence."
+            message = f"{path}: {registry} lists {line!r}, which must have the form NAME VERSION LICENCE."
             raise UserError("corpus.package", message)
         packages.append(Package(registry, **match.groupdict()))
     return packages
 
 
 def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> dict[str, list[Package]]:
-    """Download each package that is not yet in `out` to a folder of its own there; return {outcome: packages}.
+    """Download the packages that `out` lacks, each to its own folder in `out`; return {outcome: packages}.
 
     Outcomes are "fetched", "fetched before", and the reasons why packages are missing.
     """
@@ -118,11 +118,11 @@ def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> 
 def build_corpus(
     packages: Sequence[Package], source: str | os.PathLike[str], out: str | os.PathLike[str], processes: int = 2
 ) -> Row:
-    """Extract the corpus of `packages` to `out`, and return its statistics, which are also written to `stats.json`.
+    """Extract a corpus of functions from downloaded packages to `out`; return statistics, also stored in `stats.json`.
 
     Pairs (`pairs.jsonl.gz`) have `package`, `language`, `name`, `description` and `code`. Whole packages are held out
     for validation (`pairs_valid.jsonl.gz`). Texts (`texts.jsonl.gz`), functions without a usable description, have
-    `package`, `language`, `kind` ("code") and `text`. A package with a file below `out/packages` is not read again.
+    `package`, `language`, `kind` ("code") and `text`. Packages with a file in `out/packages` are not read again.
 
     Args:
         source: The folder that `fetch_packages` filled; `stats.json` lists the packages that are not there.
@@ -131,7 +131,7 @@ def build_corpus(
     source, out = Path(source), Path(out)
     files = {one: out / "packages" / f"{one.place}.jsonl.gz" for one in packages if (source / one.place).is_dir()}
     if len(files) < 2:
-        message = f"{source} holds {len(files)} of {len(packages)} packages; fetch at least two: one is held out."
+        message = f"{source} holds {len(files)} of {len(packages)} packages; fetch at least two, to hold one out."
         raise UserError("corpus.packages", message)
     _extract({one: file for one, file in files.items() if not file.exists()}, source, processes)
     missing = [":".join(one[:2]) for one in packages if one not in files]
@@ -141,7 +141,7 @@ def build_corpus(
 
 
 def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> None:
-    """Write the file of each package in `targets`: a line of counts, then a line for each pair or text."""
+    """For each package in `targets`, write its file: a line of counts, then one line for each pair or text."""
     packages = list(targets)
 
     def items() -> Iterator[tuple[int, SourceFile | Counter[str]]]:
@@ -169,7 +169,7 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
 
 def _archives(folder: Path, temporary: Path) -> Path:
-    """Return `folder`, or if it holds a Debian package, `temporary`, to which the package's data archive is copied."""
+    """Return `folder`, or if it has a Debian package, `temporary` with a copy of the package's data archive."""
     for deb in folder.glob("*.deb"):
         content, folder = deb.read_bytes(), temporary
         # The last member, after its name, time, owner, group, mode and size; see deb(5).
@@ -179,7 +179,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """Return (package number, counts, rows) of each file; a row is the pair or the text of one function."""
+    """Return (package number, counts, rows) for each item; a row is a function with its description, or alone."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()
@@ -201,7 +201,7 @@ def _line(row: Row) -> bytes:
 
 
 def _write_rows(target: Path, rows: Iterable[Row]) -> str:
-    """Write rows as gzipped JSON lines; return the SHA-256 of the lines before compression."""
+    """Write rows as gzipped JSON lines, and return the SHA-256 of the uncompressed lines."""
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with staged_file(target, resumable=True) as temporary, gzip.open(temporary, "wb", compresslevel=6) as output:
@@ -212,7 +212,7 @@ def _write_rows(target: Path, rows: Iterable[Row]) -> str:
 
 
 def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
-    """Write the corpus from the packages' files, return its statistics; of equal or near rows, the first is kept."""
+    """Join the packages' files into a corpus without equal or nearly equal rows, write it and return its statistics."""
     counts, dropped, licences = Counter[str](), Counter[str](), {":".join(one[:2]): one.licence for one in files}
     pairs: list[Row] = []
     texts: list[Row] = []
@@ -263,12 +263,12 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
 
 
 def _key(text: str) -> bytes:
-    """Return a hash that is equal for texts with the same letters and digits."""
+    """Return a hash of the letters (in lower case) and digits of a text."""
     return hashlib.blake2b(description_key(text).encode(errors="replace"), digest_size=12).digest()
 
 
 class EvaluationTexts:
-    """An index of code and descriptions in evaluation sets; a long text is also indexed as it is cut in the corpus.
+    """Finds texts that equal, or nearly equal, code or descriptions of evaluation sets, whole or cut as in the corpus.
 
     A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of such files. From rows of
     CodeSearchNet, the benchmark's code and query are read; from other rows `code` (a text, a list, or texts by
@@ -285,7 +285,7 @@ class EvaluationTexts:
                 for kind, text in dict.fromkeys(_evaluation_texts(path)):
                     self._add(source.name.partition(".")[0], kind, text)
         if not self._texts:
-            raise UserError("corpus.against", "The evaluation sets hold no code, description or query.")
+            raise UserError("corpus.against", "The evaluation sets have no text in `code`, `description` or `query`.")
 
     def _add(self, name: str, kind: str, text: str) -> None:
         self.counts[f"{name} {kind}"] += 1
@@ -298,7 +298,7 @@ class EvaluationTexts:
             self._texts.append((name, len(grams)))
 
     def find(self, kind: str, text: str) -> str | None:
-        """Return `"equal SET"` or `"near SET"` if this code or description (`kind`) is in a set or near it, or None."""
+        """Return `"equal SET"` or `"near SET"` if evaluation set SET has an equal or near text of `kind`."""
         if name := self._equal.get((kind, _key(text))):
             return f"equal {name}"
         index, grams = self._grams[kind], _grams(text, kind)
@@ -318,7 +318,7 @@ def _grams(text: str, kind: str) -> set[int]:
 
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for each code, description, query and paragraph in a file."""
+    """Yield (kind, text) for each code, description and query in a file; prose is also yielded by paragraph."""
     rows = check_rows(path, read_json(path), {}) if path.suffix == ".json" else read_jsonl(path, {})
     if {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]
@@ -334,7 +334,7 @@ def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
 def check_corpus(
     files: Iterable[str | os.PathLike[str]], texts: EvaluationTexts, drop: str | os.PathLike[str] | None = None
 ) -> tuple[Row, list[str]]:
-    """Find the texts of a corpus that have the same letters and digits as an evaluation text, or are near one.
+    """Find the texts of a corpus that equal an evaluation text in all letters and digits, or nearly equal one.
 
     Args:
         files: Files that `build_corpus` wrote.
@@ -358,14 +358,14 @@ def check_corpus(
 
 
 def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], digest: Any, hits: list[str]) -> Iterator[Row]:
-    """Yield the rows without a hit in `texts`; `counts` and `digest` take in all rows, `hits` a line for each hit."""
+    """Yield the rows that match no evaluation text; add all rows to `counts` and `digest`, and matches to `hits`."""
     for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
         row = row if isinstance(row, dict) else {}
         kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]
         if "text" in row:
             kinds = [(row.get("kind"), row["text"])]
         if not all(kind in _TOKEN and isinstance(text, str) for kind, text in kinds):
-            raise UserError("corpus.row", f"{place} must have `code` and `description`, or `kind` and `text`.")
+            raise UserError("corpus.row", f"{place} must have `code` and `description`, or else `kind` and `text`.")
         found = [f"{kind} {hit}" for kind, text in kinds if (hit := texts.find(kind, text))]
         hits += [f"{place} ({row.get('package')}): {one}" for one in found]
         counts.update(found, rows=1, rows_found=bool(found))

@@ -21,7 +21,7 @@ class AveragedWeights(TrainerCallback):
         self.decay = decay
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Begin with the weights, or with the average of the checkpoint that training continues from."""
+        """Start the average from the model's weights, or from the average stored when training continues."""
         trained = [(name, one) for name, one in kwargs["model"].named_parameters() if one.requires_grad]
         self.parameters, self.average = dict(trained), {name: one.detach().clone() for name, one in trained}
         if state.global_step:
@@ -29,7 +29,7 @@ class AveragedWeights(TrainerCallback):
             self.average = {name: stored[name].to(one) for name, one in self.average.items()}
 
     def save(self, folder: str) -> None:
-        """Write `average.safetensors` into the folder of a checkpoint."""
+        """Write the average to `average.safetensors` in the folder of a checkpoint."""
         with staged_file(Path(folder, "average.safetensors")) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in self.average.items()}, temporary)
 

@@ -1,4 +1,4 @@
-"""Distillation in a recipe: its settings, and batches whose texts carry the teacher's vectors."""
+"""Distillation in a recipe: the settings, and batches with the teacher's vector of each text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ _UNPAIRED = 12  # random stream besides the streams of `RetrievalBatches`
 
 @settings_class
 class TeacherSettings(DistillationSettings):
-    """The teacher of a recipe, and the weights of what it teaches. The recipe's `objective` has the contrastive part.
+    """Settings of a recipe to learn from a teacher. The recipe's `objective` has the settings of the contrastive loss.
 
     Args:
         teacher: the model to learn from; any name that `load_encoder` takes, such as a folder, a Hub id or an endpoint.
@@ -49,7 +49,7 @@ class TeacherSettings(DistillationSettings):
 
 
 class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
-    """The rows of `RetrievalBatches`, with the teacher's vector of each text, `{side}_teacher`, float32 (D,).
+    """The rows of `RetrievalBatches`, with the teacher's vector of each text added as `{side}_teacher`, float32 (D,).
 
     A snippet with renamed words keeps the vector of the original. With unpaired texts, every second row also has
     `text_ids` and `text_teacher`, drawn by the seed and the row's number alone.
@@ -86,7 +86,7 @@ def teach(
     *,
     max_tokens: int,
 ) -> tuple[TaughtBatches, TaughtBatches, dict[str, Any]]:
-    """Compute the teacher's vectors of all texts; with `start_from_teacher`, also set the model's first weights.
+    """Add the teacher's vectors to the batches; if `settings.start_from_teacher`, also initialise the model's exit 0.
 
     Returns:
         The training and evaluation batches with the teacher's vectors, and, if they are centred, `teacher_means`: kind
@@ -99,8 +99,8 @@ def teach(
     exit_layer = teacher.exit_layers[-1]
     size = teacher.encode([("", "size")], [exit_layer], progress=False)[exit_layer].shape[-1]
     if size != model.config.projection_size:
-        message = f"{settings.teacher} has vectors of {size} numbers; set the model's projection_size to {size}, not"
-        raise UserError("distillation.size", f"{message} {model.config.projection_size}.")
+        message = f"The vectors of {settings.teacher} have size {size}, so the model needs projection_size={size}."
+        raise UserError("distillation.size", f"{message} It has {model.config.projection_size}.")
     options: dict[str, Any] = {"max_characters": settings.max_characters, "progress": progress}
     unpaired = list(open_texts(settings.texts, "text")) if settings.texts else []
     learned, others = (_texts_by_kind(batches.rows.texts) for batches in (train, held_out))
@@ -128,7 +128,7 @@ def teach(
 
 
 def _texts_by_kind(examples: Sequence[RetrievalExample]) -> dict[str, list[str]]:
-    """The descriptions (`query`) and the code (`document`) of rows, hard negatives included."""
+    """Return the descriptions (`query`) and the code (`document`) of all rows, hard negatives included."""
     codes = [[*one.snippets, *([one.negative] if one.negative else [])] for one in examples]
     return {
         "query": [one.description for one in examples if one.description],

@@ -1,4 +1,4 @@
-"""The start of a small model: exit 0 from a teacher's vectors of single tokens, and layers that grow from exit 0."""
+"""Initialise a small model: set its exit 0 from a teacher's vectors of single tokens, and add layers to exit 0."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from modular_star_encoder.utils.errors import UserError
 
 
 def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The text of each token alone, by id; without the spaces around it and WordPiece's `##`."""
+    """Return the text of each token, by id, without the spaces around it and without WordPiece's `##`."""
     texts = (str(tokenizer.decode([index])).strip() for index in range(len(tokenizer)))
     return [text.removeprefix("##") if len(text) > 2 else text for text in texts]
 
@@ -29,12 +29,12 @@ def start_from_teacher(
     *,
     a: float = 1e-3,
 ) -> None:
-    """Set the token table, the token weights and the head of exit 0, so that exit 0 embeds like the teacher.
+    """Set the token embeddings, token weights and projection head so that exit 0 embeds like the teacher.
 
-    The table holds the teacher's vector of each token minus the mean of these vectors, and the head is the identity.
-    If the model is narrower than the teacher, the table holds their principal components, and the head leads back.
+    The embeddings are the teacher's vectors of the tokens, minus their mean, and the head is the identity.
+    If the model is narrower than the teacher, their principal components are used, and the head maps these back.
     Weights are a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for Sentence Embeddings" (Arora et al.,
-    2017). Special tokens get zeros and weight 0, so that they change no mean.
+    2017). Special tokens get zeros and weight 0, so that they affect no mean.
 
     Args:
         model: has an exit 0, a linear projection head, token weights, and the teacher's D as `projection_size`.
@@ -50,7 +50,7 @@ def start_from_teacher(
     needed = {"projection_head": "linear", "token_weights": True, "projection_size": size}
     wrong = [f"{name}={wanted!r}" for name, wanted in needed.items() if getattr(config, name) != wanted]
     if wrong or 0 not in config.exit_layers:
-        message = f"start_from_teacher needs a model with {', '.join(wrong) or 'an exit 0'}; set it in config."
+        message = f"start_from_teacher needs a model with {', '.join(wrong) or 'an exit 0'}; set it in `config`."
         raise UserError("training.start_from_teacher", message)
     table = torch.from_numpy(vectors).float()
     special = special_token_ids(tokenizer)
@@ -72,15 +72,15 @@ def start_from_teacher(
 
 
 def grown_config(config: ModularStarEncoderConfig, exit_layers: Sequence[int]) -> ModularStarEncoderConfig:
-    """The configuration of a model of exit 0 alone with layers up to the last of `exit_layers`.
+    """Return the configuration of a model that has only exit 0, with layers added up to the last of `exit_layers`.
 
     Raises:
         UserError: the model or the exits do not fit (`training.grow`).
     """
     exits, found = list(exit_layers), (list(config.exit_layers), config.exit_norm, config.projection_head)
     if found != ([0], "none", "linear") or exits != sorted({0, *exits}) or len(exits) < 2:
-        message = f"The exits {exits} must ascend from 0, and the model must have exit 0 alone, exit_norm"
-        raise UserError("training.grow", f"{message} 'none' and projection_head 'linear'; it has {found}.")
+        message = f"The model must have exit_layers=[0], exit_norm='none' and projection_head='linear'; it has {found}."
+        raise UserError("training.grow", f"{message} The new exits {exits} must be 0 and other exits, ascending.")
     changes = {
         "num_hidden_layers": exits[-1],
         "parent_num_hidden_layers": exits[-1],
@@ -93,13 +93,13 @@ def grown_config(config: ModularStarEncoderConfig, exit_layers: Sequence[int]) -
 
 @torch.no_grad()
 def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> ModularStarEncoderForRetrieval:
-    """A model of exit 0 with new layers, which starts at the quality of exit 0 at every exit.
+    """Return a model with exit 0 of `model` and new layers; every exit starts as good as exit 0.
 
     The output projections of the new layers are zero, so that they write nothing at first, and all heads equal the head
-    of exit 0. The token table is scaled to a standard deviation of 1: otherwise the first steps of the layers drown it.
+    of exit 0. Token embeddings are scaled to a standard deviation of 1, or the first steps of the layers drown them.
 
     Args:
-        model: exit 0 alone, without exit norm.
+        model: has exit 0 alone, and no exit norm.
         exit_layers: the exits, from 0 to the number of layers.
 
     Raises:

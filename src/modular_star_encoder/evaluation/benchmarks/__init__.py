@@ -80,7 +80,7 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     found = [one.name for one in possible if not _is_on_hub(data) and Path(data, one.folder).expanduser().is_dir()]
     if not found:
         folders = ", ".join(sorted({one.folder for one in possible}))
-        message = f"`{ALL}` needs a local folder with one or more of the folders {folders}; {data} has none."
+        message = f"`{ALL}` needs a local folder that contains one or more of {folders}; {data} has none."
         raise UserError("benchmark.all.none", message)
     return list(dict.fromkeys(one for name in names for one in (found if name == ALL else [name])))
 
@@ -100,7 +100,7 @@ def load_benchmark(
     if _is_on_hub(data):
         repository = str(data).removeprefix("hub").removeprefix(":") or benchmark.hub
         if not repository:
-            raise UserError("benchmark.not_on_hub", f"{name} is not on the Hub: give a folder, or hub:OWNER/NAME.")
+            raise UserError("benchmark.not_on_hub", f"{name} has no Hub repository: give a folder or hub:OWNER/NAME.")
         ignored = ["*train*", "*validation*"]
         folder = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))
     else:

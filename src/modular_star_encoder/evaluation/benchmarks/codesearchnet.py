@@ -1,4 +1,4 @@
-"""Load CodeSearchNet (Husain et al. 2019) for four protocols, or the functions of a folder for the first of them.
+"""Load CodeSearchNet (Husain et al. 2019) for four protocols; the first also takes functions of a folder.
 
 Files of the authors, the Hub, CodeXGLUE and MTEB are read. The data has two known flaws. First, Python's `code` holds
 the docstring that is the query: BM25 reaches 97 MRR with the docstring, and 57 to 59 without it. Published values for
@@ -65,7 +65,7 @@ Grades = dict[str, dict[str, list[float]]]  # {query: {url of a function: releva
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
-    """Return the languages with files in `folder`, at least one; `{0}` in a pattern stands for the language."""
+    """Return the languages with files in `folder`, one or more; `{0}` in a pattern stands for the language."""
     files = {language: [pattern.format(language) for pattern in patterns] for language in languages}
     require_files(folder, [pattern for of_language in files.values() for pattern in of_language])
     return [language for language, of_language in files.items() if find_files(folder, of_language)]
@@ -74,7 +74,7 @@ def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] =
 def load_with_candidates(
     folder: Path, *, leaky: bool = False, candidates: Path | None = None, allow_subset: bool = False
 ) -> list[RetrievalTask]:
-    """Load one task per language with a test file in the folder; each query has 1000 random candidates.
+    """Load a CodeSearchNet task for each language with a test file; each query has 1000 random candidates.
 
     Args:
         folder: contains `{language}_test.jsonl.gz`, or a folder per language from the Hub or the authors' archives.
@@ -97,7 +97,7 @@ def load_with_candidates(
 
 
 def language_patterns(split: str, language: str) -> tuple[str, ...]:
-    """Return file patterns of a split: JSON lines, Parquet as on the Hub, or the authors' unpacked archive."""
+    """Return patterns for the files of a split: JSON lines, the Hub's Parquet, or the authors' unpacked archive."""
     return (
         f"{language}_{split}.jsonl.gz",
         f"{language}_{split}.jsonl",
@@ -159,14 +159,14 @@ def strip_docstring(code: str) -> str:
 
 
 def write_candidates(task: RetrievalTask, folder: Path) -> None:
-    """Write which queries share their candidates (one list of ids per pool) to `folder/{language}.json`."""
+    """Write the pools of a task, each as the ids of queries that share their candidates, to `{task name}.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     pools = [[task.query_ids[row] for row in pool.queries] for pool in task.pools]
     write_json(folder / f"{task.name}.json", {"benchmark": task.benchmark, "task": task.name, "pools": pools})
 
 
 def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
-    """Read the lists of candidates in a file of `write_candidates`, as pools of row numbers in `urls`."""
+    """Read the pools of candidates in a file that `write_candidates` wrote, as row numbers in `urls`."""
     (data,) = check_rows(path, [read_json(path)], {"pools": list})
     places = {url: place for place, url in enumerate(urls)}
     pools = []
@@ -181,7 +181,7 @@ def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
 
 
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load CodeXGLUE's filtered version: one task per language, whose candidates are all functions of the language."""
+    """Load CodeXGLUE's filtered CodeSearchNet: one task per language; candidates are all functions of the language."""
     tasks = []
     for language in _languages(folder, ["{0}/test.jsonl*"]):
         test, codebase = (require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))
@@ -203,7 +203,7 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
 
 
 def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load the queries with human judgements: one task for each language whose functions are in the folder.
+    """Load CodeSearchNet's queries with human judgements: one task for each language with functions in the folder.
 
     The folder holds `annotationStore.csv` (or has it in `resources/`), and for each language a folder of JSON lines.
     """
@@ -236,7 +236,7 @@ def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 
 
 def _read_grades(path: Path) -> tuple[dict[str, Grades], int]:
-    """Read {language: grades}, with languages and queries in lower case, and the number of annotations in a file."""
+    """Read and count human judgements; return ({language: grades}, count), with languages and queries in lower case."""
     grades: dict[str, Grades] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     reader = csv.DictReader(line + "\n" for _, line in read_lines(path))
     columns = ("Language", "Query", "GitHubUrl", "Relevance")
@@ -266,7 +266,7 @@ def _read_code(paths: list[Path]) -> dict[str, str]:
 
 
 def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load MTEB's samples of 1000 queries and 1000 documents: one task for each language in the folder."""
+    """Load MTEB's samples of CodeSearchNet: for each language in the folder, a task of 1000 queries and documents."""
     tasks = []
     for language in _languages(folder, _mteb_patterns("{0}", "corpus")):
         documents, document_ids, notes = _read_mteb(folder, language, "corpus", "documents", allow_subset)

@@ -57,7 +57,7 @@ _OWN_OBJECT = ("this", "self")  # PHP's lexer does not distinguish $this from ot
 
 
 def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load AdvTest, one task from documentation to code, from the `test.jsonl` of the authors' preprocess.py."""
+    """Load AdvTest, one task to find code by its documentation; `test.jsonl` is made by the authors' preprocess.py."""
     (path, *_) = require_files(folder, ("test.jsonl", "test.jsonl.gz"))
     rows = read_jsonl(path, {"idx": (int, str), "url": str, "docstring_tokens": list})
     ids = check_unique(path, [row["idx"] for row in rows], "idx")
@@ -87,7 +87,7 @@ def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 
 
 def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load the tasks to find the C# version of a Java method and vice versa; `masked` applies `mask_names`."""
+    """Load two tasks: find the C# version of a Java method, and vice versa; `masked` replaces the names in code."""
     (first, *_), (second, *_) = (require_files(folder, [f"test.java-cs.txt.{ending}"]) for ending in ("java", "cs"))
     texts = {"java": _read_translation(first, "java", masked), "c#": _read_translation(second, "c#", masked)}
     size = len(texts["java"])
@@ -159,7 +159,7 @@ def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[Pair
 def _read_bigclonebench(
     path: Path, places: dict[str, int], allow_subset: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Read pairs (P, 2), labels (P,) and notes; a repeated pair has its last label, as in the authors' code."""
+    """Read pairs (P, 2), labels (P,) and notes; of a repeated pair, the last label applies."""
     labels: dict[tuple[int, int], int] = {}
     number = 0
     for number, line in read_lines(path):
@@ -219,7 +219,7 @@ def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
 def mask_names(code: str, language: str) -> str:
     """Replace the identifiers in code by `name1`, `name2`, … in the order of their first appearance.
 
-    A program without telling names remains. `language` is a name that Pygments knows, such as "python", "c++", "c#".
+    Only the names of a program change. `language` is a name that Pygments knows, such as "python", "c++", "c#".
     """
     names: dict[str, str] = {}
 
@@ -245,4 +245,4 @@ def _lexer(language: str) -> Lexer:
     try:
         return get_lexer_by_name(language, stripnl=False, ensurenl=False, **options)
     except ValueError:
-        raise UserError("benchmark.masking.language", f"Pygments, which masks names, lacks {language!r}.") from None
+        raise UserError("benchmark.masking.language", f"Pygments cannot mask the names in {language!r}.") from None

@@ -17,14 +17,14 @@ _NAMES = {str: "a string", list: "a list", int: "a whole number", dict: "an obje
 
 
 def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoReturn:
-    """Raise UserError, which says what was expected and found in this file and line (or row, from 1)."""
+    """Raise a UserError that says in which file and line (or row) what was expected, and what was found."""
     place = f"{path}, line {line}" if line is not None else f"{path}"
     message = f"{place}: expected {expected}{f', found {found}' if found else ''}."
     raise UserError("benchmark.file.unexpected", message)
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Return the files that match the first pattern for which there are any, sorted by name; [] if there are none."""
+    """Return the files that match the first pattern with any matches, sorted by name; [] if no pattern has any."""
     for pattern in patterns:
         if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return found
@@ -78,7 +78,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_rows(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
-    """Check that `rows` is a list of objects with `fields`, and return it; errors say in which row it is not."""
+    """Check that `rows` is a list of objects with `fields`, and return it; the error names the first wrong row."""
     if not isinstance(rows, list) or not rows:
         refuse(path, 1, f"a list of objects with {_listed(fields)}", "an empty list" if rows == [] else _kind(rows))
     return [_checked(path, number, row, fields) for number, row in enumerate(rows, start=1)]
@@ -113,7 +113,7 @@ def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> li
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Raise UserError if a file has the wrong number of `what`; return a note if it has fewer and may be a subset."""
+    """Check the number of `what` in a file; return a note if an allowed subset has fewer, else raise UserError."""
     if found == expected:
         return ()
     if found > expected or not allow_subset:
